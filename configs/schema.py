@@ -1,0 +1,322 @@
+"""The typed schema of an experiment, shared by both stages so that one YAML file drives every command.
+
+Each dataclass below is a section of the file and a group of command-line options: `head: {ratio: 0.25}` in YAML is
+`--head.ratio 0.25` on the command line. Unknown keys and wrong types are refused.
+"""
+
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import jsonargparse
+
+Arch = Literal["egovlp", "egovlpv2", "mfas"]
+ComputeDtype = Literal["float32", "bfloat16"]
+HeadName = Literal["majority", "question-only", "egovlp", "egovlpv2", "mfas", "psa"]
+Score = Literal["question", "saliency", "prior", "random"]
+
+
+def _require(condition: bool, key: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{key} is {value!r}; expected {expected}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which questions about which clips.
+
+    Args:
+        name: adapter: `egotaskqa` (released file layout) or `jsonl` (your own videos).
+        root: folder that holds the annotations and the videos.
+        split: EgoTaskQA's split by reference type; also names the tag the published "All" is counted on.
+        clips: `jsonl` only: file under `root`, one clip a line: clip_id, video, start_s, end_s.
+        questions: `jsonl` only: file under `root`, one question a line: question_id, clip_id, question, answer, part.
+    """
+
+    name: Literal["egotaskqa", "jsonl"] = "egotaskqa"
+    root: Path = Path("data/egotaskqa")
+    split: Literal["direct", "indirect"] = "direct"
+    clips: str = "clips.jsonl"
+    questions: str = "questions.jsonl"
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    """How a clip becomes frames.
+
+    Args:
+        frames: T, frames taken from each clip.
+        size: side of the square input in pixels; a multiple of the encoder's 16-pixel patch.
+        sampling: `uniform` takes the middle frame of T equal spans (published evaluation rule).
+        short: what a clip with fewer than T frames gets: its nearest frames again, zeros, or quarantine.
+        timeout_s: seconds after which a decoder child is killed and its clip quarantined.
+        memory_gb: address space a decoder child may use beyond what it starts with.
+    """
+
+    frames: int = 16
+    size: int = 224
+    sampling: Literal["uniform"] = "uniform"
+    short: Literal["repeat", "zeros", "quarantine"] = "repeat"
+    timeout_s: float = 60.0
+    memory_gb: float = 4.0
+
+    def __post_init__(self) -> None:
+        _require(self.frames >= 1, "video.frames", self.frames, "at least 1")
+        _require(self.size >= 16 and self.size % 16 == 0, "video.size", self.size, "a positive multiple of 16")
+        _require(self.timeout_s > 0, "video.timeout_s", self.timeout_s, "a positive number of seconds")
+        _require(self.memory_gb > 0, "video.memory_gb", self.memory_gb, "a positive number of gigabytes")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The frozen network of stage one.
+
+    Args:
+        arch: which published network the checkpoint belongs to.
+        checkpoint: its weights, in any of the published containers or safetensors.
+        depth: blocks run before the tokens are tapped; the last depth carries the final norm.
+        path: `fused` is the question-answering path (top-level CLS token), `dual` the video-only one.
+        dtype: arithmetic of the encoder.
+        batch: clips encoded together.
+        device: `auto` is CUDA where there is one, else CPU.
+    """
+
+    arch: Arch = "egovlpv2"
+    checkpoint: Path = Path("weights/EgoVLPv2.pth")
+    depth: int = 6
+    path: Literal["fused", "dual"] = "fused"
+    dtype: ComputeDtype = "bfloat16"
+    batch: int = 32
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _require(self.depth >= 1, "encoder.depth", self.depth, "at least 1")
+        _require(self.batch >= 1, "encoder.batch", self.batch, "at least 1")
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The frozen text half.
+
+    Args:
+        model: folder (or hub name) of the tokenizer that the checkpoint's text network was trained with.
+        depth: text layers run before the states are cached; `null` takes `encoder.depth`.
+        max_length: tokens a question is padded or cut to.
+    """
+
+    model: str = "roberta-base"
+    depth: int | None = None
+    max_length: int = 30
+
+    def __post_init__(self) -> None:
+        _require(self.max_length >= 2, "text.max_length", self.max_length, "at least 2")
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """Where and how features are kept.
+
+    Args:
+        path: the store's folder. The questions' text states live in `text/` inside it.
+        format: `zarr` or `hdf5`; the contract is the same.
+        dtype: of the patch tokens on disk.
+        shard: clips to a shard, the unit that is written, committed and retried.
+    """
+
+    path: Path = Path("stores/egotaskqa_egovlpv2_d6")
+    format: Literal["zarr", "hdf5"] = "zarr"
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    shard: int = 64
+
+    def __post_init__(self) -> None:
+        _require(self.shard >= 1, "store.shard", self.shard, "at least 1")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Who does the work of stage one.
+
+    Args:
+        name: `joblib` runs worker processes on this machine.
+        workers: encoder processes; `auto` is one a GPU, or one on a machine without.
+        decoders: decoder children of each worker; `auto` is the number of cores, at most 8.
+        max_errors: stop with exit code 1 once more clips than this are quarantined: a count, or a share below 1.
+    """
+
+    name: Literal["joblib"] = "joblib"
+    workers: int | Literal["auto"] = "auto"
+    decoders: int | Literal["auto"] = "auto"
+    max_errors: int | float = 0.1
+
+    def __post_init__(self) -> None:
+        for key, value in (("engine.workers", self.workers), ("engine.decoders", self.decoders)):
+            _require(value == "auto" or (isinstance(value, int) and value >= 1), key, value, "auto or at least 1")
+        _require(self.max_errors >= 0, "engine.max_errors", self.max_errors, "a count, or a share below 1")
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """What stage two trains. Options past `name` and the regularisers shape `psa` alone.
+
+    Args:
+        name: row of the table: a blind baseline, a published system, or `psa` (ours).
+        ratio: selection ratio rho; k = ceil(rho N) patches are kept in each frame.
+        scores: what a patch is selected by; they add up.
+        coarse: also attend over 2x2-merged patches.
+        merge: learn the weights of the 2x2 merge; false takes their mean.
+        heads: attention heads of the aggregation.
+        width: hidden width of the head.
+        dropout: probability, before each hidden layer.
+        implementation: of `select_attend`: `auto` takes Triton on CUDA and the reference elsewhere.
+    """
+
+    name: HeadName = "psa"
+    ratio: float = 0.25
+    scores: tuple[Score, ...] = ("question", "saliency", "prior")
+    coarse: bool = True
+    merge: bool = True
+    heads: int = 4
+    width: int = 256
+    dropout: float = 0.1
+    implementation: Literal["auto", "reference", "triton"] = "auto"
+
+    def __post_init__(self) -> None:
+        _require(0 < self.ratio <= 1, "head.ratio", self.ratio, "a share in (0, 1]")
+        _require(self.heads >= 1, "head.heads", self.heads, "at least 1")
+        _require(0 <= self.dropout < 1, "head.dropout", self.dropout, "a probability in [0, 1)")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a head is trained.
+
+    Args:
+        epochs: passes over the training questions.
+        batch: questions to an optimiser step, grouped so that a clip is read once for all its questions.
+        lr: peak learning rate of AdamW.
+        warmup: share of the steps over which the rate rises; a cosine takes it down after.
+        weight_decay: AdamW's, on matrices only.
+        label_smoothing: of the cross-entropy over answers.
+        seed: of the initialisation, the order of clips and dropout.
+        dtype: arithmetic of the head; `auto` is bfloat16 autocast where the device is faster with it.
+        residency: where the features are kept: `auto` picks from sizes and says so.
+        device: `auto` is CUDA where there is one, else CPU.
+    """
+
+    epochs: int = 40
+    batch: int = 256
+    lr: float = 2.0e-4
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    label_smoothing: float = 0.0
+    seed: int = 0
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    residency: Literal["auto", "disk", "ram", "gpu"] = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "train.epochs", self.epochs, "at least 1")
+        _require(self.batch >= 1, "train.batch", self.batch, "at least 1")
+        _require(self.lr > 0, "train.lr", self.lr, "a positive number")
+        _require(0 <= self.warmup < 1, "train.warmup", self.warmup, "a share in [0, 1)")
+        _require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "a share in [0, 1)")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where results go.
+
+    Args:
+        dir: this run's folder: log, checkpoint, metrics, predictions.
+        table: folder whose runs `table` and `report` gather and where they write; `null` takes `dir`'s parent.
+    """
+
+    dir: Path = Path("runs/egotaskqa_direct_psa")
+    table: Path | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def option_names() -> list[str]:
+    """Every `section.field` of `Config`, in the order they are written above."""
+    default = Config()
+    return [
+        f"{section}.{option.name}"
+        for section in _sections()
+        for option in dataclasses.fields(getattr(default, section))
+    ]
+
+
+class ConfigParser(jsonargparse.ArgumentParser):
+    """jsonargparse's parser with errors in one line that name the nearest valid option."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print `message` with the nearest valid option name and exit with code 2."""
+        line = " ".join(message.split())
+        print(f"{self.prog}: error: {line}{_nearest(line)}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _nearest(message: str) -> str:
+    unknown = re.search(r"(?:unrecognized arguments: --|accept option '|[Kk]ey '?)([\w.\-]+)", message)
+    if "unrecognized" not in message and "does not accept" not in message and "not expected" not in message:
+        return ""
+    if not unknown:
+        return ""
+    group = re.search(r"Group '(\w+)'", message)
+    name = f"{group.group(1)}.{unknown.group(1)}" if group else unknown.group(1)
+    close = difflib.get_close_matches(name, option_names(), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; the sections are {', '.join(_sections())}"
+
+
+def _sections() -> list[str]:
+    return [section.name for section in dataclasses.fields(Config)]
+
+
+def add_config_arguments(parser: jsonargparse.ArgumentParser) -> None:
+    """Add `--config FILE`, `--print_config` and every option of `Config` to `parser`."""
+    parser.add_argument("--config", action="config", help="YAML file of an experiment")
+    parser.add_class_arguments(Config)
+
+
+def parse_config(parser: jsonargparse.ArgumentParser, args: Sequence[str]) -> tuple[Config, jsonargparse.Namespace]:
+    """Parse a command line that `add_config_arguments` described.
+
+    Returns:
+        The experiment, and the namespace with whatever other options `parser` has.
+
+    Raises:
+        SystemExit: code 2, with one line on stderr, for an unknown key, a wrong type, a value out of range or a
+            missing file.
+    """
+    namespace = parser.parse_args(list(args))
+    try:
+        sections = parser.instantiate(namespace)
+    except ValueError as error:
+        parser.error(str(error))
+    return Config(**{name: sections[name] for name in _sections()}), namespace
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read one experiment file; `overrides` are such as `["--head.ratio", "0.5"]`. Errors as in `parse_config`."""
+    parser = ConfigParser(prog="config")
+    add_config_arguments(parser)
+    return parse_config(parser, ["--config", str(path), *overrides])[0]

@@ -1,0 +1,185 @@
+"""What crosses the store's boundary: tokens, text states, the store's shape and its fingerprint.
+
+Shape legend: B clips, T frames, N patches a frame (rows x cols), M coarse patches a frame, D channels, L text tokens.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Scalar = str | int | float | bool | None
+StoredDtype = Literal["float16", "bfloat16", "float32", "float8_e4m3", "int8"]
+
+
+@dataclass(frozen=True)
+class PatchTokens:
+    """Encoder output for B clips; every tensor has the batch first.
+
+    Attributes:
+        cls: [B, D].
+        patches: [B, T, N, D].
+        saliency: [B, T, N], CLS's attention to each patch, mean over heads, before softmax.
+        timestamps: [B, T] seconds from the clip's start, of the frames that were encoded.
+        coarse: [B, T, M, D], tokens of the coarse tower, where the network has one.
+        coarse_saliency: [B, T, M].
+        scale: [B, T, N], factor of each patch where `patches` is int8 or float8.
+
+    Raises:
+        ValueError: a tensor's shape disagrees with `patches`; the message names it.
+    """
+
+    cls: Tensor
+    patches: Tensor
+    saliency: Tensor
+    timestamps: Tensor | None = None
+    coarse: Tensor | None = None
+    coarse_saliency: Tensor | None = None
+    scale: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.patches.ndim != 4:
+            raise ValueError(f"patches has shape {tuple(self.patches.shape)}; expected [B, T, N, D]")
+        b, t, n, d = self.patches.shape
+        expected = {"cls": (b, d), "saliency": (b, t, n), "timestamps": (b, t), "scale": (b, t, n)}
+        if self.coarse is not None:
+            if self.coarse.ndim != 4:
+                raise ValueError(f"coarse has shape {tuple(self.coarse.shape)}; expected [B, T, M, D]")
+            m = self.coarse.shape[2]
+            expected |= {"coarse": (b, t, m, d), "coarse_saliency": (b, t, m)}
+        for name, shape in expected.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}; expected {shape} beside patches {b, t, n, d}"
+                )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are present, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PatchTokens":
+        """A copy on `device`."""
+        return PatchTokens(**{k: v.to(device, non_blocking=non_blocking) for k, v in self.tensors().items()})
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """Text network output for B questions.
+
+    Attributes:
+        states: [B, L, D].
+        attention_mask: [B, L] bool, true on tokens and false on padding.
+    """
+
+    states: Tensor
+    attention_mask: Tensor
+
+    def __post_init__(self) -> None:
+        if self.states.ndim != 3:
+            raise ValueError(f"states has shape {tuple(self.states.shape)}; expected [B, L, D]")
+        if self.attention_mask.shape != self.states.shape[:2]:
+            raise ValueError(
+                f"attention_mask has shape {tuple(self.attention_mask.shape)}; expected {tuple(self.states.shape[:2])}"
+            )
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One named array of a store: `shape` is that of a single row."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if any(side < 1 for side in self.shape):
+            raise ValueError(f"array {self.name!r} has row shape {self.shape}; expected positive sides")
+
+
+@dataclass(frozen=True)
+class StoreSpec:
+    """The shape of a store.
+
+    Attributes:
+        kind: `patches` (rows are clips) or `text` (rows are question texts).
+        arrays: what is kept for each row.
+        shard: rows to a shard.
+        grid: (rows, cols) of the patch grid; None for text.
+    """
+
+    kind: Literal["patches", "text"]
+    arrays: tuple[ArraySpec, ...]
+    shard: int = 64
+    grid: tuple[int, int] | None = None
+
+    @classmethod
+    def for_patches(
+        cls,
+        frames: int,
+        grid: tuple[int, int],
+        width: int,
+        dtype: StoredDtype = "float16",
+        shard: int = 64,
+        coarse: int | None = None,
+    ) -> "StoreSpec":
+        """Spec of a clip store: `frames` T, `grid` with rows*cols = N, `width` D, `coarse` M where there are any."""
+        n = grid[0] * grid[1]
+        arrays = [
+            ArraySpec("patches", (frames, n, width), dtype),
+            ArraySpec("cls", (width,), "float32"),
+            ArraySpec("saliency", (frames, n), "float32"),
+            ArraySpec("timestamps", (frames,), "float32"),
+        ]
+        if dtype in ("int8", "float8_e4m3"):
+            arrays.append(ArraySpec("scale", (frames, n), "float32"))
+        if coarse is not None:
+            arrays.append(ArraySpec("coarse", (frames, coarse, width), dtype))
+            arrays.append(ArraySpec("coarse_saliency", (frames, coarse), "float32"))
+        return cls("patches", tuple(arrays), shard, grid)
+
+    @classmethod
+    def for_text(cls, length: int, width: int, dtype: StoredDtype = "float16", shard: int = 1024) -> "StoreSpec":
+        """Spec of a store of text states: `length` L tokens of `width` D."""
+        return cls(
+            "text",
+            (ArraySpec("states", (length, width), dtype), ArraySpec("attention_mask", (length,), "bool")),
+            shard,
+        )
+
+    def array(self, name: str) -> ArraySpec:
+        """The array called `name`.
+
+        Raises:
+            KeyError: the store keeps no such array.
+        """
+        for array in self.arrays:
+            if array.name == name:
+                return array
+        raise KeyError(f"no array {name!r}; the store keeps {', '.join(a.name for a in self.arrays)}")
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Everything that decides the values in a store, by name, so that two stores can be told apart and say why."""
+
+    fields: Mapping[str, Scalar]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the fields, in hex."""
+        return hashlib.sha256(json.dumps(dict(self.fields), sort_keys=True).encode()).hexdigest()
+
+    def differences(self, other: "Fingerprint") -> list[str]:
+        """One line a field that differs, such as `depth: 6 here, 12 there`."""
+        names = sorted(self.fields.keys() | other.fields.keys())
+        absent = "absent"
+        return [
+            f"{name}: {self.fields.get(name, absent)!r} here, {other.fields.get(name, absent)!r} there"
+            for name in names
+            if self.fields.get(name, absent) != other.fields.get(name, absent)
+        ]
