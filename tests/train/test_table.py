@@ -1,0 +1,146 @@
+"""The table: order, averages over seeds, exact keys, and nothing silently skipped."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.train.fake_runs import write_run, write_sweep
+from train.table import TableError, gather, write_table
+
+KEYS = ["model", "split", "open", "binary", "all", "n", "checkpoint", "log"]
+
+
+def test_rows_are_blind_then_published_then_ours_and_direct_first(tmp_path: Path) -> None:
+    for split in ("indirect", "direct"):
+        for model in ("psa", "egovlpv2", "majority", "mfas", "question-only", "egovlp"):
+            write_run(tmp_path, f"{split}_{model}", model=model, split=split)
+    records = write_table(tmp_path)
+    order = ["majority", "question-only", "egovlp", "egovlpv2", "mfas", "psa"]
+    assert [(r["split"], r["model"]) for r in records] == [(s, m) for s in ("direct", "indirect") for m in order]
+    text = (tmp_path / "table.md").read_text()
+    assert text.index("## Direct") < text.index("## Indirect")
+
+
+def test_json_has_exactly_the_published_keys_and_relative_paths(tmp_path: Path) -> None:
+    write_run(tmp_path, "a/psa", all_=48.6949, open_=38.951, binary=75.86)
+    records = write_table(tmp_path)
+    assert json.loads((tmp_path / "table.json").read_text()) == records
+    (record,) = records
+    assert list(record) == KEYS
+    assert record == {
+        "model": "psa", "split": "direct", "open": 38.95, "binary": 75.86, "all": 48.69, "n": 1000,
+        "checkpoint": "a/psa/best.safetensors", "log": "a/psa/log.jsonl",
+    }  # fmt: skip
+
+
+def test_markdown_has_the_published_columns_and_two_decimals(tmp_path: Path) -> None:
+    write_run(tmp_path, "psa", all_=48.6, open_=39, binary=75.864)
+    write_table(tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    assert "| Model | Open | Binary | All | Checkpoint | Log |" in text
+    row = "| psa | 39.00 | 75.86 | 48.60 | [best.safetensors](<psa/best.safetensors>) | [log.jsonl](<psa/log.jsonl>) |"
+    assert row in text
+    assert "n = 1,000 questions: 600 open, 400 binary." in text
+    assert "tagged `direct` alone: psa 49.60" in text
+
+
+def test_seeds_are_averaged_and_the_seed_best_on_val_is_named(tmp_path: Path) -> None:
+    for seed, (accuracy, val) in enumerate([(50.0, 40.0), (52.0, 45.0), (54.0, 41.0)]):
+        write_run(tmp_path, f"psa_{seed}", seed=seed, all_=accuracy, val=val)
+    (record,) = write_table(tmp_path)
+    assert record["all"] == 52.0
+    assert record["checkpoint"] == "psa_1/best.safetensors"
+    text = (tmp_path / "table.md").read_text()
+    assert "52.00 ± 2.00" in text
+    assert "over 3 seeds" in text
+
+
+def test_unlike_settings_are_not_averaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path, "a", all_=50)
+    write_run(tmp_path, "b", all_=60, config={"head": {"ratio": 0.5}})
+    records = write_table(tmp_path)
+    assert [(r["model"], r["all"]) for r in records] == [("psa", 50.0), ("psa (head.ratio 0.5)", 60.0)]
+    assert "psa (head.ratio 0.5) has a row of its own" in capsys.readouterr().err
+
+
+def test_a_repeated_seed_is_counted_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path, "a", all_=50)
+    write_run(tmp_path, "b", all_=60)
+    (record,) = write_table(tmp_path)
+    assert record["all"] == 50.0
+    assert "b: repeats seed 0 of a" in capsys.readouterr().err
+
+
+def test_runs_of_a_sweep_are_no_rows(tmp_path: Path) -> None:
+    write_run(tmp_path, "psa")
+    write_sweep(tmp_path)
+    write_run(tmp_path, "sweeps/ratio_direct/r0.1_s0", config={"head": {"ratio": 0.1}})
+    assert len(write_table(tmp_path)) == 1
+
+
+def test_a_part_without_questions_has_no_number(tmp_path: Path) -> None:
+    write_run(tmp_path, "psa", binary=None, n=(600, 0))  # type: ignore[arg-type]
+    (record,) = write_table(tmp_path)
+    assert record["binary"] is None
+    assert "| psa | 40.00 | – | 50.00 |" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: (run / "test.json").write_text('{"open": '), "bad: test.json is damaged"),
+        (lambda run: (run / "test.json").write_text("[]"), "bad: test.json holds a list, expected an object"),
+        (lambda run: (run / "test.json").write_text("{}"), "bad: test.json is not a result"),
+        (lambda run: (run / "test.json").unlink(), "bad: not evaluated (no test.json)"),
+        (lambda run: (run / "card.json").unlink(), "bad: card.json is missing"),
+        (lambda run: (run / "card.json").write_bytes(b"\xff\xfe"), "bad: card.json is damaged"),
+    ],
+)
+def test_damaged_runs_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage, message: str) -> None:
+    write_run(tmp_path, "good", model="egovlp")
+    damage(write_run(tmp_path, "bad"))
+    assert [record["model"] for record in write_table(tmp_path)] == ["egovlp"]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if message in line]
+    assert line.startswith("table: ")
+    assert message in (tmp_path / "table.md").read_text()
+
+
+def test_impossible_accuracy_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path, "good", model="egovlp")
+    write_run(tmp_path, "bad", all_=150.0)
+    (problem,) = gather(tmp_path).problems
+    assert "150.0; expected a percentage" in problem
+
+
+@pytest.mark.parametrize("make", [lambda folder: None, lambda folder: (folder / "psa").mkdir()])
+def test_no_runs_says_which_command_makes_them(tmp_path: Path, make) -> None:
+    make(tmp_path)
+    with pytest.raises(TableError, match=r"holds no finished run.*python -m train fit --config CONFIG"):
+        write_table(tmp_path)
+    assert not (tmp_path / "table.json").exists()
+
+
+def test_notices_come_from_the_cards(tmp_path: Path) -> None:
+    write_run(tmp_path, "psa")
+    write_table(tmp_path)
+    assert "random stand-ins" not in (tmp_path / "table.md").read_text()
+    notice = {"notice": "random-weight stand-in encoder; synthetic set EgoSynth"}
+    write_run(tmp_path, "egovlp", model="egovlp", card=notice)
+    write_table(tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    assert "weights are random stand-ins" in text
+    assert "synthetic (EgoSynth)" in text
+
+
+def test_uneven_question_counts_are_said(tmp_path: Path) -> None:
+    write_run(tmp_path, "a", model="egovlp", n=(500, 400))
+    write_run(tmp_path, "b", n=(600, 400))
+    write_table(tmp_path)
+    assert "Rows are over different questions: egovlp n = 900" in (tmp_path / "table.md").read_text()
+
+
+def test_model_names_cannot_break_the_table(tmp_path: Path) -> None:
+    write_run(tmp_path, "a", model="x|<b>")
+    write_table(tmp_path)
+    assert "| x\\|&lt;b> |" in (tmp_path / "table.md").read_text()
