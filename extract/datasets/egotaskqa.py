@@ -1,0 +1,218 @@
+"""EgoTaskQA's annotations, in the layouts they are found in.
+
+As released: `ROOT/qa/{direct,indirect}/formatted_{train,val,test}_qas_encode.json`, `answer_set.txt` beside them, and
+videos `ROOT/qa_videos/INTERVAL.mp4`, where INTERVAL is like `vid|P1|start|end` (the pipes are part of the file name)
+and is the clip's id. `qa_ori/` in place of `qa/` is read too, and so are the files of earlier steps of the released
+preprocessing: `{part}_qas_encode.json` and `{part}_qas.json`. Without `answer_set.txt` the answer set is built from the
+training answers by the released rule.
+
+Source: EgoTaskQA (Jia et al., NeurIPS 2022), `baselines/preprocess`.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from extract.datasets import parsing
+from extract.datasets.records import (
+    PARTS,
+    UNKNOWN_ANSWERS,
+    Clip,
+    Dataset,
+    DatasetError,
+    Part,
+    Question,
+    answer_vocabulary,
+)
+
+SPLITS = ("direct", "indirect")
+ANNOTATION_FOLDERS = ("qa", "qa_ori")
+FILE_NAMES = ("formatted_{part}_qas_encode.json", "{part}_qas_encode.json", "{part}_qas.json")
+ANSWER_SET = "answer_set.txt"
+VIDEO_FOLDER = "qa_videos"
+
+
+def load(root: Path, split: str) -> Dataset:
+    """Every clip under `root` and the questions of one split.
+
+    Args:
+        root: folder that holds `qa` (or `qa_ori`) and `qa_videos`.
+        split: `direct` or `indirect`. Its three parts must be there; the other split is read where it is present, so
+            that its clips and texts are part of the same store.
+
+    Raises:
+        DatasetError: files are missing or any record is malformed; one line a fault.
+    """
+    problems: list[str] = []
+    written: list[str] = []
+    questions: dict[str, dict[Part, tuple[Question, ...]]] = {}
+    for name in SPLITS:
+        questions[name] = {}
+        for part in PARTS:
+            path = annotation_file(root, name, part)
+            if path is None:
+                if name == split:
+                    problems.append(_missing(root, name, part))
+                continue
+            try:
+                questions[name][part], answers_as_written = _read(path)
+                if (name, part) == (split, "train"):
+                    written = answers_as_written
+            except DatasetError as error:
+                problems.extend(error.problems)
+    if problems:
+        raise DatasetError(problems)
+    answers = _answers(root, split, written)
+    _check_encoded(root, split, questions[split], len(answers))
+    everything = [question for parts in questions.values() for part in parts.values() for question in part]
+    return Dataset(
+        clips=tuple(
+            Clip(clip_id, root / VIDEO_FOLDER / f"{clip_id}.mp4") for clip_id in sorted({q.clip_id for q in everything})
+        ),
+        questions=questions[split],
+        answers=answers,
+        texts=tuple(sorted({question.text for question in everything})),
+        split=split,
+    )
+
+
+def annotation_file(root: Path, split: str, part: Part) -> Path | None:
+    """Where the questions of a part are, in the first layout that has them; None if none does."""
+    for folder in ANNOTATION_FOLDERS:
+        for name in FILE_NAMES:
+            path = root / folder / split / name.format(part=part)
+            if path.is_file():
+                return path
+    return None
+
+
+def read_questions(path: Path) -> tuple[Question, ...]:
+    """The questions of one annotation file, in its order.
+
+    Raises:
+        DatasetError: the file is missing or cut short, or records are malformed or repeat a question_id.
+    """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[tuple[Question, ...], list[str]]:
+    """The questions, and their answers in the file's own spelling, which the released answer set is counted on."""
+    problems: list[str] = []
+    questions: dict[str, Question] = {}
+    written: list[str] = []
+    try:
+        records = parsing.read_json_records(path, "an EgoTaskQA annotation file, a JSON list of questions")
+    except ValueError as error:
+        raise DatasetError([str(error)]) from None
+    for position, (question, answer) in parsing.collect(_numbered(path, records), _question, problems):
+        if question.question_id in questions:
+            problems.append(f"{position}: question_id {question.question_id!r} is used twice; expected unique ids")
+        questions[question.question_id] = question
+        written.append(answer)
+    if problems:
+        raise DatasetError(problems)
+    return tuple(questions.values()), written
+
+
+def _numbered(path: Path, records: list[Any]) -> Iterator[tuple[str, Any]]:
+    for index, record in enumerate(records):
+        yield f"{path}:record {index}", record
+
+
+def _question(record: object) -> tuple[Question, str]:
+    fields = parsing.as_object(record)
+    structural = parsing.text_field(fields, "structural")
+    if structural not in ("query", "verify"):
+        raise ValueError(f"'structural' is {structural!r}; expected 'query' or 'verify'")
+    form: Literal["open", "binary"] = "binary" if structural == "verify" else "open"
+    answer = parsing.text_field(fields, "answer")
+    question = Question(
+        question_id=parsing.id_field(fields, "question_id"),
+        clip_id=parsing.clip_id_field(fields, "interval"),
+        text=parsing.text_field(fields, "question"),
+        answer=answer.strip().lower(),
+        form=form,
+        tags=_tags(fields),
+        encoded=_encoded(fields),
+    )
+    return question, answer
+
+
+def _tags(fields: Any) -> tuple[str, ...]:
+    """`reasoning_type` cut at its dollar signs, or the same built from the single fields."""
+    if "reasoning_type" in fields:
+        tags = tuple(parsing.text_field(fields, "reasoning_type").split("$"))
+    else:
+        tags = (
+            *parsing.texts_field(fields, "type"),
+            *parsing.texts_field(fields, "category"),
+            *(parsing.text_field(fields, key) for key in ("semantic", "structural", "reference")),
+        )
+    return tuple(dict.fromkeys(tag for tag in tags if tag))
+
+
+def _encoded(fields: Any) -> int | None:
+    """`answer_encode`, a number or (in `*_qas_encode.json`) its digits."""
+    value = fields.get("answer_encode")
+    if value is None:
+        return None
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"'answer_encode' is {value!r}; expected a class, a whole number from 0")
+    return value
+
+
+def _answers(root: Path, split: str, train: list[str]) -> tuple[str, ...]:
+    path = _answer_file(root, split)
+    if path is None:
+        return answer_vocabulary(train)
+    try:
+        text = parsing.read_text(path, "an answer a line")
+    except ValueError as error:
+        raise DatasetError([str(error)]) from None
+    lines = text.removesuffix("\n").split("\n")
+    first: dict[str, int] = {}
+    problems = []
+    for number, line in enumerate(lines, start=1):
+        answer = line.strip()
+        if answer in first:
+            problems.append(
+                f"{path}:{number}: answer {answer!r} stands on line {first[answer]} too; expected each once"
+            )
+        first.setdefault(answer, number)
+    if UNKNOWN_ANSWERS[1] not in first:
+        problems.append(
+            f"{path}:1: no line {UNKNOWN_ANSWERS[1]}; expected the released answer set, which starts with it"
+        )
+    if problems:
+        raise DatasetError(problems)
+    return tuple(first)
+
+
+def _answer_file(root: Path, split: str) -> Path | None:
+    """The answer set that belongs to the training file: the one in the same folder."""
+    train = annotation_file(root, split, "train")
+    path = None if train is None else train.parent / ANSWER_SET
+    return path if path is not None and path.is_file() else None
+
+
+def _check_encoded(root: Path, split: str, questions: dict[Part, tuple[Question, ...]], classes: int) -> None:
+    problems = [
+        f"{annotation_file(root, split, part)}:record {index}: 'answer_encode' is {question.encoded}; "
+        f"the answer set has classes 0 to {classes - 1}"
+        for part, members in questions.items()
+        for index, question in enumerate(members)
+        if question.encoded is not None and question.encoded >= classes
+    ]
+    if problems:
+        raise DatasetError(problems)
+
+
+def _missing(root: Path, split: str, part: Part) -> str:
+    expected = root / ANNOTATION_FOLDERS[0] / split / FILE_NAMES[0].format(part=part)
+    others = ", ".join(name.format(part=part) for name in FILE_NAMES[1:])
+    return (
+        f"{expected}: no such file; expected EgoTaskQA's {part} questions of the {split} split there "
+        f"(or {others}, or the folder {ANNOTATION_FOLDERS[1]}/); check data.root, which is {str(root)!r}"
+    )

@@ -1,0 +1,102 @@
+"""Your own videos: two files of one JSON object a line.
+
+Clips: `{"clip_id": "kitchen-01", "video": "videos/kitchen.mp4", "start_s": 12.0, "end_s": 17.5}`. `video` is relative
+to the data root; without `start_s` and `end_s` the clip is the whole video.
+
+Questions: `{"question_id": "1", "clip_id": "kitchen-01", "question": "what is opened?", "answer": "fridge",
+"part": "train"}`. `part` is train, val or test. Optional: `form` (`open` or `binary`; without it, yes and no make a
+question binary) and `tags`, a list of strings that results are also reported by.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from extract.datasets import parsing
+from extract.datasets.records import PARTS, Clip, Dataset, DatasetError, Part, Question, answer_vocabulary
+
+CLIP_KEYS = ("clip_id", "video", "start_s", "end_s")
+QUESTION_KEYS = ("question_id", "clip_id", "question", "answer", "part", "form", "tags")
+
+
+def load(clips_file: Path, questions_file: Path, root: Path, split: str) -> Dataset:
+    """Clips and questions of two files.
+
+    Args:
+        clips_file: a clip a line.
+        questions_file: a question a line, with the part it belongs to.
+        root: folder that relative video paths start from.
+        split: name of the tag that the published "All" is counted on; goes into the result unchanged.
+
+    Raises:
+        DatasetError: a file is missing, a line is malformed, an id is repeated or a question names an unknown clip;
+            one line a fault.
+    """
+    problems: list[str] = []
+    clips: dict[str, Clip] = {}
+    try:
+        lines = parsing.json_lines(clips_file, "the clips, one JSON object a line (data.clips)")
+        for position, clip in parsing.collect(lines, lambda record: _clip(record, root), problems):
+            if clip.clip_id in clips:
+                problems.append(f"{position}: clip_id {clip.clip_id!r} is used twice; expected unique ids")
+            clips[clip.clip_id] = clip
+    except ValueError as error:
+        raise DatasetError([str(error)]) from None
+    questions: dict[str, tuple[Part, Question]] = {}
+    try:
+        lines = parsing.json_lines(questions_file, "the questions, one JSON object a line (data.questions)")
+        for position, (part, question) in parsing.collect(lines, _question, problems):
+            if question.question_id in questions:
+                problems.append(f"{position}: question_id {question.question_id!r} is used twice; expected unique ids")
+            # Questions of a clip whose own line is malformed are listed too: nothing tells them apart.
+            if question.clip_id not in clips:
+                problems.append(f"{position}: clip_id {question.clip_id!r} is not a clip of {clips_file}; add it there")
+            questions[question.question_id] = (part, question)
+    except ValueError as error:
+        problems.append(str(error))
+    if not clips and not problems:
+        problems.append(f"{clips_file}: holds no clip; expected one JSON object a line")
+    if problems:
+        raise DatasetError(problems)
+    by_part = {part: tuple(q for where, q in questions.values() if where == part) for part in PARTS}
+    return Dataset(
+        clips=tuple(clips[clip_id] for clip_id in sorted(clips)),
+        questions=by_part,
+        answers=answer_vocabulary([question.answer for question in by_part["train"]]),
+        texts=tuple(sorted({question.text for _, question in questions.values()})),
+        split=split,
+    )
+
+
+def _clip(record: object, root: Path) -> Clip:
+    fields = parsing.as_object(record, CLIP_KEYS)
+    return Clip(
+        clip_id=parsing.clip_id_field(fields, "clip_id"),
+        video=root / parsing.text_field(fields, "video"),
+        start_s=parsing.seconds_field(fields, "start_s"),
+        end_s=parsing.seconds_field(fields, "end_s"),
+    )
+
+
+def _question(record: object) -> tuple[Part, Question]:
+    fields = parsing.as_object(record, QUESTION_KEYS)
+    part = _one_of(fields, "part", PARTS)
+    answer = parsing.text_field(fields, "answer").strip().lower()
+    form: Literal["open", "binary"] = "binary" if answer in ("yes", "no") else "open"
+    if "form" in fields:
+        form = _one_of(fields, "form", ("open", "binary"))
+    question = Question(
+        question_id=parsing.id_field(fields, "question_id"),
+        clip_id=parsing.clip_id_field(fields, "clip_id"),
+        text=parsing.text_field(fields, "question"),
+        answer=answer,
+        form=form,
+        tags=parsing.texts_field(fields, "tags"),
+    )
+    return part, question
+
+
+def _one_of(fields: Any, key: str, choices: tuple[Any, ...]) -> Any:
+    value = fields.get(key)
+    if value not in choices:
+        raise ValueError(f"{key!r} is {value!r}; expected {', '.join(choices[:-1])} or {choices[-1]}")
+    return value

@@ -1,0 +1,161 @@
+"""Reading annotation files so that every fault comes out as one line with its file and position."""
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+# A clip id becomes a file name such as `ID.mp4`, and file systems allow 255 bytes.
+MAX_CLIP_ID_BYTES = 240
+
+
+def read_text(path: Path, purpose: str) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        ValueError: the file is absent, unreadable or not UTF-8; the line says what was expected there.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; expected {purpose}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}:byte {error.start}: not UTF-8 text; expected {purpose}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); expected {purpose}") from None
+
+
+def read_json_records(path: Path, purpose: str) -> list[Any]:
+    """The list that a JSON file holds.
+
+    Raises:
+        ValueError: as `read_text`; not JSON, with line and column; not a list.
+    """
+    text = read_text(path, purpose)
+    try:
+        records = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}:line {error.lineno} column {error.colno}: not valid JSON ({error.msg}); "
+            "the file may be cut short, fetch it again"
+        ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists without end
+        raise ValueError(f"{path}: cannot be parsed as JSON ({error}); expected {purpose}") from None
+    if not isinstance(records, list):
+        raise ValueError(f"{path}: holds a JSON {kind(records)}; expected a list of question records")
+    return records
+
+
+def json_lines(path: Path, purpose: str) -> Iterator[tuple[str, Any]]:
+    """Position (`FILE:LINE`) and value of every line that is not blank; a line that is not JSON gives its ValueError.
+
+    Raises:
+        ValueError: as `read_text`.
+    """
+    for number, line in enumerate(read_text(path, purpose).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield f"{path}:{number}", json.loads(line)
+        except json.JSONDecodeError as error:
+            yield (
+                f"{path}:{number}",
+                ValueError(f"not valid JSON ({error.msg} at column {error.colno}); expected one object on the line"),
+            )
+        except (ValueError, RecursionError) as error:
+            yield f"{path}:{number}", ValueError(f"cannot be parsed as JSON ({error}); expected one flat object")
+
+
+def collect(
+    records: Iterator[tuple[str, Any]], parse: Callable[[Any], T], problems: list[str]
+) -> Iterator[tuple[str, T]]:
+    """`parse` every record; a ValueError becomes the line `position: reason` in `problems` and the rest goes on."""
+    for position, record in records:
+        try:
+            if isinstance(record, ValueError):
+                raise record
+            yield position, parse(record)
+        except ValueError as error:
+            problems.append(f"{position}: {error}")
+
+
+def kind(value: object) -> str:
+    """JSON's own word for a value's type, for messages."""
+    if value is None:
+        return "null"
+    names = {bool: "boolean", int: "number", float: "number", str: "string", list: "list", dict: "object"}
+    return names.get(type(value), type(value).__name__)
+
+
+def as_object(record: object, allowed: Collection[str] | None = None) -> Mapping[str, Any]:
+    """`record` as a JSON object; with `allowed`, other keys are refused with the nearest valid name."""
+    if not isinstance(record, dict):
+        raise ValueError(f"holds a {kind(record)}; expected an object")
+    for key in record:
+        if allowed is not None and key not in allowed:
+            close = difflib.get_close_matches(key, allowed, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(allowed)}"
+            raise ValueError(f"unknown key {key!r}; {hint}")
+    return record
+
+
+def text_field(record: Mapping[str, Any], key: str) -> str:
+    """A string that is not blank."""
+    value = record.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{key!r} is {_shown(record, key)}; expected text")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError(f"{key!r} is {_shown(record, key)}; expected text without lone surrogates")
+    return value
+
+
+def id_field(record: Mapping[str, Any], key: str) -> str:
+    """A string or a whole number, as a string."""
+    value = record.get(key)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, str) and value.strip():
+        return value
+    raise ValueError(f"{key!r} is {_shown(record, key)}; expected a string or a whole number")
+
+
+def clip_id_field(record: Mapping[str, Any], key: str) -> str:
+    """A clip id that is safe to build file names from."""
+    value = text_field(record, key)
+    if "/" in value or "\\" in value or value in (".", "..") or not value.isprintable():
+        raise ValueError(f"{key!r} is {value!r}; expected a name without slashes and control characters")
+    if len(value.encode()) > MAX_CLIP_ID_BYTES:
+        raise ValueError(f"{key!r} has {len(value.encode())} bytes; expected at most {MAX_CLIP_ID_BYTES}")
+    return value
+
+
+def seconds_field(record: Mapping[str, Any], key: str) -> float | None:
+    """A finite number of seconds, or None when absent or null."""
+    value = record.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{key!r} is {_shown(record, key)}; expected a number of seconds or null")
+    return float(value)
+
+
+def texts_field(record: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """A list of strings; a single string counts as a list of one, an absent key as an empty one."""
+    value = record.get(key)
+    if value is None:
+        return ()
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(item, str) and item for item in values):
+        raise ValueError(f"{key!r} is {_shown(record, key)}; expected a list of strings")
+    return tuple(values)
+
+
+def _shown(record: Mapping[str, Any], key: str) -> str:
+    if key not in record:
+        return "missing"
+    text = repr(record[key])
+    return text if len(text) <= 60 else f"{text[:57]}..."
