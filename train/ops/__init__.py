@@ -1,0 +1,1 @@
+"""Operations that stage two's heads are built from."""

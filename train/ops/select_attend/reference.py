@@ -1,0 +1,313 @@
+"""`select_attend` in PyTorch: the specification, and a chunked form of it that is fast on a CPU.
+
+Shape legend: C clips, B questions, T frames, N patches a frame, D channels, H attention heads, k kept patches a frame.
+Inside a chunk: c clips with Q questions each (short clips are padded), f frames.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Tokens of a chunk in the arithmetic's dtype, and the kept rows gathered from them. Near the size of a last-level
+# cache: larger chunks stream through memory twice, smaller ones pay for more calls.
+CHUNK_BYTES = 16 * 2**20
+# Above this share of kept patches one product over all patches is cheaper than gathering the kept ones.
+DENSE_SHARE = 0.4
+
+
+def specification(
+    tokens: Tensor,
+    clip_index: Tensor,
+    queries: Tensor,
+    selector: Tensor,
+    bias: Tensor,
+    k: int,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition, in plain differentiable PyTorch; expands every question's clip, so memory grows with B.
+
+    Returns:
+        pooled [B, T, H, D], lse [B, T, H] and kept [B, T, k], all as `select_attend` defines them.
+    """
+    dtype = _arithmetic(queries)
+    x = tokens.to(dtype)
+    if scale is not None:
+        x = x * scale.to(dtype)[..., None]
+    x_btnd = x[clip_index]
+    s_btn = torch.einsum("bd,btnd->btn", selector.to(dtype), x_btnd) + bias.to(dtype)[clip_index]
+    # A stable sort leaves equal scores in the order of their patches: the lowest index wins.
+    kept = s_btn.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k].sort(dim=-1).values
+    x_btkd = x_btnd.gather(2, kept[..., None].expand(*kept.shape, x.shape[-1]))
+    a_bthk = torch.einsum("bhd,btkd->bthk", queries.to(dtype), x_btkd) + s_btn.gather(2, kept)[:, :, None]
+    empty = a_bthk.amax(dim=-1, keepdim=True) == -torch.inf
+    weights = a_bthk.masked_fill(empty, 0).softmax(dim=-1).masked_fill(empty, 0)
+    lse = a_bthk.masked_fill(empty, 0).logsumexp(dim=-1).masked_fill(empty[..., 0], -torch.inf)
+    pooled = torch.einsum("bthk,btkd->bthd", weights, x_btkd)
+    return pooled.to(queries.dtype), lse, kept
+
+
+def forward(
+    tokens: Tensor,
+    clip_index: Tensor,
+    queries: Tensor,
+    selector: Tensor,
+    bias: Tensor,
+    k: int,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`specification`'s outputs and the softmax weights [B, T, H, k], which `backward` takes.
+
+    Each clip is read once for all its questions and memory beyond the outputs stays near `CHUNK_BYTES`.
+
+    Raises:
+        ValueError: `clip_index` names a clip that `tokens` does not hold.
+    """
+    _, frames, patches, width = tokens.shape
+    questions, heads, _ = queries.shape
+    dtype = _arithmetic(queries)
+    pooled = queries.new_empty(questions, frames, heads, width)
+    lse = queries.new_empty(questions, frames, heads, dtype=dtype)
+    weights = queries.new_empty(questions, frames, heads, k, dtype=dtype)
+    kept = clip_index.new_empty(questions, frames, k, dtype=torch.int64)
+    for chunk in _chunks(tokens, clip_index, k, dtype):
+        x = chunk.tokens(tokens, dtype)
+        s_cqfn = chunk.scores(x, selector[chunk.slots].to(dtype), bias, scale)
+        kept_cqfk = _largest(s_cqfn, k)
+        q_cqhd = queries[chunk.slots].to(dtype)
+        rows = _KeptRows(x, kept_cqfk) if k <= DENSE_SHARE * patches else _AllRows(x, kept_cqfk)
+        a = rows.logits(q_cqhd)
+        factor = chunk.factor(scale, kept_cqfk, dtype)
+        if factor is not None:
+            a *= factor
+        a += s_cqfn.gather(3, kept_cqfk)[:, :, :, None]
+        top = a.amax(dim=-1, keepdim=True)
+        p = a.sub_(top.masked_fill(top == -torch.inf, 0)).exp_()
+        total = p.sum(dim=-1, keepdim=True)
+        p /= total.masked_fill(total == 0, 1)
+        chunk.store(lse, (total.log() + top)[..., 0])
+        chunk.store(weights, p)
+        chunk.store(kept, kept_cqfk)
+        chunk.store(pooled, rows.combine(p if factor is None else p * factor))
+    return pooled, lse, kept, weights
+
+
+def backward(
+    grad_pooled: Tensor,
+    grad_lse: Tensor,
+    tokens: Tensor,
+    clip_index: Tensor,
+    queries: Tensor,
+    kept: Tensor,
+    weights: Tensor,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries [B, H, D], selector [B, D] and bias [C, T, N], in `weights`' dtype.
+
+    The score s enters every head's logit with factor 1, so the selector's gradient is the sum of the queries' over
+    heads, and the bias's the sum of the logits' over heads and questions.
+    """
+    clips, frames, patches, _ = tokens.shape
+    k, dtype = kept.shape[-1], weights.dtype
+    grad_queries = torch.zeros_like(queries, dtype=dtype)
+    grad_bias = weights.new_zeros(clips, frames, patches)
+    for chunk in _chunks(tokens, clip_index, k, dtype):
+        x = chunk.tokens(tokens, dtype)
+        kept_cqfk = chunk.load(kept)
+        rows = _KeptRows(x, kept_cqfk) if k <= DENSE_SHARE * patches else _AllRows(x, kept_cqfk)
+        p = chunk.load(weights)
+        factor = chunk.factor(scale, kept_cqfk, dtype)
+        grad = rows.products(chunk.load(grad_pooled).to(dtype))
+        if factor is not None:
+            grad *= factor
+        grad -= (p * grad).sum(dim=-1, keepdim=True) - chunk.load(grad_lse).to(dtype)[..., None]
+        grad *= p
+        grad *= chunk.filled[:, :, None, None, None]
+        grad_scores = grad.new_zeros(*kept_cqfk.shape[:3], patches).scatter_(3, kept_cqfk, grad.sum(dim=3)).sum(dim=1)
+        grad_bias[chunk.clips, chunk.frames] = grad_scores
+        chunk.add(grad_queries, rows.pull(grad if factor is None else grad * factor))
+    return grad_queries, grad_queries.sum(dim=1), grad_bias
+
+
+def _arithmetic(queries: Tensor) -> torch.dtype:
+    return torch.float64 if queries.dtype == torch.float64 else torch.float32
+
+
+def _largest(scores: Tensor, k: int) -> Tensor:
+    """Indices of the k largest along the last dimension, rising; equal scores go to the lowest index."""
+    patches = scores.shape[-1]
+    if k == patches:
+        return torch.arange(patches, device=scores.device).expand(scores.shape).contiguous()
+    top = torch.topk(scores, k, dim=-1, sorted=False)
+    kept = top.indices
+    # topk picks any of the equal scores at the threshold. Only where there is a choice does the slower sort run.
+    tied = (scores >= top.values.amin(dim=-1, keepdim=True)).sum(dim=-1) > k
+    if bool(tied.any()):
+        kept[tied] = scores[tied].sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return kept.sort(dim=-1).values
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """c clips, the questions that read them and a range of frames.
+
+    Attributes:
+        clips: [c].
+        slots: [c, Q], question of each slot; slots of a clip with fewer than Q questions hold question 0.
+        filled: [c, Q] bool, false on the padding.
+        frames: range of frames.
+    """
+
+    clips: Tensor
+    slots: Tensor
+    filled: Tensor
+    frames: slice
+
+    def tokens(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """[c, f, N, D] in `dtype`."""
+        if len(self.clips) == 1:
+            return tokens[self.clips[0], self.frames].to(dtype, memory_format=torch.contiguous_format)[None]
+        x = torch.empty(len(self.clips), *tokens[0, self.frames].shape, dtype=dtype, device=tokens.device)
+        for row, clip in zip(x, self.clips.tolist(), strict=True):
+            row.copy_(tokens[clip, self.frames])
+        return x
+
+    def scores(self, x: Tensor, selector: Tensor, bias: Tensor, scale: Tensor | None) -> Tensor:
+        """s [c, Q, f, N]."""
+        c, f, n, d = x.shape
+        scores = torch.bmm(selector, x.view(c, f * n, d).transpose(1, 2)).view(c, -1, f, n)
+        if scale is not None:
+            scores *= scale[self.clips, self.frames].to(x.dtype)[:, None]
+        scores += bias[self.clips, self.frames].to(x.dtype)[:, None]
+        return scores
+
+    def factor(self, scale: Tensor | None, kept: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """[c, Q, f, 1, k], the scale of the kept patches."""
+        if scale is None:
+            return None
+        scale_cqfn = scale[self.clips, self.frames].to(dtype)[:, None].expand(-1, kept.shape[1], -1, -1)
+        return scale_cqfn.gather(3, kept)[:, :, :, None]
+
+    def load(self, tensor: Tensor) -> Tensor:
+        """[c, Q, f, ...] of a [B, T, ...] tensor."""
+        return tensor[self.slots, self.frames]
+
+    def store(self, tensor: Tensor, values: Tensor) -> None:
+        """Write [c, Q, f, ...] into a [B, T, ...] tensor, without the padding."""
+        tensor[self.slots[self.filled], self.frames] = values[self.filled].to(tensor.dtype)
+
+    def add(self, tensor: Tensor, values: Tensor) -> None:
+        """Add [c, Q, ...] to a [B, ...] tensor, without the padding. No question is in a chunk twice."""
+        tensor[self.slots[self.filled]] += values[self.filled]
+
+
+class _KeptRows:
+    """Products with the kept rows, gathered. For few kept patches."""
+
+    def __init__(self, x: Tensor, kept: Tensor) -> None:
+        c, f, n, d = x.shape
+        frame = torch.arange(c * f, device=x.device).view(c, 1, f, 1) * n
+        self._shape = kept.shape
+        self._rows = x.view(-1, d).index_select(0, (kept + frame).view(-1))
+
+    def logits(self, queries: Tensor) -> Tensor:
+        """[c, Q, H, D] with the rows: [c, Q, f, H, k]."""
+        c, q, f, k = self._shape
+        rows = self._rows.view(c * q, f * k, -1)
+        return torch.bmm(queries.flatten(0, 1), rows.transpose(1, 2)).view(c, q, -1, f, k).transpose(2, 3).contiguous()
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """Sum of the rows by [c, Q, f, H, k]: [c, Q, f, H, D]."""
+        c, q, f, k = self._shape
+        return torch.bmm(weights.flatten(0, 2), self._rows.view(c * q * f, k, -1)).unflatten(0, (c, q, f))
+
+    def products(self, values: Tensor) -> Tensor:
+        """[c, Q, f, H, D] with the rows: [c, Q, f, H, k]."""
+        c, q, f, k = self._shape
+        return torch.bmm(values.flatten(0, 2), self._rows.view(c * q * f, k, -1).transpose(1, 2)).unflatten(0, (c, q, f))
+
+    def pull(self, grad: Tensor) -> Tensor:
+        """Sum of the rows by [c, Q, f, H, k] over frames too: [c, Q, H, D]."""
+        c, q, f, k = self._shape
+        flat = grad.transpose(2, 3).reshape(c * q, -1, f * k)
+        return torch.bmm(flat, self._rows.view(c * q, f * k, -1)).unflatten(0, (c, q))
+
+
+class _AllRows:
+    """The same products over all rows, in which the dropped ones weigh zero. For many kept patches."""
+
+    def __init__(self, x: Tensor, kept: Tensor) -> None:
+        self._x = x
+        self._kept = kept
+
+    def _pick(self, dense: Tensor) -> Tensor:
+        index = self._kept[:, :, :, None].expand(*dense.shape[:-1], -1)
+        return dense.gather(4, index)
+
+    def _spread(self, kept: Tensor) -> Tensor:
+        dense = kept.new_zeros(*kept.shape[:-1], self._x.shape[2])
+        return dense.scatter_(4, self._kept[:, :, :, None].expand_as(kept), kept)
+
+    def logits(self, queries: Tensor) -> Tensor:
+        """As in `_KeptRows`."""
+        c, f, n, d = self._x.shape
+        q, h = queries.shape[1:3]
+        dense = torch.bmm(queries.view(c, q * h, d), self._x.view(c, f * n, d).transpose(1, 2))
+        return self._pick(dense.view(c, q, h, f, n).transpose(2, 3))
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """As in `_KeptRows`."""
+        c, f, n, d = self._x.shape
+        q, h = weights.shape[1], weights.shape[3]
+        dense = self._spread(weights).transpose(1, 2).reshape(c * f, q * h, n)
+        return torch.bmm(dense, self._x.view(c * f, n, d)).view(c, f, q, h, d).transpose(1, 2)
+
+    def products(self, values: Tensor) -> Tensor:
+        """As in `_KeptRows`."""
+        c, f, n, d = self._x.shape
+        q, h = values.shape[1], values.shape[3]
+        flat = values.transpose(1, 2).reshape(c * f, q * h, d)
+        dense = torch.bmm(flat, self._x.view(c * f, n, d).transpose(1, 2))
+        return self._pick(dense.view(c, f, q, h, n).transpose(1, 2))
+
+    def pull(self, grad: Tensor) -> Tensor:
+        """As in `_KeptRows`."""
+        c, f, n, d = self._x.shape
+        q, h = grad.shape[1], grad.shape[3]
+        flat = self._spread(grad).transpose(2, 3).reshape(c, q * h, f * n)
+        return torch.bmm(flat, self._x.view(c, f * n, d)).view(c, q, h, d)
+
+
+def _chunks(tokens: Tensor, clip_index: Tensor, k: int, dtype: torch.dtype) -> Iterator[_Chunk]:
+    """Cut the work so that a chunk's tokens and its gathered rows each stay near `CHUNK_BYTES`."""
+    clips, frames, patches, width = tokens.shape
+    if len(clip_index) == 0 or frames == 0:
+        return
+    lowest, highest = int(clip_index.min()), int(clip_index.max())
+    if lowest < 0 or highest >= clips:
+        raise ValueError(f"clip_index holds {lowest if lowest < 0 else highest}; expected 0 to {clips - 1}")
+    counts = torch.bincount(clip_index, minlength=clips)
+    order = torch.argsort(clip_index, stable=True)
+    first = counts.cumsum(0) - counts
+    # Clips with as many questions lie together, so that little is padded.
+    busiest = torch.argsort(counts, descending=True, stable=True)
+    busiest = busiest[: int((counts > 0).sum())]
+    sizes = counts[busiest].tolist()
+    frame_bytes = patches * width * dtype.itemsize
+    row_bytes = k * width * dtype.itemsize if k <= DENSE_SHARE * patches else 0
+    start = 0
+    while start < len(sizes):
+        most = sizes[start]
+        per_clip = frames * max(frame_bytes, most * row_bytes)
+        stop = start + max(1, CHUNK_BYTES // per_clip)
+        # A clip with under half the questions of the chunk's first starts the next one.
+        stop = next((i for i in range(start, min(stop, len(sizes))) if sizes[i] * 2 < most), min(stop, len(sizes)))
+        chosen = busiest[start:stop]
+        place = torch.arange(most, device=clip_index.device)
+        filled = place < counts[chosen, None]
+        slots = torch.where(filled, order[(first[chosen, None] + place).clamp_max(len(order) - 1)], 0)
+        step = max(1, CHUNK_BYTES * frames // per_clip)
+        for frame in range(0, frames, step):
+            yield _Chunk(chosen, slots, filled, slice(frame, min(frame + step, frames)))
+        start = stop
