@@ -1,0 +1,199 @@
+"""Stage one from the command line: `python -m extract COMMAND --config configs/x.yaml`."""
+
+import dataclasses
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jsonargparse
+
+from configs.schema import Config, ConfigParser, add_config_arguments, parse_config
+from extract.datasets import DatasetError
+from extract.encoders import CheckpointError
+from features import StoreError
+
+COMMANDS = {
+    "plan": "say what a run would do: clips, bytes, time, refusals",
+    "run": "encode every clip and question that the store misses",
+    "status": "say how far the store has come",
+    "retry": "try the quarantined clips again",
+    "doctor": "check the annotations and look for every video",
+    "standin": "write a tiny random-weight checkpoint and tokenizer where the config expects them",
+    "synth": "render EgoSynth, the synthetic set in EgoTaskQA's layout",
+    "checkpoint": "inspect or convert a checkpoint file",
+}
+INTERRUPTED = 130
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0 done, 1 the work failed, 2 wrong usage or configuration."""
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if args else 2
+    name, rest = args[0], args[1:]
+    if name not in COMMANDS:
+        print(f"extract: error: {name!r} is no command; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        return _HANDLERS[name](rest)
+    except (DatasetError, CheckpointError, StoreError, ValueError, OSError) as error:
+        print(f"extract {name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"extract {name}: stopped; what was committed is kept, run it again to go on", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _usage() -> str:
+    lines = [f"  {name:<11} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(["usage: python -m extract COMMAND [options]; COMMAND --help says more", *lines])
+
+
+def _parse(command: str, args: Sequence[str], as_json: bool = False) -> tuple[Config, jsonargparse.Namespace]:
+    parser = ConfigParser(prog=f"extract {command}", description=COMMANDS[command])
+    if as_json:
+        parser.add_argument("--json", action="store_true", help="print JSON")
+    if command == "plan":
+        parser.add_argument("--probe", type=int, default=4, help="clips to decode and encode for the estimate of time")
+    add_config_arguments(parser)
+    return parse_config(parser, args)
+
+
+def _plan(args: Sequence[str]) -> int:
+    from extract.plan import as_json, describe, make_plan
+
+    config, options = _parse("plan", args, as_json=True)
+    plan = make_plan(config, options.probe)
+    print(json.dumps(as_json(plan), indent=1) if options.json else describe(plan))
+    return 1 if plan.refusals else 0
+
+
+def _run(args: Sequence[str], retry: bool = False) -> int:
+    from extract.run import extract_features
+    from extract.worker import TooManyErrors
+
+    name = "retry" if retry else "run"
+    config, _ = _parse(name, args)
+    try:
+        outcome = extract_features(config, retry=retry)
+    except TooManyErrors as error:
+        print(f"extract {name}: stopped: {error}. What was committed is kept.", file=sys.stderr)
+        return 1
+    tally = outcome.tally
+    print(
+        f"{config.store.path}: {outcome.clips}/{outcome.planned} clips and {outcome.texts} questions stored;"
+        f" this run encoded {tally.committed} clips"
+    )
+    for line in tally.skipped:
+        print(f"left to its owner: {line}")
+    for clip_id, reason in outcome.quarantine.items():
+        print(f"quarantined {clip_id}: {reason}")
+    return 0 if outcome.clips or not outcome.planned else 1
+
+
+def _retry(args: Sequence[str]) -> int:
+    return _run(args, retry=True)
+
+
+def _status(args: Sequence[str]) -> int:
+    from features import open_store
+
+    config, options = _parse("status", args, as_json=True)
+    store = open_store(config.store.path)
+    status = {
+        "planned": len(store.planned_ids),
+        "committed": len(store.clip_ids),
+        "quarantined": len(store.quarantine),
+        "missing": len(store.missing()),
+        "bytes": store.nbytes,
+        "fingerprint": store.fingerprint.digest,
+    }
+    if options.json:
+        print(json.dumps(status, indent=1))
+    else:
+        print(
+            f"{config.store.path}: {status['committed']}/{status['planned']} clips committed,"
+            f" {status['quarantined']} quarantined, {status['missing']} missing, {store.nbytes / 1e6:.1f} MB"
+        )
+    return 0
+
+
+def _doctor(args: Sequence[str]) -> int:
+    from extract.doctor import describe, examine
+
+    config, options = _parse("doctor", args, as_json=True)
+    diagnosis = examine(config.data)
+    print(json.dumps(dataclasses.asdict(diagnosis), indent=1) if options.json else describe(diagnosis))
+    return 1 if diagnosis.findings else 0
+
+
+def _standin(args: Sequence[str]) -> int:
+    from extract.datasets import load_dataset
+    from extract.encoders.standin import write_standin
+
+    config, _ = _parse("standin", args)
+    write_standin(
+        config.encoder.arch,
+        config.encoder.checkpoint,
+        Path(config.text.model),
+        texts=load_dataset(config.data).texts,
+        num_frames=config.video.frames,
+        size=config.video.size,
+    )
+    print(
+        f"{config.encoder.checkpoint}: a RANDOM-WEIGHT stand-in in {config.encoder.arch}'s file format;"
+        f" {config.text.model}: its tokenizer. Nothing in it was trained."
+    )
+    return 0
+
+
+def _synth(args: Sequence[str]) -> int:
+    from extract.datasets.synthetic import render
+
+    parser = ConfigParser(prog="extract synth", description=COMMANDS["synth"])
+    parser.add_argument("--out", type=Path, required=True, help="folder to write, in EgoTaskQA's layout")
+    parser.add_argument("--clips", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(list(args))
+    from extract.progress import meter
+
+    with meter("render", options.clips, "clips") as shown:
+        render(options.out, clips=options.clips, seed=options.seed, progress=shown.advance)
+    return 0
+
+
+def _checkpoint(args: Sequence[str]) -> int:
+    from extract.encoders.checkpoint import convert, inspect
+
+    parser = ConfigParser(prog="extract checkpoint", description=COMMANDS["checkpoint"])
+    parser.add_argument("action", choices=["inspect", "convert"])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--out", type=Path, default=None, help="safetensors file that convert writes")
+    options = parser.parse_args(list(args))
+    if options.action == "inspect":
+        print(inspect(options.file))
+    else:
+        out = options.out or options.file.with_suffix(".safetensors")
+        convert(options.file, out)
+        print(f"wrote {out}")
+    return 0
+
+
+_HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
+    "plan": _plan,
+    "run": _run,
+    "status": _status,
+    "retry": _retry,
+    "doctor": _doctor,
+    "standin": _standin,
+    "synth": _synth,
+    "checkpoint": _checkpoint,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""Decoding in child processes that can be killed, because a damaged video may hang or exhaust its decoder.
+
+Each child decodes and transforms one clip at a time under a time limit and a memory limit. Only the finished tensor
+comes back, so that resizing is spread over the children too.
+"""
+
+import functools
+import hashlib
+import multiprocessing
+import resource
+import signal
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
+
+from configs.schema import VideoConfig
+from extract.datasets import Clip
+from extract.transforms import to_input
+from extract.video import VideoError, read_frames
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class PreparedClip:
+    """A clip ready for the encoder.
+
+    Attributes:
+        clip: which.
+        frames: [T, 3, S, S] float32, normalised.
+        timestamps: [T] float32, seconds from the clip's start.
+        source: SHA-256 of the video file.
+    """
+
+    clip: Clip
+    frames: NDArray[np.float32]
+    timestamps: NDArray[np.float32]
+    source: str
+
+
+@dataclass(frozen=True)
+class UndecodedClip:
+    """A clip that could not be decoded: one line of reason, and the traceback where there is one."""
+
+    clip: Clip
+    reason: str
+    traceback: str = ""
+
+
+class DecodePool:
+    """Child processes that turn clips into tensors; use it as a context manager.
+
+    Args:
+        video: frames, size, limits.
+        workers: children.
+        prepare: what a child does with one clip.
+    """
+
+    def __init__(
+        self,
+        video: VideoConfig,
+        workers: int,
+        prepare: Callable[[Clip, VideoConfig], PreparedClip] | None = None,
+    ) -> None:
+        self._video = video
+        self._workers = workers
+        self._prepare = prepare or prepare_clip
+        # spawn: a forked child would inherit the threads and locks of torch and of CUDA in an unknown state.
+        self._pool = ProcessPool(
+            max_workers=workers,
+            initializer=_start_child,
+            initargs=(video.memory_gb,),
+            context=multiprocessing.get_context("spawn"),
+        )
+
+    def __enter__(self) -> "DecodePool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.stop()
+        self._pool.join()
+
+    def map(self, clips: Iterable[Clip]) -> Iterator[PreparedClip | UndecodedClip]:
+        """Decode `clips`, in order, at most a few ahead of the caller so that memory stays flat."""
+        waiting: deque[tuple[Clip, ProcessFuture]] = deque()
+        upcoming = iter(clips)
+        # Two for each child: one in work and one finished or waiting.
+        for clip in islice(upcoming, 2 * self._workers):
+            waiting.append((clip, self._submit(clip)))
+        while waiting:
+            clip, future = waiting.popleft()
+            result = self._result(clip, future)
+            for following in islice(upcoming, 1):
+                waiting.append((following, self._submit(following)))
+            yield result
+
+    def _submit(self, clip: Clip) -> ProcessFuture:
+        return self._pool.schedule(self._prepare, args=(clip, self._video), timeout=self._video.timeout_s)
+
+    def _result(self, clip: Clip, future: ProcessFuture) -> PreparedClip | UndecodedClip:
+        try:
+            return future.result()
+        except VideoError as error:
+            return UndecodedClip(clip, str(error), _child_traceback(error))
+        except FutureTimeoutError:
+            limit = self._video.timeout_s
+            reason = f"video {clip.video} took over {limit:g} s to decode (video.timeout_s); its decoder was killed"
+            return UndecodedClip(clip, reason)
+        except ProcessExpired as error:
+            return UndecodedClip(clip, f"the decoder of {clip.video} died with exit code {error.exitcode}")
+        except (MemoryError, RuntimeError) as error:
+            # torch reports a refused allocation as RuntimeError.
+            limit = self._video.memory_gb
+            reason = f"video {clip.video} failed within its memory limit of {limit:g} GB (video.memory_gb): {error}"
+            return UndecodedClip(clip, " ".join(reason.split()), _child_traceback(error))
+
+
+def prepare_clip(clip: Clip, video: VideoConfig) -> PreparedClip:
+    """Decode and transform one clip in this process.
+
+    Raises:
+        VideoError: as `extract.video.read_frames`.
+    """
+    decoded = read_frames(clip, video)
+    frames = to_input(decoded.frames, video.size)
+    stat = clip.video.stat()
+    source = _file_sha256(clip.video, stat.st_size, stat.st_mtime_ns)
+    return PreparedClip(clip, frames.numpy(), decoded.timestamps, source)
+
+
+@functools.lru_cache(maxsize=8)
+def _file_sha256(path: Path, size: int, mtime_ns: int) -> str:
+    # Cached by identity: many clips come from one long video.
+    del size, mtime_ns
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _start_child(memory_gb: float) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    torch.set_num_threads(1)
+    limit = psutil.Process().memory_info().vms + int(memory_gb * GIB)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _child_traceback(error: BaseException) -> str:
+    # pebble attaches the child's own traceback as the cause.
+    return "".join(traceback.format_exception(error))
