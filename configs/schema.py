@@ -21,6 +21,10 @@ HeadName = Literal["majority", "question-only", "egovlp", "egovlpv2", "mfas", "p
 Score = Literal["question", "saliency", "prior", "random"]
 
 
+class ConfigError(ValueError):
+    """An option's value cannot work here; the message names the option, its value and what to do."""
+
+
 def _require(condition: bool, key: str, value: object, expected: str) -> None:
     if not condition:
         raise ValueError(f"{key} is {value!r}; expected {expected}")

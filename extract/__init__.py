@@ -1,0 +1,1 @@
+"""Stage one: a frozen video encoder over all clips, its patch tokens into a store."""

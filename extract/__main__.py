@@ -9,10 +9,10 @@ from pathlib import Path
 
 import jsonargparse
 
-from configs.schema import Config, ConfigParser, add_config_arguments, parse_config
+from configs.schema import Config, ConfigError, ConfigParser, add_config_arguments, parse_config
 from extract.datasets import DatasetError
 from extract.encoders import CheckpointError
-from features import StoreError
+from features import FingerprintMismatch, StoreError
 
 COMMANDS = {
     "plan": "say what a run would do: clips, bytes, time, refusals",
@@ -40,9 +40,12 @@ def main(args: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         return _HANDLERS[name](rest)
-    except (DatasetError, CheckpointError, StoreError, ValueError, OSError) as error:
+    except (DatasetError, CheckpointError, ConfigError, FingerprintMismatch) as error:
         print(f"extract {name}: error: {error}", file=sys.stderr)
         return 2
+    except (StoreError, OSError) as error:
+        print(f"extract {name}: failed: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"extract {name}: stopped; what was committed is kept, run it again to go on", file=sys.stderr)
         return INTERRUPTED

@@ -48,18 +48,12 @@ def examine(data: DataConfig) -> Diagnosis:
             if question.form == "binary" and question.answer.lower() not in VERIFY_ANSWERS:
                 odd_verify.append(f"{question.question_id} in {part}: {question.answer!r}")
     answers = set(dataset.answers)
-    unknown = [
-        f"{q.question_id}: {q.answer!r}" for q in dataset.questions.get("test", ()) if q.answer.lower() not in answers
-    ]
+    unknown = [f"{q.question_id}: {q.answer!r}" for q in dataset.questions["test"] if q.answer not in answers]
     asked = Counter(question.clip_id for questions in dataset.questions.values() for question in questions)
+    clips = dataset.clips
     findings = (
-        _finding(
-            "clips without a video file", [f"{c.clip_id}: {c.video}" for c in dataset.clips if not c.video.is_file()]
-        ),
-        _finding(
-            f"clips that no question of the {data.split} split asks about",
-            [c.clip_id for c in dataset.clips if c.clip_id not in asked],
-        ),
+        _finding("clips without a video file", [f"{c.clip_id}: {c.video}" for c in clips if not c.video.is_file()]),
+        _finding(f"clips without a {data.split} question", [c.clip_id for c in clips if c.clip_id not in asked]),
         _finding("question ids that occur twice", doubled),
         _finding("verify questions whose answer is neither yes nor no", odd_verify),
         _finding("test questions whose answer is not in the answer set", unknown),

@@ -1,4 +1,4 @@
-"""Who runs the workers. The unit of work is a shard; correctness comes from ledger and leases, never from the engine."""
+"""Who runs the workers. The unit is a shard; correctness comes from ledger and leases, never from the engine."""
 
 import os
 import threading

@@ -93,9 +93,9 @@ def make_plan(config: Config, probe: int) -> Plan:
 def describe(plan: Plan) -> str:
     """The plan in a few lines."""
     lines = [
-        f"clips      {plan.clips} in the data set: {plan.done} stored, {plan.quarantined} in quarantine, {plan.todo} to do"
+        f"clips      {plan.clips}: {plan.done} stored, {plan.quarantined} in quarantine, {plan.todo} to do"
         + (f" ({plan.without_video} have no video file)" if plan.without_video else ""),
-        f"writes     {plan.shards} shards, {plan.bytes_to_write / 1e9:.3f} GB; the disk has {plan.bytes_free / 1e9:.1f} GB free",
+        f"writes     {plan.shards} shards, {plan.bytes_to_write / 1e9:.3f} GB; {plan.bytes_free / 1e9:.1f} GB free",
     ]
     if plan.hours is not None and plan.seconds_per_clip is not None:
         lines.append(

@@ -30,13 +30,13 @@ class Meter:
     _started: float = field(default_factory=time.monotonic)
     _printed: float = field(default_factory=time.monotonic)
     _bar: Progress | None = None
-    _task: TaskID = TaskID(0)
+    _task: TaskID | None = None
 
     def advance(self, count: int, nbytes: int = 0) -> None:
         """Add `count` units that came to `nbytes` bytes."""
         self.done += count
         self.nbytes += nbytes
-        if self._bar:
+        if self._bar and self._task is not None:
             self._bar.update(self._task, completed=self.done, detail=self._detail())
         elif time.monotonic() - self._printed >= PLAIN_INTERVAL_S:
             self._printed = time.monotonic()

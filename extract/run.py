@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from configs.schema import Config
+from configs.schema import Config, ConfigError
 from extract.datasets import Dataset, load_dataset
 from extract.encoders import TextEncoder, Tokenizer, VideoEncoder, load_text_encoder, load_tokenizer
 from extract.engines import encode_with_engine
@@ -75,10 +75,10 @@ def file_sha256_or_error(checkpoint: Path) -> str:
     """SHA-256 of the checkpoint.
 
     Raises:
-        FileNotFoundError: says which option names it.
+        ConfigError: says which option names it.
     """
     if not checkpoint.is_file():
-        raise FileNotFoundError(
+        raise ConfigError(
             f"encoder.checkpoint is {str(checkpoint)!r}; no such file. Download it (README, Preparation) or correct"
             " the path"
         )

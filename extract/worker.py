@@ -6,7 +6,7 @@ from itertools import islice
 
 import torch
 
-from configs.schema import Config
+from configs.schema import Config, ConfigError
 from extract.datasets import Clip
 from extract.decode import DecodePool, PreparedClip, UndecodedClip
 from extract.encoders import VideoEncoder, load_video_encoder
@@ -36,7 +36,7 @@ def load_encoder(config: Config, device: str | None = None) -> VideoEncoder:
 
     Raises:
         CheckpointError: not a checkpoint of `encoder.arch`.
-        ValueError: `video.size` is not what the checkpoint was trained on, or the device is not there.
+        ConfigError: `video.size` is not what the checkpoint was trained on, or the device is not there.
     """
     encoder = load_video_encoder(
         config.encoder.arch,
@@ -49,7 +49,7 @@ def load_encoder(config: Config, device: str | None = None) -> VideoEncoder:
     side = config.video.size // 16
     if encoder.grid != (side, side):
         rows, cols = encoder.grid
-        raise ValueError(
+        raise ConfigError(
             f"video.size is {config.video.size}, a grid of {side}x{side} patches; {config.encoder.checkpoint} was"
             f" trained on {rows}x{cols}: set video.size to {16 * rows}"
         )
@@ -60,12 +60,12 @@ def device_of(name: str) -> torch.device:
     """`auto` is CUDA where there is one, else CPU.
 
     Raises:
-        ValueError: a CUDA device was asked for and there is none.
+        ConfigError: a CUDA device was asked for and there is none.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"encoder.device is {name!r}; torch sees no CUDA device here: use auto or cpu")
+        raise ConfigError(f"encoder.device is {name!r}; torch sees no CUDA device here: use auto or cpu")
     return torch.device(name)
 
 
