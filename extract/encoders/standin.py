@@ -1,0 +1,261 @@
+"""Tiny networks with random weights in the published file format, so that every command runs without a download.
+
+The weights are a formula of each tensor's name and the seed. They know nothing of video or language: a random
+projection merely keeps apart what looks different, which is enough to try the whole pipeline.
+"""
+
+import hashlib
+import re
+import string
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Shapes = Iterator[tuple[str, tuple[int, ...]]]
+
+FUSION_GATE = 0.5
+POSITIONS = 64
+
+
+@dataclass(frozen=True)
+class Standin:
+    """What `write_standin` wrote.
+
+    Attributes:
+        checkpoint: file in the network's published container.
+        tokenizer: folder that `load_tokenizer` takes.
+    """
+
+    checkpoint: Path
+    tokenizer: Path
+
+
+def write_standin(
+    arch: Literal["egovlp", "egovlpv2"],
+    path: Path | str,
+    *,
+    texts: Sequence[str],
+    width: int = 128,
+    depth: int = 4,
+    fusion: int = 2,
+    frames: int = 4,
+    size: int = 112,
+    patch: int = 16,
+    joint: int = 64,
+    answers: int | None = None,
+    seed: int = 0,
+    tokenizer: Path | str | None = None,
+) -> Standin:
+    """Write a tiny random-weight checkpoint and a tokenizer trained on `texts`; the same arguments give equal files.
+
+    Args:
+        arch: whose tensor names, container and kind of tokenizer.
+        path: checkpoint file to write; folders above it are made.
+        texts: what the tokenizer learns its pieces from; it still takes any text.
+        width: channels, in heads of 64.
+        depth: blocks of the video network and layers of the text network.
+        fusion: first fused block (EgoVLPv2).
+        frames: temporal positions.
+        size: side of the input in pixels.
+        patch: side of a patch.
+        joint: width of the joint video-text space.
+        answers: width of a classifier, as fine-tuned checkpoints have; None writes none, like pretraining.
+        seed: of the weights.
+        tokenizer: folder for the tokenizer; None puts it beside the checkpoint, as `<stem>-tokenizer`.
+
+    Raises:
+        ValueError: `width` is no multiple of 64, `size` none of `patch`, `fusion` outside the network, or no texts.
+    """
+    if arch not in ("egovlp", "egovlpv2"):
+        raise ValueError(f"arch is {arch!r}; expected egovlp or egovlpv2")
+    if width % 64 or width < 64:
+        raise ValueError(f"width is {width}; expected a multiple of 64")
+    if size % patch:
+        raise ValueError(f"size is {size}; expected a multiple of the patch, {patch}")
+    if not 1 <= fusion <= depth:
+        raise ValueError(f"fusion is {fusion}; expected 1 to depth, {depth}")
+    if not texts:
+        raise ValueError("texts is empty; the tokenizer needs some to learn from")
+    path = Path(path)
+    folder = Path(tokenizer) if tokenizer is not None else path.with_name(f"{path.stem}-tokenizer")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    vocabulary = write_tokenizer(folder, texts, "roberta" if arch == "egovlpv2" else "bert")
+    patches = (size // patch) ** 2
+    shapes = dict(_video_shapes(width, depth, fusion if arch == "egovlpv2" else depth, frames, patches, patch))
+    if arch == "egovlpv2":
+        shapes |= dict(_roberta_shapes(width, depth, fusion, vocabulary))
+        shapes |= dict(_egovlpv2_head_shapes(width, joint, vocabulary, answers))
+    else:
+        shapes |= dict(_distilbert_shapes(width, depth, vocabulary))
+        shapes |= {"txt_proj.1.weight": (joint, width), "txt_proj.1.bias": (joint,)}
+        shapes |= {"vid_proj.0.weight": (joint, width), "vid_proj.0.bias": (joint,)}
+    tensors = {f"module.{name}": _weight(name, shape, seed) for name, shape in shapes.items()}
+    torch.save({"arch": "FrozenInTime", "epoch": 0, "state_dict": tensors}, path)
+    return Standin(path, folder)
+
+
+def write_tokenizer(folder: Path, texts: Sequence[str], kind: Literal["roberta", "bert"], pieces: int = 1000) -> int:
+    """Train a tokenizer on lower-cased `texts` and write it to `folder`; returns the size of its vocabulary.
+
+    Args:
+        folder: made if it is missing.
+        texts: training texts.
+        kind: byte-level pairs with `<s> </s>`, or word pieces with `[CLS] [SEP]`; special tokens have their usual ids.
+        pieces: largest vocabulary.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    names: dict[str, str]
+    if kind == "roberta":
+        special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        names = dict(zip(("cls_token", "pad_token", "sep_token", "unk_token", "mask_token"), special, strict=True))
+        names |= {"bos_token": "<s>", "eos_token": "</s>"}
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(
+            vocab_size=pieces, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        )
+        tokenizer.train_from_iterator(sorted({text.lower() for text in texts}), trainer)
+    else:
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
+        # The library's own word-piece trainer numbers its pieces differently from run to run.
+        vocabulary = special + _word_pieces(texts, pieces - len(special))
+        tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(vocabulary)}, unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+    first, last = names["cls_token"], names["sep_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {last}",
+        special_tokens=[(first, special.index(first)), (last, special.index(last))],
+    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return tokenizer.get_vocab_size()
+
+
+def _word_pieces(texts: Sequence[str], pieces: int) -> list[str]:
+    """At most `pieces`: the characters, at a word's start and inside, then the words from the most frequent."""
+    words = Counter(word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower()))
+    characters = sorted({*string.ascii_lowercase, *string.digits, *string.punctuation, *"".join(words)})
+    inside = [f"##{c}" for c in characters if c.isalnum()]
+    frequent = sorted((w for w in words if len(w) > 1), key=lambda w: (-words[w], w))
+    return [*characters, *inside, *frequent][:pieces]
+
+
+def _weight(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """float32 values of the tensor called `name`: norms about 1, matrices scaled by their fan-in, embeddings 0.1."""
+    if name.endswith("position_ids"):
+        return torch.arange(shape[-1])[None]
+    if name.endswith(("alpha_i2t", "alpha_t2i")):
+        return torch.full(shape, FUSION_GATE)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "little")))
+    lower = name.lower()
+    if "norm" in lower and name.endswith("weight"):
+        return 1 + 0.1 * noise
+    if name.endswith("bias"):
+        return 0.02 * noise
+    if len(shape) >= 2 and ("embed" not in lower or "patch_embed" in lower):
+        return noise / noise[0].numel() ** 0.5
+    return 0.1 * noise
+
+
+def _linear(name: str, out: int, into: int, bias: bool = True) -> Shapes:
+    yield f"{name}.weight", (out, into)
+    if bias:
+        yield f"{name}.bias", (out,)
+
+
+def _norm(name: str, width: int) -> Shapes:
+    yield f"{name}.weight", (width,)
+    yield f"{name}.bias", (width,)
+
+
+def _video_shapes(width: int, depth: int, fusion: int, frames: int, patches: int, patch: int) -> Shapes:
+    root = "video_model"
+    yield f"{root}.cls_token", (1, 1, width)
+    yield f"{root}.pos_embed", (1, 1 + patches, width)
+    yield f"{root}.temporal_embed", (1, frames, width)
+    yield f"{root}.patch_embed.proj.weight", (width, 3, patch, patch)
+    yield f"{root}.patch_embed.proj.bias", (width,)
+    for i in range(depth):
+        block = f"{root}.blocks.{i}"
+        for norm in ("norm1", "norm2", "norm3"):
+            yield from _norm(f"{block}.{norm}", width)
+        for attention in ("attn", "timeattn"):
+            yield from _linear(f"{block}.{attention}.qkv", 3 * width, width)
+            yield from _linear(f"{block}.{attention}.proj", width, width)
+        if i >= fusion:
+            yield f"{block}.attn.alpha_i2t", (1,)
+            yield from _linear(f"{block}.attn.qkv_text_i2t", 2 * width, width)
+            yield from _linear(f"{block}.attn.qkv_i2t", width, width)
+            yield from _linear(f"{block}.attn.proj_i2t", width, width)
+            yield from _norm(f"{block}.attn.norm_i2t_i", width)
+        yield from _linear(f"{block}.mlp.fc1", 4 * width, width)
+        yield from _linear(f"{block}.mlp.fc2", width, 4 * width)
+    yield from _norm(f"{root}.norm", width)
+
+
+def _roberta_shapes(width: int, layers: int, fusion: int, vocabulary: int) -> Shapes:
+    root = "text_model"
+    yield f"{root}.embeddings.position_ids", (1, POSITIONS)
+    yield f"{root}.embeddings.word_embeddings.weight", (vocabulary, width)
+    yield f"{root}.embeddings.position_embeddings.weight", (POSITIONS, width)
+    yield f"{root}.embeddings.token_type_embeddings.weight", (1, width)
+    yield from _norm(f"{root}.embeddings.LayerNorm", width)
+    for i in range(layers):
+        layer = f"{root}.encoder.layer.{i}"
+        for attention in ("attention", *(("crossattention_t2i",) if i >= fusion else ())):
+            for part in ("query", "key", "value"):
+                yield from _linear(f"{layer}.{attention}.self.{part}", width, width)
+            yield from _linear(f"{layer}.{attention}.output.dense", width, width)
+        if i >= fusion:
+            yield f"{layer}.alpha_t2i", (1,)
+        yield from _norm(f"{layer}.attention.output.LayerNorm", width)
+        yield from _linear(f"{layer}.intermediate.dense", 4 * width, width)
+        yield from _linear(f"{layer}.output.dense", width, 4 * width)
+        yield from _norm(f"{layer}.output.LayerNorm", width)
+
+
+def _egovlpv2_head_shapes(width: int, joint: int, vocabulary: int, answers: int | None) -> Shapes:
+    yield "cls_token", (1, 1, width)
+    yield from _norm("norm", width)
+    for side in ("txt_proj", "vid_proj"):
+        yield from _linear(f"{side}.0", joint, width, bias=False)
+        yield from _linear(f"{side}.2", joint, joint)
+        yield from _linear(f"{side}.4", joint, joint)
+    for modality in ("text", "video"):
+        yield from _linear(f"cross_modal_{modality}_transform", width, width)
+        yield from _linear(f"cross_modal_{modality}_pooler.dense", width, width)
+    yield "mlm_score.bias", (vocabulary,)
+    yield from _linear("mlm_score.transform.dense", width, width)
+    yield from _norm("mlm_score.transform.LayerNorm", width)
+    yield "mlm_score.decoder.weight", (vocabulary, width)
+    yield from _linear("itm_score.fc", 2, 2 * width)
+    if answers is not None:
+        yield from _linear("projector_1", answers, width)
+        yield from _linear("projector_2", answers, answers)
+
+
+def _distilbert_shapes(width: int, layers: int, vocabulary: int) -> Shapes:
+    root = "text_model"
+    yield f"{root}.embeddings.word_embeddings.weight", (vocabulary, width)
+    yield f"{root}.embeddings.position_embeddings.weight", (POSITIONS, width)
+    yield from _norm(f"{root}.embeddings.LayerNorm", width)
+    for i in range(layers):
+        layer = f"{root}.transformer.layer.{i}"
+        for part in ("q_lin", "k_lin", "v_lin", "out_lin"):
+            yield from _linear(f"{layer}.attention.{part}", width, width)
+        yield from _norm(f"{layer}.sa_layer_norm", width)
+        yield from _linear(f"{layer}.ffn.lin1", 4 * width, width)
+        yield from _linear(f"{layer}.ffn.lin2", width, 4 * width)
+        yield from _norm(f"{layer}.output_layer_norm", width)
