@@ -1,0 +1,25 @@
+"""The store of precomputed features: the contract between stage one, which writes it, and stage two, which reads it."""
+
+from features.errors import AbsentClip, DamagedStore, FingerprintMismatch, ShardOwned, StoreError
+from features.quarantine import Failure, QuarantineRecord
+from features.spec import ArraySpec, Fingerprint, PatchTokens, StoreSpec, TextStates
+from features.store import ShardWork, Store, create_store, open_store
+
+__all__ = [
+    "AbsentClip",
+    "ArraySpec",
+    "DamagedStore",
+    "Failure",
+    "Fingerprint",
+    "FingerprintMismatch",
+    "PatchTokens",
+    "QuarantineRecord",
+    "ShardOwned",
+    "ShardWork",
+    "Store",
+    "StoreError",
+    "StoreSpec",
+    "TextStates",
+    "create_store",
+    "open_store",
+]

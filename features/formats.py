@@ -1,0 +1,84 @@
+"""What a file format has to offer; `zarr_store` and `hdf5_store` each offer it."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from features.durable import crc32c
+from features.errors import DamagedStore
+from features.spec import ArraySpec, StoreSpec
+
+BLOCK = 1 << 18
+
+Header = dict[str, object]  # what store.json says: version, format, spec, fingerprint
+
+
+class OpenFile:
+    """A file open for reading at any offset, closed when nobody uses it any more. Safe to share between threads."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.handle = -1
+        self.handle = os.open(path, os.O_RDONLY)
+        self.size = os.fstat(self.handle).st_size
+
+    def read(self, size: int, offset: int) -> bytes:
+        """Up to `size` bytes from `offset`."""
+        return os.pread(self.handle, size, offset)
+
+    def read_into(self, target: np.ndarray, offset: int) -> int:
+        """Fill `target`, contiguous bytes, from `offset`; returns the CRC-32C of what was read.
+
+        Raises:
+            DamagedStore: the file ends before.
+        """
+        crc = done = 0
+        while done < target.size:
+            # A block at a time, so that the checksum finds the bytes still in the processor's cache.
+            block = target[done : done + BLOCK]
+            count = os.preadv(self.handle, [block.data], offset + done)
+            if count == 0:
+                raise DamagedStore(f"{self.path} ends {target.size - done} bytes too early")
+            crc = crc32c(block[:count], crc)
+            done += count
+        return crc
+
+    def __del__(self) -> None:
+        if self.handle >= 0:
+            os.close(self.handle)
+
+
+class OpenShard(Protocol):
+    """A shard's files, open for reading."""
+
+    def find(self, array: ArraySpec, slot: int) -> tuple[OpenFile, int]:
+        """Where row `slot` of `array` lies: its file and offset. The row's bytes are contiguous.
+
+        Raises:
+            DamagedStore: the file does not say, or says something impossible.
+        """
+
+
+class Format(Protocol):
+    """One way of keeping shards in files."""
+
+    name: str
+
+    def metadata(self, header: Header, spec: StoreSpec, rows: int) -> dict[str, bytes]:
+        """The files, by path inside the store, that tell other tools about arrays of `rows` rows."""
+
+    def files(self, spec: StoreSpec, shard: int) -> tuple[str, ...]:
+        """The files of `shard`, by path inside the store."""
+
+    def stage(self, folder: Path, spec: StoreSpec, shard: int, blocks: Iterable[tuple[ArraySpec, np.ndarray]]) -> None:
+        """Write the files of `shard` below `folder`; a block is [spec.shard, *row] in the disk dtype."""
+
+    def open(self, root: Path, spec: StoreSpec, shard: int) -> OpenShard:
+        """Open the files of `shard`.
+
+        Raises:
+            DamagedStore: a file is missing, cut short or not of this format.
+        """

@@ -1,0 +1,75 @@
+"""Which row belongs to which clip. Ids are data: they are kept inside a file and never become a path."""
+
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+from features.errors import StoreError
+from features.journal import Journal
+
+MAX_CLIP_ID = 1024
+MAX_TEXT = 16_384
+
+
+def ids_journal(root: Path) -> Journal:
+    """The file of ids in the store at `root`: each record adds rows in order."""
+    return Journal(root / "ids.jsonl")
+
+
+def ids_of(records: Sequence[dict]) -> list[str | None]:
+    """Row -> id. A row whose id was lost with a damaged file stays unused (None)."""
+    return [name for record in records for name in record["ids"]]
+
+
+def unseen(known: Sequence[str | None], ids: Sequence[str], kind: str) -> list[str]:
+    """The `ids` that no row has yet, checked.
+
+    Raises:
+        StoreError: an id that cannot be one: the message says which and why.
+    """
+    have = set(known)
+    fresh = [name for name in dict.fromkeys(ids) if name not in have]
+    for name in fresh:
+        check_id(name, kind)
+    if kind == "patches":
+        _refuse_lookalikes([name for name in known if name is not None], fresh)
+    return fresh
+
+
+def check_id(name: str, kind: str) -> None:
+    """Refuse an id that is unsafe or cannot be kept exactly. Texts of questions may hold any characters.
+
+    Raises:
+        StoreError: names the id and what is wrong with it.
+    """
+    if not isinstance(name, str):
+        raise StoreError(f"clip id {name!r} is not a text; expected a str")
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        raise StoreError(f"id {name[:60]!r} is not valid Unicode; expected text that UTF-8 can hold") from None
+    limit = MAX_CLIP_ID if kind == "patches" else MAX_TEXT
+    if size > limit:
+        raise StoreError(f"id {name[:60]!r}... has {size} bytes; expected at most {limit}")
+    if kind != "patches":
+        return
+    if not name:
+        raise StoreError("clip id '' is empty; expected a name")
+    if any(unicodedata.category(character) == "Cc" for character in name):
+        raise StoreError(f"clip id {name[:60]!r} holds a control character; expected printable text")
+    parts = name.replace("\\", "/").split("/")
+    if ".." in parts or not parts[0]:
+        raise StoreError(
+            f"clip id {name[:60]!r} is a path that leads elsewhere; expected a name without '..' or a leading '/'"
+        )
+
+
+def _refuse_lookalikes(known: list[str], fresh: list[str]) -> None:
+    spellings = {unicodedata.normalize("NFC", name): name for name in known}
+    for name in fresh:
+        other = spellings.setdefault(unicodedata.normalize("NFC", name), name)
+        if other != name:
+            raise StoreError(
+                f"clip ids {other!r} and {name!r} are two Unicode spellings of one name "
+                f"({other!a} and {name!a}); use one of them for both"
+            )

@@ -1,0 +1,140 @@
+"""An append-only file of JSON lines in which any damage is noticed.
+
+Each line is `{"n": line number, "record": {...}, "crc32c": "..."}` and must equal its own canonical encoding byte for
+byte. A second file, the head, says how many lines have been written, so lines that vanish from the end are noticed too.
+The head follows the line, so after a crash the journal may be one line ahead of its head, never behind it.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from features.durable import append_to, crc32c, locked, write_file
+from features.errors import DamagedStore
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a journal holds.
+
+    Attributes:
+        records: the intact ones, in order.
+        faults: one line a fault, naming the file and the line. A torn last line that the head does not count is no
+            fault: a crash leaves it, and nobody was told that it had been written.
+        lost: true when more than a torn last line is gone, so that the rest cannot be trusted to be the whole.
+        end: bytes of the intact lines.
+    """
+
+    records: tuple[Record, ...]
+    faults: tuple[str, ...]
+    lost: bool
+    end: int
+
+
+def encode_line(number: int, record: Record) -> bytes:
+    """One line of the file, newline included."""
+    body = json.dumps(record, sort_keys=True, separators=(",", ":"))
+    check = crc32c(f"{number}:{body}".encode())
+    return f'{{"crc32c":"{check:08x}","n":{number},"record":{body}}}\n'.encode()
+
+
+def decode_line(number: int, line: bytes) -> Record | None:
+    """The record of one line, or None where the line is not exactly what was written."""
+    try:
+        record = json.loads(line)["record"]
+        intact = isinstance(record, dict) and encode_line(number, record) == line
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return record if intact else None
+
+
+class Journal:
+    """A journal at `path`, with its head beside it at `path` + `.head`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.head_path = path.with_name(path.name + ".head")
+
+    def create(self) -> None:
+        """Make it, empty, where there is none."""
+        with locked(self.path):
+            if not self.head_path.exists():
+                self._write_head(0, 0)
+
+    def append(self, record: Record) -> None:
+        """Add one record and sync it. A torn line that a crash left at the end is cut off first.
+
+        Raises:
+            DamagedStore: what is there cannot be continued.
+            OSError: the disk is full; the file is as it was.
+        """
+        with locked(self.path) as handle:
+            number, end = self._extent(handle)
+            os.ftruncate(handle, end)
+            line = encode_line(number, record)
+            append_to(handle, line)
+            self._write_head(number + 1, end + len(line))
+
+    def rewrite(self, records: list[Record]) -> None:
+        """Replace the whole journal, for repairs."""
+        lines = [encode_line(number, record) for number, record in enumerate(records)]
+        write_file(self.path, b"".join(lines))
+        self._write_head(len(lines), sum(len(line) for line in lines))
+
+    def read(self) -> Contents:
+        """Everything that is intact, and everything that is not. Never raises for damage."""
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError:
+            return Contents((), (f"{self.path.name} is missing",), True, 0)
+        lines = content.split(b"\n")
+        torn = lines.pop()
+        records, faults, end = [], [], 0
+        for number, line in enumerate(lines):
+            record = decode_line(number, line + b"\n")
+            if record is None:
+                faults.append(f"{self.path.name} line {number + 1} is damaged")
+            else:
+                records.append(record)
+            end += len(line) + 1
+        lost = bool(faults)
+        head = self._read_head()
+        if head is None:
+            faults.append(f"{self.head_path.name} is missing or damaged")
+        elif len(lines) < head["records"]:
+            faults.append(f"{self.path.name} ends after {len(lines)} of {head['records']} lines")
+            lost = lost or len(lines) + bool(torn) < head["records"]
+        return Contents(tuple(records), tuple(faults), lost, end)
+
+    def _extent(self, handle: int) -> tuple[int, int]:
+        """Count of whole lines and where they end; only what the head does not count is read."""
+        size = os.fstat(handle).st_size
+        head = self._read_head()
+        number, start = (head["records"], head["bytes"]) if head and head["bytes"] <= size else (0, 0)
+        tail = os.pread(handle, size - start, start)
+        return number + tail.count(b"\n"), start + tail.rfind(b"\n") + 1
+
+    def _read_head(self) -> Record | None:
+        try:
+            return decode_line(0, self.head_path.read_bytes())
+        except FileNotFoundError:
+            return None
+
+    def _write_head(self, records: int, end: int) -> None:
+        write_file(self.head_path, encode_line(0, {"records": records, "bytes": end}))
+
+
+def require_intact(contents: Contents, path: Path) -> None:
+    """Refuse a journal in which more than a torn last line is gone.
+
+    Raises:
+        DamagedStore: names the line.
+    """
+    if contents.lost:
+        raise DamagedStore(
+            f"{path.parent}: {'; '.join(contents.faults)}; run `python -m features repair {path.parent}`"
+        )

@@ -1,0 +1,114 @@
+"""The list of committed shards: the only thing that readers trust."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from features.journal import Contents, Journal, Record
+
+Files = Mapping[str, tuple[int, int]]  # path inside the store -> (bytes, CRC-32C)
+
+
+@dataclass(frozen=True)
+class ClipRecord:
+    """One committed row.
+
+    Attributes:
+        row: in every array of the store.
+        checksums: CRC-32C of the row's bytes, by array.
+        source: hash of the video it came from.
+        commit: number of the ledger line that last wrote its shard.
+    """
+
+    row: int
+    checksums: Mapping[str, int]
+    source: str
+    commit: int
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What the ledger's lines add up to.
+
+    Attributes:
+        clips: the committed ones, by id.
+        files: shard -> its files as committed.
+        announced: shard -> files that a writer was about to put in place; a crash may have left them there, holding
+            the same committed rows.
+        errors: shard -> what storing in fewer bits cost, by array.
+    """
+
+    clips: dict[str, ClipRecord] = field(default_factory=dict)
+    files: dict[int, Files] = field(default_factory=dict)
+    announced: dict[int, list[Files]] = field(default_factory=dict)
+    errors: dict[int, dict[str, float]] = field(default_factory=dict)
+
+    def add(self, number: int, record: Record) -> None:
+        """Take in line `number`."""
+        kind, shard = record["kind"], record.get("shard", -1)
+        if kind == "announce":
+            self.announced.setdefault(shard, []).append(_files(record))
+        elif kind == "commit":
+            self.files[shard] = _files(record)
+            self.announced.pop(shard, None)
+            self.errors[shard] = record.get("errors", {})
+            for clip in record["clips"]:
+                checksums = {name: int(value, 16) for name, value in clip["crc32c"].items()}
+                self.clips[clip["id"]] = ClipRecord(clip["row"], checksums, clip["source"], number)
+        elif kind == "drop":
+            for name in record["ids"]:
+                self.clips.pop(name, None)
+
+
+def read_ledger(journal: Journal) -> tuple[Ledger, Contents]:
+    """Everything that the intact lines say, and what is wrong with the file."""
+    contents = journal.read()
+    ledger = Ledger()
+    for number, record in enumerate(contents.records):
+        ledger.add(number, record)
+    return ledger, contents
+
+
+def ledger_journal(root: Path) -> Journal:
+    """The ledger's file in the store at `root`."""
+    return Journal(root / "ledger.jsonl")
+
+
+def announce(shard: int, files: Files) -> Record:
+    """The line that precedes putting `files` in place."""
+    return {"kind": "announce", "shard": shard, "files": _as_json(files)}
+
+
+def commit(
+    shard: int,
+    clips: Mapping[str, tuple[int, Mapping[str, int], str]],
+    files: Files,
+    fingerprint: str,
+    errors: Mapping[str, float],
+) -> Record:
+    """The line that makes a shard's rows exist. `clips`: id -> (row, checksums, source)."""
+    return {
+        "kind": "commit",
+        "shard": shard,
+        "rows": [min(row for row, _, _ in clips.values()), max(row for row, _, _ in clips.values()) + 1],
+        "clips": [
+            {"id": name, "row": row, "crc32c": {array: f"{crc:08x}" for array, crc in sums.items()}, "source": source}
+            for name, (row, sums, source) in clips.items()
+        ],
+        "files": _as_json(files),
+        "fingerprint": fingerprint,
+        "errors": dict(errors),
+    }
+
+
+def drop(shard: int, ids: list[str], reason: str) -> Record:
+    """The line that takes damaged clips out again, so that they are recomputed."""
+    return {"kind": "drop", "shard": shard, "ids": ids, "reason": reason}
+
+
+def _as_json(files: Files) -> Record:
+    return {name: {"bytes": size, "crc32c": f"{crc:08x}"} for name, (size, crc) in files.items()}
+
+
+def _files(record: Record) -> Files:
+    return {name: (entry["bytes"], int(entry["crc32c"], 16)) for name, entry in record["files"].items()}

@@ -1,0 +1,447 @@
+"""The store: features of many clips, and what made them. A clip in it is whole or absent.
+
+python -c "from features import open_store; print(open_store('stores/x').clip_ids)"
+"""
+
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from features import lease
+from features.dtypes import bytes_of, row_bytes, stored, to_disk
+from features.durable import (
+    crc32c,
+    crc32c_of_file,
+    disk_full_is_clear,
+    locked,
+    make_folder,
+    put_in_place,
+    remove_folder,
+    sync_file,
+    write_file,
+)
+from features.errors import AbsentClip, DamagedStore, FingerprintMismatch, StoreError
+from features.formats import Format, OpenShard
+from features.header import differences, header_path, make_header, parse_header, read_header, write_header
+from features.ids import ids_journal, ids_of, unseen
+from features.journal import require_intact
+from features.ledger import ClipRecord, announce, commit, ledger_journal, read_ledger
+from features.quarantine import Failure, QuarantineRecord, add_failures, quarantine_journal, read_quarantine
+from features.spec import ArraySpec, Fingerprint, PatchTokens, StoreSpec, TextStates
+from features.zarr_store import ZarrFormat
+
+_OPEN_SHARDS = 64
+_TOKENS = ("patches", "coarse", "states")  # the arrays that `read(dtype=...)` converts
+
+
+@dataclass(frozen=True)
+class ShardWork:
+    """What is still to compute of one shard."""
+
+    shard: int
+    ids: tuple[str, ...]
+
+
+def format_named(name: str) -> Format:
+    """The file format called `name`.
+
+    Raises:
+        StoreError: there is no such format.
+    """
+    formats: dict[str, Format] = {"zarr": ZarrFormat()}
+    if name not in formats:
+        raise StoreError(f"format {name!r} is unknown; expected one of {', '.join(formats)}")
+    return formats[name]
+
+
+def create_store(
+    path: Path | str, spec: StoreSpec, fingerprint: Fingerprint, ids: Sequence[str], format: str = "zarr"
+) -> "Store":
+    """Create a store with a row for each of `ids`, or open the one at `path` and add rows for ids that it lacks.
+
+    Rows never move: row r belongs to shard r // spec.shard for ever.
+
+    Raises:
+        FingerprintMismatch: the store there was made by something else; the message names the differing fields.
+        StoreError: an id is unsafe, or the store there is damaged.
+    """
+    root = Path(path)
+    files = format_named(format)
+    header = make_header(spec, fingerprint, format)
+    unseen((), ids, spec.kind)  # refuse bad ids before anything is written
+    with disk_full_is_clear(f"creating {root}"):
+        make_folder(root)
+        with locked(root / "growth.lock"):
+            if not header_path(root).exists():
+                for journal in (ids_journal(root), ledger_journal(root), quarantine_journal(root)):
+                    journal.create()
+                write_header(root, header)
+            different = differences(read_header(root), header)
+            if different:
+                raise FingerprintMismatch(
+                    f"store {root} was made by something else ({'; '.join(different)}; here: the store, there: what "
+                    "was asked for); choose another store.path, or ask for what is there"
+                )
+            journal = ids_journal(root)
+            contents = journal.read()
+            require_intact(contents, journal.path)
+            known = ids_of(contents.records)
+            fresh = unseen(known, ids, spec.kind)
+            if fresh:
+                journal.append({"ids": fresh})
+            metadata = files.metadata(header, spec, len(known) + len(fresh))
+            for name, content in metadata.items():
+                if not (root / name).exists() or (root / name).read_bytes() != content:
+                    write_file(root / name, content)
+    return open_store(root)
+
+
+def open_store(path: Path | str, expect: Fingerprint | None = None) -> "Store":
+    """Open the store at `path`.
+
+    Raises:
+        FingerprintMismatch: it was not made by `expect`; the message names the differing fields.
+        StoreError: there is none, or what describes it is damaged; one line that says which file.
+    """
+    root = Path(path)
+    spec, fingerprint, format_name = parse_header(read_header(root))
+    if expect is not None and (different := fingerprint.differences(expect)):
+        raise FingerprintMismatch(
+            f"store {root} was made by something else than is expected ({'; '.join(different)}; here: the store, "
+            "there: what is expected); use the store that fits, or encode again"
+        )
+    return Store(root, spec, fingerprint, format_named(format_name))
+
+
+class Store:
+    """An open store; make one with `open_store` or `create_store`. It can be sent to other processes.
+
+    Attributes:
+        path: its folder.
+        spec: its shape.
+        fingerprint: what made it.
+        format: `zarr` or `hdf5`.
+        planned_ids: the id of every row, in row order.
+    """
+
+    def __init__(self, path: Path, spec: StoreSpec, fingerprint: Fingerprint, files: Format) -> None:
+        self.path = path
+        self.spec = spec
+        self.fingerprint = fingerprint
+        self.format = files.name
+        self._files = files
+        self._journal = ledger_journal(path)
+        self._held: set[int] = set()
+        self._open: OrderedDict[tuple[int, int], OpenShard] = OrderedDict()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """See what other processes have committed or planned since.
+
+        Raises:
+            DamagedStore: a file that describes the store is damaged; the message names the line.
+        """
+        planned = ids_journal(self.path).read()
+        require_intact(planned, ids_journal(self.path).path)
+        self._row_ids = ids_of(planned.records)
+        self._rows = {name: row for row, name in enumerate(self._row_ids) if name is not None}
+        self._ledger, contents = read_ledger(self._journal)
+        require_intact(contents, self._journal.path)
+
+    @property
+    def planned_ids(self) -> tuple[str, ...]:
+        """The id of every row, in row order."""
+        return tuple(self._rows)
+
+    @property
+    def clip_ids(self) -> tuple[str, ...]:
+        """The committed ids, in row order."""
+        return tuple(name for name in self._rows if name in self._ledger.clips)
+
+    @property
+    def quarantine(self) -> Mapping[str, QuarantineRecord]:
+        """The clips that could not be encoded, by id."""
+        return MappingProxyType(read_quarantine(quarantine_journal(self.path), self._ledger.clips))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the committed shards' files."""
+        return sum(size for files in self._ledger.files.values() for size, _ in files.values())
+
+    def missing(self) -> tuple[str, ...]:
+        """The ids that are neither committed nor in quarantine."""
+        quarantined = self.quarantine
+        return tuple(name for name in self._rows if name not in self._ledger.clips and name not in quarantined)
+
+    def missing_shards(self, retry_quarantined: bool = False) -> list[ShardWork]:
+        """The shards that still have something to do, and the ids to compute in each."""
+        skip = {} if retry_quarantined else self.quarantine
+        work: dict[int, list[str]] = {}
+        for name, row in self._rows.items():
+            if name not in self._ledger.clips and name not in skip:
+                work.setdefault(row // self.spec.shard, []).append(name)
+        return [ShardWork(shard, tuple(ids)) for shard, ids in sorted(work.items())]
+
+    # Reading
+
+    def read(self, ids: Sequence[str], dtype: torch.dtype | None = None) -> PatchTokens:
+        """The patch tokens of `ids`, in that order; an id may come twice. Every checksum is checked.
+
+        Args:
+            ids: clips.
+            dtype: of `patches` and `coarse`; the stored one by default. Asking for another multiplies by `scale`.
+
+        Raises:
+            AbsentClip: names the ids that were never committed.
+            DamagedStore: names the clip whose bytes are not those that were committed.
+        """
+        if self.spec.kind != "patches":
+            raise StoreError(f"store {self.path} holds {self.spec.kind} rows; expected patches: use read_text")
+        return PatchTokens(**self._read(ids, dtype))
+
+    def read_text(self, texts: Sequence[str], dtype: torch.dtype | None = None) -> TextStates:
+        """The text network's states of `texts`, in that order. Errors as in `read`."""
+        if self.spec.kind != "text":
+            raise StoreError(f"store {self.path} holds {self.spec.kind} rows; expected text: use read")
+        return TextStates(**self._read(texts, dtype))
+
+    def _read(self, ids: Sequence[str], dtype: torch.dtype | None) -> dict[str, Tensor]:
+        records = self._records(ids)
+        tensors = {array.name: self._read_array(array, ids, records) for array in self.spec.arrays}
+        return tensors if dtype is None else _converted(tensors, dtype)
+
+    def _records(self, ids: Sequence[str]) -> list[ClipRecord]:
+        absent = [name for name in dict.fromkeys(ids) if name not in self._ledger.clips]
+        if absent:
+            raise AbsentClip(absent, f"store {self.path}")
+        return [self._ledger.clips[name] for name in ids]
+
+    def _read_array(self, array: ArraySpec, ids: Sequence[str], records: Sequence[ClipRecord]) -> Tensor:
+        out = torch.empty(len(ids), *array.shape, dtype=stored(array.dtype).torch)
+        rows = bytes_of(out).reshape(len(ids), row_bytes(array))
+        for name, record, target in zip(ids, records, rows, strict=True):
+            shard, slot = divmod(record.row, self.spec.shard)
+            try:
+                file, offset = self._shard(shard, record.commit).find(array, slot)
+                intact = file.read_into(target, offset) == record.checksums[array.name]
+            except DamagedStore as error:
+                raise DamagedStore(f"clip {name!r} cannot be read: {error}; {self._advice()}") from error
+            if not intact:
+                raise DamagedStore(
+                    f"clip {name!r}: the bytes of {array.name} in {file.path} are not those that were committed; "
+                    f"{self._advice()}"
+                )
+        return out
+
+    def _advice(self) -> str:
+        return f"run `python -m features verify {self.path}` and then `repair`"
+
+    def _shard(self, shard: int, commit_number: int) -> OpenShard:
+        key = (shard, commit_number)
+        opened = self._open.get(key)
+        if opened is None:
+            opened = self._open[key] = self._files.open(self.path, self.spec, shard)
+            while len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return opened
+
+    # Writing
+
+    @contextmanager
+    def lease(self, shard: int) -> Iterator[None]:
+        """Own `shard` while its clips are computed and written; see afterwards what is left of it to do.
+
+        Raises:
+            ShardOwned: another live process has it; the message names host and process.
+        """
+        with lease.hold(self.path, shard):
+            self._held.add(shard)
+            try:
+                self.refresh()
+                yield
+            finally:
+                self._held.discard(shard)
+
+    def write_shard(
+        self,
+        shard: int,
+        rows: Mapping[str, Mapping[str, Tensor]],
+        sources: Mapping[str, str],
+        failures: Mapping[str, Failure] = MappingProxyType({}),
+    ) -> None:
+        """Commit clips of one shard; afterwards they are all there, or after any failure none of them is.
+
+        Rows that the shard has already stay as they are, bit for bit.
+
+        Args:
+            shard: its number.
+            rows: id -> one tensor an array, without the batch.
+            sources: id -> hash of the video (or text) it came from.
+            failures: the clips that could not be encoded; they go to quarantine.
+
+        Raises:
+            ShardOwned: another live process has the shard.
+            StoreError: an id is not of this shard; a tensor is missing, of another shape, or holds NaN or infinity; the
+                disk is full. The message names id and array.
+        """
+        if shard in self._held:
+            self._write_owned(shard, rows, sources, failures)
+        else:
+            with self.lease(shard):
+                self._write_owned(shard, rows, sources, failures)
+
+    def _write_owned(
+        self,
+        shard: int,
+        rows: Mapping[str, Mapping[str, Tensor]],
+        sources: Mapping[str, str],
+        failures: Mapping[str, Failure],
+    ) -> None:
+        self._check_ids(shard, rows, sources, failures)
+        encoded = {name: self._encode(name, tensors) for name, tensors in rows.items()}
+        with disk_full_is_clear(f"writing shard {shard} of {self.path}"):
+            if encoded:
+                self._commit(shard, encoded, sources)
+            add_failures(quarantine_journal(self.path), failures)
+        self.refresh()
+
+    def _check_ids(
+        self,
+        shard: int,
+        rows: Mapping[str, Mapping[str, Tensor]],
+        sources: Mapping[str, str],
+        failures: Mapping[str, Failure],
+    ) -> None:
+        for name in [*rows, *failures]:
+            row = self._rows.get(name)
+            if row is None or row // self.spec.shard != shard:
+                where = "has no row" if row is None else f"belongs to shard {row // self.spec.shard}"
+                raise StoreError(f"clip {name!r} {where} in {self.path}; expected an id of shard {shard}")
+        for name in rows:
+            if name in failures:
+                raise StoreError(f"clip {name!r} is given as encoded and as failed; expected one of the two")
+            if name not in sources:
+                raise StoreError(f"clip {name!r} has no entry in sources; expected the hash of its video")
+            if name in self._ledger.clips:
+                raise StoreError(f"clip {name!r} is committed already in {self.path}; write only what missing() names")
+
+    def _encode(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        expected = {array.name for array in self.spec.arrays}
+        if tensors.keys() != expected:
+            raise StoreError(
+                f"clip {name!r} comes with {', '.join(sorted(tensors)) or 'nothing'}; "
+                f"expected {', '.join(sorted(expected))}"
+            )
+        return {array.name: _checked(name, array, tensors[array.name]) for array in self.spec.arrays}
+
+    def _commit(self, shard: int, encoded: Mapping[str, Mapping[str, np.ndarray]], sources: Mapping[str, str]) -> None:
+        first = shard * self.spec.shard
+        kept = [n for n in self._row_ids[first : first + self.spec.shard] if n is not None and n in self._ledger.clips]
+        staging = self.path / "staging"
+        for leftover in staging.glob(f"{shard:08d}-*"):  # of a writer that died; the lease says that it is gone
+            remove_folder(leftover)
+        folder = staging / f"{shard:08d}-{uuid.uuid4().hex}"
+        make_folder(folder)
+        try:
+            sums: dict[str, dict[str, int]] = {name: {} for name in [*kept, *encoded]}
+            self._files.stage(folder, self.spec, shard, self._blocks(first, kept, encoded, sums))
+            names = self._files.files(self.spec, shard)
+            files = {name: crc32c_of_file(folder / name) for name in names}
+            for name in names:
+                sync_file(folder / name)
+            self._journal.append(announce(shard, files))
+            for name in names:
+                put_in_place(folder / name, self.path / name)
+        finally:
+            remove_folder(folder)
+        self._read_back(shard, sums)
+        clips = {
+            name: (
+                self._rows[name],
+                sums[name],
+                sources[name] if name in encoded else self._ledger.clips[name].source,
+            )
+            for name in sums
+        }
+        self._journal.append(commit(shard, clips, files, self.fingerprint.digest, {}))
+
+    def _blocks(
+        self,
+        first: int,
+        kept: Sequence[str],
+        encoded: Mapping[str, Mapping[str, np.ndarray]],
+        sums: dict[str, dict[str, int]],
+    ) -> Iterator[tuple[ArraySpec, np.ndarray]]:
+        """Each array's block of the shard, old rows and new; fills in `sums` on the way."""
+        for array in self.spec.arrays:
+            kept_rows = to_disk(self._read_array(array, kept, self._records(kept)), array.dtype)
+            rows = {
+                **dict(zip(kept, kept_rows, strict=True)),
+                **{n: arrays[array.name] for n, arrays in encoded.items()},
+            }
+            block = np.full((self.spec.shard, *array.shape), stored(array.dtype).absent, stored(array.dtype).disk)
+            for name, row in rows.items():
+                block[self._rows[name] - first] = row
+                sums[name][array.name] = crc32c(np.ascontiguousarray(row))
+            yield array, block
+
+    def _read_back(self, shard: int, sums: Mapping[str, Mapping[str, int]]) -> None:
+        opened = self._files.open(self.path, self.spec, shard)
+        for array in self.spec.arrays:
+            row = np.empty(row_bytes(array), np.uint8)
+            for name, expected in sums.items():
+                file, offset = opened.find(array, self._rows[name] % self.spec.shard)
+                if file.read_into(row, offset) != expected[array.name]:
+                    raise DamagedStore(
+                        f"{file.path}: {array.name} of clip {name!r} read back differs from what was written; "
+                        "the disk or its cable is failing: nothing was committed"
+                    )
+
+    def close(self) -> None:
+        """Close the files that reading has opened."""
+        self._open.clear()
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[object, tuple[Path, Fingerprint]]:
+        return open_store, (self.path, self.fingerprint)
+
+
+def _checked(name: str, array: ArraySpec, tensor: Tensor) -> np.ndarray:
+    """One row as it is written, refused where it cannot be."""
+    if tuple(tensor.shape) != array.shape:
+        raise StoreError(f"clip {name!r}: {array.name} has shape {tuple(tensor.shape)}; expected {array.shape}")
+    target = stored(array.dtype).torch
+    if not target.is_floating_point and tensor.dtype != target:
+        raise StoreError(f"clip {name!r}: {array.name} has dtype {tensor.dtype}; expected {target}")
+    row = tensor.detach().to(target)
+    if target.is_floating_point and not bool(torch.isfinite(row.float()).all()):
+        was_finite = bool(torch.isfinite(tensor.float()).all())
+        what = f"exceeds the range of {array.dtype}" if was_finite else "holds NaN or infinity"
+        raise StoreError(f"clip {name!r}: {array.name} {what}; it is not stored")
+    return to_disk(row, array.dtype)
+
+
+def _converted(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tokens in `dtype`, scaled where they were stored in few bits."""
+    scale = tensors.pop("scale", None)
+    for name in _TOKENS:
+        if name in tensors:
+            tensors[name] = tensors[name].to(dtype)
+    if scale is not None:
+        tensors["patches"] *= scale.to(dtype).unsqueeze(-1)
+    return tensors

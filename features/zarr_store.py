@@ -1,0 +1,106 @@
+"""Zarr v3: one sharded array per `ArraySpec`; an inner chunk is one row, a shard is `spec.shard` rows.
+
+Shards are written by zarr-python and any Zarr v3 reader can open the store. Our own reader takes a row with one read at
+the offset that the shard's index gives, because that is several times faster.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec
+from zarr.storage import LocalStore, MemoryStore
+
+from features.dtypes import row_bytes, stored
+from features.durable import crc32c
+from features.errors import DamagedStore
+from features.formats import Header, OpenFile
+from features.spec import ArraySpec, StoreSpec
+
+_EMPTY = 2**64 - 1  # how the index of a shard marks a chunk that was never written
+_CRC = 4
+
+
+class ZarrFormat:
+    """See `features.formats.Format`."""
+
+    name = "zarr"
+
+    def metadata(self, header: Header, spec: StoreSpec, rows: int) -> dict[str, bytes]:
+        """The group's and every array's `zarr.json`; the group's attributes repeat the store's header."""
+        files: dict = {}
+        group = zarr.create_group(MemoryStore(files), attributes=header)
+        for array in spec.arrays:
+            _create_array(group, array, spec, rows)
+        return {path: buffer.to_bytes() for path, buffer in files.items()}
+
+    def files(self, spec: StoreSpec, shard: int) -> tuple[str, ...]:
+        """One file an array."""
+        return tuple(_shard_file(array, shard) for array in spec.arrays)
+
+    def stage(self, folder: Path, spec: StoreSpec, shard: int, blocks: Iterable[tuple[ArraySpec, np.ndarray]]) -> None:
+        """A store of this one shard is written by zarr-python; a shard's file does not know its own number."""
+        group = zarr.create_group(LocalStore(folder / "one"))
+        for array, block in blocks:
+            _create_array(group, array, spec, spec.shard)[:] = block
+            target = folder / _shard_file(array, shard)
+            target.parent.mkdir(parents=True)
+            (folder / "one" / _shard_file(array, 0)).rename(target)
+
+    def open(self, root: Path, spec: StoreSpec, shard: int) -> "ZarrShard":
+        """Open every array's file and check its index."""
+        return ZarrShard(root, spec, shard)
+
+
+class ZarrShard:
+    """See `features.formats.OpenShard`."""
+
+    def __init__(self, root: Path, spec: StoreSpec, shard: int) -> None:
+        self._arrays = {array.name: _open_indexed(root / _shard_file(array, shard), spec) for array in spec.arrays}
+
+    def find(self, array: ArraySpec, slot: int) -> tuple[OpenFile, int]:
+        """Row `slot` by the shard's index."""
+        file, index = self._arrays[array.name]
+        offset, size = (int(number) for number in index[slot])
+        if offset == _EMPTY:
+            raise DamagedStore(f"{file.path} holds nothing for row {slot} of its shard")
+        if size != row_bytes(array) + _CRC or offset + size > file.size:
+            raise DamagedStore(f"{file.path} places row {slot} of its shard outside of itself")
+        return file, offset
+
+
+def _shard_file(array: ArraySpec, shard: int) -> str:
+    return "/".join([array.name, "c", str(shard), *["0"] * len(array.shape)])
+
+
+def _create_array(group: zarr.Group, array: ArraySpec, spec: StoreSpec, rows: int) -> zarr.Array:
+    kept = stored(array.dtype)
+    return group.create_array(
+        array.name,
+        shape=(rows, *array.shape),
+        chunks=(1, *array.shape),
+        shards=(spec.shard, *array.shape),
+        dtype=kept.disk,
+        filters=None,
+        compressors=Crc32cCodec(),
+        fill_value=kept.absent,
+        attributes={"dtype": array.dtype},
+        # Rows that were never written are left out, so that other tools read NaN there; where `absent` may be a real
+        # row, all of them are written, since a left-out real row could not be told from an absent one.
+        config={"write_empty_chunks": kept.may_be_value},
+    )
+
+
+def _open_indexed(path: Path, spec: StoreSpec) -> tuple[OpenFile, np.ndarray]:
+    try:
+        file = OpenFile(path)
+    except OSError as error:
+        raise DamagedStore(f"{path} cannot be opened: {error.strerror}") from error
+    size = 16 * spec.shard + _CRC
+    if file.size < size:
+        raise DamagedStore(f"{path} has {file.size} bytes; expected at least the {size} of its index")
+    tail = file.read(size, file.size - size)
+    if crc32c(tail[:-_CRC]).to_bytes(_CRC, "little") != tail[-_CRC:]:
+        raise DamagedStore(f"{path} has a damaged index")
+    return file, np.frombuffer(tail[:-_CRC], "<u8").reshape(spec.shard, 2)

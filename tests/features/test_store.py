@@ -1,0 +1,259 @@
+"""The contract that both formats keep."""
+
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from features import (
+    AbsentClip,
+    DamagedStore,
+    Failure,
+    Fingerprint,
+    FingerprintMismatch,
+    Store,
+    StoreError,
+    StoreSpec,
+    create_store,
+    open_store,
+)
+from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
+
+Make = Callable[..., Store]
+
+
+def test_reads_what_was_written_in_any_order(make: Make) -> None:
+    store = make()
+    written = fill(store)
+    asked = [IDS[7], IDS[0], IDS[7], IDS[9]]
+    tokens = open_store(store.path).read(asked)
+    assert tokens.patches.shape == (4, 2, 6, 8)
+    assert tokens.patches.dtype == torch.float16
+    for name, tensor in tokens.tensors().items():
+        expected = torch.stack([written[clip_id][name] for clip_id in asked]).to(tensor.dtype)
+        assert torch.equal(tensor, expected), name
+
+
+def test_read_converts_the_tokens_only(make: Make) -> None:
+    store = make()
+    fill(store)
+    tokens = store.read(IDS[:2], dtype=torch.bfloat16)
+    assert tokens.patches.dtype == torch.bfloat16
+    assert tokens.saliency.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_stored_bit_exactly(make: Make, dtype: str) -> None:
+    store = make(spec=StoreSpec.for_patches(2, (2, 3), 8, dtype, shard=4))
+    written = fill(store)
+    patches = store.read(IDS).patches
+    assert torch.equal(patches, torch.stack([written[name]["patches"] for name in IDS]).to(patches.dtype))
+
+
+def test_all_zero_features_are_features(make: Make) -> None:
+    store = make()
+    zeros = {array.name: torch.zeros(array.shape) for array in SPEC.arrays}
+    store.write_shard(0, dict.fromkeys(IDS[:4], zeros), dict.fromkeys(IDS[:4], "sha256:0"))
+    assert not store.read(IDS[:4]).patches.any()
+
+
+def test_absent_clips_are_named_and_never_read_as_zeros(make: Make) -> None:
+    store = make()
+    store.write_shard(0, {IDS[1]: clip(1)}, {IDS[1]: "sha256:1"})
+    with pytest.raises(AbsentClip, match=r"2 of the asked clips .*'vid\|P0\|0\|10', 'vid\|P9\|0\|10'") as caught:
+        store.read([IDS[1], IDS[0], IDS[9]])
+    assert caught.value.ids == (IDS[0], IDS[9])
+    assert isinstance(caught.value, KeyError)
+    assert pickle.loads(pickle.dumps(caught.value)).ids == caught.value.ids
+
+
+def test_work_goes_down_as_shards_are_written(make: Make) -> None:
+    store = make()
+    assert [(work.shard, work.ids) for work in store.missing_shards()] == [
+        (0, IDS[:4]),
+        (1, IDS[4:8]),
+        (2, IDS[8:]),
+    ]
+    store.write_shard(1, {name: clip(0) for name in IDS[4:7]}, dict.fromkeys(IDS, "sha256:0"))
+    assert store.clip_ids == IDS[4:7]
+    assert store.missing() == (*IDS[:4], *IDS[7:])
+    assert [work.ids for work in store.missing_shards()] == [IDS[:4], IDS[7:8], IDS[8:]]
+
+
+def test_later_rows_of_a_shard_leave_earlier_ones_as_they_are(make: Make) -> None:
+    store = make()
+    fill(store, skip=(IDS[1], IDS[9]))
+    before = store.read([IDS[0], IDS[8]])
+    sums = dict(store._ledger.clips[IDS[0]].checksums)
+    fill(store)
+    after = open_store(store.path).read([IDS[0], IDS[8]])
+    assert torch.equal(before.patches, after.patches)
+    assert store._ledger.clips[IDS[0]].checksums == sums
+    assert store.clip_ids == IDS
+
+
+def test_an_old_reader_sees_new_rows_after_refresh(make: Make) -> None:
+    writer, reader = make(), make()
+    fill(writer, skip=(IDS[1],))
+    reader.refresh()
+    reader.read([IDS[0]])
+    fill(writer)
+    reader.refresh()
+    assert torch.equal(reader.read([IDS[1]]).patches, writer.read([IDS[1]]).patches)
+
+
+def test_quarantine_counts_attempts_and_ends_with_success(make: Make) -> None:
+    store = make()
+    good = {name: clip(0) for name in IDS[:3]}
+    store.write_shard(0, good, dict.fromkeys(good, "sha256:0"), {IDS[3]: Failure("moov atom not found", "Traceback")})
+    store.write_shard(0, {}, {}, {IDS[3]: Failure("still not", "Traceback 2")})
+    record = open_store(store.path).quarantine[IDS[3]]
+    assert (record.reason, record.attempts, record.traceback) == ("still not", 2, "Traceback 2")
+    assert IDS[3] not in store.missing()
+    assert [work.shard for work in store.missing_shards()] == [1, 2]
+    assert store.missing_shards(retry_quarantined=True)[0].ids == (IDS[3],)
+    store.write_shard(0, {IDS[3]: clip(3)}, {IDS[3]: "sha256:3"})
+    assert store.quarantine == {}
+    assert store.clip_ids == IDS[:4]
+
+
+def test_growth_appends_rows(make: Make) -> None:
+    store = make()
+    written = fill(store)
+    grown = make(ids=("new", IDS[3], "newer"))
+    assert grown.planned_ids == (*IDS, "new", "newer")
+    assert [(work.shard, work.ids) for work in grown.missing_shards()] == [(2, ("new", "newer"))]
+    fill(grown)
+    assert torch.equal(grown.read([IDS[8]]).patches[0], written[IDS[8]]["patches"].half())
+
+
+def test_another_fingerprint_is_refused_by_field(make: Make) -> None:
+    store = make()
+    other = Fingerprint({**FINGERPRINT.fields, "depth": 12})
+    with pytest.raises(FingerprintMismatch, match="depth: 6 here, 12 there") as caught:
+        make(fingerprint=other)
+    assert "frames" not in str(caught.value)
+    with pytest.raises(FingerprintMismatch, match="depth: 6 here, 12 there"):
+        open_store(store.path, expect=other)
+    with pytest.raises(FingerprintMismatch, match=r"spec.shard: 4 here, 8 there"):
+        make(spec=replace(SPEC, shard=8))
+
+
+def test_nan_and_overflow_are_refused_by_name(make: Make) -> None:
+    store = make()
+    bad = clip(0)
+    bad["saliency"][0, 0] = float("nan")
+    with pytest.raises(StoreError, match=r"clip 'vid\|P0\|0\|10': saliency holds NaN or infinity"):
+        store.write_shard(0, {IDS[1]: clip(1), IDS[0]: bad}, dict.fromkeys(IDS, "sha256:0"))
+    big = clip(0)
+    big["patches"][0, 0, 0] = 1e6
+    with pytest.raises(StoreError, match="patches exceeds the range of float16"):
+        store.write_shard(0, {IDS[0]: big}, dict.fromkeys(IDS, "sha256:0"))
+    assert open_store(store.path).clip_ids == ()
+
+
+def test_wrong_rows_are_refused(make: Make) -> None:
+    store = make()
+    sources = dict.fromkeys(IDS, "sha256:0")
+    with pytest.raises(StoreError, match="belongs to shard 1 .*; expected an id of shard 0"):
+        store.write_shard(0, {IDS[5]: clip(0)}, sources)
+    with pytest.raises(StoreError, match="'nobody' has no row"):
+        store.write_shard(0, {"nobody": clip(0)}, sources)
+    with pytest.raises(StoreError, match="no entry in sources"):
+        store.write_shard(0, {IDS[0]: clip(0)}, {})
+    with pytest.raises(StoreError, match=r"cls has shape \(9,\); expected \(8,\)"):
+        store.write_shard(0, {IDS[0]: {**clip(0), "cls": torch.zeros(9)}}, sources)
+    with pytest.raises(StoreError, match="comes with cls; expected cls, patches, saliency, timestamps"):
+        store.write_shard(0, {IDS[0]: {"cls": torch.zeros(8)}}, sources)
+    fill(store)
+    with pytest.raises(StoreError, match="is committed already"):
+        store.write_shard(0, {IDS[0]: clip(0)}, sources)
+
+
+def test_text_states(make: Make) -> None:
+    spec = StoreSpec.for_text(length=5, width=8, shard=4)
+    texts = ("what is on the table?", "../../is this a path?", "a\n?")
+    store = make(ids=texts, spec=spec)
+    written = fill(store)
+    read = store.read_text([texts[2], texts[0]])
+    assert torch.equal(read.states[0], written[texts[2]]["states"].half())
+    assert torch.equal(read.attention_mask[1], written[texts[0]]["attention_mask"])
+    with pytest.raises(StoreError, match="holds text rows; expected patches: use read_text"):
+        store.read(texts)
+
+
+def test_a_mask_of_padding_only_is_kept(make: Make) -> None:
+    store = make(ids=("a", "b"), spec=StoreSpec.for_text(length=5, width=8, shard=4))
+    rows = {n: {"states": torch.ones(5, 8), "attention_mask": torch.zeros(5, dtype=torch.bool)} for n in ("a", "b")}
+    store.write_shard(0, rows, dict.fromkeys(rows, "sha256:0"))
+    assert not store.read_text(["a", "b"]).attention_mask.any()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("../../x", "is a path that leads elsewhere"),
+        ("a/../../x", "is a path that leads elsewhere"),
+        ("..\\x", "is a path that leads elsewhere"),
+        ("/etc/passwd", "is a path that leads elsewhere"),
+        ("a\0b", "holds a control character"),
+        ("x" * 4096, "has 4096 bytes; expected at most 1024"),
+        ("", "is empty"),
+        ("\ud800", "is not valid Unicode"),
+    ],
+)
+def test_hostile_ids_are_refused(make: Make, name: str, message: str) -> None:
+    with pytest.raises(StoreError, match=message):
+        make(ids=("good", name))
+
+
+def test_two_spellings_of_one_id_are_refused(make: Make) -> None:
+    make(ids=("caf\u00e9",))
+    with pytest.raises(StoreError, match="two Unicode spellings of one name"):
+        make(ids=("cafe\u0301",))
+
+
+def test_ids_never_become_paths(make: Make) -> None:
+    store = make(ids=("P01/P01_01", "vid|P1|start|end", "..."))
+    fill(store)
+    names = [path.name for path in store.path.rglob("*")]
+    assert not any("P01" in name or "|" in name or "..." in name for name in names)
+    assert len(store.read(store.planned_ids).cls) == 3
+
+
+def test_a_store_that_is_not_there(tmp_path) -> None:
+    with pytest.raises(StoreError, match=r"no store at .*nowhere \(store.json is missing\)"):
+        open_store(tmp_path / "nowhere")
+    with pytest.raises(StoreError, match="format 'tar' is unknown"):
+        create_store(tmp_path / "x", SPEC, FINGERPRINT, IDS, "tar")
+
+
+def test_a_store_goes_to_other_processes(make: Make) -> None:
+    store = make()
+    fill(store)
+    copy = pickle.loads(pickle.dumps(store))
+    assert torch.equal(copy.read(IDS).patches, store.read(IDS).patches)
+
+
+def test_a_flipped_bit_is_never_read(make: Make) -> None:
+    store = make()
+    fill(store)
+    path = store.path / store._files.files(SPEC, 1)[0]
+    content = bytearray(path.read_bytes())
+    where = content.find(store.read([IDS[5]]).patches.numpy().tobytes())
+    content[where + 3] ^= 4
+    path.write_bytes(content)
+    fresh = open_store(store.path)
+    with pytest.raises(DamagedStore, match=r"clip 'vid\|P5\|0\|10': the bytes of patches .*verify"):
+        fresh.read([IDS[4], IDS[5]])
+    assert len(fresh.read([IDS[4], IDS[6]]).cls) == 2
+
+
+def test_nothing_is_left_behind(make: Make) -> None:
+    store = make()
+    fill(store)
+    assert list((store.path / "staging").iterdir()) == []
+    assert [path.name for path in (store.path / "leases").iterdir()] == ["lock"]
+    assert not list(store.path.rglob("*.tmp"))
