@@ -73,8 +73,14 @@ class Format(Protocol):
     def files(self, spec: StoreSpec, shard: int) -> tuple[str, ...]:
         """The files of `shard`, by path inside the store."""
 
-    def stage(self, folder: Path, spec: StoreSpec, shard: int, blocks: Iterable[tuple[ArraySpec, np.ndarray]]) -> None:
-        """Write the files of `shard` below `folder`; a block is [spec.shard, *row] in the disk dtype."""
+    def stage(
+        self, folder: Path, spec: StoreSpec, shard: int, blocks: Iterable[tuple[ArraySpec, np.ndarray]]
+    ) -> dict[str, Path]:
+        """Write the files of `shard` into `folder`; a block is [spec.shard, *row] in the disk dtype.
+
+        Returns:
+            Where each of `files(spec, shard)` now waits.
+        """
 
     def open(self, root: Path, spec: StoreSpec, shard: int) -> OpenShard:
         """Open the files of `shard`.

@@ -352,14 +352,13 @@ class Store:
         make_folder(folder)
         try:
             sums: dict[str, dict[str, int]] = {name: {} for name in [*kept, *encoded]}
-            self._files.stage(folder, self.spec, shard, self._blocks(first, kept, encoded, sums))
-            names = self._files.files(self.spec, shard)
-            files = {name: crc32c_of_file(folder / name) for name in names}
-            for name in names:
-                sync_file(folder / name)
+            staged = self._files.stage(folder, self.spec, shard, self._blocks(first, kept, encoded, sums))
+            files = {name: crc32c_of_file(path) for name, path in staged.items()}
+            for path in staged.values():
+                sync_file(path)
             self._journal.append(announce(shard, files))
-            for name in names:
-                put_in_place(folder / name, self.path / name)
+            for name, path in staged.items():
+                put_in_place(path, self.path / name)
         finally:
             remove_folder(folder)
         self._read_back(shard, sums)

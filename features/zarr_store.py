@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
-from zarr.storage import LocalStore, MemoryStore
+from zarr.core.chunk_key_encodings import ChunkKeyEncodingParams
+from zarr.storage import MemoryStore
 
 from features.dtypes import row_bytes, stored
 from features.durable import crc32c
@@ -39,14 +40,19 @@ class ZarrFormat:
         """One file an array."""
         return tuple(_shard_file(array, shard) for array in spec.arrays)
 
-    def stage(self, folder: Path, spec: StoreSpec, shard: int, blocks: Iterable[tuple[ArraySpec, np.ndarray]]) -> None:
-        """A store of this one shard is written by zarr-python; a shard's file does not know its own number."""
-        group = zarr.create_group(LocalStore(folder / "one"))
+    def stage(
+        self, folder: Path, spec: StoreSpec, shard: int, blocks: Iterable[tuple[ArraySpec, np.ndarray]]
+    ) -> dict[str, Path]:
+        """A store of this one shard is written by zarr-python in memory; a shard's bytes do not know its number."""
+        staged = {}
         for array, block in blocks:
+            chunks: dict = {}
+            group = zarr.create_group(MemoryStore(chunks))
             _create_array(group, array, spec, spec.shard)[:] = block
-            target = folder / _shard_file(array, shard)
-            target.parent.mkdir(parents=True)
-            (folder / "one" / _shard_file(array, 0)).rename(target)
+            path = staged[_shard_file(array, shard)] = folder / array.name
+            with path.open("wb") as file:
+                file.write(chunks[_shard_file(array, 0)].as_numpy_array().data)
+        return staged
 
     def open(self, root: Path, spec: StoreSpec, shard: int) -> "ZarrShard":
         """Open every array's file and check its index."""
@@ -71,7 +77,7 @@ class ZarrShard:
 
 
 def _shard_file(array: ArraySpec, shard: int) -> str:
-    return "/".join([array.name, "c", str(shard), *["0"] * len(array.shape)])
+    return f"{array.name}/{'.'.join(['c', str(shard), *['0'] * len(array.shape)])}"
 
 
 def _create_array(group: zarr.Group, array: ArraySpec, spec: StoreSpec, rows: int) -> zarr.Array:
@@ -82,6 +88,8 @@ def _create_array(group: zarr.Group, array: ArraySpec, spec: StoreSpec, rows: in
         chunks=(1, *array.shape),
         shards=(spec.shard, *array.shape),
         dtype=kept.disk,
+        # One folder an array, not four for each shard.
+        chunk_key_encoding=ChunkKeyEncodingParams(name="default", separator="."),
         filters=None,
         compressors=Crc32cCodec(),
         fill_value=kept.absent,

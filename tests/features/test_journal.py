@@ -1,0 +1,91 @@
+"""Every damaged, missing or reordered line of a journal is noticed; a torn last one is forgiven."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from features.errors import DamagedStore
+from features.journal import Journal, require_intact
+
+RECORDS = [{"ids": ["a", "b\n"]}, {"ids": ["ü"]}, {"ids": []}]
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    journal = Journal(tmp_path / "ledger.jsonl")
+    journal.create()
+    for record in RECORDS:
+        journal.append(record)
+    return journal
+
+
+def test_reads_what_was_appended(journal: Journal) -> None:
+    contents = journal.read()
+    assert list(contents.records) == RECORDS
+    assert contents.faults == ()
+    assert journal.path.read_text().count("\n") == 3
+
+
+def test_a_torn_last_line_is_forgiven_and_cut_off_by_the_next(journal: Journal) -> None:
+    with journal.path.open("ab") as file:
+        file.write(b'{"crc32c":"00')
+    contents = journal.read()
+    assert list(contents.records) == RECORDS
+    assert contents.faults == ()
+    journal.append({"ids": ["new"]})
+    assert list(journal.read().records) == [*RECORDS, {"ids": ["new"]}]
+    assert journal.read().faults == ()
+
+
+def test_a_line_ahead_of_the_head_counts(journal: Journal) -> None:
+    head = journal.head_path.read_bytes()
+    journal.append({"ids": ["new"]})
+    journal.head_path.write_bytes(head)  # as if killed between the two
+    assert len(journal.read().records) == 4
+    journal.append({"ids": ["newer"]})
+    assert len(journal.read().records) == 5
+    assert journal.read().faults == ()
+
+
+def test_a_torn_end_that_was_counted_is_a_fault_but_opens(journal: Journal) -> None:
+    journal.path.write_bytes(journal.path.read_bytes()[:-5])
+    contents = journal.read()
+    assert contents.faults == ("ledger.jsonl ends after 2 of 3 lines",)
+    require_intact(contents, journal.path)
+
+
+def _lines(change: Callable[[list[bytes]], list[bytes]]) -> Callable[[bytes], bytes]:
+    return lambda content: b"".join(change(content.splitlines(keepends=True)))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda c: c.replace(b'"a"', b'"c"'), "ledger.jsonl line 1 is damaged"),
+        (_lines(lambda x: [x[0], x[1][:20] + x[1][21:], x[2]]), "ledger.jsonl line 2 is damaged"),
+        (_lines(lambda x: [x[0], x[2]]), "ledger.jsonl line 2 is damaged"),
+        (_lines(lambda x: [x[1], x[0], x[2]]), "ledger.jsonl line 1 is damaged; ledger.jsonl line 2 is damaged"),
+        (_lines(lambda x: [x[0], x[1], x[1]]), "ledger.jsonl line 3 is damaged"),
+        (_lines(lambda x: x[:1]), "ledger.jsonl ends after 1 of 3 lines"),
+        (lambda c: b"", "ledger.jsonl ends after 0 of 3 lines"),
+    ],
+)
+def test_damage_is_named_by_line(journal: Journal, damage: Callable[[bytes], bytes], message: str) -> None:
+    journal.path.write_bytes(damage(journal.path.read_bytes()))
+    contents = journal.read()
+    with pytest.raises(DamagedStore, match=message):
+        require_intact(contents, journal.path)
+
+
+def test_any_flipped_bit_is_a_fault(journal: Journal) -> None:
+    for path in (journal.path, journal.head_path):
+        content = path.read_bytes()
+        for bit in range(0, 8 * len(content), 3):
+            flipped = bytearray(content)
+            flipped[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(flipped)
+            assert journal.read().faults, f"bit {bit} of {path.name}"
+        path.write_bytes(content)
+    journal.head_path.unlink()
+    assert journal.read().faults

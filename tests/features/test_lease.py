@@ -1,0 +1,72 @@
+"""One owner a shard; the dead lose theirs."""
+
+import multiprocessing
+import os
+import signal
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from features import ShardOwned, Store, create_store, open_store
+from features.lease import Owner, hold, lease_path
+from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def _hold_until_told(root: Path, pipe: Connection) -> None:
+    with hold(root, 0):
+        pipe.send("held")
+        pipe.recv()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS)
+
+
+def test_a_second_process_is_told_who_owns_what(store: Store) -> None:
+    ours, theirs = SPAWN.Pipe()
+    child = SPAWN.Process(target=_hold_until_told, args=(store.path, theirs))
+    child.start()
+    assert ours.recv() == "held"
+    with pytest.raises(ShardOwned, match=rf"shard 0 of .* is owned by process {child.pid} on "):
+        store.write_shard(0, {IDS[0]: clip(0)}, {IDS[0]: "sha256:0"})
+    store.write_shard(1, {IDS[4]: clip(4)}, {IDS[4]: "sha256:4"})  # another shard is free
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    store.write_shard(0, {IDS[0]: clip(0)}, {IDS[0]: "sha256:0"})  # the dead owner lost it, nobody cleared anything
+    assert store.clip_ids == (IDS[0], IDS[4])
+    ours.close()
+    theirs.close()
+
+
+def test_a_process_number_used_again_is_not_the_owner(store: Store) -> None:
+    mine = Owner.myself()
+    assert mine.may_live()
+    assert not Owner(mine.host, mine.pid, mine.started - 3600).may_live()
+    assert not Owner(mine.host, 2**22 + 1, mine.started).may_live()
+    assert Owner("another-host", 2**22 + 1, mine.started).may_live()
+
+
+def test_a_lease_that_a_crash_left_unfinished_is_free(store: Store) -> None:
+    with store.lease(2):
+        pass
+    lease_path(store.path, 2).write_text('{"host": "x"')
+    with store.lease(2):
+        assert lease_path(store.path, 2).exists()
+    assert not lease_path(store.path, 2).exists()
+
+
+def test_one_process_has_one_lease(store: Store) -> None:
+    other = open_store(store.path)
+    with store.lease(0), pytest.raises(ShardOwned, match=f"process {os.getpid()} "), other.lease(0):
+        pass
+
+
+def test_ctrl_c_gives_the_shard_back(store: Store) -> None:
+    with pytest.raises(KeyboardInterrupt), store.lease(0):
+        raise KeyboardInterrupt
+    with store.lease(0):
+        assert store.missing_shards()[0].shard == 0

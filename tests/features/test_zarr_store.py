@@ -1,0 +1,93 @@
+"""The Zarr layout is Zarr's own, and the fast reader equals zarr-python."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from features import ArraySpec, DamagedStore, Store, StoreSpec, create_store, open_store
+from features.dtypes import STORED, bytes_of
+from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS)
+
+
+def test_layout(store: Store) -> None:
+    fill(store)
+    group = zarr.open_group(store.path, mode="r")
+    patches = group["patches"]
+    assert isinstance(patches, zarr.Array)
+    assert patches.shape == (10, 2, 6, 8)
+    assert patches.chunks == (1, 2, 6, 8)
+    assert patches.shards == (4, 2, 6, 8)
+    assert [type(codec).__name__ for codec in patches.compressors] == ["Crc32cCodec"]
+    assert group.attrs["fingerprint"] == dict(FINGERPRINT.fields)
+
+
+def test_other_tools_read_absent_rows_as_nan(store: Store) -> None:
+    store.write_shard(1, {IDS[5]: clip(5)}, {IDS[5]: "sha256:5"})
+    patches = zarr.open_array(store.path / "patches", mode="r")[:]
+    assert np.isfinite(patches[5]).all()
+    assert np.isnan(np.delete(patches, 5, axis=0)).all()
+
+
+def test_bfloat16_is_kept_as_its_bits(tmp_path: Path) -> None:
+    spec = StoreSpec.for_patches(2, (2, 3), 8, "bfloat16", shard=4)
+    store = create_store(tmp_path / "store", spec, FINGERPRINT, IDS)
+    written = fill(store)
+    array = zarr.open_array(store.path / "patches", mode="r")
+    assert array.attrs["dtype"] == "bfloat16"
+    bits = torch.from_numpy(np.asarray(array[3])).view(torch.bfloat16)
+    assert torch.equal(bits, written[IDS[3]]["patches"].bfloat16())
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_fast_reader_equals_zarr_python(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from(["float16", "float32", "bfloat16", "bool"]))
+    shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=0, max_size=3)))
+    count, shard = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 5))
+    ids = [f"clip{n}" for n in range(count)]
+    written = data.draw(st.lists(st.sampled_from(ids), unique=True, min_size=1))
+    spec = StoreSpec("text", (ArraySpec("states", shape, dtype),), shard)
+    store = create_store(tmp_path_factory.mktemp("store") / "s", spec, FINGERPRINT, ids)
+    generator = torch.Generator().manual_seed(count)
+    for work in store.missing_shards():
+        rows = {
+            n: {"states": torch.randn(shape, generator=generator).to(STORED[dtype].torch)}
+            for n in work.ids
+            if n in written
+        }
+        store.write_shard(work.shard, rows, dict.fromkeys(rows, "sha256:0"))
+    plain = zarr.open_array(store.path / "states", mode="r")[:]
+    fast = open_store(store.path)._read(written, None)["states"]
+    slow = np.ascontiguousarray(plain[[ids.index(name) for name in written]])
+    assert bytes_of(fast).tobytes() == slow.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda b: b[:-1], "has a damaged index"),
+        (lambda b: b[:10], "has 10 bytes; expected at least the 68 of its index"),
+        (lambda b: b"", "has 0 bytes; expected at least the 68 of its index"),
+        (lambda b: b[:-20] + bytes([b[-20] ^ 1]) + b[-19:], "has a damaged index"),
+        (lambda b: None, "cannot be opened: No such file"),
+    ],
+)
+def test_damaged_files_are_named(store: Store, damage, message: str) -> None:
+    fill(store)
+    path = store.path / "patches" / "c.1.0.0.0"
+    content = damage(path.read_bytes())
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DamagedStore, match=f"clip .*P4.* cannot be read: .*c.1.0.0.0 {message}"):
+        open_store(store.path).read([IDS[0], IDS[4]])
