@@ -11,13 +11,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 BLIND = ("majority", "question-only")
 PUBLISHED = ("egovlp", "egovlpv2", "mfas")
 OURS = ("psa",)
 ORDER = (*BLIND, *PUBLISHED, *OURS)
-SPLITS = ("direct", "indirect")
+SPLITS: tuple[Literal["direct", "indirect"], ...] = ("direct", "indirect")
 COLUMNS = ("open", "binary", "all")
 
 # Options that change where or how fast a run goes, never what it measures: runs that differ in these alone are seeds

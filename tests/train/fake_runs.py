@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
+
+from configs.schema import Config, DataConfig, StoreConfig, VideoConfig
 
 
 def score(accuracy: float | None, n: int) -> dict[str, Any]:
@@ -93,3 +96,63 @@ def write_sweep(folder: Path, split: str = "direct", seeds: int = 3) -> Path:
     value = {"name": path.name, "split": split, "model": "psa", "members": members}
     (path / "sweep.json").write_text(json.dumps(value))
     return path
+
+
+COLOURS = ("red", "green", "blue", "white")
+EVIL = 'is <script>alert("x")</script> & "quoted" \' shown?'
+
+
+def write_dataset(root: Path, clips: int = 6, questions: int = 24, videos: bool = True) -> Config:
+    """A jsonl data set of small real videos: a bright square moves over a grey table. Returns its config."""
+    root.mkdir(parents=True)
+    entries = []
+    for clip in range(clips):
+        if videos:
+            _write_square_video(root / f"clip{clip}.mp4", clip)
+        entries.append({"clip_id": f"clip{clip}", "video": f"clip{clip}.mp4"})
+    (root / "clips.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    lines = []
+    for index in range(questions):
+        binary = index % 3 == 0
+        text = EVIL if index == 0 else f"what colour is the thing that the person moved to place {index}?"
+        line = {
+            "question_id": f"q{index:02d}",
+            "clip_id": f"clip{index % clips}",
+            "question": text,
+            "answer": "yes" if binary else COLOURS[index % 4],
+            "part": "test",
+            "tags": ["world", "descriptive" if index % 2 else "predictive", "object", "direct"],
+        }
+        lines += [line, line | {"question_id": f"t{index}", "part": "train"}]
+    (root / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return Config(
+        data=DataConfig(name="jsonl", root=root),
+        video=VideoConfig(frames=4, size=112),
+        store=StoreConfig(path=root / "store"),
+    )
+
+
+def guesses(right_every: int, questions: int = 24) -> dict[str, str]:
+    """Predictions for `write_dataset`: each `right_every`-th question is answered right."""
+    truth = {f"q{i:02d}": "yes" if i % 3 == 0 else COLOURS[i % 4] for i in range(questions)}
+    return {q: a if i % right_every == 0 else "spoon" for i, (q, a) in enumerate(truth.items())}
+
+
+def kept_patches(questions: int = 24, frames: int = 4, patches: int = 49, k: int = 13) -> np.ndarray:
+    """Selections for `write_dataset`: [Q, T, k], rising."""
+    generator = np.random.default_rng(0)
+    weight = np.linspace(0.2, 3, patches) / np.linspace(0.2, 3, patches).sum()
+    draw = [generator.choice(patches, k, replace=False, p=weight) for _ in range(questions * frames)]
+    return np.sort(np.array(draw), axis=1).reshape(questions, frames, k)
+
+
+def _write_square_video(path: Path, seed: int) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8, options={"crf": "18", "preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
+        for index in range(16):
+            pixels = np.full((120, 160, 3), (120, 105, 90), np.uint8)
+            x, y = 20 + 6 * index, 30 + (13 * seed + 3 * index) % 60
+            pixels[y : y + 16, x : x + 16] = (220, 40 * (seed % 6), 60)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())

@@ -1,0 +1,190 @@
+"""What the report reads beside the table: training logs, sweeps and selections.
+
+Every reader returns what is there and raises `SourceError`, one line, for what is damaged; the report prints that line
+in place of the figure.
+"""
+
+import json
+import math
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class SourceError(ValueError):
+    """A file of a run cannot be read; the message names it and what to do."""
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """What a run logged.
+
+    Attributes:
+        steps: optimiser steps at which the loss was logged, rising.
+        losses: training loss at each of `steps`.
+        epochs: epochs after which *val* was measured, rising.
+        val: accuracy on all questions of *val* after each of `epochs`, percent.
+    """
+
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
+    epochs: tuple[int, ...]
+    val: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SweepMember:
+    """One point of a sweep: test accuracy over all questions, percent, and the folder it was trained in."""
+
+    ratio: float
+    seed: int
+    setting: str
+    accuracy: float
+    n: int
+    dir: Path | None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Members of one sweep, sorted by setting, ratio, seed.
+
+    `setting` of a member names the options other than the ratio and the seed; it is empty for a plain ratio sweep.
+    """
+
+    name: str
+    model: str
+    split: str
+    members: tuple[SweepMember, ...]
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Distinct settings, in order."""
+        return tuple(dict.fromkeys(member.setting for member in self.members))
+
+    def curve(self, setting: str) -> dict[float, list[float]]:
+        """Accuracies of the seeds at each ratio, rising in ratio."""
+        points: dict[float, list[float]] = {}
+        for member in self.members:
+            if member.setting == setting:
+                points.setdefault(member.ratio, []).append(member.accuracy)
+        return points
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Patches that a head kept.
+
+    Attributes:
+        rows: row in `kept` of each question id.
+        kept: [Q, T, k] patch indices, row-major in the grid.
+    """
+
+    rows: Mapping[str, int]
+    kept: NDArray[np.int16]
+
+    def frequency(self, patches: int) -> NDArray[np.float64]:
+        """Share of (question, frame) pairs in which each of `patches` patches is kept: [patches]."""
+        q, t, _ = self.kept.shape
+        inside = self.kept[(self.kept >= 0) & (self.kept < patches)]
+        return np.bincount(inside.ravel(), minlength=patches) / max(q * t, 1)
+
+
+def read_log(path: Path) -> TrainingLog:
+    """Read a run's `log.jsonl`. A torn last line, as a killed run leaves it, is passed over.
+
+    Raises:
+        SourceError: the file is missing or another line is damaged.
+    """
+    lines = _read_text(path).splitlines()
+    steps: dict[int, float] = {}
+    epochs: dict[int, float] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            event = json.loads(line)
+            if event.get("event") == "step" and _finite(event.get("loss")):
+                steps[int(event["step"])] = float(event["loss"])
+            elif event.get("event") == "val" and _finite(event.get("all")):
+                epochs[int(event["epoch"])] = float(event["all"])
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+            if number == len(lines):
+                break
+            raise SourceError(f"{path}:{number} is no log event ({error}); train the run again") from error
+    return TrainingLog(
+        tuple(sorted(steps)),
+        tuple(steps[step] for step in sorted(steps)),
+        tuple(sorted(epochs)),
+        tuple(epochs[epoch] for epoch in sorted(epochs)),
+    )
+
+
+def read_sweep(path: Path) -> Sweep:
+    """Read a `sweep.json`.
+
+    Raises:
+        SourceError: the file is damaged.
+    """
+    try:
+        value = json.loads(_read_text(path))
+        members = [_member(entry, path.parent) for entry in value["members"]]
+        members.sort(key=lambda member: (member.setting, member.ratio, member.seed))
+        return Sweep(str(value["name"]), str(value["model"]), str(value["split"]), tuple(members))
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise SourceError(f"{path} is no sweep ({type(error).__name__}: {error}); run the sweep again") from error
+
+
+def read_selection(path: Path) -> Selection:
+    """Read `selection.npz`.
+
+    Raises:
+        SourceError: the file is missing or damaged.
+    """
+    if not path.exists():
+        raise SourceError(f"{path} is missing; evaluate the run again")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            ids, kept = arrays["question_ids"], arrays["kept"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise SourceError(f"{path} is damaged ({error}); evaluate the run again") from error
+    if kept.ndim != 3 or len(ids) != len(kept):
+        raise SourceError(f"{path} has kept {kept.shape} for {len(ids)} questions; expected [Q, T, k]")
+    return Selection({str(question): row for row, question in enumerate(ids)}, kept)
+
+
+def _member(entry: Mapping[str, Any], folder: Path) -> SweepMember:
+    overrides = {
+        str(key): value
+        for key, value in (entry.get("overrides") or {}).items()
+        if key.rsplit(".", 1)[-1] not in ("ratio", "seed", "dir")
+    }
+    setting = ", ".join(f"{key} {_plain(value)}" for key, value in sorted(overrides.items()))
+    dir_ = _existing(entry.get("dir"), folder)
+    return SweepMember(float(entry["ratio"]), int(entry["seed"]), setting, float(entry["all"]), int(entry["n"]), dir_)
+
+
+def _existing(value: object, folder: Path) -> Path | None:
+    """A member's folder, whether written relative to the sweep or to the working directory."""
+    if not value:
+        return None
+    return next((path for path in (folder / str(value), Path(str(value))) if path.is_dir()), None)
+
+
+def _plain(value: object) -> str:
+    return " + ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise SourceError(f"{path} is missing; evaluate the run again") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{path} cannot be read ({error}); make it again") from error
