@@ -12,9 +12,9 @@ from torch import Tensor
 
 # Tokens of a chunk in the arithmetic's dtype, and the kept rows gathered from them. Near the size of a last-level
 # cache: larger chunks stream through memory twice, smaller ones pay for more calls.
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 8 * 2**20
 # Above this share of kept patches one product over all patches is cheaper than gathering the kept ones.
-DENSE_SHARE = 0.4
+DENSE_SHARE = 0.25
 
 
 def specification(
@@ -121,7 +121,9 @@ def backward(
         grad = rows.products(chunk.load(grad_pooled).to(dtype))
         if factor is not None:
             grad *= factor
-        grad -= (p * grad).sum(dim=-1, keepdim=True) - chunk.load(grad_lse).to(dtype)[..., None]
+        # In this order a lone kept patch, whose weight is 1, gets exactly grad_lse.
+        grad -= (p * grad).sum(dim=-1, keepdim=True)
+        grad += chunk.load(grad_lse).to(dtype)[..., None]
         grad *= p
         grad *= chunk.filled[:, :, None, None, None]
         grad_scores = grad.new_zeros(*kept_cqfk.shape[:3], patches).scatter_(3, kept_cqfk, grad.sum(dim=3)).sum(dim=1)
@@ -167,7 +169,7 @@ class _Chunk:
     def tokens(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """[c, f, N, D] in `dtype`."""
         if len(self.clips) == 1:
-            return tokens[self.clips[0], self.frames].to(dtype, memory_format=torch.contiguous_format)[None]
+            return tokens[self.clips[0], self.frames].to(dtype).contiguous()[None]
         x = torch.empty(len(self.clips), *tokens[0, self.frames].shape, dtype=dtype, device=tokens.device)
         for row, clip in zip(x, self.clips.tolist(), strict=True):
             row.copy_(tokens[clip, self.frames])
@@ -225,7 +227,9 @@ class _KeptRows:
     def products(self, values: Tensor) -> Tensor:
         """[c, Q, f, H, D] with the rows: [c, Q, f, H, k]."""
         c, q, f, k = self._shape
-        return torch.bmm(values.flatten(0, 2), self._rows.view(c * q * f, k, -1).transpose(1, 2)).unflatten(0, (c, q, f))
+        return torch.bmm(values.flatten(0, 2), self._rows.view(c * q * f, k, -1).transpose(1, 2)).unflatten(
+            0, (c, q, f)
+        )
 
     def pull(self, grad: Tensor) -> Tensor:
         """Sum of the rows by [c, Q, f, H, k] over frames too: [c, Q, H, D]."""

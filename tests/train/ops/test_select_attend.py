@@ -1,0 +1,227 @@
+"""The contract of `select_attend`, on its reference implementation."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.train.ops.cases import Case, assert_as_exact_as, make_case, oracle
+from train.ops.select_attend import SelectAttendOutput, reference, select_attend
+from train.ops.select_attend.api import choose_implementation
+
+SHAPES = [  # clips, questions, frames, patches, width, heads
+    (3, 7, 2, 33, 96, 2),
+    (4, 11, 3, 49, 128, 4),
+    (2, 3, 2, 196, 768, 4),
+    (5, 1, 1, 5, 16, 1),
+]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int8]
+
+
+def run(case: Case, leaves: list[Tensor], k: int) -> SelectAttendOutput:
+    return select_attend(case.tokens, case.clip_index, *leaves, k, case.scale)
+
+
+def gradients(pooled: Tensor, lse: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    """Of a fixed random weighting of the outputs; rows that are empty count their lse as zero."""
+    gen = torch.Generator().manual_seed(1)
+    a = torch.randn(pooled.shape, generator=gen).to(pooled.dtype)
+    b = torch.randn(lse.shape, generator=gen).to(lse.dtype)
+    loss = (a * pooled).sum() + (b * lse.masked_fill(lse == -torch.inf, 0)).sum()
+    return list(torch.autograd.grad(loss, leaves))
+
+
+def check(case: Case, k: int) -> None:
+    """Outputs and every gradient against the loops in float64, within twice the specification's own error."""
+    exact_leaves, eager_leaves, leaves = case.leaves(torch.float64), case.leaves(), case.leaves()
+    exact_case = Case(case.tokens, case.clip_index, *exact_leaves, case.scale)
+    out = run(case, leaves, k)
+    exact, kept = oracle(exact_case, k)
+    eager = reference.specification(case.tokens, case.clip_index, *eager_leaves, k, case.scale)
+    assert torch.equal(out.kept, kept)
+    assert torch.equal(eager[2], kept)
+    exact_all = [*exact, *gradients(*exact, exact_leaves)]
+    eager_all = [*eager[:2], *gradients(*eager[:2], eager_leaves)]
+    actual_all = [*out[:2], *gradients(*out[:2], leaves)]
+    names = ["pooled", "lse", "grad queries", "grad selector", "grad bias"]
+    for name, a, e, x in zip(names, actual_all, eager_all, exact_all, strict=True):
+        assert_as_exact_as(a, e, x, name)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 1.0])
+def test_agrees_with_the_loops(shape: tuple[int, ...], share: float) -> None:
+    check(make_case(*shape), max(1, math.ceil(share * shape[3])))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [7, 30])
+def test_every_token_dtype(dtype: torch.dtype, scaled: bool, k: int) -> None:
+    check(make_case(3, 8, 2, 33, 96, 2, dtype, scaled), k)
+
+
+@pytest.mark.parametrize("k", [3, 15])
+def test_gradients_by_finite_differences(k: int) -> None:
+    case = make_case(2, 3, 2, 17, 16, 2, scaled=True)
+    leaves = case.leaves(torch.float64)
+
+    def outputs(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        out = run(case, list(inputs), k)
+        return out.pooled, out.lse
+
+    assert torch.autograd.gradcheck(outputs, leaves, fast_mode=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_queries_give_their_dtype(dtype: torch.dtype) -> None:
+    case = make_case(2, 5, 2, 33, 96, 2, torch.float16)
+    rounded = Case(case.tokens, case.clip_index, case.queries.to(dtype), case.selector.to(dtype), case.bias, case.scale)
+    leaves = [t.detach().requires_grad_() for t in (rounded.queries, rounded.selector, rounded.bias)]
+    out = run(rounded, leaves, 9)
+    exact, kept = oracle(rounded, 9)
+    eager = reference.specification(case.tokens, case.clip_index, *leaves, 9)
+    assert (out.pooled.dtype, out.lse.dtype) == (dtype, torch.float32)
+    assert torch.equal(out.kept, kept)
+    assert_as_exact_as(out.pooled, eager[0], exact[0], "pooled")
+    assert_as_exact_as(out.lse, eager[1], exact[1], "lse")
+    assert [g.dtype for g in gradients(out.pooled, out.lse, leaves)] == [dtype, dtype, torch.float32]
+
+
+@pytest.mark.parametrize("k", [1, 4, 12])
+def test_equal_scores_go_to_the_lowest_patch(k: int) -> None:
+    case = make_case(2, 5, 2, 13, 16, 2)
+    flat = Case(case.tokens, case.clip_index, case.queries, case.selector * 0, case.bias * 0, None)
+    assert torch.equal(run(flat, flat.leaves(), k).kept, torch.arange(k).expand(5, 2, k))
+    check(flat, k)
+
+
+def test_a_tie_at_the_threshold_only() -> None:
+    case = make_case(1, 1, 1, 6, 16, 1)
+    bias = torch.tensor([[[1.0, 3.0, 1.0, 2.0, 1.0, 0.0]]])
+    tied = Case(case.tokens, case.clip_index, case.queries, case.selector * 0, bias, None)
+    assert run(tied, tied.leaves(), 4).kept.tolist() == [[[0, 1, 2, 3]]]
+    assert run(tied, tied.leaves(), 3).kept.tolist() == [[[0, 1, 3]]]
+
+
+@pytest.mark.parametrize("k", [3, 30])
+def test_rows_without_a_finite_score(k: int) -> None:
+    case = make_case(3, 8, 2, 33, 16, 2)
+    case.bias[1] = -torch.inf
+    case.bias[2, 0, 2:] = -torch.inf
+    case.clip_index[:3] = torch.tensor([0, 1, 2])
+    leaves = case.leaves()
+    out = run(case, leaves, k)
+    empty = case.clip_index == 1
+    assert (out.pooled[empty] == 0).all()
+    assert (out.lse[empty] == -torch.inf).all()
+    grads = gradients(out.pooled, out.lse, leaves)
+    assert (grads[0][empty] == 0).all()
+    assert (grads[2][1] == 0).all()
+    check(case, k)
+
+
+def test_questions_share_clips_unevenly_and_some_clips_are_absent() -> None:
+    case = make_case(6, 23, 2, 20, 32, 2)
+    case.clip_index[:] = torch.tensor([4] * 15 + [0, 2, 2, 4, 0, 5, 2, 4])
+    check(case, 5)
+    leaves = case.leaves()
+    out = run(case, leaves, 5)
+    assert (gradients(out.pooled, out.lse, leaves)[2][[1, 3]] == 0).all()
+
+
+def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(7, 29, 5, 33, 64, 3)
+    whole = run(case, case.leaves(), 8)
+    monkeypatch.setattr(reference, "CHUNK_BYTES", 3 * 33 * 64 * 4)
+    cut = run(case, case.leaves(), 8)
+    assert torch.equal(whole.kept, cut.kept)
+    check(case, 8)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_gathered_and_dense_products_agree_with_the_loops(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "DENSE_SHARE", share)
+    check(make_case(3, 10, 2, 21, 32, 3, torch.float16, scaled=True), 6)
+
+
+def test_strided_tokens_read_as_their_copy() -> None:
+    case = make_case(3, 6, 4, 33, 96, 2)
+    wide = torch.randn(6, 4, 35, 160)
+    view = wide[::2, :, 1:34, 16:112]
+    view.copy_(case.tokens)
+    out = select_attend(view, case.clip_index, case.queries, case.selector, case.bias, 9)
+    assert all(torch.equal(a, b) for a, b in zip(out, run(case, case.leaves(), 9), strict=True))
+
+
+def test_repeats_are_bit_equal() -> None:
+    case = make_case(5, 40, 3, 49, 64, 4)
+    runs = []
+    for _ in range(2):
+        leaves = case.leaves()
+        out = run(case, leaves, 13)
+        runs.append([*out, *gradients(out.pooled, out.lse, leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_no_questions() -> None:
+    case = make_case(2, 0, 3, 9, 16, 2)
+    leaves = case.leaves()
+    out = run(case, leaves, 4)
+    assert [tuple(t.shape) for t in out] == [(0, 3, 2, 16), (0, 3, 2), (0, 3, 4)]
+    assert (gradients(out.pooled, out.lse, leaves)[2] == 0).all()
+
+
+def test_only_lse_or_only_pooled_is_used() -> None:
+    case = make_case(2, 4, 2, 17, 16, 2)
+    leaves = case.leaves()
+    (grad,) = torch.autograd.grad(run(case, leaves, 5).lse.sum(), leaves[:1])
+    assert grad.abs().sum() > 0
+    (grad,) = torch.autograd.grad(run(case, leaves, 5).pooled.sum(), leaves[2:])
+    assert grad.shape == case.bias.shape
+
+
+def test_kept_is_not_differentiable() -> None:
+    case = make_case(2, 4, 2, 17, 16, 2)
+    out = run(case, case.leaves(), 5)
+    assert out.pooled.requires_grad
+    assert not out.kept.requires_grad
+    assert out.kept.dtype == torch.int64
+
+
+def arguments() -> dict[str, object]:
+    case = make_case(2, 3, 2, 9, 16, 2)
+    return {**vars(case), "k": 4}
+
+
+WRONG = {
+    "tokens-shape": ({"tokens": torch.zeros(2, 9, 16)}, r"tokens has shape \(2, 9, 16\); expected \[clips, frames"),
+    "tokens-dtype": ({"tokens": torch.zeros(2, 2, 9, 16).double()}, r"tokens is torch.float64; expected one of"),
+    "tokens-grad": ({"tokens": torch.zeros(2, 2, 9, 16).requires_grad_()}, r"tokens requires a gradient.*detach"),
+    "index-dtype": ({"clip_index": torch.zeros(3)}, r"clip_index is torch.float32; expected int32 or int64"),
+    "index-shape": ({"clip_index": torch.zeros(3, 1).long()}, r"clip_index has shape \(3, 1\); expected \[questions\]"),
+    "index-high": ({"clip_index": torch.tensor([0, 2, 1])}, r"clip_index holds 2; expected 0 to 1"),
+    "index-low": ({"clip_index": torch.tensor([0, -1, 1])}, r"clip_index holds -1; expected 0 to 1"),
+    "queries": ({"queries": torch.zeros(3, 2, 8)}, r"queries has shape \(3, 2, 8\); expected \[3, heads, 16\]"),
+    "selector": ({"selector": torch.zeros(2, 16)}, r"selector has shape \(2, 16\); expected \(3, 16\)"),
+    "selector-dtype": ({"selector": torch.zeros(3, 16).int()}, r"selector is torch.int32; expected float16"),
+    "bias": ({"bias": torch.zeros(2, 9)}, r"bias has shape \(2, 9\); expected \(2, 2, 9\)"),
+    "scale": ({"scale": torch.zeros(2, 2, 1)}, r"scale has shape \(2, 2, 1\); expected \(2, 2, 9\)"),
+    "device": ({"bias": torch.zeros(2, 2, 9, device="meta")}, r"bias is on meta; expected cpu, where tokens is"),
+    "k-low": ({"k": 0}, r"k is 0; expected 1 to 9"),
+    "k-high": ({"k": 10}, r"k is 10; expected 1 to 9"),
+    "implementation": ({"implementation": "fast"}, r"implementation is 'fast'; expected 'auto', 'reference' or"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_arguments_are_named(wrong: str) -> None:
+    change, message = WRONG[wrong]
+    with pytest.raises(ValueError, match=message):
+        select_attend(**{**arguments(), **change})  # type: ignore[arg-type]
+
+
+def test_auto_takes_the_reference_on_a_cpu() -> None:
+    assert choose_implementation(torch.zeros(1), "auto") == "reference"
+    assert choose_implementation(torch.zeros(1), "triton") == "triton"
