@@ -1,0 +1,179 @@
+"""Stage two from the command line: `python -m train COMMAND --config configs/x.yaml`."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from configs.schema import Config, ConfigError, ConfigParser, add_config_arguments, parse_config
+
+if TYPE_CHECKING:
+    from train.metrics import Metrics
+
+COMMANDS = {
+    "fit": "train a head, choose its checkpoint on val, evaluate it on test",
+    "evaluate": "evaluate the checkpoint in run.dir on test again",
+    "score": "metrics of any system's answers",
+    "sweep": "train many settings of a head on one reading of the features",
+    "table": "gather the results table of every run below run.table",
+    "report": "write the self-contained HTML report beside the table",
+    "bench": "run a benchmark script: bench NAME [its options]",
+}
+INTERRUPTED = 130
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0 done, 1 the work failed, 2 wrong usage or configuration."""
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if args else 2
+    name, rest = args[0], args[1:]
+    if name not in COMMANDS:
+        print(f"train: error: {name!r} is no command; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    from extract.datasets import DatasetError
+    from extract.encoders.checkpoint import CheckpointError
+    from features import FingerprintMismatch, StoreError
+
+    try:
+        return _HANDLERS[name](rest)
+    except (DatasetError, CheckpointError, ConfigError, FingerprintMismatch) as error:
+        print(f"train {name}: error: {error}", file=sys.stderr)
+        return 2
+    except (StoreError, ValueError, OSError) as error:
+        print(f"train {name}: failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"train {name}: stopped; give the same command again to go on", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _usage() -> str:
+    lines = [f"  {name:<9} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(["usage: python -m train COMMAND [options]; COMMAND --help says more", *lines])
+
+
+def _parse(command: str, args: Sequence[str]) -> Config:
+    parser = ConfigParser(prog=f"train {command}", description=COMMANDS[command])
+    add_config_arguments(parser)
+    return parse_config(parser, args)[0]
+
+
+def _fit(args: Sequence[str]) -> int:
+    config = _parse("fit", args)
+    from train.run import Stopped, fit
+
+    try:
+        metrics = fit(config, " ".join(["python -m train fit", *args]))
+    except Stopped as stopped:
+        print(f"train fit: {stopped}", file=sys.stderr)
+        return INTERRUPTED
+    _say(config, metrics)
+    return 0
+
+
+def _evaluate(args: Sequence[str]) -> int:
+    config = _parse("evaluate", args)
+    from train.run import evaluate
+
+    _say(config, evaluate(config))
+    return 0
+
+
+def _say(config: Config, metrics: "Metrics") -> None:
+    parts = {"open": metrics.open, "binary": metrics.binary, "all": metrics.all}
+    figures = ", ".join(f"{k} {a.accuracy:.2f} (n {a.n})" for k, a in parts.items() if a.accuracy is not None)
+    print(f"{config.run.dir}: {config.head.name} on the {config.data.split} test questions: {figures}")
+
+
+def _score(args: Sequence[str]) -> int:
+    parser = ConfigParser(prog="train score", description=COMMANDS["score"])
+    parser.add_argument("--questions", type=Path, required=True, help="EgoTaskQA annotation file, a JSON list")
+    parser.add_argument(
+        "--predictions", type=Path, required=True, help='JSON lines, one a question: {"question_id", "answer"}'
+    )
+    parser.add_argument(
+        "--split", type=str | None, default=None, help="tag that All is also counted on; default: the file's folder"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(list(args))
+    from extract.datasets.egotaskqa import SPLITS, read_questions
+    from train.metrics import read_predictions, score
+
+    folder = options.questions.resolve().parent.name
+    split = options.split or (folder if folder in SPLITS else None)
+    questions = read_questions(options.questions)
+    metrics = score(questions, read_predictions(options.predictions, questions), split)
+    print(json.dumps(metrics.as_json(), indent=2) if options.json else "\n".join(metrics.lines()))
+    return 0
+
+
+def _sweep(args: Sequence[str]) -> int:
+    parser = ConfigParser(prog="train sweep", description=COMMANDS["sweep"])
+    parser.add_argument("--ratios", type=list[float] | None, nargs="+", default=None, help="values of head.ratio")
+    parser.add_argument("--seeds", type=list[int] | None, nargs="+", default=None, help="values of train.seed")
+    parser.add_argument("--grid", type=Path | None, default=None, help="YAML file: section.field: [values]")
+    parser.add_argument("--name", type=str | None, default=None, help="of the sweep's folder")
+    add_config_arguments(parser)
+    config, options = parse_config(parser, args)
+    from train.sweep import run_sweep
+
+    run_sweep(config, options.ratios, options.seeds, options.grid, options.name)
+    return 0
+
+
+def _table(args: Sequence[str]) -> int:
+    config = _parse("table", args)
+    from train.table import write_table
+
+    folder = table_folder(config)
+    write_table(folder)
+    print((folder / "table.md").read_text(encoding="utf-8"))
+    return 0
+
+
+def _report(args: Sequence[str]) -> int:
+    config = _parse("report", args)
+    from train.report import write_report
+
+    print(write_report(config, table_folder(config)))
+    return 0
+
+
+def table_folder(config: Config) -> Path:
+    """Where `table` and `report` gather runs and write."""
+    return config.run.dir.parent if config.run.table is None else config.run.table
+
+
+def _bench(args: Sequence[str]) -> int:
+    folder = Path(__file__).parent.parent / "benchmarks"
+    names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    if not args or args[0] not in names:
+        given = repr(args[0]) if args else "missing"
+        print(f"train bench: error: NAME is {given}; expected one of {', '.join(names)}", file=sys.stderr)
+        return 2
+    spec = importlib.util.spec_from_file_location(f"benchmarks.{args[0]}", folder / f"{args[0]}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return int(module.main(list(args[1:])) or 0)
+
+
+_HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
+    "fit": _fit,
+    "evaluate": _evaluate,
+    "score": _score,
+    "sweep": _sweep,
+    "table": _table,
+    "report": _report,
+    "bench": _bench,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""What every command of stage two opens first: the annotations, the stores and the question tables."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from configs.schema import Config
+from extract.datasets import PARTS, Dataset, load_dataset
+from features import Fingerprint, Store, StoreError, open_store
+from train.batches import Features, QuestionTable
+from train.card import Card, RunError
+from train.heads import BLIND, Sizes
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One config's data, ready to train on.
+
+    Attributes:
+        dataset: annotations.
+        features: of all clips and texts of the configured split.
+        tables: questions by part.
+        sizes: what a head must fit.
+        fingerprint: of the clips' store; None where it is not read.
+        text_fingerprint: of the texts' store; None where it is not read.
+        device: where heads run.
+        seconds: that opening took, reading of resident features included.
+    """
+
+    dataset: Dataset
+    features: Features
+    tables: Mapping[str, QuestionTable]
+    sizes: Sizes
+    fingerprint: Fingerprint | None
+    text_fingerprint: Fingerprint | None
+    device: torch.device
+    seconds: float
+
+
+def open_experiment(config: Config, card: Card | None = None) -> Experiment:
+    """Open what `config` names; with a `card`, only if it is what the card's head was trained on.
+
+    Raises:
+        DatasetError: annotations are missing or malformed.
+        StoreError: a store is missing, damaged, unfinished, or (FingerprintMismatch, naming the differing fields) made
+            by something else than the card's.
+        RunError: the card's answers are not this dataset's.
+    """
+    started = time.monotonic()
+    device = pick_device(config.train.device)
+    dataset = load_dataset(config.data)
+    if card is not None and card.answers != dataset.answers:
+        raise RunError(
+            f"the head in {config.run.dir} knows {len(card.answers)} answers, {config.data.root} has "
+            f"{len(dataset.answers)} ({_first_difference(card.answers, dataset.answers)}); expected the same vocabulary"
+        )
+    name = config.head.name
+    expect_clips, expect_texts = (None, None) if card is None else (card.fingerprint, card.text_fingerprint)
+    text_store = None if name == "majority" else _open(config, "text", expect_texts)
+    store = None if name in BLIND else _open(config, "patches", expect_clips)
+    questions = [question for part in PARTS for question in dataset.questions[part]]
+    features = Features(
+        store,
+        text_store,
+        clip_ids=list(dict.fromkeys(question.clip_id for question in questions)),
+        texts=list(dict.fromkeys(question.text for question in questions)),
+        residency=config.train.residency,
+        device=device,
+    )
+    tables: dict[str, QuestionTable] = {
+        part: QuestionTable.of(dataset.questions[part], dataset, features.text_rows) for part in PARTS
+    }
+    return Experiment(
+        dataset=dataset,
+        features=features,
+        tables=tables,
+        sizes=_sizes(store, text_store, len(dataset.answers)),
+        fingerprint=None if store is None else store.fingerprint,
+        text_fingerprint=None if text_store is None else text_store.fingerprint,
+        device=device,
+        seconds=time.monotonic() - started,
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device a config means.
+
+    Raises:
+        RunError: it is not one, or not on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RunError(f"train.device is {name!r}; expected auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RunError(f"train.device is {name!r} but this machine has no usable CUDA device; use cpu or auto")
+    return device
+
+
+def _open(config: Config, kind: str, expect: Mapping[str, object] | None) -> Store:
+    path = config.store.path if kind == "patches" else config.store.path / "text"
+    wanted = None if expect is None else Fingerprint(dict(expect))  # type: ignore[arg-type]
+    store = open_store(path, wanted)
+    if store.spec.kind != kind:
+        raise StoreError(f"{path} is a store of {store.spec.kind}; expected one of {kind}: check store.path")
+    return store
+
+
+def _sizes(store: Store | None, text_store: Store | None, answers: int) -> Sizes:
+    frames, grid, width, text_width = 1, (1, 1), 1, 1
+    if store is not None:
+        frames, _, width = store.spec.array("patches").shape
+        assert store.spec.grid is not None
+        grid = store.spec.grid
+    if text_store is not None:
+        text_width = text_store.spec.array("states").shape[-1]
+    return Sizes(frames, grid, width, text_width, answers)
+
+
+def _first_difference(here: tuple[str, ...], there: tuple[str, ...]) -> str:
+    for index, (one, other) in enumerate(zip(here, there)):
+        if one != other:
+            return f"class {index} is {one!r} here, {other!r} there"
+    return "the longer one goes on where the other ends"

@@ -1,0 +1,43 @@
+"""The published EgoVLP baseline: one pooled vector for the video, one for the question, an MLP on both.
+
+Shape legend: C clips, B questions, T frames, N patches a frame, D channels, W hidden width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from configs.schema import HeadConfig
+from features import PatchTokens
+from train.batches import Batch
+from train.heads.question import Classifier, QuestionReader, Sizes, Standardise
+
+
+class Pooled(nn.Module):
+    """Video as CLS beside the mean over all patches; question by the reader that all light heads share.
+
+    Source: EgoVLP's EgoTaskQA fine-tuning concatenates its video and text embeddings before a two-layer classifier.
+    """
+
+    def __init__(self, config: HeadConfig, sizes: Sizes) -> None:
+        super().__init__()
+        self.read = QuestionReader(sizes.text_width, config.width, config.heads, config.dropout)
+        self.standard = Standardise(2 * sizes.width)
+        self.see = nn.Sequential(nn.Linear(2 * sizes.width, config.width), nn.GELU(), nn.Dropout(config.dropout))
+        self.classify = Classifier(3 * config.width, config.width, sizes.answers, config.dropout)
+
+    def measure(self, tokens: PatchTokens) -> None:
+        """Take the standardisation from training clips."""
+        self.standard.measure(pool(tokens))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits [B, A]."""
+        assert batch.tokens is not None
+        video = self.see(self.standard(pool(batch.tokens)))[batch.clip_index]
+        question = self.read(batch.states, batch.mask)
+        return self.classify(torch.cat([video, question, video * question], dim=-1))
+
+
+def pool(tokens: PatchTokens) -> Tensor:
+    """[C, 2D]: CLS and the mean over frames and patches."""
+    patches = tokens.patches.float() if tokens.scale is None else tokens.patches.float() * tokens.scale[..., None]
+    return torch.cat([tokens.cls.float(), patches.mean(dim=(1, 2))], dim=-1)

@@ -1,0 +1,174 @@
+"""EgoTaskQA's metrics: Open, Binary, All, All over the split's own tag, and every reasoning tag, each with its count.
+
+Accuracies are percentages. An answer counts where it equals the annotated one after lower-casing and stripping; an
+answer outside the training vocabulary stays in the count, so nothing is left out of any n.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from extract.datasets import Question
+
+# Faults of one file that are written out; the rest are counted.
+SHOWN_FAULTS = 20
+
+
+class PredictionError(ValueError):
+    """A predictions file that cannot be scored; the message has one line a fault, with file and line."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of right answers among `n` questions, in percent; None where there are none."""
+
+    accuracy: float | None
+    n: int
+
+    def as_json(self) -> dict[str, Any]:
+        """`{"accuracy", "n"}`."""
+        return {"accuracy": self.accuracy, "n": self.n}
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Accuracies of one system on one set of questions.
+
+    Attributes:
+        open: questions that ask for an answer (structural `query`).
+        binary: questions that ask to verify (structural `verify`).
+        all: every question.
+        split_tag: questions that carry the split's name (`direct` or `indirect`) as a tag; None without a split.
+        tags: by reasoning tag, in alphabetical order. A question counts under each of its tags.
+    """
+
+    open: Accuracy
+    binary: Accuracy
+    all: Accuracy
+    split_tag: Accuracy | None
+    tags: Mapping[str, Accuracy]
+
+    def as_json(self) -> dict[str, Any]:
+        """The layout of `test.json` and of `train score --json`."""
+        return {
+            "open": self.open.as_json(),
+            "binary": self.binary.as_json(),
+            "all": self.all.as_json(),
+            "split_tag": None if self.split_tag is None else self.split_tag.as_json(),
+            "tags": {tag: accuracy.as_json() for tag, accuracy in self.tags.items()},
+        }
+
+    def lines(self) -> list[str]:
+        """For people: one line a figure."""
+        rows = [("open", self.open), ("binary", self.binary), ("all", self.all)]
+        if self.split_tag is not None:
+            rows.append(("all, split's tag", self.split_tag))
+        rows += [(f"tag {tag}", accuracy) for tag, accuracy in self.tags.items()]
+        width = max(len(name) for name, _ in rows)
+        return [f"{name:<{width}}  {_percent(a.accuracy):>6}  n {a.n}" for name, a in rows]
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def score(questions: Sequence[Question], answers: Mapping[str, str], split: str | None) -> Metrics:
+    """Metrics of `answers` (question_id to answer), which has every question.
+
+    Args:
+        questions: with unique ids.
+        answers: what the system said; extra ids are not looked at.
+        split: tag that the published "All" is counted on; None leaves that figure out.
+
+    Raises:
+        ValueError: a question has no answer.
+    """
+    absent = [question.question_id for question in questions if question.question_id not in answers]
+    if absent:
+        raise ValueError(f"{len(absent)} questions have no answer, such as {absent[0]!r}; expected one for each")
+    right: Counter[str] = Counter()
+    count: Counter[str] = Counter()
+    for question in questions:
+        hit = normalise(answers[question.question_id]) == normalise(question.answer)
+        for group in ("all", f"form:{question.form}", *(f"tag:{tag}" for tag in dict.fromkeys(question.tags))):
+            right[group] += hit
+            count[group] += 1
+
+    def accuracy(group: str) -> Accuracy:
+        n = count[group]
+        return Accuracy(100 * right[group] / n if n else None, n)
+
+    tags = sorted(group.removeprefix("tag:") for group in count if group.startswith("tag:"))
+    return Metrics(
+        open=accuracy("form:open"),
+        binary=accuracy("form:binary"),
+        all=accuracy("all"),
+        split_tag=None if split is None else accuracy(f"tag:{split}"),
+        tags={tag: accuracy(f"tag:{tag}") for tag in tags},
+    )
+
+
+def normalise(answer: str) -> str:
+    """An answer as it is compared."""
+    return answer.strip().lower()
+
+
+def read_predictions(path: Path, questions: Sequence[Question]) -> dict[str, str]:
+    """Answers by question id from a file of `{"question_id": ..., "answer": ...}` lines, one for each question.
+
+    Raises:
+        PredictionError: the file is missing or not text, a line is malformed, or an id is doubled, unknown or absent.
+    """
+    known = {question.question_id for question in questions}
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise PredictionError(f'{path}: no such file; expected {{"question_id", "answer"}} lines') from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PredictionError(f"{path}: cannot be read as UTF-8 text ({error}); expected JSON lines") from None
+    answers: dict[str, str] = {}
+    faults: list[str] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            question_id, answer = _prediction(line)
+        except ValueError as error:
+            faults.append(f"{path}:{number}: {error}")
+            continue
+        if question_id in answers:
+            faults.append(f"{path}:{number}: question_id {question_id!r} is answered twice; expected one line each")
+        elif question_id not in known:
+            faults.append(f"{path}:{number}: question_id {question_id!r} is no question of the file given; remove it")
+        answers[question_id] = answer
+    absent = [q.question_id for q in questions if q.question_id not in answers]
+    faults += [f"{path}: question_id {name!r} has no answer; expected one line each" for name in absent]
+    if faults:
+        rest = len(faults) - SHOWN_FAULTS
+        raise PredictionError("\n".join([*faults[:SHOWN_FAULTS], *([f"{path}: and {rest} more"] if rest > 0 else [])]))
+    return answers
+
+
+def _prediction(line: str) -> tuple[str, str]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON ({error.msg} at column {error.colno}); expected one object a line") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"cannot be parsed as JSON ({error}); expected one flat object") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"holds {line.strip()[:40]!r}; expected an object with question_id and answer")
+    values = []
+    for key in ("question_id", "answer"):
+        value = record.get(key)
+        # Released question ids are numbers in some files and text in others.
+        if key == "question_id" and isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        if not isinstance(value, str) or (key == "question_id" and not value):
+            found = "missing" if key not in record else repr(record[key])[:60]
+            raise ValueError(f"{key!r} is {found}; expected text")
+        values.append(value)
+    return values[0], values[1]
