@@ -84,7 +84,7 @@ def read_frames(clip: Clip, video: VideoConfig) -> DecodedClip:
     rows = _rows_within(clip, times)
     chosen = _choose(clip, times[rows], video)
     with _decoder_errors(clip.video):
-        frames = reader.get_batch(rows[chosen].tolist()).asnumpy()
+        frames = _pixels(reader, rows[chosen].tolist())
     start_s = times[rows[0], 0] if clip.start_s is None else clip.start_s
     timestamps = (times[rows[chosen], 0] - start_s).astype(np.float32)
     missing = video.frames - len(chosen)
@@ -114,6 +114,17 @@ def _decoder_errors(path: Path):  # type: ignore[no-untyped-def]
     except (decord.DECORDError, RuntimeError, IndexError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise VideoError(f"video {path} cannot be decoded: {lines[0] if lines else type(error).__name__}") from error
+
+
+def _pixels(reader: "decord.VideoReader", rows: list[int]) -> NDArray[np.uint8]:
+    """[len(rows), H, W, 3] uint8."""
+    height, width, channels = reader[rows[0]].shape
+    if channels == 3:
+        return reader.get_batch(rows).asnumpy()
+    # decord takes a row's bytes over its width for the number of channels. At small widths such as 96 and 144 the
+    # padding of FFmpeg's rows makes that 4, and get_batch fails; frame by frame the padding can be cut off.
+    padded = np.stack([reader[row].asnumpy().reshape(height, width * channels) for row in rows])
+    return padded[:, :, : width * 3].reshape(len(rows), height, width, 3)
 
 
 def _rows_within(clip: Clip, times: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -1,0 +1,64 @@
+from pathlib import Path
+
+import pytest
+
+from configs.schema import Config, ConfigParser, add_config_arguments, load_config, option_names, parse_config
+
+EXPERIMENTS = sorted(Path("configs").rglob("*.yaml"))
+
+
+def parse(*args: str) -> Config:
+    parser = ConfigParser(prog="test")
+    add_config_arguments(parser)
+    return parse_config(parser, args)[0]
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=str)
+def test_every_experiment_file_is_valid(path: Path) -> None:
+    assert isinstance(load_config(path), Config)
+
+
+def test_file_then_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("head: {ratio: 0.5, scores: [question]}\ntrain: {lr: 1e-3}\n")
+    config = parse("--config", str(file), "--head.ratio", "0.125")
+    assert config.head.ratio == 0.125
+    assert config.head.scores == ("question",)
+    assert config.train.lr == 1e-3  # PyYAML alone would read this as text
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--head.ratoi", "0.5"], "did you mean head.ratio?"),
+        (["--head.ratio", "1.5"], "head.ratio is 1.5; expected a share in (0, 1]"),
+        (["--head.ratio", "many"], "head.ratio"),
+        (["--store.shard", "1.5"], "store.shard"),
+        (["--head.scores", "[qustion]"], "head.scores"),
+        (["--config", "absent.yaml"], "absent.yaml"),
+        (["--video.size", "100"], "video.size is 100; expected a positive multiple of 16"),
+    ],
+)
+def test_mistakes_are_one_line_and_code_two(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(*args)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_unknown_key_in_a_file_names_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("store: {shrad: 8}\n")
+    with pytest.raises(SystemExit):
+        load_config(file)
+    assert "did you mean store.shard?" in capsys.readouterr().err
+
+
+def test_print_config_shows_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse("--print_config")
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"{name.split('.')[1]}:" in shown for name in option_names())

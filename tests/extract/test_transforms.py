@@ -1,0 +1,45 @@
+import numpy as np
+import pytest
+import torch
+
+from extract.transforms import IMAGENET_MEAN, IMAGENET_STD, crop_and_resize, to_input
+
+# Two resamplings with float32 coordinates: 2 x 256 pixels x 2^-23, times the steepest step of noise, 1 / 0.224.
+ROUNDING = 2 * 256 * 2**-23 / 0.224
+
+
+def bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Textbook bilinear resampling of [H, W, 3] with half-pixel centres and clamped edges, in float64."""
+
+    def weights(source: int, target: int) -> np.ndarray:
+        centres = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
+        low = np.floor(centres).astype(int)
+        high = np.minimum(low + 1, source - 1)
+        matrix = np.zeros((target, source))
+        np.add.at(matrix, (np.arange(target), low), 1 - (centres - low))
+        np.add.at(matrix, (np.arange(target), high), centres - low)
+        return matrix
+
+    return np.einsum(
+        "ph,qw,hwc->pqc", weights(image.shape[0], height), weights(image.shape[1], width), image, optimize=True
+    )
+
+
+@pytest.mark.parametrize(("height", "width"), [(288, 384), (480, 270), (256, 256), (97, 131)])
+def test_matches_the_published_transform(height: int, width: int) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
+    short = min(height, width)
+    tall, wide = (256, int(256 * width / height)) if height == short else (int(256 * height / width), 256)
+    top, left = round((tall - 256) / 2), round((wide - 256) / 2)
+    for frame, result in zip(frames, to_input(frames, 224), strict=True):
+        resized = bilinear(frame / 255, tall, wide)[top : top + 256, left : left + 256]
+        expected = (bilinear(resized, 224, 224) - IMAGENET_MEAN) / IMAGENET_STD
+        np.testing.assert_allclose(result.permute(1, 2, 0), expected, atol=ROUNDING)
+
+
+def test_crop_stays_in_the_unit_range() -> None:
+    frames = np.random.default_rng(1).integers(0, 256, (1, 120, 160, 3), dtype=np.uint8)
+    pixels = crop_and_resize(frames, 112)
+    assert pixels.shape == (1, 3, 112, 112)
+    assert pixels.dtype == torch.float32
+    assert 0 <= pixels.min() < pixels.max() <= 1

@@ -1,0 +1,95 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs.schema import VideoConfig
+from extract.datasets import Clip
+from extract.video import VideoError, read_frames, uniform_by_time, uniform_indices
+from tests.extract.videos import frame_numbers, write_video
+
+
+def published_rule(count: int, frames: int) -> list[int]:
+    bounds = [int(count * i / frames) for i in range(frames + 1)]
+    return [(first + following - 1) // 2 for first, following in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+@pytest.mark.parametrize("count", [4, 5, 16, 31, 60, 1000])
+def test_uniform_indices_are_the_published_ones(count: int) -> None:
+    assert uniform_indices(count, 4).tolist() == published_rule(count, 4)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_short_clip_repeats_its_nearest_frames(count: int) -> None:
+    chosen = uniform_indices(count, 4)
+    assert len(chosen) == 4
+    assert set(chosen) == set(range(count))
+    assert (np.diff(chosen) >= 0).all()
+
+
+def test_varying_rate_is_cut_by_time_not_by_count() -> None:
+    # Ten frames in the first second, one in the second: half of the spans lie in each.
+    starts = np.array([*np.arange(10) * 0.1, 1.0])
+    assert uniform_by_time(starts, 2.0, 4).tolist() == [2, 7, 10, 10]
+
+
+def test_reads_the_frames_it_says(tmp_path: Path) -> None:
+    clip = Clip("a", write_video(tmp_path / "a.mp4"))
+    decoded = read_frames(clip, VideoConfig(frames=4))
+    assert decoded.frames.shape == (4, 64, 96, 3)
+    assert frame_numbers(decoded.frames) == published_rule(30, 4)
+    np.testing.assert_allclose(decoded.timestamps, np.array(published_rule(30, 4)) / 15, atol=1e-3)
+
+
+def test_a_stretch_takes_only_frames_within_it(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "a.mp4")
+    decoded = read_frames(Clip("a", video, 1.0, 2.0), VideoConfig(frames=3))
+    assert frame_numbers(decoded.frames) == [15 + i for i in published_rule(15, 3)]
+    np.testing.assert_allclose(decoded.timestamps, np.array(published_rule(15, 3)) / 15, atol=1e-3)
+
+
+def test_varying_rate_file_is_read_by_timestamp(tmp_path: Path) -> None:
+    pts = [*range(0, 1000, 100), *range(1000, 6000, 500)]
+    clip = Clip("a", write_video(tmp_path / "vfr.mp4", frames=20, pts=pts))
+    decoded = read_frames(clip, VideoConfig(frames=4))
+    # The last frame has no duration of its own, so the clip ends at 5.5 s; by count they would be 2, 7, 12 and 17.
+    assert frame_numbers(decoded.frames) == [6, 12, 14, 17]
+    np.testing.assert_allclose(decoded.timestamps, [0.6, 2.0, 3.0, 4.5], atol=1e-3)
+
+
+def test_short_zeros_pads_black_at_the_end(tmp_path: Path) -> None:
+    clip = Clip("a", write_video(tmp_path / "a.mp4", frames=3))
+    decoded = read_frames(clip, VideoConfig(frames=5, short="zeros"))
+    assert decoded.frames[3:].max() == 0
+    assert frame_numbers(decoded.frames[:3]) == [0, 1, 2]
+
+
+def test_short_quarantine_refuses(tmp_path: Path) -> None:
+    clip = Clip("a", write_video(tmp_path / "a.mp4", frames=3))
+    with pytest.raises(VideoError, match=r"clip a has 3 frames; video\.frames asks for 5"):
+        read_frames(clip, VideoConfig(frames=5, short="quarantine"))
+
+
+def test_every_bad_file_says_what_is_wrong(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.mp4"
+    empty.touch()
+    garbage = tmp_path / "garbage.mp4"
+    garbage.write_bytes(np.random.default_rng(0).bytes(4096))
+    truncated = write_video(tmp_path / "truncated.mp4")
+    truncated.write_bytes(truncated.read_bytes()[:-800])
+    for path, message in [
+        (tmp_path / "absent.mp4", "does not exist"),
+        (empty, "is empty"),
+        (garbage, "cannot be decoded"),
+        (truncated, "cannot be decoded"),
+    ]:
+        with pytest.raises(VideoError, match=message) as caught:
+            read_frames(Clip("a", path), VideoConfig(frames=4))
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_stretch_past_the_end_is_refused(tmp_path: Path) -> None:
+    clip = Clip("a", write_video(tmp_path / "a.mp4"), 60.0, 70.0)
+    with pytest.raises(VideoError, match=r"ends at 2\.000 s; no frame lies within"):
+        read_frames(clip, VideoConfig(frames=4))
