@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from train.report_sources import Sweep, TrainingLog
@@ -46,7 +47,9 @@ def draw_table(results: Results) -> Figure:
             if len(row.runs) > 1:
                 values = row.values("all")
                 axis.plot(values, [y] * len(values), marker, color=_INK, markersize=3, linestyle="none")
-            axis.annotate(f"{mean:.2f}", (max(row.values("all")), y), (4, 0), textcoords="offset points", va="center")
+            axis.annotate(
+                f"{mean:.2f}", (max(row.values("all")), y), (4, 0), textcoords="offset points", va="center", size=8
+            )
         axis.set_yticks(range(len(rows)), [row.model for row, _ in rows])
         axis.invert_yaxis()
         axis.set_xlim(0, max((mean for _, mean in rows), default=1) * 1.18)
@@ -81,13 +84,14 @@ def draw_ratio(sweeps: Sequence[Sweep], references: Mapping[str, Mapping[str, fl
         for system, accuracy in references.get(split, {}).items():
             colour, _ = style(system)
             axis.axhline(accuracy, color=colour, linewidth=1.2, linestyle=(0, (4, 3)), label=system)
+        axis.set_xscale("log", base=2)  # ratios are usually doubled
         ticks = sorted({ratio for sweep, setting in lines for ratio in sweep.curve(setting)})
         axis.set_xticks(ticks, [f"{ratio:g}" for ratio in ticks])
         axis.minorticks_off()
         axis.set_xlabel("selection ratio: share of patches kept in each frame")
         axis.set_ylabel("accuracy, all test questions (%)")
         axis.set_title(split)
-        axis.legend(frameon=False, fontsize=8, loc="best")
+    _legend(figure, axes)
     return figure
 
 
@@ -111,9 +115,9 @@ def draw_curves(logs: Mapping[str, Mapping[str, TrainingLog]]) -> Figure:
                 shown = {"marker": marker, "markersize": 4} if len(log.epochs) <= 40 else {}
                 right.plot(log.epochs, log.val, color=colour, linewidth=1.5, label=system, **shown)
         left.set(xlabel="step", ylabel="training loss", title=f"{split}: training loss")
+        right.xaxis.set_major_locator(MaxNLocator(integer=True))
         right.set(xlabel="epoch", ylabel="accuracy, all val questions (%)", title=f"{split}: accuracy on val")
-        if right.has_data():
-            right.legend(frameon=False, fontsize=8, loc="best")
+    _legend(figure, figure.axes)
     return figure
 
 
@@ -124,16 +128,18 @@ def draw_selection(maps: Mapping[str, NDArray[np.float64]], ratios: Mapping[str,
         maps: by split, [rows, cols] share of frames in which the patch is kept.
         ratios: by split, the share that a blind draw would keep; marked on the colour bar.
     """
-    figure, axes = _panels(len(maps), 3.9, 3.3)
+    figure, axes = _panels(len(maps), 4.6, 3.6)
+    top = 100 * max((float(share.max()) for share in maps.values()), default=0.01)
     for axis, (split, share) in zip(axes, maps.items()):
-        image = axis.imshow(100 * share, cmap="cividis", vmin=0, vmax=max(100 * float(share.max()), 1.0))
+        image = axis.imshow(100 * share, cmap="cividis", vmin=0, vmax=top)
         axis.set(title=split, xticks=[], yticks=[])
         axis.grid(visible=False)
         for spine in axis.spines.values():
             spine.set_visible(False)
         bar = figure.colorbar(image, ax=axis, shrink=0.86)
         bar.outline.set_visible(False)
-        bar.set_label("kept in % of frames", color=_INK, fontsize=8)
+        bar.set_label("kept in % of frames", color=_INK, fontsize=8.5)
+        bar.ax.tick_params(labelsize=8, color="#8b949e", labelcolor=_INK)
         bar.ax.axhline(100 * ratios[split], color="#ffffff", linewidth=3)
         bar.ax.axhline(100 * ratios[split], color="#d55e00", linewidth=1.5)
     return figure
@@ -162,6 +168,20 @@ def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]
     return figure, axes
 
 
+def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One legend for all panels, below them, where it hides no line."""
+    found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    if found:
+        figure.legend(
+            list(found.values()),
+            list(found),
+            loc="outside lower center",
+            ncols=min(len(found), 6),
+            frameon=False,
+            fontsize=8.5,
+        )
+
+
 def _dress(axis: Axes) -> None:
     axis.set_axisbelow(True)
     axis.grid(color=_FAINT, linewidth=0.7)
@@ -169,7 +189,7 @@ def _dress(axis: Axes) -> None:
         axis.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axis.spines[side].set_color("#8b949e")
-    axis.tick_params(colors=_INK, labelsize=8, color="#8b949e")
+    axis.tick_params(color="#8b949e", labelcolor=_INK, labelsize=8)
     axis.xaxis.label.set(color=_INK, fontsize=8.5)
     axis.yaxis.label.set(color=_INK, fontsize=8.5)
     axis.title.set(color=_INK, fontsize=10)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from configs.schema import Config
@@ -79,12 +79,15 @@ def write_report(config: Config, folder: Path) -> Path:
     grid = report_integrity.grid_of([config.store.path], config.video.size)
     splits = [_split_page(config, results, split, sweeps, grid, problems) for split in results.splits]
     stores = report_integrity.store_facts(results)
+    figures = _figures(folder, results, sweeps, grid, problems)
+    problems = list(dict.fromkeys(problems))
     page = _render(
+        place=lambda path: path.relative_to(folder).as_posix() if path else "–",
         title=f"Results in {folder.resolve().name}",
         notices=table.notices(results),
         splits=splits,
         origin=table.origin(results),
-        figures=_figures(folder, results, sweeps, grid, problems),
+        figures=figures,
         sweeps=sweeps,
         stores=stores,
         versions=report_integrity.versions(results),
@@ -232,7 +235,7 @@ def _render(**content: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"bytes": _bytes, "number": lambda value: f"{value:.2f}"}
+    environment.filters |= {"bytes": _bytes, "number": "{:.2f}".format, "signed": _signed, "coded": _coded}
     environment.globals |= {"cell": table.cell, "colour": lambda system: plots.style(system)[0]}
     css, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     policy = (
@@ -250,6 +253,16 @@ def _hash(text: str) -> str:
 
 def _data_uri(png: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(png.read_bytes()).decode()
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _coded(text: str) -> Markup:
+    """Text whose `names` are in backticks, as HTML."""
+    parts = [escape(part) for part in text.split("`")]
+    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts))
 
 
 def _bytes(count: int) -> str:

@@ -146,7 +146,7 @@ def read_selection(path: Path) -> Selection:
     if not path.exists():
         raise SourceError(f"{path} is missing; evaluate the run again")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             ids, kept = arrays["question_ids"], arrays["kept"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise SourceError(f"{path} is damaged ({error}); evaluate the run again") from error

@@ -1,0 +1,92 @@
+"""Figures: the right numbers reach Matplotlib, and files are written."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from tests.train.fake_runs import write_run, write_sweep
+from train import plots
+from train.report_sources import TrainingLog, read_sweep
+from train.table import gather
+
+
+def test_ratio_plot_has_the_mean_and_the_range_over_seeds(tmp_path: Path) -> None:
+    sweep = read_sweep(write_sweep(tmp_path, seeds=3) / "sweep.json")
+    figure = plots.draw_ratio([sweep], {"direct": {"egovlp": 38.5}})
+    (axis,) = figure.axes
+    line, level = axis.lines
+    np.testing.assert_allclose(line.get_xdata(), [0.1, 0.25, 1.0])
+    np.testing.assert_allclose(line.get_ydata(), [42.0, 43.5, 51.0])  # 40 + 10 ratio, seeds 0, 1, 2
+    np.testing.assert_allclose(level.get_ydata(), 38.5)
+    (band,) = axis.collections
+    corners = band.get_paths()[0].vertices
+    assert {tuple(corner) for corner in corners.tolist()} >= {(0.1, 41.0), (0.1, 43.0), (1.0, 50.0), (1.0, 52.0)}
+    assert axis.get_title() == "direct"
+
+
+def test_a_single_seed_has_no_band(tmp_path: Path) -> None:
+    sweep = read_sweep(write_sweep(tmp_path, seeds=1) / "sweep.json")
+    (axis,) = plots.draw_ratio([sweep], {}).axes
+    assert not axis.collections
+
+
+def test_settings_of_a_grid_are_lines_of_their_own(tmp_path: Path) -> None:
+    path = write_sweep(tmp_path, seeds=1) / "sweep.json"
+    text = path.read_text().replace('"overrides": {}', '"overrides": {"head.scores": ["random"]}', 2)
+    path.write_text(text)
+    (axis,) = plots.draw_ratio([read_sweep(path)], {}).axes
+    assert [line.get_label() for line in axis.lines] == ["psa, ratio_direct", "head.scores random"]
+    assert [len(line.get_xdata()) for line in axis.lines] == [1, 2]
+
+
+def test_table_plot_has_a_bar_for_each_row(tmp_path: Path) -> None:
+    for index, model in enumerate(("majority", "egovlp", "psa")):
+        write_run(tmp_path, model, model=model, all_=30.0 + 10 * index)
+    (axis,) = plots.draw_table(gather(tmp_path)).axes
+    assert [bar.get_width() for bar in axis.patches] == [30.0, 40.0, 50.0]
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["majority", "egovlp", "psa"]
+    assert axis.get_xlim()[0] == 0
+
+
+def test_curves_have_loss_by_step_and_val_by_epoch() -> None:
+    log = TrainingLog((0, 10), (3.0, 1.0), (1, 2), (40.0, 45.0))
+    loss, val = plots.draw_curves({"direct": {"psa": log}}).axes
+    np.testing.assert_allclose(loss.lines[0].get_xydata(), [[0, 3.0], [10, 1.0]])
+    np.testing.assert_allclose(val.lines[0].get_xydata(), [[1, 40.0], [2, 45.0]])
+
+
+def test_selection_map_is_in_percent_and_the_right_way_up() -> None:
+    share = np.array([[0.0, 0.1], [0.2, 0.4]])
+    figure = plots.draw_selection({"direct": share}, {"direct": 0.25})
+    (image,) = figure.axes[0].images
+    np.testing.assert_allclose(image.get_array(), 100 * share)
+    assert image.origin == "upper"
+    assert image.get_clim() == (0, 40.0)
+
+
+def test_long_traces_are_averaged() -> None:
+    steps, losses = plots.thin(range(1200), [float(step) for step in range(1200)])
+    assert len(steps) == len(losses) == 120
+    assert steps[0] == losses[0] == pytest.approx(4.5)
+    assert plots.thin([1, 2], [3.0, 4.0]) == ([1.0, 2.0], [3.0, 4.0])
+
+
+def test_saved_plots_are_pictures_and_repeat_bit_for_bit(tmp_path: Path) -> None:
+    log = TrainingLog((0, 10), (3.0, 1.0), (1, 2), (40.0, 45.0))
+
+    def draw() -> Figure:
+        return plots.draw_curves({"direct": {"psa": log}})
+
+    first, second = plots.save(draw(), tmp_path / "a.png"), plots.save(draw(), tmp_path / "b.png")
+    assert first.read_bytes() == second.read_bytes()
+    with Image.open(first) as image:
+        assert image.format == "PNG"
+        assert len(image.convert("RGB").getcolors(1 << 24) or []) > 10
+
+
+def test_systems_differ_in_colour_and_marker() -> None:
+    styles = [plots.style(system) for system in (*plots.STYLES, "another")]
+    assert len({colour for colour, _ in styles}) == len(styles) == len({marker for _, marker in styles})
