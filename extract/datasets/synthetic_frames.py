@@ -1,0 +1,161 @@
+"""EgoSynth, what it looks like: a scene drawn frame by frame.
+
+A grey table under a wall of clutter, small coloured objects, the person's light hand from below and the other person's
+dark hand from a side. The camera sways. What tells an action apart is at the hand, within a patch or two: a lifted
+object is larger and throws a shadow, a moved one is held between fingers, an opened one has its lid beside it.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from extract.datasets.synthetic_scene import GRID, OBJECTS, Action, Scene, Slot, Thing, rng_of
+
+TABLE = (112, 122, 128)
+WALL = (176, 168, 150)
+SKIN = (244, 184, 142)
+SLEEVE = (48, 70, 60)
+OTHER_SKIN = (84, 46, 28)
+OTHER_SLEEVE = (150, 150, 60)
+LID = (250, 250, 250)
+HOLE = (12, 12, 12)
+SHADOW = (40, 44, 48)
+
+# Height of the wall above the table, in cells of the 7x7 grid.
+WALL_ROWS = 1.6
+SWAY = 0.16
+DISTRACTORS = 3
+
+
+def frames(scene: Scene, count: int, size: int) -> Iterator[np.ndarray]:
+    """The clip's `count` frames, uint8 [size, size, 3] each."""
+    rng = rng_of(scene.seed, scene.index, 1)
+    margin = int(np.ceil(SWAY * size / GRID)) + 1
+    background = _background(rng, size + 2 * margin)
+    phase = rng.uniform(0, 2 * np.pi, size=2)
+    movers = _movers(rng)
+    entries = rng.uniform(-2.0, 2.0, size=3)
+    side = int(rng.choice([0, GRID]))
+    for number in range(count):
+        time = (number + 0.5) / count
+        sway = SWAY * np.sin(2 * np.pi * np.array([0.7, 1.1]) * time + phase)
+        canvas = _Canvas(background, size, margin, (float(sway[0]), float(sway[1])))
+        _draw_movers(canvas, movers, time)
+        _draw_scene(canvas, scene, time, entries, side)
+        yield canvas.pixels()
+
+
+class _Canvas:
+    """Draws in cells of the 7x7 grid, shifted by the camera's sway."""
+
+    def __init__(self, background: Image.Image, size: int, margin: int, sway: tuple[float, float]):
+        self.cell = size / GRID
+        self.sway = sway
+        left, top = (margin - round(shift * self.cell) for shift in sway)
+        self.image = background.crop((left, top, left + size, top + size))
+        self.draw = ImageDraw.Draw(self.image)
+
+    def _at(self, x: float, y: float) -> tuple[float, float]:
+        return (x + self.sway[0]) * self.cell, (y + self.sway[1]) * self.cell
+
+    def disc(self, x: float, y: float, rx: float, ry: float, colour: tuple[int, int, int]) -> None:
+        self.draw.ellipse((*self._at(x - rx, y - ry), *self._at(x + rx, y + ry)), fill=colour)
+
+    def box(self, x: float, y: float, rx: float, ry: float, colour: tuple[int, int, int]) -> None:
+        self.draw.rectangle((*self._at(x - rx, y - ry), *self._at(x + rx, y + ry)), fill=colour)
+
+    def limb(
+        self, start: tuple[float, float], end: tuple[float, float], width: float, colour: tuple[int, int, int]
+    ) -> None:
+        self.draw.line((*self._at(*start), *self._at(*end)), fill=colour, width=max(1, round(width * self.cell)))
+
+    def pixels(self) -> np.ndarray:
+        return np.asarray(self.image)
+
+
+def _background(rng: np.random.Generator, side: int) -> Image.Image:
+    """Wall with clutter above, table below, a little grain on both."""
+    image = Image.new("RGB", (side, side), TABLE)
+    draw = ImageDraw.Draw(image)
+    cell = side / GRID
+    edge = WALL_ROWS * cell
+    draw.rectangle((0, 0, side, edge), fill=WALL)
+    for _ in range(7):
+        x, width = rng.uniform(0, side), rng.uniform(0.3, 1.2) * cell
+        height = rng.uniform(0.3, 1.3) * cell
+        colour = tuple(int(c) for c in rng.integers(70, 200, size=3))
+        draw.rectangle((x, edge - height, x + width, edge), fill=colour)
+    grain = rng.normal(0, 4, size=(side, side, 1))
+    return Image.fromarray(np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8))
+
+
+def _movers(rng: np.random.Generator) -> list[tuple[tuple[int, int, int], float, float, float]]:
+    """Colour, start, height and speed of the distractors, which have the objects' own colours."""
+    colours = list(OBJECTS.values())
+    return [
+        (colours[int(rng.integers(len(colours)))], rng.uniform(0, GRID), rng.uniform(0.3, 1.2), rng.uniform(-4, 4))
+        for _ in range(DISTRACTORS)
+    ]
+
+
+def _draw_movers(canvas: _Canvas, movers: list[tuple[tuple[int, int, int], float, float, float]], time: float) -> None:
+    for colour, start, height, speed in movers:
+        canvas.disc((start + speed * time) % (GRID + 1) - 0.5, height, 0.4, 0.4, colour)
+
+
+def _draw_scene(canvas: _Canvas, scene: Scene, time: float, entries: np.ndarray, side: int) -> None:
+    things = scene.things_at(time)
+    holds: dict[str, tuple[Slot, Action | None]] = {}
+    for event in scene.events:
+        if event.start <= time < event.end:
+            holds[event.name] = (event.slot, event.action)
+    for name, (slot, _) in holds.items():  # beside the table, so behind everything on it
+        if slot == "other":
+            _draw_arm(canvas, things[name], (side, things[name].y + 0.5), OTHER_SLEEVE, OTHER_SKIN)
+    for name, thing in things.items():
+        if name not in holds or holds[name][0] == "other":
+            _draw_thing(canvas, thing)
+    for name, (slot, action) in holds.items():
+        thing = things[name]
+        if slot != "other":
+            entry = thing.x + entries[("first", "second", "next").index(slot)]
+            _draw_arm(canvas, thing, (entry, GRID + 0.5), SLEEVE, SKIN)
+            _draw_thing(canvas, thing)
+            _draw_grip(canvas, thing, action)
+
+
+def _draw_thing(canvas: _Canvas, thing: Thing) -> None:
+    colour = OBJECTS[thing.name]
+    radius = 0.42 + 0.12 * thing.height
+    x, y = thing.x, thing.y - 0.25 * thing.height
+    if thing.height > 0:
+        canvas.disc(thing.x, thing.y + 0.45, 0.5, 0.18, SHADOW)
+    shape = canvas.box if thing.name.endswith(("box", "tin", "bag")) else canvas.disc
+    shape(x, y, radius, radius, colour)
+    canvas.disc(x, y, 0.2, 0.2, HOLE if thing.is_open else LID)
+
+
+def _draw_arm(
+    canvas: _Canvas,
+    thing: Thing,
+    entry: tuple[float, float],
+    sleeve: tuple[int, int, int],
+    skin: tuple[int, int, int],
+) -> None:
+    """A sleeve from the picture's edge to the object, and the hand around the object."""
+    x, y = thing.x, thing.y - 0.25 * thing.height
+    canvas.limb(entry, (x, y), 0.45, sleeve)
+    canvas.disc(x, y, 0.72, 0.72, skin)
+
+
+def _draw_grip(canvas: _Canvas, thing: Thing, action: Action | None) -> None:
+    """What the hand does, on top of the object."""
+    x, y = thing.x, thing.y - 0.25 * thing.height
+    if action == "open":
+        canvas.disc(x + 0.55, y - 0.5, 0.26, 0.26, LID)
+    elif action == "move":
+        canvas.box(x - 0.4, y, 0.1, 0.4, SKIN)
+        canvas.box(x + 0.4, y, 0.1, 0.4, SKIN)
+    elif action == "close":
+        canvas.box(x, y + 0.42, 0.5, 0.14, SKIN)

@@ -1,0 +1,304 @@
+"""EgoSynth, what is asked: questions from the event log in EgoTaskQA's vocabulary, and its two splits.
+
+Every family of questions is drawn so that the text alone says next to nothing about the answer: objects, actions,
+places and states are uniform, and verify-questions are yes as often as no.
+
+A *direct* question names an object ("the red box"), an *indirect* one describes it by what happens to it ("the object
+that the person touches first"). The splits follow the released rules. Direct: all questions, 3:1:1 into train, test
+and val, answer by answer. Indirect: trains on direct references and on indirect ones that ask for an action (their
+program starts with `query([hoi], iterate_until(`), tests on all other indirect ones, 1:1 into test and val; there a
+question's parts are known from training and their composition is new.
+
+Source of the rules: EgoTaskQA, `baselines/preprocess/split.py`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from extract.datasets.records import Part
+from extract.datasets.synthetic_scene import OBJECTS, SLOTS, Event, Scene, Slot, place_of, rng_of
+
+CLAUSES: dict[Slot, str] = {
+    "first": "the object that the person touches first",
+    "second": "the object that the person touches second",
+    "next": "the object that the person will touch next",
+    "other": "the object that the other person holds",
+}
+OBJECT_QUERIES: dict[Slot, str] = {
+    "first": "which object does the person touch first?",
+    "second": "which object does the person touch second?",
+    "next": "which object will the person touch next?",
+    "other": "which object does the other person hold?",
+}
+REASON_QUERIES: dict[Slot, str] = {
+    "first": "for which object does the person reach in first?",
+    "second": "for which object does the person reach in second?",
+    "next": "for which object will the person reach in next?",
+    "other": "for which object does the other person reach in?",
+}
+TOUCHES: dict[Slot, str] = {
+    "first": "does the person touch {} first?",
+    "second": "does the person touch {} second?",
+    "next": "will the person touch {} next?",
+    "other": "does the other person hold {}?",
+}
+TYPES: dict[Slot, tuple[str, ...]] = {
+    "first": ("world",),
+    "second": ("world",),
+    "next": ("intent",),
+    "other": ("multi-agent",),
+}
+CHANGES = {
+    "lift": "from low to high",
+    "move": "from one place to another",
+    "open": "from closed to open",
+    "close": "from open to closed",
+}
+HOI_PROGRAM = "query([hoi], iterate_until("
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A question before it gets its number."""
+
+    text: str
+    answer: str
+    types: tuple[str, ...]
+    category: str
+    semantic: str
+    structural: str
+    reference: str
+    program: str
+
+    def record(self, question_id: int, video_id: int, interval: str) -> dict[str, Any]:
+        """The question as EgoTaskQA's files have it, without `answer_encode`."""
+        return {
+            "question": self.text[0].upper() + self.text[1:],
+            "answer": self.answer,
+            "question_id": question_id,
+            "video_id": video_id,
+            "interval": interval,
+            "type": list(self.types),
+            "category": [self.category],
+            "semantic": self.semantic,
+            "structural": self.structural,
+            "reference": self.reference,
+            "reasoning_type": "$".join((*self.types, self.category, self.semantic, self.structural, self.reference)),
+            "program": self.program,
+        }
+
+
+def drafts(scene: Scene, count: int) -> list[Draft]:
+    """`count` different questions about one clip, families drawn by their weight."""
+    rng = rng_of(scene.seed, scene.index, 2)
+    weights = np.array([weight for _, weight in FAMILIES])
+    found: dict[str, Draft] = {}
+    while len(found) < count:
+        family = FAMILIES[int(rng.choice(len(FAMILIES), p=weights / weights.sum()))][0]
+        draft = family(scene, rng)
+        found.setdefault(draft.text, draft)
+    return list(found.values())
+
+
+def split_direct(records: Sequence[Record], rng: np.random.Generator) -> dict[Part, list[Record]]:
+    """All questions, 3:1:1 into train, test and val, each answer by itself."""
+    return _shared_out(records, {"train": 3, "val": 1, "test": 1}, rng)
+
+
+def split_indirect(records: Sequence[Record], rng: np.random.Generator) -> dict[Part, list[Record]]:
+    """Direct and action questions to train; all other indirect ones 1:1 into test and val, each answer by itself."""
+
+    def trains(record: Record) -> bool:
+        return record["reference"] == "direct" or record["program"].startswith(HOI_PROGRAM)
+
+    parts = _shared_out([r for r in records if not trains(r)], {"val": 1, "test": 1}, rng)
+    return {"train": [record for record in records if trains(record)], **parts}
+
+
+def _shared_out(
+    records: Sequence[Record], ratios: dict[Part, int], rng: np.random.Generator
+) -> dict[Part, list[Record]]:
+    by_answer: dict[str, list[Record]] = {}
+    for record in records:
+        by_answer.setdefault(record["answer"], []).append(record)
+    deck: list[Part] = [part for part, ratio in ratios.items() for _ in range(ratio)]
+    parts: dict[Part, list[Record]] = {part: [] for part in ratios}
+    for answer in sorted(by_answer):
+        members = by_answer[answer]
+        for place, index in enumerate(rng.permutation(len(members))):
+            parts[deck[place % len(deck)]].append(members[index])
+    return {part: sorted(members, key=lambda record: record["question_id"]) for part, members in parts.items()}
+
+
+def _any(rng: np.random.Generator, options: Sequence[Any]) -> Any:
+    return options[int(rng.integers(len(options)))]
+
+
+def _object(scene: Scene, rng: np.random.Generator) -> Draft:
+    slot = _any(rng, SLOTS)
+    category = "predictive" if slot == "next" else "descriptive"
+    name = scene.event(slot).name
+    return Draft(
+        OBJECT_QUERIES[slot], name, TYPES[slot], category, "object", "query", "direct", f"query([obj], {slot})"
+    )
+
+
+def _object_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
+    slot = _any(rng, SLOTS)
+    category = "predictive" if slot == "next" else "descriptive"
+    text = f"what is {CLAUSES[slot]}?"
+    program = f"query([obj], iterate_until({slot}))"
+    return Draft(text, scene.event(slot).name, TYPES[slot], category, "object", "query", "indirect", program)
+
+
+def _reason(scene: Scene, rng: np.random.Generator) -> Draft:
+    slot = _any(rng, SLOTS)
+    types = tuple(dict.fromkeys((*TYPES[slot], "intent")))
+    program = f"query([obj], reason({slot}))"
+    return Draft(
+        REASON_QUERIES[slot], scene.event(slot).name, types, "explanatory", "object", "query", "direct", program
+    )
+
+
+def _reason_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
+    slot = _any(rng, ("first", "second", "other"))
+    hand = "the other person's hand" if slot == "other" else "the person's hand"
+    text = f"{hand} reaches in for {CLAUSES[slot]}, what is it?"
+    types = tuple(dict.fromkeys((*TYPES[slot], "intent")))
+    program = f"query([obj], reason(iterate_until({slot})))"
+    return Draft(text, scene.event(slot).name, types, "explanatory", "object", "query", "indirect", program)
+
+
+def _untouched(scene: Scene, rng: np.random.Generator) -> Draft:
+    text = "if the person stopped after the first touch, which object would the person not touch second?"
+    name = scene.event("second").name
+    return Draft(text, name, ("world",), "counterfactual", "object", "query", "direct", "query([obj], without(second))")
+
+
+def _untouched_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
+    text = f"if the person stopped after the first touch, what is {CLAUSES['second']} that would stay untouched?"
+    program = "query([obj], without(iterate_until(second)))"
+    name = scene.event("second").name
+    return Draft(text, name, ("world",), "counterfactual", "object", "query", "indirect", program)
+
+
+def _touch(scene: Scene, rng: np.random.Generator) -> Draft:
+    """Yes: the slot's own object. No: the object of another slot, so that a hand is always at it."""
+    slot = _any(rng, SLOTS)
+    yes = bool(rng.integers(2))
+    other = _any(rng, [s for s in SLOTS if s != slot])
+    name = scene.event(slot if yes else other).name
+    category = "predictive" if slot == "next" else "descriptive"
+    text = TOUCHES[slot].format(f"the {name}")
+    program = f"verify([hoi], {slot})"
+    return Draft(text, _yes(yes), TYPES[slot], category, "action", "verify", "direct", program)
+
+
+def _touch_without(scene: Scene, rng: np.random.Generator) -> Draft:
+    yes = bool(rng.integers(2))
+    name = scene.event("first" if yes else "second").name
+    text = f"if the person stopped after the first touch, would the person touch the {name}?"
+    program = "verify([hoi], without(second))"
+    return Draft(text, _yes(yes), ("world",), "counterfactual", "action", "verify", "direct", program)
+
+
+def _open(scene: Scene, rng: np.random.Generator) -> Draft:
+    yes = bool(rng.integers(2))
+    fitting = [name for name in OBJECTS if scene.at_end(name).is_open == yes] or list(OBJECTS)
+    name = _any(rng, fitting)
+    answer = _yes(scene.at_end(name).is_open)
+    text = f"is the {name} open at the end?"
+    return Draft(text, answer, ("world",), "descriptive", "state", "verify", "direct", "verify([state], name)")
+
+
+def _open_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
+    slot = _any(rng, SLOTS)
+    answer = _yes(scene.at_end(scene.event(slot).name).is_open)
+    text = f"is {CLAUSES[slot]} open at the end?"
+    category = "predictive" if slot == "next" else "descriptive"
+    program = f"verify([state], iterate_until({slot}))"
+    return Draft(text, answer, TYPES[slot], category, "state", "verify", "indirect", program)
+
+
+def _place(scene: Scene, rng: np.random.Generator) -> Draft:
+    name = _any(rng, list(OBJECTS))
+    text = f"where is the {name} at the end?"
+    place = place_of(scene.at_end(name))
+    return Draft(text, place, ("world",), "descriptive", "state", "query", "direct", "query([place], name)")
+
+
+def _place_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
+    slot = _any(rng, SLOTS)
+    text = f"where is {CLAUSES[slot]} at the end?"
+    place = place_of(scene.at_end(scene.event(slot).name))
+    category = "predictive" if slot == "next" else "descriptive"
+    program = f"query([place], iterate_until({slot}))"
+    return Draft(text, place, TYPES[slot], category, "state", "query", "indirect", program)
+
+
+def _acted_on(scene: Scene, rng: np.random.Generator) -> Event:
+    return scene.event(_any(rng, ("first", "second")))
+
+
+def _action(scene: Scene, rng: np.random.Generator) -> Draft:
+    event = _acted_on(scene, rng)
+    text = f"what does the person do to the {event.name}?"
+    return Draft(text, str(event.action), ("world",), "descriptive", "action", "query", "direct", "query([hoi], name)")
+
+
+def _action_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
+    event = _acted_on(scene, rng)
+    text = f"what does the person do to {CLAUSES[event.slot]}?"
+    program = f"{HOI_PROGRAM}{event.slot}))"
+    return Draft(text, str(event.action), ("world",), "descriptive", "action", "query", "indirect", program)
+
+
+def _cause(scene: Scene, rng: np.random.Generator) -> Draft:
+    event = _acted_on(scene, rng)
+    text = f"because of which action does the {event.name} change?"
+    return Draft(text, str(event.action), ("world",), "explanatory", "action", "query", "direct", "query([hoi], cause)")
+
+
+def _change(scene: Scene, rng: np.random.Generator) -> Draft:
+    event = _acted_on(scene, rng)
+    text = f"how does the {event.name} change?"
+    answer = CHANGES[str(event.action)]
+    return Draft(text, answer, ("world",), "descriptive", "change", "query", "direct", "query([change], name)")
+
+
+def _change_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
+    event = _acted_on(scene, rng)
+    text = f"how does {CLAUSES[event.slot]} change?"
+    program = f"query([change], iterate_until({event.slot}))"
+    answer = CHANGES[str(event.action)]
+    return Draft(text, answer, ("world",), "descriptive", "change", "query", "indirect", program)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+FAMILIES: tuple[tuple[Callable[[Scene, np.random.Generator], Draft], float], ...] = (
+    (_object, 0.16),
+    (_object_indirect, 0.12),
+    (_reason, 0.10),
+    (_reason_indirect, 0.05),
+    (_untouched, 0.03),
+    (_untouched_indirect, 0.03),
+    (_touch, 0.08),
+    (_touch_without, 0.03),
+    (_open, 0.08),
+    (_open_indirect, 0.08),
+    (_place, 0.06),
+    (_place_indirect, 0.06),
+    (_action, 0.03),
+    (_action_indirect, 0.04),
+    (_cause, 0.02),
+    (_change, 0.02),
+    (_change_indirect, 0.02),
+)
