@@ -119,9 +119,15 @@ def _sweep(args: Sequence[str]) -> int:
     parser.add_argument("--name", type=str | None, default=None, help="of the sweep's folder")
     add_config_arguments(parser)
     config, options = parse_config(parser, args)
+    from train.run import Stopped
     from train.sweep import run_sweep
 
-    run_sweep(config, options.ratios, options.seeds, options.grid, options.name)
+    command = " ".join(["python -m train sweep", *args])
+    try:
+        print(run_sweep(config, options.ratios, options.seeds, options.grid, options.name, command))
+    except Stopped as stopped:
+        print(f"train sweep: {stopped}", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

@@ -1,6 +1,5 @@
 """What every command of stage two opens first: the annotations, the stores and the question tables."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,21 +21,25 @@ class Experiment:
         dataset: annotations.
         features: of all clips and texts of the configured split.
         tables: questions by part.
+        train_table: the training questions that can be learned from: clip encoded, answer in the vocabulary.
         sizes: what a head must fit.
         fingerprint: of the clips' store; None where it is not read.
         text_fingerprint: of the texts' store; None where it is not read.
         device: where heads run.
-        seconds: that opening took, reading of resident features included.
     """
 
     dataset: Dataset
     features: Features
     tables: Mapping[str, QuestionTable]
+    train_table: QuestionTable
     sizes: Sizes
     fingerprint: Fingerprint | None
     text_fingerprint: Fingerprint | None
     device: torch.device
-    seconds: float
+
+    def seen(self, part: str) -> QuestionTable:
+        """The questions of `part` whose clip was encoded."""
+        return self.tables[part].encoded(self.features.unseen)
 
 
 def open_experiment(config: Config, card: Card | None = None) -> Experiment:
@@ -46,9 +49,8 @@ def open_experiment(config: Config, card: Card | None = None) -> Experiment:
         DatasetError: annotations are missing or malformed.
         StoreError: a store is missing, damaged, unfinished, or (FingerprintMismatch, naming the differing fields) made
             by something else than the card's.
-        RunError: the card's answers are not this dataset's.
+        RunError: the card's answers are not this dataset's, or a part has no questions.
     """
-    started = time.monotonic()
     device = pick_device(config.train.device)
     dataset = load_dataset(config.data)
     if card is not None and card.answers != dataset.answers:
@@ -72,15 +74,20 @@ def open_experiment(config: Config, card: Card | None = None) -> Experiment:
     tables: dict[str, QuestionTable] = {
         part: QuestionTable.of(dataset.questions[part], dataset, features.text_rows) for part in PARTS
     }
+    train_table = tables["train"].encoded(features.unseen).answerable()
+    counts = {"train": len(train_table), "val": len(tables["val"]), "test": len(tables["test"])}
+    if not all(counts.values()):
+        found = ", ".join(f"{count} {part}" for part, count in counts.items())
+        raise RunError(f"{config.data.root} has {found} questions; expected some of each: check data.root, data.split")
     return Experiment(
         dataset=dataset,
         features=features,
         tables=tables,
+        train_table=train_table,
         sizes=_sizes(store, text_store, len(dataset.answers)),
         fingerprint=None if store is None else store.fingerprint,
         text_fingerprint=None if text_store is None else text_store.fingerprint,
         device=device,
-        seconds=time.monotonic() - started,
     )
 
 

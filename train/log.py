@@ -1,4 +1,4 @@
-"""What a run says while it trains: JSON lines as the truth, TensorBoard beside them, a bar or lines for people."""
+"""What training says: JSON lines as the truth, TensorBoard beside them, a bar or plain lines for people."""
 
 import json
 import sys
@@ -17,48 +17,24 @@ PLAIN_INTERVAL_S = 10.0
 
 
 class RunLog:
-    """The log of one run; a context manager.
+    """`log.jsonl` and TensorBoard events of one run.
 
     Args:
         folder: of the run.
-        step: steps already done; later events of an interrupted run are dropped.
-        steps: of the whole run.
-        label: shown to people.
-        quiet: show nothing.
+        step: steps already done; later events, of a run that was interrupted after them, are dropped.
     """
 
-    def __init__(self, folder: Path, step: int, steps: int, label: str, quiet: bool = False) -> None:
-        self._path = folder / "log.jsonl"
-        self._steps = steps
-        self._label = label
-        self._quiet = quiet
-        self._started = self._printed = time.monotonic()
-        self._first = step
-        _drop_after(self._path, step)
-        self._file = self._path.open("a", encoding="utf-8")
+    def __init__(self, folder: Path, step: int) -> None:
+        path = folder / "log.jsonl"
+        _drop_after(path, step)
+        self._file = path.open("a", encoding="utf-8")
         self._board = EventFileWriter(str(folder / "tb"))
-        self._board.add_event(
-            Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START))
-        )
-        self._bar: Progress | None = None
-        self._last = ""
-        if sys.stdout.isatty() and not quiet:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"))
-            self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console())
-            self._task = self._bar.add_task(label, total=steps, completed=step, detail="")
-            self._bar.start()
-
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._file.close()
-        self._board.close()
-        if self._bar:
-            self._bar.stop()
+        # Tells TensorBoard to forget what an interrupted run wrote from here on.
+        start = SessionLog(status=SessionLog.START)
+        self._board.add_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def write(self, event: str, step: int, **values: Any) -> None:
-        """One line of `log.jsonl`; its numbers go to TensorBoard as well."""
+        """One line of `log.jsonl`; its floats go to TensorBoard as well."""
         self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
         self._file.flush()
         scalars = [
@@ -68,22 +44,51 @@ class RunLog:
         ]
         self._board.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
 
+    def close(self) -> None:
+        """Write out what is pending."""
+        self._file.close()
+        self._board.close()
+
+
+class Display:
+    """Progress for people: a bar on a terminal, a line now and then in a file. A context manager.
+
+    Args:
+        label: what is going on.
+        step: steps already done.
+        steps: of the whole.
+    """
+
+    def __init__(self, label: str, step: int, steps: int) -> None:
+        self._label = label
+        self._first, self._steps = step, steps
+        self._started = self._printed = time.monotonic()
+        self._bar: Progress | None = None
+        if sys.stdout.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"))
+            self._bar = Progress(
+                *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(), transient=True
+            )
+            self._task = self._bar.add_task(label, total=steps, completed=step, detail="")
+
+    def __enter__(self) -> "Display":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+
     def show(self, step: int, detail: str) -> None:
-        """Tell people where the run is: on a terminal at once, in a file now and then."""
+        """Where things are now."""
         if self._bar:
             self._bar.update(self._task, completed=step, detail=detail)
-        elif time.monotonic() - self._printed >= PLAIN_INTERVAL_S and not self._quiet:
+        elif time.monotonic() - self._printed >= PLAIN_INTERVAL_S:
             self._printed = time.monotonic()
             seconds = time.monotonic() - self._started
             left = seconds / max(1, step - self._first) * (self._steps - step)
             print(f"{self._label}: step {step}/{self._steps}, {detail}, about {left:.0f} s left", flush=True)
-
-    def say(self, line: str) -> None:
-        """A line that stays."""
-        if self._bar:
-            self._bar.console.print(line, markup=False, highlight=False)
-        elif not self._quiet:
-            print(line, flush=True)
 
 
 def _drop_after(path: Path, step: int) -> None:

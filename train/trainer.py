@@ -1,6 +1,6 @@
 """One head in training: its weights, optimiser and random numbers. The loop around it is in `run.py` and `sweep.py`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from configs.schema import TrainConfig
-from train.batches import NO_CLASS, Features, QuestionTable, plan_batches
+from train.batches import NO_CLASS, Batch, Features, QuestionTable, plan_batches
 from train.heads import PSA, Majority
 from train.optim import build_optimiser, learning_rate
 
 GRADIENT_NORM = 1.0
-EVALUATION_SEED = 0
 # Clips that the input standardisation is measured on.
 MEASURED_CLIPS = 256
 
@@ -54,7 +53,7 @@ class Trainer:
         with _random_state(device, train.seed):
             self._random = _get_random(device)
 
-    def learn(self, batch: Any) -> dict[str, float]:
+    def learn(self, batch: Batch) -> dict[str, float]:
         """One optimiser step; returns its `loss`, `lr` and `grad_norm`."""
         assert self.optimiser is not None
         rate = learning_rate(self.step, self.steps, self.train)
@@ -75,29 +74,21 @@ class Trainer:
         return {"loss": loss.item(), "lr": rate, "grad_norm": float(norm)}
 
     @torch.no_grad()
-    def answer(self, features: Features, table: QuestionTable) -> Answers:
-        """Answers to every question of `table`, whose clips are all encoded. The same whenever it is asked."""
+    def answer(self, batch: Batch, number: int) -> tuple[Tensor, Tensor | None]:
+        """Classes [B] and psa's kept patches [B, T, k] for the batch of that `number`; the same whenever asked."""
         self.head.eval()
-        classes = torch.zeros(len(table), dtype=torch.long)
-        kept = None
-        with _random_state(self.device, EVALUATION_SEED), self._autocast():
-            for batch in features.stream(table, plan_batches(table, self.train.batch, seed=None)):
-                if isinstance(self.head, PSA):
-                    logits, chosen = self.head.answer(batch)
-                    if kept is None:
-                        kept = np.zeros((len(table), *chosen.shape[1:]), dtype=np.int16)
-                    kept[batch.rows.numpy()] = chosen.cpu().numpy()
-                else:
-                    logits = self.head(batch)
-                classes[batch.rows] = logits.argmax(dim=-1).cpu()
-        return Answers(classes, kept)
+        with _random_state(self.device, number), self._autocast():
+            if isinstance(self.head, PSA):
+                logits, kept = self.head.answer(batch)
+                return logits.argmax(dim=-1).cpu(), kept.cpu()
+            return self.head(batch).argmax(dim=-1).cpu(), None
 
     def state(self) -> dict[str, Any]:
         """Everything that a later process needs to go on exactly here: tensors and plain values only."""
         optimiser = None if self.optimiser is None else self.optimiser.state_dict()
         return {"step": self.step, "head": self.head.state_dict(), "optimiser": optimiser, "random": self._random}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken."""
         self.step = state["step"]
         self.head.load_state_dict(state["head"])
@@ -109,6 +100,23 @@ class Trainer:
         asked = self.train.dtype
         low = asked == "bfloat16" or (asked == "auto" and self.device.type == "cuda")
         return torch.autocast(self.device.type, torch.bfloat16, enabled=low)
+
+
+def answer_table(trainers: Sequence[Trainer], features: Features, table: QuestionTable, size: int) -> list[Answers]:
+    """What each of `trainers` answers to every question of `table`, whose clips are all encoded, on one reading."""
+    classes = [torch.zeros(len(table), dtype=torch.long) for _ in trainers]
+    kept: list[np.ndarray | None] = [None for _ in trainers]
+    plan = plan_batches(table, size, seed=None)
+    for number, batch in enumerate(features.stream(table, plan)):
+        for index, trainer in enumerate(trainers):
+            classes[index][batch.rows], chosen = trainer.answer(batch, number)
+            if chosen is None:
+                continue
+            whole = kept[index]
+            if whole is None:
+                whole = kept[index] = np.zeros((len(table), *chosen.shape[1:]), dtype=np.int16)
+            whole[batch.rows.numpy()] = chosen.numpy()
+    return [Answers(*pair) for pair in zip(classes, kept, strict=True)]
 
 
 def prepare(head: nn.Module, features: Features, table: QuestionTable) -> None:
