@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
-from extract.encoders import egovlp, egovlpv2
+from extract.encoders import egovlp, egovlpv2, mfas
 from extract.encoders.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from extract.encoders.video_encoder import VideoEncoder
 
@@ -32,6 +32,7 @@ def load_video_encoder(
     depth: int = 6,
     path: VideoPath = "fused",
     dtype: torch.dtype = torch.float32,
+    variant: mfas.Variant = "paper",
 ) -> VideoEncoder:
     """Load a video network, frozen and in evaluation mode, on the CPU.
 
@@ -42,19 +43,24 @@ def load_video_encoder(
         depth: blocks to run; tokens of the last depth carry the final norm.
         path: `fused` is the question-answering half-network, `dual` the video-only network.
         dtype: of weights and arithmetic.
+        variant: MFAS only: as the paper says, or with the released code's quirks; see `extract.encoders.mfas`.
 
     Raises:
         CheckpointError: unreadable, another network's, or lacking what this path needs.
-        ValueError: an unknown `arch` or `path`, or no frames.
+        ValueError: an unknown `arch`, `path` or `variant`, or no frames.
     """
     _check(arch)
     if path not in get_args(VideoPath):
         raise ValueError(f"path is {path!r}; expected fused or dual")
+    if variant not in get_args(mfas.Variant):
+        raise ValueError(f"variant is {variant!r}; expected paper or released")
     if num_frames < 1:
         raise ValueError(f"num_frames is {num_frames}; expected at least 1")
     loaded = _read(checkpoint)
     if arch == "egovlp":
         return egovlp.build_video(loaded, num_frames, depth, dtype)
+    if arch == "mfas":
+        return mfas.build_video(loaded, num_frames, depth, variant, dtype)
     return egovlpv2.build_video(loaded, num_frames, depth, path, dtype)
 
 

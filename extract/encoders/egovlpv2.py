@@ -29,7 +29,7 @@ def build_video(
     Raises:
         CheckpointError: another network's checkpoint, a tensor missing or re-shaped, or no such depth.
     """
-    checkpoint.require("egovlpv2", "mfas")
+    checkpoint.require("egovlpv2")
     sizes = VideoSizes.of(checkpoint)
     if path == "fused":
         check_depth(depth, sizes.fusion, "where the question enters the fused path", checkpoint)

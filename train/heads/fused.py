@@ -13,11 +13,13 @@ from torch.nn import functional as F
 
 from extract.encoders.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from extract.encoders.egovlpv2 import BLOCK_EPS, FUSED_NORM_EPS
+from extract.encoders.mfas import Variant, pool2x2
 from extract.encoders.video_encoder import VideoSizes
 from features.spec import PatchTokens
 from train.heads.fused_layers import FusedBlock, FusedTextLayer
 
 DROPOUT = 0.2  # published, before the last layer
+TOP: dict[Variant, int] = {"paper": 3, "released": 1}
 
 
 class FusedHead(nn.Module):
@@ -87,7 +89,99 @@ class FusedHead(nn.Module):
         return self.projector_2(self.dropout(F.relu(self.projector_1(self.norm(cls)))))
 
 
-def load_head(arch: Literal["egovlpv2"], checkpoint: Path | str | Checkpoint, answers: int | None = None) -> FusedHead:
+class MfasHead(FusedHead):
+    """MFAS from its patch selection to the answer: selected patches only, pooled patch -> frame -> video.
+
+    The last three blocks see 2x2-pooled patches, frames, and the video; the ones before see every kept patch.
+
+    Args:
+        width, hidden, blocks, answers: as for `FusedHead`.
+        variant: `paper` lets the 3 best patches of a frame grow the kept region, `released` the best one.
+    """
+
+    def __init__(self, width: int, hidden: int, blocks: int, answers: int, variant: Variant = "paper") -> None:
+        super().__init__(width, hidden, blocks, answers)
+        self.top = TOP[variant]
+
+    def fuse(self, x: Tensor, tokens: PatchTokens, text: Tensor, mask: Tensor, clip_index: Tensor | None) -> Tensor:
+        """CLS [B, D] after the last block; see `FusedHead.fuse`.
+
+        Raises:
+            ValueError: the tokens have no coarse tower.
+        """
+        if tokens.coarse_saliency is None:
+            raise ValueError("tokens have no coarse saliency; extract them with encoder.arch mfas")
+        frames = tokens.patches.shape[1]
+        kept = select_patches(score_patches(tokens.saliency, tokens.coarse_saliency), self.top)
+        keep = F.pad(kept.flatten(1), (1, 0), value=True)[..., None]  # [C, S, 1], CLS first
+        *blocks, last = cast("list[FusedBlock]", list(self.blocks))
+        for i, block in enumerate(blocks):
+            left = len(blocks) - i
+            if left == 2:
+                x, keep = pool2x2(x, frames), pool2x2(keep, frames)
+            elif left == 1:
+                x, keep = _pool(x, frames), _pool(keep, frames)
+            fused = block.fuse(x, frames, text, mask, clip_index, keep[..., 0])
+            text = self.layers[i](text, mask, x, clip_index)
+            if clip_index is not None:
+                keep, clip_index = keep[clip_index], None
+            x = fused
+        x, keep = _pool(x, 1), _pool(keep, 1)
+        return last.fuse_cls(x, 1, text, mask, clip_index, keep[..., 0])[:, 0]
+
+
+def score_patches(saliency: Tensor, coarse_saliency: Tensor) -> Tensor:
+    """MFAS's ranking of a frame's patches [B, T, N]: the softmax of either tower's map over the frame, added.
+
+    Args:
+        saliency: [B, T, N], N on a square grid.
+        coarse_saliency: [B, T, N/4].
+    """
+    side = round(coarse_saliency.shape[2] ** 0.5)
+    large = coarse_saliency.unflatten(2, (side, 1, side, 1)).expand(-1, -1, -1, 2, -1, 2).flatten(2)
+    return saliency.softmax(dim=-1) + large.softmax(dim=-1)
+
+
+def select_patches(score: Tensor, top: int) -> Tensor:
+    """MFAS's kept patches [B, T, N] bool.
+
+    The region starts as the lower middle of the frame (rows 4-13 and columns 2-11 of 14x14), where hands and what
+    they hold are. Frame by frame, those of the `top` highest patches that touch it (4-neighbours) join it for good.
+
+    Args:
+        score: [B, T, N], N on a square grid.
+        top: patches a frame that may join.
+    """
+    b, frames, n = score.shape
+    side = round(n**0.5)
+    margin = max(1, side // 7)
+    stride = side + 2  # a border of one, so that every patch has four neighbours
+    region = torch.zeros(b, stride, stride, dtype=torch.bool, device=score.device)
+    region[:, 1 + 2 * margin : 1 + side, 1 + margin : 1 + side - margin] = True
+    best = score.topk(top, dim=2).indices
+    place = (best // side + 1) * stride + best % side + 1  # [B, T, top] in the bordered grid
+    flat = region.view(b, -1)
+    kept = []
+    for t in range(frames):
+        joins = flat.gather(1, place[:, t])
+        for offset in (-stride, stride, -1, 1):
+            joins = joins | flat.gather(1, place[:, t] + offset)
+        flat = flat.scatter(1, place[:, t], joins)
+        kept.append(flat.view(b, stride, stride)[:, 1:-1, 1:-1].flatten(1))
+    return torch.stack(kept, dim=1)
+
+
+def _pool(x: Tensor, groups: int) -> Tensor:
+    """Max of each of `groups` equal runs of tokens in `x` [B, S, D], CLS kept; [B, 1 + groups, D]."""
+    return torch.cat([x[:, :1], x[:, 1:].unflatten(1, (groups, -1)).amax(dim=2)], dim=1)
+
+
+def load_head(
+    arch: Literal["egovlpv2", "mfas"],
+    checkpoint: Path | str | Checkpoint,
+    answers: int | None = None,
+    variant: Variant = "paper",
+) -> FusedHead:
     """The head that continues a published network where its encoders stop.
 
     Args:
@@ -95,6 +189,7 @@ def load_head(arch: Literal["egovlpv2"], checkpoint: Path | str | Checkpoint, an
         checkpoint: file, or one already read.
         answers: A. None takes the checkpoint's classifier. A classifier of another width, or none (pretraining),
             is replaced by a fresh one.
+        variant: MFAS only; see `extract.encoders.mfas`.
 
     Returns:
         In evaluation mode; call `train()` to fine-tune it.
@@ -104,10 +199,10 @@ def load_head(arch: Literal["egovlpv2"], checkpoint: Path | str | Checkpoint, an
             `answers` is None.
         ValueError: an `arch` without a fused half.
     """
-    if arch != "egovlpv2":
-        raise ValueError(f"arch is {arch!r}, which has no fused half; expected egovlpv2")
+    if arch not in ("egovlpv2", "mfas"):
+        raise ValueError(f"arch is {arch!r}, which has no fused half; expected egovlpv2 or mfas")
     loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
-    loaded.require("egovlpv2", "mfas")
+    loaded.require(*(("egovlpv2",) if arch == "egovlpv2" else ("egovlpv2", "mfas")))
     sizes = VideoSizes.of(loaded)
     if sizes.fusion == sizes.blocks:
         raise CheckpointError(f"{loaded.path}: none of its {sizes.blocks} video blocks is fused; expected some")
@@ -115,7 +210,8 @@ def load_head(arch: Literal["egovlpv2"], checkpoint: Path | str | Checkpoint, an
     known = None if classifier is None else classifier.shape[0]
     if answers is None and known is None:
         raise CheckpointError(f"{loaded.path}: has no classifier (pretraining); give answers to start a fresh one")
-    head = FusedHead(sizes.width, sizes.hidden, sizes.blocks - sizes.fusion, answers or known or 0)
+    shape = (sizes.width, sizes.hidden, sizes.blocks - sizes.fusion, answers or known or 0)
+    head = FusedHead(*shape) if arch == "egovlpv2" else MfasHead(*shape, variant)
     for i, block in enumerate(head.blocks):
         prefix = f"video_model.blocks.{sizes.fusion + i}."
         # What reads the text is part of the space attention in the published module.
