@@ -150,6 +150,8 @@ def _judge(
     for row in rows:
         try:
             right[row.model] = report_analysis.correctness(row, questions)
+            if fault := report_analysis.recount(row, right[row.model]):
+                problems.append(fault)
         except SourceError as error:
             problems.append(str(error))
     return questions, right

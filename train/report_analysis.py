@@ -110,6 +110,18 @@ def correctness(row: Row, questions: Questions) -> Correctness:
     return Correctness(share, right, answers)
 
 
+def recount(row: Row, right: Correctness) -> str:
+    """One line if a row's predictions do not add up to its recorded accuracy; empty if they do."""
+    recorded = row.best.scores["all"].accuracy
+    counted = 100 * sum(right.right.values()) / max(len(right.right), 1)
+    if recorded is None or abs(recorded - counted) < 0.005:
+        return ""
+    return (
+        f"{row.best.dir}: predictions.jsonl counts to {counted:.2f}, test.json says {recorded:.2f}; "
+        "the annotations or the files have changed since: evaluate it again"
+    )
+
+
 def answers_of(folder: Path, questions: Questions) -> dict[str, str]:
     """Answers of a run by question id.
 

@@ -53,6 +53,7 @@ class Run:
         tags: test accuracy over each reasoning tag.
         val: accuracy over all questions of *val* of the checkpoint kept, in percent; None where none was recorded.
         card: the model card as written.
+        unseen: test questions about quarantined clips, which got the majority answer.
     """
 
     dir: Path
@@ -63,6 +64,7 @@ class Run:
     tags: Mapping[str, Score]
     val: float | None
     card: Mapping[str, Any]
+    unseen: int = 0
 
     @property
     def checkpoint(self) -> Path | None:
@@ -188,9 +190,10 @@ def read_run(path: Path) -> Run:
             scores["split_tag"] = _score(test["split_tag"])
         tags = {str(tag): _score(value) for tag, value in (test.get("tags") or {}).items()}
         model, split, seed = str(test["model"]), str(test["split"]), int(test.get("seed", card.get("seed", 0)))
+        unseen = int(test.get("unseen", 0))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"test.json is not a result ({type(error).__name__}: {error}); evaluate it again") from error
-    return Run(path, model, split, seed, scores, tags, _val(card.get("val")), card)
+    return Run(path, model, split, seed, scores, tags, _val(card.get("val")), card, unseen)
 
 
 def write_table(folder: Path) -> list[dict[str, Any]]:
@@ -300,12 +303,15 @@ def origin(results: Results) -> list[str]:
     """How the numbers were made, one statement an item."""
     seeds = sorted({len(row.runs) for row in results.rows})
     spread = "one seed a row" if seeds == [1] else f"mean ± standard deviation over {_span(seeds)} seeds a row"
+    unseen = max(run.unseen for row in results.rows for run in row.runs)
+    quarantined = f"Up to {unseen:,} test questions are about quarantined clips; they got the majority answer, unseen."
     return [
         f"{spread[0].upper()}{spread[1:]}; checkpoint and log are those of the seed best on val; "
         "nothing is chosen on test.",
         "Each row is the mean of `test.json` in the run folders; the run's `card.json` has its command and versions.",
         "`majority` and `question-only` never see the video. The other systems read the same cached features "
         "of uniformly sampled frames.",
+        *([quarantined] if unseen else []),
     ]
 
 

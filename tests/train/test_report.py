@@ -53,12 +53,14 @@ def fill(folder: Path, config: Config) -> None:
     """Five systems, one sweep whose members have selections."""
     folder.mkdir()
     for index, model in enumerate(MODELS):
+        every = 6 - index
         write_run(
             folder,
             model,
             model=model,
-            all_=30.0 + 5 * index,
-            predictions=guesses(6 - index),
+            all_=100 * len(range(0, 24, every)) / 24,
+            n=(16, 8),
+            predictions=guesses(every),
             kept=kept_patches() if model == "psa" else None,
             config={"store": {"path": str(config.store.path)}},
         )
@@ -83,6 +85,12 @@ def text(made: tuple[Config, Path]) -> str:
 @pytest.fixture(scope="module")
 def page(text: str) -> Page:
     return Page(text)
+
+
+@pytest.fixture
+def copy(made: tuple[Config, Path], tmp_path: Path) -> Iterator[Path]:
+    shutil.copytree(made[1].parent, tmp_path / "runs")
+    return tmp_path / "runs"
 
 
 def test_text_of_the_data_is_escaped(text: str, page: Page) -> None:
@@ -141,11 +149,22 @@ def test_the_slider_offers_the_ratios_that_were_recorded(page: Page) -> None:
 
 def test_numbers_of_the_page(text: str) -> None:
     assert "50.00%" in text
-    assert "<b>+15.00</b> points against question-only" in text
+    assert "<b>+29.17</b> points against question-only" in text
     assert "95% interval" in text
-    assert "n = 1,000 questions: 600 open, 400 binary." in text
+    assert "n = 24 questions: 16 open, 8 binary." in text
     assert "python -m train fit --config configs/demo.yaml --head.name psa" in text
     assert "torch <code>2.13.0</code>" in text
+
+
+def test_what_was_read_whole_is_said_and_a_recount_that_differs(
+    made: tuple[Config, Path], text: str, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "Everything below this folder was read." in text
+    lines = (copy / "psa/predictions.jsonl").read_text().splitlines()
+    lines[0] = '{"question_id": "q00", "answer": "no"}'
+    (copy / "psa/predictions.jsonl").write_text("\n".join(lines))
+    write_report(made[0], copy)
+    assert "predictions.jsonl counts to 45.83, test.json says 50.00" in capsys.readouterr().err
 
 
 def test_a_store_that_is_gone_is_said(text: str, made: tuple[Config, Path]) -> None:
@@ -154,12 +173,6 @@ def test_a_store_that_is_gone_is_said(text: str, made: tuple[Config, Path]) -> N
 
 def test_the_page_repeats_byte_for_byte(made: tuple[Config, Path], text: str) -> None:
     assert write_report(made[0], made[1].parent).read_text(encoding="utf-8") == text
-
-
-@pytest.fixture
-def copy(made: tuple[Config, Path], tmp_path: Path) -> Iterator[Path]:
-    shutil.copytree(made[1].parent, tmp_path / "runs")
-    return tmp_path / "runs"
 
 
 def test_a_missing_video_is_said_in_place_of_the_picture(

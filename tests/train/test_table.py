@@ -144,3 +144,13 @@ def test_model_names_cannot_break_the_table(tmp_path: Path) -> None:
     write_run(tmp_path, "a", model="x|<b>")
     write_table(tmp_path)
     assert "| x\\|&lt;b> |" in (tmp_path / "table.md").read_text()
+
+
+def test_questions_about_quarantined_clips_are_counted(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "psa")
+    write_table(tmp_path)
+    assert "quarantined" not in (tmp_path / "table.md").read_text()
+    test = json.loads((run / "test.json").read_text()) | {"unseen": 7}
+    (run / "test.json").write_text(json.dumps(test))
+    write_table(tmp_path)
+    assert "Up to 7 test questions are about quarantined clips" in (tmp_path / "table.md").read_text()
