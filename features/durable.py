@@ -91,12 +91,16 @@ def remove_folder(folder: Path) -> None:
 @contextmanager
 def locked(path: Path) -> Iterator[int]:
     """Hold the file's lock against every other process; yields a handle open for reading and appending."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield handle
-    finally:
-        os.close(handle)
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            # While this process waited, a repair may have put another file in this one's place.
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                yield handle
+                return
+        finally:
+            os.close(handle)
 
 
 @contextmanager
@@ -128,3 +132,11 @@ def crc32c_of_file(path: Path) -> tuple[int, int]:
             value = crc32c(block[:count], value)
             size += count
     return size, value
+
+
+def holds(path: Path, expected: tuple[int, int]) -> bool:
+    """Whether a file is there with the `expected` size and CRC-32C."""
+    try:
+        return crc32c_of_file(path) == expected
+    except OSError:
+        return False

@@ -1,9 +1,9 @@
 """What a file format has to offer; `zarr_store` and `hdf5_store` each offer it."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,7 +13,8 @@ from features.spec import ArraySpec, StoreSpec
 
 BLOCK = 1 << 18
 
-Header = dict[str, object]  # what store.json says: version, format, spec, fingerprint
+Header = dict[str, Any]  # what store.json says: version, format, spec, fingerprint
+Blocks = Iterable[tuple[ArraySpec, np.ndarray]]  # one an array: its rows, in the disk dtype
 
 
 class OpenFile:
@@ -70,13 +71,14 @@ class Format(Protocol):
     def metadata(self, header: Header, spec: StoreSpec, rows: int) -> dict[str, bytes]:
         """The files, by path inside the store, that tell other tools about arrays of `rows` rows."""
 
+    def header_of(self, root: Path) -> Header | None:
+        """The header as those files repeat it, for repairs; None where they are damaged too."""
+
     def files(self, spec: StoreSpec, shard: int) -> tuple[str, ...]:
         """The files of `shard`, by path inside the store."""
 
-    def stage(
-        self, folder: Path, spec: StoreSpec, shard: int, blocks: Iterable[tuple[ArraySpec, np.ndarray]]
-    ) -> dict[str, Path]:
-        """Write the files of `shard` into `folder`; a block is [spec.shard, *row] in the disk dtype.
+    def stage(self, folder: Path, spec: StoreSpec, shard: int, slots: Sequence[int], blocks: Blocks) -> dict[str, Path]:
+        """Write the files of `shard` into `folder`: row i of an array's block [len(slots), *row] goes to slots[i].
 
         Returns:
             Where each of `files(spec, shard)` now waits.

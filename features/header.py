@@ -29,7 +29,8 @@ def make_header(spec: StoreSpec, fingerprint: Fingerprint, format_name: str) -> 
                 "format": format_name,
                 "spec": asdict(spec),
                 "fingerprint": dict(fingerprint.fields),
-            }
+            },
+            sort_keys=True,  # as it will be read back, so that what repeats the header is the same bytes
         )
     )
 
@@ -48,13 +49,14 @@ def read_header(root: Path) -> dict:
     """
     path = header_path(root)
     try:
-        header = decode_line(0, path.read_bytes())
+        decoded = decode_line(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(
             f"no store at {root} ({path.name} is missing); expected a folder that `extract run` made"
         ) from None
-    if header is None:
+    if decoded is None:
         raise DamagedStore(f"{path} is damaged; run `python -m features repair {root}`")
+    header = decoded[1]
     if header["version"] != VERSION:
         raise StoreError(f"{path} has version {header['version']}; this program reads {VERSION}: update it")
     return header

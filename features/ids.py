@@ -1,24 +1,58 @@
 """Which row belongs to which clip. Ids are data: they are kept inside a file and never become a path."""
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from features.durable import crc32c, write_file
 from features.errors import StoreError
-from features.journal import Journal
+from features.journal import Contents, Files, Journal, files_from_json, files_to_json
 
 MAX_CLIP_ID = 1024
 MAX_TEXT = 16_384
 
 
 def ids_journal(root: Path) -> Journal:
-    """The file of ids in the store at `root`: each record adds rows in order."""
+    """The file of ids in the store at `root`."""
     return Journal(root / "ids.jsonl")
 
 
-def ids_of(records: Sequence[dict]) -> list[str | None]:
-    """Row -> id. A row whose id was lost with a damaged file stays unused (None)."""
-    return [name for record in records for name in record["ids"]]
+@dataclass(frozen=True)
+class RowPlan:
+    """What the file of ids says.
+
+    Attributes:
+        row_ids: row -> id. A row whose id was lost with a damaged file stays unused (None).
+        files: the files that describe arrays of so many rows to other tools.
+        announced: versions of those files that a writer was about to put in place.
+    """
+
+    row_ids: list[str | None]
+    files: Files
+    announced: list[Files]
+
+
+def read_plan(root: Path) -> tuple[RowPlan, Contents]:
+    """Everything that the intact lines say, and what is wrong with the file."""
+    contents = ids_journal(root).read()
+    plan = RowPlan([], {}, [])
+    for record in contents.records:
+        if record["kind"] == "announce":
+            plan.announced.append(files_from_json(record["files"]))
+        else:
+            plan = RowPlan([*plan.row_ids, *record["ids"]], files_from_json(record["files"]), [])
+    return plan, contents
+
+
+def grow(root: Path, ids: Sequence[str | None], metadata: Mapping[str, bytes]) -> None:
+    """Add rows for `ids`; `metadata` are the files that describe the arrays as they are then."""
+    journal = ids_journal(root)
+    files = files_to_json({name: (len(content), crc32c(content)) for name, content in metadata.items()})
+    journal.append({"kind": "announce", "files": files})
+    for name, content in metadata.items():
+        write_file(root / name, content)
+    journal.append({"kind": "grow", "ids": list(ids), "files": files})
 
 
 def unseen(known: Sequence[str | None], ids: Sequence[str], kind: str) -> list[str]:

@@ -7,6 +7,7 @@ The head follows the line, so after a crash the journal may be one line ahead of
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from features.durable import append_to, crc32c, locked, write_file
 from features.errors import DamagedStore
 
 Record = dict[str, Any]
+Files = Mapping[str, tuple[int, int]]  # path inside the store -> (bytes, CRC-32C)
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,11 @@ class Contents:
         faults: one line a fault, naming the file and the line. A torn last line that the head does not count is no
             fault: a crash leaves it, and nobody was told that it had been written.
         lost: true when more than a torn last line is gone, so that the rest cannot be trusted to be the whole.
-        end: bytes of the intact lines.
     """
 
     records: tuple[Record, ...]
     faults: tuple[str, ...]
     lost: bool
-    end: int
 
 
 def encode_line(number: int, record: Record) -> bytes:
@@ -42,14 +42,15 @@ def encode_line(number: int, record: Record) -> bytes:
     return f'{{"crc32c":"{check:08x}","n":{number},"record":{body}}}\n'.encode()
 
 
-def decode_line(number: int, line: bytes) -> Record | None:
-    """The record of one line, or None where the line is not exactly what was written."""
+def decode_line(line: bytes) -> tuple[int, Record] | None:
+    """Number and record of one line, or None where it is not exactly what was written."""
     try:
-        record = json.loads(line)["record"]
-        intact = isinstance(record, dict) and encode_line(number, record) == line
+        parsed = json.loads(line)
+        number, record = parsed["n"], parsed["record"]
+        intact = isinstance(record, dict) and type(number) is int and encode_line(number, record) == line
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return record if intact else None
+    return (number, record) if intact else None
 
 
 class Journal:
@@ -82,33 +83,39 @@ class Journal:
     def rewrite(self, records: list[Record]) -> None:
         """Replace the whole journal, for repairs."""
         lines = [encode_line(number, record) for number, record in enumerate(records)]
-        write_file(self.path, b"".join(lines))
-        self._write_head(len(lines), sum(len(line) for line in lines))
+        with locked(self.path):
+            write_file(self.path, b"".join(lines))
+            self._write_head(len(lines), sum(len(line) for line in lines))
 
     def read(self) -> Contents:
         """Everything that is intact, and everything that is not. Never raises for damage."""
         try:
             content = self.path.read_bytes()
         except FileNotFoundError:
-            return Contents((), (f"{self.path.name} is missing",), True, 0)
+            return Contents((), (f"{self.path.name} is missing",), True)
         lines = content.split(b"\n")
         torn = lines.pop()
-        records, faults, end = [], [], 0
-        for number, line in enumerate(lines):
-            record = decode_line(number, line + b"\n")
-            if record is None:
-                faults.append(f"{self.path.name} line {number + 1} is damaged")
-            else:
+        records, faults, expected = [], [], 0
+        for place, line in enumerate(lines, start=1):
+            decoded = decode_line(line + b"\n")
+            if decoded is None:
+                faults.append(f"{self.path.name} line {place} is damaged")
+                expected += 1
+                continue
+            number, record = decoded
+            if number != expected:
+                faults.append(f"{self.path.name} line {place} has number {number} where {expected} is expected")
+            if number >= expected:
                 records.append(record)
-            end += len(line) + 1
+                expected = number + 1
         lost = bool(faults)
         head = self._read_head()
         if head is None:
             faults.append(f"{self.head_path.name} is missing or damaged")
-        elif len(lines) < head["records"]:
-            faults.append(f"{self.path.name} ends after {len(lines)} of {head['records']} lines")
-            lost = lost or len(lines) + bool(torn) < head["records"]
-        return Contents(tuple(records), tuple(faults), lost, end)
+        elif expected < head["records"]:
+            faults.append(f"{self.path.name} ends after {expected} of {head['records']} lines")
+            lost = lost or expected + bool(torn) < head["records"]
+        return Contents(tuple(records), tuple(faults), lost)
 
     def _extent(self, handle: int) -> tuple[int, int]:
         """Count of whole lines and where they end; only what the head does not count is read."""
@@ -120,9 +127,10 @@ class Journal:
 
     def _read_head(self) -> Record | None:
         try:
-            return decode_line(0, self.head_path.read_bytes())
+            decoded = decode_line(self.head_path.read_bytes())
         except FileNotFoundError:
             return None
+        return decoded[1] if decoded else None
 
     def _write_head(self, records: int, end: int) -> None:
         write_file(self.head_path, encode_line(0, {"records": records, "bytes": end}))
@@ -138,3 +146,13 @@ def require_intact(contents: Contents, path: Path) -> None:
         raise DamagedStore(
             f"{path.parent}: {'; '.join(contents.faults)}; run `python -m features repair {path.parent}`"
         )
+
+
+def files_to_json(files: Files) -> Record:
+    """Files as a record names them."""
+    return {name: {"bytes": size, "crc32c": f"{crc:08x}"} for name, (size, crc) in files.items()}
+
+
+def files_from_json(record: Record) -> Files:
+    """The inverse of `files_to_json`."""
+    return {name: (entry["bytes"], int(entry["crc32c"], 16)) for name, entry in record.items()}

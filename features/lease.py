@@ -82,3 +82,18 @@ def hold(root: Path, shard: int) -> Iterator[None]:
     finally:
         if owner_of(path) == Owner.myself():
             path.unlink(missing_ok=True)
+
+
+def require_none(root: Path) -> None:
+    """Refuse to go on while anybody writes to the store at `root`.
+
+    Raises:
+        ShardOwned: names the shard's lease, host and process.
+    """
+    for path in sorted((root / "leases").glob("*.json")):
+        owner = owner_of(path)
+        if owner is not None and owner.may_live():
+            raise ShardOwned(
+                f"{path} says that process {owner.pid} on {owner.host} is writing to {root}; let it finish, or end it, "
+                "and run the same command again"
+            )

@@ -1,12 +1,10 @@
 """The list of committed shards: the only thing that readers trust."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from features.journal import Contents, Journal, Record
-
-Files = Mapping[str, tuple[int, int]]  # path inside the store -> (bytes, CRC-32C)
+from features.journal import Contents, Files, Journal, Record, files_from_json, files_to_json
 
 
 @dataclass(frozen=True)
@@ -35,29 +33,35 @@ class Ledger:
         files: shard -> its files as committed.
         announced: shard -> files that a writer was about to put in place; a crash may have left them there, holding
             the same committed rows.
+        fingerprints: digests of what made the clips; one in a store that is well.
         errors: shard -> what storing in fewer bits cost, by array.
     """
 
     clips: dict[str, ClipRecord] = field(default_factory=dict)
     files: dict[int, Files] = field(default_factory=dict)
     announced: dict[int, list[Files]] = field(default_factory=dict)
+    fingerprints: set[str] = field(default_factory=set)
     errors: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def add(self, number: int, record: Record) -> None:
         """Take in line `number`."""
-        kind, shard = record["kind"], record.get("shard", -1)
+        kind, shard = record["kind"], record["shard"]
         if kind == "announce":
-            self.announced.setdefault(shard, []).append(_files(record))
+            self.announced.setdefault(shard, []).append(files_from_json(record["files"]))
         elif kind == "commit":
-            self.files[shard] = _files(record)
+            self.files[shard] = files_from_json(record["files"])
             self.announced.pop(shard, None)
-            self.errors[shard] = record.get("errors", {})
+            self.errors[shard] = record["errors"]
+            self.fingerprints.add(record["fingerprint"])
             for clip in record["clips"]:
                 checksums = {name: int(value, 16) for name, value in clip["crc32c"].items()}
                 self.clips[clip["id"]] = ClipRecord(clip["row"], checksums, clip["source"], number)
         elif kind == "drop":
             for name in record["ids"]:
                 self.clips.pop(name, None)
+            if record["emptied"]:
+                self.files.pop(shard, None)
+                self.announced.pop(shard, None)
 
 
 def read_ledger(journal: Journal) -> tuple[Ledger, Contents]:
@@ -76,7 +80,7 @@ def ledger_journal(root: Path) -> Journal:
 
 def announce(shard: int, files: Files) -> Record:
     """The line that precedes putting `files` in place."""
-    return {"kind": "announce", "shard": shard, "files": _as_json(files)}
+    return {"kind": "announce", "shard": shard, "files": files_to_json(files)}
 
 
 def commit(
@@ -95,20 +99,12 @@ def commit(
             {"id": name, "row": row, "crc32c": {array: f"{crc:08x}" for array, crc in sums.items()}, "source": source}
             for name, (row, sums, source) in clips.items()
         ],
-        "files": _as_json(files),
+        "files": files_to_json(files),
         "fingerprint": fingerprint,
         "errors": dict(errors),
     }
 
 
-def drop(shard: int, ids: list[str], reason: str) -> Record:
-    """The line that takes damaged clips out again, so that they are recomputed."""
-    return {"kind": "drop", "shard": shard, "ids": ids, "reason": reason}
-
-
-def _as_json(files: Files) -> Record:
-    return {name: {"bytes": size, "crc32c": f"{crc:08x}"} for name, (size, crc) in files.items()}
-
-
-def _files(record: Record) -> Files:
-    return {name: (entry["bytes"], int(entry["crc32c"], 16)) for name, entry in record["files"].items()}
+def drop(shard: int, ids: Sequence[str], emptied: bool) -> Record:
+    """The line that takes damaged clips out again; `emptied` where the shard has no others."""
+    return {"kind": "drop", "shard": shard, "ids": list(ids), "emptied": emptied}

@@ -21,19 +21,20 @@ from features.durable import (
     crc32c,
     crc32c_of_file,
     disk_full_is_clear,
+    holds,
     locked,
     make_folder,
     put_in_place,
     remove_folder,
     sync_file,
-    write_file,
 )
 from features.errors import AbsentClip, DamagedStore, FingerprintMismatch, StoreError
 from features.formats import Format, OpenShard
+from features.hdf5_store import Hdf5Format
 from features.header import differences, header_path, make_header, parse_header, read_header, write_header
-from features.ids import ids_journal, ids_of, unseen
+from features.ids import grow, ids_journal, read_plan, unseen
 from features.journal import require_intact
-from features.ledger import ClipRecord, announce, commit, ledger_journal, read_ledger
+from features.ledger import ClipRecord, announce, commit, drop, ledger_journal, read_ledger
 from features.quarantine import Failure, QuarantineRecord, add_failures, quarantine_journal, read_quarantine
 from features.spec import ArraySpec, Fingerprint, PatchTokens, StoreSpec, TextStates
 from features.zarr_store import ZarrFormat
@@ -50,16 +51,18 @@ class ShardWork:
     ids: tuple[str, ...]
 
 
+FORMATS: Mapping[str, Format] = MappingProxyType({"zarr": ZarrFormat(), "hdf5": Hdf5Format()})
+
+
 def format_named(name: str) -> Format:
     """The file format called `name`.
 
     Raises:
         StoreError: there is no such format.
     """
-    formats: dict[str, Format] = {"zarr": ZarrFormat()}
-    if name not in formats:
-        raise StoreError(f"format {name!r} is unknown; expected one of {', '.join(formats)}")
-    return formats[name]
+    if name not in FORMATS:
+        raise StoreError(f"format {name!r} is unknown; expected one of {', '.join(FORMATS)}")
+    return FORMATS[name]
 
 
 def create_store(
@@ -90,17 +93,11 @@ def create_store(
                     f"store {root} was made by something else ({'; '.join(different)}; here: the store, there: what "
                     "was asked for); choose another store.path, or ask for what is there"
                 )
-            journal = ids_journal(root)
-            contents = journal.read()
-            require_intact(contents, journal.path)
-            known = ids_of(contents.records)
-            fresh = unseen(known, ids, spec.kind)
-            if fresh:
-                journal.append({"ids": fresh})
-            metadata = files.metadata(header, spec, len(known) + len(fresh))
-            for name, content in metadata.items():
-                if not (root / name).exists() or (root / name).read_bytes() != content:
-                    write_file(root / name, content)
+            plan, contents = read_plan(root)
+            require_intact(contents, ids_journal(root).path)
+            fresh = unseen(plan.row_ids, ids, spec.kind)
+            if fresh or any(not holds(root / name, entry) for name, entry in plan.files.items()):
+                grow(root, fresh, files.metadata(header, spec, len(plan.row_ids) + len(fresh)))
     return open_store(root)
 
 
@@ -149,12 +146,18 @@ class Store:
         Raises:
             DamagedStore: a file that describes the store is damaged; the message names the line.
         """
-        planned = ids_journal(self.path).read()
-        require_intact(planned, ids_journal(self.path).path)
-        self._row_ids = ids_of(planned.records)
+        plan, contents = read_plan(self.path)
+        require_intact(contents, ids_journal(self.path).path)
+        self._row_ids = plan.row_ids
         self._rows = {name: row for row, name in enumerate(self._row_ids) if name is not None}
         self._ledger, contents = read_ledger(self._journal)
         require_intact(contents, self._journal.path)
+        for name, record in self._ledger.clips.items():
+            if self._rows.get(name) != record.row:
+                raise DamagedStore(
+                    f"{self.path}: ids.jsonl and ledger.jsonl disagree about the row of clip {name!r}; "
+                    f"run `python -m features repair {self.path}`"
+                )
 
     @property
     def planned_ids(self) -> tuple[str, ...]:
@@ -342,17 +345,41 @@ class Store:
             )
         return {array.name: _checked(name, array, tensors[array.name]) for array in self.spec.arrays}
 
+    def rewrite_shard(self, shard: int, without: Sequence[str]) -> None:
+        """Write a shard's files anew with its committed rows, all but the damaged ones named in `without`.
+
+        Raises:
+            ShardOwned: another live process has the shard.
+        """
+        with self.lease(shard), disk_full_is_clear(f"rewriting shard {shard} of {self.path}"):
+            left = [name for name in self._committed_of(shard) if name not in without]
+            if without:
+                self._journal.append(drop(shard, without, emptied=not left))
+                self.refresh()
+            if left:
+                self._commit(shard, {}, {})
+            else:
+                for name in self._files.files(self.spec, shard):
+                    (self.path / name).unlink(missing_ok=True)
+            self.refresh()
+
+    def _committed_of(self, shard: int) -> list[str]:
+        names = self._row_ids[shard * self.spec.shard : (shard + 1) * self.spec.shard]
+        return [name for name in names if name is not None and name in self._ledger.clips]
+
     def _commit(self, shard: int, encoded: Mapping[str, Mapping[str, np.ndarray]], sources: Mapping[str, str]) -> None:
         first = shard * self.spec.shard
-        kept = [n for n in self._row_ids[first : first + self.spec.shard] if n is not None and n in self._ledger.clips]
+        kept = self._committed_of(shard)
         staging = self.path / "staging"
         for leftover in staging.glob(f"{shard:08d}-*"):  # of a writer that died; the lease says that it is gone
             remove_folder(leftover)
         folder = staging / f"{shard:08d}-{uuid.uuid4().hex}"
         make_folder(folder)
         try:
-            sums: dict[str, dict[str, int]] = {name: {} for name in [*kept, *encoded]}
-            staged = self._files.stage(folder, self.spec, shard, self._blocks(first, kept, encoded, sums))
+            names = sorted([*kept, *encoded], key=self._rows.__getitem__)
+            sums: dict[str, dict[str, int]] = {name: {} for name in names}
+            slots = [self._rows[name] - first for name in names]
+            staged = self._files.stage(folder, self.spec, shard, slots, self._blocks(kept, encoded, sums))
             files = {name: crc32c_of_file(path) for name, path in staged.items()}
             for path in staged.values():
                 sync_file(path)
@@ -373,23 +400,15 @@ class Store:
         self._journal.append(commit(shard, clips, files, self.fingerprint.digest, {}))
 
     def _blocks(
-        self,
-        first: int,
-        kept: Sequence[str],
-        encoded: Mapping[str, Mapping[str, np.ndarray]],
-        sums: dict[str, dict[str, int]],
+        self, kept: Sequence[str], encoded: Mapping[str, Mapping[str, np.ndarray]], sums: dict[str, dict[str, int]]
     ) -> Iterator[tuple[ArraySpec, np.ndarray]]:
-        """Each array's block of the shard, old rows and new; fills in `sums` on the way."""
+        """Each array's rows, old and new, in the order of `sums`, which is filled in on the way."""
         for array in self.spec.arrays:
             kept_rows = to_disk(self._read_array(array, kept, self._records(kept)), array.dtype)
-            rows = {
-                **dict(zip(kept, kept_rows, strict=True)),
-                **{n: arrays[array.name] for n, arrays in encoded.items()},
-            }
-            block = np.full((self.spec.shard, *array.shape), stored(array.dtype).absent, stored(array.dtype).disk)
-            for name, row in rows.items():
-                block[self._rows[name] - first] = row
-                sums[name][array.name] = crc32c(np.ascontiguousarray(row))
+            old = dict(zip(kept, kept_rows, strict=True))
+            block = np.stack([old[name] if name in old else encoded[name][array.name] for name in sums])
+            for name, row in zip(sums, block, strict=True):
+                sums[name][array.name] = crc32c(row)
             yield array, block
 
     def _read_back(self, shard: int, sums: Mapping[str, Mapping[str, int]]) -> None:

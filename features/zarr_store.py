@@ -4,7 +4,8 @@ Shards are written by zarr-python and any Zarr v3 reader can open the store. Our
 the offset that the shard's index gives, because that is several times faster.
 """
 
-from collections.abc import Iterable
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from zarr.storage import MemoryStore
 from features.dtypes import row_bytes, stored
 from features.durable import crc32c
 from features.errors import DamagedStore
-from features.formats import Header, OpenFile
+from features.formats import Blocks, Header, OpenFile
 from features.spec import ArraySpec, StoreSpec
 
 _EMPTY = 2**64 - 1  # how the index of a shard marks a chunk that was never written
@@ -36,19 +37,24 @@ class ZarrFormat:
             _create_array(group, array, spec, rows)
         return {path: buffer.to_bytes() for path, buffer in files.items()}
 
+    def header_of(self, root: Path) -> Header | None:
+        """The header as the group's attributes repeat it, for repairs."""
+        try:
+            return json.loads((root / "zarr.json").read_bytes())["attributes"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def files(self, spec: StoreSpec, shard: int) -> tuple[str, ...]:
         """One file an array."""
         return tuple(_shard_file(array, shard) for array in spec.arrays)
 
-    def stage(
-        self, folder: Path, spec: StoreSpec, shard: int, blocks: Iterable[tuple[ArraySpec, np.ndarray]]
-    ) -> dict[str, Path]:
+    def stage(self, folder: Path, spec: StoreSpec, shard: int, slots: Sequence[int], blocks: Blocks) -> dict[str, Path]:
         """A store of this one shard is written by zarr-python in memory; a shard's bytes do not know its number."""
         staged = {}
         for array, block in blocks:
             chunks: dict = {}
             group = zarr.create_group(MemoryStore(chunks))
-            _create_array(group, array, spec, spec.shard)[:] = block
+            _create_array(group, array, spec, spec.shard)[:] = _whole(array, spec, slots, block)
             path = staged[_shard_file(array, shard)] = folder / array.name
             with path.open("wb") as file:
                 file.write(chunks[_shard_file(array, 0)].as_numpy_array().data)
@@ -78,6 +84,15 @@ class ZarrShard:
 
 def _shard_file(array: ArraySpec, shard: int) -> str:
     return f"{array.name}/{'.'.join(['c', str(shard), *['0'] * len(array.shape)])}"
+
+
+def _whole(array: ArraySpec, spec: StoreSpec, slots: Sequence[int], block: np.ndarray) -> np.ndarray:
+    if len(slots) == spec.shard:
+        return block
+    kept = stored(array.dtype)
+    whole = np.full((spec.shard, *array.shape), kept.absent, kept.disk)
+    whole[slots] = block
+    return whole
 
 
 def _create_array(group: zarr.Group, array: ArraySpec, spec: StoreSpec, rows: int) -> zarr.Array:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from features import Fingerprint, Store, StoreSpec, create_store
 
-FORMATS = ("zarr",)
+FORMATS = ("zarr", "hdf5")
 FINGERPRINT = Fingerprint({"checkpoint": "sha256:1", "depth": 6, "frames": 2})
 SPEC = StoreSpec.for_patches(frames=2, grid=(2, 3), width=8, dtype="float16", shard=4)
 IDS = tuple(f"vid|P{n}|0|10" for n in range(10))

@@ -64,9 +64,12 @@ def _lines(change: Callable[[list[bytes]], list[bytes]]) -> Callable[[bytes], by
     [
         (lambda c: c.replace(b'"a"', b'"c"'), "ledger.jsonl line 1 is damaged"),
         (_lines(lambda x: [x[0], x[1][:20] + x[1][21:], x[2]]), "ledger.jsonl line 2 is damaged"),
-        (_lines(lambda x: [x[0], x[2]]), "ledger.jsonl line 2 is damaged"),
-        (_lines(lambda x: [x[1], x[0], x[2]]), "ledger.jsonl line 1 is damaged; ledger.jsonl line 2 is damaged"),
-        (_lines(lambda x: [x[0], x[1], x[1]]), "ledger.jsonl line 3 is damaged"),
+        (_lines(lambda x: [x[0], x[2]]), "ledger.jsonl line 2 has number 2 where 1 is expected"),
+        (
+            _lines(lambda x: [x[1], x[0], x[2]]),
+            "line 1 has number 1 where 0 is expected",
+        ),
+        (_lines(lambda x: [x[0], x[1], x[1]]), "ledger.jsonl line 3 has number 1 where 2 is expected"),
         (_lines(lambda x: x[:1]), "ledger.jsonl ends after 1 of 3 lines"),
         (lambda c: b"", "ledger.jsonl ends after 0 of 3 lines"),
     ],

@@ -1,0 +1,268 @@
+"""Does every committed clip read back bit for bit? And if not, which ones do not?"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from features.dtypes import row_bytes
+from features.durable import crc32c_of_file, holds
+from features.errors import DamagedStore, StoreError
+from features.formats import Format, Header
+from features.header import header_path, parse_header, read_header
+from features.ids import ids_journal, read_plan
+from features.ledger import Ledger, ledger_journal, read_ledger
+from features.quarantine import quarantine_journal
+from features.spec import Fingerprint, StoreSpec
+from features.store import FORMATS
+
+TEXT = "text"  # the folder inside a store of clips with the states of their questions
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong.
+
+    Attributes:
+        where: file, relative to the store.
+        what: in one line.
+        clips: the ids that cannot be trusted because of it; empty where only the description of the store is damaged.
+        shard: the shard that it lies in, if it lies in one.
+    """
+
+    where: str
+    what: str
+    clips: tuple[str, ...] = ()
+    shard: int | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found.
+
+    Attributes:
+        path: the store.
+        clips: how many are committed.
+        shards: how many were read.
+        nbytes: that were read.
+        seconds: that it took.
+        faults: everything that is wrong.
+    """
+
+    path: Path
+    clips: int
+    shards: int
+    nbytes: int
+    seconds: float
+    faults: tuple[Fault, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True where nothing is wrong."""
+        return not self.faults
+
+    @property
+    def bad_clips(self) -> tuple[str, ...]:
+        """Every id that a fault names, once."""
+        return tuple(dict.fromkeys(name for fault in self.faults for name in fault.clips))
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A store's description as far as it can be read, whatever is damaged.
+
+    Attributes:
+        header: None where no copy of it is left.
+        row_ids: row -> id, completed from the ledger where the file of ids has lost some.
+        ledger: what its intact lines say.
+        faults: what is wrong with the description.
+    """
+
+    root: Path
+    header: Header | None
+    row_ids: tuple[str | None, ...]
+    ledger: Ledger
+    faults: tuple[Fault, ...]
+
+    @property
+    def spec(self) -> StoreSpec:
+        """The shape that the header gives."""
+        assert self.header is not None
+        return parse_header(self.header)[0]
+
+    @property
+    def format(self) -> Format:
+        """The file format that the header names."""
+        assert self.header is not None
+        return FORMATS[self.header["format"]]
+
+    def clips_of(self, shard: int) -> list[str]:
+        """The committed ids of a shard, in row order."""
+        size = self.spec.shard
+        names = self.row_ids[shard * size : (shard + 1) * size]
+        return [name for name in names if name is not None and name in self.ledger.clips]
+
+
+def inspect(root: Path) -> Inspection:
+    """Read the store's description; every damage to it becomes a fault.
+
+    Raises:
+        StoreError: there is no store at all.
+    """
+    if not header_path(root).exists() and not ledger_journal(root).path.exists():
+        read_header(root)
+    faults: list[Fault] = []
+    header = _header(root, faults)
+    plan, contents = read_plan(root)
+    faults += [Fault(ids_journal(root).path.name, what) for what in contents.faults]
+    faults += [
+        Fault(name, "is not what was written")
+        for name in plan.files
+        if not any(holds(root / name, files[name]) for files in (plan.files, *plan.announced) if name in files)
+    ]
+    ledger, contents = read_ledger(ledger_journal(root))
+    row_ids, disputed = _completed(plan.row_ids, ledger)
+    if disputed:
+        faults.append(Fault("ids.jsonl", "disagrees with the ledger about the rows of clips", disputed))
+    if header is not None and ledger.fingerprints - {Fingerprint(header["fingerprint"]).digest}:
+        faults.append(Fault("ledger.jsonl", "holds clips of another fingerprint than the store's"))
+    uncounted = _uncommitted_with_files(root, header, row_ids, ledger) if contents.faults else ()
+    faults += [Fault(ledger_journal(root).path.name, what, uncounted) for what in contents.faults]
+    quarantine = quarantine_journal(root)
+    faults += [Fault(quarantine.path.name, what) for what in quarantine.read().faults]
+    return Inspection(root, header, tuple(row_ids), ledger, tuple(faults))
+
+
+def verify(path: Path | str, workers: int | None = None, on_bytes: Callable[[int, int], None] | None = None) -> Report:
+    """Read everything that was committed and compare it with the ledger, and the store's description with itself.
+
+    Args:
+        path: the store; the text states inside it are verified too.
+        workers: threads; as many as there are processors by default.
+        on_bytes: called with the bytes read so far and in all.
+
+    Raises:
+        StoreError: there is no store at `path`.
+    """
+    root = Path(path)
+    report = verify_half(root, workers, on_bytes)
+    if not (root / TEXT).is_dir():
+        return report
+    try:
+        text = verify_half(root / TEXT, workers)
+    except StoreError as error:
+        return replace(report, faults=(*report.faults, Fault(TEXT, str(error))))
+    faults = [replace(fault, where=f"{TEXT}/{fault.where}") for fault in text.faults]
+    return replace(
+        report,
+        shards=report.shards + text.shards,
+        nbytes=report.nbytes + text.nbytes,
+        seconds=report.seconds + text.seconds,
+        faults=(*report.faults, *faults),
+    )
+
+
+def verify_half(root: Path, workers: int | None = None, on_bytes: Callable[[int, int], None] | None = None) -> Report:
+    """`verify` of the store at `root` alone, without the text states inside it."""
+    started = time.monotonic()
+    found = inspect(root)
+    faults, done = list(found.faults), 0
+    shards = sorted(found.ledger.files) if found.header is not None else []
+    total = sum(size for shard in shards for size, _ in found.ledger.files[shard].values())
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        for shard, shard_faults in zip(shards, pool.map(lambda n: check_shard(found, n), shards), strict=True):
+            faults += shard_faults
+            done += sum(size for size, _ in found.ledger.files[shard].values())
+            if on_bytes is not None:
+                on_bytes(done, total)
+    return Report(root, len(found.ledger.clips), len(shards), done, time.monotonic() - started, tuple(faults))
+
+
+def check_shard(found: Inspection, shard: int) -> list[Fault]:
+    """Compare a shard's files with the ledger; only where they differ are its rows looked at one by one."""
+    versions = [found.ledger.files[shard], *found.ledger.announced.get(shard, [])]
+    faults: list[Fault] = []
+    for name in found.ledger.files[shard]:
+        try:
+            actual = crc32c_of_file(found.root / name)
+        except OSError as error:
+            faults.append(Fault(name, f"cannot be read: {error.strerror}", shard=shard))
+            continue
+        if all(actual != version.get(name) for version in versions):
+            size = found.ledger.files[shard][name][0]
+            what = f"{actual[0]} bytes where {size}" if actual[0] != size else "other bytes than those that"
+            faults.append(Fault(name, f"has {what} were committed", shard=shard))
+    if not faults:
+        return []
+    bad = bad_rows(found, shard)
+    # Where every row still reads back, what is damaged lies around them; other tools may trip over it all the same.
+    return [Fault(f.where, f.what, tuple(bad or found.clips_of(shard)), shard) for f in faults]
+
+
+def bad_rows(found: Inspection, shard: int) -> list[str]:
+    """The committed ids of a shard of which some bytes are not those that were committed."""
+    names = found.clips_of(shard)
+    spec = found.spec
+    try:
+        opened = found.format.open(found.root, spec, shard)
+    except DamagedStore:
+        return names
+    bad = []
+    for name in names:
+        record = found.ledger.clips[name]
+        for array in spec.arrays:
+            row = np.empty(row_bytes(array), np.uint8)
+            try:
+                file, offset = opened.find(array, record.row % spec.shard)
+                intact = file.read_into(row, offset) == record.checksums.get(array.name)
+            except (DamagedStore, OSError):
+                intact = False
+            if not intact:
+                bad.append(name)
+                break
+    return bad
+
+
+def _header(root: Path, faults: list[Fault]) -> Header | None:
+    try:
+        return read_header(root)
+    except StoreError as error:
+        faults.append(Fault(header_path(root).name, str(error)))
+    for files in FORMATS.values():
+        header = files.header_of(root)
+        if header is not None:
+            return header
+    faults.append(Fault(header_path(root).name, "no copy of it is left"))
+    return None
+
+
+def _completed(row_ids: Sequence[str | None], ledger: Ledger) -> tuple[list[str | None], tuple[str, ...]]:
+    """Row -> id with the ledger's word wherever the file of ids says otherwise, and the ids where it did."""
+    completed = list(row_ids)
+    disputed = []
+    for name, record in ledger.clips.items():
+        completed += [None] * (record.row + 1 - len(completed))
+        if completed[record.row] != name:
+            completed[record.row] = name
+            disputed.append(name)
+    return completed, tuple(disputed)
+
+
+def _uncommitted_with_files(
+    root: Path, header: Header | None, row_ids: Sequence[str | None], ledger: Ledger
+) -> tuple[str, ...]:
+    """Ids whose shard has files but which no intact line commits: what a damaged ledger may have lost."""
+    if header is None:
+        return ()
+    spec, _, name = parse_header(header)
+    lost = []
+    for row, clip in enumerate(row_ids):
+        if clip is not None and clip not in ledger.clips:
+            files = FORMATS[name].files(spec, row // spec.shard)
+            if all((root / file).exists() for file in files):
+                lost.append(clip)
+    return tuple(lost)

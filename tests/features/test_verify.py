@@ -1,0 +1,165 @@
+"""`verify` finds every fault and names the clips; `repair` and encoding again restore what was there."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from features import DamagedStore, Store, StoreSpec, create_store, open_store
+from features.__main__ import main
+from features.repair import repair
+from features.verify import verify
+from tests.features.conftest import FINGERPRINT, FORMATS, IDS, SPEC, clip, fill
+
+TEXTS = ("what is on the table?", "did it move?", "why?")
+TEXT_SPEC = StoreSpec.for_text(length=5, width=8, shard=2)
+
+
+def both_halves(root: Path, format: str) -> Store:
+    """A store of clips, with its text states, all committed; one clip is in quarantine's history."""
+    store = create_store(root, SPEC, FINGERPRINT, IDS, format)
+    fill(store, skip=(IDS[1],))
+    fill(store)
+    fill(create_store(root / "text", TEXT_SPEC, FINGERPRINT, TEXTS, format))
+    return store
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("whole") / "store"
+    both_halves(root, request.param)
+    return root
+
+
+def faulty_files(root: Path) -> list[Path]:
+    """Every file that holds something: data, metadata, ledger, ids, heads."""
+    return sorted(path for path in root.rglob("*") if path.is_file() and path.stat().st_size)
+
+
+def flip(content: bytes, chance: random.Random) -> bytes:
+    bit = chance.randrange(8 * len(content))
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+FAULTS: dict[str, Callable[[bytes, random.Random], bytes | None]] = {
+    "flip": flip,
+    "truncate": lambda content, chance: content[: chance.randrange(len(content))],
+    "extend": lambda content, chance: content + chance.randbytes(9),
+    "remove": lambda content, chance: None,
+    "empty": lambda content, chance: b"",
+}
+
+
+def apply(path: Path, fault: str, chance: random.Random) -> bytes:
+    before = path.read_bytes()
+    after = FAULTS[fault](before, chance)
+    path.unlink()
+    if after is not None:
+        path.write_bytes(after)
+    return before
+
+
+def test_a_whole_store_is_clean(whole: Path) -> None:
+    report = verify(whole)
+    assert report.ok
+    assert (report.clips, report.shards) == (10, 5)
+    assert report.nbytes > 0
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_every_random_fault_is_found(whole: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    path = chance.choice(faulty_files(whole))
+    fault = chance.choice(["flip", "flip", *FAULTS])
+    if fault == "extend" and path.suffix == ".jsonl":
+        fault = "flip"  # bytes after the last line are what a crash leaves, and are no fault
+    before = apply(path, fault, chance)
+    try:
+        report = verify(whole)
+    finally:
+        path.write_bytes(before)
+    assert not report.ok, f"{fault} in {path}"
+    holds_data = (path.suffix == ".h5" and path.name != "index.h5") or path.name.startswith("c.")
+    if holds_data:
+        shard_ids = {IDS[:4], IDS[4:8], IDS[8:], TEXTS[:2], TEXTS[2:]}
+        assert any(set(report.bad_clips) <= set(ids) for ids in shard_ids)
+        assert report.bad_clips
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_repair_and_encoding_again_restore_everything(whole: Path, tmp_path: Path, seed: int) -> None:
+    expected = open_store(whole).read(IDS)
+    expected_text = open_store(whole / "text").read_text(TEXTS)
+    root = tmp_path / "store"
+    shutil.copytree(whole, root)
+    chance = random.Random(1000 + seed)
+    files = faulty_files(root)
+    apply(files[seed * len(files) // 12], chance.choice(list(FAULTS)), chance)
+    repair(root)
+    assert verify(root).ok
+    for half, spec, ids in ((root, SPEC, IDS), (root / "text", TEXT_SPEC, TEXTS)):
+        store = create_store(half, spec, FINGERPRINT, ids, open_store(half).format)
+        for work in store.missing_shards():
+            rows = {name: clip(ids.index(name), spec) for name in work.ids}
+            store.write_shard(work.shard, rows, dict.fromkeys(rows, "sha256:again"))
+    assert verify(root).ok
+    for name, tensor in open_store(root).read(IDS).tensors().items():
+        assert torch.equal(tensor, expected.tensors()[name]), name
+    assert torch.equal(open_store(root / "text").read_text(TEXTS).states, expected_text.states)
+
+
+def test_only_the_bad_clip_is_encoded_again(whole: Path, tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    shutil.copytree(whole, root)
+    store = open_store(root)
+    row = store.read([IDS[5]]).patches.numpy().tobytes()
+    path = next(p for p in faulty_files(root) if row in p.read_bytes())
+    content = bytearray(path.read_bytes())
+    content[content.find(row)] ^= 1
+    path.write_bytes(content)
+    assert verify(root).bad_clips == (IDS[5],)
+    assert repair(root).dropped == (IDS[5],)
+    assert open_store(root).missing() == (IDS[5],)
+    with pytest.raises(KeyError):
+        open_store(root).read([IDS[5]])
+    fill(open_store(root))
+    assert verify(root).ok
+
+
+def test_a_damaged_ledger_line_is_refused_by_name(whole: Path, tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    shutil.copytree(whole, root)
+    lines = (root / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    (root / "ledger.jsonl").write_bytes(b"".join([lines[0], lines[1].replace(b"P", b"Q", 1), *lines[2:]]))
+    with pytest.raises(DamagedStore, match=r"ledger.jsonl line 2 is damaged; run `python -m features repair"):
+        open_store(root)
+
+
+def test_commands(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "store"
+    shutil.copytree(whole, root)
+    assert main(["verify", str(root)]) == 0
+    assert "every committed clip reads back bit for bit" in capsys.readouterr().out
+    assert main(["info", str(root), "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert (info["committed"], info["planned"], info["text"]["kind"]) == (10, 10, "text")
+    assert info["fingerprint"]["depth"] == 6
+    assert main(["info", str(root)]) == 0
+    assert "patches: float16 [2, 6, 8]" in capsys.readouterr().out
+    (root / "store.json").write_bytes(b"{")
+    assert main(["info", str(root)]) == 1
+    assert "store.json is damaged; run `python -m features repair" in capsys.readouterr().err
+    assert main(["verify", str(root), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["faults"][0]["where"] == "store.json"
+    assert main(["repair", str(root)]) == 0
+    assert main(["verify", str(root)]) == 0
+    assert main(["verify", str(tmp_path / "nowhere")]) == 2
+    assert "expected the folder of a store" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["verfy", str(root)])
