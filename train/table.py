@@ -296,7 +296,9 @@ def is_standin(card: Mapping[str, Any]) -> bool:
 
 def is_synthetic(card: Mapping[str, Any]) -> bool:
     """Whether a card says that the data were rendered."""
-    return _stated(card, "synthetic", "egosynth") or "synth" in str(_option(card, "data", "root")).lower()
+    root = str(_option(card, "data", "root"))
+    # The renderer leaves its event log beside the annotations; no recorded data set has one.
+    return _stated(card, "synthetic", "egosynth") or (bool(root) and (Path(root) / "events.jsonl").exists())
 
 
 def origin(results: Results) -> list[str]:

@@ -156,6 +156,13 @@ def test_numbers_of_the_page(text: str) -> None:
     assert "torch <code>2.13.0</code>" in text
 
 
+@pytest.fixture
+def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves pictures out, which take seconds."""
+    monkeypatch.setattr(report_examples, "pictures", lambda clips, video: [((), "not decoded here")] * len(clips))
+
+
+@pytest.mark.usefixtures("no_decoding")
 def test_what_was_read_whole_is_said_and_a_recount_that_differs(
     made: tuple[Config, Path], text: str, copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,6 +212,7 @@ def test_missing_annotations_leave_a_report_without_examples(
         ("egovlp/test.json", b"{", "egovlp: test.json is damaged"),
     ],
 )
+@pytest.mark.usefixtures("no_decoding")
 def test_damage_is_named_and_the_rest_is_shown(
     copy: Path, made: tuple[Config, Path], capsys: pytest.CaptureFixture[str], file: str, content: bytes, message: str
 ) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.fake_runs import write_run, write_sweep
-from train.table import TableError, gather, write_table
+from train.table import TableError, gather, notices, write_table
 
 KEYS = ["model", "split", "open", "binary", "all", "n", "checkpoint", "log"]
 
@@ -122,15 +122,25 @@ def test_no_runs_says_which_command_makes_them(tmp_path: Path, make) -> None:
 
 
 def test_notices_come_from_the_cards(tmp_path: Path) -> None:
-    write_run(tmp_path, "psa")
+    data = tmp_path / "data"
+    data.mkdir()
+    options = {"encoder": {"checkpoint": "weights/EgoVLPv2.pth"}, "data": {"root": str(data)}}
+    write_run(tmp_path, "psa", config=options)
     write_table(tmp_path)
     assert "random stand-ins" not in (tmp_path / "table.md").read_text()
-    notice = {"notice": "random-weight stand-in encoder; synthetic set EgoSynth"}
-    write_run(tmp_path, "egovlp", model="egovlp", card=notice)
+    assert "synthetic" not in (tmp_path / "table.md").read_text()
+    (data / "events.jsonl").touch()
+    options["encoder"] = {"checkpoint": "weights/egovlp-random.pth"}
+    write_run(tmp_path, "egovlp", model="egovlp", config=options)
     write_table(tmp_path)
     text = (tmp_path / "table.md").read_text()
     assert "weights are random stand-ins" in text
     assert "synthetic (EgoSynth)" in text
+
+
+def test_a_card_may_state_a_notice(tmp_path: Path) -> None:
+    write_run(tmp_path, "psa", card={"notice": "random-weight stand-in encoder; synthetic set EgoSynth"})
+    assert len(notices(gather(tmp_path))) == 2
 
 
 def test_uneven_question_counts_are_said(tmp_path: Path) -> None:
