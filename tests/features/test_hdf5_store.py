@@ -1,0 +1,126 @@
+"""The HDF5 layout is plain HDF5, the fast reader equals h5py, and hostile files are refused."""
+
+import re
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from features import ArraySpec, DamagedStore, Store, StoreSpec, create_store, open_store
+from features.dtypes import STORED, bytes_of
+from features.verify import verify
+from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
+
+SHARD = "shards/00000001.h5"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS, "hdf5")
+
+
+def test_layout_and_index(store: Store) -> None:
+    written = fill(store, skip=(IDS[5],))
+    with h5py.File(store.path / SHARD) as file:
+        assert file["patches"].chunks == (1, 2, 6, 8)
+        assert file["patches"].fletcher32
+        assert file["patches"].compression is None
+    with h5py.File(store.path / "index.h5") as index:
+        patches = index["patches"][:]
+    assert patches.shape == (10, 2, 6, 8)
+    assert np.isnan(patches[5]).all()  # never written, so no number
+    assert np.array_equal(patches[9], written[IDS[9]]["patches"].half().numpy())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16", "bool"])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 5, 7)])
+def test_fast_reader_equals_h5py(tmp_path: Path, dtype: str, shape: tuple[int, ...]) -> None:
+    spec = StoreSpec("text", (ArraySpec("states", shape, dtype),), 3)
+    ids = ["a", "b", "c", "d", "e"]
+    store = create_store(tmp_path / "store", spec, FINGERPRINT, ids, "hdf5")
+    for work in store.missing_shards():
+        rows = {name: {"states": torch.randn(shape).to(STORED[dtype].torch)} for name in work.ids if name != "c"}
+        store.write_shard(work.shard, rows, dict.fromkeys(rows, "sha256:0"))
+    asked = ["e", "a", "d", "b"]
+    with h5py.File(store.path / "index.h5") as index:
+        slow = index["states"][:][[ids.index(name) for name in asked]]
+    fast = open_store(store.path)._read(asked, None)["states"]
+    assert bytes_of(fast).tobytes() == np.ascontiguousarray(slow).tobytes()
+
+
+def _external_link(path: Path) -> None:
+    with h5py.File(path.with_name("elsewhere.h5"), "w") as file:
+        file["patches"] = np.zeros((4, 2, 6, 8), "f2")
+    with h5py.File(path, "a") as file:
+        del file["patches"]
+        file["patches"] = h5py.ExternalLink("elsewhere.h5", "patches")
+
+
+def _soft_link(path: Path) -> None:
+    with h5py.File(path, "a") as file:
+        file.move("patches", "other")
+        file["patches"] = h5py.SoftLink("/other")
+
+
+def _external_storage(path: Path) -> None:
+    with h5py.File(path, "a") as file:
+        del file["patches"]
+        file.create_dataset("patches", (4, 2, 6, 8), "f2", external=[("/etc/passwd", 0, 4 * 2 * 6 * 8 * 2)])
+
+
+def _four_tebibytes(path: Path) -> None:
+    with h5py.File(path, "a") as file:
+        del file["patches"]
+        file.create_dataset("patches", (2**38, 2, 6, 8), "f2", chunks=(1, 2, 6, 8), fletcher32=True)
+
+
+def _a_group(path: Path) -> None:
+    with h5py.File(path, "a") as file:
+        del file["patches"]
+        file.create_group("patches")
+
+
+def _compressed(path: Path) -> None:
+    with h5py.File(path, "a") as file:
+        del file["patches"]
+        file.create_dataset("patches", (4, 2, 6, 8), "f2", chunks=(1, 2, 6, 8), fletcher32=True, compression="gzip")
+
+
+@pytest.mark.parametrize(
+    ("attack", "message"),
+    [
+        (_external_link, "keeps patches outside of itself or not at all; links to other files are not followed"),
+        (_soft_link, "keeps patches outside of itself or not at all; links to other files are not followed"),
+        (_external_storage, "keeps patches outside of itself; external storage is not followed"),
+        (_four_tebibytes, "claims patches of shape, dtype and chunk ((274877906944, 2, 6, 8)"),
+        (_a_group, "keeps patches outside of itself; external storage is not followed"),
+        (_compressed, "keeps patches with other filters than fletcher32 alone"),
+    ],
+)
+def test_hostile_files_are_refused(store: Store, attack, message: str) -> None:
+    fill(store)
+    attack(store.path / SHARD)
+    with pytest.raises(DamagedStore, match=f"clip 'vid.P4.*{re.escape(SHARD)} {re.escape(message)}"):
+        open_store(store.path).read([IDS[4]])
+    report = verify(store.path)
+    assert report.bad_clips == IDS[4:8]
+    assert len(open_store(store.path).read([IDS[0], IDS[9]]).cls) == 2
+
+
+def test_a_file_that_is_not_hdf5(store: Store) -> None:
+    fill(store)
+    (store.path / SHARD).write_bytes(b"not a store" * 100)
+    with pytest.raises(DamagedStore, match=r"cannot be opened: .*file signature not found"):
+        open_store(store.path).read([IDS[4]])
+
+
+def test_a_row_that_is_not_in_the_file(store: Store, tmp_path: Path) -> None:
+    fill(store)
+    other = create_store(tmp_path / "other", SPEC, FINGERPRINT, IDS, "hdf5")
+    other.write_shard(1, {IDS[5]: clip(5)}, {IDS[5]: "sha256:5"})
+    (store.path / SHARD).write_bytes((other.path / SHARD).read_bytes())
+    with pytest.raises(DamagedStore, match="holds nothing for row 0 of its patches"):
+        open_store(store.path).read([IDS[4]])
+    assert len(open_store(store.path).read([IDS[5]]).cls) == 1
