@@ -1,0 +1,429 @@
+"""`select_attend` as CUDA kernels: one program scores, selects and pools a frame for up to 16 questions of a clip.
+
+Shape legend: C clips, B questions, T frames, N patches a frame, D channels, H attention heads, k kept patches a frame.
+In a kernel: BN patches (N rounded up to a power of two), BD channels at a time, QB questions of one clip, HG heads and
+their R = HG * QB columns, head-major. Products are taken with the patches first, [BN, BD] x [BD, R] and
+[BD, BN] x [BN, R], since that order reaches Hopper's `wgmma` at so few queries.
+
+Numbers: products run in the tokens' dtype (float16 for int8 and float8, which it holds exactly) and add up in float32.
+The selector is split into parts that add up to its float32 value, so that the selection is that of float32 scores.
+What is rounded for the second product (weights, gradients) is first divided by its column's largest value, so that
+neither small gradients nor small scales underflow.
+"""
+
+# mypy: allow-untyped-defs
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+QUESTIONS = 16  # of one clip in a program; fewer than 16 rows are wrong or slow in tensor-core products
+ARITHMETIC = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float8_e4m3fn: tl.float16,
+    torch.int8: tl.float16,
+}
+# Parts of the selector: 11 bits each in float16, 8 in bfloat16, 24 in float32.
+PARTS = {tl.float16: 2, tl.bfloat16: 3, tl.float32: 1}
+# Backward splits the frames over programs until there are about this many, one for each multiprocessor of a large GPU.
+PROGRAMS = 128
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How a kernel is cut for a patch count: heads in a program, channels at a time, warps and pipeline stages."""
+
+    heads: int
+    channels: int
+    warps: int
+    stages: int
+
+
+def launch_config(patches: int, heads: int, token_bytes: int, backward: bool) -> LaunchConfig:
+    """The shipped configuration; `benchmarks/kernel_budget.py` checks each for spills and shared memory."""
+    block = block_patches(patches)
+    columns = {16: 4, 32: 4, 64: 4, 128: 4, 256: 4, 512: 2, 1024: 1}[block]
+    if backward and block >= 256:
+        columns = max(1, columns // 2)
+    warps = 4 if block <= 64 else 8 if block <= 512 else 16
+    return LaunchConfig(min(columns, triton.next_power_of_2(heads)), 64 if token_bytes < 4 else 32, warps, 2)
+
+
+def block_patches(patches: int) -> int:
+    """BN: N rounded up to a power of two that a product takes."""
+    return max(16, triton.next_power_of_2(patches))
+
+
+@triton.jit
+def _columns(order, first, count, group, H: tl.constexpr, QB: tl.constexpr, R: tl.constexpr):
+    """Question, head and liveness of each of the R columns of a head group."""
+    column = tl.arange(0, R)
+    slot = column % QB
+    head = group * (R // QB) + column // QB
+    live = (slot < count) & (head < H)
+    question = tl.load(order + first + slot, mask=slot < count, other=0).to(tl.int64)
+    return question, head, live
+
+
+@triton.jit
+def _frame_rows(stride_n, N: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr):
+    """Patch numbers and their offsets in a frame; 64-bit where a frame spans more than 2^31 elements."""
+    n = tl.arange(0, BN)
+    rows = n.to(tl.int64) * stride_n if WIDE else n * stride_n
+    return n, rows
+
+
+@triton.jit
+def _query_columns(queries, selector, question, head, live, d, D: tl.constexpr, H: tl.constexpr):
+    """queries + selector [BD, R] float32: with their sum, a product gives the logit less its bias."""
+    mask = live[None, :] & (d < D)[:, None]
+    q = tl.load(queries + ((question * H + head) * D)[None, :] + d[:, None], mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(selector + (question * D)[None, :] + d[:, None], mask=mask, other=0.0).to(tl.float32)
+    return q + s
+
+
+@triton.jit
+def _keep_largest(scores, n, k, N: tl.constexpr, QB: tl.constexpr):
+    """Which of scores [BN, QB] are the k largest of their column [BN, QB] bool, ties to the lowest row.
+
+    Floats are mapped to integers of the same order and the k-th largest is built bit by bit from the top.
+    """
+    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)  # one zero: -0.0 ties with 0.0
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    lowest = -2147483648
+    key = tl.where((n < N)[:, None], key, lowest)
+    positive = tl.sum((key >= 0).to(tl.int32), axis=0)
+    threshold = tl.where(positive >= k, 0, lowest)
+    for i in range(31):
+        higher = threshold | (1 << (30 - i))
+        enough = tl.sum((key >= higher[None, :]).to(tl.int32), axis=0) >= k
+        threshold = tl.where(enough, higher, threshold)
+    above = (key > threshold[None, :]).to(tl.int32)
+    equal = (key == threshold[None, :]).to(tl.int32)
+    needed = k - tl.sum(above, axis=0)
+    return (above + equal * (tl.cumsum(equal, axis=0) <= needed[None, :]).to(tl.int32)) > 0
+
+
+@triton.jit
+def _forward_kernel(
+    tokens, scale, queries, selector, bias, order, tiles, pooled, lse, kept, mask,
+    k, frames, stride_c, stride_t, stride_n,
+    N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr, WIDE: tl.constexpr,
+    ARITHMETIC: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr,
+):  # fmt: skip
+    groups: tl.constexpr = (H + HG - 1) // HG
+    R: tl.constexpr = HG * QB
+    tile = tl.program_id(0) // groups
+    group = tl.program_id(0) % groups
+    t = tl.program_id(1).to(tl.int64)
+    clip = tl.load(tiles + tile * 3).to(tl.int64)
+    first = tl.load(tiles + tile * 3 + 1)
+    count = tl.load(tiles + tile * 3 + 2)
+    if count == 0:
+        return
+
+    n, rows = _frame_rows(stride_n, N, BN, WIDE)
+    frame = tokens + clip * stride_c + t * stride_t
+    slot = tl.arange(0, QB)
+    b = tl.load(order + first + slot, mask=slot < count, other=0).to(tl.int64)
+    question, head, live = _columns(order, first, count, group, H, QB, R)
+
+    # First read of the frame: scores [BN, QB] and logits [BN, R].
+    s = tl.zeros((BN, QB), tl.float32)
+    a = tl.zeros((BN, R), tl.float32)
+    for d0 in range(0, D, BD):
+        d = d0 + tl.arange(0, BD)
+        x = tl.load(frame + rows[:, None] + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
+        x = x.to(ARITHMETIC)
+        left = tl.load(
+            selector + (b * D)[None, :] + d[:, None], mask=(slot < count)[None, :] & (d < D)[:, None], other=0.0
+        ).to(tl.float32)
+        for _ in tl.static_range(PARTS):
+            part = left.to(ARITHMETIC)
+            s = tl.dot(x, part, s, input_precision=PRECISION)
+            left -= part.to(tl.float32)
+        q = _query_columns(queries, selector, question, head, live, d, D, H)
+        a = tl.dot(x, q.to(ARITHMETIC), a, input_precision=PRECISION)
+
+    row = (clip * frames + t) * N
+    shift = tl.load(bias + row + n, mask=n < N, other=float("-inf")).to(tl.float32)
+    if HAS_SCALE:
+        factor = tl.load(scale + row + n, mask=n < N, other=0.0).to(tl.float32)
+        s *= factor[:, None]
+        a *= factor[:, None]
+    keep = _keep_largest(s + shift[:, None], n, k, N, QB)
+    if group == 0:
+        out = b * frames + t
+        place = tl.cumsum(keep.to(tl.int32), axis=0) - 1
+        tl.store(
+            kept + (out * k)[None, :] + place, tl.broadcast_to(n.to(tl.int64)[:, None], (BN, QB)),
+            mask=keep & (slot < count)[None, :],
+        )  # fmt: skip
+        tl.store(
+            mask + (out * N)[None, :] + n[:, None], keep.to(tl.int8), mask=(n < N)[:, None] & (slot < count)[None, :]
+        )
+
+    chosen = tl.reshape(tl.broadcast_to(keep.to(tl.int32)[:, None, :], (BN, HG, QB)), (BN, R))
+    a = tl.where(chosen > 0, a + shift[:, None], float("-inf"))
+    top = tl.max(a, axis=0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    p = tl.exp(a - top[None, :])
+    total = tl.sum(p, axis=0)
+    out_r = (question * frames + t) * H + head
+    tl.store(lse + out_r, top + tl.log(total), mask=live)
+    p = p / tl.where(total == 0.0, 1.0, total)[None, :]
+    largest = 1.0
+    if HAS_SCALE:
+        largest = tl.max(tl.abs(factor), axis=0)
+        largest = tl.where(largest == 0.0, 1.0, largest)
+        p *= (factor / largest)[:, None]
+    weights = p.to(ARITHMETIC)
+
+    # Second read, from the L2 cache: pooled [BD, R].
+    for d0 in range(0, D, BD):
+        d = d0 + tl.arange(0, BD)
+        x = tl.load(frame + rows[None, :] + d[:, None], mask=(n < N)[None, :] & (d < D)[:, None], other=0.0)
+        o = tl.dot(x.to(ARITHMETIC), weights, input_precision=PRECISION) * largest
+        tl.store(
+            pooled + (out_r * D)[None, :] + d[:, None],
+            o.to(pooled.dtype.element_ty),
+            mask=live[None, :] & (d < D)[:, None],
+        )
+
+
+@triton.jit
+def _backward_kernel(
+    grad_pooled, grad_lse, tokens, scale, queries, selector, bias, order, tiles, lse, mask, grad_queries, grad_bias,
+    frames, questions, span, stride_c, stride_t, stride_n,
+    N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr, WIDE: tl.constexpr,
+    ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr,
+):  # fmt: skip
+    groups: tl.constexpr = (H + HG - 1) // HG
+    R: tl.constexpr = HG * QB
+    tile = tl.program_id(0) // groups
+    group = tl.program_id(0) % groups
+    split = tl.program_id(1)
+    clip = tl.load(tiles + tile * 3).to(tl.int64)
+    first = tl.load(tiles + tile * 3 + 1)
+    count = tl.load(tiles + tile * 3 + 2)
+    if count == 0:
+        return
+
+    n, rows = _frame_rows(stride_n, N, BN, WIDE)
+    question, head, live = _columns(order, first, count, group, H, QB, R)
+    start = split * span
+    for i in range(0, tl.minimum(span, frames - start)):
+        t = (start + i).to(tl.int64)
+        frame = tokens + clip * stride_c + t * stride_t
+        out_r = (question * frames + t) * H + head
+
+        grad_top = tl.zeros((R,), tl.float32)
+        for d0 in range(0, D, BD):
+            d = d0 + tl.arange(0, BD)
+            g = tl.load(
+                grad_pooled + (out_r * D)[None, :] + d[:, None], mask=live[None, :] & (d < D)[:, None], other=0.0
+            )
+            grad_top = tl.maximum(grad_top, tl.max(tl.abs(g.to(tl.float32)), axis=0))
+        grad_top = tl.where(grad_top == 0.0, 1.0, grad_top)
+
+        # First read of the frame: logits and products with the pooled gradient, both [BN, R].
+        a = tl.zeros((BN, R), tl.float32)
+        products = tl.zeros((BN, R), tl.float32)
+        for d0 in range(0, D, BD):
+            d = d0 + tl.arange(0, BD)
+            x = tl.load(frame + rows[:, None] + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
+            x = x.to(ARITHMETIC)
+            q = _query_columns(queries, selector, question, head, live, d, D, H)
+            a = tl.dot(x, q.to(ARITHMETIC), a, input_precision=PRECISION)
+            g = tl.load(
+                grad_pooled + (out_r * D)[None, :] + d[:, None], mask=live[None, :] & (d < D)[:, None], other=0.0
+            ).to(tl.float32)
+            products = tl.dot(x, (g / grad_top[None, :]).to(ARITHMETIC), products, input_precision=PRECISION)
+
+        row = (clip * frames + t) * N
+        shift = tl.load(bias + row + n, mask=n < N, other=float("-inf")).to(tl.float32)
+        products *= grad_top[None, :]
+        if HAS_SCALE:
+            factor = tl.load(scale + row + n, mask=n < N, other=0.0).to(tl.float32)
+            a *= factor[:, None]
+            products *= factor[:, None]
+        chosen = tl.load(
+            mask + ((question * frames + t) * N)[None, :] + n[:, None],
+            mask=(n < N)[:, None] & live[None, :],
+            other=0,
+        )
+        log_total = tl.load(lse + out_r, mask=live, other=0.0)
+        log_total = tl.where(log_total == float("-inf"), 0.0, log_total)
+        a = tl.where(chosen > 0, a + shift[:, None], float("-inf"))
+        p = tl.exp(a - log_total[None, :])
+        direct = tl.load(grad_lse + out_r, mask=live, other=0.0).to(tl.float32)
+        mean = tl.sum(p * products, axis=0)
+        # Where p is 0 the gradient is 0, whatever an infinite lse made of grad_lse.
+        grad = tl.where(p > 0.0, p * ((products - mean[None, :]) + direct[None, :]), 0.0)
+        partial = (tl.program_id(0).to(tl.int64) * frames + t) * N
+        tl.store(grad_bias + partial + n, tl.sum(grad, axis=1), mask=n < N)
+
+        if HAS_SCALE:
+            grad *= factor[:, None]
+        top = tl.max(tl.abs(grad), axis=0)
+        top = tl.where(top == 0.0, 1.0, top)
+        weights = (grad / top[None, :]).to(ARITHMETIC)
+
+        # Second read, from the L2 cache. The frames of a program add up in turn, so that repeats are bit-equal.
+        target = ((split.to(tl.int64) * questions + question) * H + head) * D
+        later = tl.full((R,), 0, tl.int32) + i
+        for d0 in range(0, D, BD):
+            d = d0 + tl.arange(0, BD)
+            x = tl.load(frame + rows[None, :] + d[:, None], mask=(n < N)[None, :] & (d < D)[:, None], other=0.0)
+            o = tl.dot(x.to(ARITHMETIC), weights, input_precision=PRECISION) * top[None, :]
+            pointers = grad_queries + target[None, :] + d[:, None]
+            inside = live[None, :] & (d < D)[:, None]
+            o += tl.load(pointers, mask=inside & (later[None, :] > 0), other=0.0)
+            tl.store(pointers, o, mask=inside)
+        tl.debug_barrier()  # the next frame's loads see this one's stores, whichever thread made them
+
+
+@triton.jit
+def _bias_kernel(partials, clip_tiles, grad_bias, frames, N: tl.constexpr, GROUPS: tl.constexpr, BN: tl.constexpr):
+    """Sum the partial bias gradients of a clip's programs in a fixed order."""
+    clip = tl.program_id(0)
+    t = tl.program_id(1).to(tl.int64)
+    n = tl.arange(0, BN)
+    total = tl.zeros((BN,), tl.float32)
+    first = tl.load(clip_tiles + clip).to(tl.int64) * GROUPS
+    last = tl.load(clip_tiles + clip + 1).to(tl.int64) * GROUPS
+    for i in range(0, last - first):
+        total += tl.load(partials + ((first + i) * frames + t) * N + n, mask=n < N, other=0.0)
+    tl.store(grad_bias + (clip.to(tl.int64) * frames + t) * N + n, total, mask=n < N)
+
+
+def forward(
+    tokens: Tensor,
+    clip_index: Tensor,
+    queries: Tensor,
+    selector: Tensor,
+    bias: Tensor,
+    k: int,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Outputs of `select_attend` and what `backward` takes.
+
+    Returns:
+        pooled [B, T, H, D], lse [B, T, H], kept [B, T, k], mask [B, T, N] int8 of the kept patches, and the schedule:
+        order [B], tiles [G, 3] and clip_tiles [C + 1], all int32, as `schedule` gives them.
+    """
+    _, frames, patches, width = tokens.shape
+    questions, heads, _ = queries.shape
+    order, tiles, clip_tiles = schedule(clip_index, tokens.shape[0])
+    pooled = torch.empty(questions, frames, heads, width, dtype=queries.dtype, device=tokens.device)
+    lse = torch.empty(questions, frames, heads, dtype=torch.float32, device=tokens.device)
+    kept = torch.empty(questions, frames, k, dtype=torch.int64, device=tokens.device)
+    mask = torch.empty(questions, frames, patches, dtype=torch.int8, device=tokens.device)
+    config = launch_config(patches, heads, tokens.element_size(), backward=False)
+    if pooled.numel():
+        arithmetic = _arithmetic(tokens)
+        _forward_kernel[(len(tiles) * triton.cdiv(heads, config.heads), frames)](
+            tokens, scale, queries.contiguous(), selector.contiguous(), bias.contiguous(), order, tiles,
+            pooled, lse, kept, mask, k, frames, *tokens.stride()[:3],
+            PARTS=PARTS[arithmetic], **_constants(tokens, heads, scale, config),
+        )  # fmt: skip
+    return pooled, lse, kept, mask, order, tiles, clip_tiles
+
+
+def backward(
+    grad_pooled: Tensor,
+    grad_lse: Tensor,
+    tokens: Tensor,
+    queries: Tensor,
+    selector: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    lse: Tensor,
+    mask: Tensor,
+    order: Tensor,
+    tiles: Tensor,
+    clip_tiles: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries [B, H, D], selector [B, D] and bias [C, T, N], all float32."""
+    clips, frames, patches, width = tokens.shape
+    questions, heads, _ = queries.shape
+    config = launch_config(patches, heads, tokens.element_size(), backward=True)
+    programs = len(tiles) * triton.cdiv(heads, config.heads)
+    splits = max(1, min(frames, PROGRAMS // max(1, programs)))
+    span = triton.cdiv(frames, splits)
+    splits = triton.cdiv(frames, span) if span else 0
+    grad_bias = torch.zeros(clips, frames, patches, dtype=torch.float32, device=tokens.device)
+    grad_queries = torch.empty(splits, questions, heads, width, dtype=torch.float32, device=tokens.device)
+    if grad_pooled.numel():
+        partials = torch.empty(programs, frames, patches, dtype=torch.float32, device=tokens.device)
+        _backward_kernel[(programs, splits)](
+            grad_pooled.contiguous(), grad_lse.contiguous(), tokens, scale, queries.contiguous(),
+            selector.contiguous(), bias.contiguous(), order, tiles, lse, mask, grad_queries, partials,
+            frames, questions, span, *tokens.stride()[:3], **_constants(tokens, heads, scale, config),
+        )  # fmt: skip
+        _bias_kernel[(clips, frames)](
+            partials, clip_tiles, grad_bias, frames,
+            N=patches, GROUPS=programs // len(tiles), BN=block_patches(patches), num_warps=4,
+        )  # fmt: skip
+    total = grad_queries[0] if splits == 1 else grad_queries.sum(dim=0)
+    return total, total.sum(dim=1), grad_bias
+
+
+def schedule(clip_index: Tensor, clips: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Group the questions by clip and cut each group into tiles of `QUESTIONS`, without waiting for the device.
+
+    Returns:
+        order [B], the questions sorted by clip; tiles [G, 3], of each its clip, its first place in `order` and its
+        number of questions, with 0 of them in the tiles that are not needed; clip_tiles [C + 1], first tile of a clip.
+    """
+    device = clip_index.device
+    sorted_clips, order = torch.sort(clip_index, stable=True)
+    edges = torch.searchsorted(sorted_clips, torch.arange(clips + 1, dtype=clip_index.dtype, device=device))
+    per_clip = (edges.diff() + QUESTIONS - 1) // QUESTIONS
+    clip_tiles = torch.cat([per_clip.new_zeros(1), per_clip.cumsum(0)])
+    tile = torch.arange(tile_bound(len(clip_index), clips), device=device)
+    clip = torch.searchsorted(clip_tiles, tile, right=True) - 1
+    unused = clip >= clips
+    clip = clip.clamp_max(clips - 1)
+    first = edges[clip] + (tile - clip_tiles[clip]) * QUESTIONS
+    count = (edges[clip + 1] - first).clamp(0, QUESTIONS).masked_fill(unused, 0)
+    return order.int(), torch.stack([clip, first, count], dim=1).int(), clip_tiles.int()
+
+
+def tile_bound(questions: int, clips: int) -> int:
+    """G: at least as many tiles as any assignment of questions to clips needs."""
+    return min(questions, clips + questions // QUESTIONS)
+
+
+def _arithmetic(tokens: Tensor) -> tl.dtype:
+    # Triton's interpreter gets bfloat16 wrong without saying so; float32 holds it exactly.
+    if knobs.runtime.interpret and tokens.dtype == torch.bfloat16:
+        return tl.float32
+    return ARITHMETIC[tokens.dtype]
+
+
+def _constants(tokens: Tensor, heads: int, scale: Tensor | None, config: LaunchConfig) -> dict[str, object]:
+    patches, width = tokens.shape[2:]
+    return {
+        "N": patches,
+        "D": width,
+        "H": heads,
+        "HAS_SCALE": scale is not None,
+        "WIDE": patches * tokens.stride(2) >= 2**31,
+        "ARITHMETIC": _arithmetic(tokens),
+        "PRECISION": "ieee",
+        "BN": block_patches(patches),
+        "BD": config.channels,
+        "QB": QUESTIONS,
+        "HG": config.heads,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
