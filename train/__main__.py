@@ -113,8 +113,8 @@ def _score(args: Sequence[str]) -> int:
 
 def _sweep(args: Sequence[str]) -> int:
     parser = ConfigParser(prog="train sweep", description=COMMANDS["sweep"])
-    parser.add_argument("--ratios", type=list[float] | None, nargs="+", default=None, help="values of head.ratio")
-    parser.add_argument("--seeds", type=list[int] | None, nargs="+", default=None, help="values of train.seed")
+    parser.add_argument("--ratios", type=float, nargs="+", default=None, help="values of head.ratio")
+    parser.add_argument("--seeds", type=int, nargs="+", default=None, help="values of train.seed")
     parser.add_argument("--grid", type=Path | None, default=None, help="YAML file: section.field: [values]")
     parser.add_argument("--name", type=str | None, default=None, help="of the sweep's folder")
     add_config_arguments(parser)

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from configs.schema import Config
+from configs.schema import Config, ConfigError
 
 CARD, WEIGHTS, LAST, CONFIG, LOG = "card.json", "best.safetensors", "last.pt", "config.yaml", "log.jsonl"
 TEST, PREDICTIONS, SELECTION = "test.json", "predictions.jsonl", "selection.npz"
@@ -142,7 +142,7 @@ def claim(folder: Path, config: Config) -> None:
     """Make the folder and write `config.yaml`, or check that it already holds this very setting.
 
     Raises:
-        RunError: the folder holds a run of another setting; the message names the differing options.
+        ConfigError: the folder holds a run of another setting; the message names the differing options.
     """
     path = folder / CONFIG
     here = plain(config)
@@ -155,7 +155,7 @@ def claim(folder: Path, config: Config) -> None:
             if f"{section}.{name}" not in INCIDENTAL and (there.get(section) or {}).get(name) != value
         ]
         if apart:
-            raise RunError(
+            raise ConfigError(
                 f"run.dir {folder} holds a run of another config ({'; '.join(apart)}); "
                 "expected the same, an empty folder, or another --run.dir"
             )

@@ -37,7 +37,8 @@ def fit(config: Config, command: str) -> Metrics:
         Metrics on *test*. A run that is finished already is only evaluated again.
 
     Raises:
-        RunError: the run's folder holds another setting, or there is nothing to train or choose on.
+        ConfigError: the run's folder holds another setting.
+        RunError: there is nothing to train or choose on, or what the folder holds is damaged.
         StoreError, DatasetError: features or annotations are missing or damaged.
         Stopped: by SIGINT or SIGTERM.
     """
