@@ -17,6 +17,7 @@ from features.formats import Blocks, Header, OpenFile
 from features.spec import ArraySpec, StoreSpec
 
 _CHECKSUM = 4
+_BLOCK = 16 << 20
 _VERSION = ("v110", "v110")  # whose metadata carry checksums
 # What h5py raises on files that are not what they seem.
 _UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
@@ -60,8 +61,8 @@ class Hdf5Format:
 
     def stage(self, folder: Path, spec: StoreSpec, shard: int, slots: Sequence[int], blocks: Blocks) -> dict[str, Path]:
         """Rows that are not given get no chunk, so other tools read NaN there."""
-        path = folder / "shard.h5"
-        with h5py.File(path, "w", libver=_VERSION) as file:
+        # Made in memory, because the HDF5 library may take the whole process down where the disk is full.
+        with h5py.File("shard", "w", driver="core", backing_store=False, block_size=_BLOCK, libver=_VERSION) as file:
             for array, block in blocks:
                 kept = stored(array.dtype)
                 dataset = file.create_dataset(
@@ -75,6 +76,10 @@ class Hdf5Format:
                 dataset.attrs["dtype"] = array.dtype
                 for slot, row in zip(slots, block, strict=True):
                     dataset[slot] = row
+            file.flush()
+            image = file.id.get_file_image()
+        path = folder / "shard.h5"
+        path.write_bytes(image)
         return {_shard_file(shard): path}
 
     def open(self, root: Path, spec: StoreSpec, shard: int) -> "Hdf5Shard":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from features.durable import locked, make_folder
+from features.durable import disk_full_is_clear, locked, make_folder
 from features.errors import ShardOwned
 
 _CLOCK_SLACK_S = 2.0  # start times are derived from the boot time, which clock corrections move a little
@@ -62,6 +62,16 @@ def hold(root: Path, shard: int) -> Iterator[None]:
         ShardOwned: another process has it; the message names host and process.
     """
     path = lease_path(root, shard)
+    with disk_full_is_clear(f"taking the lease of shard {shard} of {root}"):
+        _take(root, shard, path)
+    try:
+        yield
+    finally:
+        if owner_of(path) == Owner.myself():
+            path.unlink(missing_ok=True)
+
+
+def _take(root: Path, shard: int, path: Path) -> None:
     make_folder(path.parent)
     # The lock makes "look who owns it, then take it" one step, so two heirs of a dead owner cannot both inherit.
     with locked(path.parent / "lock"):
@@ -77,11 +87,6 @@ def hold(root: Path, shard: int) -> Iterator[None]:
             os.write(handle, json.dumps(asdict(Owner.myself())).encode())
         finally:
             os.close(handle)
-    try:
-        yield
-    finally:
-        if owner_of(path) == Owner.myself():
-            path.unlink(missing_ok=True)
 
 
 def require_none(root: Path) -> None:

@@ -1,0 +1,197 @@
+"""SIGKILL at any moment: each clip is whole or absent, `verify` is clean, and going on gives what a quiet run gives.
+
+A child process does a whole job (create, fill, quarantine, grow, fill up old shards) and is killed before, or in the
+middle of, its k-th operation on the file system, for every k until it gets through.
+"""
+
+import errno
+import os
+import random
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from features import Failure, StoreError, create_store, open_store
+from features.lease import lease_path
+from features.verify import verify
+from tests.features.conftest import FINGERPRINT, FORMATS, IDS, SPEC, clip
+
+BAD = IDS[2]
+
+
+def job(root: Path, format: str) -> None:
+    """What the child does, and what a restarted job does again: whatever is missing."""
+    for ids in (IDS[:6], IDS):
+        store = create_store(root, SPEC, FINGERPRINT, ids, format)
+        for work in store.missing_shards():
+            rows = {name: clip(IDS.index(name)) for name in work.ids if name != BAD}
+            failures = {BAD: Failure("broken file", "Traceback")} if BAD in work.ids else {}
+            store.write_shard(work.shard, rows, {name: f"sha256:{name}" for name in rows}, failures)
+
+
+def killed_at(point: int) -> Callable[[], None]:
+    """Make the `point`-th file operation of this process its last; a write gets half done before."""
+    left = iter(range(point, -1, -1))
+
+    def deadly(operation: Callable, name: str) -> Callable:
+        def wrapped(*args, **kwargs):
+            if next(left) == 0:
+                if name == "write":
+                    operation(args[0], args[1][: len(args[1]) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return operation(*args, **kwargs)
+
+        return wrapped
+
+    def install() -> None:
+        for name in ("write", "fsync", "ftruncate"):
+            setattr(os, name, deadly(getattr(os, name), name))
+        for name in ("replace", "unlink", "mkdir", "write_bytes"):
+            setattr(Path, name, deadly(getattr(Path, name), name))
+
+    return install
+
+
+def in_child(action: Callable[[], None]) -> int:
+    """Run `action` in a forked child; returns its wait status."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of newer Pythons: zarr restarts its thread after a fork
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            action()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitpid(child, 0)[1]
+
+
+def check_whole_or_absent_and_finish(root: Path, format: str) -> None:
+    if (root / "store.json").exists():
+        report = verify(root)
+        assert report.ok, report.faults
+        store = open_store(root)
+        check_values(store.clip_ids, root)
+    job(root, format)
+    store = open_store(root)
+    assert store.clip_ids == tuple(name for name in IDS if name != BAD)
+    assert set(store.quarantine) == {BAD}
+    check_values(store.clip_ids, root)
+    assert verify(root).ok
+    assert list((root / "staging").iterdir()) == []
+
+
+def check_values(ids: tuple[str, ...], root: Path) -> None:
+    tokens = open_store(root).read(ids)
+    for name, tensor in tokens.tensors().items():
+        expected = [clip(IDS.index(clip_id))[name] for clip_id in ids]
+        assert torch.equal(tensor, torch.stack(expected).to(tensor.dtype) if expected else tensor), name
+
+
+def crash_at_every(points: Iterator[int], root: Path, format: str) -> int:
+    """Kill a fresh job at each of `points`; returns how many it took until one got through."""
+    for done, point in enumerate(points):
+        store = root / str(point)
+
+        def doomed(store: Path = store, point: int = point) -> None:
+            killed_at(point)()
+            job(store, format)
+
+        status = in_child(doomed)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            return done
+        check_whole_or_absent_and_finish(store, format)
+    raise AssertionError("the job never got through")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_killed_at_some_file_operations(tmp_path: Path, format: str) -> None:
+    assert crash_at_every(iter(range(1, 1000, 29)), tmp_path, format) >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", FORMATS)
+def test_killed_at_every_file_operation(tmp_path: Path, format: str) -> None:
+    assert crash_at_every(iter(range(1000)), tmp_path, format) >= 120
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", FORMATS)
+def test_killed_at_random_moments(tmp_path: Path, format: str) -> None:
+    chance = random.Random(0)
+    started = time.monotonic()
+    assert in_child(lambda: job(tmp_path / "whole", format)) == 0
+    takes = time.monotonic() - started
+    killed = 0
+    for n in range(100):
+        root = tmp_path / str(n)
+        child = os.fork()
+        if child == 0:
+            job(root, format)
+            os._exit(0)
+        time.sleep(chance.uniform(0, takes))
+        os.kill(child, signal.SIGKILL)
+        killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        check_whole_or_absent_and_finish(root, format)
+    assert killed > 50
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("after", [0, 3, 9, 20])
+def test_a_full_disk_is_one_clear_line_and_loses_nothing(
+    tmp_path: Path, format: str, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "store"
+    store = create_store(root, SPEC, FINGERPRINT, IDS, format)
+    left = iter(range(after, -1, -1))
+    real = os.fsync
+
+    def full(handle: int) -> None:
+        if next(left, 0) == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    def write_all() -> None:
+        for work in open_store(root).missing_shards():
+            store.write_shard(work.shard, {n: clip(IDS.index(n)) for n in work.ids}, dict.fromkeys(IDS, "x"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StoreError, match=r"no space left while .* shard \d of .*run the same command again"):
+            write_all()
+    assert verify(root).ok
+    check_values(open_store(root).clip_ids, root)
+    assert not lease_path(root, 0).exists()
+    assert not list(root.rglob("*.tmp"))
+    write_all()
+    assert verify(root).ok
+    check_values(IDS, root)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_size_limit_is_a_full_disk(tmp_path: Path, format: str) -> None:
+    resource = pytest.importorskip("resource")
+    root = tmp_path / "store"
+    store = create_store(root, SPEC, FINGERPRINT, IDS, format)
+    rows = {name: clip(IDS.index(name)) for name in IDS[:4]}
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
+        try:
+            store.write_shard(0, rows, dict.fromkeys(rows, "x"))
+        except StoreError as error:
+            (tmp_path / "said").write_text(str(error))
+
+    assert in_child(limited) == 0
+    assert "no space left while writing shard 0" in (tmp_path / "said").read_text()
+    assert verify(root).ok
+    assert open_store(root).clip_ids == ()
+    store.write_shard(0, rows, dict.fromkeys(rows, "x"))
+    check_values(IDS[:4], root)
