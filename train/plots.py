@@ -3,7 +3,6 @@
 Colours are Okabe and Ito's, which stay apart for colour-blind readers, and every system has a marker of its own.
 """
 
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -73,19 +72,19 @@ def draw_ratio(sweeps: Sequence[Sweep], references: Mapping[str, Mapping[str, fl
         lines = [(s, setting) for s in sweeps if s.split == split for setting in s.settings]
         for index, (sweep, setting) in enumerate(lines):
             curve = sweep.curve(setting)
-            ratios = list(curve)
-            means = [statistics.fmean(values) for values in curve.values()]
+            ratios = [point.ratio for point in curve]
             colour = _CYCLE[index % len(_CYCLE)]
             label = setting or (sweep.model if len(lines) == 1 else f"{sweep.model}, {sweep.name}")
-            if any(len(values) > 1 for values in curve.values()):
-                low, high = [min(v) for v in curve.values()], [max(v) for v in curve.values()]
+            if any(point.sd is not None for point in curve):
+                low, high = [min(p.accuracies) for p in curve], [max(p.accuracies) for p in curve]
                 axis.fill_between(ratios, low, high, color=colour, alpha=0.18, linewidth=0)
+            means = [point.mean for point in curve]
             axis.plot(ratios, means, "o-", color=colour, label=label, markersize=5, linewidth=1.8)
         for system, accuracy in references.get(split, {}).items():
             colour, _ = style(system)
             axis.axhline(accuracy, color=colour, linewidth=1.2, linestyle=(0, (4, 3)), label=system)
         axis.set_xscale("log", base=2)  # ratios are usually doubled
-        ticks = sorted({ratio for sweep, setting in lines for ratio in sweep.curve(setting)})
+        ticks = sorted({point.ratio for sweep, setting in lines for point in sweep.curve(setting)})
         axis.set_xticks(ticks, [f"{ratio:g}" for ratio in ticks])
         axis.minorticks_off()
         axis.set_xlabel("selection ratio: share of patches kept in each frame")

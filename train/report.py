@@ -185,8 +185,8 @@ def _figures(
 ) -> dict[str, str]:
     """Draw every plot there is data for, leave it in `folder` as NAME.png, and return data URIs by name."""
     drawn: dict[str, Figure] = {"table": plots.draw_table(results)}
-    if sweeps:
-        drawn["ratio"] = plots.draw_ratio(sweeps, {split: _references(results, split) for split in results.splits})
+    if curves := [sweep for sweep in sweeps if sweep.varies_ratio]:
+        drawn["ratio"] = plots.draw_ratio(curves, {split: _references(results, split) for split in results.splits})
     if logs := _logs(results, problems):
         drawn["curves"] = plots.draw_curves(logs)
     maps, shares = {}, {}

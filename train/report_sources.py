@@ -6,6 +6,7 @@ in place of the figure.
 
 import json
 import math
+import statistics
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,6 +51,26 @@ class SweepMember:
 
 
 @dataclass(frozen=True)
+class SweepPoint:
+    """One setting at one ratio: accuracies of its seeds over `n` questions, percent."""
+
+    setting: str
+    ratio: float
+    accuracies: tuple[float, ...]
+    n: int
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def sd(self) -> float | None:
+        """Sample standard deviation over seeds; None for a single one."""
+        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
+
+
+@dataclass(frozen=True)
 class Sweep:
     """Members of one sweep, sorted by setting, ratio, seed.
 
@@ -66,13 +87,25 @@ class Sweep:
         """Distinct settings, in order."""
         return tuple(dict.fromkeys(member.setting for member in self.members))
 
-    def curve(self, setting: str) -> dict[float, list[float]]:
-        """Accuracies of the seeds at each ratio, rising in ratio."""
-        points: dict[float, list[float]] = {}
+    @property
+    def points(self) -> tuple[SweepPoint, ...]:
+        """Seeds gathered: settings in order, rising in ratio."""
+        groups: dict[tuple[str, float], list[SweepMember]] = {}
         for member in self.members:
-            if member.setting == setting:
-                points.setdefault(member.ratio, []).append(member.accuracy)
-        return points
+            groups.setdefault((member.setting, member.ratio), []).append(member)
+        return tuple(
+            SweepPoint(setting, ratio, tuple(m.accuracy for m in members), members[0].n)
+            for (setting, ratio), members in groups.items()
+        )
+
+    def curve(self, setting: str) -> tuple[SweepPoint, ...]:
+        """The points of one setting, rising in ratio."""
+        return tuple(point for point in self.points if point.setting == setting)
+
+    @property
+    def varies_ratio(self) -> bool:
+        """Whether any setting was trained at several ratios."""
+        return any(len(self.curve(setting)) > 1 for setting in self.settings)
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def gather(folder: Path) -> Results:
     if not runs:
         raise TableError(
             f"{folder} holds no finished run ({'; '.join(problems) or 'no test.json in it'}); "
-            "train one first: python -m train fit --config CONFIG, then python -m train evaluate --config CONFIG"
+            "train one first: python -m train fit --config CONFIG"
         )
     rows: list[Row] = []
     for model, split in sorted({(run.model, run.split) for run in runs}, key=_row_key):

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -361,7 +362,24 @@ def test_pickled_selection_is_refused(tmp_path: Path) -> None:
         read_selection(path)
 
 
-def test_sweep_members_know_their_setting(tmp_path: Path) -> None:
+def test_sweep_points_gather_the_seeds(tmp_path: Path) -> None:
     sweep = read_sweep(write_sweep(tmp_path, seeds=2) / "sweep.json")
     assert sweep.settings == ("",)
-    assert sweep.curve("") == {0.1: [41.0, 42.0], 0.25: [42.5, 43.5], 1.0: [50.0, 51.0]}
+    assert [(p.ratio, p.accuracies, p.mean) for p in sweep.curve("")] == [
+        (0.1, (41.0, 42.0), 41.5),
+        (0.25, (42.5, 43.5), 43.0),
+        (1.0, (50.0, 51.0), 50.5),
+    ]
+    assert sweep.points[0].sd == pytest.approx(0.7071, abs=1e-4)
+    assert sweep.varies_ratio
+
+
+@pytest.mark.usefixtures("no_decoding")
+def test_a_sweep_of_other_options_is_a_table_without_a_plot(copy: Path, made: tuple[Config, Path]) -> None:
+    member = {"ratio": 0.25, "seed": 0, "open": 1.0, "binary": 2.0, "all": 33.125, "n": 24, "dir": "none"}
+    members = [member | {"overrides": {"head.coarse": coarse, "train.seed": 0}} for coarse in (True, False)]
+    sweep = {"name": "parts", "split": "direct", "model": "psa", "members": members}
+    (copy / "sweeps/ratio_direct/sweep.json").write_text(json.dumps(sweep))
+    page = write_report(made[0], copy).read_text()
+    assert "Accuracy against the selection ratio" not in page
+    assert re.search(r"head.coarse False</td><td>0.25</td><td>1</td><td>33.1[23]</td><td>24</td>", page)
