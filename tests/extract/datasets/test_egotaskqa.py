@@ -1,0 +1,188 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.schema import DataConfig
+from extract.datasets import Dataset, DatasetError, load_dataset
+from extract.datasets.egotaskqa import read_questions
+from extract.datasets.records import answer_vocabulary
+
+RECORD = {
+    "question": "What does the person do?",
+    "answer": "Open Fridge",
+    "answer_encode": 2,
+    "question_id": 0,
+    "video_id": 3,
+    "interval": "k1|P1|10|95",
+    "type": ["world", "intent"],
+    "category": ["descriptive"],
+    "semantic": "action",
+    "structural": "query",
+    "reference": "direct",
+    "reasoning_type": "world$intent$descriptive$action$query$direct",
+}
+VERIFY = {**RECORD, "question_id": 1, "question": "Is it open?", "answer": "yes", "answer_encode": 3}
+VERIFY |= {"structural": "verify", "reasoning_type": "world$verify", "interval": "k2|P2|0|40"}
+
+
+def write(path: Path, records: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(records if isinstance(records, str) else json.dumps(records))
+    return path
+
+
+def released(root: Path, split: str = "direct", folder: str = "qa", name: str = "formatted_{}_qas_encode.json") -> Path:
+    for part in ("train", "val", "test"):
+        write(root / folder / split / name.format(part), [RECORD, VERIFY])
+    write(root / folder / split / "answer_set.txt", "<UNK0>\n<UNK1>\nopen fridge\nyes\n")
+    return root
+
+
+def load(root: Path, split: str = "direct") -> Dataset:
+    return load_dataset(DataConfig(root=root, split=split))  # type: ignore[arg-type]
+
+
+def faults(root: Path, split: str = "direct") -> list[str]:
+    with pytest.raises(DatasetError) as caught:
+        load(root, split)
+    assert str(caught.value) == "\n".join(caught.value.problems)
+    return [line.replace(str(root), "ROOT") for line in caught.value.problems]
+
+
+def test_released_layout(tmp_path: Path) -> None:
+    dataset = load(released(tmp_path))
+    assert [clip.clip_id for clip in dataset.clips] == ["k1|P1|10|95", "k2|P2|0|40"]
+    assert dataset.clips[0].video == tmp_path / "qa_videos" / "k1|P1|10|95.mp4"
+    assert dataset.answers == ("<UNK0>", "<UNK1>", "open fridge", "yes")
+    first, second = dataset.questions["train"]
+    assert (first.question_id, first.answer, first.form, first.encoded) == ("0", "open fridge", "open", 2)
+    assert first.tags == ("world", "intent", "descriptive", "action", "query", "direct")
+    assert second.form == "binary"
+    assert dataset.texts == ("Is it open?", "What does the person do?")
+    assert [dataset.class_of(answer) for answer in ("Open Fridge ", "no")] == [2, 1]
+
+
+@pytest.mark.parametrize("name", ["formatted_{}_qas_encode.json", "{}_qas_encode.json", "{}_qas.json"])
+@pytest.mark.parametrize("folder", ["qa", "qa_ori"])
+def test_layouts_in_the_wild(tmp_path: Path, folder: str, name: str) -> None:
+    assert load(released(tmp_path, folder=folder, name=name)).questions["test"][0].question_id == "0"
+
+
+def test_clips_and_texts_of_the_other_split_are_part_of_the_store(tmp_path: Path) -> None:
+    released(tmp_path)
+    other = {**RECORD, "interval": "k9|P1|0|5", "question": "Why?"}
+    write(tmp_path / "qa/indirect/formatted_test_qas_encode.json", [other])
+    dataset = load(tmp_path)
+    assert "k9|P1|0|5" in [clip.clip_id for clip in dataset.clips]
+    assert "Why?" in dataset.texts
+    assert all(question.text != "Why?" for part in dataset.questions.values() for question in part)
+
+
+def test_raw_files_without_encoded_answers_and_tags(tmp_path: Path) -> None:
+    raw = {k: v for k, v in RECORD.items() if k not in ("answer_encode", "reasoning_type")}
+    answers = ["cup", "Cup", "Cup", "no", "no", "no"]
+    records = [{**raw, "question_id": i, "answer": answer} for i, answer in enumerate(answers)]
+    for part in ("train", "val", "test"):
+        write(tmp_path / f"qa/direct/{part}_qas.json", records)
+    dataset = load(tmp_path)
+    assert dataset.answers == ("<UNK0>", "<UNK1>", "no", "cup")
+    assert dataset.questions["val"][0].tags == ("world", "intent", "descriptive", "action", "query", "direct")
+    assert dataset.questions["val"][0].encoded is None
+
+
+def test_answer_vocabulary_keeps_the_most_frequent() -> None:
+    assert answer_vocabulary(["b", "A", "A", "c"], limit=2) == ("<UNK0>", "<UNK1>", "a", "b")
+
+
+def test_digits_in_a_string_are_a_class(tmp_path: Path) -> None:
+    path = write(tmp_path / "train_qas_encode.json", [{**RECORD, "answer_encode": "2"}])
+    assert read_questions(path)[0].encoded == 2
+
+
+def test_nothing_there_names_each_file(tmp_path: Path) -> None:
+    lines = faults(tmp_path, "indirect")
+    assert len(lines) == 3
+    assert lines[1] == (
+        "ROOT/qa/indirect/formatted_val_qas_encode.json: no such file; expected EgoTaskQA's val questions of the "
+        "indirect split there (or val_qas_encode.json, val_qas.json, or the folder qa_ori/); "
+        "check data.root, which is 'ROOT'"
+    )
+
+
+def test_truncated_json_names_line_and_column(tmp_path: Path) -> None:
+    released(tmp_path)
+    text = json.dumps([RECORD, VERIFY], indent=1)
+    write(tmp_path / "qa/direct/formatted_val_qas_encode.json", text[: len(text) // 2])
+    (line,) = faults(tmp_path)
+    assert line.startswith("ROOT/qa/direct/formatted_val_qas_encode.json:line 1")
+    assert "not valid JSON" in line
+    assert line.endswith("the file may be cut short, fetch it again")
+
+
+def test_every_malformed_record_of_every_file_is_listed(tmp_path: Path) -> None:
+    released(tmp_path)
+    without = {key: value for key, value in RECORD.items() if key != "question"}
+    bad = [
+        RECORD,
+        "text",
+        without,
+        {**RECORD, "question_id": 2, "answer": " "},
+        {**RECORD, "question_id": 3, "structural": "guess"},
+        {**RECORD, "question_id": 4, "interval": "../../etc"},
+        {**RECORD, "question_id": 5, "interval": "a" * 300},
+        {**RECORD, "question_id": 6, "answer_encode": -1},
+        {**RECORD, "question_id": [7]},
+        {**RECORD, "question_id": 8, "reasoning_type": None},
+        {**RECORD, "question_id": 9, "question": "\ud800?"},
+        RECORD,
+    ]
+    write(tmp_path / "qa/direct/formatted_train_qas_encode.json", bad)
+    write(tmp_path / "qa/direct/formatted_test_qas_encode.json", {"not": "a list"})
+    file = "ROOT/qa/direct/formatted_train_qas_encode.json"
+    assert faults(tmp_path) == [
+        f"{file}:record 1: holds a string; expected an object",
+        f"{file}:record 2: 'question' is missing; expected text",
+        f"{file}:record 3: 'answer' is ' '; expected text",
+        f"{file}:record 4: 'structural' is 'guess'; expected 'query' or 'verify'",
+        f"{file}:record 5: 'interval' is '../../etc'; expected a name without slashes and control characters",
+        f"{file}:record 6: 'interval' has 300 bytes; expected at most 240",
+        f"{file}:record 7: 'answer_encode' is -1; expected a class, a whole number from 0",
+        f"{file}:record 8: 'question_id' is [7]; expected a string or a whole number",
+        f"{file}:record 9: 'reasoning_type' is None; expected text",
+        f"{file}:record 10: 'question' is '\\ud800?'; expected text without lone surrogates",
+        f"{file}:record 11: question_id '0' is used twice; expected unique ids",
+        "ROOT/qa/direct/formatted_test_qas_encode.json: holds a JSON object; expected a list of question records",
+    ]
+
+
+def test_class_outside_the_answer_set(tmp_path: Path) -> None:
+    released(tmp_path)
+    write(tmp_path / "qa/direct/formatted_val_qas_encode.json", [RECORD, {**VERIFY, "answer_encode": 4}])
+    assert faults(tmp_path) == [
+        "ROOT/qa/direct/formatted_val_qas_encode.json:record 1: 'answer_encode' is 4; the answer set has classes 0 to 3"
+    ]
+
+
+def test_bad_answer_set(tmp_path: Path) -> None:
+    write(released(tmp_path) / "qa/direct/answer_set.txt", "yes\nno\nyes\n")
+    assert faults(tmp_path) == [
+        "ROOT/qa/direct/answer_set.txt:3: answer 'yes' stands on line 1 too; expected each once",
+        "ROOT/qa/direct/answer_set.txt:1: no line <UNK1>; expected the released answer set, which starts with it",
+    ]
+
+
+def test_not_utf8_and_folder_in_place_of_file(tmp_path: Path) -> None:
+    path = tmp_path / "train_qas.json"
+    path.write_bytes(b'["\xff"]')
+    with pytest.raises(DatasetError, match=r"train_qas.json:byte 2: not UTF-8 text; expected an EgoTaskQA annotation"):
+        read_questions(path)
+    with pytest.raises(DatasetError, match=r"cannot be read .Is a directory.; expected an EgoTaskQA annotation file"):
+        read_questions(tmp_path)
+
+
+def test_numbers_and_nesting_without_end(tmp_path: Path) -> None:
+    for text in ("[" + "9" * 5000 + "]", "[" * 100000):
+        with pytest.raises(DatasetError, match=r"train_qas.json: cannot be parsed as JSON"):
+            read_questions(write(tmp_path / "train_qas.json", text))

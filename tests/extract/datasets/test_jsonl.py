@@ -1,0 +1,111 @@
+from pathlib import Path
+
+import pytest
+
+from configs.schema import DataConfig
+from extract.datasets import Clip, Dataset, DatasetError, load_dataset
+
+CLIPS = """{"clip_id": "b", "video": "videos/b.mp4", "start_s": 1, "end_s": 2.5}
+
+{"clip_id": "a", "video": "/elsewhere/a.mp4"}
+"""
+QUESTIONS = """{"question_id": 7, "clip_id": "a", "question": "What?", "answer": "Cup", "part": "train"}
+{"question_id": "8", "clip_id": "b", "question": "Open?", "answer": "yes", "part": "val", "tags": ["world"]}
+{"question_id": "9", "clip_id": "b", "question": "What?", "answer": "yes", "part": "test", "form": "open"}
+"""
+
+
+def load(root: Path, clips: str | None = CLIPS, questions: str | None = QUESTIONS) -> Dataset:
+    for name, text in (("clips.jsonl", clips), ("questions.jsonl", questions)):
+        if text is not None:
+            (root / name).write_text(text)
+    return load_dataset(DataConfig(name="jsonl", root=root))
+
+
+def faults(root: Path, clips: str | None = CLIPS, questions: str | None = QUESTIONS) -> list[str]:
+    with pytest.raises(DatasetError) as caught:
+        load(root, clips, questions)
+    return [line.replace(str(root), "ROOT") for line in caught.value.problems]
+
+
+def test_clips_and_questions(tmp_path: Path) -> None:
+    dataset = load(tmp_path)
+    assert dataset.clips == (
+        Clip("a", Path("/elsewhere/a.mp4")),
+        Clip("b", tmp_path / "videos/b.mp4", 1.0, 2.5),
+    )
+    assert dataset.answers == ("<UNK0>", "<UNK1>", "cup")
+    assert dataset.texts == ("Open?", "What?")
+    parts = {part: [(q.question_id, q.form, q.tags) for q in qs] for part, qs in dataset.questions.items()}
+    assert parts == {
+        "train": [("7", "open", ())],
+        "val": [("8", "binary", ("world",))],
+        "test": [("9", "open", ())],
+    }
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    assert faults(tmp_path, None, None) == [
+        "ROOT/clips.jsonl: no such file; expected the clips, one JSON object a line (data.clips)"
+    ]
+    assert faults(tmp_path, CLIPS, None) == [
+        "ROOT/questions.jsonl: no such file; expected the questions, one JSON object a line (data.questions)"
+    ]
+
+
+def test_no_clip(tmp_path: Path) -> None:
+    assert faults(tmp_path, "\n", "") == ["ROOT/clips.jsonl: holds no clip; expected one JSON object a line"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("[]", "holds a list; expected an object"),
+        ('{"clip_id": "c"', "not valid JSON (Expecting ',' delimiter at column 16); expected one object on the line"),
+        ('{"clip_id": "c", "video": "v", "start": 1}', "unknown key 'start'; did you mean 'start_s'?"),
+        ('{"clip_id": "c", "video": "v", "x": 1}', "unknown key 'x'; the keys are clip_id, video, start_s, end_s"),
+        ('{"clip_id": "c"}', "'video' is missing; expected text"),
+        ('{"clip_id": "", "video": "v"}', "'clip_id' is ''; expected text"),
+        ('{"clip_id": "a/b", "video": "v"}', "'clip_id' is 'a/b'; expected a name without slashes"),
+        ('{"clip_id": "c", "video": "v", "start_s": "1"}', "'start_s' is '1'; expected a number of seconds or null"),
+        ('{"clip_id": "c", "video": "v", "start_s": NaN}', "'start_s' is nan; expected a number of seconds or null"),
+        ('{"clip_id": "c", "video": "v", "end_s": true}', "'end_s' is True; expected a number of seconds or null"),
+        ('{"clip_id": "c", "video": "v", "start_s": -1}', "start_s is -1.0; expected seconds from the video's start"),
+        ('{"clip_id": "c", "video": "v", "start_s": 2, "end_s": 2}', "end_s is 2.0; expected more than start_s"),
+        ('{"clip_id": "a", "video": "v"}', "clip_id 'a' is used twice; expected unique ids"),
+    ],
+)
+def test_malformed_clip(tmp_path: Path, line: str, reason: str) -> None:
+    (fault,) = faults(tmp_path, CLIPS + line)
+    assert fault.startswith(f"ROOT/clips.jsonl:4: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (('"a"', '"zz"'), "clip_id 'zz' is not a clip of ROOT/clips.jsonl; add it there"),
+        (('"train"', '"trian"'), "'part' is 'trian'; expected train, val or test"),
+        (('"part": "train"', '"form": "x"'), "'part' is None; expected train, val or test"),
+        (('"train"', '"train", "form": "x"'), "'form' is 'x'; expected open or binary"),
+        (('"train"', '"train", "tags": [1]'), "'tags' is [1]; expected a list of strings"),
+        (('"train"', '"train", "anser": 1'), "unknown key 'anser'; did you mean 'answer'?"),
+        (('"Cup"', "null"), "'answer' is None; expected text"),
+        (("7", '"8"'), None),
+    ],
+)
+def test_malformed_question(tmp_path: Path, change: tuple[str, str], reason: str | None) -> None:
+    first, rest = QUESTIONS.split("\n", 1)
+    fault = faults(tmp_path, CLIPS, f"{first.replace(*change)}\n{rest}")
+    if reason is None:
+        assert fault == ["ROOT/questions.jsonl:2: question_id '8' is used twice; expected unique ids"]
+    else:
+        assert fault == [f"ROOT/questions.jsonl:1: {reason}"]
+
+
+def test_all_faults_of_both_files_come_at_once(tmp_path: Path) -> None:
+    lines = faults(tmp_path, CLIPS + "1\n2\n", QUESTIONS + "3\n")
+    assert [line.split(" ")[0] for line in lines] == [
+        "ROOT/clips.jsonl:4:",
+        "ROOT/clips.jsonl:5:",
+        "ROOT/questions.jsonl:4:",
+    ]
