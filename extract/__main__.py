@@ -142,10 +142,10 @@ def _standin(args: Sequence[str]) -> int:
     write_standin(
         config.encoder.arch,
         config.encoder.checkpoint,
-        Path(config.text.model),
         texts=load_dataset(config.data).texts,
-        num_frames=config.video.frames,
+        frames=config.video.frames,
         size=config.video.size,
+        tokenizer=config.text.model,
     )
     print(
         f"{config.encoder.checkpoint}: a RANDOM-WEIGHT stand-in in {config.encoder.arch}'s file format;"
@@ -165,7 +165,12 @@ def _synth(args: Sequence[str]) -> int:
     from extract.progress import meter
 
     with meter("render", options.clips, "clips") as shown:
-        render(options.out, clips=options.clips, seed=options.seed, progress=shown.advance)
+        render(
+            options.out,
+            clips=options.clips,
+            seed=options.seed,
+            progress=lambda done, total: shown.advance(done - shown.done),
+        )
     return 0
 
 

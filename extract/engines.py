@@ -9,7 +9,7 @@ import torch
 
 from configs.schema import Config
 from extract.datasets import Clip
-from extract.encoders import VideoEncoder
+from extract.encoders import VideoEncoder, load_checkpoint
 from extract.worker import Tally, encode_shards, load_encoder
 from features import ShardWork, Store, open_store
 
@@ -58,7 +58,7 @@ def _clips_of(works: Sequence[ShardWork], clips: Mapping[str, Clip]) -> dict[str
 def _worker(config: Config, rank: int, works: Sequence[ShardWork], clips: Mapping[str, Clip], decoders: int) -> Tally:
     # One GPU each, round and round where there are more workers than GPUs.
     device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else None
-    encoder = load_encoder(config, device)
+    encoder = load_encoder(config, load_checkpoint(config.encoder.checkpoint), device)
     store = open_store(config.store.path)
     return encode_shards(config, encoder, store, works, clips, decoders, lambda clips, nbytes: None)
 

@@ -5,15 +5,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from configs.schema import Config
-from extract.encoders import Tokenizer
 from extract.transforms import TRANSFORM
 from features import Fingerprint
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def video_fingerprint(config: Config, checkpoint_sha256: str) -> Fingerprint:
@@ -37,19 +30,29 @@ def video_fingerprint(config: Config, checkpoint_sha256: str) -> Fingerprint:
     )
 
 
-def text_fingerprint(config: Config, checkpoint_sha256: str, tokenizer: Tokenizer) -> Fingerprint:
+def text_fingerprint(config: Config, checkpoint_sha256: str) -> Fingerprint:
     """Fingerprint of the questions' states."""
     return Fingerprint(
         {
             "arch": config.encoder.arch,
             "checkpoint": checkpoint_sha256,
             "depth": text_depth(config),
-            "tokenizer": tokenizer.digest,
+            "tokenizer": _tokenizer_digest(config.text.model),
             "max_length": config.text.max_length,
             "compute_dtype": "float32",
             "stored_dtype": config.store.dtype,
         }
     )
+
+
+def _tokenizer_digest(model: str) -> str:
+    folder = Path(model)
+    if not folder.is_dir():
+        return f"hub {model}"
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def text_depth(config: Config) -> int:

@@ -12,9 +12,9 @@ import torch
 from configs.schema import Config
 from extract.datasets import Clip, Dataset, load_dataset
 from extract.decode import DecodePool, PreparedClip
+from extract.encoders import load_checkpoint
 from extract.engines import decoder_count, worker_count
 from extract.fingerprints import video_fingerprint
-from extract.run import file_sha256_or_error
 from extract.worker import load_encoder
 from features import Store, StoreSpec, open_store
 
@@ -58,11 +58,12 @@ def make_plan(config: Config, probe: int) -> Plan:
         DatasetError, CheckpointError, StoreError: as `extract.run.extract_features`.
     """
     dataset = load_dataset(config.data)
-    fingerprint = video_fingerprint(config, file_sha256_or_error(config.encoder.checkpoint))
+    checkpoint = load_checkpoint(config.encoder.checkpoint)
+    fingerprint = video_fingerprint(config, checkpoint.sha256)
     store = open_store(config.store.path, expect=fingerprint) if config.store.path.exists() else None
     todo = _todo(dataset, store)
     present = [clip for clip in todo if clip.video.is_file()]
-    encoder = load_encoder(config)
+    encoder = load_encoder(config, checkpoint)
     row_bytes = _row_bytes(
         StoreSpec.for_patches(
             config.video.frames, encoder.grid, encoder.width, config.store.dtype, config.store.shard, encoder.coarse
@@ -131,10 +132,12 @@ def _existing_parent(path: Path) -> Path:
 
 def _probe(config: Config, encoder: torch.nn.Module, sample: list[Clip]) -> float:
     """Seconds a clip: the slower of decoding (children together) and encoding, since they overlap."""
-    decode_started = time.perf_counter()
     with DecodePool(config.video, decoder_count(config, worker_count(config))) as pool:
+        for _ in pool.map(sample):  # starting the children is not part of the rate
+            pass
+        decode_started = time.perf_counter()
         prepared = [one for one in pool.map(sample) if isinstance(one, PreparedClip)]
-    decode = (time.perf_counter() - decode_started) / len(sample)
+        decode = (time.perf_counter() - decode_started) / len(sample)
     if not prepared:
         return decode
     device = next(encoder.parameters()).device

@@ -1,17 +1,18 @@
 """Stage one: every clip and every question of a data set, encoded once and stored."""
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from configs.schema import Config, ConfigError
+from configs.schema import Config
 from extract.datasets import Dataset, load_dataset
-from extract.encoders import TextEncoder, Tokenizer, VideoEncoder, load_text_encoder, load_tokenizer
+from extract.encoders import Checkpoint, VideoEncoder, load_checkpoint, load_text_encoder, load_tokenizer
+from extract.encoders.text import TextEncoder, Tokenizer
 from extract.engines import encode_with_engine
-from extract.fingerprints import file_sha256, text_depth, text_fingerprint, video_fingerprint
+from extract.fingerprints import text_depth, text_fingerprint, video_fingerprint
 from extract.progress import meter
 from extract.worker import Tally, device_of, load_encoder
 from features import Store, StoreSpec, create_store
@@ -50,10 +51,10 @@ def extract_features(config: Config, retry: bool = False) -> Outcome:
         TooManyErrors: more clips failed than `engine.max_errors`; what was committed stays.
     """
     dataset = load_dataset(config.data)
-    checkpoint_sha256 = file_sha256_or_error(config.encoder.checkpoint)
-    encoder = load_encoder(config)
-    store = create_clip_store(config, dataset, encoder, checkpoint_sha256)
-    texts = _encode_texts(config, dataset, checkpoint_sha256)
+    checkpoint = load_checkpoint(config.encoder.checkpoint)
+    encoder = load_encoder(config, checkpoint)
+    store = create_clip_store(config, dataset, encoder, checkpoint)
+    texts = _encode_texts(config, dataset, checkpoint)
     works = store.missing_shards(retry_quarantined=retry)
     clips = {clip.clip_id: clip for clip in dataset.clips}
     # A store may hold clips of a larger data set; only those of this one have videos to encode.
@@ -71,21 +72,7 @@ def extract_features(config: Config, retry: bool = False) -> Outcome:
     )
 
 
-def file_sha256_or_error(checkpoint: Path) -> str:
-    """SHA-256 of the checkpoint.
-
-    Raises:
-        ConfigError: says which option names it.
-    """
-    if not checkpoint.is_file():
-        raise ConfigError(
-            f"encoder.checkpoint is {str(checkpoint)!r}; no such file. Download it (README, Preparation) or correct"
-            " the path"
-        )
-    return file_sha256(checkpoint)
-
-
-def create_clip_store(config: Config, dataset: Dataset, encoder: VideoEncoder, checkpoint_sha256: str) -> Store:
+def create_clip_store(config: Config, dataset: Dataset, encoder: VideoEncoder, checkpoint: Checkpoint) -> Store:
     """The store of `config`, made or opened, with a row for every clip of `dataset`.
 
     Raises:
@@ -100,17 +87,17 @@ def create_clip_store(config: Config, dataset: Dataset, encoder: VideoEncoder, c
         coarse=encoder.coarse,
     )
     ids = [clip.clip_id for clip in dataset.clips]
-    fingerprint = video_fingerprint(config, checkpoint_sha256)
+    fingerprint = video_fingerprint(config, checkpoint.sha256)
     return create_store(config.store.path, spec, fingerprint, ids, format=config.store.format)
 
 
-def _encode_texts(config: Config, dataset: Dataset, checkpoint_sha256: str) -> int:
+def _encode_texts(config: Config, dataset: Dataset, checkpoint: Checkpoint) -> int:
     """Encode the questions that the text store misses; returns how many it holds."""
     tokenizer = load_tokenizer(config.text.model, config.text.max_length)
-    encoder = load_text_encoder(config.encoder.arch, config.encoder.checkpoint, depth=text_depth(config))
+    encoder = load_text_encoder(config.encoder.arch, checkpoint, depth=text_depth(config))
     encoder = encoder.to(device_of(config.encoder.device)).eval()
     spec = StoreSpec.for_text(config.text.max_length, encoder.width, config.store.dtype)
-    fingerprint = text_fingerprint(config, checkpoint_sha256, tokenizer)
+    fingerprint = text_fingerprint(config, checkpoint.sha256)
     store = create_store(config.store.path / "text", spec, fingerprint, dataset.texts, format=config.store.format)
     works = store.missing_shards()
     if works:
@@ -121,7 +108,8 @@ def _encode_texts(config: Config, dataset: Dataset, checkpoint_sha256: str) -> i
                     texts = work.ids[start : start + TEXT_BATCH]
                     rows |= _encode_text_batch(config, encoder, tokenizer, texts)
                     shown.advance(len(texts))
-                store.write_shard(work.shard, rows, {})
+                sources = {text: hashlib.sha256(text.encode()).hexdigest() for text in work.ids}
+                store.write_shard(work.shard, rows, sources)
     return len(store.clip_ids)
 
 

@@ -9,7 +9,7 @@ import torch
 from configs.schema import Config, ConfigError
 from extract.datasets import Clip
 from extract.decode import DecodePool, PreparedClip, UndecodedClip
-from extract.encoders import VideoEncoder, load_video_encoder
+from extract.encoders import Checkpoint, VideoEncoder, load_video_encoder
 from features import Failure, PatchTokens, ShardOwned, ShardWork, Store
 
 
@@ -31,7 +31,7 @@ class Tally:
         )
 
 
-def load_encoder(config: Config, device: str | None = None) -> VideoEncoder:
+def load_encoder(config: Config, checkpoint: Checkpoint, device: str | None = None) -> VideoEncoder:
     """The frozen video encoder in evaluation mode, on `device` or else on `encoder.device`.
 
     Raises:
@@ -40,7 +40,7 @@ def load_encoder(config: Config, device: str | None = None) -> VideoEncoder:
     """
     encoder = load_video_encoder(
         config.encoder.arch,
-        config.encoder.checkpoint,
+        checkpoint,
         num_frames=config.video.frames,
         depth=config.encoder.depth,
         path=config.encoder.path,
