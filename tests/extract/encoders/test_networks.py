@@ -1,0 +1,189 @@
+"""The fast modules against the plain reference, on tiny networks and inputs of many shapes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from extract.encoders import load_text_encoder, load_video_encoder, reference
+from extract.encoders.checkpoint import CheckpointError
+from extract.encoders.spacetime import divided_attention
+from extract.encoders.video_encoder import resize_time
+from tests.extract.encoders.networks import relative, sequence, tiny
+
+CLOSE = 1e-5
+
+
+@pytest.mark.parametrize(("frames", "size", "width", "batch"), [(1, 64, 64, 1), (3, 64, 128, 2), (5, 80, 192, 3)])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_question_answering_path(tmp_path: Path, frames: int, size: int, width: int, batch: int, depth: int) -> None:
+    checkpoint = tiny(tmp_path, frames=frames, size=size, width=width)
+    video = torch.randn(batch, frames, 3, size, size)
+    tokens = load_video_encoder("egovlpv2", checkpoint, frames, depth)(video)
+    expected, logits = reference.encode(checkpoint.tensors, video, depth)
+    assert relative(sequence(tokens), expected) < CLOSE
+    assert relative(tokens.saliency.flatten(1), logits[:, 1:]) < CLOSE
+
+
+@pytest.mark.parametrize("depth", [3, 4])
+def test_video_only_path_and_its_final_norm(tmp_path: Path, depth: int) -> None:
+    checkpoint = tiny(tmp_path)
+    video = torch.randn(2, 3, 3, 64, 64)
+    encoder = load_video_encoder("egovlpv2", checkpoint, 3, depth, "dual")
+    expected, _ = reference.encode(checkpoint.tensors, video, depth, "dual")
+    if depth == 4:
+        expected = reference.norm(checkpoint.tensors, "video_model.norm", expected, 1e-5)
+    assert relative(sequence(encoder(video)), expected) < CLOSE
+    if depth == 4:
+        assert encoder.project(encoder(video).cls).shape == (2, 32)
+    else:
+        with pytest.raises(ValueError, match="project has no meaning at depth 3"):
+            encoder.project(encoder(video).cls)
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_egovlp(tmp_path: Path, depth: int) -> None:
+    checkpoint = tiny(tmp_path, "egovlp")
+    video = torch.randn(2, 3, 3, 64, 64)
+    expected, _ = reference.encode(checkpoint.tensors, video, depth, "dual", eps=1e-6)
+    if depth == 4:
+        expected = reference.norm(checkpoint.tensors, "video_model.norm", expected, 1e-6)
+    assert relative(sequence(load_video_encoder("egovlp", checkpoint, 3, depth)(video)), expected) < CLOSE
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("size", [64, 128])
+def test_mfas_towers(tmp_path: Path, variant: str, size: int) -> None:
+    checkpoint = tiny(tmp_path, "mfas", size=size)
+    video = torch.randn(2, 3, 3, size, size)
+    growth = reference.PAPER if variant == "paper" else reference.RELEASED
+    fine, coarse, over_fine, over_coarse = reference.mfas_encode(checkpoint.tensors, video, 2, growth)
+    tokens = load_video_encoder("mfas", checkpoint, 3, 2, variant=variant)(video)
+    assert tokens.coarse is not None
+    assert tokens.coarse_saliency is not None
+    assert relative(sequence(tokens), fine) < CLOSE
+    assert relative(tokens.coarse.flatten(1, 2), coarse[:, 1:]) < CLOSE
+    assert relative(tokens.saliency, over_fine) < CLOSE
+    assert relative(tokens.coarse_saliency, over_coarse) < CLOSE
+
+
+def test_mfas_from_egovlpv2_starts_as_egovlpv2(tmp_path: Path) -> None:
+    checkpoint = tiny(tmp_path)
+    video = torch.randn(1, 3, 3, 64, 64)
+    plain = load_video_encoder("egovlpv2", checkpoint, 3, 2)(video)
+    start = load_video_encoder("mfas", checkpoint, 3, 2)(video)
+    assert relative(sequence(start), sequence(plain)) < CLOSE
+    # The coarse tower is a copy of the fine one: pooled positioned tokens through the same blocks.
+    coarse = reference.halve(reference.embed(checkpoint.tensors, video, "cls_token"), 3)
+    for i in range(2):
+        coarse, _ = reference.block(checkpoint.tensors, f"video_model.blocks.{i}", coarse, 3, 1e-5)
+    assert start.coarse is not None
+    assert relative(start.coarse.flatten(1, 2), coarse[:, 1:]) < CLOSE
+
+
+@pytest.mark.parametrize("axis", ["time", "space"])
+def test_attention_over_kept_tokens_only(axis: str) -> None:
+    width, frames, patches = 64, 3, 5
+    p = {
+        "a.qkv.weight": torch.randn(3 * width, width) / 8,
+        "a.qkv.bias": torch.randn(3 * width),
+        "a.proj.weight": torch.eye(width),
+        "a.proj.bias": torch.zeros(width),
+    }
+    x = torch.randn(2, 1 + frames * patches, width)
+    keep = torch.rand(2, 1 + frames * patches) < 0.6
+    keep[:, 0] = True
+    additive = torch.where(keep, 1.0, -1e5)
+    expected, logits = reference.divided(p, "a", x, frames, axis, additive)
+    got, tapped = divided_attention(reference.linear(p, "a.qkv", x), 1, frames, axis, keep, tap=True)
+    assert relative(got, expected) < CLOSE
+    assert relative(tapped, logits) < CLOSE
+
+
+def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
+    checkpoint = tiny(tmp_path)
+    video = torch.randn(2, 3, 3, 64, 64)
+    exact = load_video_encoder("egovlpv2", checkpoint, 3, 2)(video)
+    fast = load_video_encoder("egovlpv2", checkpoint, 3, 2, dtype=torch.bfloat16)(video)
+    assert fast.patches.dtype == torch.bfloat16
+    assert fast.saliency.dtype == torch.float32
+    assert relative(sequence(fast), sequence(exact)) < 1e-2
+
+
+def test_same_clip_alone_or_in_a_batch(tmp_path: Path) -> None:
+    encoder = load_video_encoder("egovlpv2", tiny(tmp_path), 3, 2)
+    video = torch.randn(4, 3, 3, 64, 64)
+    assert relative(sequence(encoder(video))[2:3], sequence(encoder(video[2:3]))) < 1e-6
+
+
+def test_temporal_positions_for_another_number_of_frames() -> None:
+    have = torch.randn(1, 4, 8)
+    assert torch.equal(resize_time(have, 3, "interpolate"), have[:, :3])
+    more = resize_time(have, 16, "interpolate")
+    torch.testing.assert_close(more[:, [0, 5, 10, 15]], have)  # aligned corners: every fifth one is an old one
+    torch.testing.assert_close(more[:, 1], have[:, 0] * 0.8 + have[:, 1] * 0.2)
+    zeros = resize_time(have, 16, "zeros")
+    assert torch.equal(zeros[:, :4], have)
+    assert not zeros[:, 4:].any()
+
+
+def test_more_frames_than_the_checkpoint_has(tmp_path: Path) -> None:
+    checkpoint = tiny(tmp_path)
+    encoder = load_video_encoder("egovlpv2", checkpoint, 7, 2)
+    video = torch.randn(1, 7, 3, 64, 64)
+    p = dict(checkpoint.tensors)
+    p["video_model.temporal_embed"] = resize_time(p["video_model.temporal_embed"], 7, "interpolate")
+    assert relative(sequence(encoder(video)), reference.encode(p, video, 2)[0]) < CLOSE
+
+
+def test_text_network_reads_questions_without_their_padding(tmp_path: Path) -> None:
+    for arch in ("egovlpv2", "egovlp"):
+        encoder = load_text_encoder(arch, tiny(tmp_path, arch), 2)
+        ids = torch.tensor([[0, 9, 12, 2, 1, 1]])
+        mask = torch.tensor([[True, True, True, True, False, False]])
+        padded = encoder(ids, mask)
+        assert padded.shape == (1, 6, 128)
+        torch.testing.assert_close(padded[:, :4], encoder(ids[:, :4], mask[:, :4]), atol=1e-5, rtol=1e-5)
+        with pytest.raises(ValueError, match="project has no meaning at depth 2"):
+            encoder.project(padded[:, 0])
+
+
+def test_sizes_are_read_from_the_checkpoint(tmp_path: Path) -> None:
+    encoder = load_video_encoder("egovlpv2", tiny(tmp_path, width=64, size=80), 3, 2)
+    assert (encoder.grid, encoder.width, encoder.depth, encoder.num_frames, encoder.size) == ((5, 5), 64, 2, 3, 80)
+
+
+def test_frames_of_another_shape_are_refused(tmp_path: Path) -> None:
+    encoder = load_video_encoder("egovlpv2", tiny(tmp_path), 3, 2)
+    with pytest.raises(
+        ValueError, match=r"frames has shape \(1, 4, 3, 64, 64\); this encoder takes \[B, 3, 3, 64, 64\]"
+    ):
+        encoder(torch.zeros(1, 4, 3, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"arch": "vlp"}, "arch is 'vlp'; expected one of egovlp, egovlpv2, mfas"),
+        ({"path": "both"}, "path is 'both'; expected fused or dual"),
+        ({"num_frames": 0}, "num_frames is 0; expected at least 1"),
+        ({"variant": "mine"}, "variant is 'mine'; expected paper or released"),
+        ({"depth": 3}, "depth is 3; expected 1 to 2, where the question enters the fused path"),
+        ({"depth": 5, "path": "dual"}, "depth is 5; expected 1 to 4, the number of its blocks"),
+        ({"arch": "egovlp"}, "this EgoVLPv2 checkpoint, not EgoVLP; set encoder.arch"),
+    ],
+)
+def test_impossible_requests_are_refused(tmp_path: Path, options: dict, message: str) -> None:
+    request = {"arch": "egovlpv2", "num_frames": 3, "depth": 2} | options
+    with pytest.raises(ValueError, match=message):
+        load_video_encoder(checkpoint=tiny(tmp_path), **request)
+
+
+def test_mfas_needs_even_sides(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="MFAS pools 2x2 patches"):
+        load_video_encoder("mfas", tiny(tmp_path, size=80), 3, 2)
+
+
+def test_text_depth_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="depth is 9; expected 1 to 4, the number of its text layers"):
+        load_text_encoder("egovlpv2", tiny(tmp_path), 9)

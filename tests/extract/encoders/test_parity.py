@@ -1,0 +1,83 @@
+"""The full-size networks with formula weights against what the published code gave."""
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from extract.encoders import load_text_encoder, load_video_encoder
+from features.spec import PatchTokens
+from tests.extract.encoders.networks import dev_frames, formula_checkpoint, recorded, relative, sequence
+
+TOLERANCE = 1e-4
+
+
+@cache
+def fused6() -> PatchTokens:
+    return load_video_encoder("egovlpv2", formula_checkpoint("egovlpv2"), 16, 6, "fused")(dev_frames(16))
+
+
+def _close(tokens: PatchTokens, name: str, network: str = "egovlpv2") -> None:
+    expected = recorded(network)
+    got = sequence(tokens)
+    assert relative(got[:, expected["positions"]], expected[name]) < TOLERANCE
+    assert abs(got.mean() - expected[f"{name}_mean"]) < TOLERANCE
+    assert abs(got.std() - expected[f"{name}_std"]) < TOLERANCE
+
+
+def test_question_answering_path_after_six_blocks() -> None:
+    _close(fused6(), "fused6")
+
+
+def test_video_only_path_after_six_blocks() -> None:
+    _close(load_video_encoder("egovlpv2", formula_checkpoint("egovlpv2"), 16, 6, "dual")(dev_frames(16)), "dual6")
+
+
+def test_video_only_path_to_the_end() -> None:
+    tokens = load_video_encoder("egovlpv2", formula_checkpoint("egovlpv2"), 16, 12, "dual")(dev_frames(16))
+    _close(tokens, "dual12")
+    assert relative(tokens.cls, recorded("egovlpv2")["video_cls"]) < TOLERANCE
+
+
+def test_bfloat16_stays_near_float32() -> None:
+    encoder = load_video_encoder("egovlpv2", formula_checkpoint("egovlpv2"), 16, 6, "fused", dtype=torch.bfloat16)
+    tokens = encoder(dev_frames(16))
+    assert tokens.patches.dtype == torch.bfloat16
+    assert relative(sequence(tokens), sequence(fused6())) < 1e-2
+    assert relative(tokens.saliency, fused6().saliency) < 2e-2
+
+
+def _text(network: str, depth: int) -> tuple[Tensor, Tensor]:
+    expected = recorded(network)
+    encoder = load_text_encoder("egovlp" if network == "egovlp" else "egovlpv2", formula_checkpoint(network), depth)
+    states = encoder(expected["ids"], expected["am"])
+    return states, encoder.project(states[:, 0])
+
+
+def test_roberta_without_video() -> None:
+    states, joint = _text("egovlpv2", 12)
+    assert relative(states, recorded("egovlpv2")["text_hidden"]) < TOLERANCE
+    assert joint.shape == (2, 4096)
+
+
+def test_egovlp_video() -> None:
+    encoder = load_video_encoder("egovlp", formula_checkpoint("egovlp"), 4, 12)
+    tokens = encoder(dev_frames(4))
+    _close(tokens, "tokens", "egovlp")
+    assert relative(encoder.project(tokens.cls), recorded("egovlp")["video_embed"]) < TOLERANCE
+
+
+def test_egovlp_text() -> None:
+    assert relative(_text("egovlp", 6)[1], recorded("egovlp")["text_embed"]) < TOLERANCE
+
+
+@pytest.mark.parametrize(("arch", "frames"), [("egovlpv2", 16), ("egovlp", 4)])
+def test_a_missing_tensor_of_a_published_network_is_named(arch: str, frames: int) -> None:
+    from extract.encoders.checkpoint import Checkpoint, CheckpointError
+
+    whole = formula_checkpoint(arch)
+    tensors = {name: torch.empty(0) for name in whole.tensors}
+    tensors |= {name: whole.tensors[name] for name in tensors if "blocks.0." in name or "embed" in name}
+    with pytest.raises(CheckpointError, match=r"re-shaped|lacks|no tensor"):
+        load_video_encoder(arch, Checkpoint(whole.path, "bare", tensors), frames, 2)
