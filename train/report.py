@@ -43,6 +43,8 @@ class SplitPage:
         grid: rows and columns of patches.
         ratios: selection ratios that the examples can be shown at, rising.
         table_ratio: the one of the head in the table.
+        shared: share of kept patches that two questions about one clip have in common; None where it is not known.
+        kept_share: share of patches kept.
     """
 
     name: str
@@ -56,6 +58,8 @@ class SplitPage:
     grid: tuple[int, int]
     ratios: tuple[str, ...]
     table_ratio: str
+    shared: float | None
+    kept_share: float
 
 
 def write_report(config: Config, folder: Path) -> Path:
@@ -115,9 +119,13 @@ def _split_page(
     ours = next((row for row in rows if row.model == _OURS), None)
     questions, right = _judge(config, split, rows, problems)
     examples: list[Example] = []
+    shared, kept_share, patches = None, 0.0, grid[0] * grid[1]
     if ours is not None and questions is not None and (own := right.get(ours.model)) is not None:
         kept, faults = report_analysis.selections(ours, sweeps, questions)
         problems.extend(faults)
+        if chosen := kept.get(report_analysis.ratio_label(ours)):
+            kept_share = chosen[0].kept.shape[2] / patches
+            shared = chosen[0].shared({q: asked.clip_id for q, asked in questions.by_id.items()}, patches)
         others = [(row, right[row.model]) for row in rows if row is not ours and row.model in right]
         examples = report_analysis.build_examples(config, questions, (ours, own), others, kept, grid)
         missing = dict.fromkeys(example.missing for example in examples if example.missing)
@@ -134,6 +142,8 @@ def _split_page(
         grid,
         tuple(sorted({step.label for example in examples for step in example.steps}, key=float)),
         report_analysis.ratio_label(ours) if ours else "",
+        shared,
+        kept_share,
     )
 
 

@@ -126,6 +126,29 @@ class Selection:
         inside = self.kept[(self.kept >= 0) & (self.kept < patches)]
         return np.bincount(inside.ravel(), minlength=patches) / max(q * t, 1)
 
+    def shared(self, clip_of: Mapping[str, str], patches: int) -> float | None:
+        """Share of a question's kept patches that another question about the same clip keeps too: mean over pairs.
+
+        1 where the selection ignores the question; None where no clip has two questions.
+
+        Args:
+            clip_of: clip of each question id.
+            patches: in a frame.
+        """
+        by_clip: dict[str, list[int]] = {}
+        for question, row in self.rows.items():
+            if question in clip_of:
+                by_clip.setdefault(clip_of[question], []).append(row)
+        agreeing = possible = 0
+        for rows in by_clip.values():
+            kept = self.kept[rows].astype(np.int64)
+            valid = (kept >= 0) & (kept < patches)
+            frame = np.broadcast_to(np.arange(kept.shape[1])[None, :, None], kept.shape)
+            counts = np.bincount(frame[valid] * patches + kept[valid], minlength=kept.shape[1] * patches)
+            agreeing += int((counts * (counts - 1)).sum())
+            possible += int(valid.sum()) * (len(rows) - 1)
+        return agreeing / possible if possible else None
+
 
 def read_log(path: Path) -> TrainingLog:
     """Read a run's `log.jsonl`. A torn last line, as a killed run leaves it, is passed over.

@@ -6,6 +6,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,7 +21,7 @@ from tests.train.fake_runs import EVIL, guesses, kept_patches, write_dataset, wr
 from train import report_examples
 from train.report import write_report
 from train.report_analysis import better_blind, paired_interval, tag_lines
-from train.report_sources import SourceError, read_log, read_selection, read_sweep
+from train.report_sources import Selection, SourceError, read_log, read_selection, read_sweep
 from train.table import TableError, gather
 
 MODELS = ("majority", "question-only", "egovlp", "egovlpv2", "psa")
@@ -353,6 +355,21 @@ def test_selection_frequency(tmp_path: Path) -> None:
     np.savez(path, question_ids=np.array(["a"]), kept=np.zeros((2, 1, 1), dtype=np.int16))
     with pytest.raises(SourceError, match=r"kept \(2, 1, 1\) for 1 questions"):
         read_selection(path)
+
+
+def test_share_of_patches_that_questions_about_a_clip_have_in_common() -> None:
+    rows = {"a": 0, "b": 1, "c": 2, "d": 3}
+    kept = np.array([[[0, 1]], [[1, 2]], [[0, 1]], [[0, 1]]], dtype=np.int16)
+    selection = Selection(rows, kept)
+    assert selection.shared({"a": "x", "b": "x", "c": "y", "d": "z"}, 4) == 0.5
+    assert selection.shared({"a": "x", "c": "x", "d": "x"}, 4) == 1.0
+    assert selection.shared({"a": "x", "b": "x", "c": "x", "d": "w"}, 4) == pytest.approx((0.5 + 0.5 + 1.0) / 3)
+    assert selection.shared({"a": "x", "b": "y"}, 4) is None
+
+
+def test_reading_results_never_imports_the_decoder() -> None:
+    code = "import sys, train.report, train.table; sys.exit('decord' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_pickled_selection_is_refused(tmp_path: Path) -> None:
