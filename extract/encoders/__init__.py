@@ -18,6 +18,7 @@ VideoPath = Literal["fused", "dual"]
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "VideoEncoder",
     "load_checkpoint",
     "load_text_encoder",
     "load_tokenizer",

@@ -8,6 +8,7 @@ the training script's own objects; those become inert stand-ins and are dropped.
 import hashlib
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -167,7 +168,9 @@ def _read_pickle(path: Path) -> Any:
     try:
         if zipped:
             _refuse_compressed(path)
-        with torch.serialization.safe_globals(_standins()):
+        with torch.serialization.safe_globals(_standins()), warnings.catch_warnings():
+            # An unusual pickle either loads or is refused below; there is nothing for the user to do about it.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
             # A mapped file cannot hand out more bytes than it has, whatever its records claim.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:

@@ -79,6 +79,7 @@ class MfasEncoder(VideoEncoder):
     def __init__(self, trunk: TwoTowers, sizes: VideoSizes, variant: Variant) -> None:
         super().__init__(trunk, sizes, None)
         self.variant = variant
+        self.coarse = (sizes.grid[0] // 2) * (sizes.grid[1] // 2)
 
     @torch.inference_mode()
     def forward(self, frames: Tensor) -> PatchTokens:

@@ -85,18 +85,58 @@ def write_standin(
     folder = Path(tokenizer) if tokenizer is not None else path.with_name(f"{path.stem}-tokenizer")
     path.parent.mkdir(parents=True, exist_ok=True)
     vocabulary = write_tokenizer(folder, texts, "roberta" if arch == "egovlpv2" else "bert")
-    patches = (size // patch) ** 2
-    shapes = dict(_video_shapes(width, depth, fusion if arch == "egovlpv2" else depth, frames, patches, patch))
-    if arch == "egovlpv2":
-        shapes |= dict(_roberta_shapes(width, depth, fusion, vocabulary))
-        shapes |= dict(_egovlpv2_head_shapes(width, joint, vocabulary, answers))
-    else:
-        shapes |= dict(_distilbert_shapes(width, depth, vocabulary))
-        shapes |= {"txt_proj.1.weight": (joint, width), "txt_proj.1.bias": (joint,)}
-        shapes |= {"vid_proj.0.weight": (joint, width), "vid_proj.0.bias": (joint,)}
+    shapes = published_shapes(
+        arch,
+        width=width,
+        depth=depth,
+        text_layers=depth,
+        fusion=fusion,
+        frames=frames,
+        patches=(size // patch) ** 2,
+        patch=patch,
+        vocabulary=vocabulary,
+        positions=POSITIONS,
+        joint=joint,
+        answers=answers,
+    )
     tensors = {f"module.{name}": _weight(name, shape, seed) for name, shape in shapes.items()}
     torch.save({"arch": "FrozenInTime", "epoch": 0, "state_dict": tensors}, path)
     return Standin(path, folder)
+
+
+def published_shapes(
+    arch: Literal["egovlp", "egovlpv2"],
+    *,
+    width: int,
+    depth: int,
+    text_layers: int,
+    fusion: int,
+    frames: int,
+    patches: int,
+    patch: int,
+    vocabulary: int,
+    positions: int,
+    joint: int,
+    answers: int | None,
+) -> dict[str, tuple[int, ...]]:
+    """Name (without `module.`) and shape of every tensor of a published network of these sizes.
+
+    Args: as for `write_standin`; `positions` are the text network's, `vocabulary` its tokens.
+    """
+    if arch == "egovlp":
+        return dict(_video_shapes(width, depth, depth, frames, patches, patch)) | dict(
+            [
+                *_distilbert_shapes(width, text_layers, vocabulary, positions),
+                *_linear("txt_proj.1", joint, width),
+                *_linear("vid_proj.0", joint, width),
+            ]
+        )
+    return dict(_video_shapes(width, depth, fusion, frames, patches, patch)) | dict(
+        [
+            *_roberta_shapes(width, text_layers, fusion, vocabulary, positions),
+            *_egovlpv2_head_shapes(width, joint, vocabulary, answers),
+        ]
+    )
 
 
 def write_tokenizer(folder: Path, texts: Sequence[str], kind: Literal["roberta", "bert"], pieces: int = 1000) -> int:
@@ -205,11 +245,11 @@ def _video_shapes(width: int, depth: int, fusion: int, frames: int, patches: int
     yield from _norm(f"{root}.norm", width)
 
 
-def _roberta_shapes(width: int, layers: int, fusion: int, vocabulary: int) -> Shapes:
+def _roberta_shapes(width: int, layers: int, fusion: int, vocabulary: int, positions: int) -> Shapes:
     root = "text_model"
-    yield f"{root}.embeddings.position_ids", (1, POSITIONS)
+    yield f"{root}.embeddings.position_ids", (1, positions)
     yield f"{root}.embeddings.word_embeddings.weight", (vocabulary, width)
-    yield f"{root}.embeddings.position_embeddings.weight", (POSITIONS, width)
+    yield f"{root}.embeddings.position_embeddings.weight", (positions, width)
     yield f"{root}.embeddings.token_type_embeddings.weight", (1, width)
     yield from _norm(f"{root}.embeddings.LayerNorm", width)
     for i in range(layers):
@@ -246,10 +286,10 @@ def _egovlpv2_head_shapes(width: int, joint: int, vocabulary: int, answers: int 
         yield from _linear("projector_2", answers, answers)
 
 
-def _distilbert_shapes(width: int, layers: int, vocabulary: int) -> Shapes:
+def _distilbert_shapes(width: int, layers: int, vocabulary: int, positions: int) -> Shapes:
     root = "text_model"
     yield f"{root}.embeddings.word_embeddings.weight", (vocabulary, width)
-    yield f"{root}.embeddings.position_embeddings.weight", (POSITIONS, width)
+    yield f"{root}.embeddings.position_embeddings.weight", (positions, width)
     yield from _norm(f"{root}.embeddings.LayerNorm", width)
     for i in range(layers):
         layer = f"{root}.transformer.layer.{i}"
