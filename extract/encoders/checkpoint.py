@@ -178,7 +178,8 @@ def _read_pickle(path: Path) -> Any:
         if culprit:
             reason = f"it holds {culprit.group(1)}, which could run code; refused"
         else:
-            reason = f"it is no PyTorch checkpoint ({_line(error)})"
+            detail = re.search(r"WeightsUnpickler error: (.+)", str(error))
+            reason = f"damaged or no PyTorch checkpoint ({detail.group(1)[:160] if detail else 'not readable'})"
         raise CheckpointError(f"{path}: {reason}") from error
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, EOFError, OSError) as error:
         raise CheckpointError(f"{path}: damaged or no PyTorch checkpoint ({_line(error)})") from error
