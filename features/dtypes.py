@@ -17,13 +17,11 @@ class Stored:
         torch: as it is read.
         disk: as Zarr and HDF5 keep it, of the same width; types that they lack are kept as the integers of their bits.
         absent: what a row that was never written reads as with other tools; a NaN wherever the dtype has one.
-        may_be_value: true where `absent` is also a value that a real row may consist of.
     """
 
     torch: torch.dtype
     disk: str
     absent: float | int | bool
-    may_be_value: bool = False
 
 
 STORED = {
@@ -31,8 +29,8 @@ STORED = {
     "float32": Stored(torch.float32, "<f4", float("nan")),
     "bfloat16": Stored(torch.bfloat16, "<u2", 0x7FC0),
     "float8_e4m3": Stored(torch.float8_e4m3fn, "|u1", 0x7F),
-    "int8": Stored(torch.int8, "|i1", -128, may_be_value=True),
-    "bool": Stored(torch.bool, "|b1", False, may_be_value=True),
+    "int8": Stored(torch.int8, "|i1", -128),
+    "bool": Stored(torch.bool, "|b1", False),
 }
 
 

@@ -138,7 +138,9 @@ class StoreSpec:
         if dtype in ("int8", "float8_e4m3"):
             arrays.append(ArraySpec("scale", (frames, n), "float32"))
         if coarse is not None:
-            arrays.append(ArraySpec("coarse", (frames, coarse, width), dtype))
+            # `scale` belongs to `patches`; the few coarse tokens are kept in full.
+            kept = "float16" if dtype in ("int8", "float8_e4m3") else dtype
+            arrays.append(ArraySpec("coarse", (frames, coarse, width), kept))
             arrays.append(ArraySpec("coarse_saliency", (frames, coarse), "float32"))
         return cls("patches", tuple(arrays), shard, grid)
 

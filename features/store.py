@@ -3,8 +3,6 @@
 python -c "from features import open_store; print(open_store('stores/x').clip_ids)"
 """
 
-import uuid
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,30 +14,22 @@ import torch
 from torch import Tensor
 
 from features import lease
-from features.dtypes import bytes_of, row_bytes, stored, to_disk
-from features.durable import (
-    crc32c,
-    crc32c_of_file,
-    disk_full_is_clear,
-    holds,
-    locked,
-    make_folder,
-    put_in_place,
-    remove_folder,
-    sync_file,
-)
+from features.committing import Target, commit_shard
+from features.dtypes import stored, to_disk
+from features.durable import disk_full_is_clear, holds, locked, make_folder
+from features.encoding import check_names, dequantise, encode, reconstruction_error
 from features.errors import AbsentClip, DamagedStore, FingerprintMismatch, StoreError
-from features.formats import Format, OpenShard
+from features.formats import Format
 from features.hdf5_store import Hdf5Format
 from features.header import differences, header_path, make_header, parse_header, read_header, write_header
 from features.ids import grow, ids_journal, read_plan, unseen
 from features.journal import require_intact
-from features.ledger import ClipRecord, announce, commit, drop, ledger_journal, read_ledger
+from features.ledger import ClipRecord, drop, ledger_journal, read_ledger
 from features.quarantine import Failure, QuarantineRecord, add_failures, quarantine_journal, read_quarantine
+from features.reading import RowReader
 from features.spec import ArraySpec, Fingerprint, PatchTokens, StoreSpec, TextStates
 from features.zarr_store import ZarrFormat
 
-_OPEN_SHARDS = 64
 _TOKENS = ("patches", "coarse", "states")  # the arrays that `read(dtype=...)` converts
 
 
@@ -137,7 +127,7 @@ class Store:
         self._files = files
         self._journal = ledger_journal(path)
         self._held: set[int] = set()
-        self._open: OrderedDict[tuple[int, int], OpenShard] = OrderedDict()
+        self._reader = RowReader(path, spec, files)
         self.refresh()
 
     def refresh(self) -> None:
@@ -175,6 +165,15 @@ class Store:
         return MappingProxyType(read_quarantine(quarantine_journal(self.path), self._ledger.clips))
 
     @property
+    def reconstruction_error(self) -> Mapping[str, float]:
+        """Where tokens are stored in few bits: array -> the worst clip's root mean square error, over its own size."""
+        worst: dict[str, float] = {}
+        for errors in self._ledger.errors.values():
+            for array, error in errors.items():
+                worst[array] = max(error, worst.get(array, 0.0))
+        return MappingProxyType(worst)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the committed shards' files."""
         return sum(size for files in self._ledger.files.values() for size, _ in files.values())
@@ -195,12 +194,21 @@ class Store:
 
     # Reading
 
-    def read(self, ids: Sequence[str], dtype: torch.dtype | None = None) -> PatchTokens:
+    def read(
+        self,
+        ids: Sequence[str],
+        dtype: torch.dtype | None = None,
+        out: PatchTokens | None = None,
+        threads: int = 1,
+    ) -> PatchTokens:
         """The patch tokens of `ids`, in that order; an id may come twice. Every checksum is checked.
 
         Args:
             ids: clips.
-            dtype: of `patches` and `coarse`; the stored one by default. Asking for another multiplies by `scale`.
+            dtype: of `patches` and `coarse`; the stored one by default. Asking for one multiplies by `scale`.
+            out: buffers for the stored bytes (pinned ones, say) with at least len(ids) rows, as `buffers` makes them;
+                what is returned are their first rows, so the next read into them changes it.
+            threads: that read at the same time.
 
         Raises:
             AbsentClip: names the ids that were never committed.
@@ -208,17 +216,33 @@ class Store:
         """
         if self.spec.kind != "patches":
             raise StoreError(f"store {self.path} holds {self.spec.kind} rows; expected patches: use read_text")
-        return PatchTokens(**self._read(ids, dtype))
+        return PatchTokens(**self._read(ids, dtype, out.tensors() if out else None, threads))
 
     def read_text(self, texts: Sequence[str], dtype: torch.dtype | None = None) -> TextStates:
-        """The text network's states of `texts`, in that order. Errors as in `read`."""
+        """The text network's states of `texts`, in that order; `dtype` of the states. Errors as in `read`."""
         if self.spec.kind != "text":
             raise StoreError(f"store {self.path} holds {self.spec.kind} rows; expected text: use read")
         return TextStates(**self._read(texts, dtype))
 
-    def _read(self, ids: Sequence[str], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    def buffers(self, rows: int, pin: bool = False) -> PatchTokens:
+        """Memory that `read(out=...)` can fill again and again; pinned for copies to a GPU if asked."""
+        return PatchTokens(
+            **{
+                array.name: torch.empty(rows, *array.shape, dtype=stored(array.dtype).torch, pin_memory=pin)
+                for array in self.spec.arrays
+            }
+        )
+
+    def _read(
+        self,
+        ids: Sequence[str],
+        dtype: torch.dtype | None = None,
+        out: Mapping[str, Tensor] | None = None,
+        threads: int = 1,
+    ) -> dict[str, Tensor]:
         records = self._records(ids)
-        tensors = {array.name: self._read_array(array, ids, records) for array in self.spec.arrays}
+        tensors = {array.name: _buffer(array, len(ids), out) for array in self.spec.arrays}
+        self._reader.read(ids, records, [(array, tensors[array.name]) for array in self.spec.arrays], threads)
         return tensors if dtype is None else _converted(tensors, dtype)
 
     def _records(self, ids: Sequence[str]) -> list[ClipRecord]:
@@ -226,35 +250,6 @@ class Store:
         if absent:
             raise AbsentClip(absent, f"store {self.path}")
         return [self._ledger.clips[name] for name in ids]
-
-    def _read_array(self, array: ArraySpec, ids: Sequence[str], records: Sequence[ClipRecord]) -> Tensor:
-        out = torch.empty(len(ids), *array.shape, dtype=stored(array.dtype).torch)
-        rows = bytes_of(out).reshape(len(ids), row_bytes(array))
-        for name, record, target in zip(ids, records, rows, strict=True):
-            shard, slot = divmod(record.row, self.spec.shard)
-            try:
-                file, offset = self._shard(shard, record.commit).find(array, slot)
-                intact = file.read_into(target, offset) == record.checksums[array.name]
-            except DamagedStore as error:
-                raise DamagedStore(f"clip {name!r} cannot be read: {error}; {self._advice()}") from error
-            if not intact:
-                raise DamagedStore(
-                    f"clip {name!r}: the bytes of {array.name} in {file.path} are not those that were committed; "
-                    f"{self._advice()}"
-                )
-        return out
-
-    def _advice(self) -> str:
-        return f"run `python -m features verify {self.path}` and then `repair`"
-
-    def _shard(self, shard: int, commit_number: int) -> OpenShard:
-        key = (shard, commit_number)
-        opened = self._open.get(key)
-        if opened is None:
-            opened = self._open[key] = self._files.open(self.path, self.spec, shard)
-            while len(self._open) > _OPEN_SHARDS:
-                self._open.popitem(last=False)
-        return opened
 
     # Writing
 
@@ -309,10 +304,11 @@ class Store:
         failures: Mapping[str, Failure],
     ) -> None:
         self._check_ids(shard, rows, sources, failures)
-        encoded = {name: self._encode(name, tensors) for name, tensors in rows.items()}
+        for name, tensors in rows.items():
+            check_names(name, tensors, self.spec)
         with disk_full_is_clear(f"writing shard {shard} of {self.path}"):
-            if encoded:
-                self._commit(shard, encoded, sources)
+            if rows:
+                self._commit(shard, rows, sources)
             add_failures(quarantine_journal(self.path), failures)
         self.refresh()
 
@@ -336,15 +332,6 @@ class Store:
             if name in self._ledger.clips:
                 raise StoreError(f"clip {name!r} is committed already in {self.path}; write only what missing() names")
 
-    def _encode(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-        expected = {array.name for array in self.spec.arrays}
-        if tensors.keys() != expected:
-            raise StoreError(
-                f"clip {name!r} comes with {', '.join(sorted(tensors)) or 'nothing'}; "
-                f"expected {', '.join(sorted(expected))}"
-            )
-        return {array.name: _checked(name, array, tensors[array.name]) for array in self.spec.arrays}
-
     def rewrite_shard(self, shard: int, without: Sequence[str]) -> None:
         """Write a shard's files anew with its committed rows, all but the damaged ones named in `without`.
 
@@ -367,65 +354,39 @@ class Store:
         names = self._row_ids[shard * self.spec.shard : (shard + 1) * self.spec.shard]
         return [name for name in names if name is not None and name in self._ledger.clips]
 
-    def _commit(self, shard: int, encoded: Mapping[str, Mapping[str, np.ndarray]], sources: Mapping[str, str]) -> None:
-        first = shard * self.spec.shard
+    def _commit(self, shard: int, new: Mapping[str, Mapping[str, Tensor]], sources: Mapping[str, str]) -> None:
+        """Commit the shard's rows of before, as they are, and the `new` ones."""
         kept = self._committed_of(shard)
-        staging = self.path / "staging"
-        for leftover in staging.glob(f"{shard:08d}-*"):  # of a writer that died; the lease says that it is gone
-            remove_folder(leftover)
-        folder = staging / f"{shard:08d}-{uuid.uuid4().hex}"
-        make_folder(folder)
-        try:
-            names = sorted([*kept, *encoded], key=self._rows.__getitem__)
-            sums: dict[str, dict[str, int]] = {name: {} for name in names}
-            slots = [self._rows[name] - first for name in names]
-            staged = self._files.stage(folder, self.spec, shard, slots, self._blocks(kept, encoded, sums))
-            files = {name: crc32c_of_file(path) for name, path in staged.items()}
-            for path in staged.values():
-                sync_file(path)
-            self._journal.append(announce(shard, files))
-            for name, path in staged.items():
-                put_in_place(path, self.path / name)
-        finally:
-            remove_folder(folder)
-        self._read_back(shard, sums)
-        clips = {
-            name: (
-                self._rows[name],
-                sums[name],
-                sources[name] if name in encoded else self._ledger.clips[name].source,
-            )
-            for name in sums
-        }
-        self._journal.append(commit(shard, clips, files, self.fingerprint.digest, {}))
+        rows = {name: self._rows[name] for name in sorted([*kept, *new], key=self._rows.__getitem__)}
+        sources = {name: sources[name] if name in new else self._ledger.clips[name].source for name in rows}
+        errors = dict(self._ledger.errors.get(shard, {}))
+        target = Target(self.path, self.spec, self._files, self._journal, self.fingerprint.digest)
+        commit_shard(target, shard, rows, self._blocks(rows, kept, new, errors), sources, errors)
 
     def _blocks(
-        self, kept: Sequence[str], encoded: Mapping[str, Mapping[str, np.ndarray]], sums: dict[str, dict[str, int]]
+        self,
+        rows: Mapping[str, int],
+        kept: Sequence[str],
+        new: Mapping[str, Mapping[str, Tensor]],
+        errors: dict[str, float],
     ) -> Iterator[tuple[ArraySpec, np.ndarray]]:
-        """Each array's rows, old and new, in the order of `sums`, which is filled in on the way."""
+        """Each array's rows in the order of `rows`; new ones are checked here, and `errors` is brought up to date."""
         for array in self.spec.arrays:
-            kept_rows = to_disk(self._read_array(array, kept, self._records(kept)), array.dtype)
-            old = dict(zip(kept, kept_rows, strict=True))
-            block = np.stack([old[name] if name in old else encoded[name][array.name] for name in sums])
-            for name, row in zip(sums, block, strict=True):
-                sums[name][array.name] = crc32c(row)
+            block = np.empty((len(rows), *array.shape), stored(array.dtype).disk)
+            old = torch.empty(len(kept), *array.shape, dtype=stored(array.dtype).torch)
+            self._reader.read(kept, self._records(kept), [(array, old)], threads=1)
+            old_rows = dict(zip(kept, to_disk(old, array.dtype), strict=True))
+            for place, name in enumerate(rows):
+                block[place] = old_rows[name] if name in old_rows else encode(name, new[name], array, self.spec)
             yield array, block
-
-    def _read_back(self, shard: int, sums: Mapping[str, Mapping[str, int]]) -> None:
-        opened = self._files.open(self.path, self.spec, shard)
-        for array in self.spec.arrays:
-            row = np.empty(row_bytes(array), np.uint8)
-            for name, expected in sums.items():
-                file, offset = opened.find(array, self._rows[name] % self.spec.shard)
-                if file.read_into(row, offset) != expected[array.name]:
-                    raise DamagedStore(
-                        f"{file.path}: {array.name} of clip {name!r} read back differs from what was written; "
-                        "the disk or its cable is failing: nothing was committed"
-                    )
+        for tensors in new.values():
+            error = reconstruction_error(tensors, self.spec)
+            if error is not None:
+                errors["patches"] = max(error, errors.get("patches", 0.0))
 
     def close(self) -> None:
         """Close the files that reading has opened."""
-        self._open.clear()
+        self._reader.close()
 
     def __enter__(self) -> "Store":
         return self
@@ -439,27 +400,26 @@ class Store:
         return open_store, (self.path, self.fingerprint)
 
 
-def _checked(name: str, array: ArraySpec, tensor: Tensor) -> np.ndarray:
-    """One row as it is written, refused where it cannot be."""
-    if tuple(tensor.shape) != array.shape:
-        raise StoreError(f"clip {name!r}: {array.name} has shape {tuple(tensor.shape)}; expected {array.shape}")
-    target = stored(array.dtype).torch
-    if not target.is_floating_point and tensor.dtype != target:
-        raise StoreError(f"clip {name!r}: {array.name} has dtype {tensor.dtype}; expected {target}")
-    row = tensor.detach().to(target)
-    if target.is_floating_point and not bool(torch.isfinite(row.float()).all()):
-        was_finite = bool(torch.isfinite(tensor.float()).all())
-        what = f"exceeds the range of {array.dtype}" if was_finite else "holds NaN or infinity"
-        raise StoreError(f"clip {name!r}: {array.name} {what}; it is not stored")
-    return to_disk(row, array.dtype)
+def _buffer(array: ArraySpec, rows: int, out: Mapping[str, Tensor] | None) -> Tensor:
+    """[rows, *row] to read into: new, or the first rows of what the caller gave."""
+    dtype = stored(array.dtype).torch
+    if out is None:
+        return torch.empty(rows, *array.shape, dtype=dtype)
+    given = out.get(array.name)
+    wrong = given is None or given.dtype != dtype or given.shape[1:] != array.shape or len(given) < rows
+    if given is None or wrong or not given.is_contiguous() or given.device.type != "cpu":
+        found = "nothing" if given is None else f"{tuple(given.shape)} {given.dtype} on {given.device}"
+        raise StoreError(
+            f"out has {found} for {array.name}; expected at least {(rows, *array.shape)} {dtype}, contiguous, on the "
+            "CPU: make it with Store.buffers"
+        )
+    return given[:rows]
 
 
 def _converted(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tokens in `dtype`, scaled where they were stored in few bits."""
+    """The tokens in `dtype`, multiplied by their scale where they were stored in few bits."""
     scale = tensors.pop("scale", None)
-    for name in _TOKENS:
-        if name in tensors:
-            tensors[name] = tensors[name].to(dtype)
+    converted = {name: tensor.to(dtype) if name in _TOKENS else tensor for name, tensor in tensors.items()}
     if scale is not None:
-        tensors["patches"] *= scale.to(dtype).unsqueeze(-1)
-    return tensors
+        converted["patches"] = dequantise(tensors["patches"], scale, dtype)
+    return converted
