@@ -45,14 +45,17 @@ class LaunchConfig:
     stages: int
 
 
-def launch_config(patches: int, heads: int, token_bytes: int, backward: bool) -> LaunchConfig:
+def launch_config(patches: int, width: int, heads: int, token_bytes: int, backward: bool) -> LaunchConfig:
     """The shipped configuration; `benchmarks/kernel_budget.py` checks each for spills and shared memory."""
     block = block_patches(patches)
     columns = {16: 4, 32: 4, 64: 4, 128: 4, 256: 4, 512: 2, 1024: 1}[block]
     if backward and block >= 256:
         columns = max(1, columns // 2)
     warps = 4 if block <= 64 else 8 if block <= 512 else 16
-    return LaunchConfig(min(columns, triton.next_power_of_2(heads)), 64 if token_bytes < 4 else 32, warps, 2)
+    channels = 64 if token_bytes < 4 else 32
+    while width % channels:
+        channels //= 2
+    return LaunchConfig(min(columns, triton.next_power_of_2(heads)), channels, warps, 2)
 
 
 def block_patches(patches: int) -> int:
@@ -61,36 +64,51 @@ def block_patches(patches: int) -> int:
 
 
 @triton.jit
-def _columns(order, first, count, group, H: tl.constexpr, QB: tl.constexpr, R: tl.constexpr):
+def _columns(order, first, count, group, H: tl.constexpr, QB: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr):
     """Question, head and liveness of each of the R columns of a head group."""
     column = tl.arange(0, R)
     slot = column % QB
     head = group * (R // QB) + column // QB
     live = (slot < count) & (head < H)
-    question = tl.load(order + first + slot, mask=slot < count, other=0).to(tl.int64)
+    question = tl.load(order + first + slot, mask=slot < count, other=0)
+    if WIDE:
+        question = question.to(tl.int64)
     return question, head, live
 
 
 @triton.jit
-def _frame_rows(stride_n, N: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr):
-    """Patch numbers and their offsets in a frame; 64-bit where a frame spans more than 2^31 elements."""
+def _rows(stride_n, BN: tl.constexpr, WIDE: tl.constexpr):
+    """Patch numbers [BN] and their offsets in a frame."""
     n = tl.arange(0, BN)
-    rows = n.to(tl.int64) * stride_n if WIDE else n * stride_n
-    return n, rows
+    if WIDE:
+        return n, n.to(tl.int64) * stride_n
+    return n, n * stride_n
 
 
 @triton.jit
-def _query_columns(queries, selector, question, head, live, d, D: tl.constexpr, H: tl.constexpr):
+def _decode(x, ARITHMETIC: tl.constexpr, FLOAT8: tl.constexpr):
+    """Tokens in the arithmetic's dtype. float8_e4m3 comes as its bits, which not every GPU can convert.
+
+    Seven bits of exponent and fraction, moved to float16's place, are the value over 2^8, subnormals included.
+    """
+    if FLOAT8:
+        bits = x.to(tl.int16)
+        value = (((bits & 0x7F) << 7) | (bits & -32768)).to(tl.float16, bitcast=True) * 256.0
+        return tl.where((bits & 0x7F) == 0x7F, float("nan"), value).to(tl.float16)
+    return x.to(ARITHMETIC)
+
+
+@triton.jit
+def _queries(queries, selector, question, head, live, d, D: tl.constexpr, H: tl.constexpr):
     """queries + selector [BD, R] float32: with their sum, a product gives the logit less its bias."""
-    mask = live[None, :] & (d < D)[:, None]
-    q = tl.load(queries + ((question * H + head) * D)[None, :] + d[:, None], mask=mask, other=0.0).to(tl.float32)
-    s = tl.load(selector + (question * D)[None, :] + d[:, None], mask=mask, other=0.0).to(tl.float32)
-    return q + s
+    q = tl.load(queries + (((question * H + head) * D)[None, :] + d[:, None]), mask=live[None, :], other=0.0)
+    s = tl.load(selector + ((question * D)[None, :] + d[:, None]), mask=live[None, :], other=0.0)
+    return q.to(tl.float32) + s.to(tl.float32)
 
 
 @triton.jit
-def _keep_largest(scores, n, k, N: tl.constexpr, QB: tl.constexpr):
-    """Which of scores [BN, QB] are the k largest of their column [BN, QB] bool, ties to the lowest row.
+def _keep_largest(scores, n, k, N: tl.constexpr):
+    """Which of scores [BN, QB] are the k largest of their column [BN, QB] int32, ties to the lowest row.
 
     Floats are mapped to integers of the same order and the k-th largest is built bit by bit from the top.
     """
@@ -98,16 +116,15 @@ def _keep_largest(scores, n, k, N: tl.constexpr, QB: tl.constexpr):
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     lowest = -2147483648
     key = tl.where((n < N)[:, None], key, lowest)
-    positive = tl.sum((key >= 0).to(tl.int32), axis=0)
-    threshold = tl.where(positive >= k, 0, lowest)
+    threshold = tl.where(tl.sum((key >= 0).to(tl.int32), axis=0) >= k, 0, lowest)
     for i in range(31):
         higher = threshold | (1 << (30 - i))
         enough = tl.sum((key >= higher[None, :]).to(tl.int32), axis=0) >= k
         threshold = tl.where(enough, higher, threshold)
-    above = (key > threshold[None, :]).to(tl.int32)
+    needed = k - tl.sum((key > threshold[None, :]).to(tl.int32), axis=0)
     equal = (key == threshold[None, :]).to(tl.int32)
-    needed = k - tl.sum(above, axis=0)
-    return (above + equal * (tl.cumsum(equal, axis=0) <= needed[None, :]).to(tl.int32)) > 0
+    first = tl.cumsum(equal, axis=0) <= needed[None, :]
+    return tl.where(key > threshold[None, :], 1, equal * first.to(tl.int32))
 
 
 @triton.jit
@@ -115,41 +132,40 @@ def _forward_kernel(
     tokens, scale, queries, selector, bias, order, tiles, pooled, lse, kept, mask,
     k, frames, stride_c, stride_t, stride_n,
     N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr, WIDE: tl.constexpr,
-    ARITHMETIC: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    FLOAT8: tl.constexpr, ARITHMETIC: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr,
 ):  # fmt: skip
     groups: tl.constexpr = (H + HG - 1) // HG
     R: tl.constexpr = HG * QB
     tile = tl.program_id(0) // groups
     group = tl.program_id(0) % groups
-    t = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(1)
+    if WIDE:
+        t = t.to(tl.int64)
     clip = tl.load(tiles + tile * 3).to(tl.int64)
     first = tl.load(tiles + tile * 3 + 1)
     count = tl.load(tiles + tile * 3 + 2)
     if count == 0:
         return
 
-    n, rows = _frame_rows(stride_n, N, BN, WIDE)
-    frame = tokens + clip * stride_c + t * stride_t
-    slot = tl.arange(0, QB)
-    b = tl.load(order + first + slot, mask=slot < count, other=0).to(tl.int64)
-    question, head, live = _columns(order, first, count, group, H, QB, R)
+    n, rows = _rows(stride_n, BN, WIDE)
+    frame = tokens + clip * stride_c + t.to(tl.int64) * stride_t
+    b, _b_head, b_live = _columns(order, first, count, 0, H, QB, QB, WIDE)
+    question, head, live = _columns(order, first, count, group, H, QB, R, WIDE)
 
     # First read of the frame: scores [BN, QB] and logits [BN, R].
     s = tl.zeros((BN, QB), tl.float32)
     a = tl.zeros((BN, R), tl.float32)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
-        x = tl.load(frame + rows[:, None] + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
-        x = x.to(ARITHMETIC)
-        left = tl.load(
-            selector + (b * D)[None, :] + d[:, None], mask=(slot < count)[None, :] & (d < D)[:, None], other=0.0
-        ).to(tl.float32)
+        x = tl.load(frame + (rows[:, None] + d[None, :]), mask=(n < N)[:, None], other=0)
+        x = _decode(x, ARITHMETIC, FLOAT8)
+        left = tl.load(selector + ((b * D)[None, :] + d[:, None]), mask=b_live[None, :], other=0.0).to(tl.float32)
         for _ in tl.static_range(PARTS):
             part = left.to(ARITHMETIC)
             s = tl.dot(x, part, s, input_precision=PRECISION)
             left -= part.to(tl.float32)
-        q = _query_columns(queries, selector, question, head, live, d, D, H)
+        q = _queries(queries, selector, question, head, live, d, D, H)
         a = tl.dot(x, q.to(ARITHMETIC), a, input_precision=PRECISION)
 
     row = (clip * frames + t) * N
@@ -158,27 +174,23 @@ def _forward_kernel(
         factor = tl.load(scale + row + n, mask=n < N, other=0.0).to(tl.float32)
         s *= factor[:, None]
         a *= factor[:, None]
-    keep = _keep_largest(s + shift[:, None], n, k, N, QB)
+    keep = _keep_largest(s + shift[:, None], n, k, N)
     if group == 0:
         out = b * frames + t
-        place = tl.cumsum(keep.to(tl.int32), axis=0) - 1
-        tl.store(
-            kept + (out * k)[None, :] + place, tl.broadcast_to(n.to(tl.int64)[:, None], (BN, QB)),
-            mask=keep & (slot < count)[None, :],
-        )  # fmt: skip
-        tl.store(
-            mask + (out * N)[None, :] + n[:, None], keep.to(tl.int8), mask=(n < N)[:, None] & (slot < count)[None, :]
-        )
+        place = tl.cumsum(keep, axis=0) - 1
+        chosen = (keep > 0) & b_live[None, :]
+        tl.store(kept + ((out * k)[None, :] + place), tl.broadcast_to(n.to(tl.int64)[:, None], (BN, QB)), mask=chosen)
+        tl.store(mask + ((out * N)[None, :] + n[:, None]), keep.to(tl.int8), mask=(n < N)[:, None] & b_live[None, :])
 
-    chosen = tl.reshape(tl.broadcast_to(keep.to(tl.int32)[:, None, :], (BN, HG, QB)), (BN, R))
+    chosen = tl.reshape(tl.broadcast_to(keep[:, None, :], (BN, HG, QB)), (BN, R))
     a = tl.where(chosen > 0, a + shift[:, None], float("-inf"))
     top = tl.max(a, axis=0)
     top = tl.where(top == float("-inf"), 0.0, top)
     p = tl.exp(a - top[None, :])
     total = tl.sum(p, axis=0)
-    out_r = (question * frames + t) * H + head
-    tl.store(lse + out_r, top + tl.log(total), mask=live)
-    p = p / tl.where(total == 0.0, 1.0, total)[None, :]
+    out = (question * frames + t) * H + head
+    tl.store(lse + out, top + tl.log(total), mask=live)
+    p *= (1.0 / tl.where(total == 0.0, 1.0, total))[None, :]
     largest = 1.0
     if HAS_SCALE:
         largest = tl.max(tl.abs(factor), axis=0)
@@ -189,13 +201,9 @@ def _forward_kernel(
     # Second read, from the L2 cache: pooled [BD, R].
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
-        x = tl.load(frame + rows[None, :] + d[:, None], mask=(n < N)[None, :] & (d < D)[:, None], other=0.0)
-        o = tl.dot(x.to(ARITHMETIC), weights, input_precision=PRECISION) * largest
-        tl.store(
-            pooled + (out_r * D)[None, :] + d[:, None],
-            o.to(pooled.dtype.element_ty),
-            mask=live[None, :] & (d < D)[:, None],
-        )
+        x = tl.load(frame + (rows[None, :] + d[:, None]), mask=(n < N)[None, :], other=0)
+        o = tl.dot(_decode(x, ARITHMETIC, FLOAT8), weights, input_precision=PRECISION) * largest
+        tl.store(pooled + ((out * D)[None, :] + d[:, None]), o.to(pooled.dtype.element_ty), mask=live[None, :])
 
 
 @triton.jit
@@ -203,7 +211,7 @@ def _backward_kernel(
     grad_pooled, grad_lse, tokens, scale, queries, selector, bias, order, tiles, lse, mask, grad_queries, grad_bias,
     frames, questions, span, stride_c, stride_t, stride_n,
     N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr, WIDE: tl.constexpr,
-    ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr,
+    FLOAT8: tl.constexpr, ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr,
 ):  # fmt: skip
     groups: tl.constexpr = (H + HG - 1) // HG
@@ -217,20 +225,20 @@ def _backward_kernel(
     if count == 0:
         return
 
-    n, rows = _frame_rows(stride_n, N, BN, WIDE)
-    question, head, live = _columns(order, first, count, group, H, QB, R)
+    n, rows = _rows(stride_n, BN, WIDE)
+    question, head, live = _columns(order, first, count, group, H, QB, R, WIDE)
     start = split * span
     for i in range(0, tl.minimum(span, frames - start)):
-        t = (start + i).to(tl.int64)
-        frame = tokens + clip * stride_c + t * stride_t
-        out_r = (question * frames + t) * H + head
+        t = start + i
+        if WIDE:
+            t = t.to(tl.int64)
+        frame = tokens + clip * stride_c + t.to(tl.int64) * stride_t
+        out = (question * frames + t) * H + head
 
         grad_top = tl.zeros((R,), tl.float32)
         for d0 in range(0, D, BD):
             d = d0 + tl.arange(0, BD)
-            g = tl.load(
-                grad_pooled + (out_r * D)[None, :] + d[:, None], mask=live[None, :] & (d < D)[:, None], other=0.0
-            )
+            g = tl.load(grad_pooled + ((out * D)[None, :] + d[:, None]), mask=live[None, :], other=0.0)
             grad_top = tl.maximum(grad_top, tl.max(tl.abs(g.to(tl.float32)), axis=0))
         grad_top = tl.where(grad_top == 0.0, 1.0, grad_top)
 
@@ -239,14 +247,13 @@ def _backward_kernel(
         products = tl.zeros((BN, R), tl.float32)
         for d0 in range(0, D, BD):
             d = d0 + tl.arange(0, BD)
-            x = tl.load(frame + rows[:, None] + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
-            x = x.to(ARITHMETIC)
-            q = _query_columns(queries, selector, question, head, live, d, D, H)
+            x = tl.load(frame + (rows[:, None] + d[None, :]), mask=(n < N)[:, None], other=0)
+            x = _decode(x, ARITHMETIC, FLOAT8)
+            q = _queries(queries, selector, question, head, live, d, D, H)
             a = tl.dot(x, q.to(ARITHMETIC), a, input_precision=PRECISION)
-            g = tl.load(
-                grad_pooled + (out_r * D)[None, :] + d[:, None], mask=live[None, :] & (d < D)[:, None], other=0.0
-            ).to(tl.float32)
-            products = tl.dot(x, (g / grad_top[None, :]).to(ARITHMETIC), products, input_precision=PRECISION)
+            g = tl.load(grad_pooled + ((out * D)[None, :] + d[:, None]), mask=live[None, :], other=0.0)
+            g = g.to(tl.float32) * (1.0 / grad_top)[None, :]
+            products = tl.dot(x, g.to(ARITHMETIC), products, input_precision=PRECISION)
 
         row = (clip * frames + t) * N
         shift = tl.load(bias + row + n, mask=n < N, other=float("-inf")).to(tl.float32)
@@ -256,15 +263,12 @@ def _backward_kernel(
             a *= factor[:, None]
             products *= factor[:, None]
         chosen = tl.load(
-            mask + ((question * frames + t) * N)[None, :] + n[:, None],
-            mask=(n < N)[:, None] & live[None, :],
-            other=0,
+            mask + (((question * frames + t) * N)[None, :] + n[:, None]), mask=(n < N)[:, None] & live[None, :], other=0
         )
-        log_total = tl.load(lse + out_r, mask=live, other=0.0)
+        log_total = tl.load(lse + out, mask=live, other=0.0)
         log_total = tl.where(log_total == float("-inf"), 0.0, log_total)
-        a = tl.where(chosen > 0, a + shift[:, None], float("-inf"))
-        p = tl.exp(a - log_total[None, :])
-        direct = tl.load(grad_lse + out_r, mask=live, other=0.0).to(tl.float32)
+        p = tl.where(chosen > 0, tl.exp(a + shift[:, None] - log_total[None, :]), 0.0)
+        direct = tl.load(grad_lse + out, mask=live, other=0.0).to(tl.float32)
         mean = tl.sum(p * products, axis=0)
         # Where p is 0 the gradient is 0, whatever an infinite lse made of grad_lse.
         grad = tl.where(p > 0.0, p * ((products - mean[None, :]) + direct[None, :]), 0.0)
@@ -275,19 +279,18 @@ def _backward_kernel(
             grad *= factor[:, None]
         top = tl.max(tl.abs(grad), axis=0)
         top = tl.where(top == 0.0, 1.0, top)
-        weights = (grad / top[None, :]).to(ARITHMETIC)
+        weights = (grad * (1.0 / top)[None, :]).to(ARITHMETIC)
 
         # Second read, from the L2 cache. The frames of a program add up in turn, so that repeats are bit-equal.
-        target = ((split.to(tl.int64) * questions + question) * H + head) * D
-        later = tl.full((R,), 0, tl.int32) + i
+        target = ((split * questions + question) * H + head) * D
+        earlier = live & (tl.zeros((R,), tl.int32) + i > 0)
         for d0 in range(0, D, BD):
             d = d0 + tl.arange(0, BD)
-            x = tl.load(frame + rows[None, :] + d[:, None], mask=(n < N)[None, :] & (d < D)[:, None], other=0.0)
-            o = tl.dot(x.to(ARITHMETIC), weights, input_precision=PRECISION) * top[None, :]
-            pointers = grad_queries + target[None, :] + d[:, None]
-            inside = live[None, :] & (d < D)[:, None]
-            o += tl.load(pointers, mask=inside & (later[None, :] > 0), other=0.0)
-            tl.store(pointers, o, mask=inside)
+            x = tl.load(frame + (rows[None, :] + d[:, None]), mask=(n < N)[None, :], other=0)
+            pointers = grad_queries + (target[None, :] + d[:, None])
+            o = tl.dot(_decode(x, ARITHMETIC, FLOAT8), weights, input_precision=PRECISION) * top[None, :]
+            o += tl.load(pointers, mask=earlier[None, :], other=0.0)
+            tl.store(pointers, o, mask=live[None, :])
         tl.debug_barrier()  # the next frame's loads see this one's stores, whichever thread made them
 
 
@@ -327,13 +330,13 @@ def forward(
     lse = torch.empty(questions, frames, heads, dtype=torch.float32, device=tokens.device)
     kept = torch.empty(questions, frames, k, dtype=torch.int64, device=tokens.device)
     mask = torch.empty(questions, frames, patches, dtype=torch.int8, device=tokens.device)
-    config = launch_config(patches, heads, tokens.element_size(), backward=False)
+    config = launch_config(patches, width, heads, tokens.element_size(), backward=False)
     if pooled.numel():
         arithmetic = _arithmetic(tokens)
         _forward_kernel[(len(tiles) * triton.cdiv(heads, config.heads), frames)](
-            tokens, scale, queries.contiguous(), selector.contiguous(), bias.contiguous(), order, tiles,
+            _bits(tokens), scale, queries.contiguous(), selector.contiguous(), bias.contiguous(), order, tiles,
             pooled, lse, kept, mask, k, frames, *tokens.stride()[:3],
-            PARTS=PARTS[arithmetic], **_constants(tokens, heads, scale, config),
+            PARTS=PARTS[arithmetic], **_constants(tokens, queries, scale, config),
         )  # fmt: skip
     return pooled, lse, kept, mask, order, tiles, clip_tiles
 
@@ -355,7 +358,7 @@ def backward(
     """Gradients of queries [B, H, D], selector [B, D] and bias [C, T, N], all float32."""
     clips, frames, patches, width = tokens.shape
     questions, heads, _ = queries.shape
-    config = launch_config(patches, heads, tokens.element_size(), backward=True)
+    config = launch_config(patches, width, heads, tokens.element_size(), backward=True)
     programs = len(tiles) * triton.cdiv(heads, config.heads)
     splits = max(1, min(frames, PROGRAMS // max(1, programs)))
     span = triton.cdiv(frames, splits)
@@ -365,9 +368,9 @@ def backward(
     if grad_pooled.numel():
         partials = torch.empty(programs, frames, patches, dtype=torch.float32, device=tokens.device)
         _backward_kernel[(programs, splits)](
-            grad_pooled.contiguous(), grad_lse.contiguous(), tokens, scale, queries.contiguous(),
+            grad_pooled.contiguous(), grad_lse.contiguous(), _bits(tokens), scale, queries.contiguous(),
             selector.contiguous(), bias.contiguous(), order, tiles, lse, mask, grad_queries, partials,
-            frames, questions, span, *tokens.stride()[:3], **_constants(tokens, heads, scale, config),
+            frames, questions, span, *tokens.stride()[:3], **_constants(tokens, queries, scale, config),
         )  # fmt: skip
         _bias_kernel[(clips, frames)](
             partials, clip_tiles, grad_bias, frames,
@@ -403,6 +406,10 @@ def tile_bound(questions: int, clips: int) -> int:
     return min(questions, clips + questions // QUESTIONS)
 
 
+def _bits(tokens: Tensor) -> Tensor:
+    return tokens.view(torch.int8) if tokens.dtype == torch.float8_e4m3fn else tokens
+
+
 def _arithmetic(tokens: Tensor) -> tl.dtype:
     # Triton's interpreter gets bfloat16 wrong without saying so; float32 holds it exactly.
     if knobs.runtime.interpret and tokens.dtype == torch.bfloat16:
@@ -410,16 +417,19 @@ def _arithmetic(tokens: Tensor) -> tl.dtype:
     return ARITHMETIC[tokens.dtype]
 
 
-def _constants(tokens: Tensor, heads: int, scale: Tensor | None, config: LaunchConfig) -> dict[str, object]:
+def _constants(tokens: Tensor, queries: Tensor, scale: Tensor | None, config: LaunchConfig) -> dict[str, object]:
     patches, width = tokens.shape[2:]
+    questions, heads = queries.shape[:2]
     return {
         "N": patches,
         "D": width,
         "H": heads,
         "HAS_SCALE": scale is not None,
-        "WIDE": patches * tokens.stride(2) >= 2**31,
+        # 64-bit offsets cost registers; only tensors of this size, or such a stride between patches, need them.
+        "WIDE": max(patches * tokens.stride(2), questions * tokens.shape[1] * max(patches, heads * width)) >= 2**31,
+        "FLOAT8": tokens.dtype == torch.float8_e4m3fn,
         "ARITHMETIC": _arithmetic(tokens),
-        "PRECISION": "ieee",
+        "PRECISION": "tf32x3",
         "BN": block_patches(patches),
         "BD": config.channels,
         "QB": QUESTIONS,
