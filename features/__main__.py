@@ -1,4 +1,4 @@
-"""`python -m features info|verify|repair STORE [--json]`: look at a store, check it, mend it.
+"""`python -m features info|verify|repair|convert|derive STORE [--json]`: look at a store, check it, mend it, copy it.
 
 Exit codes: 0 done; 1 faults were found, or the work failed; 2 wrong usage.
 """
@@ -10,14 +10,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
+from features.convert import convert
+from features.derive import derive
 from features.errors import StoreError
 from features.repair import repair
-from features.store import Store, open_store
+from features.spec import StoredDtype
+from features.store import FORMATS, Store, open_store
 from features.verify import TEXT, Report, verify
 
 Result = dict[str, Any]
@@ -44,7 +54,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m features", description="Look at a store, check it, mend it.")
+    parser = argparse.ArgumentParser(
+        prog="python -m features", description="Look at a store, check it, mend it, copy it."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, run, about in (
         ("info", _info, "what the store is and what it holds"),
@@ -53,13 +65,40 @@ def _parser() -> argparse.ArgumentParser:
             _verify,
             "exit 0 if every committed clip reads back bit for bit; else name the bad ones, exit 1",
         ),
+        ("convert", _convert, "copy the store, text states included, to another format, dtype or shard size"),
+        ("derive", _derive, "copy the store with only the patches of each frame that rank first"),
         ("repair", _repair, "take damaged clips out, so that `python -m extract run` encodes only them again"),
     ):
         command = commands.add_parser(name, help=about, description=about)
         command.add_argument("store", type=Path, metavar="STORE")
         command.add_argument("--json", action="store_true", help="print JSON")
         command.set_defaults(run=run)
+        if run in (_convert, _derive):
+            command.add_argument("--to", type=Path, metavar="FOLDER", help="where to; beside STORE by default")
+        if run is _convert:
+            command.add_argument("--format", choices=list(FORMATS))
+            command.add_argument("--dtype", choices=get_args(StoredDtype), help="of the tokens")
+            command.add_argument("--shard", type=_count, metavar="N", help="clips to a shard")
+        if run is _derive:
+            command.add_argument(
+                "--keep", type=_share, required=True, metavar="SHARE", help="share of the patches kept"
+            )
+            command.add_argument("--by", choices=["saliency"], default="saliency", help="what ranks them")
     return parser
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share; expected a number above 0 and at most 1")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of clips; expected at least 1")
+    return value
 
 
 def _info(options: argparse.Namespace) -> tuple[int, Result, str]:
@@ -83,6 +122,7 @@ def _described(store: Store) -> Result:
         "arrays": {array.name: {"shape": array.shape, "dtype": array.dtype} for array in store.spec.arrays},
         "fingerprint": dict(store.fingerprint.fields),
         "digest": store.fingerprint.digest,
+        "reconstruction_error": dict(store.reconstruction_error),
         "quarantine": quarantine,
     }
 
@@ -103,7 +143,7 @@ def _lines(result: Result, indent: str = "") -> Iterator[str]:
 
 
 def _verify(options: argparse.Namespace) -> tuple[int, Result, str]:
-    with _progress("verify", quiet=options.json) as on_bytes:
+    with _progress("verify", options.json) as on_bytes:
         report = verify(options.store, on_bytes=on_bytes)
     return (0 if report.ok else 1), _report(report), "\n".join(_report_lines(report))
 
@@ -144,15 +184,39 @@ def _repair(options: argparse.Namespace) -> tuple[int, Result, str]:
     return 0, result, "\n".join(lines)
 
 
+def _convert(options: argparse.Namespace) -> tuple[int, Result, str]:
+    changes = [str(value) for value in (options.format, options.dtype, options.shard) if value is not None]
+    to = options.to or options.store.with_name("_".join([options.store.name, *(changes or ["copy"])]))
+    with _progress("convert", options.json, "clips") as on_clips:
+        store = convert(options.store, to, options.format, options.dtype, options.shard, on_clips)
+    return 0, _described(store), _copied(store, options.store)
+
+
+def _derive(options: argparse.Namespace) -> tuple[int, Result, str]:
+    to = options.to or options.store.with_name(f"{options.store.name}_keep{options.keep:g}")
+    with _progress("derive", options.json, "clips") as on_clips:
+        store = derive(options.store, to, options.keep, options.by, on_clips)
+    return 0, _described(store), _copied(store, options.store)
+
+
+def _copied(store: Store, source: Path) -> str:
+    lines = [f"{store.path}: {len(store.clip_ids)} clips, {store.nbytes / 1e9:.3f} GB, from {source}"]
+    lines += [
+        f"{array}: reconstruction error {error:.2%} of their size (root mean square, worst clip)"
+        for array, error in store.reconstruction_error.items()
+    ]
+    return "\n".join(lines)
+
+
 @contextmanager
-def _progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+def _progress(what: str, quiet: bool, unit: str = "bytes") -> Iterator[Callable[[int, int], None] | None]:
     """A bar on a terminal; nothing in a file."""
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
         yield None
         return
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    figures = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
+    with Progress(BarColumn(), *figures, TimeRemainingColumn(), console=console, transient=True) as bar:
         task = bar.add_task(what)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

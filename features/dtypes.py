@@ -30,6 +30,7 @@ STORED = {
     "bfloat16": Stored(torch.bfloat16, "<u2", 0x7FC0),
     "float8_e4m3": Stored(torch.float8_e4m3fn, "|u1", 0x7F),
     "int8": Stored(torch.int8, "|i1", -128),
+    "int16": Stored(torch.int16, "<i2", -1),
     "bool": Stored(torch.bool, "|b1", False),
 }
 

@@ -28,6 +28,7 @@ class PatchTokens:
         coarse: [B, T, M, D], tokens of the coarse tower, where the network has one.
         coarse_saliency: [B, T, M].
         scale: [B, T, N], factor of each patch where `patches` is int8 or float8.
+        positions: [B, T, N], place of each patch in the full grid where a derived store keeps only some of them.
 
     Raises:
         ValueError: a tensor's shape disagrees with `patches`; the message names it.
@@ -40,12 +41,19 @@ class PatchTokens:
     coarse: Tensor | None = None
     coarse_saliency: Tensor | None = None
     scale: Tensor | None = None
+    positions: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.patches.ndim != 4:
             raise ValueError(f"patches has shape {tuple(self.patches.shape)}; expected [B, T, N, D]")
         b, t, n, d = self.patches.shape
-        expected = {"cls": (b, d), "saliency": (b, t, n), "timestamps": (b, t), "scale": (b, t, n)}
+        expected = {
+            "cls": (b, d),
+            "saliency": (b, t, n),
+            "timestamps": (b, t),
+            "scale": (b, t, n),
+            "positions": (b, t, n),
+        }
         if self.coarse is not None:
             if self.coarse.ndim != 4:
                 raise ValueError(f"coarse has shape {tuple(self.coarse.shape)}; expected [B, T, M, D]")

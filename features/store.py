@@ -245,6 +245,14 @@ class Store:
         self._reader.read(ids, records, [(array, tensors[array.name]) for array in self.spec.arrays], threads)
         return tensors if dtype is None else _converted(tensors, dtype)
 
+    def sources(self, ids: Sequence[str]) -> dict[str, str]:
+        """Hash of what each of `ids` was encoded from. Errors as in `read`."""
+        return {name: record.source for name, record in zip(ids, self._records(ids), strict=True)}
+
+    def read_arrays(self, ids: Sequence[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Every array by name, whatever the kind of the store, as `read` gives them."""
+        return self._read(ids, dtype)
+
     def _records(self, ids: Sequence[str]) -> list[ClipRecord]:
         absent = [name for name in dict.fromkeys(ids) if name not in self._ledger.clips]
         if absent:
@@ -254,8 +262,11 @@ class Store:
     # Writing
 
     @contextmanager
-    def lease(self, shard: int) -> Iterator[None]:
-        """Own `shard` while its clips are computed and written; see afterwards what is left of it to do.
+    def lease(self, shard: int) -> Iterator[tuple[str, ...]]:
+        """Own `shard` while its clips are computed and written.
+
+        Yields:
+            The shard's ids that nobody has committed by now, quarantined ones among them.
 
         Raises:
             ShardOwned: another live process has it; the message names host and process.
@@ -264,7 +275,7 @@ class Store:
             self._held.add(shard)
             try:
                 self.refresh()
-                yield
+                yield tuple(name for name in self._ids_of(shard) if name not in self._ledger.clips)
             finally:
                 self._held.discard(shard)
 
@@ -351,8 +362,11 @@ class Store:
             self.refresh()
 
     def _committed_of(self, shard: int) -> list[str]:
+        return [name for name in self._ids_of(shard) if name in self._ledger.clips]
+
+    def _ids_of(self, shard: int) -> list[str]:
         names = self._row_ids[shard * self.spec.shard : (shard + 1) * self.spec.shard]
-        return [name for name in names if name is not None and name in self._ledger.clips]
+        return [name for name in names if name is not None]
 
     def _commit(self, shard: int, new: Mapping[str, Mapping[str, Tensor]], sources: Mapping[str, str]) -> None:
         """Commit the shard's rows of before, as they are, and the `new` ones."""

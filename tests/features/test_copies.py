@@ -1,0 +1,150 @@
+"""`convert` and `derive`: what must stay the same does, what changes is in the fingerprint."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from features import Failure, Fingerprint, FingerprintMismatch, Store, StoreError, StoreSpec, create_store, open_store
+from features.__main__ import main
+from features.convert import convert
+from features.derive import derive
+from features.verify import verify
+from tests.features.conftest import FINGERPRINT, FORMATS, IDS, clip, fill
+from tests.features.test_verify import TEXT_SPEC, TEXTS
+
+BAD = IDS[2]
+
+
+@pytest.fixture(params=FORMATS)
+def whole(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    spec = StoreSpec.for_patches(2, (2, 3), 16, "float16", shard=4)
+    fingerprint = Fingerprint({**FINGERPRINT.fields, "stored_dtype": "float16"})
+    store = create_store(tmp_path / "store", spec, fingerprint, IDS, request.param)
+    store.write_shard(0, {}, {}, {BAD: Failure("broken", "Traceback")})
+    fill(store)
+    fill(create_store(tmp_path / "store" / "text", TEXT_SPEC, fingerprint, TEXTS, request.param))
+    return open_store(store.path)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_another_format_and_shard_size_keep_every_bit(whole: Store, tmp_path: Path, format: str) -> None:
+    copy = convert(whole.path, tmp_path / "copy", format=format, shard=3)
+    assert (copy.format, copy.spec.shard) == (format, 3)
+    assert copy.fingerprint == whole.fingerprint
+    assert copy.clip_ids == whole.clip_ids == tuple(name for name in IDS if name != BAD)
+    assert copy.quarantine[BAD].reason == "broken"
+    for name, tensor in whole.read(whole.clip_ids).tensors().items():
+        assert torch.equal(copy.read(whole.clip_ids).tensors()[name], tensor), name
+    assert copy.sources([IDS[0]]) == whole.sources([IDS[0]])
+    text, text_copy = open_store(whole.path / "text"), open_store(copy.path / "text")
+    assert torch.equal(text_copy.read_text(TEXTS).states, text.read_text(TEXTS).states)
+    assert verify(copy.path).ok
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8_e4m3"])
+def test_another_dtype_is_in_the_fingerprint(whole: Store, tmp_path: Path, dtype: str) -> None:
+    copy = convert(whole.path, tmp_path / "copy", dtype=dtype)
+    assert copy.fingerprint.fields["stored_dtype"] == dtype
+    assert copy.fingerprint.fields["converted_from"] == "float16"
+    given = whole.read(IDS[:2], dtype=torch.float32).patches
+    read = copy.read(IDS[:2], dtype=torch.float32).patches
+    assert torch.allclose(read, given, atol=0.2, rtol=0.07)
+    assert torch.equal(read, given) == (dtype == "float32")
+    assert bool(copy.reconstruction_error) == (dtype in ("int8", "float8_e4m3"))
+    assert verify(copy.path).ok
+    again = convert(copy.path, tmp_path / "back", dtype="float32")
+    assert torch.equal(again.read(IDS[:2]).patches, read)
+
+
+def test_converting_goes_on_where_it_was_stopped(whole: Store, tmp_path: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        assert total == 9
+        if done > 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(whole.path, tmp_path / "copy", on_clips=stop)
+    assert 0 < len(open_store(tmp_path / "copy").clip_ids) < 9
+    assert convert(whole.path, tmp_path / "copy").clip_ids == whole.clip_ids
+    with pytest.raises(FingerprintMismatch, match="stored_dtype: 'float16' here, 'bfloat16' there"):
+        convert(whole.path, tmp_path / "copy", dtype="bfloat16")
+
+
+def test_a_copy_inside_the_store_is_refused(whole: Store) -> None:
+    with pytest.raises(StoreError, match="inside the store"):
+        convert(whole.path, whole.path / "copy")
+    with pytest.raises(StoreError, match="expected another folder"):
+        derive(whole.path, whole.path, keep=0.5)
+
+
+def test_values_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    spec = StoreSpec.for_patches(2, (2, 3), 8, "float32", shard=4)
+    store = create_store(tmp_path / "store", spec, FINGERPRINT, IDS[:2])
+    big = clip(1)
+    big["patches"][0, 0, 0] = 1e6
+    store.write_shard(0, {IDS[0]: clip(0), IDS[1]: big}, dict.fromkeys(IDS, "x"))
+    with pytest.raises(StoreError, match=r"clip 'vid\|P1\|0\|10': patches exceeds the range of float16"):
+        convert(store.path, tmp_path / "copy", dtype="float16")
+
+
+def test_derived_patches_are_the_most_salient(whole: Store, tmp_path: Path) -> None:
+    small = derive(whole.path, tmp_path / "small", keep=0.34)
+    full, kept = whole.read(IDS[3:6]), small.read(IDS[3:6])
+    assert kept.patches.shape == (3, 2, 3, 16)  # ceil(0.34 x 6) = 3 of 6
+    assert small.spec.grid == (2, 3)
+    assert kept.positions is not None
+    for b in range(3):
+        for t in range(2):
+            ranked = sorted(range(6), key=lambda n: (-float(full.saliency[b, t, n]), n))[:3]
+            assert kept.positions[b, t].tolist() == ranked
+            assert torch.equal(kept.patches[b, t], full.patches[b, t, ranked])
+            assert torch.equal(kept.saliency[b, t], full.saliency[b, t, ranked])
+    assert torch.equal(kept.cls, full.cls)
+    assert small.fingerprint.fields["parent"] == whole.fingerprint.digest
+    assert small.fingerprint.fields["derived_keep"] == 0.34
+    assert small.quarantine.keys() == {BAD}
+    assert open_store(small.path / "text").clip_ids == TEXTS
+    assert small.nbytes < 0.75 * whole.nbytes or small.format == "hdf5"
+    assert verify(small.path).ok
+
+
+def test_equal_saliency_keeps_the_lowest_places(tmp_path: Path) -> None:
+    spec = StoreSpec.for_patches(1, (2, 3), 8, "int8", shard=4)
+    store = create_store(tmp_path / "store", spec, FINGERPRINT, IDS[:1])
+    row = {**clip(0, spec), "saliency": torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0, 0.0]])}
+    del row["scale"]
+    store.write_shard(0, {IDS[0]: row}, {IDS[0]: "x"})
+    kept = derive(store.path, tmp_path / "small", keep=0.6).read([IDS[0]])
+    full = store.read([IDS[0]])
+    assert kept.positions is not None
+    assert kept.positions[0, 0].tolist() == [1, 3, 0, 2]
+    assert kept.scale is not None
+    assert full.scale is not None
+    assert torch.equal(kept.patches[0, 0], full.patches[0, 0, [1, 3, 0, 2]])
+    assert torch.equal(kept.scale[0, 0], full.scale[0, 0, [1, 3, 0, 2]])
+
+
+@pytest.mark.parametrize("keep", [0.0, -1.0, 1.5])
+def test_a_share_that_is_none(whole: Store, tmp_path: Path, keep: float) -> None:
+    with pytest.raises(StoreError, match=rf"--keep is {keep}; expected a share above 0 and at most 1"):
+        derive(whole.path, tmp_path / "small", keep=keep)
+
+
+def test_deriving_twice_is_refused(whole: Store, tmp_path: Path) -> None:
+    small = derive(whole.path, tmp_path / "small", keep=0.5)
+    with pytest.raises(StoreError, match="derived already; expected the full store of clips"):
+        derive(small.path, tmp_path / "smaller", keep=0.5)
+
+
+def test_commands(whole: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(whole.path), "--format", "hdf5", "--dtype", "int8"]) == 0
+    out = capsys.readouterr().out
+    assert "store_hdf5_int8: 9 clips" in out
+    assert "patches: reconstruction error 0." in out
+    assert main(["derive", str(whole.path), "--keep", "0.25", "--by", "saliency", "--json"]) == 0
+    assert '"derived_keep": 0.25' in capsys.readouterr().out
+    assert open_store(whole.path.with_name("store_keep0.25")).spec.array("patches").shape == (2, 2, 16)
+    with pytest.raises(SystemExit, match="2"):
+        main(["derive", str(whole.path), "--keep", "7"])
+    assert "--keep: 7 is not a share; expected a number above 0 and at most 1" in capsys.readouterr().err

@@ -1,0 +1,105 @@
+"""Tokens in few bits: exact where they can be, and the loss said aloud where they cannot."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from features import FingerprintMismatch, Store, StoreError, StoreSpec, create_store, open_store
+from features.__main__ import main
+from features.encoding import dequantise, quantise, scale_of
+from tests.features.conftest import FINGERPRINT, FORMATS, IDS, clip, fill
+
+WHOLE = StoreSpec.for_patches(2, (2, 3), 8, "float32", shard=4)
+
+
+def quantised_store(root: Path, dtype: str, format: str = "zarr", coarse: int | None = None) -> Store:
+    spec = StoreSpec.for_patches(2, (2, 3), 64, dtype, shard=4, coarse=coarse)
+    return create_store(root, spec, FINGERPRINT, IDS, format)
+
+
+def floats(n: int, store: Store) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in clip(n, store.spec).items() if name != "scale"}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("dtype", "bound"), [("int8", 0.01), ("float8_e4m3", 0.04)])
+def test_reads_back_within_the_step_of_the_dtype(tmp_path: Path, format: str, dtype: str, bound: float) -> None:
+    store = quantised_store(tmp_path / "store", dtype, format)
+    rows = {name: floats(n, store) for n, name in enumerate(IDS[:4])}
+    store.write_shard(0, rows, dict.fromkeys(rows, "x"))
+    raw = store.read(IDS[:4])
+    assert raw.scale is not None
+    assert raw.patches.element_size() == 1
+    given = torch.stack([rows[name]["patches"] for name in IDS[:4]])
+    read = store.read(IDS[:4], dtype=torch.float32)
+    assert read.scale is None
+    step = raw.scale.unsqueeze(-1) / 2 if dtype == "int8" else given.abs() * 2**-4 + raw.scale.unsqueeze(-1) * 2**-9
+    assert (torch.abs(read.patches - given) <= step * 1.001).all()
+    lost = ((read.patches - given).square().mean((1, 2, 3)).sqrt() / given.square().mean((1, 2, 3)).sqrt()).max()
+    assert store.reconstruction_error["patches"] == pytest.approx(float(lost), rel=1e-4)
+    assert 0 < lost < bound
+
+
+def test_the_error_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = quantised_store(tmp_path / "store", "int8")
+    store.write_shard(0, {IDS[0]: floats(0, store)}, {IDS[0]: "x"})
+    assert main(["info", str(store.path)]) == 0
+    assert "reconstruction_error:\n  patches: 0.00" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
+def test_extreme_patches(dtype: str) -> None:
+    spec = StoreSpec.for_patches(1, (1, 4), 2, dtype)
+    patches = torch.tensor([[[0.0, 0.0], [1e-30, -1e-30], [3e38, 1.0], [-7.0, 7.0]]])
+    scale = scale_of(patches, spec)
+    assert torch.isfinite(scale).all()
+    back = dequantise(quantise(patches, scale, dtype), scale, torch.float32)
+    assert torch.equal(back[0, 0], torch.zeros(2))
+    assert torch.allclose(back[0, 2:].amax(-1), patches[0, 2:].amax(-1), rtol=1e-6)
+
+
+def test_tokens_that_are_quantised_already_are_kept_bit_for_bit(tmp_path: Path) -> None:
+    store = quantised_store(tmp_path / "store", "int8")
+    row = clip(0, store.spec)
+    row["patches"] = torch.randint(-128, 128, row["patches"].shape, dtype=torch.int8)
+    row["scale"] = row["scale"].abs()
+    store.write_shard(0, {IDS[0]: row}, {IDS[0]: "x"})
+    read = store.read([IDS[0]])
+    assert torch.equal(read.patches[0], row["patches"])
+    assert read.scale is not None
+    assert torch.equal(read.scale[0], row["scale"])
+    assert store.reconstruction_error == {}
+
+
+def test_coarse_tokens_beside_quantised_ones(tmp_path: Path) -> None:
+    store = quantised_store(tmp_path / "store", "int8", coarse=3)
+    row = floats(0, store)
+    store.write_shard(0, {IDS[0]: row}, {IDS[0]: "x"})
+    read = store.read([IDS[0]], dtype=torch.float32)
+    assert read.coarse is not None
+    assert torch.equal(read.coarse[0], row["coarse"].half().float())
+
+
+def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
+    spec = StoreSpec.for_patches(2, (2, 3), 8, "float64")  # type: ignore[arg-type]
+    with pytest.raises(StoreError, match="array dtype 'float64' is unknown; expected one of float16"):
+        create_store(tmp_path / "store", spec, FINGERPRINT, IDS)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_reads_into_given_buffers(tmp_path: Path, format: str, threads: int) -> None:
+    store = create_store(tmp_path / "store", WHOLE, FINGERPRINT, IDS, format)
+    fill(store)
+    buffers = store.buffers(6)
+    for asked in (IDS[:6], IDS[4:8], IDS[9:]):
+        read = store.read(asked, out=buffers, threads=threads)
+        assert read.patches.data_ptr() == buffers.patches.data_ptr()
+        assert torch.equal(read.patches, open_store(store.path).read(asked).patches)
+    with pytest.raises(
+        StoreError, match=r"out has \(6, .*\) torch.float32 on cpu for patches; expected at least \(7, "
+    ):
+        store.read(IDS[:7], out=buffers)
+    with pytest.raises(FingerprintMismatch):
+        open_store(store.path, expect=type(FINGERPRINT)({}))
