@@ -35,8 +35,9 @@ class Batch:
     Attributes:
         tokens: of the C clips; None for heads that look at no video.
         clip_index: [B] long, row of `tokens` that each question reads.
-        states: [B, L, D] text states.
-        mask: [B, L] bool, true on tokens.
+        states: [U, L, D] text states; many questions are asked in the same words, which a head reads once.
+        mask: [U, L] bool, true on tokens.
+        text_index: [B] long, row of `states` of each question.
         forms: [B] long, index into `FORMS`.
         answers: [B] long, class or `NO_CLASS`.
         rows: [B] positions of the questions in their table.
@@ -46,6 +47,7 @@ class Batch:
     clip_index: Tensor
     states: Tensor
     mask: Tensor
+    text_index: Tensor
     forms: Tensor
     answers: Tensor
     rows: Tensor
@@ -255,12 +257,14 @@ class Features:
         index = torch.from_numpy(rows)
         clips, clip_index = table.clip[index].unique(return_inverse=True)
         tokens = None if self.store is None else self.tokens([table.clips[clip] for clip in clips.tolist()])
-        text = table.text[index].to(self.device)
+        texts, text_index = table.text[index].unique(return_inverse=True)
+        texts = texts.to(self.device)
         return Batch(
             tokens=tokens,
             clip_index=clip_index.to(self.device),
-            states=self._states[text],
-            mask=self._mask[text],
+            states=self._states[texts],
+            mask=self._mask[texts],
+            text_index=text_index.to(self.device),
             forms=table.form[index].to(self.device),
             answers=table.answer[index].to(self.device),
             rows=index,

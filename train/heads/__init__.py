@@ -32,7 +32,8 @@ class Fused(nn.Module):
         """Logits [B, A]."""
         assert batch.tokens is not None
         tokens = {name: tensor.float() for name, tensor in batch.tokens.tensors().items()}
-        return self.network(PatchTokens(**tokens), batch.states.float(), batch.mask, batch.clip_index)
+        states, mask = batch.states.float()[batch.text_index], batch.mask[batch.text_index]
+        return self.network(PatchTokens(**tokens), states, mask, batch.clip_index)
 
 
 def build_head(config: Config, sizes: Sizes) -> nn.Module:

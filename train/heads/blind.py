@@ -40,4 +40,4 @@ class QuestionOnly(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [B, A]."""
-        return self.classify(self.read(batch.states, batch.mask))
+        return self.classify(self.read(batch.states, batch.mask)[batch.text_index])

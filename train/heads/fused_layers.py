@@ -71,12 +71,12 @@ class FusedBlock(SpaceTimeBlock):
         Returns:
             [B, S, D].
         """
-        timed = x + self.timeattn(self.norm3(x), frames, "time")[0]
+        timed, _ = self.timeattn(self.norm3(x), frames, "time", residual=x)
         spaced = self.attn(self.norm1(timed), frames, "space", keep)[0]
         if clip_index is not None:
             x, spaced = x[clip_index], spaced[clip_index]
         x = x + self.text(spaced, text, text_mask)
-        return x + self.mlp(self.norm2(x))
+        return self.mlp(self.norm2(x), residual=x)
 
     def fuse_cls(
         self,
@@ -89,29 +89,15 @@ class FusedBlock(SpaceTimeBlock):
     ) -> Tensor:
         """CLS of `fuse`'s result, [B, 1, D], at a fraction of its cost; for the last block, whose patches nobody reads.
 
-        CLS is one query, so its keys and values need no projection of every token: the projections move to the query
-        (q W_k) and to the pooled tokens.
+        Keys and values need no projection of every token; see `Attention.attend_cls`.
         """
-        timed = x + self.timeattn(self.norm3(x), frames, "time")[0]
-        spaced = self._cls_space(self.norm1(timed), keep)
+        timed, _ = self.timeattn(self.norm3(x), frames, "time", residual=x)
+        spaced = self.attn.proj(self.attn.attend_cls(self.norm1(timed), keep)[0])
         first = x[:, :1]
         if clip_index is not None:
             first, spaced = first[clip_index], spaced[clip_index]
         first = first + self.text(spaced, text, text_mask)
-        return first + self.mlp(self.norm2(first))
-
-    def _cls_space(self, tokens: Tensor, keep: Tensor | None) -> Tensor:
-        heads = self.attn.heads
-        w_query, w_key, w_value = self.attn.qkv.weight.chunk(3)
-        b_query, _, b_value = self.attn.qkv.bias.chunk(3)  # a key's bias shifts all logits alike
-        query = F.linear(tokens[:, 0], w_query, b_query).unflatten(-1, (heads, HEAD_WIDTH)) * HEAD_WIDTH**-0.5
-        absorbed = torch.einsum("chk,hkd->chd", query, w_key.unflatten(0, (heads, HEAD_WIDTH)))
-        logits = (absorbed @ tokens.transpose(1, 2)).float()  # [C, H, S]
-        if keep is not None:
-            logits = logits.masked_fill(~keep[:, None], -torch.inf)
-        pooled = logits.softmax(dim=-1).to(tokens.dtype) @ tokens  # [C, H, D]
-        out = torch.einsum("chd,hkd->chk", pooled, w_value.unflatten(0, (heads, HEAD_WIDTH))).flatten(1) + b_value
-        return self.attn.proj(out)[:, None]
+        return self.mlp(self.norm2(first), residual=first)
 
 
 class CrossAttention(nn.Module):

@@ -33,7 +33,7 @@ class Pooled(nn.Module):
         """Logits [B, A]."""
         assert batch.tokens is not None
         video = self.see(self.standard(pool(batch.tokens)))[batch.clip_index]
-        question = self.read(batch.states, batch.mask)
+        question = self.read(batch.states, batch.mask)[batch.text_index]
         return self.classify(torch.cat([video, question, video * question], dim=-1))
 
 

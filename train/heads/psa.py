@@ -75,7 +75,7 @@ class PSA(nn.Module):
     def answer(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits [B, A] and the kept patches [B, T, k]."""
         assert batch.tokens is not None
-        question = self.read(batch.states, batch.mask)
+        question = self.read(batch.states, batch.mask)[batch.text_index]
         frames, kept = self.look(batch.tokens, batch.clip_index, question)
         video, asked = self.watch(frames, question)
         logits = self.classify(torch.cat([video, asked, question, video * question], dim=-1))
