@@ -4,6 +4,7 @@ Shape legend: C clips, B questions, T frames, N patches a frame, D channels, H a
 """
 
 import importlib.util
+import os
 from typing import Literal, NamedTuple
 
 import torch
@@ -78,7 +79,7 @@ def select_attend(
     _check_devices(tokens, clip_index, queries, selector, bias, scale)
     if choose_implementation(tokens, implementation) == "triton":
         _check_triton(tokens, queries)
-        pooled, lse, kept, _ = library.triton_forward(tokens, clip_index, queries, selector, bias, k, scale)
+        pooled, lse, kept, *_ = library.triton_forward(tokens, clip_index, queries, selector, bias, k, scale)
     else:
         pooled, lse, kept, _ = library.reference_forward(tokens, clip_index, queries, selector, bias, k, scale)
     return SelectAttendOutput(pooled, lse, kept)
@@ -159,6 +160,8 @@ def _check_devices(
 def _check_triton(tokens: Tensor, queries: Tensor) -> None:
     if not _triton_installed():
         raise ValueError("implementation is 'triton' but Triton is not installed; pip install triton, or use 'auto'")
+    if not tokens.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"tokens is on {tokens.device}; expected a CUDA device with 'triton', or use 'auto'")
     if queries.dtype == torch.float64:
         raise ValueError("queries is torch.float64; expected at most float32 with 'triton', or use 'reference'")
     if tokens.shape[2] > TRITON_MAX_PATCHES:

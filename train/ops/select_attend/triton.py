@@ -11,7 +11,7 @@ What is rounded for the second product (weights, gradients) is first divided by 
 neither small gradients nor small scales underflow.
 """
 
-# mypy: allow-untyped-defs
+# mypy: disable-error-code="no-untyped-def"
 
 from dataclasses import dataclass
 
@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-QUESTIONS = 16  # of one clip in a program; fewer than 16 rows are wrong or slow in tensor-core products
+from train.ops.select_attend.schedule import QUESTIONS, schedule
+
 ARITHMETIC = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
@@ -52,7 +53,7 @@ def launch_config(patches: int, width: int, heads: int, token_bytes: int, backwa
     if backward and block >= 256:
         columns = max(1, columns // 2)
     warps = 4 if block <= 64 else 8 if block <= 512 else 16
-    channels = 64 if token_bytes < 4 else 32
+    channels = 64 if token_bytes < 4 else 16
     while width % channels:
         channels //= 2
     return LaunchConfig(min(columns, triton.next_power_of_2(heads)), channels, warps, 2)
@@ -127,7 +128,7 @@ def _keep_largest(scores, n, k, N: tl.constexpr):
     return tl.where(key > threshold[None, :], 1, equal * first.to(tl.int32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "frames"])
 def _forward_kernel(
     tokens, scale, queries, selector, bias, order, tiles, pooled, lse, kept, mask,
     k, frames, stride_c, stride_t, stride_n,
@@ -206,7 +207,7 @@ def _forward_kernel(
         tl.store(pooled + ((out * D)[None, :] + d[:, None]), o.to(pooled.dtype.element_ty), mask=live[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "questions", "span"])
 def _backward_kernel(
     grad_pooled, grad_lse, tokens, scale, queries, selector, bias, order, tiles, lse, mask, grad_queries, grad_bias,
     frames, questions, span, stride_c, stride_t, stride_n,
@@ -325,7 +326,11 @@ def forward(
     """
     _, frames, patches, width = tokens.shape
     questions, heads, _ = queries.shape
-    order, tiles, clip_tiles = schedule(clip_index, tokens.shape[0])
+    # Checked on the device, since reading the answer here would wait for it.
+    torch._assert_async(
+        ((clip_index >= 0) & (clip_index < len(tokens))).all(), f"clip_index is not within 0 to {len(tokens) - 1}"
+    )
+    order, tiles, clip_tiles = schedule(clip_index, len(tokens))
     pooled = torch.empty(questions, frames, heads, width, dtype=queries.dtype, device=tokens.device)
     lse = torch.empty(questions, frames, heads, dtype=torch.float32, device=tokens.device)
     kept = torch.empty(questions, frames, k, dtype=torch.int64, device=tokens.device)
@@ -336,7 +341,7 @@ def forward(
         _forward_kernel[(len(tiles) * triton.cdiv(heads, config.heads), frames)](
             _bits(tokens), scale, queries.contiguous(), selector.contiguous(), bias.contiguous(), order, tiles,
             pooled, lse, kept, mask, k, frames, *tokens.stride()[:3],
-            PARTS=PARTS[arithmetic], **_constants(tokens, queries, scale, config),
+            PARTS=PARTS[arithmetic], **constants(tokens, queries, scale, config),
         )  # fmt: skip
     return pooled, lse, kept, mask, order, tiles, clip_tiles
 
@@ -370,7 +375,7 @@ def backward(
         _backward_kernel[(programs, splits)](
             grad_pooled.contiguous(), grad_lse.contiguous(), _bits(tokens), scale, queries.contiguous(),
             selector.contiguous(), bias.contiguous(), order, tiles, lse, mask, grad_queries, partials,
-            frames, questions, span, *tokens.stride()[:3], **_constants(tokens, queries, scale, config),
+            frames, questions, span, *tokens.stride()[:3], **constants(tokens, queries, scale, config),
         )  # fmt: skip
         _bias_kernel[(clips, frames)](
             partials, clip_tiles, grad_bias, frames,
@@ -378,32 +383,6 @@ def backward(
         )  # fmt: skip
     total = grad_queries[0] if splits == 1 else grad_queries.sum(dim=0)
     return total, total.sum(dim=1), grad_bias
-
-
-def schedule(clip_index: Tensor, clips: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Group the questions by clip and cut each group into tiles of `QUESTIONS`, without waiting for the device.
-
-    Returns:
-        order [B], the questions sorted by clip; tiles [G, 3], of each its clip, its first place in `order` and its
-        number of questions, with 0 of them in the tiles that are not needed; clip_tiles [C + 1], first tile of a clip.
-    """
-    device = clip_index.device
-    sorted_clips, order = torch.sort(clip_index, stable=True)
-    edges = torch.searchsorted(sorted_clips, torch.arange(clips + 1, dtype=clip_index.dtype, device=device))
-    per_clip = (edges.diff() + QUESTIONS - 1) // QUESTIONS
-    clip_tiles = torch.cat([per_clip.new_zeros(1), per_clip.cumsum(0)])
-    tile = torch.arange(tile_bound(len(clip_index), clips), device=device)
-    clip = torch.searchsorted(clip_tiles, tile, right=True) - 1
-    unused = clip >= clips
-    clip = clip.clamp_max(clips - 1)
-    first = edges[clip] + (tile - clip_tiles[clip]) * QUESTIONS
-    count = (edges[clip + 1] - first).clamp(0, QUESTIONS).masked_fill(unused, 0)
-    return order.int(), torch.stack([clip, first, count], dim=1).int(), clip_tiles.int()
-
-
-def tile_bound(questions: int, clips: int) -> int:
-    """G: at least as many tiles as any assignment of questions to clips needs."""
-    return min(questions, clips + questions // QUESTIONS)
 
 
 def _bits(tokens: Tensor) -> Tensor:
@@ -417,7 +396,8 @@ def _arithmetic(tokens: Tensor) -> tl.dtype:
     return ARITHMETIC[tokens.dtype]
 
 
-def _constants(tokens: Tensor, queries: Tensor, scale: Tensor | None, config: LaunchConfig) -> dict[str, object]:
+def constants(tokens: Tensor, queries: Tensor, scale: Tensor | None, config: LaunchConfig) -> dict[str, object]:
+    """Compile-time arguments that both kernels take, and their warps and stages."""
     patches, width = tokens.shape[2:]
     questions, heads = queries.shape[:2]
     return {
