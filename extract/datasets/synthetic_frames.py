@@ -20,11 +20,11 @@ OTHER_SKIN = (84, 46, 28)
 OTHER_SLEEVE = (150, 150, 60)
 LID = (250, 250, 250)
 HOLE = (12, 12, 12)
-SHADOW = (40, 44, 48)
+SHADOW = (16, 18, 22)
 
 # Height of the wall above the table, in cells of the 7x7 grid.
 WALL_ROWS = 1.6
-SWAY = 0.16
+SWAY = 0.1
 DISTRACTORS = 3
 
 
@@ -120,6 +120,7 @@ def _draw_scene(canvas: _Canvas, scene: Scene, time: float, entries: np.ndarray,
         thing = things[name]
         if slot != "other":
             entry = thing.x + entries[("first", "second", "next").index(slot)]
+            _draw_under(canvas, thing)
             _draw_arm(canvas, thing, (entry, GRID + 0.5), SLEEVE, SKIN)
             _draw_thing(canvas, thing)
             _draw_grip(canvas, thing, action)
@@ -127,10 +128,8 @@ def _draw_scene(canvas: _Canvas, scene: Scene, time: float, entries: np.ndarray,
 
 def _draw_thing(canvas: _Canvas, thing: Thing) -> None:
     colour = OBJECTS[thing.name]
-    radius = 0.42 + 0.12 * thing.height
-    x, y = thing.x, thing.y - 0.25 * thing.height
-    if thing.height > 0:
-        canvas.disc(thing.x, thing.y + 0.45, 0.5, 0.18, SHADOW)
+    radius = 0.48 + 0.08 * thing.height
+    x, y = _top(thing)
     shape = canvas.box if thing.name.endswith(("box", "tin", "bag")) else canvas.disc
     shape(x, y, radius, radius, colour)
     canvas.disc(x, y, 0.2, 0.2, HOLE if thing.is_open else LID)
@@ -144,18 +143,31 @@ def _draw_arm(
     skin: tuple[int, int, int],
 ) -> None:
     """A sleeve from the picture's edge to the object, and the hand around the object."""
-    x, y = thing.x, thing.y - 0.25 * thing.height
+    x, y = _top(thing)
     canvas.limb(entry, (x, y), 0.45, sleeve)
-    canvas.disc(x, y, 0.72, 0.72, skin)
+    canvas.disc(x, y, 0.8, 0.8, skin)
+
+
+def _draw_under(canvas: _Canvas, thing: Thing) -> None:
+    """The shadow of a lifted object."""
+    if thing.height > 0:
+        x, y = _top(thing)
+        canvas.disc(x, y + 0.75, 0.8, 0.32, SHADOW)
 
 
 def _draw_grip(canvas: _Canvas, thing: Thing, action: Action | None) -> None:
     """What the hand does, on top of the object."""
-    x, y = thing.x, thing.y - 0.25 * thing.height
+    x, y = _top(thing)
     if action == "open":
-        canvas.disc(x + 0.55, y - 0.5, 0.26, 0.26, LID)
+        canvas.disc(x + 0.6, y - 0.6, 0.34, 0.34, LID)
     elif action == "move":
-        canvas.box(x - 0.4, y, 0.1, 0.4, SKIN)
-        canvas.box(x + 0.4, y, 0.1, 0.4, SKIN)
+        canvas.box(x - 0.85, y, 0.3, 0.2, SKIN)
+        canvas.box(x + 0.85, y, 0.3, 0.2, SKIN)
     elif action == "close":
-        canvas.box(x, y + 0.42, 0.5, 0.14, SKIN)
+        canvas.box(x, y - 0.45, 0.5, 0.12, SKIN)
+        canvas.box(x, y + 0.45, 0.5, 0.12, SKIN)
+
+
+def _top(thing: Thing) -> tuple[float, float]:
+    """Where an object is seen: a lifted one comes up by a quarter of a cell."""
+    return thing.x, thing.y - 0.25 * thing.height

@@ -22,28 +22,22 @@ from extract.datasets.records import Part
 from extract.datasets.synthetic_scene import OBJECTS, SLOTS, Event, Scene, Slot, place_of, rng_of
 
 CLAUSES: dict[Slot, str] = {
-    "first": "the object that the person touches first",
-    "second": "the object that the person touches second",
-    "next": "the object that the person will touch next",
-    "other": "the object that the other person holds",
+    "first": "that the person touches first",
+    "second": "that the person touches second",
+    "next": "that the person will touch next",
+    "other": "that the other person holds",
 }
-OBJECT_QUERIES: dict[Slot, str] = {
-    "first": "which object does the person touch first?",
-    "second": "which object does the person touch second?",
-    "next": "which object will the person touch next?",
-    "other": "which object does the other person hold?",
-}
-REASON_QUERIES: dict[Slot, str] = {
-    "first": "for which object does the person reach in first?",
-    "second": "for which object does the person reach in second?",
-    "next": "for which object will the person reach in next?",
-    "other": "for which object does the other person reach in?",
+ARRIVALS: dict[Slot, str] = {
+    "first": "the person reaches in first",
+    "second": "the person reaches in second",
+    "next": "the person will reach in next",
+    "other": "the other person reaches in",
 }
 TOUCHES: dict[Slot, str] = {
-    "first": "does the person touch {} first?",
-    "second": "does the person touch {} second?",
-    "next": "will the person touch {} next?",
-    "other": "does the other person hold {}?",
+    "first": "does the person touch the {} first?",
+    "second": "does the person touch the {} second?",
+    "next": "will the person touch the {} next?",
+    "other": "does the other person hold the {}?",
 }
 TYPES: dict[Slot, tuple[str, ...]] = {
     "first": ("world",),
@@ -141,47 +135,42 @@ def _any(rng: np.random.Generator, options: Sequence[Any]) -> Any:
 
 def _object(scene: Scene, rng: np.random.Generator) -> Draft:
     slot = _any(rng, SLOTS)
-    category = "predictive" if slot == "next" else "descriptive"
+    text = f"which object is it {CLAUSES[slot]}?"
     name = scene.event(slot).name
-    return Draft(
-        OBJECT_QUERIES[slot], name, TYPES[slot], category, "object", "query", "direct", f"query([obj], {slot})"
-    )
+    return Draft(text, name, TYPES[slot], _when(slot), "object", "query", "direct", f"query([obj], {slot})")
 
 
 def _object_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
     slot = _any(rng, SLOTS)
-    category = "predictive" if slot == "next" else "descriptive"
-    text = f"what is {CLAUSES[slot]}?"
+    text = f"which is the object {CLAUSES[slot]}?"
     program = f"query([obj], iterate_until({slot}))"
-    return Draft(text, scene.event(slot).name, TYPES[slot], category, "object", "query", "indirect", program)
+    return Draft(text, scene.event(slot).name, TYPES[slot], _when(slot), "object", "query", "indirect", program)
 
 
 def _reason(scene: Scene, rng: np.random.Generator) -> Draft:
     slot = _any(rng, SLOTS)
-    types = tuple(dict.fromkeys((*TYPES[slot], "intent")))
+    text = f"{ARRIVALS[slot]}, for which object is it?"
     program = f"query([obj], reason({slot}))"
-    return Draft(
-        REASON_QUERIES[slot], scene.event(slot).name, types, "explanatory", "object", "query", "direct", program
-    )
+    name = scene.event(slot).name
+    return Draft(text, name, _with_intent(slot), "explanatory", "object", "query", "direct", program)
 
 
 def _reason_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
-    slot = _any(rng, ("first", "second", "other"))
-    hand = "the other person's hand" if slot == "other" else "the person's hand"
-    text = f"{hand} reaches in for {CLAUSES[slot]}, what is it?"
-    types = tuple(dict.fromkeys((*TYPES[slot], "intent")))
+    slot = _any(rng, SLOTS)
+    text = f"{ARRIVALS[slot]} for the object {CLAUSES[slot]}, which is it?"
     program = f"query([obj], reason(iterate_until({slot})))"
-    return Draft(text, scene.event(slot).name, types, "explanatory", "object", "query", "indirect", program)
+    name = scene.event(slot).name
+    return Draft(text, name, _with_intent(slot), "explanatory", "object", "query", "indirect", program)
 
 
 def _untouched(scene: Scene, rng: np.random.Generator) -> Draft:
-    text = "if the person stopped after the first touch, which object would the person not touch second?"
+    text = f"which object is it {CLAUSES['second']}, but not if they stopped after the first touch?"
     name = scene.event("second").name
     return Draft(text, name, ("world",), "counterfactual", "object", "query", "direct", "query([obj], without(second))")
 
 
 def _untouched_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
-    text = f"if the person stopped after the first touch, what is {CLAUSES['second']} that would stay untouched?"
+    text = f"which is the object {CLAUSES['second']}, but not if they stopped after the first touch?"
     program = "query([obj], without(iterate_until(second)))"
     name = scene.event("second").name
     return Draft(text, name, ("world",), "counterfactual", "object", "query", "indirect", program)
@@ -193,10 +182,9 @@ def _touch(scene: Scene, rng: np.random.Generator) -> Draft:
     yes = bool(rng.integers(2))
     other = _any(rng, [s for s in SLOTS if s != slot])
     name = scene.event(slot if yes else other).name
-    category = "predictive" if slot == "next" else "descriptive"
-    text = TOUCHES[slot].format(f"the {name}")
+    text = TOUCHES[slot].format(name)
     program = f"verify([hoi], {slot})"
-    return Draft(text, _yes(yes), TYPES[slot], category, "action", "verify", "direct", program)
+    return Draft(text, _yes(yes), TYPES[slot], _when(slot), "action", "verify", "direct", program)
 
 
 def _touch_without(scene: Scene, rng: np.random.Generator) -> Draft:
@@ -216,13 +204,19 @@ def _open(scene: Scene, rng: np.random.Generator) -> Draft:
     return Draft(text, answer, ("world",), "descriptive", "state", "verify", "direct", "verify([state], name)")
 
 
+def _touch_open(scene: Scene, rng: np.random.Generator) -> Draft:
+    slot = _any(rng, SLOTS)
+    answer = _yes(scene.at_end(scene.event(slot).name).is_open)
+    text = f"is it an open object at the end {CLAUSES[slot]}?"
+    return Draft(text, answer, TYPES[slot], _when(slot), "state", "verify", "direct", f"verify([state], {slot})")
+
+
 def _open_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
     slot = _any(rng, SLOTS)
     answer = _yes(scene.at_end(scene.event(slot).name).is_open)
-    text = f"is {CLAUSES[slot]} open at the end?"
-    category = "predictive" if slot == "next" else "descriptive"
+    text = f"is the object {CLAUSES[slot]} open at the end?"
     program = f"verify([state], iterate_until({slot}))"
-    return Draft(text, answer, TYPES[slot], category, "state", "verify", "indirect", program)
+    return Draft(text, answer, TYPES[slot], _when(slot), "state", "verify", "indirect", program)
 
 
 def _place(scene: Scene, rng: np.random.Generator) -> Draft:
@@ -234,11 +228,10 @@ def _place(scene: Scene, rng: np.random.Generator) -> Draft:
 
 def _place_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
     slot = _any(rng, SLOTS)
-    text = f"where is {CLAUSES[slot]} at the end?"
+    text = f"where is the object {CLAUSES[slot]} at the end?"
     place = place_of(scene.at_end(scene.event(slot).name))
-    category = "predictive" if slot == "next" else "descriptive"
     program = f"query([place], iterate_until({slot}))"
-    return Draft(text, place, TYPES[slot], category, "state", "query", "indirect", program)
+    return Draft(text, place, TYPES[slot], _when(slot), "state", "query", "indirect", program)
 
 
 def _acted_on(scene: Scene, rng: np.random.Generator) -> Event:
@@ -253,7 +246,7 @@ def _action(scene: Scene, rng: np.random.Generator) -> Draft:
 
 def _action_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
     event = _acted_on(scene, rng)
-    text = f"what does the person do to {CLAUSES[event.slot]}?"
+    text = f"what does the person do to the object {CLAUSES[event.slot]}?"
     program = f"{HOI_PROGRAM}{event.slot}))"
     return Draft(text, str(event.action), ("world",), "descriptive", "action", "query", "indirect", program)
 
@@ -273,10 +266,18 @@ def _change(scene: Scene, rng: np.random.Generator) -> Draft:
 
 def _change_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
     event = _acted_on(scene, rng)
-    text = f"how does {CLAUSES[event.slot]} change?"
+    text = f"how does the object {CLAUSES[event.slot]} change?"
     program = f"query([change], iterate_until({event.slot}))"
     answer = CHANGES[str(event.action)]
     return Draft(text, answer, ("world",), "descriptive", "change", "query", "indirect", program)
+
+
+def _when(slot: Slot) -> str:
+    return "predictive" if slot == "next" else "descriptive"
+
+
+def _with_intent(slot: Slot) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*TYPES[slot], "intent")))
 
 
 def _yes(value: bool) -> str:
@@ -284,21 +285,22 @@ def _yes(value: bool) -> str:
 
 
 FAMILIES: tuple[tuple[Callable[[Scene, np.random.Generator], Draft], float], ...] = (
-    (_object, 0.16),
+    (_object, 0.20),
     (_object_indirect, 0.12),
-    (_reason, 0.10),
+    (_reason, 0.08),
     (_reason_indirect, 0.05),
-    (_untouched, 0.03),
+    (_untouched, 0.02),
     (_untouched_indirect, 0.03),
-    (_touch, 0.08),
-    (_touch_without, 0.03),
-    (_open, 0.08),
+    (_touch, 0.03),
+    (_touch_without, 0.01),
+    (_open, 0.03),
+    (_touch_open, 0.12),
     (_open_indirect, 0.08),
-    (_place, 0.06),
-    (_place_indirect, 0.06),
-    (_action, 0.03),
-    (_action_indirect, 0.04),
+    (_place, 0.03),
+    (_place_indirect, 0.02),
+    (_action, 0.04),
+    (_action_indirect, 0.06),
     (_cause, 0.02),
-    (_change, 0.02),
+    (_change, 0.04),
     (_change_indirect, 0.02),
 )

@@ -30,14 +30,12 @@ STARTS: dict[Slot, float] = {"first": 0.0, "second": 0.5, "next": 0.75, "other":
 ENDS: dict[Slot, float] = {"first": 0.5, "second": 0.75, "next": 1.0, "other": 1.0}
 
 OBJECTS: dict[str, tuple[int, int, int]] = {
-    "red box": (225, 30, 35),
-    "blue jar": (35, 60, 230),
-    "green can": (20, 165, 50),
-    "yellow tin": (245, 225, 30),
-    "purple bag": (140, 40, 190),
-    "orange mug": (250, 130, 10),
-    "cyan bottle": (20, 210, 220),
-    "pink bowl": (255, 120, 190),
+    "red box": (230, 20, 25),
+    "blue jar": (20, 40, 235),
+    "green can": (0, 170, 40),
+    "yellow tin": (255, 230, 0),
+    "purple bag": (150, 20, 200),
+    "cyan bottle": (0, 220, 235),
 }
 
 
@@ -109,7 +107,7 @@ def draw_scene(seed: int, index: int) -> Scene:
     cells = [(row, column) for row in TABLE_ROWS for column in range(GRID)]
     chosen = rng.choice(len(cells), size=len(names), replace=False)
     is_open = rng.integers(0, 2, size=len(names)).astype(bool)
-    jitter = rng.uniform(-0.12, 0.12, size=(len(names), 2))
+    jitter = rng.uniform(-0.06, 0.06, size=(len(names), 2))
     touched = [names[i] for i in rng.choice(len(names), size=len(SLOTS), replace=False)]
     actions: list[Action | None] = [ACTIONS[i] for i in rng.integers(0, len(ACTIONS), size=2)] + [None, None]
     things = []
