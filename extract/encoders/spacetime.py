@@ -10,11 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from extract.encoders.linear import Linear
+
 HEAD_WIDTH = 64
+# Logits of one step of `attend`: 2 MB in bfloat16.
+CACHED_LOGITS = 2**20
+
+Axis = Literal["time", "space"]
 
 
 class Attention(nn.Module):
-    """Projections of one divided attention. `forward` lets CLS attend everywhere and a patch along `axis`, plus CLS.
+    """One divided attention: CLS attends everywhere, a patch along one axis plus CLS.
 
     Args:
         width: D; there are D // 64 heads.
@@ -23,11 +29,17 @@ class Attention(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.heads = width // HEAD_WIDTH
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(
-        self, x: Tensor, frames: int, axis: Literal["time", "space"], keep: Tensor | None = None, tap: bool = False
+        self,
+        x: Tensor,
+        frames: int,
+        axis: Axis,
+        keep: Tensor | None = None,
+        tap: bool = False,
+        residual: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend.
 
@@ -35,54 +47,97 @@ class Attention(nn.Module):
             x: [B, S, D], normalised tokens.
             frames: T.
             axis: whether a patch sees its position in every frame, or its own frame.
-            keep: [B, S] bool, tokens that may be attended to; None keeps all.
+            keep: [B, S] bool, tokens that may be attended to; None keeps all. CLS is always kept.
             tap: also return CLS's logits.
+            residual: [B, S, D], added to the result.
 
         Returns:
-            [B, S, D] after the output projection, and CLS's scaled logits over all tokens, mean over heads, before
-            softmax and mask ([B, S] float32), if `tap`.
+            [B, S, D] after the output projection, and CLS's logits [B, S] as `attend_cls` gives them.
         """
-        out, logits = divided_attention(self.qkv(x), self.heads, frames, axis, keep, tap)
-        return self.proj(out), logits
+        cls, logits = self.attend_cls(x, keep, tap)
+        patches = attend_patches(self.qkv(x), self.heads, frames, axis, keep)
+        return self.proj(torch.cat([cls, patches], dim=1), residual=residual), logits
+
+    def attend_cls(self, x: Tensor, keep: Tensor | None = None, tap: bool = False) -> tuple[Tensor, Tensor | None]:
+        """CLS over all tokens, before the output projection.
+
+        CLS is a single query, so the key projection is moved to it (q W_k) and the value projection to the pooled
+        tokens: both passes then read `x` as it lies, instead of keys and values strided by head.
+
+        Args: as for `forward`.
+
+        Returns:
+            [B, 1, D], and its scaled logits over all tokens, mean over heads, before softmax and mask ([B, S]
+            float32), if `tap`.
+        """
+        by_head = (self.heads, HEAD_WIDTH)
+        w_query, w_key, w_value = self.qkv.weight.chunk(3)
+        b_query, b_key, b_value = self.qkv.bias.chunk(3)
+        query = F.linear(x[:, 0], w_query, b_query).unflatten(-1, by_head) * HEAD_WIDTH**-0.5  # [B, H, 64]
+        absorbed = torch.einsum("bhk,hkd->bhd", query, w_key.unflatten(0, by_head))
+        logits = (x @ absorbed.transpose(1, 2)).float() + (query * b_key.unflatten(0, by_head)).sum(-1).float()[:, None]
+        scores = logits if keep is None else logits.masked_fill(~keep[..., None], -torch.inf)
+        weights = scores.softmax(dim=1).to(x.dtype)  # [B, S, H]
+        pooled = weights.transpose(1, 2) @ x  # [B, H, D]
+        out = torch.einsum("bhd,hkd->bhk", pooled, w_value.unflatten(0, by_head)).flatten(1) + b_value
+        return out[:, None], logits.mean(dim=2) if tap else None
 
 
-def divided_attention(
-    qkv: Tensor, heads: int, frames: int, axis: Literal["time", "space"], keep: Tensor | None = None, tap: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """CLS over all tokens, patches over `axis` plus CLS. Arguments as in `Attention.forward`, on `qkv` [B, S, 3*D]."""
+def attend_patches(qkv: Tensor, heads: int, frames: int, axis: Axis, keep: Tensor | None = None) -> Tensor:
+    """Patches over their frame or their position, plus CLS.
+
+    Args:
+        qkv: [B, S, 3*D], CLS first.
+        heads: H.
+        frames: T.
+        axis: `space` or `time`.
+        keep: [B, S] bool, as for `Attention.forward`.
+
+    Returns:
+        [B, T*N, D].
+    """
     b, s, _ = qkv.shape
     n = (s - 1) // frames
     q, k, v = qkv.view(b, s, 3, heads, HEAD_WIDTH).unbind(2)  # [B, S, H, 64] each
-    cls, logits = _cls_attention(q[:, 0], k, v, keep, tap)
 
-    def lay(tokens: Tensor, with_cls: bool) -> Tensor:
+    def lay(tokens: Tensor) -> Tensor:
         patches = tokens[:, 1:].view(b, frames, n, heads, HEAD_WIDTH)
-        if axis == "time":
-            patches = patches.transpose(1, 2)
-        if with_cls:
-            first = tokens[:, :1, None].expand(b, patches.shape[1], 1, heads, HEAD_WIDTH)
-            patches = torch.cat([first, patches], dim=2)
-        return patches.flatten(0, 1).transpose(1, 2)  # [B*groups, H, tokens, 64]
+        # [B, groups, H, tokens, 64], a group being a frame or a position
+        return patches.permute(0, 1, 3, 2, 4) if axis == "space" else patches.permute(0, 2, 3, 1, 4)
+
+    def lay_with_cls(tokens: Tensor) -> Tensor:
+        patches = lay(tokens)
+        cls = tokens[:, None, :1].transpose(2, 3).expand(b, patches.shape[1], heads, 1, HEAD_WIDTH)
+        return torch.cat([cls, patches], dim=3).flatten(0, 1)
 
     mask = None
     if keep is not None:
-        patches_keep = keep[:, 1:].view(b, frames, n)
-        if axis == "time":
-            patches_keep = patches_keep.transpose(1, 2)
-        groups = patches_keep.shape[1]
-        mask = torch.cat([keep[:, :1, None].expand(b, groups, 1), patches_keep], dim=2).flatten(0, 1)[:, None, None]
-    out = F.scaled_dot_product_attention(lay(q, False), lay(k, True), lay(v, True), attn_mask=mask)
-    out = out.transpose(1, 2).reshape(b, -1, *out.shape[2:3], heads * HEAD_WIDTH)
-    out = out.reshape(b, n, frames, -1).transpose(1, 2) if axis == "time" else out
-    return torch.cat([cls, out.reshape(b, s - 1, heads * HEAD_WIDTH)], dim=1), logits
+        kept = keep[:, 1:].view(b, frames, n)
+        kept = kept if axis == "space" else kept.transpose(1, 2)
+        mask = F.pad(kept.flatten(0, 1), (1, 0), value=True)[:, None, None]  # [B*groups, 1, 1, 1 + tokens]
+    out = attend(lay(q).flatten(0, 1), lay_with_cls(k), lay_with_cls(v), mask)  # [B*groups, H, tokens, 64]
+    out = out.unflatten(0, (b, -1))
+    back = out.permute(0, 1, 3, 2, 4) if axis == "space" else out.permute(0, 3, 1, 2, 4)
+    return back.reshape(b, s - 1, heads * HEAD_WIDTH)
 
 
-def _cls_attention(query: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, tap: bool) -> tuple[Tensor, Tensor | None]:
-    """`query` [B, H, 64] over keys and values [B, S, H, 64]: its output [B, 1, D], and the mean logits if `tap`."""
-    logits = torch.einsum("bhd,bshd->bhs", query * HEAD_WIDTH**-0.5, k).float()
-    weights = (logits if keep is None else logits.masked_fill(~keep[:, None], -torch.inf)).softmax(dim=-1)
-    out = torch.einsum("bhs,bshd->bhd", weights.to(v.dtype), v)
-    return out.flatten(1)[:, None], logits.mean(dim=1) if tap else None
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention of q [G, H, I, 64] over k, v [G, H, J, 64]; `mask` [G, 1, 1, J] is true where one may look.
+
+    On a CPU in bfloat16 without gradients, a few groups at a time go through batched products whose maps (bfloat16)
+    stay in cache: there PyTorch's flash kernel takes nearly twice as long at these lengths.
+    """
+    if q.dtype != torch.bfloat16 or q.device.type != "cpu" or torch.is_grad_enabled() or mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    groups, heads, rows, width = q.shape
+    scaled = torch.mul(q, width**-0.5, out=q.new_empty(q.shape))
+    out = q.new_empty(q.shape)
+    step = max(1, CACHED_LOGITS // (heads * rows * k.shape[2]))
+    for start in range(0, groups, step):
+        part = slice(start, start + step)
+        weights = (scaled[part] @ k[part].transpose(-1, -2)).softmax(dim=-1)
+        torch.matmul(weights, v[part], out=out[part])
+    return out
 
 
 class Mlp(nn.Module):
@@ -90,12 +145,12 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] to [..., D]."""
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """`residual` [..., D] plus the layers' result on `x` [..., D]."""
+        return self.fc2(self.fc1(x, gelu=True), residual=residual)
 
 
 class SpaceTimeBlock(nn.Module):
@@ -120,10 +175,9 @@ class SpaceTimeBlock(nn.Module):
         self, x: Tensor, frames: int, keep: Tensor | None = None, tap: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """[B, S, D] to [B, S, D]; see `Attention.forward` for the rest. `keep` is for space attention alone."""
-        timed = x + self.timeattn(self.norm3(x), frames, "time")[0]
-        spaced, logits = self.attn(self.norm1(timed), frames, "space", keep, tap)
-        x = x + spaced
-        return x + self.mlp(self.norm2(x)), logits
+        timed, _ = self.timeattn(self.norm3(x), frames, "time", residual=x)
+        x, logits = self.attn(self.norm1(timed), frames, "space", keep, tap, residual=x)
+        return self.mlp(self.norm2(x), residual=x), logits
 
 
 class PatchEmbed(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, DistilBertConfig, DistilBertModel, RobertaConfig, RobertaModel
 
+from configs.schema import ConfigError
 from extract.encoders import egovlp, egovlpv2
 from extract.encoders.checkpoint import Checkpoint
 from extract.encoders.spacetime import HEAD_WIDTH
@@ -131,13 +132,13 @@ def load_tokenizer(model: str, max_length: int = 30) -> Tokenizer:
         A function from texts to input ids [B, L] and attention mask [B, L] (bool); it lower-cases, as published.
 
     Raises:
-        ValueError: no tokenizer is there; the message names `text.model`.
+        ConfigError: no tokenizer is there; the message names `text.model`.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise ValueError(
+        raise ConfigError(
             f"text.model is {model!r}; expected a folder with a tokenizer or a name on the hub ({reason})"
         ) from error
 

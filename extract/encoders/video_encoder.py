@@ -1,6 +1,7 @@
 """What every video network looks like from outside: frames in, `PatchTokens` out."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from extract.encoders.checkpoint import Checkpoint, CheckpointError
+from extract.encoders.linear import Linear
 from extract.encoders.spacetime import HEAD_WIDTH, SpaceTimeTransformer
 from features.spec import PatchTokens
 
@@ -106,7 +108,23 @@ class VideoEncoder(nn.Module):
         self.depth = len(trunk.blocks)
         self.num_frames = trunk.frames
         self.size = sizes.grid[0] * sizes.patch
+        self._packed = False
         self.eval().requires_grad_(False)
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> "VideoEncoder":
+        """Moving or casting the weights drops what was packed from them."""
+        self._packed = False
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.unpack()
+        return super()._apply(fn, recurse)
+
+    def _pack(self) -> None:
+        if not self._packed:
+            for module in self.modules():
+                if isinstance(module, Linear):
+                    module.pack()
+            self._packed = True
 
     @torch.inference_mode()
     def forward(self, frames: Tensor) -> PatchTokens:
@@ -122,6 +140,7 @@ class VideoEncoder(nn.Module):
             ValueError: another number of frames or another size than the encoder was loaded for.
         """
         self.check(frames)
+        self._pack()
         x, logits = self.trunk(frames.to(self.trunk.pos_embed.dtype))
         b, t, n = frames.shape[0], self.num_frames, self.grid[0] * self.grid[1]
         return PatchTokens(x[:, 0], x[:, 1:].view(b, t, n, self.width), logits[:, 1:].reshape(b, t, n))

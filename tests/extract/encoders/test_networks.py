@@ -1,13 +1,15 @@
 """The fast modules against the plain reference, on tiny networks and inputs of many shapes."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
-from extract.encoders import load_text_encoder, load_video_encoder, reference
+from extract.encoders import load_text_encoder, load_video_encoder, reference, spacetime
 from extract.encoders.checkpoint import CheckpointError
-from extract.encoders.spacetime import divided_attention
+from extract.encoders.linear import Linear, can_pack
+from extract.encoders.spacetime import Attention
 from extract.encoders.video_encoder import resize_time
 from tests.extract.encoders.networks import relative, sequence, tiny
 
@@ -82,22 +84,47 @@ def test_mfas_from_egovlpv2_starts_as_egovlpv2(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("axis", ["time", "space"])
-def test_attention_over_kept_tokens_only(axis: str) -> None:
-    width, frames, patches = 64, 3, 5
-    p = {
-        "a.qkv.weight": torch.randn(3 * width, width) / 8,
-        "a.qkv.bias": torch.randn(3 * width),
-        "a.proj.weight": torch.eye(width),
-        "a.proj.bias": torch.zeros(width),
-    }
+def test_attention_over_kept_tokens_only(axis: Literal["time", "space"]) -> None:
+    width, frames, patches = 128, 3, 5
+    attention = Attention(width)
+    p = {f"a.{name}": tensor for name, tensor in attention.state_dict().items()}
     x = torch.randn(2, 1 + frames * patches, width)
     keep = torch.rand(2, 1 + frames * patches) < 0.6
     keep[:, 0] = True
-    additive = torch.where(keep, 1.0, -1e5)
-    expected, logits = reference.divided(p, "a", x, frames, axis, additive)
-    got, tapped = divided_attention(reference.linear(p, "a.qkv", x), 1, frames, axis, keep, tap=True)
+    expected, logits = reference.divided(p, "a", x, frames, axis, torch.where(keep, 1.0, -1e5))
+    with torch.no_grad():
+        got, tapped = attention(x, frames, axis, keep, tap=True)
     assert relative(got, expected) < CLOSE
     assert relative(tapped, logits) < CLOSE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_layer_is_the_plain_one(dtype: torch.dtype) -> None:
+    layer = Linear(96, 160).to(dtype)
+    if not can_pack(layer.weight):
+        pytest.skip("this machine has no packed path for the type")
+    for rows in (1, 7, 200):
+        x, residual = torch.randn(2, rows, 96).to(dtype), torch.randn(2, rows, 160).to(dtype)
+        calls: list[dict] = [{}, {"gelu": True}, {"residual": residual}]
+        layer.unpack()
+        with torch.no_grad():
+            plain = [layer(x, **call) for call in calls]
+            layer.pack()
+            for expected, call in zip(plain, calls, strict=True):
+                assert relative(layer(x, **call), expected) < (1e-6 if dtype == torch.float32 else 4e-3)
+    # Gradients never go through the packed copy.
+    layer(torch.randn(3, 96).to(dtype), gelu=True).sum().backward()
+    assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("groups", [1, 7])
+def test_attention_in_cache_is_the_plain_one(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spacetime, "CACHED_LOGITS", 2000)
+    q, k, v = (torch.randn(groups, 3, tokens, 64) for tokens in (9, 10, 10))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    with torch.no_grad():
+        got = spacetime.attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), None)
+    assert relative(got.float(), expected) < 1e-2
 
 
 def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
