@@ -1,7 +1,7 @@
 """Ours: partition the frame, select patches by the question, aggregate patch -> frame -> video.
 
 Shape legend: C clips, B questions, T frames, N patches a frame (rows x cols), M coarse patches, D token channels,
-H attention heads, W hidden width, k patches kept a frame, A answers.
+H attention heads, U unique texts, W hidden width, k patches kept a frame, A answers.
 
 The tokens are frozen and shared by all questions of a clip, so no projection is ever applied to them one by one at the
 fine level: key projections are absorbed into the queries and value projections follow the pooling (`select_attend`).
@@ -18,7 +18,7 @@ from torch.nn import functional
 from configs.schema import HeadConfig
 from features import PatchTokens
 from train.batches import Batch
-from train.heads.question import Block, Classifier, QuestionReader, Sizes, Standardise
+from train.heads.question import Classifier, QuestionReader, Sizes, Standardise
 from train.ops.select_attend import select_attend
 
 # Where hands and handled objects are: rows 4-13 and columns 2-11 of the published 14x14 grid (MFAS).
@@ -26,6 +26,9 @@ REGION = (4 / 14, 14 / 14, 2 / 14, 12 / 14)
 # Random scores only rank: this small they leave the attention itself alone.
 RANDOM_SPAN = 1e-3
 MERGE = 2
+# Frames are attended to by several heads, so that what came before and after an event can be told apart.
+FRAME_HEADS = 2
+FRAME_TEMPERATURE = 4.0
 
 
 class PSA(nn.Module):
@@ -44,25 +47,19 @@ class PSA(nn.Module):
         self.standard = Standardise(sizes.width)
         self.read = QuestionReader(sizes.text_width, width, heads, config.dropout)
         # Selection: s = <selector, x> + saliency weight * saliency + prior
-        self.key_width = max(16, width // heads)
-        self.selector = nn.Linear(width, self.key_width)
-        self.selector_key = _key(1, self.key_width, sizes.width)
+        self.selector = nn.Linear(width, sizes.width)
         self.saliency_weight = nn.Parameter(torch.tensor(0.1))
         self.prior = nn.Parameter(region_prior(sizes.grid).flatten())
         # Aggregation, patch -> frame
-        self.query = nn.Linear(width, heads * self.key_width)
-        self.query_key = _key(heads, self.key_width, sizes.width)
-        self.value = nn.Parameter(torch.randn(heads, sizes.width, width // heads) / math.sqrt(sizes.width))
-        self.to_frame = nn.Linear(heads * (width // heads) + heads, width)
+        self.query = nn.Linear(width, heads * sizes.width)
+        self.to_frame = nn.Linear(heads * sizes.width + heads, width)
         self.coarse = CoarseLevel(sizes, width, heads, config.merge) if config.coarse else None
+        self.drop = nn.Dropout(config.dropout)
         # frame -> video
         self.time = nn.Parameter(torch.randn(sizes.frames, width) * 0.02)
-        self.ask = nn.Linear(width, 2 * width)
-        self.frames = Block(width, heads, config.dropout)
-        self.frame_pool = nn.Linear(width, heads)
-        self.pooled = nn.Linear(heads * width, width)
-        self.classify = Classifier(4 * width, width, sizes.answers, config.dropout)
-        self.blind = Classifier(width, width, sizes.answers, config.dropout)
+        self.time_key = nn.Parameter(torch.randn(sizes.frames, width) * 0.3)
+        self.frame_query = nn.Linear(width, FRAME_HEADS * width)
+        self.classify = Classifier((FRAME_HEADS + 2) * width, width, sizes.answers, config.dropout)
 
     def measure(self, tokens: PatchTokens) -> None:
         """Take the standardisation from training clips."""
@@ -75,38 +72,40 @@ class PSA(nn.Module):
     def answer(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits [B, A] and the kept patches [B, T, k]."""
         assert batch.tokens is not None
-        question = self.read(batch.states, batch.mask)[batch.text_index]
-        frames, kept = self.look(batch.tokens, batch.clip_index, question)
-        video, asked = self.watch(frames, question)
-        logits = self.classify(torch.cat([video, asked, question, video * question], dim=-1))
-        return logits + self.blind(question), kept
+        question = self.read(batch.states, batch.mask)
+        frames, kept = self.look(batch.tokens, batch.clip_index, question, batch.text_index)
+        question = question[batch.text_index]
+        video = self.watch(frames, question)
+        both = video[:, : question.shape[1]] * question
+        return self.classify(torch.cat([video, question, both], dim=-1)), kept
 
-    def look(self, tokens: PatchTokens, clip_index: Tensor, question: Tensor) -> tuple[Tensor, Tensor]:
-        """Patch -> frame: [B, T, W], and the kept patches [B, T, k]."""
-        b, heads = len(question), self.query_key.shape[0]
-        asked = self.query(question).view(b, heads, self.key_width)
-        queries_bhd = torch.einsum("bhe,hed->bhd", asked, self.query_key) / math.sqrt(self.key_width)
-        selector_bd = self.selector(question) @ self.selector_key[0] / math.sqrt(self.key_width)
+    def look(
+        self, tokens: PatchTokens, clip_index: Tensor, question: Tensor, text_index: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Patch -> frame, for questions [U, W]: [B, T, W], and the kept patches [B, T, k]."""
+        width = tokens.patches.shape[-1]
+        queries = self.query(question).view(len(question), -1, width) / math.sqrt(width)
+        selector = self.selector(question) / math.sqrt(width)
         if "question" not in self.scores:
-            selector_bd = torch.zeros_like(selector_bd)
-        queries_bhd, selector_bd = self.standard.absorb(queries_bhd), self.standard.absorb(selector_bd)
+            selector = torch.zeros_like(selector)
+        queries_uhd, selector_ud = self.standard.absorb(queries), self.standard.absorb(selector)
+        # How well the best patches fit, which the softmax alone would hide, is lse; centred like the tokens.
+        centre = (queries_uhd + selector_ud[:, None]) @ self.standard.mean
         out = select_attend(
             tokens.patches,
             clip_index,
-            queries_bhd.float().contiguous(),
-            selector_bd.float().contiguous(),
+            queries_uhd[text_index].float(),
+            selector_ud[text_index].float(),
             self.bias(tokens),
             self.k,
             scale=tokens.scale,
             implementation=self.implementation,
         )
-        seen = torch.einsum("bthd,hdv->bthv", self.standard(out.pooled), self.value).flatten(2)
-        # How well the best patches fit the question, which the softmax alone would hide; centred like the tokens.
-        centre = (queries_bhd + selector_bd[:, None]) @ self.standard.mean
-        frames = self.to_frame(torch.cat([seen, out.lse - centre[:, None]], dim=-1))
+        fit = out.lse - centre[text_index][:, None]
+        frames = self.to_frame(torch.cat([self.standard(out.pooled).flatten(2), fit], dim=-1))
         if self.coarse is not None:
-            frames = frames + self.coarse(self.standard(_scaled(tokens)), clip_index, question)
-        return frames, out.kept
+            frames = frames + self.coarse(self.standard(_scaled(tokens)), clip_index, question[text_index])
+        return self.drop(functional.gelu(frames)), out.kept
 
     def bias(self, tokens: PatchTokens) -> Tensor:
         """What a patch is worth whatever the question: [C, T, N]."""
@@ -121,14 +120,13 @@ class PSA(nn.Module):
             bias = bias + RANDOM_SPAN * torch.rand_like(saliency)
         return bias
 
-    def watch(self, frames: Tensor, question: Tensor) -> tuple[Tensor, Tensor]:
-        """Frame -> video: [B, W] pooled over frames, and [B, W] the question after it has seen them."""
-        gain, shift = self.ask(question)[:, None].chunk(2, dim=-1)
-        frames = functional.gelu(frames * (1 + gain) + shift) + self.time
-        mixed = self.frames(torch.cat([question[:, None], frames], dim=1))
-        asked, frames = mixed[:, 0], mixed[:, 1:]
-        weights = self.frame_pool(frames + asked[:, None]).softmax(dim=1)
-        return self.pooled(torch.einsum("bth,btw->bhw", weights, frames).flatten(1)), asked
+    def watch(self, frames: Tensor, question: Tensor) -> Tensor:
+        """Frame -> video: attention of the question over frames and their times, [B, heads * W]."""
+        b, _, width = frames.shape
+        queries = self.frame_query(question).view(b, FRAME_HEADS, width)
+        keys = frames / math.sqrt(width) + self.time_key
+        weights = (torch.einsum("bhw,btw->bht", queries, keys) / FRAME_TEMPERATURE).softmax(dim=-1)
+        return torch.einsum("bht,btw->bhw", weights, frames + self.time).flatten(1)
 
 
 class CoarseLevel(nn.Module):
@@ -190,10 +188,6 @@ def region_prior(grid: tuple[int, int]) -> Tensor:
 def _overlap(cells: int, first: float, last: float) -> Tensor:
     edges = torch.arange(cells + 1, dtype=torch.float32) / cells
     return (edges[1:].clamp(max=last) - edges[:-1].clamp(min=first)).clamp(min=0) * cells
-
-
-def _key(heads: int, key_width: int, width: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(heads, key_width, width) / math.sqrt(width))
 
 
 def _scaled(tokens: PatchTokens) -> Tensor:

@@ -1,6 +1,6 @@
 """What every light head shares: reading the question, its sizes, and the answer classifier.
 
-Shape legend: B questions, L text tokens, D text channels, W hidden width, A answers.
+Shape legend: B questions, U unique texts, L text tokens, D text channels, W hidden width, A answers.
 """
 
 from dataclasses import dataclass
@@ -29,56 +29,28 @@ class Sizes:
 
 
 class QuestionReader(nn.Module):
-    """Text states to one vector: a self-attention layer over the words, then pooling by learned attention.
+    """Text states to one vector: attention pooling by a learned score a head, then a hidden layer.
 
     Args:
-        text_width: channels of the states.
+        text_width: D, channels of the states.
         width: W, of the result.
-        heads: attention heads.
-        dropout: on the states and inside the layer.
+        heads: pooled vectors.
+        dropout: on the result.
     """
 
     def __init__(self, text_width: int, width: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.project = nn.Sequential(nn.LayerNorm(text_width), nn.Dropout(dropout), nn.Linear(text_width, width))
-        self.mix = Block(width, heads, dropout)
-        self.pool = nn.Linear(width, heads)
-        self.out = nn.Linear(heads * width, width)
+        self.norm = nn.LayerNorm(text_width)
+        self.score = nn.Linear(text_width, heads)
+        self.out = nn.Sequential(
+            nn.LayerNorm(heads * text_width), nn.Linear(heads * text_width, width), nn.GELU(), nn.Dropout(dropout)
+        )
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        """[B, L, D] and [B, L] bool, true on tokens, to [B, W]."""
-        words = self.mix(self.project(states.float()), mask)
-        scores = self.pool(words).masked_fill(~mask[..., None], -torch.inf)
-        pooled = torch.einsum("blh,blw->bhw", scores.softmax(dim=1), words)
-        return self.out(pooled.flatten(1))
-
-
-class Block(nn.Module):
-    """A pre-norm transformer layer with a padding mask."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(width),
-            nn.Linear(width, 2 * width),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(2 * width, width),
-        )
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[B, L, W] to the same; `mask` [B, L] is true on what may be attended to."""
-        b, length, width = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(b, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        allowed = None if mask is None else mask[:, None, None]
-        seen = nn.functional.scaled_dot_product_attention(q, k, v, allowed)
-        x = x + self.dropout(self.proj(seen.transpose(1, 2).reshape(b, length, width)))
-        return x + self.dropout(self.mlp(x))
+        """[U, L, D] and [U, L] bool, true on tokens, to [U, W]."""
+        words = self.norm(states.float())
+        weights = self.score(words).masked_fill(~mask[..., None], -torch.inf).softmax(dim=1)
+        return self.out(torch.einsum("ulh,uld->uhd", weights, words).flatten(1))
 
 
 class Classifier(nn.Sequential):
