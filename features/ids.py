@@ -2,7 +2,7 @@
 
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from features.durable import crc32c, write_file
@@ -28,20 +28,27 @@ class RowPlan:
         announced: versions of those files that a writer was about to put in place.
     """
 
-    row_ids: list[str | None]
-    files: Files
-    announced: list[Files]
+    row_ids: list[str | None] = field(default_factory=list)
+    files: dict[str, tuple[int, int]] = field(default_factory=dict)
+    announced: list[Files] = field(default_factory=list)
+
+    def add_all(self, contents: Contents) -> None:
+        """Take in lines that were read."""
+        for record in contents.records:
+            files = files_from_json(record["files"])
+            if record["kind"] == "announce":
+                self.announced.append(files)
+            else:
+                self.row_ids.extend(record["ids"])
+                self.files.update(files)
+                self.announced.clear()
 
 
 def read_plan(root: Path) -> tuple[RowPlan, Contents]:
     """Everything that the intact lines say, and what is wrong with the file."""
     contents = ids_journal(root).read()
-    plan = RowPlan([], {}, [])
-    for record in contents.records:
-        if record["kind"] == "announce":
-            plan.announced.append(files_from_json(record["files"]))
-        else:
-            plan = RowPlan([*plan.row_ids, *record["ids"]], files_from_json(record["files"]), [])
+    plan = RowPlan()
+    plan.add_all(contents)
     return plan, contents
 
 

@@ -20,19 +20,32 @@ Files = Mapping[str, tuple[int, int]]  # path inside the store -> (bytes, CRC-32
 
 
 @dataclass(frozen=True)
+class Position:
+    """How far a journal has been read: `number` lines, `end` bytes of the file `inode`."""
+
+    inode: int = -1
+    number: int = 0
+    end: int = 0
+
+
+@dataclass(frozen=True)
 class Contents:
-    """What a journal holds.
+    """What a journal holds after some position.
 
     Attributes:
         records: the intact ones, in order.
+        first: number of the first of them; 0 where the reading began at the beginning.
         faults: one line a fault, naming the file and the line. A torn last line that the head does not count is no
             fault: a crash leaves it, and nobody was told that it had been written.
         lost: true when more than a torn last line is gone, so that the rest cannot be trusted to be the whole.
+        position: where the next reading goes on.
     """
 
     records: tuple[Record, ...]
+    first: int
     faults: tuple[str, ...]
     lost: bool
+    position: Position
 
 
 def encode_line(number: int, record: Record) -> bytes:
@@ -87,16 +100,22 @@ class Journal:
             write_file(self.path, b"".join(lines))
             self._write_head(len(lines), sum(len(line) for line in lines))
 
-    def read(self) -> Contents:
-        """Everything that is intact, and everything that is not. Never raises for damage."""
+    def read(self, after: Position | None = None) -> Contents:
+        """Everything that is intact, and everything that is not. Never raises for damage.
+
+        Args:
+            after: read only what was added since; a file that was replaced or cut short is read from the beginning.
+        """
+        # The head first: a line that is added meanwhile then makes the journal longer than the head says, not shorter.
+        head = self._read_head()
         try:
-            content = self.path.read_bytes()
+            content, start = self._content(after)
         except FileNotFoundError:
-            return Contents((), (f"{self.path.name} is missing",), True)
+            return Contents((), 0, (f"{self.path.name} is missing",), True, Position())
         lines = content.split(b"\n")
         torn = lines.pop()
-        records, faults, expected = [], [], 0
-        for place, line in enumerate(lines, start=1):
+        records, faults, expected = [], [], start.number
+        for place, line in enumerate(lines, start=start.number + 1):
             decoded = decode_line(line + b"\n")
             if decoded is None:
                 faults.append(f"{self.path.name} line {place} is damaged")
@@ -109,13 +128,22 @@ class Journal:
                 records.append(record)
                 expected = number + 1
         lost = bool(faults)
-        head = self._read_head()
         if head is None:
             faults.append(f"{self.head_path.name} is missing or damaged")
         elif expected < head["records"]:
             faults.append(f"{self.path.name} ends after {expected} of {head['records']} lines")
             lost = lost or expected + bool(torn) < head["records"]
-        return Contents(tuple(records), tuple(faults), lost)
+        position = Position(start.inode, expected, start.end + len(content) - len(torn))
+        return Contents(tuple(records), start.number, tuple(faults), lost, position)
+
+    def _content(self, after: Position | None) -> tuple[bytes, Position]:
+        """The bytes from where the reading starts, and where that is."""
+        with self.path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if after is None or after.inode != status.st_ino or after.end > status.st_size:
+                after = Position(status.st_ino)
+            file.seek(after.end)
+            return file.read(), after
 
     def _extent(self, handle: int) -> tuple[int, int]:
         """Count of whole lines and where they end; only what the head does not count is read."""

@@ -43,6 +43,11 @@ class Ledger:
     fingerprints: set[str] = field(default_factory=set)
     errors: dict[int, dict[str, float]] = field(default_factory=dict)
 
+    def add_all(self, contents: Contents) -> None:
+        """Take in lines that were read."""
+        for number, record in enumerate(contents.records, start=contents.first):
+            self.add(number, record)
+
     def add(self, number: int, record: Record) -> None:
         """Take in line `number`."""
         kind, shard = record["kind"], record["shard"]
@@ -68,8 +73,7 @@ def read_ledger(journal: Journal) -> tuple[Ledger, Contents]:
     """Everything that the intact lines say, and what is wrong with the file."""
     contents = journal.read()
     ledger = Ledger()
-    for number, record in enumerate(contents.records):
-        ledger.add(number, record)
+    ledger.add_all(contents)
     return ledger, contents
 
 

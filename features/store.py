@@ -22,9 +22,9 @@ from features.errors import AbsentClip, DamagedStore, FingerprintMismatch, Store
 from features.formats import Format
 from features.hdf5_store import Hdf5Format
 from features.header import differences, header_path, make_header, parse_header, read_header, write_header
-from features.ids import grow, ids_journal, read_plan, unseen
-from features.journal import require_intact
-from features.ledger import ClipRecord, drop, ledger_journal, read_ledger
+from features.ids import RowPlan, grow, ids_journal, read_plan, unseen
+from features.journal import Position, require_intact
+from features.ledger import ClipRecord, Ledger, drop, ledger_journal
 from features.quarantine import Failure, QuarantineRecord, add_failures, quarantine_journal, read_quarantine
 from features.reading import RowReader
 from features.spec import ArraySpec, Fingerprint, PatchTokens, StoreSpec, TextStates
@@ -127,6 +127,11 @@ class Store:
         self._files = files
         self._journal = ledger_journal(path)
         self._held: set[int] = set()
+        self._plan = RowPlan()
+        self._rows: dict[str, int] = {}
+        self._ledger = Ledger()
+        self._planned_to: Position | None = None
+        self._committed_to: Position | None = None
         self._reader = RowReader(path, spec, files)
         self.refresh()
 
@@ -136,18 +141,27 @@ class Store:
         Raises:
             DamagedStore: a file that describes the store is damaged; the message names the line.
         """
-        plan, contents = read_plan(self.path)
-        require_intact(contents, ids_journal(self.path).path)
-        self._row_ids = plan.row_ids
-        self._rows = {name: row for row, name in enumerate(self._row_ids) if name is not None}
-        self._ledger, contents = read_ledger(self._journal)
-        require_intact(contents, self._journal.path)
-        for name, record in self._ledger.clips.items():
-            if self._rows.get(name) != record.row:
-                raise DamagedStore(
-                    f"{self.path}: ids.jsonl and ledger.jsonl disagree about the row of clip {name!r}; "
-                    f"run `python -m features repair {self.path}`"
-                )
+        # The ledger first: ids are written before any of their clips can be committed.
+        committed = self._journal.read(self._committed_to)
+        require_intact(committed, self._journal.path)
+        planned = ids_journal(self.path).read(self._planned_to)
+        require_intact(planned, ids_journal(self.path).path)
+        if planned.first == 0:
+            self._plan = RowPlan()
+        if committed.first == 0:
+            self._ledger = Ledger()
+        self._plan.add_all(planned)
+        self._ledger.add_all(committed)
+        self._planned_to, self._committed_to = planned.position, committed.position
+        if planned.records:
+            self._rows = {name: row for row, name in enumerate(self._plan.row_ids) if name is not None}
+        for record in committed.records:
+            for clip in record.get("clips", ()):
+                if self._rows.get(clip["id"]) != clip["row"]:
+                    raise DamagedStore(
+                        f"{self.path}: ids.jsonl and ledger.jsonl disagree about the row of clip {clip['id']!r}; "
+                        f"run `python -m features repair {self.path}`"
+                    )
 
     @property
     def planned_ids(self) -> tuple[str, ...]:
@@ -365,7 +379,7 @@ class Store:
         return [name for name in self._ids_of(shard) if name in self._ledger.clips]
 
     def _ids_of(self, shard: int) -> list[str]:
-        names = self._row_ids[shard * self.spec.shard : (shard + 1) * self.spec.shard]
+        names = self._plan.row_ids[shard * self.spec.shard : (shard + 1) * self.spec.shard]
         return [name for name in names if name is not None]
 
     def _commit(self, shard: int, new: Mapping[str, Mapping[str, Tensor]], sources: Mapping[str, str]) -> None:

@@ -117,21 +117,21 @@ def inspect(root: Path) -> Inspection:
         read_header(root)
     faults: list[Fault] = []
     header = _header(root, faults)
-    plan, contents = read_plan(root)
-    faults += [Fault(ids_journal(root).path.name, what) for what in contents.faults]
+    ledger, committed = read_ledger(ledger_journal(root))  # before the ids, which are written before their clips
+    plan, planned = read_plan(root)
+    faults += [Fault(ids_journal(root).path.name, what) for what in planned.faults]
     faults += [
         Fault(name, "is not what was written")
         for name in plan.files
         if not any(holds(root / name, files[name]) for files in (plan.files, *plan.announced) if name in files)
     ]
-    ledger, contents = read_ledger(ledger_journal(root))
     row_ids, disputed = _completed(plan.row_ids, ledger)
     if disputed:
         faults.append(Fault("ids.jsonl", "disagrees with the ledger about the rows of clips", disputed))
     if header is not None and ledger.fingerprints - {Fingerprint(header["fingerprint"]).digest}:
         faults.append(Fault("ledger.jsonl", "holds clips of another fingerprint than the store's"))
-    uncounted = _uncommitted_with_files(root, header, row_ids, ledger) if contents.faults else ()
-    faults += [Fault(ledger_journal(root).path.name, what, uncounted) for what in contents.faults]
+    uncounted = _uncommitted_with_files(root, header, row_ids, ledger) if committed.faults else ()
+    faults += [Fault(ledger_journal(root).path.name, what, uncounted) for what in committed.faults]
     quarantine = quarantine_journal(root)
     faults += [Fault(quarantine.path.name, what) for what in quarantine.read().faults]
     return Inspection(root, header, tuple(row_ids), ledger, tuple(faults))

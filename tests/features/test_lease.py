@@ -7,10 +7,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+import torch
 
 from features import ShardOwned, Store, create_store, open_store
 from features.lease import Owner, hold, lease_path
-from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip
+from features.verify import verify
+from tests.features.conftest import FINGERPRINT, FORMATS, IDS, SPEC, clip
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -19,6 +21,25 @@ def _hold_until_told(root: Path, pipe: Connection) -> None:
     with hold(root, 0):
         pipe.send("held")
         pipe.recv()
+
+
+def _share_the_work(root: Path, format: str, pipe: Connection) -> None:
+    """What one of several workers does: take whole shards that nobody owns, compute what is left of them."""
+    store = open_store(root)
+    pipe.send("ready")
+    pipe.recv()
+    wrote = 0
+    while missing := store.missing_shards():
+        for work in missing:
+            try:
+                with store.lease(work.shard) as left:
+                    rows = {name: clip(int(name)) for name in left}
+                    store.write_shard(work.shard, rows, dict.fromkeys(rows, "x"))
+                    wrote += len(rows)
+            except ShardOwned:
+                continue
+        store.refresh()
+    pipe.send(wrote)
 
 
 @pytest.fixture
@@ -70,3 +91,36 @@ def test_ctrl_c_gives_the_shard_back(store: Store) -> None:
         raise KeyboardInterrupt
     with store.lease(0):
         assert store.missing_shards()[0].shard == 0
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_writers_share_the_work_and_a_reader_looks_on(tmp_path: Path, format: str) -> None:
+    ids = tuple(str(n) for n in range(24))
+    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, ids, format)
+    pipes = [SPAWN.Pipe() for _ in range(2)]
+    children = [SPAWN.Process(target=_share_the_work, args=(store.path, format, theirs)) for _, theirs in pipes]
+    for child in children:
+        child.start()
+    for ours, _ in pipes:
+        assert ours.recv() == "ready"
+    for ours, _ in pipes:
+        ours.send("go")
+    looks = 0
+    while len(store.clip_ids) < len(ids):
+        store.refresh()
+        fresh = open_store(store.path)
+        for name in fresh.clip_ids:
+            assert torch.equal(fresh.read([name]).patches[0], clip(int(name))["patches"].half())
+        assert verify(store.path).ok
+        looks += 1
+    wrote = [ours.recv() for ours, _ in pipes]
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+    for ours, theirs in pipes:
+        ours.close()
+        theirs.close()
+    assert looks > 0
+    assert sum(wrote) == len(ids)  # nothing lost, nothing done twice
+    assert open_store(store.path).clip_ids == ids
+    assert verify(store.path).ok

@@ -1,0 +1,262 @@
+"""How fast whole clips come out of a store, checked, against the fastest that this machine can copy them.
+
+    python benchmarks/store.py [--clips 448] [--rounds 5] [--folder FOLDER] [--out benchmarks/results/store.json]
+
+Clips are EgoVLPv2's (16 x 196 x 768, float16, 4.8 MB); 448 of them are 2.2 GB. Every contender reads the same clips in
+the same shuffled order, in the same run, taking turns. Exit code 1 where a figure to reach is missed.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import h5py
+import numpy as np
+import psutil
+import torch
+import zarr
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # runs without being installed
+
+from features import ArraySpec, Fingerprint, Store, StoreSpec, create_store, open_store  # noqa: E402
+from features.verify import verify  # noqa: E402
+
+SHAPE = (16, 196, 768)
+CLIP_BYTES = 2 * SHAPE[0] * SHAPE[1] * SHAPE[2]
+SHARD = 64
+BATCH = 16
+SPEC = StoreSpec.for_patches(16, (14, 14), 768, "float16", SHARD)
+FINGERPRINT = Fingerprint({"made_for": "benchmarks/store.py"})
+Reader = Callable[[list[int]], None]
+
+
+def clip_rows(seed: int, spec: StoreSpec = SPEC) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = {a.name: torch.rand(a.shape, generator=generator) for a in spec.arrays if a.name != "patches"}
+    patches = spec.array("patches")
+    bits = torch.randint(0, 2**15, patches.shape, generator=generator, dtype=torch.int16) & 0x3FFF  # below 2, finite
+    return {**rows, "patches": bits.view(torch.float16)}
+
+
+def write(folder: Path, clips: int) -> dict[str, float]:
+    """Make every contender's files; returns our two formats' writing speed in GB/s."""
+    names = [f"clip{n}" for n in range(clips)]
+    stores = {name: create_store(folder / name, SPEC, FINGERPRINT, names, name) for name in ("zarr", "hdf5")}
+    plain = np.lib.format.open_memmap(folder / "plain.npy", "w+", np.float16, (clips, *SHAPE))
+    seconds = dict.fromkeys(stores, 0.0)
+    for work in stores["zarr"].missing_shards():
+        rows = {name: clip_rows(int(name[4:])) for name in work.ids}
+        for name, store in stores.items():
+            started = time.perf_counter()
+            store.write_shard(work.shard, rows, dict.fromkeys(rows, "random"))
+            seconds[name] += time.perf_counter() - started
+        patches = torch.stack([row["patches"] for row in rows.values()])
+        plain[work.shard * SHARD : work.shard * SHARD + len(patches)] = patches.numpy()
+        save_file({"patches": patches}, folder / f"{work.shard}.safetensors")
+    plain.flush()
+    return {name: clips * CLIP_BYTES / 1e9 / taken for name, taken in seconds.items()}
+
+
+def ours(store: Store, threads: int) -> Reader:
+    buffers = store.buffers(BATCH)
+
+    def read(order: list[int]) -> None:
+        for first in range(0, len(order), BATCH):
+            names = [f"clip{n}" for n in order[first : first + BATCH]]
+            store.read(names, out=buffers, threads=threads)
+
+    return read
+
+
+def contenders(folder: Path, clips: int) -> dict[str, Reader]:
+    """What reads; each but zarr-python, h5py and safetensors, which bring their own memory, fills the same buffers."""
+    cores = os.cpu_count() or 1
+    plain = np.load(folder / "plain.npy", mmap_mode="r")
+    target = np.ones((BATCH, *SHAPE), np.float16)
+    by_zarr = zarr.open_array(folder / "zarr" / "patches", mode="r")
+    files = [safe_open(folder / f"{n}.safetensors", "pt") for n in range((clips + SHARD - 1) // SHARD)]
+    slices = [file.get_slice("patches") for file in files]
+    hdf5 = [h5py.File(path)["patches"] for path in sorted((folder / "hdf5" / "shards").glob("*.h5"))]
+
+    def memory_map(order: list[int]) -> None:
+        for place, n in enumerate(order):
+            target[place % BATCH] = plain[n]
+
+    def zarr_python(order: list[int]) -> None:
+        for n in order:
+            by_zarr[n]
+
+    def plain_h5py(order: list[int]) -> None:
+        for n in order:
+            hdf5[n // SHARD][n % SHARD]
+
+    def safetensors(order: list[int]) -> None:
+        for n in order:
+            slices[n // SHARD][n % SHARD].clone()
+
+    stores = {name: open_store(folder / name) for name in ("zarr", "hdf5")}
+    return {
+        "memory-map copy": memory_map,
+        "safetensors slice": safetensors,
+        "zarr-python": zarr_python,
+        "h5py": plain_h5py,
+        **{f"{name}, 1 thread": ours(store, 1) for name, store in stores.items()},
+        **{f"{name}, {cores} threads": ours(store, cores) for name, store in stores.items()},
+    }
+
+
+def timed(reader: Reader, order: list[int]) -> float:
+    """GB/s of patches."""
+    started = time.perf_counter()
+    reader(order)
+    return len(order) * CLIP_BYTES / 1e9 / (time.perf_counter() - started)
+
+
+def forget(folder: Path) -> None:
+    """Ask the kernel to drop the files from the page cache; pages that are mapped stay."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
+
+
+def measure(folder: Path, clips: int, rounds: int) -> dict:
+    """Warm and cold reading speed of every contender, and verify's."""
+    chance = random.Random(0)
+    readers = contenders(folder, clips)
+    warm: dict[str, list[float]] = {name: [] for name in readers}
+    for turn in range(rounds + 1):
+        order = chance.sample(range(clips), clips)
+        for name, reader in readers.items():
+            speed = timed(reader, order)
+            if turn > 0:  # the first turn brings everything into the page cache
+                warm[name].append(speed)
+    checked = []
+    for _ in range(rounds):
+        reports = [verify(folder / name) for name in ("zarr", "hdf5")]
+        assert all(report.ok for report in reports), reports
+        checked.append(sum(r.nbytes for r in reports) / 1e9 / sum(r.seconds for r in reports))
+    del readers
+    cold = {}
+    order = chance.sample(range(clips), clips)
+    for name in warm:
+        forget(folder)  # before the files are mapped
+        cold[name] = timed(contenders(folder, clips)[name], order)
+    return {
+        "warm_gb_s": {name: statistics.median(speeds) for name, speeds in warm.items()},
+        "warm_gb_s_rounds": warm,
+        "cold_gb_s": cold,
+        "verify_gb_s": statistics.median(checked),
+    }
+
+
+def memory(folder: Path, clips: int) -> dict[str, list[float]]:
+    """Resident MB of this process while it writes `clips` small clips (0.6 MB each), and while it reads them."""
+    spec = StoreSpec("patches", (ArraySpec("patches", (2, 196, 768), "float16"), SPEC.array("cls")), SHARD)
+    names = [f"clip{n}" for n in range(clips)]
+    store = create_store(folder / "memory", spec, FINGERPRINT, names)
+    process = psutil.Process()
+    while_writing, while_reading = [], []
+    for work in store.missing_shards():
+        store.write_shard(work.shard, {n: clip_rows(1, spec) for n in work.ids}, dict.fromkeys(work.ids, "random"))
+        while_writing.append(process.memory_info().rss / 1e6)
+    store = open_store(store.path)
+    out: dict[str, torch.Tensor] = {}
+    random.Random(0).shuffle(names)
+    for first in range(0, clips, BATCH):
+        out = store.read_arrays(names[first : first + BATCH])
+        while_reading.append(process.memory_info().rss / 1e6)
+    assert out
+    return {"writing_mb": while_writing, "reading_mb": while_reading}
+
+
+def growth(megabytes: list[float]) -> float:
+    """MB by which the last tenth lies above the second tenth (200 of 2,000 clips)."""
+    tenth = max(1, len(megabytes) // 10)
+    return max(megabytes[-tenth:]) - max(megabytes[: 2 * tenth])
+
+
+def machine() -> dict[str, object]:
+    """What a figure has to be read beside."""
+    model = "unknown"
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    packages = ("torch", "numpy", "zarr", "h5py", "safetensors", "google-crc32c")
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "load": os.getloadavg()[0],
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clips", type=int, default=448)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; needs 4 times the clips' size")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "store.json")
+    parser.add_argument("--memory", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory:
+        print(json.dumps(memory(options.memory, 2000)))
+        return 0
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        results: dict = {"machine": machine(), "clips": options.clips, "gb": options.clips * CLIP_BYTES / 1e9}
+        results["write_gb_s"] = write(folder, options.clips)
+        results |= measure(folder, options.clips, options.rounds)
+        child = [sys.executable, __file__, "--memory", str(folder)]  # a process of its own, so that nothing else counts
+        results["memory"] = json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout)
+    warm = results["warm_gb_s"]
+    best = {name: max(warm[key] for key in warm if key.startswith(f"{name}, ")) for name in ("zarr", "hdf5")}
+    results["reached"] = {
+        f"{name}: {what}": {"reached": reached, "to_reach": goal, "ok": reached >= goal}
+        for name, speed in best.items()
+        for what, reached, goal in (
+            ("of the memory-map copy", speed / warm["memory-map copy"], 0.5),
+            ("times zarr-python", speed / warm["zarr-python"], 3.0),
+        )
+    }
+    goal = 3.0
+    results["reached"]["verify, GB/s"] = {
+        "reached": results["verify_gb_s"],
+        "to_reach": goal,
+        "ok": results["verify_gb_s"] >= goal,
+    }
+    for what, values in results["memory"].items():
+        grown = growth(values)
+        results["reached"][f"memory grown while {what[:-3]}, MB"] = {"reached": grown, "at_most": 50, "ok": grown <= 50}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(results, indent=2) + "\n")
+    for key, speed in warm.items():
+        print(f"{key:20} warm {speed:6.2f} GB/s   cold {results['cold_gb_s'][key]:6.2f} GB/s")
+    for key, speed in results["write_gb_s"].items():
+        print(f"{key:20} write {speed:5.2f} GB/s")
+    for key, entry in results["reached"].items():
+        limit = f"at least {entry['to_reach']}" if "to_reach" in entry else f"at most {entry['at_most']}"
+        print(f"{'ok  ' if entry['ok'] else 'MISS'} {key}: {entry['reached']:.2f} ({limit})")
+    return 0 if all(entry["ok"] for entry in results["reached"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
