@@ -25,6 +25,15 @@ from train.table import Results, Row
 TEMPLATES = Path(__file__).parent / "templates"
 _OURS = "psa"
 _MOST_PROBLEMS = 20
+_SHOWN_PIXELS_PER_INCH = 115
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot as a data URI, and how wide it is shown, so that text is as large in every one."""
+
+    uri: str
+    width: int
 
 
 @dataclass(frozen=True)
@@ -192,8 +201,8 @@ def _sweeps(folder: Path, problems: list[str]) -> list[Sweep]:
 
 def _figures(
     folder: Path, results: Results, sweeps: Sequence[Sweep], grid: tuple[int, int], problems: list[str]
-) -> dict[str, str]:
-    """Draw every plot there is data for, leave it in `folder` as NAME.png, and return data URIs by name."""
+) -> dict[str, Plot]:
+    """Draw every plot there is data for, leave it in `folder` as NAME.png, and return them by name."""
     drawn: dict[str, Figure] = {"table": plots.draw_table(results)}
     if curves := [sweep for sweep in sweeps if sweep.varies_ratio]:
         drawn["ratio"] = plots.draw_ratio(curves, {split: _references(results, split) for split in results.splits})
@@ -213,7 +222,13 @@ def _figures(
         shares[row.split] = selection.kept.shape[2] / patches
     if maps:
         drawn["selection"] = plots.draw_selection(maps, shares)
-    return {name: _data_uri(plots.save(figure, folder / f"{name}.png")) for name, figure in drawn.items()}
+    return {
+        name: Plot(
+            _data_uri(plots.save(figure, folder / f"{name}.png")),
+            round(figure.get_size_inches()[0] * _SHOWN_PIXELS_PER_INCH),
+        )
+        for name, figure in drawn.items()
+    }
 
 
 def _references(results: Results, split: str) -> dict[str, float]:
