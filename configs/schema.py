@@ -155,7 +155,7 @@ class EngineConfig:
     name: Literal["joblib"] = "joblib"
     workers: int | Literal["auto"] = "auto"
     decoders: int | Literal["auto"] = "auto"
-    max_errors: int | float = 0.1
+    max_errors: int | float = 100
 
     def __post_init__(self) -> None:
         for key, value in (("engine.workers", self.workers), ("engine.decoders", self.decoders)):

@@ -165,12 +165,15 @@ def _synth(args: Sequence[str]) -> int:
     from extract.progress import meter
 
     with meter("render", options.clips, "clips") as shown:
-        render(
-            options.out,
-            clips=options.clips,
-            seed=options.seed,
-            progress=lambda done, total: shown.advance(done - shown.done),
-        )
+        try:
+            render(
+                options.out,
+                clips=options.clips,
+                seed=options.seed,
+                progress=lambda done, total: shown.advance(done - shown.done),
+            )
+        except ValueError as error:
+            parser.error(str(error))
     return 0
 
 

@@ -1,5 +1,6 @@
 """Who runs the workers. The unit is a shard; correctness comes from ledger and leases, never from the engine."""
 
+import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +35,9 @@ def encode_with_engine(
         for rank in range(workers)
     ]
     with _progress_from_ledger(store, on_progress):
-        return sum(joblib.Parallel(n_jobs=workers, backend="loky")(tasks), Tally())
+        tally = sum(joblib.Parallel(n_jobs=workers, backend="loky")(tasks), Tally())
+    store.refresh()
+    return tally
 
 
 def worker_count(config: Config) -> int:
@@ -56,6 +59,8 @@ def _clips_of(works: Sequence[ShardWork], clips: Mapping[str, Clip]) -> dict[str
 
 
 def _worker(config: Config, rank: int, works: Sequence[ShardWork], clips: Mapping[str, Clip], decoders: int) -> Tally:
+    # loky names itself the start method, which a spawned decoder child could not find.
+    multiprocessing.set_start_method("spawn", force=True)
     # One GPU each, round and round where there are more workers than GPUs.
     device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else None
     encoder = load_encoder(config, load_checkpoint(config.encoder.checkpoint), device)
@@ -67,7 +72,7 @@ class _progress_from_ledger:
     """Reports what workers commit, read from the ledger, since their own calls do not reach this process."""
 
     def __init__(self, store: Store, on_progress: Callable[[int, int], None]) -> None:
-        self._store = store
+        self._store = open_store(store.path)
         self._report = on_progress
         self._stop = threading.Event()
         self._seen = len(store.clip_ids)
@@ -84,6 +89,7 @@ class _progress_from_ledger:
         stopping = False
         while not stopping:
             stopping = self._stop.wait(POLL_S)
-            committed = len(open_store(self._store.path).clip_ids)
+            self._store.refresh()
+            committed = len(self._store.clip_ids)
             self._report(committed - self._seen, 0)
             self._seen = committed

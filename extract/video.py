@@ -1,6 +1,8 @@
 """Video file -> the T frames of a clip, chosen by a rule that gives the same frames every time."""
 
 import contextlib
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,11 +110,12 @@ def _open(path: Path) -> "decord.VideoReader":
 
 
 @contextlib.contextmanager
-def _decoder_errors(path: Path):  # type: ignore[no-untyped-def]
+def _decoder_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (decord.DECORDError, RuntimeError, IndexError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # decord puts the time and its own source line before each part of its message, which goes over many lines.
+        lines = re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ", "", str(error)).strip().splitlines()
         raise VideoError(f"video {path} cannot be decoded: {lines[0] if lines else type(error).__name__}") from error
 
 

@@ -96,8 +96,10 @@ def encode_shards(
     with DecodePool(config.video, decoders) as pool:
         for work in works:
             try:
-                with store.lease(work.shard):
-                    tally += _encode_shard(config, encoder, store, work, clips, pool, on_progress)
+                with store.lease(work.shard) as uncommitted:
+                    # Another job may have written some of them since the work was listed.
+                    todo = [clips[clip_id] for clip_id in work.ids if clip_id in uncommitted]
+                    tally += _encode_shard(config, encoder, store, work.shard, todo, pool, on_progress)
             except ShardOwned as owned:
                 tally += Tally(skipped=(str(owned),))
             _check_errors(config, store)
@@ -108,15 +110,15 @@ def _encode_shard(
     config: Config,
     encoder: VideoEncoder,
     store: Store,
-    work: ShardWork,
-    clips: Mapping[str, Clip],
+    shard: int,
+    clips: Sequence[Clip],
     pool: DecodePool,
     on_progress: Callable[[int, int], None],
 ) -> Tally:
     rows: dict[str, dict[str, torch.Tensor]] = {}
     sources: dict[str, str] = {}
     failures: dict[str, Failure] = {}
-    prepared = pool.map(clips[clip_id] for clip_id in work.ids)
+    prepared = pool.map(clips)
     while results := list(islice(prepared, config.encoder.batch)):
         decoded: list[PreparedClip] = []
         for result in results:
@@ -128,7 +130,7 @@ def _encode_shard(
         rows |= encoded
         sources |= {one.clip.clip_id: one.source for one in decoded}
         on_progress(len(results), sum(t.nbytes for row in encoded.values() for t in row.values()))
-    store.write_shard(work.shard, rows, sources, failures)
+    store.write_shard(shard, rows, sources, failures)
     return Tally(len(rows), len(failures))
 
 
@@ -156,6 +158,6 @@ def _check_errors(config: Config, store: Store) -> None:
     if len(bad) > allowed:
         clip_id, record = next(iter(bad.items()))
         raise TooManyErrors(
-            f"{len(bad)} clips are in quarantine, engine.max_errors allows {limit:g}; the first is {clip_id}:"
+            f"clips in quarantine: {len(bad)}, engine.max_errors allows {limit:g}; the first is {clip_id}:"
             f" {record.reason}"
         )

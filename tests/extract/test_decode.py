@@ -32,7 +32,7 @@ def die_on_b(clip: Clip, video: VideoConfig) -> PreparedClip:
     return prepare_clip(clip, video)
 
 
-@pytest.fixture()
+@pytest.fixture
 def clips(tmp_path: Path) -> list[Clip]:
     video = write_video(tmp_path / "a.mp4")
     return [Clip(name, video) for name in "abc"]

@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from tests.extract.videos import frame_numbers, write_video
 
 def published_rule(count: int, frames: int) -> list[int]:
     bounds = [int(count * i / frames) for i in range(frames + 1)]
-    return [(first + following - 1) // 2 for first, following in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [(first + following - 1) // 2 for first, following in itertools.pairwise(bounds)]
 
 
 @pytest.mark.parametrize("count", [4, 5, 16, 31, 60, 1000])

@@ -1,0 +1,210 @@
+"""The commands of stage one, end to end, on twenty synthetic clips and a random-weight network."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.schema import load_config
+from extract.__main__ import main
+from extract.datasets import load_dataset
+from extract.worker import load_encoder
+from features import open_store
+
+CLIPS = 20
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set, a checkpoint, a tokenizer and a finished store."""
+    root = tmp_path_factory.mktemp("made")
+    assert main(["synth", "--out", str(root / "data"), "--clips", str(CLIPS)]) == 0
+    assert main(["standin", *options(root)]) == 0
+    assert main(["run", *options(root)]) == 0
+    return root
+
+
+@pytest.fixture
+def fresh(made: Path, tmp_path: Path) -> Path:
+    """A copy of `made` that a test may spoil."""
+    shutil.copytree(made, tmp_path / "made")
+    return tmp_path / "made"
+
+
+def options(root: Path, *more: str) -> list[str]:
+    return [
+        *("--config", "configs/demo/egovlpv2.yaml", "--data.root", str(root / "data"), "--store.shard", "5"),
+        *("--encoder.checkpoint", str(root / "weights.pth"), "--text.model", str(root / "tokenizer")),
+        *("--store.path", str(root / "store"), "--encoder.batch", "4", *more),
+    ]
+
+
+def videos(root: Path) -> list[Path]:
+    return sorted((root / "data" / "qa_videos").iterdir())
+
+
+def test_the_store_holds_what_the_encoder_says(made: Path) -> None:
+    from extract.decode import prepare_clip
+
+    args = options(made)
+    config = load_config(Path(args[1]), args[2:])
+    dataset = load_dataset(config.data)
+    store = open_store(config.store.path)
+    assert store.clip_ids == tuple(clip.clip_id for clip in dataset.clips)
+    from extract.encoders import load_checkpoint
+
+    encoder = load_encoder(config, load_checkpoint(config.encoder.checkpoint))
+    for clip in (dataset.clips[0], dataset.clips[-1]):
+        prepared = prepare_clip(clip, config.video)
+        expected = encoder(torch.from_numpy(prepared.frames)[None])
+        stored = store.read([clip.clip_id])
+        # Batches of another size may round differently in the last bit before float16.
+        torch.testing.assert_close(stored.patches, expected.patches.half(), rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(stored.saliency, expected.saliency, rtol=1e-4, atol=1e-4)
+        assert stored.timestamps is not None
+        assert stored.timestamps[0].tolist() == prepared.timestamps.tolist()
+    texts = open_store(config.store.path / "text").read_text(dataset.texts)
+    assert texts.states.shape == (len(dataset.texts), 30, 128)
+
+
+def test_a_second_run_encodes_nothing(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", *options(made)]) == 0
+    assert "this run encoded 0 clips" in capsys.readouterr().out
+
+
+def test_another_depth_is_refused_with_the_difference(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", *options(made, "--encoder.depth", "1")]) == 2
+    assert "depth: 2 here, 1 there" in capsys.readouterr().err
+    assert main(["run", *options(made)]) == 0
+
+
+def test_new_clips_are_added_and_old_rows_stay(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = open_store(fresh / "store")
+    known = before.clip_ids
+    tokens = before.read(known).patches
+    shutil.rmtree(fresh / "data")
+    assert main(["synth", "--out", str(fresh / "data"), "--clips", str(CLIPS + 3)]) == 0
+    assert main(["run", *options(fresh)]) == 0
+    assert "this run encoded 3 clips" in capsys.readouterr().out
+    after = open_store(fresh / "store")
+    assert after.clip_ids[:CLIPS] == known
+    assert torch.equal(after.read(known).patches, tokens)
+
+
+def test_bad_videos_are_quarantined_and_retried(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(fresh / "store")
+    absent, empty, cut = videos(fresh)[:3]
+    kept = {path: path.read_bytes() for path in (absent, empty, cut)}
+    absent.unlink()
+    empty.write_bytes(b"")
+    cut.write_bytes(kept[cut][: len(kept[cut]) // 2])
+    assert main(["run", *options(fresh)]) == 0
+    out = capsys.readouterr().out
+    assert f"{CLIPS - 3}/{CLIPS} clips" in out
+    for path, reason in [(absent, "does not exist"), (empty, "is empty"), (cut, "cannot be decoded")]:
+        (line,) = (line for line in out.splitlines() if line.startswith(f"quarantined {path.stem}:"))
+        assert reason in line
+
+    assert main(["run", *options(fresh)]) == 0
+    assert "this run encoded 0 clips" in capsys.readouterr().out  # quarantined clips wait for retry
+
+    for path, content in kept.items():
+        path.write_bytes(content)
+    assert main(["retry", *options(fresh)]) == 0
+    assert f"{CLIPS}/{CLIPS} clips" in capsys.readouterr().out
+    assert not open_store(fresh / "store").quarantine
+
+
+def test_too_many_errors_stop_the_job_and_keep_the_rest(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(fresh / "store")
+    for path in videos(fresh)[5:10]:
+        path.unlink()
+    assert main(["run", *options(fresh, "--engine.max_errors", "0.2")]) == 1
+    assert "engine.max_errors allows 0.2" in capsys.readouterr().err
+    assert len(open_store(fresh / "store").clip_ids) == 5  # the shard before
+
+
+def test_two_workers_write_the_same_store(fresh: Path) -> None:
+    assert main(["run", *options(fresh, "--engine.workers", "2", "--store.path", str(fresh / "two"))]) == 0
+    one, two = open_store(fresh / "store"), open_store(fresh / "two")
+    assert one.clip_ids == two.clip_ids
+    assert torch.equal(one.read(one.clip_ids).patches, two.read(two.clip_ids).patches)
+
+
+def test_ctrl_c_keeps_what_was_committed(fresh: Path) -> None:
+    shutil.rmtree(fresh / "store")
+    command = [sys.executable, "-m", "extract", "run", *options(fresh, "--store.shard", "1", "--encoder.batch", "1")]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if (fresh / "store").exists() and len(list((fresh / "store").rglob("ledger*"))) >= 2:
+            break
+        time.sleep(0.05)
+    job.send_signal(signal.SIGINT)
+    _, error = job.communicate(timeout=30)
+    assert job.returncode == 130
+    assert "run it again to go on" in error
+    assert "Traceback" not in error
+    assert main(["run", *options(fresh, "--store.shard", "1")]) == 0
+    assert len(open_store(fresh / "store").clip_ids) == CLIPS
+
+
+def test_plan_and_status_in_json(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(fresh / "store")
+    videos(fresh)[0].unlink()
+    assert main(["plan", *options(fresh), "--json", "--probe", "2"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["clips"], plan["todo"], plan["without_video"], plan["shards"]) == (CLIPS, CLIPS, 1, 4)
+    row = 4 * 49 * 128 * 2 + 128 * 4 + 4 * 49 * 4 + 4 * 4
+    assert plan["bytes_to_write"] == CLIPS * row
+    assert plan["seconds_per_clip"] > 0
+    main(["run", *options(fresh)])
+    capsys.readouterr()
+    assert main(["status", *options(fresh), "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert (status["committed"], status["quarantined"], status["missing"]) == (CLIPS - 1, 1, 0)
+
+
+def test_doctor_finds_what_is_odd(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", *options(fresh)]) in (0, 1)
+    capsys.readouterr()
+    videos(fresh)[0].unlink()
+    assert main(["doctor", *options(fresh), "--json"]) == 1
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    (finding,) = (f for f in findings if f["what"] == "clips without a video file")
+    assert finding["count"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--data.root", "nowhere"], "nowhere"),
+        (["--encoder.checkpoint", "nowhere.pth"], "nowhere.pth"),
+        (["--encoder.arch", "egovlp"], "set encoder.arch to the network"),
+        (["--video.size", "224"], "video.size is 224"),
+        (["--encoder.device", "cuda"], "encoder.device is 'cuda'"),
+        (["--text.model", "no/such/tokenizer"], "text.model is 'no/such/tokenizer'"),
+    ],
+)
+def test_wrong_input_is_one_line_and_code_two(
+    change: list[str], message: str, made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "cuda" in change and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    assert main(["run", *options(made, *change)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert all(": no such file" in line for line in error.splitlines()[1:])  # one line a missing file
+
+
+def test_unknown_command_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rnu"]) == 2
+    assert "expected one of plan, run" in capsys.readouterr().err
+    assert main([]) == 2
+    assert main(["--help"]) == 0
