@@ -1,0 +1,147 @@
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import av
+import pytest
+
+from configs.schema import DataConfig
+from extract.datasets import load_dataset
+from extract.datasets.egotaskqa import read_questions
+from extract.datasets.synthetic import FRAMES, interval_of, render
+from extract.datasets.synthetic_questions import drafts
+from extract.datasets.synthetic_scene import OBJECTS, SLOTS, draw_scene
+
+TAGS = {"world", "intent", "multi-agent", "descriptive", "predictive", "explanatory", "counterfactual"}
+TAGS |= {"action", "object", "state", "change", "query", "verify", "direct", "indirect"}
+CLIPS = 120
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("egosynth")
+    render(folder, clips=CLIPS, seed=3, workers=1)
+    return folder
+
+
+@pytest.mark.parametrize("split", ["direct", "indirect"])
+def test_reads_as_egotaskqa(root: Path, split: str) -> None:
+    dataset = load_dataset(DataConfig(root=root, split=split))  # type: ignore[arg-type]
+    assert len(dataset.clips) == CLIPS
+    assert all(clip.video.is_file() for clip in dataset.clips)
+    assert sum(map(len, dataset.questions.values())) == round(7.5 * CLIPS)
+    assert all(q.encoded == dataset.class_of(q.answer) for part in dataset.questions.values() for q in part)
+    folder = root / "qa" / split
+    assert set((folder / "all_reasoning_types.txt").read_text().split("\n")[:-1]) == TAGS
+    assert {tag for part in dataset.questions.values() for q in part for tag in q.tags} == TAGS
+    trained = {q.answer for q in dataset.questions["train"]}
+    assert {q.answer for part in dataset.questions.values() for q in part} == trained
+
+
+def test_splits_follow_the_released_rules(root: Path) -> None:
+    parts = {part: read_questions(root / f"qa/direct/formatted_{part}_qas_encode.json") for part in ("train", "test")}
+    assert len(parts["train"]) == pytest.approx(3 * len(parts["test"]), rel=0.1)
+    ids = {"train": Counter(q.answer for q in parts["train"]), "test": Counter(q.answer for q in parts["test"])}
+    assert all(abs(ids["train"][answer] - 3 * count) <= 6 for answer, count in ids["test"].items())
+    for part, references in (("train", {"direct", "indirect"}), ("val", {"indirect"}), ("test", {"indirect"})):
+        records = json.loads((root / f"qa/indirect/formatted_{part}_qas_encode.json").read_text())
+        assert {record["reference"] for record in records} == references
+        hoi = [r["program"].startswith("query([hoi], iterate_until(") for r in records if r["reference"] == "indirect"]
+        assert all(hoi) if part == "train" else not any(hoi)
+        for record in records:
+            tags = [*record["type"], *record["category"]]
+            tags += [record["semantic"], record["structural"], record["reference"]]
+            assert record["reasoning_type"] == "$".join(tags)
+
+
+def test_text_alone_says_little() -> None:
+    """Even the best answer to each form of question by text alone, chosen knowing the truth, stays near chance."""
+    by_text: dict[str, Counter[str]] = defaultdict(Counter)
+    for index in range(1500):
+        for draft in drafts(draw_scene(5, index), 8):
+            by_text[draft.text][draft.answer] += 1
+    common = {text: answers for text, answers in by_text.items() if answers.total() >= 60}
+    assert len(common) > 40
+    right = sum(max(answers.values()) for answers in common.values())
+    assert right / sum(answers.total() for answers in common.values()) < 0.38
+    for text, answers in common.items():
+        assert max(answers.values()) / answers.total() < 0.75, text
+
+
+def test_answers_agree_with_the_event_log(root: Path) -> None:
+    log = {(event := json.loads(line))["interval"]: event for line in (root / "events.jsonl").read_text().splitlines()}
+    words = {"first": "touches first?", "second": "touches second?", "next": "touch next?", "other": "person holds?"}
+    asked = 0
+    for part in ("train", "val", "test"):
+        for question in read_questions(root / f"qa/direct/formatted_{part}_qas_encode.json"):
+            for event in log[question.clip_id]["events"]:
+                if question.text.startswith("Which") and question.text.endswith(words[event["slot"]]):
+                    asked += 1
+                    assert question.answer == event["object"], question
+                if question.text == f"What does the person do to the {event['object']}?":
+                    asked += 1
+                    assert question.answer == event["action"], question
+    assert asked > 200
+
+
+def test_scene_holds_together() -> None:
+    for index in range(200):
+        scene = draw_scene(0, index)
+        assert {thing.name for thing in scene.things} == set(OBJECTS)
+        assert len({event.name for event in scene.events}) == len(SLOTS)
+        for event in scene.events:
+            before, after = scene.things_at(0.0)[event.name], scene.at_end(event.name)
+            if event.action in ("open", "close"):
+                assert (before.is_open, after.is_open) == (event.action == "close", event.action == "open")
+            elif event.action == "move":
+                assert abs(after.x - before.x) == pytest.approx(1)
+            else:
+                assert (before.x, before.is_open, after.height) == (after.x, after.is_open, 0)
+        assert all(0 < thing.x < 7 and 1.9 < thing.y < 7 for thing in scene.things_at(1.0).values())
+
+
+def test_videos_are_h264_and_decode(root: Path) -> None:
+    paths = sorted((root / "qa_videos").iterdir())
+    assert len(paths) == CLIPS
+    assert paths[0].name == "egosynth-3-000000|P1|0|24.mp4"
+    for path in paths[:3]:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            assert (stream.codec_context.name, stream.codec_context.width, stream.codec_context.height) == (
+                "h264",
+                128,
+                128,
+            )
+            assert float(stream.average_rate) == 12
+            assert sum(1 for _ in container.decode(stream)) == FRAMES
+
+
+def test_same_arguments_give_the_same_bytes(root: Path, tmp_path: Path) -> None:
+    done: list[tuple[int, int]] = []
+    render(tmp_path, clips=CLIPS, seed=3, workers=2, progress=lambda clips, total: done.append((clips, total)))
+    assert done[-1] == (CLIPS, CLIPS)
+    files = {path.relative_to(root) for path in root.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
+    assert all((root / name).read_bytes() == (tmp_path / name).read_bytes() for name in files)
+
+
+def test_a_clip_does_not_depend_on_how_many_there_are() -> None:
+    assert drafts(draw_scene(1, 7), 5) == drafts(draw_scene(1, 7), 9)[:5]
+    assert draw_scene(1, 7) != draw_scene(2, 7)
+    assert interval_of(draw_scene(1, 7)) == "egosynth-1-000007|P1|0|24"
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"clips": 3}, "clips is 3; expected at least 20"),
+        ({"seed": -1}, "seed is -1; expected a whole number from 0"),
+        ({"size": 33}, "size is 33; expected an even number of pixels from 64 to 1024"),
+        ({"clips": 30, "questions": 5}, "questions is 5; expected 3 to 16 a clip, 90 to 480"),
+        ({"workers": 0}, "workers is 0; expected at least 1"),
+    ],
+)
+def test_arguments_out_of_range(tmp_path: Path, argument: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        render(tmp_path, **argument)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
