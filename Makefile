@@ -18,7 +18,19 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	bash configs/demo/run.sh $(PY)
+	$(PY) -m extract synth --out runs/demo/data
+	for arch in egovlpv2 egovlp; do \
+	    $(PY) -m extract standin --config configs/demo/$$arch.yaml && \
+	    $(PY) -m extract run --config configs/demo/$$arch.yaml || exit; \
+	done
+	for split in direct indirect; do \
+	    for model in majority question-only egovlpv2 psa; do \
+	        $(PY) -m train fit --config configs/demo/egovlpv2.yaml --data.split $$split --head.name $$model \
+	            --run.dir runs/demo/$$split/$$model || exit; \
+	    done; \
+	    $(PY) -m train fit --config configs/demo/egovlp.yaml --data.split $$split --run.dir runs/demo/$$split/egovlp || exit; \
+	done
+	$(MAKE) ablate table report CONFIG=configs/demo/egovlpv2.yaml RATIOS="0.1 0.25 1.0"
 
 test: $(STAMP)
 	$(PY) -m pytest -q

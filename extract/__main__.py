@@ -139,6 +139,10 @@ def _standin(args: Sequence[str]) -> int:
     from extract.encoders.standin import write_standin
 
     config, _ = _parse("standin", args)
+    if config.encoder.arch == "mfas":
+        raise ConfigError(
+            "encoder.arch is 'mfas'; a stand-in is written for egovlp or egovlpv2, from which mfas starts"
+        )
     write_standin(
         config.encoder.arch,
         config.encoder.checkpoint,
@@ -178,20 +182,20 @@ def _synth(args: Sequence[str]) -> int:
 
 
 def _checkpoint(args: Sequence[str]) -> int:
-    from extract.encoders.checkpoint import convert, inspect
+    from extract.encoders.inspection import convert, inspect
 
     parser = ConfigParser(prog="extract checkpoint", description=COMMANDS["checkpoint"])
     parser.add_argument("action", choices=["inspect", "convert"])
     parser.add_argument("file", type=Path)
     parser.add_argument("--out", type=Path, default=None, help="safetensors file that convert writes")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(list(args))
     if options.action == "inspect":
-        print(inspect(options.file))
+        found = inspect(options.file)
     else:
-        out = options.out or options.file.with_suffix(".safetensors")
-        convert(options.file, out)
-        print(f"wrote {out}")
-    return 0
+        found = convert(options.file, options.out or options.file.with_suffix(".safetensors"))
+    print(json.dumps(found.as_dict(), indent=1) if options.json else "\n".join(found.lines()))
+    return 0 if found.complete else 1
 
 
 _HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
