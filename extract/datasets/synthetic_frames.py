@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from extract.datasets.synthetic_scene import GRID, OBJECTS, Action, Scene, Slot, Thing, rng_of
 
 TABLE = (112, 122, 128)
-WALL = (176, 168, 150)
+WALL = (128, 130, 126)
 SKIN = (244, 184, 142)
 SLEEVE = (48, 70, 60)
 OTHER_SKIN = (84, 46, 28)
@@ -25,7 +25,7 @@ SHADOW = (16, 18, 22)
 # Height of the wall above the table, in cells of the 7x7 grid.
 WALL_ROWS = 1.6
 SWAY = 0.1
-DISTRACTORS = 3
+DISTRACTORS = 2
 
 
 def frames(scene: Scene, count: int, size: int) -> Iterator[np.ndarray]:
@@ -84,7 +84,7 @@ def _background(rng: np.random.Generator, side: int) -> Image.Image:
     for _ in range(7):
         x, width = rng.uniform(0, side), rng.uniform(0.3, 1.2) * cell
         height = rng.uniform(0.3, 1.3) * cell
-        colour = tuple(int(c) for c in rng.integers(70, 200, size=3))
+        colour = tuple(int(c) for c in rng.integers(95, 160, size=3))
         draw.rectangle((x, edge - height, x + width, edge), fill=colour)
     grain = rng.normal(0, 4, size=(side, side, 1))
     return Image.fromarray(np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8))
