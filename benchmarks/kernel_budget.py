@@ -29,7 +29,7 @@ DTYPES = {
     "float8_e4m3": torch.float8_e4m3fn,
     "int8": torch.int8,
 }
-PATCHES = (49, 128, 196, 512, 1024)  # one for each size of block that the kernels are cut for
+PATCHES = (49, 128, 196)  # one for each size of block that the kernels are cut for
 QUICK = (196,)
 
 

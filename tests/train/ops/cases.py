@@ -111,3 +111,41 @@ def assert_as_exact_as(actual: Tensor, eager: Tensor, exact: Tensor, name: str) 
     size = torch.where(exact.isfinite(), exact.detach().double(), 0.0).square().mean().sqrt()
     bound = 2 * error(eager, exact) + torch.finfo(actual.dtype).eps * float(size)
     assert error(actual, exact) <= bound, f"{name}: error {error(actual, exact):.3e}, bound {bound:.3e}"
+
+
+def low_precision(case: Case, leaves: list[Tensor], kept: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[pooled, lse] of a given selection with every tensor and every step in `dtype`: the eager yardstick."""
+    queries, selector, bias = (leaf.to(dtype) for leaf in leaves)
+    x = case.tokens.to(dtype)
+    if case.scale is not None:
+        x = x * case.scale.to(dtype)[..., None]
+    x_btkd = x[case.clip_index].gather(2, kept[..., None].expand(*kept.shape, x.shape[-1]))
+    s_btk = torch.einsum("bd,btkd->btk", selector, x_btkd) + bias[case.clip_index].gather(2, kept)
+    a_bthk = torch.einsum("bhd,btkd->bthk", queries, x_btkd) + s_btk[:, :, None]
+    empty = a_bthk.amax(dim=-1, keepdim=True) == -torch.inf
+    a_bthk = a_bthk.masked_fill(empty, 0)
+    pooled = torch.einsum("bthk,btkd->bthd", a_bthk.softmax(dim=-1).masked_fill(empty, 0), x_btkd)
+    return pooled, a_bthk.logsumexp(dim=-1).masked_fill(empty[..., 0], -torch.inf)
+
+
+def assert_same_selection(kept: Tensor, case: Case, k: int) -> None:
+    """Fail unless `kept` is the exact selection, or differs only between scores that float32 cannot tell apart."""
+    x = case.tokens.double()
+    if case.scale is not None:
+        x = x * case.scale.double()[..., None]
+    x_btnd = x[case.clip_index]
+    bias = case.bias.double()[case.clip_index]
+    scores = torch.einsum("bd,btnd->btn", case.selector.double(), x_btnd) + bias
+    exact = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k].sort(dim=-1).values
+    assert kept.shape == exact.shape
+    assert ((kept >= 0) & (kept < scores.shape[-1])).all()
+    assert (kept.diff(dim=-1) > 0).all(), "kept is not in rising order"
+    # Rounding of a sum of D products, each a float32 multiply and add.
+    size = torch.einsum("bd,btnd->btn", case.selector.double().abs(), x_btnd.abs()) + bias.abs()
+    slack = torch.finfo(torch.float32).eps * x.shape[-1] ** 0.5 * size.amax(dim=-1, keepdim=True)
+    ranked = scores.gather(2, kept).sort(dim=-1).values
+    best = scores.gather(2, exact).sort(dim=-1).values
+    near = (ranked == best) | ((ranked - best).abs() <= slack)
+    assert near.all(), "a patch was kept instead of one with a larger score"
+    tied = scores.diff(dim=-1).abs().amax() == 0
+    assert not tied or torch.equal(kept, exact), "equal scores did not go to the lowest patch"

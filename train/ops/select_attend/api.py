@@ -15,8 +15,8 @@ from train.ops.select_attend import library
 Implementation = Literal["auto", "reference", "triton"]
 
 TOKEN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int8)
-# The width and patch count that the kernels' configurations are checked for.
-TRITON_MAX_PATCHES = 1024
+# Limits that the kernels' configurations are checked for; more patches spill registers.
+TRITON_MAX_PATCHES = 256
 TRITON_MAX_WIDTH = 1024
 
 
@@ -65,7 +65,7 @@ def select_attend(
         bias: [C, T, N] floating point, -inf to leave a patch out.
         k: patches to keep in each frame, 1 to N.
         scale: [C, T, N] floating point factor of each patch, where the tokens are quantised.
-        implementation: `auto` takes Triton for CUDA tensors and the reference elsewhere.
+        implementation: `auto` takes Triton for CUDA tensors of up to 256 patches and 1024 channels, else the reference.
 
     Returns:
         `SelectAttendOutput`. Gradients reach queries, selector and bias through pooled and lse.
@@ -94,7 +94,8 @@ def choose_implementation(tokens: Tensor, implementation: Implementation) -> Lit
     if implementation not in ("auto", "reference", "triton"):
         raise ValueError(f"implementation is {implementation!r}; expected 'auto', 'reference' or 'triton'")
     if implementation == "auto":
-        return "triton" if tokens.is_cuda and _triton_installed() else "reference"
+        fits = tokens.ndim == 4 and tokens.shape[2] <= TRITON_MAX_PATCHES and tokens.shape[3] <= TRITON_MAX_WIDTH
+        return "triton" if tokens.is_cuda and fits and _triton_installed() else "reference"
     return implementation
 
 

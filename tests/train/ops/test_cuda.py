@@ -1,0 +1,89 @@
+"""The Triton kernels on a GPU. With FAIL_WITHOUT_CUDA=1 these fail, instead of skipping, where there is none."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.ops.cases import make_case
+from train.ops.select_attend import select_attend
+from train.ops.select_attend.api import choose_implementation
+
+ROOT = Path(__file__).resolve().parents[3]
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("cuda")]
+
+
+def test_the_interpreted_tests_pass_compiled() -> None:
+    command = [
+        "-m",
+        "pytest",
+        "tests/train/ops/interpreted.py",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "slow or not slow",
+    ]
+    result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+
+
+def test_auto_takes_triton(cuda: torch.device) -> None:
+    assert choose_implementation(torch.zeros(1, 1, 4, 16, device=cuda), "auto") == "triton"
+
+
+def test_nothing_waits_for_the_device(cuda: torch.device) -> None:
+    case = make_case(8, 60, 4, 196, 256, 4, torch.float16, device="cuda")
+    leaves = case.leaves()
+    select_attend(case.tokens, case.clip_index, *leaves, 49).pooled.sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        select_attend(case.tokens, case.clip_index, *leaves, 49).pooled.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_in_a_cuda_graph(cuda: torch.device) -> None:
+    case = make_case(8, 60, 4, 196, 256, 4, torch.float16, device="cuda")
+    arguments = (case.tokens, case.clip_index, case.queries, case.selector, case.bias, 49)
+    eager = select_attend(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = select_attend(*arguments)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True))
+
+
+def test_compiled_by_inductor(cuda: torch.device) -> None:
+    case = make_case(8, 60, 4, 196, 256, 4, torch.float16, device="cuda")
+
+    def loss(*leaves: torch.Tensor) -> torch.Tensor:
+        out = select_attend(case.tokens, case.clip_index, *leaves, 49)
+        return out.pooled.square().sum() + out.lse.sum()
+
+    leaves, again = case.leaves(), case.leaves()
+    compiled = torch.compile(loss, fullgraph=True)
+    for a, b in zip(
+        torch.autograd.grad(loss(*leaves), leaves), torch.autograd.grad(compiled(*again), again), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_extra_memory_is_small(cuda: torch.device) -> None:
+    """Beyond inputs, outputs and gradients, at most 5% of the tokens' bytes."""
+    case = make_case(16, 272, 16, 196, 768, 4, torch.float16, device="cuda")
+    leaves = case.leaves()
+    tokens = case.tokens.numel() * case.tokens.element_size()
+    out = select_attend(case.tokens, case.clip_index, *leaves, 49)
+    grad = torch.ones_like(out.pooled)
+    gradients = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.autograd.grad(out.pooled, leaves, grad)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before - gradients <= 0.05 * tokens

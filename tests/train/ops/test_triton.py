@@ -1,0 +1,138 @@
+"""The Triton kernels without a GPU: interpreted, registered, and compiled ahead of time."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.ops.cases import make_case
+from train.ops.select_attend import library, select_attend
+
+ROOT = Path(__file__).resolve().parents[3]
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+
+def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**inherited, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def run_interpreted(marks: str) -> int:
+    """Run `interpreted.py` in the interpreter, on the CPU; returns how many tests passed."""
+    command = ["-m", "pytest", "tests/train/ops/interpreted.py", "-q", "-p", "no:cacheprovider", "-m", marks]
+    result = run(command, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert passed is not None, result.stdout[-2000:]
+    assert "skipped" not in result.stdout.splitlines()[-1]
+    return int(passed.group(1))
+
+
+@needs_triton
+def test_kernels_in_the_interpreter() -> None:
+    assert run_interpreted("not slow") >= 30
+
+
+@needs_triton
+@pytest.mark.slow
+def test_kernels_in_the_interpreter_at_length() -> None:
+    assert run_interpreted("slow") >= 60
+
+
+def budget(*arguments: str) -> list[dict[str, object]]:
+    result = run(["benchmarks/kernel_budget.py", "--json", *arguments])
+    assert result.returncode in (0, 1), result.stderr
+    return json.loads(result.stdout)
+
+
+@needs_triton
+def test_the_shipped_kernels_fit_quickly() -> None:
+    usages = budget("--quick")
+    assert {(u["kernel"], u["arch"]) for u in usages} == {
+        (kernel, arch) for kernel in ("forward", "backward") for arch in ("sm_80", "sm_90a")
+    }
+    assert [u for u in usages if u["spill_bytes"] or u["shared_bytes"] > u["shared_limit"]] == []
+    assert all(u["matrix_instruction"] == ("wgmma" if u["arch"] == "sm_90a" else "mma") for u in usages)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_every_shipped_kernel_fits() -> None:
+    assert [u for u in budget() if u["spill_bytes"] or u["shared_bytes"] > u["shared_limit"]] == []
+
+
+@needs_triton
+def test_the_budget_refuses_the_interpreter() -> None:
+    result = run(["benchmarks/kernel_budget.py"], TRITON_INTERPRET="1")
+    assert result.returncode == 2
+    assert "TRITON_INTERPRET is set; unset it" in result.stderr
+
+
+def test_triton_is_refused_on_a_cpu() -> None:
+    if find_spec("triton") is None:
+        message = r"implementation is 'triton' but Triton is not installed; pip install triton, or use 'auto'"
+    else:
+        message = r"tokens is on cpu; expected a CUDA device with 'triton', or use 'auto'"
+    case = make_case(2, 3, 1, 9, 16, 1)
+    with pytest.raises(ValueError, match=message):
+        select_attend(case.tokens, case.clip_index, case.queries, case.selector, case.bias, 4, implementation="triton")
+
+
+def test_the_reference_needs_no_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from train.ops.select_attend import select_attend\n"
+        "out = select_attend(torch.ones(1, 1, 4, 16), torch.zeros(2, dtype=torch.long), torch.ones(2, 1, 16),"
+        " torch.ones(2, 16), torch.zeros(1, 1, 4), 2)\n"
+        "print(out.kept.tolist())"
+    )
+    result = run(["-c", code])
+    assert result.stdout.strip() == "[[[0, 1]], [[0, 1]]]", result.stderr
+
+
+def test_the_reference_operator_is_registered_soundly() -> None:
+    case = make_case(3, 7, 2, 33, 96, 2, torch.float16, scaled=True)
+    torch.library.opcheck(library.reference_forward, (case.tokens, case.clip_index, *case.leaves(), 9, case.scale))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_the_reference_compiles_to_one_graph(backend: str) -> None:
+    case = make_case(3, 7, 2, 33, 96, 2, torch.float16, scaled=True)
+
+    def loss(queries: torch.Tensor, selector: torch.Tensor, bias: torch.Tensor, k: int) -> torch.Tensor:
+        out = select_attend(case.tokens, case.clip_index, queries, selector, bias, k, case.scale)
+        return out.pooled.square().sum() + out.lse.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    for k in (9, 12):
+        leaves, again = case.leaves(), case.leaves()
+        eager = [loss(*leaves, k), *torch.autograd.grad(loss(*leaves, k), leaves)]
+        graph = [compiled(*again, k), *torch.autograd.grad(compiled(*again, k), again)]
+        for a, b in zip(eager, graph, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_under_autocast() -> None:
+    case = make_case(3, 7, 2, 33, 96, 2, torch.float16)
+    project = torch.nn.Linear(96, 96)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        queries = project(case.queries)
+        out = select_attend(case.tokens, case.clip_index, queries, case.selector, case.bias, 9)
+    assert queries.dtype == out.pooled.dtype == torch.bfloat16
+    out.pooled.float().sum().backward()
+    assert project.weight.grad is not None
+    assert project.weight.grad.isfinite().all()
