@@ -4,7 +4,7 @@ Killed at any point, the shard's earlier rows are still there and the new ones a
 """
 
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from features.errors import DamagedStore
 from features.formats import Blocks, Format
 from features.journal import Journal
 from features.ledger import announce, commit
-from features.spec import StoreSpec
+from features.spec import ArraySpec, StoreSpec
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,16 @@ def commit_shard(
     target.ledger.append(commit(shard, clips, files, target.fingerprint, errors))
 
 
-def _summed(blocks: Blocks, sums: Mapping[str, dict[str, int]]) -> Iterator:
-    """The blocks as they are, taking each row's checksum while it is in memory."""
-    for array, block in blocks:
-        for row, checksums in zip(block, sums.values(), strict=True):
+def _summed(blocks: Blocks, sums: Mapping[str, dict[str, int]]) -> Blocks:
+    """The rows as they are, taking each one's checksum while it is in memory."""
+
+    def rows_of(array: ArraySpec, rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        for row, checksums in zip(rows, sums.values(), strict=True):
             checksums[array.name] = crc32c(row)
-        yield array, block
+            yield row
+
+    for array, rows in blocks:
+        yield array, rows_of(array, rows)
 
 
 def _read_back(target: Target, shard: int, rows: Mapping[str, int], sums: Mapping[str, Mapping[str, int]]) -> None:

@@ -14,7 +14,7 @@ from features.spec import ArraySpec, StoreSpec
 BLOCK = 1 << 18
 
 Header = dict[str, Any]  # what store.json says: version, format, spec, fingerprint
-Blocks = Iterable[tuple[ArraySpec, np.ndarray]]  # one an array: its rows, in the disk dtype
+Blocks = Iterable[tuple[ArraySpec, Iterable[np.ndarray]]]  # one an array: its rows, in the disk dtype
 
 
 class OpenFile:
@@ -78,7 +78,7 @@ class Format(Protocol):
         """The files of `shard`, by path inside the store."""
 
     def stage(self, folder: Path, spec: StoreSpec, shard: int, slots: Sequence[int], blocks: Blocks) -> dict[str, Path]:
-        """Write the files of `shard` into `folder`: row i of an array's block [len(slots), *row] goes to slots[i].
+        """Write the files of `shard` into `folder`: an array's i-th row goes to slots[i].
 
         Returns:
             Where each of `files(spec, shard)` now waits.

@@ -4,6 +4,7 @@ Our own reader asks the file once where its chunks lie and then takes a row with
 check fletcher32 at a fraction of the speed, and the ledger has a CRC-32C for every row.
 """
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,6 @@ from features.formats import Blocks, Header, OpenFile
 from features.spec import ArraySpec, StoreSpec
 
 _CHECKSUM = 4
-_BLOCK = 16 << 20
 _VERSION = ("v110", "v110")  # whose metadata carry checksums
 # What h5py raises on files that are not what they seem.
 _UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
@@ -62,8 +62,9 @@ class Hdf5Format:
     def stage(self, folder: Path, spec: StoreSpec, shard: int, slots: Sequence[int], blocks: Blocks) -> dict[str, Path]:
         """Rows that are not given get no chunk, so other tools read NaN there."""
         # Made in memory, because the HDF5 library may take the whole process down where the disk is full.
-        with h5py.File("shard", "w", driver="core", backing_store=False, block_size=_BLOCK, libver=_VERSION) as file:
-            for array, block in blocks:
+        image = io.BytesIO()
+        with h5py.File(image, "w", libver=_VERSION) as file:
+            for array, rows in blocks:
                 kept = stored(array.dtype)
                 dataset = file.create_dataset(
                     array.name,
@@ -74,12 +75,10 @@ class Hdf5Format:
                     fillvalue=kept.absent,
                 )
                 dataset.attrs["dtype"] = array.dtype
-                for slot, row in zip(slots, block, strict=True):
+                for slot, row in zip(slots, rows, strict=True):
                     dataset[slot] = row
-            file.flush()
-            image = file.id.get_file_image()
         path = folder / "shard.h5"
-        path.write_bytes(image)
+        path.write_bytes(image.getbuffer())
         return {_shard_file(shard): path}
 
     def open(self, root: Path, spec: StoreSpec, shard: int) -> "Hdf5Shard":

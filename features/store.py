@@ -389,28 +389,24 @@ class Store:
         sources = {name: sources[name] if name in new else self._ledger.clips[name].source for name in rows}
         errors = dict(self._ledger.errors.get(shard, {}))
         target = Target(self.path, self.spec, self._files, self._journal, self.fingerprint.digest)
-        commit_shard(target, shard, rows, self._blocks(rows, kept, new, errors), sources, errors)
-
-    def _blocks(
-        self,
-        rows: Mapping[str, int],
-        kept: Sequence[str],
-        new: Mapping[str, Mapping[str, Tensor]],
-        errors: dict[str, float],
-    ) -> Iterator[tuple[ArraySpec, np.ndarray]]:
-        """Each array's rows in the order of `rows`; new ones are checked here, and `errors` is brought up to date."""
-        for array in self.spec.arrays:
-            block = np.empty((len(rows), *array.shape), stored(array.dtype).disk)
-            old = torch.empty(len(kept), *array.shape, dtype=stored(array.dtype).torch)
-            self._reader.read(kept, self._records(kept), [(array, old)], threads=1)
-            old_rows = dict(zip(kept, to_disk(old, array.dtype), strict=True))
-            for place, name in enumerate(rows):
-                block[place] = old_rows[name] if name in old_rows else encode(name, new[name], array, self.spec)
-            yield array, block
         for tensors in new.values():
             error = reconstruction_error(tensors, self.spec)
             if error is not None:
                 errors["patches"] = max(error, errors.get("patches", 0.0))
+        blocks = ((array, self._encoded(array, rows, new)) for array in self.spec.arrays)
+        commit_shard(target, shard, rows, blocks, sources, errors)
+
+    def _encoded(
+        self, array: ArraySpec, rows: Mapping[str, int], new: Mapping[str, Mapping[str, Tensor]]
+    ) -> Iterator[np.ndarray]:
+        """One array's `rows` as they are written; new ones are checked, others read, one at a time."""
+        for name in rows:
+            if name in new:
+                yield encode(name, new[name], array, self.spec)
+            else:
+                old = torch.empty(1, *array.shape, dtype=stored(array.dtype).torch)
+                self._reader.read([name], self._records([name]), [(array, old)], threads=1)
+                yield to_disk(old[0], array.dtype)
 
     def close(self) -> None:
         """Close the files that reading has opened."""

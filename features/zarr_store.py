@@ -52,11 +52,11 @@ class ZarrFormat:
     def stage(self, folder: Path, spec: StoreSpec, shard: int, slots: Sequence[int], blocks: Blocks) -> dict[str, Path]:
         """Row, checksum, row, checksum, ..., index, checksum. zarr-python's own writer takes three times the memory."""
         staged = {}
-        for array, block in blocks:
+        for array, rows in blocks:
             index = np.full((spec.shard, 2), _EMPTY, "<u8")
             path = staged[_shard_file(array, shard)] = folder / array.name
             with path.open("wb") as file:
-                for slot, row in zip(slots, block, strict=True):
+                for slot, row in zip(slots, rows, strict=True):
                     index[slot] = file.tell(), row.nbytes + _CRC
                     _write_checked(file, row)
                 _write_checked(file, index)
