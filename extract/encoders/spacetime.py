@@ -13,8 +13,10 @@ from torch.nn import functional as F
 from extract.encoders.linear import Linear
 
 HEAD_WIDTH = 64
-# Logits of one step of `attend`: 2 MB in bfloat16.
+# Attention logits of one step on a CPU: 2 MB in bfloat16.
 CACHED_LOGITS = 2**20
+# Tokens that the MLP takes at a time on a CPU.
+MLP_ROWS = 1600
 
 Axis = Literal["time", "space"]
 
@@ -55,8 +57,7 @@ class Attention(nn.Module):
             [B, S, D] after the output projection, and CLS's logits [B, S] as `attend_cls` gives them.
         """
         cls, logits = self.attend_cls(x, keep, tap)
-        patches = attend_patches(self.qkv(x), self.heads, frames, axis, keep)
-        return self.proj(torch.cat([cls, patches], dim=1), residual=residual), logits
+        return self.proj(attend_patches(self.qkv(x), cls, frames, axis, keep), residual=residual), logits
 
     def attend_cls(self, x: Tensor, keep: Tensor | None = None, tap: bool = False) -> tuple[Tensor, Tensor | None]:
         """CLS over all tokens, before the output projection.
@@ -67,7 +68,7 @@ class Attention(nn.Module):
         Args: as for `forward`.
 
         Returns:
-            [B, 1, D], and its scaled logits over all tokens, mean over heads, before softmax and mask ([B, S]
+            [B, D], and its scaled logits over all tokens, mean over heads, before softmax and mask ([B, S]
             float32), if `tap`.
         """
         by_head = (self.heads, HEAD_WIDTH)
@@ -80,64 +81,70 @@ class Attention(nn.Module):
         weights = scores.softmax(dim=1).to(x.dtype)  # [B, S, H]
         pooled = weights.transpose(1, 2) @ x  # [B, H, D]
         out = torch.einsum("bhd,hkd->bhk", pooled, w_value.unflatten(0, by_head)).flatten(1) + b_value
-        return out[:, None], logits.mean(dim=2) if tap else None
+        return out, logits.mean(dim=2) if tap else None
 
 
-def attend_patches(qkv: Tensor, heads: int, frames: int, axis: Axis, keep: Tensor | None = None) -> Tensor:
+def attend_patches(qkv: Tensor, cls: Tensor, frames: int, axis: Axis, keep: Tensor | None = None) -> Tensor:
     """Patches over their frame or their position, plus CLS.
 
     Args:
         qkv: [B, S, 3*D], CLS first.
-        heads: H.
+        cls: [B, D], what CLS's own attention gave; it becomes the first row.
         frames: T.
         axis: `space` or `time`.
         keep: [B, S] bool, as for `Attention.forward`.
 
     Returns:
-        [B, T*N, D].
+        [B, S, D].
     """
     b, s, _ = qkv.shape
     n = (s - 1) // frames
-    q, k, v = qkv.view(b, s, 3, heads, HEAD_WIDTH).unbind(2)  # [B, S, H, 64] each
-
-    def lay(tokens: Tensor) -> Tensor:
-        patches = tokens[:, 1:].view(b, frames, n, heads, HEAD_WIDTH)
-        # [B, groups, H, tokens, 64], a group being a frame or a position
-        return patches.permute(0, 1, 3, 2, 4) if axis == "space" else patches.permute(0, 2, 3, 1, 4)
-
-    def lay_with_cls(tokens: Tensor) -> Tensor:
-        patches = lay(tokens)
-        cls = tokens[:, None, :1].transpose(2, 3).expand(b, patches.shape[1], heads, 1, HEAD_WIDTH)
-        return torch.cat([cls, patches], dim=3).flatten(0, 1)
-
+    heads = qkv.shape[2] // (3 * HEAD_WIDTH)
+    # [B, groups, H, tokens, 64] of each, a group being a frame or a position.
+    order = (0, 1, 3, 2, 4) if axis == "space" else (0, 2, 3, 1, 4)
+    first, rest = qkv.view(b, s, 3, heads, HEAD_WIDTH).split([1, s - 1], dim=1)
+    cls_k, cls_v = first[:, 0, 1:, :, None].unbind(1)  # [B, H, 1, 64]
+    q, k, v = (part.unflatten(1, (frames, n)).permute(order) for part in rest.unbind(2))
+    groups, rows = q.shape[1], q.shape[3]
     mask = None
     if keep is not None:
-        kept = keep[:, 1:].view(b, frames, n)
+        kept = keep[:, 1:].unflatten(1, (frames, n))
         kept = kept if axis == "space" else kept.transpose(1, 2)
-        mask = F.pad(kept.flatten(0, 1), (1, 0), value=True)[:, None, None]  # [B*groups, 1, 1, 1 + tokens]
-    out = attend(lay(q).flatten(0, 1), lay_with_cls(k), lay_with_cls(v), mask)  # [B*groups, H, tokens, 64]
-    out = out.unflatten(0, (b, -1))
-    back = out.permute(0, 1, 3, 2, 4) if axis == "space" else out.permute(0, 3, 1, 2, 4)
-    return back.reshape(b, s - 1, heads * HEAD_WIDTH)
+        mask = F.pad(kept, (1, 0), value=True)[:, :, None, None]  # [B, groups, 1, 1, 1 + tokens]
+
+    def some(part: slice) -> Tensor:
+        def with_cls(cls: Tensor, patches: Tensor) -> Tensor:
+            patches = patches[:, part]
+            cls = cls[:, None].expand(b, patches.shape[1], heads, 1, HEAD_WIDTH)
+            return torch.cat([cls, patches], dim=3).flatten(0, 1)
+
+        some_mask = None if mask is None else mask[:, part].flatten(0, 1)
+        out = attend(q[:, part].flatten(0, 1), with_cls(cls_k, k), with_cls(cls_v, v), some_mask)
+        return out.unflatten(0, (b, -1))
+
+    if torch.is_grad_enabled():
+        patches = some(slice(None)).permute(order if axis == "space" else (0, 3, 1, 2, 4))
+        return torch.cat([cls[:, None], patches.reshape(b, s - 1, -1)], dim=1)
+    # On a CPU, as many groups at a time as stay in cache; that also keeps the peak of memory down.
+    step = max(1, CACHED_LOGITS // (b * heads * rows * (rows + 1))) if qkv.device.type == "cpu" else groups
+    result = qkv.new_empty(b, s, heads * HEAD_WIDTH)
+    result[:, 0] = cls
+    target = result[:, 1:].view(b, frames, n, heads, HEAD_WIDTH).permute(order)
+    for start in range(0, groups, step):
+        target[:, start : start + step] = some(slice(start, start + step))
+    return result
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Softmax attention of q [G, H, I, 64] over k, v [G, H, J, 64]; `mask` [G, 1, 1, J] is true where one may look.
 
-    On a CPU in bfloat16 without gradients, a few groups at a time go through batched products whose maps (bfloat16)
-    stay in cache: there PyTorch's flash kernel takes nearly twice as long at these lengths.
+    On a CPU in bfloat16 without gradients it is two batched products around a map in bfloat16, small enough to stay
+    in cache: PyTorch's flash kernel takes nearly twice as long there at these lengths.
     """
     if q.dtype != torch.bfloat16 or q.device.type != "cpu" or torch.is_grad_enabled() or mask is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    groups, heads, rows, width = q.shape
-    scaled = torch.mul(q, width**-0.5, out=q.new_empty(q.shape))
-    out = q.new_empty(q.shape)
-    step = max(1, CACHED_LOGITS // (heads * rows * k.shape[2]))
-    for start in range(0, groups, step):
-        part = slice(start, start + step)
-        weights = (scaled[part] @ k[part].transpose(-1, -2)).softmax(dim=-1)
-        torch.matmul(weights, v[part], out=out[part])
-    return out
+    scaled = torch.mul(q, HEAD_WIDTH**-0.5, out=q.new_empty(q.shape))  # contiguous, unlike q
+    return (scaled @ k.transpose(-1, -2)).softmax(dim=-1) @ v
 
 
 class Mlp(nn.Module):
@@ -175,9 +182,14 @@ class SpaceTimeBlock(nn.Module):
         self, x: Tensor, frames: int, keep: Tensor | None = None, tap: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """[B, S, D] to [B, S, D]; see `Attention.forward` for the rest. `keep` is for space attention alone."""
-        timed, _ = self.timeattn(self.norm3(x), frames, "time", residual=x)
-        x, logits = self.attn(self.norm1(timed), frames, "space", keep, tap, residual=x)
-        return self.mlp(self.norm2(x), residual=x), logits
+        normed = self.norm1(self.timeattn(self.norm3(x), frames, "time", residual=x)[0])
+        x, logits = self.attn(normed, frames, "space", keep, tap, residual=x)
+        if torch.is_grad_enabled() or x.device.type != "cpu":
+            return self.mlp(self.norm2(x), residual=x), logits
+        # In place and a stretch at a time: the hidden layer of a whole clip would be the peak of memory.
+        for rows in x.flatten(0, 1).split(MLP_ROWS):
+            rows.copy_(self.mlp(self.norm2(rows), residual=rows))
+        return x, logits
 
 
 class PatchEmbed(nn.Module):

@@ -99,7 +99,7 @@ def write_standin(
         joint=joint,
         answers=answers,
     )
-    tensors = {f"module.{name}": _weight(name, shape, seed) for name, shape in shapes.items()}
+    tensors = {f"module.{name}": random_weight(name, shape, seed) for name, shape in shapes.items()}
     torch.save({"arch": "FrozenInTime", "epoch": 0, "state_dict": tensors}, path)
     return Standin(path, folder)
 
@@ -191,7 +191,7 @@ def _word_pieces(texts: Sequence[str], pieces: int) -> list[str]:
     return [*characters, *inside, *frequent][:pieces]
 
 
-def _weight(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+def random_weight(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     """float32 values of the tensor called `name`: norms about 1, matrices scaled by their fan-in, embeddings 0.1."""
     if name.endswith("position_ids"):
         return torch.arange(shape[-1])[None]

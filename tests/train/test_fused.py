@@ -122,8 +122,9 @@ def test_head_learns(tmp_path: Path) -> None:
 def test_selection_grows_as_the_reference_says(side: int, top: int) -> None:
     torch.manual_seed(side + top)
     score = torch.rand(5, 9, side * side)
-    # Many of the best patches lie on the region's rim, where they may join.
-    score[..., : 3 * side] += 0.5
+    # The best patches lie in the row above the region, where most of them touch it and may join.
+    first = 2 * max(1, side // 7) * side
+    score[..., first - side : first] += 1
     expected = reference.mfas_select(score, reference.Growth(top, shifted=False)).bool()
     assert torch.equal(select_patches(score, top), expected)
     assert expected[:, -1].sum() > expected[:, 0].sum()
@@ -147,7 +148,7 @@ def test_what_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
     lacking = {name: t for name, t in checkpoint.tensors.items() if not name.endswith("qkv_i2t.weight")}
     with pytest.raises(CheckpointError, match=r"lacks video_model\.blocks\.2\.attn\.qkv_i2t\.weight"):
         load_head("egovlpv2", Checkpoint(checkpoint.path, "bare", lacking))
-    with pytest.raises(CheckpointError, match="EgoVLP checkpoint, not EgoVLPv2"):
+    with pytest.raises(CheckpointError, match="EgoVLP checkpoint, where EgoVLPv2 was expected"):
         load_head("egovlpv2", tiny(tmp_path, "egovlp"))
 
 

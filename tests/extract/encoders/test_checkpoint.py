@@ -217,7 +217,9 @@ def test_files_without_tensors_by_name_are_refused(tmp_path: Path, content: obje
 def test_another_network_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "resnet.pth"
     torch.save({"conv1.weight": torch.ones(2), "fc.bias": torch.ones(2)}, path)
-    with pytest.raises(CheckpointError, match=r"resnet\.pth: this checkpoint of an unknown network, not EgoVLPv2"):
+    with pytest.raises(
+        CheckpointError, match=r"resnet\.pth: this checkpoint of an unknown network, where EgoVLPv2 was expected"
+    ):
         load_video_encoder("egovlpv2", path)
     with pytest.raises(
         CheckpointError, match="its tensors are of no network known here; expected EgoVLP, EgoVLPv2, MFAS"

@@ -9,7 +9,7 @@ import torch
 from extract.encoders import load_text_encoder, load_video_encoder, reference, spacetime
 from extract.encoders.checkpoint import CheckpointError
 from extract.encoders.linear import Linear, can_pack
-from extract.encoders.spacetime import Attention
+from extract.encoders.spacetime import Attention, attend_patches
 from extract.encoders.video_encoder import resize_time
 from tests.extract.encoders.networks import relative, sequence, tiny
 
@@ -117,14 +117,17 @@ def test_packed_layer_is_the_plain_one(dtype: torch.dtype) -> None:
     assert layer.weight.grad is not None
 
 
-@pytest.mark.parametrize("groups", [1, 7])
-def test_attention_in_cache_is_the_plain_one(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spacetime, "CACHED_LOGITS", 2000)
-    q, k, v = (torch.randn(groups, 3, tokens, 64) for tokens in (9, 10, 10))
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+@pytest.mark.parametrize("axis", ["time", "space"])
+@pytest.mark.parametrize("logits", [1, 400, 10**6])
+def test_attention_a_few_groups_at_a_time(
+    axis: Literal["time", "space"], logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qkv, cls = torch.randn(2, 1 + 3 * 5, 3 * 128), torch.randn(2, 128)
+    whole = attend_patches(qkv, cls, 3, axis)  # with gradients on, all at once
+    monkeypatch.setattr(spacetime, "CACHED_LOGITS", logits)
     with torch.no_grad():
-        got = spacetime.attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), None)
-    assert relative(got.float(), expected) < 1e-2
+        torch.testing.assert_close(attend_patches(qkv, cls, 3, axis), whole)
+        assert relative(attend_patches(qkv.bfloat16(), cls.bfloat16(), 3, axis).float(), whole) < 1e-2
 
 
 def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
@@ -197,7 +200,7 @@ def test_frames_of_another_shape_are_refused(tmp_path: Path) -> None:
         ({"variant": "mine"}, "variant is 'mine'; expected paper or released"),
         ({"depth": 3}, "depth is 3; expected 1 to 2, where the question enters the fused path"),
         ({"depth": 5, "path": "dual"}, "depth is 5; expected 1 to 4, the number of its blocks"),
-        ({"arch": "egovlp"}, "this EgoVLPv2 checkpoint, not EgoVLP; set encoder.arch"),
+        ({"arch": "egovlp"}, "this EgoVLPv2 checkpoint, where EgoVLP was expected; set encoder.arch"),
     ],
 )
 def test_impossible_requests_are_refused(tmp_path: Path, options: dict, message: str) -> None:

@@ -1,0 +1,256 @@
+"""Time the frozen video encoder against the published attention as it ships, and against the machine's matrix rate.
+
+    python benchmarks/encoder.py [--frames 16] [--depth 6] [--batch 1] [--rounds 5] [--quick] [--out FILE]
+
+Variants run by turns in one process, so that a busy machine slows all of them; the best round of each counts. Peak
+memory is taken in a process of its own for each. Weights and frames are random: they do not change the work. On a
+CUDA device also clips/s and the share of the matrix rate at batch 1, 8 and 32.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # runs without being installed
+
+from extract.encoders import load_video_encoder, reference  # noqa: E402
+from extract.encoders.checkpoint import Checkpoint  # noqa: E402
+from extract.encoders.standin import published_shapes, random_weight  # noqa: E402
+
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+VARIANTS = ("plain float32", "ours float32", "ours bfloat16")
+GRID, PATCH = 14, 16
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is encoded: `batch` clips of `frames` frames through `depth` blocks, `width` channels."""
+
+    frames: int
+    depth: int
+    batch: int
+    width: int = 768
+
+    def flops(self) -> float:
+        """Floating-point operations of the matrix products, two to a multiply-add."""
+        patches = GRID * GRID
+        tokens = 1 + self.frames * patches
+        projections = 2 * 16 * self.width**2 * tokens  # qkv and proj twice, and an MLP of four widths
+        space = 4 * self.width * self.frames * patches * (1 + patches)
+        moments = 4 * self.width * patches * self.frames * (1 + self.frames)
+        cls = 2 * 4 * self.width * tokens
+        embed = 2 * 3 * PATCH**2 * self.width * self.frames * patches
+        return self.batch * (self.depth * (projections + space + moments + cls) + embed)
+
+
+def checkpoint(work: Work) -> Checkpoint:
+    """The lower blocks of EgoVLPv2 with random weights."""
+    shapes = published_shapes(
+        "egovlpv2",
+        width=work.width,
+        depth=work.depth,
+        text_layers=1,
+        fusion=work.depth,
+        frames=work.frames,
+        patches=GRID * GRID,
+        patch=PATCH,
+        vocabulary=8,
+        positions=8,
+        joint=8,
+        answers=None,
+    )
+    return Checkpoint(Path("random"), "bare", {name: random_weight(name, shape, 0) for name, shape in shapes.items()})
+
+
+def make(variant: str, work: Work, device: str) -> Callable[[], object]:
+    """A function that encodes once with `variant`."""
+    weights = checkpoint(work)
+    frames = torch.randn(work.batch, work.frames, 3, GRID * PATCH, GRID * PATCH, device=device)
+    if variant.startswith("plain"):
+        tensors = {name: tensor.to(device) for name, tensor in weights.tensors.items()}
+        return lambda: reference.encode(tensors, frames, work.depth)
+    dtype = TYPES[variant.split()[-1]]
+    encoder = load_video_encoder("egovlpv2", weights, work.frames, work.depth, dtype=dtype).to(device)
+    frames = frames.to(dtype)
+    return lambda: encoder(frames)
+
+
+def timed(run: Callable[[], object], device: str) -> float:
+    """Seconds of one call."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def products(work: Work, dtype: torch.dtype, device: str) -> dict[str, tuple[Callable[[], Tensor], float]]:
+    """Matrix products whose best rate is the machine's: large squares, and the network's own two largest shapes."""
+    rows = work.batch * (1 + work.frames * GRID * GRID)
+    wide = 4 * work.width
+    sides = {"2048 squared": (2048, 2048, 2048), "4096 squared": (4096, 4096, 4096)}
+    sides |= {"fc1": (rows, work.width, wide), "fc2": (rows, wide, work.width)}
+    made = {}
+    for name, (m, k, n) in sides.items():
+        x, weight = torch.randn(m, k, dtype=dtype, device=device), torch.randn(n, k, dtype=dtype, device=device)
+        made[name] = (lambda x=x, weight=weight: F.linear(x, weight), 2.0 * m * k * n)
+    return made
+
+
+def peak_memory(variant: str, work: Work) -> int:
+    """Bytes that a process grows by while it encodes once, weights and frames excluded."""
+    options = [f"--{name}={getattr(work, name)}" for name in ("frames", "depth", "batch")]
+    command = [sys.executable, str(Path(__file__).resolve()), *options, "--memory-of", variant]
+    # A fixed threshold gives every large block back at once, so that the peak is what is alive, not what malloc keeps.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    return int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+
+
+def _memory_of(variant: str, work: Work) -> int:
+    with torch.inference_mode():
+        run = make(variant, work, "cpu")
+        run()  # code, packed weights and whatever else stays is there before the measurement
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+        before = _peak()
+        run()
+        return _peak() - before
+
+
+def _peak() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(work: Work, rounds: int, device: str, variants: tuple[str, ...] = VARIANTS) -> dict[str, object]:
+    """Best seconds of each variant and the best matrix rates, from interleaved rounds."""
+    runs = {variant: make(variant, work, device) for variant in variants}
+    peaks = {name: products(work, dtype, device) for name, dtype in TYPES.items()}
+    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
+    rates: dict[str, dict[str, float]] = {name: {} for name in TYPES}
+    for turn in range(rounds + 1):
+        for name, made in peaks.items():
+            for product, (run, flops) in made.items():
+                rate = flops / timed(run, device)
+                rates[name][product] = max(rates[name].get(product, 0.0), rate)
+        for variant, run in runs.items():
+            took = timed(run, device)
+            if turn:  # the first turn warms up
+                seconds[variant].append(took)
+        print(f"round {turn}/{rounds}", file=sys.stderr, flush=True)
+    result: dict[str, object] = {}
+    for variant in variants:
+        best = min(seconds[variant])
+        rate = max(rates[variant.split()[-1]].values())
+        result[variant] = {
+            "seconds": best,
+            "seconds_all": seconds[variant],
+            "clips_per_s": work.batch / best,
+            "gflops": work.flops() / best / 1e9,
+            "share_of_matrix_rate": work.flops() / best / rate,
+        }
+    result["matrix_gflops"] = {name: {k: v / 1e9 for k, v in found.items()} for name, found in rates.items()}
+    return result
+
+
+def stamp() -> dict[str, object]:
+    """Hardware and versions."""
+    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    return {
+        "cpu": cpu.partition(":")[2].strip() or platform.processor(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def report(result: dict[str, object]) -> str:
+    """The result as text."""
+    lines = [f"{'':16}{'seconds':>9}{'clips/s':>9}{'GFLOP/s':>9}{'of peak':>9}{'memory':>10}"]
+    for variant in VARIANTS:
+        row = result[variant]
+        assert isinstance(row, dict)
+        memory = f"{row['memory_bytes'] / 1e6:>7.0f} MB" if "memory_bytes" in row else ""
+        lines.append(
+            f"{variant:16}{row['seconds']:>9.3f}{row['clips_per_s']:>9.2f}{row['gflops']:>9.0f}"
+            f"{row['share_of_matrix_rate']:>9.2f}{memory}"
+        )
+    for name, value in result["claims"].items():  # type: ignore[attr-defined]
+        lines.append(f"{name}: {value:.2f}")
+    return "\n".join(lines)
+
+
+def claims(result: dict[str, object]) -> dict[str, float]:
+    """What the project promises of this benchmark."""
+    plain, full, half = (result[variant] for variant in VARIANTS)
+    assert isinstance(plain, dict)
+    assert isinstance(full, dict)
+    assert isinstance(half, dict)
+    found = {
+        "bfloat16 against plain float32, times faster (reach 2.8)": plain["seconds"] / half["seconds"],
+        "float32 against plain float32, times faster (reach 1.0)": plain["seconds"] / full["seconds"],
+        "bfloat16 share of the matrix rate (reach 0.85)": half["share_of_matrix_rate"],
+    }
+    if "memory_bytes" in half:
+        found["float32 memory against plain (at most 0.5)"] = full["memory_bytes"] / plain["memory_bytes"]
+        found["bfloat16 memory against plain (at most 0.5)"] = half["memory_bytes"] / plain["memory_bytes"]
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--depth", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="one block, two rounds: does it run at all")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file; benchmarks/results/encoder.json")
+    parser.add_argument("--memory-of", choices=VARIANTS, default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    work = Work(options.frames, 1 if options.quick else options.depth, options.batch)
+    if options.memory_of:
+        print(_memory_of(options.memory_of, work))
+        return 0
+    rounds = 2 if options.quick else options.rounds
+    with torch.inference_mode():
+        result = measure(work, rounds, "cpu")
+        for variant in VARIANTS:
+            row = result[variant]
+            assert isinstance(row, dict)
+            row["memory_bytes"] = peak_memory(variant, work)
+        if torch.cuda.is_available():
+            result["cuda"] = {
+                batch: measure(Work(work.frames, work.depth, batch), rounds, "cuda", ("ours float32", "ours bfloat16"))
+                for batch in (1, 8, 32)
+            }
+    result |= {"claims": claims(result), "work": asdict(work), "gflop": work.flops() / 1e9, "machine": stamp()}
+    print(report(result))
+    out = options.out or (None if options.quick else ROOT / "benchmarks" / "results" / "encoder.json")
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
