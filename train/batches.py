@@ -252,6 +252,11 @@ class Features:
         picked = {name: tensor[rows.to(tensor.device)] for name, tensor in self._resident.items()}
         return PatchTokens(**picked).to(self.device)
 
+    def words(self, table: QuestionTable) -> Tensor:
+        """[W, D] text states of every token of the questions' unique texts."""
+        texts = table.text.unique().to(self.device)
+        return self._states[texts][self._mask[texts]]
+
     def batch(self, table: QuestionTable, rows: np.ndarray) -> Batch:
         """The batch of these rows of `table`."""
         index = torch.from_numpy(rows)

@@ -13,10 +13,11 @@ from torch.nn import functional
 from configs.schema import TrainConfig
 from train.batches import NO_CLASS, Batch, Features, QuestionTable, plan_batches
 from train.heads import PSA, Majority
+from train.heads.question import QuestionReader
 from train.optim import build_optimiser, learning_rate
 
 GRADIENT_NORM = 1.0
-# Clips that the input standardisation is measured on.
+# Clips that the input whitening is measured on.
 MEASURED_CLIPS = 256
 
 
@@ -120,9 +121,12 @@ def answer_table(trainers: Sequence[Trainer], features: Features, table: Questio
 
 
 def prepare(head: nn.Module, features: Features, table: QuestionTable) -> None:
-    """What a head takes from the training questions before the first step: answer counts, input standardisation."""
+    """What a head takes from the training questions before the first step: answer counts, whitening of its inputs."""
     if isinstance(head, Majority):
         head.count(table)
+    for module in head.modules():
+        if isinstance(module, QuestionReader):
+            module.whiten.measure(features.words(table))
     measure = getattr(head, "measure", None)
     if measure is not None:
         stride = max(1, len(table.clips) // MEASURED_CLIPS)

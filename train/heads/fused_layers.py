@@ -92,7 +92,7 @@ class FusedBlock(SpaceTimeBlock):
         Keys and values need no projection of every token; see `Attention.attend_cls`.
         """
         timed, _ = self.timeattn(self.norm3(x), frames, "time", residual=x)
-        spaced = self.attn.proj(self.attn.attend_cls(self.norm1(timed), keep)[0])
+        spaced = self.attn.proj(self.attn.attend_cls(self.norm1(timed), keep)[0])[:, None]
         first = x[:, :1]
         if clip_index is not None:
             first, spaced = first[clip_index], spaced[clip_index]

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from configs.schema import HeadConfig
 from features import PatchTokens
 from train.batches import Batch
-from train.heads.question import Classifier, QuestionReader, Sizes, Standardise
+from train.heads.question import Classifier, QuestionReader, Sizes, Whiten
+
+SOFTNESS = 0.1
 
 
 class Pooled(nn.Module):
@@ -21,18 +23,18 @@ class Pooled(nn.Module):
     def __init__(self, config: HeadConfig, sizes: Sizes) -> None:
         super().__init__()
         self.read = QuestionReader(sizes.text_width, config.width, config.heads, config.dropout)
-        self.standard = Standardise(2 * sizes.width)
+        self.whiten = Whiten(2 * sizes.width, SOFTNESS)
         self.see = nn.Sequential(nn.Linear(2 * sizes.width, config.width), nn.GELU(), nn.Dropout(config.dropout))
         self.classify = Classifier(3 * config.width, config.width, sizes.answers, config.dropout)
 
     def measure(self, tokens: PatchTokens) -> None:
-        """Take the standardisation from training clips."""
-        self.standard.measure(pool(tokens))
+        """Take the whitening from training clips."""
+        self.whiten.measure(pool(tokens))
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [B, A]."""
         assert batch.tokens is not None
-        video = self.see(self.standard(pool(batch.tokens)))[batch.clip_index]
+        video = self.see(self.whiten(pool(batch.tokens)))[batch.clip_index]
         question = self.read(batch.states, batch.mask)[batch.text_index]
         return self.classify(torch.cat([video, question, video * question], dim=-1))
 

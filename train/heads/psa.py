@@ -18,7 +18,7 @@ from torch.nn import functional
 from configs.schema import HeadConfig
 from features import PatchTokens
 from train.batches import Batch
-from train.heads.question import Classifier, QuestionReader, Sizes, Standardise
+from train.heads.question import Classifier, QuestionReader, Sizes, Whiten
 from train.ops.select_attend import select_attend
 
 # Where hands and handled objects are: rows 4-13 and columns 2-11 of the published 14x14 grid (MFAS).
@@ -26,6 +26,7 @@ REGION = (4 / 14, 14 / 14, 2 / 14, 12 / 14)
 # Random scores only rank: this small they leave the attention itself alone.
 RANDOM_SPAN = 1e-3
 MERGE = 2
+SOFTNESS = 2.0
 # Frames are attended to by several heads, so that what came before and after an event can be told apart.
 FRAME_HEADS = 2
 FRAME_TEMPERATURE = 4.0
@@ -44,7 +45,7 @@ class PSA(nn.Module):
         self.k = keep_count(config.ratio, rows * cols)
         self.scores = frozenset(config.scores)
         self.implementation = config.implementation
-        self.standard = Standardise(sizes.width)
+        self.whiten = Whiten(sizes.width, SOFTNESS)
         self.read = QuestionReader(sizes.text_width, width, heads, config.dropout)
         # Selection: s = <selector, x> + saliency weight * saliency + prior
         self.selector = nn.Linear(width, sizes.width)
@@ -62,8 +63,8 @@ class PSA(nn.Module):
         self.classify = Classifier((FRAME_HEADS + 2) * width, width, sizes.answers, config.dropout)
 
     def measure(self, tokens: PatchTokens) -> None:
-        """Take the standardisation from training clips."""
-        self.standard.measure(_scaled(tokens))
+        """Take the whitening from training clips."""
+        self.whiten.measure(_scaled(tokens))
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [B, A]."""
@@ -88,9 +89,9 @@ class PSA(nn.Module):
         selector = self.selector(question) / math.sqrt(width)
         if "question" not in self.scores:
             selector = torch.zeros_like(selector)
-        queries_uhd, selector_ud = self.standard.absorb(queries), self.standard.absorb(selector)
+        queries_uhd, selector_ud = self.whiten.absorb(queries), self.whiten.absorb(selector)
         # How well the best patches fit, which the softmax alone would hide, is lse; centred like the tokens.
-        centre = (queries_uhd + selector_ud[:, None]) @ self.standard.mean
+        centre = (queries_uhd + selector_ud[:, None]) @ self.whiten.mean
         out = select_attend(
             tokens.patches,
             clip_index,
@@ -102,9 +103,9 @@ class PSA(nn.Module):
             implementation=self.implementation,
         )
         fit = out.lse - centre[text_index][:, None]
-        frames = self.to_frame(torch.cat([self.standard(out.pooled).flatten(2), fit], dim=-1))
+        frames = self.to_frame(torch.cat([self.whiten(out.pooled).flatten(2), fit], dim=-1))
         if self.coarse is not None:
-            frames = frames + self.coarse(self.standard(_scaled(tokens)), clip_index, question[text_index])
+            frames = frames + self.coarse(_scaled(tokens), self.whiten, clip_index, question[text_index])
         return self.drop(functional.gelu(frames)), out.kept
 
     def bias(self, tokens: PatchTokens) -> Tensor:
@@ -148,10 +149,10 @@ class CoarseLevel(nn.Module):
         self.query = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, clip_index: Tensor, question: Tensor) -> Tensor:
-        """Standardised tokens [C, T, N, D] and questions [B, W] to [B, T, W]."""
+    def forward(self, x: Tensor, whiten: Whiten, clip_index: Tensor, question: Tensor) -> Tensor:
+        """Raw tokens [C, T, N, D] and questions [B, W] to [B, T, W]."""
         b, width = question.shape
-        coarse = self.norm(self.project(self.merge(x))) + self.space
+        coarse = self.norm(self.project(whiten(self.merge(x, whiten.absorb(self.content))))) + self.space
         c, t, m, _ = coarse.shape
         keys = coarse.view(c, t, m, self.heads, -1)
         queries = self.query(question).view(b, self.heads, -1) / math.sqrt(width // self.heads)
@@ -159,12 +160,12 @@ class CoarseLevel(nn.Module):
         weights = torch.einsum("bhe,btmhe->bthm", queries, picked).softmax(dim=-1)
         return self.out(torch.einsum("bthm,btmhe->bthe", weights, picked).flatten(2))
 
-    def merge(self, x: Tensor) -> Tensor:
+    def merge(self, x: Tensor, content: Tensor) -> Tensor:
         """[C, T, N, D] to [C, T, M, D]: a weighted mean of each 2x2 block, of what there is of it at odd edges."""
         c, t, _, d = x.shape
         rows, cols = self.grid
         bottom, right = rows % MERGE, cols % MERGE
-        scores = (x @ self.content).view(c, t, rows, cols)
+        scores = (x @ content).view(c, t, rows, cols)
         scores = functional.pad(scores, (0, right, 0, bottom), value=-torch.inf)
         x = functional.pad(x.view(c, t, rows, cols, d), (0, 0, 0, right, 0, bottom))
         blocks = (c, t, x.shape[2] // MERGE, MERGE, x.shape[3] // MERGE, MERGE)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+TEXT_SOFTNESS = 0.1
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -40,7 +42,7 @@ class QuestionReader(nn.Module):
 
     def __init__(self, text_width: int, width: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(text_width)
+        self.whiten = Whiten(text_width, TEXT_SOFTNESS)
         self.score = nn.Linear(text_width, heads)
         self.out = nn.Sequential(
             nn.LayerNorm(heads * text_width), nn.Linear(heads * text_width, width), nn.GELU(), nn.Dropout(dropout)
@@ -48,7 +50,7 @@ class QuestionReader(nn.Module):
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         """[U, L, D] and [U, L] bool, true on tokens, to [U, W]."""
-        words = self.norm(states.float())
+        words = self.whiten(states)
         weights = self.score(words).masked_fill(~mask[..., None], -torch.inf).softmax(dim=1)
         return self.out(torch.einsum("ulh,uld->uhd", weights, words).flatten(1))
 
@@ -70,32 +72,38 @@ class Classifier(nn.Sequential):
         )
 
 
-class Standardise(nn.Module):
-    """Channel-wise standardisation by constants measured once on training clips.
+class Whiten(nn.Module):
+    """An affine map, measured once on training features, that spreads them evenly over their directions.
 
-    The constants are affine, so attention over raw tokens can absorb them (`absorb`, and `forward` on what it pooled,
-    since attention weights sum to one).
+    Frozen features share a few large directions, in which what tells them apart drowns. Directions are scaled by
+    1 / sqrt(variance + `softness` * mean variance), so that the faintest ones are not blown up.
+    Because the map is affine, attention over raw tokens can absorb it (`absorb`), and it can follow a weighted mean of
+    raw tokens, whose weights sum to one.
     """
 
     mean: Tensor
-    std: Tensor
+    matrix: Tensor
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, softness: float) -> None:
         super().__init__()
+        self.softness = softness
         self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("std", torch.ones(width))
+        self.register_buffer("matrix", torch.eye(width))
 
     @torch.no_grad()
     def measure(self, rows: Tensor) -> None:
-        """Take the constants from [..., D] samples."""
-        flat = rows.reshape(-1, rows.shape[-1]).float()
+        """Take the map from [..., D] samples."""
+        flat = rows.reshape(-1, rows.shape[-1]).double()
         self.mean.copy_(flat.mean(0))
-        self.std.copy_(flat.std(0).clamp_min(1e-4))
+        values, directions = torch.linalg.eigh(torch.cov(flat.T))
+        floor = self.softness * values.mean()
+        scale = (values.clamp_min(0) + floor).clamp_min(1e-12).rsqrt()
+        self.matrix.copy_((directions * scale) @ directions.T)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to the same, in float32."""
-        return (x.float() - self.mean) / self.std
+        return (x.float() - self.mean) @ self.matrix
 
     def absorb(self, query: Tensor) -> Tensor:
-        """The query on raw tokens that scores them as `query` scores standardised ones, up to a constant."""
-        return query / self.std
+        """The query on raw tokens that scores them as `query` scores mapped ones, up to a constant."""
+        return query @ self.matrix

@@ -1,0 +1,19 @@
+"""One miniature experiment for all tests of stage two; each test trains into folders of its own."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from configs.schema import Config
+from tests.train.tiny import write_tiny
+
+
+@pytest.fixture(scope="session")
+def shared_tiny(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def tiny(shared_tiny: Config, tmp_path: Path) -> Config:
+    return dataclasses.replace(shared_tiny, run=dataclasses.replace(shared_tiny.run, dir=tmp_path / "runs" / "psa"))

@@ -1,0 +1,93 @@
+"""Grouping by clip, and features from disk and from memory."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs.schema import Config
+from extract.datasets import Dataset, Question
+from features import StoreError
+from tests.train.tiny import losses, with_run
+from train.batches import NO_CLASS, QuestionTable, choose_residency, plan_batches
+from train.experiment import open_experiment
+from train.run import fit
+
+
+def table_of(clips: list[int]) -> QuestionTable:
+    questions = [Question(str(i), f"c{c}", "t", "a", "open", ()) for i, c in enumerate(clips)]
+    dataset = Dataset((), {"train": (), "val": (), "test": ()}, ("<UNK0>", "<UNK1>", "a"), ("t",), "direct")
+    return QuestionTable.of(questions, dataset, {"t": 0})
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=80), st.integers(1, 20), st.integers(0, 3))
+def test_every_question_once_whole_clips_and_bounded(clips: list[int], size: int, epoch: int) -> None:
+    table = table_of(clips)
+    plan = plan_batches(table, size, seed=1, epoch=epoch)
+    assert sorted(np.concatenate(plan).tolist()) == list(range(len(clips)))
+    of_batch = [set(table.clip[torch.from_numpy(rows)].tolist()) for rows in plan]
+    assert sum(map(len, of_batch)) == len(set(clips))
+    assert all(len(rows) <= size or len(seen) == 1 for rows, seen in zip(plan, of_batch))
+
+
+def test_order_follows_from_seed_and_epoch() -> None:
+    table = table_of(list(range(40)))
+
+    def order(seed: int | None, epoch: int) -> list[int]:
+        return np.concatenate(plan_batches(table, 8, seed, epoch)).tolist()
+
+    assert order(0, 1) == order(0, 1)
+    assert order(0, 1) != order(0, 2)
+    assert order(0, 1) != order(1, 1)
+    assert order(None, 0) == list(range(40))
+
+
+def test_disk_and_memory_give_the_same_training(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    on_disk = with_run(tiny, "disk", train_residency="disk")
+    in_memory = with_run(tiny, "ram", train_residency="ram")
+    fit(on_disk, "x")
+    assert "kept on disk, read batch by batch (as train.residency says" in capsys.readouterr().out
+    fit(in_memory, "x")
+    assert "kept in memory (as train.residency says" in capsys.readouterr().out
+    assert losses(on_disk.run.dir) == losses(in_memory.run.dir)
+
+
+def test_memory_reads_each_clip_once(tiny: Config) -> None:
+    features = open_experiment(tiny).features
+    before = features.nbytes
+    table = open_experiment(tiny).train_table
+    for _ in features.stream(table, plan_batches(table, 32, 0)):
+        pass
+    assert features.nbytes == before
+
+
+def test_gpu_residency_without_a_gpu_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"train\.residency is 'gpu' but the device is cpu"):
+        choose_residency("gpu", 10, torch.device("cpu"))
+
+
+def test_what_does_not_fit_stays_on_disk() -> None:
+    chosen, said = choose_residency("auto", 10**18, torch.device("cpu"))
+    assert chosen == "disk"
+    assert "1000000000.0 GB kept on disk" in said
+
+
+def test_unknown_answers_are_not_trained_on() -> None:
+    questions = [Question(str(i), "c", "t", answer, "open", ()) for i, answer in enumerate(["a", "b", "a"])]
+    dataset = Dataset((), {"train": (), "val": (), "test": ()}, ("<UNK0>", "<UNK1>", "a"), ("t",), "direct")
+    table = QuestionTable.of(questions, dataset, {"t": 0})
+    assert table.answer.tolist() == [2, NO_CLASS, 2]
+    assert [q.question_id for q in table.answerable().questions] == ["0", "2"]
+
+
+def test_text_that_was_never_encoded_is_refused(tiny: Config) -> None:
+    path = tiny.data.root / "qa" / "direct" / "formatted_val_qas_encode.json"
+    before = path.read_text()
+    try:
+        path.write_text(before.replace("what colour is the left thing?", "which hue has the left thing?"))
+        with pytest.raises(StoreError, match=r"1 question texts are not in .*, such as 'which hue has the left thing"):
+            open_experiment(tiny)
+    finally:
+        path.write_text(before)

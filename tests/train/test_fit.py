@@ -1,0 +1,239 @@
+"""Training: exact resume, determinism, refusals, what a run's folder holds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from configs.schema import Config, ConfigError
+from features import FingerprintMismatch, StoreError
+from tests.train.tiny import FIELDS, losses, with_run, write_tiny
+from train import member
+from train.__main__ import main
+from train.card import RunError, plain
+from train.run import Stopped, evaluate, fit
+
+ROOT = Path(__file__).parents[2]
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing of the loop gets to clean up or save."""
+
+
+def test_run_folder_is_complete(tiny: Config) -> None:
+    metrics = fit(tiny, "the command")
+    run = tiny.run.dir
+    names = {path.name for path in run.iterdir()}
+    assert names == {
+        "config.yaml", "log.jsonl", "tb", "best.safetensors", "card.json", "last.pt",
+        "test.json", "predictions.jsonl", "selection.npz",
+    }  # fmt: skip
+    card = json.loads((run / "card.json").read_text())
+    assert card["fingerprint"] == FIELDS
+    assert card["command"] == "the command"
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    vals = [event for event in events if event["event"] == "val"]
+    assert card["val"]["all"] == max(event["all"] for event in vals)
+    assert card["best_epoch"] == next(e["epoch"] for e in vals if e["all"] == card["val"]["all"])
+    test = json.loads((run / "test.json").read_text())
+    assert (test["model"], test["split"], test["seed"]) == ("psa", "direct", 0)
+    assert test["all"] == metrics.all.as_json()
+    assert test["all"]["n"] == len((run / "predictions.jsonl").read_text().splitlines())
+    with np.load(run / "selection.npz") as selection:
+        assert selection["kept"].shape == (test["all"]["n"], 2, 6)
+        assert selection["kept"].dtype == np.int16
+        assert len(selection["question_ids"]) == test["all"]["n"]
+    assert list((run / "tb").glob("events.*"))
+
+
+def test_score_of_the_predictions_is_the_test_result(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(tiny, "x")
+    capsys.readouterr()
+    questions = tiny.data.root / "qa" / "direct" / "formatted_test_qas_encode.json"
+    predictions = tiny.run.dir / "predictions.jsonl"
+    assert main(["score", "--questions", str(questions), "--predictions", str(predictions), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    test = json.loads((tiny.run.dir / "test.json").read_text())
+    assert printed == {name: test[name] for name in printed}
+
+
+def test_same_seed_same_losses_and_weights(tiny: Config) -> None:
+    other = with_run(tiny, "again")
+    fit(tiny, "x")
+    fit(other, "x")
+    assert losses(tiny.run.dir) == losses(other.run.dir)
+    here, there = (load_file(c.run.dir / "best.safetensors") for c in (tiny, other))
+    assert all(torch.equal(here[name], there[name]) for name in here)
+    third = with_run(tiny, "seed1", train_seed=1)
+    fit(third, "x")
+    assert losses(third.run.dir) != losses(tiny.run.dir)
+
+
+@pytest.mark.parametrize("step", [1, 12, 16, 23])
+def test_killed_and_resumed_gives_the_same_trace(tiny: Config, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    undisturbed = with_run(tiny, "undisturbed")
+    fit(undisturbed, "x")
+    real = member.Member.learn
+
+    def dies(self: member.Member, batch: object) -> None:
+        real(self, batch)
+        if self.trainer.step == step:
+            raise Killed
+
+    monkeypatch.setattr(member.Member, "learn", dies)
+    with pytest.raises(Killed):
+        fit(tiny, "x")
+    monkeypatch.setattr(member.Member, "learn", real)
+    torch.manual_seed(99)  # another process has other random numbers
+    fit(tiny, "x")
+    assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
+    for name in ("predictions.jsonl", "test.json"):
+        assert (tiny.run.dir / name).read_text() == (undisturbed.run.dir / name).read_text()
+
+
+def test_signal_saves_the_place_within_an_epoch(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed = with_run(tiny, "undisturbed")
+    fit(undisturbed, "x")
+    real = member.Member.learn
+
+    def interrupted(self: member.Member, batch: object) -> None:
+        real(self, batch)
+        if self.trainer.step == 11:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(member.Member, "learn", interrupted)
+    with pytest.raises(Stopped, match="stopped in epoch 2 of 3; give the same command again to go on"):
+        fit(tiny, "x")
+    assert torch.load(tiny.run.dir / "last.pt", weights_only=True)["step"] == 11
+    monkeypatch.setattr(member.Member, "learn", real)
+    fit(tiny, "x")
+    assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
+
+
+@pytest.mark.slow
+def test_sigkill_of_the_process_and_resume(tiny: Config, tmp_path: Path) -> None:
+    """The same with a real process and a real SIGKILL, wherever that falls."""
+    undisturbed = with_run(tiny, "undisturbed")
+    fit(undisturbed, "x")
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(plain(tiny)))
+    command = [sys.executable, "-m", "train", "fit", "--config", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    log = tiny.run.dir / "log.jsonl"
+    while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 13):
+        pass
+    process.kill()
+    process.wait()
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
+
+
+def test_another_setting_in_the_folder_is_refused(tiny: Config) -> None:
+    fit(tiny, "x")
+    with pytest.raises(ConfigError, match=r"holds a run of another config \(head.ratio is 0.25 here, 0.5 there\)"):
+        fit(with_run(tiny, "psa", head_ratio=0.25), "x")
+
+
+def test_a_store_of_another_fingerprint_is_refused(tiny: Config, tmp_path: Path) -> None:
+    fit(tiny, "x")
+    other = write_tiny(tmp_path / "other", fields={**FIELDS, "depth": 12})
+    with pytest.raises(FingerprintMismatch, match="depth"):
+        evaluate(with_run(tiny, "psa", store_path=other.store.path))
+
+
+def test_resuming_on_other_features_is_refused(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.run.test_members", lambda *_: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        fit(tiny, "x")
+    other = write_tiny(tmp_path / "other", fields={**FIELDS, "depth": 12})
+    with pytest.raises(RunError, match="was training on other features"):
+        fit(with_run(tiny, "psa", store_path=other.store.path), "x")
+
+
+def test_damaged_and_missing_run_files(tiny: Config) -> None:
+    with pytest.raises(RunError, match=r"card\.json: no such file; train the head first"):
+        evaluate(tiny)
+    fit(tiny, "x")
+    with pytest.raises(RunError, match=r"holds a psa head but head\.name is 'egovlp'"):
+        evaluate(with_run(tiny, "psa", head_name="egovlp"))
+    (tiny.run.dir / "test.json").unlink()
+    (tiny.run.dir / "last.pt").write_bytes(b"cut off")
+    with pytest.raises(RunError, match=r"last\.pt is damaged .*; delete it to train from the start"):
+        fit(tiny, "x")
+    (tiny.run.dir / "best.safetensors").unlink()
+    with pytest.raises(RunError, match=r"best\.safetensors: no such file"):
+        evaluate(tiny)
+
+
+def test_quarantined_clips_are_answered_blind_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    test_clip, train_clip = "clip|P47|0|48", "clip|P0|0|1"
+    config = write_tiny(tmp_path, bad=(test_clip, train_clip))
+    metrics = fit(config, "x")
+    test = json.loads((config.run.dir / "test.json").read_text())
+    assert test["unseen"] == 8
+    assert metrics.all.n == 64
+    answers = [json.loads(line) for line in (config.run.dir / "predictions.jsonl").read_text().splitlines()]
+    assert len(answers) == 64
+
+
+def test_clips_that_were_never_encoded_are_refused(tiny: Config, tmp_path: Path) -> None:
+    more = write_tiny(tmp_path / "more", clips=60)
+    with pytest.raises(StoreError, match=r"12 of 60 clips are not in .* encode them first: python -m extract run"):
+        fit(with_run(tiny, "x", data_root=more.data.root), "x")
+
+
+def test_blind_heads_read_no_video_and_majority_needs_no_store(tiny: Config, tmp_path: Path) -> None:
+    metrics = fit(with_run(tiny, "majority", head_name="majority", store_path=tmp_path / "nowhere"), "x")
+    records = json.loads((tiny.data.root / "qa" / "direct" / "formatted_train_qas_encode.json").read_text())
+    tests = json.loads((tiny.data.root / "qa" / "direct" / "formatted_test_qas_encode.json").read_text())
+    right = 0
+    for form in ("query", "verify"):
+        answers = [r["answer"] for r in records if r["structural"] == form]
+        most = max(set(answers), key=answers.count)
+        right += sum(r["structural"] == form and r["answer"] == most for r in tests)
+    assert metrics.all.accuracy == pytest.approx(100 * right / len(tests))
+    fit(with_run(tiny, "blind", head_name="question-only"), "x")
+    assert json.loads((tiny.run.dir.parent / "blind" / "card.json").read_text())["fingerprint"] is None
+
+
+def test_training_imports_no_video_library(tiny: Config, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(plain(with_run(tiny, "imports", train_epochs=1))))
+    script = (
+        "import sys; from train.__main__ import main; code = main(['fit', '--config', sys.argv[1]]);"
+        "found = {'av', 'decord', 'transformers'} & set(sys.modules); print(found); sys.exit(code or len(found))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_commands_and_exit_codes(tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(plain(tiny)))
+    assert main(["fit", "--config", str(path), "--train.epochs", "1"]) == 0
+    assert "psa on the direct test questions: open" in capsys.readouterr().out
+    assert main(["evaluate", "--config", str(path)]) == 0
+    assert main(["fit", "--config", str(path), "--head.ratio", "1.0"]) == 2
+    assert "train fit: error: run.dir" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", str(path), "--head.ratoi", "1.0"])
+    assert stopped.value.code == 2
+    assert "did you mean head.ratio?" in capsys.readouterr().err
+    assert (
+        main(["fit", "--config", str(path), "--data.root", str(tmp_path / "no"), "--run.dir", str(tmp_path / "r")]) == 2
+    )
+    assert (
+        main(["fit", "--config", str(path), "--store.path", str(tmp_path / "no"), "--run.dir", str(tmp_path / "s")])
+        == 1
+    )
+    assert main(["fitt"]) == 2
+    assert "'fitt' is no command; expected one of fit, evaluate" in capsys.readouterr().err
