@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from features.dtypes import row_bytes
-from features.durable import crc32c, crc32c_of_file, make_folder, put_in_place, remove_folder, sync_file
+from features.durable import crc32c, file_sum_of, make_folder, put_in_place, remove_folder, sync_file
 from features.errors import DamagedStore
 from features.formats import Blocks, Format
 from features.journal import Journal
@@ -61,7 +61,7 @@ def commit_shard(
     make_folder(folder)
     try:
         staged = target.files.stage(folder, target.spec, shard, slots, _summed(blocks, sums))
-        files = {name: crc32c_of_file(path) for name, path in staged.items()}
+        files = {name: file_sum_of(path) for name, path in staged.items()}
         for path in staged.values():
             sync_file(path)
         target.ledger.append(announce(shard, files))

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -122,21 +123,30 @@ def crc32c(content: np.ndarray | bytes, value: int = 0) -> int:
     return google_crc32c.extend(value, content)
 
 
-def crc32c_of_file(path: Path) -> tuple[int, int]:
-    """Size in bytes and CRC-32C of a file, read in blocks."""
+def file_sum(content: bytes) -> tuple[int, int]:
+    """Size in bytes and CRC-32 of what a file is to hold; `file_sum_of` says why not CRC-32C."""
+    return len(content), zlib.crc32(content)
+
+
+def file_sum_of(path: Path) -> tuple[int, int]:
+    """Size in bytes and CRC-32 of a file, read in blocks.
+
+    Of another polynomial than the rows' own: a CRC runs over bytes followed by their own CRC of the same kind to a
+    value that does not depend on those bytes, so a CRC-32C of a whole shard would not see one row put for another.
+    """
     block = np.empty(_BLOCK, np.uint8)
     view = block.data
     size = value = 0
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(view):
-            value = crc32c(block[:count], value)
+            value = zlib.crc32(view[:count], value)
             size += count
     return size, value
 
 
 def holds(path: Path, expected: tuple[int, int]) -> bool:
-    """Whether a file is there with the `expected` size and CRC-32C."""
+    """Whether a file is there with the `expected` size and CRC-32."""
     try:
-        return crc32c_of_file(path) == expected
+        return file_sum_of(path) == expected
     except OSError:
         return False

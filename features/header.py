@@ -63,11 +63,25 @@ def read_header(root: Path) -> dict:
 
 
 def parse_header(header: dict) -> tuple[StoreSpec, Fingerprint, str]:
-    """The dataclasses that the header describes."""
-    spec = header["spec"]
-    arrays = tuple(ArraySpec(a["name"], tuple(a["shape"]), a["dtype"]) for a in spec["arrays"])
-    grid = tuple(spec["grid"]) if spec["grid"] else None
-    return StoreSpec(spec["kind"], arrays, spec["shard"], grid), Fingerprint(header["fingerprint"]), header["format"]
+    """The dataclasses that the header describes.
+
+    Raises:
+        DamagedStore: it describes no store, whatever its checksum says.
+    """
+    try:
+        spec = header["spec"]
+        arrays = tuple(ArraySpec(a["name"], tuple(a["shape"]), a["dtype"]) for a in spec["arrays"])
+        grid = tuple(spec["grid"]) if spec["grid"] else None
+        parsed = StoreSpec(spec["kind"], arrays, spec["shard"], grid), Fingerprint(header["fingerprint"])
+        sound = int(spec["shard"]) >= 1 and isinstance(header["fingerprint"], dict)
+        for array in arrays:
+            sound = sound and array.name.isidentifier()  # it becomes a file's name
+            stored(array.dtype)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedStore(f"store.json does not describe a store ({error}); this is not one of ours") from error
+    if not sound:
+        raise DamagedStore("store.json names arrays or a shard size that no store has; this is not one of ours")
+    return *parsed, header["format"]
 
 
 def differences(here: dict, there: dict) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from features.durable import crc32c, write_file
+from features.durable import file_sum, write_file
 from features.errors import StoreError
 from features.journal import Contents, Files, Journal, files_from_json, files_to_json
 
@@ -55,7 +55,7 @@ def read_plan(root: Path) -> tuple[RowPlan, Contents]:
 def grow(root: Path, ids: Sequence[str | None], metadata: Mapping[str, bytes]) -> None:
     """Add rows for `ids`; `metadata` are the files that describe the arrays as they are then."""
     journal = ids_journal(root)
-    files = files_to_json({name: (len(content), crc32c(content)) for name, content in metadata.items()})
+    files = files_to_json({name: file_sum(content) for name, content in metadata.items()})
     journal.append({"kind": "announce", "files": files})
     for name, content in metadata.items():
         write_file(root / name, content)

@@ -16,7 +16,7 @@ from features.durable import append_to, crc32c, locked, write_file
 from features.errors import DamagedStore
 
 Record = dict[str, Any]
-Files = Mapping[str, tuple[int, int]]  # path inside the store -> (bytes, CRC-32C)
+Files = Mapping[str, tuple[int, int]]  # path inside the store -> (bytes, CRC-32)
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,9 @@ def require_intact(contents: Contents, path: Path) -> None:
 
 def files_to_json(files: Files) -> Record:
     """Files as a record names them."""
-    return {name: {"bytes": size, "crc32c": f"{crc:08x}"} for name, (size, crc) in files.items()}
+    return {name: {"bytes": size, "crc32": f"{crc:08x}"} for name, (size, crc) in files.items()}
 
 
 def files_from_json(record: Record) -> Files:
     """The inverse of `files_to_json`."""
-    return {name: (entry["bytes"], int(entry["crc32c"], 16)) for name, entry in record.items()}
+    return {name: (entry["bytes"], int(entry["crc32"], 16)) for name, entry in record.items()}

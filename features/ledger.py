@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from features.errors import DamagedStore
 from features.journal import Contents, Files, Journal, Record, files_from_json, files_to_json
 
 
@@ -44,9 +45,16 @@ class Ledger:
     errors: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def add_all(self, contents: Contents) -> None:
-        """Take in lines that were read."""
+        """Take in lines that were read.
+
+        Raises:
+            DamagedStore: a line's checksum is right, but it is no ledger's line.
+        """
         for number, record in enumerate(contents.records, start=contents.first):
-            self.add(number, record)
+            try:
+                self.add(number, record)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise DamagedStore(f"ledger.jsonl line {number + 1} is no ledger's line ({error!r})") from error
 
     def add(self, number: int, record: Record) -> None:
         """Take in line `number`."""

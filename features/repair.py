@@ -59,7 +59,10 @@ def _repair_description(root: Path) -> list[str]:
     found = inspect(root)
     damaged = {fault.where for fault in found.faults}
     if found.header is None:
-        raise DamagedStore(f"{header_path(root)} and its copy are both damaged; move {root} away and encode again")
+        raise DamagedStore(
+            f"{header_path(root)} and its copy in the arrays' metadata are damaged or disagree; put one of them "
+            f"back, or move {root} away and encode again"
+        )
     if header_path(root).name in damaged:
         write_header(root, found.header)
     for journal in (ledger_journal(root), quarantine_journal(root)):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from features import lease
 from features.committing import Target, commit_shard
-from features.dtypes import stored, to_disk
+from features.dtypes import row_bytes, stored, to_disk
 from features.durable import disk_full_is_clear, holds, locked, make_folder
 from features.encoding import check_names, dequantise, encode, reconstruction_error
 from features.errors import AbsentClip, DamagedStore, FingerprintMismatch, StoreError
@@ -126,6 +126,7 @@ class Store:
         self.format = files.name
         self._files = files
         self._journal = ledger_journal(path)
+        self._row_bytes = sum(row_bytes(array) for array in spec.arrays)
         self._held: set[int] = set()
         self._plan = RowPlan()
         self._rows: dict[str, int] = {}
@@ -156,7 +157,14 @@ class Store:
         if planned.records:
             self._rows = {name: row for row, name in enumerate(self._plan.row_ids) if name is not None}
         for record in committed.records:
-            for clip in record.get("clips", ()):
+            clips = record.get("clips", ())
+            held = sum(size for size, _ in self._ledger.files.get(record["shard"], {}).values())
+            if clips and held and len(clips) * self._row_bytes > held:
+                raise DamagedStore(
+                    f"{self.path}: store.json claims {self._row_bytes} bytes a row, but shard {record['shard']} has "
+                    f"{held} bytes for {len(clips)} rows; this is not the store that was written"
+                )
+            for clip in clips:
                 if self._rows.get(clip["id"]) != clip["row"]:
                     raise DamagedStore(
                         f"{self.path}: ids.jsonl and ledger.jsonl disagree about the row of clip {clip['id']!r}; "

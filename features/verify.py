@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from features.dtypes import row_bytes
-from features.durable import crc32c_of_file, holds
+from features.durable import file_sum_of, holds
 from features.errors import DamagedStore, StoreError
 from features.formats import Format, Header
 from features.header import header_path, parse_header, read_header
@@ -18,7 +18,7 @@ from features.ids import ids_journal, read_plan
 from features.ledger import Ledger, ledger_journal, read_ledger
 from features.quarantine import quarantine_journal
 from features.spec import Fingerprint, StoreSpec
-from features.store import FORMATS
+from features.store import FORMATS, format_named
 
 TEXT = "text"  # the folder inside a store of clips with the states of their questions
 
@@ -98,7 +98,7 @@ class Inspection:
     def format(self) -> Format:
         """The file format that the header names."""
         assert self.header is not None
-        return FORMATS[self.header["format"]]
+        return format_named(self.header["format"])
 
     def clips_of(self, shard: int) -> list[str]:
         """The committed ids of a shard, in row order."""
@@ -116,15 +116,16 @@ def inspect(root: Path) -> Inspection:
     if not header_path(root).exists() and not ledger_journal(root).path.exists():
         read_header(root)
     faults: list[Fault] = []
-    header = _header(root, faults)
     ledger, committed = read_ledger(ledger_journal(root))  # before the ids, which are written before their clips
     plan, planned = read_plan(root)
     faults += [Fault(ids_journal(root).path.name, what) for what in planned.faults]
-    faults += [
+    metadata = [
         Fault(name, "is not what was written")
         for name in plan.files
         if not any(holds(root / name, files[name]) for files in (plan.files, *plan.announced) if name in files)
     ]
+    header = _header(root, faults, copy_is_sound=not metadata)
+    faults += metadata
     row_ids, disputed = _completed(plan.row_ids, ledger)
     if disputed:
         faults.append(Fault("ids.jsonl", "disagrees with the ledger about the rows of clips", disputed))
@@ -186,9 +187,12 @@ def check_shard(found: Inspection, shard: int) -> list[Fault]:
     """Compare a shard's files with the ledger; only where they differ are its rows looked at one by one."""
     versions = [found.ledger.files[shard], *found.ledger.announced.get(shard, [])]
     faults: list[Fault] = []
-    for name in found.ledger.files[shard]:
+    for name in found.format.files(found.spec, shard):  # not the ledger's own names, which might lead elsewhere
+        if name not in versions[0]:
+            faults.append(Fault(name, "is not in the ledger", shard=shard))
+            continue
         try:
-            actual = crc32c_of_file(found.root / name)
+            actual = file_sum_of(found.root / name)
         except OSError as error:
             faults.append(Fault(name, f"cannot be read: {error.strerror}", shard=shard))
             continue
@@ -227,17 +231,18 @@ def bad_rows(found: Inspection, shard: int) -> list[str]:
     return bad
 
 
-def _header(root: Path, faults: list[Fault]) -> Header | None:
+def _header(root: Path, faults: list[Fault], copy_is_sound: bool) -> Header | None:
+    """The header, or its copy where it is damaged; None where neither can be trusted."""
+    copies = [copy for files in FORMATS.values() if (copy := files.header_of(root)) is not None]
     try:
-        return read_header(root)
+        header = read_header(root)
     except StoreError as error:
         faults.append(Fault(header_path(root).name, str(error)))
-    for files in FORMATS.values():
-        header = files.header_of(root)
-        if header is not None:
-            return header
-    faults.append(Fault(header_path(root).name, "no copy of it is left"))
-    return None
+        return copies[0] if copies else None
+    if copy_is_sound and copies and header not in copies:
+        faults.append(Fault(header_path(root).name, "says something else than the copy in the arrays' metadata"))
+        return None
+    return header
 
 
 def _completed(row_ids: Sequence[str | None], ledger: Ledger) -> tuple[list[str | None], tuple[str, ...]]:

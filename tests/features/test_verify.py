@@ -114,6 +114,17 @@ def test_repair_and_encoding_again_restore_everything(whole: Path, tmp_path: Pat
     assert torch.equal(open_store(root / "text").read_text(TEXTS).states, expected_text.states)
 
 
+def test_a_changed_copy_of_the_header_is_made_anew(whole: Path, tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    shutil.copytree(whole, root)
+    path = next(path for path in (root / "zarr.json", root / "index.h5") if path.exists())
+    path.write_bytes(path.read_bytes().replace(b"sha256:1", b"sha256:2"))
+    assert [fault.where for fault in verify(root).faults] == [path.name]
+    repair(root)
+    assert verify(root).ok
+    assert open_store(root, expect=FINGERPRINT).clip_ids == IDS
+
+
 def test_only_the_bad_clip_is_encoded_again(whole: Path, tmp_path: Path) -> None:
     root = tmp_path / "store"
     shutil.copytree(whole, root)

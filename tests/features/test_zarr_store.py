@@ -72,6 +72,26 @@ def test_fast_reader_equals_zarr_python(tmp_path_factory: pytest.TempPathFactory
     assert bytes_of(fast).tobytes() == slow.tobytes()
 
 
+def test_shards_are_the_bytes_that_zarr_python_writes(store: Store, tmp_path: Path) -> None:
+    fill(store, skip=(IDS[5],))
+    ours = zarr.open_array(store.path / "patches", mode="r")
+    theirs = zarr.create_array(
+        tmp_path / "theirs",
+        shape=ours.shape,
+        chunks=ours.chunks,
+        shards=ours.shards,
+        dtype=ours.dtype,
+        compressors=ours.compressors,
+        filters=None,
+        fill_value=ours.fill_value,
+        chunk_key_encoding={"name": "default", "separator": "."},
+    )
+    theirs[:] = ours[:]
+    for shard in range(3):
+        name = f"c.{shard}.0.0.0"
+        assert (tmp_path / "theirs" / name).read_bytes() == (store.path / "patches" / name).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
