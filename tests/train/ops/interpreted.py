@@ -91,7 +91,7 @@ def test_every_k(k: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("k", [1, 10, 98, 196])
 def test_egovlpv2_shape_every_ratio(dtype: torch.dtype, k: int) -> None:
     check(make_case(3, 5, 2, 196, 768, 12, dtype, scaled=True, device=DEVICE), k)
@@ -258,7 +258,14 @@ def test_operators_and_full_graphs() -> None:
 
 WRONG = {
     "width": (make_case(2, 3, 1, 9, 24, 1), r"tokens has 24 channels; expected a multiple of 16 up to 1024"),
-    "patches": (make_case(1, 1, 1, 257, 16, 1), r"tokens has 257 patches; expected at most 256"),
+    "patches": (
+        make_case(1, 1, 1, 257, 16, 1, torch.float16),
+        r"tokens has 257 patches of torch.float16; expected at most 256",
+    ),
+    "patches-float32": (
+        make_case(1, 1, 1, 129, 16, 1),
+        r"tokens has 129 patches of torch.float32; expected at most 128",
+    ),
 }
 
 

@@ -15,8 +15,9 @@ from train.ops.select_attend import library
 Implementation = Literal["auto", "reference", "triton"]
 
 TOKEN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int8)
-# Limits that the kernels' configurations are checked for; more patches spill registers.
+# Limits that the kernels' configurations are checked for; with more patches registers spill.
 TRITON_MAX_PATCHES = 256
+TRITON_MAX_PATCHES_FLOAT32 = 128
 TRITON_MAX_WIDTH = 1024
 
 
@@ -65,7 +66,8 @@ def select_attend(
         bias: [C, T, N] floating point, -inf to leave a patch out.
         k: patches to keep in each frame, 1 to N.
         scale: [C, T, N] floating point factor of each patch, where the tokens are quantised.
-        implementation: `auto` takes Triton for CUDA tensors of up to 256 patches and 1024 channels, else the reference.
+        implementation: `auto` takes Triton for CUDA tensors of up to 256 patches (128 in
+            float32) and 1024 channels, and the reference elsewhere.
 
     Returns:
         `SelectAttendOutput`. Gradients reach queries, selector and bias through pooled and lse.
@@ -94,9 +96,13 @@ def choose_implementation(tokens: Tensor, implementation: Implementation) -> Lit
     if implementation not in ("auto", "reference", "triton"):
         raise ValueError(f"implementation is {implementation!r}; expected 'auto', 'reference' or 'triton'")
     if implementation == "auto":
-        fits = tokens.ndim == 4 and tokens.shape[2] <= TRITON_MAX_PATCHES and tokens.shape[3] <= TRITON_MAX_WIDTH
+        fits = tokens.ndim == 4 and tokens.shape[2] <= _most_patches(tokens) and tokens.shape[3] <= TRITON_MAX_WIDTH
         return "triton" if tokens.is_cuda and fits and _triton_installed() else "reference"
     return implementation
+
+
+def _most_patches(tokens: Tensor) -> int:
+    return TRITON_MAX_PATCHES_FLOAT32 if tokens.dtype == torch.float32 else TRITON_MAX_PATCHES
 
 
 def _triton_installed() -> bool:
@@ -165,8 +171,11 @@ def _check_triton(tokens: Tensor, queries: Tensor) -> None:
         raise ValueError(f"tokens is on {tokens.device}; expected a CUDA device with 'triton', or use 'auto'")
     if queries.dtype == torch.float64:
         raise ValueError("queries is torch.float64; expected at most float32 with 'triton', or use 'reference'")
-    if tokens.shape[2] > TRITON_MAX_PATCHES:
-        raise ValueError(f"tokens has {tokens.shape[2]} patches; expected at most {TRITON_MAX_PATCHES} with 'triton'")
+    if tokens.shape[2] > _most_patches(tokens):
+        raise ValueError(
+            f"tokens has {tokens.shape[2]} patches of {tokens.dtype}; expected at most {_most_patches(tokens)} "
+            "with 'triton': use 'auto', or float16 tokens where float32 is too many"
+        )
     if tokens.shape[3] > TRITON_MAX_WIDTH or tokens.shape[3] % 16:
         raise ValueError(
             f"tokens has {tokens.shape[3]} channels; expected a multiple of 16 up to {TRITON_MAX_WIDTH} with 'triton'"

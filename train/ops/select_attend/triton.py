@@ -38,34 +38,21 @@ PROGRAMS = 128
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a kernel is cut.
-
-    Attributes:
-        heads: HG, heads in a program.
-        channels: BD, channels at a time.
-        warps: of a program.
-        stages: of the pipelined loads.
-        together: both products of a first read at once; apart, a frame is read once more but fewer registers live.
-    """
+    """How a kernel is cut: HG heads in a program, BD channels at a time, warps and stages of the pipelined loads."""
 
     heads: int
     channels: int
     warps: int
     stages: int
-    together: bool
 
 
 def launch_config(patches: int, width: int, heads: int, token_bytes: int, backward: bool) -> LaunchConfig:
     """The shipped configuration; `benchmarks/kernel_budget.py` checks each for spills and shared memory."""
-    block = block_patches(patches)
-    most = 4 if block <= 256 else 1
-    if backward:
-        most = 1 if token_bytes == 4 or block > 256 else 2
-    channels = 16 if token_bytes == 4 or block > 512 else 32 if block > 256 else 64
+    channels = 16 if token_bytes == 4 else 64
     while width % channels:
         channels //= 2
-    warps = 4 if block <= 64 else 8 if block <= 256 else 16
-    return LaunchConfig(min(most, triton.next_power_of_2(heads)), channels, warps, 2, block <= 256)
+    warps = 4 if block_patches(patches) <= 64 else 8
+    return LaunchConfig(min(2 if backward else 4, triton.next_power_of_2(heads)), channels, warps, 2)
 
 
 def block_patches(patches: int) -> int:
@@ -117,29 +104,6 @@ def _queries(queries, selector, question, head, live, d, D: tl.constexpr, H: tl.
 
 
 @triton.jit
-def _logits(
-    frame, rows, n, queries, selector, question, head, live,
-    N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, FLOAT8: tl.constexpr, ARITHMETIC: tl.constexpr,
-    PRECISION: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
-    """Logits [BN, R] without scale and bias, by a read of the frame of their own."""
-    a = tl.zeros((BN, R), tl.float32)
-    for d0 in range(0, D, BD):
-        d = d0 + tl.arange(0, BD)
-        x = tl.load(frame + (rows[:, None] + d[None, :]), mask=(n < N)[:, None], other=0)
-        q = _queries(queries, selector, question, head, live, d, D, H)
-        a = tl.dot(_decode(x, ARITHMETIC, FLOAT8), q.to(ARITHMETIC), a, input_precision=PRECISION)
-    return a
-
-
-@triton.jit
-def _weights(a, mask, shift, log_total, places, n, live, N: tl.constexpr):
-    """Softmax weights [BN, R] of forward, from logits without bias, the kept patches and forward's lse."""
-    chosen = tl.load(mask + (places[None, :] + n[:, None]), mask=(n < N)[:, None] & live[None, :], other=0)
-    return tl.where(chosen > 0, tl.exp(a + shift[:, None] - log_total[None, :]), 0.0)
-
-
-@triton.jit
 def _keep_largest(scores, n, k, N: tl.constexpr):
     """Which of scores [BN, QB] are the k largest of their column [BN, QB] int32, ties to the lowest row.
 
@@ -166,7 +130,7 @@ def _forward_kernel(
     k, frames, stride_c, stride_t, stride_n,
     N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr, WIDE: tl.constexpr,
     FLOAT8: tl.constexpr, ARITHMETIC: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr, TOGETHER: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr,
 ):  # fmt: skip
     groups: tl.constexpr = (H + HG - 1) // HG
     R: tl.constexpr = HG * QB
@@ -186,7 +150,7 @@ def _forward_kernel(
     b, _b_head, b_live = _columns(order, first, count, 0, H, QB, QB, WIDE)
     question, head, live = _columns(order, first, count, group, H, QB, R, WIDE)
 
-    # First read of the frame: scores [BN, QB] and, where registers last, logits [BN, R].
+    # First read of the frame: scores [BN, QB] and logits [BN, R].
     s = tl.zeros((BN, QB), tl.float32)
     a = tl.zeros((BN, R), tl.float32)
     for d0 in range(0, D, BD):
@@ -198,15 +162,15 @@ def _forward_kernel(
             part = left.to(ARITHMETIC)
             s = tl.dot(x, part, s, input_precision=PRECISION)
             left -= part.to(tl.float32)
-        if TOGETHER:
-            q = _queries(queries, selector, question, head, live, d, D, H)
-            a = tl.dot(x, q.to(ARITHMETIC), a, input_precision=PRECISION)
+        q = _queries(queries, selector, question, head, live, d, D, H)
+        a = tl.dot(x, q.to(ARITHMETIC), a, input_precision=PRECISION)
 
     row = (clip * frames + t) * N
     shift = tl.load(bias + row + n, mask=n < N, other=float("-inf")).to(tl.float32)
     if HAS_SCALE:
         factor = tl.load(scale + row + n, mask=n < N, other=0.0).to(tl.float32)
         s *= factor[:, None]
+        a *= factor[:, None]
     keep = _keep_largest(s + shift[:, None], n, k, N)
     if group == 0:
         out = b * frames + t
@@ -215,12 +179,6 @@ def _forward_kernel(
         tl.store(kept + ((out * k)[None, :] + place), tl.broadcast_to(n.to(tl.int64)[:, None], (BN, QB)), mask=chosen)
         tl.store(mask + ((out * N)[None, :] + n[:, None]), keep.to(tl.int8), mask=(n < N)[:, None] & b_live[None, :])
 
-    if not TOGETHER:
-        a = _logits(
-            frame, rows, n, queries, selector, question, head, live, N, D, H, FLOAT8, ARITHMETIC, PRECISION, BN, BD, R
-        )
-    if HAS_SCALE:
-        a *= factor[:, None]
     chosen = tl.reshape(tl.broadcast_to(keep[:, None, :], (BN, HG, QB)), (BN, R))
     a = tl.where(chosen > 0, a + shift[:, None], float("-inf"))
     top = tl.max(a, axis=0)
@@ -253,7 +211,7 @@ def _backward_kernel(
     frames, questions, span, stride_c, stride_t, stride_n,
     N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr, WIDE: tl.constexpr,
     FLOAT8: tl.constexpr, ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr, TOGETHER: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr,
 ):  # fmt: skip
     groups: tl.constexpr = (H + HG - 1) // HG
     R: tl.constexpr = HG * QB
@@ -283,43 +241,32 @@ def _backward_kernel(
             grad_top = tl.maximum(grad_top, tl.max(tl.abs(g.to(tl.float32)), axis=0))
         grad_top = tl.where(grad_top == 0.0, 1.0, grad_top)
 
-        row = (clip * frames + t) * N
-        shift = tl.load(bias + row + n, mask=n < N, other=float("-inf")).to(tl.float32)
-        if HAS_SCALE:
-            factor = tl.load(scale + row + n, mask=n < N, other=0.0).to(tl.float32)
-        log_total = tl.load(lse + out, mask=live, other=0.0)
-        log_total = tl.where(log_total == float("-inf"), 0.0, log_total)
-        if not TOGETHER:
-            a = _logits(
-                frame, rows, n, queries, selector, question, head, live,
-                N, D, H, FLOAT8, ARITHMETIC, PRECISION, BN, BD, R,
-            )  # fmt: skip
-            if HAS_SCALE:
-                a *= factor[:, None]
-            p = _weights(a, mask, shift, log_total, (question * frames + t) * N, n, live, N)
-
-        # First read of the frame: products with the pooled gradient and, where registers last, logits, both [BN, R].
+        # First read of the frame: logits and products with the pooled gradient, both [BN, R].
+        a = tl.zeros((BN, R), tl.float32)
         products = tl.zeros((BN, R), tl.float32)
-        if TOGETHER:
-            a = tl.zeros((BN, R), tl.float32)
         for d0 in range(0, D, BD):
             d = d0 + tl.arange(0, BD)
             x = tl.load(frame + (rows[:, None] + d[None, :]), mask=(n < N)[:, None], other=0)
             x = _decode(x, ARITHMETIC, FLOAT8)
-            if TOGETHER:
-                q = _queries(queries, selector, question, head, live, d, D, H)
-                a = tl.dot(x, q.to(ARITHMETIC), a, input_precision=PRECISION)
+            q = _queries(queries, selector, question, head, live, d, D, H)
+            a = tl.dot(x, q.to(ARITHMETIC), a, input_precision=PRECISION)
             g = tl.load(grad_pooled + ((out * D)[None, :] + d[:, None]), mask=live[None, :], other=0.0)
             g = g.to(tl.float32) * (1.0 / grad_top)[None, :]
             products = tl.dot(x, g.to(ARITHMETIC), products, input_precision=PRECISION)
 
+        row = (clip * frames + t) * N
+        shift = tl.load(bias + row + n, mask=n < N, other=float("-inf")).to(tl.float32)
         products *= grad_top[None, :]
         if HAS_SCALE:
+            factor = tl.load(scale + row + n, mask=n < N, other=0.0).to(tl.float32)
+            a *= factor[:, None]
             products *= factor[:, None]
-        if TOGETHER:
-            if HAS_SCALE:
-                a *= factor[:, None]
-            p = _weights(a, mask, shift, log_total, (question * frames + t) * N, n, live, N)
+        chosen = tl.load(
+            mask + (((question * frames + t) * N)[None, :] + n[:, None]), mask=(n < N)[:, None] & live[None, :], other=0
+        )
+        log_total = tl.load(lse + out, mask=live, other=0.0)
+        log_total = tl.where(log_total == float("-inf"), 0.0, log_total)
+        p = tl.where(chosen > 0, tl.exp(a + shift[:, None] - log_total[None, :]), 0.0)
         direct = tl.load(grad_lse + out, mask=live, other=0.0).to(tl.float32)
         mean = tl.sum(p * products, axis=0)
         # Where p is 0 the gradient is 0, whatever an infinite lse made of grad_lse.
@@ -465,7 +412,6 @@ def constants(tokens: Tensor, queries: Tensor, scale: Tensor | None, config: Lau
         "BD": config.channels,
         "QB": QUESTIONS,
         "HG": config.heads,
-        "TOGETHER": config.together,
         "num_warps": config.warps,
         "num_stages": config.stages,
     }
