@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pickle
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -133,7 +134,7 @@ def load_last(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise RunError(f"{path} is damaged ({reason}); delete it to train from the start") from None
 
