@@ -74,7 +74,7 @@ class FusedBlock(SpaceTimeBlock):
         timed, _ = self.timeattn(self.norm3(x), frames, "time", residual=x)
         spaced = self.attn(self.norm1(timed), frames, "space", keep)[0]
         if clip_index is not None:
-            x, spaced = x[clip_index], spaced[clip_index]
+            x, spaced = x.index_select(0, clip_index), spaced.index_select(0, clip_index)
         x = x + self.text(spaced, text, text_mask)
         return self.mlp(self.norm2(x), residual=x)
 
@@ -95,7 +95,7 @@ class FusedBlock(SpaceTimeBlock):
         spaced = self.attn.proj(self.attn.attend_cls(self.norm1(timed), keep)[0])[:, None]
         first = x[:, :1]
         if clip_index is not None:
-            first, spaced = first[clip_index], spaced[clip_index]
+            first, spaced = first.index_select(0, clip_index), spaced.index_select(0, clip_index)
         first = first + self.text(spaced, text, text_mask)
         return self.mlp(self.norm2(first), residual=first)
 
@@ -120,7 +120,7 @@ class CrossAttention(nn.Module):
             split_heads(self.value(source)),
         )
         if clip_index is not None:
-            key, value = key[clip_index], value[clip_index]
+            key, value = key.index_select(0, clip_index), value.index_select(0, clip_index)
         return self.dense(merge_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=mask)))
 
 
