@@ -48,10 +48,12 @@ class LaunchConfig:
 
 def launch_config(patches: int, width: int, heads: int, token_bytes: int, backward: bool) -> LaunchConfig:
     """The shipped configuration; `benchmarks/kernel_budget.py` checks each for spills and shared memory."""
-    channels = 16 if token_bytes == 4 else 64
+    block = block_patches(patches)
+    # One-byte tokens are widened in registers, float32 ones multiply in three parts: both need room.
+    channels = {1: 32 if block > 128 else 64, 2: 64, 4: 16}[token_bytes]
     while width % channels:
         channels //= 2
-    warps = 4 if block_patches(patches) <= 64 else 8
+    warps = 4 if block <= 64 and token_bytes < 4 else 8
     return LaunchConfig(min(2 if backward else 4, triton.next_power_of_2(heads)), channels, warps, 2)
 
 
