@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-CONFIG ?= configs/demo/direct.yaml
+CONFIG ?= configs/demo/egovlpv2.yaml
 RATIOS ?= 0.1 0.25 0.5 1.0
 
 .PHONY: setup demo test test-slow check bench features train evaluate ablate table report clean

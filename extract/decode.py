@@ -7,8 +7,10 @@ comes back, so that resizing is spread over the children too.
 import functools
 import hashlib
 import multiprocessing
+import os
 import resource
 import signal
+import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -147,10 +149,19 @@ def _file_sha256(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def _start_child(memory_gb: float) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(1)
     limit = psutil.Process().memory_info().vms + int(memory_gb * GIB)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _end_with_parent() -> None:
+    # A job that is killed outright cannot stop its children.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _child_traceback(error: BaseException) -> str:

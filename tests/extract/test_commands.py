@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -152,6 +153,24 @@ def test_ctrl_c_keeps_what_was_committed(fresh: Path) -> None:
     assert "run it again to go on" in error
     assert "Traceback" not in error
     assert main(["run", *options(fresh, "--store.shard", "1")]) == 0
+    assert len(open_store(fresh / "store").clip_ids) == CLIPS
+
+
+def test_a_killed_job_leaves_no_process_behind(fresh: Path) -> None:
+    shutil.rmtree(fresh / "store")
+    job = subprocess.Popen([sys.executable, "-m", "extract", "run", *options(fresh, "--encoder.batch", "1")])
+    process = psutil.Process(job.pid)
+    children: list[psutil.Process] = []
+    deadline = time.monotonic() + 60
+    while len(children) < 2 and time.monotonic() < deadline:  # the tracker and at least one decoder
+        children = process.children(recursive=True)
+        time.sleep(0.05)
+    job.kill()
+    job.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert children
+    assert not alive
+    assert main(["run", *options(fresh)]) == 0
     assert len(open_store(fresh / "store").clip_ids) == CLIPS
 
 
