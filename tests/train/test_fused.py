@@ -1,5 +1,6 @@
 """Fused heads: with encoders and text they are the published networks."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from extract.encoders import load_text_encoder, load_video_encoder, reference
 from extract.encoders.checkpoint import Checkpoint, CheckpointError
 from features.spec import PatchTokens
-from tests.extract.encoders.networks import dev_frames, formula_checkpoint, recorded, sequence, tiny
+from tests.extract.encoders.networks import dev_frames, formula_checkpoint, published_fused6, recorded, sequence, tiny
 from train.heads import load_head
 from train.heads.fused import score_patches, select_patches
 
@@ -100,6 +101,16 @@ def test_gradients_are_those_of_the_published_network(tmp_path: Path) -> None:
         torch.testing.assert_close(ours[name].grad, p[name].grad, atol=1e-6, rtol=1e-3, msg=name)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads cost more than they give on matrices this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_head_learns(tmp_path: Path) -> None:
     torch.manual_seed(0)
     checkpoint = tiny(tmp_path, width=64)
@@ -161,22 +172,22 @@ def test_inputs_of_another_network_are_refused(tmp_path: Path) -> None:
         load_head("mfas", checkpoint)(tokens, states, mask)
 
 
-def _published_logits(network: str, variant: str) -> tuple[PatchTokens, Tensor]:
+def _published_logits(network: str, variant: str, tokens: PatchTokens) -> Tensor:
     checkpoint, expected = formula_checkpoint(network), recorded(network)
-    tokens = load_video_encoder(network, checkpoint, 16, 6, variant=variant)(dev_frames(16))
     states = load_text_encoder(network, checkpoint, 6)(expected["ids"], expected["am"])
     head = load_head(network, checkpoint, variant=variant)
     with torch.inference_mode():
-        return tokens, head(tokens, states, expected["am"], torch.zeros(2, dtype=torch.long))
+        return head(tokens, states, expected["am"], torch.zeros(2, dtype=torch.long))
 
 
 def test_egovlpv2_gives_the_published_logits() -> None:
-    _, logits = _published_logits("egovlpv2", "paper")
+    logits = _published_logits("egovlpv2", "paper", published_fused6())
     assert (logits - recorded("egovlpv2")["logits"]).abs().max() < 1e-3
 
 
 def test_mfas_as_released_gives_the_published_score_mask_and_logits() -> None:
-    tokens, logits = _published_logits("mfas", "released")
+    tokens = load_video_encoder("mfas", formula_checkpoint("mfas"), 16, 6, variant="released")(dev_frames(16))
+    logits = _published_logits("mfas", "released", tokens)
     expected = recorded("mfas")
     fused_in = sequence(tokens)[:, expected["positions"]].expand(2, -1, -1)
     assert (fused_in - expected["tokens_before_fusion"]).norm() < 1e-4 * expected["tokens_before_fusion"].norm()

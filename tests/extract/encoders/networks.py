@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from extract.encoders import load_video_encoder
 from extract.encoders.checkpoint import Checkpoint, load_checkpoint
 from extract.encoders.standin import write_standin
 from features.spec import PatchTokens
@@ -58,6 +59,12 @@ def recorded(network: str) -> dict[str, Tensor]:
 def dev_frames(frames: int) -> Tensor:
     """The video of the recordings, [1, T, 3, 224, 224]."""
     return torch.from_numpy(formula.frames(1, frames, key="dev"))
+
+
+@cache
+def published_fused6() -> PatchTokens:
+    """EgoVLPv2's tokens of `dev_frames(16)` on the question-answering path, encoded once for all tests."""
+    return load_video_encoder("egovlpv2", formula_checkpoint("egovlpv2"), 16, 6, "fused")(dev_frames(16))
 
 
 def sequence(tokens: PatchTokens) -> Tensor:

@@ -1,21 +1,21 @@
 """The full-size networks with formula weights against what the published code gave."""
 
-from functools import cache
-
 import pytest
 import torch
 from torch import Tensor
 
 from extract.encoders import load_text_encoder, load_video_encoder
 from features.spec import PatchTokens
-from tests.extract.encoders.networks import dev_frames, formula_checkpoint, recorded, relative, sequence
+from tests.extract.encoders.networks import (
+    dev_frames,
+    formula_checkpoint,
+    published_fused6,
+    recorded,
+    relative,
+    sequence,
+)
 
 TOLERANCE = 1e-4
-
-
-@cache
-def fused6() -> PatchTokens:
-    return load_video_encoder("egovlpv2", formula_checkpoint("egovlpv2"), 16, 6, "fused")(dev_frames(16))
 
 
 def _close(tokens: PatchTokens, name: str, network: str = "egovlpv2") -> None:
@@ -27,25 +27,27 @@ def _close(tokens: PatchTokens, name: str, network: str = "egovlpv2") -> None:
 
 
 def test_question_answering_path_after_six_blocks() -> None:
-    _close(fused6(), "fused6")
+    _close(published_fused6(), "fused6")
 
 
-def test_video_only_path_after_six_blocks() -> None:
-    _close(load_video_encoder("egovlpv2", formula_checkpoint("egovlpv2"), 16, 6, "dual")(dev_frames(16)), "dual6")
-
-
-def test_video_only_path_to_the_end() -> None:
-    tokens = load_video_encoder("egovlpv2", formula_checkpoint("egovlpv2"), 16, 12, "dual")(dev_frames(16))
+def test_video_only_path_after_six_blocks_and_to_the_end() -> None:
+    encoder = load_video_encoder("egovlpv2", formula_checkpoint("egovlpv2"), 16, 12, "dual")
+    after_six: list[Tensor] = []
+    encoder.trunk.blocks[5].register_forward_hook(lambda *call: after_six.append(call[2][0].clone()))
+    tokens = encoder(dev_frames(16))
     _close(tokens, "dual12")
     assert relative(tokens.cls, recorded("egovlpv2")["video_cls"]) < TOLERANCE
+    expected = recorded("egovlpv2")
+    assert relative(after_six[0][:, expected["positions"]], expected["dual6"]) < TOLERANCE
+    assert abs(after_six[0].mean() - expected["dual6_mean"]) < TOLERANCE
 
 
 def test_bfloat16_stays_near_float32() -> None:
     encoder = load_video_encoder("egovlpv2", formula_checkpoint("egovlpv2"), 16, 6, "fused", dtype=torch.bfloat16)
     tokens = encoder(dev_frames(16))
     assert tokens.patches.dtype == torch.bfloat16
-    assert relative(sequence(tokens), sequence(fused6())) < 1e-2
-    assert relative(tokens.saliency, fused6().saliency) < 2e-2
+    assert relative(sequence(tokens), sequence(published_fused6())) < 1e-2
+    assert relative(tokens.saliency, published_fused6().saliency) < 2e-2
 
 
 def _text(network: str, depth: int) -> tuple[Tensor, Tensor]:
