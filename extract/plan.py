@@ -17,6 +17,7 @@ from extract.engines import decoder_count, worker_count
 from extract.fingerprints import video_fingerprint
 from extract.worker import load_encoder
 from features import Store, StoreSpec, open_store
+from features.dtypes import row_bytes
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,7 @@ def _todo(dataset: Dataset, store: Store | None) -> list[Clip]:
 
 
 def _row_bytes(spec: StoreSpec) -> int:
-    sizes = {"float32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
-    return sum(math.prod(array.shape) * sizes[array.dtype] for array in spec.arrays)
+    return sum(row_bytes(array) for array in spec.arrays)
 
 
 def _existing_parent(path: Path) -> Path:

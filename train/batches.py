@@ -3,7 +3,6 @@
 Shape legend: C clips of a batch, B questions, T frames, N patches a frame, D channels, L text tokens, U unique texts.
 """
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from extract.datasets import Dataset, Question
 from features import AbsentClip, PatchTokens, Store, StoreError
+from features.dtypes import row_bytes
 
 Residency = Literal["disk", "ram", "gpu"]
 FORMS = ("open", "binary")
@@ -290,7 +290,4 @@ class Features:
 
 
 def _row_bytes(store: Store) -> int:
-    return sum(math.prod(array.shape) * _ITEM_BYTES[array.dtype] for array in store.spec.arrays)
-
-
-_ITEM_BYTES = {"float8_e4m3": 1, "int8": 1, "bool": 1, "float16": 2, "bfloat16": 2, "float32": 4}
+    return sum(row_bytes(array) for array in store.spec.arrays)

@@ -41,7 +41,8 @@ def run_sweep(
         ratios: values of `head.ratio`.
         seeds: values of `train.seed`.
         grid: YAML file of further options, `section.field: [values]`.
-        name: of the folder below `sweeps` of the table's folder; the default is that of `run.dir`.
+        name: of the folder below `sweeps` of the table's folder; the default is split and name of `run.dir`, so that
+            splits stay apart.
         command: that was given, for the model cards.
 
     Returns:
@@ -51,7 +52,7 @@ def run_sweep(
         ConfigError: the grid names an option that members must share, or a value that is not valid.
         Stopped: by SIGINT or SIGTERM; the same command goes on.
     """
-    name = config.run.dir.name if name is None else name
+    name = f"{config.data.split}-{config.run.dir.name}" if name is None else name
     if not NAME.fullmatch(name):
         raise ConfigError(f"--name is {name!r}; expected letters, digits, dots, dashes and underscores")
     table = config.run.dir.parent if config.run.table is None else config.run.table

@@ -15,7 +15,7 @@ from train.sweep import read_axes, run_sweep
 def test_members_equal_runs_of_their_own(tiny: Config) -> None:
     path = run_sweep(tiny, ratios=[0.25, 1.0], seeds=[0])
     result = json.loads(path.read_text())
-    assert path == tiny.run.dir.parent / "sweeps" / "psa" / "sweep.json"
+    assert path == tiny.run.dir.parent / "sweeps" / "direct-psa" / "sweep.json"
     assert [(m["ratio"], m["seed"], m["dir"]) for m in result["members"]] == [
         (0.25, 0, "ratio-0.25_seed-0"),
         (1.0, 0, "ratio-1.0_seed-0"),
