@@ -7,27 +7,35 @@ from pathlib import Path
 from configs.schema import Config
 from extract.transforms import TRANSFORM
 from features import Fingerprint
+from features.spec import Scalar
 
 
 def video_fingerprint(config: Config, checkpoint_sha256: str) -> Fingerprint:
     """Fingerprint of the clips' tokens."""
-    encoder, video = config.encoder, config.video
     return Fingerprint(
         {
-            "arch": encoder.arch,
+            **configured(config),
             "checkpoint": checkpoint_sha256,
-            "depth": encoder.depth,
-            "path": encoder.path,
-            "compute_dtype": encoder.dtype,
-            "frames": video.frames,
-            "size": video.size,
-            "sampling": video.sampling,
-            "short": video.short,
             "transform": TRANSFORM,
             "stored_dtype": config.store.dtype,
             "decoder": f"decord2 {version('decord2')}",
         }
     )
+
+
+def configured(config: Config) -> dict[str, Scalar]:
+    """The part of a clip store's fingerprint that a config alone decides, whatever machine reads it."""
+    encoder, video = config.encoder, config.video
+    return {
+        "arch": encoder.arch,
+        "depth": encoder.depth,
+        "path": encoder.path,
+        "compute_dtype": encoder.dtype,
+        "frames": video.frames,
+        "size": video.size,
+        "sampling": video.sampling,
+        "short": video.short,
+    }
 
 
 def text_fingerprint(config: Config, checkpoint_sha256: str) -> Fingerprint:

@@ -7,7 +7,8 @@ import torch
 
 from configs.schema import Config
 from extract.datasets import PARTS, Dataset, load_dataset
-from features import Fingerprint, Store, StoreError, open_store
+from extract.fingerprints import configured
+from features import Fingerprint, FingerprintMismatch, Store, StoreError, open_store
 from train.batches import Features, QuestionTable
 from train.card import Card, RunError
 from train.heads import BLIND, Sizes
@@ -48,7 +49,7 @@ def open_experiment(config: Config, card: Card | None = None) -> Experiment:
     Raises:
         DatasetError: annotations are missing or malformed.
         StoreError: a store is missing, damaged, unfinished, or (FingerprintMismatch, naming the differing fields) made
-            by something else than the card's.
+            by something else than the config's or the card's.
         RunError: the card's answers are not this dataset's, or a part has no questions.
     """
     device = pick_device(config.train.device)
@@ -114,7 +115,24 @@ def _open(config: Config, kind: str, expect: Mapping[str, object] | None) -> Sto
     store = open_store(path, wanted)
     if store.spec.kind != kind:
         raise StoreError(f"{path} is a store of {store.spec.kind}; expected one of {kind}: check store.path")
+    if kind == "patches":
+        _check_config(config, store)
     return store
+
+
+def _check_config(config: Config, store: Store) -> None:
+    # A store outlives the config that made it: training on it by a config that says otherwise would mislabel the run.
+    made = store.fingerprint.fields
+    differing = [
+        f"{name}: {made[name]!r} in the store, {value!r} in the config"
+        for name, value in configured(config).items()
+        if name in made and made[name] != value
+    ]
+    if differing:
+        raise FingerprintMismatch(
+            f"store {store.path} was made by another config ({'; '.join(differing)}); choose its config or another "
+            "store.path"
+        )
 
 
 def _sizes(store: Store | None, text_store: Store | None, answers: int) -> Sizes:

@@ -78,7 +78,7 @@ class Checkpoint:
         if self.network not in networks:
             wanted = " or ".join(NETWORKS[n] for n in networks)
             raise CheckpointError(
-                f"{self.path}: {self._described()}, where {wanted} was expected; "
+                f"{self.path}: {self._described()} was found where {wanted} is expected; "
                 "set encoder.arch to the network that the checkpoint belongs to"
             )
 

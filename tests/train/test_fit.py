@@ -145,16 +145,21 @@ def test_another_setting_in_the_folder_is_refused(tiny: Config) -> None:
 
 def test_a_store_of_another_fingerprint_is_refused(tiny: Config, tmp_path: Path) -> None:
     fit(tiny, "x")
-    other = write_tiny(tmp_path / "other", fields={**FIELDS, "depth": 12})
-    with pytest.raises(FingerprintMismatch, match="depth"):
+    other = write_tiny(tmp_path / "other", fields={**FIELDS, "checkpoint": "another"})
+    with pytest.raises(FingerprintMismatch, match="checkpoint"):
         evaluate(with_run(tiny, "psa", store_path=other.store.path))
+
+
+def test_a_config_that_the_store_was_not_made_by_is_refused(tiny: Config) -> None:
+    with pytest.raises(FingerprintMismatch, match="depth: 6 in the store, 12 in the config"):
+        fit(with_run(tiny, "psa", encoder_depth=12), "x")
 
 
 def test_resuming_on_other_features_is_refused(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.run.test_members", lambda *_: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         fit(tiny, "x")
-    other = write_tiny(tmp_path / "other", fields={**FIELDS, "depth": 12})
+    other = write_tiny(tmp_path / "other", fields={**FIELDS, "checkpoint": "another"})
     with pytest.raises(RunError, match="was training on other features"):
         fit(with_run(tiny, "psa", store_path=other.store.path), "x")
 
