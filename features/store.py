@@ -165,7 +165,9 @@ class Store:
                     f"{held} bytes for {len(clips)} rows; this is not the store that was written"
                 )
             for clip in clips:
-                if self._rows.get(clip["id"]) != clip["row"]:
+                # A clip that was dropped since may have lost its row to a repair.
+                current = self._ledger.clips.get(clip["id"])
+                if current is not None and self._rows.get(clip["id"]) != current.row:
                     raise DamagedStore(
                         f"{self.path}: ids.jsonl and ledger.jsonl disagree about the row of clip {clip['id']!r}; "
                         f"run `python -m features repair {self.path}`"

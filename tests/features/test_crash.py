@@ -130,7 +130,9 @@ def test_killed_at_random_moments(tmp_path: Path, format: str) -> None:
     assert in_child(lambda: job(tmp_path / "whole", format)) == 0
     takes = time.monotonic() - started
     killed = 0
-    for n in range(100):
+    for n in range(1000):
+        if killed == 100:
+            return
         root = tmp_path / str(n)
         child = os.fork()
         if child == 0:
@@ -140,7 +142,7 @@ def test_killed_at_random_moments(tmp_path: Path, format: str) -> None:
         os.kill(child, signal.SIGKILL)
         killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
         check_whole_or_absent_and_finish(root, format)
-    assert killed > 50
+    raise AssertionError(f"only {killed} of 1000 jobs were still at work when they were killed")
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -174,3 +174,16 @@ def test_commands(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "expected the folder of a store" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["verfy", str(root)])
+
+
+def test_ids_lost_after_all_their_clips_were_dropped(tmp_path: Path, format: str) -> None:
+    root = tmp_path / "store"
+    store = create_store(root, SPEC, FINGERPRINT, IDS[:2], format)
+    fill(store)
+    store.rewrite_shard(0, without=IDS[:2])
+    (root / "ids.jsonl").write_bytes(b"")
+    repair(root)
+    assert verify(root).ok
+    fill(create_store(root, SPEC, FINGERPRINT, IDS[:2], format))
+    assert open_store(root).clip_ids == IDS[:2]
+    assert verify(root).ok

@@ -109,6 +109,8 @@ def test_the_reference_operator_is_registered_soundly() -> None:
     torch.library.opcheck(library.reference_forward, (case.tokens, case.clip_index, *case.leaves(), 9, case.scale))
 
 
+# Inductor imports parts of torch, and looks at modules, that warn of their own age.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_the_reference_compiles_to_one_graph(backend: str) -> None:
     case = make_case(3, 7, 2, 33, 96, 2, torch.float16, scaled=True)
