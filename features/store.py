@@ -23,7 +23,7 @@ from features.formats import Format
 from features.hdf5_store import Hdf5Format
 from features.header import differences, header_path, make_header, parse_header, read_header, write_header
 from features.ids import RowPlan, grow, ids_journal, read_plan, unseen
-from features.journal import Position, require_intact
+from features.journal import Position, files_from_json, require_intact
 from features.ledger import ClipRecord, Ledger, drop, ledger_journal
 from features.quarantine import Failure, QuarantineRecord, add_failures, quarantine_journal, read_quarantine
 from features.reading import RowReader
@@ -157,9 +157,10 @@ class Store:
         if planned.records:
             self._rows = {name: row for row, name in enumerate(self._plan.row_ids) if name is not None}
         for record in committed.records:
+            # Of a commit alone, and its own files: a later one may have written the shard anew with fewer clips.
             clips = record.get("clips", ())
-            held = sum(size for size, _ in self._ledger.files.get(record["shard"], {}).values())
-            if clips and held and len(clips) * self._row_bytes > held:
+            held = sum(size for size, _ in files_from_json(record["files"]).values()) if clips else 0
+            if len(clips) * self._row_bytes > held:
                 raise DamagedStore(
                     f"{self.path}: store.json claims {self._row_bytes} bytes a row, but shard {record['shard']} has "
                     f"{held} bytes for {len(clips)} rows; this is not the store that was written"

@@ -187,3 +187,13 @@ def test_ids_lost_after_all_their_clips_were_dropped(tmp_path: Path, format: str
     fill(create_store(root, SPEC, FINGERPRINT, IDS[:2], format))
     assert open_store(root).clip_ids == IDS[:2]
     assert verify(root).ok
+
+
+def test_a_shard_written_anew_with_fewer_clips(tmp_path: Path, format: str) -> None:
+    root = tmp_path / "store"
+    store = create_store(root, SPEC, FINGERPRINT, IDS[:3], format)
+    fill(store)
+    store.rewrite_shard(0, without=IDS[:3])
+    store.write_shard(0, {IDS[0]: clip(0)}, {IDS[0]: "x"})
+    assert open_store(root).clip_ids == IDS[:1]
+    assert verify(root).ok
