@@ -200,7 +200,7 @@ def test_frames_of_another_shape_are_refused(tmp_path: Path) -> None:
         ({"variant": "mine"}, "variant is 'mine'; expected paper or released"),
         ({"depth": 3}, "depth is 3; expected 1 to 2, where the question enters the fused path"),
         ({"depth": 5, "path": "dual"}, "depth is 5; expected 1 to 4, the number of its blocks"),
-        ({"arch": "egovlp"}, "this EgoVLPv2 checkpoint, where EgoVLP was expected; set encoder.arch"),
+        ({"arch": "egovlp"}, "this EgoVLPv2 checkpoint was found where EgoVLP is expected; set encoder.arch"),
     ],
 )
 def test_impossible_requests_are_refused(tmp_path: Path, options: dict, message: str) -> None:
