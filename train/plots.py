@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from train.report_sources import Sweep, TrainingLog
-from train.table import Results
+from train.results import Results
 
 # system: (colour, marker)
 STYLES = {

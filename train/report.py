@@ -20,7 +20,7 @@ from train import plots, report_analysis, report_integrity, table
 from train.report_analysis import Correctness, Gain, Questions, TagLine
 from train.report_examples import Example
 from train.report_sources import SourceError, Sweep, TrainingLog, read_log, read_selection, read_sweep
-from train.table import Results, Row
+from train.results import COLUMNS, PUBLISHED, SPLITS, Results, Row, gather
 
 TEMPLATES = Path(__file__).parent / "templates"
 _OURS = "psa"
@@ -86,7 +86,7 @@ def write_report(config: Config, folder: Path) -> Path:
     Raises:
         TableError: there is no readable run below `folder`.
     """
-    results = table.gather(folder)
+    results = gather(folder)
     problems = list(results.problems)
     sweeps = _sweeps(folder, problems)
     grid = report_integrity.grid_of([config.store.path], config.video.size)
@@ -147,7 +147,7 @@ def _split_page(
         tuple(_gains(rows, ours, right, questions)),
         tuple(report_analysis.tag_lines(rows)),
         tuple(examples),
-        {part: max((row.mean(part) or 0.0 for row in rows), default=0.0) for part in table.COLUMNS},
+        {part: max((row.mean(part) or 0.0 for row in rows), default=0.0) for part in COLUMNS},
         grid,
         tuple(sorted({step.label for example in examples for step in example.steps}, key=float)),
         report_analysis.ratio_label(ours) if ours else "",
@@ -182,7 +182,7 @@ def _gains(
     if ours is None:
         return []
     blind = report_analysis.better_blind(rows)
-    others = [row for row in rows if row is blind or (row.system in table.PUBLISHED and row.model == row.system)]
+    others = [row for row in rows if row is blind or (row.system in PUBLISHED and row.model == row.system)]
     pairs = ((row, right.get(row.model)) for row in others)
     gains = (report_analysis.gain((ours, right.get(ours.model)), pair, questions) for pair in pairs)
     return [gain for gain in gains if gain is not None]
@@ -195,7 +195,7 @@ def _sweeps(folder: Path, problems: list[str]) -> list[Sweep]:
             found.append(read_sweep(path))
         except SourceError as error:
             problems.append(str(error))
-    found.sort(key=lambda sweep: (sweep.split != table.SPLITS[0], sweep.split, sweep.name))
+    found.sort(key=lambda sweep: (sweep.split != SPLITS[0], sweep.split, sweep.name))
     return [sweep for sweep in found if sweep.members]
 
 
@@ -235,7 +235,7 @@ def _references(results: Results, split: str) -> dict[str, float]:
     """Level lines of the ratio plot: the better blind baseline and the published systems."""
     rows = results.split(split)
     blind = report_analysis.better_blind(rows)
-    shown = [row for row in rows if row is blind or (row.system in table.PUBLISHED and row.model == row.system)]
+    shown = [row for row in rows if row is blind or (row.system in PUBLISHED and row.model == row.system)]
     return {row.model: mean for row in shown if (mean := row.mean("all")) is not None}
 
 

@@ -12,7 +12,7 @@ from extract.datasets import Clip, DatasetError, Question, load_dataset
 from train import report_examples as examples
 from train.metrics import PredictionError, normalise, read_predictions
 from train.report_sources import Selection, SourceError, Sweep, read_selection
-from train.table import BLIND, SPLITS, Row
+from train.results import BLIND, SPLITS, Row
 
 EXAMPLES_OF_A_KIND = 4
 _DRAWS = 2000

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from features import Fingerprint, open_store
-from train.table import Results, Run
+from train.results import Results, Run
 
 
 @dataclass(frozen=True)

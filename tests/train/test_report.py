@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -20,9 +19,7 @@ from configs.schema import Config
 from tests.train.fake_runs import EVIL, guesses, kept_patches, write_dataset, write_run, write_sweep
 from train import report_examples
 from train.report import write_report
-from train.report_analysis import better_blind, paired_interval, tag_lines
-from train.report_sources import Selection, SourceError, read_log, read_selection, read_sweep
-from train.table import TableError, gather
+from train.results import TableError
 
 MODELS = ("majority", "question-only", "egovlp", "egovlpv2", "psa")
 
@@ -238,157 +235,9 @@ def test_baselines_alone_make_a_report(tmp_path: Path, made: tuple[Config, Path]
     assert "psa has not been run on this split" in write_report(made[0], tmp_path).read_text()
 
 
-def test_overlay_outlines_what_was_kept_and_dims_the_rest() -> None:
-    #  . K K
-    #  . K .
-    drawn = report_examples.overlay(np.array([1, 2, 4]), (2, 3))
-    assert drawn.dimmed == "M0 0h1v1h-1zM0 1h1v1h-1zM2 1h1v1h-1z"
-    edges = set(re.findall(r"M\d \d[hv]1", drawn.outline))
-    assert edges == {"M1 0h1", "M2 0h1", "M2 1h1", "M1 2h1", "M1 0v1", "M3 0v1", "M1 1v1", "M2 1v1"}
-
-
-def test_overlay_passes_over_padding_and_handles_all_and_none() -> None:
-    assert report_examples.overlay(np.array([-1, 0, 99]), (1, 2)).dimmed == "M1 0h1v1h-1z"
-    assert report_examples.overlay(np.arange(4), (2, 2)).dimmed == ""
-    assert report_examples.overlay(np.array([], dtype=int), (1, 2)) == report_examples.Overlay("M0 0h2v1h-2z", "")
-
-
-def test_long_clips_show_eight_frames_spread_evenly() -> None:
-    assert report_examples.shown_frames(4) == [0, 1, 2, 3]
-    assert report_examples.shown_frames(16) == [1, 3, 5, 7, 9, 11, 13, 15]
-
-
-def test_pictures_are_cropped_as_for_the_encoder(tmp_path: Path) -> None:
-    from extract.datasets import load_dataset
-    from extract.transforms import crop_and_resize
-    from extract.video import read_frames
-
-    config = write_dataset(tmp_path / "data", clips=1, questions=3)
-    clip = load_dataset(config.data).clips[0]
-    shown = report_examples.prepare_picture(clip, config.video).frames
-    seen = crop_and_resize(read_frames(clip, config.video).frames, config.video.size).numpy()
-    # The same field of view at twice the side: patch by patch the same mean.
-    patches = [
-        frames.reshape(4, 3, 7, side // 7, 7, side // 7).mean((3, 5)) for frames, side in ((shown, 224), (seen, 112))
-    ]
-    np.testing.assert_allclose(*patches, atol=0.02)
-
-
-def test_examples_are_wins_losses_and_a_seeded_draw() -> None:
-    names = [f"q{i}" for i in range(40)]
-    ours = {q: i % 2 == 0 for i, q in enumerate(names)}
-    others = [{q: i % 3 == 0 for i, q in enumerate(names)}, {q: i % 5 == 0 for i, q in enumerate(names)}]
-    chosen = report_examples.choose(names, ours, others, 4)
-    assert [kind for kind, _ in chosen] == ["win"] * 4 + ["loss"] * 4 + ["drawn"] * 4
-    assert len({q for _, q in chosen}) == 12
-    assert all(ours[q] and not any(o[q] for o in others) for kind, q in chosen if kind == "win")
-    assert all(not ours[q] and any(o[q] for o in others) for kind, q in chosen if kind == "loss")
-    assert chosen == report_examples.choose(names[::-1], ours, others, 4)
-    drawn = [q for kind, q in chosen if kind == "drawn"]
-    flipped = {q: not right for q, right in ours.items()}
-    assert drawn == [q for kind, q in report_examples.choose(names, flipped, others, 4) if kind == "drawn"]
-
-
-def test_wins_keep_to_new_clips_while_there_are_any() -> None:
-    names = [f"q{i}" for i in range(20)]
-    clips = {q: f"c{i % 5}" for i, q in enumerate(names)}
-    chosen = report_examples.choose(names, dict.fromkeys(names, True), [{}], 2, clips=clips)
-    wins = [clips[q] for kind, q in chosen if kind == "win"]
-    drawn = [clips[q] for kind, q in chosen if kind == "drawn"]
-    assert len(set(wins)) == 2
-    assert not set(wins) & set(drawn)
-
-
-def test_paired_interval_is_over_clips() -> None:
-    difference = np.array([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
-    one_clip_each = paired_interval(difference, list("abcdefgh"))
-    two_clips = paired_interval(difference, list("aaaabbbb"))
-    assert one_clip_each is not None
-    assert two_clips == (0.0, 100.0)
-    assert 0 < one_clip_each[0] < 50 < one_clip_each[1] < 100
-    assert paired_interval(np.zeros(5), list("abcde")) == (0.0, 0.0)
-    assert paired_interval(np.array([]), []) is None
-
-
-def test_paired_interval_covers_the_truth() -> None:
-    generator = np.random.default_rng(1)
-    hits = 0
-    for trial in range(60):
-        difference = generator.choice([-1.0, 0.0, 1.0], 400, p=[0.2, 0.5, 0.3])
-        low, high = paired_interval(difference, [str(i) for i in range(400)], seed=trial) or (0, 0)
-        hits += low <= 10 <= high
-    assert 51 <= hits <= 60  # 95% of 60 is 57; under 51 or so would be one in a thousand
-
-
-def test_better_blind_and_tags(tmp_path: Path) -> None:
-    tags = {"object": {"accuracy": 40.0, "n": 10}, "zebra": {"accuracy": None, "n": 0}}
-    write_run(tmp_path, "a", model="majority", all_=30, tags=tags)
-    write_run(tmp_path, "b", model="question-only", all_=31, tags=tags | {"world": {"accuracy": 10.0, "n": 5}})
-    rows = gather(tmp_path).rows
-    blind = better_blind(rows)
-    assert blind is not None
-    assert blind.model == "question-only"
-    lines = tag_lines(rows)
-    assert [(line.family, line.tag, line.n) for line in lines] == [
-        ("scope", "world", 5),
-        ("semantics", "object", 10),
-        ("other", "zebra", 0),
-    ]
-    assert lines[0].accuracy == {"question-only": 10.0}
-
-
-def test_log_keeps_the_last_of_repeated_steps_and_passes_over_a_torn_end(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
-    path.write_text(
-        '{"event": "step", "step": 1, "loss": 3.0, "lr": 1}\n{"event": "start"}\n'
-        '{"event": "step", "step": 1, "loss": 2.0, "lr": 1}\n{"event": "step", "step": 2, "loss": NaN}\n'
-        '{"event": "val", "epoch": 1, "all": 41.5}\n{"event": "st'
-    )
-    log = read_log(path)
-    assert (log.steps, log.losses, log.epochs, log.val) == ((1,), (2.0,), (1,), (41.5,))
-
-
-def test_selection_frequency(tmp_path: Path) -> None:
-    path = tmp_path / "selection.npz"
-    np.savez(path, question_ids=np.array(["a", "b"]), kept=np.array([[[0, 1]], [[1, -1]]], dtype=np.int16))
-    np.testing.assert_allclose(read_selection(path).frequency(3), [0.5, 1.0, 0.0])
-    np.savez(path, question_ids=np.array(["a"]), kept=np.zeros((2, 1, 1), dtype=np.int16))
-    with pytest.raises(SourceError, match=r"kept \(2, 1, 1\) for 1 questions"):
-        read_selection(path)
-
-
-def test_share_of_patches_that_questions_about_a_clip_have_in_common() -> None:
-    rows = {"a": 0, "b": 1, "c": 2, "d": 3}
-    kept = np.array([[[0, 1]], [[1, 2]], [[0, 1]], [[0, 1]]], dtype=np.int16)
-    selection = Selection(rows, kept)
-    assert selection.shared({"a": "x", "b": "x", "c": "y", "d": "z"}, 4) == 0.5
-    assert selection.shared({"a": "x", "c": "x", "d": "x"}, 4) == 1.0
-    assert selection.shared({"a": "x", "b": "x", "c": "x", "d": "w"}, 4) == pytest.approx((0.5 + 0.5 + 1.0) / 3)
-    assert selection.shared({"a": "x", "b": "y"}, 4) is None
-
-
 def test_reading_results_never_imports_the_decoder() -> None:
     code = "import sys, train.report, train.table; sys.exit('decord' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_pickled_selection_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "selection.npz"
-    np.savez(path, question_ids=np.array([{"a": 1}], dtype=object), kept=np.zeros((1, 1, 1)))
-    with pytest.raises(SourceError, match="damaged"):
-        read_selection(path)
-
-
-def test_sweep_points_gather_the_seeds(tmp_path: Path) -> None:
-    sweep = read_sweep(write_sweep(tmp_path, seeds=2) / "sweep.json")
-    assert sweep.settings == ("",)
-    assert [(p.ratio, p.accuracies, p.mean) for p in sweep.curve("")] == [
-        (0.1, (41.0, 42.0), 41.5),
-        (0.25, (42.5, 43.5), 43.0),
-        (1.0, (50.0, 51.0), 50.5),
-    ]
-    assert sweep.points[0].sd == pytest.approx(0.7071, abs=1e-4)
-    assert sweep.varies_ratio
 
 
 @pytest.mark.usefixtures("no_decoding")

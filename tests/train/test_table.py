@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.train.fake_runs import write_run, write_sweep
-from train.table import TableError, gather, notices, write_table
+from train.results import TableError, gather
+from train.table import notices, write_table
 
 KEYS = ["model", "split", "open", "binary", "all", "n", "checkpoint", "log"]
 

@@ -1,0 +1,58 @@
+"""What the report reads beside the table: logs, sweeps, selections."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.train.fake_runs import write_sweep
+from train.report_sources import Selection, SourceError, read_log, read_selection, read_sweep
+
+
+def test_log_keeps_the_last_of_repeated_steps_and_passes_over_a_torn_end(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text(
+        '{"event": "step", "step": 1, "loss": 3.0, "lr": 1}\n{"event": "start"}\n'
+        '{"event": "step", "step": 1, "loss": 2.0, "lr": 1}\n{"event": "step", "step": 2, "loss": NaN}\n'
+        '{"event": "val", "epoch": 1, "all": 41.5}\n{"event": "st'
+    )
+    log = read_log(path)
+    assert (log.steps, log.losses, log.epochs, log.val) == ((1,), (2.0,), (1,), (41.5,))
+
+
+def test_selection_frequency(tmp_path: Path) -> None:
+    path = tmp_path / "selection.npz"
+    np.savez(path, question_ids=np.array(["a", "b"]), kept=np.array([[[0, 1]], [[1, -1]]], dtype=np.int16))
+    np.testing.assert_allclose(read_selection(path).frequency(3), [0.5, 1.0, 0.0])
+    np.savez(path, question_ids=np.array(["a"]), kept=np.zeros((2, 1, 1), dtype=np.int16))
+    with pytest.raises(SourceError, match=r"kept \(2, 1, 1\) for 1 questions"):
+        read_selection(path)
+
+
+def test_share_of_patches_that_questions_about_a_clip_have_in_common() -> None:
+    rows = {"a": 0, "b": 1, "c": 2, "d": 3}
+    kept = np.array([[[0, 1]], [[1, 2]], [[0, 1]], [[0, 1]]], dtype=np.int16)
+    selection = Selection(rows, kept)
+    assert selection.shared({"a": "x", "b": "x", "c": "y", "d": "z"}, 4) == 0.5
+    assert selection.shared({"a": "x", "c": "x", "d": "x"}, 4) == 1.0
+    assert selection.shared({"a": "x", "b": "x", "c": "x", "d": "w"}, 4) == pytest.approx((0.5 + 0.5 + 1.0) / 3)
+    assert selection.shared({"a": "x", "b": "y"}, 4) is None
+
+
+def test_pickled_selection_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "selection.npz"
+    np.savez(path, question_ids=np.array([{"a": 1}], dtype=object), kept=np.zeros((1, 1, 1)))
+    with pytest.raises(SourceError, match="damaged"):
+        read_selection(path)
+
+
+def test_sweep_points_gather_the_seeds(tmp_path: Path) -> None:
+    sweep = read_sweep(write_sweep(tmp_path, seeds=2) / "sweep.json")
+    assert sweep.settings == ("",)
+    assert [(p.ratio, p.accuracies, p.mean) for p in sweep.curve("")] == [
+        (0.1, (41.0, 42.0), 41.5),
+        (0.25, (42.5, 43.5), 43.0),
+        (1.0, (50.0, 51.0), 50.5),
+    ]
+    assert sweep.points[0].sd == pytest.approx(0.7071, abs=1e-4)
+    assert sweep.varies_ratio
