@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from extract.encoders.linear import Linear
 
 HEAD_WIDTH = 64
-# Attention logits of one step on a CPU: 2 MB in bfloat16.
-CACHED_LOGITS = 2**20
-# Tokens that the MLP takes at a time on a CPU.
-MLP_ROWS = 1600
+# Tokens that a block takes at a time on a CPU: what is computed of them stays in cache, and the peak of memory low.
+ROWS = 1600
+# Attention logits that are computed at a time there: 2 MB in bfloat16.
+LOGITS = 2**20
 
 Axis = Literal["time", "space"]
 
@@ -57,7 +57,30 @@ class Attention(nn.Module):
             [B, S, D] after the output projection, and CLS's logits [B, S] as `attend_cls` gives them.
         """
         cls, logits = self.attend_cls(x, keep, tap)
-        return self.proj(attend_patches(self.qkv(x), cls, frames, axis, keep), residual=residual), logits
+        width = x.shape[2]
+        cls_kv = F.linear(x[:, 0], self.qkv.weight[width:], self.qkv.bias[width:])
+        tokens = by_group(x, frames, axis)  # [B, groups, tokens, D], a group being a frame or a position
+        added = None if residual is None else by_group(residual, frames, axis)
+        kept = None if keep is None else by_group(keep, frames, axis)
+
+        def some(part: slice) -> Tensor:
+            mask = None if kept is None else kept[:, part]
+            attended = attend_groups(self.qkv(tokens[:, part]), cls_kv, mask)
+            return self.proj(attended, residual=None if added is None else added[:, part])
+
+        first = self.proj(cls, residual=None if residual is None else residual[:, 0])
+        if torch.is_grad_enabled():
+            patches = some(slice(None))
+            patches = patches if axis == "space" else patches.transpose(1, 2)
+            return torch.cat([first[:, None], patches.flatten(1, 2)], dim=1), logits
+        result = torch.empty_like(x)
+        result[:, 0] = first
+        target = by_group(result, frames, axis)
+        step = max(1, ROWS // (len(x) * tokens.shape[2])) if x.device.type == "cpu" else tokens.shape[1]
+        for start in range(0, tokens.shape[1], step):
+            part = slice(start, start + step)
+            target[:, part] = some(part)
+        return result, logits
 
     def attend_cls(self, x: Tensor, keep: Tensor | None = None, tap: bool = False) -> tuple[Tensor, Tensor | None]:
         """CLS over all tokens, before the output projection.
@@ -84,55 +107,30 @@ class Attention(nn.Module):
         return out, logits.mean(dim=2) if tap else None
 
 
-def attend_patches(qkv: Tensor, cls: Tensor, frames: int, axis: Axis, keep: Tensor | None = None) -> Tensor:
-    """Patches over their frame or their position, plus CLS.
+def by_group(x: Tensor, frames: int, axis: Axis) -> Tensor:
+    """View the patches of `x` [B, S, ...] as [B, groups, tokens, ...]: by frame for `space`, by position for `time`."""
+    patches = x[:, 1:].unflatten(1, (frames, -1))
+    return patches if axis == "space" else patches.transpose(1, 2)
+
+
+def attend_groups(qkv: Tensor, cls_kv: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Every token over the tokens of its group, plus CLS.
 
     Args:
-        qkv: [B, S, 3*D], CLS first.
-        cls: [B, D], what CLS's own attention gave; it becomes the first row.
-        frames: T.
-        axis: `space` or `time`.
-        keep: [B, S] bool, as for `Attention.forward`.
+        qkv: [B, groups, tokens, 3*D].
+        cls_kv: [B, 2*D], CLS's key and value.
+        keep: [B, groups, tokens] bool, tokens that may be attended to; None keeps all. CLS is always kept.
 
     Returns:
-        [B, S, D].
+        [B, groups, tokens, D].
     """
-    b, s, _ = qkv.shape
-    n = (s - 1) // frames
-    heads = qkv.shape[2] // (3 * HEAD_WIDTH)
-    # [B, groups, H, tokens, 64] of each, a group being a frame or a position.
-    order = (0, 1, 3, 2, 4) if axis == "space" else (0, 2, 3, 1, 4)
-    first, rest = qkv.view(b, s, 3, heads, HEAD_WIDTH).split([1, s - 1], dim=1)
-    cls_k, cls_v = first[:, 0, 1:, :, None].unbind(1)  # [B, H, 1, 64]
-    q, k, v = (part.unflatten(1, (frames, n)).permute(order) for part in rest.unbind(2))
-    groups, rows = q.shape[1], q.shape[3]
-    mask = None
-    if keep is not None:
-        kept = keep[:, 1:].unflatten(1, (frames, n))
-        kept = kept if axis == "space" else kept.transpose(1, 2)
-        mask = F.pad(kept, (1, 0), value=True)[:, :, None, None]  # [B, groups, 1, 1, 1 + tokens]
-
-    def some(part: slice) -> Tensor:
-        def with_cls(cls: Tensor, patches: Tensor) -> Tensor:
-            patches = patches[:, part]
-            cls = cls[:, None].expand(b, patches.shape[1], heads, 1, HEAD_WIDTH)
-            return torch.cat([cls, patches], dim=3).flatten(0, 1)
-
-        some_mask = None if mask is None else mask[:, part].flatten(0, 1)
-        out = attend(q[:, part].flatten(0, 1), with_cls(cls_k, k), with_cls(cls_v, v), some_mask)
-        return out.unflatten(0, (b, -1))
-
-    if torch.is_grad_enabled():
-        patches = some(slice(None)).permute(order if axis == "space" else (0, 3, 1, 2, 4))
-        return torch.cat([cls[:, None], patches.reshape(b, s - 1, -1)], dim=1)
-    # On a CPU, as many groups at a time as stay in cache; that also keeps the peak of memory down.
-    step = max(1, CACHED_LOGITS // (b * heads * rows * (rows + 1))) if qkv.device.type == "cpu" else groups
-    result = qkv.new_empty(b, s, heads * HEAD_WIDTH)
-    result[:, 0] = cls
-    target = result[:, 1:].view(b, frames, n, heads, HEAD_WIDTH).permute(order)
-    for start in range(0, groups, step):
-        target[:, start : start + step] = some(slice(start, start + step))
-    return result
+    heads = cls_kv.shape[1] // (2 * HEAD_WIDTH)
+    q, k, v = qkv.unflatten(3, (3, heads, HEAD_WIDTH)).transpose(2, 4).unbind(3)  # each [B, groups, H, tokens, 64]
+    cls_k, cls_v = cls_kv.view(-1, 1, 2, heads, 1, HEAD_WIDTH).expand(-1, q.shape[1], -1, -1, -1, -1).unbind(2)
+    keys, values = torch.cat([cls_k, k], dim=3), torch.cat([cls_v, v], dim=3)
+    mask = None if keep is None else F.pad(keep, (1, 0), value=True)[:, :, None, None].flatten(0, 1)
+    out = attend(q.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), mask)
+    return out.transpose(1, 2).reshape(*qkv.shape[:3], -1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -143,8 +141,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """
     if q.dtype != torch.bfloat16 or q.device.type != "cpu" or torch.is_grad_enabled() or mask is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scaled = torch.mul(q, HEAD_WIDTH**-0.5, out=q.new_empty(q.shape))  # contiguous, unlike q
-    return (scaled @ k.transpose(-1, -2)).softmax(dim=-1) @ v
+    g, heads, rows, _ = q.shape
+    out = q.new_empty(g, rows, heads, HEAD_WIDTH).transpose(1, 2)
+    step = max(1, LOGITS // (heads * rows * k.shape[2]))
+    for start in range(0, g, step):
+        part = slice(start, start + step)
+        scaled = torch.mul(q[part], HEAD_WIDTH**-0.5, out=q.new_empty(q[part].shape))  # contiguous, unlike q
+        out[part] = (scaled @ k[part].transpose(-1, -2)).softmax(dim=-1) @ v[part]
+    return out
 
 
 class Mlp(nn.Module):
@@ -187,7 +191,7 @@ class SpaceTimeBlock(nn.Module):
         if torch.is_grad_enabled() or x.device.type != "cpu":
             return self.mlp(self.norm2(x), residual=x), logits
         # In place and a stretch at a time: the hidden layer of a whole clip would be the peak of memory.
-        for rows in x.flatten(0, 1).split(MLP_ROWS):
+        for rows in x.flatten(0, 1).split(ROWS):
             rows.copy_(self.mlp(self.norm2(rows), residual=rows))
         return x, logits
 

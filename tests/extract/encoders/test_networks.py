@@ -9,7 +9,7 @@ import torch
 from extract.encoders import load_text_encoder, load_video_encoder, reference, spacetime
 from extract.encoders.checkpoint import CheckpointError
 from extract.encoders.linear import Linear, can_pack
-from extract.encoders.spacetime import Attention, attend_patches
+from extract.encoders.spacetime import Attention
 from extract.encoders.video_encoder import resize_time
 from tests.extract.encoders.networks import relative, sequence, tiny
 
@@ -118,16 +118,19 @@ def test_packed_layer_is_the_plain_one(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("axis", ["time", "space"])
-@pytest.mark.parametrize("logits", [1, 400, 10**6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "logits"), [(1, 1), (12, 400), (10**6, 10**6)])
 def test_attention_a_few_groups_at_a_time(
-    axis: Literal["time", "space"], logits: int, monkeypatch: pytest.MonkeyPatch
+    axis: Literal["time", "space"], dtype: torch.dtype, rows: int, logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    qkv, cls = torch.randn(2, 1 + 3 * 5, 3 * 128), torch.randn(2, 128)
-    whole = attend_patches(qkv, cls, 3, axis)  # with gradients on, all at once
-    monkeypatch.setattr(spacetime, "CACHED_LOGITS", logits)
+    attention = Attention(128).requires_grad_(False)
+    x, residual = torch.randn(2, 1 + 3 * 5, 128), torch.randn(2, 1 + 3 * 5, 128)
+    whole, _ = attention(x, 3, axis, residual=residual)  # with gradients on, all at once
+    monkeypatch.setattr(spacetime, "ROWS", rows)
+    monkeypatch.setattr(spacetime, "LOGITS", logits)
     with torch.no_grad():
-        torch.testing.assert_close(attend_patches(qkv, cls, 3, axis), whole)
-        assert relative(attend_patches(qkv.bfloat16(), cls.bfloat16(), 3, axis).float(), whole) < 1e-2
+        parts, _ = attention.to(dtype)(x.to(dtype), 3, axis, residual=residual.to(dtype))
+    assert relative(parts.float(), whole) < (CLOSE if dtype == torch.float32 else 1e-2)
 
 
 def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
