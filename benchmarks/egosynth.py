@@ -80,7 +80,7 @@ def main() -> None:
     result = {
         "what": "EgoSynth, 1,000 clips, random-weight encoders; percent on test, checkpoint chosen on val",
         "hardware": {"machine": platform.machine(), "gpu": None},
-        "versions": {name: version(name) for name in ("torch", "numpy", "av", "decord2")},
+        "versions": {name: version(name) for name in ("torch", "numpy", "av")},
         "margins": margins(rows),
         "rows": rows,
     }

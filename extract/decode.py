@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from configs.schema import VideoConfig
+from extract.container import VideoError
 from extract.datasets import Clip
 from extract.transforms import to_input
-from extract.video import VideoError, read_frames
+from extract.video import read_frames
 
 GIB = 1024**3
 

@@ -1,24 +1,16 @@
 """Video file -> the T frames of a clip, chosen by a rule that gives the same frames every time."""
 
-import contextlib
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import decord
 import numpy as np
 from numpy.typing import NDArray
 
 from configs.schema import VideoConfig
+from extract.container import FrameIndex, VideoError, open_video
 from extract.datasets import Clip
 
 # Frame rates whose gaps differ by less than this share of a frame are constant; containers round timestamps.
 CONSTANT_RATE_TOLERANCE = 0.25
-
-
-class VideoError(ValueError):
-    """A clip cannot be decoded as asked; the message names the file and why."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +18,7 @@ class DecodedClip:
     """The frames of one clip.
 
     Attributes:
-        frames: [T, H, W, 3] uint8, RGB.
+        frames: [T, H, W, 3] uint8, RGB, upright.
         timestamps: [T] float32, seconds from the clip's start.
     """
 
@@ -76,19 +68,16 @@ def read_frames(clip: Clip, video: VideoConfig) -> DecodedClip:
     (`extract.decode`).
 
     Raises:
-        VideoError: the file is missing, empty, not a video, damaged, has no frame within the clip, or has fewer than
-            `video.frames` and `video.short` is `quarantine`.
+        VideoError: the file is missing, not readable, empty, not a video, damaged or cut off within the clip, has no
+            frame there, or has fewer than `video.frames` and `video.short` is `quarantine`.
     """
-    reader = _open(clip.video)
-    with _decoder_errors(clip.video):
-        # [frames, 2]: when each frame appears and disappears, in presentation order.
-        times = np.asarray(reader.get_frame_timestamp(range(len(reader))), dtype=np.float64)
-    rows = _rows_within(clip, times)
-    chosen = _choose(clip, times[rows], video)
-    with _decoder_errors(clip.video):
-        frames = _pixels(reader, rows[chosen].tolist())
-    start_s = times[rows[0], 0] if clip.start_s is None else clip.start_s
-    timestamps = (times[rows[chosen], 0] - start_s).astype(np.float32)
+    with open_video(clip.video) as file:
+        rows = _rows_within(clip, file.index)
+        chosen = rows[_choose(clip, file.index, rows, video)]
+        frames = file.pixels(chosen)
+        starts_s = file.index.starts_s
+    start_s = starts_s[rows[0]] if clip.start_s is None else clip.start_s
+    timestamps = (starts_s[chosen] - start_s).astype(np.float32)
     missing = video.frames - len(chosen)
     if missing > 0:  # video.short is zeros: black frames at the end, as the published loader pads
         frames = np.concatenate([frames, np.zeros((missing, *frames.shape[1:]), np.uint8)])
@@ -96,61 +85,35 @@ def read_frames(clip: Clip, video: VideoConfig) -> DecodedClip:
     return DecodedClip(frames, timestamps)
 
 
-def _open(path: Path) -> "decord.VideoReader":
-    if not path.is_file():
-        raise VideoError(f"video {path} does not exist; put the file there or correct the annotation")
-    if path.stat().st_size == 0:
-        raise VideoError(f"video {path} is empty (0 bytes); fetch it again")
-    decord.logging.set_level(decord.logging.QUIET)
-    with _decoder_errors(path):
-        reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
-    if len(reader) == 0:
-        raise VideoError(f"video {path} has no frames; fetch it again")
-    return reader
-
-
-@contextlib.contextmanager
-def _decoder_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (decord.DECORDError, RuntimeError, IndexError) as error:
-        # decord puts the time and its own source line before each part of its message, which goes over many lines.
-        lines = re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ", "", str(error)).strip().splitlines()
-        raise VideoError(f"video {path} cannot be decoded: {lines[0] if lines else type(error).__name__}") from error
-
-
-def _pixels(reader: "decord.VideoReader", rows: list[int]) -> NDArray[np.uint8]:
-    """[len(rows), H, W, 3] uint8."""
-    height, width, channels = reader[rows[0]].shape
-    if channels == 3:
-        return reader.get_batch(rows).asnumpy()
-    # decord takes a row's bytes over its width for the number of channels. At small widths such as 96 and 144 the
-    # padding of FFmpeg's rows makes that 4, and get_batch fails; frame by frame the padding can be cut off.
-    padded = np.stack([reader[row].asnumpy().reshape(height, width * channels) for row in rows])
-    return padded[:, :, : width * 3].reshape(len(rows), height, width, 3)
-
-
-def _rows_within(clip: Clip, times: NDArray[np.float64]) -> NDArray[np.int64]:
+def _rows_within(clip: Clip, index: FrameIndex) -> NDArray[np.int64]:
     start = -np.inf if clip.start_s is None else clip.start_s
     end = np.inf if clip.end_s is None else clip.end_s
-    rows = np.flatnonzero((times[:, 0] >= start) & (times[:, 0] < end))
+    if index.damage and end > index.end_s:
+        raise VideoError(
+            f"video {clip.video} is cut off at {index.end_s:.3f} s ({index.damage}), before clip {clip.clip_id} ends;"
+            " fetch it again"
+        )
+    rows = np.flatnonzero((index.starts_s >= start) & (index.starts_s < end))
     if len(rows) == 0:
         raise VideoError(
             f"clip {clip.clip_id} is [{clip.start_s}, {clip.end_s}) s of {clip.video}, which ends at"
-            f" {times[-1, 1]:.3f} s; no frame lies within"
+            f" {index.end_s:.3f} s; no frame lies within"
         )
     return rows
 
 
-def _choose(clip: Clip, times: NDArray[np.float64], video: VideoConfig) -> NDArray[np.int64]:
-    count = len(times)
+def _choose(clip: Clip, index: FrameIndex, rows: NDArray[np.int64], video: VideoConfig) -> NDArray[np.int64]:
+    """Places in `rows`, the clip's frames."""
+    count = len(rows)
     if count < video.frames:
         if video.short == "quarantine":
             raise VideoError(f"clip {clip.clip_id} has {count} frames; video.frames asks for {video.frames}")
         if video.short == "zeros":
             return np.arange(count)
         return uniform_indices(count, video.frames)
-    gaps = np.diff(times[:, 0])
+    starts_s = index.starts_s[rows]
+    gaps = np.diff(starts_s)
     if len(gaps) and np.ptp(gaps) > CONSTANT_RATE_TOLERANCE * np.median(gaps):
-        return uniform_by_time(times[:, 0], float(times[-1, 1]), video.frames)
+        end_s = float(index.starts_s[rows[-1] + 1]) if rows[-1] + 1 < len(index.pts) else index.end_s
+        return uniform_by_time(starts_s, end_s, video.frames)
     return uniform_indices(count, video.frames)

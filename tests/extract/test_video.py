@@ -58,38 +58,6 @@ def test_varying_rate_file_is_read_by_timestamp(tmp_path: Path) -> None:
     np.testing.assert_allclose(decoded.timestamps, [0.6, 2.0, 3.0, 4.5], atol=1e-3)
 
 
-def test_short_zeros_pads_black_at_the_end(tmp_path: Path) -> None:
-    clip = Clip("a", write_video(tmp_path / "a.mp4", frames=3))
-    decoded = read_frames(clip, VideoConfig(frames=5, short="zeros"))
-    assert decoded.frames[3:].max() == 0
-    assert frame_numbers(decoded.frames[:3]) == [0, 1, 2]
-
-
-def test_short_quarantine_refuses(tmp_path: Path) -> None:
-    clip = Clip("a", write_video(tmp_path / "a.mp4", frames=3))
-    with pytest.raises(VideoError, match=r"clip a has 3 frames; video\.frames asks for 5"):
-        read_frames(clip, VideoConfig(frames=5, short="quarantine"))
-
-
-def test_every_bad_file_says_what_is_wrong(tmp_path: Path) -> None:
-    empty = tmp_path / "empty.mp4"
-    empty.touch()
-    garbage = tmp_path / "garbage.mp4"
-    garbage.write_bytes(np.random.default_rng(0).bytes(4096))
-    truncated = write_video(tmp_path / "truncated.mp4")
-    truncated.write_bytes(truncated.read_bytes()[:-800])
-    for path, message in [
-        (tmp_path / "absent.mp4", "does not exist"),
-        (empty, "is empty"),
-        (garbage, "cannot be decoded"),
-        (truncated, "cannot be decoded"),
-    ]:
-        with pytest.raises(VideoError, match=message) as caught:
-            read_frames(Clip("a", path), VideoConfig(frames=4))
-        assert str(path) in str(caught.value)
-        assert "\n" not in str(caught.value)
-
-
 def test_a_stretch_past_the_end_is_refused(tmp_path: Path) -> None:
     clip = Clip("a", write_video(tmp_path / "a.mp4"), 60.0, 70.0)
     with pytest.raises(VideoError, match=r"ends at 2\.000 s; no frame lies within"):

@@ -1,0 +1,301 @@
+"""Videos as real data sets hold them: right frames at their true times, or a reason that names the cause."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs.schema import VideoConfig
+from extract.container import open_video
+from extract.datasets import Clip
+from extract.video import DecodedClip, VideoError, read_frames, uniform_indices
+from tests.extract.videos import (
+    B_FRAMES,
+    FPS,
+    claim_duration,
+    cut_off,
+    frame_numbers,
+    show_turned,
+    start_at,
+    without_packets,
+    write_audio,
+    write_video,
+)
+
+MEDIA = Path(__file__).resolve().parents[2].parent / "shared" / "media"
+ALL = tuple(range(30))
+
+
+@dataclass(frozen=True)
+class Readable:
+    """A file in which `shown` of the thirty frames can be seen, the first at `first_s` of its timeline."""
+
+    make: Callable[[Path], Path]
+    shown: tuple[int, ...] = ALL
+    unit_s: float = 1e-4  # how exactly the container keeps time
+
+
+READABLE = {
+    "b-frames": Readable(lambda to: write_video(to / "a.mp4", options=B_FRAMES)),
+    "open groups": Readable(lambda to: write_video(to / "a.mp4", options={**B_FRAMES, "x264-params": "open-gop=1"})),
+    "hevc, open groups": Readable(
+        lambda to: write_video(
+            to / "a.mp4", codec="libx265", options={"x265-params": "log-level=none:open-gop=1:keyint=10"}
+        )
+    ),
+    "mkv": Readable(lambda to: write_video(to / "a.mkv", options=B_FRAMES), unit_s=1e-3),
+    "webm": Readable(lambda to: write_video(to / "a.webm", codec="libvpx-vp9", options={}), unit_s=1e-3),
+    "transport stream": Readable(lambda to: write_video(to / "a.ts", options=B_FRAMES)),
+    "avi": Readable(lambda to: write_video(to / "a.avi", codec="mpeg4", options={"b": "4000000"})),
+    "fragmented": Readable(
+        lambda to: write_video(
+            to / "a.mp4", options=B_FRAMES, container={"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+        )
+    ),
+    "odd size": Readable(lambda to: write_video(to / "a.mp4", size=(97, 61))),
+    "width 144": Readable(lambda to: write_video(to / "a.mp4", size=(144, 80))),
+    "two pixels": Readable(lambda to: write_video(to / "a.mp4", size=(2, 2))),
+    "starts at 2 s": Readable(lambda to: write_video(to / "a.mp4", first=30)),
+    "mkv starts at 2 s": Readable(lambda to: write_video(to / "a.mkv", first=30), unit_s=1e-3),
+    "edit list": Readable(lambda to: start_at(write_video(to / "a.mp4", options=B_FRAMES), 5), shown=ALL[5:]),
+    "claims 1 s": Readable(lambda to: claim_duration(write_video(to / "a.mp4", options=B_FRAMES), 1)),
+    "claims 500 s": Readable(lambda to: claim_duration(write_video(to / "a.mp4", options=B_FRAMES), 500)),
+    # The first group has lost its keyframe, so that its twelve frames are lost with it.
+    "no first keyframe": Readable(
+        lambda to: without_packets(write_video(to / "a.mp4", options=B_FRAMES), lambda number, key: number == 0),
+        shown=ALL[12:],
+    ),
+    "no first keyframe, mkv": Readable(
+        lambda to: without_packets(write_video(to / "a.mkv", options=B_FRAMES), lambda number, key: number == 0),
+        shown=ALL[12:],
+        unit_s=1e-3,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_a_readable_file_gives_the_frames_of_the_rule_at_their_times(name: str, tmp_path: Path) -> None:
+    case = READABLE[name]
+    path = case.make(tmp_path)
+    for frames in (1, 4, len(case.shown)):
+        chosen = uniform_indices(len(case.shown), frames)
+        decoded = read_frames(Clip("a", path), VideoConfig(frames=frames))
+        assert frame_numbers(decoded.frames) == [case.shown[i] for i in chosen]
+        np.testing.assert_allclose(decoded.timestamps, chosen / FPS, atol=case.unit_s)
+        again = read_frames(Clip("a", path), VideoConfig(frames=frames))
+        assert np.array_equal(again.frames, decoded.frames)
+        assert np.array_equal(again.timestamps, decoded.timestamps)
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_a_seek_gives_the_bits_of_reading_from_the_start(name: str, tmp_path: Path) -> None:
+    path = READABLE[name].make(tmp_path)
+    with open_video(path) as file:
+        everything = file.pixels(np.arange(len(file.index.pts)))
+    for row in (len(everything) - 1, 0, len(everything) // 2):
+        with open_video(path) as file:
+            assert np.array_equal(file.pixels(np.array([row]))[0], everything[row])
+
+
+def test_a_stretch_counts_from_where_players_start(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", first=30, options=B_FRAMES)
+    decoded = read_frames(Clip("a", path, 1.0, 2.0), VideoConfig(frames=3))
+    assert frame_numbers(decoded.frames) == [15 + i for i in uniform_indices(15, 3)]
+    np.testing.assert_allclose(decoded.timestamps, uniform_indices(15, 3) / FPS, atol=1e-4)
+
+
+def quadrants(index: int, size: tuple[int, int]) -> np.ndarray:
+    """Top left 240, top right 160, bottom left 80, bottom right 20."""
+    width, height = size
+    pixels = np.empty((height, width, 3), np.uint8)
+    pixels[: height // 2, : width // 2] = 240
+    pixels[: height // 2, width // 2 :] = 160
+    pixels[height // 2 :, : width // 2] = 80
+    pixels[height // 2 :, width // 2 :] = 20
+    return pixels
+
+
+@pytest.mark.parametrize(
+    ("matrix", "shown"),
+    [
+        ((1, 0, 0, 1), [[240, 160], [80, 20]]),
+        ((0, 1, -1, 0), [[80, 240], [20, 160]]),  # a quarter clockwise
+        ((-1, 0, 0, -1), [[20, 80], [160, 240]]),
+        ((0, -1, 1, 0), [[160, 20], [240, 80]]),  # a quarter anticlockwise
+        ((-1, 0, 0, 1), [[160, 240], [20, 80]]),  # mirrored
+    ],
+)
+def test_a_rotated_file_is_turned_upright(matrix: tuple[int, ...], shown: list[list[int]], tmp_path: Path) -> None:
+    path = show_turned(write_video(tmp_path / "a.mp4", draw=quadrants, size=(96, 64)), matrix)  # type: ignore[arg-type]
+    frames = read_frames(Clip("a", path), VideoConfig(frames=2)).frames
+    turned = matrix[0] == 0
+    assert frames.shape == ((2, 96, 64, 3) if turned else (2, 64, 96, 3))
+    height, width = frames.shape[1:3]
+    corners = frames[:, [[height // 4], [3 * height // 4]], [width // 4, 3 * width // 4]]  # [T, 2, 2, 3]
+    np.testing.assert_allclose(corners, np.array(shown)[None, :, :, None].repeat(3, -1).repeat(2, 0), atol=4)
+
+
+def test_a_slanted_file_is_refused(tmp_path: Path) -> None:
+    path = show_turned(write_video(tmp_path / "a.mp4"), (1, 1, -1, 1))
+    with pytest.raises(VideoError, match="at a slant; expected a turn by 90, 180 or 270 degrees"):
+        read_frames(Clip("a", path), VideoConfig(frames=2))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_too_short_repeats_pads_or_is_refused(count: int, tmp_path: Path) -> None:
+    clip = Clip("a", write_video(tmp_path / "a.mp4", frames=count))
+    repeated = read_frames(clip, VideoConfig(frames=5, short="repeat"))
+    assert frame_numbers(repeated.frames) == uniform_indices(count, 5).tolist()
+    np.testing.assert_allclose(repeated.timestamps, uniform_indices(count, 5) / FPS, atol=1e-4)
+    padded = read_frames(clip, VideoConfig(frames=5, short="zeros"))
+    assert frame_numbers(padded.frames[:count]) == list(range(count))
+    assert padded.frames[count:].max() == 0
+    with pytest.raises(VideoError, match=rf"clip a has {count} frames; video\.frames asks for 5"):
+        read_frames(clip, VideoConfig(frames=5, short="quarantine"))
+
+
+def missing(to: Path) -> Path:
+    return to / "a.mp4"
+
+
+def folder(to: Path) -> Path:
+    (to / "a.mp4").mkdir()
+    return to / "a.mp4"
+
+
+def empty(to: Path) -> Path:
+    (to / "a.mp4").touch()
+    return to / "a.mp4"
+
+
+def garbage(to: Path) -> Path:
+    (to / "a.mp4").write_bytes(np.random.default_rng(0).bytes(4096))
+    return to / "a.mp4"
+
+
+def damaged_middle(to: Path) -> Path:
+    """Noise in the pictures, with every header intact."""
+    path = write_video(to / "a.mp4", draw=noise)
+    content = bytearray(path.read_bytes())
+    start = content.index(b"mdat") + 4
+    middle = start + (len(content) - start) // 3
+    content[middle : middle + 3000] = np.random.default_rng(1).bytes(3000)
+    path.write_bytes(content)
+    return path
+
+
+def noise(index: int, size: tuple[int, int]) -> np.ndarray:
+    return np.random.default_rng(index).integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
+
+
+FASTSTART = {"movflags": "faststart"}
+UNREADABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "missing": (missing, "does not exist"),
+    "a folder": (folder, "cannot be read: Is a directory"),
+    "empty": (empty, r"is empty \(0 bytes\)"),
+    "garbage": (garbage, "cannot be decoded: Invalid data found"),
+    "audio only": (lambda to: write_audio(to / "a.mp4"), "it holds audio and no picture track"),
+    "index cut off": (lambda to: cut_off(write_video(to / "a.mp4"), 0.4), "moov atom not found"),
+    "index half cut off": (
+        lambda to: cut_off(write_video(to / "a.mp4"), 0.81),
+        "it holds nothing and no picture track",
+    ),
+    "tail cut off": (
+        lambda to: cut_off(write_video(to / "a.mp4", draw=noise, container=FASTSTART), 0.7),
+        r"is cut off at 1\.\d\d\d s \(stream 0, offset 0x\w+: partial file\)",
+    ),
+    "tail of mkv cut off": (
+        lambda to: cut_off(write_video(to / "a.mkv", draw=noise), 0.7),
+        r"is cut off at 1\.\d\d\d s \(File ended prematurely\)",
+    ),
+    "no keyframe": (
+        lambda to: without_packets(write_video(to / "a.mp4", options=B_FRAMES), lambda number, key: key),
+        r"no frame that can be decoded \(no keyframe\)",
+    ),
+    "damaged in the middle": (damaged_middle, r"cannot be decoded"),
+    # AVI has no place for the order in which frames are shown.
+    "avi with b-frames": (
+        lambda to: write_video(to / "a.avi", options=B_FRAMES),
+        r"cannot be decoded at 0\.\d\d\d s: that frame is damaged or has another's time; .* convert it to mp4",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_an_unreadable_file_says_what_is_wrong(name: str, tmp_path: Path) -> None:
+    make, reason = UNREADABLE[name]
+    path = make(tmp_path)
+    with pytest.raises(VideoError, match=reason) as caught:
+        read_frames(Clip("a", path), VideoConfig(frames=16))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_clip_before_the_damage_is_whole(tmp_path: Path) -> None:
+    path = cut_off(write_video(tmp_path / "a.mkv", options={**B_FRAMES, "crf": "0"}, draw=grey_and_noise), 0.7)
+    early = read_frames(Clip("early", path, 0.0, 0.5), VideoConfig(frames=4))
+    np.testing.assert_allclose(early.timestamps, uniform_indices(8, 4) / FPS, atol=1e-3)
+    with pytest.raises(VideoError, match="is cut off"):
+        read_frames(Clip("late", path, 0.5, 5.0), VideoConfig(frames=4))
+
+
+def grey_and_noise(index: int, size: tuple[int, int]) -> np.ndarray:
+    return noise(index, size) // 8 + np.uint8(20 + 6 * index)
+
+
+def test_a_file_without_permission_says_so(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4")
+    path.chmod(0)
+    code = (
+        "import sys; from pathlib import Path; from configs.schema import VideoConfig;"
+        "from extract.datasets import Clip; from extract.video import read_frames\n"
+        "import os\n"
+        "if os.geteuid() == 0: os.seteuid(65534)\n"  # the superuser may read everything
+        f"try: read_frames(Clip('a', Path({str(path)!r})), VideoConfig())\n"
+        "except ValueError as error: print(error)"
+    )
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "cannot be read: Permission denied" in done.stdout
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_damage_is_an_error_or_frames_of_the_file(seed: int, tmp_path: Path) -> None:
+    """Flipped bits that the codec cannot notice may change pixels; they must not change which frames these are."""
+    rng = np.random.default_rng(seed)
+    path = write_video(tmp_path / "a.mp4", options=B_FRAMES)
+    content = bytearray(path.read_bytes())
+    for place in rng.integers(0, len(content), 8):
+        content[place] ^= 1 << int(rng.integers(8))
+    path.write_bytes(content)
+    result: DecodedClip | str
+    try:
+        result = read_frames(Clip("a", path), VideoConfig(frames=4))
+    except VideoError as error:
+        result = str(error)
+    if isinstance(result, str):
+        assert result.startswith(f"video {path} ")
+        assert "\n" not in result
+    else:
+        assert result.frames.shape[0] == 4
+        assert (np.diff(result.timestamps) >= 0).all()
+
+
+@pytest.mark.skipif(not MEDIA.is_dir(), reason="the folder of real videos is not here")
+def test_real_egocentric_video() -> None:
+    clip = Clip("a", MEDIA / "ego4d_sample.mp4")
+    decoded = read_frames(clip, VideoConfig(frames=16))
+    assert decoded.frames.shape == (16, 288, 384, 3)
+    np.testing.assert_allclose(decoded.timestamps, uniform_indices(60, 16) / 30, atol=1e-4)
+    assert decoded.frames.std(axis=(1, 2, 3)).min() > 20  # pictures, none of them black or grey
+
+
+@pytest.mark.skipif(not MEDIA.is_dir(), reason="the folder of real videos is not here")
+def test_real_damaged_video() -> None:
+    with pytest.raises(VideoError, match=r"corrupted\.mp4 cannot be decoded: .*fetch it again"):
+        read_frames(Clip("a", MEDIA / "corrupted.mp4"), VideoConfig(frames=16))
