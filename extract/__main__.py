@@ -139,14 +139,16 @@ def _standin(args: Sequence[str]) -> int:
     from extract.encoders.standin import write_standin
 
     config, _ = _parse("standin", args)
-    if config.encoder.arch == "mfas":
+    arch, path = config.encoder.arch, config.encoder.checkpoint
+    if arch not in ("egovlp", "egovlpv2") or path is None:
         raise ConfigError(
-            "encoder.arch is 'mfas'; a stand-in is written for egovlp or egovlpv2, from which mfas starts"
+            f"encoder.arch is {arch!r} and encoder.checkpoint {str(path)!r}; a stand-in is written for egovlp or"
+            " egovlpv2 (from which mfas starts), to encoder.checkpoint"
         )
     depth = config.encoder.depth
     write_standin(
-        config.encoder.arch,
-        config.encoder.checkpoint,
+        arch,
+        path,
         texts=load_dataset(config.data).texts,
         # EgoVLPv2 is tapped where fusion starts; one fused block above it is what a CPU trains in a demo's time.
         depth=depth + 1 if config.encoder.arch == "egovlpv2" else depth,

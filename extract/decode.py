@@ -28,7 +28,7 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from configs.schema import VideoConfig
 from extract.container import VideoError
 from extract.datasets import Clip
-from extract.transforms import to_input
+from extract.transforms import PUBLISHED, Transform, to_input
 from extract.video import read_frames
 
 GIB = 1024**3
@@ -128,14 +128,14 @@ class DecodePool:
             return UndecodedClip(clip, " ".join(reason.split()), _child_traceback(error))
 
 
-def prepare_clip(clip: Clip, video: VideoConfig) -> PreparedClip:
+def prepare_clip(clip: Clip, video: VideoConfig, transform: Transform = PUBLISHED) -> PreparedClip:
     """Decode and transform one clip in this process.
 
     Raises:
         VideoError: as `extract.video.read_frames`.
     """
     decoded = read_frames(clip, video)
-    frames = to_input(decoded.frames, video.size)
+    frames = to_input(decoded.frames, video.size, transform)
     stat = clip.video.stat()
     source = _file_sha256(clip.video, stat.st_size, stat.st_mtime_ns)
     return PreparedClip(clip, frames.numpy(), decoded.timestamps, source)

@@ -10,7 +10,7 @@ import torch
 
 from configs.schema import Config
 from extract.datasets import Clip
-from extract.encoders import VideoEncoder, load_checkpoint
+from extract.encoders import VideoEncoder, open_checkpoint
 from extract.worker import Tally, encode_shards, load_encoder
 from features import ShardWork, Store, open_store
 
@@ -63,7 +63,7 @@ def _worker(config: Config, rank: int, works: Sequence[ShardWork], clips: Mappin
     multiprocessing.set_start_method("spawn", force=True)
     # One GPU each, round and round where there are more workers than GPUs.
     device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else None
-    encoder = load_encoder(config, load_checkpoint(config.encoder.checkpoint), device)
+    encoder = load_encoder(config, open_checkpoint(config.encoder.arch, config.encoder.checkpoint), device)
     store = open_store(config.store.path)
     return encode_shards(config, encoder, store, works, clips, decoders, lambda clips, nbytes: None)
 

@@ -5,18 +5,22 @@ from importlib.metadata import version
 from pathlib import Path
 
 from configs.schema import Config
-from extract.transforms import TRANSFORM
+from extract.encoders import find_network
+from extract.encoders.package import MINILM, text_folder
 from features import Fingerprint
 from features.spec import Scalar
 
 
 def video_fingerprint(config: Config, checkpoint_sha256: str) -> Fingerprint:
     """Fingerprint of the clips' tokens."""
+    network = find_network(config.encoder.arch)
+    packaged = config.encoder.checkpoint is None and network.package is not None
     return Fingerprint(
         {
             **configured(config),
             "checkpoint": checkpoint_sha256,
-            "transform": TRANSFORM,
+            **({"package": network.package.version} if packaged and network.package else {}),
+            "transform": network.transform.name,
             "stored_dtype": config.store.dtype,
             "decoder": f"decord2 {version('decord2')}",
         }
@@ -27,6 +31,8 @@ def configured(config: Config) -> dict[str, Scalar]:
     """The part of a clip store's fingerprint that a config alone decides, whatever machine reads it."""
     encoder, video = config.encoder, config.video
     return {
+        # Fused arithmetic rounds differently. Without it, stores keep the fingerprint that they had.
+        **({"compile": True} if encoder.compile else {}),
         "arch": encoder.arch,
         "depth": encoder.depth,
         "path": encoder.path,
@@ -46,6 +52,7 @@ def text_fingerprint(config: Config, checkpoint_sha256: str) -> Fingerprint:
             "checkpoint": checkpoint_sha256,
             "depth": text_depth(config),
             "tokenizer": _tokenizer_digest(config.text.model),
+            **({"package": MINILM.version} if config.text.model == MINILM.name else {}),
             "max_length": config.text.max_length,
             "compute_dtype": "float32",
             "stored_dtype": config.store.dtype,
@@ -54,7 +61,7 @@ def text_fingerprint(config: Config, checkpoint_sha256: str) -> Fingerprint:
 
 
 def _tokenizer_digest(model: str) -> str:
-    folder = Path(model)
+    folder = Path(text_folder(model))
     if not folder.is_dir():
         return f"hub {model}"
     digest = hashlib.sha256()

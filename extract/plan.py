@@ -11,11 +11,11 @@ import torch
 
 from configs.schema import Config
 from extract.datasets import Clip, Dataset, load_dataset
-from extract.decode import DecodePool, PreparedClip
-from extract.encoders import load_checkpoint
+from extract.decode import PreparedClip
+from extract.encoders import open_checkpoint
 from extract.engines import decoder_count, worker_count
 from extract.fingerprints import video_fingerprint
-from extract.worker import load_encoder
+from extract.worker import load_encoder, open_decoders
 from features import Store, StoreSpec, open_store
 from features.dtypes import row_bytes
 
@@ -59,7 +59,7 @@ def make_plan(config: Config, probe: int) -> Plan:
         DatasetError, CheckpointError, StoreError: as `extract.run.extract_features`.
     """
     dataset = load_dataset(config.data)
-    checkpoint = load_checkpoint(config.encoder.checkpoint)
+    checkpoint = open_checkpoint(config.encoder.arch, config.encoder.checkpoint)
     fingerprint = video_fingerprint(config, checkpoint.sha256)
     store = open_store(config.store.path, expect=fingerprint) if config.store.path.exists() else None
     todo = _todo(dataset, store)
@@ -67,7 +67,13 @@ def make_plan(config: Config, probe: int) -> Plan:
     encoder = load_encoder(config, checkpoint)
     row_bytes = _row_bytes(
         StoreSpec.for_patches(
-            config.video.frames, encoder.grid, encoder.width, config.store.dtype, config.store.shard, encoder.coarse
+            config.video.frames,
+            encoder.grid,
+            encoder.width,
+            config.store.dtype,
+            config.store.shard,
+            encoder.coarse,
+            encoder.coarse_width,
         )
     )
     free = shutil.disk_usage(_existing_parent(config.store.path)).free
@@ -132,7 +138,7 @@ def _existing_parent(path: Path) -> Path:
 
 def _probe(config: Config, encoder: torch.nn.Module, sample: list[Clip]) -> float:
     """Seconds a clip: the slower of decoding (children together) and encoding, since they overlap."""
-    with DecodePool(config.video, decoder_count(config, worker_count(config))) as pool:
+    with open_decoders(config, decoder_count(config, worker_count(config))) as pool:
         for _ in pool.map(sample):  # starting the children is not part of the rate
             pass
         decode_started = time.perf_counter()

@@ -9,7 +9,14 @@ import torch
 
 from configs.schema import Config
 from extract.datasets import Dataset, load_dataset
-from extract.encoders import Checkpoint, VideoEncoder, load_checkpoint, load_text_encoder, load_tokenizer
+from extract.encoders import (
+    Checkpoint,
+    VideoEncoder,
+    load_text_encoder,
+    load_tokenizer,
+    open_checkpoint,
+    open_text_checkpoint,
+)
 from extract.encoders.text import TextEncoder, Tokenizer
 from extract.engines import encode_with_engine
 from extract.fingerprints import text_depth, text_fingerprint, video_fingerprint
@@ -51,7 +58,7 @@ def extract_features(config: Config, retry: bool = False) -> Outcome:
         TooManyErrors: more clips failed than `engine.max_errors`; what was committed stays.
     """
     dataset = load_dataset(config.data)
-    checkpoint = load_checkpoint(config.encoder.checkpoint)
+    checkpoint = open_checkpoint(config.encoder.arch, config.encoder.checkpoint)
     encoder = load_encoder(config, checkpoint)
     store = create_clip_store(config, dataset, encoder, checkpoint)
     texts = _encode_texts(config, dataset, checkpoint)
@@ -85,14 +92,16 @@ def create_clip_store(config: Config, dataset: Dataset, encoder: VideoEncoder, c
         dtype=config.store.dtype,
         shard=config.store.shard,
         coarse=encoder.coarse,
+        coarse_width=encoder.coarse_width,
     )
     ids = [clip.clip_id for clip in dataset.clips]
     fingerprint = video_fingerprint(config, checkpoint.sha256)
     return create_store(config.store.path, spec, fingerprint, ids, format=config.store.format)
 
 
-def _encode_texts(config: Config, dataset: Dataset, checkpoint: Checkpoint) -> int:
+def _encode_texts(config: Config, dataset: Dataset, video: Checkpoint) -> int:
     """Encode the questions that the text store misses; returns how many it holds."""
+    checkpoint = open_text_checkpoint(config.encoder.arch, video, config.text.model)
     tokenizer = load_tokenizer(config.text.model, config.text.max_length)
     encoder = load_text_encoder(config.encoder.arch, checkpoint, depth=text_depth(config))
     encoder = encoder.to(device_of(config.encoder.device)).eval()

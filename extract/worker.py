@@ -1,5 +1,6 @@
 """One worker of stage one: decode -> encode -> shard, for the shards it is given."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -8,8 +9,8 @@ import torch
 
 from configs.schema import Config, ConfigError
 from extract.datasets import Clip
-from extract.decode import DecodePool, PreparedClip, UndecodedClip
-from extract.encoders import Checkpoint, VideoEncoder, load_video_encoder
+from extract.decode import DecodePool, PreparedClip, UndecodedClip, prepare_clip
+from extract.encoders import Checkpoint, VideoEncoder, find_network, load_video_encoder
 from features import Failure, PatchTokens, ShardOwned, ShardWork, Store
 
 
@@ -35,8 +36,8 @@ def load_encoder(config: Config, checkpoint: Checkpoint, device: str | None = No
     """The frozen video encoder in evaluation mode, on `device` or else on `encoder.device`.
 
     Raises:
-        CheckpointError: not a checkpoint of `encoder.arch`.
-        ConfigError: `video.size` is not what the checkpoint was trained on, or the device is not there.
+        CheckpointError: not a checkpoint of `encoder.arch`, or `video.size` is not what it was trained on.
+        ConfigError: the device is not there, or `encoder.compile` has no compiler.
     """
     encoder = load_video_encoder(
         config.encoder.arch,
@@ -44,16 +45,17 @@ def load_encoder(config: Config, checkpoint: Checkpoint, device: str | None = No
         num_frames=config.video.frames,
         depth=config.encoder.depth,
         path=config.encoder.path,
+        size=config.video.size,
+        compile=config.encoder.compile,
         dtype=getattr(torch, config.encoder.dtype),
     )
-    side = config.video.size // 16
-    if encoder.grid != (side, side):
-        rows, cols = encoder.grid
-        raise ConfigError(
-            f"video.size is {config.video.size}, a grid of {side}x{side} patches; {config.encoder.checkpoint} was"
-            f" trained on {rows}x{cols}: set video.size to {16 * rows}"
-        )
     return encoder.to(device_of(device or config.encoder.device)).eval()
+
+
+def open_decoders(config: Config, workers: int) -> DecodePool:
+    """Decoder children that show of a frame what the configured network was trained to see."""
+    prepare = functools.partial(prepare_clip, transform=find_network(config.encoder.arch).transform)
+    return DecodePool(config.video, workers, prepare)
 
 
 def device_of(name: str) -> torch.device:
@@ -93,7 +95,7 @@ def encode_shards(
         TooManyErrors: checked after each shard is committed.
     """
     tally = Tally()
-    with DecodePool(config.video, decoders) as pool:
+    with open_decoders(config, decoders) as pool:
         for work in works:
             try:
                 with store.lease(work.shard) as uncommitted:

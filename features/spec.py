@@ -1,6 +1,6 @@
 """What crosses the store's boundary: tokens, text states, the store's shape and its fingerprint.
 
-Shape legend: B clips, T frames, N patches a frame (rows x cols), M coarse patches a frame, D channels, L text tokens.
+Shape legend: B clips, T frames, N patches a frame (rows x cols), M coarse patches a frame, D channels (coarse: E), L text tokens.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ class PatchTokens:
         patches: [B, T, N, D].
         saliency: [B, T, N], CLS's attention to each patch, mean over heads, before softmax.
         timestamps: [B, T] seconds from the clip's start, of the frames that were encoded.
-        coarse: [B, T, M, D], tokens of the coarse tower, where the network has one.
+        coarse: [B, T, M, E], tokens of a coarser grid, where the network has one.
         coarse_saliency: [B, T, M].
         scale: [B, T, N], factor of each patch where `patches` is int8 or float8.
         positions: [B, T, N], place of each patch in the full grid where a derived store keeps only some of them.
@@ -56,9 +56,9 @@ class PatchTokens:
         }
         if self.coarse is not None:
             if self.coarse.ndim != 4:
-                raise ValueError(f"coarse has shape {tuple(self.coarse.shape)}; expected [B, T, M, D]")
-            m = self.coarse.shape[2]
-            expected |= {"coarse": (b, t, m, d), "coarse_saliency": (b, t, m)}
+                raise ValueError(f"coarse has shape {tuple(self.coarse.shape)}; expected [B, T, M, E]")
+            m, e = self.coarse.shape[2:]
+            expected |= {"coarse": (b, t, m, e), "coarse_saliency": (b, t, m)}
         for name, shape in expected.items():
             tensor = getattr(self, name)
             if tensor is not None and tuple(tensor.shape) != shape:
@@ -134,8 +134,12 @@ class StoreSpec:
         dtype: StoredDtype = "float16",
         shard: int = 64,
         coarse: int | None = None,
+        coarse_width: int | None = None,
     ) -> "StoreSpec":
-        """Spec of a clip store: `frames` T, `grid` with rows*cols = N, `width` D, `coarse` M where there are any."""
+        """Spec of a clip store: `frames` T, `grid` with rows*cols = N, `width` D.
+
+        `coarse` is M where there are any, `coarse_width` E where it is not D.
+        """
         n = grid[0] * grid[1]
         arrays = [
             ArraySpec("patches", (frames, n, width), dtype),
@@ -148,7 +152,7 @@ class StoreSpec:
         if coarse is not None:
             # `scale` belongs to `patches`; the few coarse tokens are kept in full.
             kept = "float16" if dtype in ("int8", "float8_e4m3") else dtype
-            arrays.append(ArraySpec("coarse", (frames, coarse, width), kept))
+            arrays.append(ArraySpec("coarse", (frames, coarse, coarse_width or width), kept))
             arrays.append(ArraySpec("coarse_saliency", (frames, coarse), "float32"))
         return cls("patches", tuple(arrays), shard, grid)
 

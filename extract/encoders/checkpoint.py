@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 CONTAINERS = ("state_dict", "model_state_dict")
-NETWORKS = {"egovlp": "EgoVLP", "egovlpv2": "EgoVLPv2", "mfas": "MFAS"}
+PUBLISHED = {"egovlp": "EgoVLP", "egovlpv2": "EgoVLPv2", "mfas": "MFAS"}
+NETWORKS = PUBLISHED | {"lite": "EfficientNet-Lite0", "bert": "BERT"}
 SHOWN = 4
 
 
@@ -51,7 +52,7 @@ class Checkpoint:
 
     @property
     def network(self) -> str | None:
-        """`egovlp`, `egovlpv2` or `mfas`, by the names present; None for another network."""
+        """Its key in `NETWORKS`, by the names present; None for another network."""
         return recognise(self.tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -112,8 +113,12 @@ class Checkpoint:
 
 
 def recognise(names: Iterable[str]) -> str | None:
-    """Which published network has tensors of these `names`; None if none has."""
+    """Which of `NETWORKS` has tensors of these `names`; None if none has."""
     found = set(names)
+    if "_blocks.15._project_conv.weight" in found:
+        return "lite"
+    if "encoder.layer.0.attention.self.query.weight" in found:
+        return "bert"
     if "video_model.blocks.0.timeattn.qkv.weight" not in found:
         return None
     if "video_model.cloned_blocks.0.attn.qkv.weight" in found:

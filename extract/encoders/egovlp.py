@@ -1,29 +1,34 @@
 """EgoVLP (Lin et al., NeurIPS 2022): space-time transformer and DistilBERT, joined only by their projections."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
 from extract.encoders.checkpoint import Checkpoint, CheckpointError
+from extract.encoders.network import Network, VideoOptions
 from extract.encoders.spacetime import SpaceTimeTransformer
 from extract.encoders.video_encoder import VideoEncoder, VideoSizes, check_depth, resize_time
+
+if TYPE_CHECKING:
+    from extract.encoders.text import TextEncoder
 
 EPS = 1e-6
 
 
-def build_video(checkpoint: Checkpoint, num_frames: int, depth: int, dtype: torch.dtype) -> VideoEncoder:
-    """The video network down to `depth`; the norm follows at the last block.
+def build_video(checkpoint: Checkpoint, options: VideoOptions) -> VideoEncoder:
+    """The video network down to `options.depth`; the norm follows at the last block.
 
     Args:
         checkpoint: of EgoVLP.
-        num_frames: T; temporal positions that the checkpoint lacks are zero.
-        depth: blocks to run.
-        dtype: of weights and arithmetic.
+        options: temporal positions that the checkpoint lacks are zero; there is one path.
 
     Raises:
         CheckpointError: another network's checkpoint, a tensor missing or re-shaped, or no such depth.
     """
     checkpoint.require("egovlp")
     sizes = VideoSizes.of(checkpoint)
+    depth = options.depth
     check_depth(depth, sizes.blocks, "the number of its blocks", checkpoint)
     last = depth == sizes.blocks
     with torch.device("meta"):
@@ -32,11 +37,11 @@ def build_video(checkpoint: Checkpoint, num_frames: int, depth: int, dtype: torc
         )
         projection = nn.Sequential(nn.Linear(sizes.width, checkpoint.shape("vid_proj.0.weight")[0])) if last else None
     checkpoint.fill(trunk, "video_model.")
-    trunk.temporal_embed = nn.Parameter(resize_time(trunk.temporal_embed.detach(), num_frames, "zeros"))
-    trunk.frames = num_frames
+    trunk.temporal_embed = nn.Parameter(resize_time(trunk.temporal_embed.detach(), options.num_frames, "zeros"))
+    trunk.frames = options.num_frames
     if projection is not None:
         checkpoint.fill(projection, "vid_proj.")
-    return VideoEncoder(trunk, sizes, projection).to(dtype)
+    return VideoEncoder(trunk, sizes, projection).to(options.dtype)
 
 
 def text_layers(checkpoint: Checkpoint) -> int:
@@ -49,3 +54,13 @@ def text_layers(checkpoint: Checkpoint) -> int:
     if not layers:
         raise CheckpointError(f"{checkpoint.path}: has no DistilBERT layers under text_model.transformer.layer")
     return layers
+
+
+def build_text(checkpoint: Checkpoint, depth: int) -> "TextEncoder":
+    """The text network; see `extract.encoders.text.build_distilbert`."""
+    from extract.encoders import text
+
+    return text.build_distilbert(checkpoint, depth)
+
+
+NETWORK = Network(build_video, build_text)

@@ -1,36 +1,37 @@
 """EgoVLPv2 (Pramanick et al., ICCV 2023): space-time transformer and RoBERTa with fusion in the upper half of both."""
 
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from extract.encoders.checkpoint import Checkpoint, CheckpointError
+from extract.encoders.network import Network, VideoOptions
 from extract.encoders.spacetime import SpaceTimeTransformer
 from extract.encoders.video_encoder import VideoEncoder, VideoSizes, check_depth, resize_time
+
+if TYPE_CHECKING:
+    from extract.encoders.text import TextEncoder
 
 BLOCK_EPS = 1e-5
 FUSED_NORM_EPS = 1e-6
 
 
-def build_video(
-    checkpoint: Checkpoint, num_frames: int, depth: int, path: Literal["fused", "dual"], dtype: torch.dtype
-) -> VideoEncoder:
-    """The video network down to `depth`.
+def build_video(checkpoint: Checkpoint, options: VideoOptions) -> VideoEncoder:
+    """The video network down to `options.depth`.
 
     Args:
         checkpoint: of EgoVLPv2, pretrained or fine-tuned.
-        num_frames: T; temporal positions are interpolated where the checkpoint has fewer.
-        depth: blocks to run.
-        path: `fused` starts from the question-answering network's own CLS token and can run up to the first fused
-            block; `dual` is the video-only network and ends with its norm at the last block.
-        dtype: of weights and arithmetic.
+        options: temporal positions are interpolated where the checkpoint has fewer. The path `fused` starts from the
+            question-answering network's own CLS token and can run up to the first fused block; `dual` is the
+            video-only network and ends with its norm at the last block.
 
     Raises:
         CheckpointError: another network's checkpoint, a tensor missing or re-shaped, or no such depth.
     """
     checkpoint.require("egovlpv2")
     sizes = VideoSizes.of(checkpoint)
+    depth, path = options.depth, options.path
     if path == "fused":
         check_depth(depth, sizes.fusion, "where the question enters the fused path", checkpoint)
     check_depth(depth, sizes.blocks, "the number of its blocks", checkpoint)
@@ -51,11 +52,11 @@ def build_video(
     if path == "fused":
         names["cls_token"] = "cls_token"
     checkpoint.fill(trunk, names)
-    trunk.temporal_embed = nn.Parameter(resize_time(trunk.temporal_embed.detach(), num_frames, "interpolate"))
-    trunk.frames = num_frames
+    trunk.temporal_embed = nn.Parameter(resize_time(trunk.temporal_embed.detach(), options.num_frames, "interpolate"))
+    trunk.frames = options.num_frames
     if projection is not None:
         checkpoint.fill(projection, "vid_proj.")
-    return VideoEncoder(trunk, sizes, projection).to(dtype)
+    return VideoEncoder(trunk, sizes, projection).to(options.dtype)
 
 
 def projection_layers(checkpoint: Checkpoint, name: str) -> nn.Sequential:
@@ -80,3 +81,13 @@ def text_layers(checkpoint: Checkpoint) -> int:
     if not layers:
         raise CheckpointError(f"{checkpoint.path}: has no RoBERTa layers under text_model.encoder.layer")
     return layers
+
+
+def build_text(checkpoint: Checkpoint, depth: int) -> "TextEncoder":
+    """The text network; see `extract.encoders.text.build_roberta`."""
+    from extract.encoders import text
+
+    return text.build_roberta(checkpoint, depth)
+
+
+NETWORK = Network(build_video, build_text)

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from extract.encoders.checkpoint import NETWORKS, Checkpoint, CheckpointError, load_checkpoint
+from extract.encoders.checkpoint import PUBLISHED, Checkpoint, CheckpointError, load_checkpoint
 from extract.encoders.video_encoder import VideoSizes
 
 # Heads of pretraining that no path of ours reads.
@@ -89,9 +89,9 @@ def inspect(path: Path | str) -> Inspection:
     """
     checkpoint = load_checkpoint(path)
     network = checkpoint.network
-    if network is None:
+    if network not in PUBLISHED:
         raise CheckpointError(
-            f"{checkpoint.path}: its tensors are of no network known here; expected {', '.join(NETWORKS.values())}"
+            f"{checkpoint.path}: its tensors are of no published network; expected {', '.join(PUBLISHED.values())}"
         )
     sizes = VideoSizes.of(checkpoint)
     root = "transformer" if network == "egovlp" else "encoder"
@@ -105,7 +105,7 @@ def inspect(path: Path | str) -> Inspection:
         bytes=checkpoint.path.stat().st_size,
         sha256=checkpoint.sha256,
         container=checkpoint.container,
-        network=NETWORKS[network],
+        network=PUBLISHED[network],
         width=sizes.width,
         blocks=sizes.blocks,
         fusion=sizes.fusion if sizes.fusion < sizes.blocks else None,

@@ -6,19 +6,16 @@ of CLS itself. (The head's share of the same option is the number of patches a f
 3 in the paper, 1 as released.)
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from extract.encoders.checkpoint import Checkpoint, CheckpointError
-from extract.encoders.egovlpv2 import BLOCK_EPS
+from extract.encoders.egovlpv2 import BLOCK_EPS, build_text
+from extract.encoders.network import Network, Variant, VideoOptions
 from extract.encoders.spacetime import SpaceTimeBlock, SpaceTimeTransformer
 from extract.encoders.video_encoder import VideoEncoder, VideoSizes, check_depth, resize_time
 from features.spec import PatchTokens
-
-Variant = Literal["paper", "released"]
 
 
 def pool2x2(x: Tensor, frames: int) -> Tensor:
@@ -99,20 +96,15 @@ class MfasEncoder(VideoEncoder):
         )
 
 
-def build_video(
-    checkpoint: Checkpoint, num_frames: int, depth: int, variant: Variant, dtype: torch.dtype
-) -> MfasEncoder:
-    """The two towers down to `depth`, on the question-answering path.
+def build_video(checkpoint: Checkpoint, options: VideoOptions) -> MfasEncoder:
+    """The two towers down to `options.depth`, on the question-answering path.
 
     From an EgoVLPv2 checkpoint the coarse tower starts as a copy of the fine one, the cell positions and both gates
     at zero.
 
     Args:
         checkpoint: of MFAS or EgoVLPv2.
-        num_frames: T; temporal positions are interpolated where the checkpoint has fewer.
-        depth: blocks of each tower.
-        variant: see above.
-        dtype: of weights and arithmetic.
+        options: temporal positions are interpolated where the checkpoint has fewer.
 
     Raises:
         CheckpointError: another network's checkpoint, a tensor missing or re-shaped, no such depth, or a grid that
@@ -120,6 +112,7 @@ def build_video(
     """
     checkpoint.require("mfas", "egovlpv2")
     sizes = VideoSizes.of(checkpoint)
+    depth = options.depth
     check_depth(depth, sizes.fusion, "where the question enters", checkpoint)
     if sizes.grid[0] % 2:
         raise CheckpointError(
@@ -132,9 +125,9 @@ def build_video(
         complete = _started_from_egovlpv2(checkpoint, sizes)
     names = {name: f"video_model.{name}" for name in trunk.state_dict()}
     complete.fill(trunk, names | {name: name for name in ("cls_token", "alpha", "belta")})
-    trunk.temporal_embed = nn.Parameter(resize_time(trunk.temporal_embed.detach(), num_frames, "interpolate"))
-    trunk.frames = num_frames
-    return MfasEncoder(trunk, sizes, variant).to(dtype)
+    trunk.temporal_embed = nn.Parameter(resize_time(trunk.temporal_embed.detach(), options.num_frames, "interpolate"))
+    trunk.frames = options.num_frames
+    return MfasEncoder(trunk, sizes, options.variant).to(options.dtype)
 
 
 def _started_from_egovlpv2(checkpoint: Checkpoint, sizes: VideoSizes) -> Checkpoint:
@@ -150,3 +143,6 @@ def _started_from_egovlpv2(checkpoint: Checkpoint, sizes: VideoSizes) -> Checkpo
         "belta": torch.zeros(1),
     }
     return Checkpoint(checkpoint.path, checkpoint.container, {**checkpoint.tensors, **copied, **zeros})
+
+
+NETWORK = Network(build_video, build_text)

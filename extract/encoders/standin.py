@@ -36,7 +36,7 @@ class Standin:
 
 
 def write_standin(
-    arch: Literal["egovlp", "egovlpv2"],
+    arch: str,
     path: Path | str,
     *,
     texts: Sequence[str],
@@ -54,7 +54,7 @@ def write_standin(
     """Write a tiny random-weight checkpoint and a tokenizer trained on `texts`; the same arguments give equal files.
 
     Args:
-        arch: whose tensor names, container and kind of tokenizer.
+        arch: egovlp or egovlpv2, whose tensor names, container and kind of tokenizer it takes.
         path: checkpoint file to write; folders above it are made.
         texts: what the tokenizer learns its pieces from; it still takes any text.
         width: channels, in heads of 64.
@@ -105,7 +105,7 @@ def write_standin(
 
 
 def published_shapes(
-    arch: Literal["egovlp", "egovlpv2"],
+    arch: str,
     *,
     width: int,
     depth: int,

@@ -3,15 +3,25 @@
 Shape legend: B texts, L tokens, D channels, P width of the joint space.
 """
 
+import json
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, DistilBertConfig, DistilBertModel, RobertaConfig, RobertaModel
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from configs.schema import ConfigError
 from extract.encoders import egovlp, egovlpv2
-from extract.encoders.checkpoint import Checkpoint
+from extract.encoders.checkpoint import Checkpoint, CheckpointError
+from extract.encoders.package import text_folder
 from extract.encoders.spacetime import HEAD_WIDTH
 from extract.encoders.video_encoder import check_depth
 
@@ -121,11 +131,40 @@ def build_distilbert(checkpoint: Checkpoint, depth: int) -> TextEncoder:
     return TextEncoder(model, width, depth, projection)
 
 
+def build_bert(checkpoint: Checkpoint, depth: int) -> TextEncoder:
+    """A BERT network as transformers writes it: layers 0 to depth - 1.
+
+    Args:
+        checkpoint: `model.safetensors` of a folder that has its `config.json` beside it.
+        depth: layers to run.
+
+    Raises:
+        CheckpointError: another network's checkpoint, a config that is no BERT's, a tensor missing or re-shaped, or no
+            such depth.
+    """
+    checkpoint.require("bert")
+    beside = checkpoint.path.with_name("config.json")
+    try:
+        config = BertConfig.from_dict({**json.loads(beside.read_text()), "num_hidden_layers": depth})
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{beside}: not the config of a BERT network ({' '.join(str(error).split())})") from error
+    layers = checkpoint.count(r"encoder\.layer\.(\d+)\.")
+    check_depth(depth, layers, "the number of its text layers (text.depth)", checkpoint)
+    with torch.device("meta"):
+        model = BertModel(config, add_pooling_layer=False)
+    checkpoint.fill(model)
+    # Buffers that are in no checkpoint.
+    positions = config.max_position_embeddings
+    model.embeddings.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)
+    model.embeddings.register_buffer("token_type_ids", torch.zeros(1, positions, dtype=torch.long), persistent=False)
+    return TextEncoder(model, config.hidden_size, depth, None)
+
+
 def load_tokenizer(model: str, max_length: int = 30) -> Tokenizer:
     """The tokenizer of a text network.
 
     Args:
-        model: a local folder, or a name on the hub.
+        model: a local folder, a name on the hub, or the name of a package (see `extract.encoders.package`).
         max_length: L; questions are padded or cut to it.
 
     Returns:
@@ -135,7 +174,7 @@ def load_tokenizer(model: str, max_length: int = 30) -> Tokenizer:
         ConfigError: no tokenizer is there; the message names `text.model`.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(text_folder(model))
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ConfigError(

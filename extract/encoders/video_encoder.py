@@ -95,9 +95,11 @@ class VideoEncoder(nn.Module):
     Attributes:
         grid: (rows, cols) of the patches of a frame. width: D. depth: blocks run. num_frames: T. size: side of the
         input in pixels. coarse: M, coarse patches of a frame; None for a network without them.
+        coarse_width: E, their channels; None where they are D.
     """
 
     coarse: int | None = None
+    coarse_width: int | None = None
 
     def __init__(self, trunk: SpaceTimeTransformer, sizes: VideoSizes, projection: nn.Module | None) -> None:
         super().__init__()

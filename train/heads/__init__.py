@@ -1,11 +1,11 @@
 """The systems of the table. `build_head` makes one to train; `load_head` loads a published one's upper half."""
 
-from pathlib import Path
 from typing import Literal
 
 from torch import Tensor, nn
 
 from configs.schema import Config, ConfigError
+from extract.encoders import Checkpoint, open_checkpoint
 from features import PatchTokens
 from train.batches import Batch
 from train.heads.blind import Majority, QuestionOnly
@@ -24,7 +24,7 @@ TRAINABLE = (*BLIND, "egovlp", "egovlpv2", "psa")
 class Fused(nn.Module):
     """A published network's upper half, fine-tuned on cached tokens: every question fuses with its own clip."""
 
-    def __init__(self, arch: Literal["egovlpv2"], checkpoint: Path, answers: int) -> None:
+    def __init__(self, arch: Literal["egovlpv2"], checkpoint: Checkpoint, answers: int) -> None:
         super().__init__()
         self.network = load_head(arch, checkpoint, answers=answers)
 
@@ -52,7 +52,7 @@ def build_head(config: Config, sizes: Sizes) -> nn.Module:
     if head.name == "psa":
         return PSA(head, sizes)
     if head.name == "egovlpv2":
-        return Fused(head.name, config.encoder.checkpoint, sizes.answers)
+        return Fused(head.name, open_checkpoint(head.name, config.encoder.checkpoint), sizes.answers)
     raise ConfigError(
         f"head.name is {head.name!r}, which cannot be trained yet; expected one of {', '.join(TRAINABLE)}"
     )

@@ -223,7 +223,7 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
     ):
         load_video_encoder("egovlpv2", path)
     with pytest.raises(
-        CheckpointError, match="its tensors are of no network known here; expected EgoVLP, EgoVLPv2, MFAS"
+        CheckpointError, match="its tensors are of no published network; expected EgoVLP, EgoVLPv2, MFAS"
     ):
         inspect(path)
 

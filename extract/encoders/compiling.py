@@ -1,0 +1,34 @@
+"""`torch.compile` over an encoder, tried out first so that a machine without a compiler says so in one line."""
+
+import torch
+from torch import nn
+
+from configs.schema import ConfigError
+from extract.encoders.video_encoder import VideoEncoder
+
+
+def compile_encoder(encoder: VideoEncoder) -> VideoEncoder:
+    """`encoder`, whose blocks are compiled when it first sees a clip.
+
+    Blocks are compiled one by one, not the whole network: they are alike, so one program serves all of them.
+
+    Raises:
+        ConfigError: `torch.compile` does not work here.
+    """
+    try:
+        torch.compile(_try, dynamic=False)(torch.zeros(8))
+    except Exception as error:  # whatever the compiler's many layers raise means the same
+        reason = " ".join(str(error).split())[:160]
+        raise ConfigError(
+            f"encoder.compile is true, but torch.compile cannot build code here ({reason}); install a C++ compiler, "
+            "or set encoder.compile to false"
+        ) from error
+    for module in encoder.modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            for block in module:
+                block.compile(dynamic=False)
+    return encoder
+
+
+def _try(x: torch.Tensor) -> torch.Tensor:
+    return torch.relu(x + 1)
