@@ -1,6 +1,6 @@
 """The store of precomputed features: the contract between stage one, which writes it, and stage two, which reads it."""
 
-from features.errors import AbsentClip, DamagedStore, FingerprintMismatch, ShardOwned, StoreError
+from features.errors import AbsentClip, DamagedStore, FingerprintMismatch, NewerStore, ShardOwned, StoreError
 from features.quarantine import Failure, QuarantineRecord
 from features.spec import ArraySpec, Fingerprint, PatchTokens, StoreSpec, TextStates
 from features.store import ShardWork, Store, create_store, open_store
@@ -12,6 +12,7 @@ __all__ = [
     "Failure",
     "Fingerprint",
     "FingerprintMismatch",
+    "NewerStore",
     "PatchTokens",
     "QuarantineRecord",
     "ShardOwned",

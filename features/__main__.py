@@ -25,9 +25,10 @@ from rich.progress import (
 from features.convert import convert
 from features.derive import derive
 from features.errors import StoreError
+from features.formats import FORMATS
 from features.repair import repair
-from features.spec import StoredDtype
-from features.store import FORMATS, Store, open_store
+from features.spec import Codec, StoredDtype
+from features.store import Store, open_store
 from features.verify import TEXT, Report, verify
 
 Result = dict[str, Any]
@@ -79,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--format", choices=list(FORMATS))
             command.add_argument("--dtype", choices=get_args(StoredDtype), help="of the tokens")
             command.add_argument("--shard", type=_count, metavar="N", help="clips to a shard")
+            command.add_argument("--codec", choices=get_args(Codec), help="how rows are compressed; no value changes")
         if run is _derive:
             command.add_argument(
                 "--keep", type=_share, required=True, metavar="SHARE", help="share of the patches kept"
@@ -118,6 +120,8 @@ def _described(store: Store) -> Result:
         "planned": len(store.planned_ids),
         "missing": len(store.missing()),
         "bytes": store.nbytes,
+        "codec": store.spec.codec,
+        "compression_ratio": round(store.compression_ratio, 3),
         "shard": store.spec.shard,
         "arrays": {array.name: {"shape": array.shape, "dtype": array.dtype} for array in store.spec.arrays},
         "fingerprint": dict(store.fingerprint.fields),
@@ -185,10 +189,14 @@ def _repair(options: argparse.Namespace) -> tuple[int, Result, str]:
 
 
 def _convert(options: argparse.Namespace) -> tuple[int, Result, str]:
-    changes = [str(value) for value in (options.format, options.dtype, options.shard) if value is not None]
+    changes = [
+        str(value) for value in (options.format, options.dtype, options.shard, options.codec) if value is not None
+    ]
     to = options.to or options.store.with_name("_".join([options.store.name, *(changes or ["copy"])]))
     with _progress("convert", options.json, "clips") as on_clips:
-        store = convert(options.store, to, options.format, options.dtype, options.shard, on_clips)
+        store = convert(
+            options.store, to, options.format, options.dtype, options.shard, options.codec, on_clips=on_clips
+        )
     return 0, _described(store), _copied(store, options.store)
 
 

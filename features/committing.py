@@ -13,21 +13,22 @@ import numpy as np
 from features.dtypes import row_bytes
 from features.durable import crc32c, file_sum_of, make_folder, put_in_place, remove_folder, sync_file
 from features.errors import DamagedStore
-from features.formats import Blocks, Format
+from features.file_format import Blocks, Format
 from features.journal import Journal
-from features.ledger import announce, commit
+from features.ledger import ClipRecord, announce, commit
 from features.spec import ArraySpec, StoreSpec
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a shard goes: the store's folder, shape, file format, ledger and fingerprint's digest."""
+    """Where a shard goes: the store's folder, shape, file format, ledger, fingerprint's digest and bytes of a row."""
 
     root: Path
     spec: StoreSpec
     files: Format
     ledger: Journal
     fingerprint: str
+    row_bytes: int
 
 
 def commit_shard(
@@ -57,7 +58,7 @@ def commit_shard(
         remove_folder(leftover)
     folder = staging / f"{shard:08d}-{uuid.uuid4().hex}"
     slots = [row % target.spec.shard for row in rows.values()]
-    sums: dict[str, dict[str, int]] = {name: {} for name in rows}
+    sums: dict[str, dict[str, str]] = {name: {} for name in rows}
     make_folder(folder)
     try:
         staged = target.files.stage(folder, target.spec, shard, slots, _summed(blocks, sums))
@@ -70,30 +71,30 @@ def commit_shard(
     finally:
         remove_folder(folder)
     _read_back(target, shard, rows, sums)
-    clips = {name: (row, sums[name], sources[name]) for name, row in rows.items()}
-    target.ledger.append(commit(shard, clips, files, target.fingerprint, errors))
+    clips = {name: ClipRecord(row, sums[name], sources[name]) for name, row in rows.items()}
+    target.ledger.append(commit(shard, clips, files, target.fingerprint, errors, target.row_bytes))
 
 
-def _summed(blocks: Blocks, sums: Mapping[str, dict[str, int]]) -> Blocks:
+def _summed(blocks: Blocks, sums: Mapping[str, dict[str, str]]) -> Blocks:
     """The rows as they are, taking each one's checksum while it is in memory."""
 
     def rows_of(array: ArraySpec, rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         for row, checksums in zip(rows, sums.values(), strict=True):
-            checksums[array.name] = crc32c(row)
+            checksums[array.name] = f"{crc32c(row):08x}"
             yield row
 
     for array, rows in blocks:
         yield array, rows_of(array, rows)
 
 
-def _read_back(target: Target, shard: int, rows: Mapping[str, int], sums: Mapping[str, Mapping[str, int]]) -> None:
+def _read_back(target: Target, shard: int, rows: Mapping[str, int], sums: Mapping[str, Mapping[str, str]]) -> None:
     opened = target.files.open(target.root, target.spec, shard)
     for array in target.spec.arrays:
         buffer = np.empty(row_bytes(array), np.uint8)
         for name, row in rows.items():
-            file, offset = opened.find(array, row % target.spec.shard)
-            if file.read_into(buffer, offset) != sums[name][array.name]:
+            chunk = opened.find(array, row % target.spec.shard)
+            if chunk.read_into(buffer) != sums[name][array.name]:
                 raise DamagedStore(
-                    f"{file.path}: {array.name} of clip {name!r} read back differs from what was written; "
+                    f"{chunk.file.path}: {array.name} of clip {name!r} read back differs from what was written; "
                     "check the disk: nothing was committed"
                 )

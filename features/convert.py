@@ -9,12 +9,10 @@ from torch import Tensor
 from features.dtypes import stored
 from features.errors import StoreError
 from features.quarantine import Failure
-from features.spec import ArraySpec, Fingerprint, StoreSpec
+from features.spec import QUANTISED, TOKENS, ArraySpec, Codec, Fingerprint, StoreSpec
 from features.store import Store, create_store, open_store
 from features.verify import TEXT
 
-_TOKENS = ("patches", "states")
-_QUANTISED = ("int8", "float8_e4m3")
 Rows = Mapping[str, Tensor]  # one tensor an array, the clips first
 OnClips = Callable[[int, int], None]  # called with the clips done so far and in all
 
@@ -25,6 +23,7 @@ def convert(
     format: str | None = None,
     dtype: str | None = None,
     shard: int | None = None,
+    codec: Codec | None = None,
     on_clips: OnClips | None = None,
 ) -> Store:
     """Copy the store at `path`, text states included, to `to`; what is not given stays as it is.
@@ -40,7 +39,7 @@ def convert(
     refuse_same(source, target)
     for half in halves(source):
         store = open_store(source / half)
-        spec, fingerprint = _converted_spec(store, dtype, shard if half == Path() else None)
+        spec, fingerprint = _converted_spec(store, dtype, shard if half == Path() else None, codec)
         copy = create_store(target / half, spec, fingerprint, store.planned_ids, format or store.format)
         requantised = spec.arrays != store.spec.arrays
         transfer(store, copy, lambda rows: rows, on_clips, decoded=requantised)
@@ -97,18 +96,21 @@ def refuse_same(source: Path, target: Path) -> None:
         raise StoreError(f"--to is {str(target)!r}, inside the store {str(source)!r}; expected another folder")
 
 
-def _converted_spec(store: Store, dtype: str | None, shard: int | None) -> tuple[StoreSpec, Fingerprint]:
-    spec = store.spec if shard is None else replace(store.spec, shard=shard)
-    kept = next(array.dtype for array in spec.arrays if array.name in _TOKENS)
-    if spec.shard < 1:
-        raise StoreError(f"--shard is {spec.shard}; expected at least 1")
+def _converted_spec(
+    store: Store, dtype: str | None, shard: int | None, codec: Codec | None
+) -> tuple[StoreSpec, Fingerprint]:
+    if shard is not None and shard < 1:
+        raise StoreError(f"--shard is {shard}; expected at least 1")
+    spec = replace(store.spec, shard=shard or store.spec.shard, codec=codec or store.spec.codec)
+    kept = next(array.dtype for array in spec.arrays if array.name in TOKENS)
     if dtype is None or dtype == kept:
         return spec, store.fingerprint
-    if spec.kind == "text" and dtype in _QUANTISED:
+    if spec.kind == "text" and dtype in QUANTISED:
         return spec, store.fingerprint  # the few states of questions stay as they are
     stored(dtype)
-    arrays = [replace(a, dtype=dtype) if a.name in _TOKENS else a for a in spec.arrays if a.name != "scale"]
-    if dtype in _QUANTISED:
+    changed = TOKENS if dtype not in QUANTISED else ("patches",)  # the few coarse tokens have no scale
+    arrays = [replace(a, dtype=dtype) if a.name in changed else a for a in spec.arrays if a.name != "scale"]
+    if dtype in QUANTISED:
         arrays.append(ArraySpec("scale", spec.array("patches").shape[:2], "float32"))
     fields = {**store.fingerprint.fields, "stored_dtype": dtype}
     if kept != "float32":

@@ -1,92 +1,25 @@
-"""What a file format has to offer; `zarr_store` and `hdf5_store` each offer it."""
+"""The two file formats, by name."""
 
-import os
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Mapping
+from types import MappingProxyType
 
-import numpy as np
+from features.errors import StoreError
+from features.file_format import Format
+from features.hdf5_store import Hdf5Format
+from features.zarr_store import ZarrFormat
 
-from features.durable import crc32c
-from features.errors import DamagedStore
-from features.spec import ArraySpec, StoreSpec
-
-BLOCK = 1 << 18
-
-Header = dict[str, Any]  # what store.json says: version, format, spec, fingerprint
-Blocks = Iterable[tuple[ArraySpec, Iterable[np.ndarray]]]  # one an array: its rows, in the disk dtype
+FORMATS: Mapping[str, Format] = MappingProxyType({"zarr": ZarrFormat(), "hdf5": Hdf5Format()})
 
 
-class OpenFile:
-    """A file open for reading at any offset, closed when nobody uses it any more. Safe to share between threads."""
+def format_named(name: str, codec: str = "none") -> Format:
+    """The file format called `name`, which has to offer `codec`.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.handle = -1
-        self.handle = os.open(path, os.O_RDONLY)
-        self.size = os.fstat(self.handle).st_size
-
-    def read(self, size: int, offset: int) -> bytes:
-        """Up to `size` bytes from `offset`."""
-        return os.pread(self.handle, size, offset)
-
-    def read_into(self, target: np.ndarray, offset: int) -> int:
-        """Fill `target`, contiguous bytes, from `offset`; returns the CRC-32C of what was read.
-
-        Raises:
-            DamagedStore: the file ends before.
-        """
-        crc = done = 0
-        while done < target.size:
-            # A block at a time, so that the checksum finds the bytes still in the processor's cache.
-            block = target[done : done + BLOCK]
-            count = os.preadv(self.handle, [block.data], offset + done)
-            if count == 0:
-                raise DamagedStore(f"{self.path} ends {target.size - done} bytes too early")
-            crc = crc32c(block[:count], crc)
-            done += count
-        return crc
-
-    def __del__(self) -> None:
-        if self.handle >= 0:
-            os.close(self.handle)
-
-
-class OpenShard(Protocol):
-    """A shard's files, open for reading."""
-
-    def find(self, array: ArraySpec, slot: int) -> tuple[OpenFile, int]:
-        """Where row `slot` of `array` lies: its file and offset. The row's bytes are contiguous.
-
-        Raises:
-            DamagedStore: the file does not say, or says something impossible.
-        """
-
-
-class Format(Protocol):
-    """One way of keeping shards in files."""
-
-    name: str
-
-    def metadata(self, header: Header, spec: StoreSpec, rows: int) -> dict[str, bytes]:
-        """The files, by path inside the store, that tell other tools about arrays of `rows` rows."""
-
-    def header_of(self, root: Path) -> Header | None:
-        """The header as those files repeat it, for repairs; None where they are damaged too."""
-
-    def files(self, spec: StoreSpec, shard: int) -> tuple[str, ...]:
-        """The files of `shard`, by path inside the store."""
-
-    def stage(self, folder: Path, spec: StoreSpec, shard: int, slots: Sequence[int], blocks: Blocks) -> dict[str, Path]:
-        """Write the files of `shard` into `folder`: an array's i-th row goes to slots[i].
-
-        Returns:
-            Where each of `files(spec, shard)` now waits.
-        """
-
-    def open(self, root: Path, spec: StoreSpec, shard: int) -> OpenShard:
-        """Open the files of `shard`.
-
-        Raises:
-            DamagedStore: a file is missing, cut short or not of this format.
-        """
+    Raises:
+        StoreError: there is no such format, or it lacks the codec.
+    """
+    if name not in FORMATS:
+        raise StoreError(f"format {name!r} is unknown; expected one of {', '.join(FORMATS)}")
+    files = FORMATS[name]
+    if codec not in files.codecs:
+        raise StoreError(f"codec is {codec!r}; expected one that {name} has: {', '.join(files.codecs)}")
+    return files

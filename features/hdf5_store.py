@@ -6,7 +6,9 @@ check fletcher32 at a fraction of the speed, and the ledger has a CRC-32C for ev
 
 import io
 import json
+import zlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -14,21 +16,25 @@ import numpy as np
 
 from features.dtypes import row_bytes, stored
 from features.errors import DamagedStore
-from features.formats import Blocks, Header, OpenFile
+from features.file_format import Blocks, Chunk, OpenFile
+from features.records import Record
 from features.spec import ArraySpec, StoreSpec
 
 _CHECKSUM = 4
+# Deflate after a byte shuffle: what every HDF5 library can read without plugins.
+_GZIP = {"compression": "gzip", "compression_opts": 4, "shuffle": True}
 _VERSION = ("v110", "v110")  # whose metadata carry checksums
 # What h5py raises on files that are not what they seem.
 _UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
 
 
 class Hdf5Format:
-    """See `features.formats.Format`."""
+    """See `features.file_format.Format`."""
 
     name = "hdf5"
+    codecs: tuple[str, ...] = ("none", "gzip")
 
-    def metadata(self, header: Header, spec: StoreSpec, rows: int) -> dict[str, bytes]:
+    def metadata(self, header: Record, spec: StoreSpec, rows: int) -> dict[str, bytes]:
         """`index.h5`; its attributes repeat the store's header. Rows that were never written read as NaN."""
         with h5py.File("index", "w", driver="core", backing_store=False, libver=_VERSION) as index:
             index.attrs["header"] = _json(header)
@@ -47,7 +53,7 @@ class Hdf5Format:
             index.flush()
             return {"index.h5": index.id.get_file_image()}
 
-    def header_of(self, root: Path) -> Header | None:
+    def header_of(self, root: Path) -> Record | None:
         """The header as `index.h5` repeats it, for repairs."""
         try:
             with h5py.File(root / "index.h5", "r") as index:
@@ -73,6 +79,7 @@ class Hdf5Format:
                     chunks=(1, *array.shape),
                     fletcher32=True,
                     fillvalue=kept.absent,
+                    **(_GZIP if spec.codec == "gzip" else {}),
                 )
                 dataset.attrs["dtype"] = array.dtype
                 for slot, row in zip(slots, rows, strict=True):
@@ -87,34 +94,37 @@ class Hdf5Format:
 
 
 class Hdf5Shard:
-    """See `features.formats.OpenShard`."""
+    """See `features.file_format.OpenShard`."""
 
     def __init__(self, path: Path, spec: StoreSpec) -> None:
+        self._compressed = spec.codec == "gzip"
         try:
             with h5py.File(path, "r") as file:
-                self._offsets = {array.name: _offsets(file, array, spec) for array in spec.arrays}
+                self._chunks = {array.name: _chunks(file, array, spec) for array in spec.arrays}
             self._file = OpenFile(path)
         except DamagedStore as error:
             raise DamagedStore(f"{path} {error}") from error
         except _UNREADABLE as error:
             raise DamagedStore(f"{path} cannot be opened: {' '.join(str(error).split())}") from error
 
-    def find(self, array: ArraySpec, slot: int) -> tuple[OpenFile, int]:
+    def find(self, array: ArraySpec, slot: int) -> Chunk:
         """Row `slot` by the file's chunk index."""
-        offset = self._offsets[array.name].get(slot)
-        if offset is None:
+        chunk = self._chunks[array.name].get(slot)
+        if chunk is None:
             raise DamagedStore(f"{self._file.path} holds nothing for row {slot} of its {array.name}")
-        if offset + row_bytes(array) + _CHECKSUM > self._file.size:
+        offset, size = chunk
+        if offset + size > self._file.size:
             raise DamagedStore(f"{self._file.path} places row {slot} of {array.name} outside of itself")
-        return self._file, offset
+        width = np.dtype(stored(array.dtype).disk).itemsize
+        return Chunk(self._file, offset, size, partial(_decode, width) if self._compressed else None)
 
 
 def _shard_file(shard: int) -> str:
     return f"shards/{shard:08d}.h5"
 
 
-def _offsets(file: h5py.File, array: ArraySpec, spec: StoreSpec) -> dict[int, int]:
-    """Slot -> offset of its chunk in the file; refuses whatever points out of the file or claims another size."""
+def _chunks(file: h5py.File, array: ArraySpec, spec: StoreSpec) -> dict[int, tuple[int, int]]:
+    """Slot -> offset and size of its chunk; refuses whatever points out of the file or claims another size."""
     if not isinstance(file.get(array.name, getlink=True), h5py.HardLink):
         raise DamagedStore(f"keeps {array.name} outside of itself or not at all; links to other files are not followed")
     dataset = file[array.name]
@@ -124,17 +134,31 @@ def _offsets(file: h5py.File, array: ArraySpec, spec: StoreSpec) -> dict[int, in
     found = (dataset.shape, dataset.dtype, dataset.chunks)
     if found != expected:
         raise DamagedStore(f"claims {array.name} of shape, dtype and chunk {found}; expected {expected}")
-    if dataset.compression or dataset.shuffle or dataset.scaleoffset or not dataset.fletcher32:
-        raise DamagedStore(f"keeps {array.name} with other filters than fletcher32 alone")
-    offsets: dict[int, int] = {}
+    filters = ("gzip" if spec.codec == "gzip" else None, spec.codec == "gzip", None, True)
+    if (dataset.compression, dataset.shuffle, dataset.scaleoffset, dataset.fletcher32) != filters:
+        raise DamagedStore(f"keeps {array.name} with other filters than those of codec {spec.codec!r}")
+    chunks: dict[int, tuple[int, int]] = {}
 
     def note(chunk: h5py.h5d.StoreInfo) -> None:
-        if chunk.size == row_bytes(array) + _CHECKSUM and chunk.filter_mask == 0:
-            offsets[chunk.chunk_offset[0]] = chunk.byte_offset
+        whole = chunk.size == row_bytes(array) + _CHECKSUM or (spec.codec == "gzip" and chunk.size > _CHECKSUM)
+        if whole and chunk.filter_mask == 0:
+            chunks[chunk.chunk_offset[0]] = chunk.byte_offset, chunk.size
 
     dataset.id.chunk_iter(note)
-    return offsets
+    return chunks
 
 
-def _json(header: Header) -> str:
+def _decode(width: int, content: bytes, row: np.ndarray) -> None:
+    """Undo deflate and shuffle: the file has every number's first byte, then every number's second, and so on."""
+    inflate = zlib.decompressobj()
+    try:
+        planes = inflate.decompress(content[:-_CHECKSUM], row.size)
+    except zlib.error as error:
+        raise ValueError(str(error)) from error
+    if len(planes) != row.size:
+        raise ValueError(f"{len(planes)} bytes where {row.size} are expected")
+    row.reshape(-1, width)[:] = np.frombuffer(planes, np.uint8).reshape(width, -1).T
+
+
+def _json(header: Record) -> str:
     return json.dumps(header, sort_keys=True)

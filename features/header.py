@@ -1,16 +1,41 @@
-"""`store.json`: what the store is. Written once, with its own checksum."""
+"""`store.json`: what the store is. Written once, with its own checksum.
+
+Its version is that of everything in the store, journals included. Version 1 knew no codecs. A program refuses versions
+that are newer than its own, by number, and leaves such a store alone.
+"""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from features.dtypes import stored
 from features.durable import write_file
-from features.errors import DamagedStore, StoreError
+from features.errors import DamagedStore, NewerStore, StoreError
 from features.journal import decode_line, encode_line
+from features.records import MalformedRecord, Record, take, take_all, take_count
 from features.spec import ArraySpec, Fingerprint, StoreSpec
 
-VERSION = 1
+VERSION = 2
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a header says: the store's shape, what made it, and its file format's name."""
+
+    spec: StoreSpec
+    fingerprint: Fingerprint
+    format: str
+
+    def differences(self, other: "Description") -> list[str]:
+        """One line a field that differs: those of the fingerprint by name, then format and spec."""
+        lines = self.fingerprint.differences(other.fingerprint)
+        if self.format != other.format:
+            lines.append(f"format: {self.format!r} here, {other.format!r} there")
+        here, there = _plain(asdict(self.spec)), _plain(asdict(other.spec))
+        lines += [
+            f"spec.{name}: {here[name]!r} here, {there[name]!r} there" for name in here if here[name] != there[name]
+        ]
+        return lines
 
 
 def header_path(root: Path) -> Path:
@@ -18,33 +43,31 @@ def header_path(root: Path) -> Path:
     return root / "store.json"
 
 
-def make_header(spec: StoreSpec, fingerprint: Fingerprint, format_name: str) -> dict:
+def make_header(described: Description) -> Record:
     """The header as JSON values."""
-    for array in spec.arrays:
+    for array in described.spec.arrays:
         stored(array.dtype)
-    return json.loads(
-        json.dumps(
-            {
-                "version": VERSION,
-                "format": format_name,
-                "spec": asdict(spec),
-                "fingerprint": dict(fingerprint.fields),
-            },
-            sort_keys=True,  # as it will be read back, so that what repeats the header is the same bytes
-        )
+    return _plain(
+        {
+            "version": VERSION,
+            "format": described.format,
+            "spec": asdict(described.spec),
+            "fingerprint": dict(described.fingerprint.fields),
+        }
     )
 
 
-def write_header(root: Path, header: dict) -> None:
+def write_header(root: Path, header: Record) -> None:
     """Write it in one step."""
     write_file(header_path(root), encode_line(0, header))
 
 
-def read_header(root: Path) -> dict:
-    """Read it.
+def read_header(root: Path) -> Record:
+    """Read it; `parse_header` says what it means.
 
     Raises:
-        StoreError: there is no store, or a newer version wrote it.
+        NewerStore: a newer version of this program wrote the store.
+        StoreError: there is no store.
         DamagedStore: the file is damaged.
     """
     path = header_path(root)
@@ -56,42 +79,62 @@ def read_header(root: Path) -> dict:
         ) from None
     if decoded is None:
         raise DamagedStore(f"{path} is damaged; run `python -m features repair {root}`")
-    header = decoded[1]
-    if header["version"] != VERSION:
-        raise StoreError(f"{path} has version {header['version']}; this program reads {VERSION}: update it")
-    return header
+    version = decoded[1].get("version")
+    if type(version) is int and version > VERSION:
+        raise NewerStore(
+            f"{path} has version {version}, written by a newer program than this one, which reads up to version "
+            f"{VERSION}; update this program, or make the store again"
+        )
+    return decoded[1]
 
 
-def parse_header(header: dict) -> tuple[StoreSpec, Fingerprint, str]:
-    """The dataclasses that the header describes.
+def parse_header(header: Record) -> Description:
+    """What the header describes.
 
     Raises:
         DamagedStore: it describes no store, whatever its checksum says.
     """
     try:
-        spec = header["spec"]
-        arrays = tuple(ArraySpec(a["name"], tuple(a["shape"]), a["dtype"]) for a in spec["arrays"])
-        grid = tuple(spec["grid"]) if spec["grid"] else None
-        parsed = StoreSpec(spec["kind"], arrays, spec["shard"], grid), Fingerprint(header["fingerprint"])
-        sound = int(spec["shard"]) >= 1 and isinstance(header["fingerprint"], dict)
-        for array in arrays:
-            sound = sound and array.name.isidentifier()  # it becomes a file's name
-            stored(array.dtype)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DamagedStore(f"store.json does not describe a store ({error}); this is not one of ours") from error
-    if not sound:
-        raise DamagedStore("store.json names arrays or a shard size that no store has; this is not one of ours")
-    return *parsed, header["format"]
+        version = take_count(header, "version")
+        if not 1 <= version <= VERSION:
+            raise MalformedRecord(f"'version' is {version}; expected 1 to {VERSION}")
+        return Description(
+            _parse_spec(take(header, "spec", dict), version), _fingerprint(header), take(header, "format", str)
+        )
+    except ValueError as error:
+        raise DamagedStore(
+            f"store.json does not describe a store ({error}); this is not one of ours: encode again into another folder"
+        ) from error
 
 
-def differences(here: dict, there: dict) -> list[str]:
-    """One line a field in which two headers differ: fingerprint fields by name, then format and spec."""
-    lines = Fingerprint(here["fingerprint"]).differences(Fingerprint(there["fingerprint"]))
-    if here["format"] != there["format"]:
-        lines.append(f"format: {here['format']!r} here, {there['format']!r} there")
-    lines += [
-        f"spec.{name}: {here['spec'][name]!r} here, {there['spec'][name]!r} there"
-        for name in here["spec"]
-        if here["spec"][name] != there["spec"][name]
+def _parse_spec(spec: Record, version: int) -> StoreSpec:
+    arrays = [
+        ArraySpec(take(array, "name", str), tuple(take_all(array, "shape", int)), take(array, "dtype", str))
+        for array in take_all(spec, "arrays", dict)
     ]
-    return lines
+    for array in arrays:
+        stored(array.dtype)
+    grid = None if spec.get("grid") is None else take_all(spec, "grid", int)
+    if grid is not None and (len(grid) != 2 or min(grid) < 1):
+        raise MalformedRecord(f"'grid' is {grid!r:.60}; expected the rows and columns of the patches")
+    codec = take(spec, "codec", str) if version > 1 else "none"
+    return StoreSpec(
+        take(spec, "kind", str),  # type: ignore[arg-type]  # StoreSpec checks it, and the codec
+        tuple(arrays),
+        take_count(spec, "shard"),
+        None if grid is None else (grid[0], grid[1]),
+        codec,  # type: ignore[arg-type]
+    )
+
+
+def _fingerprint(header: Record) -> Fingerprint:
+    fields = take(header, "fingerprint", dict)
+    for name, value in fields.items():
+        if not isinstance(value, str | int | float | None):
+            raise MalformedRecord(f"'fingerprint' has {name!r} of {type(value).__name__}; expected one plain value")
+    return Fingerprint(fields)
+
+
+def _plain(record: Record) -> Record:
+    """As it is when it has been through JSON, so that what repeats a header is the same bytes."""
+    return json.loads(json.dumps(record, sort_keys=True))

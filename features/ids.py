@@ -7,15 +7,35 @@ from pathlib import Path
 
 from features.durable import file_sum, write_file
 from features.errors import StoreError
-from features.journal import Contents, Files, Journal, files_from_json, files_to_json
+from features.journal import Contents, Journal
+from features.ledger import MAX_ROWS
+from features.records import Files, MalformedRecord, Record, files_to_json, take, take_all, take_files
 
 MAX_CLIP_ID = 1024
 MAX_TEXT = 16_384
 
 
-def ids_journal(root: Path) -> Journal:
+@dataclass(frozen=True)
+class Describe:
+    """Metadata files that a writer is about to put in place."""
+
+    files: Files
+
+
+@dataclass(frozen=True)
+class Grow:
+    """Rows that exist from here on: their ids, and the metadata files that count them."""
+
+    ids: list[str | None]
+    files: Files
+
+
+Entry = Describe | Grow
+
+
+def ids_journal(root: Path) -> Journal[Entry]:
     """The file of ids in the store at `root`."""
-    return Journal(root / "ids.jsonl")
+    return Journal(root / "ids.jsonl", _parse)
 
 
 @dataclass(frozen=True)
@@ -32,24 +52,16 @@ class RowPlan:
     files: dict[str, tuple[int, int]] = field(default_factory=dict)
     announced: list[Files] = field(default_factory=list)
 
-    def add_all(self, contents: Contents) -> None:
+    def add_all(self, contents: Contents[Entry]) -> None:
         """Take in lines that were read."""
-        for record in contents.records:
-            files = files_from_json(record["files"])
-            if record["kind"] == "announce":
-                self.announced.append(files)
-            else:
-                self.row_ids.extend(record["ids"])
-                self.files.update(files)
-                self.announced.clear()
-
-
-def read_plan(root: Path) -> tuple[RowPlan, Contents]:
-    """Everything that the intact lines say, and what is wrong with the file."""
-    contents = ids_journal(root).read()
-    plan = RowPlan()
-    plan.add_all(contents)
-    return plan, contents
+        for line in contents.lines:
+            match line.entry:
+                case Describe(files):
+                    self.announced.append(files)
+                case Grow(ids, files):
+                    self.row_ids.extend(ids)
+                    self.files.update(files)
+                    self.announced.clear()
 
 
 def grow(root: Path, ids: Sequence[str | None], metadata: Mapping[str, bytes]) -> None:
@@ -62,6 +74,15 @@ def grow(root: Path, ids: Sequence[str | None], metadata: Mapping[str, bytes]) -
     journal.append({"kind": "grow", "ids": list(ids), "files": files})
 
 
+def _parse(record: Record) -> Entry:
+    kind, files = take(record, "kind", str), take_files(record, "files")
+    if kind == "announce":
+        return Describe(files)
+    if kind == "grow":
+        return Grow(take_all(record, "ids", str, type(None)), files)
+    raise MalformedRecord(f"'kind' is {kind[:40]!r}; expected announce or grow")
+
+
 def unseen(known: Sequence[str | None], ids: Sequence[str], kind: str) -> list[str]:
     """The `ids` that no row has yet, checked.
 
@@ -72,6 +93,8 @@ def unseen(known: Sequence[str | None], ids: Sequence[str], kind: str) -> list[s
     fresh = [name for name in dict.fromkeys(ids) if name not in have]
     for name in fresh:
         check_id(name, kind)
+    if len(known) + len(fresh) > MAX_ROWS:
+        raise StoreError(f"{len(known) + len(fresh)} rows are asked for; expected at most {MAX_ROWS} in a store")
     if kind == "patches":
         _refuse_lookalikes([name for name in known if name is not None], fresh)
     return fresh

@@ -3,20 +3,21 @@
 Each line is `{"n": line number, "record": {...}, "crc32c": "..."}` and must equal its own canonical encoding byte for
 byte. A second file, the head, says how many lines have been written, so lines that vanish from the end are noticed too.
 The head follows the line, so after a crash the journal may be one line ahead of its head, never behind it.
+A line that is intact but says nothing that the journal's `parse` understands is a fault like a damaged one.
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Generic, TypeVar
 
 from features.durable import append_to, crc32c, locked, write_file
 from features.errors import DamagedStore
+from features.records import MalformedRecord, Record, take, take_count
 
-Record = dict[str, Any]
-Files = Mapping[str, tuple[int, int]]  # path inside the store -> (bytes, CRC-32)
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,28 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Contents:
+class Line(Generic[Entry]):
+    """One intact line: its number from 0, its record, and what `parse` made of that."""
+
+    number: int
+    record: Record
+    entry: Entry
+
+
+@dataclass(frozen=True)
+class Contents(Generic[Entry]):
     """What a journal holds after some position.
 
     Attributes:
-        records: the intact ones, in order.
-        first: number of the first of them; 0 where the reading began at the beginning.
+        lines: the intact ones, in order.
+        first: number of the line where the reading began.
         faults: one line a fault, naming the file and the line. A torn last line that the head does not count is no
             fault: a crash leaves it, and nobody was told that it had been written.
         lost: true when more than a torn last line is gone, so that the rest cannot be trusted to be the whole.
         position: where the next reading goes on.
     """
 
-    records: tuple[Record, ...]
+    lines: tuple[Line[Entry], ...]
     first: int
     faults: tuple[str, ...]
     lost: bool
@@ -59,18 +69,24 @@ def decode_line(line: bytes) -> tuple[int, Record] | None:
     """Number and record of one line, or None where it is not exactly what was written."""
     try:
         parsed = json.loads(line)
-        number, record = parsed["n"], parsed["record"]
-        intact = isinstance(record, dict) and type(number) is int and encode_line(number, record) == line
-    except (ValueError, KeyError, TypeError, RecursionError):
+        number, record = take(parsed, "n", int), take(parsed, "record", dict)
+        intact = encode_line(number, record) == line
+    except (ValueError, RecursionError):
         return None
     return (number, record) if intact else None
 
 
-class Journal:
-    """A journal at `path`, with its head beside it at `path` + `.head`."""
+class Journal(Generic[Entry]):
+    """A journal at `path`, with its head beside it at `path` + `.head`.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file.
+        parse: what a record says; raises MalformedRecord where it says nothing of the kind.
+    """
+
+    def __init__(self, path: Path, parse: Callable[[Record], Entry]) -> None:
         self.path = path
+        self._parse = parse
         self.head_path = path.with_name(path.name + ".head")
 
     def create(self) -> None:
@@ -93,14 +109,14 @@ class Journal:
             append_to(handle, line)
             self._write_head(number + 1, end + len(line))
 
-    def rewrite(self, records: list[Record]) -> None:
+    def rewrite(self, records: Sequence[Record]) -> None:
         """Replace the whole journal, for repairs."""
         lines = [encode_line(number, record) for number, record in enumerate(records)]
         with locked(self.path):
             write_file(self.path, b"".join(lines))
             self._write_head(len(lines), sum(len(line) for line in lines))
 
-    def read(self, after: Position | None = None) -> Contents:
+    def read(self, after: Position | None = None) -> Contents[Entry]:
         """Everything that is intact, and everything that is not. Never raises for damage.
 
         Args:
@@ -112,11 +128,13 @@ class Journal:
             content, start = self._content(after)
         except FileNotFoundError:
             return Contents((), 0, (f"{self.path.name} is missing",), True, Position())
-        lines = content.split(b"\n")
-        torn = lines.pop()
-        records, faults, expected = [], [], start.number
-        for place, line in enumerate(lines, start=start.number + 1):
-            decoded = decode_line(line + b"\n")
+        raw = content.split(b"\n")
+        torn = raw.pop()
+        lines: list[Line[Entry]] = []
+        faults: list[str] = []
+        expected = start.number
+        for place, written in enumerate(raw, start=start.number + 1):
+            decoded = decode_line(written + b"\n")
             if decoded is None:
                 faults.append(f"{self.path.name} line {place} is damaged")
                 expected += 1
@@ -124,17 +142,21 @@ class Journal:
             number, record = decoded
             if number != expected:
                 faults.append(f"{self.path.name} line {place} has number {number} where {expected} is expected")
-            if number >= expected:
-                records.append(record)
-                expected = number + 1
+            if number < expected:
+                continue
+            expected = number + 1
+            try:
+                lines.append(Line(number, record, self._parse(record)))
+            except MalformedRecord as error:
+                faults.append(f"{self.path.name} line {place} is intact but no line of such a file: {error}")
         lost = bool(faults)
         if head is None:
             faults.append(f"{self.head_path.name} is missing or damaged")
-        elif expected < head["records"]:
-            faults.append(f"{self.path.name} ends after {expected} of {head['records']} lines")
-            lost = lost or expected + bool(torn) < head["records"]
+        elif expected < head[0]:
+            faults.append(f"{self.path.name} ends after {expected} of {head[0]} lines")
+            lost = lost or expected + bool(torn) < head[0]
         position = Position(start.inode, expected, start.end + len(content) - len(torn))
-        return Contents(tuple(records), start.number, tuple(faults), lost, position)
+        return Contents(tuple(lines), start.number, tuple(faults), lost, position)
 
     def _content(self, after: Position | None) -> tuple[bytes, Position]:
         """The bytes from where the reading starts, and where that is."""
@@ -149,16 +171,17 @@ class Journal:
         """Count of whole lines and where they end; only what the head does not count is read."""
         size = os.fstat(handle).st_size
         head = self._read_head()
-        number, start = (head["records"], head["bytes"]) if head and head["bytes"] <= size else (0, 0)
+        number, start = head if head and head[1] <= size else (0, 0)
         tail = os.pread(handle, size - start, start)
         return number + tail.count(b"\n"), start + tail.rfind(b"\n") + 1
 
-    def _read_head(self) -> Record | None:
+    def _read_head(self) -> tuple[int, int] | None:
+        """Lines and bytes that have been written for certain; None where the head is missing or damaged."""
         try:
             decoded = decode_line(self.head_path.read_bytes())
-        except FileNotFoundError:
+            return (take_count(decoded[1], "records"), take_count(decoded[1], "bytes")) if decoded else None
+        except (FileNotFoundError, MalformedRecord):
             return None
-        return decoded[1] if decoded else None
 
     def _write_head(self, records: int, end: int) -> None:
         write_file(self.head_path, encode_line(0, {"records": records, "bytes": end}))
@@ -168,19 +191,9 @@ def require_intact(contents: Contents, path: Path) -> None:
     """Refuse a journal in which more than a torn last line is gone.
 
     Raises:
-        DamagedStore: names the line.
+        DamagedStore: names the file, the line and what to do.
     """
     if contents.lost:
         raise DamagedStore(
             f"{path.parent}: {'; '.join(contents.faults)}; run `python -m features repair {path.parent}`"
         )
-
-
-def files_to_json(files: Files) -> Record:
-    """Files as a record names them."""
-    return {name: {"bytes": size, "crc32": f"{crc:08x}"} for name, (size, crc) in files.items()}
-
-
-def files_from_json(record: Record) -> Files:
-    """The inverse of `files_to_json`."""
-    return {name: (entry["bytes"], int(entry["crc32"], 16)) for name, entry in record.items()}

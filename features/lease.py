@@ -12,6 +12,7 @@ import psutil
 
 from features.durable import disk_full_is_clear, locked, make_folder
 from features.errors import ShardOwned
+from features.records import take, take_count
 
 _CLOCK_SLACK_S = 2.0  # start times are derived from the boot time, which clock corrections move a little
 
@@ -49,8 +50,9 @@ def lease_path(root: Path, shard: int) -> Path:
 def owner_of(path: Path) -> Owner | None:
     """The owner that a lease names; None where there is no lease, or one that a crash left unfinished."""
     try:
-        return Owner(**json.loads(path.read_text()))
-    except (FileNotFoundError, ValueError, TypeError):
+        record = json.loads(path.read_bytes())
+        return Owner(take(record, "host", str), take_count(record, "pid"), take(record, "started", float))
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
 
 

@@ -1,11 +1,26 @@
-"""The list of committed shards: the only thing that readers trust."""
+"""The list of committed shards: the only thing that readers trust.
+
+Three kinds of lines: `announce` precedes putting a shard's files in place, `commit` makes its rows exist, `drop` takes
+damaged clips out again. Fields that a later version adds are ignored; a kind that it adds is refused.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from features.errors import DamagedStore
-from features.journal import Contents, Files, Journal, Record, files_from_json, files_to_json
+from features.journal import Contents, Journal
+from features.records import (
+    Files,
+    MalformedRecord,
+    Record,
+    files_to_json,
+    take,
+    take_all,
+    take_count,
+    take_files,
+)
+
+MAX_ROWS = 10**8  # of a store; a ledger that claims more is not one of ours
 
 
 @dataclass(frozen=True)
@@ -14,15 +29,54 @@ class ClipRecord:
 
     Attributes:
         row: in every array of the store.
-        checksums: CRC-32C of the row's bytes, by array.
+        checksums: CRC-32C of the row's bytes before compression, in hexadecimal digits, by array.
         source: hash of the video it came from.
-        commit: number of the ledger line that last wrote its shard.
     """
 
     row: int
-    checksums: Mapping[str, int]
+    checksums: Mapping[str, str]
     source: str
-    commit: int
+
+
+@dataclass(frozen=True)
+class Announce:
+    """Files that a writer is about to put in place."""
+
+    shard: int
+    files: Files
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Clips that exist from here on.
+
+    Attributes:
+        shard: its number.
+        clips: by id.
+        files: the shard's, as committed.
+        fingerprint: digest of what made the clips.
+        errors: what storing in fewer bits cost, by array.
+        row_bytes: of one row of every array, before compression; None in a ledger of version 1, which had none.
+    """
+
+    shard: int
+    clips: Mapping[str, ClipRecord]
+    files: Files
+    fingerprint: str
+    errors: Mapping[str, float]
+    row_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Damaged clips that are taken out; `emptied` where the shard has no others."""
+
+    shard: int
+    ids: tuple[str, ...]
+    emptied: bool
+
+
+Entry = Announce | Commit | Drop
 
 
 @dataclass(frozen=True)
@@ -31,6 +85,7 @@ class Ledger:
 
     Attributes:
         clips: the committed ones, by id.
+        commits: shard -> number of the line that last committed it.
         files: shard -> its files as committed.
         announced: shard -> files that a writer was about to put in place; a crash may have left them there, holding
             the same committed rows.
@@ -39,55 +94,40 @@ class Ledger:
     """
 
     clips: dict[str, ClipRecord] = field(default_factory=dict)
+    commits: dict[int, int] = field(default_factory=dict)
     files: dict[int, Files] = field(default_factory=dict)
     announced: dict[int, list[Files]] = field(default_factory=dict)
     fingerprints: set[str] = field(default_factory=set)
-    errors: dict[int, dict[str, float]] = field(default_factory=dict)
+    errors: dict[int, Mapping[str, float]] = field(default_factory=dict)
 
-    def add_all(self, contents: Contents) -> None:
-        """Take in lines that were read.
+    def add_all(self, contents: Contents[Entry]) -> None:
+        """Take in lines that were read."""
+        for line in contents.lines:
+            self._add(line.number, line.entry)
 
-        Raises:
-            DamagedStore: a line's checksum is right, but it is no ledger's line.
-        """
-        for number, record in enumerate(contents.records, start=contents.first):
-            try:
-                self.add(number, record)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise DamagedStore(f"ledger.jsonl line {number + 1} is no ledger's line ({error!r})") from error
-
-    def add(self, number: int, record: Record) -> None:
-        """Take in line `number`."""
-        kind, shard = record["kind"], record["shard"]
-        if kind == "announce":
-            self.announced.setdefault(shard, []).append(files_from_json(record["files"]))
-        elif kind == "commit":
-            self.files[shard] = files_from_json(record["files"])
-            self.announced.pop(shard, None)
-            self.errors[shard] = record["errors"]
-            self.fingerprints.add(record["fingerprint"])
-            for clip in record["clips"]:
-                checksums = {name: int(value, 16) for name, value in clip["crc32c"].items()}
-                self.clips[clip["id"]] = ClipRecord(clip["row"], checksums, clip["source"], number)
-        elif kind == "drop":
-            for name in record["ids"]:
-                self.clips.pop(name, None)
-            if record["emptied"]:
-                self.files.pop(shard, None)
+    def _add(self, number: int, entry: Entry) -> None:
+        shard = entry.shard
+        match entry:
+            case Announce():
+                self.announced.setdefault(shard, []).append(entry.files)
+            case Commit():
                 self.announced.pop(shard, None)
+                self.commits[shard] = number
+                self.files[shard] = entry.files
+                self.errors[shard] = entry.errors
+                self.fingerprints.add(entry.fingerprint)
+                self.clips.update(entry.clips)
+            case Drop():
+                for name in entry.ids:
+                    self.clips.pop(name, None)
+                if entry.emptied:
+                    self.announced.pop(shard, None)
+                    self.files.pop(shard, None)
 
 
-def read_ledger(journal: Journal) -> tuple[Ledger, Contents]:
-    """Everything that the intact lines say, and what is wrong with the file."""
-    contents = journal.read()
-    ledger = Ledger()
-    ledger.add_all(contents)
-    return ledger, contents
-
-
-def ledger_journal(root: Path) -> Journal:
+def ledger_journal(root: Path) -> Journal[Entry]:
     """The ledger's file in the store at `root`."""
-    return Journal(root / "ledger.jsonl")
+    return Journal(root / "ledger.jsonl", _parse)
 
 
 def announce(shard: int, files: Files) -> Record:
@@ -97,19 +137,22 @@ def announce(shard: int, files: Files) -> Record:
 
 def commit(
     shard: int,
-    clips: Mapping[str, tuple[int, Mapping[str, int], str]],
+    clips: Mapping[str, ClipRecord],
     files: Files,
     fingerprint: str,
     errors: Mapping[str, float],
+    row_bytes: int,
 ) -> Record:
-    """The line that makes a shard's rows exist. `clips`: id -> (row, checksums, source)."""
+    """The line that makes a shard's rows exist; arguments as in `Commit`."""
+    rows = [clip.row for clip in clips.values()]
     return {
         "kind": "commit",
         "shard": shard,
-        "rows": [min(row for row, _, _ in clips.values()), max(row for row, _, _ in clips.values()) + 1],
+        "rows": [min(rows), max(rows) + 1],
+        "row_bytes": row_bytes,
         "clips": [
-            {"id": name, "row": row, "crc32c": {array: f"{crc:08x}" for array, crc in sums.items()}, "source": source}
-            for name, (row, sums, source) in clips.items()
+            {"id": name, "row": clip.row, "crc32c": dict(clip.checksums), "source": clip.source}
+            for name, clip in clips.items()
         ],
         "files": files_to_json(files),
         "fingerprint": fingerprint,
@@ -118,5 +161,37 @@ def commit(
 
 
 def drop(shard: int, ids: Sequence[str], emptied: bool) -> Record:
-    """The line that takes damaged clips out again; `emptied` where the shard has no others."""
+    """The line that takes damaged clips out again; arguments as in `Drop`."""
     return {"kind": "drop", "shard": shard, "ids": list(ids), "emptied": emptied}
+
+
+def _parse(record: Record) -> Entry:
+    kind, shard = take(record, "kind", str), take_count(record, "shard")
+    if kind == "announce":
+        return Announce(shard, take_files(record, "files"))
+    if kind == "drop":
+        return Drop(shard, tuple(take_all(record, "ids", str)), take(record, "emptied", bool))
+    if kind == "commit":
+        return Commit(
+            shard,
+            dict(_parse_clip(clip) for clip in take_all(record, "clips", dict)),
+            take_files(record, "files"),
+            take(record, "fingerprint", str),
+            _parse_errors(take(record, "errors", dict)),
+            take_count(record, "row_bytes") if "row_bytes" in record else None,
+        )
+    raise MalformedRecord(f"'kind' is {kind[:40]!r}; expected announce, commit or drop")
+
+
+def _parse_clip(clip: Record) -> tuple[str, ClipRecord]:
+    row = take_count(clip, "row")
+    if row >= MAX_ROWS:
+        raise MalformedRecord(f"'row' is {row}; expected a number below {MAX_ROWS}")
+    return take(clip, "id", str), ClipRecord(row, take(clip, "crc32c", dict), take(clip, "source", str))
+
+
+def _parse_errors(errors: Record) -> Mapping[str, float]:
+    for array, error in errors.items():
+        if type(error) not in (int, float):
+            raise MalformedRecord(f"'errors' of {array!r} is {error!r}; expected a number")
+    return errors

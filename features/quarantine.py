@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from features.journal import Journal, require_intact
+from features.records import Record, take
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,26 @@ class QuarantineRecord:
     traceback: str = ""
 
 
-def quarantine_journal(root: Path) -> Journal:
+@dataclass(frozen=True)
+class Attempt:
+    """One line of the file: a clip that failed once more."""
+
+    clip: str
+    failure: Failure
+
+
+def quarantine_journal(root: Path) -> Journal[Attempt]:
     """The quarantine's file in the store at `root`."""
-    return Journal(root / "quarantine.jsonl")
+    return Journal(root / "quarantine.jsonl", _parse)
 
 
-def add_failures(journal: Journal, failures: Mapping[str, Failure]) -> None:
+def add_failures(journal: Journal[Attempt], failures: Mapping[str, Failure]) -> None:
     """Count one more attempt for each clip."""
     for name, failure in failures.items():
         journal.append({"id": name, "reason": failure.reason, "traceback": failure.traceback})
 
 
-def read_quarantine(journal: Journal, committed: Iterable[str]) -> dict[str, QuarantineRecord]:
+def read_quarantine(journal: Journal[Attempt], committed: Iterable[str]) -> dict[str, QuarantineRecord]:
     """The clips in quarantine by id; those that were `committed` later are out of it.
 
     Raises:
@@ -44,10 +53,14 @@ def read_quarantine(journal: Journal, committed: Iterable[str]) -> dict[str, Qua
     contents = journal.read()
     require_intact(contents, journal.path)
     found: dict[str, QuarantineRecord] = {}
-    for record in contents.records:
-        before = found.get(record["id"])
-        attempts = before.attempts + 1 if before else 1
-        found[record["id"]] = QuarantineRecord(record["reason"], attempts, record["traceback"])
+    for line in contents.lines:
+        clip, failure = line.entry.clip, line.entry.failure
+        attempts = found[clip].attempts + 1 if clip in found else 1
+        found[clip] = QuarantineRecord(failure.reason, attempts, failure.traceback)
     for name in found.keys() & set(committed):
         del found[name]
     return found
+
+
+def _parse(record: Record) -> Attempt:
+    return Attempt(take(record, "id", str), Failure(take(record, "reason", str), take(record, "traceback", str)))

@@ -1,58 +1,67 @@
-"""Rows off the disk into memory, each checked against the ledger."""
+"""The reading side: rows off the disk into memory, each checked against the ledger."""
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from features.dtypes import bytes_of, row_bytes
-from features.errors import DamagedStore
-from features.formats import Format, OpenShard
+from features.catalog import Catalog
+from features.dtypes import bytes_of, row_bytes, stored
+from features.encoding import dequantise
+from features.errors import DamagedStore, StoreError
+from features.file_format import Format, OpenShard
 from features.ledger import ClipRecord
-from features.spec import ArraySpec, StoreSpec
+from features.spec import TOKENS, ArraySpec, StoreSpec
 
 _OPEN_SHARDS = 64
 
 
-class RowReader:
-    """Reads rows of the store at `root`; safe to share between threads, not between processes."""
+class Reader:
+    """Reads what a catalog lists; safe to share between threads, not between processes."""
 
-    def __init__(self, root: Path, spec: StoreSpec, files: Format) -> None:
-        self._root = root
-        self._spec = spec
+    def __init__(self, catalog: Catalog, files: Format) -> None:
+        self._catalog = catalog
         self._files = files
         self._open: OrderedDict[tuple[int, int], OpenShard] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(
         self,
-        names: Sequence[str],
-        records: Sequence[ClipRecord],
-        into: Sequence[tuple[ArraySpec, Tensor]],
-        threads: int,
-    ) -> None:
-        """Fill each array's tensor [len(names), *row], contiguous and on the CPU, with the rows of `names`.
-
-        Raises:
-            DamagedStore: names the clip, the array and the file whose bytes are not those that were committed.
-        """
-        rows = [(array, bytes_of(out).reshape(len(names), row_bytes(array))) for array, out in into]
+        ids: Sequence[str],
+        dtype: torch.dtype | None = None,
+        out: Mapping[str, Tensor] | None = None,
+        threads: int = 1,
+    ) -> dict[str, Tensor]:
+        """Every array's rows [len(ids), *row] of `ids`, in that order; arguments and errors as in `Store.read`."""
+        records = self._catalog.records(ids)
+        tensors = {array.name: _buffer(array, len(ids), out) for array in self._catalog.spec.arrays}
+        rows = [
+            (array, bytes_of(tensors[array.name]).reshape(len(ids), row_bytes(array)))
+            for array in self._catalog.spec.arrays
+        ]
 
         def read_clip(place: int) -> None:
             for array, targets in rows:
-                self._read_row(names[place], records[place], array, targets[place])
+                self._read_row(ids[place], records[place], array, targets[place])
 
-        if threads == 1 or len(names) == 1:
-            for place in range(len(names)):
+        if threads == 1 or len(ids) == 1:
+            for place in range(len(ids)):
                 read_clip(place)
-            return
-        with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(read_clip, range(len(names))):
-                pass
+        else:
+            with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
+                for _ in pool.map(read_clip, range(len(ids))):
+                    pass
+        return tensors if dtype is None else _converted(tensors, dtype)
+
+    def read_row(self, name: str, array: ArraySpec) -> np.ndarray:
+        """One row as it lies on the disk. Errors as in `read`."""
+        row = np.empty(array.shape, stored(array.dtype).disk)
+        self._read_row(name, self._catalog.records([name])[0], array, row.reshape(-1).view(np.uint8))
+        return row
 
     def close(self) -> None:
         """Forget the open files; those that nobody reads any more are closed."""
@@ -60,27 +69,62 @@ class RowReader:
             self._open.clear()
 
     def _read_row(self, name: str, record: ClipRecord, array: ArraySpec, target: np.ndarray) -> None:
-        shard, slot = divmod(record.row, self._spec.shard)
-        advice = f"run `python -m features verify {self._root}` and then `repair`"
+        root, spec = self._catalog.root, self._catalog.spec
+        shard, slot = divmod(record.row, spec.shard)
+        advice = f"run `python -m features verify {root}` and then `repair`"
         try:
-            file, offset = self._shard(shard, record.commit).find(array, slot)
-            intact = file.read_into(target, offset) == record.checksums.get(array.name)
+            chunk = self._shard(shard).find(array, slot)
+            intact = chunk.read_into(target) == record.checksums.get(array.name)
         except DamagedStore as error:
             raise DamagedStore(f"clip {name!r} cannot be read: {error}; {advice}") from error
         if not intact:
             raise DamagedStore(
-                f"clip {name!r}: the bytes of {array.name} in {file.path} are not those that were committed; {advice}"
+                f"clip {name!r}: the bytes of {array.name} in {chunk.file.path} are not those that were committed; "
+                f"{advice}"
             )
 
-    def _shard(self, shard: int, commit: int) -> OpenShard:
+    def _shard(self, shard: int) -> OpenShard:
         # A later commit puts other files in place, so the commit is part of the key.
-        key = (shard, commit)
+        key = (shard, self._catalog.ledger.commits[shard])
         with self._lock:
             opened = self._open.get(key)
             if opened is None:
-                opened = self._open[key] = self._files.open(self._root, self._spec, shard)
+                opened = self._open[key] = self._files.open(self._catalog.root, self._catalog.spec, shard)
                 if len(self._open) > _OPEN_SHARDS:
                     self._open.popitem(last=False)
             else:
                 self._open.move_to_end(key)
         return opened
+
+
+def make_buffers(spec: StoreSpec, rows: int, pin: bool) -> dict[str, Tensor]:
+    """Memory for `rows` rows of every array, as they are stored."""
+    return {
+        array.name: torch.empty(rows, *array.shape, dtype=stored(array.dtype).torch, pin_memory=pin)
+        for array in spec.arrays
+    }
+
+
+def _buffer(array: ArraySpec, rows: int, out: Mapping[str, Tensor] | None) -> Tensor:
+    """[rows, *row] to read into: new, or the first rows of what the caller gave."""
+    dtype = stored(array.dtype).torch
+    if out is None:
+        return torch.empty(rows, *array.shape, dtype=dtype)
+    given = out.get(array.name)
+    wrong = given is None or given.dtype != dtype or given.shape[1:] != array.shape or len(given) < rows
+    if given is None or wrong or not given.is_contiguous() or given.device.type != "cpu":
+        found = "nothing" if given is None else f"{tuple(given.shape)} {given.dtype} on {given.device}"
+        raise StoreError(
+            f"out has {found} for {array.name}; expected at least {(rows, *array.shape)} {dtype}, contiguous, on the "
+            "CPU: make it with Store.buffers"
+        )
+    return given[:rows]
+
+
+def _converted(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tokens in `dtype`, multiplied by their scale where they were stored in few bits."""
+    scale = tensors.pop("scale", None)
+    converted = {name: tensor.to(dtype) if name in TOKENS else tensor for name, tensor in tensors.items()}
+    if scale is not None:
+        converted["patches"] = dequantise(tensors["patches"], scale, dtype)
+    return converted

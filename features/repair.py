@@ -1,5 +1,6 @@
 """Take what is damaged out of a store, so that `extract run` encodes exactly that again."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from features.ids import grow, ids_journal
 from features.journal import Journal
 from features.ledger import ledger_journal
 from features.quarantine import quarantine_journal
+from features.records import Record
 from features.store import open_store
 from features.verify import TEXT, Report, bad_rows, inspect, verify, verify_half
 
@@ -67,7 +69,7 @@ def _repair_description(root: Path) -> list[str]:
         write_header(root, found.header)
     for journal in (ledger_journal(root), quarantine_journal(root)):
         if journal.path.name in damaged:
-            _rewrite(journal, list(journal.read().records))
+            _rewrite(journal, [line.record for line in journal.read().lines])
     metadata = found.format.metadata(found.header, found.spec, len(found.row_ids))
     if ids_journal(root).path.name in damaged:
         _rewrite(ids_journal(root), [])
@@ -77,7 +79,7 @@ def _repair_description(root: Path) -> list[str]:
     return sorted(damaged)
 
 
-def _rewrite(journal: Journal, records: list[dict]) -> None:
+def _rewrite(journal: Journal, records: Sequence[Record]) -> None:
     if journal.path.exists():
         write_file(journal.path.with_name(journal.path.name + ".damaged"), journal.path.read_bytes())
     journal.rewrite(records)

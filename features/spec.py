@@ -1,19 +1,23 @@
 """What crosses the store's boundary: tokens, text states, the store's shape and its fingerprint.
 
-Shape legend: B clips, T frames, N patches a frame (rows x cols), M coarse patches a frame, D channels (coarse: E), L text tokens.
+Shape legend: B clips, T frames, N patches a frame (rows x cols) of D channels, M coarse patches a frame of E channels,
+L text tokens.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 Scalar = str | int | float | bool | None
 StoredDtype = Literal["float16", "bfloat16", "float32", "float8_e4m3", "int8"]
+Codec = Literal["none", "zstd", "blosc-zstd", "gzip"]
+TOKENS = ("patches", "coarse", "states")  # the arrays that have the stored dtype; the others are measures of them
+QUANTISED = ("int8", "float8_e4m3")  # dtypes whose patches have a scale each
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,12 @@ class TextStates:
             )
 
 
+_ARRAYS = {
+    "patches": tuple(field.name for field in fields(PatchTokens)),
+    "text": tuple(field.name for field in fields(TextStates)),
+}
+
+
 @dataclass(frozen=True)
 class ArraySpec:
     """One named array of a store: `shape` is that of a single row."""
@@ -118,12 +128,31 @@ class StoreSpec:
         arrays: what is kept for each row.
         shard: rows to a shard.
         grid: (rows, cols) of the patch grid; None for text.
+        codec: how rows are compressed on disk; it changes no value.
+
+    Raises:
+        ValueError: names what no store can have.
     """
 
     kind: Literal["patches", "text"]
     arrays: tuple[ArraySpec, ...]
     shard: int = 64
     grid: tuple[int, int] | None = None
+    codec: Codec = "none"
+
+    def __post_init__(self) -> None:
+        if self.kind not in _ARRAYS:
+            raise ValueError(f"kind is {self.kind!r}; expected one of {', '.join(_ARRAYS)}")
+        if self.shard < 1:
+            raise ValueError(f"shard is {self.shard}; expected at least 1 row")
+        if self.codec not in get_args(Codec):
+            raise ValueError(f"codec is {self.codec!r}; expected one of {', '.join(get_args(Codec))}")
+        names = [array.name for array in self.arrays]
+        for name in names:
+            # Each becomes a file's name and a field of PatchTokens or TextStates.
+            if name not in _ARRAYS[self.kind] or names.count(name) > 1:
+                expected = ", ".join(_ARRAYS[self.kind])
+                raise ValueError(f"array {name!r} is doubled or unknown; a store of {self.kind} keeps {expected}")
 
     @classmethod
     def for_patches(
@@ -135,6 +164,7 @@ class StoreSpec:
         shard: int = 64,
         coarse: int | None = None,
         coarse_width: int | None = None,
+        codec: Codec = "none",
     ) -> "StoreSpec":
         """Spec of a clip store: `frames` T, `grid` with rows*cols = N, `width` D.
 
@@ -147,22 +177,25 @@ class StoreSpec:
             ArraySpec("saliency", (frames, n), "float32"),
             ArraySpec("timestamps", (frames,), "float32"),
         ]
-        if dtype in ("int8", "float8_e4m3"):
+        if dtype in QUANTISED:
             arrays.append(ArraySpec("scale", (frames, n), "float32"))
         if coarse is not None:
             # `scale` belongs to `patches`; the few coarse tokens are kept in full.
-            kept = "float16" if dtype in ("int8", "float8_e4m3") else dtype
+            kept = "float16" if dtype in QUANTISED else dtype
             arrays.append(ArraySpec("coarse", (frames, coarse, coarse_width or width), kept))
             arrays.append(ArraySpec("coarse_saliency", (frames, coarse), "float32"))
-        return cls("patches", tuple(arrays), shard, grid)
+        return cls("patches", tuple(arrays), shard, grid, codec)
 
     @classmethod
-    def for_text(cls, length: int, width: int, dtype: StoredDtype = "float16", shard: int = 1024) -> "StoreSpec":
+    def for_text(
+        cls, length: int, width: int, dtype: StoredDtype = "float16", shard: int = 1024, codec: Codec = "none"
+    ) -> "StoreSpec":
         """Spec of a store of text states: `length` L tokens of `width` D."""
         return cls(
             "text",
             (ArraySpec("states", (length, width), dtype), ArraySpec("attention_mask", (length,), "bool")),
             shard,
+            codec=codec,
         )
 
     def array(self, name: str) -> ArraySpec:

@@ -11,14 +11,15 @@ import numpy as np
 
 from features.dtypes import row_bytes
 from features.durable import file_sum_of, holds
-from features.errors import DamagedStore, StoreError
-from features.formats import Format, Header
+from features.errors import DamagedStore, NewerStore, StoreError
+from features.file_format import Format
+from features.formats import FORMATS, format_named
 from features.header import header_path, parse_header, read_header
-from features.ids import ids_journal, read_plan
-from features.ledger import Ledger, ledger_journal, read_ledger
+from features.ids import RowPlan, ids_journal
+from features.ledger import Ledger, ledger_journal
 from features.quarantine import quarantine_journal
+from features.records import Record
 from features.spec import Fingerprint, StoreSpec
-from features.store import FORMATS, format_named
 
 TEXT = "text"  # the folder inside a store of clips with the states of their questions
 
@@ -83,7 +84,7 @@ class Inspection:
     """
 
     root: Path
-    header: Header | None
+    header: Record | None
     row_ids: tuple[str | None, ...]
     ledger: Ledger
     faults: tuple[Fault, ...]
@@ -92,7 +93,7 @@ class Inspection:
     def spec(self) -> StoreSpec:
         """The shape that the header gives."""
         assert self.header is not None
-        return parse_header(self.header)[0]
+        return parse_header(self.header).spec
 
     @property
     def format(self) -> Format:
@@ -111,13 +112,17 @@ def inspect(root: Path) -> Inspection:
     """Read the store's description; every damage to it becomes a fault.
 
     Raises:
+        NewerStore: a newer version of this program wrote the store.
         StoreError: there is no store at all.
     """
     if not header_path(root).exists() and not ledger_journal(root).path.exists():
         read_header(root)
     faults: list[Fault] = []
-    ledger, committed = read_ledger(ledger_journal(root))  # before the ids, which are written before their clips
-    plan, planned = read_plan(root)
+    ledger, plan = Ledger(), RowPlan()
+    committed = ledger_journal(root).read()  # before the ids, which are written before their clips
+    planned = ids_journal(root).read()
+    ledger.add_all(committed)
+    plan.add_all(planned)
     faults += [Fault(ids_journal(root).path.name, what) for what in planned.faults]
     metadata = [
         Fault(name, "is not what was written")
@@ -221,8 +226,8 @@ def bad_rows(found: Inspection, shard: int) -> list[str]:
         for array in spec.arrays:
             row = np.empty(row_bytes(array), np.uint8)
             try:
-                file, offset = opened.find(array, record.row % spec.shard)
-                intact = file.read_into(row, offset) == record.checksums.get(array.name)
+                chunk = opened.find(array, record.row % spec.shard)
+                intact = chunk.read_into(row) == record.checksums.get(array.name)
             except (DamagedStore, OSError):
                 intact = False
             if not intact:
@@ -231,11 +236,15 @@ def bad_rows(found: Inspection, shard: int) -> list[str]:
     return bad
 
 
-def _header(root: Path, faults: list[Fault], copy_is_sound: bool) -> Header | None:
+def _header(root: Path, faults: list[Fault], copy_is_sound: bool) -> Record | None:
     """The header, or its copy where it is damaged; None where neither can be trusted."""
-    copies = [copy for files in FORMATS.values() if (copy := files.header_of(root)) is not None]
+    copies = [copy for files in FORMATS.values() if _is_sound(copy := files.header_of(root))]
     try:
         header = read_header(root)
+        described = parse_header(header)
+        format_named(described.format, described.spec.codec)
+    except NewerStore:
+        raise
     except StoreError as error:
         faults.append(Fault(header_path(root).name, str(error)))
         return copies[0] if copies else None
@@ -243,6 +252,15 @@ def _header(root: Path, faults: list[Fault], copy_is_sound: bool) -> Header | No
         faults.append(Fault(header_path(root).name, "says something else than the copy in the arrays' metadata"))
         return None
     return header
+
+
+def _is_sound(header: Record | None) -> bool:
+    try:
+        described = parse_header(header or {})
+        format_named(described.format, described.spec.codec)
+    except StoreError:
+        return False
+    return True
 
 
 def _completed(row_ids: Sequence[str | None], ledger: Ledger) -> tuple[list[str | None], tuple[str, ...]]:
@@ -258,16 +276,16 @@ def _completed(row_ids: Sequence[str | None], ledger: Ledger) -> tuple[list[str 
 
 
 def _uncommitted_with_files(
-    root: Path, header: Header | None, row_ids: Sequence[str | None], ledger: Ledger
+    root: Path, header: Record | None, row_ids: Sequence[str | None], ledger: Ledger
 ) -> tuple[str, ...]:
     """Ids whose shard has files but which no intact line commits: what a damaged ledger may have lost."""
     if header is None:
         return ()
-    spec, _, name = parse_header(header)
-    lost = []
-    for row, clip in enumerate(row_ids):
-        if clip is not None and clip not in ledger.clips:
-            files = FORMATS[name].files(spec, row // spec.shard)
-            if all((root / file).exists() for file in files):
-                lost.append(clip)
-    return tuple(lost)
+    described = parse_header(header)
+    spec, files = described.spec, FORMATS[described.format]
+    waiting = {row: clip for row, clip in enumerate(row_ids) if clip is not None and clip not in ledger.clips}
+    return tuple(
+        clip
+        for row, clip in waiting.items()
+        if all((root / file).exists() for file in files.files(spec, row // spec.shard))
+    )

@@ -1,36 +1,44 @@
 """Zarr v3: one sharded array per `ArraySpec`; an inner chunk is one row, a shard is `spec.shard` rows.
 
 The metadata are zarr-python's own, and any Zarr v3 reader can open the store. Shards are written and read here, because
-that is several times faster; tests hold both against zarr-python.
+that is several times faster; tests hold both against zarr-python, byte for byte.
 """
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+import numcodecs
 import numpy as np
 import zarr
-from zarr.codecs import Crc32cCodec
+from zarr.abc.codec import BytesBytesCodec
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.core.chunk_key_encodings import ChunkKeyEncodingParams
 from zarr.storage import MemoryStore
 
 from features.dtypes import row_bytes, stored
 from features.durable import crc32c
 from features.errors import DamagedStore
-from features.formats import Blocks, Header, OpenFile
+from features.file_format import Blocks, Chunk, OpenFile
+from features.records import Record
 from features.spec import ArraySpec, StoreSpec
 
 _EMPTY = 2**64 - 1  # how the index of a shard marks a chunk that was never written
 _CRC = 4
+_ZSTD_LEVEL = 3
+_BLOSC_LEVEL = 5
 
 
 class ZarrFormat:
-    """See `features.formats.Format`."""
+    """See `features.file_format.Format`."""
 
     name = "zarr"
+    codecs: tuple[str, ...] = ("none", "zstd", "blosc-zstd")
 
-    def metadata(self, header: Header, spec: StoreSpec, rows: int) -> dict[str, bytes]:
+    def metadata(self, header: Record, spec: StoreSpec, rows: int) -> dict[str, bytes]:
         """The group's and every array's `zarr.json`; the group's attributes repeat the store's header."""
         files: dict = {}
         group = zarr.create_group(MemoryStore(files), attributes=header)
@@ -38,7 +46,7 @@ class ZarrFormat:
             _create_array(group, array, spec, rows)
         return {path: buffer.to_bytes() for path, buffer in files.items()}
 
-    def header_of(self, root: Path) -> Header | None:
+    def header_of(self, root: Path) -> Record | None:
         """The header as the group's attributes repeat it, for repairs."""
         try:
             return json.loads((root / "zarr.json").read_bytes())["attributes"]
@@ -53,12 +61,14 @@ class ZarrFormat:
         """Row, checksum, row, checksum, ..., index, checksum. zarr-python's own writer takes three times the memory."""
         staged = {}
         for array, rows in blocks:
+            compressor = _compressor(array, spec)
             index = np.full((spec.shard, 2), _EMPTY, "<u8")
             path = staged[_shard_file(array, shard)] = folder / array.name
             with path.open("wb") as file:
                 for slot, row in zip(slots, rows, strict=True):
-                    index[slot] = file.tell(), row.nbytes + _CRC
-                    _write_checked(file, row)
+                    content = row if compressor is None else np.frombuffer(compressor.python.encode(row), np.uint8)
+                    index[slot] = file.tell(), content.nbytes + _CRC
+                    _write_checked(file, content)
                 _write_checked(file, index)
         return staged
 
@@ -68,20 +78,23 @@ class ZarrFormat:
 
 
 class ZarrShard:
-    """See `features.formats.OpenShard`."""
+    """See `features.file_format.OpenShard`."""
 
     def __init__(self, root: Path, spec: StoreSpec, shard: int) -> None:
         self._arrays = {array.name: _open_indexed(root / _shard_file(array, shard), spec) for array in spec.arrays}
+        self._compressors = {array.name: _compressor(array, spec) for array in spec.arrays}
 
-    def find(self, array: ArraySpec, slot: int) -> tuple[OpenFile, int]:
+    def find(self, array: ArraySpec, slot: int) -> Chunk:
         """Row `slot` by the shard's index."""
         file, index = self._arrays[array.name]
+        compressor = self._compressors[array.name]
         offset, size = (int(number) for number in index[slot])
         if offset == _EMPTY:
             raise DamagedStore(f"{file.path} holds nothing for row {slot} of its shard")
-        if size != row_bytes(array) + _CRC or offset + size > file.size:
+        wrong = size != row_bytes(array) + _CRC if compressor is None else size <= _CRC
+        if wrong or offset + size > file.size:
             raise DamagedStore(f"{file.path} places row {slot} of its shard outside of itself")
-        return file, offset
+        return Chunk(file, offset, size, None if compressor is None else partial(_decode, compressor.python))
 
 
 def _shard_file(array: ArraySpec, shard: int) -> str:
@@ -93,8 +106,36 @@ def _write_checked(file: BinaryIO, content: np.ndarray) -> None:
     file.write(crc32c(content).to_bytes(_CRC, "little"))
 
 
+@dataclass(frozen=True)
+class _Compressor:
+    """A codec as the metadata name it, and the object that zarr-python would make of that."""
+
+    zarr: BytesBytesCodec
+    python: numcodecs.abc.Codec
+
+
+def _compressor(array: ArraySpec, spec: StoreSpec) -> _Compressor | None:
+    match spec.codec:
+        case "zstd":
+            return _Compressor(ZstdCodec(level=_ZSTD_LEVEL), numcodecs.Zstd(_ZSTD_LEVEL))
+        case "blosc-zstd":
+            width = np.dtype(stored(array.dtype).disk).itemsize
+            return _Compressor(
+                BloscCodec(typesize=width, cname="zstd", clevel=_BLOSC_LEVEL, shuffle="shuffle"),
+                numcodecs.Blosc("zstd", _BLOSC_LEVEL, numcodecs.Blosc.SHUFFLE, typesize=width),
+            )
+    return None
+
+
+def _decode(codec: numcodecs.abc.Codec, content: bytes, row: np.ndarray) -> None:
+    # Checked before they are decompressed, because decompressors trust what they are given.
+    if crc32c(content[:-_CRC]).to_bytes(_CRC, "little") != content[-_CRC:]:
+        raise ValueError("their checksum is another")
+    codec.decode(content[:-_CRC], out=row)  # refuses more than the row holds; the ledger's checksum finds less
+
+
 def _create_array(group: zarr.Group, array: ArraySpec, spec: StoreSpec, rows: int) -> zarr.Array:
-    kept = stored(array.dtype)
+    kept, compressor = stored(array.dtype), _compressor(array, spec)
     return group.create_array(
         array.name,
         shape=(rows, *array.shape),
@@ -104,7 +145,7 @@ def _create_array(group: zarr.Group, array: ArraySpec, spec: StoreSpec, rows: in
         # One folder an array, not four for each shard.
         chunk_key_encoding=ChunkKeyEncodingParams(name="default", separator="."),
         filters=None,
-        compressors=Crc32cCodec(),
+        compressors=[*([] if compressor is None else [compressor.zarr]), Crc32cCodec()],
         fill_value=kept.absent,
         attributes={"dtype": array.dtype},
     )

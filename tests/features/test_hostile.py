@@ -1,16 +1,24 @@
 """Files whose checksums are right, but which claim what no store of ours does."""
 
+import random
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from features import DamagedStore, Store, StoreError, create_store, open_store
+from features import DamagedStore, Failure, NewerStore, Store, StoreError, create_store, open_store
 from features.__main__ import main
 from features.durable import crc32c
+from features.formats import FORMATS
 from features.header import read_header, write_header
+from features.ids import grow
+from features.journal import Journal, decode_line, encode_line
 from features.ledger import ledger_journal
+from features.repair import repair
 from features.verify import verify
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, fill
 
@@ -42,6 +50,22 @@ def _another_format(header: dict) -> None:
     header["format"] = "pickle"
 
 
+def _another_codec(header: dict) -> None:
+    header["spec"]["codec"] = "lzma"
+
+
+def _a_missing_codec(header: dict) -> None:
+    header["spec"]["codec"] = "gzip"
+
+
+def _no_version(header: dict) -> None:
+    del header["version"]
+
+
+def _a_nested_fingerprint(header: dict) -> None:
+    header["fingerprint"]["depth"] = [6]
+
+
 def _a_negative_side(header: dict) -> None:
     header["spec"]["arrays"][0]["shape"] = [-1, 2, 8]
 
@@ -49,10 +73,17 @@ def _a_negative_side(header: dict) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_four_tebibytes, r"store.json claims \d{13} bytes a row, but shard 0 has"),
-        (_a_path, "names arrays or a shard size that no store has"),
+        (
+            _four_tebibytes,
+            r"store.json claims \d{13} bytes a row, but ledger.jsonl line 2 committed 4 rows in \d+ bytes",
+        ),
+        (_a_path, r"array '../../elsewhere' is doubled or unknown; a store of patches keeps cls, patches"),
         (_no_arrays, "does not describe a store"),
-        (_no_shard, "names arrays or a shard size that no store has"),
+        (_no_shard, "shard is 0; expected at least 1 row"),
+        (_another_codec, "codec is 'lzma'; expected one of none, zstd"),
+        (_a_missing_codec, "codec is 'gzip'; expected one that zarr has: none, zstd, blosc-zstd"),
+        (_no_version, "does not describe a store .'version' is missing"),
+        (_a_nested_fingerprint, "'fingerprint' has 'depth' of list; expected one plain value"),
         (_another_format, "format 'pickle' is unknown"),
         (_a_negative_side, r"does not describe a store .*expected positive sides"),
     ],
@@ -70,13 +101,135 @@ def test_headers(
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("record", [{}, {"kind": "commit", "shard": 0}, {"kind": "drop", "shard": [], "ids": 3}])
-def test_ledger_lines(store: Store, record: dict, capsys: pytest.CaptureFixture[str]) -> None:
-    ledger_journal(store.path).append(record)
-    with pytest.raises(DamagedStore, match=r"ledger.jsonl line 7 is no ledger's line"):
-        open_store(store.path)
-    assert main(["verify", str(store.path)]) == 1
+LINES = [
+    ("ledger.jsonl", {"row": 1}, "'kind' is missing"),
+    ("ledger.jsonl", {"kind": "commit", "shard": 0}, "'clips' is missing"),
+    ("ledger.jsonl", {"kind": "merge", "shard": 0}, "'kind' is 'merge'; expected announce, commit or drop"),
+    ("ledger.jsonl", {"kind": "drop", "shard": [], "ids": 3}, r"'shard' is \[\]; expected a whole number"),
+    ("ledger.jsonl", {"kind": "drop", "shard": 0, "ids": [3]}, "'ids' holds 3; expected a text"),
+    ("ledger.jsonl", {"kind": "announce", "shard": 0, "files": {"a": 1}}, "1 stands where an object with 'bytes'"),
+    (
+        "ledger.jsonl",
+        {"kind": "commit", "shard": 0, "clips": [{"id": "a", "row": 10**15, "crc32c": {}, "source": ""}]},
+        "'row' is 1000000000000000; expected a number below 100000000",
+    ),
+    ("ids.jsonl", {"row": 1}, "'kind' is missing"),
+    ("ids.jsonl", {"kind": "grow", "ids": "ab", "files": {}}, "'ids' is 'ab'; expected a list"),
+    ("ids.jsonl", {"kind": "grow", "ids": [], "files": {"x": {"bytes": 1, "crc32": "zz"}}}, "eight hexadecimal digits"),
+    ("quarantine.jsonl", {"row": 1}, "'id' is missing"),
+    ("quarantine.jsonl", {"id": "a", "reason": 3, "traceback": ""}, "'reason' is 3; expected a text"),
+]
+
+
+@pytest.mark.parametrize(("file", "record", "message"), LINES)
+def test_lines_of_another_program(
+    store: Store, file: str, record: dict, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Journal(store.path / file, dict).append(record)
+    number = len((store.path / file).read_bytes().splitlines())
+    said = rf"{file} line {number} is intact but no line of such a file: .*{message}.*; run `python -m features repair"
+    with pytest.raises(DamagedStore, match=said):
+        open_store(store.path).missing()
+    report = verify(store.path)
+    assert [fault.where for fault in report.faults] == [file]
+    assert main(["info", str(store.path)]) == 1
+    assert main(["repair", str(store.path)]) == 0
     assert "Traceback" not in capsys.readouterr().err
+    assert verify(store.path).ok
+    assert open_store(store.path).clip_ids == IDS
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def _replaced(value: object, chance: random.Random, by: object) -> object:
+    """`value` with one of its parts, at any depth, taken out or replaced."""
+    if isinstance(value, dict) and value and chance.random() < 0.9:
+        key = chance.choice(sorted(value))
+        if chance.random() < 0.2:
+            return {name: part for name, part in value.items() if name != key}
+        return {**value, key: _replaced(value[key], chance, by)}
+    if isinstance(value, list) and value and chance.random() < 0.9:
+        place = chance.randrange(len(value))
+        return [*value[:place], _replaced(value[place], chance, by), *value[place + 1 :]]
+    return by
+
+
+@settings(max_examples=60, deadline=None)
+@given(file=st.sampled_from(["ledger.jsonl", "ids.jsonl", "quarantine.jsonl", "store.json"]), part=JSON, data=st.data())
+def test_any_change_with_a_right_checksum_is_one_clear_line_or_harmless(
+    full: Store, file: str, part: object, data: st.DataObject
+) -> None:
+    path = full.path / file
+    before = path.read_bytes()
+    lines = before.splitlines(keepends=True)
+    place = data.draw(st.integers(0, len(lines) - 1))
+    number, record = decode_line(lines[place]) or (0, {})
+    changed = _replaced(record, random.Random(data.draw(st.integers())), part)
+    try:
+        lines[place] = encode_line(number, changed)  # type: ignore[arg-type]
+    except UnicodeEncodeError:
+        return
+    path.write_bytes(b"".join(lines))
+    try:
+        with suppress(StoreError):
+            store = open_store(full.path)
+            store.missing()
+            store.read(store.clip_ids[:3])
+        with suppress(NewerStore):
+            verify(full.path)
+    finally:
+        path.write_bytes(before)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    store = create_store(tmp_path_factory.mktemp("full") / "store", SPEC, FINGERPRINT, IDS)
+    store.write_shard(0, {}, {}, {IDS[0]: Failure("broken", "Traceback")})
+    fill(store, skip=(IDS[5],))
+    store.rewrite_shard(0, without=(IDS[1],))
+    return store
+
+
+def test_a_newer_store_is_left_alone(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    header = read_header(store.path)
+    write_header(store.path, {**header, "version": 9})
+    before = {path: path.read_bytes() for path in store.path.rglob("*") if path.is_file()}
+    said = "store.json has version 9, written by a newer program than this one, which reads up to version 2; update"
+    for act in (open_store, verify, repair, lambda path: create_store(path, SPEC, FINGERPRINT, ("new",))):
+        with pytest.raises(NewerStore, match=said):
+            act(store.path)
+    for command in ("info", "verify", "repair", "convert"):
+        assert main([command, str(store.path)]) == 1
+        assert said in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in store.path.rglob("*") if path.is_file()} == before
+
+
+def test_a_store_of_version_1_is_read_and_continued(tmp_path: Path, format: str) -> None:
+    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS[:6], format)
+    fill(store, skip=(IDS[5],))
+    header = read_header(store.path)
+    del header["spec"]["codec"]
+    header["version"] = 1
+    write_header(store.path, header)
+    ledger = ledger_journal(store.path)
+    records = [line.record for line in ledger.read().lines]
+    ledger.rewrite([{name: value for name, value in record.items() if name != "row_bytes"} for record in records])
+    grow(store.path, [], FORMATS[format].metadata(header, SPEC, 6))
+    assert verify(store.path).ok
+    again = create_store(store.path, SPEC, FINGERPRINT, IDS, format)
+    fill(again)
+    assert again.clip_ids == IDS
+    assert read_header(store.path)["version"] == 1
+    assert verify(store.path).ok
+    _four_tebibytes(header)
+    write_header(store.path, header)
+    with pytest.raises(DamagedStore, match="this is not the store that was written"):
+        open_store(store.path)
 
 
 @pytest.mark.parametrize(

@@ -86,11 +86,11 @@ def test_later_rows_of_a_shard_leave_earlier_ones_as_they_are(make: Make) -> Non
     store = make()
     fill(store, skip=(IDS[1], IDS[9]))
     before = store.read([IDS[0], IDS[8]])
-    sums = dict(store._ledger.clips[IDS[0]].checksums)
+    sums = dict(store._catalog.ledger.clips[IDS[0]].checksums)
     fill(store)
     after = open_store(store.path).read([IDS[0], IDS[8]])
     assert torch.equal(before.patches, after.patches)
-    assert store._ledger.clips[IDS[0]].checksums == sums
+    assert store._catalog.ledger.clips[IDS[0]].checksums == sums
     assert store.clip_ids == IDS
 
 
@@ -240,7 +240,7 @@ def test_a_store_goes_to_other_processes(make: Make) -> None:
 def test_a_flipped_bit_is_never_read(make: Make) -> None:
     store = make()
     fill(store)
-    path = next(store.path / name for name in store._ledger.files[1] if "patches" in name or "h5" in name)
+    path = next(store.path / name for name in store._catalog.ledger.files[1] if "patches" in name or "h5" in name)
     content = bytearray(path.read_bytes())
     where = content.find(store.read([IDS[5]]).patches.numpy().tobytes())
     content[where + 3] ^= 4

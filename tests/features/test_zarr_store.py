@@ -67,7 +67,7 @@ def test_fast_reader_equals_zarr_python(tmp_path_factory: pytest.TempPathFactory
         }
         store.write_shard(work.shard, rows, dict.fromkeys(rows, "sha256:0"))
     plain = zarr.open_array(store.path / "states", mode="r")[:]
-    fast = open_store(store.path)._read(written, None)["states"]
+    fast = open_store(store.path).read_arrays(written)["states"]
     slow = np.ascontiguousarray(plain[[ids.index(name) for name in written]])
     assert bytes_of(fast).tobytes() == slow.tobytes()
 

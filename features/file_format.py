@@ -1,0 +1,126 @@
+"""What a file format has to offer; `zarr_store` and `hdf5_store` each offer it."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from features.durable import crc32c
+from features.errors import DamagedStore
+from features.records import Record
+from features.spec import ArraySpec, StoreSpec
+
+BLOCK = 1 << 18
+
+Blocks = Iterable[tuple[ArraySpec, Iterable[np.ndarray]]]  # one an array: its rows, in the disk dtype
+
+
+class OpenFile:
+    """A file open for reading at any offset, closed when nobody uses it any more. Safe to share between threads."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.handle = -1
+        self.handle = os.open(path, os.O_RDONLY)
+        self.size = os.fstat(self.handle).st_size
+
+    def read(self, size: int, offset: int) -> bytes:
+        """Up to `size` bytes from `offset`."""
+        return os.pread(self.handle, size, offset)
+
+    def read_into(self, target: np.ndarray, offset: int) -> int:
+        """Fill `target`, contiguous bytes, from `offset`; returns the CRC-32C of what was read.
+
+        Raises:
+            DamagedStore: the file ends before.
+        """
+        crc = done = 0
+        while done < target.size:
+            # A block at a time, so that the checksum finds the bytes still in the processor's cache.
+            block = target[done : done + BLOCK]
+            count = os.preadv(self.handle, [block.data], offset + done)
+            if count == 0:
+                raise DamagedStore(f"{self.path} ends {target.size - done} bytes too early")
+            crc = crc32c(block[:count], crc)
+            done += count
+        return crc
+
+    def __del__(self) -> None:
+        if self.handle >= 0:
+            os.close(self.handle)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Where one row lies.
+
+    Attributes:
+        file: that holds it.
+        offset: of its first byte.
+        size: in bytes, with whatever the format adds.
+        decode: from those bytes into a row of the right size; None where the row's bytes lie there as they are.
+            Raises ValueError or RuntimeError where they are not what the codec made.
+    """
+
+    file: OpenFile
+    offset: int
+    size: int
+    decode: Callable[[bytes, np.ndarray], None] | None = None
+
+    def read_into(self, row: np.ndarray) -> str:
+        """Fill `row`, contiguous bytes; returns the CRC-32C of what it holds now, in hexadecimal digits.
+
+        Raises:
+            DamagedStore: the bytes cannot be read or decoded.
+        """
+        if self.decode is None:
+            return f"{self.file.read_into(row, self.offset):08x}"
+        try:
+            self.decode(self.file.read(self.size, self.offset), row)
+        except (ValueError, RuntimeError) as error:
+            raise DamagedStore(f"{self.file.path} holds bytes that cannot be decompressed ({error})") from error
+        return f"{crc32c(row):08x}"
+
+
+class OpenShard(Protocol):
+    """A shard's files, open for reading."""
+
+    def find(self, array: ArraySpec, slot: int) -> Chunk:
+        """Where row `slot` of `array` lies.
+
+        Raises:
+            DamagedStore: the file does not say, or says something impossible.
+        """
+
+
+class Format(Protocol):
+    """One way of keeping shards in files."""
+
+    name: str
+    codecs: tuple[str, ...]  # what `StoreSpec.codec` can be, `none` first
+
+    def metadata(self, header: Record, spec: StoreSpec, rows: int) -> dict[str, bytes]:
+        """The files, by path inside the store, that tell other tools about arrays of `rows` rows."""
+
+    def header_of(self, root: Path) -> Record | None:
+        """The header as those files repeat it, for repairs; None where they are damaged too."""
+
+    def files(self, spec: StoreSpec, shard: int) -> tuple[str, ...]:
+        """The files of `shard`, by path inside the store."""
+
+    def stage(self, folder: Path, spec: StoreSpec, shard: int, slots: Sequence[int], blocks: Blocks) -> dict[str, Path]:
+        """Write the files of `shard` into `folder`: an array's i-th row goes to slots[i].
+
+        Returns:
+            Where each of `files(spec, shard)` now waits.
+        """
+
+    def open(self, root: Path, spec: StoreSpec, shard: int) -> OpenShard:
+        """Open the files of `shard`.
+
+        Raises:
+            DamagedStore: a file is missing, cut short or not of this format.
+        """

@@ -1,0 +1,121 @@
+"""The writing side: leases, checks at the door, and shards handed to the commit protocol."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+from torch import Tensor
+
+from features import lease
+from features.catalog import Catalog
+from features.committing import Target, commit_shard
+from features.durable import disk_full_is_clear
+from features.encoding import check_names, encode, reconstruction_error
+from features.errors import StoreError
+from features.file_format import Format
+from features.ledger import drop, ledger_journal
+from features.quarantine import Failure, add_failures, quarantine_journal
+from features.reading import Reader
+from features.spec import ArraySpec
+
+Rows = Mapping[str, Mapping[str, Tensor]]  # id -> one tensor an array, without the batch
+
+
+class Writer:
+    """Writes whole shards of the store that a catalog describes; see `Store` for what each method promises."""
+
+    def __init__(self, catalog: Catalog, reader: Reader, files: Format, fingerprint: str) -> None:
+        self._catalog = catalog
+        self._reader = reader
+        self._files = files
+        self._fingerprint = fingerprint
+        self._held: set[int] = set()
+
+    @contextmanager
+    def lease(self, shard: int) -> Iterator[tuple[str, ...]]:
+        """See `Store.lease`."""
+        catalog = self._catalog
+        with lease.hold(catalog.root, shard):
+            self._held.add(shard)
+            try:
+                catalog.refresh()
+                yield tuple(name for name in catalog.ids_of(shard) if name not in catalog.ledger.clips)
+            finally:
+                self._held.discard(shard)
+
+    def write_shard(self, shard: int, rows: Rows, sources: Mapping[str, str], failures: Mapping[str, Failure]) -> None:
+        """See `Store.write_shard`."""
+        if shard in self._held:
+            self._write_owned(shard, rows, sources, failures)
+        else:
+            with self.lease(shard):
+                self._write_owned(shard, rows, sources, failures)
+
+    def rewrite_shard(self, shard: int, without: Sequence[str]) -> None:
+        """See `Store.rewrite_shard`."""
+        catalog = self._catalog
+        with self.lease(shard), disk_full_is_clear(f"rewriting shard {shard} of {catalog.root}"):
+            left = [name for name in catalog.committed_of(shard) if name not in without]
+            if without:
+                ledger_journal(catalog.root).append(drop(shard, without, emptied=not left))
+                catalog.refresh()
+            if left:
+                self._commit(shard, {}, {})
+            else:
+                for name in self._files.files(catalog.spec, shard):
+                    (catalog.root / name).unlink(missing_ok=True)
+            catalog.refresh()
+
+    def _write_owned(self, shard: int, rows: Rows, sources: Mapping[str, str], failures: Mapping[str, Failure]) -> None:
+        catalog = self._catalog
+        self._check_ids(shard, rows, sources, failures)
+        for name, tensors in rows.items():
+            check_names(name, tensors, catalog.spec)
+        with disk_full_is_clear(f"writing shard {shard} of {catalog.root}"):
+            if rows:
+                self._commit(shard, rows, sources)
+            add_failures(quarantine_journal(catalog.root), failures)
+        catalog.refresh()
+
+    def _check_ids(self, shard: int, rows: Rows, sources: Mapping[str, str], failures: Mapping[str, Failure]) -> None:
+        catalog = self._catalog
+        for name in [*rows, *failures]:
+            row = catalog.rows.get(name)
+            if row is None or catalog.shard_of(row) != shard:
+                where = "has no row" if row is None else f"belongs to shard {catalog.shard_of(row)}"
+                raise StoreError(f"clip {name!r} {where} in {catalog.root}; expected an id of shard {shard}")
+        for name in rows:
+            if name in failures:
+                raise StoreError(f"clip {name!r} is given as encoded and as failed; expected one of the two")
+            if name not in sources:
+                raise StoreError(f"clip {name!r} has no entry in sources; expected the hash of its video")
+            if name in catalog.ledger.clips:
+                raise StoreError(
+                    f"clip {name!r} is committed already in {catalog.root}; write only what missing() names"
+                )
+
+    def _commit(self, shard: int, new: Rows, sources: Mapping[str, str]) -> None:
+        """Commit the shard's rows of before, as they are, and the `new` ones."""
+        catalog = self._catalog
+        kept = catalog.committed_of(shard)
+        rows = {name: catalog.rows[name] for name in sorted([*kept, *new], key=catalog.rows.__getitem__)}
+        sources = {name: sources[name] if name in new else catalog.ledger.clips[name].source for name in rows}
+        errors = dict(catalog.ledger.errors.get(shard, {}))
+        for tensors in new.values():
+            error = reconstruction_error(tensors, catalog.spec)
+            if error is not None:
+                errors["patches"] = max(error, errors.get("patches", 0.0))
+        target = Target(
+            catalog.root, catalog.spec, self._files, ledger_journal(catalog.root), self._fingerprint, catalog.row_bytes
+        )
+        blocks = ((array, self._encoded(array, rows, new)) for array in catalog.spec.arrays)
+        commit_shard(target, shard, rows, blocks, sources, errors)
+
+    def _encoded(self, array: ArraySpec, rows: Mapping[str, int], new: Rows) -> Iterator[np.ndarray]:
+        """One array's `rows` as they are written; new ones are checked, others read, one at a time."""
+        for name in rows:
+            yield (
+                encode(name, new[name], array, self._catalog.spec)
+                if name in new
+                else self._reader.read_row(name, array)
+            )
