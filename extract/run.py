@@ -91,6 +91,7 @@ def create_clip_store(config: Config, dataset: Dataset, encoder: VideoEncoder, c
         width=encoder.width,
         dtype=config.store.dtype,
         shard=config.store.shard,
+        codec=config.store.codec,
         coarse=encoder.coarse,
         coarse_width=encoder.coarse_width,
     )
@@ -105,7 +106,7 @@ def _encode_texts(config: Config, dataset: Dataset, video: Checkpoint) -> int:
     tokenizer = load_tokenizer(config.text.model, config.text.max_length)
     encoder = load_text_encoder(config.encoder.arch, checkpoint, depth=text_depth(config))
     encoder = encoder.to(device_of(config.encoder.device)).eval()
-    spec = StoreSpec.for_text(config.text.max_length, encoder.width, config.store.dtype)
+    spec = StoreSpec.for_text(config.text.max_length, encoder.width, config.store.dtype, codec=config.store.codec)
     fingerprint = text_fingerprint(config, checkpoint.sha256)
     store = create_store(config.store.path / "text", spec, fingerprint, dataset.texts, format=config.store.format)
     works = store.missing_shards()
