@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 CONFIG ?= configs/demo/egovlpv2.yaml
 RATIOS ?= 0.1 0.25 0.5 1.0
 
-.PHONY: setup demo demo-direct demo-indirect test test-slow check bench features train evaluate ablate table report clean
+.PHONY: setup demo demo-direct demo-indirect test test-slow check bench data features train evaluate ablate table report clean
 
 setup: $(STAMP)
 
@@ -47,6 +47,9 @@ check: $(STAMP)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
+
+data: $(STAMP)
+	$(PY) -m extract data --config $(CONFIG)
 
 features: $(STAMP)
 	$(PY) -m extract run --config $(CONFIG)

@@ -15,6 +15,7 @@ from extract.encoders import CheckpointError
 from features import FingerprintMismatch, StoreError
 
 COMMANDS = {
+    "data": "get the archives, checkpoints and tokenizers that the config needs",
     "plan": "say what a run would do: clips, bytes, time, refusals",
     "run": "encode every clip and question that the store misses",
     "status": "say how far the store has come",
@@ -64,6 +65,37 @@ def _parse(command: str, args: Sequence[str], as_json: bool = False) -> tuple[Co
         parser.add_argument("--probe", type=int, default=4, help="clips to decode and encode for the estimate of time")
     add_config_arguments(parser)
     return parse_config(parser, args)
+
+
+def _data(args: Sequence[str]) -> int:
+    from extract.download import DownloadError
+    from extract.lock import Lock
+    from extract.provide import as_json, describe, needs, provide
+    from extract.sources import PUBLISHED, load_sources
+    from extract.transfer_meter import transfer_meter
+
+    parser = ConfigParser(prog="extract data", description=COMMANDS["data"])
+    parser.add_argument("--offline", action="store_true", help="use no network; say which file to put where")
+    parser.add_argument("--sources", type=Path, default=PUBLISHED, help="YAML file of links; its lock is beside it")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_config_arguments(parser)
+    config, options = parse_config(parser, args)
+    sources = load_sources(options.sources)
+    lock = Lock(options.sources.with_suffix(".lock.json"))
+    people = sys.stderr if options.json else sys.stdout
+    try:
+        outcomes = provide(
+            needs(config, sources),
+            lock,
+            offline=options.offline,
+            meter=lambda name, size: transfer_meter(name, size, people),
+            say=lambda line: print(line, file=people, flush=True),
+        )
+    except DownloadError as error:
+        print(f"extract data: failed: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(as_json(outcomes, lock), indent=1) if options.json else describe(outcomes))
+    return 0 if all(outcome.good for outcome in outcomes) else 1
 
 
 def _plan(args: Sequence[str]) -> int:
@@ -205,6 +237,7 @@ def _checkpoint(args: Sequence[str]) -> int:
 
 
 _HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
+    "data": _data,
     "plan": _plan,
     "run": _run,
     "status": _status,

@@ -1,0 +1,134 @@
+"""Archives that mean harm, or are damaged, leave the folder as it was."""
+
+import io
+import shutil
+import stat
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from extract import archives
+from extract.archives import ArchiveError, unpack
+
+CLIP = "qa_videos/L1-F1|P1|10|95.mp4"
+
+
+def tar(path: Path, members: dict[str, bytes | tarfile.TarInfo]) -> Path:
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in members.items():
+            if isinstance(content, tarfile.TarInfo):
+                archive.addfile(content)
+                continue
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def zipped(path: Path, members: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "into").mkdir()
+    (tmp_path / "into" / "kept").write_bytes(b"kept")
+    return tmp_path / "into"
+
+
+@pytest.mark.parametrize("make", [tar, zipped])
+def test_members_with_pipes_are_unpacked_beside_what_is_there(tmp_path: Path, folder: Path, make) -> None:  # type: ignore[no-untyped-def]
+    (folder / "Data").mkdir()
+    (folder / "Data" / "a").write_bytes(b"old")
+    archive = make(tmp_path / "archive", {CLIP: b"video", "Data/a": b"new", "./Data/b/c": b""})
+    assert unpack(archive, folder) == (3, 8)
+    assert files_in(folder) == {CLIP: b"video", "Data/a": b"new", "Data/b/c": b"", "kept": b"kept"}
+
+
+HOSTILE = {
+    "../out": "leaves the folder",
+    "/etc/out": "leaves the folder",
+    "a/../../out": "leaves the folder",
+    "a\\..\\out": "leaves the folder",
+}
+
+
+@pytest.mark.parametrize("make", [tar, zipped])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_path_out_of_the_folder_is_refused(tmp_path: Path, folder: Path, name: str, make) -> None:  # type: ignore[no-untyped-def]
+    archive = make(tmp_path / "archive", {"good": b"1", name: b"2"})
+    with pytest.raises(ArchiveError, match=HOSTILE[name]) as error:
+        unpack(archive, folder)
+    assert repr(name) in str(error.value)
+    assert str(archive) in str(error.value)
+    assert files_in(folder) == {"kept": b"kept"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["archive", "into"]
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        special("link", tarfile.SYMTYPE, "/etc/passwd"),
+        special("link", tarfile.SYMTYPE, "good"),
+        special("link", tarfile.LNKTYPE, "good"),
+        special("fifo", tarfile.FIFOTYPE),
+        special("device", tarfile.CHRTYPE),
+    ],
+)
+def test_links_and_devices_are_refused(tmp_path: Path, folder: Path, member: tarfile.TarInfo) -> None:
+    archive = tar(tmp_path / "archive", {"good": b"1", "bad": member})
+    with pytest.raises(ArchiveError, match=f"member '{member.name}' is neither a file nor a folder"):
+        unpack(archive, folder)
+    assert files_in(folder) == {"kept": b"kept"}
+
+
+def test_a_link_in_a_zip_is_refused(tmp_path: Path, folder: Path) -> None:
+    member = zipfile.ZipInfo("link")
+    member.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "archive", "w") as archive:
+        archive.writestr(member, "/etc/passwd")
+    with pytest.raises(ArchiveError, match="member 'link' is neither a file nor a folder"):
+        unpack(tmp_path / "archive", folder)
+
+
+@pytest.mark.parametrize("make", [tar, zipped])
+def test_a_bomb_is_refused_against_the_free_disk(
+    tmp_path: Path,
+    folder: Path,
+    make,  # type: ignore[no-untyped-def]
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    archive = make(tmp_path / "archive", {"a": b"\0" * 600_000, "b": b"\0" * 600_000})
+    assert archive.stat().st_size < 10_000
+    free = archives.RESERVE + 1_000_000
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12 - free, free))
+    with pytest.raises(ArchiveError, match="unpacks to 1200000 bytes or more and 1000000 may be used"):
+        unpack(archive, folder)
+    assert files_in(folder) == {"kept": b"kept"}
+
+
+@pytest.mark.parametrize("make", [tar, zipped])
+def test_a_damaged_archive_is_one_line(tmp_path: Path, folder: Path, make) -> None:  # type: ignore[no-untyped-def]
+    archive = make(tmp_path / "archive", {"a": bytes(range(256)) * 4000, "b": b"b"})
+    content = archive.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"not an archive" * 100, b"<html>"):
+        archive.write_bytes(damaged)
+        with pytest.raises(ArchiveError, match="is no zip or tar file, or is damaged or cut short") as error:
+            unpack(archive, folder)
+        assert "\n" not in str(error.value)
+        assert files_in(folder) == {"kept": b"kept"}

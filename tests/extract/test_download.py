@@ -1,0 +1,188 @@
+"""One file over HTTP: resumed, checked, refused. The server listens on loopback and misbehaves as told."""
+
+import gzip
+import hashlib
+import random
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from extract import download
+from extract.download import DownloadError, fetch, part_of, remote_size
+from tests.extract.loopback import Served, Server, serving
+
+CONTENT = random.Random(0).randbytes(1_000_000)
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(download, "WAIT_S", 0.0)
+    with serving() as running:
+        yield running
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "weights" / "a.bin"
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_a_whole_file(server: Server, file: Path) -> None:
+    server.files["/a"] = Served(CONTENT)
+    shown: list[tuple[int, int | None]] = []
+    fetch(server.link("/a"), file, sha256(CONTENT), lambda *seen: shown.append(seen))
+    assert file.read_bytes() == CONTENT
+    assert left_in(file.parent) == ["a.bin"]
+    assert shown[-1] == (len(CONTENT), len(CONTENT))
+    assert remote_size(server.link("/a")) == len(CONTENT)
+
+
+def test_a_dropped_connection_is_resumed_with_a_range(server: Server, file: Path) -> None:
+    server.files["/a"] = Served(CONTENT, drops=[500_000, 200_000])
+    fetch(server.link("/a"), file, None)
+    assert file.read_bytes() == CONTENT
+    assert server.ranges == [None, "bytes=500000-", "bytes=700000-"]
+    assert [asked.if_range for asked in server.asked] == [None, '"one"', '"one"']
+
+
+def test_a_later_run_gets_the_rest(server: Server, file: Path) -> None:
+    server.files["/a"] = Served(CONTENT, drops=[600_000, 0, 0, 0])
+    with pytest.raises(DownloadError, match=r"broke off after 600000 bytes; run this again to go on from there"):
+        fetch(server.link("/a"), file, None)
+    assert not file.exists()
+    assert part_of(file).read_bytes() == CONTENT[:600_000]
+    fetch(server.link("/a"), file, None)
+    assert file.read_bytes() == CONTENT
+    assert server.ranges[-1] == "bytes=600000-"
+    assert left_in(file.parent) == ["a.bin"]
+
+
+def test_a_server_that_ignores_range_starts_over(server: Server, file: Path) -> None:
+    server.files["/a"] = Served(CONTENT, drops=[500_000], ranges=False)
+    fetch(server.link("/a"), file, None)
+    assert file.read_bytes() == CONTENT
+    assert server.ranges == [None, "bytes=500000-"]
+
+
+@pytest.mark.parametrize("etag", ['"two"', None])
+def test_a_file_that_changed_meanwhile_is_begun_again(server: Server, file: Path, etag: str | None) -> None:
+    server.files["/a"] = Served(CONTENT, drops=[600_000, 0, 0, 0], etag=etag and '"one"')
+    with pytest.raises(DownloadError):
+        fetch(server.link("/a"), file, None)
+    server.files["/a"] = Served(CONTENT[::-1] + b"more", etag=etag)
+    fetch(server.link("/a"), file, None)
+    assert file.read_bytes() == CONTENT[::-1] + b"more"
+
+
+def test_the_part_of_another_link_is_not_continued(server: Server, file: Path) -> None:
+    server.files["/a"] = Served(CONTENT, drops=[600_000, 0, 0, 0], etag=None)
+    with pytest.raises(DownloadError):
+        fetch(server.link("/a"), file, None)
+    server.files["/b"] = Served(CONTENT[::-1], etag=None)
+    fetch(server.link("/b"), file, None)
+    assert file.read_bytes() == CONTENT[::-1]
+
+
+def test_all_came_but_the_last_rename(server: Server, file: Path) -> None:
+    server.files["/a"] = Served(CONTENT, drops=[600_000, 0, 0, 0])
+    with pytest.raises(DownloadError):
+        fetch(server.link("/a"), file, None)
+    part_of(file).write_bytes(CONTENT)
+    fetch(server.link("/a"), file, sha256(CONTENT))
+    assert file.read_bytes() == CONTENT
+
+
+def test_a_tampered_file_is_refused_with_both_hashes(server: Server, file: Path) -> None:
+    server.files["/a"] = Served(CONTENT[:-1] + b"!")
+    with pytest.raises(DownloadError) as error:
+        fetch(server.link("/a"), file, sha256(CONTENT))
+    message = str(error.value)
+    assert "\n" not in message
+    for word in (str(file), sha256(CONTENT), sha256(CONTENT[:-1] + b"!"), "delete its entry from the lock"):
+        assert word in message
+    assert left_in(file.parent) == []
+
+
+@pytest.mark.parametrize(
+    ("served", "message"),
+    [
+        (None, "the server says 404 Not Found; see the publisher's page"),
+        (Served(b"", status=403), "the server says 403 Forbidden"),
+        (Served(b"", status=503), "the server says 503 Service Unavailable; run this again"),
+        (Served(b"<html>", headers={"Content-Type": "text/html; charset=utf-8"}), "serves a web page"),
+        (Served(CONTENT, announced=len(CONTENT) + 10), "announced 1000010 bytes and has nothing after 1000000"),
+    ],
+)
+def test_what_is_no_file_is_one_line(server: Server, file: Path, served: Served | None, message: str) -> None:
+    if served is not None:
+        server.files["/a"] = served
+    with pytest.raises(DownloadError, match=message) as error:
+        fetch(server.link("/a"), file, None)
+    assert "\n" not in str(error.value)
+    assert server.link("/a") in str(error.value)
+    assert not file.exists()
+
+
+def test_an_announced_length_that_is_too_short_is_caught_by_the_lock(server: Server, file: Path) -> None:
+    server.files["/a"] = Served(CONTENT, announced=10)
+    with pytest.raises(DownloadError, match="does not serve what was locked"):
+        fetch(server.link("/a"), file, sha256(CONTENT))
+    assert not file.exists()
+
+
+def test_what_is_labelled_as_compressed_is_kept_as_it_is(server: Server, file: Path) -> None:
+    packed = gzip.compress(CONTENT)
+    server.files["/a.tgz"] = Served(packed, headers={"Content-Encoding": "x-gzip"}, drops=[300_000])
+    fetch(server.link("/a.tgz"), file, None)
+    assert file.read_bytes() == packed
+
+
+def test_nobody_there(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "WAIT_S", 0.0)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{unused.getsockname()[1]}/a"
+    with pytest.raises(
+        DownloadError, match=r"cannot reach 127\.0\.0\.1:\d+ \(.*Connection refused.*\); run this"
+    ) as error:
+        fetch(dead, file, None)
+    assert "\n" not in str(error.value)
+    assert left_in(file.parent) == []
+    assert remote_size(dead) is None
+
+
+def test_a_full_disk_is_refused_before_the_first_byte(
+    server: Server, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.files["/a"] = Served(CONTENT)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 9, 9))
+    with pytest.raises(DownloadError, match="1000000 bytes are still to come and 9 are free"):
+        fetch(server.link("/a"), file, None)
+    assert left_in(file.parent) == []
+
+
+def test_two_at_once_are_refused(server: Server, file: Path) -> None:
+    gate = threading.Event()
+    server.files["/a"] = Served(CONTENT, gate=gate)
+    first = threading.Thread(target=fetch, args=(server.link("/a"), file, None))
+    first.start()
+    while not server.asked:
+        time.sleep(0.01)
+    with pytest.raises(DownloadError, match="another process is fetching it"):
+        fetch(server.link("/a"), file, None)
+    gate.set()
+    first.join()
+    assert file.read_bytes() == CONTENT

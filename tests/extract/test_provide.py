@@ -1,0 +1,349 @@
+"""`python -m extract data`, against a server on loopback."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from configs.schema import ConfigError, load_config
+from extract import download
+from extract.__main__ import main
+from extract.provide import needs
+from extract.sources import PUBLISHED, load_sources
+from tests.extract.loopback import Served, Server, serving
+from tests.extract.test_archives import tar
+
+TOKENIZER = ("config.json", "tokenizer.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A data set, a checkpoint and a tokenizer on a server, and where a config wants them."""
+
+    root: Path
+    server: Server
+    contents: dict[str, bytes]
+
+    @property
+    def args(self) -> list[str]:
+        return [
+            *("data", "--sources", str(self.root / "sources.yaml"), "--data.root", str(self.root / "data")),
+            *(
+                "--encoder.checkpoint",
+                str(self.root / "weights/Net.pth"),
+                "--text.model",
+                str(self.root / "weights/tok"),
+            ),
+        ]
+
+    @property
+    def lock(self) -> dict[str, Any]:
+        return json.loads((self.root / "sources.lock.json").read_text())
+
+    def write_sources(self, **changes: Any) -> None:
+        tree = {
+            "datasets": {"egotaskqa": self._source({"Data.tgz": ["Data/qa", "qa"], "qa_videos.tgz": ["qa_videos"]})},
+            "checkpoints": {"net": self._source(["Net.pth"]) | changes},
+            "tokenizers": {"tok": self._source(list(TOKENIZER))},
+        }
+        (self.root / "sources.yaml").write_text(yaml.safe_dump(tree))
+
+    def _source(self, files: Any) -> dict[str, Any]:
+        told = {"purpose": "made up", "terms": "none", "page": self.server.link("/page")}
+        return {**told, "url": self.server.link(), "files": files}
+
+
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Published]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(download, "WAIT_S", 0.0)
+    with serving() as server:
+        made = tmp_path / "made"
+        made.mkdir()
+        contents = {
+            "/Data.tgz": tar(made / "a", {"Data/qa/direct/answer_set.txt": b"<UNK0>\n<UNK1>\n"}).read_bytes(),
+            "/qa_videos.tgz": tar(made / "b", {"qa_videos/k1|P1|10|95.mp4": b"video" * 9999}).read_bytes(),
+            "/Net.pth": os.urandom(300_000),
+            **{f"/{file}": b'{"a": 1}' for file in TOKENIZER},
+        }
+        server.files = {path: Served(content) for path, content in contents.items()}
+        one = Published(tmp_path, server, contents)
+        one.write_sources()
+        yield one
+
+
+def states(published: Published, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, dict[str, str]]:
+    capsys.readouterr()
+    code = main([*published.args, "--json", *more])
+    out = capsys.readouterr().out
+    return code, {one["name"]: one["state"] for one in json.loads(out)["files"]}
+
+
+def test_everything_is_fetched_unpacked_and_locked(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(published.args) == 0
+    out = capsys.readouterr().out
+    assert "Net.pth: 300.0 kB, 0 bytes of it here already" in out
+    assert "egotaskqa: made up; terms: none; from" in out
+    assert (published.root / "data/qa_videos/k1|P1|10|95.mp4").read_bytes() == b"video" * 9999
+    assert (published.root / "data/Data/qa/direct/answer_set.txt").is_file()
+    assert sorted(published.lock) == [
+        *("egotaskqa/Data.tgz", "egotaskqa/qa_videos.tgz", "net/Net.pth", "tok/config.json", "tok/tokenizer.json")
+    ]
+    content = published.contents["/Net.pth"]
+    assert published.lock["net/Net.pth"] == {
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "size": len(content),
+        "origin": published.server.link("/Net.pth"),
+    }
+    asked = len(published.server.asked)
+    code, found = states(published, capsys)
+    assert (code, set(found.values())) == (0, {"there"})
+    assert len(published.server.asked) == asked  # nothing is asked for again
+
+
+def test_the_archive_may_be_deleted_afterwards(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(published.args) == 0
+    (published.root / "data/archives/qa_videos.tgz").unlink()
+    asked = len(published.server.asked)
+    assert states(published, capsys)[0] == 0
+    assert len(published.server.asked) == asked
+    shutil.rmtree(published.root / "data/qa_videos")
+    assert states(published, capsys)[1]["egotaskqa/qa_videos.tgz"] == "fetched"
+    assert (published.root / "data/qa_videos/k1|P1|10|95.mp4").is_file()
+
+
+def test_an_unpacking_that_was_cut_off_is_done_again(published: Published) -> None:
+    assert main(published.args) == 0
+    clip = published.root / "data/qa_videos/k1|P1|10|95.mp4"
+    clip.unlink()
+    record = published.root / "data/archives/qa_videos.tgz.unpacked.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "complete": False}))
+    assert main(published.args) == 0
+    assert clip.is_file()
+
+
+def test_a_dropped_connection_in_one_run(published: Published) -> None:
+    published.server.files["/Net.pth"].drops = [150_000]
+    assert main(published.args) == 0
+    assert (published.root / "weights/Net.pth").read_bytes() == published.contents["/Net.pth"]
+    assert "bytes=150000-" in published.server.ranges
+
+
+def test_a_file_changed_on_disk_is_refused(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(published.args) == 0
+    path = published.root / "weights/Net.pth"
+    path.write_bytes(b"tampered")
+    assert main(published.args) == 1
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("failed"))
+    was, now = (hashlib.sha256(c).hexdigest() for c in (published.contents["/Net.pth"], b"tampered"))
+    for word in (str(path), was, now, "Delete it and run this again"):
+        assert word in line
+    path.unlink()
+    assert main(published.args) == 0
+    assert path.read_bytes() == published.contents["/Net.pth"]
+
+
+def test_a_tampered_file_on_the_server_is_refused(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(published.args) == 0
+    (published.root / "weights/Net.pth").unlink()
+    published.server.files["/Net.pth"] = Served(b"tampered")
+    assert main(published.args) == 1
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("failed"))
+    for content in (published.contents["/Net.pth"], b"tampered"):
+        assert hashlib.sha256(content).hexdigest() in line
+    assert not (published.root / "weights/Net.pth").exists()
+
+
+def test_one_that_fails_does_not_stop_the_others(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
+    del published.server.files["/Net.pth"]
+    code, found = states(published, capsys)
+    assert code == 1
+    assert found.pop("net/Net.pth") == "failed"
+    assert set(found.values()) == {"fetched"}
+
+
+def test_an_archive_that_means_harm_is_not_unpacked(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = tar(published.root / "bad", {"qa_videos/../../out": b""}).read_bytes()
+    published.server.files["/qa_videos.tgz"] = Served(bad)
+    assert main(published.args) == 1
+    assert "leaves the folder" in capsys.readouterr().out
+    assert not (published.root / "data/qa_videos").exists()
+    assert states(published, capsys)[1]["egotaskqa/qa_videos.tgz"] == "failed"
+
+
+def test_an_archive_of_something_else(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
+    published.server.files["/qa_videos.tgz"] = Served(tar(published.root / "x", {"videos/a.mp4": b""}).read_bytes())
+    assert main(published.args) == 1
+    assert "unpacked 1 files into" in capsys.readouterr().out
+
+
+def test_offline_says_what_to_put_where_and_locks_it(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*published.args, "--offline"]) == 1
+    out = capsys.readouterr().out
+    path = published.root / "weights/Net.pth"
+    assert f"missing  {path}: get {published.server.link('/Net.pth')}; put it at {path}; then run this again" in out
+    for name, target in [("/Data.tgz", "data/archives"), ("/qa_videos.tgz", "data/archives"), ("/Net.pth", "weights")]:
+        (published.root / target).mkdir(parents=True, exist_ok=True)
+        (published.root / target / name[1:]).write_bytes(published.contents[name])
+    (published.root / "weights/tok").mkdir()
+    for file in TOKENIZER:
+        (published.root / "weights/tok" / file).write_bytes(published.contents[f"/{file}"])
+    code, found = states(published, capsys, "--offline")
+    assert (code, set(found.values())) == (0, {"locked"})
+    assert published.lock["net/Net.pth"]["origin"] == "by hand"
+    assert (published.root / "data/qa_videos/k1|P1|10|95.mp4").is_file()
+    assert not published.server.asked
+    path.write_bytes(b"another")
+    assert states(published, capsys, "--offline")[1]["net/Net.pth"] == "failed"
+
+
+def test_what_was_put_there_by_hand_must_be_as_long_as_the_link_says(
+    published: Published, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = published.root / "weights/Net.pth"
+    path.parent.mkdir()
+    path.write_bytes(published.contents["/Net.pth"][:-1])
+    assert main(published.args) == 1
+    assert "has 299999 bytes and http" in capsys.readouterr().out
+    assert "net/Net.pth" not in published.lock
+
+
+def test_folders_put_there_by_hand_need_no_archive(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
+    (published.root / "data/qa").mkdir(parents=True)
+    assert main(published.args) == 0
+    assert "put there by hand; doctor checks them" in capsys.readouterr().out
+    assert not any(asked.path == "/Data.tgz" for asked in published.server.asked)
+
+
+def test_no_direct_link(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
+    published.write_sources(url=None, by_hand="open the page and download it")
+    assert main(published.args) == 1
+    path = published.root / "weights/Net.pth"
+    assert f"missing  {path}: open the page and download it; put it at {path}" in capsys.readouterr().out
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"as downloaded")
+    assert states(published, capsys) == (
+        0,
+        {name: "there" for name in published.lock if name != "net/Net.pth"} | {"net/Net.pth": "locked"},
+    )
+
+
+def test_a_disk_too_small_for_all_of_it(
+    published: Published, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5))
+    assert main(published.args) == 1
+    error = capsys.readouterr().err
+    assert "has 100.0 kB free and this needs 30" in error
+    assert len(error.splitlines()) == 1
+    assert not any(asked.method == "GET" for asked in published.server.asked)
+
+
+def test_no_network_is_one_line_a_file_and_no_traceback(
+    published: Published, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published.write_sources(url="http://127.0.0.1:9")
+    assert main(published.args) == 1
+    out, error = capsys.readouterr()
+    (line,) = (line for line in out.splitlines() if line.startswith("failed"))
+    assert "cannot reach 127.0.0.1:9" in line
+    assert "Traceback" not in out + error
+
+
+def test_ctrl_c_half_way_and_again(published: Published) -> None:
+    gate = threading.Event()
+    published.server.files["/Net.pth"] = Served(published.contents["/Net.pth"], gate=gate)
+    command = [sys.executable, "-m", "extract", *published.args]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    part = published.root / "weights/Net.pth.part"
+    deadline = time.monotonic() + 60
+    while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    job.send_signal(signal.SIGINT)
+    _, error = job.communicate(timeout=30)
+    gate.set()
+    assert job.returncode == 130
+    assert "run it again to go on" in error
+    assert "Traceback" not in error
+    begun = part.stat().st_size
+    assert 0 < begun < 300_000
+    assert not (published.root / "weights/Net.pth").exists()
+    assert main(published.args) == 0
+    assert f"bytes={begun}-" in published.server.ranges
+    assert (published.root / "weights/Net.pth").read_bytes() == published.contents["/Net.pth"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--encoder.checkpoint", "w/other.pth"], "encoder.checkpoint is 'w/other.pth', which is not there"),
+        (["--text.model", "w/other"], "text.model is 'w/other', which is not there"),
+        (["--sources", "nowhere.yaml"], "sources file nowhere.yaml cannot be read"),
+    ],
+)
+def test_what_nobody_publishes(
+    published: Published, capsys: pytest.CaptureFixture[str], change: list[str], message: str
+) -> None:
+    assert main([*published.args, *change]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not published.server.asked
+
+
+def test_a_damaged_lock_is_refused(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
+    (published.root / "sources.lock.json").write_text("{")
+    assert main(published.args) == 2
+    assert "restore it from version control" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"url": None}, "expected one of the two"),
+        ({"url": "ftp://x"}, "expected an http or https link"),
+        ({"files": ["../x"]}, "expected names without"),
+        ({"files": []}, "expected files"),
+        ({"terms": None}, "terms is None; expected a line of text"),
+        ({"surprise": 1}, "has files, page, purpose, surprise, terms, url; expected files"),
+    ],
+)
+def test_malformed_sources(published: Published, change: dict[str, Any], message: str) -> None:
+    published.write_sources(**change)
+    with pytest.raises(ConfigError, match=message):
+        load_sources(published.root / "sources.yaml")
+
+
+def test_own_videos_need_only_their_own_files(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = states(published, capsys, "--data.name", "jsonl")
+    assert code == 1
+    assert [state for name, state in found.items() if name.endswith(".jsonl")] == ["missing", "missing"]
+    for name in ("clips.jsonl", "questions.jsonl"):
+        (published.root / "data").mkdir(exist_ok=True)
+        (published.root / "data" / name).touch()
+    assert states(published, capsys, "--data.name", "jsonl")[0] == 0
+
+
+def test_the_published_links_and_every_config() -> None:
+    """Every shipped config's needs are published, by https or with a step by hand."""
+    sources = load_sources(PUBLISHED)
+    every = [*sources.datasets.values(), *sources.checkpoints.values(), *sources.tokenizers.values()]
+    assert all(source.by_hand or str(source.url).startswith("https://") for source in every)
+    configs = sorted(PUBLISHED.parent.glob("egotaskqa*.yaml"))
+    assert len(configs) >= 4
+    for path in configs:
+        wanted = needs(load_config(path), sources)
+        assert all(need.source is not None for need in wanted), path
+        assert {need.file.name for need in wanted} >= {"Data.tgz", "qa_videos.tgz", "tokenizer.json"}, path
