@@ -1,6 +1,6 @@
 """Take what is damaged out of a store, so that `extract run` encodes exactly that again."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +52,7 @@ def repair(path: Path | str) -> Repair:
             lease.require_none(half)
             rewritten += [str((half / name).relative_to(root)) for name in _repair_description(half)]
             dropped += _repair_shards(half)
+            _release(half, before.bad_clips)
     committed = open_store(root).clip_ids
     lost = [name for name in before.bad_clips if name not in dropped and name not in committed]
     return Repair(root, before, (*dropped, *lost), tuple(rewritten))
@@ -77,6 +78,15 @@ def _repair_description(root: Path) -> list[str]:
     elif damaged & metadata.keys():
         grow(root, [], metadata)
     return sorted(damaged)
+
+
+def _release(root: Path, ids: Collection[str]) -> None:
+    """Forget the earlier failures of clips that have to be encoded again, or `extract run` would pass them over."""
+    journal = quarantine_journal(root)
+    lines = journal.read().lines
+    kept = [line.record for line in lines if line.entry.clip not in ids]
+    if len(kept) < len(lines):
+        journal.rewrite(kept)
 
 
 def _rewrite(journal: Journal, records: Sequence[Record]) -> None:

@@ -57,6 +57,34 @@ def test_another_dtype_is_in_the_fingerprint(whole: Store, tmp_path: Path, dtype
     assert torch.equal(again.read(IDS[:2]).patches, read)
 
 
+@pytest.mark.parametrize(("format", "codec"), [("zarr", "zstd"), ("zarr", "blosc-zstd"), ("hdf5", "gzip")])
+def test_a_codec_changes_no_value_and_no_fingerprint(whole: Store, tmp_path: Path, format: str, codec: str) -> None:
+    copy = convert(whole.path, tmp_path / "copy", format=format, codec=codec)
+    assert copy.fingerprint == whole.fingerprint
+    assert (copy.spec.codec, open_store(copy.path / "text").spec.codec) == (codec, codec)
+    ids = whole.clip_ids
+    assert torch.equal(copy.read(ids, out=copy.buffers(9), threads=3).patches, whole.read(ids).patches)
+    assert copy._catalog.ledger.clips == whole._catalog.ledger.clips
+    assert verify(copy.path).ok
+    small = derive(copy.path, tmp_path / "small", keep=0.5)
+    assert small.spec.codec == codec
+    back = convert(copy.path, tmp_path / "back", format=whole.format, codec="none")
+    name = next(iter(whole._catalog.ledger.files[1]))
+    assert (back.path / name).read_bytes() == (whole.path / name).read_bytes()
+
+
+def test_a_codec_that_the_format_lacks(whole: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lacking = {"zarr": "gzip", "hdf5": "zstd"}[whole.format]
+    with pytest.raises(StoreError, match=f"codec is '{lacking}'; expected one that {whole.format} has: none, "):
+        convert(whole.path, tmp_path / "copy", codec=lacking)  # type: ignore[arg-type]
+    assert not (tmp_path / "copy").exists()
+    fitting = {"zarr": "zstd", "hdf5": "gzip"}[whole.format]
+    assert main(["convert", str(whole.path), "--codec", fitting, "--json"]) == 0
+    assert f'"codec": "{fitting}"' in capsys.readouterr().out
+    with pytest.raises(FingerprintMismatch, match=f"spec.codec: '{fitting}' here, 'none' there"):
+        convert(whole.path, whole.path.with_name(f"store_{fitting}"))
+
+
 def test_converting_goes_on_where_it_was_stopped(whole: Store, tmp_path: Path) -> None:
     def stop(done: int, total: int) -> None:
         assert total == 9

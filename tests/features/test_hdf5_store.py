@@ -1,6 +1,8 @@
 """The HDF5 layout is plain HDF5, the fast reader equals h5py, and hostile files are refused."""
 
 import re
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -36,8 +38,9 @@ def test_layout_and_index(store: Store) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16", "bool"])
 @pytest.mark.parametrize("shape", [(), (3,), (2, 5, 7)])
-def test_fast_reader_equals_h5py(tmp_path: Path, dtype: str, shape: tuple[int, ...]) -> None:
-    spec = StoreSpec("text", (ArraySpec("states", shape, dtype),), 3)
+@pytest.mark.parametrize("codec", ["none", "gzip"])
+def test_fast_reader_equals_h5py(tmp_path: Path, dtype: str, shape: tuple[int, ...], codec: str) -> None:
+    spec = StoreSpec("text", (ArraySpec("states", shape, dtype),), 3, codec=codec)
     ids = ["a", "b", "c", "d", "e"]
     store = create_store(tmp_path / "store", spec, FINGERPRINT, ids, "hdf5")
     for work in store.missing_shards():
@@ -74,6 +77,27 @@ def _four_tebibytes(path: Path) -> None:
     with h5py.File(path, "a") as file:
         del file["patches"]
         file.create_dataset("patches", (2**38, 2, 6, 8), "f2", chunks=(1, 2, 6, 8), fletcher32=True)
+
+
+def _a_bomb(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        dataset = file["patches"]
+        dataset.id.write_direct_chunk((0, 0, 0, 0), zlib.compress(bytes(2**24)) + b"four")
+
+
+def test_a_compressed_row_that_claims_more_than_a_row(tmp_path: Path) -> None:
+    store = create_store(tmp_path / "store", replace(SPEC, codec="gzip"), FINGERPRINT, IDS, "hdf5")
+    fill(store)
+    with h5py.File(store.path / SHARD) as file:
+        assert (file["patches"].compression, file["patches"].shuffle, file["patches"].fletcher32) == (
+            "gzip",
+            True,
+            True,
+        )
+    _a_bomb(store.path / SHARD)
+    with pytest.raises(DamagedStore, match=r"clip .*P4.*: the bytes of patches .* are not those that were committed"):
+        open_store(store.path).read([IDS[4]])
+    assert verify(store.path).bad_clips == (IDS[4],)
 
 
 def _a_group(path: Path) -> None:

@@ -4,14 +4,16 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from features import DamagedStore, Store, StoreSpec, create_store, open_store
+from features import DamagedStore, Failure, Store, StoreSpec, create_store, open_store
 from features.__main__ import main
 from features.repair import repair
+from features.spec import Codec
 from features.verify import verify
 from tests.features.conftest import FINGERPRINT, FORMATS, IDS, SPEC, clip, fill
 
@@ -19,12 +21,13 @@ TEXTS = ("what is on the table?", "did it move?", "why?")
 TEXT_SPEC = StoreSpec.for_text(length=5, width=8, shard=2)
 
 
-def both_halves(root: Path, format: str) -> Store:
-    """A store of clips, with its text states, all committed; one clip is in quarantine's history."""
-    store = create_store(root, SPEC, FINGERPRINT, IDS, format)
-    fill(store, skip=(IDS[1],))
+def both_halves(root: Path, format: str, codec: Codec = "none") -> Store:
+    """A store of clips, with its text states, all committed; one clip was in quarantine before."""
+    store = create_store(root, replace(SPEC, codec=codec), FINGERPRINT, IDS, format)
+    store.write_shard(0, {}, {}, {IDS[1]: Failure("broken", "Traceback")})
     fill(store)
-    fill(create_store(root / "text", TEXT_SPEC, FINGERPRINT, TEXTS, format))
+    store.write_shard(0, {IDS[1]: clip(1)}, {IDS[1]: "sha256:1"})
+    fill(create_store(root / "text", replace(TEXT_SPEC, codec=codec), FINGERPRINT, TEXTS, format))
     return store
 
 
@@ -32,6 +35,13 @@ def both_halves(root: Path, format: str) -> Store:
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("whole") / "store"
     both_halves(root, request.param)
+    return root
+
+
+@pytest.fixture(scope="module", params=[("zarr", "zstd"), ("zarr", "blosc-zstd"), ("hdf5", "gzip")])
+def compressed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("compressed") / "store"
+    both_halves(root, *request.param)
     return root
 
 
@@ -72,10 +82,24 @@ def test_a_whole_store_is_clean(whole: Path) -> None:
     assert report.nbytes > 0
 
 
-@pytest.mark.parametrize("seed", range(150))
+def holds_data(path: Path) -> bool:
+    return (path.suffix == ".h5" and path.name != "index.h5") or path.name.startswith("c.")
+
+
+@pytest.mark.parametrize("seed", range(210))
 def test_every_random_fault_is_found(whole: Path, seed: int) -> None:
+    check_that_a_fault_is_found(whole, seed)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_every_random_fault_in_a_compressed_store_is_found(compressed: Path, seed: int) -> None:
+    check_that_a_fault_is_found(compressed, seed)
+
+
+def check_that_a_fault_is_found(whole: Path, seed: int) -> None:
+    """Half of the faults are in the data, half in what describes them: metadata, ledger, ids, quarantine, heads."""
     chance = random.Random(seed)
-    path = chance.choice(faulty_files(whole))
+    path = chance.choice([path for path in faulty_files(whole) if holds_data(path) == (seed % 2 == 0)])
     fault = chance.choice(["flip", "flip", *FAULTS])
     if fault == "extend" and path.suffix == ".jsonl":
         fault = "flip"  # bytes after the last line are what a crash leaves, and are no fault
@@ -85,8 +109,7 @@ def test_every_random_fault_is_found(whole: Path, seed: int) -> None:
     finally:
         path.write_bytes(before)
     assert not report.ok, f"{fault} in {path}"
-    holds_data = (path.suffix == ".h5" and path.name != "index.h5") or path.name.startswith("c.")
-    if holds_data:
+    if holds_data(path):
         shard_ids = {IDS[:4], IDS[4:8], IDS[8:], TEXTS[:2], TEXTS[2:]}
         assert any(set(report.bad_clips) <= set(ids) for ids in shard_ids)
         assert report.bad_clips

@@ -1,7 +1,10 @@
 """The Zarr layout is Zarr's own, and the fast reader equals zarr-python."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
+import numcodecs
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,9 @@ from hypothesis import strategies as st
 
 from features import ArraySpec, DamagedStore, Store, StoreSpec, create_store, open_store
 from features.dtypes import STORED, bytes_of
+from features.durable import crc32c
+from features.formats import FORMATS
+from features.verify import verify
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
 
 
@@ -50,14 +56,16 @@ def test_bfloat16_is_kept_as_its_bits(tmp_path: Path) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_fast_reader_equals_zarr_python(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_reader_and_writer_equal_zarr_python(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(["float16", "float32", "bfloat16", "bool"]))
+    codec = data.draw(st.sampled_from(FORMATS["zarr"].codecs))
     shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=0, max_size=3)))
     count, shard = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 5))
     ids = [f"clip{n}" for n in range(count)]
     written = data.draw(st.lists(st.sampled_from(ids), unique=True, min_size=1))
-    spec = StoreSpec("text", (ArraySpec("states", shape, dtype),), shard)
-    store = create_store(tmp_path_factory.mktemp("store") / "s", spec, FINGERPRINT, ids)
+    spec = StoreSpec("text", (ArraySpec("states", shape, dtype),), shard, codec=codec)
+    folder = tmp_path_factory.mktemp("store")
+    store = create_store(folder / "s", spec, FINGERPRINT, ids)
     generator = torch.Generator().manual_seed(count)
     for work in store.missing_shards():
         rows = {
@@ -67,16 +75,17 @@ def test_fast_reader_equals_zarr_python(tmp_path_factory: pytest.TempPathFactory
         }
         store.write_shard(work.shard, rows, dict.fromkeys(rows, "sha256:0"))
     plain = zarr.open_array(store.path / "states", mode="r")[:]
-    fast = open_store(store.path).read_arrays(written)["states"]
+    read = open_store(store.path).read_arrays(written)["states"]
     slow = np.ascontiguousarray(plain[[ids.index(name) for name in written]])
-    assert bytes_of(fast).tobytes() == slow.tobytes()
+    assert bytes_of(read).tobytes() == slow.tobytes()
+    assert_written_as_by_zarr_python(store, "states", folder / "theirs")
 
 
-def test_shards_are_the_bytes_that_zarr_python_writes(store: Store, tmp_path: Path) -> None:
-    fill(store, skip=(IDS[5],))
-    ours = zarr.open_array(store.path / "patches", mode="r")
+def assert_written_as_by_zarr_python(store: Store, array: str, scratch: Path) -> None:
+    """Every shard of `array` is byte for byte what zarr-python makes of the same values and metadata."""
+    ours = zarr.open_array(store.path / array, mode="r")
     theirs = zarr.create_array(
-        tmp_path / "theirs",
+        scratch,
         shape=ours.shape,
         chunks=ours.chunks,
         shards=ours.shards,
@@ -87,9 +96,40 @@ def test_shards_are_the_bytes_that_zarr_python_writes(store: Store, tmp_path: Pa
         chunk_key_encoding={"name": "default", "separator": "."},
     )
     theirs[:] = ours[:]
-    for shard in range(3):
-        name = f"c.{shard}.0.0.0"
-        assert (tmp_path / "theirs" / name).read_bytes() == (store.path / "patches" / name).read_bytes()
+    assert (
+        json.loads((scratch / "zarr.json").read_bytes())["codecs"]
+        == json.loads((store.path / array / "zarr.json").read_bytes())["codecs"]
+    )
+    shards = list((store.path / array).glob("c.*"))
+    assert shards
+    for path in shards:
+        assert (scratch / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("codec", FORMATS["zarr"].codecs)
+def test_shards_are_the_bytes_that_zarr_python_writes(tmp_path: Path, codec: str) -> None:
+    spec = StoreSpec.for_patches(2, (8, 8), 64, "bfloat16", shard=4, codec=codec)
+    store = create_store(tmp_path / "store", spec, FINGERPRINT, IDS)
+    fill(store, skip=(IDS[5],))
+    for array in spec.arrays:
+        assert_written_as_by_zarr_python(store, array.name, tmp_path / "theirs" / array.name)
+    assert (store.compression_ratio > 1.15) == (codec != "none")
+
+
+@pytest.mark.parametrize("codec", ["zstd", "blosc-zstd"])
+def test_a_compressed_row_that_claims_more_than_a_row(tmp_path: Path, codec: str) -> None:
+    store = create_store(tmp_path / "store", replace(SPEC, codec=codec), FINGERPRINT, IDS)
+    fill(store)
+    path = store.path / "patches" / "c.0.0.0.0"
+    whole = numcodecs.Zstd() if codec == "zstd" else numcodecs.Blosc("zstd")
+    row = whole.encode(np.zeros(2**24, np.uint8))  # 16 MiB in a few bytes
+    row += crc32c(row).to_bytes(4, "little")
+    index = np.full((4, 2), 2**64 - 1, "<u8")
+    index[0] = 0, len(row)
+    path.write_bytes(row + index.tobytes() + crc32c(index).to_bytes(4, "little"))
+    with pytest.raises(DamagedStore, match=r"clip .*P0.* holds bytes that cannot be decompressed"):
+        open_store(store.path).read([IDS[0]])
+    assert verify(store.path).bad_clips == IDS[:4]
 
 
 @pytest.mark.parametrize(
