@@ -16,7 +16,7 @@ from typing import Literal, NoReturn
 import jsonargparse
 
 ComputeDtype = Literal["float32", "bfloat16"]
-HeadName = Literal["majority", "question-only", "egovlp", "egovlpv2", "mfas", "psa"]
+HeadName = Literal["majority", "question-only", "pooled", "egovlp", "egovlpv2", "mfas", "psa"]
 Score = Literal["question", "saliency", "prior", "random"]
 
 

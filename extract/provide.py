@@ -12,6 +12,7 @@ import pooch
 from configs.schema import Config, ConfigError
 from extract.archives import ArchiveError, unpack
 from extract.download import DownloadError, Progress, fetch, free_bytes, nearest, part_of, remote_size
+from extract.encoders import weights_path
 from extract.lock import Lock, Locked
 from extract.sources import Source, Sources
 from features.durable import write_file
@@ -101,7 +102,7 @@ def _tokenizer(config: Config, sources: Sources) -> Iterator[Need]:
 
 
 def _checkpoint(config: Config, sources: Sources) -> Need:
-    file = config.encoder.checkpoint
+    file = weights_path(config.encoder.arch, config.encoder.checkpoint)
     source = sources.checkpoint(file.name)
     if source is not None:
         return Need(f"{source.name}/{file.name}", file, source, source.link(file.name))

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from configs.schema import Config
+from extract.encoders.checkpoint import PUBLISHED
 from train import card as folder
 from train.batches import FORMS, QuestionTable, plan_batches
 from train.card import Card, RunError
 from train.experiment import Experiment
-from train.heads import build_head
+from train.heads import BLIND, build_head
 from train.log import RunLog
 from train.metrics import Metrics, score
 from train.trainer import Answers, Trainer, answer_table, prepare
@@ -142,11 +143,17 @@ def test_members(trainers: Sequence[tuple[Config, Trainer]], experiment: Experim
             names = np.array([question.question_id for question in table.questions])
             np.savez_compressed(content, question_ids=names, kept=answers.kept)
             folder.write_whole(out / folder.SELECTION, content.getvalue())
-        result = {"model": config.head.name, "split": config.data.split, "seed": config.train.seed}
+        result = {"model": row_name(config), "split": config.data.split, "seed": config.train.seed}
         result |= {**metrics.as_json(), "unseen": len(experiment.tables["test"]) - len(table)}
         folder.write_whole(out / folder.TEST, json.dumps(result, indent=2) + "\n")
         results.append(metrics)
     return results
+
+
+def row_name(config: Config) -> str:
+    """What the table calls a run: its head, with the encoder's name where that is none of the published networks."""
+    name, arch = config.head.name, config.encoder.arch
+    return name if name in BLIND or arch in PUBLISHED else f"{name} ({arch})"
 
 
 def score_part(experiment: Experiment, part: str, said: Answers) -> tuple[Metrics, dict[str, str]]:

@@ -91,11 +91,15 @@ def notices(results: Results) -> list[str]:
     """What must be said beside the numbers: random stand-in weights, a synthetic set. Taken from the model cards."""
     cards = [run.card for row in results.rows for run in row.runs]
     found = []
-    if any(is_standin(card) for card in cards):
+    random = dict.fromkeys(r.model for r in results.rows if r.system != "majority" and is_standin(r.best.card))
+    if random:
         found.append(
-            "The encoder's weights are random stand-ins, not the published ones: "
-            "the numbers show that the pipeline works, not how good the published network is."
+            f"The encoder's weights are random stand-ins, not the published ones, in {', '.join(random)}: "
+            "these numbers show that the pipeline works, not how good the published network is."
         )
+    lite = dict.fromkeys(r.model for r in results.rows if _option(r.best.card, "encoder", "arch") == "lite")
+    if lite:
+        found.append(f"Real pretrained weights (ImageNet, MiniLM), not trained on this set, encode for {', '.join(lite)}.")
     if any(is_synthetic(card) for card in cards):
         found.append("The videos and questions are synthetic (EgoSynth): not comparable with EgoTaskQA results.")
     return found

@@ -34,6 +34,7 @@ __all__ = [
     "load_video_encoder",
     "open_checkpoint",
     "open_text_checkpoint",
+    "weights_path",
 ]
 
 
@@ -44,8 +45,22 @@ def find_network(arch: str) -> Network:
         ConfigError: there is none of that name.
     """
     if arch not in NETWORKS:
-        raise ConfigError(f"arch is {arch!r}; expected one of {', '.join(NETWORKS)}")
+        raise ConfigError(f"encoder.arch is {arch!r}; expected one of {', '.join(NETWORKS)}")
     return NETWORKS[arch]
+
+
+def weights_path(arch: str, path: Path | None) -> Path:
+    """Where the weights of `arch` are: `path`, or in the package that they come as.
+
+    Raises:
+        ConfigError: an unknown `arch`; or no path, and the package is not installed or there is none.
+    """
+    network = find_network(arch)
+    if path is not None:
+        return path
+    if network.package is None:
+        raise ConfigError(f"encoder.checkpoint is not set, and no package has the weights of {arch}: give their path")
+    return network.package.locate()
 
 
 def open_checkpoint(arch: str, path: Path | None) -> Checkpoint:
@@ -57,14 +72,9 @@ def open_checkpoint(arch: str, path: Path | None) -> Checkpoint:
 
     Raises:
         CheckpointError: as `load_checkpoint`.
-        ConfigError: an unknown `arch`; or no path, and the package is not installed or there is none.
+        ConfigError: as `weights_path`.
     """
-    network = find_network(arch)
-    if path is not None:
-        return load_checkpoint(path)
-    if network.package is None:
-        raise ConfigError(f"encoder.checkpoint is not set, and no package has the weights of {arch}: give their path")
-    return load_checkpoint(network.package.locate())
+    return load_checkpoint(weights_path(arch, path))
 
 
 def open_text_checkpoint(arch: str, video: Checkpoint, model: str) -> Checkpoint:
@@ -121,7 +131,9 @@ def load_video_encoder(
     loaded = open_checkpoint(arch, None) if checkpoint is None else _read(checkpoint)
     encoder = network.build_video(loaded, VideoOptions(num_frames, depth, path, dtype, variant, size))
     if size is not None and encoder.size != size:
-        raise CheckpointError(f"size is {size}; {loaded.path} was trained on {encoder.size}")
+        raise CheckpointError(
+            f"video.size is {size}; {loaded.path} was trained on {encoder.size}: set video.size to {encoder.size}"
+        )
     return compile_encoder(encoder) if compile else encoder
 
 

@@ -18,7 +18,7 @@ __all__ = ["BLIND", "PSA", "Majority", "Pooled", "QuestionOnly", "Sizes", "build
 
 # Systems that read no video.
 BLIND = ("majority", "question-only")
-TRAINABLE = (*BLIND, "egovlp", "egovlpv2", "psa")
+TRAINABLE = (*BLIND, "pooled", "egovlp", "egovlpv2", "psa")
 
 
 class Fused(nn.Module):
@@ -47,7 +47,7 @@ def build_head(config: Config, sizes: Sizes) -> nn.Module:
         return Majority(sizes.answers)
     if head.name == "question-only":
         return QuestionOnly(head, sizes)
-    if head.name == "egovlp":
+    if head.name in ("pooled", "egovlp"):  # one head; the second names the published system
         return Pooled(head, sizes)
     if head.name == "psa":
         return PSA(head, sizes)
