@@ -2,6 +2,7 @@
 
 from features.errors import AbsentClip, DamagedStore, FingerprintMismatch, NewerStore, ShardOwned, StoreError
 from features.quarantine import Failure, QuarantineRecord
+from features.readahead import read_ahead
 from features.spec import ArraySpec, Fingerprint, PatchTokens, StoreSpec, TextStates
 from features.store import ShardWork, Store, create_store, open_store
 
@@ -23,4 +24,5 @@ __all__ = [
     "TextStates",
     "create_store",
     "open_store",
+    "read_ahead",
 ]

@@ -1,0 +1,145 @@
+"""Batches come in order and whole, errors in their place, memory stays that of a few batches."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from features import AbsentClip, DamagedStore, PatchTokens, Store, create_store, open_store
+from features.readahead import read_ahead
+from tests.features.conftest import FINGERPRINT, IDS, SPEC, fill
+
+BATCHES = [IDS[:3], IDS[5:6], IDS[2:8], (), IDS[::-1], IDS[4:6]]
+
+
+@pytest.fixture
+def store(tmp_path: Path, format: str) -> Store:
+    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS, format)
+    fill(store)
+    return store
+
+
+def readers() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("read-ahead", "read_"))]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 9])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_batch_in_order(store: Store, depth: int, threads: int) -> None:
+    seen = 0
+    for batch, tokens in zip(BATCHES, read_ahead(store, BATCHES, depth, threads), strict=True):
+        for name, tensor in store.read(batch).tensors().items():
+            assert torch.equal(tokens.tensors()[name], tensor), name
+        seen += len(tokens.cls)
+    assert seen == 22
+    assert readers() == []
+
+
+def test_no_batches(store: Store) -> None:
+    assert list(read_ahead(store, [])) == []
+
+
+def test_memory_is_that_of_a_few_batches(store: Store) -> None:
+    places = {tokens.patches.data_ptr() for tokens in read_ahead(store, [IDS[n % 7 : n % 7 + 3] for n in range(60)], 2)}
+    assert len(places) <= 3
+
+
+def test_reading_stays_a_bounded_way_ahead(store: Store) -> None:
+    asked = 0
+
+    def batches() -> Iterator[tuple[str, ...]]:
+        nonlocal asked
+        for _ in range(20):
+            asked += 1
+            yield IDS[:2]
+
+    for taken, _ in enumerate(read_ahead(store, batches(), depth=3), start=1):
+        assert asked <= taken + 3
+
+
+def test_it_reads_while_the_consumer_works(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = [threading.Event() for _ in BATCHES]
+    calls = iter(started)
+    read = Store.read
+
+    def noted(self: Store, *args: object, **options: object) -> PatchTokens:
+        next(calls).set()
+        return read(self, *args, **options)
+
+    monkeypatch.setattr(Store, "read", noted)
+    stream = read_ahead(store, BATCHES, depth=2)
+    next(stream)
+    assert started[2].wait(10)  # nobody has asked for it
+    assert not started[3].is_set()
+    stream.close()
+
+
+def damage(store: Store, clip: str) -> None:
+    row = store.read([clip]).patches.numpy().tobytes()
+    path = next(path for path in store.path.rglob("*") if path.is_file() and row in path.read_bytes())
+    content = bytearray(path.read_bytes())
+    content[content.find(row)] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error"),
+    [(lambda store: "nobody", AbsentClip), (lambda store: damage(store, IDS[9]) or IDS[9], DamagedStore)],
+)
+def test_an_error_comes_in_the_place_of_its_batch(
+    store: Store, spoil: Callable[[Store], str], error: type[Exception]
+) -> None:
+    bad = spoil(store)
+    stream = read_ahead(open_store(store.path), [IDS[:2], IDS[2:4], [IDS[4], bad], IDS[5:7]], depth=3)
+    assert len(next(stream).cls) == 2
+    assert len(next(stream).cls) == 2
+    with pytest.raises(error, match=bad.replace("|", r"\|")):
+        next(stream)
+    assert readers() == []
+
+
+def test_an_error_of_the_lists_comes_after_the_batches_before_it(store: Store) -> None:
+    def batches() -> Iterator[tuple[str, ...]]:
+        yield IDS[:2]
+        yield IDS[2:4]
+        raise RuntimeError("no more lists")
+
+    stream = read_ahead(store, batches(), depth=5)
+    assert [len(next(stream).cls) for _ in range(2)] == [2, 2]
+    with pytest.raises(RuntimeError, match="no more lists"):
+        next(stream)
+
+
+def test_leaving_early_ends_the_reading(store: Store) -> None:
+    for _ in read_ahead(store, [IDS] * 1000, depth=4):
+        break
+    stream = read_ahead(store, [IDS] * 1000, depth=4)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert readers() == []
+    del stream
+    read_ahead(store, [IDS])  # never begun: nothing was started
+    assert readers() == []
+
+
+def test_a_depth_that_is_none(store: Store) -> None:
+    with pytest.raises(ValueError, match="depth is 0; expected at least 1 batch"):
+        read_ahead(store, BATCHES, depth=0)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(
+    not torch.cuda.is_available() and os.environ.get("FAIL_WITHOUT_CUDA") != "1", reason="needs a CUDA device"
+)
+def test_pinned_memory_is_not_filled_before_the_gpu_has_it(store: Store) -> None:
+    lists = [IDS[n % 7 : n % 7 + 3] for n in range(200)]
+    copies = []
+    for tokens in read_ahead(store, lists, pin=True):
+        assert tokens.patches.is_pinned()
+        torch.cuda._sleep(1_000_000)  # the copy waits in line while the loop goes on
+        copies.append(tokens.to("cuda", non_blocking=True))
+    for ids, copy in zip(lists, copies, strict=True):
+        assert torch.equal(copy.patches.cpu(), store.read(ids).patches)
