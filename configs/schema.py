@@ -17,7 +17,8 @@ import jsonargparse
 
 ComputeDtype = Literal["float32", "bfloat16"]
 HeadName = Literal["majority", "question-only", "pooled", "egovlp", "egovlpv2", "mfas", "psa"]
-Score = Literal["question", "saliency", "prior", "random"]
+Score = Literal["question", "saliency", "prior", "random", "all"]
+Level = Literal["patch", "frame", "video"]
 
 
 class ConfigError(ValueError):
@@ -84,6 +85,7 @@ class EncoderConfig:
         checkpoint: its weights, in any of the published containers or safetensors; `null` takes the package's.
         depth: blocks run before the tokens are tapped; the last depth carries the final norm.
         path: egovlpv2's `fused` is the question-answering path (top-level CLS token), `dual` the video-only one.
+        variant: `mfas` only: `paper` as it is described, `released` with the quirks of the published code.
         dtype: arithmetic of the encoder.
         batch: clips encoded together.
         device: `auto` is CUDA where there is one, else CPU.
@@ -94,6 +96,7 @@ class EncoderConfig:
     checkpoint: Path | None = None
     depth: int = 6
     path: Literal["fused", "dual"] = "fused"
+    variant: Literal["paper", "released"] = "paper"
     dtype: ComputeDtype = "bfloat16"
     batch: int = 32
     device: str = "auto"
@@ -172,14 +175,26 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """What stage two trains. Options past `name` and the regularisers shape `psa` alone.
+    """What stage two trains. Options past `checkpoint`, `heads`, `width` and `dropout` shape `psa` alone.
 
     Args:
         name: row of the table: a blind baseline, a published system, or `psa` (ours).
+        checkpoint: `egovlpv2` and `mfas` only: a fine-tuned file to evaluate as it is, or to train on from; `null`
+            starts from `encoder.checkpoint`.
         ratio: selection ratio rho; k = ceil(rho N) patches are kept in each frame.
-        scores: what a patch is selected by; they add up.
+        scores: what a patch is selected by; they add up. `all`, alone, keeps every patch whatever the ratio.
+        saliency_weight: at which the learned weight of the saliency starts.
+        prior: shape that the spatial prior starts from: `region` is the published one (rows 4-13, columns 2-11 of
+            14x14), `centre` a bell, `flat` none.
+        prior_learned: whether training changes the prior.
+        growth: only a region may be selected from that starts as the published one and grows from frame to frame by
+            its most salient neighbours (MFAS).
+        frames: of the stored ones that are read, spread evenly; `null` reads all.
         coarse: also attend over 2x2-merged patches.
         merge: learn the weights of the 2x2 merge; false takes their mean.
+        levels: where the question guides the aggregation. Without `patch`, a frame's patches weigh what selected them;
+            without `frame`, frames weigh alike; without `video`, the video is not multiplied with the question.
+        time: learned positions of the frames.
         heads: attention heads of the aggregation.
         width: hidden width of the head.
         dropout: probability, before each hidden layer.
@@ -187,10 +202,18 @@ class HeadConfig:
     """
 
     name: HeadName = "psa"
+    checkpoint: Path | None = None
     ratio: float = 0.25
     scores: tuple[Score, ...] = ("question", "saliency", "prior")
+    saliency_weight: float = 0.1
+    prior: Literal["region", "centre", "flat"] = "region"
+    prior_learned: bool = True
+    growth: bool = False
+    frames: int | None = None
     coarse: bool = True
     merge: bool = True
+    levels: tuple[Level, ...] = ("patch", "frame", "video")
+    time: bool = True
     heads: int = 4
     width: int = 256
     dropout: float = 0.1
@@ -198,7 +221,10 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         _require(0 < self.ratio <= 1, "head.ratio", self.ratio, "a share in (0, 1]")
+        _require(len(self.scores) == 1 or "all" not in self.scores, "head.scores", self.scores, "`all` alone")
+        _require(self.frames is None or self.frames >= 1, "head.frames", self.frames, "null or at least 1")
         _require(self.heads >= 1, "head.heads", self.heads, "at least 1")
+        _require(self.width % self.heads == 0, "head.width", self.width, f"a multiple of head.heads, {self.heads}")
         _require(0 <= self.dropout < 1, "head.dropout", self.dropout, "a probability in [0, 1)")
 
 
@@ -212,9 +238,13 @@ class TrainConfig:
         lr: peak learning rate of AdamW.
         warmup: share of the steps over which the rate rises; a cosine takes it down after.
         weight_decay: AdamW's, on matrices only.
+        accumulate: batches whose gradients are averaged into one optimiser step.
         label_smoothing: of the cross-entropy over answers.
+        ema: decay of the averaged weights that are evaluated and kept, such as 0.99; 0 keeps the weights themselves.
+        patience: epochs without a better result on val after which training stops; `null` trains them all.
         seed: of the initialisation, the order of clips and dropout.
         dtype: arithmetic of the head; `auto` is bfloat16 autocast where the device is faster with it.
+        deterministic: refuse operations that give other results from run to run (they do on a GPU), at some speed.
         residency: where the features are kept: `auto` picks from sizes and says so.
         device: `auto` is CUDA where there is one, else CPU.
     """
@@ -224,9 +254,13 @@ class TrainConfig:
     lr: float = 2.0e-4
     warmup: float = 0.1
     weight_decay: float = 0.01
+    accumulate: int = 1
     label_smoothing: float = 0.0
+    ema: float = 0.0
+    patience: int | None = None
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    deterministic: bool = False
     residency: Literal["auto", "disk", "ram", "gpu"] = "auto"
     device: str = "auto"
 
@@ -235,6 +269,9 @@ class TrainConfig:
         _require(self.batch >= 1, "train.batch", self.batch, "at least 1")
         _require(self.lr > 0, "train.lr", self.lr, "a positive number")
         _require(0 <= self.warmup < 1, "train.warmup", self.warmup, "a share in [0, 1)")
+        _require(self.accumulate >= 1, "train.accumulate", self.accumulate, "at least 1")
+        _require(0 <= self.ema < 1, "train.ema", self.ema, "a decay in [0, 1)")
+        _require(self.patience is None or self.patience >= 1, "train.patience", self.patience, "null or at least 1")
         _require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "a share in [0, 1)")
 
 
