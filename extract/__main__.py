@@ -62,7 +62,12 @@ def _parse(command: str, args: Sequence[str], as_json: bool = False) -> tuple[Co
     if as_json:
         parser.add_argument("--json", action="store_true", help="print JSON")
     if command == "plan":
-        parser.add_argument("--probe", type=int, default=4, help="clips to decode and encode for the estimate of time")
+        count = jsonargparse.typing.NonNegativeInt
+        parser.add_argument(
+            "--probe", type=count, default=4, help="clips to decode and encode for the estimate of time"
+        )
+    if command in ("run", "retry"):
+        parser.add_argument("--shard", default="0/1", metavar="i/N", help="every N-th shard from i on, for job arrays")
     add_config_arguments(parser)
     return parse_config(parser, args)
 
@@ -108,26 +113,43 @@ def _plan(args: Sequence[str]) -> int:
 
 
 def _run(args: Sequence[str], retry: bool = False) -> int:
+    from extract.engines import Part, WorkersKilled
+    from extract.interrupts import REQUEUE, Requeue, requeue_on_signals
     from extract.run import extract_features
-    from extract.worker import TooManyErrors
+    from extract.shard_writer import TooManyErrors
+    from extract.worker import slow_arithmetic
 
     name = "retry" if retry else "run"
-    config, _ = _parse(name, args)
+    config, options = _parse(name, args)
     try:
-        outcome = extract_features(config, retry=retry)
-    except TooManyErrors as error:
+        part = Part.parse(options.shard)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if advice := slow_arithmetic(config):
+        print(f"advice: {advice}", flush=True)
+    try:
+        with requeue_on_signals():
+            outcome = extract_features(config, retry, part)
+    except (TooManyErrors, WorkersKilled) as error:
         print(f"extract {name}: stopped: {error}. What was committed is kept.", file=sys.stderr)
         return 1
+    except Requeue as notice:
+        print(
+            f"extract {name}: stopped by {notice}; what was committed is kept, run it again to go on", file=sys.stderr
+        )
+        return REQUEUE
     tally = outcome.tally
     print(
         f"{config.store.path}: {outcome.clips}/{outcome.planned} clips and {outcome.texts} questions stored;"
         f" this run encoded {tally.committed} clips"
     )
+    if tally.stages.total_s:
+        print(f"time: {tally.stages}")
     for line in tally.skipped:
         print(f"left to its owner: {line}")
     for clip_id, reason in outcome.quarantine.items():
         print(f"quarantined {clip_id}: {reason}")
-    return 0 if outcome.clips or not outcome.planned else 1
+    return 1 if outcome.quarantine and not outcome.clips else 0
 
 
 def _retry(args: Sequence[str]) -> int:
@@ -161,7 +183,7 @@ def _doctor(args: Sequence[str]) -> int:
     from extract.doctor import describe, examine
 
     config, options = _parse("doctor", args, as_json=True)
-    diagnosis = examine(config.data)
+    diagnosis = examine(config)
     print(json.dumps(dataclasses.asdict(diagnosis), indent=1) if options.json else describe(diagnosis))
     return 1 if diagnosis.findings else 0
 

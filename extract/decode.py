@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -43,12 +44,14 @@ class PreparedClip:
         frames: [T, 3, S, S] float32, normalised.
         timestamps: [T] float32, seconds from the clip's start.
         source: SHA-256 of the video file.
+        seconds: that the child spent on it.
     """
 
     clip: Clip
     frames: NDArray[np.float32]
     timestamps: NDArray[np.float32]
     source: str
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,12 @@ class DecodePool:
         self._pool.stop()
         self._pool.join()
 
-    def map(self, clips: Iterable[Clip]) -> Iterator[PreparedClip | UndecodedClip]:
-        """Decode `clips`, in order, at most a few ahead of the caller so that memory stays flat."""
+    def map(self, clips: Iterable[Clip], ahead: int | None = None) -> Iterator[PreparedClip | UndecodedClip]:
+        """Decode `clips`, in order, at most `ahead` of the caller so that memory stays flat."""
         waiting: deque[tuple[Clip, ProcessFuture]] = deque()
         upcoming = iter(clips)
-        # Two for each child: one in work and one finished or waiting.
-        for clip in islice(upcoming, 2 * self._workers):
+        # By default two for each child: one in work and one finished or waiting.
+        for clip in islice(upcoming, ahead or 2 * self._workers):
             waiting.append((clip, self._submit(clip)))
         while waiting:
             clip, future = waiting.popleft()
@@ -134,11 +137,12 @@ def prepare_clip(clip: Clip, video: VideoConfig, transform: Transform = PUBLISHE
     Raises:
         VideoError: as `extract.video.read_frames`.
     """
+    started = time.perf_counter()
     decoded = read_frames(clip, video)
     frames = to_input(decoded.frames, video.size, transform)
     stat = clip.video.stat()
     source = _file_sha256(clip.video, stat.st_size, stat.st_mtime_ns)
-    return PreparedClip(clip, frames.numpy(), decoded.timestamps, source)
+    return PreparedClip(clip, frames.numpy(), decoded.timestamps, source, time.perf_counter() - started)
 
 
 @functools.lru_cache(maxsize=8)

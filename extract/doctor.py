@@ -1,10 +1,11 @@
-"""A look at the data set itself: what is there, how many, and what is odd about it."""
+"""A look at the data set and the machine: what is there, how many, and what is odd about it."""
 
 from collections import Counter
 from dataclasses import dataclass
 
-from configs.schema import DataConfig
+from configs.schema import Config
 from extract.datasets import load_dataset
+from extract.worker import slow_arithmetic
 
 VERIFY_ANSWERS = ("yes", "no")
 SHOWN = 5
@@ -21,18 +22,20 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Counts of the data set, and what is odd about it."""
+    """Counts of the data set, what is odd about it, and what would make a job on this machine better."""
 
     counts: dict[str, int]
     findings: tuple[Finding, ...]
+    advice: tuple[str, ...]
 
 
-def examine(data: DataConfig) -> Diagnosis:
-    """Read every annotation and look for every video.
+def examine(config: Config) -> Diagnosis:
+    """Read every annotation, look for every video, and look at the machine.
 
     Raises:
         DatasetError: annotations are missing or malformed; it lists every one.
     """
+    data = config.data
     dataset = load_dataset(data)
     counts = {"clips": len(dataset.clips), "question texts": len(dataset.texts), "answers": len(dataset.answers)}
     for part, questions in dataset.questions.items():
@@ -58,7 +61,8 @@ def examine(data: DataConfig) -> Diagnosis:
         _finding("verify questions whose answer is neither yes nor no", odd_verify),
         _finding("test questions whose answer is not in the answer set", unknown),
     )
-    return Diagnosis(counts, tuple(finding for finding in findings if finding.count))
+    advice = slow_arithmetic(config)
+    return Diagnosis(counts, tuple(finding for finding in findings if finding.count), (advice,) if advice else ())
 
 
 def describe(diagnosis: Diagnosis) -> str:
@@ -67,7 +71,8 @@ def describe(diagnosis: Diagnosis) -> str:
     for finding in diagnosis.findings:
         lines.append(f"{finding.count} {finding.what}, such as")
         lines += [f"    {example}" for example in finding.examples]
-    return "\n".join(lines if diagnosis.findings else [*lines, "nothing odd found"])
+    lines += [] if diagnosis.findings else ["nothing odd found"]
+    return "\n".join([*lines, *(f"advice: {line}" for line in diagnosis.advice)])
 
 
 def _finding(what: str, found: list[str]) -> Finding:

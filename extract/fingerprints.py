@@ -22,7 +22,7 @@ def video_fingerprint(config: Config, checkpoint_sha256: str) -> Fingerprint:
             **({"package": network.package.version} if packaged and network.package else {}),
             "transform": network.transform.name,
             "stored_dtype": config.store.dtype,
-            "decoder": f"decord2 {version('decord2')}",
+            "decoder": f"pyav {version('av')}",
         }
     )
 
@@ -34,6 +34,7 @@ def configured(config: Config) -> dict[str, Scalar]:
         # Fused arithmetic rounds differently. Without it, stores keep the fingerprint that they had.
         **({"compile": True} if encoder.compile else {}),
         "arch": encoder.arch,
+        **({"variant": encoder.variant} if encoder.arch == "mfas" else {}),
         "depth": encoder.depth,
         "path": encoder.path,
         "compute_dtype": encoder.dtype,

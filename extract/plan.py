@@ -1,23 +1,23 @@
 """What a job would do, before it does it: clips, bytes, files, time, and what stands in its way."""
 
 import dataclasses
-import math
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from configs.schema import Config
+from extract.batch_encoder import BatchEncoder
 from extract.datasets import Clip, Dataset, load_dataset
 from extract.decode import PreparedClip
-from extract.encoders import open_checkpoint
+from extract.encoders import VideoEncoder, open_checkpoint
 from extract.engines import decoder_count, worker_count
 from extract.fingerprints import video_fingerprint
-from extract.worker import load_encoder, open_decoders
+from extract.worker import load_encoder, open_decoders, slow_arithmetic
 from features import Store, StoreSpec, open_store
 from features.dtypes import row_bytes
+from features.formats import format_named
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,12 @@ class Plan:
         todo: still to encode.
         without_video: of these, clips whose video file is absent.
         shards: that will be written.
+        files: that will be written for them.
         bytes_to_write: about.
         bytes_free: on the store's disk.
         seconds_per_clip: decode and encode of one clip on one worker, measured on `probed` clips; None if not probed.
         hours: of the whole job with the configured workers; None if not probed.
+        advice: what would make the job better, one line each.
         refusals: why the job would not start, one line each.
     """
 
@@ -44,11 +46,13 @@ class Plan:
     todo: int
     without_video: int
     shards: int
+    files: int
     bytes_to_write: int
     bytes_free: int
     probed: int
     seconds_per_clip: float | None
     hours: float | None
+    advice: tuple[str, ...]
     refusals: tuple[str, ...]
 
 
@@ -65,21 +69,18 @@ def make_plan(config: Config, probe: int) -> Plan:
     todo = _todo(dataset, store)
     present = [clip for clip in todo if clip.video.is_file()]
     encoder = load_encoder(config, checkpoint)
-    row_bytes = _row_bytes(
-        StoreSpec.for_patches(
-            config.video.frames,
-            encoder.grid,
-            encoder.width,
-            config.store.dtype,
-            config.store.shard,
-            encoder.coarse,
-            encoder.coarse_width,
-        )
+    spec = StoreSpec.for_patches(
+        config.video.frames,
+        encoder.grid,
+        encoder.width,
+        config.store.dtype,
+        config.store.shard,
+        encoder.coarse,
+        encoder.coarse_width,
     )
-    free = shutil.disk_usage(_existing_parent(config.store.path)).free
-    refusals = []
-    if row_bytes * len(todo) > free:
-        refusals.append(f"store.path needs {row_bytes * len(todo) / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB")
+    shards = len({place // spec.shard for place in _places(dataset, store, todo)})
+    refusal = disk_refusal(config.store.path, spec, len(todo))
+    advice = slow_arithmetic(config)
     sample = present[:: max(len(present) // probe, 1)][:probe] if probe else []
     seconds = _probe(config, encoder, sample) if sample else None
     return Plan(
@@ -88,13 +89,26 @@ def make_plan(config: Config, probe: int) -> Plan:
         quarantined=len(store.quarantine) if store else 0,
         todo=len(todo),
         without_video=len(todo) - len(present),
-        shards=math.ceil(len(todo) / config.store.shard),
-        bytes_to_write=row_bytes * len(todo),
-        bytes_free=free,
+        shards=shards,
+        files=shards * len(format_named(config.store.format).files(spec, 0)),
+        bytes_to_write=_bytes_of(spec, len(todo)),
+        bytes_free=_bytes_free(config.store.path),
         probed=len(sample),
         seconds_per_clip=seconds,
         hours=None if seconds is None else seconds * len(present) / worker_count(config) / 3600,
-        refusals=tuple(refusals),
+        advice=(advice,) if advice else (),
+        refusals=(refusal,) if refusal else (),
+    )
+
+
+def disk_refusal(path: Path, spec: StoreSpec, clips: int) -> str | None:
+    """Why `clips` more rows cannot be written to the store at `path`, or None if they can."""
+    needed, free = _bytes_of(spec, clips), _bytes_free(path)
+    if needed <= free:
+        return None
+    return (
+        f"store.path is {path}: {clips} clips need {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free;"
+        " make room or choose another disk"
     )
 
 
@@ -103,12 +117,14 @@ def describe(plan: Plan) -> str:
     lines = [
         f"clips      {plan.clips}: {plan.done} stored, {plan.quarantined} in quarantine, {plan.todo} to do"
         + (f" ({plan.without_video} have no video file)" if plan.without_video else ""),
-        f"writes     {plan.shards} shards, {plan.bytes_to_write / 1e9:.3f} GB; {plan.bytes_free / 1e9:.1f} GB free",
+        f"writes     {plan.shards} shards in {plan.files} files, {plan.bytes_to_write / 1e9:.3f} GB;"
+        f" {plan.bytes_free / 1e9:.1f} GB free",
     ]
     if plan.hours is not None and plan.seconds_per_clip is not None:
         lines.append(
             f"time       about {_duration(plan.hours)}: {plan.seconds_per_clip:.3f} s a clip, measured on {plan.probed}"
         )
+    lines += [f"advice     {line}" for line in plan.advice]
     return "\n".join(lines + [f"refused    {line}" for line in plan.refusals])
 
 
@@ -128,15 +144,28 @@ def _todo(dataset: Dataset, store: Store | None) -> list[Clip]:
     return [clip for clip in dataset.clips if clip.clip_id not in known]
 
 
-def _row_bytes(spec: StoreSpec) -> int:
-    return sum(row_bytes(array) for array in spec.arrays)
+def _places(dataset: Dataset, store: Store | None, todo: Sequence[Clip]) -> list[int]:
+    """Row of each clip to do, in the store or as it will be."""
+    known = store.planned_ids if store else ()
+    rows = {clip_id: row for row, clip_id in enumerate(known)}
+    for clip in dataset.clips:
+        rows.setdefault(clip.clip_id, len(rows))
+    return [rows[clip.clip_id] for clip in todo]
+
+
+def _bytes_of(spec: StoreSpec, clips: int) -> int:
+    return clips * sum(row_bytes(array) for array in spec.arrays)
+
+
+def _bytes_free(path: Path) -> int:
+    return shutil.disk_usage(_existing_parent(path)).free
 
 
 def _existing_parent(path: Path) -> Path:
     return next(parent for parent in [path.absolute(), *path.absolute().parents] if parent.exists())
 
 
-def _probe(config: Config, encoder: torch.nn.Module, sample: list[Clip]) -> float:
+def _probe(config: Config, encoder: VideoEncoder, sample: list[Clip]) -> float:
     """Seconds a clip: the slower of decoding (children together) and encoding, since they overlap."""
     with open_decoders(config, decoder_count(config, worker_count(config))) as pool:
         for _ in pool.map(sample):  # starting the children is not part of the rate
@@ -146,9 +175,9 @@ def _probe(config: Config, encoder: torch.nn.Module, sample: list[Clip]) -> floa
         decode = (time.perf_counter() - decode_started) / len(sample)
     if not prepared:
         return decode
-    device = next(encoder.parameters()).device
-    frames = torch.stack([torch.from_numpy(one.frames) for one in prepared[: config.encoder.batch]]).to(device)
-    encode_started = time.perf_counter()
-    with torch.inference_mode():
-        encoder(frames).patches.sum().item()
-    return max(decode, (time.perf_counter() - encode_started) / len(frames))
+    batches = BatchEncoder(encoder, config.encoder.batch, config.store.dtype)
+    batch = prepared[: batches.size]
+    batches.start(batch)()  # the first is slower than those that follow
+    warm = batches.seconds
+    batches.start(batch)()
+    return max(decode, (batches.seconds - warm) / len(batch))

@@ -1,6 +1,5 @@
 """Stage one: every clip and every question of a data set, encoded once and stored."""
 
-import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +17,14 @@ from extract.encoders import (
     open_text_checkpoint,
 )
 from extract.encoders.text import TextEncoder, Tokenizer
-from extract.engines import encode_with_engine
+from extract.engines import WHOLE, Part, encode_with_engine, worker_count
 from extract.fingerprints import text_depth, text_fingerprint, video_fingerprint
+from extract.plan import disk_refusal
 from extract.progress import meter
-from extract.worker import Tally, device_of, load_encoder
-from features import Store, StoreSpec, create_store
+from extract.shard_writer import ShardWriter
+from extract.tally import Tally, record_job
+from extract.worker import device_of, load_encoder
+from features import ShardWork, Store, StoreError, StoreSpec, create_store
 
 TEXT_BATCH = 64
 
@@ -46,30 +48,40 @@ class Outcome:
     texts: int
 
 
-def extract_features(config: Config, retry: bool = False) -> Outcome:
+def extract_features(config: Config, retry: bool = False, part: Part = WHOLE) -> Outcome:
     """Encode what the store does not have yet.
 
     Args:
         config: the experiment.
         retry: also try the quarantined clips again.
+        part: of the shards, where several jobs share them.
 
     Raises:
-        DatasetError, CheckpointError, StoreError: wrong input, in one line; nothing was written.
+        DatasetError, CheckpointError, StoreError: wrong input or a full disk, in one line; nothing was written.
         TooManyErrors: more clips failed than `engine.max_errors`; what was committed stays.
+        WorkersKilled: again and again; what was committed stays.
     """
     dataset = load_dataset(config.data)
     checkpoint = open_checkpoint(config.encoder.arch, config.encoder.checkpoint)
     encoder = load_encoder(config, checkpoint)
     store = create_clip_store(config, dataset, encoder, checkpoint)
-    texts = _encode_texts(config, dataset, checkpoint)
-    works = store.missing_shards(retry_quarantined=retry)
+    texts = _encode_texts(config, dataset, checkpoint, part)
     clips = {clip.clip_id: clip for clip in dataset.clips}
     # A store may hold clips of a larger data set; only those of this one have videos to encode.
-    works = [dataclasses.replace(w, ids=ids) for w in works if (ids := tuple(i for i in w.ids if i in clips))]
+    works = [
+        ShardWork(work.shard, ids)
+        for work in part.of(store.missing_shards(retry_quarantined=retry))
+        if (ids := tuple(clip_id for clip_id in work.ids if clip_id in clips))
+    ]
+    todo = sum(len(work.ids) for work in works)
+    if refusal := disk_refusal(config.store.path, store.spec, todo):
+        raise StoreError(refusal)
     tally = Tally()
     if works:
-        with meter("encode", sum(len(work.ids) for work in works), "clips") as shown:
+        with meter("encode", todo, "clips") as shown:
             tally = encode_with_engine(config, encoder, store, works, clips, shown.advance)
+        store.refresh()
+        record_job(config.store.path, tally, worker_count(config))
     return Outcome(
         tally=tally,
         clips=len(store.clip_ids),
@@ -100,7 +112,7 @@ def create_clip_store(config: Config, dataset: Dataset, encoder: VideoEncoder, c
     return create_store(config.store.path, spec, fingerprint, ids, format=config.store.format)
 
 
-def _encode_texts(config: Config, dataset: Dataset, video: Checkpoint) -> int:
+def _encode_texts(config: Config, dataset: Dataset, video: Checkpoint, part: Part) -> int:
     """Encode the questions that the text store misses; returns how many it holds."""
     checkpoint = open_text_checkpoint(config.encoder.arch, video, config.text.model)
     tokenizer = load_tokenizer(config.text.model, config.text.max_length)
@@ -109,17 +121,20 @@ def _encode_texts(config: Config, dataset: Dataset, video: Checkpoint) -> int:
     spec = StoreSpec.for_text(config.text.max_length, encoder.width, config.store.dtype, codec=config.store.codec)
     fingerprint = text_fingerprint(config, checkpoint.sha256)
     store = create_store(config.store.path / "text", spec, fingerprint, dataset.texts, format=config.store.format)
-    works = store.missing_shards()
+    works = part.of(store.missing_shards())
     if works:
-        with meter("questions", sum(len(work.ids) for work in works), "questions") as shown:
-            for work in works:
+        todo = sum(len(work.ids) for work in works)
+        with meter("questions", todo, "questions") as shown, ShardWriter(store, max_errors=0) as writer:
+            for work, uncommitted in writer.leases(works):
                 rows: dict[str, dict[str, torch.Tensor]] = {}
-                for start in range(0, len(work.ids), TEXT_BATCH):
-                    texts = work.ids[start : start + TEXT_BATCH]
+                for start in range(0, len(uncommitted), TEXT_BATCH):
+                    texts = uncommitted[start : start + TEXT_BATCH]
                     rows |= _encode_text_batch(config, encoder, tokenizer, texts)
                     shown.advance(len(texts))
-                sources = {text: hashlib.sha256(text.encode()).hexdigest() for text in work.ids}
-                store.write_shard(work.shard, rows, sources)
+                sources = {text: hashlib.sha256(text.encode()).hexdigest() for text in rows}
+                writer.write(work.shard, rows, sources, {})
+            writer.wait()
+        store.refresh()
     return len(store.clip_ids)
 
 
@@ -127,7 +142,8 @@ def _encode_text_batch(
     config: Config, encoder: TextEncoder, tokenizer: Tokenizer, texts: Sequence[str]
 ) -> dict[str, dict[str, torch.Tensor]]:
     device = next(encoder.parameters()).device
-    ids, mask = tokenizer(list(texts))
+    # Always one shape, as in `extract.batch_encoder` and for its reason.
+    ids, mask = tokenizer([*texts, *[texts[-1]] * (TEXT_BATCH - len(texts))])
     with torch.inference_mode():
         states = encoder(ids.to(device), mask.to(device)).to(getattr(torch, config.store.dtype)).cpu()
     return {text: {"states": states[i], "attention_mask": mask[i].bool()} for i, text in enumerate(texts)}

@@ -1,0 +1,33 @@
+"""What a scheduler's signals do to a job: it stops cleanly and says that it wants to be started again."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+# sysexits.h EX_TEMPFAIL: "try again later". Schedulers can be told to requeue a job that ends with it.
+REQUEUE = 75
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Requeue(BaseException):
+    """The scheduler wants the machine back. No Exception, so that nothing takes it for a failure of the work."""
+
+
+@contextmanager
+def requeue_on_signals() -> Iterator[None]:
+    """Within the block SIGTERM and SIGUSR1 raise `Requeue`, once; the notices that follow are ignored."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def stop(number: int, _: FrameType | None) -> None:
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        raise Requeue(signal.Signals(number).name)
+
+    for number in SIGNALS:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
