@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from train.ops.select_attend.api import TRITON_MAX_PATCHES, TRITON_MAX_PATCHES_FLOAT32
+from train.ops.select_attend.launch import launch_config
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block can have, CUDA programming guide, table of capabilities
 TARGET = {80: "sm_80", 90: "sm_90a"}
@@ -33,7 +33,7 @@ DTYPES = {
     "float8_e4m3": torch.float8_e4m3fn,
     "int8": torch.int8,
 }
-PATCHES = (49, 128, 196)  # one for each size of block that the kernels are cut for
+PATCHES = (49, 128, 196, 512, 1024)  # one for each size of block that the kernels are cut for
 QUICK = (196,)
 
 
@@ -74,7 +74,6 @@ def shipped(quick: bool) -> list[Case]:
         for dtype in (("float16",) if quick else DTYPES)
         for arch in TARGET
         for kernel in ("forward", "backward")
-        if patches <= (TRITON_MAX_PATCHES_FLOAT32 if dtype == "float32" else TRITON_MAX_PATCHES)
     ]
 
 
@@ -85,21 +84,26 @@ def measure(case: Case) -> Usage:
     from triton.compiler import ASTSource
 
     from train.ops.select_attend import triton as kernels
+    from train.ops.select_attend import triton_backward, triton_forward
 
     patches, width, heads = case.shape
     dtype = DTYPES[case.dtype]
     backward = case.kernel == "backward"
-    config = kernels.launch_config(patches, width, heads, dtype.itemsize, backward)
-    function = getattr(kernels, f"_{case.kernel}_kernel")
+    config = launch_config(patches, width, heads, dtype.itemsize, backward)
     stored = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}.get(case.dtype, "i8")
     scaled = dtype.itemsize == 1
     tokens = torch.empty(1, 1, patches, width, dtype=dtype, device="meta")
     queries = torch.empty(1, heads, width, device="meta")
-    constants = kernels.constants(tokens, queries, tokens if scaled else None, config)
+    scale = tokens if scaled else None
+    if backward:
+        function = triton_backward.backward_kernel
+        constants = kernels.constants(tokens, queries, scale, config)
+    else:
+        several = config.block < patches
+        function = triton_forward.forward_blocks_kernel if several else triton_forward.forward_kernel
+        constants = kernels.forward_constants(tokens, queries, scale, config)
     options = {"num_warps": constants.pop("num_warps"), "num_stages": constants.pop("num_stages")}
-    if not backward:
-        constants["PARTS"] = kernels.PARTS[kernels.ARITHMETIC[dtype]]
-    if not scaled:
+    if scale is None:
         constants["scale"] = None
     types = {"tokens": f"*{stored}", "kept": "*i64", "mask": "*i8", "order": "*i32", "tiles": "*i32"}
     integers = ("k", "frames", "questions", "span", "stride_c", "stride_t", "stride_n")

@@ -1,10 +1,13 @@
 """The contract of `select_attend`, on its reference implementation."""
 
 import math
+from contextlib import nullcontext
+from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from tests.train.ops.cases import Case, assert_as_exact_as, make_case, oracle
 from train.ops.select_attend import SelectAttendOutput, reference, select_attend
@@ -208,6 +211,10 @@ WRONG = {
     "selector-dtype": ({"selector": torch.zeros(3, 16).int()}, r"selector is torch.int32; expected float16"),
     "bias": ({"bias": torch.zeros(2, 9)}, r"bias has shape \(2, 9\); expected \(2, 2, 9\)"),
     "scale": ({"scale": torch.zeros(2, 2, 1)}, r"scale has shape \(2, 2, 1\); expected \(2, 2, 9\)"),
+    "rows-dtype": ({"clip_rows": torch.zeros(2)}, r"clip_rows is torch.float32; expected int32 or int64"),
+    "rows-shape": ({"clip_rows": torch.zeros(2, 1).long()}, r"clip_rows has shape \(2, 1\); expected \[clips\]"),
+    "rows-high": ({"clip_rows": torch.tensor([0, 2])}, r"clip_rows holds 2; expected 0 to 1"),
+    "rows-bias": ({"clip_rows": torch.zeros(3).long()}, r"bias has shape \(2, 2, 9\); expected \(3, 2, 9\)"),
     "device": ({"bias": torch.zeros(2, 2, 9, device="meta")}, r"bias is on meta; expected cpu, where tokens is"),
     "k-low": ({"k": 0}, r"k is 0; expected 1 to 9"),
     "k-high": ({"k": 10}, r"k is 10; expected 1 to 9"),
@@ -223,5 +230,51 @@ def test_wrong_arguments_are_named(wrong: str) -> None:
 
 
 def test_auto_takes_the_reference_on_a_cpu() -> None:
-    assert choose_implementation(torch.zeros(1), "auto") == "reference"
-    assert choose_implementation(torch.zeros(1), "triton") == "triton"
+    tokens = torch.zeros(1, 1, 4, 16)
+    assert choose_implementation(tokens, torch.float32, "auto") == ("reference", "tokens are on cpu")
+    assert choose_implementation(tokens, torch.float32, "reference") == ("reference", "as asked for")
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize(
+    ("patches", "width", "dtype", "chosen", "why"),
+    [
+        (1024, 1024, torch.float32, "triton", "tokens are on cuda:0"),
+        (1025, 16, torch.float32, "reference", "tokens has 1025 patches; expected at most 1024"),
+        (4, 1040, torch.float32, "reference", "tokens has 1040 channels; expected a multiple of 16 up to 1024"),
+        (4, 24, torch.float32, "reference", "tokens has 24 channels; expected a multiple of 16 up to 1024"),
+        (4, 16, torch.float64, "reference", "queries is torch.float64; expected at most float32"),
+    ],
+)
+def test_auto_takes_triton_on_a_gpu_or_says_why_not(
+    patches: int, width: int, dtype: torch.dtype, chosen: str, why: str
+) -> None:
+    """On tensors that only claim to be on a GPU."""
+    with FakeTensorMode():
+        gpu = torch.device("cuda", 0)
+        tokens = torch.empty(1, 1, patches, width, device=gpu)
+        assert choose_implementation(tokens, dtype, "auto") == (chosen, why)
+        inputs = [torch.empty(shape, dtype=dtype, device=gpu) for shape in ((2, 3, width), (2, width), (1, 1, patches))]
+        said = pytest.warns(UserWarning, match=f"runs its slower reference on a GPU: {why}")
+        with said if chosen == "reference" else nullcontext():
+            out = select_attend(tokens, torch.zeros(2, dtype=torch.int64, device=gpu), *inputs, 2)
+        assert out.pooled.shape == (2, 1, 3, width)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.7])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_tokens_kept_whole_are_read_in_place(share: float, scaled: bool) -> None:
+    """`clip_rows` gives what gathering the clips first gives, bit for bit, and gradients of the batch's bias alone."""
+    whole = make_case(9, 12, 3, 33, 64, 2, torch.float16, scaled)
+    rows = torch.tensor([7, 0, 3, 3])
+    scale = None if whole.scale is None else whole.scale[rows]
+    gathered = Case(whole.tokens[rows], whole.clip_index % 4, whole.queries, whole.selector, whole.bias[rows], scale)
+    k = math.ceil(share * 33)
+    leaves, again = gathered.leaves(), gathered.leaves()
+    out = run(gathered, leaves, k)
+    placed = select_attend(whole.tokens, gathered.clip_index, *again, k, whole.scale, clip_rows=rows)
+    assert all(torch.equal(a, b) for a, b in zip(out, placed, strict=True))
+    for a, b in zip(gradients(*out[:2], leaves), gradients(*placed[:2], again), strict=True):
+        assert torch.equal(a, b)
+    eager = reference.specification(whole.tokens, gathered.clip_index, *again, k, whole.scale, rows)
+    assert torch.equal(eager[2], out.kept)

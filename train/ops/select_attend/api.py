@@ -1,24 +1,23 @@
 """The one entry point: checks its arguments once and dispatches.
 
-Shape legend: C clips, B questions, T frames, N patches a frame, D channels, H attention heads, k kept patches a frame.
+Shape legend: C clips, S clips that `tokens` holds, B questions, T frames, N patches a frame, D channels, H attention
+heads, k kept patches a frame.
 """
 
 import importlib.util
 import os
+import warnings
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from train.ops.select_attend import library
+from train.ops.select_attend.launch import refusal
 
 Implementation = Literal["auto", "reference", "triton"]
 
 TOKEN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int8)
-# Limits that the kernels' configurations are checked for; with more patches registers spill.
-TRITON_MAX_PATCHES = 256
-TRITON_MAX_PATCHES_FLOAT32 = 128
-TRITON_MAX_WIDTH = 1024
 
 
 class SelectAttendOutput(NamedTuple):
@@ -44,10 +43,11 @@ def select_attend(
     k: int,
     scale: Tensor | None = None,
     implementation: Implementation = "auto",
+    clip_rows: Tensor | None = None,
 ) -> SelectAttendOutput:
     """Keep the k best patches of every frame for each question and attend over them.
 
-    With x = tokens * scale, question b and its clip c = clip_index[b]:
+    With x = tokens * scale (its row clip_rows[c] where that is given), question b and its clip c = clip_index[b]:
 
         s[b,t,n]   = <selector_b, x[c,t,n]> + bias[c,t,n]
         kept[b,t]  = the k largest of s[b,t,:], ties to the lowest n
@@ -59,15 +59,18 @@ def select_attend(
     gives pooled 0, lse -inf and gradient 0.
 
     Args:
-        tokens: [C, T, N, D], frozen: float16, bfloat16, float32, float8_e4m3fn or int8. Never gets a gradient.
+        tokens: [C, T, N, D], or [S, T, N, D] with clip_rows. Frozen: float16, bfloat16, float32, float8_e4m3fn or
+            int8. Never gets a gradient.
         clip_index: [B] int32 or int64, which clip each question reads; clips may repeat or be absent.
         queries: [B, H, D] floating point. float64 makes the reference compute in float64.
         selector: [B, D] floating point.
         bias: [C, T, N] floating point, -inf to leave a patch out.
         k: patches to keep in each frame, 1 to N.
-        scale: [C, T, N] floating point factor of each patch, where the tokens are quantised.
-        implementation: `auto` takes Triton for CUDA tensors of up to 256 patches (128 in
-            float32) and 1024 channels, and the reference elsewhere.
+        scale: [C, T, N], or [S, T, N] with clip_rows: floating point factor of each patch of quantised tokens.
+        implementation: `auto` takes Triton for CUDA tensors that the kernels take, and the reference elsewhere;
+            `choose_implementation` says which and why.
+        clip_rows: [C] int32 or int64, row of `tokens` and `scale` where each clip lies, so that a batch needs no copy
+            of tokens that are kept whole.
 
     Returns:
         `SelectAttendOutput`. Gradients reach queries, selector and bias through pooled and lse.
@@ -76,109 +79,93 @@ def select_attend(
         ValueError: a shape, dtype, device or value is wrong, or the implementation cannot run here; the message names
             the argument.
     """
-    _check_dtypes(tokens, clip_index, queries, selector, bias, scale)
-    _check_shapes(tokens, clip_index, queries, selector, bias, k, scale)
-    _check_devices(tokens, clip_index, queries, selector, bias, scale)
-    if choose_implementation(tokens, implementation) == "triton":
-        _check_triton(tokens, queries)
-        pooled, lse, kept, *_ = library.triton_forward(tokens, clip_index, queries, selector, bias, k, scale)
+    floats = _given(queries=queries, selector=selector, bias=bias, scale=scale)
+    indices = _given(clip_index=clip_index, clip_rows=clip_rows)
+    _check_dtypes(tokens, floats, indices)
+    _check_shapes(tokens, floats, indices, k)
+    for name, tensor in {**floats, **indices}.items():
+        if tensor.device != tokens.device:
+            raise ValueError(f"{name} is on {tensor.device}; expected {tokens.device}, where tokens is")
+    chosen, why = choose_implementation(tokens, queries.dtype, implementation)
+    if chosen == "reference" and implementation == "auto" and tokens.is_cuda and not torch.compiler.is_compiling():
+        warnings.warn(f"select_attend runs its slower reference on a GPU: {why}", stacklevel=2)
+    if chosen == "triton":
+        pooled, lse, kept, *_ = library.triton_forward(tokens, clip_index, queries, selector, bias, k, scale, clip_rows)
     else:
-        pooled, lse, kept, _ = library.reference_forward(tokens, clip_index, queries, selector, bias, k, scale)
+        pooled, lse, kept, _ = library.reference_forward(
+            tokens, clip_index, queries, selector, bias, k, scale, clip_rows
+        )
     return SelectAttendOutput(pooled, lse, kept)
 
 
-def choose_implementation(tokens: Tensor, implementation: Implementation) -> Literal["reference", "triton"]:
-    """Which implementation `select_attend` runs for these tokens, so that a run can log it.
+def choose_implementation(
+    tokens: Tensor, dtype: torch.dtype, implementation: Implementation
+) -> tuple[Literal["reference", "triton"], str]:
+    """Which implementation `select_attend` runs for these tokens and queries of this dtype, and why, for a log.
 
     Raises:
-        ValueError: `implementation` is not one of the three.
+        ValueError: `implementation` is not one of the three, or is `triton` where the kernels cannot run.
     """
     if implementation not in ("auto", "reference", "triton"):
         raise ValueError(f"implementation is {implementation!r}; expected 'auto', 'reference' or 'triton'")
-    if implementation == "auto":
-        fits = tokens.ndim == 4 and tokens.shape[2] <= _most_patches(tokens) and tokens.shape[3] <= TRITON_MAX_WIDTH
-        return "triton" if tokens.is_cuda and fits and _triton_installed() else "reference"
-    return implementation
+    if implementation == "reference":
+        return "reference", "as asked for"
+    if implementation == "auto" and not tokens.is_cuda:
+        return "reference", f"tokens are on {tokens.device}"
+    hindrance = _hindrance(tokens, dtype)
+    if implementation == "triton":
+        if hindrance:
+            raise ValueError(f"{hindrance} with implementation 'triton'; or use 'auto'")
+        return "triton", "as asked for"
+    return ("reference", hindrance) if hindrance else ("triton", f"tokens are on {tokens.device}")
 
 
-def _most_patches(tokens: Tensor) -> int:
-    return TRITON_MAX_PATCHES_FLOAT32 if tokens.dtype == torch.float32 else TRITON_MAX_PATCHES
+def _hindrance(tokens: Tensor, dtype: torch.dtype) -> str | None:
+    """What keeps the kernels from running here, and what they expect; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; expected it (pip install triton)"
+    if not tokens.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"tokens is on {tokens.device}; expected a CUDA device"
+    return refusal(tokens, dtype)
 
 
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _given(**tensors: Tensor | None) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def _check_dtypes(
-    tokens: Tensor, clip_index: Tensor, queries: Tensor, selector: Tensor, bias: Tensor, scale: Tensor | None
-) -> None:
+def _check_dtypes(tokens: Tensor, floats: dict[str, Tensor], indices: dict[str, Tensor]) -> None:
     if tokens.dtype not in TOKEN_DTYPES:
         raise ValueError(f"tokens is {tokens.dtype}; expected one of {', '.join(map(str, TOKEN_DTYPES))}")
     if tokens.requires_grad:
         raise ValueError("tokens requires a gradient; select_attend reads frozen tokens: pass tokens.detach()")
-    if clip_index.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"clip_index is {clip_index.dtype}; expected int32 or int64")
-    for name, tensor in (("queries", queries), ("selector", selector), ("bias", bias), ("scale", scale)):
-        if tensor is not None and not (tensor.is_floating_point() and tensor.element_size() >= 2):
+    for name, tensor in indices.items():
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} is {tensor.dtype}; expected int32 or int64")
+    for name, tensor in floats.items():
+        if not (tensor.is_floating_point() and tensor.element_size() >= 2):
             raise ValueError(f"{name} is {tensor.dtype}; expected float16, bfloat16, float32 or float64")
 
 
-def _check_shapes(
-    tokens: Tensor,
-    clip_index: Tensor,
-    queries: Tensor,
-    selector: Tensor,
-    bias: Tensor,
-    k: int,
-    scale: Tensor | None,
-) -> None:
+def _check_shapes(tokens: Tensor, floats: dict[str, Tensor], indices: dict[str, Tensor], k: int) -> None:
     if tokens.ndim != 4:
         raise ValueError(f"tokens has shape {tuple(tokens.shape)}; expected [clips, frames, patches, channels]")
-    if clip_index.ndim != 1:
-        raise ValueError(f"clip_index has shape {tuple(clip_index.shape)}; expected [questions]")
-    clips, frames, patches, width = tokens.shape
-    questions = clip_index.shape[0]
+    stored, frames, patches, width = tokens.shape
+    for name, of in (("clip_index", "questions"), ("clip_rows", "clips")):
+        if name in indices and indices[name].ndim != 1:
+            raise ValueError(f"{name} has shape {tuple(indices[name].shape)}; expected [{of}]")
+    questions = len(indices["clip_index"])
+    clips = len(indices.get("clip_rows", tokens))
+    queries = floats["queries"]
     if queries.ndim != 3 or queries.shape[0] != questions or queries.shape[2] != width or queries.shape[1] < 1:
         raise ValueError(
             f"queries has shape {tuple(queries.shape)}; expected [{questions}, heads, {width}] "
             f"beside clip_index [{questions}] and tokens {tuple(tokens.shape)}"
         )
-    expected = {"selector": (selector, (questions, width)), "bias": (bias, (clips, frames, patches))}
-    if scale is not None:
-        expected["scale"] = (scale, (clips, frames, patches))
-    for name, (tensor, shape) in expected.items():
-        if tensor.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}")
+    expected = {
+        "selector": (questions, width), "bias": (clips, frames, patches), "scale": (stored, frames, patches)
+    }  # fmt: skip
+    for name, shape in expected.items():
+        if name in floats and floats[name].shape != shape:
+            raise ValueError(f"{name} has shape {tuple(floats[name].shape)}; expected {tuple(shape)}")
     if k < 1 or k > patches:
         raise ValueError(f"k is {k}; expected 1 to {patches}, the patches of a frame")
-
-
-def _check_devices(
-    tokens: Tensor, clip_index: Tensor, queries: Tensor, selector: Tensor, bias: Tensor, scale: Tensor | None
-) -> None:
-    others = (
-        ("clip_index", clip_index), ("queries", queries), ("selector", selector), ("bias", bias), ("scale", scale)
-    )  # fmt: skip
-    for name, tensor in others:
-        if tensor is not None and tensor.device != tokens.device:
-            raise ValueError(f"{name} is on {tensor.device}; expected {tokens.device}, where tokens is")
-
-
-def _check_triton(tokens: Tensor, queries: Tensor) -> None:
-    if not _triton_installed():
-        raise ValueError("implementation is 'triton' but Triton is not installed; pip install triton, or use 'auto'")
-    if not tokens.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"tokens is on {tokens.device}; expected a CUDA device with 'triton', or use 'auto'")
-    if queries.dtype == torch.float64:
-        raise ValueError("queries is torch.float64; expected at most float32 with 'triton', or use 'reference'")
-    if tokens.shape[2] > _most_patches(tokens):
-        raise ValueError(
-            f"tokens has {tokens.shape[2]} patches of {tokens.dtype}; expected at most {_most_patches(tokens)} "
-            "with 'triton': use 'auto', or float16 tokens where float32 is too many"
-        )
-    if tokens.shape[3] > TRITON_MAX_WIDTH or tokens.shape[3] % 16:
-        raise ValueError(
-            f"tokens has {tokens.shape[3]} channels; expected a multiple of 16 up to {TRITON_MAX_WIDTH} with 'triton'"
-        )
-    if tokens.stride(3) != 1:
-        raise ValueError(f"tokens has strides {tokens.stride()}; expected 1 last with 'triton': call .contiguous()")

@@ -23,30 +23,21 @@ def reference_forward(
     bias: Tensor,
     k: int,
     scale: Tensor | None,
+    clip_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.forward` as an operator."""
-    return reference.forward(tokens, clip_index, queries, selector, bias, k, scale)
+    return reference.forward(tokens, clip_index, queries, selector, bias, k, scale, clip_rows)
 
 
 @reference_forward.register_fake
 def _(
-    tokens: Tensor,
-    clip_index: Tensor,
-    queries: Tensor,
-    selector: Tensor,
-    bias: Tensor,
-    k: int,
-    scale: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    frames, width = tokens.shape[1], tokens.shape[3]
-    questions, heads, _ = queries.shape
+    tokens: Tensor, clip_index: Tensor, queries: Tensor, selector: Tensor, bias: Tensor, k: int, *_: Any
+) -> tuple[Tensor, ...]:
+    frames = tokens.shape[1]
+    questions, heads, _width = queries.shape
     dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
-    return (
-        queries.new_empty(questions, frames, heads, width),
-        queries.new_empty(questions, frames, heads, dtype=dtype),
-        clip_index.new_empty(questions, frames, k, dtype=torch.int64),
-        queries.new_empty(questions, frames, heads, k, dtype=dtype),
-    )
+    weights = queries.new_empty(questions, frames, heads, k, dtype=dtype)
+    return *_outputs(frames, clip_index, queries, k), weights
 
 
 @torch.library.custom_op("egopatch::select_attend_reference_backward", mutates_args=())
@@ -56,53 +47,38 @@ def reference_backward(
     tokens: Tensor,
     clip_index: Tensor,
     queries: Tensor,
+    bias: Tensor,
     kept: Tensor,
     weights: Tensor,
     scale: Tensor | None,
+    clip_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.backward` as an operator."""
-    return reference.backward(grad_pooled, grad_lse, tokens, clip_index, queries, kept, weights, scale)
+    return reference.backward(grad_pooled, grad_lse, tokens, clip_index, queries, bias, kept, weights, scale, clip_rows)
 
 
 @reference_backward.register_fake
 def _(
-    grad_pooled: Tensor,
-    grad_lse: Tensor,
-    tokens: Tensor,
-    clip_index: Tensor,
-    queries: Tensor,
-    kept: Tensor,
-    weights: Tensor,
-    scale: Tensor | None,
+    grad_pooled: Tensor, grad_lse: Tensor, tokens: Tensor, clip_index: Tensor, queries: Tensor, bias: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    questions, heads, width = queries.shape
-    return (
-        weights.new_empty(questions, heads, width),
-        weights.new_empty(questions, width),
-        weights.new_empty(tokens.shape[:3]),
-    )
+    return _gradients(queries, bias, torch.float64 if queries.dtype == torch.float64 else torch.float32)
 
 
 def _reference_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tokens, clip_index, queries, selector, bias, _, scale = inputs
+    tokens, clip_index, queries, selector, bias, _, scale, clip_rows = inputs
     _, lse, kept, weights = output
     ctx.mark_non_differentiable(kept, weights)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(tokens, clip_index, queries, kept, weights, scale)
-    ctx.lse_shape = lse.shape
-    ctx.dtypes = (queries.dtype, selector.dtype, bias.dtype)
+    ctx.save_for_backward(tokens, clip_index, queries, selector, bias, lse, kept, weights, scale, clip_rows)
 
 
 def _reference_gradients(
     ctx: Any, grad_pooled: Tensor | None, grad_lse: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    tokens, clip_index, queries, kept, weights, scale = ctx.saved_tensors
-    if grad_pooled is None:
-        grad_pooled = queries.new_zeros(*ctx.lse_shape, queries.shape[-1])
-    if grad_lse is None:
-        grad_lse = weights.new_zeros(ctx.lse_shape)
-    grads = reference_backward(grad_pooled, grad_lse, tokens, clip_index, queries, kept, weights, scale)
-    return None, None, *(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)), None, None
+    tokens, clip_index, queries, selector, bias, lse, *saved = ctx.saved_tensors
+    incoming = _incoming(grad_pooled, grad_lse, queries, lse)
+    grads = reference_backward(*incoming, tokens, clip_index, queries, bias, *saved)
+    return _outgoing(grads, queries, selector, bias)
 
 
 reference_forward.register_autograd(_reference_gradients, setup_context=_reference_save)
@@ -117,32 +93,25 @@ def triton_forward(
     bias: Tensor,
     k: int,
     scale: Tensor | None,
+    clip_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`triton.forward` as an operator."""
     from train.ops.select_attend import triton
 
-    return triton.forward(tokens, clip_index, queries, selector, bias, k, scale)
+    return triton.forward(tokens, clip_index, queries, selector, bias, k, scale, clip_rows)
 
 
 @triton_forward.register_fake
 def _(
-    tokens: Tensor,
-    clip_index: Tensor,
-    queries: Tensor,
-    selector: Tensor,
-    bias: Tensor,
-    k: int,
-    scale: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    clips, frames, patches, width = tokens.shape
-    questions, heads, _ = queries.shape
+    tokens: Tensor, clip_index: Tensor, queries: Tensor, selector: Tensor, bias: Tensor, k: int, *_: Any
+) -> tuple[Tensor, ...]:
+    frames, patches = tokens.shape[1:3]
+    questions, clips = len(clip_index), len(bias)
     return (
-        queries.new_empty(questions, frames, heads, width),
-        queries.new_empty(questions, frames, heads, dtype=torch.float32),
-        clip_index.new_empty(questions, frames, k, dtype=torch.int64),
+        *_outputs(frames, clip_index, queries, k),
         clip_index.new_empty(questions, frames, patches, dtype=torch.int8),
         clip_index.new_empty(questions, dtype=torch.int32),
-        clip_index.new_empty(tile_bound(questions, clips), 3, dtype=torch.int32),
+        clip_index.new_empty(tile_bound(questions, clips), 4, dtype=torch.int32),
         clip_index.new_empty(clips + 1, dtype=torch.int32),
     )
 
@@ -172,29 +141,13 @@ def triton_backward(
 
 @triton_backward.register_fake
 def _(
-    grad_pooled: Tensor,
-    grad_lse: Tensor,
-    tokens: Tensor,
-    queries: Tensor,
-    selector: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    lse: Tensor,
-    mask: Tensor,
-    order: Tensor,
-    tiles: Tensor,
-    clip_tiles: Tensor,
+    grad_pooled: Tensor, grad_lse: Tensor, tokens: Tensor, queries: Tensor, selector: Tensor, bias: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    questions, heads, width = queries.shape
-    return (
-        lse.new_empty(questions, heads, width),
-        lse.new_empty(questions, width),
-        lse.new_empty(tokens.shape[:3]),
-    )
+    return _gradients(queries, bias, torch.float32)
 
 
 def _triton_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tokens, _, queries, selector, bias, _, scale = inputs
+    tokens, _, queries, selector, bias, _, scale, _ = inputs
     _, lse, kept, *saved = output
     ctx.mark_non_differentiable(kept, *saved)
     ctx.set_materialize_grads(False)
@@ -205,13 +158,47 @@ def _triton_gradients(
     ctx: Any, grad_pooled: Tensor | None, grad_lse: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
     tokens, queries, selector, bias, scale, lse, *saved = ctx.saved_tensors
-    if grad_pooled is None:
-        grad_pooled = queries.new_zeros(*lse.shape, queries.shape[-1])
-    if grad_lse is None:
-        grad_lse = torch.zeros_like(lse)
-    grads = triton_backward(grad_pooled, grad_lse, tokens, queries, selector, bias, scale, lse, *saved)
-    dtypes = (queries.dtype, selector.dtype, bias.dtype)
-    return None, None, *(grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)), None, None
+    incoming = _incoming(grad_pooled, grad_lse, queries, lse)
+    grads = triton_backward(*incoming, tokens, queries, selector, bias, scale, lse, *saved)
+    return _outgoing(grads, queries, selector, bias)
 
 
 triton_forward.register_autograd(_triton_gradients, setup_context=_triton_save)
+
+
+def _outputs(frames: int, clip_index: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty pooled, lse and kept."""
+    questions, heads, width = queries.shape
+    dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    return (
+        queries.new_empty(questions, frames, heads, width),
+        queries.new_empty(questions, frames, heads, dtype=dtype),
+        clip_index.new_empty(questions, frames, k, dtype=torch.int64),
+    )
+
+
+def _gradients(queries: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty gradients of queries, selector and bias."""
+    questions, _, width = queries.shape
+    return (
+        torch.empty_like(queries, dtype=dtype, memory_format=torch.contiguous_format),
+        queries.new_empty(questions, width, dtype=dtype),
+        bias.new_empty(bias.shape, dtype=dtype),
+    )
+
+
+def _incoming(
+    grad_pooled: Tensor | None, grad_lse: Tensor | None, queries: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of both outputs, zero where the loss does not use one."""
+    if grad_pooled is None:
+        grad_pooled = queries.new_zeros(*lse.shape, queries.shape[-1])
+    return grad_pooled, torch.zeros_like(lse) if grad_lse is None else grad_lse
+
+
+def _outgoing(
+    grads: tuple[Tensor, Tensor, Tensor], queries: Tensor, selector: Tensor, bias: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients in the order of a forward's arguments and in the arguments' dtypes."""
+    typed = (grad.to(leaf.dtype) for grad, leaf in zip(grads, (queries, selector, bias), strict=True))
+    return None, None, *typed, None, None, None

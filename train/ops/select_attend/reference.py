@@ -25,6 +25,7 @@ def specification(
     bias: Tensor,
     k: int,
     scale: Tensor | None = None,
+    clip_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition, in plain differentiable PyTorch; expands every question's clip, so memory grows with B.
 
@@ -35,7 +36,7 @@ def specification(
     x = tokens.to(dtype)
     if scale is not None:
         x = x * scale.to(dtype)[..., None]
-    x_btnd = x[clip_index]
+    x_btnd = (x if clip_rows is None else x[clip_rows])[clip_index]
     s_btn = torch.einsum("bd,btnd->btn", selector.to(dtype), x_btnd) + bias.to(dtype)[clip_index]
     # A stable sort leaves equal scores in the order of their patches: the lowest index wins.
     kept = s_btn.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k].sort(dim=-1).values
@@ -56,13 +57,14 @@ def forward(
     bias: Tensor,
     k: int,
     scale: Tensor | None,
+    clip_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`specification`'s outputs and the softmax weights [B, T, H, k], which `backward` takes.
 
     Each clip is read once for all its questions and memory beyond the outputs stays near `CHUNK_BYTES`.
 
     Raises:
-        ValueError: `clip_index` names a clip that `tokens` does not hold.
+        ValueError: `clip_index` names a clip that is not there, or `clip_rows` a row.
     """
     _, frames, patches, width = tokens.shape
     questions, heads, _ = queries.shape
@@ -71,7 +73,7 @@ def forward(
     lse = queries.new_empty(questions, frames, heads, dtype=dtype)
     weights = queries.new_empty(questions, frames, heads, k, dtype=dtype)
     kept = clip_index.new_empty(questions, frames, k, dtype=torch.int64)
-    for chunk in _chunks(tokens, clip_index, k, dtype):
+    for chunk in _chunks(tokens, clip_index, len(bias), clip_rows, k, dtype):
         x = chunk.tokens(tokens, dtype)
         s_cqfn = chunk.scores(x, selector[chunk.slots].to(dtype), bias, scale)
         kept_cqfk = _largest(s_cqfn, k)
@@ -99,20 +101,22 @@ def backward(
     tokens: Tensor,
     clip_index: Tensor,
     queries: Tensor,
+    bias: Tensor,
     kept: Tensor,
     weights: Tensor,
     scale: Tensor | None,
+    clip_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries [B, H, D], selector [B, D] and bias [C, T, N], in `weights`' dtype.
 
     The score s enters every head's logit with factor 1, so the selector's gradient is the sum of the queries' over
     heads, and the bias's the sum of the logits' over heads and questions.
     """
-    clips, frames, patches, _ = tokens.shape
+    patches = tokens.shape[2]
     k, dtype = kept.shape[-1], weights.dtype
-    grad_queries = torch.zeros_like(queries, dtype=dtype)
-    grad_bias = weights.new_zeros(clips, frames, patches)
-    for chunk in _chunks(tokens, clip_index, k, dtype):
+    grad_queries = torch.zeros_like(queries, dtype=dtype, memory_format=torch.contiguous_format)
+    grad_bias = weights.new_zeros(bias.shape)
+    for chunk in _chunks(tokens, clip_index, len(bias), clip_rows, k, dtype):
         x = chunk.tokens(tokens, dtype)
         kept_cqfk = chunk.load(kept)
         rows = _KeptRows(x, kept_cqfk) if k <= DENSE_SHARE * patches else _AllRows(x, kept_cqfk)
@@ -156,23 +160,25 @@ class _Chunk:
 
     Attributes:
         clips: [c].
+        rows: [c], of the tokens.
         slots: [c, Q], question of each slot; slots of a clip with fewer than Q questions hold question 0.
         filled: [c, Q] bool, false on the padding.
         frames: range of frames.
     """
 
     clips: Tensor
+    rows: Tensor
     slots: Tensor
     filled: Tensor
     frames: slice
 
     def tokens(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """[c, f, N, D] in `dtype`."""
-        if len(self.clips) == 1:
-            return tokens[self.clips[0], self.frames].to(dtype).contiguous()[None]
-        x = torch.empty(len(self.clips), *tokens[0, self.frames].shape, dtype=dtype, device=tokens.device)
-        for row, clip in zip(x, self.clips.tolist(), strict=True):
-            row.copy_(tokens[clip, self.frames])
+        if len(self.rows) == 1:
+            return tokens[self.rows[0], self.frames].to(dtype).contiguous()[None]
+        x = torch.empty(len(self.rows), *tokens[0, self.frames].shape, dtype=dtype, device=tokens.device)
+        for target, row in zip(x, self.rows.tolist(), strict=True):
+            target.copy_(tokens[row, self.frames])
         return x
 
     def scores(self, x: Tensor, selector: Tensor, bias: Tensor, scale: Tensor | None) -> Tensor:
@@ -180,7 +186,7 @@ class _Chunk:
         c, f, n, d = x.shape
         scores = torch.bmm(selector, x.view(c, f * n, d).transpose(1, 2)).view(c, -1, f, n)
         if scale is not None:
-            scores *= scale[self.clips, self.frames].to(x.dtype)[:, None]
+            scores *= scale[self.rows, self.frames].to(x.dtype)[:, None]
         scores += bias[self.clips, self.frames].to(x.dtype)[:, None]
         return scores
 
@@ -188,7 +194,7 @@ class _Chunk:
         """[c, Q, f, 1, k], the scale of the kept patches."""
         if scale is None:
             return None
-        scale_cqfn = scale[self.clips, self.frames].to(dtype)[:, None].expand(-1, kept.shape[1], -1, -1)
+        scale_cqfn = scale[self.rows, self.frames].to(dtype)[:, None].expand(-1, kept.shape[1], -1, -1)
         return scale_cqfn.gather(3, kept)[:, :, :, None]
 
     def load(self, tensor: Tensor) -> Tensor:
@@ -283,14 +289,16 @@ class _AllRows:
         return torch.bmm(flat, self._x.view(c, f * n, d)).view(c, q, h, d)
 
 
-def _chunks(tokens: Tensor, clip_index: Tensor, k: int, dtype: torch.dtype) -> Iterator[_Chunk]:
+def _chunks(
+    tokens: Tensor, clip_index: Tensor, clips: int, clip_rows: Tensor | None, k: int, dtype: torch.dtype
+) -> Iterator[_Chunk]:
     """Cut the work so that a chunk's tokens and its gathered rows each stay near `CHUNK_BYTES`."""
-    clips, frames, patches, width = tokens.shape
+    _, frames, patches, width = tokens.shape
     if len(clip_index) == 0 or frames == 0:
         return
-    lowest, highest = int(clip_index.min()), int(clip_index.max())
-    if lowest < 0 or highest >= clips:
-        raise ValueError(f"clip_index holds {lowest if lowest < 0 else highest}; expected 0 to {clips - 1}")
+    _check_below(clip_index, clips, "clip_index")
+    if clip_rows is not None:
+        _check_below(clip_rows, len(tokens), "clip_rows")
     counts = torch.bincount(clip_index, minlength=clips)
     order = torch.argsort(clip_index, stable=True)
     first = counts.cumsum(0) - counts
@@ -308,10 +316,17 @@ def _chunks(tokens: Tensor, clip_index: Tensor, k: int, dtype: torch.dtype) -> I
         # A clip with under half the questions of the chunk's first starts the next one.
         stop = next((i for i in range(start, min(stop, len(sizes))) if sizes[i] * 2 < most), min(stop, len(sizes)))
         chosen = busiest[start:stop]
+        rows = chosen if clip_rows is None else clip_rows[chosen]
         place = torch.arange(most, device=clip_index.device)
         filled = place < counts[chosen, None]
         slots = torch.where(filled, order[(first[chosen, None] + place).clamp_max(len(order) - 1)], 0)
         step = max(1, CHUNK_BYTES * frames // per_clip)
         for frame in range(0, frames, step):
-            yield _Chunk(chosen, slots, filled, slice(frame, min(frame + step, frames)))
+            yield _Chunk(chosen, rows, slots, filled, slice(frame, min(frame + step, frames)))
         start = stop
+
+
+def _check_below(index: Tensor, end: int, name: str) -> None:
+    lowest, highest = int(index.min()), int(index.max())
+    if lowest < 0 or highest >= end:
+        raise ValueError(f"{name} holds {lowest if lowest < 0 else highest}; expected 0 to {end - 1}")

@@ -6,12 +6,18 @@ from torch import Tensor
 QUESTIONS = 16  # of one clip in a program; fewer rows are wrong or slow in tensor-core products
 
 
-def schedule(clip_index: Tensor, clips: int) -> tuple[Tensor, Tensor, Tensor]:
+def schedule(clip_index: Tensor, clips: int, clip_rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Group the questions by clip and cut each group into tiles of `QUESTIONS`, without waiting for the device.
 
+    Args:
+        clip_index: [B] clip of each question.
+        clips: how many there are.
+        clip_rows: [C] row of the tokens of each clip; None where they are the clips themselves.
+
     Returns:
-        order [B], the questions sorted by clip; tiles [G, 3], of each its clip, its first place in `order` and its
-        number of questions, with 0 of them in the tiles that are not needed; clip_tiles [C + 1], first tile of a clip.
+        order [B], the questions sorted by clip; tiles [G, 4], of each its clip, its first place in `order`, its number
+        of questions, with 0 of them in the tiles that are not needed, and its row of the tokens; clip_tiles [C + 1],
+        first tile of a clip.
     """
     device = clip_index.device
     sorted_clips, order = torch.sort(clip_index, stable=True)
@@ -24,7 +30,8 @@ def schedule(clip_index: Tensor, clips: int) -> tuple[Tensor, Tensor, Tensor]:
     clip = clip.clamp_max(clips - 1)
     first = edges[clip] + (tile - clip_tiles[clip]) * QUESTIONS
     count = (edges[clip + 1] - first).clamp(0, QUESTIONS).masked_fill(unused, 0)
-    return order.int(), torch.stack([clip, first, count], dim=1).int(), clip_tiles.int()
+    row = clip if clip_rows is None else clip_rows[clip]
+    return order.int(), torch.stack([clip, first, count, row], dim=1).int(), clip_tiles.int()
 
 
 def tile_bound(questions: int, clips: int) -> int:
