@@ -129,7 +129,8 @@ class ResumingDownloader:
                     reached = max(reached, self._size())
                     if in_vain == ATTEMPTS:
                         raise DownloadError(
-                            f"{url}: {reason}; run this again to go on from there, or with --offline to see what to put where"
+                            f"{url}: {reason}; run this again to go on from there, or with --offline to see what to"
+                            " put where"
                         ) from None
                     time.sleep(WAIT_S * 2**in_vain)
         self.part.replace(output_file)

@@ -5,11 +5,13 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from configs.schema import Config, ConfigError, ConfigParser, add_config_arguments, parse_config
 
 if TYPE_CHECKING:
+    from extract.datasets import Question
+    from extract.datasets.records import Part
     from train.metrics import Metrics
 
 COMMANDS = {
@@ -91,24 +93,60 @@ def _say(config: Config, metrics: "Metrics") -> None:
 
 def _score(args: Sequence[str]) -> int:
     parser = ConfigParser(prog="train score", description=COMMANDS["score"])
-    parser.add_argument("--questions", type=Path, required=True, help="EgoTaskQA annotation file, a JSON list")
+    parser.add_argument(
+        "--questions", type=Path, required=True, help="EgoTaskQA annotation file, or .jsonl questions of your own"
+    )
     parser.add_argument(
         "--predictions", type=Path, required=True, help='JSON lines, one a question: {"question_id", "answer"}'
     )
     parser.add_argument(
         "--split", type=str | None, default=None, help="tag that All is also counted on; default: the file's folder"
     )
+    parser.add_argument(
+        "--part", type=Literal["train", "val", "test"], default="test", help="part that is scored of a .jsonl file"
+    )
+    parser.add_argument(
+        "--compare",
+        type=Literal["lower-cased", "released"],
+        default="lower-cased",
+        help="how answers are compared in the JSON; the other way's difference is reported beside it",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(list(args))
-    from extract.datasets.egotaskqa import SPLITS, read_questions
-    from train.metrics import read_predictions, score
+    from train.metrics import difference, lines, read_predictions, same_as_released, score
 
-    folder = options.questions.resolve().parent.name
-    split = options.split or (folder if folder in SPLITS else None)
-    questions = read_questions(options.questions)
-    metrics = score(questions, read_predictions(options.predictions, questions), split)
-    print(json.dumps(metrics.as_json(), indent=2) if options.json else "\n".join(metrics.lines()))
+    questions, vocabulary, split = _scored(options.questions, options.part)
+    answers = read_predictions(options.predictions, questions)
+    metrics = score(questions, answers, options.split or split)
+    if vocabulary is None and any(question.encoded is None for question in questions):
+        released = None
+        missing = f"{options.questions.parent} has neither answer_set.txt nor training questions"
+        if options.compare == "released":
+            raise ConfigError(f"--compare is 'released', and {missing}; put one of them there, or leave --compare out")
+        print(f"train score: not compared in the released way: {missing}", file=sys.stderr)
+    else:
+        released = score(questions, answers, options.split or split, same_as_released(vocabulary or ()))
+    if options.json:
+        chosen = released if options.compare == "released" and released is not None else metrics
+        print(json.dumps(chosen.as_json(), indent=2))
+        if released is not None:  # beside the figures, whose layout is fixed
+            print(f"train score: {difference(metrics, released)}", file=sys.stderr)
+    else:
+        print("\n".join(lines(metrics, released)))
     return 0
+
+
+def _scored(path: Path, part: "Part") -> "tuple[tuple[Question, ...], tuple[str, ...] | None, str | None]":
+    """Questions of a file, the answer set that belongs to them, and the split that its folder says."""
+    from extract.datasets import egotaskqa, jsonl
+    from extract.datasets.records import answer_vocabulary
+
+    if path.suffix == ".jsonl":
+        parts = jsonl.read_questions(path)
+        return parts[part], answer_vocabulary([question.spelling for question in parts["train"]]), None
+    folder = path.resolve().parent
+    questions = egotaskqa.read_questions(path)
+    return questions, egotaskqa.read_answers(folder), folder.name if folder.name in egotaskqa.SPLITS else None
 
 
 def _sweep(args: Sequence[str]) -> int:

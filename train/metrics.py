@@ -1,17 +1,26 @@
 """EgoTaskQA's metrics: Open, Binary, All, All over the split's own tag, and every reasoning tag, each with its count.
 
-Accuracies are percentages. An answer counts where it equals the annotated one after lower-casing and stripping; an
-answer outside the training vocabulary stays in the count, so nothing is left out of any n.
+Accuracies are percentages. Two ways of comparing an answer with the annotated one:
+
+- lower-cased: equal after lower-casing and stripping. What this project reports.
+- released: as the published code encodes val and test. An annotated answer that is not in the answer set as it is
+  spelled there, capital letters and all, becomes `<UNK1>`, so that hardly any system gets it right.
+
+Either way every question stays in the count, so nothing is left out of any n.
 """
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from extract.datasets import Question
+from extract.datasets.records import UNKNOWN_ANSWERS
+
+# Whether what was said is right.
+Comparison = Callable[[Question, str], bool]
 
 # Faults of one file that are written out; the rest are counted.
 SHOWN_FAULTS = 20
@@ -61,27 +70,85 @@ class Metrics:
             "tags": {tag: accuracy.as_json() for tag, accuracy in self.tags.items()},
         }
 
-    def lines(self) -> list[str]:
-        """For people: one line a figure."""
+    def rows(self) -> list[tuple[str, Accuracy]]:
+        """Every figure with its name, for people."""
         rows = [("open", self.open), ("binary", self.binary), ("all", self.all)]
         if self.split_tag is not None:
             rows.append(("all, split's tag", self.split_tag))
-        rows += [(f"tag {tag}", accuracy) for tag, accuracy in self.tags.items()]
-        width = max(len(name) for name, _ in rows)
-        return [f"{name:<{width}}  {_percent(a.accuracy):>6}  n {a.n}" for name, a in rows]
+        return rows + [(f"tag {tag}", accuracy) for tag, accuracy in self.tags.items()]
+
+
+def lines(metrics: Metrics, released: Metrics | None = None) -> list[str]:
+    """For people: one line a figure, with the released way of comparing and the difference beside it if given."""
+    rows = metrics.rows()
+    width = max(len(name) for name, _ in rows)
+    if released is None:
+        return [f"{name:<{width}}  {_percent(one.accuracy):>6}  n {one.n}" for name, one in rows]
+    head = f"{'':<{width}}  lower-cased  released  difference"
+    return [
+        head,
+        *(
+            f"{name:<{width}}  {_percent(one.accuracy):>11}  {_percent(other.accuracy):>8}  {_change(one, other):>10}"
+            f"  n {one.n}"
+            for (name, one), (_, other) in zip(rows, released.rows(), strict=True)
+        ),
+    ]
+
+
+def difference(metrics: Metrics, released: Metrics) -> str:
+    """One line: what the released way of comparing changes."""
+    changes = [
+        f"{name} {_percent(other.accuracy)} ({_change(one, other)})"
+        for name, one, other in (
+            ("open", metrics.open, released.open),
+            ("binary", metrics.binary, released.binary),
+            ("all", metrics.all, released.all),
+        )
+    ]
+    return f"compared in the released way, against lower-cased: {', '.join(changes)}"
 
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def score(questions: Sequence[Question], answers: Mapping[str, str], split: str | None) -> Metrics:
+def _change(one: Accuracy, other: Accuracy) -> str:
+    return "–" if one.accuracy is None or other.accuracy is None else f"{other.accuracy - one.accuracy:+.2f}"
+
+
+def same_lower_cased(question: Question, said: str) -> bool:
+    """The lower-cased way."""
+    return normalise(said) == normalise(question.answer)
+
+
+def same_as_released(vocabulary: Collection[str]) -> Comparison:
+    """The released way, given the answer set.
+
+    A file's own `answer_encode` decides where it has one; else whether the answer set holds the file's spelling.
+    """
+
+    def same(question: Question, said: str) -> bool:
+        known = (
+            question.spelling in vocabulary if question.encoded is None else question.encoded >= len(UNKNOWN_ANSWERS)
+        )
+        return said.strip() == (question.answer if known else UNKNOWN_ANSWERS[1])
+
+    return same
+
+
+def score(
+    questions: Sequence[Question],
+    answers: Mapping[str, str],
+    split: str | None,
+    same: Comparison = same_lower_cased,
+) -> Metrics:
     """Metrics of `answers` (question_id to answer), which has every question.
 
     Args:
         questions: with unique ids.
         answers: what the system said; extra ids are not looked at.
         split: tag that the published "All" is counted on; None leaves that figure out.
+        same: how an answer is compared.
 
     Raises:
         ValueError: a question has no answer.
@@ -92,7 +159,7 @@ def score(questions: Sequence[Question], answers: Mapping[str, str], split: str 
     right: Counter[str] = Counter()
     count: Counter[str] = Counter()
     for question in questions:
-        hit = normalise(answers[question.question_id]) == normalise(question.answer)
+        hit = same(question, answers[question.question_id])
         for group in ("all", f"form:{question.form}", *(f"tag:{tag}" for tag in dict.fromkeys(question.tags))):
             right[group] += hit
             count[group] += 1

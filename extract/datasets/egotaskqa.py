@@ -2,14 +2,14 @@
 
 As released: `ROOT/qa/{direct,indirect}/formatted_{train,val,test}_qas_encode.json`, `answer_set.txt` beside them, and
 videos `ROOT/qa_videos/INTERVAL.mp4`, where INTERVAL is like `vid|P1|start|end` (the pipes are part of the file name)
-and is the clip's id. `qa_ori/` in place of `qa/` is read too, and so are the files of earlier steps of the released
-preprocessing: `{part}_qas_encode.json` and `{part}_qas.json`. Without `answer_set.txt` the answer set is built from the
-training answers by the released rule.
+and is the clip's id. `qa_ori/` in place of `qa/` is read too, and both below `Data/`, as EgoVLPv2's authors pack them.
+So are the files of earlier steps of the released preprocessing: `{part}_qas_encode.json` and `{part}_qas.json`. Without
+`answer_set.txt` the answer set is built from the training answers by the released rule.
 
 Source: EgoTaskQA (Jia et al., NeurIPS 2022), `baselines/preprocess`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from extract.datasets.records import (
 )
 
 SPLITS = ("direct", "indirect")
-ANNOTATION_FOLDERS = ("qa", "qa_ori")
+ANNOTATION_FOLDERS = ("qa", "qa_ori", "Data/qa", "Data/qa_ori")
 FILE_NAMES = ("formatted_{part}_qas_encode.json", "{part}_qas_encode.json", "{part}_qas.json")
 ANSWER_SET = "answer_set.txt"
 VIDEO_FOLDER = "qa_videos"
@@ -44,7 +44,6 @@ def load(root: Path, split: str) -> Dataset:
         DatasetError: files are missing or any record is malformed; one line a fault.
     """
     problems: list[str] = []
-    written: list[str] = []
     questions: dict[str, dict[Part, tuple[Question, ...]]] = {}
     for name in SPLITS:
         questions[name] = {}
@@ -55,14 +54,14 @@ def load(root: Path, split: str) -> Dataset:
                     problems.append(_missing(root, name, part))
                 continue
             try:
-                questions[name][part], answers_as_written = _read(path)
-                if (name, part) == (split, "train"):
-                    written = answers_as_written
+                questions[name][part] = read_questions(path)
             except DatasetError as error:
                 problems.extend(error.problems)
     if problems:
         raise DatasetError(problems)
-    answers = _answers(root, split, written)
+    train = annotation_file(root, split, "train")
+    assert train is not None
+    answers = _answers(train.parent, questions[split]["train"])
     _check_encoded(root, split, questions[split], len(answers))
     everything = [question for parts in questions.values() for part in parts.values() for question in part]
     return Dataset(
@@ -92,26 +91,34 @@ def read_questions(path: Path) -> tuple[Question, ...]:
     Raises:
         DatasetError: the file is missing or cut short, or records are malformed or repeat a question_id.
     """
-    return _read(path)[0]
-
-
-def _read(path: Path) -> tuple[tuple[Question, ...], list[str]]:
-    """The questions, and their answers in the file's own spelling, which the released answer set is counted on."""
     problems: list[str] = []
     questions: dict[str, Question] = {}
-    written: list[str] = []
     try:
         records = parsing.read_json_records(path, "an EgoTaskQA annotation file, a JSON list of questions")
     except ValueError as error:
         raise DatasetError([str(error)]) from None
-    for position, (question, answer) in parsing.collect(_numbered(path, records), _question, problems):
+    for position, question in parsing.collect(_numbered(path, records), _question, problems):
         if question.question_id in questions:
             problems.append(f"{position}: question_id {question.question_id!r} is used twice; expected unique ids")
         questions[question.question_id] = question
-        written.append(answer)
     if problems:
         raise DatasetError(problems)
-    return tuple(questions.values()), written
+    return tuple(questions.values())
+
+
+def read_answers(folder: Path) -> tuple[str, ...] | None:
+    """The answer set of the annotations in `folder`: its `answer_set.txt`, or built from its training answers.
+
+    Returns:
+        None where the folder has neither.
+
+    Raises:
+        DatasetError: what is there is malformed.
+    """
+    if (folder / ANSWER_SET).is_file():
+        return _answers(folder, ())
+    train = next((path for name in FILE_NAMES if (path := folder / name.format(part="train")).is_file()), None)
+    return None if train is None else _answers(folder, read_questions(train))
 
 
 def _numbered(path: Path, records: list[Any]) -> Iterator[tuple[str, Any]]:
@@ -119,23 +126,23 @@ def _numbered(path: Path, records: list[Any]) -> Iterator[tuple[str, Any]]:
         yield f"{path}:record {index}", record
 
 
-def _question(record: object) -> tuple[Question, str]:
+def _question(record: object) -> Question:
     fields = parsing.as_object(record)
     structural = parsing.text_field(fields, "structural")
     if structural not in ("query", "verify"):
         raise ValueError(f"'structural' is {structural!r}; expected 'query' or 'verify'")
     form: Literal["open", "binary"] = "binary" if structural == "verify" else "open"
-    answer = parsing.text_field(fields, "answer")
-    question = Question(
+    written = parsing.text_field(fields, "answer").strip()
+    return Question(
         question_id=parsing.id_field(fields, "question_id"),
         clip_id=parsing.clip_id_field(fields, "interval"),
         text=parsing.text_field(fields, "question"),
-        answer=answer.strip().lower(),
+        answer=written.lower(),
         form=form,
         tags=_tags(fields),
         encoded=_encoded(fields),
+        written=written,
     )
-    return question, answer
 
 
 def _tags(fields: Any) -> tuple[str, ...]:
@@ -163,10 +170,11 @@ def _encoded(fields: Any) -> int | None:
     return value
 
 
-def _answers(root: Path, split: str, train: list[str]) -> tuple[str, ...]:
-    path = _answer_file(root, split)
-    if path is None:
-        return answer_vocabulary(train)
+def _answers(folder: Path, train: Sequence[Question]) -> tuple[str, ...]:
+    """The answer set in `folder`, or without it the one that the released rule builds from its training questions."""
+    path = folder / ANSWER_SET
+    if not path.is_file():
+        return answer_vocabulary([question.spelling for question in train])
     try:
         text = parsing.read_text(path, "an answer a line")
     except ValueError as error:
@@ -190,13 +198,6 @@ def _answers(root: Path, split: str, train: list[str]) -> tuple[str, ...]:
     return tuple(first)
 
 
-def _answer_file(root: Path, split: str) -> Path | None:
-    """The answer set that belongs to the training file: the one in the same folder."""
-    train = annotation_file(root, split, "train")
-    path = None if train is None else train.parent / ANSWER_SET
-    return path if path is not None and path.is_file() else None
-
-
 def _check_encoded(root: Path, split: str, questions: dict[Part, tuple[Question, ...]], classes: int) -> None:
     problems = [
         f"{annotation_file(root, split, part)}:record {index}: 'answer_encode' is {question.encoded}; "
@@ -212,7 +213,9 @@ def _check_encoded(root: Path, split: str, questions: dict[Part, tuple[Question,
 def _missing(root: Path, split: str, part: Part) -> str:
     expected = root / ANNOTATION_FOLDERS[0] / split / FILE_NAMES[0].format(part=part)
     others = ", ".join(name.format(part=part) for name in FILE_NAMES[1:])
+    folders = ", ".join(f"{name}/" for name in ANNOTATION_FOLDERS[1:])
     return (
         f"{expected}: no such file; expected EgoTaskQA's {part} questions of the {split} split there "
-        f"(or {others}, or the folder {ANNOTATION_FOLDERS[1]}/); check data.root, which is {str(root)!r}"
+        f"(or {others}, or in {folders}); check data.root, which is {str(root)!r} "
+        "(python -m extract data fetches EgoTaskQA)"
     )

@@ -8,6 +8,7 @@ Questions: `{"question_id": "1", "clip_id": "kitchen-01", "question": "what is o
 question binary) and `tags`, a list of strings that results are also reported by.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,30 +42,55 @@ def load(clips_file: Path, questions_file: Path, root: Path, split: str) -> Data
             clips[clip.clip_id] = clip
     except ValueError as error:
         raise DatasetError([str(error)]) from None
-    questions: dict[str, tuple[Part, Question]] = {}
+    questions: dict[Part, list[Question]] = {part: [] for part in PARTS}
     try:
-        lines = parsing.json_lines(questions_file, "the questions, one JSON object a line (data.questions)")
-        for position, (part, question) in parsing.collect(lines, _question, problems):
-            if question.question_id in questions:
-                problems.append(f"{position}: question_id {question.question_id!r} is used twice; expected unique ids")
+        for position, part, question in _numbered(questions_file, problems):
             # Questions of a clip whose own line is malformed are listed too: nothing tells them apart.
             if question.clip_id not in clips:
                 problems.append(f"{position}: clip_id {question.clip_id!r} is not a clip of {clips_file}; add it there")
-            questions[question.question_id] = (part, question)
+            questions[part].append(question)
     except ValueError as error:
         problems.append(str(error))
     if not clips and not problems:
         problems.append(f"{clips_file}: holds no clip; expected one JSON object a line")
     if problems:
         raise DatasetError(problems)
-    by_part = {part: tuple(q for where, q in questions.values() if where == part) for part in PARTS}
     return Dataset(
         clips=tuple(clips[clip_id] for clip_id in sorted(clips)),
-        questions=by_part,
-        answers=answer_vocabulary([question.answer for question in by_part["train"]]),
-        texts=tuple(sorted({question.text for _, question in questions.values()})),
+        questions={part: tuple(asked) for part, asked in questions.items()},
+        answers=answer_vocabulary([question.spelling for question in questions["train"]]),
+        texts=tuple(sorted({question.text for asked in questions.values() for question in asked})),
         split=split,
     )
+
+
+def read_questions(path: Path) -> dict[Part, tuple[Question, ...]]:
+    """The questions of a file by part, without their clips.
+
+    Raises:
+        DatasetError: the file is missing, a line is malformed or an id is repeated.
+    """
+    problems: list[str] = []
+    questions: dict[Part, list[Question]] = {part: [] for part in PARTS}
+    try:
+        for _, part, question in _numbered(path, problems):
+            questions[part].append(question)
+    except ValueError as error:
+        problems.append(str(error))
+    if problems:
+        raise DatasetError(problems)
+    return {part: tuple(asked) for part, asked in questions.items()}
+
+
+def _numbered(path: Path, problems: list[str]) -> Iterator[tuple[str, Part, Question]]:
+    """Position, part and question of every good line; the faults go to `problems`."""
+    lines = parsing.json_lines(path, "the questions, one JSON object a line (data.questions)")
+    seen: set[str] = set()
+    for position, (part, question) in parsing.collect(lines, _question, problems):
+        if question.question_id in seen:
+            problems.append(f"{position}: question_id {question.question_id!r} is used twice; expected unique ids")
+        seen.add(question.question_id)
+        yield position, part, question
 
 
 def _clip(record: object, root: Path) -> Clip:
@@ -80,7 +106,8 @@ def _clip(record: object, root: Path) -> Clip:
 def _question(record: object) -> tuple[Part, Question]:
     fields = parsing.as_object(record, QUESTION_KEYS)
     part = _one_of(fields, "part", PARTS)
-    answer = parsing.text_field(fields, "answer").strip().lower()
+    written = parsing.text_field(fields, "answer").strip()
+    answer = written.lower()
     form: Literal["open", "binary"] = "binary" if answer in ("yes", "no") else "open"
     if "form" in fields:
         form = _one_of(fields, "form", ("open", "binary"))
@@ -91,6 +118,7 @@ def _question(record: object) -> tuple[Part, Question]:
         answer=answer,
         form=form,
         tags=parsing.texts_field(fields, "tags"),
+        written=written,
     )
     return part, question
 

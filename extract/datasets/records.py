@@ -67,6 +67,7 @@ class Question:
         tags: reasoning types, in the order of the file.
         encoded: the class that the annotation file itself gives the answer, where it gives one. The released files
             encode some answers of val and test as unknown only because they hold capital letters.
+        written: the answer in the file's own spelling, spaces stripped; None where that is `answer`.
     """
 
     question_id: str
@@ -76,6 +77,12 @@ class Question:
     form: Literal["open", "binary"]
     tags: tuple[str, ...]
     encoded: int | None = None
+    written: str | None = None
+
+    @property
+    def spelling(self) -> str:
+        """The answer as the file spells it."""
+        return self.answer if self.written is None else self.written
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,10 @@ def answer_vocabulary(train_answers: Sequence[str], limit: int = MAX_ANSWERS) ->
 
     Two unknowns, then the `limit` most frequent training answers, lower-cased. As released, frequencies are counted
     before lower-casing and ties keep the order of first appearance.
+
+    Args:
+        train_answers: as the file spells them.
+        limit: how many are kept.
 
     Source: EgoTaskQA, `baselines/preprocess/preprocess_vocab.py`.
     """

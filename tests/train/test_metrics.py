@@ -2,7 +2,9 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,34 +100,189 @@ def test_missing_file_is_one_line(tmp_path: Path) -> None:
         read_predictions(tmp_path / "p.jsonl", [])
 
 
-def write_annotations(path: Path, questions: list[Question]) -> None:
-    records = [
-        {
-            "question": q.text,
-            "answer": q.answer.title(),
-            "question_id": q.question_id,
-            "interval": q.clip_id,
-            "structural": "verify" if q.form == "binary" else "query",
-            "reasoning_type": "$".join(q.tags) or "world",
-        }
-        for q in questions
-    ]
-    path.write_text(json.dumps(records))
+TYPES = ("world", "intent", "multi-agent")
+CATEGORIES = ("descriptive", "predictive", "counterfactual", "explanatory")
+OPEN_ANSWERS = ("cup", "Cup", "put down fork", "Open Fridge", "watermelon", "a rare Thing", "  bowl ")
 
 
-def test_score_command_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    questions, answers = made_up(200)
-    folder = tmp_path / "qa" / "direct"
+def made_up_release(folder: Path, n: int = 1000, seed: int = 1, raw: bool = False) -> list[dict[str, Any]]:
+    """Files with the published fields: capital letters, answers that training never saw, several types at once."""
+    rng = random.Random(seed)
+    records: dict[str, list[dict[str, Any]]] = {}
+    for part, count in (("train", 300), ("test", n)):
+        records[part] = []
+        for number in range(count):
+            structural = rng.choice(["query", "verify"])
+            known = OPEN_ANSWERS[:4] if part == "train" else OPEN_ANSWERS
+            record: dict[str, Any] = {
+                "question": "What is it?",
+                "answer": rng.choice(("yes", "no", "Yes") if structural == "verify" else known),
+                "question_id": number,
+                "video_id": number % 7,
+                "interval": f"L{number % 7}-F1|P1|{number}|{number + 95}",
+                "type": rng.sample(TYPES, rng.randint(1, 3)),
+                "category": rng.sample(CATEGORIES, rng.randint(1, 2)),
+                "semantic": rng.choice(["object", "action"]),
+                "structural": structural,
+                "reference": rng.choice(["direct", "indirect"]),
+            }
+            joined = [*record["type"], *record["category"]]
+            joined += [record["semantic"], record["structural"], record["reference"]]
+            records[part].append({**record, "reasoning_type": "$".join(joined)})
     folder.mkdir(parents=True)
-    write_annotations(folder / "test.json", questions)
-    predictions = tmp_path / "p.jsonl"
-    predictions.write_text("".join(json.dumps({"question_id": k, "answer": v}) + "\n" for k, v in answers.items()))
-    args = ["score", "--questions", str(folder / "test.json"), "--predictions", str(predictions), "--json"]
+    # The published preprocessing, written out: classes are lower-cased, and looked up as spelled in val and test.
+    answers = ["<UNK0>", "<UNK1>"]
+    for record in records["train"]:
+        if record["answer"].lower() not in answers:
+            answers.append(record["answer"].lower())
+    for part, members in records.items():
+        for record in members:
+            known = record["answer"].lower() in answers if part == "train" else record["answer"] in answers
+            record["answer_encode"] = answers.index(record["answer"].lower()) if known else 1
+        hidden = ("answer_encode", "reasoning_type") if raw else ()
+        told = [{key: value for key, value in record.items() if key not in hidden} for record in members]
+        name = f"{part}_qas.json" if raw else f"formatted_{part}_qas_encode.json"
+        (folder / name).write_text(json.dumps(told))
+    if not raw:
+        (folder / "answer_set.txt").write_text("".join(f"{answer}\n" for answer in answers))
+    return records["test"]
+
+
+def write_predictions(path: Path, records: list[dict[str, Any]], seed: int = 2) -> dict[int, str]:
+    """Half of them right; spelled in lower case (as the published systems do), as annotated, or odd."""
+    rng = random.Random(seed)
+    said = {}
+    for record in records:
+        answer = (
+            record["answer"].strip() if rng.random() < 0.5 else rng.choice(["cup", "yes", "no", "<UNK1>", "elephant"])
+        )
+        said[record["question_id"]] = rng.choice([answer.lower(), answer.lower(), answer, f" {answer.upper()} "])
+    path.write_text("".join(json.dumps({"question_id": k, "answer": v}) + "\n" for k, v in said.items()))
+    return said
+
+
+def counted(records: list[dict[str, Any]], right: Callable[[dict[str, Any]], bool], split: str) -> dict[str, Any]:
+    """The figures, counted from the file's own fields."""
+
+    def share(keep: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        hits = [right(record) for record in records if keep(record)]
+        return {"accuracy": pytest.approx(100 * sum(hits) / len(hits)), "n": len(hits)}
+
+    tags = {tag for record in records for tag in record["reasoning_type"].split("$")}
+    return {
+        "open": share(lambda r: r["structural"] == "query"),
+        "binary": share(lambda r: r["structural"] == "verify"),
+        "all": share(lambda r: True),
+        "split_tag": share(lambda r: r["reference"] == split),
+        "tags": {tag: share(lambda r, tag=tag: tag in r["reasoning_type"].split("$")) for tag in tags},  # type: ignore[misc]
+    }
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("split", ["direct", "indirect"])
+def test_score_agrees_with_counting_in_files_of_1000_questions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str, raw: bool
+) -> None:
+    folder = tmp_path / "qa" / split
+    records = made_up_release(folder, raw=raw)
+    said = write_predictions(tmp_path / "p.jsonl", records)
+    name = "test_qas.json" if raw else "formatted_test_qas_encode.json"
+    args = ["score", "--questions", str(folder / name), "--predictions", str(tmp_path / "p.jsonl")]
+
+    def lower_cased(record: dict[str, Any]) -> bool:
+        return said[record["question_id"]].strip().lower() == record["answer"].strip().lower()
+
+    def released(record: dict[str, Any]) -> bool:
+        expected = "<UNK1>" if record["answer_encode"] == 1 else record["answer"].lower()
+        return said[record["question_id"]].strip() == expected
+
+    assert main([*args, "--json"]) == 0
+    out, note = capsys.readouterr()
+    printed = json.loads(out)
+    assert printed == counted(records, lower_cased, split)
+    assert list(printed) == ["open", "binary", "all", "split_tag", "tags"]
+    assert printed["all"]["n"] == 1000
+
+    assert main([*args, "--json", "--compare", "released"]) == 0
+    as_released = json.loads(capsys.readouterr().out)
+    assert as_released == counted(records, released, split)
+    assert 0 < as_released["all"]["accuracy"] < printed["all"]["accuracy"]
+    change = as_released["all"]["accuracy"] - printed["all"]["accuracy"]
+    assert f"all {as_released['all']['accuracy']:.2f} ({change:+.2f})" in note
+
     assert main(args) == 0
-    printed = json.loads(capsys.readouterr().out)
-    expected = score(questions, answers, "direct").as_json()
-    for part in ("open", "binary", "all", "split_tag"):
-        assert printed[part] == expected[part]
-    predictions.write_text(predictions.read_text() + '{"question_id": "q0", "answer": "x"}\n')
-    assert main(args) == 1
-    assert "question_id 'q0' is answered twice" in capsys.readouterr().err
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("all  "))
+    figures = [f"{printed['all']['accuracy']:.2f}", f"{as_released['all']['accuracy']:.2f}", f"{change:+.2f}"]
+    assert line.split() == ["all", *figures, "n", "1000"]
+
+
+def test_the_released_way_needs_an_answer_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "qa" / "direct"
+    records = made_up_release(folder, n=20, raw=True)
+    write_predictions(tmp_path / "p.jsonl", records)
+    (folder / "train_qas.json").unlink()
+    args = ["score", "--questions", str(folder / "test_qas.json"), "--predictions", str(tmp_path / "p.jsonl"), "--json"]
+    assert main(args) == 0
+    out, note = capsys.readouterr()
+    assert json.loads(out)["all"]["n"] == 20
+    assert "not compared in the released way" in note
+    assert main([*args, "--compare", "released"]) == 2
+    assert "has neither answer_set.txt nor training questions" in capsys.readouterr().err
+
+
+def test_questions_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def line(number: int, answer: str, part: str, **more: Any) -> str:
+        told = {"question_id": number, "clip_id": "c", "question": "?", "answer": answer, "part": part, **more}
+        return json.dumps(told) + "\n"
+
+    questions = tmp_path / "questions.jsonl"
+    lines = [line(1, "cup", "train"), line(2, "Cup", "test", tags=["a", "b"]), line(3, "no", "test", tags=["b"])]
+    questions.write_text("".join([*lines, line(4, "cup", "val")]))
+    predictions = tmp_path / "p.jsonl"
+    predictions.write_text('{"question_id": 2, "answer": "cup"}\n{"question_id": "3", "answer": "yes"}\n')
+    args = ["score", "--questions", str(questions), "--predictions", str(predictions), "--json"]
+    assert main(args) == 0
+    right, wrong = {"accuracy": 100.0, "n": 1}, {"accuracy": 0.0, "n": 1}
+    tags = {"a": right, "b": {"accuracy": 50.0, "n": 2}}
+    expected = {"open": right, "binary": wrong, "all": tags["b"], "split_tag": None, "tags": tags}
+    assert json.loads(capsys.readouterr().out) == expected
+    assert main([*args, "--compare", "released"]) == 0
+    assert json.loads(capsys.readouterr().out)["open"] == wrong  # "Cup" is not in the answer set
+    assert main([*args, "--split", "b"]) == 0
+    assert json.loads(capsys.readouterr().out)["split_tag"] == tags["b"]
+    assert main([*args, "--part", "val"]) == 1
+    error = capsys.readouterr().err
+    assert "question_id '2' is no question" in error
+    assert "question_id '4' has no answer" in error
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lines: lines[1:], "question_id '0' has no answer"),
+        (lambda lines: [*lines, lines[5]], "question_id '5' is answered twice"),
+        (lambda lines: [*lines, '{"question_id": 9999, "answer": "x"}'], "question_id '9999' is no question"),
+        (lambda lines: [*lines[:7], lines[7][:-3], *lines[8:]], "p.jsonl:8: not valid JSON"),
+    ],
+)
+def test_score_refuses_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[list[str]], list[str]], message: str
+) -> None:
+    records = made_up_release(tmp_path / "direct", n=50)
+    predictions = tmp_path / "p.jsonl"
+    write_predictions(predictions, records)
+    predictions.write_text("\n".join(change(predictions.read_text().splitlines())))
+    questions = tmp_path / "direct/formatted_test_qas_encode.json"
+    assert main(["score", "--questions", str(questions), "--predictions", str(predictions), "--json"]) == 1
+    out, error = capsys.readouterr()
+    assert message in error
+    assert out == ""
+    assert "Traceback" not in error
+
+
+def test_score_refuses_malformed_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "q.json").write_text('[{"question_id": 1}]')
+    (tmp_path / "p.jsonl").write_text("")
+    args = ["score", "--questions", str(tmp_path / "q.json"), "--predictions", str(tmp_path / "p.jsonl")]
+    assert main(args) == 2
+    assert "q.json:record 0: 'structural' is missing" in capsys.readouterr().err

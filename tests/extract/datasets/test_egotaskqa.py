@@ -6,7 +6,7 @@ import pytest
 
 from configs.schema import DataConfig
 from extract.datasets import Dataset, DatasetError, load_dataset
-from extract.datasets.egotaskqa import read_questions
+from extract.datasets.egotaskqa import read_answers, read_questions
 from extract.datasets.records import answer_vocabulary
 
 RECORD = {
@@ -65,7 +65,7 @@ def test_released_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["formatted_{}_qas_encode.json", "{}_qas_encode.json", "{}_qas.json"])
-@pytest.mark.parametrize("folder", ["qa", "qa_ori"])
+@pytest.mark.parametrize("folder", ["qa", "qa_ori", "Data/qa", "Data/qa_ori"])
 def test_layouts_in_the_wild(tmp_path: Path, folder: str, name: str) -> None:
     assert load(released(tmp_path, folder=folder, name=name)).questions["test"][0].question_id == "0"
 
@@ -90,10 +90,26 @@ def test_raw_files_without_encoded_answers_and_tags(tmp_path: Path) -> None:
     assert dataset.answers == ("<UNK0>", "<UNK1>", "no", "cup")
     assert dataset.questions["val"][0].tags == ("world", "intent", "descriptive", "action", "query", "direct")
     assert dataset.questions["val"][0].encoded is None
+    assert [question.spelling for question in dataset.questions["val"]] == answers
 
 
 def test_answer_vocabulary_keeps_the_most_frequent() -> None:
     assert answer_vocabulary(["b", "A", "A", "c"], limit=2) == ("<UNK0>", "<UNK1>", "a", "b")
+    # As released: frequencies are counted before lower-casing, ties keep the order of first appearance.
+    assert answer_vocabulary(["a", "A", "b", "b", "c"]) == ("<UNK0>", "<UNK1>", "b", "a", "c")
+    assert len(answer_vocabulary([str(number) for number in range(5000)])) == 4002
+
+
+def test_answers_beside_a_file(tmp_path: Path) -> None:
+    released(tmp_path)
+    folder = tmp_path / "qa/direct"
+    assert read_answers(folder) == ("<UNK0>", "<UNK1>", "open fridge", "yes")
+    (folder / "answer_set.txt").write_text("<UNK1>\nno\n")
+    assert read_answers(folder) == ("<UNK1>", "no")
+    (folder / "answer_set.txt").unlink()
+    assert read_answers(folder) == ("<UNK0>", "<UNK1>", "open fridge", "yes")  # built from the training file
+    (folder / "formatted_train_qas_encode.json").unlink()
+    assert read_answers(folder) is None
 
 
 def test_digits_in_a_string_are_a_class(tmp_path: Path) -> None:
@@ -106,8 +122,8 @@ def test_nothing_there_names_each_file(tmp_path: Path) -> None:
     assert len(lines) == 3
     assert lines[1] == (
         "ROOT/qa/indirect/formatted_val_qas_encode.json: no such file; expected EgoTaskQA's val questions of the "
-        "indirect split there (or val_qas_encode.json, val_qas.json, or the folder qa_ori/); "
-        "check data.root, which is 'ROOT'"
+        "indirect split there (or val_qas_encode.json, val_qas.json, or in qa_ori/, Data/qa/, Data/qa_ori/); "
+        "check data.root, which is 'ROOT' (python -m extract data fetches EgoTaskQA)"
     )
 
 
