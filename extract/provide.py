@@ -82,7 +82,13 @@ def needs(config: Config, sources: Sources) -> tuple[Need, ...]:
     Raises:
         ConfigError: a checkpoint or tokenizer is neither there nor published.
     """
-    return (*_tokenizer(config, sources), _checkpoint(config, sources), *_dataset(config, sources))
+    encoder = config.encoder
+    checkpoints = {
+        "encoder.checkpoint": weights_path(encoder.arch, encoder.checkpoint),
+        "head.checkpoint": config.head.checkpoint,
+    }
+    named = (_checkpoint(option, file, sources) for option, file in checkpoints.items() if file is not None)
+    return (*_tokenizer(config, sources), *named, *_dataset(config, sources))
 
 
 def _tokenizer(config: Config, sources: Sources) -> Iterator[Need]:
@@ -101,8 +107,7 @@ def _tokenizer(config: Config, sources: Sources) -> Iterator[Need]:
     # Else a name on the hub, which transformers fetches and keeps by itself.
 
 
-def _checkpoint(config: Config, sources: Sources) -> Need:
-    file = weights_path(config.encoder.arch, config.encoder.checkpoint)
+def _checkpoint(option: str, file: Path, sources: Sources) -> Need:
     source = sources.checkpoint(file.name)
     if source is not None:
         return Need(f"{source.name}/{file.name}", file, source, source.link(file.name))
@@ -110,7 +115,7 @@ def _checkpoint(config: Config, sources: Sources) -> Need:
         return Need(str(file), file)
     known = ", ".join(name for source in sources.checkpoints.values() for name in source.files)
     raise ConfigError(
-        f"encoder.checkpoint is {str(file)!r}, which is not there, and no file of that name is published in"
+        f"{option} is {str(file)!r}, which is not there, and no file of that name is published in"
         f" {sources.path} ({known}); put it there, or name one of these"
     )
 

@@ -289,6 +289,7 @@ def test_ctrl_c_half_way_and_again(published: Published) -> None:
     ("change", "message"),
     [
         (["--encoder.checkpoint", "w/other.pth"], "encoder.checkpoint is 'w/other.pth', which is not there"),
+        (["--head.checkpoint", "w/tuned.tar"], "head.checkpoint is 'w/tuned.tar', which is not there"),
         (["--text.model", "w/other"], "text.model is 'w/other', which is not there"),
         (["--sources", "nowhere.yaml"], "sources file nowhere.yaml cannot be read"),
     ],
