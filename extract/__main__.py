@@ -20,7 +20,7 @@ COMMANDS = {
     "run": "encode every clip and question that the store misses",
     "status": "say how far the store has come",
     "retry": "try the quarantined clips again",
-    "doctor": "check the annotations and look for every video",
+    "doctor": "check the annotations and look for every video; exits with 1 on faults",
     "standin": "write a tiny random-weight checkpoint and tokenizer where the config expects them",
     "synth": "render EgoSynth, the synthetic set in EgoTaskQA's layout",
     "checkpoint": "inspect or convert a checkpoint file",
@@ -185,7 +185,7 @@ def _doctor(args: Sequence[str]) -> int:
     config, options = _parse("doctor", args, as_json=True)
     diagnosis = examine(config)
     print(json.dumps(dataclasses.asdict(diagnosis), indent=1) if options.json else describe(diagnosis))
-    return 1 if diagnosis.findings else 0
+    return 0 if diagnosis.sound else 1
 
 
 def _standin(args: Sequence[str]) -> int:

@@ -1,0 +1,184 @@
+"""`python -m extract doctor` on made-up files, sound ones and ones with each fault."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from extract.__main__ import main
+
+ANSWERS = "<UNK0>\n<UNK1>\ncup\nyes\nno\n"
+SPLITS = ("direct", "indirect")
+PARTS = ("train", "val", "test")
+
+Records = dict[str, dict[str, list[dict[str, Any]]]]
+
+
+def record(number: int, answer: str = "cup", **changes: Any) -> dict[str, Any]:
+    lines = ANSWERS.split()
+    return {
+        "question": f"What is number {number}?",
+        "answer": answer,
+        "answer_encode": lines.index(answer) if answer in lines else 1,
+        "question_id": number,
+        "interval": f"L{number}-F1|P1|10|95",
+        "structural": "query",
+        "reasoning_type": "world$descriptive$object$query$direct",
+        **changes,
+    }
+
+
+@pytest.fixture
+def records() -> Records:
+    """Both splits of the same six questions, as released: an id means the same question in both."""
+    members = [
+        record(n, ("cup", "yes", "no")[n % 3], structural=("query", "verify", "verify")[n % 3]) for n in range(6)
+    ]
+    return {split: {part: members[i * 2 : i * 2 + 2] for i, part in enumerate(PARTS)} for split in SPLITS}
+
+
+def write(root: Path, records: Records, folder: str = "qa") -> Path:
+    (root / "qa_videos").mkdir(exist_ok=True)
+    for split, parts in records.items():
+        (root / folder / split).mkdir(parents=True, exist_ok=True)
+        (root / folder / split / "answer_set.txt").write_text(ANSWERS)
+        for part, members in parts.items():
+            (root / folder / split / f"formatted_{part}_qas_encode.json").write_text(json.dumps(members))
+            for one in (one for one in members if "/" not in one.get("interval", "/")):
+                (root / "qa_videos" / f"{one['interval']}.mp4").write_bytes(b"video")
+    return root
+
+
+def doctor(
+    root: Path, capsys: pytest.CaptureFixture[str], *more: str
+) -> tuple[int, dict[str, int], dict[str, tuple[str, list[str]]]]:
+    """Exit code, counts, and what was found: severity and entries by words."""
+    capsys.readouterr()
+    code = main(["doctor", "--data.root", str(root), "--encoder.dtype", "float32", "--json", *more])
+    told = json.loads(capsys.readouterr().out)
+    assert all(finding["count"] == len(finding["found"]) for finding in told["findings"])
+    return code, told["counts"], {f["what"]: (f["severity"], f["found"]) for f in told["findings"]}
+
+
+def test_a_sound_set(tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str]) -> None:
+    code, counts, findings = doctor(write(tmp_path, records), capsys)
+    assert (code, findings) == (0, {})
+    assert (counts["clips"], counts["clips with a video"], counts["question texts"]) == (6, 6, 6)
+    assert [counts[f"indirect {part} questions"] for part in PARTS] == [2, 2, 2]
+    assert (counts["direct train open"], counts["direct train binary"], counts["direct answers"]) == (1, 1, 5)
+    assert main(["doctor", "--data.root", str(tmp_path)]) == 0
+    assert "nothing odd found" in capsys.readouterr().out
+
+
+FAULTS = {
+    "video gone": "clips without a video file",
+    "video empty": "clips with an empty video file",
+    "id twice": "direct: question ids in more than one part",
+    "asked twice": "direct: val and test questions that training asks of the same clip",
+    "verify": "direct: verify questions whose answer is neither yes nor no",
+    "class": "direct: questions whose answer_encode is another answer",
+    "split": "question ids that mean another question in the other split",
+    "folder": "splits whose parts come from different folders",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault(tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str], fault: str) -> None:
+    direct = {part: list(members) for part, members in records["direct"].items()}
+    test = direct["test"][0]
+    changed = {
+        "id twice": {"question_id": 0},
+        "asked twice": {"question": direct["train"][0]["question"].upper(), "interval": direct["train"][0]["interval"]},
+        "verify": {"structural": "verify", "answer": "cup", "answer_encode": 2},
+        "class": {"answer_encode": 4},
+    }
+    direct["test"][0] = {**test, **changed.get(fault, {})}
+    if fault == "split":
+        records["indirect"]["test"] = [{**test, "question": "Why?"}, records["indirect"]["test"][1]]
+    else:
+        records = {"direct": direct}
+    write(tmp_path, records)
+    video = tmp_path / "qa_videos" / "L4-F1|P1|10|95.mp4"
+    if fault == "video gone":
+        video.unlink()
+    if fault == "video empty":
+        video.write_bytes(b"")
+    if fault == "folder":
+        moved = tmp_path / "qa_ori/direct/formatted_test_qas_encode.json"
+        moved.parent.mkdir(parents=True)
+        (tmp_path / "qa/direct/formatted_test_qas_encode.json").rename(moved)
+    code, _, findings = doctor(tmp_path, capsys)
+    what = FAULTS[fault] if fault in ("split",) else FAULTS[fault].removeprefix("direct: ")
+    assert code == 1
+    severity, found = findings[what]
+    assert severity == "fault"
+    assert len(found) == 1
+    if fault.startswith("video"):
+        assert found == [f"L4-F1|P1|10|95: {video}"]
+    elif fault != "folder":
+        assert found[0].startswith({"id twice": "0: train and test"}.get(fault, "4"))
+    assert main(["doctor", "--data.root", str(tmp_path)]) == 1
+    assert f"fault: 1 {what}" in capsys.readouterr().out
+
+
+def test_notes_are_no_faults(tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str]) -> None:
+    del records["indirect"]["test"]
+    records["direct"] = {**records["direct"], "test": [record(10, "Cup"), record(11, "melon")]}
+    write(tmp_path, records)
+    (tmp_path / "qa_videos" / "other.mp4").write_bytes(b"video")
+    code, _, findings = doctor(tmp_path, capsys)
+    assert code == 0
+    assert {severity for severity, _ in findings.values()} == {"note"}
+    found = {what: entries for what, (_, entries) in findings.items()}
+    capital = "questions that the released files call unknown for a capital letter; here they count as they are"
+    unknown = "val and test questions whose answer is not in the answer set, which no system can get right"
+    assert found[capital] == ["10 in test: 'Cup'"]
+    assert found[unknown] == ["11 in test: 'melon'"]
+    assert found["parts missing of a split that is not configured"] == ["indirect test"]
+    assert found["video files that no question asks of"] == [str(tmp_path / "qa_videos/other.mp4")]
+
+
+def test_a_clip_of_the_other_split_only(tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str]) -> None:
+    records["indirect"]["test"] = [record(20)]
+    code, _, findings = doctor(write(tmp_path, records), capsys)
+    assert (code, findings) == (0, {"clips without a direct question": ("note", ["L20-F1|P1|10|95"])})
+
+
+def test_annotations_that_cannot_be_used(tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str]) -> None:
+    records["direct"]["val"] = [{"question_id": 1}, record(3, interval="a/b")]
+    write(tmp_path, records)
+    (tmp_path / "qa/direct/formatted_test_qas_encode.json").unlink()
+    code, counts, findings = doctor(tmp_path, capsys)
+    assert (code, counts) == (1, {})
+    severity, found = findings["annotations that are missing or cannot be used"]
+    assert severity == "fault"
+    assert [line.split(": ")[0].removeprefix(str(tmp_path)) for line in found] == [
+        "/qa/direct/formatted_val_qas_encode.json:record 0",
+        "/qa/direct/formatted_val_qas_encode.json:record 1",
+        "/qa/direct/formatted_test_qas_encode.json",
+    ]
+
+
+def test_no_folder_is_a_wrong_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--data.root", str(tmp_path / "nowhere")]) == 2
+    assert "check data.root" in capsys.readouterr().err
+
+
+def test_questions_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "clips.jsonl").write_text('{"clip_id": "a", "video": "a.mp4"}\n{"clip_id": "b", "video": "b.mp4"}\n')
+    asked = [
+        {"question_id": 1, "clip_id": "a", "question": "What?", "answer": "cup", "part": "train"},
+        {"question_id": 2, "clip_id": "a", "question": "Open?", "answer": "maybe", "part": "test", "form": "binary"},
+    ]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
+    (tmp_path / "a.mp4").write_bytes(b"video")
+    code, counts, findings = doctor(tmp_path, capsys, "--data.name", "jsonl")
+    assert code == 1
+    assert findings["clips without a video file"] == ("fault", [f"b: {tmp_path / 'b.mp4'}"])
+    assert findings["verify questions whose answer is neither yes nor no"] == ("fault", ["2 in test: 'maybe'"])
+    assert (counts["clips"], counts["train questions"], counts["test binary"]) == (2, 1, 1)
+    (tmp_path / "b.mp4").write_bytes(b"video")
+    asked[1]["answer"] = "no"
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
+    assert doctor(tmp_path, capsys, "--data.name", "jsonl")[0] == 0
