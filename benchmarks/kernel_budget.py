@@ -33,8 +33,12 @@ DTYPES = {
     "float8_e4m3": torch.float8_e4m3fn,
     "int8": torch.int8,
 }
-PATCHES = (49, 128, 196, 512, 1024)  # one for each size of block that the kernels are cut for
-QUICK = (196,)
+# N, D, H: each size of block that the kernels are cut for, and the ends of what they take.
+SHAPES = (
+    (49, 768, 4), (128, 768, 4), (196, 768, 4), (512, 768, 4), (1000, 768, 4),
+    (196, 768, 12), (196, 1024, 12), (1024, 1024, 12), (33, 80, 1),
+)  # fmt: skip
+QUICK = ((196, 768, 4), (1000, 768, 4))
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,10 @@ class Usage:
 
 
 def shipped(quick: bool) -> list[Case]:
-    """Every kernel, architecture, block size and dtype; `quick` keeps EgoVLPv2's shape in float16."""
+    """Every kernel, architecture, shape and dtype; `quick` keeps one shape of each forward kernel in float16."""
     return [
-        Case(kernel, arch, (patches, 768, 4), dtype)
-        for patches in (QUICK if quick else PATCHES)
+        Case(kernel, arch, shape, dtype)
+        for shape in (QUICK if quick else SHAPES)
         for dtype in (("float16",) if quick else DTYPES)
         for arch in TARGET
         for kernel in ("forward", "backward")
@@ -159,7 +163,7 @@ def line(usage: Usage) -> str:
     """A row of the printed table."""
     patches, width, heads = usage.shape
     return (
-        f"{usage.kernel:8} {usage.arch:6} N={patches:<4} D={width} H={heads} {usage.dtype:11} "
+        f"{usage.kernel:8} {usage.arch:6} N={patches:<4} D={width:<4} H={heads:<2} {usage.dtype:11} "
         f"{usage.matrix_instruction:5} {usage.registers:3} registers {usage.spill_bytes:5} B spilled "
         f"{usage.shared_bytes:6} of {usage.shared_limit} B shared {'ok' if usage.fits else 'DOES NOT FIT'}"
     )
@@ -168,7 +172,7 @@ def line(usage: Usage) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Registers, spills and shared memory of the select_attend kernels.")
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
-    parser.add_argument("--quick", action="store_true", help="EgoVLPv2's shape in float16 only")
+    parser.add_argument("--quick", action="store_true", help="two shapes in float16 only")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
     args = parser.parse_args()
     try:

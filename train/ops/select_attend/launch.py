@@ -40,10 +40,10 @@ def launch_config(patches: int, width: int, heads: int, token_bytes: int, backwa
     whole = max(16, _power_of_two(patches))
     several = whole > (ONE_BLOCK_FLOAT32 if token_bytes == 4 else ONE_BLOCK)
     block = 128 if several else whole
-    # One-byte tokens are widened in registers, float32 ones multiply in three parts, and a backward program that goes
-    # over its blocks twice keeps more addresses: all need room.
+    # One-byte tokens are widened in registers, float32 ones multiply in three parts, and backward keeps more addresses
+    # where it goes over its blocks twice or over many channels: all need room.
     channels = {1: 32 if block > 128 else 64, 2: 64, 4: 16}[token_bytes]
-    if several and backward:
+    if backward and (several or width > 768):
         channels = min(channels, 32)
     warps = 4 if block <= 64 and token_bytes < 4 else 8
     return LaunchConfig(
