@@ -46,11 +46,12 @@ def configured(config: Config) -> dict[str, Scalar]:
 
 
 def text_fingerprint(config: Config, checkpoint_sha256: str) -> Fingerprint:
-    """Fingerprint of the questions' states."""
+    """Fingerprint of the questions' states. Where both halves have a `checkpoint`, it has to be the same one."""
+    own = find_network(config.encoder.arch).text_weights is not None
     return Fingerprint(
         {
             "arch": config.encoder.arch,
-            "checkpoint": checkpoint_sha256,
+            "text_checkpoint" if own else "checkpoint": checkpoint_sha256,
             "depth": text_depth(config),
             "tokenizer": _tokenizer_digest(config.text.model),
             **({"package": MINILM.version} if config.text.model == MINILM.name else {}),

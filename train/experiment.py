@@ -9,6 +9,7 @@ from configs.schema import Config
 from extract.datasets import PARTS, Dataset, load_dataset
 from extract.fingerprints import configured
 from features import Fingerprint, FingerprintMismatch, Store, StoreError, open_store
+from features.halves import require_match
 from train.batches import Features, QuestionTable
 from train.card import Card, RunError
 from train.heads import BLIND, Sizes
@@ -63,6 +64,8 @@ def open_experiment(config: Config, card: Card | None = None) -> Experiment:
     expect_clips, expect_texts = (None, None) if card is None else (card.fingerprint, card.text_fingerprint)
     text_store = None if name == "majority" else _open(config, "text", expect_texts)
     store = None if name in BLIND else _open(config, "patches", expect_clips)
+    if store is not None and text_store is not None:
+        require_match(store, text_store)
     questions = [question for part in PARTS for question in dataset.questions[part]]
     features = Features(
         store,
