@@ -26,10 +26,11 @@ from features.convert import convert
 from features.derive import derive
 from features.errors import StoreError
 from features.formats import FORMATS
+from features.halves import TEXT, halves, mismatches
 from features.repair import repair
 from features.spec import Codec, StoredDtype
 from features.store import Store, open_store
-from features.verify import TEXT, Report, verify
+from features.verify import Report, verify
 
 Result = dict[str, Any]
 
@@ -104,9 +105,11 @@ def _count(text: str) -> int:
 
 
 def _info(options: argparse.Namespace) -> tuple[int, Result, str]:
-    result = _described(open_store(options.store))
-    if (options.store / TEXT).is_dir():
-        result["text"] = _described(open_store(options.store / TEXT))
+    clips, *texts = (open_store(options.store / half) for half in halves(options.store))
+    result = _described(clips)
+    for store in texts:
+        result[TEXT] = _described(store)
+        result["halves_differ"] = mismatches(clips, store)
     return 0, result, "\n".join(_lines(result))
 
 

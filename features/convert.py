@@ -8,10 +8,10 @@ from torch import Tensor
 
 from features.dtypes import stored
 from features.errors import StoreError
+from features.halves import halves
 from features.quarantine import Failure
 from features.spec import QUANTISED, TOKENS, ArraySpec, Codec, Fingerprint, StoreSpec
 from features.store import Store, create_store, open_store
-from features.verify import TEXT
 
 Rows = Mapping[str, Tensor]  # one tensor an array, the clips first
 OnClips = Callable[[int, int], None]  # called with the clips done so far and in all
@@ -78,11 +78,6 @@ def transfer(
         target.write_shard(work.shard, rows, source.sources(ids), failures)
         if on_clips is not None:
             on_clips(len(target.clip_ids), total)
-
-
-def halves(root: Path) -> list[Path]:
-    """The stores in the folder of a store, relative to it: itself, and its text states where it has them."""
-    return [Path(), Path(TEXT)] if (root / TEXT).is_dir() else [Path()]
 
 
 def refuse_same(source: Path, target: Path) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from features.convert import OnClips, Rows, halves, refuse_same, transfer
+from features.convert import OnClips, Rows, refuse_same, transfer
 from features.errors import StoreError
+from features.halves import halves
 from features.spec import ArraySpec, Fingerprint, Scalar, StoreSpec
 from features.store import Store, create_store, open_store
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from features import lease
 from features.durable import write_file
 from features.errors import DamagedStore
+from features.halves import halves
 from features.header import header_path, write_header
 from features.ids import grow, ids_journal
 from features.journal import Journal
@@ -14,7 +15,7 @@ from features.ledger import ledger_journal
 from features.quarantine import quarantine_journal
 from features.records import Record
 from features.store import open_store
-from features.verify import TEXT, Report, bad_rows, inspect, verify, verify_half
+from features.verify import Report, bad_rows, check_shards, inspect, verify
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,11 @@ def repair(path: Path | str) -> Repair:
     before = verify(root)
     dropped: list[str] = []
     rewritten: list[str] = []
-    for half in (root, root / TEXT):
-        if half == root or half.is_dir():
-            lease.require_none(half)
-            rewritten += [str((half / name).relative_to(root)) for name in _repair_description(half)]
-            dropped += _repair_shards(half)
-            _release(half, before.bad_clips)
+    for half in halves(root):
+        lease.require_none(root / half)
+        rewritten += [str(half / name) for name in _repair_description(root / half)]
+        dropped += _repair_shards(root / half)
+        _release(root / half, before.bad_clips)
     committed = open_store(root).clip_ids
     lost = [name for name in before.bad_clips if name not in dropped and name not in committed]
     return Repair(root, before, (*dropped, *lost), tuple(rewritten))
@@ -99,7 +99,8 @@ def _repair_shards(root: Path) -> list[str]:
     dropped: list[str] = []
     found = inspect(root)
     store = open_store(root)
-    for shard in sorted({fault.shard for fault in verify_half(root).faults if fault.shard is not None}):
+    damaged = {fault.shard for _, faults in check_shards(found) for fault in faults if fault.shard is not None}
+    for shard in sorted(damaged):
         bad = bad_rows(found, shard)
         store.rewrite_shard(shard, without=bad)
         dropped += bad

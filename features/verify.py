@@ -2,9 +2,10 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,13 @@ from features.durable import file_sum_of, holds
 from features.errors import DamagedStore, NewerStore, StoreError
 from features.file_format import Format
 from features.formats import FORMATS, format_named
+from features.halves import TEXT, halves
 from features.header import header_path, parse_header, read_header
 from features.ids import RowPlan, ids_journal
 from features.ledger import Ledger, ledger_journal
 from features.quarantine import quarantine_journal
 from features.records import Record
 from features.spec import Fingerprint, StoreSpec
-
-TEXT = "text"  # the folder inside a store of clips with the states of their questions
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,20 @@ class Inspection:
         assert self.header is not None
         return format_named(self.header["format"])
 
+    @property
+    def shards(self) -> list[int]:
+        """The numbers of the committed shards; none where nothing says how they lie in files."""
+        return [] if self.header is None else sorted(self.ledger.files)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the committed shards' files."""
+        return sum(map(self.size_of, self.shards))
+
+    def size_of(self, shard: int) -> int:
+        """Bytes of the files of `shard`."""
+        return sum(size for size, _ in self.ledger.files[shard].values())
+
     def clips_of(self, shard: int) -> list[str]:
         """The committed ids of a shard, in row order."""
         size = self.spec.shard
@@ -152,40 +166,40 @@ def verify(path: Path | str, workers: int | None = None, on_bytes: Callable[[int
         on_bytes: called with the bytes read so far and in all.
 
     Raises:
+        NewerStore: a newer version of this program wrote the store.
         StoreError: there is no store at `path`.
     """
-    root = Path(path)
-    report = verify_half(root, workers, on_bytes)
-    if not (root / TEXT).is_dir():
-        return report
-    try:
-        text = verify_half(root / TEXT, workers)
-    except StoreError as error:
-        return replace(report, faults=(*report.faults, Fault(TEXT, str(error))))
-    faults = [replace(fault, where=f"{TEXT}/{fault.where}") for fault in text.faults]
-    return replace(
-        report,
-        shards=report.shards + text.shards,
-        nbytes=report.nbytes + text.nbytes,
-        seconds=report.seconds + text.seconds,
-        faults=(*report.faults, *faults),
-    )
-
-
-def verify_half(root: Path, workers: int | None = None, on_bytes: Callable[[int, int], None] | None = None) -> Report:
-    """`verify` of the store at `root` alone, without the text states inside it."""
-    started = time.monotonic()
-    found = inspect(root)
-    faults, done = list(found.faults), 0
-    shards = sorted(found.ledger.files) if found.header is not None else []
-    total = sum(size for shard in shards for size, _ in found.ledger.files[shard].values())
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        for shard, shard_faults in zip(shards, pool.map(lambda n: check_shard(found, n), shards), strict=True):
-            faults += shard_faults
-            done += sum(size for size, _ in found.ledger.files[shard].values())
+    root, started = Path(path), time.monotonic()
+    found = [inspect(root)]
+    faults = list(found[0].faults)
+    for half in halves(root)[1:]:
+        try:
+            found.append(inspect(root / half))
+            faults += [_inside(half, fault) for fault in found[1].faults]
+        except NewerStore:
+            raise
+        except StoreError as error:
+            faults.append(Fault(TEXT, str(error)))
+    shards = sum(len(inspected.shards) for inspected in found)
+    total = sum(inspected.nbytes for inspected in found)
+    done = 0
+    for inspected in found:
+        for size, shard_faults in check_shards(inspected, workers):
+            faults += [_inside(inspected.root.relative_to(root), fault) for fault in shard_faults]
+            done += size
             if on_bytes is not None:
                 on_bytes(done, total)
-    return Report(root, len(found.ledger.clips), len(shards), done, time.monotonic() - started, tuple(faults))
+    return Report(root, len(found[0].ledger.clips), shards, total, time.monotonic() - started, tuple(faults))
+
+
+def check_shards(found: Inspection, workers: int | None = None) -> Iterator[tuple[int, list[Fault]]]:
+    """Bytes and faults of each of a store's shards, in order."""
+    with ThreadPoolExecutor(workers or os.cpu_count(), thread_name_prefix="verify") as pool:
+        yield from zip(map(found.size_of, found.shards), pool.map(partial(check_shard, found), found.shards))
+
+
+def _inside(half: Path, fault: Fault) -> Fault:
+    return replace(fault, where=str(half / fault.where))
 
 
 def check_shard(found: Inspection, shard: int) -> list[Fault]:
