@@ -1,0 +1,78 @@
+"""Training opens no video and imports nothing that could: checked in a process where both fail."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from configs.schema import Config
+from tests.train.tiny import with_run, write_tiny
+from train.card import plain
+
+ROOT = Path(__file__).parents[2]
+
+# Fits and evaluates after importing all of stage two. Video libraries cannot be imported, and no file below the
+# folder of videos can be opened or so much as looked for by name.
+SCRIPT = """
+import importlib, pkgutil, sys
+
+POISON = ("decord", "av", "torchcodec", "cv2", "imageio")
+
+class Poison:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in POISON:
+            raise AssertionError(f"stage two imports {name}")
+
+def watch(event, args):
+    if event in ("open", "os.listdir", "os.scandir", "subprocess.Popen") and "qa_videos" in str(args):
+        raise AssertionError(f"stage two touches a video: {event} {args}")
+
+sys.meta_path.insert(0, Poison())
+sys.addaudithook(watch)
+import train
+for module in pkgutil.walk_packages(train.__path__, "train."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+from train.__main__ import main
+code = main(["fit", *sys.argv[1:]]) or main(["evaluate", *sys.argv[1:]])
+assert not set(POISON) & set(sys.modules), "imported past the import system"
+sys.exit(code)
+"""
+
+
+def run(*args: str, script: str = SCRIPT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", script, *args], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tiny")
+    config: Config = with_run(write_tiny(root, clips=24), "watched", train_epochs=1)
+    videos = config.data.root / "qa_videos"
+    videos.mkdir()
+    for index in range(24):  # there to be opened, were anything to try
+        (videos / f"clip|P{index}|0|{index + 1}.mp4").write_bytes(b"no video")
+    path = root / "c.yaml"
+    path.write_text(yaml.safe_dump(plain(config)))
+    return path
+
+
+def test_all_of_stage_two_imports_and_trains_without_video(config_file: Path) -> None:
+    done = run("--config", str(config_file))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "word"),
+    [
+        ("import decord", "stage two imports decord"),
+        ("import av.video", "stage two imports av"),
+        ("open('qa_videos/a.mp4')", "stage two touches a video: open"),
+    ],
+)
+def test_the_check_itself_can_fail(sabotage: str, word: str) -> None:
+    done = run(script=SCRIPT.partition("import train\n")[0] + sabotage)
+    assert done.returncode != 0
+    assert word in done.stderr
