@@ -117,19 +117,18 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def save_last(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write `last.pt`, from which training goes on."""
-    new = folder / (LAST + ".new")
+def save_last(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a crew's file, from which training goes on."""
+    new = path.with_name(path.name + ".new")
     with new.open("wb") as file:
         torch.save(dict(state), file)
         file.flush()
         os.fsync(file.fileno())
-    new.replace(folder / LAST)
+    new.replace(path)
 
 
-def load_last(folder: Path) -> dict[str, Any] | None:
-    """Read `last.pt`; None where there is none."""
-    path = folder / LAST
+def load_last(path: Path) -> dict[str, Any] | None:
+    """Read a crew's file; None where there is none."""
     if not path.exists():
         return None
     try:

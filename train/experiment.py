@@ -139,14 +139,14 @@ def _check_config(config: Config, store: Store) -> None:
 
 
 def _sizes(store: Store | None, text_store: Store | None, answers: int) -> Sizes:
-    frames, grid, width, text_width = 1, (1, 1), 1, 1
+    frames, grid, patches, width, text_width = 1, (1, 1), 1, 1, 1
     if store is not None:
-        frames, _, width = store.spec.array("patches").shape
+        frames, patches, width = store.spec.array("patches").shape
         assert store.spec.grid is not None
         grid = store.spec.grid
     if text_store is not None:
         text_width = text_store.spec.array("states").shape[-1]
-    return Sizes(frames, grid, width, text_width, answers)
+    return Sizes(frames, grid, patches, width, text_width, answers)
 
 
 def _first_difference(here: tuple[str, ...], there: tuple[str, ...]) -> str:

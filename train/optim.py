@@ -1,21 +1,26 @@
 """AdamW and its schedule, as functions of the step alone so that a resumed run needs no scheduler state."""
 
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from configs.schema import TrainConfig
 
 
-def build_optimiser(head: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over what `head` learns; only matrices decay, so norms, biases and the spatial prior do not."""
-    learned = [p for p in head.parameters() if p.requires_grad]
+def build_optimiser(stacked: Sequence[Tensor], train: TrainConfig) -> torch.optim.AdamW | None:
+    """AdamW over `stacked` [M, ...] parameters; only matrices decay, so norms, biases and the spatial prior do not.
+
+    None where there is nothing to learn.
+    """
     groups = [
-        {"params": [p for p in learned if p.ndim >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in learned if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in stacked if p.ndim > 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in stacked if p.ndim <= 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, betas=(0.9, 0.98))
+    groups = [group for group in groups if group["params"]]
+    # One pass over memory instead of one an operation.
+    return torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.98), fused=True) if groups else None
 
 
 def learning_rate(step: int, steps: int, train: TrainConfig) -> float:

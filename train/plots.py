@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from train.report_sources import Sweep, TrainingLog
+from train.report_sources import Sweep, SweepPoint, TrainingLog
 from train.results import Results
 
 # system: (colour, marker)
@@ -60,7 +60,10 @@ def draw_table(results: Results) -> Figure:
 
 
 def draw_ratio(sweeps: Sequence[Sweep], references: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Test accuracy against the selection ratio, one panel a split: mean over seeds, band from lowest to highest.
+    """Test accuracy against the selection ratio, one panel a split: mean over seeds.
+
+    The band is the 95% interval over seeds and questions where the sweep has one, else it reaches from the lowest seed
+    to the highest.
 
     Args:
         sweeps: of one or both splits.
@@ -75,8 +78,8 @@ def draw_ratio(sweeps: Sequence[Sweep], references: Mapping[str, Mapping[str, fl
             ratios = [point.ratio for point in curve]
             colour = _CYCLE[index % len(_CYCLE)]
             label = setting or (sweep.model if len(lines) == 1 else f"{sweep.model}, {sweep.name}")
-            if any(point.sd is not None for point in curve):
-                low, high = [min(p.accuracies) for p in curve], [max(p.accuracies) for p in curve]
+            if any(point.interval or point.sd is not None for point in curve):
+                low, high = zip(*map(_band, curve))
                 axis.fill_between(ratios, low, high, color=colour, alpha=0.18, linewidth=0)
             means = [point.mean for point in curve]
             axis.plot(ratios, means, "o-", color=colour, label=label, markersize=5, linewidth=1.8)
@@ -91,6 +94,25 @@ def draw_ratio(sweeps: Sequence[Sweep], references: Mapping[str, Mapping[str, fl
         axis.set_ylabel("accuracy, all test questions (%)")
         axis.set_title(split)
     _legend(figure, axes)
+    return figure
+
+
+def draw_settings(sweep: Sweep) -> Figure:
+    """Test accuracy of each setting of a sweep: the mean over seeds with its band, best first."""
+    points = sorted(sweep.points, key=lambda point: -point.mean)
+    figure, (axis,) = _panels(1, 6.4, 0.9 + 0.32 * len(points))
+    for y, point in enumerate(points):
+        low, high = _band(point)
+        axis.plot([low, high], [y, y], color=_CYCLE[0], linewidth=5, alpha=0.3, solid_capstyle="butt")
+        axis.plot(point.mean, y, "o", color=_CYCLE[0], markersize=5)
+        axis.annotate(f"{point.mean:.2f}", (high, y), (4, 0), textcoords="offset points", va="center", size=8)
+    axis.set_yticks(range(len(points)), [point.setting or f"ratio {point.ratio:g}" for point in points])
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    axis.set_xlabel("accuracy, all test questions (%)")
+    axis.set_title(f"{sweep.model}, {sweep.split}")
+    axis.grid(axis="y", visible=False)
+    axis.tick_params(axis="y", length=0)
     return figure
 
 
@@ -157,6 +179,10 @@ def thin(xs: Sequence[int], ys: Sequence[float]) -> tuple[list[float], list[floa
     parts = np.array_split(np.arange(len(xs)), _LOSS_POINTS)
     x, y = np.asarray(xs, dtype=float), np.asarray(ys)
     return [float(x[part].mean()) for part in parts], [float(y[part].mean()) for part in parts]
+
+
+def _band(point: SweepPoint) -> tuple[float, float]:
+    return point.interval or (min(point.accuracies), max(point.accuracies))
 
 
 def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:

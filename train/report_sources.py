@@ -9,7 +9,7 @@ import math
 import statistics
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,16 @@ class SweepMember:
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One setting at one ratio: accuracies of its seeds over `n` questions, percent."""
+    """One setting at one ratio: accuracies of its seeds over `n` questions, percent.
+
+    `interval` has the ends of the 95% interval over seeds and questions, where the sweep has it.
+    """
 
     setting: str
     ratio: float
     accuracies: tuple[float, ...]
     n: int
+    interval: tuple[float, float] | None = None
 
     @property
     def mean(self) -> float:
@@ -75,12 +79,14 @@ class Sweep:
     """Members of one sweep, sorted by setting, ratio, seed.
 
     `setting` of a member names the options other than the ratio and the seed; it is empty for a plain ratio sweep.
+    `intervals` are those of each setting and ratio.
     """
 
     name: str
     model: str
     split: str
     members: tuple[SweepMember, ...]
+    intervals: Mapping[tuple[str, float], tuple[float, float]] = field(default_factory=dict)
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -94,7 +100,9 @@ class Sweep:
         for member in self.members:
             groups.setdefault((member.setting, member.ratio), []).append(member)
         return tuple(
-            SweepPoint(setting, ratio, tuple(m.accuracy for m in members), members[0].n)
+            SweepPoint(
+                setting, ratio, tuple(m.accuracy for m in members), members[0].n, self.intervals.get((setting, ratio))
+            )
             for (setting, ratio), members in groups.items()
         )
 
@@ -188,7 +196,14 @@ def read_sweep(path: Path) -> Sweep:
         value = json.loads(_read_text(path))
         members = [_member(entry, path.parent) for entry in value["members"]]
         members.sort(key=lambda member: (member.setting, member.ratio, member.seed))
-        return Sweep(str(value["name"]), str(value["model"]), str(value["split"]), tuple(members))
+        intervals = {
+            (_setting(point["setting"]), float(point["ratio"])): (
+                float(point["all"]["low"]),
+                float(point["all"]["high"]),
+            )
+            for point in value.get("points", ())
+        }
+        return Sweep(str(value["name"]), str(value["model"]), str(value["split"]), tuple(members), intervals)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise SourceError(f"{path} is no sweep ({type(error).__name__}: {error}); run the sweep again") from error
 
@@ -212,14 +227,15 @@ def read_selection(path: Path) -> Selection:
 
 
 def _member(entry: Mapping[str, Any], folder: Path) -> SweepMember:
-    overrides = {
-        str(key): value
-        for key, value in (entry.get("overrides") or {}).items()
-        if key.rsplit(".", 1)[-1] not in ("ratio", "seed", "dir")
-    }
-    setting = ", ".join(f"{key} {_plain(value)}" for key, value in sorted(overrides.items()))
+    setting = _setting(entry.get("overrides") or {})
     dir_ = _existing(entry.get("dir"), folder)
     return SweepMember(float(entry["ratio"]), int(entry["seed"]), setting, float(entry["all"]), int(entry["n"]), dir_)
+
+
+def _setting(overrides: Mapping[str, Any]) -> str:
+    """The options other than the ratio and the seed, as text."""
+    others = {key: value for key, value in overrides.items() if key.rsplit(".", 1)[-1] not in ("ratio", "seed", "dir")}
+    return ", ".join(f"{key} {_plain(value)}" for key, value in sorted(others.items()))
 
 
 def _existing(value: object, folder: Path) -> Path | None:

@@ -1,29 +1,35 @@
 """Training and evaluating heads. `train_together` is the loop; it reads from top to bottom.
 
-A run's folder is claimed by one setting. Training stopped by a signal, a crash or a kill goes on from `last.pt` when
-the same command is given again, and gives the very losses that it would have given undisturbed (bit for bit on a CPU).
+A run's folder is claimed by one setting and leased by one process. Training stopped by a signal, a crash or a kill goes
+on when the same command is given again, and gives the very losses that it would have given undisturbed (bit for bit on
+a CPU).
 """
 
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from configs.schema import Config
+from configs.schema import Config, HeadConfig
+from features import lease
 from train import card as folder
+from train.answers import answer_table
 from train.batches import plan_batches
 from train.card import Card, RunError
+from train.crew import Crew, build_stack
 from train.experiment import Experiment, open_experiment
 from train.log import Display
-from train.member import Member, build_trainer, test_members
+from train.member import Member
 from train.metrics import Metrics
-from train.trainer import answer_table
+from train.stack import deterministic
 
 
 class Stopped(Exception):
-    """A signal asked the training to stop; each `last.pt` holds its place."""
+    """A signal asked the training to stop; each crew's file holds its place."""
 
 
 def fit(config: Config, command: str) -> Metrics:
@@ -39,6 +45,7 @@ def fit(config: Config, command: str) -> Metrics:
     Raises:
         ConfigError: the run's folder holds another setting.
         RunError: there is nothing to train or choose on, or what the folder holds is damaged.
+        ShardOwned: another process is training in the folder.
         StoreError, DatasetError: features or annotations are missing or damaged.
         Stopped: by SIGINT or SIGTERM.
     """
@@ -46,51 +53,67 @@ def fit(config: Config, command: str) -> Metrics:
     if (config.run.dir / folder.TEST).exists():
         print(f"{config.run.dir} is trained already; evaluating its checkpoint", flush=True)
         return evaluate(config)
-    experiment = open_experiment(config)
-    print(experiment.features.said, flush=True)
-    member = Member(config, experiment, order=config.train.seed)
-    label = f"train {config.head.name} {config.data.split}"
-    if member.resumed:
-        print(f"{label}: going on after step {member.trainer.step} of {member.trainer.steps}", flush=True)
-    try:
-        train_together([member], experiment, config.train.seed, label)
-    finally:
-        member.log.close()
-    print(f"{label}: {member.trainer.step} steps, {member.describe()}", flush=True)
-    member.restore_best(command)
-    return test_members([(config, member.trainer)], experiment)[0]
+    with lease.hold(config.run.dir, 0):
+        experiment = open_experiment(config)
+        print(experiment.features.said, flush=True)
+        crew = Crew([config], experiment, config.train.seed, config.run.dir / folder.LAST)
+        label = f"train {config.head.name} {config.data.split}"
+        if crew.resumed:
+            print(f"{label}: going on after step {crew.stack.step} of {crew.stack.steps}", flush=True)
+        train_together([crew], experiment, config.train.seed, label)
+        print(f"{label}: {crew.stack.step} steps, {crew.describe()}", flush=True)
+        return test_crews([crew], experiment, command)[0]
 
 
-def train_together(members: Sequence[Member], experiment: Experiment, order: int, label: str) -> None:
-    """Train every member to its end on one reading of the features: each batch is gathered once for all of them.
+def train_together(crews: Sequence[Crew], experiment: Experiment, order: int, label: str) -> None:
+    """Train every crew to its end on one reading of the features: each batch is gathered once for all of them.
 
     Args:
-        members: with the same batch size and number of epochs; each starts at its own place.
+        crews: with the same batch size and number of epochs; each starts at its own place.
         experiment: their data.
         order: seed of the order of the batches.
         label: for people.
     """
-    train, features, table = members[0].config.train, experiment.features, experiment.train_table
-    steps = max(member.trainer.steps for member in members)
+    train, features, table = crews[0].config.train, experiment.features, experiment.train_table
+    steps = max(crew.stack.steps for crew in crews)
+    first_step = min(crew.stack.step for crew in crews)
     epochs = train.epochs if steps else 1
-    with Display(label, min(member.trainer.step for member in members), steps) as display, _signals() as asked:
-        for epoch in range(min(member.place[0] for member in members), epochs):
-            plan = plan_batches(table, train.batch, order, epoch) if steps else []
-            first = min(member.place for member in members)[1]
-            for number, batch in enumerate(features.stream(table, plan[first:]), first):
-                for member in members:
-                    if member.place == (epoch, number):
-                        member.learn(batch)
-                lead = members[0]
-                display.show(lead.trainer.step, f"epoch {epoch + 1}/{epochs}, {lead.describe()}")
-                if asked.is_set():
-                    for member in members:
-                        member.save()
-                    raise Stopped(f"stopped in epoch {epoch + 1} of {epochs}; give the same command again to go on")
-            due = [member for member in members if member.place[0] == epoch]
-            said = answer_table([m.trainer for m in due], features, experiment.seen("val"), train.batch)
-            for member, answers in zip(due, said, strict=True):
-                member.end_epoch(answers)
+    try:
+        with (
+            Display(label, first_step, steps) as display,
+            _signals() as asked,
+            deterministic(train.deterministic),
+        ):
+            for epoch in range(min(crew.place[0] for crew in crews), epochs):
+                due = [crew for crew in crews if crew.place[0] == epoch and not crew.done]
+                if not due:
+                    continue
+                plan = plan_batches(table, train.batch, order, epoch) if steps else []
+                first = min(crew.place[1] for crew in due)
+                for number, batch in enumerate(features.stream(table, plan[first:]), first):
+                    for crew in due:
+                        if crew.place == (epoch, number):
+                            crew.learn(batch, last=number + 1 == len(plan))
+                    display.show(due[0].stack.step, f"epoch {epoch + 1}/{epochs}, {due[0].describe()}")
+                    if asked.is_set():
+                        for crew in due:
+                            crew.save()
+                        raise Stopped(f"stopped in epoch {epoch + 1} of {epochs}; give the same command again to go on")
+                said = answer_table([crew.stack for crew in due], features, experiment.seen("val"), train.batch)
+                for crew, answers in zip(due, said, strict=True):
+                    crew.end_epoch(answers)
+    finally:
+        for crew in crews:
+            crew.close()
+
+
+def test_crews(crews: Sequence[Crew], experiment: Experiment, command: str) -> list[Metrics]:
+    """Metrics on *test* of every member's best epoch, in order; `test.json` comes last into each folder."""
+    for crew in crews:
+        crew.restore_best(command)
+    size = crews[0].config.train.batch
+    said = answer_table([crew.stack for crew in crews], experiment.features, experiment.seen("test"), size)
+    return [metrics for crew, answers in zip(crews, said, strict=True) for metrics in crew.end(answers)]
 
 
 def evaluate(config: Config) -> Metrics:
@@ -105,17 +128,29 @@ def evaluate(config: Config) -> Metrics:
     out, card = config.run.dir, Card.read(config.run.dir)
     if card.model != config.head.name:
         raise RunError(f"{out} holds a {card.model} head but head.name is {config.head.name!r}; check run.dir")
-    known = {name: value for name, value in card.config["head"].items() if name != "implementation"}
-    known["scores"] = tuple(known["scores"])
-    config = replace(config, head=replace(config.head, **known), train=replace(config.train, seed=card.seed))
+    train = replace(config.train, seed=card.seed, ema=0.0)
+    config = replace(config, head=_head_of(card, config.head), train=train)
     experiment = open_experiment(config, card)
-    trainer = build_trainer(config, experiment, order=card.seed)
+    stack = build_stack([config], experiment, order=card.seed)
     try:
-        trainer.head.load_state_dict(folder.load_weights(out))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise RunError(f"{out / folder.WEIGHTS} does not fit a {card.model} head: {reason}") from None
-    return test_members([(config, trainer)], experiment)[0]
+        stack.load_weights(0, folder.load_weights(out))
+    except ValueError as error:
+        if isinstance(error, RunError):
+            raise
+        raise RunError(f"{out / folder.WEIGHTS} does not fit a {card.model} head: {error}") from None
+    said = answer_table([stack], experiment.features, experiment.seen("test"), config.train.batch)
+    return Member(config, experiment).end(said[0][0])
+
+
+def _head_of(card: Card, here: HeadConfig) -> HeadConfig:
+    """The card's options, but for how fast they are computed."""
+    known: dict[str, Any] = {}
+    for field in fields(HeadConfig):
+        value = card.config["head"].get(field.name, getattr(here, field.name))
+        known[field.name] = tuple(value) if isinstance(value, list) else value
+    checkpoint = known["checkpoint"]
+    known |= {"implementation": here.implementation, "checkpoint": None if checkpoint is None else Path(checkpoint)}
+    return HeadConfig(**known)
 
 
 @contextmanager

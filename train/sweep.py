@@ -1,14 +1,19 @@
 """Many settings of one head on one reading of the features.
 
-Members share every batch, so they may differ in what the head is and how it learns, never in what it reads. All see
-the batches in the order of the config's own seed; their seeds set initialisation and dropout.
+Members may differ in what the head is and how it learns, never in what it reads. Those that differ in the ratio and
+the seed alone train as one stack. All see the batches in the order of the config's own seed; their seeds set
+initialisation and dropout, so that members with one seed differ in nothing but the setting.
+
+A sweep may be started on several machines that share the folder: a process takes the crews that nobody has.
 """
 
+import hashlib
 import itertools
 import json
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +21,27 @@ from typing import Any
 import yaml
 
 from configs.schema import Config, ConfigError, ConfigParser, add_config_arguments, option_names, parse_config
+from features import ShardOwned, lease
 from train import card as folder
-from train.experiment import open_experiment
-from train.member import Member, test_members
-from train.run import train_together
+from train.crew import Crew
+from train.experiment import Experiment, open_experiment
+from train.run import test_crews, train_together
+from train.sweep_results import write_results
 
-# What members may differ in.
-SHARED = ("head.name", "train.batch", "train.epochs", "train.residency", "train.device")
+# What members must share.
+SHARED = (
+    "head.name", "head.checkpoint", "train.batch", "train.epochs", "train.accumulate", "train.residency",
+    "train.device", "train.deterministic",
+)  # fmt: skip
+# What members of a stack may differ in.
+STACKED = ("head.ratio", "train.seed")
+# The heads of the published networks fill a machine by themselves; the majority learns nothing.
+ALONE = ("majority", "egovlpv2", "mfas")
+# Beyond this a stack gains little speed, and its activations are held at once.
+STACK = 24
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+Overrides = Mapping[str, Any]
 
 
 def run_sweep(
@@ -34,7 +52,7 @@ def run_sweep(
     name: str | None = None,
     command: str = "python -m train sweep",
 ) -> Path:
-    """Train every combination that is not finished yet and write `sweep.json`.
+    """Train every combination that is neither finished nor in another process's hands, and write the results.
 
     Args:
         config: what all members share.
@@ -46,7 +64,8 @@ def run_sweep(
         command: that was given, for the model cards.
 
     Returns:
-        `<table>/sweeps/<name>/sweep.json`.
+        `<table>/sweeps/<name>/sweep.json`; beside it `sweep.csv` and `sweep.png`. It holds the members that are
+        finished; the last process to end writes the whole.
 
     Raises:
         ConfigError: the grid names an option that members must share, or a value that is not valid.
@@ -61,37 +80,106 @@ def run_sweep(
     members = [(overrides, member_config(config, overrides, out)) for overrides in combinations(axes)]
     for _, member in members:
         folder.claim(member.run.dir, member)
-    waiting = [member for _, member in members if not (member.run.dir / folder.TEST).exists()]
+    configs = [member for _, member in members]
+    before = sum(map(_finished, configs))
     label = f"sweep {name}"
-    print(f"{label}: {len(members)} members, {len(members) - len(waiting)} finished before", flush=True)
-    started, nbytes = time.monotonic(), 0
-    if waiting:
+    print(f"{label}: {len(members)} members, {before} finished before", flush=True)
+    started, nbytes, trained = time.monotonic(), 0, 0
+    if before < len(members):
         experiment = open_experiment(config)
         print(experiment.features.said, flush=True)
-        runs = [Member(member, experiment, order=config.train.seed) for member in waiting]
-        try:
-            train_together(runs, experiment, config.train.seed, label)
-        finally:
-            for run in runs:
-                run.log.close()
-        for run in runs:
-            run.restore_best(command)
-        test_members([(run.config, run.trainer) for run in runs], experiment)
+        trained = _train_free(config, configs, experiment, out / "crews", label, command)
         nbytes = experiment.features.nbytes
-    result = {
+    done = [(overrides, member) for overrides, member in members if _finished(member)]
+    if len(done) < len(members):
+        print(f"{label}: {len(members) - len(done)} members are left to their owners", flush=True)
+    facts = {
         "name": name,
         "split": config.data.split,
         "model": config.head.name,
         "command": command,
-        "trained": len(waiting),
+        "planned": len(members),
+        "trained": trained,
         "seconds": round(time.monotonic() - started, 3),
         "bytes_read": nbytes,
-        "members": [_record(overrides, member, out) for overrides, member in members],
     }
-    folder.write_whole(out / "sweep.json", json.dumps(result, indent=2) + "\n")
-    for line in describe(result):
-        print(line, flush=True)
-    return out / "sweep.json"
+    return write_results(facts, done, config, out)
+
+
+def _train_free(
+    config: Config, configs: Sequence[Config], experiment: Experiment, place: Path, label: str, command: str
+) -> int:
+    """Train what nobody else does, crew by crew; returns how many members this process has trained."""
+    place.mkdir(exist_ok=True)
+    trained, skipped = 0, set[Path]()
+    while free := [paths for paths in plan_crews(configs, place) if paths[0] not in skipped]:
+        # What memory holds is read once anyway; from disk, crews that train side by side share the reading.
+        together = free if experiment.features.residency == "disk" else free[:1]
+        with ExitStack() as leases:
+            taken = []
+            for path, members in together:
+                try:
+                    with ExitStack() as own:
+                        for member in members:
+                            own.enter_context(lease.hold(member.run.dir, 0))
+                        leases.push(own.pop_all())
+                except ShardOwned:
+                    skipped.add(path)
+                    continue
+                if not path.exists() and any(map(_finished, members)):
+                    continue  # by a process that has let go of them just now: they are planned anew
+                # Read by a later process, which has to form the same crew to go on from its place.
+                names = [member.run.dir.name for member in members]
+                folder.write_whole(path.with_suffix(".json"), json.dumps(names) + "\n")
+                taken.append(Crew(members, experiment, config.train.seed, path))
+            if taken:
+                train_together(taken, experiment, config.train.seed, label)
+                test_crews(taken, experiment, command)
+            for crew in taken:
+                crew.path.with_suffix(".json").unlink()
+                crew.path.unlink()
+                trained += len(crew.members)
+    return trained
+
+
+def plan_crews(configs: Sequence[Config], place: Path) -> list[tuple[Path, list[Config]]]:
+    """The file and the members of every crew that is still to train: first those that were interrupted."""
+    by_name = {config.run.dir.name: config for config in configs}
+    crews, waiting = [], {config.run.dir.name for config in configs if not _finished(config)}
+    for path in sorted(place.glob("*.json")):
+        names = json.loads(path.read_text(encoding="utf-8"))
+        if path.with_suffix(".pt").exists() and set(names) <= by_name.keys() and waiting & set(names):
+            crews.append((path.with_suffix(".pt"), [by_name[name] for name in names]))
+            waiting -= set(names)
+    shapes: dict[str, list[Config]] = {}
+    for name, config in by_name.items():
+        if name in waiting:
+            shapes.setdefault(_shape(config), []).append(config)
+    for members in shapes.values():
+        for start in range(0, len(members), STACK):
+            part = members[start : start + STACK]
+            digest = hashlib.sha256("\n".join(member.run.dir.name for member in part).encode()).hexdigest()[:16]
+            crews.append((place / f"{digest}.pt", part))
+    return crews
+
+
+def _shape(config: Config) -> str:
+    """Equal for members that can train as one stack."""
+    plain = folder.plain(config)
+    if config.head.name in ALONE:
+        return config.run.dir.name
+    return json.dumps(
+        [
+            (section, option, value)
+            for section in ("head", "train")
+            for option, value in sorted(plain[section].items())
+            if f"{section}.{option}" not in STACKED
+        ]
+    )
+
+
+def _finished(config: Config) -> bool:
+    return (config.run.dir / folder.TEST).exists()
 
 
 def read_axes(
@@ -128,28 +216,17 @@ def combinations(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-def member_config(config: Config, overrides: Mapping[str, Any], out: Path) -> Config:
+def member_config(config: Config, overrides: Overrides, out: Path) -> Config:
     """`config` with `overrides`, checked as the command line would be, in a folder named after them."""
     slug = "_".join(f"{option.split('.')[1]}-{_slug(value)}" for option, value in overrides.items())
     sections: dict[str, Any] = {"run": replace(config.run, dir=out / slug)}
+    changes: dict[str, dict[str, Any]] = {}
     for option, value in overrides.items():
         section, field = option.split(".")
-        current = sections.get(section, getattr(config, section))
-        sections[section] = replace(current, **{field: _checked(option, value)})
+        changes.setdefault(section, {})[field] = _checked(option, value)
+    # All options of a section at once: one may be valid only beside another.
+    sections |= {section: replace(getattr(config, section), **fields) for section, fields in changes.items()}
     return replace(config, **sections)
-
-
-def describe(result: Mapping[str, Any]) -> list[str]:
-    """A line a member."""
-    return [
-        f"  {', '.join(f'{option} {value}' for option, value in m['overrides'].items())}: "
-        f"open {_percent(m['open'])}, binary {_percent(m['binary'])}, all {_percent(m['all'])} (n {m['n']})"
-        for m in result["members"]
-    ]
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
 
 
 def _slug(value: Any) -> str:
@@ -167,15 +244,3 @@ def _checked(option: str, value: Any) -> Any:
     except SystemExit:
         raise ConfigError(f"{option} is {value!r} in the sweep; see the line above") from None
     return getattr(getattr(config, section), field)
-
-
-def _record(overrides: Mapping[str, Any], member: Config, out: Path) -> dict[str, Any]:
-    test = json.loads((member.run.dir / folder.TEST).read_text(encoding="utf-8"))
-    return {
-        "ratio": member.head.ratio,
-        "seed": member.train.seed,
-        "overrides": dict(overrides),
-        **{part: test[part]["accuracy"] for part in ("open", "binary", "all")},
-        "n": test["all"]["n"],
-        "dir": member.run.dir.relative_to(out).as_posix(),
-    }

@@ -100,7 +100,7 @@ def notices(results: Results) -> list[str]:
     lite = dict.fromkeys(r.model for r in results.rows if _option(r.best.card, "encoder", "arch") == "lite")
     if lite:
         names = ", ".join(lite)
-        found.append(f"Real pretrained weights (ImageNet, MiniLM), which know nothing of this set, encode for {names}.")
+        found.append(f"Real pretrained weights (ImageNet, MiniLM), not trained on this set, encode for {names}.")
     if any(is_synthetic(card) for card in cards):
         found.append("The videos and questions are synthetic (EgoSynth): not comparable with EgoTaskQA results.")
     return found

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from configs.schema import Config, ConfigError
 from features import FingerprintMismatch, StoreError
 from tests.train.tiny import FIELDS, losses, with_run, write_tiny
-from train import member
+from train import crew
 from train.__main__ import main
+from train.batches import Batch
 from train.card import RunError, plain
 from train.run import Stopped, evaluate, fit
 
@@ -34,7 +35,7 @@ def test_run_folder_is_complete(tiny: Config) -> None:
     names = {path.name for path in run.iterdir()}
     assert names == {
         "config.yaml", "log.jsonl", "tb", "best.safetensors", "card.json", "last.pt",
-        "test.json", "predictions.jsonl", "selection.npz",
+        "test.json", "predictions.jsonl", "selection.npz", "leases",
     }  # fmt: skip
     card = json.loads((run / "card.json").read_text())
     assert card["fingerprint"] == FIELDS
@@ -81,17 +82,17 @@ def test_same_seed_same_losses_and_weights(tiny: Config) -> None:
 def test_killed_and_resumed_gives_the_same_trace(tiny: Config, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     undisturbed = with_run(tiny, "undisturbed")
     fit(undisturbed, "x")
-    real = member.Member.learn
+    real = crew.Crew.learn
 
-    def dies(self: member.Member, batch: object) -> None:
-        real(self, batch)
-        if self.trainer.step == step:
+    def dies(self: crew.Crew, batch: Batch, last: bool) -> None:
+        real(self, batch, last)
+        if self.stack.step == step:
             raise Killed
 
-    monkeypatch.setattr(member.Member, "learn", dies)
+    monkeypatch.setattr(crew.Crew, "learn", dies)
     with pytest.raises(Killed):
         fit(tiny, "x")
-    monkeypatch.setattr(member.Member, "learn", real)
+    monkeypatch.setattr(crew.Crew, "learn", real)
     torch.manual_seed(99)  # another process has other random numbers
     fit(tiny, "x")
     assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
@@ -102,18 +103,18 @@ def test_killed_and_resumed_gives_the_same_trace(tiny: Config, monkeypatch: pyte
 def test_signal_saves_the_place_within_an_epoch(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed = with_run(tiny, "undisturbed")
     fit(undisturbed, "x")
-    real = member.Member.learn
+    real = crew.Crew.learn
 
-    def interrupted(self: member.Member, batch: object) -> None:
-        real(self, batch)
-        if self.trainer.step == 11:
+    def interrupted(self: crew.Crew, batch: Batch, last: bool) -> None:
+        real(self, batch, last)
+        if self.stack.step == 11:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(member.Member, "learn", interrupted)
+    monkeypatch.setattr(crew.Crew, "learn", interrupted)
     with pytest.raises(Stopped, match="stopped in epoch 2 of 3; give the same command again to go on"):
         fit(tiny, "x")
-    assert torch.load(tiny.run.dir / "last.pt", weights_only=True)["step"] == 11
-    monkeypatch.setattr(member.Member, "learn", real)
+    assert torch.load(tiny.run.dir / "last.pt", weights_only=True)["stack"]["step"] == 11
+    monkeypatch.setattr(crew.Crew, "learn", real)
     fit(tiny, "x")
     assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
 
@@ -156,7 +157,7 @@ def test_a_config_that_the_store_was_not_made_by_is_refused(tiny: Config) -> Non
 
 
 def test_resuming_on_other_features_is_refused(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.run.test_members", lambda *_: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr("train.run.test_crews", lambda *_: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         fit(tiny, "x")
     other = write_tiny(tmp_path / "other", fields={**FIELDS, "checkpoint": "another"})

@@ -7,14 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from configs.schema import HeadConfig
+from configs.schema import ConfigError, HeadConfig
 from features import PatchTokens
 from train.batches import Batch
 from train.heads import PSA, Pooled, QuestionOnly, Sizes
-from train.heads.psa import CoarseLevel, keep_count, region_prior
+from train.heads.coarse import CoarseLevel
+from train.heads.prior import spatial_prior
+from train.heads.psa import keep_count
 from train.heads.question import QuestionReader, Whiten
+from train.heads.selection import Selection
 
-SIZES = Sizes(frames=3, grid=(5, 7), width=32, text_width=24, answers=9)
+SIZES = Sizes(frames=3, grid=(5, 7), patches=35, width=32, text_width=24, answers=9)
 CONFIG = HeadConfig(width=32, heads=2, ratio=0.25, dropout=0.2)
 
 
@@ -53,8 +56,8 @@ def test_keeps_the_rounded_up_share_of_each_frame(ratio: float) -> None:
     logits, kept = make(ratio=ratio).answer(make_batch())
     k = math.ceil(ratio * 35)
     assert logits.shape == (11, 9)
-    assert kept.shape == (11, 3, k)
-    assert bool((kept.diff(dim=-1) > 0).all())
+    assert kept.shape == (11, 3, 35)
+    assert bool((kept.sum(dim=-1) == k).all())
 
 
 def test_rounding_noise_does_not_add_a_patch() -> None:
@@ -76,24 +79,95 @@ def test_saliency_alone_keeps_the_most_salient() -> None:
     batch = make_batch()
     assert batch.tokens is not None
     kept = make(scores=("saliency",)).answer(batch)[1]
-    expected = batch.tokens.saliency[batch.clip_index].topk(9, dim=-1).indices.sort(dim=-1).values
-    assert torch.equal(kept, expected)
+    saliency = batch.tokens.saliency[batch.clip_index]
+    assert torch.equal(kept, saliency >= saliency.topk(9, dim=-1).values[..., -1:])
 
 
 def test_prior_alone_keeps_the_region() -> None:
     kept = make(scores=("prior",), ratio=0.1).answer(make_batch())[1]
-    prior = region_prior(SIZES.grid).flatten()
-    assert bool((prior[kept] > 0.999).all())
+    prior = spatial_prior(SIZES.grid, "region").flatten()
+    assert bool((prior.expand_as(kept)[kept] > 0.999).all())
 
 
-def test_random_scores_differ_by_clip_and_leave_no_gradient_on_the_selector() -> None:
+def test_random_scores_differ_by_clip_and_follow_the_key() -> None:
     head = make(scores=("random",)).train()
     batch = make_batch()
-    logits, kept = head.answer(batch)
+    _, kept = head.answer(batch)
     assert len(kept.flatten(1).unique(dim=0)) > 1
-    logits.sum().backward()
-    assert head.selector.weight.grad is None or not head.selector.weight.grad.any()
-    assert head.prior.grad is None
+    assert torch.equal(kept, head.answer(batch)[1])
+    head.random.keys = (7,)
+    assert not torch.equal(kept, head.answer(batch)[1])
+    assert not {"selector.weight", "prior", "saliency_weight"} & set(head.state_dict())
+
+
+def test_all_keeps_every_patch_whatever_the_ratio() -> None:
+    head = make(scores=("all",), ratio=0.1)
+    assert bool(head.answer(make_batch())[1].all())
+    assert not {"selector.weight", "prior", "saliency_weight"} & set(head.state_dict())
+
+
+@pytest.mark.parametrize("shape", ["centre", "flat"])
+def test_prior_starts_as_asked(shape: str) -> None:
+    prior = make(prior=shape).prior.detach().view(SIZES.grid)
+    assert torch.equal(prior, spatial_prior(SIZES.grid, shape))  # type: ignore[arg-type]
+    highest = divmod(int(prior.argmax()), SIZES.grid[1])
+    assert highest == ((3, 3) if shape == "centre" else (0, 0))
+    assert bool(prior.any()) == (shape == "centre")
+    assert not make(prior_learned=False).prior.requires_grad
+
+
+def test_saliency_starts_at_its_weight() -> None:
+    light, heavy = (make(scores=("prior", "saliency"), saliency_weight=weight) for weight in (0.0, 50.0))
+    by_prior, by_saliency = (make(scores=(score,)).answer(make_batch())[1] for score in ("prior", "saliency"))
+    assert torch.equal(light.answer(make_batch())[1], by_prior)
+    assert torch.equal(heavy.answer(make_batch())[1], by_saliency)
+
+
+def test_growth_selects_within_a_region_that_only_grows() -> None:
+    head = make(growth=True, ratio=1.0, scores=("saliency",))
+    batch = make_batch()
+    assert batch.tokens is not None
+    region = head.grown(batch.tokens)
+    start = (spatial_prior(SIZES.grid, "region") > 0.5).flatten()
+    assert bool(region[:, 0][:, start].all())
+    assert bool((region[:, 1:] | ~region[:, :-1]).all())
+    assert region[:, -1].sum() > start.sum() * len(region)
+    outside = batch.tokens.patches.clone()
+    outside[~region] = 9.0
+    changed = dataclasses.replace(batch, tokens=dataclasses.replace(batch.tokens, patches=outside))
+    fine = make(growth=True, ratio=1.0, scores=("saliency",), coarse=False)
+    assert torch.equal(fine(batch), fine(changed))
+
+
+@pytest.mark.parametrize("level", ["patch", "frame", "video"])
+def test_a_level_without_the_question_has_no_parameters_for_it(level: str) -> None:
+    left = tuple(name for name in ("patch", "frame", "video") if name != level)
+    head, whole = make(levels=left), make()
+    assert sum(p.numel() for p in head.parameters()) < sum(p.numel() for p in whole.parameters())
+    assert head(make_batch()).shape == (11, 9)
+
+
+def test_without_levels_and_times_the_order_of_frames_does_not_matter() -> None:
+    batch = make_batch()
+    assert batch.tokens is not None
+    backwards = {name: t if name == "cls" else t.flip(1) for name, t in batch.tokens.tensors().items()}
+    turned = dataclasses.replace(batch, tokens=PatchTokens(**backwards))
+    assert torch.allclose(make(time=False)(batch), make(time=False)(turned), atol=1e-4)
+    assert not torch.allclose(make()(batch), make()(turned), atol=1e-4)
+
+
+@pytest.mark.parametrize(("frames", "taken"), [(1, (1,)), (2, (0, 2)), (3, (0, 1, 2)), (None, (0, 1, 2))])
+def test_frames_are_spread_evenly(frames: int | None, taken: tuple[int, ...]) -> None:
+    head, batch = make(frames=frames), make_batch()
+    assert head.taken == taken
+    assert batch.tokens is not None
+    other = batch.tokens.patches.clone()
+    unread = [t for t in range(3) if t not in taken]
+    other[:, unread] = 9.0
+    changed = dataclasses.replace(batch, tokens=dataclasses.replace(batch.tokens, patches=other))
+    assert torch.equal(head(batch), head(changed))
+    with pytest.raises(ConfigError, match=r"head\.frames is 4 but the store holds 3"):
+        make(frames=4)
 
 
 def test_every_parameter_learns() -> None:
@@ -107,22 +181,21 @@ def test_switched_off_parts_are_gone() -> None:
     assert make(coarse=False).coarse is None
     fixed = make(merge=False).coarse
     assert fixed is not None
-    assert not fixed.corner.requires_grad
-    assert not fixed.content.requires_grad
+    assert not fixed.gate.requires_grad
 
 
 def test_region_prior_on_the_published_grid() -> None:
     expected = torch.zeros(14, 14)
     expected[4:14, 2:12] = 1
-    assert torch.allclose(region_prior((14, 14)), expected, atol=1e-5)
-    small = region_prior((7, 7))
+    assert torch.allclose(spatial_prior((14, 14), "region"), expected, atol=1e-5)
+    small = spatial_prior((7, 7), "region")
     assert torch.allclose(small.sum() * 4, expected.sum(), atol=1e-4)
 
 
-def test_merge_is_the_mean_at_first_and_ignores_what_is_not_there() -> None:
-    level = CoarseLevel(SIZES, 16, 2, learned=True)
+def test_merge_is_the_mean_and_ignores_what_is_not_there() -> None:
+    level = CoarseLevel(SIZES, 16, 2, learned=True, select=Selection(12, "reference"))
     x = torch.randn(2, 3, 35, SIZES.width)
-    merged = level.merge(x, level.content)
+    merged = level.merge(x)
     assert merged.shape == (2, 3, 3 * 4, SIZES.width)
     grid = x.view(2, 3, 5, 7, -1)
     assert torch.allclose(merged[:, :, 0], grid[:, :, :2, :2].mean(dim=(2, 3)), atol=1e-5)

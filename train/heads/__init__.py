@@ -1,58 +1,77 @@
 """The systems of the table. `build_head` makes one to train; `load_head` loads a published one's upper half."""
 
-from typing import Literal
-
 from torch import Tensor, nn
 
 from configs.schema import Config, ConfigError
-from extract.encoders import Checkpoint, open_checkpoint
+from extract.encoders import open_checkpoint
 from features import PatchTokens
 from train.batches import Batch
 from train.heads.blind import Majority, QuestionOnly
-from train.heads.fused import load_head
+from train.heads.fused import FusedHead, load_head
 from train.heads.pooled import Pooled
-from train.heads.psa import PSA
+from train.heads.psa import PSA, scaled
 from train.heads.question import Sizes
 
 __all__ = ["BLIND", "PSA", "Majority", "Pooled", "QuestionOnly", "Sizes", "build_head", "load_head"]
 
 # Systems that read no video.
 BLIND = ("majority", "question-only")
-TRAINABLE = (*BLIND, "pooled", "egovlp", "egovlpv2", "psa")
 
 
 class Fused(nn.Module):
-    """A published network's upper half, fine-tuned on cached tokens: every question fuses with its own clip."""
+    """A published network's upper half on cached tokens: every question fuses with its own clip."""
 
-    def __init__(self, arch: Literal["egovlpv2"], checkpoint: Checkpoint, answers: int) -> None:
+    def __init__(self, network: FusedHead) -> None:
         super().__init__()
-        self.network = load_head(arch, checkpoint, answers=answers)
+        self.network = network
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [B, A]."""
         assert batch.tokens is not None
-        tokens = {name: tensor.float() for name, tensor in batch.tokens.tensors().items()}
+        given = batch.tokens
+        # Of the coarse tower the upper half reads the saliency alone.
+        tokens = PatchTokens(given.cls, scaled(given), given.saliency, coarse_saliency=given.coarse_saliency)
         states, mask = batch.states.float()[batch.text_index], batch.mask[batch.text_index]
-        return self.network(PatchTokens(**tokens), states, mask, batch.clip_index)
+        return self.network(tokens, states, mask, batch.clip_index)
 
 
 def build_head(config: Config, sizes: Sizes) -> nn.Module:
-    """The untrained head that `head.name` asks for; `egovlpv2` and `mfas` start from `encoder.checkpoint`.
+    """The untrained head that `head.name` asks for.
+
+    `egovlpv2` and `mfas` start from `head.checkpoint`, or from `encoder.checkpoint` where that is null.
 
     Raises:
-        ValueError: the checkpoint of a fused head is missing or another network's.
+        ConfigError: the store cannot feed the head, or a `head.checkpoint` for a head that starts from none.
+        CheckpointError: the checkpoint of a fused head is missing or another network's.
     """
     head = config.head
+    if head.name in ("egovlpv2", "mfas"):
+        return _build_fused(config, sizes)
+    if head.checkpoint is not None:
+        raise ConfigError(
+            f"head.checkpoint is {head.checkpoint}, but a {head.name} head starts from none; expected null, or "
+            "head.name egovlpv2 or mfas"
+        )
     if head.name == "majority":
         return Majority(sizes.answers)
     if head.name == "question-only":
         return QuestionOnly(head, sizes)
     if head.name in ("pooled", "egovlp"):  # one head; the second names the published system
         return Pooled(head, sizes)
-    if head.name == "psa":
-        return PSA(head, sizes)
-    if head.name == "egovlpv2":
-        return Fused(head.name, open_checkpoint(head.name, config.encoder.checkpoint), sizes.answers)
-    raise ConfigError(
-        f"head.name is {head.name!r}, which cannot be trained yet; expected one of {', '.join(TRAINABLE)}"
-    )
+    return PSA(head, sizes)
+
+
+def _build_fused(config: Config, sizes: Sizes) -> Fused:
+    name = config.head.name
+    assert name in ("egovlpv2", "mfas")
+    if sizes.patches < sizes.grid[0] * sizes.grid[1]:
+        raise ConfigError(
+            f"head.name is {name}, which reads whole frames, but the store holds {sizes.patches} of "
+            f"{sizes.grid[0] * sizes.grid[1]} patches of each; expected the store that it was derived from"
+        )
+    if name == "mfas" and config.encoder.arch != "mfas":
+        raise ConfigError(
+            f"head.name is mfas but encoder.arch is {config.encoder.arch}, which has no coarse tower; expected mfas"
+        )
+    checkpoint = open_checkpoint(name, config.head.checkpoint or config.encoder.checkpoint)
+    return Fused(load_head(name, checkpoint, sizes.answers, config.encoder.variant))

@@ -152,14 +152,28 @@ def select_patches(score: Tensor, top: int) -> Tensor:
         score: [B, T, N], N on a square grid.
         top: patches a frame that may join.
     """
-    b, frames, n = score.shape
-    side = round(n**0.5)
+    side = round(score.shape[2] ** 0.5)
     margin = max(1, side // 7)
-    stride = side + 2  # a border of one, so that every patch has four neighbours
-    region = torch.zeros(b, stride, stride, dtype=torch.bool, device=score.device)
-    region[:, 1 + 2 * margin : 1 + side, 1 + margin : 1 + side - margin] = True
+    start = torch.zeros(side, side, dtype=torch.bool, device=score.device)
+    start[2 * margin :, margin : side - margin] = True
+    return grow_region(score, start, top)
+
+
+def grow_region(score: Tensor, start: Tensor, top: int) -> Tensor:
+    """The region of each frame [B, T, N] bool that begins as `start` and takes in, frame by frame, high neighbours.
+
+    Args:
+        score: [B, T, N].
+        start: [rows, cols] bool, rows * cols = N.
+        top: patches a frame that may join.
+    """
+    b, frames, _ = score.shape
+    rows, cols = start.shape
+    stride = cols + 2  # a border of one, so that every patch has four neighbours
+    region = torch.zeros(b, rows + 2, stride, dtype=torch.bool, device=score.device)
+    region[:, 1:-1, 1:-1] = start
     best = score.topk(top, dim=2).indices
-    place = (best // side + 1) * stride + best % side + 1  # [B, T, top] in the bordered grid
+    place = (best // cols + 1) * stride + best % cols + 1  # [B, T, top] in the bordered grid
     flat = region.view(b, -1)
     kept = []
     for t in range(frames):
@@ -167,7 +181,7 @@ def select_patches(score: Tensor, top: int) -> Tensor:
         for offset in (-stride, stride, -1, 1):
             joins = joins | flat.gather(1, place[:, t] + offset)
         flat = flat.scatter(1, place[:, t], joins)
-        kept.append(flat.view(b, stride, stride)[:, 1:-1, 1:-1].flatten(1))
+        kept.append(flat.view(b, rows + 2, stride)[:, 1:-1, 1:-1].flatten(1))
     return torch.stack(kept, dim=1)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from configs.schema import HeadConfig
 from features import PatchTokens
 from train.batches import Batch
+from train.heads.noise import Dropout
 from train.heads.question import Classifier, QuestionReader, Sizes, Whiten
 
 SOFTNESS = 0.1
@@ -24,7 +25,7 @@ class Pooled(nn.Module):
         super().__init__()
         self.read = QuestionReader(sizes.text_width, config.width, config.heads, config.dropout)
         self.whiten = Whiten(2 * sizes.width, SOFTNESS)
-        self.see = nn.Sequential(nn.Linear(2 * sizes.width, config.width), nn.GELU(), nn.Dropout(config.dropout))
+        self.see = nn.Sequential(nn.Linear(2 * sizes.width, config.width), nn.GELU(), Dropout(config.dropout))
         self.classify = Classifier(3 * config.width, config.width, sizes.answers, config.dropout)
 
     def measure(self, tokens: PatchTokens) -> None:

@@ -1,12 +1,13 @@
 """Ours: partition the frame, select patches by the question, aggregate patch -> frame -> video.
 
 Shape legend: C clips, B questions, T frames, N patches a frame (rows x cols), M coarse patches, D token channels,
-H attention heads, U unique texts, W hidden width, k patches kept a frame, A answers.
+H attention heads, U unique texts, W hidden width, k patches kept a frame, A answers. A derived store holds only some
+patches n of each frame, and their places in the grid.
 
 The tokens are frozen and shared by all questions of a clip, so no projection is ever applied to them one by one at the
 fine level: key projections are absorbed into the queries and value projections follow the pooling (`select_attend`).
 Tokens already carry the encoder's own space and time embeddings; positions enter once more as a learned spatial bias
-on the selection, as embeddings of the coarse patches, and as embeddings of the frames.
+on the selection, as channels of the coarse patches, and as embeddings of the frames.
 """
 
 import math
@@ -15,18 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from configs.schema import HeadConfig
+from configs.schema import ConfigError, HeadConfig
 from features import PatchTokens
 from train.batches import Batch
-from train.heads.question import Classifier, QuestionReader, Sizes, Whiten
-from train.ops.select_attend import select_attend
+from train.heads.coarse import MERGE, CoarseLevel
+from train.heads.fused import grow_region
+from train.heads.noise import Dropout, Noise
+from train.heads.prior import spatial_prior
+from train.heads.question import Classifier, QuestionReader, Sizes, Whiten, absorb_key
+from train.heads.selection import Selection
 
-# Where hands and handled objects are: rows 4-13 and columns 2-11 of the published 14x14 grid (MFAS).
-REGION = (4 / 14, 14 / 14, 2 / 14, 12 / 14)
 # Random scores only rank: this small they leave the attention itself alone.
 RANDOM_SPAN = 1e-3
-MERGE = 2
 SOFTNESS = 2.0
+# Patches of a frame that may join the growing region, as in the paper of MFAS.
+GROWTH = 3
 # Frames are attended to by several heads, so that what came before and after an event can be told apart.
 FRAME_HEADS = 2
 FRAME_TEMPERATURE = 4.0
@@ -35,143 +39,164 @@ FRAME_TEMPERATURE = 4.0
 class PSA(nn.Module):
     """Partition, selection, aggregation under the guidance of the question.
 
-    Every part is a switch of `HeadConfig`: the ratio, what patches are scored by, the coarse level, its merge.
+    Every part is a switch of `HeadConfig`; what is switched off has no parameters.
+
+    Raises:
+        ConfigError: the store holds fewer patches or frames than the config needs.
     """
+
+    region: Tensor
+    saliency_scale: Tensor
 
     def __init__(self, config: HeadConfig, sizes: Sizes) -> None:
         super().__init__()
-        rows, cols = sizes.grid
         width, heads = config.width, config.heads
-        self.k = keep_count(config.ratio, rows * cols)
-        self.scores = frozenset(config.scores)
-        self.implementation = config.implementation
+        self.grid, self.heads = sizes.grid, heads
+        self.scores, self.levels = frozenset(config.scores), frozenset(config.levels)
+        self.taken = _spread(sizes.frames, config.frames)
+        self.select = Selection(_patches_kept(config, sizes), config.implementation)
         self.whiten = Whiten(sizes.width, SOFTNESS)
         self.read = QuestionReader(sizes.text_width, width, heads, config.dropout)
-        # Selection: s = <selector, x> + saliency weight * saliency + prior
-        self.selector = nn.Linear(width, sizes.width)
-        self.saliency_weight = nn.Parameter(torch.tensor(0.1))
-        self.prior = nn.Parameter(region_prior(sizes.grid).flatten())
+        # Selection: s = <selector, x> + saliency weight * saliency + prior, within the region
+        if "question" in self.scores:
+            self.selector = nn.Linear(width, sizes.width)
+        if "saliency" in self.scores:
+            self.saliency_weight = nn.Parameter(torch.tensor(config.saliency_weight))
+        if "prior" in self.scores:
+            self.prior = nn.Parameter(spatial_prior(sizes.grid, config.prior).flatten(), config.prior_learned)
+        if "random" in self.scores:
+            self.random = Noise()
+        self.grows = config.growth
+        self.register_buffer("region", spatial_prior(sizes.grid, "region") > 0.5, persistent=False)
+        self.register_buffer("saliency_scale", torch.tensor([0.0, 1.0]))  # mean and spread
         # Aggregation, patch -> frame
-        self.query = nn.Linear(width, heads * sizes.width)
-        self.to_frame = nn.Linear(heads * sizes.width + heads, width)
-        self.coarse = CoarseLevel(sizes, width, heads, config.merge) if config.coarse else None
-        self.drop = nn.Dropout(config.dropout)
+        if "patch" in self.levels:
+            self.query, self.key = nn.Linear(width, width), nn.Linear(sizes.width, width, bias=False)
+        self.value = nn.Linear(sizes.width, width)
+        self.to_frame = nn.Linear(width + heads, width)
+        self.coarse = None
+        if config.coarse:
+            merged = math.ceil(self.grid[0] / MERGE) * math.ceil(self.grid[1] / MERGE)
+            self.coarse = CoarseLevel(sizes, width, heads, config.merge, Selection(merged, config.implementation))
+        self.drop = Dropout(config.dropout)
         # frame -> video
-        self.time = nn.Parameter(torch.randn(sizes.frames, width) * 0.02)
-        self.time_key = nn.Parameter(torch.randn(sizes.frames, width) * 0.3)
-        self.frame_query = nn.Linear(width, FRAME_HEADS * width)
-        self.classify = Classifier((FRAME_HEADS + 2) * width, width, sizes.answers, config.dropout)
+        frames = len(self.taken)
+        keyed = config.time and "frame" in self.levels
+        self.time = nn.Parameter(torch.randn(frames, width) * 0.02) if config.time else None
+        self.time_key = nn.Parameter(torch.randn(frames, width) * 0.3) if keyed else None
+        if "frame" in self.levels:
+            self.frame_query = nn.Linear(width, FRAME_HEADS * width)
+        video = FRAME_HEADS * width if "frame" in self.levels else width
+        both = width if "video" in self.levels else 0
+        self.classify = Classifier(video + width + both, width, sizes.answers, config.dropout)
 
+    @torch.no_grad()
     def measure(self, tokens: PatchTokens) -> None:
-        """Take the whitening from training clips."""
-        self.whiten.measure(_scaled(tokens))
+        """Take the whitening and the scale of the saliency from training clips.
+
+        Where saliency alone selects, from the patches that it keeps: these are the same in a derived store.
+        """
+        tokens = self.take(tokens)
+        x, saliency = scaled(tokens), tokens.saliency.float()
+        if self.scores == {"saliency"}:
+            best = saliency.sort(dim=-1, descending=True, stable=True).indices[..., : self.select.ks[0]]
+            saliency = saliency.gather(2, best)
+            x = x.gather(2, best[..., None].expand(*best.shape, x.shape[-1]))
+        self.whiten.measure(x)
+        self.saliency_scale.copy_(torch.stack([saliency.mean(), saliency.std().clamp_min(1e-6)]))
+
+    def take(self, tokens: PatchTokens) -> PatchTokens:
+        """The frames that this head reads."""
+        if len(self.taken) == tokens.patches.shape[1]:
+            return tokens
+        frames = torch.tensor(self.taken, device=tokens.patches.device)
+        kept = {name: t if name == "cls" else t.index_select(1, frames) for name, t in tokens.tensors().items()}
+        return PatchTokens(**kept)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [B, A]."""
         return self.answer(batch)[0]
 
     def answer(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits [B, A] and the kept patches [B, T, k]."""
+        """Logits [B, A] and the kept patches [B, T, rows * cols] bool."""
         assert batch.tokens is not None
+        tokens = self.take(batch.tokens)
         question = self.read(batch.states, batch.mask)
-        frames, kept = self.look(batch.tokens, batch.clip_index, question, batch.text_index)
+        frames, kept = self.look(tokens, batch, question)
         question = question[batch.text_index]
         video = self.watch(frames, question)
-        both = video[:, : question.shape[1]] * question
-        return self.classify(torch.cat([video, question, both], dim=-1)), kept
+        parts = [video, question]
+        if "video" in self.levels:
+            parts.append(video[:, : question.shape[1]] * question)
+        if tokens.positions is not None:
+            places = tokens.positions.long()[batch.clip_index]
+            whole = kept.new_zeros(*kept.shape[:2], self.grid[0] * self.grid[1])
+            kept = whole.scatter(2, places, kept)
+        return self.classify(torch.cat(parts, dim=-1)), kept
 
-    def look(
-        self, tokens: PatchTokens, clip_index: Tensor, question: Tensor, text_index: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Patch -> frame, for questions [U, W]: [B, T, W], and the kept patches [B, T, k]."""
+    def look(self, tokens: PatchTokens, batch: Batch, question: Tensor) -> tuple[Tensor, Tensor]:
+        """Patch -> frame, for questions [U, W]: [B, T, W], and the kept patches [B, T, n] bool."""
         width = tokens.patches.shape[-1]
-        queries = self.query(question).view(len(question), -1, width) / math.sqrt(width)
-        selector = self.selector(question) / math.sqrt(width)
-        if "question" not in self.scores:
-            selector = torch.zeros_like(selector)
-        queries_uhd, selector_ud = self.whiten.absorb(queries), self.whiten.absorb(selector)
+        queries_uhd = question.new_zeros(len(question), self.heads, width)
+        selector_ud = question.new_zeros(len(question), width)
+        if "patch" in self.levels:
+            queries_uhd = self.whiten.absorb(absorb_key(self.query(question), self.key, self.heads))
+        if "question" in self.scores:
+            selector_ud = self.whiten.absorb(self.selector(question) / math.sqrt(width))
         # How well the best patches fit, which the softmax alone would hide, is lse; centred like the tokens.
         centre = (queries_uhd + selector_ud[:, None]) @ self.whiten.mean
-        out = select_attend(
+        pooled, lse, kept = self.select(
             tokens.patches,
-            clip_index,
-            queries_uhd[text_index].float(),
-            selector_ud[text_index].float(),
+            batch.clip_index,
+            queries_uhd[batch.text_index].float(),
+            selector_ud[batch.text_index].float(),
             self.bias(tokens),
-            self.k,
-            scale=tokens.scale,
-            implementation=self.implementation,
+            tokens.scale,
         )
-        fit = out.lse - centre[text_index][:, None]
-        frames = self.to_frame(torch.cat([self.whiten(out.pooled).flatten(2), fit], dim=-1))
+        weight, bias = self.whiten.then(self.value)
+        by_head = weight.view(self.heads, -1, width)
+        values = torch.einsum("bthd,hed->bthe", pooled, by_head).flatten(2) + bias
+        fit = lse - centre[batch.text_index][:, None]
+        frames = self.to_frame(torch.cat([values, fit], dim=-1))
         if self.coarse is not None:
-            frames = frames + self.coarse(_scaled(tokens), self.whiten, clip_index, question[text_index])
-        return self.drop(functional.gelu(frames)), out.kept
+            frames = frames + self.coarse(scaled(tokens), self.whiten, batch, question)
+        return self.drop(functional.gelu(frames)), kept
 
     def bias(self, tokens: PatchTokens) -> Tensor:
-        """What a patch is worth whatever the question: [C, T, N]."""
+        """What a patch is worth whatever the question: [C, T, n]."""
         saliency = tokens.saliency.float()
         bias = torch.zeros_like(saliency)
         if "saliency" in self.scores:
-            spread = saliency.std(dim=-1, keepdim=True).clamp_min(1e-6)
-            bias = bias + self.saliency_weight * (saliency - saliency.mean(dim=-1, keepdim=True)) / spread
+            mean, spread = self.saliency_scale
+            bias = bias + self.saliency_weight * (saliency - mean) / spread
         if "prior" in self.scores:
-            bias = bias + self.prior
+            bias = bias + (self.prior if tokens.positions is None else self.prior[tokens.positions.long()])
         if "random" in self.scores:
-            bias = bias + RANDOM_SPAN * torch.rand_like(saliency)
+            bias = bias + RANDOM_SPAN * self.random(saliency)
+        if self.grows:
+            bias = bias.masked_fill(~self.grown(tokens), -torch.inf)
         return bias
 
+    def grown(self, tokens: PatchTokens) -> Tensor:
+        """The region that may be selected from, [C, T, n] bool."""
+        score = tokens.saliency.float()
+        if tokens.positions is None:
+            return grow_region(score, self.region, GROWTH)
+        places = tokens.positions.long()
+        whole = score.new_full((*score.shape[:2], self.region.numel()), -torch.inf).scatter(2, places, score)
+        return grow_region(whole, self.region, GROWTH).gather(2, places)
+
     def watch(self, frames: Tensor, question: Tensor) -> Tensor:
-        """Frame -> video: attention of the question over frames and their times, [B, heads * W]."""
+        """Frame -> video: attention of the question over frames and their times, [B, heads * W], or their mean."""
+        timed = frames if self.time is None else frames + self.time
+        if "frame" not in self.levels:
+            return timed.mean(dim=1)
         b, _, width = frames.shape
-        queries = self.frame_query(question).view(b, FRAME_HEADS, width)
-        keys = frames / math.sqrt(width) + self.time_key
-        weights = (torch.einsum("bhw,btw->bht", queries, keys) / FRAME_TEMPERATURE).softmax(dim=-1)
-        return torch.einsum("bht,btw->bhw", weights, frames + self.time).flatten(1)
-
-
-class CoarseLevel(nn.Module):
-    """Attention over 2x2-merged patches, all of them kept: the surroundings of what the fine level selects.
-
-    Coarse patches are a quarter as many and are projected once a clip, not once a question, so that here the merge can
-    be learned and positions can be added.
-    """
-
-    def __init__(self, sizes: Sizes, width: int, heads: int, learned: bool) -> None:
-        super().__init__()
-        rows, cols = (math.ceil(side / MERGE) for side in sizes.grid)
-        self.grid, self.heads = sizes.grid, heads
-        self.corner = nn.Parameter(torch.zeros(MERGE * MERGE), requires_grad=learned)
-        self.content = nn.Parameter(torch.zeros(sizes.width), requires_grad=learned)
-        self.project = nn.Linear(sizes.width, width)
-        self.norm = nn.LayerNorm(width)
-        self.space = nn.Parameter(torch.randn(rows * cols, width) * 0.02)
-        self.query = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, whiten: Whiten, clip_index: Tensor, question: Tensor) -> Tensor:
-        """Raw tokens [C, T, N, D] and questions [B, W] to [B, T, W]."""
-        b, width = question.shape
-        coarse = self.norm(self.project(whiten(self.merge(x, whiten.absorb(self.content))))) + self.space
-        c, t, m, _ = coarse.shape
-        keys = coarse.view(c, t, m, self.heads, -1)
-        queries = self.query(question).view(b, self.heads, -1) / math.sqrt(width // self.heads)
-        picked = keys[clip_index]
-        weights = torch.einsum("bhe,btmhe->bthm", queries, picked).softmax(dim=-1)
-        return self.out(torch.einsum("bthm,btmhe->bthe", weights, picked).flatten(2))
-
-    def merge(self, x: Tensor, content: Tensor) -> Tensor:
-        """[C, T, N, D] to [C, T, M, D]: a weighted mean of each 2x2 block, of what there is of it at odd edges."""
-        c, t, _, d = x.shape
-        rows, cols = self.grid
-        bottom, right = rows % MERGE, cols % MERGE
-        scores = (x @ content).view(c, t, rows, cols)
-        scores = functional.pad(scores, (0, right, 0, bottom), value=-torch.inf)
-        x = functional.pad(x.view(c, t, rows, cols, d), (0, 0, 0, right, 0, bottom))
-        blocks = (c, t, x.shape[2] // MERGE, MERGE, x.shape[3] // MERGE, MERGE)
-        scores = scores.view(blocks).transpose(3, 4).flatten(4) + self.corner
-        x = x.view(*blocks, d).transpose(3, 4).flatten(4, 5)
-        return torch.einsum("ctrqi,ctrqid->ctrqd", scores.softmax(dim=-1), x).flatten(2, 3)
+        keys = frames / math.sqrt(width)
+        if self.time_key is not None:
+            keys = keys + self.time_key
+        logits = self.frame_query(question).view(b, FRAME_HEADS, width) @ keys.transpose(1, 2)
+        return ((logits / FRAME_TEMPERATURE).softmax(dim=-1) @ timed).flatten(1)
 
 
 def keep_count(ratio: float, patches: int) -> int:
@@ -179,18 +204,33 @@ def keep_count(ratio: float, patches: int) -> int:
     return max(1, min(patches, math.ceil(round(ratio * patches, 6))))
 
 
-def region_prior(grid: tuple[int, int]) -> Tensor:
-    """[rows, cols]: the share of each patch that lies in the published region, scaled to this grid."""
-    rows, cols = grid
-    top, bottom, left, right = REGION
-    return torch.outer(_overlap(rows, top, bottom), _overlap(cols, left, right))
-
-
-def _overlap(cells: int, first: float, last: float) -> Tensor:
-    edges = torch.arange(cells + 1, dtype=torch.float32) / cells
-    return (edges[1:].clamp(max=last) - edges[:-1].clamp(min=first)).clamp(min=0) * cells
-
-
-def _scaled(tokens: PatchTokens) -> Tensor:
+def scaled(tokens: PatchTokens) -> Tensor:
+    """The patches [C, T, n, D] in float32, multiplied by their scale where they were stored in few bits."""
     patches = tokens.patches.float()
     return patches if tokens.scale is None else patches * tokens.scale[..., None]
+
+
+def _patches_kept(config: HeadConfig, sizes: Sizes) -> int:
+    whole = sizes.grid[0] * sizes.grid[1]
+    k = whole if "all" in config.scores else keep_count(config.ratio, whole)
+    if k > sizes.patches:
+        raise ConfigError(
+            f"head.ratio {config.ratio:g} with head.scores {', '.join(config.scores)} keeps {k} of {whole} patches a "
+            f"frame, but the store holds {sizes.patches}; expected a ratio of at most {sizes.patches / whole:.2g}, or "
+            "the store that it was derived from"
+        )
+    if config.coarse and sizes.patches < whole:
+        raise ConfigError(
+            f"head.coarse is true but the store holds {sizes.patches} of {whole} patches a frame, of which no coarse "
+            "ones can be merged; expected --head.coarse false, or the store that it was derived from"
+        )
+    return k
+
+
+def _spread(stored: int, wanted: int | None) -> tuple[int, ...]:
+    """The middle ones of `wanted` equal spans of the stored frames."""
+    if wanted is None:
+        return tuple(range(stored))
+    if wanted > stored:
+        raise ConfigError(f"head.frames is {wanted} but the store holds {stored} frames a clip; expected at most that")
+    return tuple((2 * span + 1) * stored // (2 * wanted) for span in range(wanted))

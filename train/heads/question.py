@@ -3,10 +3,13 @@
 Shape legend: B questions, U unique texts, L text tokens, D text channels, W hidden width, A answers.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from train.heads.noise import Dropout
 
 TEXT_SOFTNESS = 0.1
 
@@ -17,7 +20,8 @@ class Sizes:
 
     Attributes:
         frames: T.
-        grid: (rows, cols) of the patch grid.
+        grid: (rows, cols) of the patch grid of a whole frame.
+        patches: kept of a frame in the store; rows * cols, or fewer in a derived store.
         width: channels of the patch tokens.
         text_width: channels of the text states.
         answers: A, classes.
@@ -25,9 +29,17 @@ class Sizes:
 
     frames: int
     grid: tuple[int, int]
+    patches: int
     width: int
     text_width: int
     answers: int
+
+
+def absorb_key(queries: Tensor, key: nn.Linear, heads: int) -> Tensor:
+    """Queries [U, W], H heads of W / H, moved through their key projection: [U, H, D], scaled as dot products are."""
+    by_head = key.weight.unflatten(0, (heads, -1))
+    queries = queries.unflatten(1, (heads, -1)) / math.sqrt(by_head.shape[1])
+    return torch.einsum("uhe,hed->uhd", queries, by_head)
 
 
 class QuestionReader(nn.Module):
@@ -43,16 +55,17 @@ class QuestionReader(nn.Module):
     def __init__(self, text_width: int, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.whiten = Whiten(text_width, TEXT_SOFTNESS)
-        self.score = nn.Linear(text_width, heads)
+        self.score = nn.Linear(text_width, heads, bias=False)
         self.out = nn.Sequential(
-            nn.LayerNorm(heads * text_width), nn.Linear(heads * text_width, width), nn.GELU(), nn.Dropout(dropout)
+            nn.LayerNorm(heads * text_width), nn.Linear(heads * text_width, width), nn.GELU(), Dropout(dropout)
         )
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         """[U, L, D] and [U, L] bool, true on tokens, to [U, W]."""
-        words = self.whiten(states)
-        weights = self.score(words).masked_fill(~mask[..., None], -torch.inf).softmax(dim=1)
-        return self.out(torch.einsum("ulh,uld->uhd", weights, words).flatten(1))
+        words = states.float()
+        weights = words @ self.whiten.absorb(self.score.weight).T
+        weights = weights.masked_fill(~mask[..., None], -torch.inf).softmax(dim=1)
+        return self.out(self.whiten(weights.transpose(1, 2) @ words).flatten(1))
 
 
 class Classifier(nn.Sequential):
@@ -64,10 +77,10 @@ class Classifier(nn.Sequential):
         nn.init.normal_(last.weight, std=0.02)
         super().__init__(
             nn.LayerNorm(features),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             nn.Linear(features, width),
             nn.GELU(),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             last,
         )
 
@@ -107,3 +120,8 @@ class Whiten(nn.Module):
     def absorb(self, query: Tensor) -> Tensor:
         """The query on raw tokens that scores them as `query` scores mapped ones, up to a constant."""
         return query @ self.matrix
+
+    def then(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a layer that does to raw tokens what `linear` does to mapped ones."""
+        weight = linear.weight @ self.matrix
+        return weight, linear.bias - weight @ self.mean

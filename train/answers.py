@@ -1,0 +1,66 @@
+"""What heads answer to a table of questions, and what these answers score."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from train.batches import FORMS, Features, QuestionTable, plan_batches
+from train.experiment import Experiment
+from train.metrics import Metrics, score
+from train.stack import Stack
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a head says.
+
+    Attributes:
+        classes: [Q] predicted class of each question of a table.
+        kept: [Q, T, k] int16, the patches that psa kept; None for other heads.
+    """
+
+    classes: Tensor
+    kept: np.ndarray | None
+
+
+def answer_table(stacks: Sequence[Stack], features: Features, table: QuestionTable, size: int) -> list[list[Answers]]:
+    """What each member of each stack answers to every question of `table`, whose clips are encoded, on one reading."""
+    classes = [torch.zeros(len(stack), len(table), dtype=torch.long) for stack in stacks]
+    kept: list[list[np.ndarray | None]] = [[None] * len(stack) for stack in stacks]
+    plan = plan_batches(table, size, seed=None)
+    for number, batch in enumerate(features.stream(table, plan)):
+        for stack, said, chosen in zip(stacks, classes, kept, strict=True):
+            said[:, batch.rows], masks = stack.answer(batch, number)
+            for member, mask in enumerate(masks if masks is not None else ()):
+                # Every frame keeps as many, so that the indices of all of them make an array.
+                indices = mask.nonzero()[:, -1].view(*mask.shape[:2], -1)
+                whole = chosen[member]
+                if whole is None:
+                    whole = chosen[member] = np.zeros((len(table), *indices.shape[1:]), dtype=np.int16)
+                whole[batch.rows.numpy()] = indices.numpy()
+    return [
+        [Answers(*pair) for pair in zip(said, chosen, strict=True)] for said, chosen in zip(classes, kept, strict=True)
+    ]
+
+
+def score_part(experiment: Experiment, part: str, said: Answers) -> tuple[Metrics, dict[str, str]]:
+    """Metrics over every question of `part`, and the answers as text; where the clip is quarantined, the majority's."""
+    vocabulary, table = experiment.dataset.answers, experiment.tables[part]
+    seen = {
+        question.question_id: vocabulary[answer]
+        for question, answer in zip(experiment.seen(part).questions, said.classes.tolist(), strict=True)
+    }
+    fallback = _majority(experiment.train_table, vocabulary)
+    texts = {q.question_id: seen.get(q.question_id, fallback[q.form]) for q in table.questions}
+    return score(table.questions, texts, experiment.dataset.split), texts
+
+
+def _majority(table: QuestionTable, vocabulary: Sequence[str]) -> dict[str, str]:
+    most = {}
+    for index, form in enumerate(FORMS):
+        answers = table.answer[table.form == index]
+        most[form] = vocabulary[int(torch.bincount(answers if len(answers) else table.answer).argmax())]
+    return most

@@ -1,0 +1,155 @@
+"""Runs that train in lockstep: their stack of heads, their place in the batches, and the file they go on from.
+
+`fit` trains a crew of one run. A sweep trains crews of many.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs.schema import Config
+from train import card as folder
+from train.answers import Answers
+from train.batches import Batch, Features, QuestionTable, plan_batches
+from train.card import RunError
+from train.experiment import Experiment
+from train.heads import Majority, build_head
+from train.heads.question import QuestionReader
+from train.member import Member
+from train.metrics import Metrics
+from train.stack import Stack
+
+# Clips that the input whitening is measured on.
+MEASURED_CLIPS = 256
+
+
+class Crew:
+    """Members of one shape on one reading of the features.
+
+    Args:
+        configs: of the members; they differ in `head.ratio`, `train.seed` and `run.dir` alone.
+        experiment: their data.
+        order: seed of the order of the batches.
+        path: file that holds the crew's place.
+
+    Attributes:
+        place: (epoch, batch) that it learns next.
+
+    Raises:
+        RunError: the file is damaged, or holds a crew on other features, in another order or of other members.
+    """
+
+    def __init__(self, configs: Sequence[Config], experiment: Experiment, order: int, path: Path) -> None:
+        self.members = [Member(config, experiment) for config in configs]
+        self.stack = build_stack(configs, experiment, order)
+        self.path = path
+        self.place = (0, 0)
+        marks = (experiment.fingerprint, experiment.text_fingerprint)
+        self._origin = [str(order), *("" if mark is None else mark.digest for mark in marks)]
+        self._origin += [config.run.dir.name for config in configs]
+        saved = folder.load_last(path)
+        if saved is not None:
+            self._resume(saved)
+        for member in self.members:
+            member.open_log(self.stack.step)
+
+    @property
+    def config(self) -> Config:
+        """Of the first member."""
+        return self.members[0].config
+
+    @property
+    def resumed(self) -> bool:
+        """Whether it goes on from an earlier process."""
+        return self.place > (0, 0)
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing more to learn."""
+        epochs = self.config.train.epochs if self.stack.steps else 1
+        return self.place[0] >= epochs or all(member.stopped for member in self.members)
+
+    def learn(self, batch: Batch, last: bool) -> None:
+        """One batch, the `last` of the epoch or not; steps are logged."""
+        for member, told in zip(self.members, self.stack.learn(batch, last) or (), strict=False):
+            if not member.stopped:
+                member.log("step", self.stack.step, **told)
+        self.place = (self.place[0], self.place[1] + 1)
+
+    def end_epoch(self, said: Sequence[Answers]) -> None:
+        """Score the members' answers to *val*, keep the best weights, and save the place."""
+        epoch = self.place[0] + 1
+        for number, (member, answers) in enumerate(zip(self.members, said, strict=True)):
+            if not member.stopped:
+                member.end_epoch(epoch, self.stack.step, answers, self.stack.weights(number))
+        self.place = (epoch, 0)
+        self.save()
+
+    def save(self) -> None:
+        """Write the file to go on from."""
+        state = {"place": list(self.place), "origin": self._origin, "members": [m.state() for m in self.members]}
+        folder.save_last(self.path, {**state, "stack": self.stack.state()})
+
+    def restore_best(self, command: str) -> None:
+        """Write the cards and go back to the weights that were best on *val*."""
+        for number, member in enumerate(self.members):
+            weights = folder.load_weights(member.config.run.dir)
+            self.stack.load_weights(number, weights)
+            member.write_card(command, sum(tensor.numel() for tensor in weights.values()))
+
+    def end(self, said: Sequence[Answers]) -> list[Metrics]:
+        """Write what the members answer to *test*."""
+        return [member.end(answers) for member, answers in zip(self.members, said, strict=True)]
+
+    def close(self) -> None:
+        """Close the logs."""
+        for member in self.members:
+            member.close_log()
+
+    def describe(self) -> str:
+        """For people."""
+        return self.members[0].describe() + (f" and {len(self.members) - 1} more" if len(self.members) > 1 else "")
+
+    def _resume(self, saved: Mapping[str, Any]) -> None:
+        if saved["origin"] != self._origin:
+            raise RunError(
+                f"{self.path} was training on other features, or in another order, than this run would; "
+                "expected the same store and command: delete it to train from the start"
+            )
+        self.stack.load_state(saved["stack"])
+        for member, state in zip(self.members, saved["members"], strict=True):
+            member.load_state(state)
+        self.place = (saved["place"][0], saved["place"][1])
+
+
+def build_stack(configs: Sequence[Config], experiment: Experiment, order: int) -> Stack:
+    """Untrained heads with their optimiser, ready for the first step."""
+    heads = []
+    for config in configs:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.train.seed)
+            head = build_head(config, experiment.sizes).to(experiment.device)
+        prepare(head, experiment.features, experiment.train_table)
+        heads.append(head)
+    train = configs[0].train
+    learns = any(parameter.requires_grad for parameter in heads[0].parameters())
+    plans = (plan_batches(experiment.train_table, train.batch, order, epoch) for epoch in range(train.epochs))
+    steps = sum(math.ceil(len(plan) / train.accumulate) for plan in plans) if learns else 0
+    return Stack(heads, [config.train.seed for config in configs], train, steps, experiment.device)
+
+
+def prepare(head: nn.Module, features: Features, table: QuestionTable) -> None:
+    """What a head takes from the training questions before the first step: answer counts, whitening of its inputs."""
+    if isinstance(head, Majority):
+        head.count(table)
+    for module in head.modules():
+        if isinstance(module, QuestionReader):
+            module.whiten.measure(features.words(table))
+    measure = getattr(head, "measure", None)
+    if measure is not None:
+        stride = max(1, len(table.clips) // MEASURED_CLIPS)
+        measure(features.tokens(table.clips[::stride][:MEASURED_CLIPS]))
