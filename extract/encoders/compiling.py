@@ -1,10 +1,20 @@
 """`torch.compile` over an encoder, tried out first so that a machine without a compiler says so in one line."""
 
+import time
+
 import torch
 from torch import nn
 
 from configs.schema import ConfigError
+from extract.encoders.linear import Linear
 from extract.encoders.video_encoder import VideoEncoder
+
+
+class Unpacked(Linear):
+    """A layer whose weight stays as it is: the compiler cannot take one that was laid out for oneDNN already."""
+
+    def pack(self) -> None:
+        """Do nothing."""
 
 
 def compile_encoder(encoder: VideoEncoder) -> VideoEncoder:
@@ -16,14 +26,17 @@ def compile_encoder(encoder: VideoEncoder) -> VideoEncoder:
         ConfigError: `torch.compile` does not work here.
     """
     try:
-        torch.compile(_try, dynamic=False)(torch.zeros(8))
+        # Of a length not seen before: what is in the compiler's cache needs no compiler.
+        torch.compile(_try, dynamic=False)(torch.zeros(1000 + time.time_ns() % 100_003))
     except Exception as error:  # whatever the compiler's many layers raise means the same
-        reason = " ".join(str(error).split())[:160]
+        reason = " ".join(str(error).split()).partition(" Set TORCHDYNAMO")[0][:160]
         raise ConfigError(
             f"encoder.compile is true, but torch.compile cannot build code here ({reason}); install a C++ compiler, "
             "or set encoder.compile to false"
         ) from error
     for module in encoder.modules():
+        if isinstance(module, Linear):
+            module.__class__ = Unpacked
         if isinstance(module, nn.ModuleList | nn.Sequential):
             for block in module:
                 block.compile(dynamic=False)

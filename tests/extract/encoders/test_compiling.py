@@ -1,0 +1,51 @@
+"""`encoder.compile`: the same tokens from fused arithmetic, and one line where there is no compiler."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.schema import load_config
+from extract.encoders import load_video_encoder
+from extract.fingerprints import configured
+from tests.extract.encoders.networks import relative, sequence, tiny
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["egovlpv2", "mfas", "lite"])
+def test_tokens_are_those_of_the_eager_network(tmp_path: Path, arch: str) -> None:
+    checkpoint = None if arch == "lite" else tiny(tmp_path, arch)
+    depth = 6 if arch == "lite" else 2
+    video = torch.randn(2, 3, 3, 64, 64)
+    plain = load_video_encoder(arch, checkpoint, 3, depth, size=64)(video)
+    fused = load_video_encoder(arch, checkpoint, 3, depth, size=64, compile=True)(video)
+    # float32: sums of some hundred terms in another order, over a few layers.
+    assert 0 <= relative(sequence(fused), sequence(plain)) < 1e-5
+    assert relative(fused.saliency, plain.saliency) < 1e-5
+    assert sum(module._compiled_call_impl is not None for module in fused.modules()) >= depth
+
+
+@pytest.mark.slow
+def test_no_compiler_is_one_line(tmp_path: Path) -> None:
+    tiny(tmp_path)
+    code = (
+        "from extract.encoders import load_video_encoder\n"
+        "from configs.schema import ConfigError\n"
+        f"try: load_video_encoder('egovlpv2', {str(tmp_path / 'egovlpv2.pth')!r}, 3, 2, compile=True)\n"
+        "except ConfigError as error: print(error)\n"
+    )
+    environment = os.environ | {"CXX": "no-such-compiler"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    (line,) = done.stdout.strip().splitlines()
+    assert line.startswith("encoder.compile is true, but torch.compile cannot build code here (")
+    assert line.endswith("install a C++ compiler, or set encoder.compile to false")
+
+
+def test_fused_arithmetic_is_another_store() -> None:
+    path = Path("configs/demo/egovlpv2.yaml")
+    plain, fused = (configured(load_config(path, ["--encoder.compile", value])) for value in ("false", "true"))
+    assert fused == plain | {"compile": True}
+    assert "compile" not in plain
