@@ -155,7 +155,8 @@ def _file_sha256(path: Path, size: int, mtime_ns: int) -> str:
 
 def _start_child(memory_gb: float) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    for number in (signal.SIGINT, signal.SIGUSR1):  # the parent's to handle; SIGTERM is how it ends a child
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     limit = psutil.Process().memory_info().vms + int(memory_gb * GIB)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

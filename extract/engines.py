@@ -16,7 +16,7 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from configs.schema import Config
 from extract.datasets import Clip
 from extract.encoders import VideoEncoder, open_checkpoint
-from extract.interrupts import SIGNALS
+from extract.interrupts import SIGNALS, start_trackers
 from extract.pipeline import encode_shards
 from extract.tally import Tally
 from extract.worker import load_encoder
@@ -127,6 +127,7 @@ def _worker(config: Config, rank: int, works: Sequence[ShardWork], clips: Mappin
     for number in (signal.SIGINT, *SIGNALS):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    start_trackers()
     # loky names itself the start method, which a spawned decoder child could not find.
     multiprocessing.set_start_method("spawn", force=True)
     # One GPU each, round and round where there are more workers than GPUs.

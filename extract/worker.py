@@ -49,13 +49,14 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
+def has_bfloat16() -> bool:
+    """Whether torch's matrix products use instructions of this CPU for bfloat16."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def slow_arithmetic(config: Config) -> str | None:
     """One line where the configured arithmetic is far slower on this machine than another would be."""
-    if (
-        device_of(config.encoder.device).type == "cpu"
-        and config.encoder.dtype == "bfloat16"
-        and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    ):
+    if device_of(config.encoder.device).type == "cpu" and config.encoder.dtype == "bfloat16" and not has_bfloat16():
         return (
             "encoder.dtype is bfloat16 and this CPU has no instructions for it, which takes about 6 times as long as"
             " float32: consider --encoder.dtype float32 (another fingerprint, so another store)"

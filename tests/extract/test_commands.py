@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -12,49 +11,17 @@ import psutil
 import pytest
 import torch
 
-from configs.schema import load_config
 from extract.__main__ import main
 from extract.datasets import load_dataset
 from extract.worker import load_encoder
 from features import open_store
-
-CLIPS = 20
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set, a checkpoint, a tokenizer and a finished store."""
-    root = tmp_path_factory.mktemp("made")
-    assert main(["synth", "--out", str(root / "data"), "--clips", str(CLIPS)]) == 0
-    assert main(["standin", *options(root)]) == 0
-    assert main(["run", *options(root)]) == 0
-    return root
-
-
-@pytest.fixture
-def fresh(made: Path, tmp_path: Path) -> Path:
-    """A copy of `made` that a test may spoil."""
-    shutil.copytree(made, tmp_path / "made")
-    return tmp_path / "made"
-
-
-def options(root: Path, *more: str) -> list[str]:
-    return [
-        *("--config", "configs/demo/egovlpv2.yaml", "--data.root", str(root / "data"), "--store.shard", "5"),
-        *("--encoder.checkpoint", str(root / "weights.pth"), "--text.model", str(root / "tokenizer")),
-        *("--store.path", str(root / "store"), "--encoder.batch", "4", *more),
-    ]
-
-
-def videos(root: Path) -> list[Path]:
-    return sorted((root / "data" / "qa_videos").iterdir())
+from tests.extract.job import CLIPS, config_of, options, videos
 
 
 def test_the_store_holds_what_the_encoder_says(made: Path) -> None:
     from extract.decode import prepare_clip
 
-    args = options(made)
-    config = load_config(Path(args[1]), args[2:])
+    config = config_of(made)
     dataset = load_dataset(config.data)
     store = open_store(config.store.path)
     assert store.clip_ids == tuple(clip.clip_id for clip in dataset.clips)
@@ -122,38 +89,11 @@ def test_bad_videos_are_quarantined_and_retried(fresh: Path, capsys: pytest.Capt
     assert not open_store(fresh / "store").quarantine
 
 
-def test_too_many_errors_stop_the_job_and_keep_the_rest(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.rmtree(fresh / "store")
-    for path in videos(fresh)[5:10]:
-        path.unlink()
-    assert main(["run", *options(fresh, "--engine.max_errors", "0.2")]) == 1
-    assert "engine.max_errors allows 0.2" in capsys.readouterr().err
-    assert len(open_store(fresh / "store").clip_ids) == 5  # the shard before
-
-
 def test_two_workers_write_the_same_store(fresh: Path) -> None:
     assert main(["run", *options(fresh, "--engine.workers", "2", "--store.path", str(fresh / "two"))]) == 0
     one, two = open_store(fresh / "store"), open_store(fresh / "two")
     assert one.clip_ids == two.clip_ids
     assert torch.equal(one.read(one.clip_ids).patches, two.read(two.clip_ids).patches)
-
-
-def test_ctrl_c_keeps_what_was_committed(fresh: Path) -> None:
-    shutil.rmtree(fresh / "store")
-    command = [sys.executable, "-m", "extract", "run", *options(fresh, "--store.shard", "1", "--encoder.batch", "1")]
-    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if (fresh / "store").exists() and len(list((fresh / "store").rglob("ledger*"))) >= 2:
-            break
-        time.sleep(0.05)
-    job.send_signal(signal.SIGINT)
-    _, error = job.communicate(timeout=30)
-    assert job.returncode == 130
-    assert "run it again to go on" in error
-    assert "Traceback" not in error
-    assert main(["run", *options(fresh, "--store.shard", "1")]) == 0
-    assert len(open_store(fresh / "store").clip_ids) == CLIPS
 
 
 def test_a_killed_job_leaves_no_process_behind(fresh: Path) -> None:

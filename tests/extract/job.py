@@ -1,0 +1,66 @@
+"""What tests of whole jobs share: their command lines, and how stores are compared."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+from configs.schema import Config, load_config
+
+CLIPS = 20
+# Journals may hold the same lines in another order, and their heads follow them; leases and locks come and go.
+NOT_COMPARED = (".lock", ".head", "leases/lock")
+
+
+def options(root: Path, *more: str) -> list[str]:
+    """A small network on twenty clips, four shards of five."""
+    return [
+        *("--config", "configs/demo/egovlpv2.yaml", "--data.root", str(root / "data"), "--store.shard", "5"),
+        *("--encoder.checkpoint", str(root / "weights.pth"), "--text.model", str(root / "tokenizer")),
+        *("--store.path", str(root / "store"), "--encoder.batch", "4", "--engine.decoders", "1", *more),
+    ]
+
+
+def config_of(root: Path, *more: str) -> Config:
+    """What `options` say."""
+    args = options(root, *more)
+    return load_config(Path(args[1]), args[2:])
+
+
+def videos(root: Path) -> list[Path]:
+    """The video files, in the order of the clips."""
+    return sorted((root / "data" / "qa_videos").iterdir())
+
+
+def start_job(args: list[str], command: str = "run") -> "subprocess.Popen[str]":
+    """A job in a process, and a process group, of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "extract", command, *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def signal_all(job: "subprocess.Popen[str]", number: signal.Signals) -> None:
+    """What a terminal does on Ctrl-C, and a scheduler on any signal: every process of the job gets it."""
+    os.killpg(job.pid, number)
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    """Every file that holds or describes rows, both halves of the store."""
+    return {
+        str(path.relative_to(store)): path.read_bytes()
+        for path in sorted(store.rglob("*"))
+        if path.is_file() and path.name != "ledger.jsonl" and not str(path).endswith(NOT_COMPARED)
+    }
+
+
+def ledger_lines(store: Path) -> "Counter[str]":
+    """The ledger up to order."""
+    lines = (store / "ledger.jsonl").read_text().splitlines()
+    return Counter(json.dumps(json.loads(line)["record"], sort_keys=True) for line in lines)

@@ -1,0 +1,275 @@
+"""Jobs that share a store, are stopped, killed and started again: the store is always the one of a single quiet job."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from extract.__main__ import main
+from extract.batch_encoder import BatchEncoder
+from extract.datasets import load_dataset
+from extract.engines import Part
+from extract.interrupts import REQUEUE, Requeue, requeue_on_signals
+from extract.tally import jobs_path
+from features import ShardWork, open_store
+from features.repair import repair
+from features.verify import verify
+from tests.extract.job import CLIPS, config_of, contents, ledger_lines, options, signal_all, start_job, videos
+
+
+def committed(store: Path) -> int:
+    return len(open_store(store).clip_ids) if (store / "store.json").exists() else 0
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def slowly(root: Path, *more: str) -> list[str]:
+    """A job of which many moments can be met: a shard a clip."""
+    return options(root, "--store.shard", "1", "--encoder.batch", "1", *more)
+
+
+@pytest.fixture(scope="session")
+def single(made: Path) -> Path:
+    """The store of one quiet job with a shard a clip."""
+    assert main(["run", *slowly(made, "--store.path", str(made / "single"))]) == 0
+    return made / "single"
+
+
+def test_parts_in_any_order_make_the_store_of_one_job(made: Path, bare: Path) -> None:
+    for index, clips in ((2, 5), (0, 15), (1, 20)):
+        assert main(["run", *options(bare), "--shard", f"{index}/3"]) == 0
+        assert committed(bare / "store") == clips
+    assert contents(bare / "store") == contents(made / "store")
+    assert ledger_lines(bare / "store") == ledger_lines(made / "store")
+
+
+def test_a_part_does_its_shards_whatever_is_left() -> None:
+    works = [ShardWork(number, ("x",)) for number in (1, 2, 3, 5, 6)]
+    assert [work.shard for work in Part.parse("0/3").of(works)] == [3, 6]
+    assert [work.shard for work in Part.parse("2/3").of(works)] == [2, 5]
+
+
+@pytest.mark.parametrize("text", ["3/3", "-1/2", "a/b", "1", "1/0", "1/2/3", "0x1/2", ""])
+def test_a_part_that_is_none_is_one_line_and_code_two(
+    text: str, made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", *options(made), f"--shard={text}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--shard is {text!r}; expected i/N with 0 <= i < N" in line
+
+
+@pytest.mark.slow
+def test_two_jobs_at_once_share_the_work(single: Path, bare: Path) -> None:
+    jobs = [start_job(slowly(bare)) for _ in range(2)]
+    told = [job.communicate(timeout=180) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], told
+    assert contents(bare / "store") == contents(single)
+    assert ledger_lines(bare / "store") == ledger_lines(single)  # no shard was written twice
+    both = [json.loads(line)["committed"] for line in jobs_path(bare / "store").read_text().splitlines()]
+    assert sum(both) == CLIPS
+    assert len(both) == 2
+    for out, error in told:
+        assert error == ""
+        for line in out.splitlines():
+            assert not line.startswith("left to its owner:") or "is owned by process" in line
+
+
+@pytest.mark.slow
+def test_the_other_job_finishes_what_a_killed_one_began(single: Path, bare: Path) -> None:
+    killed = start_job(slowly(bare))
+    wait_until(lambda: committed(bare / "store") >= 3)
+    other = start_job(slowly(bare))
+    killed.kill()
+    killed.communicate()
+    out, error = other.communicate(timeout=180)
+    assert other.returncode == 0, error
+    assert f"{CLIPS}/{CLIPS} clips" in out
+    assert contents(bare / "store") == contents(single)
+    assert verify(bare / "store").ok
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_ctrl_c_is_one_line_and_leaves_nobody(workers: str, single: Path, bare: Path) -> None:
+    job = start_job(slowly(bare, "--engine.workers", workers))
+    wait_until(lambda: committed(bare / "store") >= 2)
+    family = psutil.Process(job.pid).children(recursive=True)
+    signal_all(job, signal.SIGINT)
+    _, error = job.communicate(timeout=60)
+    assert job.returncode == 130
+    assert error == "extract run: stopped; what was committed is kept, run it again to go on\n"
+    assert len(family) >= int(workers)
+    assert not psutil.wait_procs(family, timeout=10)[1]
+    assert 2 <= committed(bare / "store") < CLIPS
+    assert main(["run", *slowly(bare)]) == 0
+    assert contents(bare / "store") == contents(single)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, "2"), (signal.SIGUSR1, "1")])
+def test_a_scheduler_stops_a_job_that_asks_to_be_started_again(
+    number: signal.Signals, workers: str, single: Path, bare: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = start_job(slowly(bare, "--engine.workers", workers))
+    wait_until(lambda: committed(bare / "store") >= 2)
+    assert main(["status", *slowly(bare), "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert status["planned"] == CLIPS
+    assert status["committed"] >= 2
+    assert status["committed"] + status["missing"] == CLIPS
+    family = psutil.Process(job.pid).children(recursive=True)
+    signal_all(job, number)
+    _, error = job.communicate(timeout=60)
+    assert job.returncode == REQUEUE == 75
+    line = f"extract run: stopped by {number.name}; what was committed is kept, run it again to go on\n"
+    assert error == line
+    assert not psutil.wait_procs(family, timeout=10)[1]
+    assert not list((bare / "store" / "leases").glob("*.json")) or workers == "2"  # killed workers' leases lapse
+    assert verify(bare / "store").ok
+    assert main(["run", *slowly(bare)]) == 0
+    assert contents(bare / "store") == contents(single)
+
+
+def test_notices_after_the_first_are_ignored() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with requeue_on_signals():
+        with pytest.raises(Requeue, match="SIGUSR1"):
+            signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGTERM)  # what follows when the time is up
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced(single: Path, bare: Path) -> None:
+    job = start_job(slowly(bare, "--engine.workers", "2"))
+    wait_until(lambda: committed(bare / "store") >= 2)
+    workers = [p for p in psutil.Process(job.pid).children() if "loky" in " ".join(p.cmdline())]
+    holders = {json.loads(path.read_text())["pid"] for path in (bare / "store" / "leases").glob("*.json")}
+    victim = next(p.pid for p in workers if p.pid in holders)
+    os.kill(victim, signal.SIGKILL)
+    out, error = job.communicate(timeout=180)
+    assert job.returncode == 0, error
+    assert "Traceback" not in error
+    assert f"{CLIPS}/{CLIPS} clips" in out
+    assert f"this run encoded {CLIPS} clips" in out
+    assert contents(bare / "store") == contents(single)
+
+
+def test_repair_and_run_encode_only_what_is_bad(
+    made: Path, fresh: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = fresh / "store"
+    damaged = max((store / "patches").glob("c*"), key=lambda path: path.stat().st_size)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 16
+    damaged.write_bytes(content)
+    bad = verify(store).bad_clips
+    assert len(bad) == 1
+    assert main(["run", *options(fresh)]) == 0  # a run trusts the ledger; only verify looks
+    assert "this run encoded 0 clips" in capsys.readouterr().out
+    repair(store)
+
+    encoded: list[str] = []
+    start = BatchEncoder.start
+    monkeypatch.setattr(
+        BatchEncoder, "start", lambda self, clips: encoded.extend(c.clip.clip_id for c in clips) or start(self, clips)
+    )
+    assert main(["run", *options(fresh)]) == 0
+    assert encoded == list(bad)
+    assert contents(store) == contents(made / "store")
+    assert verify(store).ok
+
+
+@pytest.mark.parametrize(("limit", "kept"), [("4", 5), ("0.25", 15)])
+def test_errors_over_the_limit_stop_the_job_and_keep_the_rest(
+    limit: str, kept: int, made: Path, bare: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = videos(bare)[5:10]
+    for path in bad:
+        path.write_bytes(b"no video")
+    assert main(["run", *options(bare, "--engine.max_errors", limit)]) == (1 if kept == 5 else 0)
+    error = capsys.readouterr().err
+    assert error.count("\n") == (1 if kept == 5 else 0)
+    assert f"engine.max_errors allows {limit}" in error or kept == 15
+    assert committed(bare / "store") == kept
+    assert verify(bare / "store").ok
+    assert not list((bare / "store" / "leases").glob("*.json"))
+    for path in bad:
+        shutil.copy(made / path.relative_to(bare), path)
+    assert main(["retry", *options(bare)]) == 0
+    # Attempts are remembered; the rows are those of a job that met no bad video.
+    after, expected = contents(bare / "store"), contents(made / "store")
+    assert after.pop("quarantine.jsonl") != expected.pop("quarantine.jsonl")
+    assert after == expected
+    assert not open_store(bare / "store").quarantine
+
+
+def test_no_room_is_refused_before_anything_is_encoded(
+    bare: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("extract.plan._bytes_free", lambda path: 1000)
+    assert main(["plan", *options(bare), "--probe", "0"]) == 1
+    plan = capsys.readouterr().out
+    assert f"refused    store.path is {bare / 'store'}: {CLIPS} clips need" in plan
+    assert main(["run", *options(bare)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"extract run: failed: store.path is {bare / 'store'}: {CLIPS} clips need")
+    assert line.endswith("make room or choose another disk")
+    assert committed(bare / "store") == 0
+
+
+def test_plan_counts_files_and_shards(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *options(bare), "--json", "--probe", "0"]) == 0
+    before = json.loads(capsys.readouterr().out)
+    assert (before["shards"], before["todo"], before["seconds_per_clip"]) == (4, CLIPS, None)
+    assert main(["run", *options(bare), "--shard", "1/4"]) == 0
+    capsys.readouterr()
+    store = open_store(bare / "store")
+    rows = [path for array in store.spec.arrays for path in (bare / "store" / array.name).glob("c*")]
+    assert before["files"] == 4 * len(rows)
+    assert main(["plan", *options(bare), "--json", "--probe", "0"]) == 0
+    after = json.loads(capsys.readouterr().out)
+    assert (after["shards"], after["todo"], after["done"]) == (3, CLIPS - 5, 5)
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_bfloat16_without_instructions_is_said_aloud(
+    supported: bool, bare: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("extract.worker.has_bfloat16", lambda: supported)
+    bfloat16 = options(bare, "--encoder.dtype", "bfloat16", "--encoder.device", "cpu")
+    for command in (["plan", *bfloat16, "--probe", "0"], ["doctor", *bfloat16], ["run", *bfloat16, "--shard", "9/10"]):
+        main(command)
+        said = [line for line in capsys.readouterr().out.splitlines() if "--encoder.dtype float32" in line]
+        assert len(said) == (0 if supported else 1)
+    main(["plan", *options(bare), "--probe", "0"])
+    assert "--encoder.dtype" not in capsys.readouterr().out
+
+
+def test_time_by_stage_is_printed_and_kept(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", *options(bare)]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("time: "))
+    for stage in ("encoding", "starting", "waiting for decoders", "for the disk", "decoding", "writing"):
+        assert stage in line
+    (job,) = map(json.loads, jobs_path(bare / "store").read_text().splitlines())
+    assert job["committed"] == CLIPS
+    stages = job["stages"]
+    waits = stages["start_s"] + stages["wait_decode_s"] + stages["encode_s"] + stages["wait_write_s"]
+    assert 0.5 * stages["total_s"] < waits <= stages["total_s"] * 1.01
+    assert stages["decode_s"] > 0
+    assert stages["write_s"] > 0
+
+
+def test_the_data_set_of_the_tests_is_what_they_say(made: Path) -> None:
+    assert len(load_dataset(config_of(made).data).clips) == CLIPS
