@@ -3,12 +3,26 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from features.dtypes import row_bytes
+from features.dtypes import spec_bytes
 from features.errors import AbsentClip, DamagedStore
 from features.ids import RowPlan, ids_journal
 from features.journal import Contents, Position, require_intact
 from features.ledger import ClipRecord, Commit, Entry, Ledger, ledger_journal
 from features.spec import StoreSpec
+
+
+def misfit(commit: Commit, spec: StoreSpec) -> str | None:
+    """Why a commit cannot be one of a store of this shape, whatever the checksums say; None where it can."""
+    row = spec_bytes(spec)
+    first = commit.shard * spec.shard
+    for name, clip in commit.clips.items():
+        if not first <= clip.row < first + spec.shard:
+            return f"places clip {name!r} in row {clip.row}, outside of shard {commit.shard}"
+    held = sum(size for size, _ in commit.files.values())
+    fits = spec.codec != "none" or len(commit.clips) * row <= held  # version 1 did not say how large a row is
+    if commit.row_bytes not in (None, row) or not fits:
+        return f"committed {len(commit.clips)} rows in {held} bytes, but store.json claims {row} bytes a row"
+    return None
 
 
 class Catalog:
@@ -30,7 +44,7 @@ class Catalog:
         self.spec = spec
         self.rows: dict[str, int] = {}
         self.ledger = Ledger()
-        self.row_bytes = sum(row_bytes(array) for array in spec.arrays)
+        self.row_bytes = spec_bytes(spec)
         self._plan = RowPlan()
         self._planned_to: Position | None = None
         self._committed_to: Position | None = None
@@ -64,27 +78,19 @@ class Catalog:
             entry = line.entry
             if not isinstance(entry, Commit):
                 continue
-            if self.row_bytes != (entry.row_bytes or self.row_bytes) or not self._has_room(entry):
-                held = sum(size for size, _ in entry.files.values())
+            if reason := misfit(entry, self.spec):
                 raise DamagedStore(
-                    f"{self.root}: store.json claims {self.row_bytes} bytes a row, but ledger.jsonl line "
-                    f"{line.number + 1} committed {len(entry.clips)} rows in {held} bytes; this is not the store that "
-                    "was written: put its store.json back"
+                    f"{self.root}: ledger.jsonl line {line.number + 1} {reason}; this is not the store that was "
+                    "written: put its store.json back"
                 )
-            for name, clip in entry.clips.items():
+            for name in entry.clips:
                 # A clip that was dropped since may have lost its row to a repair.
                 current = self.ledger.clips.get(name)
-                in_shard = clip.row // self.spec.shard == entry.shard
-                if not in_shard or (current is not None and self.rows.get(name) != current.row):
+                if current is not None and self.rows.get(name) != current.row:
                     raise DamagedStore(
                         f"{self.root}: ids.jsonl and ledger.jsonl line {line.number + 1} disagree about the row of "
                         f"clip {name!r}; run `python -m features repair {self.root}`"
                     )
-
-    def _has_room(self, entry: Commit) -> bool:
-        return self.spec.codec != "none" or len(entry.clips) * self.row_bytes <= sum(
-            size for size, _ in entry.files.values()
-        )
 
     def shard_of(self, row: int) -> int:
         """The shard that `row` lies in, for ever."""

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from features.errors import StoreError
-from features.spec import ArraySpec
+from features.spec import ArraySpec, StoreSpec
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ def stored(dtype: str) -> Stored:
 def row_bytes(array: ArraySpec) -> int:
     """Bytes of one row."""
     return int(np.prod(array.shape, dtype=np.int64)) * np.dtype(stored(array.dtype).disk).itemsize
+
+
+def spec_bytes(spec: StoreSpec) -> int:
+    """Bytes of one row of every array."""
+    return sum(row_bytes(array) for array in spec.arrays)
 
 
 def to_disk(tensor: torch.Tensor, dtype: str) -> np.ndarray:

@@ -1,13 +1,14 @@
 """An append-only file of JSON lines in which any damage is noticed.
 
-Each line is `{"n": line number, "record": {...}, "crc32c": "..."}` and must equal its own canonical encoding byte for
-byte. A second file, the head, says how many lines have been written, so lines that vanish from the end are noticed too.
-The head follows the line, so after a crash the journal may be one line ahead of its head, never behind it.
-A line that is intact but says nothing that the journal's `parse` understands is a fault like a damaged one.
+Each line is `{"crc32c":"...","n":number,"record":{...}}`, written in exactly this way; the checksum is of the bytes of
+number and record. A second file, the head, says how many lines have been written, so lines that vanish from the end
+are noticed too. The head follows the line, so after a crash the journal may be one line ahead of its head, never behind
+it. A line that is intact but says nothing that the journal's `parse` understands is a fault like a damaged one.
 """
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import Generic, TypeVar
 
 from features.durable import append_to, crc32c, locked, write_file
 from features.errors import DamagedStore
-from features.records import MalformedRecord, Record, take, take_count
+from features.records import MalformedRecord, Record, take_count
 
 Entry = TypeVar("Entry")
+_LINE = re.compile(rb'{"crc32c":"(?P<crc32c>[0-9a-f]{8})","n":(?P<n>0|[1-9][0-9]{0,18}),"record":(?P<record>{.*})}\n')
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,13 @@ def encode_line(number: int, record: Record) -> bytes:
 
 def decode_line(line: bytes) -> tuple[int, Record] | None:
     """Number and record of one line, or None where it is not exactly what was written."""
+    parts = _LINE.fullmatch(line)
+    if parts is None or f"{crc32c(parts['n'] + b':' + parts['record']):08x}".encode() != parts["crc32c"]:
+        return None
     try:
-        parsed = json.loads(line)
-        number, record = take(parsed, "n", int), take(parsed, "record", dict)
-        intact = encode_line(number, record) == line
+        return int(parts["n"]), json.loads(parts["record"])
     except (ValueError, RecursionError):
         return None
-    return (number, record) if intact else None
 
 
 class Journal(Generic[Entry]):

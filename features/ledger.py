@@ -184,9 +184,7 @@ def _parse(record: Record) -> Entry:
 
 
 def _parse_clip(clip: Record) -> tuple[str, ClipRecord]:
-    row = take_count(clip, "row")
-    if row >= MAX_ROWS:
-        raise MalformedRecord(f"'row' is {row}; expected a number below {MAX_ROWS}")
+    row = take_count(clip, "row", MAX_ROWS)
     return take(clip, "id", str), ClipRecord(row, take(clip, "crc32c", dict), take(clip, "source", str))
 
 

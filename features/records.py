@@ -8,7 +8,6 @@ Files = Mapping[str, tuple[int, int]]  # path inside the store -> (bytes, CRC-32
 T = TypeVar("T")
 
 _NAMES = {int: "a whole number", str: "a text", dict: "an object", list: "a list", bool: "true or false"}
-_COUNTABLE = 2**63
 
 
 class MalformedRecord(ValueError):
@@ -31,11 +30,11 @@ def take(record: Record, name: str, kind: type[T]) -> T:
     return value
 
 
-def take_count(record: Record, name: str) -> int:
-    """A whole number that is not negative. Errors as in `take`."""
+def take_count(record: Record, name: str, below: int = 2**63) -> int:
+    """A whole number that is not negative and `below` some limit. Errors as in `take`."""
     value = take(record, name, int)
-    if not 0 <= value < _COUNTABLE:
-        raise MalformedRecord(f"{name!r} is {_shown(value)}; expected a number that is not negative")
+    if not 0 <= value < below:
+        raise MalformedRecord(f"{name!r} is {_shown(value)}; expected a number from 0 to {below - 1}")
     return value
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from features.catalog import misfit
 from features.dtypes import row_bytes
 from features.durable import file_sum_of, holds
 from features.errors import DamagedStore, NewerStore, StoreError
@@ -18,7 +19,7 @@ from features.formats import FORMATS, format_named
 from features.halves import TEXT, halves
 from features.header import header_path, parse_header, read_header
 from features.ids import RowPlan, ids_journal
-from features.ledger import Ledger, ledger_journal
+from features.ledger import Commit, Ledger, ledger_journal
 from features.quarantine import quarantine_journal
 from features.records import Record
 from features.spec import Fingerprint, StoreSpec
@@ -152,6 +153,11 @@ def inspect(root: Path) -> Inspection:
         faults.append(Fault("ledger.jsonl", "holds clips of another fingerprint than the store's"))
     uncounted = _uncommitted_with_files(root, header, row_ids, ledger) if committed.faults else ()
     faults += [Fault(ledger_journal(root).path.name, what, uncounted) for what in committed.faults]
+    if header is not None:
+        spec = parse_header(header).spec
+        commits = [(line.number, line.entry) for line in committed.lines if isinstance(line.entry, Commit)]
+        strange = [(number, reason) for number, entry in commits if (reason := misfit(entry, spec))]
+        faults += [Fault(ledger_journal(root).path.name, f"line {number + 1} {reason}") for number, reason in strange]
     quarantine = quarantine_journal(root)
     faults += [Fault(quarantine.path.name, what) for what in quarantine.read().faults]
     return Inspection(root, header, tuple(row_ids), ledger, tuple(faults))

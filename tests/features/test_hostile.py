@@ -75,7 +75,7 @@ def _a_negative_side(header: dict) -> None:
     [
         (
             _four_tebibytes,
-            r"store.json claims \d{13} bytes a row, but ledger.jsonl line 2 committed 4 rows in \d+ bytes",
+            r"ledger.jsonl line 2 committed 4 rows in \d+ bytes, but store.json claims \d{13} bytes a row",
         ),
         (_a_path, r"array '../../elsewhere' is doubled or unknown; a store of patches keeps cls, patches"),
         (_no_arrays, "does not describe a store"),
@@ -111,7 +111,7 @@ LINES = [
     (
         "ledger.jsonl",
         {"kind": "commit", "shard": 0, "clips": [{"id": "a", "row": 10**15, "crc32c": {}, "source": ""}]},
-        "'row' is 1000000000000000; expected a number below 100000000",
+        "'row' is 1000000000000000; expected a number from 0 to 99999999",
     ),
     ("ids.jsonl", {"row": 1}, "'kind' is missing"),
     ("ids.jsonl", {"kind": "grow", "ids": "ab", "files": {}}, "'ids' is 'ab'; expected a list"),
@@ -193,6 +193,16 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Store:
     fill(store, skip=(IDS[5],))
     store.rewrite_shard(0, without=(IDS[1],))
     return store
+
+
+def test_a_clip_outside_of_its_shard(store: Store) -> None:
+    journal = ledger_journal(store.path)
+    records = [line.record for line in journal.read().lines]
+    records[1]["clips"][0]["row"], records[3]["clips"][0]["row"] = 4, 0
+    journal.rewrite(records)
+    with pytest.raises(DamagedStore, match=r"ledger.jsonl line 2 places clip '.*' in row 4, outside of shard 0"):
+        open_store(store.path)
+    assert not verify(store.path).ok
 
 
 def test_a_newer_store_is_left_alone(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
