@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "fit": "train a head, choose its checkpoint on val, evaluate it on test",
-    "evaluate": "evaluate the checkpoint in run.dir on test again",
+    "evaluate": "evaluate the checkpoint in run.dir on test again, or a fine-tuned --head.checkpoint as it is",
     "score": "metrics of any system's answers",
     "sweep": "train many settings of a head on one reading of the features",
     "table": "gather the results table of every run below run.table",
@@ -81,7 +81,7 @@ def _evaluate(args: Sequence[str]) -> int:
     config = _parse("evaluate", args)
     from train.run import evaluate
 
-    _say(config, evaluate(config))
+    _say(config, evaluate(config, " ".join(["python -m train evaluate", *args])))
     return 0
 
 

@@ -25,6 +25,7 @@ from train.experiment import Experiment, open_experiment
 from train.log import Display
 from train.member import Member
 from train.metrics import Metrics
+from train.published import evaluate_published, has_run
 from train.stack import deterministic
 
 
@@ -116,15 +117,18 @@ def test_crews(crews: Sequence[Crew], experiment: Experiment, command: str) -> l
     return [metrics for crew, answers in zip(crews, said, strict=True) for metrics in crew.end(answers)]
 
 
-def evaluate(config: Config) -> Metrics:
+def evaluate(config: Config, command: str = "python -m train evaluate") -> Metrics:
     """Evaluate the checkpoint in `config.run.dir` on *test* and write `test.json` and its companions.
 
-    The card decides what head it is; `config` says where data and features are.
+    The card decides what head it is; `config` says where data and features are. Where nothing was trained in the
+    folder and there is a `head.checkpoint`, that is evaluated: see `train.published`.
 
     Raises:
         RunError: there is no checkpoint, or it is another head's.
         FingerprintMismatch: the store holds other features than the head was trained on.
     """
+    if config.head.checkpoint is not None and not has_run(config):
+        return evaluate_published(config, command)
     out, card = config.run.dir, Card.read(config.run.dir)
     if card.model != config.head.name:
         raise RunError(f"{out} holds a {card.model} head but head.name is {config.head.name!r}; check run.dir")

@@ -1,0 +1,165 @@
+"""The published networks' upper halves in the training loop, and fine-tuned files evaluated through the two stages."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from configs.schema import Config, ConfigError, EncoderConfig, RunConfig, StoreConfig, TrainConfig, VideoConfig
+from extract.datasets import load_dataset
+from extract.encoders import load_checkpoint, load_text_encoder, load_video_encoder
+from extract.encoders.checkpoint import CheckpointError
+from extract.fingerprints import configured
+from features import Fingerprint, FingerprintMismatch, StoreSpec, create_store, open_store
+from tests.extract.encoders.networks import tiny as tiny_network
+from tests.train.tiny import losses, with_run, write_tiny
+from train.__main__ import main
+from train.card import plain
+from train.heads import load_head
+from train.run import evaluate, fit
+
+FRAMES, SIZE, LENGTH = 3, 64, 6
+
+
+def write_features(config: Config) -> None:
+    """The two stores of `config`, from made-up videos and word numbers through its own networks."""
+    checkpoint, arch = load_checkpoint(config.encoder.checkpoint), config.encoder.arch
+    dataset = load_dataset(config.data)
+    encoder = load_video_encoder(arch, checkpoint, FRAMES, 2, variant=config.encoder.variant)
+    spec = StoreSpec.for_patches(FRAMES, encoder.grid, encoder.width, "float32", 16, encoder.coarse)
+    fields = {**configured(config), "checkpoint": checkpoint.sha256}
+    store = create_store(config.store.path, spec, Fingerprint(fields), [clip.clip_id for clip in dataset.clips])
+    generator = torch.Generator().manual_seed(1)
+    for work in store.missing_shards():
+        tokens = encoder(torch.randn(len(work.ids), FRAMES, 3, SIZE, SIZE, generator=generator)).tensors()
+        tokens["timestamps"] = torch.zeros(len(work.ids), FRAMES)
+        rows = {name: {key: tensor[i] for key, tensor in tokens.items()} for i, name in enumerate(work.ids)}
+        store.write_shard(work.shard, rows, dict.fromkeys(rows, "sha"))
+    spec = StoreSpec.for_text(LENGTH, encoder.width, "float32")
+    texts = create_store(config.store.path / "text", spec, Fingerprint(fields), dataset.texts)
+    text_encoder = load_text_encoder(arch, checkpoint, 2)
+    for work in texts.missing_shards():
+        ids = torch.stack([torch.tensor([0, *(sum(map(ord, text)) + i for i in range(4)), 2]) for text in work.ids])
+        mask = torch.ones(len(ids), LENGTH, dtype=torch.bool)
+        with torch.no_grad():
+            states = text_encoder(ids % 50, mask)
+        rows = {text: {"states": states[i], "attention_mask": mask[i]} for i, text in enumerate(work.ids)}
+        texts.write_shard(work.shard, rows, dict.fromkeys(rows, "sha"))
+
+
+def make(root: Path, arch: str, variant: str = "paper", answers: int | None = None) -> Config:
+    """A config of stage two on a tiny network of `arch`, with features; the file is saved as fine-tuned ones are."""
+    base = write_tiny(root, clips=12)
+    count = len(load_dataset(base.data).answers)
+    network = tiny_network(root, arch, width=64, answers=answers or count)
+    path = root / f"{arch}-tuned.tar"
+    torch.save({"model_state_dict": {f"module.{n}": t for n, t in network.tensors.items()}, "epoch": 3}, path)
+    config = dataclasses.replace(
+        base,
+        video=VideoConfig(frames=FRAMES, size=SIZE),
+        encoder=EncoderConfig(arch=arch, checkpoint=path, depth=2, dtype="float32", variant=variant),  # type: ignore[arg-type]
+        store=StoreConfig(path=root / "features", dtype="float32"),
+        train=TrainConfig(epochs=2, batch=16, accumulate=2, lr=3e-4, device="cpu"),
+        run=RunConfig(dir=root / "runs" / arch),
+    )
+    config = dataclasses.replace(config, head=dataclasses.replace(config.head, name=arch))  # type: ignore[arg-type]
+    write_features(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def mfas(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return make(tmp_path_factory.mktemp("mfas"), "mfas")
+
+
+def test_mfas_trains_on_cached_fine_and_coarse_tokens(mfas: Config) -> None:
+    assert open_store(mfas.store.path).spec.array("coarse").shape == (FRAMES, 4, 64)
+    metrics = fit(mfas, "x")
+    assert metrics.all.n == 16
+    trace = losses(mfas.run.dir)
+    assert len(trace) == 2 * 2  # 4 batches an epoch, 2 to a step
+    assert trace[-1] < trace[0]
+
+
+def test_mfas_from_a_pretrained_egovlpv2(tmp_path: Path) -> None:
+    config = make(tmp_path, "egovlpv2")
+    tensors = load_checkpoint(config.encoder.checkpoint).tensors
+    path = tmp_path / "pretrained.pth"
+    torch.save({"state_dict": {name: t for name, t in tensors.items() if not name.startswith("projector")}}, path)
+    config = dataclasses.replace(
+        with_run(config, "mfas", head_name="mfas", train_epochs=1, store_path=tmp_path / "coarse"),
+        encoder=dataclasses.replace(config.encoder, arch="mfas", checkpoint=path, variant="released"),
+    )
+    write_features(config)
+    assert fit(config, "x").all.n == 16
+
+
+@pytest.mark.parametrize(("arch", "variant"), [("egovlpv2", "paper"), ("mfas", "paper"), ("mfas", "released")])
+def test_fine_tuned_file_is_evaluated_as_it_is(
+    tmp_path: Path, arch: str, variant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = with_run(make(tmp_path, arch, variant), "tuned")
+    head = dataclasses.replace(config.head, checkpoint=config.encoder.checkpoint)
+    config = dataclasses.replace(config, head=head)
+    metrics = evaluate(config, "the command")
+    said = capsys.readouterr().out
+    assert "missing: 0" in said
+    assert "unexpected: 0" in said
+    card = json.loads((config.run.dir / "card.json").read_text())
+    assert (card["best_epoch"], card["command"]) == (0, "the command")
+    # The same by hand, question by question.
+    dataset = load_dataset(config.data)
+    network = load_head(arch, config.encoder.checkpoint, variant=variant)  # type: ignore[arg-type]
+    store, texts = open_store(config.store.path), open_store(config.store.path / "text")
+    lines = [json.loads(line) for line in (config.run.dir / "predictions.jsonl").read_text().splitlines()]
+    answered = {line["question_id"]: line["answer"] for line in lines}
+    for question in dataset.questions["test"]:
+        states = texts.read_text([question.text])
+        with torch.no_grad():
+            logits = network(store.read([question.clip_id]), states.states, states.attention_mask)
+        assert answered[question.question_id] == dataset.answers[int(logits.argmax())]
+    assert evaluate(config).all == metrics.all  # again, from its own folder
+
+
+def test_a_file_that_did_not_make_the_store_or_knows_other_answers_is_refused(tmp_path: Path, mfas: Config) -> None:
+    tuned = with_run(mfas, "tuned", head_checkpoint=mfas.encoder.checkpoint)
+    other = tmp_path / "other.tar"
+    content = torch.load(mfas.encoder.checkpoint, weights_only=True)
+    tensors = content["model_state_dict"]
+    tensors["module.alpha"] += 1
+    torch.save(content, other)
+    with pytest.raises(FingerprintMismatch, match="encode with it first: python -m extract run"):
+        evaluate(with_run(tuned, "a", head_checkpoint=other))
+    for name in [name for name in tensors if "projector" in name]:
+        tensors[name] = tensors[name][:3, :3] if "2.weight" in name else tensors[name][:3]
+    torch.save(content, other)
+    with pytest.raises(CheckpointError, match="it has a classifier of 3 answers"):
+        evaluate(with_run(tuned, "b", head_checkpoint=other))
+    del tensors["module.norm.weight"]
+    torch.save(content, other)
+    with pytest.raises(CheckpointError, match=r"1 tensors are missing or re-shaped, the first is norm\.weight"):
+        evaluate(with_run(tuned, "c", head_checkpoint=other))
+
+
+def test_heads_without_a_published_classifier_are_refused(mfas: Config, tmp_path: Path) -> None:
+    checkpoint = mfas.encoder.checkpoint
+    with pytest.raises(ConfigError, match=r"head\.name is egovlp, of which no classifier for EgoTaskQA was published"):
+        evaluate(with_run(mfas, "x", head_name="egovlp", head_checkpoint=checkpoint))
+    with pytest.raises(ConfigError, match="but a psa head starts from none"):
+        fit(with_run(mfas, "y", head_name="psa", head_checkpoint=checkpoint), "x")
+    other = make(tmp_path, "egovlpv2")
+    with pytest.raises(
+        ConfigError, match=r"head\.name is mfas but encoder\.arch is egovlpv2, which has no coarse tower"
+    ):
+        fit(with_run(other, "z", head_name="mfas"), "x")
+
+
+def test_the_command_line_evaluates_a_file(mfas: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(plain(with_run(mfas, "command"))))
+    code = main(["evaluate", "--config", str(path), "--head.checkpoint", str(mfas.encoder.checkpoint)])
+    assert code == 0
+    assert "mfas on the direct test questions: open" in capsys.readouterr().out
