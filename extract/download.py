@@ -146,7 +146,8 @@ class ResumingDownloader:
                 headers["If-Range"] = validator
         try:
             with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
-                if response.status_code == 416 and have == total:
+                whole = total if total is not None else _content_range(response)[1]
+                if response.status_code == 416 and have == whole:
                     return  # everything had come before the connection broke
                 self._check(response, url, have, total)
                 if response.status_code == 200:
@@ -242,9 +243,9 @@ def _number(text: str | None) -> int | None:
 
 
 def _content_range(response: requests.Response) -> tuple[int | None, int | None]:
-    """First byte and size of the whole file, of a 206."""
-    found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-    return (int(found[1]), int(found[2])) if found else (None, None)
+    """First byte and size of the whole file, as a 206 or a 416 says them."""
+    found = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", response.headers.get("Content-Range", ""))
+    return (_number(found[1]), int(found[2])) if found else (None, None)
 
 
 def _reason(url: str, error: Exception, have: int) -> str:

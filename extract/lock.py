@@ -1,6 +1,8 @@
 """The lock: what every published file hashed to when it was first seen."""
 
+import fcntl
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,9 +42,14 @@ class Lock:
 
     def record(self, name: str, entry: Locked) -> None:
         """Lock a name that is not locked yet; what other processes recorded meanwhile stays."""
-        self._entries = self._read() | {name: entry}
-        tree = {key: asdict(self._entries[key]) for key in sorted(self._entries)}
-        write_file(self.path, (json.dumps(tree, indent=1) + "\n").encode())
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            self._entries = self._read() | {name: entry}
+            tree = {key: asdict(self._entries[key]) for key in sorted(self._entries)}
+            write_file(self.path, (json.dumps(tree, indent=1) + "\n").encode())
+        finally:
+            os.close(folder)
 
     def _read(self) -> dict[str, Locked]:
         try:

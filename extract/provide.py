@@ -203,11 +203,13 @@ def _announce(todo: list[Need], sizes: dict[str, int | None], say: Callable[[str
         )
         # An archive is there twice until it is deleted; it unpacks to its own size at the least.
         _add(wanted_on, need.file, (size or 0) * (2 if need.held else 1) - begun)
-    for need in todo:
-        wanted, free = wanted_on[_disk(need.file)], free_bytes(need.file)
+    folders = {_disk(need.file): need.file.parent for need in todo}
+    for disk, folder in folders.items():
+        wanted, free = wanted_on[disk], free_bytes(folder)
+        say(f"  {in_units(wanted)} to come at {folder}, unpacked archives counted; {in_units(free)} free there")
         if wanted > free:
             raise DownloadError(
-                f"the disk of {need.file.parent} has {in_units(free)} free and this needs {in_units(wanted)}, unpacked"
+                f"the disk of {folder} has {in_units(free)} free and this needs {in_units(wanted)}, unpacked"
                 " archives counted; make room, or set data.root and encoder.checkpoint to another disk"
             )
 

@@ -103,6 +103,7 @@ def test_all_came_but_the_last_rename(server: Server, file: Path) -> None:
     part_of(file).write_bytes(CONTENT)
     fetch(server.link("/a"), file, sha256(CONTENT))
     assert file.read_bytes() == CONTENT
+    assert server.ranges[-1] == "bytes=1000000-"
 
 
 def test_a_tampered_file_is_refused_with_both_hashes(server: Server, file: Path) -> None:

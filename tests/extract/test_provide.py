@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -96,6 +97,7 @@ def test_everything_is_fetched_unpacked_and_locked(published: Published, capsys:
     out = capsys.readouterr().out
     assert "Net.pth: 300.0 kB, 0 bytes of it here already" in out
     assert "egotaskqa: made up; terms: none; from" in out
+    assert re.search(r"  30\d\.\d kB to come at .*, unpacked archives counted; \d+\.\d [MGT]B free there", out)
     assert (published.root / "data/qa_videos/k1|P1|10|95.mp4").read_bytes() == b"video" * 9999
     assert (published.root / "data/Data/qa/direct/answer_set.txt").is_file()
     assert sorted(published.lock) == [
@@ -345,6 +347,9 @@ def test_the_published_links_and_every_config() -> None:
     configs = sorted(PUBLISHED.parent.glob("egotaskqa*.yaml"))
     assert len(configs) >= 4
     for path in configs:
-        wanted = needs(load_config(path), sources)
+        config = load_config(path)
+        # Two slashes make it no name on the hub, where anybody could publish under it.
+        assert config.text.model.count("/") == 2, path
+        wanted = needs(config, sources)
         assert all(need.source is not None for need in wanted), path
         assert {need.file.name for need in wanted} >= {"Data.tgz", "qa_videos.tgz", "tokenizer.json"}, path
