@@ -22,7 +22,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from train.ops.select_attend.launch import launch_config
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block can have, CUDA programming guide, table of capabilities
 TARGET = {80: "sm_80", 90: "sm_90a"}
@@ -38,17 +37,19 @@ SHAPES = (
     (49, 768, 4), (128, 768, 4), (196, 768, 4), (512, 768, 4), (1000, 768, 4),
     (196, 768, 12), (196, 1024, 12), (1024, 1024, 12), (33, 80, 1),
 )  # fmt: skip
+WIDE = ((49, 768, 4), (196, 768, 4), (1000, 768, 4))  # of which also the kernels with 64-bit offsets
 QUICK = ((196, 768, 4), (1000, 768, 4))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel to compile: `kernel` is forward or backward, shape is N, D, H."""
+    """One kernel to compile: `kernel` is forward or backward, shape is N, D, H; `wide` asks for 64-bit offsets."""
 
     kernel: str
     arch: int
     shape: tuple[int, int, int]
     dtype: str
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Usage:
     arch: str
     shape: tuple[int, int, int]
     dtype: str
+    wide: bool
     registers: int
     spill_bytes: int
     shared_bytes: int
@@ -72,9 +74,11 @@ class Usage:
 
 def shipped(quick: bool) -> list[Case]:
     """Every kernel, architecture, shape and dtype; `quick` keeps one shape of each forward kernel in float16."""
+    shapes = [(shape, False) for shape in (QUICK if quick else SHAPES)]
+    shapes += [(shape, True) for shape in (() if quick else WIDE)]
     return [
-        Case(kernel, arch, shape, dtype)
-        for shape in (QUICK if quick else SHAPES)
+        Case(kernel, arch, shape, dtype, wide)
+        for shape, wide in shapes
         for dtype in (("float16",) if quick else DTYPES)
         for arch in TARGET
         for kernel in ("forward", "backward")
@@ -93,11 +97,13 @@ def measure(case: Case) -> Usage:
     patches, width, heads = case.shape
     dtype = DTYPES[case.dtype]
     backward = case.kernel == "backward"
-    config = launch_config(patches, width, heads, dtype.itemsize, backward)
     stored = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}.get(case.dtype, "i8")
     scaled = dtype.itemsize == 1
     tokens = torch.empty(1, 1, patches, width, dtype=dtype, device="meta")
+    if case.wide:
+        tokens = tokens.as_strided(tokens.shape, (0, 0, 2**31 // patches + 1, 1))
     queries = torch.empty(1, heads, width, device="meta")
+    config = kernels.configure(tokens, queries, backward)
     scale = tokens if scaled else None
     if backward:
         function = triton_backward.backward_kernel
@@ -135,6 +141,7 @@ def measure(case: Case) -> Usage:
         TARGET[case.arch],
         case.shape,
         case.dtype,
+        case.wide,
         registers,
         spilled,
         compiled.metadata.shared,
@@ -162,8 +169,9 @@ def assemble(ptx: str, arch: int) -> tuple[int, int]:
 def line(usage: Usage) -> str:
     """A row of the printed table."""
     patches, width, heads = usage.shape
+    offsets = "64-bit" if usage.wide else "32-bit"
     return (
-        f"{usage.kernel:8} {usage.arch:6} N={patches:<4} D={width:<4} H={heads:<2} {usage.dtype:11} "
+        f"{usage.kernel:8} {usage.arch:6} N={patches:<4} D={width:<4} H={heads:<2} {usage.dtype:11} {offsets} "
         f"{usage.matrix_instruction:5} {usage.registers:3} registers {usage.spill_bytes:5} B spilled "
         f"{usage.shared_bytes:6} of {usage.shared_limit} B shared {'ok' if usage.fits else 'DOES NOT FIT'}"
     )

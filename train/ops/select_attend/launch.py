@@ -35,26 +35,36 @@ class LaunchConfig:
     select_channels: int
 
 
-def launch_config(patches: int, width: int, heads: int, token_bytes: int, backward: bool) -> LaunchConfig:
+def launch_config(patches: int, width: int, heads: int, token_bytes: int, backward: bool, wide: bool) -> LaunchConfig:
     """The shipped configuration; `benchmarks/kernel_budget.py` checks each for spills and shared memory."""
+    float32 = token_bytes == 4
     whole = max(16, _power_of_two(patches))
-    several = whole > (ONE_BLOCK_FLOAT32 if token_bytes == 4 else ONE_BLOCK)
-    block = 128 if several else whole
-    # One-byte tokens are widened in registers, float32 ones multiply in three parts, and backward keeps more addresses
-    # where it goes over its blocks twice or over many channels: all need room.
+    several = whole > (ONE_BLOCK_FLOAT32 if float32 else ONE_BLOCK)
+    block = (64 if float32 else 128) if several else whole
+    # What takes registers: one-byte tokens, widened in them; float32, multiplied in three parts; 64-bit offsets; and
+    # the addresses of a backward program that goes over its blocks twice, or over many channels.
     channels = {1: 32 if block > 128 else 64, 2: 64, 4: 16}[token_bytes]
-    if backward and (several or width > 768):
+    together = 2 if backward or wide or (several and float32) else 4
+    if wide:
+        channels, together = 16, 1 if float32 else 2
+    elif backward and (several or width > 768):
         channels = min(channels, 32)
-    warps = 4 if block <= 64 and token_bytes < 4 else 8
     return LaunchConfig(
         block=block,
-        heads=min(2 if backward or (several and token_bytes == 4) else 4, _power_of_two(heads)),
+        heads=min(together, _power_of_two(heads)),
         channels=_divisor(width, channels),
-        warps=warps,
+        warps=4 if block <= 64 and not float32 else 8,
         stages=2,
         select_block=whole,
-        select_channels=8 if token_bytes == 4 else 16,
+        select_channels=8 if float32 else 16,
     )
+
+
+def is_wide(tokens: Tensor, queries: Tensor) -> bool:
+    """Whether offsets in a frame or in the outputs need 64 bits, which cost registers; clips' always have."""
+    frames, patches, width = tokens.shape[1:]
+    questions, heads = queries.shape[:2]
+    return max(patches * tokens.stride(2), questions * frames * max(patches, heads * width)) >= 2**31
 
 
 def refusal(tokens: Tensor, dtype: torch.dtype) -> str | None:

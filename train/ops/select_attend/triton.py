@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from train.ops.select_attend.launch import LaunchConfig, launch_config
+from train.ops.select_attend.launch import LaunchConfig, is_wide, launch_config
 from train.ops.select_attend.schedule import QUESTIONS, schedule
 from train.ops.select_attend.triton_backward import backward_kernel, bias_kernel
 from train.ops.select_attend.triton_forward import forward_blocks_kernel, forward_kernel
@@ -57,7 +57,7 @@ def forward(
     if clip_rows is not None:
         _assert_below(clip_rows, len(tokens), "clip_rows")
     order, tiles, clip_tiles = schedule(clip_index, len(bias), clip_rows)
-    config = launch_config(patches, width, heads, tokens.element_size(), backward=False)
+    config = configure(tokens, queries, backward=False)
     several = config.block < patches
     # Blocks add up in pooled itself, which takes float32.
     dtype = torch.float32 if several else queries.dtype
@@ -95,7 +95,7 @@ def backward(
     """Gradients of queries [B, H, D], selector [B, D] and bias [C, T, N], all float32."""
     _, frames, patches, width = tokens.shape
     questions, heads, _ = queries.shape
-    config = launch_config(patches, width, heads, tokens.element_size(), backward=True)
+    config = configure(tokens, queries, backward=True)
     programs = len(tiles) * triton.cdiv(heads, config.heads)
     splits = max(1, min(frames, PROGRAMS // max(1, programs)))
     span = triton.cdiv(frames, splits)
@@ -138,6 +138,14 @@ def _arithmetic(tokens: Tensor) -> tl.dtype:
     return ARITHMETIC[tokens.dtype]
 
 
+def configure(tokens: Tensor, queries: Tensor, backward: bool) -> LaunchConfig:
+    """The shipped configuration for these arguments."""
+    patches, width = tokens.shape[2:]
+    return launch_config(
+        patches, width, queries.shape[1], tokens.element_size(), backward, wide=is_wide(tokens, queries)
+    )
+
+
 def forward_constants(tokens: Tensor, queries: Tensor, scale: Tensor | None, config: LaunchConfig) -> dict[str, object]:
     """Compile-time arguments of the forward kernel that `config` asks for."""
     fixed = {**constants(tokens, queries, scale, config), "PARTS": PARTS[_arithmetic(tokens)]}
@@ -149,14 +157,12 @@ def forward_constants(tokens: Tensor, queries: Tensor, scale: Tensor | None, con
 def constants(tokens: Tensor, queries: Tensor, scale: Tensor | None, config: LaunchConfig) -> dict[str, object]:
     """Compile-time arguments that all kernels take, and their warps and stages."""
     patches, width = tokens.shape[2:]
-    questions, heads = queries.shape[:2]
     return {
         "N": patches,
         "D": width,
-        "H": heads,
+        "H": queries.shape[1],
         "HAS_SCALE": scale is not None,
-        # 64-bit offsets cost registers; only tensors of this size, or such a stride between patches, need them.
-        "WIDE": max(patches * tokens.stride(2), questions * tokens.shape[1] * max(patches, heads * width)) >= 2**31,
+        "WIDE": is_wide(tokens, queries),
         "FLOAT8": tokens.dtype == torch.float8_e4m3fn,
         "ARITHMETIC": _arithmetic(tokens),
         "PRECISION": "tf32x3",

@@ -36,9 +36,10 @@ def columns(order, first, count, group, H: tl.constexpr, QB: tl.constexpr, R: tl
 def patches(start, stride_n, BN: tl.constexpr, WIDE: tl.constexpr):
     """Patch numbers [BN] from `start` on, and their offsets in a frame."""
     n = start + tl.arange(0, BN)
+    wide = n
     if WIDE:
-        return n, n.to(tl.int64) * stride_n
-    return n, n * stride_n
+        wide = n.to(tl.int64)
+    return n, wide * stride_n
 
 
 @triton.jit
