@@ -60,9 +60,12 @@ def put_in_place(source: Path, target: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Replace the whole of `path` by `content`: afterwards it holds the old bytes or the new ones, never a mixture."""
+    """Replace the whole of `path` by `content`: afterwards it holds the old bytes or the new ones, never a mixture.
+
+    The caller holds a lock that keeps others from writing it meanwhile; what a crash leaves, the next writing replaces.
+    """
     make_folder(path.parent)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         temporary.write_bytes(content)
         sync_file(temporary)

@@ -38,6 +38,11 @@ def ids_journal(root: Path) -> Journal[Entry]:
     return Journal(root / "ids.jsonl", _parse)
 
 
+def growth_lock(root: Path) -> Path:
+    """Whoever adds rows to the store at `root`, or mends what describes them, locks this file meanwhile."""
+    return root / "growth.lock"
+
+
 @dataclass(frozen=True)
 class RowPlan:
     """What the file of ids says.
@@ -65,7 +70,7 @@ class RowPlan:
 
 
 def grow(root: Path, ids: Sequence[str | None], metadata: Mapping[str, bytes]) -> None:
-    """Add rows for `ids`; `metadata` are the files that describe the arrays as they are then."""
+    """Add rows for `ids`, under `growth_lock`; `metadata` are the files that describe the arrays as they are then."""
     journal = ids_journal(root)
     files = files_to_json({name: file_sum(content) for name, content in metadata.items()})
     journal.append({"kind": "announce", "files": files})

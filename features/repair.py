@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from features import lease
-from features.durable import write_file
+from features.durable import locked, write_file
 from features.errors import DamagedStore
 from features.halves import halves
 from features.header import header_path, write_header
-from features.ids import grow, ids_journal
+from features.ids import grow, growth_lock, ids_journal
 from features.journal import Journal
 from features.ledger import ledger_journal
 from features.quarantine import quarantine_journal
@@ -50,7 +50,8 @@ def repair(path: Path | str) -> Repair:
     rewritten: list[str] = []
     for half in halves(root):
         lease.require_none(root / half)
-        rewritten += [str(half / name) for name in _repair_description(root / half)]
+        with locked(growth_lock(root / half)):
+            rewritten += [str(half / name) for name in _repair_description(root / half)]
         dropped += _repair_shards(root / half)
         _release(root / half, before.bad_clips)
     committed = open_store(root).clip_ids

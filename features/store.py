@@ -18,7 +18,7 @@ from features.errors import FingerprintMismatch, StoreError
 from features.file_format import Format
 from features.formats import format_named
 from features.header import Description, header_path, make_header, parse_header, read_header, write_header
-from features.ids import RowPlan, grow, ids_journal, unseen
+from features.ids import RowPlan, grow, growth_lock, ids_journal, unseen
 from features.journal import require_intact
 from features.ledger import ledger_journal
 from features.quarantine import Failure, QuarantineRecord, quarantine_journal, read_quarantine
@@ -53,7 +53,7 @@ def create_store(
     unseen((), ids, spec.kind)  # refuse bad ids before anything is written
     with disk_full_is_clear(f"creating {root}"):
         make_folder(root)
-        with locked(root / "growth.lock"):
+        with locked(growth_lock(root)):
             if header_path(root).exists():
                 header = read_header(root)
             else:
