@@ -1,0 +1,143 @@
+"""Time stage one whole (decode, encode, write) against its encoder alone, with the share of each stage.
+
+    python benchmarks/pipeline.py [--clips 32] [--seconds 5] [--depth 6] [--dtype auto] [--quick] [--out FILE]
+
+Videos are 320x240 H.264 at 30 frames a second with B-frames; the network has its published size and random weights,
+which do not change the work. The encoder is timed alone on decoded clips just before and just after the pipeline, so
+that a machine that slows down meanwhile is seen, and the mean of the two is what the pipeline is held against. Its rate
+is counted from the first decoded clip to the last commit: what it takes to start the children does not grow with a job.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # runs without being installed
+
+from benchmarks.encoder import GRID, PATCH, Work, checkpoint, stamp  # noqa: E402
+from configs.schema import Config, EncoderConfig, EngineConfig, StoreConfig, VideoConfig  # noqa: E402
+from extract.batch_encoder import BatchEncoder  # noqa: E402
+from extract.datasets import Clip  # noqa: E402
+from extract.decode import PreparedClip  # noqa: E402
+from extract.encoders import VideoEncoder  # noqa: E402
+from extract.engines import decoder_count  # noqa: E402
+from extract.pipeline import encode_shards  # noqa: E402
+from extract.worker import has_bfloat16, load_encoder, open_decoders  # noqa: E402
+from features import Fingerprint, StoreSpec, create_store  # noqa: E402
+
+WIDTH, HEIGHT, FPS = 320, 240, 30
+
+
+def write_video(path: Path, seconds: float, seed: int) -> Path:
+    """Patches of colour that drift over a noisy ground: motion to predict, and a residue to code."""
+    rng = np.random.default_rng(seed)
+    ground = rng.integers(0, 255, (HEIGHT // 8, WIDTH // 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    noise = rng.integers(0, 24, (4, HEIGHT, WIDTH, 3), np.uint8)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=FPS, options={"crf": "23", "preset": "medium"})
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for index in range(round(seconds * FPS)):
+            pixels = np.roll(ground, (index, 2 * index), (0, 1)) // 2 + noise[index % 4]
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        file.mux(stream.encode())
+    return path
+
+
+def encoder_alone(config: Config, encoder: VideoEncoder, prepared: list[PreparedClip], clips: int) -> float:
+    """Clips a second over `clips` clips, in the pipeline's own batches."""
+    batches = BatchEncoder(encoder, config.encoder.batch, config.store.dtype)
+    batch = [prepared[i % len(prepared)] for i in range(batches.size)]
+    batches.start(batch)()
+    batches.seconds = 0.0
+    rounds = max(clips // batches.size, 1)
+    for _ in range(rounds):
+        batches.start(batch)()
+    return rounds * batches.size / batches.seconds
+
+
+def measure(config: Config, root: Path, clips: int, seconds: float) -> dict[str, object]:
+    """Both rates, and where the pipeline's time went."""
+    encoder = load_encoder(config, checkpoint(Work(config.video.frames, config.encoder.depth, 1)))
+    videos = [Clip(f"clip{i}", write_video(root / f"{i}.mp4", seconds, i)) for i in range(clips)]
+    decoders = decoder_count(config, 1)
+    with open_decoders(config, decoders) as pool:
+        prepared = [one for one in pool.map(videos[:4]) if isinstance(one, PreparedClip)]
+    spec = StoreSpec.for_patches(
+        config.video.frames, encoder.grid, encoder.width, config.store.dtype, config.store.shard
+    )
+    ids = [clip.clip_id for clip in videos]
+    store = create_store(config.store.path, spec, Fingerprint({"benchmark": "pipeline"}), ids, config.store.format)
+    before = encoder_alone(config, encoder, prepared, clips // 2)
+    tally = encode_shards(
+        config,
+        encoder,
+        store,
+        store.missing_shards(),
+        {clip.clip_id: clip for clip in videos},
+        decoders,
+        lambda done, _: print(f"{done} more", file=sys.stderr, flush=True),
+    )
+    after = encoder_alone(config, encoder, prepared, clips // 2)
+    assert tally.committed == clips
+    stages = tally.stages
+    alone, whole = (before + after) / 2, clips / (stages.total_s - stages.start_s)
+    return {
+        "claims": {"whole pipeline against the encoder alone (reach 0.95)": whole / alone},
+        "encoder_clips_per_s": {"before": before, "after": after, "mean": alone},
+        "pipeline_clips_per_s": whole,
+        "share_of_total": {name: value / stages.total_s for name, value in asdict(stages).items() if name != "total_s"},
+        "stages_s": asdict(stages),
+        "decode_s_per_clip": stages.decode_s / clips,
+        "write_s_per_clip": stages.write_s / clips,
+        "said": str(stages),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each video")
+    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--depth", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--shard", type=int, default=8)
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    parser.add_argument("--quick", action="store_true", help="one block, eight clips: does it run at all")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file; benchmarks/results/pipeline.json")
+    options = parser.parse_args()
+    quick = {"clips": 8, "depth": 1, "frames": 4, "shard": 4} if options.quick else {}
+    given = argparse.Namespace(**{**vars(options), **quick})
+    fast = torch.cuda.is_available() or has_bfloat16()
+    dtype = ("bfloat16" if fast else "float32") if given.dtype == "auto" else given.dtype
+    with tempfile.TemporaryDirectory() as folder:
+        config = Config(
+            video=VideoConfig(frames=given.frames, size=GRID * PATCH),
+            encoder=EncoderConfig(depth=given.depth, dtype=dtype, batch=given.batch),
+            store=StoreConfig(path=Path(folder) / "store", shard=given.shard),
+            engine=EngineConfig(),
+        )
+        result = measure(config, Path(folder), given.clips, given.seconds)
+    result["work"] = {**{name: vars(given)[name] for name in ("clips", "seconds", "frames", "depth")}, "dtype": dtype}
+    result["machine"] = stamp() | {"cores": len(os.sched_getaffinity(0)), "av": version("av")}
+    for name, value in result["claims"].items():  # type: ignore[attr-defined]
+        print(f"{name}: {value:.3f}")
+    print(result["said"])
+    out = options.out or (None if options.quick else ROOT / "benchmarks" / "results" / "pipeline.json")
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
