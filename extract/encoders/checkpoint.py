@@ -145,6 +145,8 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
             tensors and the known stand-ins, or it claims more data than it has.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path}: a folder; give encoder.checkpoint the path of a file in it")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file; give encoder.checkpoint the path of one")
     if path.stat().st_size == 0:
@@ -152,6 +154,10 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     container, tensors = _unwrap(path, content)
     for name, tensor in tensors.items():
+        if not _is_plain(tensor):
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is sparse, nested, quantised or without data; expected plain dense tensors"
+            )
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise CheckpointError(
                 f"{path}: tensor {name!r} claims {tensor.numel()} elements, more than the file holds; refused"
@@ -213,6 +219,11 @@ def _unwrap(path: Path, content: Any) -> tuple[str, dict[str, Tensor]]:
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors; expected them under {' or '.join(CONTAINERS)} or bare")
     return container, tensors
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    dense = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_quantized
+    return dense and tensor.device.type == "cpu"  # without data is on the device `meta`
 
 
 class _Inert:

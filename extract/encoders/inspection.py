@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -130,6 +131,8 @@ def inspect(path: Path | str) -> Inspection:
 def convert(path: Path | str, out: Path | str) -> Inspection:
     """Write what our paths use of a checkpoint as safetensors, and inspect the result.
 
+    What was converted before is written again byte for byte.
+
     Args:
         path: checkpoint in any container that `load_checkpoint` takes.
         out: `.safetensors` file to write; it appears complete or not at all.
@@ -152,11 +155,19 @@ def convert(path: Path | str, out: Path | str) -> Inspection:
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.partial")
     try:
-        save_file(kept, partial, metadata={"network": found.network, "source_sha256": found.sha256})
+        save_file(kept, partial, metadata={"source_sha256": _origin(checkpoint)})
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
     return inspect(out)
+
+
+def _origin(checkpoint: Checkpoint) -> str:
+    """SHA-256 of the published file: a converted one names it."""
+    if checkpoint.container != "safetensors":
+        return checkpoint.sha256
+    with safe_open(checkpoint.path, "pt") as file:
+        return (file.metadata() or {}).get("source_sha256", checkpoint.sha256)
 
 
 def _expected(checkpoint: Checkpoint, sizes: VideoSizes, text_layers: int) -> Mapping[str, tuple[int, ...]]:

@@ -1,10 +1,13 @@
 """Checkpoints: the published containers load, hostile and damaged files are refused, inspection says what is there."""
 
 import argparse
+import hashlib
 import io
+import json
 import os
 import pathlib
 import pickle
+import resource
 import struct
 import sys
 import types
@@ -17,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from extract.__main__ import main
 from extract.encoders import load_video_encoder
 from extract.encoders.checkpoint import CheckpointError, load_checkpoint
 from extract.encoders.inspection import convert, inspect
@@ -50,13 +54,14 @@ def published_objects(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     }
 
 
+@pytest.mark.parametrize("new_format", [True, False])
 def test_objects_of_the_training_scripts_are_dropped(
-    tmp_path: Path, published_objects: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, published_objects: dict[str, object], monkeypatch: pytest.MonkeyPatch, new_format: bool
 ) -> None:
     whole = tensors(tmp_path)
     path = tmp_path / "published.pth"
     content = {"arch": "FrozenInTime", "state_dict": {f"module.{k}": v for k, v in whole.items()}} | published_objects
-    torch.save(content, path)
+    torch.save(content, path, _use_new_zipfile_serialization=new_format)
     monkeypatch.delitem(sys.modules, "parse_config")
     loaded = load_checkpoint(path)
     assert loaded.container == "state_dict"
@@ -80,18 +85,26 @@ def test_numpy_scalars_of_older_files(tmp_path: Path) -> None:
     assert torch.equal(load_checkpoint(path).tensors["a"], torch.ones(2))
 
 
-@pytest.mark.parametrize("container", ["state_dict", "model_state_dict", "bare", "safetensors"])
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_containers(tmp_path: Path, container: str, prefix: str) -> None:
-    whole = tensors(tmp_path)
-    named = {prefix + name: tensor for name, tensor in whole.items()}
-    path = tmp_path / ("file.safetensors" if container == "safetensors" else "file.tar")
+CONTAINERS = ["state_dict", "model_state_dict", "bare", "safetensors"]
+
+
+def write(folder: Path, container: str, named: dict[str, Tensor]) -> Path:
+    """A checkpoint file with tensors in one of the containers."""
+    path = folder / ("file.safetensors" if container == "safetensors" else "file.tar")
     if container == "safetensors":
         save_file(named, path)
     elif container == "bare":
         torch.save(named, path)
     else:
         torch.save({container: named, "optimizer_state_dict": {"state": {0: {"step": torch.tensor(3.0)}}}}, path)
+    return path
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_containers(tmp_path: Path, container: str, prefix: str) -> None:
+    whole = tensors(tmp_path)
+    path = write(tmp_path, container, {prefix + name: tensor for name, tensor in whole.items()})
     loaded = load_checkpoint(path)
     assert (loaded.container, loaded.network) == (container, "egovlpv2")
     assert loaded.tensors.keys() == whole.keys()
@@ -160,7 +173,7 @@ def test_damaged_files_are_refused(tmp_path: Path, suffix: str) -> None:
         path.write_bytes(whole[:keep])
         with pytest.raises(CheckpointError, match="file"):
             load_checkpoint(path)
-    with pytest.raises(CheckpointError, match="no such checkpoint file"):
+    with pytest.raises(CheckpointError, match=r"a folder; give encoder\.checkpoint the path of a file in it"):
         load_checkpoint(tmp_path)
 
 
@@ -194,6 +207,80 @@ def test_safetensors_that_claims_a_terabyte(tmp_path: Path) -> None:
     path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 16)
     with pytest.raises(CheckpointError, match=r"huge\.safetensors: not a readable safetensors file"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("numel", [2**33, 2**40])
+def test_old_file_that_claims_more_than_it_has(tmp_path: Path, numel: int) -> None:
+    path = tmp_path / "huge.pth"
+    torch.save({"a": torch.ones(4)}, path, _use_new_zipfile_serialization=False)
+    honest = path.read_bytes()
+    assert honest.count(b"K\x04") >= 2  # of the storage and of the shape
+    path.write_bytes(honest.replace(b"K\x04", b"\x8a\x06" + numel.to_bytes(6, "little")))
+    with pytest.raises(CheckpointError, match=r"huge\.pth: damaged or no PyTorch checkpoint"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "claimed"),
+    [
+        (b"{}", 2**63),
+        (b"{}", 10**6),
+        (b"[]", None),
+        (b'{"a":{"dtype":"F31","shape":[4],"data_offsets":[0,16]}}', None),
+        (b'{"a":{"dtype":"F32","shape":[4294967296,4294967296,4],"data_offsets":[0,16]}}', None),
+        (b'{"a":{"dtype":"F32","shape":[5],"data_offsets":[0,16]}}', None),
+        (b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[16,0]}}', None),
+        (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', None),
+        (
+            b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},"b":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
+            None,
+        ),
+    ],
+)
+def test_lying_safetensors_headers(tmp_path: Path, header: bytes, claimed: int | None) -> None:
+    path = tmp_path / "lie.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header) if claimed is None else claimed) + header + b"\0" * 16)
+    with pytest.raises(CheckpointError, match=r"lie\.safetensors: not a readable safetensors file"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.eye(3).to_sparse(),
+        torch.empty(2**38, device="meta"),
+        pytest.param("quantised", marks=pytest.mark.filterwarnings("ignore")),
+        pytest.param("nested", marks=pytest.mark.filterwarnings("ignore")),
+    ],
+    ids=["sparse", "a terabyte without data", "quantised", "nested"],
+)
+def test_tensors_of_other_kinds_are_refused(tmp_path: Path, tensor: Tensor | str) -> None:
+    if tensor == "quantised":
+        tensor = torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
+    elif isinstance(tensor, str):
+        tensor = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    path = tmp_path / "odd.pth"
+    torch.save({"state_dict": {"a": tensor}}, path)
+    with pytest.raises(CheckpointError, match=r"odd\.pth: tensor 'a' is .* expected plain dense tensors"):
+        load_checkpoint(path)
+
+
+def test_a_bomb_of_zeros_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.pth"
+    torch.save({"a": torch.zeros(4)}, path)
+    with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive, zipfile.ZipFile(path, "w") as out:
+        for entry in archive.infolist():
+            out.writestr(entry.filename, archive.read(entry))
+        zeros = zipfile.ZipInfo("archive/data/2")
+        zeros.compress_type = zipfile.ZIP_DEFLATED
+        with out.open(zeros, "w") as record:
+            for _ in range(256):
+                record.write(bytes(2**20))
+    assert path.stat().st_size < 2**19
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=r"bomb\.pth: record 'archive/data/2' is compressed"):
+        load_checkpoint(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
 
 
 def test_compressed_records_are_refused(tmp_path: Path) -> None:
@@ -291,3 +378,42 @@ def test_convert_keeps_what_is_needed(tmp_path: Path) -> None:
     assert relative(sequence(after), sequence(before)) == 0
     with pytest.raises(CheckpointError, match=r"expected a file name that ends in \.safetensors"):
         convert(source, tmp_path / "a.pth2")
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("arch", ["egovlp", "egovlpv2", "mfas"])
+def test_the_commands_on_every_container(
+    tmp_path: Path, container: str, arch: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = dict(tiny(tmp_path, arch).tensors)
+    path = write(tmp_path, container, {f"module.{name}": tensor for name, tensor in whole.items()})
+    name = {"egovlp": "EgoVLP", "egovlpv2": "EgoVLPv2", "mfas": "MFAS"}[arch]
+    assert main(["checkpoint", "inspect", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["network"], found["container"], found["complete"]) == (name, container, True)
+    assert found["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    out = tmp_path / "out" / "small.safetensors"
+    assert main(["checkpoint", "convert", str(path), "--out", str(out)]) == 0
+    assert f"{out}: {name}" in capsys.readouterr().out
+    kept = load_checkpoint(out).tensors
+    assert kept
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in kept.items())
+    # Again, onto itself and beside: the same bytes, and the published file's sum in them.
+    once = out.read_bytes()
+    assert main(["checkpoint", "convert", str(out)]) == 0
+    assert main(["checkpoint", "convert", str(out), "--out", str(tmp_path / "again.safetensors")]) == 0
+    assert out.read_bytes() == (tmp_path / "again.safetensors").read_bytes() == once
+    assert found["sha256"].encode() in once
+
+
+def test_commands_on_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hostile, target = tmp_path / "hostile.pth", tmp_path / "it_ran"
+    torch.save({"state_dict": {"a": torch.ones(1)}, "config": Bomb(target)}, hostile)
+    (tmp_path / "empty.pth").touch()
+    for action in ("inspect", "convert"):
+        for path in (hostile, tmp_path / "empty.pth", tmp_path / "absent.pth", tmp_path):
+            assert main(["checkpoint", action, str(path)]) == 2
+            (line,) = capsys.readouterr().err.strip().splitlines()
+            assert str(path) in line
+    assert not target.exists()
+    assert not list(tmp_path.glob("*.safetensors*"))

@@ -15,6 +15,7 @@ from tests.extract.encoders.networks import relative, sequence, tiny
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # the compiler's own
 @pytest.mark.parametrize("arch", ["egovlpv2", "mfas", "lite"])
 def test_tokens_are_those_of_the_eager_network(tmp_path: Path, arch: str) -> None:
     checkpoint = None if arch == "lite" else tiny(tmp_path, arch)
