@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,7 +42,13 @@ def main(args: Sequence[str] | None = None) -> int:
     from features import FingerprintMismatch, StoreError
 
     try:
-        return _HANDLERS[name](rest)
+        code = _HANDLERS[name](rest)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever reads what is printed, such as `head`, has enough. What is still buffered must go somewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (DatasetError, CheckpointError, ConfigError, FingerprintMismatch) as error:
         print(f"train {name}: error: {error}", file=sys.stderr)
         return 2

@@ -51,7 +51,9 @@ class Stack:
         selections = [[m for m in head.modules() if isinstance(m, Selection)] for head in heads]
         for selection, *others in zip([m for m in self._head.modules() if isinstance(m, Selection)], *selections):
             selection.ks = tuple(other.ks[0] for other in others)
-        self._noises = [module for module in self._head.modules() if isinstance(module, Noise)]
+        noises = {name: module for name, module in self._head.named_modules() if isinstance(module, Noise)}
+        self._noises = list(noises.values())
+        self._members = {f"{name}.member": torch.arange(len(heads), device=device) for name in noises}
         self.tensors = {
             name: torch.stack([head.state_dict()[name] for head in heads]) for name in heads[0].state_dict()
         }
@@ -167,7 +169,7 @@ class Stack:
     def _each(self, run: Any, tensors: Mapping[str, Tensor]) -> Any:
         """`run(head)` of every member; what it returns gains the members as first dimension."""
         caller = _Caller(self._head, run)
-        named = {f"head.{name}": tensor for name, tensor in tensors.items()}
+        named = {f"head.{name}": tensor for name, tensor in {**tensors, **self._members}.items()}
         if len(self) == 1:
             out = functional_call(caller, {name: tensor[0] for name, tensor in named.items()}, ())
             return tuple(part[None] for part in out) if isinstance(out, tuple) else out[None]

@@ -145,10 +145,12 @@ def _train_free(
 def plan_crews(configs: Sequence[Config], place: Path) -> list[tuple[Path, list[Config]]]:
     """The file and the members of every crew that is still to train: first those that were interrupted."""
     by_name = {config.run.dir.name: config for config in configs}
-    crews, waiting = [], {config.run.dir.name for config in configs if not _finished(config)}
+    waiting = {config.run.dir.name for config in configs if not _finished(config) and not _owned(config)}
+    crews = []
     for path in sorted(place.glob("*.json")):
         names = json.loads(path.read_text(encoding="utf-8"))
-        if path.with_suffix(".pt").exists() and set(names) <= by_name.keys() and waiting & set(names):
+        left = {name for name in names if name in by_name and not _finished(by_name[name])}
+        if path.with_suffix(".pt").exists() and set(names) <= by_name.keys() and left and left <= waiting:
             crews.append((path.with_suffix(".pt"), [by_name[name] for name in names]))
             waiting -= set(names)
     shapes: dict[str, list[Config]] = {}
@@ -176,6 +178,11 @@ def _shape(config: Config) -> str:
             if f"{section}.{option}" not in STACKED
         ]
     )
+
+
+def _owned(config: Config) -> bool:
+    owner = lease.owner_of(lease.lease_path(config.run.dir, 0))
+    return owner is not None and owner.may_live()
 
 
 def _finished(config: Config) -> bool:

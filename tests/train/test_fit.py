@@ -14,7 +14,8 @@ import yaml
 from safetensors.torch import load_file
 
 from configs.schema import Config, ConfigError
-from features import FingerprintMismatch, StoreError
+from features import FingerprintMismatch, ShardOwned, StoreError, lease
+from features.derive import derive
 from tests.train.tiny import FIELDS, losses, with_run, write_tiny
 from train import crew
 from train.__main__ import main
@@ -78,8 +79,11 @@ def test_same_seed_same_losses_and_weights(tiny: Config) -> None:
     assert losses(third.run.dir) != losses(tiny.run.dir)
 
 
-@pytest.mark.parametrize("step", [1, 12, 16, 23])
-def test_killed_and_resumed_gives_the_same_trace(tiny: Config, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+@pytest.mark.parametrize(("step", "accumulate"), [(1, 1), (12, 1), (16, 1), (23, 1), (7, 3)])
+def test_killed_and_resumed_gives_the_same_trace(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, step: int, accumulate: int
+) -> None:
+    tiny = with_run(tiny, "psa", train_accumulate=accumulate, train_ema=0.8 if accumulate > 1 else 0.0)
     undisturbed = with_run(tiny, "undisturbed")
     fit(undisturbed, "x")
     real = crew.Crew.learn
@@ -119,9 +123,71 @@ def test_signal_saves_the_place_within_an_epoch(tiny: Config, monkeypatch: pytes
     assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
 
 
+def test_signal_between_accumulated_batches_loses_none(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = with_run(tiny, "psa", train_accumulate=3, train_ema=0.8, head_scores=("question", "random"))
+    undisturbed = with_run(tiny, "undisturbed")
+    fit(undisturbed, "x")
+    real = crew.Crew.learn
+
+    def interrupted(self: crew.Crew, batch: Batch, last: bool) -> None:
+        real(self, batch, last)
+        if self.place == (1, 5):  # two batches after a step
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(crew.Crew, "learn", interrupted)
+    with pytest.raises(Stopped):
+        fit(tiny, "x")
+    assert len(torch.load(tiny.run.dir / "last.pt", weights_only=True)["stack"]["held"]) == 2
+    monkeypatch.setattr(crew.Crew, "learn", real)
+    fit(tiny, "x")
+    assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
+    here, there = (load_file(c.run.dir / "best.safetensors") for c in (tiny, undisturbed))
+    assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+def test_training_stops_when_val_has_not_improved_for_so_long(tiny: Config) -> None:
+    patient, plain_run = with_run(tiny, "patient", train_epochs=12, train_patience=2, train_lr=1e-6), tiny
+    fit(patient, "x")
+    events = [json.loads(line) for line in (patient.run.dir / "log.jsonl").read_text().splitlines()]
+    vals = [event["all"] for event in events if event["event"] == "val"]
+    best = vals.index(max(vals))
+    assert len(vals) == min(12, best + 1 + 2)
+    assert len(vals) < 12
+    assert json.loads((patient.run.dir / "card.json").read_text())["best_epoch"] == best + 1
+    fit(plain_run, "x")
+    assert len(losses(plain_run.run.dir)) == 24
+
+
+def test_a_derived_store_gives_the_trace_of_its_parent(tiny: Config, tmp_path: Path) -> None:
+    by_saliency = with_run(tiny, "full", head_scores=("saliency",), head_ratio=0.25, head_coarse=False)
+    derive(tiny.store.path, tmp_path / "small", keep=0.25, by="saliency")
+    small = with_run(by_saliency, "small", store_path=tmp_path / "small")
+    whole, part = fit(by_saliency, "x"), fit(small, "x")
+    # Kept patches lie in another order there, so that sums are rounded otherwise.
+    np.testing.assert_allclose(losses(small.run.dir), losses(by_saliency.run.dir), rtol=1e-4)
+    assert part.all.accuracy == pytest.approx(whole.all.accuracy, abs=2)
+    with np.load(small.run.dir / "selection.npz") as here, np.load(by_saliency.run.dir / "selection.npz") as there:
+        assert np.array_equal(here["kept"], there["kept"])
+    # Its prior looks at true places.
+    with_prior = with_run(small, "prior", head_scores=("saliency", "prior"), head_growth=True, train_epochs=1)
+    fit(with_prior, "x")
+    assert load_file(with_prior.run.dir / "best.safetensors")["prior"].shape == (12,)
+    with pytest.raises(ConfigError, match=r"head\.ratio 0\.5 with .* keeps 6 of 12 patches a frame, but the store"):
+        fit(with_run(small, "more", head_ratio=0.5), "x")
+    with pytest.raises(ConfigError, match=r"head\.coarse is true but the store holds 3 of 12 patches"):
+        fit(with_run(small, "coarse", head_coarse=True), "x")
+
+
+def test_a_folder_in_another_process_s_hands_is_refused(tiny: Config) -> None:
+    with lease.hold(tiny.run.dir, 0), pytest.raises(ShardOwned, match="is owned by process"):
+        fit(tiny, "x")
+    fit(tiny, "x")
+
+
 @pytest.mark.slow
 def test_sigkill_of_the_process_and_resume(tiny: Config, tmp_path: Path) -> None:
     """The same with a real process and a real SIGKILL, wherever that falls."""
+    tiny = with_run(tiny, "psa", train_accumulate=2, train_ema=0.9, train_epochs=6)
     undisturbed = with_run(tiny, "undisturbed")
     fit(undisturbed, "x")
     path = tmp_path / "c.yaml"

@@ -1,5 +1,6 @@
 """Sweeps: members equal to runs of their own, one reading, resumable, refusals."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from configs.schema import Config, ConfigError
+from features import lease
 from tests.train.tiny import losses, with_run
 from train import crew
 from train.batches import Batch
@@ -95,3 +97,47 @@ def test_nothing_to_vary_and_bad_values(tiny: Config, capsys: pytest.CaptureFixt
     assert "head.ratio" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"--name is '\.\./x'; expected letters"):
         run_sweep(tiny, ratios=[0.5], name="../x")
+
+
+def test_members_in_another_process_s_hands_are_left_to_it(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny.run.dir.parent / "sweeps" / "shared"
+    with lease.hold(folder / "ratio-0.5", 0):
+        result = json.loads(run_sweep(tiny, ratios=[0.25, 0.5], name="shared").read_text())
+    assert (result["planned"], result["trained"], len(result["members"])) == (2, 1, 1)
+    assert "1 members are left to their owners" in capsys.readouterr().out
+    result = json.loads(run_sweep(tiny, ratios=[0.25, 0.5], name="shared").read_text())
+    assert (result["trained"], len(result["members"])) == (1, 2)
+    assert not list((folder / "crews").iterdir())
+
+
+def test_disk_residency_reads_once_for_crews_of_other_shapes(tiny: Config, tmp_path: Path) -> None:
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("head.coarse: [true, false]\n")
+    on_disk = with_run(tiny, "psa", train_residency="disk", train_epochs=1)
+    one = json.loads(run_sweep(on_disk, ratios=[0.5], name="one").read_text())
+    two = json.loads(run_sweep(on_disk, grid=grid, name="two").read_text())
+    # Each head measures its inputs on the same few clips; what it trains on is read once for both.
+    assert two["trained"] == 2
+    assert two["bytes_read"] < 1.6 * one["bytes_read"]
+
+
+def test_results_have_intervals_and_comparisons(tiny: Config) -> None:
+    path = run_sweep(tiny, ratios=[0.25, 1.0], seeds=[0, 1], name="results")
+    result = json.loads(path.read_text())
+    assert [(point["ratio"], point["seeds"]) for point in result["points"]] == [(0.25, [0, 1]), (1.0, [0, 1])]
+    for point in result["points"]:
+        of_seeds = [member["all"] for member in result["members"] if member["ratio"] == point["ratio"]]
+        assert point["all"]["mean"] == pytest.approx(np.mean(of_seeds))
+        assert point["all"]["low"] <= point["all"]["mean"] <= point["all"]["high"]
+        assert point["all"]["n"] == point["open"]["n"] + point["binary"]["n"] == 64
+    (pair,) = result["comparisons"]
+    assert pair["difference"] == pytest.approx(result["points"][1]["all"]["mean"] - result["points"][0]["all"]["mean"])
+    assert 0 < pair["p"] <= 1
+    with (path.parent / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["head.ratio"], row["seeds"], row["all_n"]) for row in rows] == [
+        ("0.25", "2", "64"),
+        ("1.0", "2", "64"),
+    ]
+    assert float(rows[0]["all_low"]) == pytest.approx(result["points"][0]["all"]["low"], abs=1e-3)
+    assert (path.parent / "sweep.png").read_bytes().startswith(b"\x89PNG")

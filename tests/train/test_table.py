@@ -1,6 +1,8 @@
 """The table: order, averages over seeds, exact keys, and nothing silently skipped."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from tests.train.fake_runs import write_run, write_sweep
 from train.results import TableError, gather
 from train.table import notices, write_table
 
+ROOT = Path(__file__).parents[2]
 KEYS = ["model", "split", "open", "binary", "all", "n", "checkpoint", "log"]
 
 
@@ -165,3 +168,13 @@ def test_questions_about_quarantined_clips_are_counted(tmp_path: Path) -> None:
     (run / "test.json").write_text(json.dumps(test))
     write_table(tmp_path)
     assert "Up to 7 test questions are about quarantined clips" in (tmp_path / "table.md").read_text()
+
+
+def test_a_reader_that_has_enough_is_no_fault(tmp_path: Path) -> None:
+    for seed in range(200):  # more than a pipe holds
+        write_run(tmp_path, f"psa_{seed}", config={"head": {"ratio": 0.001 * (seed + 1)}})
+    command = f"{sys.executable} -m train table --run.table {tmp_path} | head -n 1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "# Results\n"
+    assert "Traceback" not in done.stderr
+    assert "Broken pipe" not in done.stderr

@@ -15,15 +15,19 @@ class Noise(nn.Module):
 
     Attributes:
         keys: one for each member of the stack that the head is run in.
+        member: scalar, which of them this is. Within a stack it tells `vmap` that the numbers are each member's own.
     """
+
+    member: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.keys: tuple[int, ...] = (0,)
+        self.register_buffer("member", torch.zeros(()), persistent=False)
 
     def forward(self, like: Tensor) -> Tensor:
         """float32 in the shape of `like`."""
-        return _Draw.apply(like.detach(), self.keys)
+        return _Draw.apply(like.detach(), self.member, self.keys)
 
 
 class Dropout(Noise):
@@ -56,7 +60,7 @@ class _Draw(torch.autograd.Function):
     generate_vmap_rule = False
 
     @staticmethod
-    def forward(like: Tensor, keys: tuple[int, ...]) -> Tensor:
+    def forward(like: Tensor, member: Tensor, keys: tuple[int, ...]) -> Tensor:
         (key,) = keys
         return _uniform(like.shape, key, like.device)
 
@@ -65,11 +69,13 @@ class _Draw(torch.autograd.Function):
         ctx.mark_non_differentiable(output)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[None, None]:
-        return None, None
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, None, None]:
+        return None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, None], like: Tensor, keys: tuple[int, ...]) -> tuple[Tensor, int]:
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], like: Tensor, member: Tensor, keys: tuple[int, ...]
+    ) -> tuple[Tensor, int]:
         shape = list(like.shape)
         if in_dims[0] is not None:
             del shape[in_dims[0]]

@@ -1,0 +1,213 @@
+"""A stack of heads: its members are what they are alone; steps, averages, clipping and noise are each member's own."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from configs.schema import HeadConfig, TrainConfig
+from tests.train.test_psa import CONFIG, SIZES, make_batch
+from train.batches import Batch
+from train.heads import PSA, Pooled, QuestionOnly
+from train.heads.noise import Dropout, mix
+from train.heads.selection import Selection, keep_largest
+from train.optim import learning_rate
+from train.stack import Stack, deterministic
+
+TRAIN = TrainConfig(lr=3e-3, warmup=0.0, label_smoothing=0.1)
+CPU = torch.device("cpu")
+
+
+def make_head(config: HeadConfig, seed: int, kind: type = PSA) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    head = kind(config, SIZES)
+    batch = make_batch()
+    if hasattr(head, "measure"):
+        head.measure(batch.tokens)
+    return head
+
+
+def make(ratios: tuple[float, ...], seeds: tuple[int, ...], train: TrainConfig = TRAIN, **changes: object) -> Stack:
+    config = dataclasses.replace(CONFIG, **changes)  # type: ignore[arg-type]
+    heads = [make_head(dataclasses.replace(config, ratio=r), s) for r, s in zip(ratios, seeds, strict=True)]
+    return Stack(heads, seeds, train, 20, CPU)
+
+
+def trace(stack: Stack, batches: int = 6) -> list[list[float]]:
+    told = [stack.learn(make_batch(seed=seed)) for seed in range(batches)]
+    return [[member["loss"] for member in step] for step in told if step is not None]
+
+
+@pytest.mark.parametrize("changes", [{}, {"scores": ("random",)}, {"growth": True}, {"coarse": False}])
+def test_members_learn_what_they_learn_alone(changes: dict[str, object]) -> None:
+    ratios, seeds = (0.1, 0.5, 1.0), (3, 3, 4)
+    together = make(ratios, seeds, **changes)
+    found = torch.tensor(trace(together))
+    for member, (ratio, seed) in enumerate(zip(ratios, seeds, strict=True)):
+        alone = make((ratio,), (seed,), **changes)
+        torch.testing.assert_close(found[:, member], torch.tensor(trace(alone))[:, 0], rtol=1e-4, atol=1e-4)
+        classes, kept = alone.answer(make_batch(), 0)
+        many, masks = together.answer(make_batch(), 0)
+        assert torch.equal(many[member], classes[0])
+        assert kept is not None
+        assert masks is not None
+        assert (masks[member] == kept[0]).float().mean() > 0.99  # near ties may fall either way
+
+
+@pytest.mark.parametrize("kind", [Pooled, QuestionOnly])
+def test_other_light_heads_stack_too(kind: type) -> None:
+    heads = [make_head(CONFIG, seed, kind) for seed in (0, 1)]
+    found = trace(Stack(heads, (0, 1), TRAIN, 20, CPU))
+    for member in (0, 1):
+        alone = trace(Stack([make_head(CONFIG, member, kind)], (member,), TRAIN, 20, CPU))
+        assert [step[member] for step in found] == pytest.approx([step[0] for step in alone], rel=1e-4)
+
+
+def test_dense_selection_of_a_stack_is_select_attend() -> None:
+    """Outputs and every gradient, with a scale and patches that are left out."""
+    g = torch.Generator().manual_seed(0)
+    batch, ks = make_batch(), (1, 9, 35)
+    assert batch.tokens is not None
+    tokens = batch.tokens.patches
+    clips, frames, patches, width = tokens.shape
+    scale = torch.rand(clips, frames, patches, generator=g)
+    bias = torch.randn(3, clips, frames, patches, generator=g)
+    bias[:, :, :, :20] = -torch.inf
+    leaves = [torch.randn(3, 11, 2, width, generator=g), torch.randn(3, 11, width, generator=g), bias]
+    selection = Selection(1, "reference")
+    selection.ks = ks
+    results = []
+    for dense in (True, False):
+        queries, selector, prior = (leaf.clone().requires_grad_() for leaf in leaves)
+        if dense:
+            parts = selection.each(tokens, batch.clip_index, queries, selector, prior, scale)
+        else:
+            of_each = [
+                selection.one(tokens, batch.clip_index, queries[m], selector[m], prior[m], scale, k)
+                for m, k in enumerate(ks)
+            ]
+            parts = tuple(torch.stack(part) for part in zip(*of_each, strict=True))
+        pooled, lse, kept = parts
+        (pooled.sin().sum() + lse.cos().sum()).backward()
+        results.append((pooled, lse, kept, queries.grad, selector.grad, prior.grad))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_ties_go_to_the_lowest_patch() -> None:
+    scores = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0], [3.0, 3.0, 3.0, 3.0, 3.0]])
+    assert keep_largest(scores, 2).tolist() == [[False, True, True, False, False], [True, True, False, False, False]]
+
+
+def test_accumulated_batches_are_one_step() -> None:
+    accumulate = make((0.5,), (0,), dataclasses.replace(TRAIN, accumulate=2), dropout=0.0)
+    whole = make((0.5,), (0,), dropout=0.0)
+    first, second = make_batch(seed=1), make_batch(seed=2)
+    assert accumulate.learn(first) is None
+    step = accumulate.learn(second)
+    assert step is not None
+    loss, gradients = 0.0, {}
+    for batch in (first, second):
+        alone = make((0.5,), (0,), dropout=0.0)
+        told = alone.learn(batch)
+        assert told is not None
+        loss += told[0]["loss"] / 2
+    assert step[0]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert accumulate.step == 1
+    # An epoch's last batch makes a step with what there is.
+    assert accumulate.learn(first, last=True) is not None
+    assert whole.learn(first) is not None
+    assert gradients == {}
+
+
+def test_average_follows_the_weights_and_answers() -> None:
+    averaged, plain = make((0.5,), (0,), dataclasses.replace(TRAIN, ema=0.5)), make((0.5,), (0,))
+    name = "classify.5.weight"
+    expected = plain.weights(0)[name].clone()
+    for seed in range(4):
+        averaged.learn(make_batch(seed=seed))
+        plain.learn(make_batch(seed=seed))
+        expected.lerp_(plain.weights(0)[name], 0.5)
+    torch.testing.assert_close(averaged.weights(0)[name], expected)
+    weights = averaged.weights(0)
+    plain.load_weights(0, weights)
+    assert torch.equal(averaged.answer(make_batch(), 0)[0], plain.answer(make_batch(), 0)[0])
+
+
+def test_gradients_are_clipped_member_by_member() -> None:
+    stack = make((0.5, 0.5), (0, 0))
+    for tensor in stack.tensors.values():
+        if tensor.requires_grad:
+            tensor.grad = torch.ones_like(tensor)
+            tensor.grad[1] *= 1e-4
+    norms = stack._clip(1)
+    of_first = sum(t.grad[0].square().sum() for t in stack.tensors.values() if t.grad is not None).sqrt()
+    of_second = sum(t.grad[1].square().sum() for t in stack.tensors.values() if t.grad is not None).sqrt()
+    assert float(of_first) == pytest.approx(1, rel=1e-3)
+    assert float(of_second) == pytest.approx(float(norms[1]), rel=1e-3)
+    assert norms[1] < 1
+
+
+@pytest.mark.parametrize("held", [0, 1])
+def test_state_goes_on_exactly(held: int) -> None:
+    train = dataclasses.replace(TRAIN, ema=0.9, accumulate=2)
+    batches = [make_batch(seed=seed) for seed in range(9)]
+
+    def run(stack: Stack, part: list[Batch]) -> list[float]:
+        return [told[0]["loss"] for batch in part if (told := stack.learn(batch)) is not None]
+
+    undisturbed = make((0.25, 0.5), (0, 1), train)
+    expected = run(undisturbed, batches)
+    stopped, later = make((0.25, 0.5), (0, 1), train), make((0.25, 0.5), (7, 8), train)
+    losses = run(stopped, batches[: 4 + held])
+    later.seeds = stopped.seeds
+    later.load_state({**stopped.state()})
+    assert losses + run(later, batches[4 + held :]) == expected
+    for name, tensor in undisturbed.weights(1).items():
+        assert torch.equal(tensor, later.weights(1)[name]), name
+
+
+def test_noise_is_of_seed_step_and_place() -> None:
+    drop = Dropout(0.5).train()
+    x = torch.ones(1000)
+    drop.keys = (mix(0, 1, 2),)
+    first = drop(x)
+    assert torch.equal(first, drop(x))
+    assert abs(float(first.mean()) - 1) < 0.15
+    for other in ((1, 1, 2), (0, 2, 2), (0, 1, 3)):
+        drop.keys = (mix(*other),)
+        assert 0.4 < float((drop(x) == first).float().mean()) < 0.6
+    assert torch.equal(drop.eval()(x), x)
+
+
+def test_bfloat16_is_near_float32() -> None:
+    low, full = make((0.25,), (0,), dataclasses.replace(TRAIN, dtype="bfloat16")), make((0.25,), (0,))
+    one, other = torch.tensor(trace(low)), torch.tensor(trace(full))
+    assert not torch.equal(one, other)
+    torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
+
+
+def test_deterministic_mode_is_set_inside_and_left_after() -> None:
+    with deterministic(True):
+        assert torch.are_deterministic_algorithms_enabled()
+        trace(make((0.1, 0.5), (0, 1)), 2)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_rate_rises_then_falls_to_zero() -> None:
+    train = TrainConfig(lr=1.0, warmup=0.25)
+    rates = [learning_rate(step, 20, train) for step in range(20)]
+    assert rates[:5] == sorted(rates[:5])
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert max(rates) == 1.0
+    assert 0 < rates[-1] < 0.02
+
+
+def test_weights_of_another_head_are_refused() -> None:
+    stack = make((0.5,), (0,))
+    weights: dict[str, Tensor] = dict(stack.weights(0))
+    with pytest.raises(ValueError, match="prior is on one side alone"):
+        stack.load_weights(0, {name: t for name, t in weights.items() if name != "prior"})
+    with pytest.raises(ValueError, match=r"prior is \(3,\), expected \(35,\)"):
+        stack.load_weights(0, {**weights, "prior": torch.zeros(3)})
