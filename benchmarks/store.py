@@ -3,7 +3,8 @@
     python benchmarks/store.py [--clips 448] [--rounds 5] [--folder FOLDER] [--out benchmarks/results/store.json]
 
 Clips are EgoVLPv2's (16 x 196 x 768, float16, 4.8 MB); 448 of them are 2.2 GB. Every contender reads the same clips in
-the same shuffled order, in the same run, taking turns. Exit code 1 where a figure to reach is missed.
+the same shuffled order, in the same run, taking turns. Codecs are tried on bfloat16 clips of normal values with a size
+of its own for each channel. Exit code 1 where a figure to reach is missed.
 """
 
 import argparse
@@ -31,7 +32,8 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
-from features import ArraySpec, Fingerprint, Store, StoreSpec, create_store, open_store  # noqa: E402
+from features import Fingerprint, Store, StoreSpec, create_store, open_store, read_ahead  # noqa: E402
+from features.formats import FORMATS  # noqa: E402
 from features.verify import verify  # noqa: E402
 
 SHAPE = (16, 196, 768)
@@ -40,6 +42,8 @@ SHARD = 64
 BATCH = 16
 SPEC = StoreSpec.for_patches(16, (14, 14), 768, "float16", SHARD)
 FINGERPRINT = Fingerprint({"made_for": "benchmarks/store.py"})
+CODEC_CLIPS = 16
+MEMORY_CLIPS = 2000
 Reader = Callable[[list[int]], None]
 
 
@@ -81,6 +85,15 @@ def ours(store: Store, threads: int) -> Reader:
     return read
 
 
+def ours_ahead(store: Store, threads: int) -> Reader:
+    def read(order: list[int]) -> None:
+        batches = ([f"clip{n}" for n in order[first : first + BATCH]] for first in range(0, len(order), BATCH))
+        for _ in read_ahead(store, batches, threads=threads):
+            pass
+
+    return read
+
+
 def contenders(folder: Path, clips: int) -> dict[str, Reader]:
     """What reads; each but zarr-python, h5py and safetensors, which bring their own memory, fills the same buffers."""
     cores = os.cpu_count() or 1
@@ -115,6 +128,7 @@ def contenders(folder: Path, clips: int) -> dict[str, Reader]:
         "h5py": plain_h5py,
         **{f"{name}, 1 thread": ours(store, 1) for name, store in stores.items()},
         **{f"{name}, {cores} threads": ours(store, cores) for name, store in stores.items()},
+        **{f"{name}, read ahead": ours_ahead(store, cores) for name, store in stores.items()},
     }
 
 
@@ -165,24 +179,52 @@ def measure(folder: Path, clips: int, rounds: int) -> dict:
     }
 
 
+def codecs(folder: Path) -> dict[str, dict[str, float]]:
+    """What each codec makes of bfloat16 tokens: memory over disk, and GB/s of writing and of reading by one thread."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.rand(SHAPE[-1], generator=generator)
+    names = [f"clip{n}" for n in range(CODEC_CLIPS)]
+    rows = {name: {**clip_rows(0), "patches": torch.randn(SHAPE, generator=generator) * sizes} for name in names}
+    found = {}
+    for format_name, files in FORMATS.items():
+        for codec in files.codecs:
+            spec = StoreSpec.for_patches(16, (14, 14), 768, "bfloat16", SHARD, codec=codec)
+            store = create_store(folder / f"{format_name}_{codec}", spec, FINGERPRINT, names, format_name)
+            started = time.perf_counter()
+            store.write_shard(0, rows, dict.fromkeys(names, "random"))
+            wrote = time.perf_counter() - started
+            buffers = store.buffers(CODEC_CLIPS)
+            started = time.perf_counter()
+            store.read(names, out=buffers)
+            read = time.perf_counter() - started
+            gb = CODEC_CLIPS * store.row_bytes / 1e9
+            found[f"{format_name}, {codec}"] = {
+                "ratio": store.compression_ratio,
+                "write_gb_s": gb / wrote,
+                "read_gb_s": gb / read,
+            }
+    return found
+
+
 def memory(folder: Path, clips: int) -> dict[str, list[float]]:
-    """Resident MB of this process while it writes `clips` small clips (0.6 MB each), and while it reads them."""
-    spec = StoreSpec("patches", (ArraySpec("patches", (2, 196, 768), "float16"), SPEC.array("cls")), SHARD)
+    """Resident MB of this process while it writes `clips` small clips (0.6 MB each), reads them and verifies them."""
+    spec = StoreSpec.for_patches(2, (14, 14), 768, "float16", SHARD)
     names = [f"clip{n}" for n in range(clips)]
     store = create_store(folder / "memory", spec, FINGERPRINT, names)
     process = psutil.Process()
-    while_writing, while_reading = [], []
+    while_writing, while_reading, while_verifying = [], [], []
     for work in store.missing_shards():
         store.write_shard(work.shard, {n: clip_rows(1, spec) for n in work.ids}, dict.fromkeys(work.ids, "random"))
         while_writing.append(process.memory_info().rss / 1e6)
     store = open_store(store.path)
-    out: dict[str, torch.Tensor] = {}
     random.Random(0).shuffle(names)
-    for first in range(0, clips, BATCH):
-        out = store.read_arrays(names[first : first + BATCH])
+    batches = [names[first : first + BATCH] for first in range(0, clips, BATCH)]
+    for batch, tokens in zip(batches, read_ahead(store, batches), strict=True):
+        assert len(tokens.cls) == len(batch)
         while_reading.append(process.memory_info().rss / 1e6)
-    assert out
-    return {"writing_mb": while_writing, "reading_mb": while_reading}
+    report = verify(store.path, on_bytes=lambda *_: while_verifying.append(process.memory_info().rss / 1e6))
+    assert report.ok
+    return {"writing_mb": while_writing, "reading_mb": while_reading, "verifying_mb": while_verifying}
 
 
 def growth(megabytes: list[float]) -> float:
@@ -197,7 +239,7 @@ def machine() -> dict[str, object]:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    packages = ("torch", "numpy", "zarr", "h5py", "safetensors", "google-crc32c")
+    packages = ("torch", "numpy", "zarr", "numcodecs", "h5py", "safetensors", "google-crc32c")
     return {
         "cpu": model,
         "cores": os.cpu_count(),
@@ -215,17 +257,20 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="on the disk to measure; needs 4 times the clips' size")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "store.json")
+    parser.add_argument("--memory-clips", type=int, default=MEMORY_CLIPS, help="small clips of the memory test")
     parser.add_argument("--memory", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
-        print(json.dumps(memory(options.memory, 2000)))
+        print(json.dumps(memory(options.memory, options.memory_clips)))
         return 0
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         results: dict = {"machine": machine(), "clips": options.clips, "gb": options.clips * CLIP_BYTES / 1e9}
         results["write_gb_s"] = write(folder, options.clips)
         results |= measure(folder, options.clips, options.rounds)
-        child = [sys.executable, __file__, "--memory", str(folder)]  # a process of its own, so that nothing else counts
+        results["codecs"] = codecs(folder)
+        # A process of its own, so that nothing else counts.
+        child = [sys.executable, __file__, "--memory", str(folder), "--memory-clips", str(options.memory_clips)]
         results["memory"] = json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout)
     warm = results["warm_gb_s"]
     best = {name: max(warm[key] for key in warm if key.startswith(f"{name}, ")) for name in ("zarr", "hdf5")}
@@ -252,6 +297,9 @@ def main() -> int:
         print(f"{key:20} warm {speed:6.2f} GB/s   cold {results['cold_gb_s'][key]:6.2f} GB/s")
     for key, speed in results["write_gb_s"].items():
         print(f"{key:20} write {speed:5.2f} GB/s")
+    for key, entry in results["codecs"].items():
+        speeds = f"write {entry['write_gb_s']:.2f} GB/s, read {entry['read_gb_s']:.2f} GB/s"
+        print(f"{key:20} {entry['ratio']:.2f} times smaller in bfloat16, {speeds}")
     for key, entry in results["reached"].items():
         limit = f"at least {entry['to_reach']}" if "to_reach" in entry else f"at most {entry['at_most']}"
         print(f"{'ok  ' if entry['ok'] else 'MISS'} {key}: {entry['reached']:.2f} ({limit})")
