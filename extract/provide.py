@@ -51,7 +51,8 @@ class Need:
 
     def unpacked(self) -> bool:
         """Whether the archive's folders are there, whole."""
-        return any(folder.is_dir() for folder in self.held) and _read_record(self).get("complete") is not False
+        there = any(folder.is_dir() and any(folder.iterdir()) for folder in self.held)
+        return there and _read_record(self).get("complete") is not False
 
 
 @dataclass(frozen=True)
@@ -244,23 +245,28 @@ def _one(need: Need, lock: Lock, offline: bool, size: int | None, meter: Meter, 
     else:
         with meter(need.name, size) as progress:
             fetch(need.link, need.file, None if locked is None else locked.sha256, progress)
-        outcome = _record(need, lock, need.link, "fetched")
-    if need.folder is None or not outcome.good:
+        outcome = _seen(need, lock, "fetched")
+    if not outcome.good:
         return outcome
-    if _read_record(need).get("sha256") != outcome.sha256 or not need.unpacked():
+    if need.folder is not None and (_read_record(need).get("sha256") != outcome.sha256 or not need.unpacked()):
         _unpack(need, outcome.sha256, say)
+    if locked is None:  # only now: an archive that cannot be unpacked is not what everybody should have
+        assert outcome.sha256 is not None
+        assert outcome.size is not None
+        origin = need.link if outcome.state == "fetched" and need.link is not None else BY_HAND
+        lock.record(need.name, Locked(outcome.sha256, outcome.size, origin))
     return outcome
 
 
 def _check(need: Need, lock: Lock, link: str | None) -> Outcome:
-    """A file that is there, against the lock; without a record, against the link's size, and then it is locked."""
+    """A file that is there, against the lock, or where it is not locked yet, against the link's size."""
     locked = lock.get(need.name)
     if locked is None:
         size, announced = need.file.stat().st_size, None if link is None else remote_size(link)
         if announced is not None and announced != size:
             message = f"{need.file}: has {size} bytes and {link} has {announced}; delete it, and this fetches it again"
             return Outcome(need, "failed", message)
-        return _record(need, lock, BY_HAND, "locked")
+        return _seen(need, lock, "locked")
     sha256 = pooch.file_hash(str(need.file))
     if sha256 != locked.sha256:
         return Outcome(
@@ -272,13 +278,11 @@ def _check(need: Need, lock: Lock, link: str | None) -> Outcome:
     return Outcome(need, "there", "as locked", locked.size, sha256)
 
 
-def _record(need: Need, lock: Lock, origin: str, state: State) -> Outcome:
-    """Lock a file that is there, unless it is locked already."""
+def _seen(need: Need, lock: Lock, state: State) -> Outcome:
+    """A file that is there and good, with its hash: pooch has checked it where it was locked."""
     entry = lock.get(need.name)
-    if entry is None:
-        entry = Locked(pooch.file_hash(str(need.file)), need.file.stat().st_size, origin)
-        lock.record(need.name, entry)
-    return Outcome(need, state, f"locked in {lock.path}", entry.size, entry.sha256)
+    sha256 = pooch.file_hash(str(need.file)) if entry is None else entry.sha256
+    return Outcome(need, state, f"locked in {lock.path}", need.file.stat().st_size, sha256)
 
 
 def _unpacked_without_archive(need: Need, locked: Locked | None) -> Outcome:

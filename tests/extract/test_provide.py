@@ -183,6 +183,7 @@ def test_an_archive_that_means_harm_is_not_unpacked(published: Published, capsys
     assert "leaves the folder" in capsys.readouterr().out
     assert not (published.root / "data/qa_videos").exists()
     assert states(published, capsys)[1]["egotaskqa/qa_videos.tgz"] == "failed"
+    assert "egotaskqa/qa_videos.tgz" not in published.lock
 
 
 def test_an_archive_of_something_else(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,10 +224,13 @@ def test_what_was_put_there_by_hand_must_be_as_long_as_the_link_says(
 
 
 def test_folders_put_there_by_hand_need_no_archive(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
-    (published.root / "data/qa").mkdir(parents=True)
+    (published.root / "data/qa/direct").mkdir(parents=True)
+    (published.root / "data/qa_videos").mkdir()  # empty: not there
     assert main(published.args) == 0
     assert "put there by hand; doctor checks them" in capsys.readouterr().out
-    assert not any(asked.path == "/Data.tgz" for asked in published.server.asked)
+    asked = {asked.path for asked in published.server.asked}
+    assert "/Data.tgz" not in asked
+    assert "/qa_videos.tgz" in asked
 
 
 def test_no_direct_link(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
