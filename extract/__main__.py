@@ -15,12 +15,12 @@ from extract.encoders import CheckpointError
 from features import FingerprintMismatch, StoreError
 
 COMMANDS = {
-    "data": "get the archives, checkpoints and tokenizers that the config needs",
     "plan": "say what a run would do: clips, bytes, time, refusals",
     "run": "encode every clip and question that the store misses",
     "status": "say how far the store has come",
     "retry": "try the quarantined clips again",
     "doctor": "check the annotations and look for every video; exits with 1 on faults",
+    "data": "get the archives, checkpoints and tokenizers that the config needs",
     "standin": "write a tiny random-weight checkpoint and tokenizer where the config expects them",
     "synth": "render EgoSynth, the synthetic set in EgoTaskQA's layout",
     "checkpoint": "inspect or convert a checkpoint file",
@@ -259,12 +259,12 @@ def _checkpoint(args: Sequence[str]) -> int:
 
 
 _HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
-    "data": _data,
     "plan": _plan,
     "run": _run,
     "status": _status,
     "retry": _retry,
     "doctor": _doctor,
+    "data": _data,
     "standin": _standin,
     "synth": _synth,
     "checkpoint": _checkpoint,
