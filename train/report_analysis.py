@@ -9,6 +9,7 @@ import numpy as np
 
 from configs.schema import Config
 from extract.datasets import Clip, DatasetError, Question, load_dataset
+from extract.encoders import find_network
 from train import report_examples as examples
 from train.metrics import PredictionError, normalise, read_predictions
 from train.report_sources import Selection, SourceError, Sweep, read_selection
@@ -256,7 +257,8 @@ def build_examples(
         clips={q: questions.by_id[q].clip_id for q in own.right},
     )
     asked = [questions.by_id[question] for _, question in chosen]
-    shown = examples.pictures([questions.clips[question.clip_id] for question in asked], config.video)
+    clips = [questions.clips[question.clip_id] for question in asked]
+    shown = examples.pictures(clips, config.video, find_network(config.encoder.arch).transform)
     result = []
     for (kind, _), question, (pictures, missing) in zip(chosen, asked, shown):
         answers = [

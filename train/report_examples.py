@@ -7,8 +7,10 @@ as vectors, so that one picture serves every selection ratio.
 import base64
 import io
 import random
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +22,7 @@ from extract.datasets import Clip, Question
 
 if TYPE_CHECKING:
     from extract.decode import PreparedClip
+    from extract.transforms import Transform
 
 PICTURE_SIDE = 224
 MAX_FRAMES = 8
@@ -149,7 +152,7 @@ def shown_frames(frames: int) -> list[int]:
     return [int((i + 0.5) * frames / MAX_FRAMES) for i in range(MAX_FRAMES)]
 
 
-def prepare_picture(clip: Clip, video: VideoConfig) -> "PreparedClip":
+def prepare_picture(clip: Clip, video: VideoConfig, transform: "Transform") -> "PreparedClip":
     """Decode a clip's frames and crop them as for the encoder, but keep them viewable. Runs in a decoder child.
 
     Returns:
@@ -163,18 +166,22 @@ def prepare_picture(clip: Clip, video: VideoConfig) -> "PreparedClip":
     from extract.transforms import crop_and_resize
     from extract.video import read_frames
 
+    started = time.perf_counter()
     decoded = read_frames(clip, video)
-    return PreparedClip(clip, crop_and_resize(decoded.frames, PICTURE_SIDE).numpy(), decoded.timestamps, "")
+    shown = crop_and_resize(decoded.frames, PICTURE_SIDE, transform).numpy()
+    return PreparedClip(clip, shown, decoded.timestamps, "", time.perf_counter() - started)
 
 
-def pictures(clips: Sequence[Clip], video: VideoConfig) -> Iterator[tuple[tuple[str, ...], str]]:
-    """For each clip its shown frames as data URIs and "", or no pictures and the reason."""
+def pictures(
+    clips: Sequence[Clip], video: VideoConfig, transform: "Transform"
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """For each clip its shown frames as data URIs and "", or no pictures and the reason; `transform` is the encoder's."""
     # Decoding is imported here alone: reading results and training never need it.
     from extract.decode import DecodePool, UndecodedClip
 
     if not clips:
         return
-    with DecodePool(video, workers=1, prepare=prepare_picture) as pool:
+    with DecodePool(video, workers=1, prepare=partial(prepare_picture, transform=transform)) as pool:
         for result in pool.map(clips):
             if isinstance(result, UndecodedClip):
                 yield (), result.reason

@@ -31,18 +31,21 @@ def test_long_clips_show_eight_frames_spread_evenly() -> None:
 
 def test_pictures_are_cropped_as_for_the_encoder(tmp_path: Path) -> None:
     from extract.datasets import load_dataset
-    from extract.transforms import crop_and_resize
+    from extract.encoders.lite import TRANSFORM
+    from extract.transforms import PUBLISHED, crop_and_resize
     from extract.video import read_frames
 
     config = write_dataset(tmp_path / "data", clips=1, questions=3)
     clip = load_dataset(config.data).clips[0]
-    shown = report_examples.prepare_picture(clip, config.video).frames
-    seen = crop_and_resize(read_frames(clip, config.video).frames, config.video.size).numpy()
-    # The same field of view at twice the side: patch by patch the same mean.
-    patches = [
-        frames.reshape(4, 3, 7, side // 7, 7, side // 7).mean((3, 5)) for frames, side in ((shown, 224), (seen, 112))
-    ]
-    np.testing.assert_allclose(*patches, atol=0.02)
+    for transform in (PUBLISHED, TRANSFORM):
+        shown = report_examples.prepare_picture(clip, config.video, transform).frames
+        seen = crop_and_resize(read_frames(clip, config.video).frames, config.video.size, transform).numpy()
+        # The same field of view at twice the side: patch by patch the same mean.
+        patches = [
+            frames.reshape(4, 3, 7, side // 7, 7, side // 7).mean((3, 5))
+            for frames, side in ((shown, 224), (seen, 112))
+        ]
+        np.testing.assert_allclose(*patches, atol=0.02)
 
 
 def test_examples_are_wins_losses_and_a_seeded_draw() -> None:
