@@ -59,7 +59,7 @@ class VideoConfig:
         sampling: `uniform` takes the middle frame of T equal spans (published evaluation rule).
         short: what a clip with fewer than T frames gets: its nearest frames again, zeros, or quarantine.
         timeout_s: seconds after which a decoder child is killed and its clip quarantined.
-        memory_gb: address space a decoder child may use beyond what it starts with.
+        memory_gb: memory beyond what it starts with, over which a decoder child is killed likewise.
     """
 
     frames: int = 16

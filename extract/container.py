@@ -139,7 +139,7 @@ class VideoFile:
 
     def _upright(self, frame: "av.VideoFrame") -> NDArray[np.uint8]:
         """[H, W, 3], turned as the file's display matrix asks."""
-        pixels = frame.to_ndarray(format="rgb24")
+        pixels = frame.to_ndarray(format="rgb24", threads=1)
         matrix = frame.side_data.get("DISPLAYMATRIX")
         if matrix is None:
             return pixels

@@ -33,6 +33,8 @@ from extract.transforms import PUBLISHED, Transform, to_input
 from extract.video import read_frames
 
 GIB = 1024**3
+LOOK_S = 0.02
+OUT_OF_MEMORY = 117  # exit code of a child that its own watch ended
 
 
 @dataclass(frozen=True)
@@ -123,12 +125,17 @@ class DecodePool:
             reason = f"video {clip.video} took over {limit:g} s to decode (video.timeout_s); its decoder was killed"
             return UndecodedClip(clip, reason)
         except ProcessExpired as error:
-            return UndecodedClip(clip, f"the decoder of {clip.video} died with exit code {error.exitcode}")
+            if error.exitcode == OUT_OF_MEMORY:
+                return UndecodedClip(clip, self._too_large(clip))
+            return UndecodedClip(clip, f"the decoder of video {clip.video} died with exit code {error.exitcode}")
         except (MemoryError, RuntimeError) as error:
             # torch reports a refused allocation as RuntimeError.
-            limit = self._video.memory_gb
-            reason = f"video {clip.video} failed within its memory limit of {limit:g} GB (video.memory_gb): {error}"
-            return UndecodedClip(clip, " ".join(reason.split()), _child_traceback(error))
+            detail = " ".join(str(error).split())
+            return UndecodedClip(clip, f"{self._too_large(clip)}: {detail}", _child_traceback(error))
+
+    def _too_large(self, clip: Clip) -> str:
+        limit = self._video.memory_gb
+        return f"video {clip.video} took over {limit:g} GB of memory to decode (video.memory_gb)"
 
 
 def prepare_clip(clip: Clip, video: VideoConfig, transform: Transform = PUBLISHED) -> PreparedClip:
@@ -158,8 +165,19 @@ def _start_child(memory_gb: float) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1):  # the parent's to handle; SIGTERM is how it ends a child
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
-    limit = psutil.Process().memory_info().vms + int(memory_gb * GIB)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    limit = int(memory_gb * GIB)
+    threading.Thread(target=_end_over, args=(psutil.Process().memory_info().rss + limit,), daemon=True).start()
+    # The system's own limit stands behind that, for what grows faster than one can look. Under it FFmpeg fails in ways
+    # that do not tell the cause, so it is the wider one; and it counts data, not the address space of idle threads.
+    hard = psutil.Process().memory_info().data + 2 * limit
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
+
+def _end_over(limit: int) -> None:
+    process = psutil.Process()
+    while process.memory_info().rss <= limit:
+        time.sleep(LOOK_S)
+    os._exit(OUT_OF_MEMORY)
 
 
 def _end_with_parent() -> None:

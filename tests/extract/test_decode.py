@@ -54,7 +54,7 @@ def test_clips_come_back_in_order_and_equal_to_this_process(clips: list[Clip]) -
     ("prepare", "reason"),
     [
         (hang_on_b, r"took over 3 s to decode \(video\.timeout_s\); its decoder was killed"),
-        (allocate_on_b, r"memory limit of 1 GB \(video\.memory_gb\)"),
+        (allocate_on_b, r"took over 1 GB of memory to decode \(video\.memory_gb\)"),
         (die_on_b, "died with exit code 3"),
     ],
 )

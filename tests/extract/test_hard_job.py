@@ -1,0 +1,97 @@
+"""A whole job over every video of the list: the good ones are stored, the bad ones say why, and nothing stops it."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from extract.__main__ import main
+from extract.video import read_frames, uniform_indices
+from features import open_store
+from features.verify import verify
+from tests.extract.job import config_of, options
+from tests.extract.test_hard_videos import READABLE, UNREADABLE
+from tests.extract.videos import FPS, write_video
+
+
+def hangs(to: Path) -> Path:
+    """A pipe that nobody writes to: whoever opens it waits for ever, inside the system."""
+    os.mkfifo(to / "a.mp4")
+    return to / "a.mp4"
+
+
+def devours(to: Path) -> Path:
+    """Frames whose pixels alone take more memory than a child may have."""
+    return write_video(to / "a.mp4", frames=5, size=(3840, 2160))
+
+
+LIMITED = {
+    "hangs": (hangs, r"took over 4 s to decode \(video\.timeout_s\); its decoder was killed"),
+    "devours memory": (devours, r"took over 0\.25 GB of memory to decode \(video\.memory_gb\)"),
+}
+
+
+@pytest.fixture
+def hard(made: Path, tmp_path: Path) -> Path:
+    """A data set of all of them."""
+    root = tmp_path / "hard"
+    (root / "data").mkdir(parents=True)
+    for name in ("weights.pth", "tokenizer"):
+        (root / name).symlink_to(made / name)
+    makers = {name: case.make for name, case in READABLE.items()}
+    makers |= {name: make for name, (make, _) in {**UNREADABLE, **LIMITED}.items()}
+    clips, questions = [], []
+    for name, make in makers.items():
+        folder = root / "data" / name
+        folder.mkdir()
+        video = make(folder).relative_to(root / "data")
+        clips.append({"clip_id": name, "video": str(video)})
+        questions += [
+            {"question_id": f"{name}-{part}", "clip_id": name, "question": "what?", "answer": "that", "part": part}
+            for part in ("train", "val", "test")
+        ]
+    for file, records in (("clips", clips), ("questions", questions)):
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (root / "data" / f"{file}.jsonl").write_text(text)
+    return root
+
+
+def test_a_job_meets_every_hard_video(hard: Path) -> None:
+    limits = ("--video.timeout_s", "4", "--video.memory_gb", "0.25", "--data.name", "jsonl")
+    assert main(["run", *options(hard, *limits)]) == 0
+    store = open_store(hard / "store")
+    assert set(store.clip_ids) == set(READABLE)
+    bad = {name: reason for name, (_, reason) in {**UNREADABLE, **LIMITED}.items()}
+    assert store.quarantine.keys() == bad.keys()
+    for name, record in store.quarantine.items():
+        assert re.search(bad[name], record.reason), record.reason
+        assert str(hard / "data" / name) in record.reason
+        assert "\n" not in record.reason
+        assert record.attempts == 1
+        assert record.traceback or name in LIMITED  # a killed child has none to give
+    frames = config_of(hard).video.frames
+    for name, case in READABLE.items():
+        timestamps = store.read([name]).timestamps
+        assert timestamps is not None
+        expected = uniform_indices(len(case.shown), frames) / FPS
+        np.testing.assert_allclose(timestamps[0], expected, atol=case.unit_s)
+    assert verify(hard / "store").ok
+
+
+def test_children_and_this_process_decode_the_same_frames(tmp_path: Path) -> None:
+    from extract.datasets import Clip
+    from extract.decode import DecodePool, PreparedClip, prepare_clip
+    from tests.extract.test_hard_videos import VideoConfig
+
+    clip = Clip("a", READABLE["b-frames"].make(tmp_path))
+    video = VideoConfig(frames=4, size=112)
+    with DecodePool(video, 2) as pool:
+        first, second = pool.map([clip, clip])
+    assert isinstance(first, PreparedClip)
+    assert isinstance(second, PreparedClip)
+    assert np.array_equal(first.frames, second.frames)
+    np.testing.assert_allclose(first.frames, prepare_clip(clip, video).frames, atol=1e-6)
+    assert first.timestamps.tolist() == read_frames(clip, video).timestamps.tolist()
