@@ -1,5 +1,6 @@
 """How each dtype of a store lies on disk."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +49,7 @@ def stored(dtype: str) -> Stored:
 
 def row_bytes(array: ArraySpec) -> int:
     """Bytes of one row."""
-    return int(np.prod(array.shape, dtype=np.int64)) * np.dtype(stored(array.dtype).disk).itemsize
+    return math.prod(array.shape) * np.dtype(stored(array.dtype).disk).itemsize
 
 
 def spec_bytes(spec: StoreSpec) -> int:

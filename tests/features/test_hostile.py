@@ -1,10 +1,12 @@
 """Files whose checksums are right, but which claim what no store of ours does."""
 
+import json
 import random
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -240,6 +242,26 @@ def test_a_store_of_version_1_is_read_and_continued(tmp_path: Path, format: str)
     write_header(store.path, header)
     with pytest.raises(DamagedStore, match="this is not the store that was written"):
         open_store(store.path)
+
+
+def test_metadata_of_other_tools_that_claim_four_tebibytes(tmp_path: Path, format: str) -> None:
+    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS, format)
+    fill(store)
+    if format == "zarr":
+        path = store.path / "patches" / "zarr.json"
+        metadata = json.loads(path.read_bytes())
+        metadata["shape"][0] = 2**38
+        path.write_text(json.dumps(metadata))
+    else:
+        path = store.path / "index.h5"
+        with h5py.File(path, "a") as file:
+            del file["patches"]
+            file.create_dataset("patches", (2**38, 2, 6, 8), "f2", chunks=(1, 2, 6, 8))
+    assert len(open_store(store.path).read(IDS).cls) == len(IDS)  # read by what the header and the ledger say
+    where = str(path.relative_to(store.path))
+    assert [(fault.where, fault.what) for fault in verify(store.path).faults] == [(where, "is not what was written")]
+    assert repair(store.path).rewritten == (where,)
+    assert verify(store.path).ok
 
 
 @pytest.mark.parametrize(

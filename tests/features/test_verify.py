@@ -199,6 +199,33 @@ def test_commands(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         main(["verfy", str(root)])
 
 
+def test_progress_over_both_halves(whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    told: list[tuple[int, int]] = []
+    report = verify(whole, workers=2, on_bytes=lambda *figures: told.append(figures))
+    assert [total for _, total in told] == [report.nbytes] * report.shards
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert told[-1][0] == report.nbytes
+    main(["verify", str(whole)])
+    assert capsys.readouterr().err == ""  # a file gets no bar
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    main(["verify", str(whole), "--json"])
+    assert capsys.readouterr().err == ""
+    main(["verify", str(whole)])
+    assert "bytes" in capsys.readouterr().err
+
+
+def test_repair_in_json(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "store"
+    shutil.copytree(whole, root)
+    path = next(path for path in faulty_files(root) if holds_data(path) and "text" not in path.parts)
+    path.write_bytes(b"")
+    assert main(["repair", str(root), "--json"]) == 0
+    done = json.loads(capsys.readouterr().out)
+    assert done["dropped"] == list(IDS[:4])
+    assert done["before"]["ok"] is False
+    assert done["before"]["faults"][0]["where"] == str(path.relative_to(root))
+
+
 def test_ids_lost_after_all_their_clips_were_dropped(tmp_path: Path, format: str) -> None:
     root = tmp_path / "store"
     store = create_store(root, SPEC, FINGERPRINT, IDS[:2], format)
