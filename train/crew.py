@@ -4,6 +4,7 @@
 """
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,21 @@ from torch import nn
 
 from configs.schema import Config
 from train import card as folder
-from train.answers import Answers
+from train.answers import Answers, Marks
 from train.batches import Batch, Features, QuestionTable, plan_batches
 from train.card import RunError
 from train.experiment import Experiment
-from train.heads import Majority, build_head
+from train.heads import PSA, Majority, Pooled, build_head
 from train.heads.question import QuestionReader
+from train.heads.selection import choose
 from train.member import Member
 from train.metrics import Metrics
 from train.stack import Stack
 
 # Clips that the input whitening is measured on.
-MEASURED_CLIPS = 256
+MEASURED_CLIPS = 64
+# The place is saved at the end of an epoch, but not more often than this.
+SAVE_EVERY_S = 20.0
 
 
 class Crew:
@@ -38,8 +42,10 @@ class Crew:
 
     Attributes:
         place: (epoch, batch) that it learns next.
+        selection: what runs `select_attend`, and why; None for heads that do not select.
 
     Raises:
+        ConfigError: `head.implementation` cannot run here.
         RunError: the file is damaged, or holds a crew on other features, in another order or of other members.
     """
 
@@ -48,14 +54,20 @@ class Crew:
         self.stack = build_stack(configs, experiment, order)
         self.path = path
         self.place = (0, 0)
+        self._saved_at = time.monotonic()
+        self._marks = Marks(experiment, "val")
         marks = (experiment.fingerprint, experiment.text_fingerprint)
         self._origin = [str(order), *("" if mark is None else mark.digest for mark in marks)]
         self._origin += [config.run.dir.name for config in configs]
         saved = folder.load_last(path)
         if saved is not None:
             self._resume(saved)
+        self.selection = choose_selection(configs, experiment)
         for member in self.members:
             member.open_log(self.stack.step)
+            if self.selection is not None:
+                implementation, why = self.selection
+                member.log("select_attend", self.stack.step, implementation=implementation, why=why)
 
     @property
     def config(self) -> Config:
@@ -85,14 +97,17 @@ class Crew:
         epoch = self.place[0] + 1
         for number, (member, answers) in enumerate(zip(self.members, said, strict=True)):
             if not member.stopped:
-                member.end_epoch(epoch, self.stack.step, answers, self.stack.weights(number))
+                val = self._marks.accuracies(answers)
+                member.end_epoch(epoch, self.stack.step, val, self.stack.weights(number))
         self.place = (epoch, 0)
-        self.save()
+        if self.done or time.monotonic() - self._saved_at > SAVE_EVERY_S:
+            self.save()
 
     def save(self) -> None:
         """Write the file to go on from."""
         state = {"place": list(self.place), "origin": self._origin, "members": [m.state() for m in self.members]}
         folder.save_last(self.path, {**state, "stack": self.stack.state()})
+        self._saved_at = time.monotonic()
 
     def restore_best(self, command: str) -> None:
         """Write the cards and go back to the weights that were best on *val*."""
@@ -126,15 +141,23 @@ class Crew:
         self.place = (saved["place"][0], saved["place"][1])
 
 
+def choose_selection(configs: Sequence[Config], experiment: Experiment) -> tuple[str, str] | None:
+    """What runs `select_attend` for these members, and why; None for heads that do not select."""
+    head, sizes = configs[0].head, experiment.sizes
+    if head.name != "psa":
+        return None
+    frame = torch.empty(1, 1, sizes.patches, sizes.width, device=experiment.device)
+    return choose(frame, head.implementation, len(configs))
+
+
 def build_stack(configs: Sequence[Config], experiment: Experiment, order: int) -> Stack:
     """Untrained heads with their optimiser, ready for the first step."""
     heads = []
     for config in configs:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.train.seed)
-            head = build_head(config, experiment.sizes).to(experiment.device)
-        prepare(head, experiment.features, experiment.train_table)
-        heads.append(head)
+            heads.append(build_head(config, experiment.sizes).to(experiment.device))
+    prepare(heads, experiment.features, experiment.train_table)
     train = configs[0].train
     learns = any(parameter.requires_grad for parameter in heads[0].parameters())
     plans = (plan_batches(experiment.train_table, train.batch, order, epoch) for epoch in range(train.epochs))
@@ -142,14 +165,22 @@ def build_stack(configs: Sequence[Config], experiment: Experiment, order: int) -
     return Stack(heads, [config.train.seed for config in configs], train, steps, experiment.device)
 
 
-def prepare(head: nn.Module, features: Features, table: QuestionTable) -> None:
-    """What a head takes from the training questions before the first step: answer counts, whitening of its inputs."""
-    if isinstance(head, Majority):
-        head.count(table)
-    for module in head.modules():
-        if isinstance(module, QuestionReader):
-            module.whiten.measure(features.words(table))
-    measure = getattr(head, "measure", None)
-    if measure is not None:
+def prepare(heads: Sequence[nn.Module], features: Features, table: QuestionTable) -> None:
+    """What heads of one shape take from the training questions before the first step: answer counts, whitening."""
+    tokens = None
+    if isinstance(heads[0], PSA | Pooled):
         stride = max(1, len(table.clips) // MEASURED_CLIPS)
-        measure(features.tokens(table.clips[::stride][:MEASURED_CLIPS]))
+        tokens = features.tokens(table.clips[::stride][:MEASURED_CLIPS])
+    for head in heads:
+        if head is not heads[0] and not (isinstance(head, PSA) and head.measures_what_it_keeps):
+            for buffer, same in zip(head.buffers(), heads[0].buffers(), strict=True):
+                buffer.copy_(same)
+            continue
+        if isinstance(head, Majority):
+            head.count(table)
+        for module in head.modules():
+            if isinstance(module, QuestionReader):
+                module.whiten.measure(features.words(table))
+        if isinstance(head, PSA | Pooled):
+            assert tokens is not None
+            head.measure(tokens)

@@ -7,6 +7,7 @@ a CPU).
 
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -54,16 +55,25 @@ def fit(config: Config, command: str) -> Metrics:
     if (config.run.dir / folder.TEST).exists():
         print(f"{config.run.dir} is trained already; evaluating its checkpoint", flush=True)
         return evaluate(config)
+    started = time.monotonic()
     with lease.hold(config.run.dir, 0):
         experiment = open_experiment(config)
         print(experiment.features.said, flush=True)
         crew = Crew([config], experiment, config.train.seed, config.run.dir / folder.LAST)
         label = f"train {config.head.name} {config.data.split}"
+        if crew.selection is not None:
+            print("select_attend: {} ({})".format(*crew.selection), flush=True)
         if crew.resumed:
             print(f"{label}: going on after step {crew.stack.step} of {crew.stack.steps}", flush=True)
-        train_together([crew], experiment, config.train.seed, label)
-        print(f"{label}: {crew.stack.step} steps, {crew.describe()}", flush=True)
-        return test_crews([crew], experiment, command)[0]
+        try:
+            train_together([crew], experiment, config.train.seed, label)
+            print(f"{label}: {crew.stack.step} steps, {crew.describe()}", flush=True)
+            metrics = test_crews([crew], experiment, command)[0]
+            took = time.monotonic() - started
+            crew.members[0].log("end", crew.stack.step, seconds=took, bytes_read=experiment.features.nbytes)
+        finally:
+            crew.close()
+        return metrics
 
 
 def train_together(crews: Sequence[Crew], experiment: Experiment, order: int, label: str) -> None:
@@ -79,33 +89,29 @@ def train_together(crews: Sequence[Crew], experiment: Experiment, order: int, la
     steps = max(crew.stack.steps for crew in crews)
     first_step = min(crew.stack.step for crew in crews)
     epochs = train.epochs if steps else 1
-    try:
-        with (
-            Display(label, first_step, steps) as display,
-            _signals() as asked,
-            deterministic(train.deterministic),
-        ):
-            for epoch in range(min(crew.place[0] for crew in crews), epochs):
-                due = [crew for crew in crews if crew.place[0] == epoch and not crew.done]
-                if not due:
-                    continue
-                plan = plan_batches(table, train.batch, order, epoch) if steps else []
-                first = min(crew.place[1] for crew in due)
-                for number, batch in enumerate(features.stream(table, plan[first:]), first):
+    with (
+        Display(label, first_step, steps) as display,
+        _signals() as asked,
+        deterministic(train.deterministic),
+    ):
+        for epoch in range(min(crew.place[0] for crew in crews), epochs):
+            due = [crew for crew in crews if crew.place[0] == epoch and not crew.done]
+            if not due:
+                continue
+            plan = plan_batches(table, train.batch, order, epoch) if steps else []
+            first = min(crew.place[1] for crew in due)
+            for number, batch in enumerate(features.stream(table, plan[first:]), first):
+                for crew in due:
+                    if crew.place == (epoch, number):
+                        crew.learn(batch, last=number + 1 == len(plan))
+                display.show(due[0].stack.step, f"epoch {epoch + 1}/{epochs}, {due[0].describe()}")
+                if asked.is_set():
                     for crew in due:
-                        if crew.place == (epoch, number):
-                            crew.learn(batch, last=number + 1 == len(plan))
-                    display.show(due[0].stack.step, f"epoch {epoch + 1}/{epochs}, {due[0].describe()}")
-                    if asked.is_set():
-                        for crew in due:
-                            crew.save()
-                        raise Stopped(f"stopped in epoch {epoch + 1} of {epochs}; give the same command again to go on")
-                said = answer_table([crew.stack for crew in due], features, experiment.seen("val"), train.batch)
-                for crew, answers in zip(due, said, strict=True):
-                    crew.end_epoch(answers)
-    finally:
-        for crew in crews:
-            crew.close()
+                        crew.save()
+                    raise Stopped(f"stopped in epoch {epoch + 1} of {epochs}; give the same command again to go on")
+            said = answer_table([crew.stack for crew in due], features, experiment.seen("val"), train.batch)
+            for crew, answers in zip(due, said, strict=True):
+                crew.end_epoch(answers)
 
 
 def test_crews(crews: Sequence[Crew], experiment: Experiment, command: str) -> list[Metrics]:

@@ -67,6 +67,17 @@ def test_score_of_the_predictions_is_the_test_result(tiny: Config, capsys: pytes
     assert printed == {name: test[name] for name in printed}
 
 
+def test_the_log_says_what_ran_the_selection(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    for implementation, why in (("auto", "tokens are on cpu"), ("reference", "as asked for")):
+        config = with_run(tiny, implementation, head_implementation=implementation, train_epochs=1, train_device="cpu")
+        fit(config, "")
+        assert f"select_attend: reference ({why})" in capsys.readouterr().out
+        first = json.loads((config.run.dir / "log.jsonl").read_text().splitlines()[0])
+        assert first == {"event": "select_attend", "step": 0, "implementation": "reference", "why": why}
+    with pytest.raises(ConfigError, match=r"head.implementation is triton: .* or use 'auto'"):
+        fit(with_run(tiny, "triton", head_implementation="triton", train_device="cpu"), "")
+
+
 def test_same_seed_same_losses_and_weights(tiny: Config) -> None:
     other = with_run(tiny, "again")
     fit(tiny, "x")

@@ -3,12 +3,13 @@
 Shape legend: M members of a stack, C clips, B questions, T frames, N patches a frame, D channels, H attention heads.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from train.ops.select_attend import select_attend
+from configs.schema import ConfigError
+from train.ops.select_attend import Implementation, choose_implementation, select_attend
 
 Selected = tuple[Tensor, Tensor, Tensor]
 
@@ -20,7 +21,7 @@ class Selection(nn.Module):
         ks: patches to keep in a frame, one for each member of the stack that the head is run in.
     """
 
-    def __init__(self, k: int, implementation: Literal["auto", "reference", "triton"]) -> None:
+    def __init__(self, k: int, implementation: Implementation) -> None:
         super().__init__()
         self.ks: tuple[int, ...] = (k,)
         self.implementation = implementation
@@ -164,6 +165,20 @@ class _Together(torch.autograd.Function):
             pulled = grad.view(-1, frames * patches) @ x.flatten(0, 1)
             grad_queries[:, rows] = pulled.view(members, len(rows), heads, width)
         return None, None, grad_queries, grad_queries.sum(dim=2), grad_bias, None, None
+
+
+def choose(tokens: Tensor, implementation: Implementation, members: int) -> tuple[str, str]:
+    """What runs the selections of a stack on such tokens, and why, for a log.
+
+    Raises:
+        ConfigError: `implementation` is one that cannot run here.
+    """
+    if members > 1 and tokens.device.type == "cpu":
+        return "one reading for all members", f"{members} members, tokens are on cpu"
+    try:
+        return choose_implementation(tokens, torch.float32, implementation)
+    except ValueError as error:
+        raise ConfigError(f"head.implementation is {implementation}: {error}") from None
 
 
 def keep_largest(scores: Tensor, k: int) -> Tensor:

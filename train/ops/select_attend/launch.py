@@ -45,8 +45,10 @@ def launch_config(patches: int, width: int, heads: int, token_bytes: int, backwa
     # the addresses of a backward program that goes over its blocks twice, or over many channels.
     channels = {1: 32 if block > 128 else 64, 2: 64, 4: 16}[token_bytes]
     together = 2 if backward or wide or (several and float32) else 4
+    if float32 and (wide or (several and backward)):
+        together = 1
     if wide:
-        channels, together = 16, 1 if float32 else 2
+        channels = 16
     elif backward and (several or width > 768):
         channels = min(channels, 32)
     return LaunchConfig(

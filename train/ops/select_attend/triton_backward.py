@@ -80,8 +80,9 @@ def backward_kernel(
         grad_top = tl.where(grad_top == 0.0, 1.0, grad_top)
 
         # Several blocks are gone through twice, first for the mean of the (rounded) products over all of them.
-        # <grad_pooled, pooled> is that mean too, but does not cancel their rounding.
+        # <grad_pooled, pooled> is that mean too, but does not cancel their rounding; nor does lse that of the weights.
         mean = tl.zeros((R,), tl.float32)
+        total = tl.zeros((R,), tl.float32)
         for step in range(0, blocks * passes):
             start = (step % blocks) * BN
             n, offsets = parts.patches(start, stride_n, BN, WIDE)
@@ -90,12 +91,23 @@ def backward_kernel(
                 n, offsets, clip, row, t, frames,
                 N, D, H, HAS_SCALE, FLOAT8, ARITHMETIC, PRECISION, BN, BD, R,
             )  # fmt: skip
-            if passes == 1 or step < blocks:
+            if passes == 1:
+                total = tl.sum(p, axis=0)
+                p = p / tl.where(total == 0.0, 1.0, total)[None, :]
+                mean = tl.sum(p * products, axis=0)
+            elif step < blocks:
+                total += tl.sum(p, axis=0)
                 mean += tl.sum(p * products, axis=0)
             if passes == 1 or step >= blocks:
+                if passes > 1:
+                    share = 1.0 / tl.where(total == 0.0, 1.0, total)
+                    p *= share[None, :]
+                    products -= (mean * share)[None, :]
+                else:
+                    products -= mean[None, :]
                 direct = tl.load(grad_lse + out, mask=live, other=0.0).to(tl.float32)
                 # Where p is 0 the gradient is 0, whatever an infinite lse made of grad_lse.
-                grad = tl.where(p > 0.0, p * ((products - mean[None, :]) + direct[None, :]), 0.0)
+                grad = tl.where(p > 0.0, p * (products + direct[None, :]), 0.0)
                 partial = (tl.program_id(0).to(tl.int64) * frames + t) * N
                 tl.store(grad_bias + partial + n, tl.sum(grad, axis=1), mask=n < N)
 
