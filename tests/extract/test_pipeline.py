@@ -1,0 +1,200 @@
+"""Decoding, encoding and writing at the same time, with a decoder, an encoder and a disk that do as they are told."""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from configs.schema import Config, EncoderConfig, EngineConfig, StoreConfig, VideoConfig
+from extract import pipeline
+from extract.datasets import Clip
+from extract.decode import PreparedClip, UndecodedClip
+from extract.shard_writer import TooManyErrors
+from extract.tally import Stages, Tally
+from features import Fingerprint, PatchTokens, ShardOwned, Store, StoreError, StoreSpec, create_store, lease
+
+SPEC = StoreSpec.for_patches(frames=2, grid=(1, 1), width=2, dtype="float32", shard=2)
+IDS = tuple(f"clip{number}" for number in range(12))
+BATCH = 2
+
+
+class Encoder(nn.Module):
+    """Gives each clip tokens of its first pixel; remembers the shapes that it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.shapes: list[tuple[int, ...]] = []
+
+    def forward(self, frames: Tensor) -> PatchTokens:
+        self.shapes.append(tuple(frames.shape))
+        mark = frames[:, 0, 0, 0, 0]
+        rows = len(mark)
+        return PatchTokens(
+            cls=mark[:, None].expand(rows, 2),
+            patches=mark[:, None, None, None].expand(rows, 2, 1, 2),
+            saliency=torch.zeros(rows, 2, 1),
+        )
+
+
+class Decoders:
+    """Decodes at once; `bad` clips fail."""
+
+    def __init__(self, bad: frozenset[str] = frozenset()) -> None:
+        self.bad = bad
+        self.decoded: list[str] = []
+        self.ahead: int | None = None
+
+    def __enter__(self) -> "Decoders":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def map(self, clips: Iterable[Clip], ahead: int | None = None) -> Iterator[PreparedClip | UndecodedClip]:
+        self.ahead = ahead
+        for clip in clips:
+            self.decoded.append(clip.clip_id)
+            if clip.clip_id in self.bad:
+                yield UndecodedClip(clip, "it is bad")
+            else:
+                frames = np.full((2, 3, 4, 4), IDS.index(clip.clip_id), np.float32)
+                yield PreparedClip(clip, frames, np.zeros(2, np.float32), f"sha of {clip.clip_id}", 0.5)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return create_store(tmp_path / "store", SPEC, Fingerprint({"x": 1}), IDS)
+
+
+@pytest.fixture
+def run(store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tally]:
+    def run(encoder: Encoder, decoders: Decoders, on_progress: Callable[[int, int], None] = lambda *_: None) -> Tally:
+        monkeypatch.setattr(pipeline, "open_decoders", lambda config, workers: decoders)
+        config = Config(
+            video=VideoConfig(frames=2, size=16),
+            encoder=EncoderConfig(batch=BATCH),
+            store=StoreConfig(path=store.path, dtype="float32", shard=2),
+            engine=EngineConfig(max_errors=4),
+        )
+        clips = {name: Clip(name, Path(name)) for name in IDS}
+        works = store.missing_shards()
+        return pipeline.encode_shards(config, encoder, store, works, clips, 1, on_progress)  # type: ignore[arg-type]
+
+    return run
+
+
+def test_every_clip_becomes_its_own_row(store: Store, run: Callable[..., Tally]) -> None:
+    progress: list[tuple[int, int]] = []
+    encoder = Encoder()
+    tally = run(encoder, Decoders(), lambda clips, nbytes: progress.append((clips, nbytes)))
+    assert store.read(IDS).patches[:, 0, 0, 0].tolist() == list(range(len(IDS)))
+    assert store.sources(IDS) == {name: f"sha of {name}" for name in IDS}
+    assert (tally.committed, tally.quarantined, tally.skipped) == (len(IDS), 0, ())
+    assert sum(clips for clips, _ in progress) == len(IDS)
+    assert sum(nbytes for _, nbytes in progress) == len(IDS) * store.row_bytes
+    assert tally.stages.decode_s == 0.5 * len(IDS)
+
+
+def test_bad_clips_anywhere_in_a_shard(store: Store, run: Callable[..., Tally]) -> None:
+    bad = frozenset({"clip0", "clip3", "clip6", "clip7"})  # first, last, and both
+    encoder = Encoder()
+    tally = run(encoder, Decoders(bad))
+    good = [name for name in IDS if name not in bad]
+    assert list(store.clip_ids) == good
+    assert store.read(good).patches[:, 0, 0, 0].tolist() == [IDS.index(name) for name in good]
+    assert store.quarantine.keys() == bad
+    assert (tally.committed, tally.quarantined) == (8, 4)
+    # Whatever is missing from a batch, the network sees one shape.
+    assert set(encoder.shapes) == {(BATCH, 2, 3, 4, 4)}
+    assert len(encoder.shapes) == 5
+
+
+def test_one_bad_clip_too_many_stops_the_job(store: Store, run: Callable[..., Tally]) -> None:
+    with pytest.raises(TooManyErrors, match=r"clips in quarantine: 6, engine\.max_errors allows 4; the first is clip0"):
+        run(Encoder(), Decoders(frozenset(IDS[:6])))
+    store.refresh()
+    assert not set(IDS[8:]) & set(store.clip_ids)
+    assert not list((store.path / "leases").glob("*.json"))
+
+
+def test_a_slow_disk_is_overlapped_and_then_waited_for(
+    store: Store, run: Callable[..., Tally], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, write = threading.Event(), store.write_shard
+
+    def slow(*args: object) -> None:
+        disk.wait(30)
+        write(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(store, "write_shard", slow)
+    encoder, decoders = Encoder(), Decoders()
+    job = threading.Thread(target=run, args=(encoder, decoders))
+    job.start()
+    deadline = time.monotonic() + 20
+    while len(encoder.shapes) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    # Shard 0 is being written, 1 waits for the disk and 2 has just been encoded: no further.
+    assert len(encoder.shapes) == 3
+    assert len(decoders.decoded) == 3 * BATCH
+    assert not store.clip_ids
+    disk.set()
+    job.join(30)
+    assert store.clip_ids == IDS
+
+
+def test_decoding_is_asked_to_be_a_batch_ahead(run: Callable[..., Tally]) -> None:
+    decoders = Decoders()
+    run(Encoder(), decoders)
+    assert decoders.ahead == BATCH + 2
+
+
+def test_a_failing_disk_ends_the_job_and_the_leases(
+    store: Store, run: Callable[..., Tally], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise StoreError("no space left")
+
+    monkeypatch.setattr(store, "write_shard", full)
+    with pytest.raises(StoreError, match="no space left"):
+        run(Encoder(), Decoders())
+    assert not list((store.path / "leases").glob("*.json"))
+
+
+def test_what_another_owns_is_passed_over_and_named(store: Store, run: Callable[..., Tally]) -> None:
+    with lease.hold(store.path, 1):
+        tally = run(Encoder(), Decoders())
+    assert store.missing() == ("clip2", "clip3")
+    (line,) = tally.skipped
+    assert line.startswith(f"shard 1 of {store.path} is owned by process ")
+
+
+def test_what_another_gave_up_is_done_at_the_end(
+    store: Store, run: Callable[..., Tally], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take, asked = store.lease, []
+
+    def owned_at_first(shard: int) -> object:
+        asked.append(shard)
+        if shard == 1 and asked.count(1) == 1:
+            raise ShardOwned("owned by a job that is about to die")
+        return take(shard)
+
+    monkeypatch.setattr(store, "lease", owned_at_first)
+    tally = run(Encoder(), Decoders())
+    assert asked == [0, 1, 2, 3, 4, 5, 1]
+    assert store.clip_ids == IDS
+    assert tally.skipped == ()
+
+
+def test_tallies_add_up() -> None:
+    one = Tally(1, 2, ("a",), Stages(total_s=1.0, encode_s=0.5))
+    two = one + Tally(3, 4, ("b",), Stages(total_s=3.0, encode_s=2.5))
+    assert two == Tally(4, 6, ("a", "b"), Stages(total_s=4.0, encode_s=3.0))
+    assert "of 4.0 s: encoding 75.0%" in str(two.stages)
