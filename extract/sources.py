@@ -1,4 +1,4 @@
-"""Where data, checkpoints and tokenizers are published: `configs/data_sources.yaml`, read and checked."""
+"""Where data, checkpoints and tokenizers are published: `extract/data_sources.yaml`, read and checked."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -8,10 +8,9 @@ from urllib.parse import urlsplit
 
 import yaml
 
-import configs
 from configs.schema import ConfigError
 
-PUBLISHED = Path(configs.__file__).with_name("data_sources.yaml")
+PUBLISHED = Path(__file__).with_name("data_sources.yaml")
 SECTIONS = ("datasets", "checkpoints", "tokenizers")
 
 

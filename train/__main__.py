@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -107,7 +108,10 @@ def _score(args: Sequence[str]) -> int:
         "--predictions", type=Path, required=True, help='JSON lines, one a question: {"question_id", "answer"}'
     )
     parser.add_argument(
-        "--split", type=str | None, default=None, help="tag that All is also counted on; default: the file's folder"
+        "--split",
+        type=str | None,
+        default=None,
+        help="tag that All is also counted on; default: what its folder or name says",
     )
     parser.add_argument(
         "--part", type=Literal["train", "val", "test"], default="test", help="part that is scored of a .jsonl file"
@@ -144,7 +148,7 @@ def _score(args: Sequence[str]) -> int:
 
 
 def _scored(path: Path, part: "Part") -> "tuple[tuple[Question, ...], tuple[str, ...] | None, str | None]":
-    """Questions of a file, the answer set that belongs to them, and the split that its folder says."""
+    """Questions of a file, the answer set that belongs to them, and the split that its folder or its name says."""
     from extract.datasets import egotaskqa, jsonl
     from extract.datasets.records import answer_vocabulary
 
@@ -153,7 +157,9 @@ def _scored(path: Path, part: "Part") -> "tuple[tuple[Question, ...], tuple[str,
         return parts[part], answer_vocabulary([question.spelling for question in parts["train"]]), None
     folder = path.resolve().parent
     questions = egotaskqa.read_questions(path)
-    return questions, egotaskqa.read_answers(folder), folder.name if folder.name in egotaskqa.SPLITS else None
+    words = re.split("[^a-z]+", f"{folder.name} {path.stem}")
+    split = next((word for word in words if word in egotaskqa.SPLITS), None)
+    return questions, egotaskqa.read_answers(folder), split
 
 
 def _sweep(args: Sequence[str]) -> int:

@@ -216,6 +216,29 @@ def test_score_agrees_with_counting_in_files_of_1000_questions(
     assert line.split() == ["all", *figures, "n", "1000"]
 
 
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("direct/t.json", "direct"),
+        ("x/test_indirect.json", "indirect"),
+        ("x/t.json", None),
+        ("x/redirected.json", None),
+    ],
+)
+def test_the_split_is_what_folder_or_name_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, split: str | None
+) -> None:
+    records = made_up_release(tmp_path / "made", n=20)
+    write_predictions(tmp_path / "p.jsonl", records)
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / "made/formatted_test_qas_encode.json").rename(tmp_path / name)
+    args = ["score", "--questions", str(tmp_path / name), "--predictions", str(tmp_path / "p.jsonl"), "--json"]
+    assert main(args) == 0
+    counted_on = json.loads(capsys.readouterr().out)["split_tag"]
+    expected = None if split is None else sum(record["reference"] == split for record in records)
+    assert (None if counted_on is None else counted_on["n"]) == expected
+
+
 def test_the_released_way_needs_an_answer_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "qa" / "direct"
     records = made_up_release(folder, n=20, raw=True)
