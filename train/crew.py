@@ -27,8 +27,8 @@ from train.stack import Stack
 
 # Clips that the input whitening is measured on.
 MEASURED_CLIPS = 64
-# The place is saved at the end of an epoch, but not more often than this.
-SAVE_EVERY_S = 20.0
+# Saving the place at the end of an epoch may take this share of the time.
+SAVING_SHARE = 0.05
 
 
 class Crew:
@@ -54,7 +54,7 @@ class Crew:
         self.stack = build_stack(configs, experiment, order)
         self.path = path
         self.place = (0, 0)
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saving_took = -math.inf, 0.0
         self._marks = Marks(experiment, "val")
         marks = (experiment.fingerprint, experiment.text_fingerprint)
         self._origin = [str(order), *("" if mark is None else mark.digest for mark in marks)]
@@ -100,14 +100,16 @@ class Crew:
                 val = self._marks.accuracies(answers)
                 member.end_epoch(epoch, self.stack.step, val, self.stack.weights(number))
         self.place = (epoch, 0)
-        if self.done or time.monotonic() - self._saved_at > SAVE_EVERY_S:
+        if self.done or time.monotonic() - self._saved_at > self._saving_took / SAVING_SHARE:
             self.save()
 
     def save(self) -> None:
         """Write the file to go on from."""
+        started = time.monotonic()
         state = {"place": list(self.place), "origin": self._origin, "members": [m.state() for m in self.members]}
         folder.save_last(self.path, {**state, "stack": self.stack.state()})
         self._saved_at = time.monotonic()
+        self._saving_took = self._saved_at - started
 
     def restore_best(self, command: str) -> None:
         """Write the cards and go back to the weights that were best on *val*."""

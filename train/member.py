@@ -61,10 +61,10 @@ class Member:
         if self._log is not None:
             self._log.close()
 
-    def end_epoch(self, epoch: int, step: int, said: Answers, weights: Mapping[str, Tensor]) -> None:
-        """Score its answers to *val* after `epoch` (from 1) and keep `weights` if they are the best so far."""
-        val = score_part(self.experiment, "val", said)[0]
-        numbers = {"open": val.open.accuracy, "binary": val.binary.accuracy, "all": val.all.accuracy}
+    def end_epoch(
+        self, epoch: int, step: int, numbers: Mapping[str, float | None], weights: Mapping[str, Tensor]
+    ) -> None:
+        """Log its accuracies on *val* after `epoch` (from 1) and keep `weights` if they are the best so far."""
         self.log("val", step, epoch=epoch, **numbers)
         self.waited += 1
         if self.best is None or (numbers["all"] or 0.0) > (self.best["all"] or 0.0):

@@ -77,7 +77,8 @@ def run_sweep(
     table = config.run.dir.parent if config.run.table is None else config.run.table
     out = table / "sweeps" / name
     axes = read_axes(ratios, seeds, grid)
-    members = [(overrides, member_config(config, overrides, out)) for overrides in combinations(axes)]
+    typed = {(option, json.dumps(value)): _checked(option, value) for option in axes for value in axes[option]}
+    members = [(overrides, member_config(config, overrides, typed, out)) for overrides in combinations(axes)]
     for _, member in members:
         folder.claim(member.run.dir, member)
     configs = [member for _, member in members]
@@ -132,9 +133,13 @@ def _train_free(
                 names = [member.run.dir.name for member in members]
                 folder.write_whole(path.with_suffix(".json"), json.dumps(names) + "\n")
                 taken.append(Crew(members, experiment, config.train.seed, path))
-            if taken:
-                train_together(taken, experiment, config.train.seed, label)
-                test_crews(taken, experiment, command)
+            try:
+                if taken:
+                    train_together(taken, experiment, config.train.seed, label)
+                    test_crews(taken, experiment, command)
+            finally:
+                for crew in taken:
+                    crew.close()
             for crew in taken:
                 crew.path.with_suffix(".json").unlink()
                 crew.path.unlink()
@@ -223,14 +228,14 @@ def combinations(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-def member_config(config: Config, overrides: Overrides, out: Path) -> Config:
-    """`config` with `overrides`, checked as the command line would be, in a folder named after them."""
+def member_config(config: Config, overrides: Overrides, typed: Mapping[tuple[str, str], Any], out: Path) -> Config:
+    """`config` with `overrides` in a folder named after them; `typed` has their values as the schema types them."""
     slug = "_".join(f"{option.split('.')[1]}-{_slug(value)}" for option, value in overrides.items())
     sections: dict[str, Any] = {"run": replace(config.run, dir=out / slug)}
     changes: dict[str, dict[str, Any]] = {}
     for option, value in overrides.items():
         section, field = option.split(".")
-        changes.setdefault(section, {})[field] = _checked(option, value)
+        changes.setdefault(section, {})[field] = typed[option, json.dumps(value)]
     # All options of a section at once: one may be valid only beside another.
     sections |= {section: replace(getattr(config, section), **fields) for section, fields in changes.items()}
     return replace(config, **sections)

@@ -19,8 +19,10 @@ from features.derive import derive
 from tests.train.tiny import FIELDS, losses, with_run, write_tiny
 from train import crew
 from train.__main__ import main
+from train.answers import Answers, Marks, score_part
 from train.batches import Batch
 from train.card import RunError, plain
+from train.experiment import open_experiment
 from train.run import Stopped, evaluate, fit
 
 ROOT = Path(__file__).parents[2]
@@ -266,6 +268,18 @@ def test_quarantined_clips_are_answered_blind_and_counted(tmp_path: Path, capsys
     assert metrics.all.n == 64
     answers = [json.loads(line) for line in (config.run.dir / "predictions.jsonl").read_text().splitlines()]
     assert len(answers) == 64
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_quick_accuracies_are_those_of_the_metrics(tmp_path: Path, part: str) -> None:
+    experiment = open_experiment(write_tiny(tmp_path, bad=("clip|P47|0|48", "clip|P46|0|47", "clip|P0|0|1")))
+    vocabulary = experiment.dataset.answers
+    generator = torch.Generator().manual_seed(0)
+    classes = torch.randint(len(vocabulary), (len(experiment.seen(part)),), generator=generator)
+    said = Answers(classes, None)
+    metrics = score_part(experiment, part, said)[0]
+    expected = {"open": metrics.open, "binary": metrics.binary, "all": metrics.all}
+    assert Marks(experiment, part).accuracies(said) == {name: pytest.approx(a.accuracy) for name, a in expected.items()}
 
 
 def test_clips_that_were_never_encoded_are_refused(tiny: Config, tmp_path: Path) -> None:

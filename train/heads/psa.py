@@ -90,6 +90,11 @@ class PSA(nn.Module):
         both = width if "video" in self.levels else 0
         self.classify = Classifier(video + width + both, width, sizes.answers, config.dropout)
 
+    @property
+    def measures_what_it_keeps(self) -> bool:
+        """Whether saliency alone selects, so that what is kept is known before the first step."""
+        return self.scores == {"saliency"}
+
     @torch.no_grad()
     def measure(self, tokens: PatchTokens) -> None:
         """Take the whitening and the scale of the saliency from training clips.
@@ -98,7 +103,7 @@ class PSA(nn.Module):
         """
         tokens = self.take(tokens)
         x, saliency = scaled(tokens), tokens.saliency.float()
-        if self.scores == {"saliency"}:
+        if self.measures_what_it_keeps:
             best = saliency.sort(dim=-1, descending=True, stable=True).indices[..., : self.select.ks[0]]
             saliency = saliency.gather(2, best)
             x = x.gather(2, best[..., None].expand(*best.shape, x.shape[-1]))

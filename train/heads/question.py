@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from train.heads.noise import Dropout
 
 TEXT_SOFTNESS = 0.1
+# Samples that suffice for a covariance of 768 channels; all tokens of a few hundred clips would take gigabytes.
+MEASURED_ROWS = 2**15
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,9 @@ class Whiten(nn.Module):
 
     @torch.no_grad()
     def measure(self, rows: Tensor) -> None:
-        """Take the map from [..., D] samples."""
-        flat = rows.reshape(-1, rows.shape[-1]).double()
+        """Take the map from [..., D] samples, evenly spread ones where there are many."""
+        flat = rows.reshape(-1, rows.shape[-1])
+        flat = flat[:: max(1, len(flat) // MEASURED_ROWS)].double()
         self.mean.copy_(flat.mean(0))
         values, directions = torch.linalg.eigh(torch.cov(flat.T))
         floor = self.softness * values.mean()
