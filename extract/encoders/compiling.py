@@ -18,9 +18,10 @@ class Unpacked(Linear):
 
 
 def compile_encoder(encoder: VideoEncoder) -> VideoEncoder:
-    """`encoder`, whose blocks are compiled when it first sees a clip.
+    """`encoder`, which is compiled when it first sees clips, and again for each other number of them.
 
-    Blocks are compiled one by one, not the whole network: they are alike, so one program serves all of them.
+    Listed blocks are alike, so they are compiled one by one and share one program; a network without such a list is
+    compiled as a whole.
 
     Raises:
         ConfigError: `torch.compile` does not work here.
@@ -37,9 +38,10 @@ def compile_encoder(encoder: VideoEncoder) -> VideoEncoder:
     for module in encoder.modules():
         if isinstance(module, Linear):
             module.__class__ = Unpacked
-        if isinstance(module, nn.ModuleList | nn.Sequential):
-            for block in module:
-                block.compile(dynamic=False)
+    for part in encoder.children():
+        lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
+        for unit in [block for blocks in lists for block in blocks] or [part]:
+            unit.compile(dynamic=False)
     return encoder
 
 

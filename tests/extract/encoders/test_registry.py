@@ -1,0 +1,85 @@
+"""A network is one file and one line of the registry: here is such a file, and every command takes it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from configs.schema import ConfigError
+from extract.__main__ import main
+from extract.encoders import NETWORKS, find_network, lite, load_video_encoder, open_checkpoint
+from extract.encoders.checkpoint import Checkpoint, CheckpointError
+from extract.encoders.network import Network, VideoOptions
+from extract.encoders.package import MINILM
+from extract.encoders.video_encoder import VideoEncoder
+from extract.transforms import Transform
+from features import open_store
+from features.spec import PatchTokens
+from tests.extract.encoders.networks import tiny
+
+
+class Colours(VideoEncoder):
+    """The mean colour of each 16x16 patch, scaled."""
+
+    def __init__(self, scale: Tensor, frames: int, size: int) -> None:
+        nn.Module.__init__(self)
+        self.scale = nn.Parameter(scale)
+        self.grid, self.width, self.depth = (size // 16, size // 16), 3, 1
+        self.num_frames, self.size, self._packed = frames, size, False
+
+    @torch.inference_mode()
+    def forward(self, frames: Tensor) -> PatchTokens:
+        self.check(frames)
+        means = F.avg_pool2d(frames.flatten(0, 1), 16).flatten(2).transpose(1, 2).unflatten(0, frames.shape[:2])
+        return PatchTokens(means.mean((1, 2)), means * self.scale, means.norm(dim=-1))
+
+
+def build(checkpoint: Checkpoint, options: VideoOptions) -> Colours:
+    return Colours(checkpoint.tensors["scale"], options.num_frames, options.size or 64)
+
+
+WHOLE = Transform("whole", None, 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def test_a_new_network_goes_all_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(NETWORKS, "colours", Network(build, lite.build_text, WHOLE, None, lite.text_weights))
+    torch.save({"scale": torch.full((3,), 2.0)}, tmp_path / "colours.pth")
+    assert main(["synth", "--out", str(tmp_path / "data"), "--clips", "20"]) == 0
+    options = [
+        *("--config", "configs/demo/lite.yaml", "--encoder.arch", "colours", "--encoder.depth", "1"),
+        *("--encoder.checkpoint", str(tmp_path / "colours.pth"), "--data.root", str(tmp_path / "data")),
+        *("--store.path", str(tmp_path / "store"), "--video.size", "64", "--text.model", MINILM.name),
+    ]
+    assert main(["plan", *options, "--probe", "0"]) == 0
+    assert main(["run", *options]) == 0
+    assert "20/20 clips" in capsys.readouterr().out
+    store = open_store(tmp_path / "store")
+    assert store.fingerprint.fields["arch"] == "colours"
+    assert store.fingerprint.fields["transform"] == "whole"
+    tokens = store.read(store.clip_ids)
+    assert tokens.patches.shape == (20, 4, 16, 3)
+    assert 0 <= tokens.patches.min() < 1 < tokens.patches.max() <= 2  # colours in [0, 1], twice
+
+
+def test_an_unknown_network_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--config", "configs/demo/lite.yaml", "--encoder.arch", "lyte"]) == 2
+    assert "encoder.arch is 'lyte'; expected one of egovlp, egovlpv2, lite, mfas" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"encoder\.arch is 'lyte'"):
+        find_network("lyte")
+
+
+@pytest.mark.parametrize("arch", ["egovlp", "egovlpv2", "mfas"])
+def test_published_networks_need_a_checkpoint(arch: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"encoder.checkpoint is not set, and no package has the weights of {arch}: give their path"
+    ):
+        open_checkpoint(arch, None)
+
+
+def test_a_size_that_the_checkpoint_was_not_trained_on(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"video\.size is 96; .* was trained on 64: set video\.size to 64"):
+        load_video_encoder("egovlpv2", tiny(tmp_path), 3, 2, size=96)
