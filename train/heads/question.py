@@ -118,11 +118,12 @@ class Whiten(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to the same, in float32."""
-        return (x.float() - self.mean) @ self.matrix
+        return self.absorb(x.float() - self.mean)
 
     def absorb(self, query: Tensor) -> Tensor:
         """The query on raw tokens that scores them as `query` scores mapped ones, up to a constant."""
-        return query @ self.matrix
+        # As one matrix: within a stack, the product with more dimensions would copy the map for each of them.
+        return (query.reshape(-1, query.shape[-1]) @ self.matrix).view(query.shape)
 
     def then(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
         """Weight and bias of a layer that does to raw tokens what `linear` does to mapped ones."""
