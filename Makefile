@@ -30,7 +30,8 @@ demo: $(STAMP)
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs 2 demo-direct demo-indirect
 	$(MAKE) --no-print-directory ablate table report CONFIG=configs/demo/egovlpv2.yaml RATIOS="0.1 0.25 1.0"
 
-# The systems on one split: five on random-weight stand-ins, two on real ImageNet weights. Small heads use a second core badly, so the two splits train side by side.
+# The systems on one split: five on random-weight stand-ins, two on real ImageNet weights. Small heads use a second core
+# badly, so the two splits train side by side.
 demo-direct demo-indirect: demo-%: $(STAMP)
 	for model in majority question-only psa; do \
 	    $(PY) -m train fit --config configs/demo/egovlpv2.yaml --data.split $* --head.name $$model \
