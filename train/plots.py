@@ -108,7 +108,7 @@ def draw_settings(sweep: Sweep) -> Figure:
         axis.annotate(f"{point.mean:.2f}", (high, y), (4, 0), textcoords="offset points", va="center", size=8)
     axis.set_yticks(range(len(points)), [point.setting or f"ratio {point.ratio:g}" for point in points])
     axis.invert_yaxis()
-    axis.margins(x=0.12)
+    axis.margins(x=0.12, y=0.15)
     axis.set_xlabel("accuracy, all test questions (%)")
     axis.set_title(f"{sweep.model}, {sweep.split}")
     axis.grid(axis="y", visible=False)
