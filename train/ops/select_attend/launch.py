@@ -49,7 +49,7 @@ def launch_config(patches: int, width: int, heads: int, token_bytes: int, backwa
         together = 1
     if wide:
         channels = 16
-    elif backward and (several or width > 768):
+    elif (backward and (several or width > 768)) or (several and token_bytes == 1):
         channels = min(channels, 32)
     return LaunchConfig(
         block=block,

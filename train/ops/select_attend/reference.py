@@ -129,7 +129,8 @@ def backward(
         grad -= (p * grad).sum(dim=-1, keepdim=True)
         grad += chunk.load(grad_lse).to(dtype)[..., None]
         grad *= p
-        grad *= chunk.filled[:, :, None, None, None]
+        if chunk.padded:
+            grad *= chunk.filled[:, :, None, None, None]
         grad_scores = grad.new_zeros(*kept_cqfk.shape[:3], patches).scatter_(3, kept_cqfk, grad.sum(dim=3)).sum(dim=1)
         grad_bias[chunk.clips, chunk.frames] = grad_scores
         chunk.add(grad_queries, rows.pull(grad if factor is None else grad * factor))
@@ -163,6 +164,7 @@ class _Chunk:
         rows: [c], of the tokens.
         slots: [c, Q], question of each slot; slots of a clip with fewer than Q questions hold question 0.
         filled: [c, Q] bool, false on the padding.
+        padded: whether there is any.
         frames: range of frames.
     """
 
@@ -170,6 +172,7 @@ class _Chunk:
     rows: Tensor
     slots: Tensor
     filled: Tensor
+    padded: bool
     frames: slice
 
     def tokens(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
@@ -203,11 +206,15 @@ class _Chunk:
 
     def store(self, tensor: Tensor, values: Tensor) -> None:
         """Write [c, Q, f, ...] into a [B, T, ...] tensor, without the padding."""
-        tensor[self.slots[self.filled], self.frames] = values[self.filled].to(tensor.dtype)
+        tensor[self._real(self.slots), self.frames] = self._real(values).to(tensor.dtype)
 
     def add(self, tensor: Tensor, values: Tensor) -> None:
         """Add [c, Q, ...] to a [B, ...] tensor, without the padding. No question is in a chunk twice."""
-        tensor[self.slots[self.filled]] += values[self.filled]
+        tensor[self._real(self.slots)] += self._real(values)
+
+    def _real(self, values: Tensor) -> Tensor:
+        """[c, Q, ...] to the questions that are there, [b, ...]; a view where all are."""
+        return values[self.filled] if self.padded else values.flatten(0, 1)
 
 
 class _KeptRows:
@@ -322,7 +329,7 @@ def _chunks(
         slots = torch.where(filled, order[(first[chosen, None] + place).clamp_max(len(order) - 1)], 0)
         step = max(1, CHUNK_BYTES * frames // per_clip)
         for frame in range(0, frames, step):
-            yield _Chunk(chosen, rows, slots, filled, slice(frame, min(frame + step, frames)))
+            yield _Chunk(chosen, rows, slots, filled, sizes[stop - 1] < most, slice(frame, min(frame + step, frames)))
         start = stop
 
 
