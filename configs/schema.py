@@ -133,7 +133,8 @@ class StoreConfig:
     Args:
         path: the store's folder. The questions' text states live in `text/` inside it.
         format: `zarr` or `hdf5`; the contract is the same.
-        dtype: of the patch tokens on disk.
+        dtype: of the patch tokens on disk; `int8` and `float8_e4m3` have a scale for each patch and lose some
+            precision, which `run` and `info` show.
         shard: clips to a shard, the unit that is written, committed and retried.
         codec: compression of each clip, which changes no value: `zstd`, `blosc-zstd` (zarr), `gzip` (hdf5). Only
             bfloat16 gains by it: files 1.3 to 1.4 times smaller, read several times slower.
@@ -141,7 +142,7 @@ class StoreConfig:
 
     path: Path = Path("stores/egotaskqa_egovlpv2_d6")
     format: Literal["zarr", "hdf5"] = "zarr"
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    dtype: Literal["float16", "bfloat16", "float32", "int8", "float8_e4m3"] = "float16"
     shard: int = 64
     codec: Literal["none", "zstd", "blosc-zstd", "gzip"] = "none"
 

@@ -145,6 +145,8 @@ def _run(args: Sequence[str], retry: bool = False) -> int:
     )
     if tally.stages.total_s:
         print(f"time: {tally.stages}")
+    for array, lost in outcome.errors.items():
+        print(f"{array} in {config.store.dtype}: reconstruction error {lost:.2%} of their size (worst clip)")
     for line in tally.skipped:
         print(f"left to its owner: {line}")
     for clip_id, reason in outcome.quarantine.items():

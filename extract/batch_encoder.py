@@ -13,6 +13,7 @@ from torch import Tensor
 from extract.decode import PreparedClip
 from extract.encoders import VideoEncoder
 from features import PatchTokens
+from features.spec import QUANTISED, StoredDtype, whole_dtype
 
 Row = dict[str, Tensor]
 
@@ -33,10 +34,12 @@ class BatchEncoder:
         seconds: that this process spent on encoding so far.
     """
 
-    def __init__(self, encoder: VideoEncoder, batch: int, dtype: str) -> None:
+    def __init__(self, encoder: VideoEncoder, batch: int, dtype: StoredDtype) -> None:
         self._encoder = encoder
         self._device = next(encoder.parameters()).device
-        self._dtypes = {"patches": getattr(torch, dtype), "coarse": getattr(torch, dtype)}
+        whole = getattr(torch, whole_dtype(dtype))
+        # The store quantises, from all the bits that there are.
+        self._dtypes = {"patches": torch.float32 if dtype in QUANTISED else whole, "coarse": whole}
         self._cuda = self._device.type == "cuda"
         self._copies = torch.cuda.Stream(self._device) if self._cuda else None
         self.size = batch if self._cuda else min(batch, CPU_BATCH)

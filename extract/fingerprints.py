@@ -8,7 +8,7 @@ from configs.schema import Config
 from extract.encoders import find_network
 from extract.encoders.package import MINILM, text_folder
 from features import Fingerprint
-from features.spec import Scalar
+from features.spec import Scalar, whole_dtype
 
 
 def video_fingerprint(config: Config, checkpoint_sha256: str) -> Fingerprint:
@@ -57,7 +57,7 @@ def text_fingerprint(config: Config, checkpoint_sha256: str) -> Fingerprint:
             **({"package": MINILM.version} if config.text.model == MINILM.name else {}),
             "max_length": config.text.max_length,
             "compute_dtype": "float32",
-            "stored_dtype": config.store.dtype,
+            "stored_dtype": whole_dtype(config.store.dtype),
         }
     )
 

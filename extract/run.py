@@ -25,6 +25,7 @@ from extract.shard_writer import ShardWriter
 from extract.tally import Tally, record_job
 from extract.worker import device_of, load_encoder
 from features import ShardWork, Store, StoreError, StoreSpec, create_store
+from features.spec import whole_dtype
 
 TEXT_BATCH = 64
 
@@ -39,6 +40,7 @@ class Outcome:
         planned: clips of the data set.
         quarantine: reason by clip id.
         texts: question texts in the store.
+        errors: what storing tokens in few bits cost, by array: as `Store.reconstruction_error`.
     """
 
     tally: Tally
@@ -46,6 +48,7 @@ class Outcome:
     planned: int
     quarantine: dict[str, str]
     texts: int
+    errors: dict[str, float]
 
 
 def extract_features(config: Config, retry: bool = False, part: Part = WHOLE) -> Outcome:
@@ -88,6 +91,7 @@ def extract_features(config: Config, retry: bool = False, part: Part = WHOLE) ->
         planned=len(store.planned_ids),
         quarantine={clip_id: record.reason for clip_id, record in store.quarantine.items()},
         texts=texts,
+        errors=dict(store.reconstruction_error),
     )
 
 
@@ -145,5 +149,5 @@ def _encode_text_batch(
     # Always one shape, as in `extract.batch_encoder` and for its reason.
     ids, mask = tokenizer([*texts, *[texts[-1]] * (TEXT_BATCH - len(texts))])
     with torch.inference_mode():
-        states = encoder(ids.to(device), mask.to(device)).to(getattr(torch, config.store.dtype)).cpu()
+        states = encoder(ids.to(device), mask.to(device)).to(getattr(torch, whole_dtype(config.store.dtype))).cpu()
     return {text: {"states": states[i], "attention_mask": mask[i].bool()} for i, text in enumerate(texts)}

@@ -64,10 +64,10 @@ class Catalog:
         require_intact(planned, ids.path)
         if planned.first == 0:
             self._plan = RowPlan()
-        if committed.first == 0:
-            self.ledger = Ledger()
         self._plan.add_all(planned)
-        self.ledger.add_all(committed)
+        known = self.ledger if committed.first > 0 else Ledger()
+        known.add_all(committed)
+        self.ledger = known  # complete before other threads see it
         self._planned_to, self._committed_to = planned.position, committed.position
         if planned.lines:
             self.rows = {name: row for row, name in enumerate(self._plan.row_ids) if name is not None}

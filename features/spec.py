@@ -20,6 +20,11 @@ TOKENS = ("patches", "coarse", "states")  # the arrays that have the stored dtyp
 QUANTISED = ("int8", "float8_e4m3")  # dtypes whose patches have a scale each
 
 
+def whole_dtype(dtype: StoredDtype) -> StoredDtype:
+    """The dtype of tokens that have no scale, in a store whose patches have `dtype`."""
+    return "float16" if dtype in QUANTISED else dtype
+
+
 @dataclass(frozen=True)
 class PatchTokens:
     """Encoder output for B clips; every tensor has the batch first.
@@ -180,9 +185,7 @@ class StoreSpec:
         if dtype in QUANTISED:
             arrays.append(ArraySpec("scale", (frames, n), "float32"))
         if coarse is not None:
-            # `scale` belongs to `patches`; the few coarse tokens are kept in full.
-            kept = "float16" if dtype in QUANTISED else dtype
-            arrays.append(ArraySpec("coarse", (frames, coarse, coarse_width or width), kept))
+            arrays.append(ArraySpec("coarse", (frames, coarse, coarse_width or width), whole_dtype(dtype)))
             arrays.append(ArraySpec("coarse_saliency", (frames, coarse), "float32"))
         return cls("patches", tuple(arrays), shard, grid, codec)
 
@@ -193,7 +196,7 @@ class StoreSpec:
         """Spec of a store of text states: `length` L tokens of `width` D."""
         return cls(
             "text",
-            (ArraySpec("states", (length, width), dtype), ArraySpec("attention_mask", (length,), "bool")),
+            (ArraySpec("states", (length, width), whole_dtype(dtype)), ArraySpec("attention_mask", (length,), "bool")),
             shard,
             codec=codec,
         )

@@ -167,3 +167,20 @@ def test_unknown_command_and_no_command(capsys: pytest.CaptureFixture[str]) -> N
     assert "expected one of " in capsys.readouterr().err
     assert main([]) == 2
     assert main(["--help"]) == 0
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
+def test_tokens_in_few_bits_say_what_they_lose(
+    fresh: Path, made: Path, dtype: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(fresh / "store")
+    assert main(["run", *options(fresh, "--store.dtype", dtype, "--store.codec", "zstd")]) == 0
+    assert f"patches in {dtype}: reconstruction error " in capsys.readouterr().out
+    store, whole = open_store(fresh / "store"), open_store(made / "store")
+    assert 0 < store.reconstruction_error["patches"] < 0.05
+    assert (store.spec.codec, store.fingerprint.fields["stored_dtype"]) == ("zstd", dtype)
+    read = store.read(store.clip_ids, dtype=torch.float32).patches
+    torch.testing.assert_close(read, whole.read(store.clip_ids).patches.float(), rtol=0.1, atol=0.05)
+    texts = open_store(fresh / "store" / "text")
+    assert texts.spec.array("states").dtype == "float16"
+    assert texts.fingerprint == open_store(made / "store" / "text").fingerprint
