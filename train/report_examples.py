@@ -175,7 +175,7 @@ def prepare_picture(clip: Clip, video: VideoConfig, transform: "Transform") -> "
 def pictures(
     clips: Sequence[Clip], video: VideoConfig, transform: "Transform"
 ) -> Iterator[tuple[tuple[str, ...], str]]:
-    """For each clip its shown frames as data URIs and "", or no pictures and the reason; `transform` is the encoder's."""
+    """For each clip its shown frames as data URIs and "", or no pictures and why; `transform` is the encoder's."""
     # Decoding is imported here alone: reading results and training never need it.
     from extract.decode import DecodePool, UndecodedClip
 
