@@ -8,13 +8,13 @@ import errno
 import fcntl
 import os
 import shutil
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
+from isal import isal_zlib
 
 from features.errors import StoreError
 
@@ -128,7 +128,7 @@ def crc32c(content: np.ndarray | bytes, value: int = 0) -> int:
 
 def file_sum(content: bytes) -> tuple[int, int]:
     """Size in bytes and CRC-32 of what a file is to hold; `file_sum_of` says why not CRC-32C."""
-    return len(content), zlib.crc32(content)
+    return len(content), isal_zlib.crc32(content)
 
 
 def file_sum_of(path: Path) -> tuple[int, int]:
@@ -142,7 +142,7 @@ def file_sum_of(path: Path) -> tuple[int, int]:
     size = value = 0
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(view):
-            value = zlib.crc32(view[:count], value)
+            value = isal_zlib.crc32(view[:count], value)
             size += count
     return size, value
 
