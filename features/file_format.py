@@ -13,7 +13,7 @@ from features.errors import DamagedStore
 from features.records import Record
 from features.spec import ArraySpec, StoreSpec
 
-BLOCK = 1 << 18
+_BLOCK = 1 << 20
 
 Blocks = Iterable[tuple[ArraySpec, Iterable[np.ndarray]]]  # one an array: its rows, in the disk dtype
 
@@ -39,8 +39,8 @@ class OpenFile:
         """
         crc = done = 0
         while done < target.size:
-            # A block at a time, so that the checksum finds the bytes still in the processor's cache.
-            block = target[done : done + BLOCK]
+            # A block at a time: the checksum finds it in the cache. Smaller ones make threads wait for each other.
+            block = target[done : done + _BLOCK]
             count = os.preadv(self.handle, [block.data], offset + done)
             if count == 0:
                 raise DamagedStore(f"{self.path} ends {target.size - done} bytes too early")
