@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(PY) -m extract synth --out runs/demo/data
+	$(PY) -m extract synth --out runs/demo/data --clips 800
 	for arch in egovlpv2 egovlp; do \
 	    $(PY) -m extract standin --config configs/demo/$$arch.yaml && \
 	    $(PY) -m extract run --config configs/demo/$$arch.yaml || exit; \
