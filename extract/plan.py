@@ -11,7 +11,7 @@ from configs.schema import Config
 from extract.batch_encoder import BatchEncoder
 from extract.datasets import Clip, Dataset, load_dataset
 from extract.decode import PreparedClip
-from extract.encoders import VideoEncoder, open_checkpoint
+from extract.encoders import VideoEncoder, find_network, open_checkpoint
 from extract.engines import decoder_count, worker_count
 from extract.fingerprints import video_fingerprint
 from extract.worker import load_encoder, open_decoders, slow_arithmetic
@@ -62,6 +62,7 @@ def make_plan(config: Config, probe: int) -> Plan:
     Raises:
         DatasetError, CheckpointError, StoreError: as `extract.run.extract_features`.
     """
+    find_network(config.encoder.arch)  # a wrong name is said before anything is read
     dataset = load_dataset(config.data)
     checkpoint = open_checkpoint(config.encoder.arch, config.encoder.checkpoint)
     fingerprint = video_fingerprint(config, checkpoint.sha256)

@@ -11,6 +11,7 @@ from extract.datasets import Dataset, load_dataset
 from extract.encoders import (
     Checkpoint,
     VideoEncoder,
+    find_network,
     load_text_encoder,
     load_tokenizer,
     open_checkpoint,
@@ -64,6 +65,7 @@ def extract_features(config: Config, retry: bool = False, part: Part = WHOLE) ->
         TooManyErrors: more clips failed than `engine.max_errors`; what was committed stays.
         WorkersKilled: again and again; what was committed stays.
     """
+    find_network(config.encoder.arch)  # a wrong name is said before anything is read
     dataset = load_dataset(config.data)
     checkpoint = open_checkpoint(config.encoder.arch, config.encoder.checkpoint)
     encoder = load_encoder(config, checkpoint)

@@ -150,7 +150,7 @@ def test_the_slider_offers_the_ratios_that_were_recorded(page: Page) -> None:
 def test_numbers_of_the_page(text: str) -> None:
     assert "50.00%" in text
     assert "<b>+29.17</b> points against question-only" in text
-    assert "95% interval" in text
+    assert "(95% interval" in text
     assert "n = 24 questions: 16 open, 8 binary." in text
     assert "python -m train fit --config configs/demo.yaml --head.name psa" in text
     assert "torch <code>2.13.0</code>" in text
@@ -159,7 +159,7 @@ def test_numbers_of_the_page(text: str) -> None:
 @pytest.fixture
 def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves pictures out, which take seconds."""
-    monkeypatch.setattr(report_examples, "pictures", lambda clips, video: [((), "not decoded here")] * len(clips))
+    monkeypatch.setattr(report_examples, "pictures", lambda clips, *_: [((), "not decoded here")] * len(clips))
 
 
 @pytest.mark.usefixtures("no_decoding")
@@ -198,7 +198,7 @@ def test_missing_annotations_leave_a_report_without_examples(
     config = Config(data=made[0].data.__class__(name="jsonl", root=tmp_path / "nowhere"))
     page = write_report(config, copy).read_text()
     assert "No examples: see what could not be read" in page
-    assert "95% interval" not in page
+    assert "(95% interval" not in page
     assert "direct: no examples and no intervals, data.root" in capsys.readouterr().err
 
 
