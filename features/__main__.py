@@ -24,9 +24,11 @@ from rich.progress import (
 
 from features.convert import convert
 from features.derive import derive
-from features.errors import StoreError
+from features.errors import BadLocation, StoreError
 from features.formats import FORMATS
 from features.halves import TEXT, halves, mismatches
+from features.location import Location, locate
+from features.places import storage_at
 from features.repair import repair
 from features.spec import Codec, StoredDtype
 from features.store import Store, open_store
@@ -39,7 +41,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     parser = _parser()
     options = parser.parse_args(args)
-    if not options.store.is_dir():
+    if isinstance(options.store, Path) and not options.store.is_dir():
         print(f"features: STORE is {str(options.store)!r}; expected the folder of a store", file=sys.stderr)
         return 2
     try:
@@ -72,11 +74,11 @@ def _parser() -> argparse.ArgumentParser:
         ("repair", _repair, "take damaged clips out, so that `python -m extract run` encodes only them again"),
     ):
         command = commands.add_parser(name, help=about, description=about)
-        command.add_argument("store", type=Path, metavar="STORE")
+        command.add_argument("store", type=_location, metavar="STORE")
         command.add_argument("--json", action="store_true", help="print JSON")
         command.set_defaults(run=run)
         if run in (_convert, _derive):
-            command.add_argument("--to", type=Path, metavar="FOLDER", help="where to; beside STORE by default")
+            command.add_argument("--to", type=_location, metavar="FOLDER", help="where to; beside STORE by default")
         if run is _convert:
             command.add_argument("--format", choices=list(FORMATS))
             command.add_argument("--dtype", choices=get_args(StoredDtype), help="of the tokens")
@@ -88,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
             )
             command.add_argument("--by", choices=["saliency"], default="saliency", help="what ranks them")
     return parser
+
+
+def _location(text: str) -> Location:
+    try:
+        return locate(text)
+    except BadLocation as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _share(text: str) -> float:
@@ -105,7 +114,7 @@ def _count(text: str) -> int:
 
 
 def _info(options: argparse.Namespace) -> tuple[int, Result, str]:
-    clips, *texts = (open_store(options.store / half) for half in halves(options.store))
+    clips, *texts = (open_store(options.store / half) for half in halves(storage_at(options.store)))
     result = _described(clips)
     for store in texts:
         result[TEXT] = _described(store)

@@ -1,7 +1,6 @@
 """What a store holds by now: the rows that the file of ids plans, and the clips that the ledger has committed."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from features.dtypes import spec_bytes
 from features.errors import AbsentClip, DamagedStore
@@ -9,6 +8,7 @@ from features.ids import RowPlan, ids_journal
 from features.journal import Contents, Position, require_intact
 from features.ledger import ClipRecord, Commit, Entry, Ledger, ledger_journal
 from features.spec import StoreSpec
+from features.storage import Files, Storage
 
 
 def misfit(commit: Commit, spec: StoreSpec) -> str | None:
@@ -26,49 +26,51 @@ def misfit(commit: Commit, spec: StoreSpec) -> str | None:
 
 
 class Catalog:
-    """One reader's view of the store at `root`; `refresh` brings it up to date.
+    """One reader's view of a store; `refresh` brings it up to date.
 
     Attributes:
-        root: the store's folder.
+        storage: where it lies.
+        root: its location, for messages.
         spec: its shape.
         rows: id -> row, of every id that has one.
         ledger: what is committed.
         row_bytes: of one row of every array, before compression.
+        position: how far the ledger has been read.
 
     Raises:
         DamagedStore: as `refresh`.
     """
 
-    def __init__(self, root: Path, spec: StoreSpec) -> None:
-        self.root = root
+    def __init__(self, storage: Storage, spec: StoreSpec) -> None:
+        self.storage = storage
+        self.root = storage.location
         self.spec = spec
         self.rows: dict[str, int] = {}
         self.ledger = Ledger()
         self.row_bytes = spec_bytes(spec)
         self._plan = RowPlan()
         self._planned_to: Position | None = None
-        self._committed_to: Position | None = None
+        self.position: Position | None = None
         self.refresh()
 
-    def refresh(self) -> None:
-        """See what any process has committed or planned since.
+    def refresh(self, shard: int | None = None) -> None:
+        """See what any process has committed or planned since; with a `shard`, that shard's commits at least.
 
         Raises:
             DamagedStore: a file that describes the store is damaged; the message names the line.
         """
         # The ledger first: ids are written before any of their clips can be committed.
-        ledger, ids = ledger_journal(self.root), ids_journal(self.root)
-        committed = ledger.read(self._committed_to)
-        require_intact(committed, ledger.path)
-        planned = ids.read(self._planned_to)
-        require_intact(planned, ids.path)
-        if planned.first == 0:
+        committed = ledger_journal(self.storage).read(self.position, shard)
+        require_intact(committed, self.root)
+        planned = ids_journal(self.storage).read(self._planned_to)
+        require_intact(planned, self.root)
+        if planned.whole:
             self._plan = RowPlan()
         self._plan.add_all(planned)
-        known = self.ledger if committed.first > 0 else Ledger()
+        known = Ledger() if committed.whole else self.ledger
         known.add_all(committed)
         self.ledger = known  # complete before other threads see it
-        self._planned_to, self._committed_to = planned.position, committed.position
+        self._planned_to, self.position = planned.position, committed.position
         if planned.lines:
             self.rows = {name: row for row, name in enumerate(self._plan.row_ids) if name is not None}
         self._check(committed)
@@ -91,6 +93,10 @@ class Catalog:
                         f"{self.root}: ids.jsonl and ledger.jsonl line {line.number + 1} disagree about the row of "
                         f"clip {name!r}; run `python -m features repair {self.root}`"
                     )
+
+    def shard_files(self, shard: int) -> Files:
+        """The files of a committed shard."""
+        return self.storage.shard_files(shard, self.ledger.attempts.get(shard, ""))
 
     def shard_of(self, row: int) -> int:
         """The shard that `row` lies in, for ever."""

@@ -1,32 +1,32 @@
-"""The commit protocol: write -> sync -> announce -> rename -> sync folder -> read back and compare -> record.
+"""The commit protocol: write -> announce -> sync -> rename -> sync folder -> read back and compare -> record.
 
-Killed at any point, the shard's earlier rows are still there and the new ones are either all committed or not at all.
+In object storage, where nothing is replaced: write -> upload under new names -> compare -> record, if nobody has
+recorded anything of the shard meanwhile. Killed at any point, the shard's earlier rows are still there and the new ones
+are either all committed or not at all.
 """
 
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from features.dtypes import row_bytes
-from features.durable import crc32c, file_sum_of, make_folder, put_in_place, remove_folder, sync_file
+from features.durable import crc32c, file_sum_of
 from features.errors import DamagedStore
 from features.file_format import Blocks, Format
-from features.journal import Journal
-from features.ledger import ClipRecord, announce, commit
+from features.journal import Position
+from features.ledger import ClipRecord, announce, commit, ledger_journal
 from features.spec import ArraySpec, StoreSpec
+from features.storage import Storage
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a shard goes: the store's folder, shape, file format, ledger, fingerprint's digest and bytes of a row."""
+    """Where a shard goes: the store's storage, shape, file format, fingerprint's digest and bytes of a row."""
 
-    root: Path
+    storage: Storage
     spec: StoreSpec
     files: Format
-    ledger: Journal
     fingerprint: str
     row_bytes: int
 
@@ -38,6 +38,7 @@ def commit_shard(
     blocks: Blocks,
     sources: Mapping[str, str],
     errors: Mapping[str, float],
+    after: Position | None,
 ) -> None:
     """Commit a shard that afterwards consists of exactly `rows`. The caller owns the shard.
 
@@ -48,31 +49,26 @@ def commit_shard(
         blocks: each array's rows, in the order of `rows`.
         sources: id -> hash of what it came from.
         errors: what storing in fewer bits cost; read when `blocks` is used up.
+        after: how far the ledger had been read when `rows` were put together.
 
     Raises:
+        Overtaken: somebody else has committed clips of the shard since; nothing was committed here.
         DamagedStore: the disk does not give back what was written.
         OSError: the disk is full.
     """
-    staging = target.root / "staging"
-    for leftover in staging.glob(f"{shard:08d}-*"):  # of a writer that died: had it lived, it would own the shard
-        remove_folder(leftover)
-    folder = staging / f"{shard:08d}-{uuid.uuid4().hex}"
+    storage, ledger = target.storage, ledger_journal(target.storage)
     slots = [row % target.spec.shard for row in rows.values()]
     sums: dict[str, dict[str, str]] = {name: {} for name in rows}
-    make_folder(folder)
-    try:
+    with storage.staging(shard) as folder:
         staged = target.files.stage(folder, target.spec, shard, slots, _summed(blocks, sums))
         files = {name: file_sum_of(path) for name, path in staged.items()}
-        for path in staged.values():
-            sync_file(path)
-        target.ledger.append(announce(shard, files))
-        for name, path in staged.items():
-            put_in_place(path, target.root / name)
-    finally:
-        remove_folder(folder)
-    _read_back(target, shard, rows, sums)
+        if storage.in_place:
+            ledger.append(announce(shard, files), after)
+        attempt = storage.publish(shard, staged, files)
+    if storage.in_place:
+        _read_back(target, shard, rows, sums)
     clips = {name: ClipRecord(row, sums[name], sources[name]) for name, row in rows.items()}
-    target.ledger.append(commit(shard, clips, files, target.fingerprint, errors, target.row_bytes))
+    ledger.append(commit(shard, clips, files, target.fingerprint, errors, target.row_bytes, attempt), after)
 
 
 def _summed(blocks: Blocks, sums: Mapping[str, dict[str, str]]) -> Blocks:
@@ -88,7 +84,7 @@ def _summed(blocks: Blocks, sums: Mapping[str, dict[str, str]]) -> Blocks:
 
 
 def _read_back(target: Target, shard: int, rows: Mapping[str, int], sums: Mapping[str, Mapping[str, str]]) -> None:
-    opened = target.files.open(target.root, target.spec, shard)
+    opened = target.files.open(target.storage.shard_files(shard, ""), target.spec, shard)
     for array in target.spec.arrays:
         buffer = np.empty(row_bytes(array), np.uint8)
         for name, row in rows.items():

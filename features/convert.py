@@ -9,6 +9,8 @@ from torch import Tensor
 from features.dtypes import stored
 from features.errors import StoreError
 from features.halves import halves
+from features.location import Location, locate
+from features.places import storage_at
 from features.quarantine import Failure
 from features.spec import QUANTISED, TOKENS, ArraySpec, Codec, Fingerprint, StoreSpec
 from features.store import Store, create_store, open_store
@@ -18,8 +20,8 @@ OnClips = Callable[[int, int], None]  # called with the clips done so far and in
 
 
 def convert(
-    path: Path | str,
-    to: Path | str,
+    path: Location | str,
+    to: Location | str,
     format: str | None = None,
     dtype: str | None = None,
     shard: int | None = None,
@@ -35,11 +37,11 @@ def convert(
     Raises:
         StoreError: `to` lies where a store of something else is, or a value does not fit the dtype.
     """
-    source, target = Path(path), Path(to)
+    source, target = locate(path), locate(to)
     refuse_same(source, target)
-    for half in halves(source):
+    for half in halves(storage_at(source)):
         store = open_store(source / half)
-        spec, fingerprint = _converted_spec(store, dtype, shard if half == Path() else None, codec)
+        spec, fingerprint = _converted_spec(store, dtype, None if half else shard, codec)
         copy = create_store(target / half, spec, fingerprint, store.planned_ids, format or store.format)
         requantised = spec.arrays != store.spec.arrays
         transfer(store, copy, lambda rows: rows, on_clips, decoded=requantised)
@@ -80,14 +82,14 @@ def transfer(
             on_clips(len(target.clip_ids), total)
 
 
-def refuse_same(source: Path, target: Path) -> None:
+def refuse_same(source: Location, target: Location) -> None:
     """Refuse to write a copy into the store that is copied.
 
     Raises:
         StoreError: names both.
     """
-    inner, outer = target.resolve(), source.resolve()
-    if inner == outer or outer in inner.parents:
+    inner, outer = (str(place.resolve() if isinstance(place, Path) else place) for place in (target, source))
+    if f"{inner}/".startswith(f"{outer}/"):
         raise StoreError(f"--to is {str(target)!r}, inside the store {str(source)!r}; expected another folder")
 
 

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,6 +9,8 @@ from torch import Tensor
 from features.convert import OnClips, Rows, refuse_same, transfer
 from features.errors import StoreError
 from features.halves import halves
+from features.location import Location, locate
+from features.places import storage_at
 from features.spec import ArraySpec, Fingerprint, Scalar, StoreSpec
 from features.store import Store, create_store, open_store
 
@@ -18,7 +19,7 @@ _MOST_PATCHES = 2**15
 
 
 def derive(
-    path: Path | str, to: Path | str, keep: float, by: str = "saliency", on_clips: OnClips | None = None
+    path: Location | str, to: Location | str, keep: float, by: str = "saliency", on_clips: OnClips | None = None
 ) -> Store:
     """Keep the ceil(keep N) patches of each frame with the largest saliency, the largest first, ties to the lowest n.
 
@@ -28,7 +29,7 @@ def derive(
     Raises:
         StoreError: `keep` or `by` is none, or `path` is not a full store of clips.
     """
-    source, target = Path(path), Path(to)
+    source, target = locate(path), locate(to)
     refuse_same(source, target)
     if not 0 < keep <= 1:
         raise StoreError(f"--keep is {keep}; expected a share above 0 and at most 1")
@@ -45,7 +46,7 @@ def derive(
     fingerprint = Fingerprint({**parent.fingerprint.fields, **origin})
     smaller = create_store(target, _smaller(parent.spec, count), fingerprint, parent.planned_ids, parent.format)
     transfer(parent, smaller, lambda rows: _first_by_saliency(rows, count), on_clips)
-    for half in halves(source)[1:]:
+    for half in halves(storage_at(source))[1:]:
         text = open_store(source / half)
         copy = create_store(target / half, text.spec, text.fingerprint, text.planned_ids, text.format)
         transfer(text, copy, lambda rows: rows)

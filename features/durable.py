@@ -145,11 +145,3 @@ def file_sum_of(path: Path) -> tuple[int, int]:
             value = isal_zlib.crc32(view[:count], value)
             size += count
     return size, value
-
-
-def holds(path: Path, expected: tuple[int, int]) -> bool:
-    """Whether a file is there with the `expected` size and CRC-32."""
-    try:
-        return file_sum_of(path) == expected
-    except OSError:
-        return False

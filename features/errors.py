@@ -7,6 +7,10 @@ class StoreError(ValueError):
     """A store that cannot be opened, read or written as asked."""
 
 
+class BadLocation(StoreError):
+    """A path or URL at which no store can be."""
+
+
 class FingerprintMismatch(StoreError):
     """A store made by something else: another network, other frames, another shape."""
 
@@ -17,6 +21,10 @@ class DamagedStore(StoreError):
 
 class NewerStore(StoreError):
     """A store that a newer version of this program wrote; nothing is read from it and nothing is changed in it."""
+
+
+class Overtaken(StoreError):
+    """Another writer has added to the same journal in the meantime; what was to be added was not."""
 
 
 class ShardOwned(StoreError):

@@ -1,6 +1,5 @@
 """What a file format has to offer; `zarr_store` and `hdf5_store` each offer it."""
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,45 +11,9 @@ from features.durable import crc32c
 from features.errors import DamagedStore
 from features.records import Record
 from features.spec import ArraySpec, StoreSpec
-
-_BLOCK = 1 << 20
+from features.storage import Files, OpenFile, Storage
 
 Blocks = Iterable[tuple[ArraySpec, Iterable[np.ndarray]]]  # one an array: its rows, in the disk dtype
-
-
-class OpenFile:
-    """A file open for reading at any offset, closed when nobody uses it any more. Safe to share between threads."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.handle = -1
-        self.handle = os.open(path, os.O_RDONLY)
-        self.size = os.fstat(self.handle).st_size
-
-    def read(self, size: int, offset: int) -> bytes:
-        """Up to `size` bytes from `offset`."""
-        return os.pread(self.handle, size, offset)
-
-    def read_into(self, target: np.ndarray, offset: int) -> int:
-        """Fill `target`, contiguous bytes, from `offset`; returns the CRC-32C of what was read.
-
-        Raises:
-            DamagedStore: the file ends before.
-        """
-        crc = done = 0
-        while done < target.size:
-            # A block at a time: the checksum finds it in the cache. Smaller ones make threads wait for each other.
-            block = target[done : done + _BLOCK]
-            count = os.preadv(self.handle, [block.data], offset + done)
-            if count == 0:
-                raise DamagedStore(f"{self.path} ends {target.size - done} bytes too early")
-            crc = crc32c(block[:count], crc)
-            done += count
-        return crc
-
-    def __del__(self) -> None:
-        if self.handle >= 0:
-            os.close(self.handle)
 
 
 @dataclass(frozen=True)
@@ -105,7 +68,7 @@ class Format(Protocol):
     def metadata(self, header: Record, spec: StoreSpec, rows: int) -> dict[str, bytes]:
         """The files, by path inside the store, that tell other tools about arrays of `rows` rows."""
 
-    def header_of(self, root: Path) -> Record | None:
+    def header_of(self, storage: Storage) -> Record | None:
         """The header as those files repeat it, for repairs; None where they are damaged too."""
 
     def files(self, spec: StoreSpec, shard: int) -> tuple[str, ...]:
@@ -118,7 +81,7 @@ class Format(Protocol):
             Where each of `files(spec, shard)` now waits.
         """
 
-    def open(self, root: Path, spec: StoreSpec, shard: int) -> OpenShard:
+    def open(self, files: Files, spec: StoreSpec, shard: int) -> OpenShard:
         """Open the files of `shard`.
 
         Raises:

@@ -1,17 +1,16 @@
 """The two halves of a data set's features: the clips, and inside their folder the states of the questions' texts."""
 
-from pathlib import Path
-
 from features.errors import FingerprintMismatch
+from features.storage import Storage
 from features.store import Store
 
 TEXT = "text"
 _SHARED = ("arch", "checkpoint")  # fields of both fingerprints that say which network made the half
 
 
-def halves(root: Path) -> list[Path]:
+def halves(storage: Storage) -> list[str]:
     """The stores in the folder of a store, relative to it: itself, and its text states where it has them."""
-    return [Path(), Path(TEXT)] if (root / TEXT).is_dir() else [Path()]
+    return ["", TEXT] if storage.exists(TEXT) else [""]
 
 
 def mismatches(clips: Store, texts: Store) -> list[str]:

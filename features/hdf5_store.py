@@ -16,9 +16,10 @@ import numpy as np
 
 from features.dtypes import row_bytes, stored
 from features.errors import DamagedStore
-from features.file_format import Blocks, Chunk, OpenFile
+from features.file_format import Blocks, Chunk
 from features.records import Record
 from features.spec import ArraySpec, StoreSpec
+from features.storage import Files, Storage
 
 _CHECKSUM = 4
 # Deflate after a byte shuffle: what every HDF5 library can read without plugins.
@@ -53,10 +54,10 @@ class Hdf5Format:
             index.flush()
             return {"index.h5": index.id.get_file_image()}
 
-    def header_of(self, root: Path) -> Record | None:
+    def header_of(self, storage: Storage) -> Record | None:
         """The header as `index.h5` repeats it, for repairs."""
         try:
-            with h5py.File(root / "index.h5", "r") as index:
+            with h5py.File(storage.open("index.h5").path, "r") as index:
                 return json.loads(index.attrs["header"])
         except _UNREADABLE:
             return None
@@ -88,24 +89,24 @@ class Hdf5Format:
         path.write_bytes(image.getbuffer())
         return {_shard_file(shard): path}
 
-    def open(self, root: Path, spec: StoreSpec, shard: int) -> "Hdf5Shard":
+    def open(self, files: Files, spec: StoreSpec, shard: int) -> "Hdf5Shard":
         """Open the file and note where its chunks lie."""
-        return Hdf5Shard(root / _shard_file(shard), spec)
+        return Hdf5Shard(files, _shard_file(shard), spec)
 
 
 class Hdf5Shard:
     """See `features.file_format.OpenShard`."""
 
-    def __init__(self, path: Path, spec: StoreSpec) -> None:
+    def __init__(self, files: Files, name: str, spec: StoreSpec) -> None:
         self._compressed = spec.codec == "gzip"
         try:
-            with h5py.File(path, "r") as file:
+            self._file = files.open(name)
+            with h5py.File(self._file.path, "r") as file:
                 self._chunks = {array.name: _chunks(file, array, spec) for array in spec.arrays}
-            self._file = OpenFile(path)
         except DamagedStore as error:
-            raise DamagedStore(f"{path} {error}") from error
+            raise DamagedStore(f"{name} {error}") from error
         except _UNREADABLE as error:
-            raise DamagedStore(f"{path} cannot be opened: {' '.join(str(error).split())}") from error
+            raise DamagedStore(f"{name} cannot be opened: {' '.join(str(error).split())}") from error
 
     def find(self, array: ArraySpec, slot: int) -> Chunk:
         """Row `slot` by the file's chunk index."""

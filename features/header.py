@@ -6,16 +6,16 @@ that are newer than its own, by number, and leaves such a store alone.
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from features.dtypes import stored
-from features.durable import write_file
 from features.errors import DamagedStore, NewerStore, StoreError
 from features.journal import decode_line, encode_line
 from features.records import MalformedRecord, Record, take, take_all, take_count
 from features.spec import ArraySpec, Fingerprint, StoreSpec
+from features.storage import Storage
 
 VERSION = 2
+HEADER = "store.json"  # its name in the store
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,6 @@ class Description:
         return lines
 
 
-def header_path(root: Path) -> Path:
-    """Where it lies in the store at `root`."""
-    return root / "store.json"
-
-
 def make_header(described: Description) -> Record:
     """The header as JSON values."""
     for array in described.spec.arrays:
@@ -57,12 +52,17 @@ def make_header(described: Description) -> Record:
     )
 
 
-def write_header(root: Path, header: Record) -> None:
-    """Write it in one step."""
-    write_file(header_path(root), encode_line(0, header))
+def create_header(storage: Storage, header: Record) -> bool:
+    """Write it where there is none; false where there is one."""
+    return storage.create(HEADER, encode_line(0, header))
 
 
-def read_header(root: Path) -> Record:
+def write_header(storage: Storage, header: Record) -> None:
+    """Write it in one step, whatever is there."""
+    storage.write(HEADER, encode_line(0, header))
+
+
+def read_header(storage: Storage) -> Record:
     """Read it; `parse_header` says what it means.
 
     Raises:
@@ -70,13 +70,12 @@ def read_header(root: Path) -> Record:
         StoreError: there is no store.
         DamagedStore: the file is damaged.
     """
-    path = header_path(root)
+    root = storage.location
+    path = root / HEADER
     try:
-        decoded = decode_line(path.read_bytes())
+        decoded = decode_line(storage.read(HEADER))
     except (FileNotFoundError, NotADirectoryError):
-        raise StoreError(
-            f"no store at {root} ({path.name} is missing); expected a folder that `extract run` made"
-        ) from None
+        raise StoreError(f"no store at {root} ({HEADER} is missing); expected one that `extract run` made") from None
     if decoded is None:
         raise DamagedStore(f"{path} is damaged; run `python -m features repair {root}`")
     version = decoded[1].get("version")

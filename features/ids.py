@@ -3,13 +3,13 @@
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from features.durable import file_sum, write_file
+from features.durable import file_sum
 from features.errors import StoreError
-from features.journal import Contents, Journal
+from features.journal import Contents, Position
 from features.ledger import MAX_ROWS
 from features.records import Files, MalformedRecord, Record, files_to_json, take, take_all, take_files
+from features.storage import Journal, Storage
 
 MAX_CLIP_ID = 1024
 MAX_TEXT = 16_384
@@ -33,14 +33,9 @@ class Grow:
 Entry = Describe | Grow
 
 
-def ids_journal(root: Path) -> Journal[Entry]:
-    """The file of ids in the store at `root`."""
-    return Journal(root / "ids.jsonl", _parse)
-
-
-def growth_lock(root: Path) -> Path:
-    """Whoever adds rows to the store at `root`, or mends what describes them, locks this file meanwhile."""
-    return root / "growth.lock"
+def ids_journal(storage: Storage) -> Journal[Entry]:
+    """The ids of a store."""
+    return storage.journal("ids.jsonl", _parse)
 
 
 @dataclass(frozen=True)
@@ -69,14 +64,27 @@ class RowPlan:
                     self.announced.clear()
 
 
-def grow(root: Path, ids: Sequence[str | None], metadata: Mapping[str, bytes]) -> None:
-    """Add rows for `ids`, under `growth_lock`; `metadata` are the files that describe the arrays as they are then."""
-    journal = ids_journal(root)
+def grow(
+    storage: Storage, ids: Sequence[str | None], metadata: Mapping[str, bytes], after: Position | None = None
+) -> None:
+    """Add rows for `ids`, while `storage.growing()`.
+
+    Args:
+        storage: the store's.
+        ids: of the new rows.
+        metadata: the files that describe the arrays as they are then; none where other tools do not read the store.
+        after: how far the caller has read the journal of ids.
+
+    Raises:
+        Overtaken: somebody else has added rows since.
+    """
+    journal = ids_journal(storage)
     files = files_to_json({name: file_sum(content) for name, content in metadata.items()})
-    journal.append({"kind": "announce", "files": files})
+    if metadata:
+        journal.append({"kind": "announce", "files": files}, after)
     for name, content in metadata.items():
-        write_file(root / name, content)
-    journal.append({"kind": "grow", "ids": list(ids), "files": files})
+        storage.write(name, content)
+    journal.append({"kind": "grow", "ids": list(ids), "files": files}, after)
 
 
 def _parse(record: Record) -> Entry:

@@ -16,15 +16,20 @@ from typing import Generic, TypeVar
 
 from features.durable import append_to, crc32c, locked, write_file
 from features.errors import DamagedStore
+from features.location import Location
 from features.records import MalformedRecord, Record, take_count
 
 Entry = TypeVar("Entry")
 _LINE = re.compile(rb'{"crc32c":"(?P<crc32c>[0-9a-f]{8})","n":(?P<n>0|[1-9][0-9]{0,18}),"record":(?P<record>{.*})}\n')
 
 
-@dataclass(frozen=True)
 class Position:
-    """How far a journal has been read: `number` lines, `end` bytes of the file `inode`."""
+    """How far a journal has been read; each kind of journal has its own."""
+
+
+@dataclass(frozen=True)
+class FilePosition(Position):
+    """`number` lines, `end` bytes of the file `inode`."""
 
     inode: int = -1
     number: int = 0
@@ -46,7 +51,7 @@ class Contents(Generic[Entry]):
 
     Attributes:
         lines: the intact ones, in order.
-        first: number of the line where the reading began.
+        whole: whether the lines are all there are, and not only those that were added since an earlier reading.
         faults: one line a fault, naming the file and the line. A torn last line that the head does not count is no
             fault: a crash leaves it, and nobody was told that it had been written.
         lost: true when more than a torn last line is gone, so that the rest cannot be trusted to be the whole.
@@ -54,7 +59,7 @@ class Contents(Generic[Entry]):
     """
 
     lines: tuple[Line[Entry], ...]
-    first: int
+    whole: bool
     faults: tuple[str, ...]
     lost: bool
     position: Position
@@ -78,8 +83,41 @@ def decode_line(line: bytes) -> tuple[int, Record] | None:
         return None
 
 
-class Journal(Generic[Entry]):
-    """A journal at `path`, with its head beside it at `path` + `.head`.
+def parse_lines(
+    written: Sequence[bytes], first: int, name: str, parse: Callable[[Record], Entry]
+) -> tuple[list[Line[Entry]], list[str], int]:
+    """The intact lines, faults as in `Contents`, and the number that the next line has to have.
+
+    Args:
+        written: whole lines, without their ends.
+        first: number of the first.
+        name: of the journal, for the faults.
+        parse: what a record says; raises MalformedRecord where it says nothing of the kind.
+    """
+    lines: list[Line[Entry]] = []
+    faults: list[str] = []
+    expected = first
+    for place, line in enumerate(written, start=first + 1):
+        decoded = decode_line(line + b"\n")
+        if decoded is None:
+            faults.append(f"{name} line {place} is damaged")
+            expected += 1
+            continue
+        number, record = decoded
+        if number != expected:
+            faults.append(f"{name} line {place} has number {number} where {expected} is expected")
+        if number < expected:
+            continue
+        expected = number + 1
+        try:
+            lines.append(Line(number, record, parse(record)))
+        except MalformedRecord as error:
+            faults.append(f"{name} line {place} is intact but no line of such a file: {error}")
+    return lines, faults, expected
+
+
+class FileJournal(Generic[Entry]):
+    """See `features.storage.Journal`: a file at `path`, with its head beside it at `path` + `.head`.
 
     Args:
         path: the file.
@@ -88,6 +126,7 @@ class Journal(Generic[Entry]):
 
     def __init__(self, path: Path, parse: Callable[[Record], Entry]) -> None:
         self.path = path
+        self.name = path.name
         self._parse = parse
         self.head_path = path.with_name(path.name + ".head")
 
@@ -97,8 +136,10 @@ class Journal(Generic[Entry]):
             if not self.head_path.exists():
                 self._write_head(0, 0)
 
-    def append(self, record: Record) -> None:
+    def append(self, record: Record, after: Position | None = None) -> None:
         """Add one record and sync it. A torn line that a crash left at the end is cut off first.
+
+        `after` is not needed: leases, and the lock while rows are added, keep others away.
 
         Raises:
             DamagedStore: what is there cannot be continued.
@@ -118,54 +159,42 @@ class Journal(Generic[Entry]):
             write_file(self.path, b"".join(lines))
             self._write_head(len(lines), sum(len(line) for line in lines))
 
-    def read(self, after: Position | None = None) -> Contents[Entry]:
+    def keep_damaged(self) -> None:
+        """See `features.storage.Journal`."""
+        if self.path.exists():
+            write_file(self.path.with_name(self.name + ".damaged"), self.path.read_bytes())
+
+    def read(self, after: Position | None = None, shard: int | None = None) -> Contents[Entry]:
         """Everything that is intact, and everything that is not. Never raises for damage.
 
         Args:
             after: read only what was added since; a file that was replaced or cut short is read from the beginning.
+            shard: is not needed: what was added since is one piece.
         """
         # The head first: a line that is added meanwhile then makes the journal longer than the head says, not shorter.
         head = self._read_head()
         try:
             content, start = self._content(after)
         except FileNotFoundError:
-            return Contents((), 0, (f"{self.path.name} is missing",), True, Position())
+            return Contents((), True, (f"{self.name} is missing",), True, FilePosition())
         raw = content.split(b"\n")
         torn = raw.pop()
-        lines: list[Line[Entry]] = []
-        faults: list[str] = []
-        expected = start.number
-        for place, written in enumerate(raw, start=start.number + 1):
-            decoded = decode_line(written + b"\n")
-            if decoded is None:
-                faults.append(f"{self.path.name} line {place} is damaged")
-                expected += 1
-                continue
-            number, record = decoded
-            if number != expected:
-                faults.append(f"{self.path.name} line {place} has number {number} where {expected} is expected")
-            if number < expected:
-                continue
-            expected = number + 1
-            try:
-                lines.append(Line(number, record, self._parse(record)))
-            except MalformedRecord as error:
-                faults.append(f"{self.path.name} line {place} is intact but no line of such a file: {error}")
+        lines, faults, expected = parse_lines(raw, start.number, self.name, self._parse)
         lost = bool(faults)
         if head is None:
             faults.append(f"{self.head_path.name} is missing or damaged")
         elif expected < head[0]:
-            faults.append(f"{self.path.name} ends after {expected} of {head[0]} lines")
+            faults.append(f"{self.name} ends after {expected} of {head[0]} lines")
             lost = lost or expected + bool(torn) < head[0]
-        position = Position(start.inode, expected, start.end + len(content) - len(torn))
-        return Contents(tuple(lines), start.number, tuple(faults), lost, position)
+        position = FilePosition(start.inode, expected, start.end + len(content) - len(torn))
+        return Contents(tuple(lines), start.number == 0, tuple(faults), lost, position)
 
-    def _content(self, after: Position | None) -> tuple[bytes, Position]:
+    def _content(self, after: Position | None) -> tuple[bytes, FilePosition]:
         """The bytes from where the reading starts, and where that is."""
         with self.path.open("rb") as file:
             status = os.fstat(file.fileno())
-            if after is None or after.inode != status.st_ino or after.end > status.st_size:
-                after = Position(status.st_ino)
+            if not isinstance(after, FilePosition) or after.inode != status.st_ino or after.end > status.st_size:
+                after = FilePosition(status.st_ino)
             file.seek(after.end)
             return file.read(), after
 
@@ -189,13 +218,11 @@ class Journal(Generic[Entry]):
         write_file(self.head_path, encode_line(0, {"records": records, "bytes": end}))
 
 
-def require_intact(contents: Contents, path: Path) -> None:
-    """Refuse a journal in which more than a torn last line is gone.
+def require_intact(contents: Contents, where: Location) -> None:
+    """Refuse a journal, of the store at `where`, in which more than a torn last line is gone.
 
     Raises:
         DamagedStore: names the file, the line and what to do.
     """
     if contents.lost:
-        raise DamagedStore(
-            f"{path.parent}: {'; '.join(contents.faults)}; run `python -m features repair {path.parent}`"
-        )
+        raise DamagedStore(f"{where}: {'; '.join(contents.faults)}; run `python -m features repair {where}`")

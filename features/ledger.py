@@ -6,9 +6,8 @@ damaged clips out again. Fields that a later version adds are ignored; a kind th
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from features.journal import Contents, Journal
+from features.journal import Contents
 from features.records import (
     Files,
     MalformedRecord,
@@ -19,6 +18,7 @@ from features.records import (
     take_count,
     take_files,
 )
+from features.storage import Journal, Storage
 
 MAX_ROWS = 10**8  # of a store; a ledger that claims more is not one of ours
 
@@ -57,6 +57,7 @@ class Commit:
         fingerprint: digest of what made the clips.
         errors: what storing in fewer bits cost, by array.
         row_bytes: of one row of every array, before compression; None in a ledger of version 1, which had none.
+        attempt: which writing of the shard, where every one has file names of its own; else empty.
     """
 
     shard: int
@@ -65,6 +66,7 @@ class Commit:
     fingerprint: str
     errors: Mapping[str, float]
     row_bytes: int | None
+    attempt: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Ledger:
         clips: the committed ones, by id.
         commits: shard -> number of the line that last committed it.
         files: shard -> its files as committed.
+        attempts: shard -> the attempt that was committed, as in `Commit`.
         announced: shard -> files that a writer was about to put in place; a crash may have left them there, holding
             the same committed rows.
         fingerprints: digests of what made the clips; one in a store that is well.
@@ -96,6 +99,7 @@ class Ledger:
     clips: dict[str, ClipRecord] = field(default_factory=dict)
     commits: dict[int, int] = field(default_factory=dict)
     files: dict[int, Files] = field(default_factory=dict)
+    attempts: dict[int, str] = field(default_factory=dict)
     announced: dict[int, list[Files]] = field(default_factory=dict)
     fingerprints: set[str] = field(default_factory=set)
     errors: dict[int, Mapping[str, float]] = field(default_factory=dict)
@@ -114,6 +118,7 @@ class Ledger:
                 self.announced.pop(shard, None)
                 self.commits[shard] = number
                 self.files[shard] = entry.files
+                self.attempts[shard] = entry.attempt
                 self.errors[shard] = entry.errors
                 self.fingerprints.add(entry.fingerprint)
                 self.clips.update(entry.clips)
@@ -123,11 +128,12 @@ class Ledger:
                 if entry.emptied:
                     self.announced.pop(shard, None)
                     self.files.pop(shard, None)
+                    self.attempts.pop(shard, None)
 
 
-def ledger_journal(root: Path) -> Journal[Entry]:
-    """The ledger's file in the store at `root`."""
-    return Journal(root / "ledger.jsonl", _parse)
+def ledger_journal(storage: Storage) -> Journal[Entry]:
+    """The ledger of a store."""
+    return storage.journal("ledger.jsonl", _parse, by_shard=True)
 
 
 def announce(shard: int, files: Files) -> Record:
@@ -142,10 +148,11 @@ def commit(
     fingerprint: str,
     errors: Mapping[str, float],
     row_bytes: int,
+    attempt: str = "",
 ) -> Record:
     """The line that makes a shard's rows exist; arguments as in `Commit`."""
     rows = [clip.row for clip in clips.values()]
-    return {
+    record = {
         "kind": "commit",
         "shard": shard,
         "rows": [min(rows), max(rows) + 1],
@@ -158,6 +165,7 @@ def commit(
         "fingerprint": fingerprint,
         "errors": dict(errors),
     }
+    return record | {"attempt": attempt} if attempt else record
 
 
 def drop(shard: int, ids: Sequence[str], emptied: bool) -> Record:
@@ -179,6 +187,7 @@ def _parse(record: Record) -> Entry:
             take(record, "fingerprint", str),
             _parse_errors(take(record, "errors", dict)),
             take_count(record, "row_bytes") if "row_bytes" in record else None,
+            _parse_attempt(record),
         )
     raise MalformedRecord(f"'kind' is {kind[:40]!r}; expected announce, commit or drop")
 
@@ -186,6 +195,13 @@ def _parse(record: Record) -> Entry:
 def _parse_clip(clip: Record) -> tuple[str, ClipRecord]:
     row = take_count(clip, "row", MAX_ROWS)
     return take(clip, "id", str), ClipRecord(row, take(clip, "crc32c", dict), take(clip, "source", str))
+
+
+def _parse_attempt(record: Record) -> str:
+    attempt = take(record, "attempt", str) if "attempt" in record else ""
+    if attempt.strip("0123456789abcdef"):  # it becomes a part of file names
+        raise MalformedRecord(f"'attempt' is {attempt[:40]!r}; expected hexadecimal digits")
+    return attempt
 
 
 def _parse_errors(errors: Record) -> Mapping[str, float]:

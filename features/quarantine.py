@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from features.journal import Journal, require_intact
+from features.journal import require_intact
 from features.records import Record, take
+from features.storage import Journal, Storage
 
 
 @dataclass(frozen=True)
@@ -33,25 +33,25 @@ class Attempt:
     failure: Failure
 
 
-def quarantine_journal(root: Path) -> Journal[Attempt]:
-    """The quarantine's file in the store at `root`."""
-    return Journal(root / "quarantine.jsonl", _parse)
+def quarantine_journal(storage: Storage) -> Journal[Attempt]:
+    """The quarantine of a store."""
+    return storage.journal("quarantine.jsonl", _parse, by_shard=True)
 
 
-def add_failures(journal: Journal[Attempt], failures: Mapping[str, Failure]) -> None:
-    """Count one more attempt for each clip."""
+def add_failures(journal: Journal[Attempt], shard: int, failures: Mapping[str, Failure]) -> None:
+    """Count one more attempt for each clip of `shard`."""
     for name, failure in failures.items():
-        journal.append({"id": name, "reason": failure.reason, "traceback": failure.traceback})
+        journal.append({"id": name, "shard": shard, "reason": failure.reason, "traceback": failure.traceback})
 
 
-def read_quarantine(journal: Journal[Attempt], committed: Iterable[str]) -> dict[str, QuarantineRecord]:
+def read_quarantine(storage: Storage, committed: Iterable[str]) -> dict[str, QuarantineRecord]:
     """The clips in quarantine by id; those that were `committed` later are out of it.
 
     Raises:
         DamagedStore: the file is damaged.
     """
-    contents = journal.read()
-    require_intact(contents, journal.path)
+    contents = quarantine_journal(storage).read()
+    require_intact(contents, storage.location)
     found: dict[str, QuarantineRecord] = {}
     for line in contents.lines:
         clip, failure = line.entry.clip, line.entry.failure

@@ -89,7 +89,8 @@ class Reader:
         with self._lock:
             opened = self._open.get(key)
             if opened is None:
-                opened = self._open[key] = self._files.open(self._catalog.root, self._catalog.spec, shard)
+                files = self._catalog.shard_files(shard)
+                opened = self._open[key] = self._files.open(files, self._catalog.spec, shard)
                 if len(self._open) > _OPEN_SHARDS:
                     self._open.popitem(last=False)
             else:

@@ -1,19 +1,18 @@
 """Take what is damaged out of a store, so that `extract run` encodes exactly that again."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 
-from features import lease
-from features.durable import locked, write_file
 from features.errors import DamagedStore
 from features.halves import halves
-from features.header import header_path, write_header
-from features.ids import grow, growth_lock, ids_journal
-from features.journal import Journal
+from features.header import HEADER, write_header
+from features.ids import grow, ids_journal
 from features.ledger import ledger_journal
+from features.location import Location, locate
+from features.places import storage_at
 from features.quarantine import quarantine_journal
 from features.records import Record
+from features.storage import Journal, Storage
 from features.store import open_store
 from features.verify import Report, bad_rows, check_shards, inspect, verify
 
@@ -29,13 +28,13 @@ class Repair:
         rewritten: files that describe the store and were made anew from what was intact.
     """
 
-    path: Path
+    path: Location
     before: Report
     dropped: tuple[str, ...]
     rewritten: tuple[str, ...]
 
 
-def repair(path: Path | str) -> Repair:
+def repair(path: Location | str) -> Repair:
     """Keep every clip that reads back bit for bit, and take the others out, so that they count as missing.
 
     Afterwards `verify` is clean. A damaged journal is kept beside the new one, as `*.damaged`.
@@ -44,62 +43,62 @@ def repair(path: Path | str) -> Repair:
         StoreError: there is no store, or no copy of its header is left.
         ShardOwned: somebody is writing to it.
     """
-    root = Path(path)
-    before = verify(root)
+    root = storage_at(locate(path))
+    before = verify(root.location)
     dropped: list[str] = []
     rewritten: list[str] = []
     for half in halves(root):
-        lease.require_none(root / half)
-        with locked(growth_lock(root / half)):
-            rewritten += [str(half / name) for name in _repair_description(root / half)]
-        dropped += _repair_shards(root / half)
-        _release(root / half, before.bad_clips)
-    committed = open_store(root).clip_ids
+        storage = root.inside(half)
+        storage.require_unowned()
+        with storage.growing():
+            rewritten += [f"{half}/{name}" if half else name for name in _repair_description(storage)]
+        dropped += _repair_shards(storage)
+        _release(storage, before.bad_clips)
+    committed = open_store(root.location).clip_ids
     lost = [name for name in before.bad_clips if name not in dropped and name not in committed]
-    return Repair(root, before, (*dropped, *lost), tuple(rewritten))
+    return Repair(root.location, before, (*dropped, *lost), tuple(rewritten))
 
 
-def _repair_description(root: Path) -> list[str]:
-    found = inspect(root)
+def _repair_description(storage: Storage) -> list[str]:
+    found = inspect(storage)
     damaged = {fault.where for fault in found.faults}
     if found.header is None:
         raise DamagedStore(
-            f"{header_path(root)} and its copy in the arrays' metadata are damaged or disagree; put one of them "
-            f"back, or move {root} away and encode again"
+            f"{storage.location / HEADER} and its copy in the arrays' metadata are damaged or disagree; put one of "
+            f"them back, or move {storage.location} away and encode again"
         )
-    if header_path(root).name in damaged:
-        write_header(root, found.header)
-    for journal in (ledger_journal(root), quarantine_journal(root)):
-        if journal.path.name in damaged:
+    if HEADER in damaged:
+        write_header(storage, found.header)
+    for journal in (ledger_journal(storage), quarantine_journal(storage)):
+        if journal.name in damaged:
             _rewrite(journal, [line.record for line in journal.read().lines])
-    metadata = found.format.metadata(found.header, found.spec, len(found.row_ids))
-    if ids_journal(root).path.name in damaged:
-        _rewrite(ids_journal(root), [])
-        grow(root, found.row_ids, metadata)
+    metadata = found.format.metadata(found.header, found.spec, len(found.row_ids)) if storage.in_place else {}
+    if ids_journal(storage).name in damaged:
+        _rewrite(ids_journal(storage), [])
+        grow(storage, found.row_ids, metadata)
     elif damaged & metadata.keys():
-        grow(root, [], metadata)
+        grow(storage, [], metadata)
     return sorted(damaged)
 
 
-def _release(root: Path, ids: Collection[str]) -> None:
+def _release(storage: Storage, ids: Collection[str]) -> None:
     """Forget the earlier failures of clips that have to be encoded again, or `extract run` would pass them over."""
-    journal = quarantine_journal(root)
+    journal = quarantine_journal(storage)
     lines = journal.read().lines
     kept = [line.record for line in lines if line.entry.clip not in ids]
     if len(kept) < len(lines):
         journal.rewrite(kept)
 
 
-def _rewrite(journal: Journal, records: Sequence[Record]) -> None:
-    if journal.path.exists():
-        write_file(journal.path.with_name(journal.path.name + ".damaged"), journal.path.read_bytes())
+def _rewrite(journal: Journal, records: list[Record]) -> None:
+    journal.keep_damaged()
     journal.rewrite(records)
 
 
-def _repair_shards(root: Path) -> list[str]:
+def _repair_shards(storage: Storage) -> list[str]:
     dropped: list[str] = []
-    found = inspect(root)
-    store = open_store(root)
+    found = inspect(storage)
+    store = open_store(storage.location)
     damaged = {fault.shard for _, faults in check_shards(found) for fault in faults if fault.shard is not None}
     for shard in sorted(damaged):
         bad = bad_rows(found, shard)

@@ -6,24 +6,27 @@ python -c "from features import open_store; print(open_store('stores/x').clip_id
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType, TracebackType
 
 import torch
 from torch import Tensor
 
 from features.catalog import Catalog
-from features.durable import disk_full_is_clear, holds, locked, make_folder
-from features.errors import FingerprintMismatch, StoreError
+from features.durable import disk_full_is_clear
+from features.errors import FingerprintMismatch, Overtaken, StoreError
 from features.file_format import Format
 from features.formats import format_named
-from features.header import Description, header_path, make_header, parse_header, read_header, write_header
-from features.ids import RowPlan, grow, growth_lock, ids_journal, unseen
+from features.header import HEADER, Description, create_header, make_header, parse_header, read_header
+from features.ids import RowPlan, grow, ids_journal, unseen
 from features.journal import require_intact
 from features.ledger import ledger_journal
+from features.location import Location, locate
+from features.places import storage_at
 from features.quarantine import Failure, QuarantineRecord, quarantine_journal, read_quarantine
 from features.reading import Reader, make_buffers
+from features.records import Record
 from features.spec import Fingerprint, PatchTokens, StoreSpec, TextStates
+from features.storage import Storage, holds
 from features.writing import Rows, Writer
 
 
@@ -36,7 +39,7 @@ class ShardWork:
 
 
 def create_store(
-    path: Path | str, spec: StoreSpec, fingerprint: Fingerprint, ids: Sequence[str], format: str = "zarr"
+    path: Location | str, spec: StoreSpec, fingerprint: Fingerprint, ids: Sequence[str], format: str = "zarr"
 ) -> "Store":
     """Create a store with a row for each of `ids`, or open the one at `path` and add rows for ids that it lacks.
 
@@ -46,36 +49,47 @@ def create_store(
         FingerprintMismatch: the store there was made by something else; the message names the differing fields.
         StoreError: an id is unsafe, or the store there is damaged.
     """
-    root = Path(path)
+    storage = storage_at(locate(path))
+    root = storage.location
     files = format_named(format, spec.codec)
     asked = Description(spec, fingerprint, format)
     header = make_header(asked)
     unseen((), ids, spec.kind)  # refuse bad ids before anything is written
     with disk_full_is_clear(f"creating {root}"):
-        make_folder(root)
-        with locked(growth_lock(root)):
-            if header_path(root).exists():
-                header = read_header(root)
-            else:
-                for journal in (ids_journal(root), ledger_journal(root), quarantine_journal(root)):
-                    journal.create()
-                write_header(root, header)
-            different = parse_header(header).differences(asked)
-            if different:
-                raise FingerprintMismatch(
-                    f"store {root} was made by something else ({'; '.join(different)}; here: the store, there: what "
-                    "was asked for); choose another store.path, or ask for what is there"
-                )
-            plan, contents = RowPlan(), ids_journal(root).read()
-            require_intact(contents, ids_journal(root).path)
-            plan.add_all(contents)
-            fresh = unseen(plan.row_ids, ids, spec.kind)
-            if fresh or any(not holds(root / name, entry) for name, entry in plan.files.items()):
-                grow(root, fresh, files.metadata(header, spec, len(plan.row_ids) + len(fresh)))
-    return open_store(root)
+        storage.prepare()
+        while True:
+            try:
+                _grow(storage, files, asked, header, ids)
+                return open_store(path)
+            except Overtaken:
+                continue  # somebody else has added rows: see what is left to add
 
 
-def open_store(path: Path | str, expect: Fingerprint | None = None) -> "Store":
+def _grow(storage: Storage, files: Format, asked: Description, header: Record, ids: Sequence[str]) -> None:
+    """Describe the store where nobody has, and add rows for those of `ids` that have none."""
+    with storage.growing():
+        if not storage.exists(HEADER):
+            for journal in (ids_journal(storage), ledger_journal(storage), quarantine_journal(storage)):
+                journal.create()
+        if not create_header(storage, header):
+            header = read_header(storage)
+        different = parse_header(header).differences(asked)
+        if different:
+            raise FingerprintMismatch(
+                f"store {storage.location} was made by something else ({'; '.join(different)}; here: the store, there: "
+                "what was asked for); choose another store.path, or ask for what is there"
+            )
+        plan, contents = RowPlan(), ids_journal(storage).read()
+        require_intact(contents, storage.location)
+        plan.add_all(contents)
+        fresh = unseen(plan.row_ids, ids, asked.spec.kind)
+        if fresh or any(not holds(storage, name, entry) for name, entry in plan.files.items()):
+            rows = len(plan.row_ids) + len(fresh)
+            metadata = files.metadata(header, asked.spec, rows) if storage.in_place else {}
+            grow(storage, fresh, metadata, contents.position)
+
+
+def open_store(path: Location | str, expect: Fingerprint | None = None) -> "Store":
     """Open the store at `path`.
 
     Raises:
@@ -83,33 +97,34 @@ def open_store(path: Path | str, expect: Fingerprint | None = None) -> "Store":
         NewerStore: a newer version of this program wrote it.
         StoreError: there is none, or what describes it is damaged; one line that says which file.
     """
-    root = Path(path)
-    described = parse_header(read_header(root))
+    storage = storage_at(locate(path))
+    root = storage.location
+    described = parse_header(read_header(storage))
     if expect is not None and (different := described.fingerprint.differences(expect)):
         raise FingerprintMismatch(
             f"store {root} was made by something else than is expected ({'; '.join(different)}; here: the store, "
             "there: what is expected); use the store that fits, or encode again"
         )
-    return Store(root, described, format_named(described.format, described.spec.codec))
+    return Store(storage, described, format_named(described.format, described.spec.codec))
 
 
 class Store:
     """An open store; make one with `open_store` or `create_store`. It can be sent to other processes.
 
     Attributes:
-        path: its folder.
+        path: its folder or URL.
         spec: its shape.
         fingerprint: what made it.
         format: `zarr` or `hdf5`.
         planned_ids: the id of every row, in row order.
     """
 
-    def __init__(self, path: Path, described: Description, files: Format) -> None:
-        self.path = path
+    def __init__(self, storage: Storage, described: Description, files: Format) -> None:
+        self.path = storage.location
         self.spec = described.spec
         self.fingerprint = described.fingerprint
         self.format = described.format
-        self._catalog = Catalog(path, described.spec)
+        self._catalog = Catalog(storage, described.spec)
         self._reader = Reader(self._catalog, files)
         self._writer = Writer(self._catalog, self._reader, files, described.fingerprint.digest)
 
@@ -134,7 +149,7 @@ class Store:
     @property
     def quarantine(self) -> Mapping[str, QuarantineRecord]:
         """The clips that could not be encoded, by id."""
-        return MappingProxyType(read_quarantine(quarantine_journal(self.path), self._catalog.ledger.clips))
+        return MappingProxyType(read_quarantine(self._catalog.storage, self._catalog.ledger.clips))
 
     @property
     def reconstruction_error(self) -> Mapping[str, float]:
@@ -281,5 +296,5 @@ class Store:
     ) -> None:
         self.close()
 
-    def __reduce__(self) -> tuple[object, tuple[Path, Fingerprint]]:
+    def __reduce__(self) -> tuple[object, tuple[Location, Fingerprint]]:
         return open_store, (self.path, self.fingerprint)

@@ -6,23 +6,24 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
 from features.catalog import misfit
 from features.dtypes import row_bytes
-from features.durable import file_sum_of, holds
 from features.errors import DamagedStore, NewerStore, StoreError
 from features.file_format import Format
 from features.formats import FORMATS, format_named
 from features.halves import TEXT, halves
-from features.header import header_path, parse_header, read_header
+from features.header import HEADER, parse_header, read_header
 from features.ids import RowPlan, ids_journal
 from features.ledger import Commit, Ledger, ledger_journal
+from features.location import Location, locate
+from features.places import storage_at
 from features.quarantine import quarantine_journal
 from features.records import Record
 from features.spec import Fingerprint, StoreSpec
+from features.storage import Files, Storage, holds
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Report:
         faults: everything that is wrong.
     """
 
-    path: Path
+    path: Location
     clips: int
     shards: int
     nbytes: int
@@ -78,13 +79,14 @@ class Inspection:
     """A store's description as far as it can be read, whatever is damaged.
 
     Attributes:
+        storage: where it lies.
         header: None where no copy of it is left.
         row_ids: row -> id, completed from the ledger where the file of ids has lost some.
         ledger: what its intact lines say.
         faults: what is wrong with the description.
     """
 
-    root: Path
+    storage: Storage
     header: Record | None
     row_ids: tuple[str | None, ...]
     ledger: Ledger
@@ -116,6 +118,10 @@ class Inspection:
         """Bytes of the files of `shard`."""
         return sum(size for size, _ in self.ledger.files[shard].values())
 
+    def files_of(self, shard: int) -> Files:
+        """The files of `shard`."""
+        return self.storage.shard_files(shard, self.ledger.attempts.get(shard, ""))
+
     def clips_of(self, shard: int) -> list[str]:
         """The committed ids of a shard, in row order."""
         size = self.spec.shard
@@ -123,47 +129,49 @@ class Inspection:
         return [name for name in names if name is not None and name in self.ledger.clips]
 
 
-def inspect(root: Path) -> Inspection:
+def inspect(storage: Storage) -> Inspection:
     """Read the store's description; every damage to it becomes a fault.
 
     Raises:
         NewerStore: a newer version of this program wrote the store.
         StoreError: there is no store at all.
     """
-    if not header_path(root).exists() and not ledger_journal(root).path.exists():
-        read_header(root)
+    ledger_of, ids_of, quarantine = ledger_journal(storage), ids_journal(storage), quarantine_journal(storage)
+    if not storage.exists(HEADER) and not storage.exists(ledger_of.name):
+        read_header(storage)
     faults: list[Fault] = []
     ledger, plan = Ledger(), RowPlan()
-    committed = ledger_journal(root).read()  # before the ids, which are written before their clips
-    planned = ids_journal(root).read()
+    committed = ledger_of.read()  # before the ids, which are written before their clips
+    planned = ids_of.read()
     ledger.add_all(committed)
     plan.add_all(planned)
-    faults += [Fault(ids_journal(root).path.name, what) for what in planned.faults]
+    faults += [Fault(ids_of.name, what) for what in planned.faults]
     metadata = [
         Fault(name, "is not what was written")
         for name in plan.files
-        if not any(holds(root / name, files[name]) for files in (plan.files, *plan.announced) if name in files)
+        if not any(holds(storage, name, files[name]) for files in (plan.files, *plan.announced) if name in files)
     ]
-    header = _header(root, faults, copy_is_sound=not metadata)
+    header = _header(storage, faults, copy_is_sound=not metadata)
     faults += metadata
     row_ids, disputed = _completed(plan.row_ids, ledger)
     if disputed:
         faults.append(Fault("ids.jsonl", "disagrees with the ledger about the rows of clips", disputed))
     if header is not None and ledger.fingerprints - {Fingerprint(header["fingerprint"]).digest}:
         faults.append(Fault("ledger.jsonl", "holds clips of another fingerprint than the store's"))
-    uncounted = _uncommitted_with_files(root, header, row_ids, ledger) if committed.faults else ()
-    faults += [Fault(ledger_journal(root).path.name, what, uncounted) for what in committed.faults]
+    uncounted = _uncommitted_with_files(storage, header, row_ids, ledger) if committed.faults else ()
+    faults += [Fault(ledger_of.name, what, uncounted) for what in committed.faults]
     if header is not None:
         spec = parse_header(header).spec
         commits = [(line.number, line.entry) for line in committed.lines if isinstance(line.entry, Commit)]
         strange = [(number, reason) for number, entry in commits if (reason := misfit(entry, spec))]
-        faults += [Fault(ledger_journal(root).path.name, f"line {number + 1} {reason}") for number, reason in strange]
-    quarantine = quarantine_journal(root)
-    faults += [Fault(quarantine.path.name, what) for what in quarantine.read().faults]
-    return Inspection(root, header, tuple(row_ids), ledger, tuple(faults))
+        faults += [Fault(ledger_of.name, f"line {number + 1} {reason}") for number, reason in strange]
+    faults += [Fault(quarantine.name, what) for what in quarantine.read().faults]
+    return Inspection(storage, header, tuple(row_ids), ledger, tuple(faults))
 
 
-def verify(path: Path | str, workers: int | None = None, on_bytes: Callable[[int, int], None] | None = None) -> Report:
+def verify(
+    path: Location | str, workers: int | None = None, on_bytes: Callable[[int, int], None] | None = None
+) -> Report:
     """Read everything that was committed and compare it with the ledger, and the store's description with itself.
 
     Args:
@@ -175,27 +183,29 @@ def verify(path: Path | str, workers: int | None = None, on_bytes: Callable[[int
         NewerStore: a newer version of this program wrote the store.
         StoreError: there is no store at `path`.
     """
-    root, started = Path(path), time.monotonic()
-    found = [inspect(root)]
-    faults = list(found[0].faults)
-    for half in halves(root)[1:]:
+    storage, started = storage_at(locate(path)), time.monotonic()
+    found = {"": inspect(storage)}
+    faults = list(found[""].faults)
+    for half in halves(storage)[1:]:
         try:
-            found.append(inspect(root / half))
-            faults += [_inside(half, fault) for fault in found[1].faults]
+            found[half] = inspect(storage.inside(half))
+            faults += [_inside(half, fault) for fault in found[half].faults]
         except NewerStore:
             raise
         except StoreError as error:
             faults.append(Fault(TEXT, str(error)))
-    shards = sum(len(inspected.shards) for inspected in found)
-    total = sum(inspected.nbytes for inspected in found)
+    shards = sum(len(inspected.shards) for inspected in found.values())
+    total = sum(inspected.nbytes for inspected in found.values())
     done = 0
-    for inspected in found:
+    for half, inspected in found.items():
         for size, shard_faults in check_shards(inspected, workers):
-            faults += [_inside(inspected.root.relative_to(root), fault) for fault in shard_faults]
+            faults += [_inside(half, fault) for fault in shard_faults]
             done += size
             if on_bytes is not None:
                 on_bytes(done, total)
-    return Report(root, len(found[0].ledger.clips), shards, total, time.monotonic() - started, tuple(faults))
+    return Report(
+        storage.location, len(found[""].ledger.clips), shards, total, time.monotonic() - started, tuple(faults)
+    )
 
 
 def check_shards(found: Inspection, workers: int | None = None) -> Iterator[tuple[int, list[Fault]]]:
@@ -204,20 +214,21 @@ def check_shards(found: Inspection, workers: int | None = None) -> Iterator[tupl
         yield from zip(map(found.size_of, found.shards), pool.map(partial(check_shard, found), found.shards))
 
 
-def _inside(half: Path, fault: Fault) -> Fault:
-    return replace(fault, where=str(half / fault.where))
+def _inside(half: str, fault: Fault) -> Fault:
+    return replace(fault, where=f"{half}/{fault.where}" if half else fault.where)
 
 
 def check_shard(found: Inspection, shard: int) -> list[Fault]:
     """Compare a shard's files with the ledger; only where they differ are its rows looked at one by one."""
     versions = [found.ledger.files[shard], *found.ledger.announced.get(shard, [])]
+    files = found.files_of(shard)
     faults: list[Fault] = []
     for name in found.format.files(found.spec, shard):  # not the ledger's own names, which might lead elsewhere
         if name not in versions[0]:
             faults.append(Fault(name, "is not in the ledger", shard=shard))
             continue
         try:
-            actual = file_sum_of(found.root / name)
+            actual = files.sum_of(name)
         except OSError as error:
             faults.append(Fault(name, f"cannot be read: {error.strerror}", shard=shard))
             continue
@@ -237,7 +248,7 @@ def bad_rows(found: Inspection, shard: int) -> list[str]:
     names = found.clips_of(shard)
     spec = found.spec
     try:
-        opened = found.format.open(found.root, spec, shard)
+        opened = found.format.open(found.files_of(shard), spec, shard)
     except DamagedStore:
         return names
     bad = []
@@ -256,20 +267,20 @@ def bad_rows(found: Inspection, shard: int) -> list[str]:
     return bad
 
 
-def _header(root: Path, faults: list[Fault], copy_is_sound: bool) -> Record | None:
+def _header(storage: Storage, faults: list[Fault], copy_is_sound: bool) -> Record | None:
     """The header, or its copy where it is damaged; None where neither can be trusted."""
-    copies = [copy for files in FORMATS.values() if _is_sound(copy := files.header_of(root))]
+    copies = [copy for files in FORMATS.values() if _is_sound(copy := files.header_of(storage))]
     try:
-        header = read_header(root)
+        header = read_header(storage)
         described = parse_header(header)
         format_named(described.format, described.spec.codec)
     except NewerStore:
         raise
     except StoreError as error:
-        faults.append(Fault(header_path(root).name, str(error)))
+        faults.append(Fault(HEADER, str(error)))
         return copies[0] if copies else None
     if copy_is_sound and copies and header not in copies:
-        faults.append(Fault(header_path(root).name, "says something else than the copy in the arrays' metadata"))
+        faults.append(Fault(HEADER, "says something else than the copy in the arrays' metadata"))
         return None
     return header
 
@@ -296,7 +307,7 @@ def _completed(row_ids: Sequence[str | None], ledger: Ledger) -> tuple[list[str 
 
 
 def _uncommitted_with_files(
-    root: Path, header: Record | None, row_ids: Sequence[str | None], ledger: Ledger
+    storage: Storage, header: Record | None, row_ids: Sequence[str | None], ledger: Ledger
 ) -> tuple[str, ...]:
     """Ids whose shard has files but which no intact line commits: what a damaged ledger may have lost."""
     if header is None:
@@ -307,5 +318,9 @@ def _uncommitted_with_files(
     return tuple(
         clip
         for row, clip in waiting.items()
-        if all((root / file).exists() for file in files.files(spec, row // spec.shard))
+        if _has_files(storage, row // spec.shard, files.files(spec, row // spec.shard))
     )
+
+
+def _has_files(storage: Storage, shard: int, names: Sequence[str]) -> bool:
+    return bool(storage.attempts(shard)) if not storage.in_place else all(map(storage.exists, names))

@@ -6,17 +6,18 @@ from contextlib import contextmanager
 import numpy as np
 from torch import Tensor
 
-from features import lease
 from features.catalog import Catalog
 from features.committing import Target, commit_shard
 from features.durable import disk_full_is_clear
 from features.encoding import check_names, encode, reconstruction_error
-from features.errors import StoreError
+from features.errors import Overtaken, StoreError
 from features.file_format import Format
-from features.ledger import drop, ledger_journal
+from features.ledger import announce, drop, ledger_journal
 from features.quarantine import Failure, add_failures, quarantine_journal
 from features.reading import Reader
 from features.spec import ArraySpec
+
+_TRIES = 5  # to commit, each time overtaken by another writer
 
 Rows = Mapping[str, Mapping[str, Tensor]]  # id -> one tensor an array, without the batch
 
@@ -35,10 +36,10 @@ class Writer:
     def lease(self, shard: int) -> Iterator[tuple[str, ...]]:
         """See `Store.lease`."""
         catalog = self._catalog
-        with lease.hold(catalog.root, shard):
+        with catalog.storage.lease(shard):
             self._held.add(shard)
             try:
-                catalog.refresh()
+                catalog.refresh(shard)
                 yield tuple(name for name in catalog.ids_of(shard) if name not in catalog.ledger.clips)
             finally:
                 self._held.discard(shard)
@@ -56,15 +57,15 @@ class Writer:
         catalog = self._catalog
         with self.lease(shard), disk_full_is_clear(f"rewriting shard {shard} of {catalog.root}"):
             left = [name for name in catalog.committed_of(shard) if name not in without]
+            attempt = catalog.ledger.attempts.get(shard, "")
             if without:
-                ledger_journal(catalog.root).append(drop(shard, without, emptied=not left))
-                catalog.refresh()
+                ledger_journal(catalog.storage).append(drop(shard, without, emptied=not left), catalog.position)
+                catalog.refresh(shard)
             if left:
                 self._commit(shard, {}, {})
             else:
-                for name in self._files.files(catalog.spec, shard):
-                    (catalog.root / name).unlink(missing_ok=True)
-            catalog.refresh()
+                catalog.storage.discard(shard, attempt, self._files.files(catalog.spec, shard))
+            catalog.refresh(shard)
 
     def _write_owned(self, shard: int, rows: Rows, sources: Mapping[str, str], failures: Mapping[str, Failure]) -> None:
         catalog = self._catalog
@@ -73,9 +74,10 @@ class Writer:
             check_names(name, tensors, catalog.spec)
         with disk_full_is_clear(f"writing shard {shard} of {catalog.root}"):
             if rows:
-                self._commit(shard, rows, sources)
-            add_failures(quarantine_journal(catalog.root), failures)
-        catalog.refresh()
+                self._clear_leftovers(shard)
+                self._commit_new(shard, rows, sources)
+            add_failures(quarantine_journal(catalog.storage), shard, failures)
+        catalog.refresh(shard)
 
     def _check_ids(self, shard: int, rows: Rows, sources: Mapping[str, str], failures: Mapping[str, Failure]) -> None:
         catalog = self._catalog
@@ -94,6 +96,32 @@ class Writer:
                     f"clip {name!r} is committed already in {catalog.root}; write only what missing() names"
                 )
 
+    def _clear_leftovers(self, shard: int) -> None:
+        """Remove what writers that died have left of the shard."""
+        catalog = self._catalog
+        found = catalog.storage.attempts(shard) - {catalog.ledger.attempts.get(shard, "")}
+        if not found:
+            return
+        # One of them may only seem dead. Once this line is there, what it has written so far cannot be committed.
+        ledger_journal(catalog.storage).append(announce(shard, {}), catalog.position)
+        for attempt in found:
+            catalog.storage.discard(shard, attempt, self._files.files(catalog.spec, shard))
+        catalog.refresh(shard)
+
+    def _commit_new(self, shard: int, new: Rows, sources: Mapping[str, str]) -> None:
+        """Commit `new` rows; those that another writer has committed meanwhile stay as that one wrote them."""
+        for _ in range(_TRIES):
+            try:
+                self._commit(shard, new, sources)
+                return
+            except Overtaken as overtaken:
+                last = overtaken
+                self._catalog.refresh(shard)
+                new = {name: row for name, row in new.items() if name not in self._catalog.ledger.clips}
+                if not new:
+                    return
+        raise last
+
     def _commit(self, shard: int, new: Rows, sources: Mapping[str, str]) -> None:
         """Commit the shard's rows of before, as they are, and the `new` ones."""
         catalog = self._catalog
@@ -105,11 +133,12 @@ class Writer:
             error = reconstruction_error(tensors, catalog.spec)
             if error is not None:
                 errors["patches"] = max(error, errors.get("patches", 0.0))
-        target = Target(
-            catalog.root, catalog.spec, self._files, ledger_journal(catalog.root), self._fingerprint, catalog.row_bytes
-        )
+        target = Target(catalog.storage, catalog.spec, self._files, self._fingerprint, catalog.row_bytes)
         blocks = ((array, self._encoded(array, rows, new)) for array in catalog.spec.arrays)
-        commit_shard(target, shard, rows, blocks, sources, errors)
+        superseded = catalog.ledger.attempts.get(shard, "")
+        commit_shard(target, shard, rows, blocks, sources, errors, catalog.position)
+        if superseded:
+            catalog.storage.discard(shard, superseded, self._files.files(catalog.spec, shard))
 
     def _encoded(self, array: ArraySpec, rows: Mapping[str, int], new: Rows) -> Iterator[np.ndarray]:
         """One array's `rows` as they are written; new ones are checked, others read, one at a time."""

@@ -22,9 +22,10 @@ from zarr.storage import MemoryStore
 from features.dtypes import row_bytes, stored
 from features.durable import crc32c
 from features.errors import DamagedStore
-from features.file_format import Blocks, Chunk, OpenFile
+from features.file_format import Blocks, Chunk
 from features.records import Record
 from features.spec import ArraySpec, StoreSpec
+from features.storage import Files, OpenFile, Storage
 
 _EMPTY = 2**64 - 1  # how the index of a shard marks a chunk that was never written
 _CRC = 4
@@ -46,10 +47,10 @@ class ZarrFormat:
             _create_array(group, array, spec, rows)
         return {path: buffer.to_bytes() for path, buffer in files.items()}
 
-    def header_of(self, root: Path) -> Record | None:
+    def header_of(self, storage: Storage) -> Record | None:
         """The header as the group's attributes repeat it, for repairs."""
         try:
-            return json.loads((root / "zarr.json").read_bytes())["attributes"]
+            return json.loads(storage.read("zarr.json"))["attributes"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -72,16 +73,16 @@ class ZarrFormat:
                 _write_checked(file, index)
         return staged
 
-    def open(self, root: Path, spec: StoreSpec, shard: int) -> "ZarrShard":
+    def open(self, files: Files, spec: StoreSpec, shard: int) -> "ZarrShard":
         """Open every array's file and check its index."""
-        return ZarrShard(root, spec, shard)
+        return ZarrShard(files, spec, shard)
 
 
 class ZarrShard:
     """See `features.file_format.OpenShard`."""
 
-    def __init__(self, root: Path, spec: StoreSpec, shard: int) -> None:
-        self._arrays = {array.name: _open_indexed(root / _shard_file(array, shard), spec) for array in spec.arrays}
+    def __init__(self, files: Files, spec: StoreSpec, shard: int) -> None:
+        self._arrays = {array.name: _open_indexed(files, _shard_file(array, shard), spec) for array in spec.arrays}
         self._compressors = {array.name: _compressor(array, spec) for array in spec.arrays}
 
     def find(self, array: ArraySpec, slot: int) -> Chunk:
@@ -151,15 +152,15 @@ def _create_array(group: zarr.Group, array: ArraySpec, spec: StoreSpec, rows: in
     )
 
 
-def _open_indexed(path: Path, spec: StoreSpec) -> tuple[OpenFile, np.ndarray]:
+def _open_indexed(files: Files, name: str, spec: StoreSpec) -> tuple[OpenFile, np.ndarray]:
     try:
-        file = OpenFile(path)
+        file = files.open(name)
     except OSError as error:
-        raise DamagedStore(f"{path} cannot be opened: {error.strerror}") from error
+        raise DamagedStore(f"{name} cannot be opened: {error.strerror}") from error
     size = 16 * spec.shard + _CRC
     if file.size < size:
-        raise DamagedStore(f"{path} has {file.size} bytes; expected at least the {size} of its index")
+        raise DamagedStore(f"{file.path} has {file.size} bytes; expected at least the {size} of its index")
     tail = file.read(size, file.size - size)
     if crc32c(tail[:-_CRC]).to_bytes(_CRC, "little") != tail[-_CRC:]:
-        raise DamagedStore(f"{path} has a damaged index")
+        raise DamagedStore(f"{file.path} has a damaged index")
     return file, np.frombuffer(tail[:-_CRC], "<u8").reshape(spec.shard, 2)

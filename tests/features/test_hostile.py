@@ -18,8 +18,9 @@ from features.durable import crc32c
 from features.formats import FORMATS
 from features.header import read_header, write_header
 from features.ids import grow
-from features.journal import Journal, decode_line, encode_line
+from features.journal import FileJournal, decode_line, encode_line
 from features.ledger import ledger_journal
+from features.local_storage import LocalStorage
 from features.repair import repair
 from features.verify import verify
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, fill
@@ -93,9 +94,9 @@ def _a_negative_side(header: dict) -> None:
 def test_headers(
     store: Store, change: Callable[[dict], None], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    header = read_header(store.path)
+    header = read_header(LocalStorage(store.path))
     change(header)
-    write_header(store.path, header)
+    write_header(LocalStorage(store.path), header)
     with pytest.raises(StoreError, match=message):
         open_store(store.path)
     assert main(["info", str(store.path)]) == 1
@@ -127,7 +128,7 @@ LINES = [
 def test_lines_of_another_program(
     store: Store, file: str, record: dict, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Journal(store.path / file, dict).append(record)
+    FileJournal(store.path / file, dict).append(record)
     number = len((store.path / file).read_bytes().splitlines())
     said = rf"{file} line {number} is intact but no line of such a file: .*{message}.*; run `python -m features repair"
     with pytest.raises(DamagedStore, match=said):
@@ -198,7 +199,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 def test_a_clip_outside_of_its_shard(store: Store) -> None:
-    journal = ledger_journal(store.path)
+    journal = ledger_journal(LocalStorage(store.path))
     records = [line.record for line in journal.read().lines]
     records[1]["clips"][0]["row"], records[3]["clips"][0]["row"] = 4, 0
     journal.rewrite(records)
@@ -208,8 +209,8 @@ def test_a_clip_outside_of_its_shard(store: Store) -> None:
 
 
 def test_a_newer_store_is_left_alone(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
-    header = read_header(store.path)
-    write_header(store.path, {**header, "version": 9})
+    header = read_header(LocalStorage(store.path))
+    write_header(LocalStorage(store.path), {**header, "version": 9})
     before = {path: path.read_bytes() for path in store.path.rglob("*") if path.is_file()}
     said = "store.json has version 9, written by a newer program than this one, which reads up to version 2; update"
     for act in (open_store, verify, repair, lambda path: create_store(path, SPEC, FINGERPRINT, ("new",))):
@@ -224,22 +225,22 @@ def test_a_newer_store_is_left_alone(store: Store, capsys: pytest.CaptureFixture
 def test_a_store_of_version_1_is_read_and_continued(tmp_path: Path, format: str) -> None:
     store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS[:6], format)
     fill(store, skip=(IDS[5],))
-    header = read_header(store.path)
+    header = read_header(LocalStorage(store.path))
     del header["spec"]["codec"]
     header["version"] = 1
-    write_header(store.path, header)
-    ledger = ledger_journal(store.path)
+    write_header(LocalStorage(store.path), header)
+    ledger = ledger_journal(LocalStorage(store.path))
     records = [line.record for line in ledger.read().lines]
     ledger.rewrite([{name: value for name, value in record.items() if name != "row_bytes"} for record in records])
-    grow(store.path, [], FORMATS[format].metadata(header, SPEC, 6))
+    grow(LocalStorage(store.path), [], FORMATS[format].metadata(header, SPEC, 6))
     assert verify(store.path).ok
     again = create_store(store.path, SPEC, FINGERPRINT, IDS, format)
     fill(again)
     assert again.clip_ids == IDS
-    assert read_header(store.path)["version"] == 1
+    assert read_header(LocalStorage(store.path))["version"] == 1
     assert verify(store.path).ok
     _four_tebibytes(header)
-    write_header(store.path, header)
+    write_header(LocalStorage(store.path), header)
     with pytest.raises(DamagedStore, match="this is not the store that was written"):
         open_store(store.path)
 

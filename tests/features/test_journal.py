@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from features.errors import DamagedStore
-from features.journal import Contents, Journal, require_intact
+from features.journal import Contents, FileJournal, require_intact
 from features.records import Record, take_all
 
 RECORDS = [{"ids": ["a", "b\n"]}, {"ids": ["ü"]}, {"ids": []}]
@@ -22,22 +22,22 @@ def records(contents: Contents) -> list[Record]:
 
 
 @pytest.fixture
-def journal(tmp_path: Path) -> Journal:
-    journal = Journal(tmp_path / "ledger.jsonl", _ids_of)
+def journal(tmp_path: Path) -> FileJournal:
+    journal = FileJournal(tmp_path / "ledger.jsonl", _ids_of)
     journal.create()
     for record in RECORDS:
         journal.append(record)
     return journal
 
 
-def test_reads_what_was_appended(journal: Journal) -> None:
+def test_reads_what_was_appended(journal: FileJournal) -> None:
     contents = journal.read()
     assert records(contents) == RECORDS
     assert contents.faults == ()
     assert journal.path.read_text().count("\n") == 3
 
 
-def test_a_torn_last_line_is_forgiven_and_cut_off_by_the_next(journal: Journal) -> None:
+def test_a_torn_last_line_is_forgiven_and_cut_off_by_the_next(journal: FileJournal) -> None:
     with journal.path.open("ab") as file:
         file.write(b'{"crc32c":"00')
     contents = journal.read()
@@ -48,7 +48,7 @@ def test_a_torn_last_line_is_forgiven_and_cut_off_by_the_next(journal: Journal) 
     assert journal.read().faults == ()
 
 
-def test_a_line_ahead_of_the_head_counts(journal: Journal) -> None:
+def test_a_line_ahead_of_the_head_counts(journal: FileJournal) -> None:
     head = journal.head_path.read_bytes()
     journal.append({"ids": ["new"]})
     journal.head_path.write_bytes(head)  # as if killed between the two
@@ -58,11 +58,11 @@ def test_a_line_ahead_of_the_head_counts(journal: Journal) -> None:
     assert journal.read().faults == ()
 
 
-def test_a_torn_end_that_was_counted_is_a_fault_but_opens(journal: Journal) -> None:
+def test_a_torn_end_that_was_counted_is_a_fault_but_opens(journal: FileJournal) -> None:
     journal.path.write_bytes(journal.path.read_bytes()[:-5])
     contents = journal.read()
     assert contents.faults == ("ledger.jsonl ends after 2 of 3 lines",)
-    require_intact(contents, journal.path)
+    require_intact(contents, journal.path.parent)
 
 
 def _lines(change: Callable[[list[bytes]], list[bytes]]) -> Callable[[bytes], bytes]:
@@ -84,14 +84,14 @@ def _lines(change: Callable[[list[bytes]], list[bytes]]) -> Callable[[bytes], by
         (lambda c: b"", "ledger.jsonl ends after 0 of 3 lines"),
     ],
 )
-def test_damage_is_named_by_line(journal: Journal, damage: Callable[[bytes], bytes], message: str) -> None:
+def test_damage_is_named_by_line(journal: FileJournal, damage: Callable[[bytes], bytes], message: str) -> None:
     journal.path.write_bytes(damage(journal.path.read_bytes()))
     contents = journal.read()
     with pytest.raises(DamagedStore, match=message):
-        require_intact(contents, journal.path)
+        require_intact(contents, journal.path.parent)
 
 
-def test_any_flipped_bit_is_a_fault(journal: Journal) -> None:
+def test_any_flipped_bit_is_a_fault(journal: FileJournal) -> None:
     for path in (journal.path, journal.head_path):
         content = path.read_bytes()
         for bit in range(0, 8 * len(content), 3):
