@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
+from awscrt import checksums
 from isal import isal_zlib
 
 from features.errors import StoreError
@@ -122,8 +122,8 @@ def disk_full_is_clear(doing: str) -> Iterator[None]:
 
 
 def crc32c(content: np.ndarray | bytes, value: int = 0) -> int:
-    """CRC-32C of contiguous bytes, continuing from `value`."""
-    return google_crc32c.extend(value, content)
+    """CRC-32C of contiguous bytes, continuing from `value`. Other threads run meanwhile."""
+    return checksums.crc32c(content, value)
 
 
 def file_sum(content: bytes) -> tuple[int, int]:

@@ -25,6 +25,8 @@ _CHECKSUM = 4
 # Deflate after a byte shuffle: what every HDF5 library can read without plugins.
 _GZIP = {"compression": "gzip", "compression_opts": 4, "shuffle": True}
 _VERSION = ("v110", "v110")  # whose metadata carry checksums
+# The kernel copies a row from an odd place in a file into memory at half the speed.
+_ALIGNED = {"alignment_threshold": 4096, "alignment_interval": 64}
 # What h5py raises on files that are not what they seem.
 _UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
 
@@ -70,7 +72,7 @@ class Hdf5Format:
         """Rows that are not given get no chunk, so other tools read NaN there."""
         # Made in memory, because the HDF5 library may take the whole process down where the disk is full.
         image = io.BytesIO()
-        with h5py.File(image, "w", libver=_VERSION) as file:
+        with h5py.File(image, "w", libver=_VERSION, **_ALIGNED) as file:
             for array, rows in blocks:
                 kept = stored(array.dtype)
                 dataset = file.create_dataset(

@@ -25,7 +25,7 @@ from features.journal import FileJournal
 from features.records import Record
 
 Entry = TypeVar("Entry")
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 _STAGING = "staging"
 
 
@@ -46,7 +46,7 @@ class LocalFile:
         """See `features.storage.OpenFile`."""
         crc = done = 0
         while done < target.size:
-            # A block at a time: the checksum finds it in the cache. Smaller ones make threads wait for each other.
+            # A block at a time, so that the checksum finds it in the cache.
             block = target[done : done + _BLOCK]
             count = os.preadv(self.handle, [block.data], offset + done)
             if count == 0:

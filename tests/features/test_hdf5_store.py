@@ -148,3 +148,11 @@ def test_a_row_that_is_not_in_the_file(store: Store, tmp_path: Path) -> None:
     with pytest.raises(DamagedStore, match="holds nothing for row 0 of its patches"):
         open_store(store.path).read([IDS[4]])
     assert len(open_store(store.path).read([IDS[5]]).cls) == 1
+
+
+def test_rows_begin_where_the_kernel_copies_fast(tmp_path: Path) -> None:
+    spec = StoreSpec.for_patches(2, (8, 8), 64, shard=4)
+    fill(create_store(tmp_path / "store", spec, FINGERPRINT, IDS, "hdf5"), skip=(IDS[1],))
+    with h5py.File(tmp_path / "store" / "shards" / "00000000.h5") as file:
+        offsets = [file["patches"].id.get_chunk_info(n).byte_offset for n in range(3)]
+    assert all(offset % 64 == 0 for offset in offsets)
