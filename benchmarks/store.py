@@ -95,7 +95,7 @@ def ours_ahead(store: Store, threads: int) -> Reader:
 
 
 def contenders(folder: Path, clips: int) -> dict[str, Reader]:
-    """What reads; each but zarr-python and h5py, which bring their own memory, fills a batch of buffers again and again."""
+    """What reads; all but zarr-python and h5py, which bring their own memory, fill the same buffers."""
     cores = os.cpu_count() or 1
     plain = np.load(folder / "plain.npy", mmap_mode="r")
     target = np.ones((BATCH, *SHAPE), np.float16)

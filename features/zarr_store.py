@@ -29,7 +29,8 @@ from features.storage import Files, OpenFile, Storage
 
 _EMPTY = 2**64 - 1  # how the index of a shard marks a chunk that was never written
 _CRC = 4
-_ALIGN = 64  # where rows begin: the kernel copies from an odd place into memory at half the speed
+# Where rows of a page or more begin: the kernel copies from an odd place into memory at half the speed.
+_ALIGN, _PAGE = 64, 4096
 _ZSTD_LEVEL = 3
 _BLOSC_LEVEL = 5
 
@@ -69,7 +70,8 @@ class ZarrFormat:
             with path.open("wb") as file:
                 for slot, row in zip(slots, rows, strict=True):
                     content = row if compressor is None else np.frombuffer(compressor.python.encode(row), np.uint8)
-                    file.write(bytes(-file.tell() % _ALIGN))
+                    if content.nbytes >= _PAGE:
+                        file.write(bytes(-file.tell() % _ALIGN))
                     index[slot] = file.tell(), content.nbytes + _CRC
                     _write_checked(file, content)
                 _write_checked(file, index)

@@ -128,8 +128,9 @@ def test_rows_are_the_bytes_that_zarr_python_writes(tmp_path: Path, codec: str) 
     assert (store.compression_ratio > 1.15) == (codec != "none")
 
 
-def test_rows_begin_where_the_kernel_copies_fast(store: Store) -> None:
-    fill(store)
+def test_rows_begin_where_the_kernel_copies_fast(tmp_path: Path) -> None:
+    store = create_store(tmp_path / "store", StoreSpec.for_patches(2, (8, 8), 64, shard=4), FINGERPRINT, IDS)
+    fill(store, skip=(IDS[1],))
     for path in (store.path / "patches").glob("c.*"):
         offsets = index_of(path, 4)[:, 0]
         assert (offsets[offsets != 2**64 - 1] % 64 == 0).all()
