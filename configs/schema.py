@@ -195,6 +195,7 @@ class HeadConfig:
         merge: learn the weights of the 2x2 merge; false takes their mean.
         levels: where the question guides the aggregation. Without `patch`, a frame's patches weigh what selected them;
             without `frame`, frames weigh alike; without `video`, the video is not multiplied with the question.
+        readers: of the question: 3 read apart what is asked, where to look for it and when; 1 reads it once for all.
         time: learned positions of the frames.
         heads: attention heads of the aggregation.
         width: hidden width of the head.
@@ -214,6 +215,7 @@ class HeadConfig:
     coarse: bool = True
     merge: bool = True
     levels: tuple[Level, ...] = ("patch", "frame", "video")
+    readers: Literal[1, 3] = 3
     time: bool = True
     heads: int = 4
     width: int = 256

@@ -227,6 +227,9 @@ def _synth(args: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to write, in EgoTaskQA's layout")
     parser.add_argument("--clips", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--hard", action="store_true", help="small things, bystanders and clutter; see docs/egosynth.md"
+    )
     options = parser.parse_args(list(args))
     from extract.progress import meter
 
@@ -236,6 +239,7 @@ def _synth(args: Sequence[str]) -> int:
                 options.out,
                 clips=options.clips,
                 seed=options.seed,
+                difficulty="hard" if options.hard else "plain",
                 progress=lambda done, total: shown.advance(done - shown.done),
             )
         except ValueError as error:

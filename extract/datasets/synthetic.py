@@ -24,7 +24,7 @@ from extract.datasets.egotaskqa import ANNOTATION_FOLDERS, ANSWER_SET, FILE_NAME
 from extract.datasets.records import Part, answer_vocabulary
 from extract.datasets.synthetic_frames import frames
 from extract.datasets.synthetic_questions import drafts, split_direct, split_indirect
-from extract.datasets.synthetic_scene import Scene, draw_scene, rng_of
+from extract.datasets.synthetic_scene import SETTINGS, Difficulty, Scene, draw_scene, rng_of
 
 FPS = 12
 SECONDS = 2
@@ -44,6 +44,7 @@ def render(
     seed: int = 0,
     size: int = 128,
     questions: int | None = None,
+    difficulty: Difficulty = "plain",
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
@@ -55,6 +56,7 @@ def render(
         seed: decides everything that is drawn; clip `i` looks the same whatever `clips` is.
         size: side of the picture in pixels, even.
         questions: in all; None is 7.5 a clip.
+        difficulty: `plain`, or `hard`: see `synthetic_scene.SETTINGS`.
         workers: processes that render and encode.
         progress: called with the clips done so far and in all.
 
@@ -63,7 +65,9 @@ def render(
     """
     questions = round(QUESTIONS_PER_CLIP * clips) if questions is None else questions
     _check(clips, seed, size, questions, workers)
-    scenes = [draw_scene(seed, index) for index in range(clips)]
+    if difficulty not in SETTINGS:
+        raise ValueError(f"difficulty is {difficulty!r}; expected one of {', '.join(SETTINGS)}")
+    scenes = [draw_scene(seed, index, difficulty) for index in range(clips)]
     _write_annotations(root, scenes, questions, seed)
     videos = root / VIDEO_FOLDER
     videos.mkdir(parents=True, exist_ok=True)
@@ -78,7 +82,8 @@ def render(
 
 def interval_of(scene: Scene) -> str:
     """The clip's name in EgoTaskQA's form: video, person, first and last frame."""
-    return f"egosynth-{scene.seed}-{scene.index:06d}|P1|0|{FRAMES}"
+    family = "egosynth" if scene.difficulty == "plain" else f"egosynth-{scene.difficulty}"
+    return f"{family}-{scene.seed}-{scene.index:06d}|P1|0|{FRAMES}"
 
 
 def write_video(path: Path, pictures: Sequence[np.ndarray], fps: int = FPS) -> None:

@@ -51,6 +51,8 @@ CHANGES = {
     "open": "from closed to open",
     "close": "from open to closed",
 }
+# Each touch of the person's with the one that comes after it.
+FOLLOWS: tuple[tuple[Slot, Slot], ...] = (("first", "second"), ("second", "next"))
 HOI_PROGRAM = "query([hoi], iterate_until("
 
 Record = dict[str, Any]
@@ -90,7 +92,7 @@ class Draft:
 def drafts(scene: Scene, count: int) -> list[Draft]:
     """`count` different questions about one clip, families drawn by their weight."""
     rng = rng_of(scene.seed, scene.index, 2)
-    weights = np.array([weight for _, weight in FAMILIES])
+    weights = np.array([hard if scene.difficulty == "hard" else plain for _, plain, hard in FAMILIES])
     found: dict[str, Draft] = {}
     while len(found) < count:
         family = FAMILIES[int(rng.choice(len(FAMILIES), p=weights / weights.sum()))][0]
@@ -195,6 +197,21 @@ def _touch_without(scene: Scene, rng: np.random.Generator) -> Draft:
     return Draft(text, _yes(yes), ("world",), "counterfactual", "action", "verify", "direct", program)
 
 
+def _after(scene: Scene, rng: np.random.Generator) -> Draft:
+    """The touch after the one of a named object."""
+    before, slot = _any(rng, FOLLOWS)
+    text = f"which object does the person go to after the {scene.event(before).name}?"
+    name = scene.event(slot).name
+    return Draft(text, name, TYPES[slot], _when(slot), "object", "query", "direct", "query([obj], after(name))")
+
+
+def _after_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
+    before, slot = _any(rng, FOLLOWS)
+    text = f"which object does the person go to after the object {CLAUSES[before]}?"
+    program = f"query([obj], after(iterate_until({before})))"
+    return Draft(text, scene.event(slot).name, TYPES[slot], _when(slot), "object", "query", "indirect", program)
+
+
 def _open(scene: Scene, rng: np.random.Generator) -> Draft:
     yes = bool(rng.integers(2))
     fitting = [name for name in OBJECTS if scene.at_end(name).is_open == yes] or list(OBJECTS)
@@ -224,6 +241,13 @@ def _place(scene: Scene, rng: np.random.Generator) -> Draft:
     text = f"where is the {name} at the end?"
     place = place_of(scene.at_end(name))
     return Draft(text, place, ("world",), "descriptive", "state", "query", "direct", "query([place], name)")
+
+
+def _place_touch(scene: Scene, rng: np.random.Generator) -> Draft:
+    slot = _any(rng, SLOTS)
+    place = place_of(scene.at_end(scene.event(slot).name))
+    text = f"where is it at the end {CLAUSES[slot]}?"
+    return Draft(text, place, TYPES[slot], _when(slot), "state", "query", "direct", f"query([place], {slot})")
 
 
 def _place_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
@@ -264,6 +288,13 @@ def _change(scene: Scene, rng: np.random.Generator) -> Draft:
     return Draft(text, answer, ("world",), "descriptive", "change", "query", "direct", "query([change], name)")
 
 
+def _change_touch(scene: Scene, rng: np.random.Generator) -> Draft:
+    event = _acted_on(scene, rng)
+    answer = CHANGES[str(event.action)]
+    text = f"how does it change {CLAUSES[event.slot]}?"
+    return Draft(text, answer, ("world",), "descriptive", "change", "query", "direct", f"query([change], {event.slot})")
+
+
 def _change_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
     event = _acted_on(scene, rng)
     text = f"how does the object {CLAUSES[event.slot]} change?"
@@ -284,23 +315,29 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-FAMILIES: tuple[tuple[Callable[[Scene, np.random.Generator], Draft], float], ...] = (
-    (_object, 0.20),
-    (_object_indirect, 0.12),
-    (_reason, 0.08),
-    (_reason_indirect, 0.05),
-    (_untouched, 0.02),
-    (_untouched_indirect, 0.03),
-    (_touch, 0.03),
-    (_touch_without, 0.01),
-    (_open, 0.03),
-    (_touch_open, 0.12),
-    (_open_indirect, 0.08),
-    (_place, 0.03),
-    (_place_indirect, 0.02),
-    (_action, 0.04),
-    (_action_indirect, 0.06),
-    (_cause, 0.02),
-    (_change, 0.04),
-    (_change_indirect, 0.02),
+# Shares of the families of questions in the plain and in the hard setting, which asks more of what takes a look at
+# several frames or at the whole table.
+FAMILIES: tuple[tuple[Callable[[Scene, np.random.Generator], Draft], float, float], ...] = (
+    (_object, 0.20, 0.12),
+    (_object_indirect, 0.12, 0.12),
+    (_reason, 0.08, 0.06),
+    (_reason_indirect, 0.05, 0.05),
+    (_untouched, 0.02, 0.02),
+    (_untouched_indirect, 0.03, 0.03),
+    (_touch, 0.03, 0.03),
+    (_touch_without, 0.01, 0.01),
+    (_after, 0.0, 0.08),
+    (_after_indirect, 0.0, 0.04),
+    (_open, 0.03, 0.03),
+    (_touch_open, 0.10, 0.06),
+    (_open_indirect, 0.06, 0.04),
+    (_place, 0.04, 0.05),
+    (_place_touch, 0.03, 0.04),
+    (_place_indirect, 0.03, 0.04),
+    (_action, 0.04, 0.04),
+    (_action_indirect, 0.05, 0.05),
+    (_cause, 0.02, 0.02),
+    (_change, 0.03, 0.04),
+    (_change_touch, 0.03, 0.04),
+    (_change_indirect, 0.03, 0.04),
 )

@@ -1,4 +1,4 @@
-"""EgoSynth, what happens: objects on a table, and who touches which of them when.
+"""EgoSynth, what happens: objects on a table, and who touches which of them when, in a plain or a hard setting.
 
 A scene is drawn from a seed alone. Every object stands in its own cell of a 7x7 grid over the picture (so it is about
 one 16-pixel patch of a 112-pixel input), the two rows at the top are left to clutter. The clip's time is cut in four:
@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 Action = Literal["lift", "move", "open", "close"]
+Difficulty = Literal["plain", "hard"]
 Slot = Literal["first", "second", "next", "other"]
 SLOTS: tuple[Slot, ...] = ("first", "second", "next", "other")
 ACTIONS: tuple[Action, ...] = ("lift", "move", "open", "close")
@@ -36,6 +37,35 @@ OBJECTS: dict[str, tuple[int, int, int]] = {
     "yellow tin": (255, 230, 0),
     "purple bag": (150, 20, 200),
     "cyan bottle": (0, 220, 235),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What makes scenes hard: how small things are, and how much there is to see that no question is about.
+
+    Attributes:
+        scale: of everything that is handled and of the hands, relative to the plain setting.
+        reach: cells that the hand is short of what it will touch next.
+        sway: of the camera, in cells.
+        movers: coloured discs that pass along the wall.
+        bystanders: people behind the table; what they handle looks like what is on it.
+        pieces: neutral things that stand about on the table.
+        sleeves: whether everybody's sleeves have a colour of their own, so that they do not tell who somebody is.
+    """
+
+    scale: float
+    reach: float
+    sway: float
+    movers: int
+    bystanders: int
+    pieces: int
+    sleeves: bool
+
+
+SETTINGS: dict[Difficulty, Setting] = {
+    "plain": Setting(scale=1.0, reach=0.0, sway=0.1, movers=2, bystanders=0, pieces=0, sleeves=False),
+    "hard": Setting(scale=0.7, reach=0.6, sway=0.15, movers=2, bystanders=2, pieces=6, sleeves=True),
 }
 
 
@@ -70,6 +100,7 @@ class Scene:
         things: every object of `OBJECTS`, once.
         events: one of each slot.
         moves: which way a moved object goes, -1 or 1, by slot.
+        difficulty: names the setting.
     """
 
     seed: int
@@ -77,6 +108,12 @@ class Scene:
     things: tuple[Thing, ...]
     events: tuple[Event, ...]
     moves: tuple[int, int]
+    difficulty: Difficulty = "plain"
+
+    @property
+    def setting(self) -> Setting:
+        """How busy it is."""
+        return SETTINGS[self.difficulty]
 
     def event(self, slot: Slot) -> Event:
         """The touch of that slot."""
@@ -100,8 +137,8 @@ def rng_of(seed: int, index: int, purpose: int) -> np.random.Generator:
     return np.random.default_rng([seed, index, purpose])
 
 
-def draw_scene(seed: int, index: int) -> Scene:
-    """The scene of clip `index`."""
+def draw_scene(seed: int, index: int, difficulty: Difficulty = "plain") -> Scene:
+    """The scene of clip `index`. What happens in it does not depend on the difficulty."""
     rng = rng_of(seed, index, 0)
     names = list(OBJECTS)
     cells = [(row, column) for row in TABLE_ROWS for column in range(GRID)]
@@ -121,7 +158,8 @@ def draw_scene(seed: int, index: int) -> Scene:
     events = tuple(
         Event(slot, name, action, STARTS[slot], ENDS[slot]) for slot, name, action in zip(SLOTS, touched, actions)
     )
-    return Scene(seed, index, tuple(things), events, (_free_side(things, touched[0]), _free_side(things, touched[1])))
+    moves = _free_side(things, touched[0]), _free_side(things, touched[1])
+    return Scene(seed, index, tuple(things), events, moves, difficulty)
 
 
 def place_of(thing: Thing) -> str:

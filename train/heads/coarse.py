@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from train.batches import Batch
-from train.heads.question import Sizes, Whiten, absorb_key
+from train.heads.question import ATTENTION_GAIN, Sizes, Whiten, absorb_key, bold
 from train.heads.selection import Selection
 
 MERGE = 2
@@ -35,7 +35,8 @@ class CoarseLevel(nn.Module):
         self.select = select
         self.register_buffer("positions", place_channels(rows, cols), persistent=False)
         wide = sizes.width + POSITION_WIDTH
-        self.query, self.key = nn.Linear(width, width), nn.Linear(wide, width, bias=False)
+        self.query = bold(nn.Linear(width, width), ATTENTION_GAIN)
+        self.key = bold(nn.Linear(wide, width, bias=False), ATTENTION_GAIN)
         self.value = nn.Linear(wide, width)
         self.gate = nn.Parameter(torch.ones(width), requires_grad=learned)
 

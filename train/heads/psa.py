@@ -23,7 +23,7 @@ from train.heads.coarse import MERGE, CoarseLevel
 from train.heads.fused import grow_region
 from train.heads.noise import Dropout, Noise
 from train.heads.prior import spatial_prior
-from train.heads.question import Classifier, QuestionReader, Sizes, Whiten, absorb_key
+from train.heads.question import ATTENTION_GAIN, Classifier, QuestionReader, Sizes, Whiten, absorb_key, bold
 from train.heads.selection import Selection
 
 # Random scores only rank: this small they leave the attention itself alone.
@@ -34,6 +34,8 @@ GROWTH = 3
 # Frames are attended to by several heads, so that what came before and after an event can be told apart.
 FRAME_HEADS = 2
 FRAME_TEMPERATURE = 4.0
+# A frame is at first the mean of many patches, in which one clip hardly differs from another.
+VALUE_GAIN = 3.0
 
 
 class PSA(nn.Module):
@@ -56,7 +58,13 @@ class PSA(nn.Module):
         self.taken = _spread(sizes.frames, config.frames)
         self.select = Selection(_patches_kept(config, sizes), config.implementation)
         self.whiten = Whiten(sizes.width, SOFTNESS)
+        # What is asked, where to look for it, and when: three readings of the question, each of the words it needs.
         self.read = QuestionReader(sizes.text_width, width, heads, config.dropout)
+        where = "patch" in self.levels or "question" in self.scores or config.coarse
+        used = {"where": where, "when": "frame" in self.levels} if config.readers == 3 else {}
+        self.readers = nn.ModuleDict(
+            {name: QuestionReader(sizes.text_width, width, heads, config.dropout) for name, use in used.items() if use}
+        )
         # Selection: s = <selector, x> + saliency weight * saliency + prior, within the region
         if "question" in self.scores:
             self.selector = nn.Linear(width, sizes.width)
@@ -71,8 +79,9 @@ class PSA(nn.Module):
         self.register_buffer("saliency_scale", torch.tensor([0.0, 1.0]))  # mean and spread
         # Aggregation, patch -> frame
         if "patch" in self.levels:
-            self.query, self.key = nn.Linear(width, width), nn.Linear(sizes.width, width, bias=False)
-        self.value = nn.Linear(sizes.width, width)
+            self.query = bold(nn.Linear(width, width), ATTENTION_GAIN)
+            self.key = bold(nn.Linear(sizes.width, width, bias=False), ATTENTION_GAIN)
+        self.value = bold(nn.Linear(sizes.width, width), VALUE_GAIN)
         self.to_frame = nn.Linear(width + heads, width)
         self.coarse = None
         if config.coarse:
@@ -126,10 +135,11 @@ class PSA(nn.Module):
         """Logits [B, A] and the kept patches [B, T, rows * cols] bool."""
         assert batch.tokens is not None
         tokens = self.take(batch.tokens)
-        question = self.read(batch.states, batch.mask)
-        frames, kept = self.look(tokens, batch, question)
-        question = question[batch.text_index]
-        video = self.watch(frames, question)
+        what = self.read(batch.states, batch.mask)
+        read = {name: reader(batch.states, batch.mask) for name, reader in self.readers.items()}
+        frames, kept = self.look(tokens, batch, read.get("where", what))
+        video = self.watch(frames, read.get("when", what)[batch.text_index])
+        question = what[batch.text_index]
         parts = [video, question]
         if "video" in self.levels:
             parts.append(video[:, : question.shape[1]] * question)

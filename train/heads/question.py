@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from train.heads.noise import Dropout
 
 TEXT_SOFTNESS = 0.1
+# Of queries and keys: with default weights all patches would weigh alike for hundreds of steps.
+ATTENTION_GAIN = math.sqrt(3)
 # Samples that suffice for a covariance of 768 channels; all tokens of a few hundred clips would take gigabytes.
 MEASURED_ROWS = 2**15
 
@@ -44,8 +46,15 @@ def absorb_key(queries: Tensor, key: nn.Linear, heads: int) -> Tensor:
     return torch.einsum("uhe,hed->uhd", queries, by_head)
 
 
+def bold(linear: nn.Linear, gain: float) -> nn.Linear:
+    """`linear` with its first weights `gain` times as large as by default."""
+    with torch.no_grad():
+        linear.weight *= gain
+    return linear
+
+
 class QuestionReader(nn.Module):
-    """Text states to one vector: attention pooling by a learned score a head, then a hidden layer.
+    """Text states to one vector: attention pooling by a learned score a head, then a hidden layer and its norm.
 
     Args:
         text_width: D, channels of the states.
@@ -59,7 +68,11 @@ class QuestionReader(nn.Module):
         self.whiten = Whiten(text_width, TEXT_SOFTNESS)
         self.score = nn.Linear(text_width, heads, bias=False)
         self.out = nn.Sequential(
-            nn.LayerNorm(heads * text_width), nn.Linear(heads * text_width, width), nn.GELU(), Dropout(dropout)
+            nn.LayerNorm(heads * text_width),
+            nn.Linear(heads * text_width, width),
+            nn.GELU(),
+            nn.LayerNorm(width),
+            Dropout(dropout),
         )
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:

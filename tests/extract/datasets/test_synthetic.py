@@ -1,20 +1,24 @@
+import dataclasses
 import json
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 
 from configs.schema import DataConfig
 from extract.datasets import load_dataset
 from extract.datasets.egotaskqa import read_questions
 from extract.datasets.synthetic import FRAMES, interval_of, render
+from extract.datasets.synthetic_frames import SKIN, frames
 from extract.datasets.synthetic_questions import drafts
-from extract.datasets.synthetic_scene import OBJECTS, SLOTS, draw_scene
+from extract.datasets.synthetic_scene import OBJECTS, SETTINGS, SLOTS, Difficulty, draw_scene
 
 TAGS = {"world", "intent", "multi-agent", "descriptive", "predictive", "explanatory", "counterfactual"}
 TAGS |= {"action", "object", "state", "change", "query", "verify", "direct", "indirect"}
 CLIPS = 120
+DIFFICULTIES: tuple[Difficulty, ...] = ("plain", "hard")
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +58,12 @@ def test_splits_follow_the_released_rules(root: Path) -> None:
             assert record["reasoning_type"] == "$".join(tags)
 
 
-def test_text_alone_says_little() -> None:
+@pytest.mark.parametrize("difficulty", DIFFICULTIES)
+def test_text_alone_says_little(difficulty: Difficulty) -> None:
     """Even the best answer to each form of question by text alone, chosen knowing the truth, stays near chance."""
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
     for index in range(1500):
-        for draft in drafts(draw_scene(5, index), 8):
+        for draft in drafts(draw_scene(5, index, difficulty), 8):
             by_text[draft.text][draft.answer] += 1
     common = {text: answers for text, answers in by_text.items() if answers.total() >= 60}
     assert len(common) > 40
@@ -84,9 +89,69 @@ def test_answers_agree_with_the_event_log(root: Path) -> None:
     assert asked > 200
 
 
-def test_scene_holds_together() -> None:
+@pytest.mark.parametrize("difficulty", DIFFICULTIES)
+def test_what_comes_after_and_where_things_are(difficulty: Difficulty) -> None:
+    asked: Counter[str] = Counter()
+    for index in range(300):
+        scene = draw_scene(2, index, difficulty)
+        first, second, target = (scene.event(slot).name for slot in ("first", "second", "next"))  # type: ignore[arg-type]
+        follows = {first: second, second: target, "object that the person touches first": second}
+        follows["object that the person touches second"] = target
+        for draft in drafts(scene, 8):
+            if draft.text.startswith("which object does the person go to after the "):
+                asked["after"] += 1
+                assert draft.answer == follows[draft.text.split(" after the ")[1].rstrip("?")]
+            if draft.text.startswith("where is it at the end that the other person holds"):
+                asked["where"] += 1
+                x = scene.at_end(scene.event("other").name).x
+                assert draft.answer == ("left" if x < 7 / 3 else "middle" if x < 14 / 3 else "right")
+            if draft.text == "how does it change that the person touches second?":
+                asked["change"] += 1
+                assert (scene.event("second").action == "lift") == (draft.answer == "from low to high")
+    assert asked["where"] > 5
+    assert asked["change"] > 5
+    assert (asked["after"] > 100) == (difficulty == "hard")
+
+
+def test_hard_scenes_are_the_plain_ones_under_another_name() -> None:
+    hard, plain = draw_scene(4, 9, "hard"), draw_scene(4, 9)
+    assert (hard.things, hard.events, hard.moves) == (plain.things, plain.events, plain.moves)
+    assert interval_of(hard) == "egosynth-hard-4-000009|P1|0|24"
+
+
+def test_bystanders_are_behind_the_table_and_alone_in_what_they_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their hands have the person's colour and hold the objects' colours, and only the wall shows them."""
+    scene = draw_scene(4, 2, "hard")
+    crowded = np.stack(list(frames(scene, 8, 112)))
+    monkeypatch.setitem(SETTINGS, "hard", dataclasses.replace(SETTINGS["hard"], bystanders=0))
+    quiet = np.stack(list(frames(scene, 8, 112)))
+    changed = (crowded != quiet).any(axis=-1)
+    assert changed.any(axis=(1, 2)).all()
+    rows = np.nonzero(changed.any(axis=(0, 2)))[0]
+    assert rows.max() < 2 * 112 / 7
+    colours = {tuple(pixel) for pixel in crowded[changed].tolist()}
+    assert SKIN in colours
+    assert colours & set(OBJECTS.values())
+
+
+def test_hand_is_short_of_what_it_will_touch_next_in_the_hard_setting() -> None:
+    """In the last frame the plain hand is behind its target; the hard one shows more of the table around it."""
+    for difficulty, held in (("plain", True), ("hard", False)):
+        above = []
+        for index in range(40):
+            scene = draw_scene(6, index, difficulty)  # type: ignore[arg-type]
+            target = scene.at_end(scene.event("next").name)
+            picture = list(frames(scene, 8, 112))[-1]
+            radius = 0.64 * scene.setting.scale  # between the object's edge and the hand's
+            x, y = int(target.x * 16), int((target.y - radius) * 16)
+            above.append(tuple(picture[y, x]) == SKIN)
+        assert (np.mean(above) > 0.6) == held, difficulty
+
+
+@pytest.mark.parametrize("difficulty", DIFFICULTIES)
+def test_scene_holds_together(difficulty: Difficulty) -> None:
     for index in range(200):
-        scene = draw_scene(0, index)
+        scene = draw_scene(0, index, difficulty)
         assert {thing.name for thing in scene.things} == set(OBJECTS)
         assert len({event.name for event in scene.events}) == len(SLOTS)
         for event in scene.events:
@@ -116,6 +181,19 @@ def test_videos_are_h264_and_decode(root: Path) -> None:
             assert sum(1 for _ in container.decode(stream)) == FRAMES
 
 
+def test_hard_set_is_the_same_bytes_again_and_reads_as_egotaskqa(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        render(tmp_path / name, clips=20, seed=3, difficulty="hard", workers=1)
+    one, other = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.*")} for name in ("one", "other")
+    )
+    assert one == other
+    for split in ("direct", "indirect"):
+        dataset = load_dataset(DataConfig(root=tmp_path / "one", split=split))  # type: ignore[arg-type]
+        assert len(dataset.clips) == 20
+        assert all(clip.clip_id.startswith("egosynth-hard-3-") for clip in dataset.clips.values())
+
+
 def test_same_arguments_give_the_same_bytes(root: Path, tmp_path: Path) -> None:
     done: list[tuple[int, int]] = []
     render(tmp_path, clips=CLIPS, seed=3, workers=2, progress=lambda clips, total: done.append((clips, total)))
@@ -138,10 +216,11 @@ def test_a_clip_does_not_depend_on_how_many_there_are() -> None:
         ({"seed": -1}, "seed is -1; expected a whole number from 0"),
         ({"size": 33}, "size is 33; expected an even number of pixels from 64 to 1024"),
         ({"clips": 30, "questions": 5}, "questions is 5; expected 3 to 16 a clip, 90 to 480"),
+        ({"difficulty": "easy"}, "difficulty is 'easy'; expected one of plain, hard"),
         ({"workers": 0}, "workers is 0; expected at least 1"),
     ],
 )
-def test_arguments_out_of_range(tmp_path: Path, argument: dict[str, int], message: str) -> None:
+def test_arguments_out_of_range(tmp_path: Path, argument: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         render(tmp_path, **argument)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
