@@ -124,14 +124,15 @@ class Bench:
             hard = ["--hard"] if self.name == "hard" else []
             command("extract", "synth", "--out", str(self.root / "data"), "--clips", str(self.clips), *hard)
         for encoder in ENCODERS:
-            if (self.root / "stores" / encoder / "done").exists():
+            done = self.root / "stores" / f"{encoder}.done"
+            if done.exists():
                 continue
             file = {"demo": f"configs/demo/{encoder}.yaml", "hard": f"configs/egosynth_hard_{encoder}.yaml"}[self.name]
             given = ["--config", file, *self.places(encoder, "direct")]
             if encoder != "lite":
                 command("extract", "standin", *given)
             command("extract", "run", *given)
-            (self.root / "stores" / encoder / "done").touch()
+            done.touch()
 
     def sweep(self, name: str, encoder: str, split: str, options: Sequence[str], setting: Mapping[str, Any]) -> None:
         """Train every seed of a setting that is not finished."""
