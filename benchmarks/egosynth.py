@@ -66,7 +66,7 @@ ENCODERS = {
     "lite": "EfficientNet-Lite0 (ImageNet) and MiniLM, real weights",
 }
 
-# Each part of psa switched off or changed, one at a time.
+# Each part of psa switched off or changed, one at a time; the last ones are parts that the config leaves off.
 ABLATION: dict[str, dict[str, Any]] = {
     "selection: random": {"head.scores": ["random"]},
     "selection: saliency alone": {"head.scores": ["saliency"]},
@@ -80,7 +80,6 @@ ABLATION: dict[str, dict[str, Any]] = {
     "prior: centre at the start": {"head.prior": "centre"},
     "prior not learned": {"head.prior_learned": False},
     "saliency's weight starts at 1": {"head.saliency_weight": 1.0},
-    "growing region": {"head.growth": True},
     "without coarse partition": {"head.coarse": False},
     "coarse gate not learned": {"head.merge": False},
     "question not at patches": {"head.levels": ["frame", "video"]},
@@ -91,7 +90,8 @@ ABLATION: dict[str, dict[str, Any]] = {
     "two frames": {"head.frames": 2},
     "dropout 0": {"head.dropout": 0.0},
     "label smoothing 0": {"train.label_smoothing": 0.0},
-    "weights not averaged": {"train.ema": 0.0},
+    "growing region": {"head.growth": True},
+    "averaged weights": {"train.ema": 0.99},
 }
 
 

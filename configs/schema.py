@@ -192,7 +192,7 @@ class HeadConfig:
             its most salient neighbours (MFAS).
         frames: of the stored ones that are read, spread evenly; `null` reads all.
         coarse: also attend over 2x2-merged patches.
-        merge: learn the weights of the 2x2 merge; false takes their mean.
+        merge: learn how much each channel of the coarse level counts beside the fine one; false adds them as they are.
         levels: where the question guides the aggregation. Without `patch`, a frame's patches weigh what selected them;
             without `frame`, frames weigh alike; without `video`, the video is not multiplied with the question.
         readers: of the question: 3 read apart what is asked, where to look for it and when; 1 reads it once for all.

@@ -14,7 +14,7 @@ from train.heads import PSA, Pooled, QuestionOnly, Sizes
 from train.heads.coarse import CoarseLevel
 from train.heads.prior import spatial_prior
 from train.heads.psa import keep_count
-from train.heads.question import QuestionReader, Whiten
+from train.heads.question import QuestionReader, Whiten, absorb_key
 from train.heads.selection import Selection
 
 SIZES = Sizes(frames=3, grid=(5, 7), patches=35, width=32, text_width=24, answers=9)
@@ -145,6 +145,32 @@ def test_a_level_without_the_question_has_no_parameters_for_it(level: str) -> No
     head, whole = make(levels=left), make()
     assert sum(p.numel() for p in head.parameters()) < sum(p.numel() for p in whole.parameters())
     assert head(make_batch()).shape == (11, 9)
+
+
+def test_where_when_and_what_are_read_apart() -> None:
+    batch = make_batch()
+    assert set(make().readers) == {"where", "when"}
+    assert set(make(readers=1).readers) == set()
+    assert set(make(levels=("patch", "video")).readers) == {"where"}
+    assert set(make(levels=("frame",), scores=("prior",), coarse=False).readers) == {"when"}
+    head = make()
+    kept = head.answer(batch)[1]
+    for name, moves in (("when", False), ("where", True)):
+        changed = make()
+        nn.init.normal_(changed.readers[name].score.weight)
+        logits, other = changed.answer(batch)
+        assert not torch.allclose(logits, head(batch))
+        assert torch.equal(other, kept) != moves
+
+
+def test_attention_is_uneven_from_the_start() -> None:
+    """With attention that is even, a head needs hundreds of steps before it sees anything."""
+    head, batch = make(), make_batch()
+    assert batch.tokens is not None
+    question = head.readers["where"](batch.states, batch.mask)
+    queries = absorb_key(head.query(question), head.key, head.heads)
+    logits = torch.einsum("uhd,ctnd->uhctn", queries, head.whiten(batch.tokens.patches))
+    assert 0.3 < logits.detach().std(dim=-1).mean() < 3
 
 
 def test_without_levels_and_times_the_order_of_frames_does_not_matter() -> None:

@@ -191,7 +191,7 @@ def test_hard_set_is_the_same_bytes_again_and_reads_as_egotaskqa(tmp_path: Path)
     for split in ("direct", "indirect"):
         dataset = load_dataset(DataConfig(root=tmp_path / "one", split=split))  # type: ignore[arg-type]
         assert len(dataset.clips) == 20
-        assert all(clip.clip_id.startswith("egosynth-hard-3-") for clip in dataset.clips.values())
+        assert all(clip.clip_id.startswith("egosynth-hard-3-") for clip in dataset.clips)
 
 
 def test_same_arguments_give_the_same_bytes(root: Path, tmp_path: Path) -> None:
