@@ -1,6 +1,6 @@
 """The store of precomputed features: the contract between stage one, which writes it, and stage two, which reads it."""
 
-from features.errors import AbsentClip, DamagedStore, FingerprintMismatch, NewerStore, ShardOwned, StoreError
+from features.errors import AbsentClip, DamagedStore, FingerprintMismatch, OtherVersion, ShardOwned, StoreError
 from features.quarantine import Failure, QuarantineRecord
 from features.readahead import read_ahead
 from features.spec import ArraySpec, Fingerprint, PatchTokens, StoreSpec, TextStates
@@ -13,7 +13,7 @@ __all__ = [
     "Failure",
     "Fingerprint",
     "FingerprintMismatch",
-    "NewerStore",
+    "OtherVersion",
     "PatchTokens",
     "QuarantineRecord",
     "ShardOwned",

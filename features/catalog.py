@@ -13,15 +13,15 @@ from features.storage import Files, Storage
 
 def misfit(commit: Commit, spec: StoreSpec) -> str | None:
     """Why a commit cannot be one of a store of this shape, whatever the checksums say; None where it can."""
-    row = spec_bytes(spec)
+    row_bytes = spec_bytes(spec)
     first = commit.shard * spec.shard
-    for name, clip in commit.clips.items():
-        if not first <= clip.row < first + spec.shard:
-            return f"places clip {name!r} in row {clip.row}, outside of shard {commit.shard}"
+    for name, row in (commit.ids[0], commit.rows[0]), (commit.ids[-1], commit.rows[-1]):  # rows rise
+        if not first <= row < first + spec.shard:
+            return f"places clip {name!r} in row {row}, outside of shard {commit.shard}"
     held = sum(size for size, _ in commit.files.values())
-    fits = spec.codec != "none" or len(commit.clips) * row <= held  # version 1 did not say how large a row is
-    if commit.row_bytes not in (None, row) or not fits:
-        return f"committed {len(commit.clips)} rows in {held} bytes, but store.json claims {row} bytes a row"
+    fits = spec.codec != "none" or len(commit.ids) * row_bytes <= held
+    if commit.row_bytes != row_bytes or not fits:
+        return f"committed {len(commit.ids)} rows in {held} bytes, but store.json claims {row_bytes} bytes a row"
     return None
 
 
@@ -85,10 +85,11 @@ class Catalog:
                     f"{self.root}: ledger.jsonl line {line.number + 1} {reason}; this is not the store that was "
                     "written: put its store.json back"
                 )
-            for name in entry.clips:
+            for name, row in zip(entry.ids, entry.rows, strict=True):
+                planned = self.rows.get(name)
                 # A clip that was dropped since may have lost its row to a repair.
-                current = self.ledger.clips.get(name)
-                if current is not None and self.rows.get(name) != current.row:
+                current = self.ledger.clips.get(name) if planned != row else None
+                if current is not None and current.clip(name).row != planned:
                     raise DamagedStore(
                         f"{self.root}: ids.jsonl and ledger.jsonl line {line.number + 1} disagree about the row of "
                         f"clip {name!r}; run `python -m features repair {self.root}`"
@@ -120,4 +121,4 @@ class Catalog:
         absent = [name for name in dict.fromkeys(ids) if name not in self.ledger.clips]
         if absent:
             raise AbsentClip(absent, f"store {self.root}")
-        return [self.ledger.clips[name] for name in ids]
+        return [self.ledger.clips[name].clip(name) for name in ids]

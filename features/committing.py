@@ -58,7 +58,7 @@ def commit_shard(
     """
     storage, ledger = target.storage, ledger_journal(target.storage)
     slots = [row % target.spec.shard for row in rows.values()]
-    sums: dict[str, dict[str, str]] = {name: {} for name in rows}
+    sums: dict[str, dict[str, int]] = {name: {} for name in rows}
     with storage.staging(shard) as folder:
         staged = target.files.stage(folder, target.spec, shard, slots, _summed(blocks, sums))
         files = {name: file_sum_of(path) for name, path in staged.items()}
@@ -71,19 +71,19 @@ def commit_shard(
     ledger.append(commit(shard, clips, files, target.fingerprint, errors, target.row_bytes, attempt), after)
 
 
-def _summed(blocks: Blocks, sums: Mapping[str, dict[str, str]]) -> Blocks:
+def _summed(blocks: Blocks, sums: Mapping[str, dict[str, int]]) -> Blocks:
     """The rows as they are, taking each one's checksum while it is in memory."""
 
     def rows_of(array: ArraySpec, rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         for row, checksums in zip(rows, sums.values(), strict=True):
-            checksums[array.name] = f"{crc32c(row):08x}"
+            checksums[array.name] = crc32c(row)
             yield row
 
     for array, rows in blocks:
         yield array, rows_of(array, rows)
 
 
-def _read_back(target: Target, shard: int, rows: Mapping[str, int], sums: Mapping[str, Mapping[str, str]]) -> None:
+def _read_back(target: Target, shard: int, rows: Mapping[str, int], sums: Mapping[str, Mapping[str, int]]) -> None:
     opened = target.files.open(target.storage.shard_files(shard, ""), target.spec, shard)
     for array in target.spec.arrays:
         buffer = np.empty(row_bytes(array), np.uint8)

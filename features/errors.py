@@ -19,8 +19,8 @@ class DamagedStore(StoreError):
     """Bytes on disk are not the ones that were committed."""
 
 
-class NewerStore(StoreError):
-    """A store that a newer version of this program wrote; nothing is read from it and nothing is changed in it."""
+class OtherVersion(StoreError):
+    """A store that another version of this program wrote; nothing is read from it and nothing is changed in it."""
 
 
 class Overtaken(StoreError):

@@ -33,19 +33,19 @@ class Chunk:
     size: int
     decode: Callable[[bytes, np.ndarray], None] | None = None
 
-    def read_into(self, row: np.ndarray) -> str:
-        """Fill `row`, contiguous bytes; returns the CRC-32C of what it holds now, in hexadecimal digits.
+    def read_into(self, row: np.ndarray) -> int:
+        """Fill `row`, contiguous bytes; returns the CRC-32C of what it holds now.
 
         Raises:
             DamagedStore: the bytes cannot be read or decoded.
         """
         if self.decode is None:
-            return f"{self.file.read_into(row, self.offset):08x}"
+            return self.file.read_into(row, self.offset)
         try:
             self.decode(self.file.read(self.size, self.offset), row)
         except (ValueError, RuntimeError) as error:
             raise DamagedStore(f"{self.file.path} holds bytes that cannot be decompressed ({error})") from error
-        return f"{crc32c(row):08x}"
+        return crc32c(row)
 
 
 class OpenShard(Protocol):

@@ -1,20 +1,20 @@
 """`store.json`: what the store is. Written once, with its own checksum.
 
-Its version is that of everything in the store, journals included. Version 1 knew no codecs. A program refuses versions
-that are newer than its own, by number, and leaves such a store alone.
+Its version is that of everything in the store, journals included. A program refuses other versions than its own, by
+number, and leaves such a store alone.
 """
 
 import json
 from dataclasses import asdict, dataclass
 
 from features.dtypes import stored
-from features.errors import DamagedStore, NewerStore, StoreError
+from features.errors import DamagedStore, OtherVersion, StoreError
 from features.journal import decode_line, encode_line
 from features.records import MalformedRecord, Record, take, take_all, take_count
 from features.spec import ArraySpec, Fingerprint, StoreSpec
 from features.storage import Storage
 
-VERSION = 2
+VERSION = 3
 HEADER = "store.json"  # its name in the store
 
 
@@ -66,7 +66,7 @@ def read_header(storage: Storage) -> Record:
     """Read it; `parse_header` says what it means.
 
     Raises:
-        NewerStore: a newer version of this program wrote the store.
+        OtherVersion: another version of this program wrote the store.
         StoreError: there is no store.
         DamagedStore: the file is damaged.
     """
@@ -79,10 +79,10 @@ def read_header(storage: Storage) -> Record:
     if decoded is None:
         raise DamagedStore(f"{path} is damaged; run `python -m features repair {root}`")
     version = decoded[1].get("version")
-    if type(version) is int and version > VERSION:
-        raise NewerStore(
-            f"{path} has version {version}, written by a newer program than this one, which reads up to version "
-            f"{VERSION}; update this program, or make the store again"
+    if type(version) is int and version > 0 and version != VERSION:
+        raise OtherVersion(
+            f"{path} has version {version}, written by another program than this one, which reads version {VERSION}; "
+            "use that program, or make the store again"
         )
     return decoded[1]
 
@@ -95,18 +95,16 @@ def parse_header(header: Record) -> Description:
     """
     try:
         version = take_count(header, "version")
-        if not 1 <= version <= VERSION:
-            raise MalformedRecord(f"'version' is {version}; expected 1 to {VERSION}")
-        return Description(
-            _parse_spec(take(header, "spec", dict), version), _fingerprint(header), take(header, "format", str)
-        )
+        if version != VERSION:
+            raise MalformedRecord(f"'version' is {version}; expected {VERSION}")
+        return Description(_parse_spec(take(header, "spec", dict)), _fingerprint(header), take(header, "format", str))
     except ValueError as error:
         raise DamagedStore(
             f"store.json does not describe a store ({error}); this is not one of ours: encode again into another folder"
         ) from error
 
 
-def _parse_spec(spec: Record, version: int) -> StoreSpec:
+def _parse_spec(spec: Record) -> StoreSpec:
     arrays = [
         ArraySpec(take(array, "name", str), tuple(take_all(array, "shape", int)), take(array, "dtype", str))
         for array in take_all(spec, "arrays", dict)
@@ -116,13 +114,12 @@ def _parse_spec(spec: Record, version: int) -> StoreSpec:
     grid = None if spec.get("grid") is None else take_all(spec, "grid", int)
     if grid is not None and (len(grid) != 2 or min(grid) < 1):
         raise MalformedRecord(f"'grid' is {grid!r:.60}; expected the rows and columns of the patches")
-    codec = take(spec, "codec", str) if version > 1 else "none"
     return StoreSpec(
         take(spec, "kind", str),  # type: ignore[arg-type]  # StoreSpec checks it, and the codec
         tuple(arrays),
         take_count(spec, "shard"),
         None if grid is None else (grid[0], grid[1]),
-        codec,  # type: ignore[arg-type]
+        take(spec, "codec", str),  # type: ignore[arg-type]
     )
 
 

@@ -132,7 +132,8 @@ def check_id(name: str, kind: str) -> None:
         return
     if not name:
         raise StoreError("clip id '' is empty; expected a name")
-    if any(unicodedata.category(character) == "Cc" for character in name):
+    plain = name.isascii() and name.isprintable()  # nearly all are, and this is many times faster
+    if not plain and any(unicodedata.category(character) == "Cc" for character in name):
         raise StoreError(f"clip id {name[:60]!r} holds a control character; expected printable text")
     parts = name.replace("\\", "/").split("/")
     if ".." in parts or not parts[0]:
@@ -142,6 +143,8 @@ def check_id(name: str, kind: str) -> None:
 
 
 def _refuse_lookalikes(known: list[str], fresh: list[str]) -> None:
+    if all(map(str.isascii, known)) and all(map(str.isascii, fresh)):
+        return  # each has one spelling
     spellings = {unicodedata.normalize("NFC", name): name for name in known}
     for name in fresh:
         other = spellings.setdefault(unicodedata.normalize("NFC", name), name)

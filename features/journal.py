@@ -9,10 +9,10 @@ it. A line that is intact but says nothing that the journal's `parse` understand
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import BinaryIO, Generic, TypeVar
 
 from features.durable import append_to, crc32c, locked, write_file
 from features.errors import DamagedStore
@@ -38,10 +38,9 @@ class FilePosition(Position):
 
 @dataclass(frozen=True)
 class Line(Generic[Entry]):
-    """One intact line: its number from 0, its record, and what `parse` made of that."""
+    """One intact line: its number from 0, and what `parse` made of its record."""
 
     number: int
-    record: Record
     entry: Entry
 
 
@@ -83,8 +82,18 @@ def decode_line(line: bytes) -> tuple[int, Record] | None:
         return None
 
 
+def checked_by(parse: Callable[[Record], object]) -> Callable[[Record], Record]:
+    """A `parse` that refuses what another one refuses, and keeps the record as it is."""
+
+    def keep(record: Record) -> Record:
+        parse(record)
+        return record
+
+    return keep
+
+
 def parse_lines(
-    written: Sequence[bytes], first: int, name: str, parse: Callable[[Record], Entry]
+    written: Iterable[bytes], first: int, name: str, parse: Callable[[Record], Entry]
 ) -> tuple[list[Line[Entry]], list[str], int]:
     """The intact lines, faults as in `Contents`, and the number that the next line has to have.
 
@@ -110,7 +119,7 @@ def parse_lines(
             continue
         expected = number + 1
         try:
-            lines.append(Line(number, record, parse(record)))
+            lines.append(Line(number, parse(record)))
         except MalformedRecord as error:
             faults.append(f"{name} line {place} is intact but no line of such a file: {error}")
     return lines, faults, expected
@@ -174,29 +183,21 @@ class FileJournal(Generic[Entry]):
         # The head first: a line that is added meanwhile then makes the journal longer than the head says, not shorter.
         head = self._read_head()
         try:
-            content, start = self._content(after)
+            with self.path.open("rb") as file:
+                start = _start(file, after)
+                lines, faults, expected = parse_lines(_whole_lines(file), start.number, self.name, self._parse)
+                end = file.tell()
+                torn = file.read(1) != b""
         except FileNotFoundError:
             return Contents((), True, (f"{self.name} is missing",), True, FilePosition())
-        raw = content.split(b"\n")
-        torn = raw.pop()
-        lines, faults, expected = parse_lines(raw, start.number, self.name, self._parse)
         lost = bool(faults)
         if head is None:
             faults.append(f"{self.head_path.name} is missing or damaged")
         elif expected < head[0]:
             faults.append(f"{self.name} ends after {expected} of {head[0]} lines")
-            lost = lost or expected + bool(torn) < head[0]
-        position = FilePosition(start.inode, expected, start.end + len(content) - len(torn))
+            lost = lost or expected + torn < head[0]
+        position = FilePosition(start.inode, expected, end)
         return Contents(tuple(lines), start.number == 0, tuple(faults), lost, position)
-
-    def _content(self, after: Position | None) -> tuple[bytes, FilePosition]:
-        """The bytes from where the reading starts, and where that is."""
-        with self.path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            if not isinstance(after, FilePosition) or after.inode != status.st_ino or after.end > status.st_size:
-                after = FilePosition(status.st_ino)
-            file.seek(after.end)
-            return file.read(), after
 
     def _extent(self, handle: int) -> tuple[int, int]:
         """Count of whole lines and where they end; only what the head does not count is read."""
@@ -216,6 +217,24 @@ class FileJournal(Generic[Entry]):
 
     def _write_head(self, records: int, end: int) -> None:
         write_file(self.head_path, encode_line(0, {"records": records, "bytes": end}))
+
+
+def _start(file: BinaryIO, after: Position | None) -> FilePosition:
+    """Where to read from, and go there: `after`, or the beginning where this is another file than it was of."""
+    status = os.fstat(file.fileno())
+    if not isinstance(after, FilePosition) or after.inode != status.st_ino or after.end > status.st_size:
+        after = FilePosition(status.st_ino)
+    file.seek(after.end)
+    return after
+
+
+def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines that have an end, without it; the file stands behind the last of them when there are no more."""
+    while line := file.readline():
+        if not line.endswith(b"\n"):
+            file.seek(-len(line), os.SEEK_CUR)
+            return
+        yield line[:-1]
 
 
 def require_intact(contents: Contents, where: Location) -> None:

@@ -6,8 +6,9 @@ damaged clips out again. Fields that a later version adds are ignored; a kind th
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
-from features.journal import Contents
+from features.journal import Contents, checked_by
 from features.records import (
     Files,
     MalformedRecord,
@@ -29,12 +30,12 @@ class ClipRecord:
 
     Attributes:
         row: in every array of the store.
-        checksums: CRC-32C of the row's bytes before compression, in hexadecimal digits, by array.
+        checksums: CRC-32C of the row's bytes before compression, by array.
         source: hash of the video it came from.
     """
 
     row: int
-    checksums: Mapping[str, str]
+    checksums: Mapping[str, int]
     source: str
 
 
@@ -48,25 +49,37 @@ class Announce:
 
 @dataclass(frozen=True)
 class Commit:
-    """Clips that exist from here on.
+    """Clips that exist from here on, in columns: a store may have millions, and every reader holds them all.
 
     Attributes:
         shard: its number.
-        clips: by id.
+        ids: of the clips.
+        rows: of the clips in the store, rising.
+        checksums: by array, four bytes for each clip, the high one first: as in `ClipRecord`.
+        sources: of the clips, as in `ClipRecord`.
         files: the shard's, as committed.
         fingerprint: digest of what made the clips.
         errors: what storing in fewer bits cost, by array.
-        row_bytes: of one row of every array, before compression; None in a ledger of version 1, which had none.
+        row_bytes: of one row of every array, before compression.
         attempt: which writing of the shard, where every one has file names of its own; else empty.
     """
 
     shard: int
-    clips: Mapping[str, ClipRecord]
+    ids: tuple[str, ...]
+    rows: tuple[int, ...]
+    checksums: Mapping[str, bytes]
+    sources: tuple[str, ...]
     files: Files
     fingerprint: str
     errors: Mapping[str, float]
-    row_bytes: int | None
+    row_bytes: int
     attempt: str = ""
+
+    def clip(self, name: str) -> ClipRecord:
+        """What it says of the clip `name`, one of `ids`."""
+        place = self.ids.index(name)
+        sums = {array: int.from_bytes(column[4 * place : 4 * place + 4]) for array, column in self.checksums.items()}
+        return ClipRecord(self.rows[place], sums, self.sources[place])
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,7 @@ class Ledger:
     """What the ledger's lines add up to.
 
     Attributes:
-        clips: the committed ones, by id.
+        clips: id -> the commit that it stands in, for each committed clip.
         commits: shard -> number of the line that last committed it.
         files: shard -> its files as committed.
         attempts: shard -> the attempt that was committed, as in `Commit`.
@@ -96,7 +109,7 @@ class Ledger:
         errors: shard -> what storing in fewer bits cost, by array.
     """
 
-    clips: dict[str, ClipRecord] = field(default_factory=dict)
+    clips: dict[str, Commit] = field(default_factory=dict)
     commits: dict[int, int] = field(default_factory=dict)
     files: dict[int, Files] = field(default_factory=dict)
     attempts: dict[int, str] = field(default_factory=dict)
@@ -121,7 +134,7 @@ class Ledger:
                 self.attempts[shard] = entry.attempt
                 self.errors[shard] = entry.errors
                 self.fingerprints.add(entry.fingerprint)
-                self.clips.update(entry.clips)
+                self.clips.update(dict.fromkeys(entry.ids, entry))
             case Drop():
                 for name in entry.ids:
                     self.clips.pop(name, None)
@@ -134,6 +147,11 @@ class Ledger:
 def ledger_journal(storage: Storage) -> Journal[Entry]:
     """The ledger of a store."""
     return storage.journal("ledger.jsonl", _parse, by_shard=True)
+
+
+def ledger_records(storage: Storage) -> Journal[Record]:
+    """The ledger of a store, each line as it was written, for repairs."""
+    return storage.journal("ledger.jsonl", checked_by(_parse), by_shard=True)
 
 
 def announce(shard: int, files: Files) -> Record:
@@ -150,17 +168,16 @@ def commit(
     row_bytes: int,
     attempt: str = "",
 ) -> Record:
-    """The line that makes a shard's rows exist; arguments as in `Commit`."""
-    rows = [clip.row for clip in clips.values()]
+    """The line that makes `clips`, in the order of their rows, exist; the other arguments as in `Commit`."""
+    records = list(clips.values())
     record = {
         "kind": "commit",
         "shard": shard,
-        "rows": [min(rows), max(rows) + 1],
+        "ids": list(clips),
+        "rows": [clip.row for clip in records],
         "row_bytes": row_bytes,
-        "clips": [
-            {"id": name, "row": clip.row, "crc32c": dict(clip.checksums), "source": clip.source}
-            for name, clip in clips.items()
-        ],
+        "crc32c": {a: "".join(f"{clip.checksums[a]:08x}" for clip in records) for a in records[0].checksums},
+        "sources": [clip.source for clip in records],
         "files": files_to_json(files),
         "fingerprint": fingerprint,
         "errors": dict(errors),
@@ -180,21 +197,48 @@ def _parse(record: Record) -> Entry:
     if kind == "drop":
         return Drop(shard, tuple(take_all(record, "ids", str)), take(record, "emptied", bool))
     if kind == "commit":
+        ids = tuple(take_all(record, "ids", str))
         return Commit(
             shard,
-            dict(_parse_clip(clip) for clip in take_all(record, "clips", dict)),
+            ids,
+            _parse_rows(record, len(ids)),
+            _parse_checksums(take(record, "crc32c", dict), len(ids)),
+            _parse_sources(record, len(ids)),
             take_files(record, "files"),
             take(record, "fingerprint", str),
             _parse_errors(take(record, "errors", dict)),
-            take_count(record, "row_bytes") if "row_bytes" in record else None,
+            take_count(record, "row_bytes"),
             _parse_attempt(record),
         )
     raise MalformedRecord(f"'kind' is {kind[:40]!r}; expected announce, commit or drop")
 
 
-def _parse_clip(clip: Record) -> tuple[str, ClipRecord]:
-    row = take_count(clip, "row", MAX_ROWS)
-    return take(clip, "id", str), ClipRecord(row, take(clip, "crc32c", dict), take(clip, "source", str))
+def _parse_rows(record: Record, clips: int) -> tuple[int, ...]:
+    rows = take_all(record, "rows", int)
+    rising = all(first < second for first, second in pairwise(rows))
+    if len(rows) != clips or not rows or not rising or rows[0] < 0 or rows[-1] >= MAX_ROWS:
+        raise MalformedRecord(f"'rows' is {rows!r:.60}; expected {clips} rising numbers from 0 to {MAX_ROWS - 1}")
+    return tuple(rows)
+
+
+def _parse_checksums(columns: Record, clips: int) -> Mapping[str, bytes]:
+    try:
+        found = {array: bytes.fromhex(column) for array, column in columns.items()}
+    except (TypeError, ValueError):
+        found = {"": b""}
+    if any(len(column) != 4 * clips for column in found.values()):
+        raise MalformedRecord(
+            f"'crc32c' is {columns!r:.60}; expected eight hexadecimal digits for each of {clips} clips"
+        )
+    return found
+
+
+def _parse_sources(record: Record, clips: int) -> tuple[str, ...]:
+    sources = take_all(record, "sources", str)
+    if len(sources) != clips:
+        raise MalformedRecord(f"'sources' has {len(sources)} entries; expected one for each of {clips} clips")
+    once = {source: source for source in sources}  # many clips come from one video
+    return tuple(map(once.__getitem__, sources))
 
 
 def _parse_attempt(record: Record) -> str:

@@ -1,9 +1,9 @@
 """Clips that could not be encoded, each with its reason and attempts."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
-from features.journal import require_intact
+from features.journal import Position, checked_by, require_intact
 from features.records import Record, take
 from features.storage import Journal, Storage
 
@@ -38,28 +38,40 @@ def quarantine_journal(storage: Storage) -> Journal[Attempt]:
     return storage.journal("quarantine.jsonl", _parse, by_shard=True)
 
 
+def quarantine_records(storage: Storage) -> Journal[Record]:
+    """The quarantine of a store, each line as it was written, for repairs."""
+    return storage.journal("quarantine.jsonl", checked_by(_parse), by_shard=True)
+
+
 def add_failures(journal: Journal[Attempt], shard: int, failures: Mapping[str, Failure]) -> None:
     """Count one more attempt for each clip of `shard`."""
     for name, failure in failures.items():
         journal.append({"id": name, "shard": shard, "reason": failure.reason, "traceback": failure.traceback})
 
 
-def read_quarantine(storage: Storage, committed: Iterable[str]) -> dict[str, QuarantineRecord]:
-    """The clips in quarantine by id; those that were `committed` later are out of it.
+class Quarantine:
+    """Who is in quarantine by the file of a store, read once and then followed."""
 
-    Raises:
-        DamagedStore: the file is damaged.
-    """
-    contents = quarantine_journal(storage).read()
-    require_intact(contents, storage.location)
-    found: dict[str, QuarantineRecord] = {}
-    for line in contents.lines:
-        clip, failure = line.entry.clip, line.entry.failure
-        attempts = found[clip].attempts + 1 if clip in found else 1
-        found[clip] = QuarantineRecord(failure.reason, attempts, failure.traceback)
-    for name in found.keys() & set(committed):
-        del found[name]
-    return found
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._position: Position | None = None
+        self._found: dict[str, QuarantineRecord] = {}
+
+    def without(self, committed: Container[str]) -> dict[str, QuarantineRecord]:
+        """The clips in quarantine by id; those that were `committed` later are out of it.
+
+        Raises:
+            DamagedStore: the file is damaged.
+        """
+        contents = quarantine_journal(self._storage).read(self._position)
+        require_intact(contents, self._storage.location)
+        found = {} if contents.whole else self._found
+        for line in contents.lines:
+            clip, failure = line.entry.clip, line.entry.failure
+            attempts = found[clip].attempts + 1 if clip in found else 1
+            found[clip] = QuarantineRecord(failure.reason, attempts, failure.traceback)
+        self._found, self._position = found, contents.position
+        return {clip: record for clip, record in found.items() if clip not in committed}
 
 
 def _parse(record: Record) -> Attempt:

@@ -7,10 +7,10 @@ from features.errors import DamagedStore
 from features.halves import halves
 from features.header import HEADER, write_header
 from features.ids import grow, ids_journal
-from features.ledger import ledger_journal
+from features.ledger import ledger_records
 from features.location import Location, locate
 from features.places import storage_at
-from features.quarantine import quarantine_journal
+from features.quarantine import quarantine_records
 from features.records import Record
 from features.storage import Journal, Storage
 from features.store import open_store
@@ -69,9 +69,9 @@ def _repair_description(storage: Storage) -> list[str]:
         )
     if HEADER in damaged:
         write_header(storage, found.header)
-    for journal in (ledger_journal(storage), quarantine_journal(storage)):
+    for journal in (ledger_records(storage), quarantine_records(storage)):
         if journal.name in damaged:
-            _rewrite(journal, [line.record for line in journal.read().lines])
+            _rewrite(journal, [line.entry for line in journal.read().lines])
     metadata = found.format.metadata(found.header, found.spec, len(found.row_ids)) if storage.in_place else {}
     if ids_journal(storage).name in damaged:
         _rewrite(ids_journal(storage), [])
@@ -83,10 +83,10 @@ def _repair_description(storage: Storage) -> list[str]:
 
 def _release(storage: Storage, ids: Collection[str]) -> None:
     """Forget the earlier failures of clips that have to be encoded again, or `extract run` would pass them over."""
-    journal = quarantine_journal(storage)
-    lines = journal.read().lines
-    kept = [line.record for line in lines if line.entry.clip not in ids]
-    if len(kept) < len(lines):
+    journal = quarantine_records(storage)
+    records = [line.entry for line in journal.read().lines]
+    kept = [record for record in records if record["id"] not in ids]
+    if len(kept) < len(records):
         journal.rewrite(kept)
 
 

@@ -22,7 +22,7 @@ from features.journal import require_intact
 from features.ledger import ledger_journal
 from features.location import Location, locate
 from features.places import storage_at
-from features.quarantine import Failure, QuarantineRecord, quarantine_journal, read_quarantine
+from features.quarantine import Failure, Quarantine, QuarantineRecord, quarantine_journal
 from features.reading import Reader, make_buffers
 from features.records import Record
 from features.spec import Fingerprint, PatchTokens, StoreSpec, TextStates
@@ -94,7 +94,7 @@ def open_store(path: Location | str, expect: Fingerprint | None = None) -> "Stor
 
     Raises:
         FingerprintMismatch: it was not made by `expect`; the message names the differing fields.
-        NewerStore: a newer version of this program wrote it.
+        OtherVersion: another version of this program wrote it.
         StoreError: there is none, or what describes it is damaged; one line that says which file.
     """
     storage = storage_at(locate(path))
@@ -124,6 +124,7 @@ class Store:
         self.spec = described.spec
         self.fingerprint = described.fingerprint
         self.format = described.format
+        self._quarantine = Quarantine(storage)
         self._catalog = Catalog(storage, described.spec)
         self._reader = Reader(self._catalog, files)
         self._writer = Writer(self._catalog, self._reader, files, described.fingerprint.digest)
@@ -149,7 +150,7 @@ class Store:
     @property
     def quarantine(self) -> Mapping[str, QuarantineRecord]:
         """The clips that could not be encoded, by id."""
-        return MappingProxyType(read_quarantine(self._catalog.storage, self._catalog.ledger.clips))
+        return MappingProxyType(self._quarantine.without(self._catalog.ledger.clips))
 
     @property
     def reconstruction_error(self) -> Mapping[str, float]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from features.catalog import misfit
 from features.dtypes import row_bytes
-from features.errors import DamagedStore, NewerStore, StoreError
+from features.errors import DamagedStore, OtherVersion, StoreError
 from features.file_format import Format
 from features.formats import FORMATS, format_named
 from features.halves import TEXT, halves
@@ -133,7 +133,7 @@ def inspect(storage: Storage) -> Inspection:
     """Read the store's description; every damage to it becomes a fault.
 
     Raises:
-        NewerStore: a newer version of this program wrote the store.
+        OtherVersion: another version of this program wrote the store.
         StoreError: there is no store at all.
     """
     ledger_of, ids_of, quarantine = ledger_journal(storage), ids_journal(storage), quarantine_journal(storage)
@@ -180,7 +180,7 @@ def verify(
         on_bytes: called with the bytes read so far and in all.
 
     Raises:
-        NewerStore: a newer version of this program wrote the store.
+        OtherVersion: another version of this program wrote the store.
         StoreError: there is no store at `path`.
     """
     storage, started = storage_at(locate(path)), time.monotonic()
@@ -190,7 +190,7 @@ def verify(
         try:
             found[half] = inspect(storage.inside(half))
             faults += [_inside(half, fault) for fault in found[half].faults]
-        except NewerStore:
+        except OtherVersion:
             raise
         except StoreError as error:
             faults.append(Fault(TEXT, str(error)))
@@ -253,7 +253,7 @@ def bad_rows(found: Inspection, shard: int) -> list[str]:
         return names
     bad = []
     for name in names:
-        record = found.ledger.clips[name]
+        record = found.ledger.clips[name].clip(name)
         for array in spec.arrays:
             row = np.empty(row_bytes(array), np.uint8)
             try:
@@ -274,7 +274,7 @@ def _header(storage: Storage, faults: list[Fault], copy_is_sound: bool) -> Recor
         header = read_header(storage)
         described = parse_header(header)
         format_named(described.format, described.spec.codec)
-    except NewerStore:
+    except OtherVersion:
         raise
     except StoreError as error:
         faults.append(Fault(HEADER, str(error)))
@@ -298,10 +298,11 @@ def _completed(row_ids: Sequence[str | None], ledger: Ledger) -> tuple[list[str 
     """Row -> id with the ledger's word wherever the file of ids says otherwise, and the ids where it did."""
     completed = list(row_ids)
     disputed = []
-    for name, record in ledger.clips.items():
-        completed += [None] * (record.row + 1 - len(completed))
-        if completed[record.row] != name:
-            completed[record.row] = name
+    for name, commit in ledger.clips.items():
+        row = commit.clip(name).row
+        completed += [None] * (row + 1 - len(completed))
+        if completed[row] != name:
+            completed[row] = name
             disputed.append(name)
     return completed, tuple(disputed)
 

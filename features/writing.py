@@ -127,7 +127,9 @@ class Writer:
         catalog = self._catalog
         kept = catalog.committed_of(shard)
         rows = {name: catalog.rows[name] for name in sorted([*kept, *new], key=catalog.rows.__getitem__)}
-        sources = {name: sources[name] if name in new else catalog.ledger.clips[name].source for name in rows}
+        sources = {
+            name: sources[name] if name in new else catalog.ledger.clips[name].clip(name).source for name in rows
+        }
         errors = dict(catalog.ledger.errors.get(shard, {}))
         for tensors in new.values():
             error = reconstruction_error(tensors, catalog.spec)

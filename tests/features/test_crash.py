@@ -197,7 +197,7 @@ def test_a_full_disk_is_one_clear_line_and_loses_nothing(
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("limit", [0, 100, 600, 1200])
+@pytest.mark.parametrize("limit", [0, 100, 600, 900])
 def test_a_file_size_limit_is_a_full_disk(tmp_path: Path, format: str, limit: int) -> None:
     resource = pytest.importorskip("resource")
     root = tmp_path / "store"

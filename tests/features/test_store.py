@@ -86,11 +86,11 @@ def test_later_rows_of_a_shard_leave_earlier_ones_as_they_are(make: Make) -> Non
     store = make()
     fill(store, skip=(IDS[1], IDS[9]))
     before = store.read([IDS[0], IDS[8]])
-    sums = dict(store._catalog.ledger.clips[IDS[0]].checksums)
+    sums = dict(store._catalog.records([IDS[0]])[0].checksums)
     fill(store)
     after = open_store(store.path).read([IDS[0], IDS[8]])
     assert torch.equal(before.patches, after.patches)
-    assert store._catalog.ledger.clips[IDS[0]].checksums == sums
+    assert store._catalog.records([IDS[0]])[0].checksums == sums
     assert store.clip_ids == IDS
 
 
