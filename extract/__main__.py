@@ -66,6 +66,14 @@ def _parse(command: str, args: Sequence[str], as_json: bool = False) -> tuple[Co
         parser.add_argument(
             "--probe", type=count, default=4, help="clips to decode and encode for the estimate of time"
         )
+        parser.add_argument("--clips", type=int | None, help="forecast a job of so many clips, without looking at data")
+        parser.add_argument("--gpus", type=int, default=1, help="of the forecast")
+        parser.add_argument("--cores", type=int, default=8, help="beside each GPU of the forecast, for decoding")
+        parser.add_argument(
+            "--clips-per-second",
+            type=jsonargparse.typing.PositiveFloat | None,
+            help="that one GPU encodes, for the forecast; default: as measured by the jobs on store.path",
+        )
     if command in ("run", "retry"):
         parser.add_argument("--shard", default="0/1", metavar="i/N", help="every N-th shard from i on, for job arrays")
     add_config_arguments(parser)
@@ -104,11 +112,16 @@ def _data(args: Sequence[str]) -> int:
 
 
 def _plan(args: Sequence[str]) -> int:
-    from extract.plan import as_json, describe, make_plan
+    from extract import forecast
+    from extract.plan import describe, make_forecast, make_plan
 
     config, options = _parse("plan", args, as_json=True)
+    if options.clips is not None:
+        found = make_forecast(config, options.clips, options.gpus, options.cores, options.clips_per_second)
+        print(json.dumps(dataclasses.asdict(found), indent=1) if options.json else forecast.describe(found))
+        return 0
     plan = make_plan(config, options.probe)
-    print(json.dumps(as_json(plan), indent=1) if options.json else describe(plan))
+    print(json.dumps(dataclasses.asdict(plan), indent=1) if options.json else describe(plan))
     return 1 if plan.refusals else 0
 
 

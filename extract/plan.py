@@ -1,19 +1,19 @@
 """What a job would do, before it does it: clips, bytes, files, time, and what stands in its way."""
 
-import dataclasses
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.schema import Config
+from configs.schema import Config, ConfigError
 from extract.batch_encoder import BatchEncoder
 from extract.datasets import Clip, Dataset, load_dataset
 from extract.decode import PreparedClip
 from extract.encoders import VideoEncoder, find_network, open_checkpoint
 from extract.engines import decoder_count, worker_count
 from extract.fingerprints import video_fingerprint
+from extract.forecast import Forecast, forecast, given_cost, measured_cost
 from extract.worker import load_encoder, open_decoders, slow_arithmetic
 from features import Store, StoreSpec, open_store
 from features.dtypes import row_bytes
@@ -70,15 +70,7 @@ def make_plan(config: Config, probe: int) -> Plan:
     todo = _todo(dataset, store)
     present = [clip for clip in todo if clip.video.is_file()]
     encoder = load_encoder(config, checkpoint)
-    spec = StoreSpec.for_patches(
-        config.video.frames,
-        encoder.grid,
-        encoder.width,
-        config.store.dtype,
-        config.store.shard,
-        encoder.coarse,
-        encoder.coarse_width,
-    )
+    spec = clip_spec(config, encoder)
     shards = len({place // spec.shard for place in _places(dataset, store, todo)})
     refusal = disk_refusal(config.store.path, spec, len(todo))
     advice = slow_arithmetic(config)
@@ -100,6 +92,48 @@ def make_plan(config: Config, probe: int) -> Plan:
         advice=(advice,) if advice else (),
         refusals=(refusal,) if refusal else (),
     )
+
+
+def clip_spec(config: Config, encoder: VideoEncoder) -> StoreSpec:
+    """What a store of `encoder`'s tokens has in it."""
+    return StoreSpec.for_patches(
+        frames=config.video.frames,
+        grid=encoder.grid,
+        width=encoder.width,
+        dtype=config.store.dtype,
+        shard=config.store.shard,
+        codec=config.store.codec,
+        coarse=encoder.coarse,
+        coarse_width=encoder.coarse_width,
+    )
+
+
+def make_forecast(config: Config, clips: int, gpus: int, cores: int, clips_per_second: float | None) -> Forecast:
+    """What `clips` clips would take on `gpus` GPUs; neither videos nor questions have to be there.
+
+    Args:
+        config: the experiment.
+        clips, gpus: of the job.
+        cores: beside each GPU, for decoding.
+        clips_per_second: that one GPU encodes; None takes what the jobs on the configured store took.
+
+    Raises:
+        ConfigError: a number is out of range, or nothing was measured and no rate given.
+        CheckpointError: as `extract.run.extract_features`.
+    """
+    measured = measured_cost(config.store.path)
+    if clips_per_second is not None:
+        cost = given_cost(clips_per_second, measured)
+    elif measured is not None:
+        cost = measured
+    else:
+        raise ConfigError(
+            f"--clips is {clips} but no job on {config.store.path} was measured; encode a few hundred clips first"
+            " (python -m extract run), or say what one GPU encodes with --clips-per-second"
+        )
+    checkpoint = open_checkpoint(config.encoder.arch, config.encoder.checkpoint)
+    spec = clip_spec(config, load_encoder(config, checkpoint))
+    return forecast(clips, gpus, cores, spec, config.store.format, cost)
 
 
 def disk_refusal(path: Path, spec: StoreSpec, clips: int) -> str | None:
@@ -127,11 +161,6 @@ def describe(plan: Plan) -> str:
         )
     lines += [f"advice     {line}" for line in plan.advice]
     return "\n".join(lines + [f"refused    {line}" for line in plan.refusals])
-
-
-def as_json(plan: Plan) -> dict[str, object]:
-    """The plan as plain values."""
-    return dataclasses.asdict(plan)
 
 
 def _duration(hours: float) -> str:

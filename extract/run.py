@@ -20,7 +20,7 @@ from extract.encoders import (
 from extract.encoders.text import TextEncoder, Tokenizer
 from extract.engines import WHOLE, Part, encode_with_engine, worker_count
 from extract.fingerprints import text_depth, text_fingerprint, video_fingerprint
-from extract.plan import disk_refusal
+from extract.plan import clip_spec, disk_refusal
 from extract.progress import meter
 from extract.shard_writer import ShardWriter
 from extract.tally import Tally, record_job
@@ -103,19 +103,9 @@ def create_clip_store(config: Config, dataset: Dataset, encoder: VideoEncoder, c
     Raises:
         StoreError: the store there was made otherwise; the message names the differing fields.
     """
-    spec = StoreSpec.for_patches(
-        frames=config.video.frames,
-        grid=encoder.grid,
-        width=encoder.width,
-        dtype=config.store.dtype,
-        shard=config.store.shard,
-        codec=config.store.codec,
-        coarse=encoder.coarse,
-        coarse_width=encoder.coarse_width,
-    )
     ids = [clip.clip_id for clip in dataset.clips]
     fingerprint = video_fingerprint(config, checkpoint.sha256)
-    return create_store(config.store.path, spec, fingerprint, ids, format=config.store.format)
+    return create_store(config.store.path, clip_spec(config, encoder), fingerprint, ids, format=config.store.format)
 
 
 def _encode_texts(config: Config, dataset: Dataset, video: Checkpoint, part: Part) -> int:

@@ -1,0 +1,82 @@
+"""`extract plan --clips`: a job of any size, from what was measured on a small one."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from configs.schema import ConfigError
+from extract.__main__ import main
+from extract.forecast import ClipCost, forecast, given_cost, measured_cost
+from extract.tally import Stages, Tally, record_job
+from features import StoreSpec
+from tests.extract.job import options
+
+SPEC = StoreSpec.for_patches(16, (14, 14), 768, "float16", 64)
+COST = ClipCost(encode_s=0.01, decode_s=0.16, write_s=0.004, source="a test")
+
+
+def test_five_million_clips() -> None:
+    found = forecast(5_000_000, 64, 16, SPEC, "zarr", COST)
+    assert found.shards == 78_125
+    assert found.files == 4 * 78_125
+    assert found.bytes_to_write == pytest.approx(24.1e12, rel=0.01)
+    # 1,221 shards to the busiest GPU, 64 clips each, one in 10 ms.
+    assert found.hours == pytest.approx(1221 * 64 * 0.01 / 3600)
+    assert found.gpu_hours == pytest.approx(64 * found.hours)
+    assert found.clips_per_second == pytest.approx(6400, rel=0.001)
+    assert found.cores_to_keep_up == 16
+
+
+@pytest.mark.parametrize(
+    ("cost", "cores", "stage", "seconds"),
+    [
+        (COST, 32, "encoding", 0.01),
+        (COST, 8, "decoding", 0.02),
+        (dataclasses.replace(COST, write_s=0.05), 8, "writing", 0.05),
+    ],
+)
+def test_the_slowest_stage_decides(cost: ClipCost, cores: int, stage: str, seconds: float) -> None:
+    found = forecast(6400, 10, cores, SPEC, "zarr", cost)
+    assert found.bound_by == stage
+    assert found.hours == pytest.approx(640 * seconds / 3600)
+
+
+def test_more_gpus_than_shards_are_no_faster() -> None:
+    few, many = (forecast(100, gpus, 64, SPEC, "hdf5", COST) for gpus in (2, 64))
+    assert few.hours == many.hours
+    assert few.files == 2
+    assert forecast(10, 1, 64, SPEC, "hdf5", COST).hours == pytest.approx(10 * 0.01 / 3600)
+
+
+@pytest.mark.parametrize("option", ["clips", "gpus", "cores"])
+def test_nothing_is_refused(option: str) -> None:
+    numbers = {"clips": 10, "gpus": 1, "cores": 1, option: 0}
+    with pytest.raises(ConfigError, match=f"--{option} is 0; expected at least 1"):
+        forecast(**numbers, spec=SPEC, format_name="zarr", cost=COST)
+
+
+def test_costs_are_the_mean_over_all_jobs(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    assert measured_cost(store) is None
+    for clips, seconds in ((30, 60.0), (10, 20.0)):
+        stages = Stages(total_s=seconds, encode_s=seconds, decode_s=seconds / 2, write_s=seconds / 4)
+        record_job(store, Tally(committed=clips, stages=stages), workers=2)
+    found = measured_cost(store)
+    assert found is not None
+    assert (found.encode_s, found.decode_s, found.write_s) == (2.0, 1.0, 0.5)
+    assert found.source.startswith("40 clips in ")
+    assert given_cost(50, found).encode_s == 0.02
+    assert given_cost(50, found).decode_s == 1.0
+    assert "not counted" in given_cost(50, None).source
+
+
+def test_the_command_needs_no_data(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = [*options(bare, "--data.root", str(bare / "nowhere")), "--clips", "1000", "--gpus", "4", "--json"]
+    assert main(["plan", *job]) == 2
+    assert "was measured; encode a few hundred clips first" in capsys.readouterr().err
+    assert main(["plan", *job, "--clips-per-second", "100"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["clips"], found["gpus"], found["shards"]) == (1000, 4, 200)
+    assert found["hours"] == pytest.approx(2.5 / 3600)
