@@ -42,6 +42,7 @@ def main(args: Sequence[str] | None = None) -> int:
     from extract.encoders.checkpoint import CheckpointError
     from features import FingerprintMismatch, StoreError
 
+    who = f"train {name} (rank {os.environ['RANK']})" if "RANK" in os.environ else f"train {name}"
     try:
         code = _HANDLERS[name](rest)
         sys.stdout.flush()
@@ -51,13 +52,13 @@ def main(args: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (DatasetError, CheckpointError, ConfigError, FingerprintMismatch) as error:
-        print(f"train {name}: error: {error}", file=sys.stderr)
+        print(f"{who}: error: {error}", file=sys.stderr)
         return 2
     except (StoreError, ValueError, OSError) as error:
-        print(f"train {name}: failed: {error}", file=sys.stderr)
+        print(f"{who}: failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"train {name}: stopped; give the same command again to go on", file=sys.stderr)
+        print(f"{who}: stopped; give the same command again to go on", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -74,22 +75,32 @@ def _parse(command: str, args: Sequence[str]) -> Config:
 
 def _fit(args: Sequence[str]) -> int:
     config = _parse("fit", args)
+    from train.experiment import pick_device
+    from train.ranks import join
     from train.run import Stopped, fit
 
-    try:
-        metrics = fit(config, " ".join(["python -m train fit", *args]))
-    except Stopped as stopped:
-        print(f"train fit: {stopped}", file=sys.stderr)
-        return INTERRUPTED
-    _say(config, metrics)
+    with join(cuda=pick_device(config.train.device).type == "cuda") as ranks:
+        try:
+            metrics = fit(config, " ".join(["python -m train fit", *args]), ranks)
+        except Stopped as stopped:
+            if ranks.first:
+                print(f"train fit: {stopped}", file=sys.stderr)
+            return INTERRUPTED
+        if ranks.first:
+            _say(config, metrics)
     return 0
 
 
 def _evaluate(args: Sequence[str]) -> int:
     config = _parse("evaluate", args)
+    from train.experiment import pick_device
+    from train.ranks import join
     from train.run import evaluate
 
-    _say(config, evaluate(config, " ".join(["python -m train evaluate", *args])))
+    with join(cuda=pick_device(config.train.device).type == "cuda") as ranks:
+        metrics = evaluate(config, " ".join(["python -m train evaluate", *args]), ranks)
+        if ranks.first:
+            _say(config, metrics)
     return 0
 
 
@@ -170,6 +181,11 @@ def _sweep(args: Sequence[str]) -> int:
     parser.add_argument("--name", type=str | None, default=None, help="of the sweep's folder")
     add_config_arguments(parser)
     config, options = parse_config(parser, args)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "torchrun started this sweep; expected one start a machine or GPU, as in CUDA_VISIBLE_DEVICES=1 python -m "
+            "train sweep ...: each takes the members that nobody holds"
+        )
     from train.run import Stopped
     from train.sweep import run_sweep
 

@@ -1,5 +1,6 @@
 """What heads answer to a table of questions, and what these answers score."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.batches import FORMS, NO_CLASS, Features, QuestionTable, plan_batches
+from train.batches import FORMS, NO_CLASS, Batch, Features, QuestionTable, plan_batches
 from train.experiment import Experiment
 from train.metrics import Metrics, normalise, same_lower_cased, score
 from train.stack import Stack
@@ -31,19 +32,31 @@ def answer_table(stacks: Sequence[Stack], features: Features, table: QuestionTab
     classes = [torch.zeros(len(stack), len(table), dtype=torch.long) for stack in stacks]
     kept: list[list[np.ndarray | None]] = [[None] * len(stack) for stack in stacks]
     plan = plan_batches(table, size, seed=None)
-    for number, batch in enumerate(features.stream(table, plan)):
-        for stack, said, chosen in zip(stacks, classes, kept, strict=True):
-            said[:, batch.rows], masks = stack.answer(batch, number)
-            for member, mask in enumerate(masks if masks is not None else ()):
-                # Every frame keeps as many, so that the indices of all of them make an array.
-                indices = mask.nonzero()[:, -1].view(*mask.shape[:2], -1)
+    found = [
+        (batch.rows, [_answer(stack, batch, number) for stack in stacks])
+        for number, batch in enumerate(features.stream(table, plan))
+        if len(batch)
+    ]
+    for rows, answers in itertools.chain(*features.ranks.gather(found)):
+        for said, chosen, (predicted, indices) in zip(classes, kept, answers, strict=True):
+            said[:, rows] = predicted
+            for member, part in enumerate(indices):
                 whole = chosen[member]
                 if whole is None:
-                    whole = chosen[member] = np.zeros((len(table), *indices.shape[1:]), dtype=np.int16)
-                whole[batch.rows.numpy()] = indices.numpy()
+                    whole = chosen[member] = np.zeros((len(table), *part.shape[1:]), dtype=np.int16)
+                whole[rows.numpy()] = part
     return [
         [Answers(*pair) for pair in zip(said, chosen, strict=True)] for said, chosen in zip(classes, kept, strict=True)
     ]
+
+
+def _answer(stack: Stack, batch: Batch, number: int) -> tuple[Tensor, list[np.ndarray]]:
+    """Classes [M, B], and of each member the indices [B, T, k] of what it kept; none for heads that do not select."""
+    classes, masks = stack.answer(batch, number)
+    if masks is None:
+        return classes, []
+    # Every frame keeps as many, so that the indices of all of them make an array.
+    return classes, [mask.nonzero()[:, -1].view(*mask.shape[:2], -1).to(torch.int16).numpy() for mask in masks]
 
 
 class Marks:

@@ -16,6 +16,8 @@ from torch import Tensor
 from extract.datasets import Dataset, Question
 from features import AbsentClip, PatchTokens, Store, StoreError
 from features.dtypes import row_bytes
+from train.ranks import ALONE, Ranks
+from train.shares import Share
 
 Residency = Literal["disk", "ram", "gpu"]
 FORMS = ("open", "binary")
@@ -41,6 +43,7 @@ class Batch:
         forms: [B] long, index into `FORMS`.
         answers: [B] long, class or `NO_CLASS`.
         rows: [B] positions of the questions in their table.
+        share: where these rows lie in the whole batch, of which other ranks have the rest; None: this is the whole.
     """
 
     tokens: PatchTokens | None
@@ -51,6 +54,15 @@ class Batch:
     forms: Tensor
     answers: Tensor
     rows: Tensor
+    share: Share | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def whole(self) -> int:
+        """Questions of the whole batch, on all ranks."""
+        return len(self) if self.share is None else self.share.questions.of
 
 
 @dataclass(frozen=True)
@@ -135,27 +147,30 @@ def plan_batches(table: QuestionTable, size: int, seed: int | None, epoch: int =
     return [*batches, np.concatenate(current)] if current else batches
 
 
-def choose_residency(wanted: str, nbytes: int, device: torch.device) -> tuple[Residency, str]:
-    """Where to keep `nbytes` of features, and the sentence that says so.
+def choose_residency(wanted: str, nbytes: int, device: torch.device, ranks: Ranks = ALONE) -> tuple[Residency, str]:
+    """Where to keep `nbytes` of features, of which each rank holds an equal share, and the sentence that says so.
 
     Raises:
         ValueError: `gpu` was asked for without a CUDA device.
     """
     if wanted == "gpu" and device.type != "cuda":
         raise ValueError(f"train.residency is 'gpu' but the device is {device.type}; expected a CUDA device, or 'auto'")
-    ram = psutil.virtual_memory().available
+    ram = psutil.virtual_memory().available // ranks.local_size
     gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    fits: Residency = "gpu" if nbytes < MEMORY_SHARE * gpu else "ram" if nbytes < MEMORY_SHARE * ram else "disk"
+    share = nbytes / ranks.size
+    fits: Residency = "gpu" if share < MEMORY_SHARE * gpu else "ram" if share < MEMORY_SHARE * ram else "disk"
     chosen: Residency = fits if wanted == "auto" else wanted  # type: ignore[assignment]
     free = f"{_size(ram)} of memory free" + (f", {_size(gpu)} on the GPU" if gpu else "")
     why = f"chosen: {free}" if wanted == "auto" else f"as train.residency says; {free}"
+    if ranks.size > 1:
+        why += f"; each of {ranks.size} ranks reads and keeps its own clips alone, {_size(share)}"
     return chosen, f"features: {_size(nbytes)} kept {_PLACES[chosen]} ({why})"
 
 
 _PLACES = {"disk": "on disk, read batch by batch", "ram": "in memory", "gpu": "on the GPU"}
 
 
-def _size(nbytes: int) -> str:
+def _size(nbytes: float) -> str:
     return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
@@ -169,6 +184,7 @@ class Features:
         texts: texts that will be asked for; their order gives the rows.
         residency: as in the config.
         device: where batches go.
+        ranks: that share the clips. Each reads, and holds, its own alone.
 
     Attributes:
         text_rows: row of each text.
@@ -188,28 +204,26 @@ class Features:
         texts: Sequence[str],
         residency: str,
         device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.device = device
+        self.ranks = ranks
         self.store = store
         self.nbytes = 0
         self.text_rows = {text: row for row, text in enumerate(texts)}
         self.said = "features: no video is read"
-        self.unseen: frozenset[str] = frozenset()
         self._resident: dict[str, Tensor] = {}
         self._clip_rows: dict[str, int] = {}
         self.residency: Residency = "ram"
+        self.unseen = frozenset() if store is None else _quarantined(store, frozenset(clip_ids))
+        clips = [name for name in dict.fromkeys(clip_ids) if name not in self.unseen]
+        own = clips[ranks.rank :: ranks.size]
+        self._own = frozenset(own)
         if store is not None:
-            committed = set(store.clip_ids)
-            self.unseen = frozenset(clip_ids) - committed
-            if waiting := sorted(self.unseen - store.quarantine.keys()):
-                raise StoreError(
-                    f"{len(waiting)} of {len(set(clip_ids))} clips are not in {store.path}, such as {waiting[0]!r}; "
-                    "encode them first: python -m extract run --config CONFIG"
-                )
-            wanted = [name for name in dict.fromkeys(clip_ids) if name in committed]
-            self.residency, self.said = choose_residency(residency, len(wanted) * _row_bytes(store), device)
+            nbytes = len(clips) * _row_bytes(store)
+            self.residency, self.said = ranks.share(lambda: choose_residency(residency, nbytes, device, ranks))
             if self.residency != "disk":
-                self._load(wanted)
+                self._load(own)
         self._states, self._mask = self._texts(text_store, texts)
 
     def _texts(self, store: Store | None, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -245,8 +259,8 @@ class Features:
         return tokens
 
     def tokens(self, clip_ids: Sequence[str]) -> PatchTokens:
-        """Tokens of encoded clips, on the device, in the store's dtype."""
-        if self.residency == "disk":
+        """Tokens of encoded clips, on the device, in the store's dtype; from the store where other ranks hold some."""
+        if self.residency == "disk" or not self._clip_rows.keys() >= set(clip_ids):
             return self._read(clip_ids).to(self.device)
         rows = torch.tensor([self._clip_rows[name] for name in clip_ids], dtype=torch.long)
         picked = {name: tensor[rows.to(tensor.device)] for name, tensor in self._resident.items()}
@@ -257,11 +271,15 @@ class Features:
         texts = table.text.unique().to(self.device)
         return self._states[texts][self._mask[texts]]
 
-    def batch(self, table: QuestionTable, rows: np.ndarray) -> Batch:
-        """The batch of these rows of `table`."""
-        index = torch.from_numpy(rows)
+    def batch(self, table: QuestionTable, rows: np.ndarray, own: Tensor | None = None) -> Batch:
+        """The batch of these rows of `table`, or what this rank has of it: `own` [C] bool says which clips are its."""
+        index, share = torch.from_numpy(rows), None
+        if own is not None:
+            share = Share.of(table.clip[index], table.text[index], own[table.clip[index]])
+            index = index[share.questions.rows]
         clips, clip_index = table.clip[index].unique(return_inverse=True)
-        tokens = None if self.store is None else self.tokens([table.clips[clip] for clip in clips.tolist()])
+        names = [table.clips[clip] for clip in clips.tolist()]
+        tokens = None if self.store is None or not names else self.tokens(names)
         texts, text_index = table.text[index].unique(return_inverse=True)
         texts = texts.to(self.device)
         return Batch(
@@ -273,20 +291,38 @@ class Features:
             forms=table.form[index].to(self.device),
             answers=table.answer[index].to(self.device),
             rows=index,
+            share=share,
         )
 
     def stream(self, table: QuestionTable, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
-        """The batches of `plan` in order. From disk, the next batch is read while one is worked on."""
+        """The batches of `plan` in order, of each what this rank has of it, which may be nothing.
+
+        From disk, the next batch is read while one is worked on.
+        """
+        own = None
+        if self.ranks.size > 1:
+            own = torch.tensor([name in self._own for name in table.clips], dtype=torch.bool)
         if self.residency != "disk" or self.store is None:
             for rows in plan:
-                yield self.batch(table, rows)
+                yield self.batch(table, rows, own)
             return
         with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
-            ahead = [reader.submit(self.batch, table, rows) for rows in plan[:1]]
+            ahead = [reader.submit(self.batch, table, rows, own) for rows in plan[:1]]
             for position in range(len(plan)):
                 ready = ahead.pop(0)
-                ahead += [reader.submit(self.batch, table, rows) for rows in plan[position + 1 : position + 2]]
+                ahead += [reader.submit(self.batch, table, rows, own) for rows in plan[position + 1 : position + 2]]
                 yield ready.result()
+
+
+def _quarantined(store: Store, clip_ids: frozenset[str]) -> frozenset[str]:
+    """The clips that could not be encoded; that there are none which have yet to be is checked."""
+    unseen = clip_ids - set(store.clip_ids)
+    if waiting := sorted(unseen - store.quarantine.keys()):
+        raise StoreError(
+            f"{len(waiting)} of {len(clip_ids)} clips are not in {store.path}, such as {waiting[0]!r}; "
+            "encode them first: python -m extract run --config CONFIG"
+        )
+    return unseen
 
 
 def _row_bytes(store: Store) -> int:

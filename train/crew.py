@@ -6,6 +6,7 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class Crew:
         marks = (experiment.fingerprint, experiment.text_fingerprint)
         self._origin = [str(order), *("" if mark is None else mark.digest for mark in marks)]
         self._origin += [config.run.dir.name for config in configs]
-        saved = folder.load_last(path)
+        saved = experiment.ranks.share(lambda: folder.load_last(path))
         if saved is not None:
             self._resume(saved)
         self.selection = choose_selection(configs, experiment)
@@ -104,7 +105,9 @@ class Crew:
             self.save()
 
     def save(self) -> None:
-        """Write the file to go on from."""
+        """Write the file to go on from; every rank could."""
+        if not self.stack.ranks.first:
+            return
         started = time.monotonic()
         state = {"place": list(self.place), "origin": self._origin, "members": [m.state() for m in self.members]}
         folder.save_last(self.path, {**state, "stack": self.stack.state()})
@@ -114,7 +117,7 @@ class Crew:
     def restore_best(self, command: str) -> None:
         """Write the cards and go back to the weights that were best on *val*."""
         for number, member in enumerate(self.members):
-            weights = folder.load_weights(member.config.run.dir)
+            weights = self.stack.ranks.share(partial(folder.load_weights, member.config.run.dir))
             self.stack.load_weights(number, weights)
             member.write_card(command, sum(tensor.numel() for tensor in weights.values()))
 
@@ -159,12 +162,14 @@ def build_stack(configs: Sequence[Config], experiment: Experiment, order: int) -
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.train.seed)
             heads.append(build_head(config, experiment.sizes).to(experiment.device))
-    prepare(heads, experiment.features, experiment.train_table)
-    train = configs[0].train
+    ranks, train = experiment.ranks, configs[0].train
+    if ranks.first:
+        prepare(heads, experiment.features, experiment.train_table)
+    ranks.broadcast([tensor for head in heads for tensor in head.state_dict().values()])
     learns = any(parameter.requires_grad for parameter in heads[0].parameters())
     plans = (plan_batches(experiment.train_table, train.batch, order, epoch) for epoch in range(train.epochs))
     steps = sum(math.ceil(len(plan) / train.accumulate) for plan in plans) if learns else 0
-    return Stack(heads, [config.train.seed for config in configs], train, steps, experiment.device)
+    return Stack(heads, [config.train.seed for config in configs], train, steps, experiment.device, ranks)
 
 
 def prepare(heads: Sequence[nn.Module], features: Features, table: QuestionTable) -> None:

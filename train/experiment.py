@@ -13,6 +13,7 @@ from features.halves import require_match
 from train.batches import Features, QuestionTable
 from train.card import Card, RunError
 from train.heads import BLIND, Sizes
+from train.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Experiment:
         fingerprint: of the clips' store; None where it is not read.
         text_fingerprint: of the texts' store; None where it is not read.
         device: where heads run.
+        ranks: processes that work on it together.
     """
 
     dataset: Dataset
@@ -38,13 +40,14 @@ class Experiment:
     fingerprint: Fingerprint | None
     text_fingerprint: Fingerprint | None
     device: torch.device
+    ranks: Ranks
 
     def seen(self, part: str) -> QuestionTable:
         """The questions of `part` whose clip was encoded."""
         return self.tables[part].encoded(self.features.unseen)
 
 
-def open_experiment(config: Config, card: Card | None = None) -> Experiment:
+def open_experiment(config: Config, card: Card | None = None, ranks: Ranks = ALONE) -> Experiment:
     """Open what `config` names; with a `card`, only if it is what the card's head was trained on.
 
     Raises:
@@ -53,7 +56,7 @@ def open_experiment(config: Config, card: Card | None = None) -> Experiment:
             by something else than the config's or the card's.
         RunError: the card's answers are not this dataset's, or a part has no questions.
     """
-    device = pick_device(config.train.device)
+    device = pick_device(config.train.device, ranks)
     dataset = load_dataset(config.data)
     if card is not None and card.answers != dataset.answers:
         raise RunError(
@@ -74,6 +77,7 @@ def open_experiment(config: Config, card: Card | None = None) -> Experiment:
         texts=list(dict.fromkeys(question.text for question in questions)),
         residency=config.train.residency,
         device=device,
+        ranks=ranks,
     )
     tables: dict[str, QuestionTable] = {
         part: QuestionTable.of(dataset.questions[part], dataset, features.text_rows) for part in PARTS
@@ -92,23 +96,26 @@ def open_experiment(config: Config, card: Card | None = None) -> Experiment:
         fingerprint=None if store is None else store.fingerprint,
         text_fingerprint=None if text_store is None else text_store.fingerprint,
         device=device,
+        ranks=ranks,
     )
 
 
-def pick_device(name: str) -> torch.device:
-    """The device a config means.
+def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """The device a config means; of many ranks each has its own.
 
     Raises:
         RunError: it is not one, or not on this machine.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise RunError(f"train.device is {name!r}; expected auto, cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RunError(f"train.device is {name!r} but this machine has no usable CUDA device; use cpu or auto")
+    if device.type == "cuda" and ranks.size > 1:
+        return torch.device("cuda", ranks.local)
     return device
 
 

@@ -57,14 +57,15 @@ class Display:
         label: what is going on.
         step: steps already done.
         steps: of the whole.
+        silent: on all ranks but the first.
     """
 
-    def __init__(self, label: str, step: int, steps: int) -> None:
-        self._label = label
+    def __init__(self, label: str, step: int, steps: int, silent: bool = False) -> None:
+        self._label, self._silent = label, silent
         self._first, self._steps = step, steps
         self._started = self._printed = time.monotonic()
         self._bar: Progress | None = None
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and not silent:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"))
             self._bar = Progress(
                 *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(), transient=True
@@ -84,7 +85,7 @@ class Display:
         """Where things are now."""
         if self._bar:
             self._bar.update(self._task, completed=step, detail=detail)
-        elif time.monotonic() - self._printed >= PLAIN_INTERVAL_S:
+        elif not self._silent and time.monotonic() - self._printed >= PLAIN_INTERVAL_S:
             self._printed = time.monotonic()
             seconds = time.monotonic() - self._started
             left = seconds / max(1, step - self._first) * (self._steps - step)

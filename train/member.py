@@ -20,7 +20,7 @@ from train.metrics import Metrics
 
 
 class Member:
-    """A run's log, its best epoch so far, and what it leaves behind.
+    """A run's log, its best epoch so far, and what it leaves behind; of many ranks the first writes.
 
     Args:
         config: of this run; its folder is claimed already.
@@ -45,14 +45,22 @@ class Member:
         patience = self.config.train.patience
         return patience is not None and self.waited >= patience
 
+    @property
+    def _writes(self) -> bool:
+        return self.experiment.ranks.first
+
     def open_log(self, step: int) -> None:
         """Start the log after `step`; what an interrupted run wrote later is dropped."""
+        if not self._writes:
+            return
         if step == 0:
             (self.config.run.dir / folder.LOG).unlink(missing_ok=True)
         self._log = RunLog(self.config.run.dir, step)
 
     def log(self, event: str, step: int, **values: Any) -> None:
         """One line of the log."""
+        if not self._writes:
+            return
         assert self._log is not None
         self._log.write(event, step, **values)
 
@@ -68,7 +76,8 @@ class Member:
         self.log("val", step, epoch=epoch, **numbers)
         self.waited += 1
         if self.best is None or (numbers["all"] or 0.0) > (self.best["all"] or 0.0):
-            folder.save_weights(self.config.run.dir, weights)
+            if self._writes:
+                folder.save_weights(self.config.run.dir, weights)
             self.best, self.waited = {"epoch": epoch, **numbers}, 0
 
     def state(self) -> dict[str, Any]:
@@ -81,6 +90,8 @@ class Member:
 
     def write_card(self, command: str, parameters: int) -> None:
         """Write the model card of the best epoch."""
+        if not self._writes:
+            return
         assert self.best is not None
         marks = (self.experiment.fingerprint, self.experiment.text_fingerprint)
         Card(
@@ -101,6 +112,8 @@ class Member:
         """Write its answers to *test*, what it selected and, last, `test.json`; returns the metrics."""
         out, experiment = self.config.run.dir, self.experiment
         metrics, texts = score_part(experiment, "test", said)
+        if not self._writes:
+            return metrics
         lines = [json.dumps({"question_id": name, "answer": answer}) + "\n" for name, answer in texts.items()]
         folder.write_whole(out / folder.PREDICTIONS, "".join(lines))
         table = experiment.seen("test")

@@ -13,11 +13,12 @@ from train.crew import build_stack
 from train.experiment import Experiment, open_experiment
 from train.member import Member
 from train.metrics import Metrics
+from train.ranks import ALONE, Ranks
 
 SYSTEMS = ("egovlpv2", "mfas")
 
 
-def evaluate_published(config: Config, command: str) -> Metrics:
+def evaluate_published(config: Config, command: str, ranks: Ranks = ALONE) -> Metrics:
     """Evaluate `head.checkpoint` on *val* and *test*; what the file holds and lacks is printed first.
 
     Its lower half has made the store, its upper half is the head, its classifier's classes are the answer set's.
@@ -25,6 +26,7 @@ def evaluate_published(config: Config, command: str) -> Metrics:
     Args:
         config: the experiment; `encoder.checkpoint` of the store is the same file.
         command: that was given, for the model card.
+        ranks: processes that answer together.
 
     Raises:
         ConfigError: a head without a published classifier, or a folder that holds another run.
@@ -41,11 +43,11 @@ def evaluate_published(config: Config, command: str) -> Metrics:
         )
     found = inspect(path)
     for line in found.lines():
-        print(line, flush=True)
+        ranks.say(line)
     if not found.complete:
         lacks = [*found.missing, *found.reshaped]
         raise CheckpointError(f"{path}: {len(lacks)} tensors are missing or re-shaped, the first is {lacks[0]}")
-    experiment = open_experiment(config)
+    experiment = open_experiment(config, ranks=ranks)
     answers = len(experiment.dataset.answers)
     if found.answers != answers:
         has = "no classifier (pretraining)" if found.answers is None else f"a classifier of {found.answers} answers"
@@ -54,7 +56,7 @@ def evaluate_published(config: Config, command: str) -> Metrics:
             "fine-tuned on, or a file fine-tuned on this one"
         )
     _check_store(config, experiment, found.sha256)
-    folder.claim(config.run.dir, config)
+    ranks.share(lambda: folder.claim(config.run.dir, config))
     stack = build_stack([replace(config, train=replace(config.train, ema=0.0))], experiment, order=0)
     member, size = Member(config, experiment), config.train.batch
     ((of_val,),) = answer_table([stack], experiment.features, experiment.seen("val"), size)

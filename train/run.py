@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
@@ -27,6 +27,7 @@ from train.log import Display
 from train.member import Member
 from train.metrics import Metrics
 from train.published import evaluate_published, has_run
+from train.ranks import ALONE, Ranks
 from train.stack import deterministic
 
 
@@ -34,12 +35,13 @@ class Stopped(Exception):
     """A signal asked the training to stop; each crew's file holds its place."""
 
 
-def fit(config: Config, command: str) -> Metrics:
+def fit(config: Config, command: str, ranks: Ranks = ALONE) -> Metrics:
     """Train the head that `config` describes, keep the epoch best on *val*, and evaluate that one on *test*.
 
     Args:
         config: the experiment.
         command: that was given, for the model card.
+        ranks: processes that train it together, each with this very call; the first one writes.
 
     Returns:
         Metrics on *test*. A run that is finished already is only evaluated again.
@@ -50,27 +52,29 @@ def fit(config: Config, command: str) -> Metrics:
         ShardOwned: another process is training in the folder.
         StoreError, DatasetError: features or annotations are missing or damaged.
         Stopped: by SIGINT or SIGTERM.
+        RankLost: another rank is gone.
     """
-    folder.claim(config.run.dir, config)
-    if (config.run.dir / folder.TEST).exists():
-        print(f"{config.run.dir} is trained already; evaluating its checkpoint", flush=True)
-        return evaluate(config)
     started = time.monotonic()
-    with lease.hold(config.run.dir, 0):
-        experiment = open_experiment(config)
-        print(experiment.features.said, flush=True)
+    with ExitStack() as leases:
+        # Of many ranks the first one alone looks at the folder.
+        if ranks.share(lambda: _trained_or_taken(config, leases)):
+            ranks.say(f"{config.run.dir} is trained already; evaluating its checkpoint")
+            return evaluate(config, ranks=ranks)
+        experiment = open_experiment(config, ranks=ranks)
+        ranks.say(experiment.features.said)
         crew = Crew([config], experiment, config.train.seed, config.run.dir / folder.LAST)
         label = f"train {config.head.name} {config.data.split}"
         if crew.selection is not None:
-            print("select_attend: {} ({})".format(*crew.selection), flush=True)
+            ranks.say("select_attend: {} ({})".format(*crew.selection))
         if crew.resumed:
-            print(f"{label}: going on after step {crew.stack.step} of {crew.stack.steps}", flush=True)
+            ranks.say(f"{label}: going on after step {crew.stack.step} of {crew.stack.steps}")
         try:
             train_together([crew], experiment, config.train.seed, label)
-            print(f"{label}: {crew.stack.step} steps, {crew.describe()}", flush=True)
+            ranks.say(f"{label}: {crew.stack.step} steps, {crew.describe()}")
             metrics = test_crews([crew], experiment, command)[0]
             took = time.monotonic() - started
-            crew.members[0].log("end", crew.stack.step, seconds=took, bytes_read=experiment.features.nbytes)
+            nbytes = sum(ranks.gather(experiment.features.nbytes))
+            crew.members[0].log("end", crew.stack.step, seconds=took, bytes_read=nbytes, ranks=ranks.size)
         finally:
             crew.close()
         return metrics
@@ -86,12 +90,13 @@ def train_together(crews: Sequence[Crew], experiment: Experiment, order: int, la
         label: for people.
     """
     train, features, table = crews[0].config.train, experiment.features, experiment.train_table
+    ranks = experiment.ranks
     steps = max(crew.stack.steps for crew in crews)
     first_step = min(crew.stack.step for crew in crews)
     epochs = train.epochs if steps else 1
     with (
-        Display(label, first_step, steps) as display,
-        _signals() as asked,
+        Display(label, first_step, steps, silent=not ranks.first) as display,
+        _signals(ranks) as asked,
         deterministic(train.deterministic),
     ):
         for epoch in range(min(crew.place[0] for crew in crews), epochs):
@@ -105,7 +110,7 @@ def train_together(crews: Sequence[Crew], experiment: Experiment, order: int, la
                     if crew.place == (epoch, number):
                         crew.learn(batch, last=number + 1 == len(plan))
                 display.show(due[0].stack.step, f"epoch {epoch + 1}/{epochs}, {due[0].describe()}")
-                if asked.is_set():
+                if ranks.any(asked.is_set()):
                     for crew in due:
                         crew.save()
                     raise Stopped(f"stopped in epoch {epoch + 1} of {epochs}; give the same command again to go on")
@@ -123,7 +128,7 @@ def test_crews(crews: Sequence[Crew], experiment: Experiment, command: str) -> l
     return [metrics for crew, answers in zip(crews, said, strict=True) for metrics in crew.end(answers)]
 
 
-def evaluate(config: Config, command: str = "python -m train evaluate") -> Metrics:
+def evaluate(config: Config, command: str = "python -m train evaluate", ranks: Ranks = ALONE) -> Metrics:
     """Evaluate the checkpoint in `config.run.dir` on *test* and write `test.json` and its companions.
 
     The card decides what head it is; `config` says where data and features are. Where nothing was trained in the
@@ -133,23 +138,32 @@ def evaluate(config: Config, command: str = "python -m train evaluate") -> Metri
         RunError: there is no checkpoint, or it is another head's.
         FingerprintMismatch: the store holds other features than the head was trained on.
     """
-    if config.head.checkpoint is not None and not has_run(config):
-        return evaluate_published(config, command)
-    out, card = config.run.dir, Card.read(config.run.dir)
+    if config.head.checkpoint is not None and not ranks.share(lambda: has_run(config)):
+        return evaluate_published(config, command, ranks)
+    out, card = config.run.dir, ranks.share(lambda: Card.read(config.run.dir))
     if card.model != config.head.name:
         raise RunError(f"{out} holds a {card.model} head but head.name is {config.head.name!r}; check run.dir")
     train = replace(config.train, seed=card.seed, ema=0.0)
     config = replace(config, head=_head_of(card, config.head), train=train)
-    experiment = open_experiment(config, card)
+    experiment = open_experiment(config, card, ranks)
     stack = build_stack([config], experiment, order=card.seed)
     try:
-        stack.load_weights(0, folder.load_weights(out))
+        stack.load_weights(0, ranks.share(lambda: folder.load_weights(out)))
     except ValueError as error:
         if isinstance(error, RunError):
             raise
         raise RunError(f"{out / folder.WEIGHTS} does not fit a {card.model} head: {error}") from None
     said = answer_table([stack], experiment.features, experiment.seen("test"), config.train.batch)
     return Member(config, experiment).end(said[0][0])
+
+
+def _trained_or_taken(config: Config, leases: ExitStack) -> bool:
+    """Whether the run is finished; if not, its folder is claimed and leased."""
+    folder.claim(config.run.dir, config)
+    if (config.run.dir / folder.TEST).exists():
+        return True
+    leases.enter_context(lease.hold(config.run.dir, 0))
+    return False
 
 
 def _head_of(card: Card, here: HeadConfig) -> HeadConfig:
@@ -164,15 +178,18 @@ def _head_of(card: Card, here: HeadConfig) -> HeadConfig:
 
 
 @contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, so that a step is never cut in two; a second signal stops at once."""
+def _signals(ranks: Ranks) -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set, so that a step is never cut in two; a second signal stops at once.
+
+    Many ranks stop at the same step: torchrun, which repeats the signal, kills those that do not get there.
+    """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
+        if asked.is_set() and ranks.size == 1:
             raise KeyboardInterrupt
         asked.set()
 

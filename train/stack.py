@@ -22,6 +22,7 @@ from train.heads import PSA
 from train.heads.noise import Noise, mix
 from train.heads.selection import Selection
 from train.optim import build_optimiser, learning_rate
+from train.ranks import ALONE, Ranks
 
 GRADIENT_NORM = 1.0
 # Stands for the step in the keys of noise at evaluation.
@@ -37,15 +38,23 @@ class Stack:
         train: hyper-parameters, but for the seed.
         steps: of the whole training; the schedule is spread over them.
         device: of the batches.
+        ranks: that learn together, each from its share of a batch; their heads are equal, and stay so.
 
     Attributes:
         step: optimiser steps done.
     """
 
     def __init__(
-        self, heads: Sequence[nn.Module], seeds: Sequence[int], train: TrainConfig, steps: int, device: torch.device
+        self,
+        heads: Sequence[nn.Module],
+        seeds: Sequence[int],
+        train: TrainConfig,
+        steps: int,
+        device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.seeds, self.train, self.steps, self.device = tuple(seeds), train, steps, device
+        self.ranks = ranks
         self.step = 0
         self._head = copy.deepcopy(heads[0])
         selections = [[m for m in head.modules() if isinstance(m, Selection)] for head in heads]
@@ -75,18 +84,8 @@ class Stack:
         """
         assert self.optimiser is not None
         self._head.train()
-        self._key(self.step * self.train.accumulate + len(self._held))
-        with self._autocast():
-            logits = self._each(lambda head: head(batch), self.tensors)
-        loss = functional.cross_entropy(
-            logits.float().flatten(0, 1),
-            batch.answers.repeat(len(self)),
-            label_smoothing=self.train.label_smoothing,
-            reduction="none",
-        )
-        losses = loss.view(len(self), -1).mean(dim=1)
-        losses.sum().backward()
-        self._held.append(losses.detach())
+        self._key(batch, self.step * self.train.accumulate + len(self._held))
+        self._held.append(self._backward(batch))
         if not last and len(self._held) < self.train.accumulate:
             return None
         rate = learning_rate(self.step, self.steps, self.train)
@@ -109,10 +108,10 @@ class Stack:
     def answer(self, batch: Batch, number: int) -> tuple[Tensor, Tensor | None]:
         """Classes [M, B] and psa's kept patches [M, B, T, N] bool for the batch of that `number`, on the CPU.
 
-        The averaged weights answer where there are any. The same whenever asked.
+        The averaged weights answer where there are any. The same whenever asked, on however many ranks.
         """
         self._head.eval()
-        self._key(ANSWERING, number)
+        self._key(batch, ANSWERING, number)
         tensors = {**self.tensors, **self._average}
         with self._autocast():
             if isinstance(self._head, PSA):
@@ -175,9 +174,42 @@ class Stack:
             return tuple(part[None] for part in out) if isinstance(out, tuple) else out[None]
         return torch.vmap(lambda own: functional_call(caller, own, ()))(named)
 
-    def _key(self, *numbers: int) -> None:
+    def _backward(self, batch: Batch) -> Tensor:
+        """Add the gradients of the batch, whatever ranks its questions are on; returns its losses, [M]."""
+        parameters = [self.tensors[name] for name in self._learned]
+        before = [parameter.grad for parameter in parameters]
+        if self.ranks.size > 1:
+            for parameter in parameters:
+                parameter.grad = None
+        losses = torch.zeros(len(self), device=self.device)
+        if len(batch):
+            own = self._losses(batch).sum(dim=1) / batch.whole
+            own.sum().backward()
+            losses = own.detach()
+        if self.ranks.size > 1:
+            total, *found = self.ranks.add_up([losses, *(p.grad for p in parameters)], [losses, *parameters])
+            assert total is not None
+            losses = total
+            for parameter, old, new in zip(parameters, before, found, strict=True):
+                parameter.grad = new if old is None else old if new is None else old + new
+        return losses
+
+    def _losses(self, batch: Batch) -> Tensor:
+        """Of each question, [M, B]."""
+        with self._autocast():
+            logits = self._each(lambda head: head(batch), self.tensors)
+        loss = functional.cross_entropy(
+            logits.float().flatten(0, 1),
+            batch.answers.repeat(len(self)),
+            label_smoothing=self.train.label_smoothing,
+            reduction="none",
+        )
+        return loss.view(len(self), -1)
+
+    def _key(self, batch: Batch, *numbers: int) -> None:
         for place, noise in enumerate(self._noises):
             noise.keys = tuple(mix(seed, place, *numbers) for seed in self.seeds)
+            noise.part = None if batch.share is None else getattr(batch.share, noise.over)
 
     @torch.no_grad()
     def _clip(self, batches: int) -> Tensor:

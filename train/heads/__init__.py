@@ -7,7 +7,8 @@ from extract.encoders import open_checkpoint
 from features import PatchTokens
 from train.batches import Batch
 from train.heads.blind import Majority, QuestionOnly
-from train.heads.fused import FusedHead, load_head
+from train.heads.fused import DROPOUT, FusedHead, load_head
+from train.heads.noise import Dropout
 from train.heads.pooled import Pooled
 from train.heads.psa import PSA, scaled
 from train.heads.question import Sizes
@@ -24,6 +25,7 @@ class Fused(nn.Module):
     def __init__(self, network: FusedHead) -> None:
         super().__init__()
         self.network = network
+        network.dropout = Dropout(DROPOUT)  # torch's own draws from a state that a resumed run would lack
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [B, A]."""

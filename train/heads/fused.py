@@ -44,7 +44,7 @@ class FusedHead(nn.Module):
         self.blocks = nn.ModuleList(FusedBlock(width, hidden, BLOCK_EPS) for _ in range(blocks))
         self.layers = nn.ModuleList(FusedTextLayer(width, hidden, BLOCK_EPS) for _ in range(blocks - 1))
         self.norm = nn.LayerNorm(width, FUSED_NORM_EPS)
-        self.dropout = nn.Dropout(DROPOUT)
+        self.dropout: nn.Module = nn.Dropout(DROPOUT)
         self.projector_1 = nn.Linear(width, answers)
         self.projector_2 = nn.Linear(answers, answers)
 

@@ -1,40 +1,51 @@
 """Random numbers of heads as a function of keys alone: there is no state to save, and equal keys give equal numbers.
 
 The trainer sets the keys before each step, from the seed, the step and the place in the head. Members of a stack with
-one seed draw alike, so that what else they differ in is compared on the same noise.
+one seed draw alike, so that what else they differ in is compared on the same noise. A rank that works on a part of the
+batch draws for the whole and takes its rows, so that the numbers do not depend on how many ranks there are.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from train.shares import Part
+
+Axis = Literal["questions", "clips", "texts"]
 
 
 class Noise(nn.Module):
     """Uniform numbers in [0, 1).
 
+    Args:
+        over: what the first dimension counts.
+
     Attributes:
         keys: one for each member of the stack that the head is run in.
+        part: which rows of the whole batch are here; None is all of them.
         member: scalar, which of them this is. Within a stack it tells `vmap` that the numbers are each member's own.
     """
 
     member: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, over: Axis = "questions") -> None:
         super().__init__()
+        self.over = over
+        self.part: Part | None = None
         self.keys: tuple[int, ...] = (0,)
         self.register_buffer("member", torch.zeros(()), persistent=False)
 
     def forward(self, like: Tensor) -> Tensor:
         """float32 in the shape of `like`."""
-        return _Draw.apply(like.detach(), self.member, self.keys)
+        return _Draw.apply(like.detach(), self.member, self.keys, self.part)
 
 
 class Dropout(Noise):
     """Dropout of probability `p` while training."""
 
-    def __init__(self, p: float) -> None:
-        super().__init__()
+    def __init__(self, p: float, over: Axis = "questions") -> None:
+        super().__init__(over)
         self.p = p
 
     def forward(self, like: Tensor) -> Tensor:
@@ -60,29 +71,36 @@ class _Draw(torch.autograd.Function):
     generate_vmap_rule = False
 
     @staticmethod
-    def forward(like: Tensor, member: Tensor, keys: tuple[int, ...]) -> Tensor:
+    def forward(like: Tensor, member: Tensor, keys: tuple[int, ...], part: Part | None) -> Tensor:
         (key,) = keys
-        return _uniform(like.shape, key, like.device)
+        return _uniform(like.shape, key, like.device, part)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.mark_non_differentiable(output)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[None, None, None]:
-        return None, None, None
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, None, None, None]:
+        return None, None, None, None
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], like: Tensor, member: Tensor, keys: tuple[int, ...]
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        like: Tensor,
+        member: Tensor,
+        keys: tuple[int, ...],
+        part: Part | None,
     ) -> tuple[Tensor, int]:
         shape = list(like.shape)
         if in_dims[0] is not None:
             del shape[in_dims[0]]
-        drawn = {key: _uniform(torch.Size(shape), key, like.device) for key in keys}
+        drawn = {key: _uniform(torch.Size(shape), key, like.device, part) for key in keys}
         return torch.stack([drawn[key] for key in keys]), 0
 
 
-def _uniform(shape: torch.Size, key: int, device: torch.device) -> Tensor:
+def _uniform(shape: torch.Size, key: int, device: torch.device, part: Part | None) -> Tensor:
     generator = torch.Generator(device).manual_seed(key)
-    return torch.rand(shape, generator=generator, device=device)
+    if part is None:
+        return torch.rand(shape, generator=generator, device=device)
+    return torch.rand((part.of, *shape[1:]), generator=generator, device=device)[part.rows.to(device)]

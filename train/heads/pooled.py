@@ -25,7 +25,8 @@ class Pooled(nn.Module):
         super().__init__()
         self.read = QuestionReader(sizes.text_width, config.width, config.heads, config.dropout)
         self.whiten = Whiten(2 * sizes.width, SOFTNESS)
-        self.see = nn.Sequential(nn.Linear(2 * sizes.width, config.width), nn.GELU(), Dropout(config.dropout))
+        drop = Dropout(config.dropout, over="clips")
+        self.see = nn.Sequential(nn.Linear(2 * sizes.width, config.width), nn.GELU(), drop)
         self.classify = Classifier(3 * config.width, config.width, sizes.answers, config.dropout)
 
     def measure(self, tokens: PatchTokens) -> None:

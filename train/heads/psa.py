@@ -73,7 +73,7 @@ class PSA(nn.Module):
         if "prior" in self.scores:
             self.prior = nn.Parameter(spatial_prior(sizes.grid, config.prior).flatten(), config.prior_learned)
         if "random" in self.scores:
-            self.random = Noise()
+            self.random = Noise(over="clips")
         self.grows = config.growth
         self.register_buffer("region", spatial_prior(sizes.grid, "region") > 0.5, persistent=False)
         self.register_buffer("saliency_scale", torch.tensor([0.0, 1.0]))  # mean and spread

@@ -72,7 +72,7 @@ class QuestionReader(nn.Module):
             nn.Linear(heads * text_width, width),
             nn.GELU(),
             nn.LayerNorm(width),
-            Dropout(dropout),
+            Dropout(dropout, over="texts"),
         )
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:

@@ -1,0 +1,24 @@
+"""One rank of a test, started by torchrun: trains each config that it is given, then evaluates the last one again."""
+
+import sys
+from pathlib import Path
+
+from configs.schema import load_config
+from train.experiment import open_experiment
+from train.ranks import join
+from train.run import evaluate, fit
+
+
+def main() -> None:
+    with join(cuda=False) as ranks:
+        for path in sys.argv[1:]:
+            config = load_config(Path(path))
+            fit(config, "x", ranks)
+        evaluate(config, ranks=ranks)
+        features = open_experiment(config, ranks=ranks).features
+        held = ranks.gather((sorted(features._clip_rows), features.nbytes))
+        ranks.say(f"held {held}")
+
+
+if __name__ == "__main__":
+    main()

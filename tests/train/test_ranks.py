@@ -1,0 +1,235 @@
+"""Many processes that train one head: the losses and weights of one process, and an end for all when one ends."""
+
+import ast
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from configs.schema import Config
+from tests.train.test_published import make
+from tests.train.tiny import losses, with_run, write_tiny
+from train.batches import Batch, plan_batches
+from train.card import plain
+from train.crew import build_stack
+from train.experiment import open_experiment
+from train.ranks import ALONE, Ranks, join
+from train.run import fit
+from train.shares import Share
+from train.stack import Stack
+
+ROOT = Path(__file__).parents[2]
+# Sums over ranks are taken in another order; training carries the rounding on.
+TOLERANCE = {"rtol": 1e-3, "atol": 1e-5}
+
+
+def start(command: Sequence[str], ranks: int = 2) -> subprocess.Popen[str]:
+    """`command`, a module or a file of Python with its arguments, on so many ranks that talk over loopback."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*launcher, *command], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def written(config: Config) -> str:
+    """The config as a file."""
+    path = config.run.dir.with_suffix(".yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(plain(config)))
+    return str(path)
+
+
+def events(run: Path, kind: str) -> list[dict]:
+    return [
+        event for line in (run / "log.jsonl").read_text().splitlines() if (event := json.loads(line))["event"] == kind
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
+    """Settings that share work unlike each other."""
+    root = tmp_path_factory.mktemp("ranks")
+    base = write_tiny(root, bad=("clip|P46|0|47", "clip|P0|0|1"))
+    uneven = {"train_accumulate": 3, "train_ema": 0.8, "train_label_smoothing": 0.1, "train_batch": 17}
+    networks = make(root / "networks", "mfas")
+    return {
+        "psa": with_run(base, "psa", train_residency="ram"),
+        # 8 questions a clip: a batch has two clips, or the last one, so that a rank often has nothing.
+        "uneven": with_run(base, "uneven", head_scores=("question", "random"), **uneven),
+        "egovlp": with_run(base, "egovlp", head_name="egovlp", train_residency="disk"),
+        "question-only": with_run(base, "question-only", head_name="question-only"),
+        "majority": with_run(base, "majority", head_name="majority"),
+        "mfas": with_run(networks, "mfas", train_residency="ram"),
+    }
+
+
+@pytest.fixture(scope="module")
+def together(alone: dict[str, Config]) -> tuple[dict[str, Config], str]:
+    """The same on two ranks, and what they print."""
+    configs = {name: with_run(config, f"{name}-together") for name, config in alone.items()}
+    process = start(["-m", "tests.train.rank_job", *map(written, configs.values())])
+    out, err = process.communicate()
+    assert process.returncode == 0, out + err
+    return configs, out
+
+
+@pytest.mark.parametrize("name", ["psa", "uneven", "egovlp", "question-only", "majority", "mfas"])
+def test_two_ranks_train_as_one_process_step_by_step(
+    alone: dict[str, Config], together: tuple[dict[str, Config], str], name: str
+) -> None:
+    one, two = alone[name], together[0][name]
+    fit(one, "x")
+    assert len(losses(one.run.dir)) == (0 if name == "majority" else len(events(two.run.dir, "step")))
+    for key in ("loss", "grad_norm", "lr"):
+        traces = [[event[key] for event in events(config.run.dir, "step")] for config in (one, two)]
+        np.testing.assert_allclose(traces[1], traces[0], **TOLERANCE)
+    assert events(one.run.dir, "val") == events(two.run.dir, "val")
+    for file in ("predictions.jsonl", "test.json"):
+        assert (one.run.dir / file).read_text() == (two.run.dir / file).read_text()
+    here, there = (load_file(config.run.dir / "best.safetensors") for config in (one, two))
+    for key in here:  # as a whole: Adam moves a weight whose gradient is all rounding by as much as any other
+        assert torch.linalg.vector_norm(there[key] - here[key]) <= 1e-3 * torch.linalg.vector_norm(here[key]), key
+    if name in ("psa", "uneven"):
+        with np.load(one.run.dir / "selection.npz") as here, np.load(two.run.dir / "selection.npz") as there:
+            assert np.array_equal(here["kept"], there["kept"])
+    assert {path.name for path in one.run.dir.iterdir()} == {path.name for path in two.run.dir.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["psa", "uneven", "egovlp", "question-only", "mfas"])
+def test_gradients_of_the_shares_add_up_to_those_of_the_batch(alone: dict[str, Config], name: str) -> None:
+    experiment = open_experiment(alone[name])
+    features, table = experiment.features, experiment.train_table
+    for rows in plan_batches(table, 17, seed=0)[:3]:
+        stack = build_stack([alone[name]], experiment, order=0)
+
+        def learned(batch: Batch, stack: Stack = stack) -> tuple[Tensor, dict[str, Tensor | None]]:
+            stack._head.train()
+            stack._key(batch, 5)
+            losses = stack._backward(batch)
+            gradients = {key: stack.tensors[key].grad for key in stack._learned}
+            stack.optimiser.zero_grad()
+            return losses, gradients
+
+        owner = torch.arange(len(table.clips)) % 2
+        whole = learned(features.batch(table, rows))
+        parts = [learned(features.batch(table, rows, owner == rank)) for rank in range(2)]
+        torch.testing.assert_close(parts[0][0] + parts[1][0], whole[0])
+        for key, gradient in whole[1].items():
+            of_parts = [part[1][key] for part in parts if part[1][key] is not None]
+            assert (gradient is None) == (not of_parts), key
+            if gradient is not None:
+                torch.testing.assert_close(sum(of_parts), gradient, rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_each_clip_is_held_by_one_rank_and_it_is_said(together: tuple[dict[str, Config], str]) -> None:
+    out = together[1]
+    assert out.count("each of 2 ranks reads and keeps its own clips alone, ") == 4  # two heads read no video
+    assert "kept in memory (as train.residency says; " in out
+    held = ast.literal_eval(out[out.index("held ") + len("held ") :])
+    (first, of_first), (second, of_second) = held
+    assert len(first) == len(second) == 6
+    assert not set(first) & set(second)
+    assert of_first == of_second
+
+
+def test_a_share_knows_its_place_in_the_whole_batch() -> None:
+    clips, texts = torch.tensor([4, 4, 1, 7]), torch.tensor([0, 5, 5, 2])
+    share = Share.of(clips, texts, torch.tensor([True, True, False, False]))
+    assert (share.questions.rows.tolist(), share.questions.of) == ([0, 1], 4)
+    assert (share.clips.rows.tolist(), share.clips.of) == ([1], 3)
+    assert (share.texts.rows.tolist(), share.texts.of) == ([0, 2], 3)
+    nothing = Share.of(clips, texts, torch.zeros(4, dtype=torch.bool))
+    assert [part.rows.tolist() for part in (nothing.questions, nothing.clips, nothing.texts)] == [[], [], []]
+
+
+def test_without_torchrun_there_is_one_rank() -> None:
+    with join(cuda=False) as ranks:
+        assert ranks is ALONE
+    assert Ranks().share(lambda: 3) == 3
+    assert Ranks().gather("x") == ["x"]
+
+
+def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": 99, "RANK": 3, "LOCAL_RANK": 3, "LOCAL_WORLD_SIZE": 99}.items():
+        monkeypatch.setenv(name, str(value))
+    with (
+        pytest.raises(ValueError, match=r"torchrun started 99 ranks on this machine, which has .* --nproc-per-node"),
+        join(cuda=True),
+    ):
+        pass
+
+
+def rank_of(process: psutil.Process) -> str | None:
+    return process.environ().get("RANK")
+
+
+def interrupted(config: Config, steps: int, number: int, whom: str) -> str:
+    """Train on two ranks, send the launcher or rank 1 a signal after so many steps; returns what was said."""
+    process = start(["-m", "train", "fit", "--config", written(config)])
+    log = config.run.dir / "log.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_text().count('"step", "step"') < steps):
+        pass
+    if whom == "rank 1":
+        (rank,) = [child for child in psutil.Process(process.pid).children() if rank_of(child) == "1"]
+        rank.send_signal(number)
+    else:
+        process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode != 0, out
+    assert not (config.run.dir / "test.json").exists()
+    return err
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run on two ranks that nothing disturbs, with half steps at the end of its epochs."""
+    base = write_tiny(tmp_path_factory.mktemp("undisturbed"))
+    config = with_run(base, "undisturbed", train_epochs=12, train_accumulate=3, train_ema=0.8)
+    out, err = (process := start(["-m", "train", "fit", "--config", written(config)])).communicate()
+    assert process.returncode == 0, out + err
+    return config
+
+
+def goes_on(config: Config, ranks: int) -> None:
+    process = start(["-m", "train", "fit", "--config", written(config)], ranks)
+    out, err = process.communicate()
+    assert process.returncode == 0, out + err
+    assert "going on after step" in out
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_all_and_the_run_goes_on(undisturbed: Config) -> None:
+    config = with_run(undisturbed, "killed")
+    said = interrupted(config, 7, signal.SIGKILL, "rank 1")
+    assert "train fit (rank 0): failed: rank 0 of 2 lost the others" in said
+    assert "Give the same command again to go on from the last saved place" in said
+    assert not any(rank_of(process) for process in psutil.Process().children(recursive=True))
+    fewer = with_run(undisturbed, "elsewhere/killed")
+    shutil.copytree(config.run.dir, fewer.run.dir)
+    goes_on(config, ranks=2)
+    assert losses(config.run.dir) == losses(undisturbed.run.dir)
+    goes_on(fewer, ranks=1)
+    np.testing.assert_allclose(losses(fewer.run.dir), losses(undisturbed.run.dir), **TOLERANCE)
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_ranks_at_one_place(undisturbed: Config) -> None:
+    config = with_run(undisturbed, "stopped")
+    said = interrupted(config, 7, signal.SIGINT, "launcher")
+    assert said.count("train fit: stopped in epoch ") == 1
+    assert "lost the others" not in said
+    goes_on(config, ranks=2)
+    assert losses(config.run.dir) == losses(undisturbed.run.dir)
