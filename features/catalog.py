@@ -85,11 +85,11 @@ class Catalog:
                     f"{self.root}: ledger.jsonl line {line.number + 1} {reason}; this is not the store that was "
                     "written: put its store.json back"
                 )
-            for name, row in zip(entry.ids, entry.rows, strict=True):
-                planned = self.rows.get(name)
+            planned = tuple(map(self.rows.get, entry.ids))
+            for name, row in zip(entry.ids, planned, strict=True) if planned != entry.rows else ():
                 # A clip that was dropped since may have lost its row to a repair.
-                current = self.ledger.clips.get(name) if planned != row else None
-                if current is not None and current.clip(name).row != planned:
+                current = self.ledger.clips.get(name)
+                if current is not None and current.clip(name).row != row:
                     raise DamagedStore(
                         f"{self.root}: ids.jsonl and ledger.jsonl line {line.number + 1} disagree about the row of "
                         f"clip {name!r}; run `python -m features repair {self.root}`"

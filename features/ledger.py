@@ -6,7 +6,6 @@ damaged clips out again. Fields that a later version adds are ignored; a kind th
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 from features.journal import Contents, checked_by
 from features.records import (
@@ -215,7 +214,7 @@ def _parse(record: Record) -> Entry:
 
 def _parse_rows(record: Record, clips: int) -> tuple[int, ...]:
     rows = take_all(record, "rows", int)
-    rising = all(first < second for first, second in pairwise(rows))
+    rising = rows == sorted(set(rows))
     if len(rows) != clips or not rows or not rising or rows[0] < 0 or rows[-1] >= MAX_ROWS:
         raise MalformedRecord(f"'rows' is {rows!r:.60}; expected {clips} rising numbers from 0 to {MAX_ROWS - 1}")
     return tuple(rows)

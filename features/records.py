@@ -41,9 +41,9 @@ def take_count(record: Record, name: str, below: int = 2**63) -> int:
 def take_all(record: Record, name: str, *kinds: type) -> list[Any]:
     """A list whose items are each of one of `kinds`. Errors as in `take`."""
     values = take(record, name, list)
-    for value in values:
-        if type(value) not in kinds:
-            raise MalformedRecord(f"{name!r} holds {_shown(value)}; expected {_NAMES[kinds[0]]}")
+    if not set(map(type, values)) <= set(kinds):
+        value = next(value for value in values if type(value) not in kinds)
+        raise MalformedRecord(f"{name!r} holds {_shown(value)}; expected {_NAMES[kinds[0]]}")
     return values
 
 
