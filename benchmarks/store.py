@@ -240,9 +240,10 @@ def memory(folder: Path, clips: int) -> dict[str, list[float]]:
     names = [f"clip{n}" for n in range(clips)]
     store = create_store(folder / "memory", spec, FINGERPRINT, names)
     process = psutil.Process()
+    rows = [clip_rows(n, spec) for n in range(SHARD)]  # once, so that only the store's memory is looked at
     while_writing, while_reading, while_verifying = [], [], []
     for work in store.missing_shards():
-        store.write_shard(work.shard, {n: clip_rows(1, spec) for n in work.ids}, dict.fromkeys(work.ids, "random"))
+        store.write_shard(work.shard, dict(zip(work.ids, rows)), dict.fromkeys(work.ids, "random"))
         while_writing.append(process.memory_info().rss / 1e6)
     store = open_store(store.path)
     random.Random(0).shuffle(names)

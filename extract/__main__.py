@@ -172,24 +172,16 @@ def _retry(args: Sequence[str]) -> int:
 
 
 def _status(args: Sequence[str]) -> int:
-    from features import open_store
+    from features.progress import progress
 
     config, options = _parse("status", args, as_json=True)
-    store = open_store(config.store.path)
-    status = {
-        "planned": len(store.planned_ids),
-        "committed": len(store.clip_ids),
-        "quarantined": len(store.quarantine),
-        "missing": len(store.missing()),
-        "bytes": store.nbytes,
-        "fingerprint": store.fingerprint.digest,
-    }
+    found = progress(config.store.path)
     if options.json:
-        print(json.dumps(status, indent=1))
+        print(json.dumps(dataclasses.asdict(found), indent=1))
     else:
         print(
-            f"{config.store.path}: {status['committed']}/{status['planned']} clips committed,"
-            f" {status['quarantined']} quarantined, {status['missing']} missing, {store.nbytes / 1e6:.1f} MB"
+            f"{config.store.path}: {found.committed}/{found.planned} clips committed, {found.quarantined} quarantined,"
+            f" {found.missing} missing, {found.bytes / 1e6:.1f} MB"
         )
     return 0
 

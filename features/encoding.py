@@ -1,5 +1,6 @@
 """A clip's tensors into the bytes of a row: checked at the door, and stored in few bits where the spec says so."""
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -90,4 +91,4 @@ def _finite(tensor: Tensor) -> bool:
     if tensor.dtype == torch.float8_e4m3fn:
         tensor = tensor.float()
     low, high = torch.aminmax(tensor)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    return math.isfinite(low) and math.isfinite(high)

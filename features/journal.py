@@ -6,10 +6,12 @@ are noticed too. The head follows the line, so after a crash the journal may be 
 it. A line that is intact but says nothing that the journal's `parse` understands is a fault like a damaged one.
 """
 
+import gc
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Generic, TypeVar
@@ -183,7 +185,7 @@ class FileJournal(Generic[Entry]):
         # The head first: a line that is added meanwhile then makes the journal longer than the head says, not shorter.
         head = self._read_head()
         try:
-            with self.path.open("rb") as file:
+            with self.path.open("rb") as file, _collector_paused():
                 start = _start(file, after)
                 lines, faults, expected = parse_lines(_whole_lines(file), start.number, self.name, self._parse)
                 end = file.tell()
@@ -217,6 +219,18 @@ class FileJournal(Generic[Entry]):
 
     def _write_head(self, records: int, end: int) -> None:
         write_file(self.head_path, encode_line(0, {"records": records, "bytes": end}))
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection while many objects are made that all stay: it takes as long as making them."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 def _start(file: BinaryIO, after: Position | None) -> FilePosition:

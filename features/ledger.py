@@ -20,6 +20,7 @@ from features.records import (
 )
 from features.storage import Journal, Storage
 
+LEDGER = "ledger.jsonl"  # its name in the store
 MAX_ROWS = 10**8  # of a store; a ledger that claims more is not one of ours
 
 
@@ -145,12 +146,12 @@ class Ledger:
 
 def ledger_journal(storage: Storage) -> Journal[Entry]:
     """The ledger of a store."""
-    return storage.journal("ledger.jsonl", _parse, by_shard=True)
+    return storage.journal(LEDGER, parse_entry, by_shard=True)
 
 
 def ledger_records(storage: Storage) -> Journal[Record]:
     """The ledger of a store, each line as it was written, for repairs."""
-    return storage.journal("ledger.jsonl", checked_by(_parse), by_shard=True)
+    return storage.journal(LEDGER, checked_by(parse_entry), by_shard=True)
 
 
 def announce(shard: int, files: Files) -> Record:
@@ -189,7 +190,12 @@ def drop(shard: int, ids: Sequence[str], emptied: bool) -> Record:
     return {"kind": "drop", "shard": shard, "ids": list(ids), "emptied": emptied}
 
 
-def _parse(record: Record) -> Entry:
+def parse_entry(record: Record) -> Entry:
+    """What a line says.
+
+    Raises:
+        MalformedRecord: nothing that a ledger's line says.
+    """
     kind, shard = take(record, "kind", str), take_count(record, "shard")
     if kind == "announce":
         return Announce(shard, take_files(record, "files"))

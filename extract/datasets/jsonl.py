@@ -8,7 +8,8 @@ Questions: `{"question_id": "1", "clip_id": "kitchen-01", "question": "what is o
 question binary) and `tags`, a list of strings that results are also reported by.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,9 +35,10 @@ def load(clips_file: Path, questions_file: Path, root: Path, split: str) -> Data
     """
     problems: list[str] = []
     clips: dict[str, Clip] = {}
+    video = functools.cache(root.__truediv__)  # many clips share one
     try:
         lines = parsing.json_lines(clips_file, "the clips, one JSON object a line (data.clips)")
-        for position, clip in parsing.collect(lines, lambda record: _clip(record, root), problems):
+        for position, clip in parsing.collect(lines, lambda record: _clip(record, video), problems):
             if clip.clip_id in clips:
                 problems.append(f"{position}: clip_id {clip.clip_id!r} is used twice; expected unique ids")
             clips[clip.clip_id] = clip
@@ -93,11 +95,11 @@ def _numbered(path: Path, problems: list[str]) -> Iterator[tuple[str, Part, Ques
         yield position, part, question
 
 
-def _clip(record: object, root: Path) -> Clip:
+def _clip(record: object, video: Callable[[str], Path]) -> Clip:
     fields = parsing.as_object(record, CLIP_KEYS)
     return Clip(
         clip_id=parsing.clip_id_field(fields, "clip_id"),
-        video=root / parsing.text_field(fields, "video"),
+        video=video(parsing.text_field(fields, "video")),
         start_s=parsing.seconds_field(fields, "start_s"),
         end_s=parsing.seconds_field(fields, "end_s"),
     )

@@ -2,6 +2,7 @@
 
 import difflib
 import gc
+import io
 import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -71,7 +72,7 @@ def json_lines(path: Path, purpose: str) -> Iterator[tuple[str, Any]]:
     Raises:
         ValueError: as `read_text`.
     """
-    for number, line in enumerate(read_text(path, purpose).split("\n"), start=1):
+    for number, line in enumerate(io.StringIO(read_text(path, purpose), newline="\n"), start=1):
         if not line.strip():
             continue
         try:

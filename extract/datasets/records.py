@@ -28,7 +28,7 @@ class DatasetError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be millions
 class Clip:
     """A stretch of video, one row of a store.
 

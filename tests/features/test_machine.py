@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from features import AbsentClip, Failure, Fingerprint, FingerprintMismatch, Store, create_store, open_store
 from features.convert import convert
+from features.progress import Progress, progress
 from features.repair import repair
 from features.verify import verify
 from tests.features.conftest import FINGERPRINT, FORMATS, SPEC, clip
@@ -129,6 +130,8 @@ class StoreMachine(RuleBasedStateMachine):
         assert set(store.planned_ids) == set(self.planned)
         assert {name: record.attempts for name, record in store.quarantine.items()} == self.failed
         assert set(store.missing()) == set(self.planned) - self.values.keys() - self.failed.keys()
+        counts = (len(self.planned), len(self.values), len(self.failed), len(store.missing()))
+        assert progress(self.root) == Progress(*counts, store.nbytes, FINGERPRINT.digest)
         ids = sorted(self.values)
         if ids:
             tokens = store.read(ids)

@@ -1,0 +1,85 @@
+"""How far a store has come: its counts, in half of the time that opening it takes."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from features.header import parse_header, read_header
+from features.ids import Grow, ids_journal
+from features.journal import require_intact
+from features.ledger import LEDGER, Announce, Commit, Drop, parse_entry
+from features.location import locate
+from features.places import storage_at
+from features.quarantine import Quarantine
+from features.records import Record, take, take_all, take_count, take_files
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What `Store` would count, had one opened it.
+
+    Attributes:
+        planned: ids that have a row.
+        committed: clips that can be read.
+        quarantined: clips that could not be encoded.
+        missing: the rest.
+        bytes: of the committed shards' files.
+        fingerprint: digest of what makes the clips.
+    """
+
+    planned: int
+    committed: int
+    quarantined: int
+    missing: int
+    bytes: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """What is counted of a commit: a fraction of it."""
+
+    shard: int
+    ids: list[str]
+    nbytes: int
+
+
+def progress(path: Path | str) -> Progress:
+    """Count what the store at `path` holds. Errors as of `open_store`."""
+    storage = storage_at(locate(path))
+    described = parse_header(read_header(storage))
+    ledger = storage.journal(LEDGER, _parse, by_shard=True).read()
+    require_intact(ledger, storage.location)
+    plan = ids_journal(storage).read()
+    require_intact(plan, storage.location)
+    clips: dict[int, Collection[str]] = {}
+    nbytes: dict[int, int] = {}
+    for line in ledger.lines:
+        match line.entry:
+            case _Counts(shard, ids, size):
+                clips[shard], nbytes[shard] = ids, size
+            case Drop(shard=shard, ids=ids, emptied=emptied):
+                clips[shard] = set(clips[shard]) - set(ids)
+                if emptied:
+                    del nbytes[shard]
+    failed = Quarantine(storage).without(())
+    since = sum(len(failed.keys() & ids) for ids in clips.values()) if failed else 0
+    planned = sum(
+        len(line.entry.ids) - line.entry.ids.count(None) for line in plan.lines if isinstance(line.entry, Grow)
+    )
+    committed, quarantined = sum(map(len, clips.values())), len(failed) - since
+    return Progress(
+        planned,
+        committed,
+        quarantined,
+        planned - committed - quarantined,
+        sum(nbytes.values()),
+        described.fingerprint.digest,
+    )
+
+
+def _parse(record: Record) -> _Counts | Announce | Commit | Drop:
+    if take(record, "kind", str) != "commit":
+        return parse_entry(record)
+    files = take_files(record, "files")
+    return _Counts(take_count(record, "shard"), take_all(record, "ids", str), sum(size for size, _ in files.values()))
