@@ -131,7 +131,8 @@ class StoreConfig:
     """Where and how features are kept.
 
     Args:
-        path: the store's folder. The questions' text states live in `text/` inside it.
+        path: the store's folder, or a place in object storage such as `s3://bucket/prefix`; credentials come from the
+            environment. The questions' text states live in `text/` inside it.
         format: `zarr` or `hdf5`; the contract is the same.
         dtype: of the patch tokens on disk; `int8` and `float8_e4m3` have a scale for each patch and lose some
             precision, which `run` and `info` show.
@@ -140,7 +141,7 @@ class StoreConfig:
             bfloat16 gains by it: files 1.3 to 1.4 times smaller, read several times slower.
     """
 
-    path: Path = Path("stores/egotaskqa_egovlpv2_d6")
+    path: str | Path = "stores/egotaskqa_egovlpv2_d6"
     format: Literal["zarr", "hdf5"] = "zarr"
     dtype: Literal["float16", "bfloat16", "float32", "int8", "float8_e4m3"] = "float16"
     shard: int = 64
@@ -148,6 +149,15 @@ class StoreConfig:
 
     def __post_init__(self) -> None:
         _require(self.shard >= 1, "store.shard", self.shard, "at least 1")
+        remote = "://" in str(self.path)
+        if any(
+            sign in str(self.path).partition("://")[2] for sign in "@:?#"
+        ):  # the value is not shown: it may be a key
+            raise ValueError(
+                "store.path holds a user, a query or a fragment; expected scheme://bucket/prefix alone: credentials "
+                "come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+            )
+        _require(not remote or self.format == "zarr", "store.format", self.format, "zarr in object storage")
         offered = {"zarr": ("none", "zstd", "blosc-zstd"), "hdf5": ("none", "gzip")}[self.format]
         _require(self.codec in offered, "store.codec", self.codec, f"one that {self.format} has: {', '.join(offered)}")
 

@@ -12,7 +12,7 @@ import jsonargparse
 from configs.schema import Config, ConfigError, ConfigParser, add_config_arguments, parse_config
 from extract.datasets import DatasetError
 from extract.encoders import CheckpointError
-from features import FingerprintMismatch, StoreError
+from features import BadLocation, FingerprintMismatch, StoreError
 
 COMMANDS = {
     "plan": "say what a run would do: clips, bytes, time, refusals",
@@ -41,7 +41,7 @@ def main(args: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         return _HANDLERS[name](rest)
-    except (DatasetError, CheckpointError, ConfigError, FingerprintMismatch) as error:
+    except (DatasetError, CheckpointError, ConfigError, BadLocation, FingerprintMismatch) as error:
         print(f"extract {name}: error: {error}", file=sys.stderr)
         return 2
     except (StoreError, OSError) as error:

@@ -1,12 +1,11 @@
 """What a job of any size would take, from what a smaller one was measured to cost."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from configs.schema import ConfigError
-from extract.tally import Stages, jobs_path
+from extract.tally import Stages, jobs_path, read_jobs
 from features import StoreSpec
 from features.dtypes import row_bytes
 from features.formats import format_named
@@ -59,10 +58,9 @@ class Forecast:
     write_gb_s: float
 
 
-def measured_cost(store: Path) -> ClipCost | None:
+def measured_cost(store: Path | str) -> ClipCost | None:
     """The mean over the jobs that `store` has seen; None where there were none."""
-    path = jobs_path(store)
-    jobs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    jobs = read_jobs(store)
     clips = sum(job["committed"] for job in jobs)
     if not clips:
         return None
@@ -71,7 +69,7 @@ def measured_cost(store: Path) -> ClipCost | None:
         encode_s=spent.encode_s / clips,
         decode_s=spent.decode_s / clips,
         write_s=spent.write_s / clips,
-        source=f"{clips} clips in {path}",
+        source=f"{clips} clips in {jobs_path(store)}",
     )
 
 

@@ -15,9 +15,10 @@ from extract.engines import decoder_count, worker_count
 from extract.fingerprints import video_fingerprint
 from extract.forecast import Forecast, forecast, given_cost, measured_cost
 from extract.worker import load_encoder, open_decoders, slow_arithmetic
-from features import Store, StoreSpec, open_store
+from features import Store, StoreSpec, open_store, store_exists
 from features.dtypes import row_bytes
 from features.formats import format_named
+from features.location import locate
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Plan:
         shards: that will be written.
         files: that will be written for them.
         bytes_to_write: about.
-        bytes_free: on the store's disk.
+        bytes_free: on the store's disk; None in object storage, which does not fill up.
         seconds_per_clip: decode and encode of one clip on one worker, measured on `probed` clips; None if not probed.
         hours: of the whole job with the configured workers; None if not probed.
         advice: what would make the job better, one line each.
@@ -48,7 +49,7 @@ class Plan:
     shards: int
     files: int
     bytes_to_write: int
-    bytes_free: int
+    bytes_free: int | None
     probed: int
     seconds_per_clip: float | None
     hours: float | None
@@ -66,7 +67,7 @@ def make_plan(config: Config, probe: int) -> Plan:
     dataset = load_dataset(config.data)
     checkpoint = open_checkpoint(config.encoder.arch, config.encoder.checkpoint)
     fingerprint = video_fingerprint(config, checkpoint.sha256)
-    store = open_store(config.store.path, expect=fingerprint) if config.store.path.exists() else None
+    store = open_store(config.store.path, expect=fingerprint) if store_exists(config.store.path) else None
     todo = _todo(dataset, store)
     present = [clip for clip in todo if clip.video.is_file()]
     encoder = load_encoder(config, checkpoint)
@@ -136,10 +137,10 @@ def make_forecast(config: Config, clips: int, gpus: int, cores: int, clips_per_s
     return forecast(clips, gpus, cores, spec, config.store.format, cost)
 
 
-def disk_refusal(path: Path, spec: StoreSpec, clips: int) -> str | None:
+def disk_refusal(path: Path | str, spec: StoreSpec, clips: int) -> str | None:
     """Why `clips` more rows cannot be written to the store at `path`, or None if they can."""
     needed, free = _bytes_of(spec, clips), _bytes_free(path)
-    if needed <= free:
+    if free is None or needed <= free:
         return None
     return (
         f"store.path is {path}: {clips} clips need {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free;"
@@ -152,8 +153,8 @@ def describe(plan: Plan) -> str:
     lines = [
         f"clips      {plan.clips}: {plan.done} stored, {plan.quarantined} in quarantine, {plan.todo} to do"
         + (f" ({plan.without_video} have no video file)" if plan.without_video else ""),
-        f"writes     {plan.shards} shards in {plan.files} files, {plan.bytes_to_write / 1e9:.3f} GB;"
-        f" {plan.bytes_free / 1e9:.1f} GB free",
+        f"writes     {plan.shards} shards in {plan.files} files, {plan.bytes_to_write / 1e9:.3f} GB"
+        + (f"; {plan.bytes_free / 1e9:.1f} GB free" if plan.bytes_free is not None else ""),
     ]
     if plan.hours is not None and plan.seconds_per_clip is not None:
         lines.append(
@@ -187,8 +188,9 @@ def _bytes_of(spec: StoreSpec, clips: int) -> int:
     return clips * sum(row_bytes(array) for array in spec.arrays)
 
 
-def _bytes_free(path: Path) -> int:
-    return shutil.disk_usage(_existing_parent(path)).free
+def _bytes_free(path: Path | str) -> int | None:
+    location = locate(path)
+    return shutil.disk_usage(_existing_parent(location)).free if isinstance(location, Path) else None
 
 
 def _existing_parent(path: Path) -> Path:

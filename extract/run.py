@@ -26,6 +26,8 @@ from extract.shard_writer import ShardWriter
 from extract.tally import Tally, record_job
 from extract.worker import device_of, load_encoder
 from features import ShardWork, Store, StoreError, StoreSpec, create_store
+from features.halves import TEXT
+from features.location import locate
 from features.spec import whole_dtype
 
 TEXT_BATCH = 64
@@ -116,7 +118,7 @@ def _encode_texts(config: Config, dataset: Dataset, video: Checkpoint, part: Par
     encoder = encoder.to(device_of(config.encoder.device)).eval()
     spec = StoreSpec.for_text(config.text.max_length, encoder.width, config.store.dtype, codec=config.store.codec)
     fingerprint = text_fingerprint(config, checkpoint.sha256)
-    store = create_store(config.store.path / "text", spec, fingerprint, dataset.texts, format=config.store.format)
+    store = create_store(locate(config.store.path) / TEXT, spec, fingerprint, dataset.texts, format=config.store.format)
     works = part.of(store.missing_shards())
     if works:
         todo = sum(len(work.ids) for work in works)

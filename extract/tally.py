@@ -6,6 +6,13 @@ import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from features.location import Location, locate
+from features.places import storage_at
+from features.storage import Journal
+
+_JOBS = "jobs.jsonl"
 
 
 @dataclass(frozen=True)
@@ -63,12 +70,13 @@ class Tally:
         )
 
 
-def jobs_path(store: Path) -> Path:
-    """The file of JSON lines beside a store that says what each job on it did."""
-    return store.with_name(store.name + ".jobs.jsonl")
+def jobs_path(store: Path | str) -> Location:
+    """The JSON lines that say what each job did: a file beside the store; in object storage, an object in it."""
+    location = locate(store)
+    return location.with_name(location.name + ".jobs.jsonl") if isinstance(location, Path) else location / _JOBS
 
 
-def record_job(store: Path, tally: Tally, workers: int) -> None:
+def record_job(store: Path | str, tally: Tally, workers: int) -> None:
     """Add one line to the store's `jobs_path`."""
     line = {
         "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -79,5 +87,21 @@ def record_job(store: Path, tally: Tally, workers: int) -> None:
         "skipped": list(tally.skipped),
         "stages": {name: round(seconds, 3) for name, seconds in dataclasses.asdict(tally.stages).items()},
     }
-    with jobs_path(store).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    path = jobs_path(store)
+    if isinstance(path, Path):
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    else:
+        _jobs_journal(store).append(line)
+
+
+def read_jobs(store: Path | str) -> list[dict[str, Any]]:
+    """What `record_job` wrote of each job."""
+    path = jobs_path(store)
+    if not isinstance(path, Path):
+        return [line.entry for line in _jobs_journal(store).read().lines]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def _jobs_journal(store: Path | str) -> Journal[dict[str, Any]]:
+    return storage_at(locate(store)).journal(_JOBS, dict)

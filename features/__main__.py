@@ -46,6 +46,9 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
     try:
         code, result, text = options.run(options)
+    except BadLocation as error:
+        print(f"features: {error}", file=sys.stderr)
+        return 2
     except (StoreError, OSError) as error:
         message = " ".join(str(error).split())
         print(json.dumps({"error": message}) if options.json else f"features: {message}", file=sys.stderr)

@@ -63,6 +63,7 @@ class Format(Protocol):
     """One way of keeping shards in files."""
 
     name: str
+    needs_folder: bool  # whether its library reads nothing but files
     codecs: tuple[str, ...]  # what `StoreSpec.codec` can be, `none` first
 
     def metadata(self, header: Record, spec: StoreSpec, rows: int) -> dict[str, bytes]:

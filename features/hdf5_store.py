@@ -35,6 +35,7 @@ class Hdf5Format:
     """See `features.file_format.Format`."""
 
     name = "hdf5"
+    needs_folder = True
     codecs: tuple[str, ...] = ("none", "gzip")
 
     def metadata(self, header: Record, spec: StoreSpec, rows: int) -> dict[str, bytes]:

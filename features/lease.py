@@ -50,9 +50,17 @@ def lease_path(root: Path, shard: int) -> Path:
 def owner_of(path: Path) -> Owner | None:
     """The owner that a lease names; None where there is no lease, or one that a crash left unfinished."""
     try:
-        record = json.loads(path.read_bytes())
+        return parse_owner(path.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def parse_owner(content: bytes) -> Owner | None:
+    """The owner that the content of a lease names; None where a crash left it unfinished."""
+    try:
+        record = json.loads(content)
         return Owner(take(record, "host", str), take_count(record, "pid"), take(record, "started", float))
-    except (FileNotFoundError, ValueError, RecursionError):
+    except (ValueError, RecursionError):
         return None
 
 

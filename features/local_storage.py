@@ -148,6 +148,14 @@ class LocalStorage:
         """See `features.storage.Storage`: the folders in which somebody has begun to write the shard."""
         return {folder.name for folder in (self.location / _STAGING).glob(f"{shard:08d}-*")}
 
+    def all_attempts(self) -> dict[int, set[str]]:
+        """See `features.storage.Storage`."""
+        found: dict[int, set[str]] = {}
+        for folder in (self.location / _STAGING).glob("*-*"):
+            if (shard := folder.name.partition("-")[0]).isdecimal():
+                found.setdefault(int(shard), set()).add(folder.name)
+        return found
+
     def discard(self, shard: int, attempt: str, names: Sequence[str]) -> None:
         """See `features.storage.Storage`."""
         if attempt:

@@ -24,8 +24,8 @@ class ObjectUrl:
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
-        if "@" in parts.netloc or parts.query or parts.fragment:
-            # Nothing of it is shown: it may be a key.
+        if any(sign in self.url.partition("://")[2] for sign in "@:?#"):
+            # Nothing of it is shown: it may be a key, and a key may hold slashes.
             raise BadLocation(
                 "the store's URL holds a user, a query or a fragment; expected scheme://bucket/prefix alone: "
                 "credentials come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
@@ -36,6 +36,11 @@ class ObjectUrl:
                 f"{self.url!r} is no place for a store; expected a folder, or scheme://bucket/prefix with one of "
                 f"{', '.join(SCHEMES)} as its scheme"
             )
+
+    @property
+    def scheme(self) -> str:
+        """Whose object storage it is."""
+        return urlsplit(self.url).scheme
 
     @property
     def bucket(self) -> str:

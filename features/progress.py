@@ -2,13 +2,12 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 
 from features.header import parse_header, read_header
 from features.ids import Grow, ids_journal
 from features.journal import require_intact
 from features.ledger import LEDGER, Announce, Commit, Drop, parse_entry
-from features.location import locate
+from features.location import Location, locate
 from features.places import storage_at
 from features.quarantine import Quarantine
 from features.records import Record, take, take_all, take_count, take_files
@@ -44,7 +43,7 @@ class _Counts:
     nbytes: int
 
 
-def progress(path: Path | str) -> Progress:
+def progress(path: Location | str) -> Progress:
     """Count what the store at `path` holds. Errors as of `open_store`."""
     storage = storage_at(locate(path))
     described = parse_header(read_header(storage))

@@ -49,6 +49,7 @@ class Reader:
             for array, targets in rows:
                 self._read_row(ids[place], records[place], array, targets[place])
 
+        threads = max(threads, self._catalog.storage.parallel)
         if threads == 1 or len(ids) == 1:
             for place in range(len(ids)):
                 read_clip(place)
@@ -70,6 +71,24 @@ class Reader:
             self._open.clear()
 
     def _read_row(self, name: str, record: ClipRecord, array: ArraySpec, target: np.ndarray) -> None:
+        try:
+            self._read_committed(name, record, array, target)
+        except DamagedStore:
+            if not self._superseded(record):
+                raise
+            self._read_committed(name, self._catalog.records([name])[0], array, target)
+
+    def _superseded(self, record: ClipRecord) -> bool:
+        """Whether a later commit has put other files in the place of those that this reader knows."""
+        catalog, shard = self._catalog, self._catalog.shard_of(record.row)
+        if catalog.storage.in_place:
+            return False  # there open files stay as they are, and the name leads to the later ones
+        with self._lock:
+            before = catalog.ledger.attempts.get(shard)
+            catalog.refresh(shard)
+            return catalog.ledger.attempts.get(shard) != before
+
+    def _read_committed(self, name: str, record: ClipRecord, array: ArraySpec, target: np.ndarray) -> None:
         root, spec = self._catalog.root, self._catalog.spec
         shard, slot = divmod(record.row, spec.shard)
         advice = f"run `python -m features verify {root}` and then `repair`"

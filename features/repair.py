@@ -104,4 +104,5 @@ def _repair_shards(storage: Storage) -> list[str]:
         bad = bad_rows(found, shard)
         store.rewrite_shard(shard, without=bad)
         dropped += bad
+    store.clear_leftovers()
     return dropped

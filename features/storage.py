@@ -166,6 +166,9 @@ class Storage(Files, Protocol):
     def attempts(self, shard: int) -> set[str]:
         """The attempts at a shard of which something lies there, committed or not; not those in place."""
 
+    def all_attempts(self) -> dict[int, set[str]]:
+        """The same for every shard of which there are any."""
+
     def discard(self, shard: int, attempt: str, names: Sequence[str]) -> None:
         """Remove the files `names` of an attempt that is not committed, or not any more."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from features.catalog import Catalog
 from features.durable import disk_full_is_clear
-from features.errors import FingerprintMismatch, Overtaken, StoreError
+from features.errors import BadLocation, FingerprintMismatch, Overtaken, StoreError
 from features.file_format import Format
 from features.formats import format_named
 from features.header import HEADER, Description, create_header, make_header, parse_header, read_header
@@ -52,6 +52,8 @@ def create_store(
     storage = storage_at(locate(path))
     root = storage.location
     files = format_named(format, spec.codec)
+    if not storage.in_place and files.needs_folder:
+        raise BadLocation(f"format is {format!r} and the store's place {root}; HDF5 needs a folder: use zarr")
     asked = Description(spec, fingerprint, format)
     header = make_header(asked)
     unseen((), ids, spec.kind)  # refuse bad ids before anything is written
@@ -106,6 +108,11 @@ def open_store(path: Location | str, expect: Fingerprint | None = None) -> "Stor
             "there: what is expected); use the store that fits, or encode again"
         )
     return Store(storage, described, format_named(described.format, described.spec.codec))
+
+
+def store_exists(path: Location | str) -> bool:
+    """Whether a store lies at `path`, or what is left of one."""
+    return storage_at(locate(path)).exists("")
 
 
 class Store:
@@ -282,6 +289,14 @@ class Store:
             ShardOwned: another live process has the shard.
         """
         self._writer.rewrite_shard(shard, without)
+
+    def clear_leftovers(self) -> None:
+        """Remove what writers that died have left of any shard. Nobody reads it; it takes room.
+
+        Raises:
+            ShardOwned: one of them is alive.
+        """
+        self._writer.clear_leftovers()
 
     # Handles
 

@@ -17,6 +17,7 @@ from features.formats import FORMATS, format_named
 from features.halves import TEXT, halves
 from features.header import HEADER, parse_header, read_header
 from features.ids import RowPlan, ids_journal
+from features.journal import Position
 from features.ledger import Commit, Ledger, ledger_journal
 from features.location import Location, locate
 from features.places import storage_at
@@ -84,6 +85,7 @@ class Inspection:
         row_ids: row -> id, completed from the ledger where the file of ids has lost some.
         ledger: what its intact lines say.
         faults: what is wrong with the description.
+        position: how far the ledger was read.
     """
 
     storage: Storage
@@ -91,6 +93,7 @@ class Inspection:
     row_ids: tuple[str | None, ...]
     ledger: Ledger
     faults: tuple[Fault, ...]
+    position: Position
 
     @property
     def spec(self) -> StoreSpec:
@@ -121,6 +124,12 @@ class Inspection:
     def files_of(self, shard: int) -> Files:
         """The files of `shard`."""
         return self.storage.shard_files(shard, self.ledger.attempts.get(shard, ""))
+
+    def catch_up(self, shard: int) -> bool:
+        """Whether somebody has committed the shard anew since, so that its former files may be gone."""
+        added = ledger_journal(self.storage).read(self.position, shard)
+        self.ledger.add_all(added)
+        return any(isinstance(line.entry, Commit) and line.entry.shard == shard for line in added.lines)
 
     def clips_of(self, shard: int) -> list[str]:
         """The committed ids of a shard, in row order."""
@@ -166,7 +175,7 @@ def inspect(storage: Storage) -> Inspection:
         strange = [(number, reason) for number, entry in commits if (reason := misfit(entry, spec))]
         faults += [Fault(ledger_of.name, f"line {number + 1} {reason}") for number, reason in strange]
     faults += [Fault(quarantine.name, what) for what in quarantine.read().faults]
-    return Inspection(storage, header, tuple(row_ids), ledger, tuple(faults))
+    return Inspection(storage, header, tuple(row_ids), ledger, tuple(faults), committed.position)
 
 
 def verify(
@@ -176,7 +185,7 @@ def verify(
 
     Args:
         path: the store; the text states inside it are verified too.
-        workers: threads; as many as there are processors by default.
+        workers: threads; by default as many as there are processors, or as object storage is worth.
         on_bytes: called with the bytes read so far and in all.
 
     Raises:
@@ -210,7 +219,8 @@ def verify(
 
 def check_shards(found: Inspection, workers: int | None = None) -> Iterator[tuple[int, list[Fault]]]:
     """Bytes and faults of each of a store's shards, in order."""
-    with ThreadPoolExecutor(workers or os.cpu_count(), thread_name_prefix="verify") as pool:
+    workers = workers or max(os.cpu_count() or 1, found.storage.parallel)
+    with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
         yield from zip(map(found.size_of, found.shards), pool.map(partial(check_shard, found), found.shards))
 
 
@@ -220,6 +230,17 @@ def _inside(half: str, fault: Fault) -> Fault:
 
 def check_shard(found: Inspection, shard: int) -> list[Fault]:
     """Compare a shard's files with the ledger; only where they differ are its rows looked at one by one."""
+    faults = _differences(found, shard)
+    if faults and found.catch_up(shard):
+        faults = _differences(found, shard)
+    if not faults:
+        return []
+    bad = bad_rows(found, shard)
+    # Where every row still reads back, what is damaged lies around them; other tools may trip over it all the same.
+    return [Fault(f.where, f.what, tuple(bad or found.clips_of(shard)), shard) for f in faults]
+
+
+def _differences(found: Inspection, shard: int) -> list[Fault]:
     versions = [found.ledger.files[shard], *found.ledger.announced.get(shard, [])]
     files = found.files_of(shard)
     faults: list[Fault] = []
@@ -236,11 +257,7 @@ def check_shard(found: Inspection, shard: int) -> list[Fault]:
             size = found.ledger.files[shard][name][0]
             what = f"{actual[0]} bytes where {size}" if actual[0] != size else "other bytes than those that"
             faults.append(Fault(name, f"has {what} were committed", shard=shard))
-    if not faults:
-        return []
-    bad = bad_rows(found, shard)
-    # Where every row still reads back, what is damaged lies around them; other tools may trip over it all the same.
-    return [Fault(f.where, f.what, tuple(bad or found.clips_of(shard)), shard) for f in faults]
+    return faults
 
 
 def bad_rows(found: Inspection, shard: int) -> list[str]:

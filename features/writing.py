@@ -67,6 +67,14 @@ class Writer:
                 catalog.storage.discard(shard, attempt, self._files.files(catalog.spec, shard))
             catalog.refresh(shard)
 
+    def clear_leftovers(self) -> None:
+        """See `Store.clear_leftovers`."""
+        committed = self._catalog.ledger.attempts
+        for shard, attempts in sorted(self._catalog.storage.all_attempts().items()):
+            if attempts - {committed.get(shard, "")}:
+                with self.lease(shard):
+                    self._clear_leftovers(shard)
+
     def _write_owned(self, shard: int, rows: Rows, sources: Mapping[str, str], failures: Mapping[str, Failure]) -> None:
         catalog = self._catalog
         self._check_ids(shard, rows, sources, failures)
@@ -74,7 +82,6 @@ class Writer:
             check_names(name, tensors, catalog.spec)
         with disk_full_is_clear(f"writing shard {shard} of {catalog.root}"):
             if rows:
-                self._clear_leftovers(shard)
                 self._commit_new(shard, rows, sources)
             add_failures(quarantine_journal(catalog.storage), shard, failures)
         catalog.refresh(shard)
@@ -96,31 +103,44 @@ class Writer:
                     f"clip {name!r} is committed already in {catalog.root}; write only what missing() names"
                 )
 
+    def _commit_new(self, shard: int, new: Rows, sources: Mapping[str, str]) -> None:
+        """Commit `new` rows; those that another writer has committed meanwhile stay as that one wrote them."""
+        self._clear_leftovers(shard)
+        try:
+            self._commit(shard, new, sources)
+        except Overtaken:
+            self._commit_beside_others(shard, new, sources)
+            self._catalog.refresh(shard)
+            self._clear_leftovers(shard)  # what was written here in vain
+
+    def _commit_beside_others(self, shard: int, new: Rows, sources: Mapping[str, str]) -> None:
+        catalog = self._catalog
+        for left in reversed(range(_TRIES)):
+            catalog.refresh(shard)
+            new = {name: row for name, row in new.items() if name not in catalog.ledger.clips}
+            if not new:
+                return
+            try:
+                self._commit(shard, new, sources)
+                return
+            except Overtaken:
+                if left == 0:
+                    raise
+
     def _clear_leftovers(self, shard: int) -> None:
         """Remove what writers that died have left of the shard."""
         catalog = self._catalog
         found = catalog.storage.attempts(shard) - {catalog.ledger.attempts.get(shard, "")}
         if not found:
             return
-        # One of them may only seem dead. Once this line is there, what it has written so far cannot be committed.
-        ledger_journal(catalog.storage).append(announce(shard, {}), catalog.position)
-        for attempt in found:
-            catalog.storage.discard(shard, attempt, self._files.files(catalog.spec, shard))
+        try:
+            # One of them may only seem dead. With this line there, what it has written so far cannot be committed.
+            ledger_journal(catalog.storage).append(announce(shard, {}), catalog.position)
+            for attempt in found:
+                catalog.storage.discard(shard, attempt, self._files.files(catalog.spec, shard))
+        except Overtaken:
+            pass  # one of them is alive and was faster: its files are committed now
         catalog.refresh(shard)
-
-    def _commit_new(self, shard: int, new: Rows, sources: Mapping[str, str]) -> None:
-        """Commit `new` rows; those that another writer has committed meanwhile stay as that one wrote them."""
-        for _ in range(_TRIES):
-            try:
-                self._commit(shard, new, sources)
-                return
-            except Overtaken as overtaken:
-                last = overtaken
-                self._catalog.refresh(shard)
-                new = {name: row for name, row in new.items() if name not in self._catalog.ledger.clips}
-                if not new:
-                    return
-        raise last
 
     def _commit(self, shard: int, new: Rows, sources: Mapping[str, str]) -> None:
         """Commit the shard's rows of before, as they are, and the `new` ones."""

@@ -39,6 +39,7 @@ class ZarrFormat:
     """See `features.file_format.Format`."""
 
     name = "zarr"
+    needs_folder = False
     codecs: tuple[str, ...] = ("none", "zstd", "blosc-zstd")
 
     def metadata(self, header: Record, spec: StoreSpec, rows: int) -> dict[str, bytes]:

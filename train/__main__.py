@@ -40,7 +40,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
     from extract.datasets import DatasetError
     from extract.encoders.checkpoint import CheckpointError
-    from features import FingerprintMismatch, StoreError
+    from features import BadLocation, FingerprintMismatch, StoreError
 
     who = f"train {name} (rank {os.environ['RANK']})" if "RANK" in os.environ else f"train {name}"
     try:
@@ -51,7 +51,7 @@ def main(args: Sequence[str] | None = None) -> int:
         # Whoever reads what is printed, such as `head`, has enough. What is still buffered must go somewhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (DatasetError, CheckpointError, ConfigError, FingerprintMismatch) as error:
+    except (DatasetError, CheckpointError, ConfigError, BadLocation, FingerprintMismatch) as error:
         print(f"{who}: error: {error}", file=sys.stderr)
         return 2
     except (StoreError, ValueError, OSError) as error:

@@ -9,7 +9,8 @@ from configs.schema import Config
 from extract.datasets import PARTS, Dataset, load_dataset
 from extract.fingerprints import configured
 from features import Fingerprint, FingerprintMismatch, Store, StoreError, open_store
-from features.halves import require_match
+from features.halves import TEXT, require_match
+from features.location import locate
 from train.batches import Features, QuestionTable
 from train.card import Card, RunError
 from train.heads import BLIND, Sizes
@@ -120,7 +121,7 @@ def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
 
 
 def _open(config: Config, kind: str, expect: Mapping[str, object] | None) -> Store:
-    path = config.store.path if kind == "patches" else config.store.path / "text"
+    path = locate(config.store.path) / ("" if kind == "patches" else TEXT)
     wanted = None if expect is None else Fingerprint(dict(expect))  # type: ignore[arg-type]
     store = open_store(path, wanted)
     if store.spec.kind != kind:

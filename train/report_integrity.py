@@ -60,7 +60,7 @@ def versions(results: Results) -> dict[str, list[str]]:
     return found
 
 
-def grid_of(paths: Sequence[Path], size: int) -> tuple[int, int]:
+def grid_of(paths: Sequence[Path | str], size: int) -> tuple[int, int]:
     """Rows and columns of patches: the first store's that opens, else 16-pixel patches of a `size` input."""
     for path in paths:
         try:

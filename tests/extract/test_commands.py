@@ -37,7 +37,7 @@ def test_the_store_holds_what_the_encoder_says(made: Path) -> None:
         torch.testing.assert_close(stored.saliency, expected.saliency, rtol=1e-4, atol=1e-4)
         assert stored.timestamps is not None
         assert stored.timestamps[0].tolist() == prepared.timestamps.tolist()
-    texts = open_store(config.store.path / "text").read_text(dataset.texts)
+    texts = open_store(Path(config.store.path) / "text").read_text(dataset.texts)
     assert texts.states.shape == (len(dataset.texts), 30, 128)
 
 

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 from features import Fingerprint, Store, StoreSpec, create_store
+from features.location import Location
+from tests.features.objects import bucket, environment, server
+
+__all__ = ["bucket", "environment", "server"]
 
 FORMATS = ("zarr", "hdf5")
 FINGERPRINT = Fingerprint({"checkpoint": "sha256:1", "depth": 6, "frames": 2})
@@ -40,9 +44,23 @@ def format(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture
-def make(tmp_path: Path, format: str) -> Callable[..., Store]:
+def maker(place: Location | str, format: str) -> Callable[..., Store]:
+    """What creates or grows the store at `place`."""
+
     def create(ids: tuple[str, ...] = IDS, spec: StoreSpec = SPEC, fingerprint: Fingerprint = FINGERPRINT) -> Store:
-        return create_store(tmp_path / "store", spec, fingerprint, ids, format)
+        return create_store(place, spec, fingerprint, ids, format)
 
     return create
+
+
+@pytest.fixture
+def make_local(tmp_path: Path, format: str) -> Callable[..., Store]:
+    return maker(tmp_path / "store", format)
+
+
+@pytest.fixture(params=[*FORMATS, "objects"])
+def make(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Store]:
+    """A store of every format in a folder, and one in object storage."""
+    if request.param != "objects":
+        return maker(tmp_path / "store", request.param)
+    return maker(f"{request.getfixturevalue('bucket')}/store", "zarr")

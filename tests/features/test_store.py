@@ -1,4 +1,4 @@
-"""The contract that both formats keep."""
+"""The contract that both formats keep, and a store in object storage too."""
 
 import pickle
 from collections.abc import Callable
@@ -215,8 +215,8 @@ def test_two_spellings_of_one_id_are_refused(make: Make) -> None:
         make(ids=("cafe\u0301",))
 
 
-def test_ids_never_become_paths(make: Make) -> None:
-    store = make(ids=("P01/P01_01", "vid|P1|start|end", "..."))
+def test_ids_never_become_paths(make_local: Make) -> None:
+    store = make_local(ids=("P01/P01_01", "vid|P1|start|end", "..."))
     fill(store)
     names = [path.name for path in store.path.rglob("*")]
     assert not any("P01" in name or "|" in name or "..." in name for name in names)
@@ -237,8 +237,8 @@ def test_a_store_goes_to_other_processes(make: Make) -> None:
     assert torch.equal(copy.read(IDS).patches, store.read(IDS).patches)
 
 
-def test_a_flipped_bit_is_never_read(make: Make) -> None:
-    store = make()
+def test_a_flipped_bit_is_never_read(make_local: Make) -> None:
+    store = make_local()
     fill(store)
     path = next(store.path / name for name in store._catalog.ledger.files[1] if "patches" in name or "h5" in name)
     content = bytearray(path.read_bytes())
@@ -251,8 +251,8 @@ def test_a_flipped_bit_is_never_read(make: Make) -> None:
     assert len(fresh.read([IDS[4], IDS[6]]).cls) == 2
 
 
-def test_nothing_is_left_behind(make: Make) -> None:
-    store = make()
+def test_nothing_is_left_behind(make_local: Make) -> None:
+    store = make_local()
     fill(store)
     assert list((store.path / "staging").iterdir()) == []
     assert [path.name for path in (store.path / "leases").iterdir()] == ["lock"]

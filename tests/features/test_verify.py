@@ -12,6 +12,7 @@ import torch
 
 from features import DamagedStore, Failure, Store, StoreSpec, create_store, open_store
 from features.__main__ import main
+from features.location import Location
 from features.repair import repair
 from features.spec import Codec
 from features.verify import verify
@@ -21,7 +22,7 @@ TEXTS = ("what is on the table?", "did it move?", "why?")
 TEXT_SPEC = StoreSpec.for_text(length=5, width=8, shard=2)
 
 
-def both_halves(root: Path, format: str, codec: Codec = "none") -> Store:
+def both_halves(root: Location, format: str, codec: Codec = "none") -> Store:
     """A store of clips, with its text states, all committed; one clip was in quarantine before."""
     store = create_store(root, replace(SPEC, codec=codec), FINGERPRINT, IDS, format)
     store.write_shard(0, {}, {}, {IDS[1]: Failure("broken", "Traceback")})
@@ -246,4 +247,15 @@ def test_a_shard_written_anew_with_fewer_clips(tmp_path: Path, format: str) -> N
     store.rewrite_shard(0, without=IDS[:3])
     store.write_shard(0, {IDS[0]: clip(0)}, {IDS[0]: "x"})
     assert open_store(root).clip_ids == IDS[:1]
+    assert verify(root).ok
+
+
+def test_repair_removes_what_dead_writers_left(tmp_path: Path, format: str) -> None:
+    root = tmp_path / "store"
+    fill(create_store(root, SPEC, FINGERPRINT, IDS, format))
+    (root / "staging" / f"{1:08d}-0123").mkdir()
+    assert verify(root).ok
+    repair(root)
+    assert list((root / "staging").iterdir()) == []
+    assert open_store(root).clip_ids == IDS
     assert verify(root).ok

@@ -1,0 +1,92 @@
+"""Both stages with their store in object storage: killed, resumed, verified, trained on; equal to a folder's."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from extract.__main__ import main as extract
+from extract.tally import read_jobs
+from features import open_store
+from features.__main__ import main as features
+from features.location import locate
+from tests.extract.job import CLIPS, options, signal_all, start_job
+from tests.features.objects import KEY, SECRET, bucket, environment, objects, server
+from train.__main__ import main as train
+
+__all__ = ["bucket", "environment", "server"]
+
+
+def patches_in(bucket: str) -> int:
+    return sum("/patches/" in key for key in objects(bucket))
+
+
+@pytest.mark.slow
+def test_extract_kill_resume_verify_fit(
+    made: Path, bucket: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    url = f"{bucket}/store"
+    remote = options(made, "--store.path", url)
+    job = start_job(remote)
+    deadline = time.monotonic() + 120
+    while patches_in(bucket) == 0:
+        assert job.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    signal_all(job, signal.SIGKILL)
+    said = "".join(job.communicate())
+    before = open_store(url).clip_ids
+    assert len(before) < CLIPS
+    assert extract(["plan", *remote, "--probe", "0"]) == 0
+    assert extract(["run", *remote]) == 0
+    assert extract(["status", *remote, "--json"]) == 0
+    assert features(["verify", url]) == 0
+    for half in ("", "text"):
+        here, there = open_store(made / "store" / half), open_store(locate(url) / half)
+        ids = here.clip_ids
+        assert there.clip_ids == ids
+        assert there._catalog.records(ids) == here._catalog.records(ids)  # every row's checksums among it
+        assert there._catalog.ledger.files == here._catalog.ledger.files
+
+    scores = []
+    for name, path, residency in (("here", made / "store", "ram"), ("ram", url, "ram"), ("disk", url, "disk")):
+        run = ["--run.dir", str(tmp_path / name), "--run.table", str(tmp_path), "--train.epochs", "1"]
+        assert train(["fit", *options(made, "--store.path", str(path), "--train.residency", residency, *run)]) == 0
+        scores.append(json.loads((tmp_path / name / "test.json").read_text()))
+        log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        scores[-1]["losses"] = [event["loss"] for event in log if event["event"] == "step"]
+    assert scores[0] == scores[1] == scores[2]
+
+    out, err = capfd.readouterr()
+    written = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()) + b"".join(objects(bucket).values())
+    for credential in (KEY, SECRET):
+        assert credential not in said + out + err
+        assert credential.encode() not in written
+    (done,) = read_jobs(url)
+    assert done["committed"] == CLIPS - len(before)
+
+
+def test_mistakes_are_one_line_and_exit_code_1_or_2(
+    made: Path, tmp_path: Path, environment: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capfd.readouterr()
+    run = ["--run.dir", str(tmp_path / "run")]
+    nowhere = options(made, *run, "--store.path", "s3://nowhere-at-all/store")
+    for command, code in ((extract, 1), (train, 1)):
+        assert command(["run" if command is extract else "fit", *nowhere]) == code
+        out, err = capfd.readouterr()
+        assert "there is no bucket 'nowhere-at-all' at 127.0.0.1" in err.strip().splitlines()[-1]
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    for command in (extract, train):
+        assert command(["run" if command is extract else "fit", *nowhere]) == 2
+        assert "needs credentials and AWS_SECRET_ACCESS_KEY is not set" in capfd.readouterr().err
+    for path in (f"s3://{KEY}:{SECRET}@bucket/store", f"s3://bucket/store?secret={SECRET}"):
+        for command in (extract, train):
+            with pytest.raises(SystemExit, match="2"):
+                command(["run" if command is extract else "fit", *options(made, *run, "--store.path", path)])
+            out, err = capfd.readouterr()
+            assert SECRET not in out + err
+            assert "credentials come from the environment" in err
+    assert not any(SECRET.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())

@@ -1,0 +1,182 @@
+"""What goes wrong with object storage is one clear line, and credentials are neither shown nor stored."""
+
+import http.server
+import json
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from configs.schema import StoreConfig
+from features import BadLocation, StoreError, create_store, open_store
+from features.__main__ import main as features
+from features.location import locate
+from tests.features.conftest import FINGERPRINT, IDS, SPEC, fill
+from tests.features.objects import KEY, SECRET, objects
+from tests.features.test_verify import both_halves
+
+
+def said(capfd: pytest.CaptureFixture[str]) -> str:
+    """What was printed; never a credential, and an error in one line."""
+    out, err = capfd.readouterr()
+    assert SECRET not in out + err
+    assert KEY not in out + err
+    assert err.count("\n") <= 1
+    return err
+
+
+class _Refusing(http.server.BaseHTTPRequestHandler):
+    """Repeats what it was sent, as S3 does with a key that it does not know."""
+
+    def _refuse(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        sent = f"<StringToSign>{self.headers} {SECRET}</StringToSign><AWSAccessKeyId>{KEY}</AWSAccessKeyId>"
+        body = f"<Error><Code>SignatureDoesNotMatch</Code>{sent}</Error>".encode()
+        self.send_response(403)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _refuse
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def refusing(environment: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Refusing)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    yield
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_refused_credentials(refusing: None, capfd: pytest.CaptureFixture[str]) -> None:
+    for command in (["info"], ["verify"], ["repair"]):
+        assert features([*command, "s3://bucket/store"]) == 1
+        line = said(capfd)
+        assert "s3://bucket/store: 127.0.0.1 refused the credentials while " in line
+        assert "; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and what they are allowed" in line
+    with pytest.raises(StoreError, match=r"refused the credentials while .* ") as caught:
+        create_store("s3://bucket/store", SPEC, FINGERPRINT, IDS)
+    assert caught.value.__cause__ is None  # a traceback would not show what the server said either
+    assert caught.value.__suppress_context__
+
+
+def test_a_bucket_that_is_not_there(environment: str, capfd: pytest.CaptureFixture[str]) -> None:
+    for command in ("info", "verify", "repair"):
+        assert features([command, "s3://nowhere-at-all/store"]) == 1
+        assert "there is no bucket 'nowhere-at-all' at 127.0.0.1; make it, or check store.path" in said(capfd)
+    with pytest.raises(StoreError, match="there is no bucket 'nowhere-at-all'"):
+        create_store("s3://nowhere-at-all/store", SPEC, FINGERPRINT, IDS)
+
+
+def test_a_store_that_is_not_there(bucket: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert features(["info", f"{bucket}/nothing"]) == 1
+    assert f"no store at {bucket}/nothing (store.json is missing)" in said(capfd)
+    assert objects(bucket) == {}
+
+
+def test_an_endpoint_that_does_not_answer(
+    environment: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{KEY}:{SECRET.replace('/', '%2F')}@127.0.0.1:9")
+    monkeypatch.setattr("features.bucket.RETRIES", 1)
+    assert features(["info", "s3://bucket/store"]) == 1
+    assert "127.0.0.1 cannot be reached while looking for text; check AWS_ENDPOINT_URL and" in said(capfd)
+
+
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+def test_no_credentials(
+    environment: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.delenv(name)
+    assert features(["verify", "s3://bucket/store"]) == 2
+    assert f"needs credentials and {name} is not set; set it in the environment" in said(capfd)
+
+
+def test_a_package_that_is_not_installed(
+    environment: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for module in [name for name in sys.modules if name.partition(".")[0] == "obstore"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    assert features(["info", "s3://bucket/store"]) == 2
+    assert "needs the package obstore, which is not installed; run: pip install 'egopatch[s3]'" in said(capfd)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"s3://{KEY}:{SECRET}@bucket/store",
+        f"s3://bucket/store?key={SECRET}",
+        f"s3://bucket/store#{SECRET}",
+        f"s3://{KEY}:{SECRET}/bucket",
+    ],
+)
+def test_credentials_in_the_url_are_refused_and_not_repeated(url: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        features(["info", url])
+    out, err = capfd.readouterr()
+    assert SECRET not in out + err
+    assert "credentials come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)" in " ".join(err.split())
+    with pytest.raises(BadLocation) as refused:
+        open_store(url)
+    with pytest.raises(ValueError, match=r"store.path holds a user, a query or a fragment") as wrong:
+        StoreConfig(path=url)
+    assert SECRET not in str(refused.value) + str(wrong.value)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket", "s3:///store", "ftp://host/store", "s3://bucket/a//b", "s3://b/../a"])
+def test_urls_at_which_no_store_can_be(url: str) -> None:
+    with pytest.raises(BadLocation, match="is no place for a store; expected a folder, or scheme://bucket/prefix"):
+        open_store(url)
+
+
+def test_hdf5_needs_a_folder(bucket: str) -> None:
+    with pytest.raises(BadLocation, match=r"format is 'hdf5' and .*s3://.*; HDF5 needs a folder: use zarr"):
+        create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS, "hdf5")
+    with pytest.raises(ValueError, match=r"store.format is 'hdf5'; expected zarr in object storage"):
+        StoreConfig(path="s3://bucket/store", format="hdf5")
+    assert objects(bucket) == {}
+
+
+def test_credentials_are_nowhere(
+    bucket: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Through every command, with logging wide open."""
+    caplog.set_level(logging.DEBUG)
+    both_halves(locate(f"{bucket}/store"), "zarr")
+    assert features(["info", f"{bucket}/store"]) == 0
+    assert features(["info", f"{bucket}/store", "--json"]) == 0
+    assert features(["verify", f"{bucket}/store"]) == 0
+    assert features(["repair", f"{bucket}/store"]) == 0
+    assert features(["convert", f"{bucket}/store", "--dtype", "bfloat16"]) == 0
+    assert features(["derive", f"{bucket}/store", "--keep", "0.5", "--to", str(tmp_path / "small")]) == 0
+    out, err = capfd.readouterr()
+    assert "store_bfloat16: 10 clips" in out
+    held = b"".join([*objects(bucket).values(), *(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())])
+    names = " ".join(objects(bucket))
+    for credential in (KEY, SECRET):
+        assert credential not in out + err + caplog.text + names
+        assert credential.encode() not in held
+
+
+def test_commands(bucket: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
+    fill(store)
+    assert features(["info", f"{bucket}/store", "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert (info["path"], info["committed"]) == (f"{bucket}/store", 10)
+    assert features(["verify", f"{bucket}/store/", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"]
+    assert features(["convert", f"{bucket}/store", "--to", f"{bucket}/store/copy"]) == 1
+    assert "inside the store" in capsys.readouterr().err
