@@ -55,7 +55,7 @@ def configure(folder: Path) -> tuple[Path, Config]:
     path = folder / "scale.yaml"
     path.write_text(
         f"""data:    {{name: jsonl, root: {folder}, clips: {folder}/clips.jsonl, questions: {folder}/questions.jsonl}}
-video:   {{frames: 4, size: 112}}
+video:   {{frames: 1, size: 32}}
 encoder: {{arch: egovlpv2, checkpoint: {folder}/tiny.pth, depth: 2, path: fused, dtype: float32}}
 text:    {{model: {folder}/tokenizer}}
 store:   {{path: {folder}/store, shard: {SPEC.shard}}}
