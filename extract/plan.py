@@ -84,7 +84,7 @@ def make_plan(config: Config, probe: int) -> Plan:
         todo=len(todo),
         without_video=len(todo) - len(present),
         shards=shards,
-        files=shards * len(format_named(config.store.format).files(spec, 0)),
+        files=shards * len(format_named(config.store.format, config.store.codec).files(spec, 0)),
         bytes_to_write=_bytes_of(spec, len(todo)),
         bytes_free=_bytes_free(config.store.path),
         probed=len(sample),
