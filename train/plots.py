@@ -1,6 +1,7 @@
 """The report's figures. Each function takes plain data and returns a Matplotlib figure; `save` writes it.
 
-Colours are Okabe and Ito's, which stay apart for colour-blind readers, and every system has a marker of its own.
+Colours are Okabe and Ito's and a brown, which stay apart for colour-blind readers, and every system has a marker of its
+own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,8 +24,11 @@ STYLES = {
     "egovlpv2": ("#009e73", "D"),
     "mfas": ("#cc79a7", "P"),
     "psa": ("#0072b2", "o"),
+    "pooled": ("#56b4e9", "p"),
+    "pooled (lite)": ("#8c564b", "h"),
+    "psa (lite)": ("#d55e00", "d"),
 }
-OTHER_STYLE = ("#d55e00", "X")
+OTHER_STYLE = ("#000000", "X")
 _CYCLE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _INK, _FAINT = "#1f2328", "#d8dce1"
 _LOSS_POINTS = 120

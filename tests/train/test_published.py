@@ -17,7 +17,9 @@ from features import Fingerprint, FingerprintMismatch, StoreSpec, create_store, 
 from tests.extract.encoders.networks import tiny as tiny_network
 from tests.train.tiny import losses, with_run, write_tiny
 from train.__main__ import main
+from train.batches import Batch
 from train.card import plain
+from train.crew import Crew
 from train.heads import load_head
 from train.run import evaluate, fit
 
@@ -82,6 +84,26 @@ def test_mfas_trains_on_cached_fine_and_coarse_tokens(mfas: Config) -> None:
     trace = losses(mfas.run.dir)
     assert len(trace) == 2 * 2  # 4 batches an epoch, 2 to a step
     assert trace[-1] < trace[0]
+
+
+def test_a_killed_run_of_the_published_half_goes_on_bit_for_bit(mfas: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed, undisturbed = with_run(mfas, "killed"), with_run(mfas, "undisturbed")
+    fit(undisturbed, "x")
+    torch.manual_seed(5)
+    real = Crew.learn
+
+    def dies(self: Crew, batch: Batch, last: bool) -> None:
+        if self.place[0] == 1:
+            raise KeyboardInterrupt
+        real(self, batch, last)
+
+    monkeypatch.setattr(Crew, "learn", dies)
+    with pytest.raises(KeyboardInterrupt):
+        fit(killed, "x")
+    monkeypatch.setattr(Crew, "learn", real)
+    torch.manual_seed(99)  # another process has other random numbers
+    fit(killed, "x")
+    assert losses(killed.run.dir) == losses(undisturbed.run.dir)
 
 
 def test_mfas_from_a_pretrained_egovlpv2(tmp_path: Path) -> None:
