@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from extract.encoders import load_video_encoder
@@ -16,6 +17,7 @@ from features.spec import PatchTokens
 from tests.data.reference import formula
 
 REFERENCE = Path(__file__).parents[2] / "data" / "reference"
+CONTAINERS = ("state_dict", "model_state_dict", "bare", "safetensors")
 TEXTS = ("what does the person hold?", "did the hand touch the red cup before the blue box?", "which one is open?")
 
 
@@ -98,3 +100,15 @@ def _with_coarse_tower(base: Checkpoint) -> Checkpoint:
     tensors["video_model.large_pos_embed"] = 0.1 * torch.randn(1, (patches - 1) // 4, width, generator=random)
     tensors |= {"alpha": torch.tensor([0.3]), "belta": torch.tensor([0.2])}
     return Checkpoint(base.path, base.container, tensors)
+
+
+def write_container(folder: Path, container: str, named: dict[str, Tensor]) -> Path:
+    """A checkpoint file with tensors in one of the containers."""
+    path = folder / ("file.safetensors" if container == "safetensors" else "file.tar")
+    if container == "safetensors":
+        save_file(named, path)
+    elif container == "bare":
+        torch.save(named, path)
+    else:
+        torch.save({container: named, "optimizer_state_dict": {"state": {0: {"step": torch.tensor(3.0)}}}}, path)
+    return path

@@ -1,0 +1,218 @@
+"""Files that are damaged, that lie or that would run code: refused in one line that names the file."""
+
+import io
+import os
+import pickle
+import resource
+import struct
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from extract.__main__ import main
+from extract.encoders.checkpoint import CheckpointError, load_checkpoint
+
+
+class Bomb:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (os.system, (f"touch {self.target}",))
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_pickled_code_does_not_run(tmp_path: Path, new_format: bool) -> None:
+    path, target = tmp_path / "hostile.pth", tmp_path / "it_ran"
+    content = {"state_dict": {"a": torch.ones(1)}, "config": Bomb(target)}
+    torch.save(content, path, _use_new_zipfile_serialization=new_format)
+    with pytest.raises(CheckpointError, match=r"hostile\.pth: it holds posix\.system, which could run code; refused"):
+        load_checkpoint(path)
+    assert not target.exists()
+
+
+def test_plain_pickle_does_not_run(tmp_path: Path) -> None:
+    path, target = tmp_path / "hostile.pth", tmp_path / "it_ran"
+    path.write_bytes(pickle.dumps({"state_dict": Bomb(target)}))
+    with pytest.raises(CheckpointError, match=r"hostile\.pth: "):
+        load_checkpoint(path)
+    assert not target.exists()
+
+
+def test_unknown_class_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("my_training")
+    trainer = type("Trainer", (), {"__module__": "my_training"})
+    module.Trainer = trainer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "my_training", module)
+    path = tmp_path / "mine.pth"
+    torch.save({"state_dict": {"a": torch.ones(1)}, "trainer": trainer()}, path)
+    with pytest.raises(CheckpointError, match=r"mine\.pth: it holds my_training\.Trainer"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_damaged_files_are_refused(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"file{suffix}"
+    with pytest.raises(CheckpointError, match=r"no such checkpoint file; give encoder\.checkpoint the path of one"):
+        load_checkpoint(path)
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="the file is empty; download it again"):
+        load_checkpoint(path)
+    random = np.random.default_rng(0)
+    for size in (1, 7, 100, 5000):
+        path.write_bytes(random.bytes(size))
+        with pytest.raises(CheckpointError, match="file"):
+            load_checkpoint(path)
+    content = {"a": torch.randn(1000)}
+    torch.save(content, path) if suffix == ".pth" else save_file(content, path)
+    whole = path.read_bytes()
+    for keep in (10, 200, len(whole) // 2, len(whole) - 30):
+        path.write_bytes(whole[:keep])
+        with pytest.raises(CheckpointError, match="file"):
+            load_checkpoint(path)
+    with pytest.raises(CheckpointError, match=r"a folder; give encoder\.checkpoint the path of a file in it"):
+        load_checkpoint(tmp_path)
+
+
+def test_stride_zero_tensor_that_claims_a_terabyte(tmp_path: Path) -> None:
+    path = tmp_path / "huge.pth"
+    torch.save({"state_dict": {"a": torch.ones(1).expand(2**38)}}, path)
+    assert path.stat().st_size < 5000
+    with pytest.raises(CheckpointError, match=r"huge\.pth: tensor 'a' claims 274877906944 elements"):
+        load_checkpoint(path)
+
+
+def test_storage_that_claims_a_terabyte(tmp_path: Path) -> None:
+    path = tmp_path / "huge.pth"
+    torch.save({"a": torch.ones(4)}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    name = next(n for n in records if n.endswith("data.pkl"))
+    # The pickle writes 4 once for the storage and once for the shape: BININT1 (K) 4.
+    assert records[name].count(b"K\x04") == 2
+    records[name] = records[name].replace(b"K\x04", b"\x8a\x06" + (2**40).to_bytes(6, "little"))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for entry, record in records.items():
+            archive.writestr(entry, record)
+    with pytest.raises(CheckpointError, match=r"huge\.pth: "):
+        load_checkpoint(path)
+
+
+def test_safetensors_that_claims_a_terabyte(tmp_path: Path) -> None:
+    path = tmp_path / "huge.safetensors"
+    header = b'{"a":{"dtype":"F32","shape":[274877906944],"data_offsets":[0,1099511627776]}}'
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 16)
+    with pytest.raises(CheckpointError, match=r"huge\.safetensors: not a readable safetensors file"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("numel", [2**33, 2**40])
+def test_old_file_that_claims_more_than_it_has(tmp_path: Path, numel: int) -> None:
+    path = tmp_path / "huge.pth"
+    torch.save({"a": torch.ones(4)}, path, _use_new_zipfile_serialization=False)
+    honest = path.read_bytes()
+    assert honest.count(b"K\x04") >= 2  # of the storage and of the shape
+    path.write_bytes(honest.replace(b"K\x04", b"\x8a\x06" + numel.to_bytes(6, "little")))
+    with pytest.raises(CheckpointError, match=r"huge\.pth: damaged or no PyTorch checkpoint"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "claimed"),
+    [
+        (b"{}", 2**63),
+        (b"{}", 10**6),
+        (b"[]", None),
+        (b'{"a":{"dtype":"F31","shape":[4],"data_offsets":[0,16]}}', None),
+        (b'{"a":{"dtype":"F32","shape":[4294967296,4294967296,4],"data_offsets":[0,16]}}', None),
+        (b'{"a":{"dtype":"F32","shape":[5],"data_offsets":[0,16]}}', None),
+        (b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[16,0]}}', None),
+        (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', None),
+        (
+            b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},"b":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
+            None,
+        ),
+    ],
+)
+def test_lying_safetensors_headers(tmp_path: Path, header: bytes, claimed: int | None) -> None:
+    path = tmp_path / "lie.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header) if claimed is None else claimed) + header + b"\0" * 16)
+    with pytest.raises(CheckpointError, match=r"lie\.safetensors: not a readable safetensors file"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.eye(3).to_sparse(),
+        torch.empty(2**38, device="meta"),
+        pytest.param("quantised", marks=pytest.mark.filterwarnings("ignore")),
+        pytest.param("nested", marks=pytest.mark.filterwarnings("ignore")),
+    ],
+    ids=["sparse", "a terabyte without data", "quantised", "nested"],
+)
+def test_tensors_of_other_kinds_are_refused(tmp_path: Path, tensor: Tensor | str) -> None:
+    if tensor == "quantised":
+        tensor = torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
+    elif isinstance(tensor, str):
+        tensor = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    path = tmp_path / "odd.pth"
+    torch.save({"state_dict": {"a": tensor}}, path)
+    with pytest.raises(CheckpointError, match=r"odd\.pth: tensor 'a' is .* expected plain dense tensors"):
+        load_checkpoint(path)
+
+
+def test_a_bomb_of_zeros_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.pth"
+    torch.save({"a": torch.zeros(4)}, path)
+    with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive, zipfile.ZipFile(path, "w") as out:
+        for entry in archive.infolist():
+            out.writestr(entry.filename, archive.read(entry))
+        zeros = zipfile.ZipInfo("archive/data/2")
+        zeros.compress_type = zipfile.ZIP_DEFLATED
+        with out.open(zeros, "w") as record:
+            for _ in range(256):
+                record.write(bytes(2**20))
+    assert path.stat().st_size < 2**19
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=r"bomb\.pth: record 'archive/data/2' is compressed"):
+        load_checkpoint(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
+
+
+def test_compressed_records_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.pth"
+    torch.save({"a": torch.zeros(100_000)}, path)
+    with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive, zipfile.ZipFile(path, "w") as out:
+        for entry in archive.infolist():
+            out.writestr(entry.filename, archive.read(entry), zipfile.ZIP_DEFLATED)
+    with pytest.raises(CheckpointError, match=r"bomb\.pth: record .* is compressed"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"state_dict": {}}, torch.ones(3), {"state_dict": [1]}])
+def test_files_without_tensors_by_name_are_refused(tmp_path: Path, content: object) -> None:
+    path = tmp_path / "other.pth"
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=r"other\.pth: holds (a|no) "):
+        load_checkpoint(path)
+
+
+def test_commands_on_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hostile, target = tmp_path / "hostile.pth", tmp_path / "it_ran"
+    torch.save({"state_dict": {"a": torch.ones(1)}, "config": Bomb(target)}, hostile)
+    (tmp_path / "empty.pth").touch()
+    for action in ("inspect", "convert"):
+        for path in (hostile, tmp_path / "empty.pth", tmp_path / "absent.pth", tmp_path):
+            assert main(["checkpoint", action, str(path)]) == 2
+            (line,) = capsys.readouterr().err.strip().splitlines()
+            assert str(path) in line
+    assert not target.exists()
+    assert not list(tmp_path.glob("*.safetensors*"))
