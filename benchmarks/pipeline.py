@@ -30,8 +30,8 @@ from extract.batch_encoder import BatchEncoder  # noqa: E402
 from extract.datasets import Clip  # noqa: E402
 from extract.decode import PreparedClip  # noqa: E402
 from extract.encoders import VideoEncoder  # noqa: E402
-from extract.engines import decoder_count  # noqa: E402
 from extract.pipeline import encode_shards  # noqa: E402
+from extract.sharing import decoder_count  # noqa: E402
 from extract.worker import has_bfloat16, load_encoder, open_decoders  # noqa: E402
 from features import Fingerprint, StoreSpec, create_store  # noqa: E402
 

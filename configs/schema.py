@@ -167,13 +167,15 @@ class EngineConfig:
     """Who does the work of stage one.
 
     Args:
-        name: `joblib` runs worker processes on this machine.
-        workers: encoder processes; `auto` is one a GPU, or one on a machine without.
+        name: `joblib` runs worker processes on this machine, `ray` on a Ray cluster (`pip install ray`).
+        address: `ray` only: host:port of a running cluster; `local` starts one on this machine for the job.
+        workers: encoder processes; `auto` is one a GPU, or one on a machine (or Ray node) without.
         decoders: decoder children of each worker; `auto` is the number of cores, at most 8.
         max_errors: stop with exit code 1 once more clips than this are quarantined: a count, or a share below 1.
     """
 
-    name: Literal["joblib"] = "joblib"
+    name: Literal["joblib", "ray"] = "joblib"
+    address: str = "local"
     workers: int | Literal["auto"] = "auto"
     decoders: int | Literal["auto"] = "auto"
     max_errors: int | float = 100

@@ -11,9 +11,9 @@ from extract.batch_encoder import BatchEncoder
 from extract.datasets import Clip, Dataset, load_dataset
 from extract.decode import PreparedClip
 from extract.encoders import VideoEncoder, find_network, open_checkpoint
-from extract.engines import decoder_count, worker_count
 from extract.fingerprints import video_fingerprint
 from extract.forecast import Forecast, forecast, given_cost, measured_cost
+from extract.sharing import decoder_count, worker_count
 from extract.worker import load_encoder, open_decoders, slow_arithmetic
 from features import Store, StoreSpec, open_store, store_exists
 from features.dtypes import row_bytes

@@ -18,7 +18,7 @@ from extract.encoders import (
     open_text_checkpoint,
 )
 from extract.encoders.text import TextEncoder, Tokenizer
-from extract.engines import WHOLE, Part, encode_with_engine, worker_count
+from extract.engines import WHOLE, Part, encode_with_engine
 from extract.fingerprints import text_depth, text_fingerprint, video_fingerprint
 from extract.plan import clip_spec, disk_refusal
 from extract.progress import meter
@@ -88,7 +88,7 @@ def extract_features(config: Config, retry: bool = False, part: Part = WHOLE) ->
         with meter("encode", todo, "clips") as shown:
             tally = encode_with_engine(config, encoder, store, works, clips, shown.advance)
         store.refresh()
-        record_job(config.store.path, tally, worker_count(config))
+        record_job(config.store.path, tally, config.engine.name, config.engine.workers)
     return Outcome(
         tally=tally,
         clips=len(store.clip_ids),

@@ -76,11 +76,12 @@ def jobs_path(store: Path | str) -> Location:
     return location.with_name(location.name + ".jobs.jsonl") if isinstance(location, Path) else location / _JOBS
 
 
-def record_job(store: Path | str, tally: Tally, workers: int) -> None:
+def record_job(store: Path | str, tally: Tally, engine: str, workers: int | str) -> None:
     """Add one line to the store's `jobs_path`."""
     line = {
         "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
+        "engine": engine,
         "workers": workers,
         "committed": tally.committed,
         "quarantined": tally.quarantined,

@@ -62,7 +62,7 @@ def test_costs_are_the_mean_over_all_jobs(tmp_path: Path) -> None:
     assert measured_cost(store) is None
     for clips, seconds in ((30, 60.0), (10, 20.0)):
         stages = Stages(total_s=seconds, encode_s=seconds, decode_s=seconds / 2, write_s=seconds / 4)
-        record_job(store, Tally(committed=clips, stages=stages), workers=2)
+        record_job(store, Tally(committed=clips, stages=stages), engine="joblib", workers=2)
     found = measured_cost(store)
     assert found is not None
     assert (found.encode_s, found.decode_s, found.write_s) == (2.0, 1.0, 0.5)

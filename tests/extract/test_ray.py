@@ -1,0 +1,165 @@
+"""Stage one on a real Ray cluster of two nodes, on loopback and with token authentication on."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from configs.schema import ConfigError, load_config
+from extract.__main__ import main
+from extract.ray_engine import _fit
+from features.verify import verify
+from tests.extract.job import CLIPS, contents, ledger_lines, options, start_job
+from tests.extract.test_jobs import committed, slowly, wait_until
+
+
+@dataclass
+class Cluster:
+    address: str
+    process: "subprocess.Popen[str]"
+
+    def remove_node(self) -> None:
+        """As if its machine were gone: the node manager and its workers are killed."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print("remove", file=self.process.stdin, flush=True)
+        assert self.process.stdout.readline() == "removed\n"
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.extract.ray_cluster"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    with process:
+        assert process.stdout is not None
+        yield Cluster(process.stdout.readline().strip(), process)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        for one in family:
+            if one.is_running():
+                one.kill()
+
+
+@pytest.fixture(scope="session")
+def single(made: Path) -> Path:
+    """The store of one quiet job with a shard a clip."""
+    if not (made / "single").exists():
+        assert main(["run", *slowly(made, "--store.path", str(made / "single"))]) == 0
+    return made / "single"
+
+
+def on(cluster: Cluster, root: Path) -> list[str]:
+    return slowly(root, "--engine.name", "ray", "--engine.address", cluster.address)
+
+
+def finish(job: "subprocess.Popen[str]") -> str:
+    out, error = job.communicate(timeout=200)
+    assert job.returncode == 0, error
+    assert "Traceback" not in error
+    return out
+
+
+def actors() -> list[psutil.Process]:
+    """The workers that have come up."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if any(part.startswith("ray::_Worker.work") for part in process.info["cmdline"] or ())
+    ]
+
+
+@pytest.mark.slow
+def test_two_nodes_make_the_store_of_one_process(cluster: Cluster, single: Path, bare: Path) -> None:
+    job = start_job(on(cluster, bare))
+    wait_until(lambda: len(actors()) == 2)
+    out = finish(job)
+    assert f"this run encoded {CLIPS} clips" in out
+    assert contents(bare / "store") == contents(single)
+    assert ledger_lines(bare / "store") == ledger_lines(single)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["worker", "node"])
+def test_what_is_lost_is_done_by_the_others(lost: str, cluster: Cluster, single: Path, bare: Path) -> None:
+    job = start_job(on(cluster, bare))
+    wait_until(lambda: committed(bare / "store") >= 2 and len(actors()) == 2)
+    if lost == "worker":
+        os.kill(actors()[0].pid, signal.SIGKILL)
+    else:
+        cluster.remove_node()
+    assert committed(bare / "store") < CLIPS
+    assert f"this run encoded {CLIPS} clips" in finish(job)
+    assert contents(bare / "store") == contents(single)
+    assert verify(bare / "store").ok
+
+
+@pytest.mark.slow
+def test_too_many_workers_for_the_cluster(cluster: Cluster, bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = start_job([*on(cluster, bare), "--engine.workers", "3"])
+    _, error = job.communicate(timeout=120)
+    assert job.returncode == 2
+    assert "engine.workers is 3 but the Ray cluster has 2 CPUs, one for each worker; ask for at most 2" in error
+    assert "Traceback" not in error
+
+
+def test_more_gpus_than_there_are_are_refused() -> None:
+    demo = Path("configs/demo/egovlpv2.yaml")
+    cluster = {"CPU": 32.0, "GPU": 4.0}
+    assert _fit(load_config(demo), cluster, nodes=2, shards=100) == (4, {"num_gpus": 1.0, "num_cpus": 1.0})
+    assert _fit(load_config(demo), cluster, nodes=2, shards=3)[0] == 3
+    with pytest.raises(ConfigError, match=r"engine\.workers is 5 but the Ray cluster has 4 GPUs"):
+        _fit(load_config(demo, ["--engine.workers", "5"]), cluster, nodes=2, shards=100)
+    on_cpus = load_config(demo, ["--encoder.device", "cpu"])
+    assert _fit(on_cpus, cluster, nodes=2, shards=100) == (2, {"num_cpus": 16.0})
+    with pytest.raises(ConfigError, match="has no GPU"):
+        _fit(load_config(demo, ["--encoder.device", "cuda"]), {"CPU": 8.0}, nodes=1, shards=100)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        (lambda: f"127.0.0.1:{_free_port()}", "but nothing answers there"),
+        (lambda: "somewhere", "expected local, or host:port of a running Ray cluster"),
+    ],
+)
+def test_a_wrong_address_is_one_line(
+    address: Callable[[], str], said: str, bare: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ray")
+    assert main(["run", *options(bare, "--engine.name", "ray", "--engine.address", address())]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("extract run: error: engine.address is '")
+    assert said in line
+
+
+def test_ray_that_is_not_installed_is_one_line(
+    bare: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(["run", *options(bare, "--engine.name", "ray")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "engine.name is 'ray' but Ray is not installed; pip install" in line
