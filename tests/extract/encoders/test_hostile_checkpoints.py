@@ -81,6 +81,31 @@ def test_damaged_files_are_refused(tmp_path: Path, suffix: str) -> None:
         load_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["zip", "before zip", "safetensors"])
+def test_any_damage_loads_or_is_refused_in_one_line(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / ("file.safetensors" if kind == "safetensors" else "file.pth")
+    content = {"a": torch.randn(7), "b": torch.arange(5)}
+    if kind == "safetensors":
+        save_file(content, path)
+    else:
+        torch.save({"state_dict": content, "epoch": 3}, path, _use_new_zipfile_serialization=kind == "zip")
+    whole = path.read_bytes()
+    random = np.random.default_rng(0)
+    refusals = []
+    for trial in range(600):
+        data = np.frombuffer(whole, np.uint8).copy()
+        if trial % 3 == 0:
+            data = data[: random.integers(1, len(data))]
+        data[random.integers(0, len(data), size=random.integers(1, 6))] = random.integers(0, 256)
+        path.write_bytes(data.tobytes())
+        try:
+            load_checkpoint(path)
+        except CheckpointError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 300
+    assert all(message.startswith(f"{path}: ") and "\n" not in message for message in refusals)
+
+
 def test_stride_zero_tensor_that_claims_a_terabyte(tmp_path: Path) -> None:
     path = tmp_path / "huge.pth"
     torch.save({"state_dict": {"a": torch.ones(1).expand(2**38)}}, path)
