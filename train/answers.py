@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from train.batches import FORMS, NO_CLASS, Batch, Features, QuestionTable, plan_
 from train.experiment import Experiment
 from train.metrics import Metrics, normalise, same_lower_cased, score
 from train.stack import Stack
+from train.workers import IN_TURN, Workers
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,15 @@ class Answers:
     kept: np.ndarray | None
 
 
-def answer_table(stacks: Sequence[Stack], features: Features, table: QuestionTable, size: int) -> list[list[Answers]]:
+def answer_table(
+    stacks: Sequence[Stack], features: Features, table: QuestionTable, size: int, workers: Workers = IN_TURN
+) -> list[list[Answers]]:
     """What each member of each stack answers to every question of `table`, whose clips are encoded, on one reading."""
     classes = [torch.zeros(len(stack), len(table), dtype=torch.long) for stack in stacks]
     kept: list[list[np.ndarray | None]] = [[None] * len(stack) for stack in stacks]
     plan = plan_batches(table, size, seed=None)
     found = [
-        (batch.rows, [_answer(stack, batch, number) for stack in stacks])
+        (batch.rows, workers.map(partial(_answer, batch=batch, number=number), stacks))
         for number, batch in enumerate(features.stream(table, plan))
         if len(batch)
     ]

@@ -63,9 +63,8 @@ class Stack:
         noises = {name: module for name, module in self._head.named_modules() if isinstance(module, Noise)}
         self._noises = list(noises.values())
         self._members = {f"{name}.member": torch.arange(len(heads), device=device) for name in noises}
-        self.tensors = {
-            name: torch.stack([head.state_dict()[name] for head in heads]) for name in heads[0].state_dict()
-        }
+        states = [head.state_dict() for head in heads]
+        self.tensors = {name: torch.stack([state[name] for state in states]) for name in states[0]}
         self._learned = {name: p for name, p in heads[0].named_parameters() if p.requires_grad}
         for name in self._learned:
             self.tensors[name].requires_grad_()

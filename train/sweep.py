@@ -10,6 +10,7 @@ A sweep may be started on several machines that share the folder: a process take
 import hashlib
 import itertools
 import json
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from configs.schema import Config, ConfigError, ConfigParser, add_config_arguments, option_names, parse_config
@@ -27,6 +29,7 @@ from train.crew import Crew
 from train.experiment import Experiment, open_experiment
 from train.run import test_crews, train_together
 from train.sweep_results import write_results
+from train.workers import Workers
 
 # What members must share.
 SHARED = (
@@ -37,8 +40,9 @@ SHARED = (
 STACKED = ("head.ratio", "train.seed")
 # The heads of the published networks fill a machine by themselves; the majority learns nothing.
 ALONE = ("majority", "egovlpv2", "mfas")
-# Beyond this a stack gains little speed, and its activations are held at once.
-STACK = 24
+# Members of a stack. On a GPU more gain little speed, and their activations are held at once; on a CPU those of more
+# leave the cache.
+STACK = {"cuda": 24, "cpu": 6}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 Overrides = Mapping[str, Any]
@@ -113,10 +117,12 @@ def _train_free(
     """Train what nobody else does, crew by crew; returns how many members this process has trained."""
     place.mkdir(exist_ok=True)
     trained, skipped = 0, set[Path]()
-    while free := [paths for paths in plan_crews(configs, place) if paths[0] not in skipped]:
+    light = experiment.device.type == "cpu" and config.head.name not in ALONE
+    cores = torch.get_num_threads() if light else 1
+    while free := [paths for paths in plan_crews(configs, place, experiment.device, cores) if paths[0] not in skipped]:
         # What memory holds is read once anyway; from disk, crews that train side by side share the reading.
-        together = free if experiment.features.residency == "disk" else free[:1]
-        with ExitStack() as leases:
+        together = free if experiment.features.residency == "disk" else free[:cores]
+        with ExitStack() as leases, Workers(cores if light else None) as workers:
             taken = []
             for path, members in together:
                 try:
@@ -135,8 +141,8 @@ def _train_free(
                 taken.append(Crew(members, experiment, config.train.seed, path))
             try:
                 if taken:
-                    train_together(taken, experiment, config.train.seed, label)
-                    test_crews(taken, experiment, command)
+                    train_together(taken, experiment, config.train.seed, label, workers)
+                    test_crews(taken, experiment, command, workers)
             finally:
                 for crew in taken:
                     crew.close()
@@ -147,8 +153,13 @@ def _train_free(
     return trained
 
 
-def plan_crews(configs: Sequence[Config], place: Path) -> list[tuple[Path, list[Config]]]:
-    """The file and the members of every crew that is still to train: first those that were interrupted."""
+def plan_crews(
+    configs: Sequence[Config], place: Path, device: torch.device, cores: int
+) -> list[tuple[Path, list[Config]]]:
+    """The file and the members of every crew that is still to train: first those that were interrupted.
+
+    Members of one shape are dealt to crews so that each of `cores` has one, and none is larger than `STACK`.
+    """
     by_name = {config.run.dir.name: config for config in configs}
     waiting = {config.run.dir.name for config in configs if not _finished(config) and not _owned(config)}
     crews = []
@@ -163,8 +174,9 @@ def plan_crews(configs: Sequence[Config], place: Path) -> list[tuple[Path, list[
         if name in waiting:
             shapes.setdefault(_shape(config), []).append(config)
     for members in shapes.values():
-        for start in range(0, len(members), STACK):
-            part = members[start : start + STACK]
+        size = min(STACK[device.type], math.ceil(len(members) / cores))
+        for start in range(0, len(members), size):
+            part = members[start : start + size]
             digest = hashlib.sha256("\n".join(member.run.dir.name for member in part).encode()).hexdigest()[:16]
             crews.append((place / f"{digest}.pt", part))
     return crews

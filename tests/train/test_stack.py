@@ -81,10 +81,10 @@ def test_dense_selection_of_a_stack_is_select_attend() -> None:
     for dense in (True, False):
         queries, selector, prior = (leaf.clone().requires_grad_() for leaf in leaves)
         if dense:
-            parts = selection.each(tokens, batch.clip_index, queries, selector, prior, scale)
+            parts = selection.each(tokens, batch.clip_index, queries, selector, prior, scale, None)
         else:
             of_each = [
-                selection.one(tokens, batch.clip_index, queries[m], selector[m], prior[m], scale, k)
+                selection.one(tokens, batch.clip_index, queries[m], selector[m], prior[m], scale, None, k)
                 for m, k in enumerate(ks)
             ]
             parts = tuple(torch.stack(part) for part in zip(*of_each, strict=True))

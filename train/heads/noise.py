@@ -95,7 +95,7 @@ class _Draw(torch.autograd.Function):
         shape = list(like.shape)
         if in_dims[0] is not None:
             del shape[in_dims[0]]
-        drawn = {key: _uniform(torch.Size(shape), key, like.device, part) for key in keys}
+        drawn = {key: _uniform(torch.Size(shape), key, like.device, part) for key in dict.fromkeys(keys)}
         return torch.stack([drawn[key] for key in keys]), 0
 
 

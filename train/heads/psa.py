@@ -203,15 +203,16 @@ class PSA(nn.Module):
 
     def watch(self, frames: Tensor, question: Tensor) -> Tensor:
         """Frame -> video: attention of the question over frames and their times, [B, heads * W], or their mean."""
-        timed = frames if self.time is None else frames + self.time
         if "frame" not in self.levels:
-            return timed.mean(dim=1)
-        b, _, width = frames.shape
-        keys = frames / math.sqrt(width)
+            return (frames if self.time is None else frames + self.time).mean(dim=1)
+        # <q, frame + time> and sum p (frame + time), without adding the times to the frames of every question.
+        query = self.frame_query(question).unflatten(1, (FRAME_HEADS, -1))
+        logits = query @ frames.transpose(1, 2) / math.sqrt(frames.shape[2])
         if self.time_key is not None:
-            keys = keys + self.time_key
-        logits = self.frame_query(question).view(b, FRAME_HEADS, width) @ keys.transpose(1, 2)
-        return ((logits / FRAME_TEMPERATURE).softmax(dim=-1) @ timed).flatten(1)
+            logits = logits + query @ self.time_key.T
+        weights = (logits / FRAME_TEMPERATURE).softmax(dim=-1)
+        video = weights @ frames
+        return (video if self.time is None else video + weights @ self.time).flatten(1)
 
 
 def keep_count(ratio: float, patches: int) -> int:
