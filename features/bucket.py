@@ -33,6 +33,7 @@ _OTHER_CREDENTIALS = (
     "AWS_SKIP_SIGNATURE",
 )
 _REFUSED = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "ExpiredToken", "InvalidToken")
+_ELSEWHERE = ("PermanentRedirect", "AuthorizationHeaderMalformed")
 _PART = 16 << 20  # bytes of one request of a large upload; four of them are in memory
 _BLOCK = 4 << 20
 RETRIES = 6  # of a request that failed for reasons that may pass; about ten seconds in all
@@ -233,6 +234,8 @@ class Bucket:
                     f"{self.url}: {self._endpoint} refused the credentials while {doing} ({code or 'forbidden'}); "
                     f"check {' and '.join(_KEYS)}, and what they are allowed"
                 )
+            elif code in _ELSEWHERE or "incorrectly configured region" in str(error):
+                message = f"{self.url}: the bucket is not where {self._endpoint} looks while {doing}; check AWS_REGION"
             elif re.search(r"error sending request|Connect|dns error|TimedOut", str(error)):
                 message = (
                     f"{self.url}: {self._endpoint} cannot be reached while {doing}; check AWS_ENDPOINT_URL and the "

@@ -185,7 +185,7 @@ class FileJournal(Generic[Entry]):
         # The head first: a line that is added meanwhile then makes the journal longer than the head says, not shorter.
         head = self._read_head()
         try:
-            with self.path.open("rb") as file, _collector_paused():
+            with self.path.open("rb") as file, collector_paused():
                 start = _start(file, after)
                 lines, faults, expected = parse_lines(_whole_lines(file), start.number, self.name, self._parse)
                 end = file.tell()
@@ -222,7 +222,7 @@ class FileJournal(Generic[Entry]):
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """No garbage collection while many objects are made that all stay: it takes as long as making them."""
     running = gc.isenabled()
     gc.disable()

@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 from features.bucket import Bucket, Content, Version
 from features.durable import crc32c
 from features.errors import DamagedStore, Overtaken
-from features.journal import Contents, Line, Position, encode_line, parse_lines
+from features.journal import Contents, Line, Position, collector_paused, encode_line, parse_lines
 from features.records import Record
 
 Entry = TypeVar("Entry")
@@ -98,18 +98,19 @@ class ObjectJournal(Generic[Entry]):
         seen = dict(after.parts) if isinstance(after, ObjectPosition) else {}
         lines: list[Line[Entry]] = []
         faults: list[str] = []
-        for key, found in self._changed(seen, None if whole else shard):
-            if found is None:
-                faults.append(f"{self._shown(key)} is missing")
-                continue
-            part = seen.get(key)
-            if part is not None and crc32c(found.content[: part.end]) != part.crc:
-                return self.read()  # a repair has written it anew
-            start, number = (part.end, part.number) if part is not None else (0, 0)
-            fresh, wrong, expected = self._lines(key, found.content[start:], number)
-            lines += fresh
-            faults += wrong
-            seen[key] = Part(found.version, expected, len(found.content), crc32c(found.content))
+        with collector_paused():
+            for key, found in self._changed(seen, None if whole else shard):
+                if found is None:
+                    faults.append(f"{self._shown(key)} is missing")
+                    continue
+                part = seen.get(key)
+                if part is not None and crc32c(found.content[: part.end]) != part.crc:
+                    return self.read()  # a repair has written it anew
+                start, number = (part.end, part.number) if part is not None else (0, 0)
+                fresh, wrong, expected = self._lines(key, found.content[start:], number)
+                lines += fresh
+                faults += wrong
+                seen[key] = Part(found.version, expected, len(found.content), crc32c(found.content))
         return Contents(tuple(lines), whole, tuple(faults), bool(faults), ObjectPosition(seen))
 
     def _append_to_any(self, key: str, record: Record) -> None:

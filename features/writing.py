@@ -105,27 +105,21 @@ class Writer:
 
     def _commit_new(self, shard: int, new: Rows, sources: Mapping[str, str]) -> None:
         """Commit `new` rows; those that another writer has committed meanwhile stay as that one wrote them."""
-        self._clear_leftovers(shard)
-        try:
-            self._commit(shard, new, sources)
-        except Overtaken:
-            self._commit_beside_others(shard, new, sources)
-            self._catalog.refresh(shard)
-            self._clear_leftovers(shard)  # what was written here in vain
-
-    def _commit_beside_others(self, shard: int, new: Rows, sources: Mapping[str, str]) -> None:
         catalog = self._catalog
-        for left in reversed(range(_TRIES)):
-            catalog.refresh(shard)
+        self._clear_leftovers(shard)
+        for overtaken in range(_TRIES):
             new = {name: row for name, row in new.items() if name not in catalog.ledger.clips}
-            if not new:
-                return
             try:
-                self._commit(shard, new, sources)
-                return
+                if new:
+                    self._commit(shard, new, sources)
+                break
             except Overtaken:
-                if left == 0:
+                if overtaken == _TRIES - 1:
                     raise
+                catalog.refresh(shard)
+        if overtaken:
+            catalog.refresh(shard)
+            self._clear_leftovers(shard)  # what was written here in vain
 
     def _clear_leftovers(self, shard: int) -> None:
         """Remove what writers that died have left of the shard."""

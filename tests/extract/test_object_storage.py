@@ -68,6 +68,20 @@ def test_extract_kill_resume_verify_fit(
     assert done["committed"] == CLIPS - len(before)
 
 
+@pytest.mark.slow
+def test_two_jobs_at_once_write_what_one_writes(made: Path, bucket: str) -> None:
+    url = f"{bucket}/store"
+    jobs = [start_job([*options(made, "--store.path", url), "--shard", f"{k}/2"]) for k in range(2)]
+    said = [job.communicate() for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], said
+    for half in ("", "text"):
+        here, there = open_store(made / "store" / half), open_store(locate(url) / half)
+        assert there.clip_ids == here.clip_ids
+        assert there._catalog.records(here.clip_ids) == here._catalog.records(here.clip_ids)
+    assert sum(done["committed"] for done in read_jobs(url)) == CLIPS
+    assert features(["verify", url]) == 0
+
+
 def test_mistakes_are_one_line_and_exit_code_1_or_2(
     made: Path, tmp_path: Path, environment: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,8 +34,9 @@ class _Refusing(http.server.BaseHTTPRequestHandler):
     def _refuse(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         sent = f"<StringToSign>{self.headers} {SECRET}</StringToSign><AWSAccessKeyId>{KEY}</AWSAccessKeyId>"
-        body = f"<Error><Code>SignatureDoesNotMatch</Code>{sent}</Error>".encode()
-        self.send_response(403)
+        code = "PermanentRedirect" if "elsewhere" in self.path else "SignatureDoesNotMatch"
+        body = f"<Error><Code>{code}</Code>{sent}</Error>".encode()
+        self.send_response(301 if "elsewhere" in self.path else 403)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
@@ -69,6 +70,11 @@ def test_refused_credentials(refusing: None, capfd: pytest.CaptureFixture[str]) 
         create_store("s3://bucket/store", SPEC, FINGERPRINT, IDS)
     assert caught.value.__cause__ is None  # a traceback would not show what the server said either
     assert caught.value.__suppress_context__
+
+
+def test_another_region(refusing: None) -> None:
+    with pytest.raises(StoreError, match=r"^s3://elsewhere/store: the bucket is not where .*; check AWS_REGION$"):
+        open_store("s3://elsewhere/store")
 
 
 def test_a_bucket_that_is_not_there(environment: str, capfd: pytest.CaptureFixture[str]) -> None:
