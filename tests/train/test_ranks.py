@@ -21,6 +21,7 @@ from torch import Tensor
 from configs.schema import Config
 from tests.train.test_published import make
 from tests.train.tiny import losses, with_run, write_tiny
+from train.__main__ import main
 from train.batches import Batch, plan_batches
 from train.card import plain
 from train.crew import build_stack
@@ -170,6 +171,15 @@ def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) ->
         join(cuda=True),
     ):
         pass
+
+
+def test_a_sweep_is_not_started_by_torchrun(
+    alone: dict[str, Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main(["sweep", "--config", written(alone["psa"]), "--seeds", "0", "1"]) == 2
+    assert "train sweep (rank 1): error: torchrun started this sweep; expected one start" in capsys.readouterr().err
 
 
 def rank_of(process: psutil.Process) -> str | None:
