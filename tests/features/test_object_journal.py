@@ -1,0 +1,55 @@
+"""Journals in object storage: the lines of a file, each added only by who has read those before it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from features.bucket import Bucket
+from features.errors import Overtaken
+from features.journal import FileJournal
+from features.location import ObjectUrl
+from features.object_journal import ObjectJournal
+from tests.features.objects import objects
+
+
+def test_a_line_follows_only_what_its_writer_has_read(bucket: str) -> None:
+    at = Bucket(ObjectUrl(f"{bucket}/store"))
+    journal: ObjectJournal[Any] = ObjectJournal(at, "", "ids.jsonl", lambda record: record)
+    journal.create()
+    before = journal.read()
+    journal.append({"n": 1}, before.position)
+    with pytest.raises(Overtaken, match=r"ids.jsonl was written by somebody else meanwhile"):
+        journal.append({"n": 2}, before.position)
+    after = journal.read(before.position)
+    assert [line.entry for line in after.lines] == [{"n": 1}]
+    assert not after.whole
+    journal.append({"n": 3}, after.position)
+    assert [line.entry["n"] for line in journal.read().lines] == [1, 3]
+    assert journal.read(journal.read().position).lines == ()
+
+
+def test_the_lines_are_those_of_a_file(bucket: str, tmp_path: Path) -> None:
+    records = [{"kind": "drop", "shard": 3, "ids": ["ü"], "emptied": False}, {"shard": 3}]
+    file: FileJournal[Any] = FileJournal(tmp_path / "ledger.jsonl", lambda record: record)
+    journal: ObjectJournal[Any] = ObjectJournal(
+        Bucket(ObjectUrl(f"{bucket}/store")), "", "ledger.jsonl", lambda record: record, by_shard=True
+    )
+    file.create()
+    for record in records:
+        file.append(record)
+        journal.append(record)
+    (content,) = objects(bucket).values()
+    assert content == (tmp_path / "ledger.jsonl").read_bytes()
+
+
+def test_any_flipped_bit_is_a_fault(bucket: str) -> None:
+    at = Bucket(ObjectUrl(f"{bucket}/store"))
+    journal: ObjectJournal[Any] = ObjectJournal(at, "", "ids.jsonl", lambda record: record)
+    journal.append({"ids": ["a"]})
+    (content,) = objects(bucket).values()
+    for bit in range(0, 8 * len(content), 7):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        at.put("ids.jsonl", bytes(flipped))
+        assert journal.read().lost, f"bit {bit}"

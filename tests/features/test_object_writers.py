@@ -1,0 +1,247 @@
+"""Many writers in object storage: they share, take over, overtake each other, and lose nothing."""
+
+import itertools
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+
+from features import Failure, ShardOwned, create_store, open_store
+from features.bucket import Bucket
+from features.errors import Overtaken
+from features.lease import Owner
+from features.ledger import ledger_journal
+from features.location import ObjectUrl
+from features.object_storage import ObjectStorage
+from features.places import storage_at
+from features.repair import repair
+from features.verify import verify
+from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip
+from tests.features.objects import objects
+from tests.features.test_objects import Killed
+
+
+def test_a_second_process_is_told_who_owns_what(bucket: str) -> None:
+    store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
+    other = open_store(store.path)
+    with (
+        store.lease(0),
+        pytest.raises(ShardOwned, match=f"shard 0 of {bucket}.* is owned by process {os.getpid()} on "),
+    ):
+        other.write_shard(0, {IDS[0]: clip(0)}, {IDS[0]: "x"})
+    other.write_shard(0, {IDS[0]: clip(0)}, {IDS[0]: "x"})
+    assert not any("leases/0" in key for key in objects(bucket))
+
+
+def test_a_silent_owner_on_another_machine_loses_its_lease(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
+    with monkeypatch.context() as patch:
+        patch.setattr(Owner, "myself", classmethod(lambda cls: Owner("another-host", 7, 0.0)))
+        held = store.lease(0)
+        held.__enter__()
+    with pytest.raises(ShardOwned, match="owned by process 7 on another-host"), store.lease(0):
+        pass
+    with pytest.raises(ShardOwned, match="process 7 on another-host is writing"):
+        repair(store.path)
+    monkeypatch.setattr("features.object_lease.LAPSE_S", 0.0)
+    with store.lease(0):
+        pass
+    held.__exit__(None, None, None)
+
+
+def test_a_lease_is_renewed_while_it_is_held(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("features.object_lease.RENEW_S", 0.1)
+    store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
+    modified = Bucket(ObjectUrl(f"{bucket}/store"))
+    with store.lease(0):
+        first = modified.get("leases/00000000.json")
+        renewed = threading.Event()
+        for _ in range(40):
+            renewed.wait(0.1)
+            now = modified.get("leases/00000000.json")
+            assert first is not None
+            assert now is not None
+            assert now.content == first.content
+            if now.modified > first.modified:
+                return
+    raise AssertionError("nobody renewed it")
+
+
+def others_write(
+    monkeypatch: pytest.MonkeyPatch, moment: str, write: Callable[[], None], before: bool, every: bool = False
+) -> None:
+    """Have another writer take the lease away and `write`, before or after a call of ObjectStorage.`moment`."""
+    real, busy = getattr(ObjectStorage, moment), iter(itertools.repeat(True) if every else [True])
+    inside = threading.local()
+
+    def wrapped(self: ObjectStorage, *args: Any) -> Any:
+        def other() -> None:
+            if not getattr(inside, "now", False) and next(busy, False):
+                inside.now = True
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr("features.object_lease.LAPSE_S", -1.0)
+                    write()
+                inside.now = False
+
+        if before:
+            other()
+        done = real(self, *args)
+        if not before:
+            other()
+        return done
+
+    monkeypatch.setattr(ObjectStorage, moment, wrapped)
+
+
+@pytest.mark.parametrize(("moment", "before"), [("publish", True), ("publish", False), ("attempts", False)])
+def test_two_writers_of_one_shard_lose_nothing(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, moment: str, before: bool
+) -> None:
+    """The other comes in before anything is uploaded, between upload and commit, before leftovers are removed."""
+    first = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
+    second = open_store(first.path)
+
+    def write_as_another() -> None:
+        second.write_shard(0, {name: clip(50) for name in IDS[1:3]}, dict.fromkeys(IDS, "second"))
+
+    others_write(monkeypatch, moment, write_as_another, before)
+    first.write_shard(0, {name: clip(7) for name in IDS[:2]}, dict.fromkeys(IDS, "first"))
+    store = open_store(first.path)
+    assert store.clip_ids == first.clip_ids == IDS[:3]
+    assert verify(store.path).ok
+    sources = store.sources(IDS[:3])
+    assert (sources[IDS[0]], sources[IDS[2]]) == ("first", "second")
+    for name in IDS[:3]:
+        seed = 7 if sources[name] == "first" else 50
+        assert torch.equal(store.read([name]).patches[0], clip(seed)["patches"].half())
+    assert storage_at(store.path).attempts(0) == {store._catalog.ledger.attempts[0]}
+
+
+def test_an_owner_that_only_seemed_dead_cannot_commit_what_was_cleared_away(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The heir finds the upload of the first, which is still about to be committed, and removes it as a leftover."""
+    first = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
+    second = open_store(first.path)
+    others_write(
+        monkeypatch,
+        "publish",
+        lambda: second.write_shard(0, {}, {}, {IDS[3]: Failure("no")}) or second._writer._clear_leftovers(0),
+        before=False,
+    )
+    first.write_shard(0, {name: clip(7) for name in IDS[:2]}, dict.fromkeys(IDS, "first"))
+    assert verify(first.path).ok
+    assert open_store(first.path).clip_ids == IDS[:2]
+    check = open_store(first.path).read(IDS[:2])
+    assert torch.equal(check.patches[1], clip(7)["patches"].half())
+
+
+def test_rows_of_another_stay_when_they_come_while_leftovers_are_cleared(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
+    second = open_store(first.path)
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectStorage, "publish", kill_after(ObjectStorage.publish))
+        with pytest.raises(Killed):
+            first.write_shard(0, {IDS[3]: clip(3)}, {IDS[3]: "x"})
+
+    def write_as_another() -> None:
+        second.write_shard(0, {IDS[0]: clip(50)}, {IDS[0]: "second"})
+
+    others_write(monkeypatch, "discard", write_as_another, before=False)
+    first.write_shard(0, {name: clip(7) for name in IDS[:2]}, dict.fromkeys(IDS, "first"))
+    assert open_store(first.path).sources(IDS[:2]) == {IDS[0]: "second", IDS[1]: "first"}
+    assert torch.equal(first.read([IDS[0]]).patches[0], clip(50)["patches"].half())
+    assert verify(first.path).ok
+
+
+def kill_after(operation: Callable) -> Callable:
+    def wrapped(*args: Any) -> Any:
+        operation(*args)
+        raise Killed
+
+    return wrapped
+
+
+def test_a_writer_that_is_overtaken_again_and_again_says_so(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
+    storage = storage_at(store.path)
+    note = {"kind": "announce", "shard": 0, "files": {}}
+    others_write(monkeypatch, "publish", lambda: ledger_journal(storage).append(note), before=False, every=True)
+    with pytest.raises(Overtaken, match=r"ledger/00000000.jsonl was written by somebody else meanwhile"):
+        store.write_shard(0, {IDS[0]: clip(0)}, {IDS[0]: "x"})
+    assert open_store(store.path).clip_ids == ()
+
+
+def test_a_commit_whose_answer_was_lost_is_seen_as_made(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server wrote the record, its answer got lost, and the client's second try met what the first had done."""
+    store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
+    real = Bucket.put_over
+
+    def lossy(self: Bucket, key: str, content: bytes, version: Any) -> Any:
+        done = real(self, key, content, version)
+        if "ledger/" in key and b"commit" in content:
+            raise Overtaken("refused")
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bucket, "put_over", lossy)
+        store.write_shard(0, {name: clip(7) for name in IDS[:2]}, dict.fromkeys(IDS, "x"))
+    assert store.clip_ids == IDS[:2]
+    assert verify(store.path).ok
+
+
+def test_many_add_rows_at_once(bucket: str) -> None:
+    url, lists = f"{bucket}/store", [tuple(f"clip {n}" for n in range(k, 12 + k)) for k in range(6)]
+    threads = [threading.Thread(target=create_store, args=(url, SPEC, FINGERPRINT, ids)) for ids in lists]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    planned = open_store(url).planned_ids
+    assert sorted(planned) == sorted({name for ids in lists for name in ids})
+
+
+def _share_the_work(url: str, wrote: list[int]) -> None:
+    store = open_store(url)
+    while missing := store.missing_shards():
+        for work in missing:
+            with suppress(ShardOwned), store.lease(work.shard) as left:
+                rows = {name: clip(int(name)) for name in left}
+                store.write_shard(work.shard, rows, dict.fromkeys(rows, "x"))
+                wrote.append(len(rows))
+        store.refresh()
+
+
+WORKER = """
+import sys
+from tests.features.test_object_writers import _share_the_work
+
+wrote = []
+_share_the_work(sys.argv[1], wrote)
+print(sum(wrote))
+"""
+
+
+def test_two_processes_share_the_work_and_a_reader_looks_on(bucket: str) -> None:
+    url, ids = f"{bucket}/store", tuple(str(n) for n in range(40))
+    store = create_store(url, SPEC, FINGERPRINT, ids)
+    children = [
+        subprocess.Popen([sys.executable, "-c", WORKER, url], stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    while len(store.clip_ids) < len(ids):
+        assert any(child.poll() in (None, 0) for child in children)
+        store.refresh()
+        for name in store.clip_ids[-3:]:
+            assert torch.equal(store.read([name]).patches[0], clip(int(name))["patches"].half())
+    wrote = [int(child.communicate()[0]) for child in children]
+    assert [child.returncode for child in children] == [0, 0]
+    assert sum(wrote) == len(ids)  # nothing lost, nothing done twice
+    assert verify(url).ok
