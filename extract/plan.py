@@ -1,5 +1,6 @@
 """What a job would do, before it does it: clips, bytes, files, time, and what stands in its way."""
 
+import functools
 import shutil
 import time
 from collections.abc import Sequence
@@ -69,7 +70,8 @@ def make_plan(config: Config, probe: int) -> Plan:
     fingerprint = video_fingerprint(config, checkpoint.sha256)
     store = open_store(config.store.path, expect=fingerprint) if store_exists(config.store.path) else None
     todo = _todo(dataset, store)
-    present = [clip for clip in todo if clip.video.is_file()]
+    is_there = functools.cache(Path.is_file)  # many clips share a video
+    present = [clip for clip in todo if is_there(clip.video)]
     encoder = load_encoder(config, checkpoint)
     spec = clip_spec(config, encoder)
     shards = len({place // spec.shard for place in _places(dataset, store, todo)})

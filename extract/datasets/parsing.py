@@ -2,7 +2,6 @@
 
 import difflib
 import gc
-import io
 import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -72,7 +71,7 @@ def json_lines(path: Path, purpose: str) -> Iterator[tuple[str, Any]]:
     Raises:
         ValueError: as `read_text`.
     """
-    for number, line in enumerate(io.StringIO(read_text(path, purpose), newline="\n"), start=1):
+    for number, line in enumerate(_lines(read_text(path, purpose)), start=1):
         if not line.strip():
             continue
         try:
@@ -84,6 +83,15 @@ def json_lines(path: Path, purpose: str) -> Iterator[tuple[str, Any]]:
             )
         except (ValueError, RecursionError) as error:
             yield f"{path}:{number}", ValueError(f"cannot be parsed as JSON ({error}); expected one flat object")
+
+
+def _lines(text: str) -> Iterator[str]:
+    """One after the other: there may be millions, and all at once would take twice the memory."""
+    start = 0
+    while (end := text.find("\n", start)) >= 0:
+        yield text[start:end]
+        start = end + 1
+    yield text[start:]
 
 
 def collect(
