@@ -66,6 +66,7 @@ class Usage:
     shared_bytes: int
     shared_limit: int
     matrix_instruction: str
+    triton: str  # version of the compiler; the machine that compiles changes nothing
 
     @property
     def fits(self) -> bool:
@@ -147,6 +148,7 @@ def measure(case: Case) -> Usage:
         compiled.metadata.shared,
         SHARED_LIMIT[case.arch],
         "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "fma",
+        triton.__version__,
     )
 
 

@@ -172,6 +172,7 @@ def measure(problem: Problem, device: str, rounds: int, copy: float, flush: Tens
             return torch.autograd.grad(call(*problem.leaves), wanted, grads)
 
         steps |= {(name, "forward"): forward, (name, "backward"): backward, (name, "both"): both}
+        forward()  # without gradients torch.compile makes another graph
         both()
         if device == "cuda":
             torch.cuda.synchronize()
@@ -231,6 +232,7 @@ def main() -> int:
     functorch_config.donated_buffer = False  # backward is timed alone, several times over one forward
     flush = torch.empty(2**28 if device == "cuda" else 0, dtype=torch.uint8, device=device)
     copy = copy_bandwidth(device, flush)
+    implementation, _ = choose_implementation(torch.empty(1, 1, 196, 768, device=device), torch.float32, "auto")
     print(f"{device}: copy {copy:.0f} GB/s; {args.preset} {PRESETS[args.preset]}, {args.heads} heads")
     results: list[dict[str, object]] = []
     for ratio in args.ratios:
@@ -246,7 +248,7 @@ def main() -> int:
         "preset": args.preset,
         "shape": dict(zip(("C", "questions_of_each", "T", "N", "D"), PRESETS[args.preset], strict=True)),
         "heads": args.heads,
-        "implementation": choose_implementation(torch.empty(1, 1, 196, 768, device=device), "auto"),
+        "implementation": implementation,
         "copy_gb_per_s": copy,
         "results": results,
         "machine": {
