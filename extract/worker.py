@@ -40,13 +40,19 @@ def device_of(name: str) -> torch.device:
     """`auto` is CUDA where there is one, else CPU.
 
     Raises:
-        ConfigError: a CUDA device was asked for and there is none.
+        ConfigError: a CUDA device was asked for and there is none, or none of that number.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"encoder.device is {name!r}; torch sees no CUDA device here: use auto or cpu")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.index is not None and device.type == "cuda" and device.index >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise ConfigError(
+            f"encoder.device is {name!r}; torch sees CUDA devices 0 to {last} here: use one of them or auto"
+        )
+    return device
 
 
 def has_bfloat16() -> bool:
