@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.train.ops.cases import make_case
+from tests.train.ops.test_triton import INTERPRETED
 from train.ops.select_attend import select_attend
 from train.ops.select_attend.api import choose_implementation
 
@@ -19,7 +20,7 @@ def test_the_interpreted_tests_pass_compiled() -> None:
     command = [
         "-m",
         "pytest",
-        "tests/train/ops/interpreted.py",
+        *INTERPRETED,
         "-q",
         "-p",
         "no:cacheprovider",

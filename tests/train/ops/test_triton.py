@@ -15,6 +15,7 @@ from tests.train.ops.cases import make_case
 from train.ops.select_attend import library, select_attend
 
 ROOT = Path(__file__).resolve().parents[3]
+INTERPRETED = ["tests/train/ops/interpreted_results.py", "tests/train/ops/interpreted_launch.py"]
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
@@ -31,8 +32,8 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
 
 
 def run_interpreted(marks: str) -> int:
-    """Run `interpreted.py` in the interpreter, on the CPU; returns how many tests passed."""
-    command = ["-m", "pytest", "tests/train/ops/interpreted.py", "-q", "-p", "no:cacheprovider", "-m", marks]
+    """Run the tests of the kernels in the interpreter, on the CPU; returns how many passed."""
+    command = ["-m", "pytest", *INTERPRETED, "-q", "-p", "no:cacheprovider", "-m", marks]
     result = run(command, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     passed = re.search(r"(\d+) passed", result.stdout)

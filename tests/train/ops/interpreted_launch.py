@@ -1,0 +1,194 @@
+"""How the Triton kernels are launched: what they read and write, repeats, registration, refusals. `test_triton.py`
+runs them in Triton's interpreter, in a process of their own since the interpreter is chosen when the kernels are
+imported; `test_cuda.py` runs them on a GPU.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.train.ops.cases import Case, make_case
+from tests.train.ops.kernel_checks import DEVICE, check, gradients, poison, run
+from train.ops.select_attend import select_attend
+from train.ops.select_attend.launch import is_wide
+from train.ops.select_attend.schedule import schedule, tile_bound
+
+
+def test_repeats_over_blocks_are_bit_equal_and_all_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(2, 20, 1, 260, 32, 5, torch.float16, device=DEVICE)
+    plain = [*(out := run(case, leaves := case.leaves(), 70)), *gradients(out.pooled, out.lse, leaves)]
+    poison(monkeypatch)
+    again = [*(out := run(case, leaves := case.leaves(), 70)), *gradients(out.pooled, out.lse, leaves)]
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("patches", [20, 300])
+def test_tokens_kept_whole_are_read_in_place(patches: int) -> None:
+    """`clip_rows` gives what gathering the clips first gives, bit for bit."""
+    whole = make_case(6, 5, 1, patches, 32, 2, torch.int8, scaled=True, device=DEVICE)
+    rows = torch.tensor([5, 0, 3, 3], device=DEVICE)
+    rest = (whole.clip_index % 4, whole.queries, whole.selector, whole.bias[rows])
+    gathered = Case(whole.tokens[rows], *rest, whole.scale[rows])
+    leaves, again = gathered.leaves(), gathered.leaves()
+    out = run(gathered, leaves, 7)
+    placed = select_attend(whole.tokens, rest[0], *again, 7, whole.scale, implementation="triton", clip_rows=rows)
+    assert all(torch.equal(a, b) for a, b in zip(out, placed, strict=True))
+    for a, b in zip(gradients(*out[:2], leaves), gradients(*placed[:2], again), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["tokens", "scale", "queries", "selector", "bias"])
+def test_strided_inputs_read_as_their_copies(name: str) -> None:
+    case = make_case(3, 6, 2, 17, 32, 2, torch.int8, scaled=True, device=DEVICE)
+    values = dict(vars(case))
+    values[name] = values[name].repeat_interleave(2, dim=1 if name == "selector" else 0)[
+        (slice(None), slice(None, None, 2)) if name == "selector" else slice(None, None, 2)
+    ]
+    out, copy = run(Case(**values), Case(**values).leaves(), 5), run(case, case.leaves(), 5)
+    assert all(torch.equal(a, b) for a, b in zip(out, copy, strict=True))
+
+
+def test_repeats_are_bit_equal() -> None:
+    case = make_case(3, 20, 2, 20, 32, 2, torch.float16, device=DEVICE)
+    runs = []
+    for _ in range(2):
+        leaves = case.leaves()
+        out = run(case, leaves, 7)
+        runs.append([*out, *gradients(out.pooled, out.lse, leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_frames_of_a_program_add_up_as_frames_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward over all frames in a program and over one frame each."""
+    from train.ops.select_attend import triton as kernels
+
+    case = make_case(2, 6, 5, 17, 32, 2, device=DEVICE)
+    grads = []
+    for programs in (1, 10**6):
+        monkeypatch.setattr(kernels, "PROGRAMS", programs)
+        leaves = case.leaves()
+        out = run(case, leaves, 7)
+        grads.append(gradients(out.pooled, out.lse, leaves))
+    for together, apart in zip(*grads, strict=True):
+        torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+
+
+def test_strided_tokens_read_as_their_copy() -> None:
+    case = make_case(3, 6, 4, 17, 32, 2, torch.float16, device=DEVICE)
+    view = torch.empty(6, 4, 19, 80, dtype=torch.float16, device=DEVICE)[::2, :, 1:18, 16:48]
+    view.copy_(case.tokens)
+    strided = Case(view, case.clip_index, case.queries, case.selector, case.bias, None)
+    out, copy = run(strided, strided.leaves(), 5), run(case, case.leaves(), 5)
+    assert all(torch.equal(a, b) for a, b in zip(out, copy, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("patches", "strides"),
+    [(17, (2**31, 17 * 32, 32, 1)), (17, (32, 64, 2**27, 1)), (300, (32, 64, 2**23, 1))],
+    ids=["clips", "patches", "blocks"],
+)
+def test_more_than_two_to_the_31_elements(patches: int, strides: tuple[int, ...]) -> None:
+    """Tokens spread over more elements than 32 bits count; the pages between them are never touched."""
+    case = make_case(2, 5, 2, patches, 32, 2, torch.int8, scaled=True, device=DEVICE)
+    shape = case.tokens.shape
+    last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    assert last > 2**31
+    spread = torch.empty(last + 1, dtype=torch.int8, device=DEVICE).as_strided(shape, strides)
+    spread.copy_(case.tokens)
+    check(Case(spread, case.clip_index, case.queries, case.selector, case.bias, case.scale), 5)
+
+
+def test_many_rows_are_counted_in_64_bits() -> None:
+    """Outputs of more than 2^31 elements need wide offsets as well; nothing of that size is made."""
+    tokens = torch.empty(1, 16, 196, 768, dtype=torch.float16, device="meta")
+    most = 2**31 // (16 * 12 * 768)
+    assert not is_wide(tokens, torch.empty(most, 12, 768, device="meta"))
+    assert is_wide(tokens, torch.empty(most + 1, 12, 768, device="meta"))
+
+
+class HostReads(TorchDispatchMode):
+    """Refuses whatever waits for a device or reads its answer, which a CUDA graph cannot hold."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "equal")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not any(name in func.name() for name in self.REFUSED), f"{func} reads the device's memory"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("patches", [20, 300])
+def test_nothing_of_the_device_is_read_on_the_host(patches: int) -> None:
+    """The kernels' own launch code, below the operators: what a CUDA graph captures."""
+    from train.ops.select_attend import triton as kernels
+
+    case = make_case(3, 7, 1, patches, 32, 2, torch.float16, device=DEVICE)
+    rows = torch.arange(3, device=DEVICE)
+    inputs = (case.queries, case.selector, case.bias)
+    with HostReads():
+        pooled, lse, kept, *saved = kernels.forward(case.tokens, case.clip_index, *inputs, 5, None, rows)
+        kernels.backward(torch.ones_like(pooled), lse, case.tokens, *inputs, None, lse, *saved)
+    with pytest.raises(AssertionError, match="reads the device's memory"), HostReads():
+        kept.max().item()
+
+
+def test_nothing_is_left_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch)
+    check(make_case(3, 7, 2, 33, 96, 3, torch.float16, device=DEVICE), 9)
+
+
+@pytest.mark.parametrize("clips", [[], [0], [2] * 40, [0, 3, 3, 1, 0], list(range(4)) * 17])
+def test_schedule_covers_every_question_once(clips: list[int]) -> None:
+    clip_index = torch.tensor(clips, dtype=torch.int64, device=DEVICE)
+    order, tiles, clip_tiles = schedule(clip_index, 4)
+    assert len(tiles) == tile_bound(len(clips), 4)
+    seen = []
+    for i, (clip, first, count, row) in enumerate(tiles.tolist()):
+        questions = order[first : first + count].tolist()
+        assert all(clips[question] == clip for question in questions)
+        assert row == clip
+        assert count == 0 or clip_tiles[clip] <= i < clip_tiles[clip + 1]
+        seen += questions
+    assert sorted(seen) == list(range(len(clips)))
+
+
+def test_operators_and_full_graphs() -> None:
+    from train.ops.select_attend import library
+
+    case = make_case(3, 7, 2, 33, 96, 2, torch.float16, scaled=True, device=DEVICE)
+    torch.library.opcheck(library.triton_forward, (case.tokens, case.clip_index, *case.leaves(), 9, case.scale, None))
+
+    def loss(queries: Tensor, selector: Tensor, bias: Tensor) -> Tensor:
+        out = run(case, [queries, selector, bias], 9)
+        return out.pooled.square().sum() + out.lse.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    leaves, again = case.leaves(), case.leaves()
+    eager = [loss(*leaves), *torch.autograd.grad(loss(*leaves), leaves)]
+    graph = [compiled(*again), *torch.autograd.grad(compiled(*again), again)]
+    assert all(torch.equal(a, b) for a, b in zip(eager, graph, strict=True))
+
+
+WRONG = {
+    "width": (make_case(2, 3, 1, 9, 24, 1), r"tokens has 24 channels; expected a multiple of 16 up to 1024"),
+    "patches": (make_case(1, 1, 1, 1025, 16, 1), r"tokens has 1025 patches; expected at most 1024"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_unsupported_shapes_are_named(wrong: str) -> None:
+    case, message = WRONG[wrong]
+    case = Case(*(None if t is None else t.to(DEVICE) for t in vars(case).values()))
+    with pytest.raises(ValueError, match=message):
+        run(case, case.leaves(), 4)
+
+
+def test_unsupported_strides_and_dtypes_are_named() -> None:
+    case = make_case(2, 3, 1, 9, 16, 1, device=DEVICE)
+    transposed = case.tokens.transpose(2, 3).contiguous().transpose(2, 3)
+    with pytest.raises(ValueError, match=r"tokens has strides \(144, 144, 1, 9\); expected 1 last"):
+        run(Case(transposed, *list(vars(case).values())[1:]), case.leaves(), 4)
+    with pytest.raises(ValueError, match=r"queries is torch.float64; expected at most float32"):
+        run(case, case.leaves(torch.float64), 4)

@@ -1,0 +1,174 @@
+"""What the Triton kernels compute, forward and backward, against float64. `test_triton.py` runs them in Triton's
+interpreter, in a process of their own since the interpreter is chosen when the kernels are imported; `test_cuda.py`
+runs them on a GPU.
+"""
+
+import math
+
+import pytest
+import torch
+
+from tests.train.ops.cases import Case, make_case, oracle
+from tests.train.ops.kernel_checks import DEVICE, check, gradients, run
+from train.ops.select_attend.schedule import QUESTIONS
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int8]
+
+
+@pytest.mark.parametrize("k", [1, 9, 33])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=["float16", "float32"]
+)
+def test_odd_patches_and_width(dtype: torch.dtype, k: int) -> None:
+    check(make_case(3, 7, 2, 33, 96, 3, dtype, device=DEVICE), k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scaled", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_every_token_dtype(dtype: torch.dtype, scaled: bool) -> None:
+    check(make_case(2, 5, 2, 17, 48, 2, dtype, scaled, device=DEVICE), 5)
+
+
+def test_egovlpv2_shape() -> None:
+    check(make_case(2, 3, 1, 196, 768, 4, torch.float16, device=DEVICE), 49)
+
+
+@pytest.mark.parametrize("k", [13, 48])
+def test_seven_by_seven(k: int) -> None:
+    check(make_case(2, 3, 2, 49, 64, 4, torch.float16, device=DEVICE), k)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", range(1, 50))
+def test_every_k(k: int) -> None:
+    check(make_case(2, 3, 1, 49, 32, 2, torch.float16, seed=k, device=DEVICE), k)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("k", [1, 10, 98, 196])
+def test_egovlpv2_shape_every_ratio(dtype: torch.dtype, k: int) -> None:
+    check(make_case(3, 5, 2, 196, 768, 12, dtype, scaled=True, device=DEVICE), k)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("patches", [16, 65, 129, 256])
+def test_block_sizes(patches: int) -> None:
+    check(make_case(2, 3, 1, patches, 80, 5, torch.float16, device=DEVICE), math.ceil(patches / 4))
+
+
+@pytest.mark.parametrize(
+    ("patches", "dtype", "k"),
+    [
+        (257, torch.float16, 64),
+        (300, torch.int8, 1),
+        (129, torch.float32, 32),
+        pytest.param(1024, torch.float16, 256, marks=pytest.mark.slow),
+        pytest.param(1024, torch.float16, 1024, marks=pytest.mark.slow),
+        pytest.param(1000, torch.bfloat16, 999, marks=pytest.mark.slow),
+        pytest.param(576, torch.float8_e4m3fn, 29, marks=pytest.mark.slow),
+        pytest.param(513, torch.int8, 128, marks=pytest.mark.slow),
+        pytest.param(1023, torch.float32, 1, marks=pytest.mark.slow),
+        pytest.param(1023, torch.float32, 512, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_frames_of_several_blocks(patches: int, dtype: torch.dtype, k: int) -> None:
+    check(make_case(2, 5, 1, patches, 48, 5, dtype, scaled=True, device=DEVICE), k)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_the_largest_frame(dtype: torch.dtype) -> None:
+    check(make_case(2, 3, 1, 1024, 1024, 4, dtype, device=DEVICE), 256)
+
+
+@pytest.mark.parametrize("k", [1, 128, 299])
+def test_ties_across_blocks_go_to_the_lowest_patch(k: int) -> None:
+    """Every score equal, and equal ones with larger ones behind them in another block."""
+    case = make_case(1, 2, 1, 300, 16, 2, torch.float16, device=DEVICE)
+    flat = Case(case.tokens, case.clip_index, case.queries, case.selector * 0, case.bias * 0, None)
+    out = check(flat, k)
+    assert torch.equal(out.kept.cpu(), torch.arange(k).expand(2, 1, k))
+    flat.bias[..., 290:295] = 1
+    higher = range(290, 290 + min(k, 5))
+    lowest = [n for n in range(300) if n not in higher][: k - len(higher)]
+    expected = sorted([*lowest, *higher])
+    assert run(flat, flat.leaves(), k).kept.unique(dim=0).tolist() == [[expected]]
+
+
+@pytest.mark.parametrize("k", [5, 290])
+def test_blocks_without_a_finite_score(k: int) -> None:
+    """The kept patches lie in the first block, in the last, or nowhere."""
+    case = make_case(3, 3, 1, 300, 16, 2, torch.float16, device=DEVICE)
+    case.clip_index[:] = torch.tensor([0, 1, 2], device=DEVICE)
+    case.bias[0, :, 4:] = -torch.inf
+    case.bias[1, :, :297] = -torch.inf
+    case.bias[2] = -torch.inf
+    out = check(case, k)
+    empty = case.clip_index == 2
+    assert (out.pooled[empty] == 0).all()
+    assert (out.lse[empty] == -torch.inf).all()
+
+
+def test_more_questions_of_a_clip_than_a_program_takes_and_absent_clips() -> None:
+    case = make_case(6, 3 * QUESTIONS + 7, 2, 20, 32, 2, torch.float16, device=DEVICE)
+    case.clip_index[:] = torch.tensor([4] * (2 * QUESTIONS + 1) + [0, 2, 2, 5] * 5 + [4, 2], device=DEVICE)
+    check(case, 5)
+    leaves = case.leaves()
+    out = run(case, leaves, 5)
+    assert (gradients(out.pooled, out.lse, leaves)[2][[1, 3]] == 0).all()
+
+
+@pytest.mark.parametrize("k", [1, 6, 20])
+def test_equal_scores_go_to_the_lowest_patch(k: int) -> None:
+    case = make_case(2, 5, 2, 20, 16, 2, torch.float16, device=DEVICE)
+    flat = Case(case.tokens, case.clip_index, case.queries, case.selector * 0, case.bias * 0, None)
+    out = check(flat, k)
+    assert torch.equal(out.kept.cpu(), torch.arange(k).expand(5, 2, k))
+
+
+def test_ties_at_the_threshold_and_between_zeros() -> None:
+    case = make_case(1, 1, 1, 6, 16, 1, device=DEVICE)
+    bias = torch.tensor([[[0.0, 3.0, -0.0, 2.0, 0.0, -1.0]]], device=DEVICE)
+    tied = Case(case.tokens, case.clip_index, case.queries, case.selector * 0, bias, None)
+    assert run(tied, tied.leaves(), 4).kept.tolist() == [[[0, 1, 2, 3]]]
+    assert run(tied, tied.leaves(), 3).kept.tolist() == [[[0, 1, 3]]]
+
+
+@pytest.mark.parametrize("k", [3, 18])
+def test_rows_without_a_finite_score(k: int) -> None:
+    case = make_case(3, 8, 2, 20, 16, 2, torch.float16, device=DEVICE)
+    case.bias[1] = -torch.inf
+    case.bias[2, 0, 2:] = -torch.inf
+    case.clip_index[:3] = torch.tensor([0, 1, 2], device=DEVICE)
+    leaves = case.leaves()
+    out = run(case, leaves, k)
+    empty = case.clip_index == 1
+    assert (out.pooled[empty] == 0).all()
+    assert (out.lse[empty] == -torch.inf).all()
+    # Even where the loss is not masked and its gradient at an infinite lse is not a number.
+    grads = torch.autograd.grad(out.lse.exp().log().sum() + out.pooled.sum(), leaves)
+    assert (grads[0][empty] == 0).all()
+    assert (grads[2][1] == 0).all()
+    check(case, k)
+
+
+def test_small_gradients_do_not_underflow() -> None:
+    check(make_case(2, 4, 2, 33, 32, 2, torch.float16, device=DEVICE), 9, size=1e-9)
+
+
+def test_small_scales_do_not_underflow() -> None:
+    case = make_case(2, 4, 2, 33, 32, 2, torch.int8, scaled=True, device=DEVICE)
+    small = Case(case.tokens, case.clip_index, case.queries * 1e4, case.selector * 1e4, case.bias, case.scale * 1e-4)
+    exact, _ = oracle(small, 9)
+    out = run(small, small.leaves(), 9)
+    torch.testing.assert_close(out.pooled.double(), exact[0], rtol=4e-3, atol=4e-7)
+
+
+def test_no_questions() -> None:
+    case = make_case(2, 0, 3, 9, 16, 2, device=DEVICE)
+    leaves = case.leaves()
+    out = run(case, leaves, 4)
+    assert [tuple(t.shape) for t in out] == [(0, 3, 2, 16), (0, 3, 2), (0, 3, 4)]
+    assert (gradients(out.pooled, out.lse, leaves)[2] == 0).all()

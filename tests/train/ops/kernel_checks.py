@@ -1,0 +1,60 @@
+"""How the tests of the Triton kernels run and judge them: on a GPU, or on the CPU in Triton's interpreter."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.train.ops.cases import Case, assert_as_exact_as, assert_same_selection, low_precision, oracle
+from train.ops.select_attend import SelectAttendOutput, select_attend
+
+INTERPRETED = not torch.cuda.is_available()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+NAMES = ["pooled", "lse", "grad queries", "grad selector", "grad bias"]
+
+
+def run(case: Case, leaves: list[Tensor], k: int) -> SelectAttendOutput:
+    return select_attend(case.tokens, case.clip_index, *leaves, k, case.scale, implementation="triton")
+
+
+def gradients(pooled: Tensor, lse: Tensor, leaves: list[Tensor], size: float = 1.0) -> list[Tensor]:
+    """Of a fixed random weighting of the outputs, times `size`."""
+    gen = torch.Generator().manual_seed(1)
+    a = torch.randn(pooled.shape, generator=gen).to(pooled)
+    b = torch.randn(lse.shape, generator=gen).to(lse)
+    loss = (a * pooled).sum() + (b * lse.masked_fill(lse == -torch.inf, 0)).sum()
+    return [g / size for g in torch.autograd.grad(loss * size, leaves)]
+
+
+def yardstick(dtype: torch.dtype) -> torch.dtype:
+    """What the kernel multiplies in."""
+    if dtype == torch.bfloat16:
+        return torch.float32 if INTERPRETED else torch.bfloat16
+    return torch.float32 if dtype == torch.float32 else torch.float16
+
+
+def check(case: Case, k: int, size: float = 1.0) -> SelectAttendOutput:
+    """Selection, outputs and every gradient against the loops in float64."""
+    exact_leaves, eager_leaves, leaves = case.leaves(torch.float64), case.leaves(), case.leaves()
+    out = run(case, leaves, k)
+    assert_same_selection(out.kept, case, k)
+    exact_case = Case(case.tokens, case.clip_index, *exact_leaves, case.scale)
+    exact, _ = oracle(exact_case, k, out.kept)
+    eager = low_precision(case, eager_leaves, out.kept, yardstick(case.tokens.dtype))
+    exact_all = [*exact, *gradients(*exact, exact_leaves)]
+    eager_all = [*eager, *gradients(*eager, eager_leaves)]
+    actual_all = [out.pooled, out.lse, *gradients(out.pooled, out.lse, leaves, size)]
+    for name, a, e, x in zip(NAMES, actual_all, eager_all, exact_all, strict=True):
+        assert_as_exact_as(a, e, x, name)
+    return out
+
+
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that the kernels get holds NaN or -1 until they write it."""
+    from train.ops.select_attend import triton as kernels
+
+    def poisoned(*size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.full(size, math.nan if dtype.is_floating_point else -1, dtype=dtype, device=device)
+
+    monkeypatch.setattr(kernels.torch, "empty", poisoned)
