@@ -78,8 +78,12 @@ table: $(STAMP)
 report: $(STAMP)
 	$(PY) -m train report --config $(CONFIG)
 
+# Each on its own: one that misses its figure does not keep the rest from running. egosynth.py trains every system with
+# three seeds, which is hours, and is started by hand.
 bench: $(STAMP)
-	set -e; for script in benchmarks/*.py; do $(PY) $$script; done
+	failed=; for script in $(filter-out benchmarks/egosynth.py,$(wildcard benchmarks/*.py)); do \
+	    echo "$$script"; $(PY) $$script || failed="$$failed $$script"; \
+	done; test -z "$$failed" || { echo "missed a figure or failed:$$failed" >&2; exit 1; }
 
 clean:
 	rm -rf $(VENV) runs/demo
