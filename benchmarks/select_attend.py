@@ -23,22 +23,26 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch.nn import functional
+from torch.nn.attention import SDPBackend
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.head_step import processor
 from train.ops.select_attend import reference, select_attend
 from train.ops.select_attend.api import choose_implementation
 
 # clips, questions of each clip, frames, patches, channels
 PRESETS = {
     "frame": (1, 1, 1, 196, 768),
-    "small": (4, 17, 16, 196, 768),
+    "small": (4, 17, 4, 196, 768),
     "batch": (64, 17, 16, 196, 768),
 }
 # What expands every question's clip does not fit beyond this many bytes of it.
@@ -61,6 +65,7 @@ class Problem:
         self.leaves = [make(b, heads, width), make(b, width), make(clips, frames, patches)]
         self.leaves = [t.div_(math.sqrt(width)).requires_grad_() if t.ndim == 2 or i == 0 else t.requires_grad_()
                        for i, t in enumerate(self.leaves)]  # fmt: skip
+        self.sdpa = "not run"  # the backend that `dense` got
         self.project = torch.nn.Linear(width, 2 * width, bias=False, device=device)
         self.token_bytes = self.tokens.numel() * self.tokens.element_size()
         self.expanded_bytes = b * frames * patches * width * 4 * (2 + (heads > 0))
@@ -96,6 +101,7 @@ class Problem:
         frames = scores.shape[1]
         q = queries.to(dtype)[..., : keys.shape[-1]].repeat_interleave(frames, dim=0)[:, :, None]
         mask = scores.masked_fill(dropped, -torch.inf).flatten(0, 1)[:, None, None]
+        self.sdpa = SDPBackend(torch._fused_sdp_choice(q, keys, values, attn_mask=mask)).name
         return (functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask),)
 
     def flex(self, queries: Tensor, selector: Tensor, bias: Tensor) -> Outputs:
@@ -238,6 +244,8 @@ def main() -> int:
     for ratio in args.ratios:
         problem = Problem(args.preset, args.heads, ratio, device)
         rows = measure(problem, device, args.rounds, copy, flush)
+        if "dense" in rows:
+            rows["dense"]["backend"] = problem.sdpa
         results.append({"ratio": ratio, "k": problem.k, "token_bytes": problem.token_bytes, "variants": rows})
         for name, row in rows.items():
             parts = "  ".join(f"{part} {row[part]['milliseconds']:9.2f} ms" for part in ("forward", "backward", "both"))
@@ -252,11 +260,16 @@ def main() -> int:
         "copy_gb_per_s": copy,
         "results": results,
         "machine": {
-            "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+            "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
             "threads": args.threads,
             "system": platform.platform(),
         },
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "triton": version("triton") if find_spec("triton") else None,
+        },
     }
     if args.out:
         args.out.write_text(json.dumps(stamp, indent=1) + "\n")
