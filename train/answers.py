@@ -22,7 +22,7 @@ class Answers:
 
     Attributes:
         classes: [Q] predicted class of each question of a table.
-        kept: [Q, T, k] int16, the patches that psa kept; None for other heads.
+        kept: [Q, T, k] int16, the patches that psa kept; None for other heads, or where not asked for.
     """
 
     classes: Tensor
@@ -30,14 +30,22 @@ class Answers:
 
 
 def answer_table(
-    stacks: Sequence[Stack], features: Features, table: QuestionTable, size: int, workers: Workers = IN_TURN
+    stacks: Sequence[Stack],
+    features: Features,
+    table: QuestionTable,
+    size: int,
+    workers: Workers = IN_TURN,
+    keep_patches: bool = True,
 ) -> list[list[Answers]]:
-    """What each member of each stack answers to every question of `table`, whose clips are encoded, on one reading."""
+    """What each member of each stack answers to every question of `table`, whose clips are encoded, on one reading.
+
+    Without `keep_patches`, `Answers.kept` is None.
+    """
     classes = [torch.zeros(len(stack), len(table), dtype=torch.long) for stack in stacks]
     kept: list[list[np.ndarray | None]] = [[None] * len(stack) for stack in stacks]
     plan = plan_batches(table, size, seed=None)
     found = [
-        (batch.rows, workers.map(partial(_answer, batch=batch, number=number), stacks))
+        (batch.rows, workers.map(partial(_answer, batch=batch, number=number, keep_patches=keep_patches), stacks))
         for number, batch in enumerate(features.stream(table, plan))
         if len(batch)
     ]
@@ -54,10 +62,10 @@ def answer_table(
     ]
 
 
-def _answer(stack: Stack, batch: Batch, number: int) -> tuple[Tensor, list[np.ndarray]]:
-    """Classes [M, B], and of each member the indices [B, T, k] of what it kept; none for heads that do not select."""
+def _answer(stack: Stack, batch: Batch, number: int, keep_patches: bool) -> tuple[Tensor, list[np.ndarray]]:
+    """Classes [M, B], and of each member the indices [B, T, k] of what it kept; none where none are wanted or kept."""
     classes, masks = stack.answer(batch, number)
-    if masks is None:
+    if masks is None or not keep_patches:
         return classes, []
     # Every frame keeps as many, so that the indices of all of them make an array.
     return classes, [mask.nonzero()[:, -1].view(*mask.shape[:2], -1).to(torch.int16).numpy() for mask in masks]

@@ -4,8 +4,8 @@ Shape legend: C clips of a batch, B questions, T frames, N patches a frame, D ch
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from extract.datasets import Dataset, Question
-from features import AbsentClip, PatchTokens, Store, StoreError
+from features import AbsentClip, PatchTokens, Store, StoreError, read_ahead
 from features.dtypes import row_bytes
 from train.ranks import ALONE, Ranks
 from train.shares import Share
@@ -26,17 +26,21 @@ NO_CLASS = -1
 
 # Share of the free memory that cached features may take before `auto` leaves them on disk.
 MEMORY_SHARE = 0.5
-# Clips read at once while filling memory; bounds the extra memory of doing so.
+# Clips read at once while filling the GPU; bounds the extra memory of doing so.
 READ_CLIPS = 64
+# That read the clips of one batch.
+READ_THREADS = 2
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B questions over C clips.
+    """B questions over C clips. It may lie in memory that is filled again once the next batch is asked for.
 
     Attributes:
-        tokens: of the C clips; None for heads that look at no video.
-        clip_index: [B] long, row of `tokens` that each question reads.
+        stored: tokens of the C clips, or of all clips that are kept where `clip_rows` says which ones are the C; None
+            for heads that look at no video.
+        clip_rows: [C] long, row of `stored` where each clip lies; None where the rows are the clips.
+        clip_index: [B] long, the clip that each question reads.
         states: [U, L, D] text states; many questions are asked in the same words, which a head reads once.
         mask: [U, L] bool, true on tokens.
         text_index: [B] long, row of `states` of each question.
@@ -46,7 +50,8 @@ class Batch:
         share: where these rows lie in the whole batch, of which other ranks have the rest; None: this is the whole.
     """
 
-    tokens: PatchTokens | None
+    stored: PatchTokens | None
+    clip_rows: Tensor | None
     clip_index: Tensor
     states: Tensor
     mask: Tensor
@@ -58,6 +63,27 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @cached_property
+    def tokens(self) -> PatchTokens:
+        """Tokens of the C clips, copied once where more are kept. Few heads can read `stored` in place instead."""
+        assert self.stored is not None
+        return PatchTokens(**{name: self.of_clips(tensor) for name, tensor in self.stored.tensors().items()})
+
+    def of_clips(self, tensor: Tensor) -> Tensor:
+        """The rows [C, ...] of one of the stored tensors."""
+        return tensor if self.clip_rows is None else tensor[self.clip_rows]
+
+    def few_at_a_time(self, clips: int) -> Iterator[PatchTokens]:
+        """Tokens of the C clips, copies of so many at a time."""
+        assert self.stored is not None
+        rows = torch.arange(len(self.stored.cls), device=self.clip_index.device)
+        for few in self.of_clips(rows).split(clips):
+            yield PatchTokens(**{name: tensor[few] for name, tensor in self.stored.tensors().items()})
+
+    def holding(self, tokens: PatchTokens) -> "Batch":
+        """The same questions on these `tokens` of the C clips."""
+        return replace(self, stored=tokens, clip_rows=None)
 
     @property
     def whole(self) -> int:
@@ -124,6 +150,32 @@ class QuestionTable:
             form=self.form[kept],
             answer=self.answer[kept],
         )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What this rank has of a batch.
+
+    Attributes:
+        index: [B] rows of the table.
+        clips: names of the C clips; none where other ranks have all of them.
+        clip_index: [B] index into `clips`.
+        share: as in `Batch`.
+    """
+
+    index: Tensor
+    clips: tuple[str, ...]
+    clip_index: Tensor
+    share: Share | None
+
+    @classmethod
+    def of(cls, table: QuestionTable, rows: np.ndarray, own: Tensor | None) -> "_Part":
+        index, share = torch.from_numpy(rows), None
+        if own is not None:
+            share = Share.of(table.clip[index], table.text[index], own[table.clip[index]])
+            index = index[share.questions.rows]
+        clips, clip_index = table.clip[index].unique(return_inverse=True)
+        return cls(index, tuple(table.clips[clip] for clip in clips.tolist()), clip_index, share)
 
 
 def plan_batches(table: QuestionTable, size: int, seed: int | None, epoch: int = 0) -> list[np.ndarray]:
@@ -212,7 +264,7 @@ class Features:
         self.nbytes = 0
         self.text_rows = {text: row for row, text in enumerate(texts)}
         self.said = "features: no video is read"
-        self._resident: dict[str, Tensor] = {}
+        self._resident: PatchTokens | None = None
         self._clip_rows: dict[str, int] = {}
         self.residency: Residency = "ram"
         self.unseen = frozenset() if store is None else _quarantined(store, frozenset(clip_ids))
@@ -223,7 +275,8 @@ class Features:
             nbytes = len(clips) * _row_bytes(store)
             self.residency, self.said = ranks.share(lambda: choose_residency(residency, nbytes, device, ranks))
             if self.residency != "disk":
-                self._load(own)
+                self._resident = self._load(own)
+                self._clip_rows = {name: row for row, name in enumerate(own)}
         self._states, self._mask = self._texts(text_store, texts)
 
     def _texts(self, store: Store | None, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -241,30 +294,44 @@ class Features:
         states, mask = read.states[:, :longest], read.attention_mask[:, :longest]
         return states.contiguous().to(self.device), mask.contiguous().to(self.device)
 
-    def _load(self, clip_ids: Sequence[str]) -> None:
-        place = self.device if self.residency == "gpu" else torch.device("cpu")
-        for start in range(0, len(clip_ids), READ_CLIPS):
-            part = self._read(clip_ids[start : start + READ_CLIPS])
-            for name, tensor in part.tensors().items():
-                if name not in self._resident:
-                    shape = (len(clip_ids), *tensor.shape[1:])
-                    self._resident[name] = torch.empty(shape, dtype=tensor.dtype, device=place)
-                self._resident[name][start : start + len(tensor)].copy_(tensor)
-        self._clip_rows = {name: row for row, name in enumerate(clip_ids)}
-
-    def _read(self, clip_ids: Sequence[str]) -> PatchTokens:
+    def _load(self, clips: Sequence[str]) -> PatchTokens:
+        """Tokens of all `clips`, where they are to stay."""
         assert self.store is not None
-        tokens = self.store.read(clip_ids)
+        if self.residency == "ram":
+            return self._read(clips)
+        like = self.store.buffers(0).tensors()
+        kept = {name: t.new_empty(len(clips), *t.shape[1:], device=self.device) for name, t in like.items()}
+        start = 0
+        for part in self._read_ahead([clips[n : n + READ_CLIPS] for n in range(0, len(clips), READ_CLIPS)]):
+            for name, tensor in part.tensors().items():
+                kept[name][start : start + len(tensor)].copy_(tensor)
+            start += len(part.cls)
+        return PatchTokens(**kept)
+
+    def _read(self, clips: Sequence[str]) -> PatchTokens:
+        assert self.store is not None
+        return self._count(self.store.read(clips, threads=READ_THREADS))
+
+    def _read_ahead(self, batches: Sequence[Sequence[str]]) -> Iterator[PatchTokens]:
+        """On the device. On a CPU a batch lies in memory that is filled again once the next one is asked for."""
+        assert self.store is not None
+        cuda = self.device.type == "cuda"
+        for tokens in read_ahead(self.store, batches, threads=READ_THREADS, pin=cuda):
+            yield self._count(tokens).to(self.device, non_blocking=cuda)
+
+    def _count(self, tokens: PatchTokens) -> PatchTokens:
         self.nbytes += sum(tensor.nbytes for tensor in tokens.tensors().values())
         return tokens
 
-    def tokens(self, clip_ids: Sequence[str]) -> PatchTokens:
-        """Tokens of encoded clips, on the device, in the store's dtype; from the store where other ranks hold some."""
-        if self.residency == "disk" or not self._clip_rows.keys() >= set(clip_ids):
-            return self._read(clip_ids).to(self.device)
-        rows = torch.tensor([self._clip_rows[name] for name in clip_ids], dtype=torch.long)
-        picked = {name: tensor[rows.to(tensor.device)] for name, tensor in self._resident.items()}
-        return PatchTokens(**picked).to(self.device)
+    def tokens(self, clips: Sequence[str]) -> PatchTokens:
+        """A copy of the tokens of encoded clips, on the device; from the store where other ranks hold some."""
+        if self._resident is None or not self._clip_rows.keys() >= set(clips):
+            return self._read(clips).to(self.device)
+        rows = self._rows(clips).to(self._resident.cls.device)
+        return PatchTokens(**{name: tensor[rows] for name, tensor in self._resident.tensors().items()}).to(self.device)
+
+    def _rows(self, clips: Sequence[str]) -> Tensor:
+        return torch.tensor([self._clip_rows[name] for name in clips], dtype=torch.long)
 
     def words(self, table: QuestionTable) -> Tensor:
         """[W, D] text states of every token of the questions' unique texts."""
@@ -273,31 +340,37 @@ class Features:
 
     def batch(self, table: QuestionTable, rows: np.ndarray, own: Tensor | None = None) -> Batch:
         """The batch of these rows of `table`, or what this rank has of it: `own` [C] bool says which clips are its."""
-        index, share = torch.from_numpy(rows), None
-        if own is not None:
-            share = Share.of(table.clip[index], table.text[index], own[table.clip[index]])
-            index = index[share.questions.rows]
-        clips, clip_index = table.clip[index].unique(return_inverse=True)
-        names = [table.clips[clip] for clip in clips.tolist()]
-        tokens = None if self.store is None or not names else self.tokens(names)
-        texts, text_index = table.text[index].unique(return_inverse=True)
+        part = _Part.of(table, rows, own)
+        if self.store is None or not part.clips:
+            return self._batch(table, part, None)
+        in_place = self.residency == "gpu" or self.device.type == "cpu"
+        if self._resident is None or not in_place:
+            return self._batch(table, part, self.tokens(part.clips))
+        return self._batch(table, part, self._resident, self._rows(part.clips).to(self.device))
+
+    def _batch(
+        self, table: QuestionTable, part: _Part, stored: PatchTokens | None, clip_rows: Tensor | None = None
+    ) -> Batch:
+        texts, text_index = table.text[part.index].unique(return_inverse=True)
         texts = texts.to(self.device)
         return Batch(
-            tokens=tokens,
-            clip_index=clip_index.to(self.device),
+            stored=stored,
+            clip_rows=clip_rows,
+            clip_index=part.clip_index.to(self.device),
             states=self._states[texts],
             mask=self._mask[texts],
             text_index=text_index.to(self.device),
-            forms=table.form[index].to(self.device),
-            answers=table.answer[index].to(self.device),
-            rows=index,
-            share=share,
+            forms=table.form[part.index].to(self.device),
+            answers=table.answer[part.index].to(self.device),
+            rows=part.index,
+            share=part.share,
         )
 
     def stream(self, table: QuestionTable, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
         """The batches of `plan` in order, of each what this rank has of it, which may be nothing.
 
-        From disk, the next batch is read while one is worked on.
+        From disk, the next ones are read while one is worked on, into memory that is used again: a batch is good until
+        the next one is asked for.
         """
         own = None
         if self.ranks.size > 1:
@@ -306,12 +379,10 @@ class Features:
             for rows in plan:
                 yield self.batch(table, rows, own)
             return
-        with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
-            ahead = [reader.submit(self.batch, table, rows, own) for rows in plan[:1]]
-            for position in range(len(plan)):
-                ready = ahead.pop(0)
-                ahead += [reader.submit(self.batch, table, rows, own) for rows in plan[position + 1 : position + 2]]
-                yield ready.result()
+        parts = [_Part.of(table, rows, own) for rows in plan]
+        tokens = self._read_ahead([part.clips for part in parts if part.clips])
+        for part in parts:
+            yield self._batch(table, part, next(tokens) if part.clips else None)
 
 
 def _quarantined(store: Store, clip_ids: frozenset[str]) -> frozenset[str]:

@@ -118,7 +118,8 @@ def train_together(
                     for crew in due:
                         crew.save()
                     raise Stopped(f"stopped in epoch {epoch + 1} of {epochs}; give the same command again to go on")
-            said = answer_table([crew.stack for crew in due], features, experiment.seen("val"), train.batch, workers)
+            stacks, seen = [crew.stack for crew in due], experiment.seen("val")
+            said = answer_table(stacks, features, seen, train.batch, workers, keep_patches=False)
             for crew, answers in zip(due, said, strict=True):
                 crew.end_epoch(answers)
 

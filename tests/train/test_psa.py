@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from configs.schema import ConfigError, HeadConfig
+from configs.schema import ConfigError, HeadConfig, TrainConfig
 from features import PatchTokens
 from train.batches import Batch
 from train.heads import PSA, Pooled, QuestionOnly, Sizes
@@ -16,6 +16,7 @@ from train.heads.prior import spatial_prior
 from train.heads.psa import keep_count
 from train.heads.question import QuestionReader, Whiten, absorb_key
 from train.heads.selection import Selection
+from train.stack import Stack
 
 SIZES = Sizes(frames=3, grid=(5, 7), patches=35, width=32, text_width=24, answers=9)
 CONFIG = HeadConfig(width=32, heads=2, ratio=0.25, dropout=0.2)
@@ -31,7 +32,8 @@ def make_batch(clips: int = 4, questions: int = 11, seed: int = 0) -> Batch:
     )
     texts, length = 5, 6
     return Batch(
-        tokens=tokens,
+        stored=tokens,
+        clip_rows=None,
         clip_index=torch.randint(0, clips, (questions,), generator=g),
         states=torch.randn(texts, length, SIZES.text_width, generator=g).half(),
         mask=torch.arange(length) < torch.randint(1, length + 1, (texts, 1), generator=g),
@@ -46,7 +48,6 @@ def make(seed: int = 0, **changes: object) -> PSA:
     torch.manual_seed(seed)
     head = PSA(dataclasses.replace(CONFIG, **changes), SIZES)  # type: ignore[arg-type]
     batch = make_batch()
-    assert batch.tokens is not None
     head.measure(batch.tokens)
     return head.eval()
 
@@ -77,7 +78,6 @@ def test_question_decides_what_is_kept() -> None:
 
 def test_saliency_alone_keeps_the_most_salient() -> None:
     batch = make_batch()
-    assert batch.tokens is not None
     kept = make(scores=("saliency",)).answer(batch)[1]
     saliency = batch.tokens.saliency[batch.clip_index]
     assert torch.equal(kept, saliency >= saliency.topk(9, dim=-1).values[..., -1:])
@@ -126,15 +126,14 @@ def test_saliency_starts_at_its_weight() -> None:
 def test_growth_selects_within_a_region_that_only_grows() -> None:
     head = make(growth=True, ratio=1.0, scores=("saliency",))
     batch = make_batch()
-    assert batch.tokens is not None
-    region = head.grown(batch.tokens)
+    region = head.grown(batch.tokens.saliency, None)
     start = (spatial_prior(SIZES.grid, "region") > 0.5).flatten()
     assert bool(region[:, 0][:, start].all())
     assert bool((region[:, 1:] | ~region[:, :-1]).all())
     assert region[:, -1].sum() > start.sum() * len(region)
     outside = batch.tokens.patches.clone()
     outside[~region] = 9.0
-    changed = dataclasses.replace(batch, tokens=dataclasses.replace(batch.tokens, patches=outside))
+    changed = batch.holding(dataclasses.replace(batch.tokens, patches=outside))
     fine = make(growth=True, ratio=1.0, scores=("saliency",), coarse=False)
     assert torch.equal(fine(batch), fine(changed))
 
@@ -166,7 +165,6 @@ def test_where_when_and_what_are_read_apart() -> None:
 def test_attention_is_uneven_from_the_start() -> None:
     """With attention that is even, a head needs hundreds of steps before it sees anything."""
     head, batch = make(), make_batch()
-    assert batch.tokens is not None
     question = head.readers["where"](batch.states, batch.mask)
     queries = absorb_key(head.query(question), head.key, head.heads)
     logits = torch.einsum("uhd,ctnd->uhctn", queries, head.whiten(batch.tokens.patches))
@@ -175,9 +173,8 @@ def test_attention_is_uneven_from_the_start() -> None:
 
 def test_without_levels_and_times_the_order_of_frames_does_not_matter() -> None:
     batch = make_batch()
-    assert batch.tokens is not None
     backwards = {name: t if name == "cls" else t.flip(1) for name, t in batch.tokens.tensors().items()}
-    turned = dataclasses.replace(batch, tokens=PatchTokens(**backwards))
+    turned = batch.holding(PatchTokens(**backwards))
     assert torch.allclose(make(time=False)(batch), make(time=False)(turned), atol=1e-4)
     assert not torch.allclose(make()(batch), make()(turned), atol=1e-4)
 
@@ -186,11 +183,10 @@ def test_without_levels_and_times_the_order_of_frames_does_not_matter() -> None:
 def test_frames_are_spread_evenly(frames: int | None, taken: tuple[int, ...]) -> None:
     head, batch = make(frames=frames), make_batch()
     assert head.taken == taken
-    assert batch.tokens is not None
     other = batch.tokens.patches.clone()
     unread = [t for t in range(3) if t not in taken]
     other[:, unread] = 9.0
-    changed = dataclasses.replace(batch, tokens=dataclasses.replace(batch.tokens, patches=other))
+    changed = batch.holding(dataclasses.replace(batch.tokens, patches=other))
     assert torch.equal(head(batch), head(changed))
     with pytest.raises(ConfigError, match=r"head\.frames is 4 but the store holds 3"):
         make(frames=4)
@@ -263,3 +259,36 @@ def test_a_question_is_answered_alike_alone_and_in_a_batch(make_head: type[nn.Mo
             },
         )
         assert torch.allclose(head(alone)[0], together[b], atol=1e-4)
+
+
+@pytest.mark.parametrize("head", [{}, {"growth": True}, {"frames": 2}, {"scores": ("random",)}])
+@pytest.mark.parametrize("ratios", [(0.25,), (0.1, 0.5)])
+def test_reading_stored_tokens_in_place_gives_the_same_bits(head: dict[str, object], ratios: tuple[float, ...]) -> None:
+    batch, derived = make_batch(), "growth" not in head
+    g = torch.Generator().manual_seed(7)
+    rows = torch.tensor([5, 0, 6, 2])
+    stored = {}
+    for name, tensor in batch.tokens.tensors().items():
+        stored[name] = torch.full((7, *tensor.shape[1:]), torch.nan, dtype=tensor.dtype)
+        stored[name][rows] = tensor
+    scale = torch.rand(7, 3, 35, generator=g)
+    places = torch.rand(7, 3, 35, generator=g).argsort(dim=-1).to(torch.int16)
+    kept = PatchTokens(**stored, scale=scale, positions=places if derived else None)
+    in_place = dataclasses.replace(batch, stored=kept, clip_rows=rows)
+    copied = batch.holding(in_place.tokens)
+    assert copied.stored is not None
+    assert len(copied.stored.cls) == 4
+    config = dataclasses.replace(CONFIG, **head)  # type: ignore[arg-type]
+    learned = []
+    for given in (in_place, copied):
+        heads = []
+        for ratio in ratios:
+            torch.manual_seed(0)
+            heads.append(PSA(dataclasses.replace(config, ratio=ratio), SIZES))
+        stack = Stack(heads, [0] * len(ratios), TrainConfig(), 20, torch.device("cpu"))
+        told = [stack.learn(given) for _ in range(3)]
+        learned.append((told, *stack.answer(given, 0)))
+    (told, classes, masks), (told_of_copy, classes_of_copy, masks_of_copy) = learned
+    assert told == told_of_copy
+    assert torch.equal(classes, classes_of_copy)
+    assert torch.equal(masks, masks_of_copy)

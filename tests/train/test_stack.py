@@ -68,7 +68,6 @@ def test_dense_selection_of_a_stack_is_select_attend() -> None:
     """Outputs and every gradient, with a scale and patches that are left out."""
     g = torch.Generator().manual_seed(0)
     batch, ks = make_batch(), (1, 9, 35)
-    assert batch.tokens is not None
     tokens = batch.tokens.patches
     clips, frames, patches, width = tokens.shape
     scale = torch.rand(clips, frames, patches, generator=g)

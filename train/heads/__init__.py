@@ -7,10 +7,11 @@ from extract.encoders import open_checkpoint
 from features import PatchTokens
 from train.batches import Batch
 from train.heads.blind import Majority, QuestionOnly
+from train.heads.coarse import scaled
 from train.heads.fused import DROPOUT, FusedHead, load_head
 from train.heads.noise import Dropout
 from train.heads.pooled import Pooled
-from train.heads.psa import PSA, scaled
+from train.heads.psa import PSA
 from train.heads.question import Sizes
 
 __all__ = ["BLIND", "PSA", "Majority", "Pooled", "QuestionOnly", "Sizes", "build_head", "load_head"]
@@ -29,7 +30,6 @@ class Fused(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [B, A]."""
-        assert batch.tokens is not None
         given = batch.tokens
         # Of the coarse tower the upper half reads the saliency alone.
         tokens = PatchTokens(given.cls, scaled(given), given.saliency, coarse_saliency=given.coarse_saliency)

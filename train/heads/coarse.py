@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from features import PatchTokens
 from train.batches import Batch
 from train.heads.question import ATTENTION_GAIN, Sizes, Whiten, absorb_key, bold
 from train.heads.selection import Selection
@@ -17,6 +18,8 @@ from train.heads.selection import Selection
 MERGE = 2
 # Sines and cosines of row and column at 4 frequencies; a multiple of 16, which the kernels ask for.
 POSITION_WIDTH = 16
+# Clips whose patches are turned to float32 and merged at once.
+MERGE_CLIPS = 4
 
 
 class CoarseLevel(nn.Module):
@@ -40,9 +43,10 @@ class CoarseLevel(nn.Module):
         self.value = nn.Linear(wide, width)
         self.gate = nn.Parameter(torch.ones(width), requires_grad=learned)
 
-    def forward(self, x: Tensor, whiten: Whiten, batch: Batch, question: Tensor) -> Tensor:
-        """Raw tokens [C, T, N, D] and questions [U, W] to [B, T, W]."""
-        coarse = self.merge(x)
+    def forward(self, whiten: Whiten, batch: Batch, question: Tensor) -> Tensor:
+        """Questions [U, W] to [B, T, W]."""
+        # A few clips at a time: all of them in float32 would take several times the memory of the stored tokens.
+        coarse = torch.cat([self.merge(scaled(tokens)) for tokens in batch.few_at_a_time(MERGE_CLIPS)])
         places = self.positions.expand(*coarse.shape[:3], -1)
         queries = absorb_key(self.query(question), self.key, self.heads)
         of_content, of_place = queries.split([self.width, POSITION_WIDTH], dim=-1)
@@ -67,6 +71,12 @@ class CoarseLevel(nn.Module):
         channels = x.view(c * t, *self.grid, d).permute(0, 3, 1, 2)
         merged = functional.avg_pool2d(channels, MERGE, ceil_mode=True, count_include_pad=False)
         return merged.permute(0, 2, 3, 1).reshape(c, t, -1, d)
+
+
+def scaled(tokens: PatchTokens) -> Tensor:
+    """The patches [C, T, n, D] in float32, multiplied by their scale where they were stored in few bits."""
+    patches = tokens.patches.float()
+    return patches if tokens.scale is None else patches * tokens.scale[..., None]
 
 
 def place_channels(rows: int, cols: int) -> Tensor:

@@ -35,7 +35,6 @@ class Pooled(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [B, A]."""
-        assert batch.tokens is not None
         video = self.see(self.whiten(pool(batch.tokens)))[batch.clip_index]
         question = self.read(batch.states, batch.mask)[batch.text_index]
         return self.classify(torch.cat([video, question, video * question], dim=-1))

@@ -19,7 +19,7 @@ from torch.nn import functional
 from configs.schema import ConfigError, HeadConfig
 from features import PatchTokens
 from train.batches import Batch
-from train.heads.coarse import MERGE, CoarseLevel
+from train.heads.coarse import MERGE, CoarseLevel, scaled
 from train.heads.fused import grow_region
 from train.heads.noise import Dropout, Noise
 from train.heads.prior import spatial_prior
@@ -133,24 +133,31 @@ class PSA(nn.Module):
 
     def answer(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits [B, A] and the kept patches [B, T, rows * cols] bool."""
-        assert batch.tokens is not None
-        tokens = self.take(batch.tokens)
+        assert batch.stored is not None
+        if len(self.taken) < batch.stored.patches.shape[1]:
+            batch = batch.holding(self.take(batch.tokens))
         what = self.read(batch.states, batch.mask)
         read = {name: reader(batch.states, batch.mask) for name, reader in self.readers.items()}
-        frames, kept = self.look(tokens, batch, read.get("where", what))
+        frames, kept = self.look(batch, read.get("where", what))
         video = self.watch(frames, read.get("when", what)[batch.text_index])
         question = what[batch.text_index]
         parts = [video, question]
         if "video" in self.levels:
             parts.append(video[:, : question.shape[1]] * question)
-        if tokens.positions is not None:
-            places = tokens.positions.long()[batch.clip_index]
+        places = _places(batch)
+        if places is not None:
+            places = places[batch.clip_index]
             whole = kept.new_zeros(*kept.shape[:2], self.grid[0] * self.grid[1])
             kept = whole.scatter(2, places, kept)
         return self.classify(torch.cat(parts, dim=-1)), kept
 
-    def look(self, tokens: PatchTokens, batch: Batch, question: Tensor) -> tuple[Tensor, Tensor]:
-        """Patch -> frame, for questions [U, W]: [B, T, W], and the kept patches [B, T, n] bool."""
+    def look(self, batch: Batch, question: Tensor) -> tuple[Tensor, Tensor]:
+        """Patch -> frame, for questions [U, W]: [B, T, W], and the kept patches [B, T, n] bool.
+
+        The patches of the stored clips are read in place.
+        """
+        tokens = batch.stored
+        assert tokens is not None
         width = tokens.patches.shape[-1]
         queries_uhd = question.new_zeros(len(question), self.heads, width)
         selector_ud = question.new_zeros(len(question), width)
@@ -165,8 +172,9 @@ class PSA(nn.Module):
             batch.clip_index,
             queries_uhd[batch.text_index].float(),
             selector_ud[batch.text_index].float(),
-            self.bias(tokens),
+            self.bias(batch.of_clips(tokens.saliency).float(), _places(batch)),
             tokens.scale,
+            batch.clip_rows,
         )
         weight, bias = self.whiten.then(self.value)
         by_head = weight.view(self.heads, -1, width)
@@ -174,31 +182,28 @@ class PSA(nn.Module):
         fit = lse - centre[batch.text_index][:, None]
         frames = self.to_frame(torch.cat([values, fit], dim=-1))
         if self.coarse is not None:
-            frames = frames + self.coarse(scaled(tokens), self.whiten, batch, question)
+            frames = frames + self.coarse(self.whiten, batch, question)
         return self.drop(functional.gelu(frames)), kept
 
-    def bias(self, tokens: PatchTokens) -> Tensor:
-        """What a patch is worth whatever the question: [C, T, n]."""
-        saliency = tokens.saliency.float()
+    def bias(self, saliency: Tensor, places: Tensor | None) -> Tensor:
+        """What a patch is worth whatever the question, from saliency and places in the grid: [C, T, n] each."""
         bias = torch.zeros_like(saliency)
         if "saliency" in self.scores:
             mean, spread = self.saliency_scale
             bias = bias + self.saliency_weight * (saliency - mean) / spread
         if "prior" in self.scores:
-            bias = bias + (self.prior if tokens.positions is None else self.prior[tokens.positions.long()])
+            bias = bias + (self.prior if places is None else self.prior[places])
         if "random" in self.scores:
             bias = bias + RANDOM_SPAN * self.random(saliency)
         if self.grows:
-            bias = bias.masked_fill(~self.grown(tokens), -torch.inf)
+            bias = bias.masked_fill(~self.grown(saliency, places), -torch.inf)
         return bias
 
-    def grown(self, tokens: PatchTokens) -> Tensor:
+    def grown(self, saliency: Tensor, places: Tensor | None) -> Tensor:
         """The region that may be selected from, [C, T, n] bool."""
-        score = tokens.saliency.float()
-        if tokens.positions is None:
-            return grow_region(score, self.region, GROWTH)
-        places = tokens.positions.long()
-        whole = score.new_full((*score.shape[:2], self.region.numel()), -torch.inf).scatter(2, places, score)
+        if places is None:
+            return grow_region(saliency, self.region, GROWTH)
+        whole = saliency.new_full((*saliency.shape[:2], self.region.numel()), -torch.inf).scatter(2, places, saliency)
         return grow_region(whole, self.region, GROWTH).gather(2, places)
 
     def watch(self, frames: Tensor, question: Tensor) -> Tensor:
@@ -220,10 +225,11 @@ def keep_count(ratio: float, patches: int) -> int:
     return max(1, min(patches, math.ceil(round(ratio * patches, 6))))
 
 
-def scaled(tokens: PatchTokens) -> Tensor:
-    """The patches [C, T, n, D] in float32, multiplied by their scale where they were stored in few bits."""
-    patches = tokens.patches.float()
-    return patches if tokens.scale is None else patches * tokens.scale[..., None]
+def _places(batch: Batch) -> Tensor | None:
+    """Place of each patch in the whole grid, [C, T, n] long; None where all of them are stored, in order."""
+    assert batch.stored is not None
+    positions = batch.stored.positions
+    return None if positions is None else batch.of_clips(positions).long()
 
 
 def _patches_kept(config: HeadConfig, sizes: Sizes) -> int:
