@@ -44,14 +44,40 @@ def test_order_follows_from_seed_and_epoch() -> None:
     assert order(None, 0) == list(range(40))
 
 
-def test_disk_and_memory_give_the_same_training(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    on_disk = with_run(tiny, "disk", train_residency="disk")
-    in_memory = with_run(tiny, "ram", train_residency="ram")
+@pytest.mark.parametrize("head", ["psa", "egovlp"])
+def test_disk_and_memory_give_the_same_training(tiny: Config, capsys: pytest.CaptureFixture[str], head: str) -> None:
+    on_disk = with_run(tiny, f"{head}-disk", head_name=head, train_residency="disk")
+    in_memory = with_run(tiny, f"{head}-ram", head_name=head, train_residency="ram")
     fit(on_disk, "x")
     assert "kept on disk, read batch by batch (as train.residency says" in capsys.readouterr().out
     fit(in_memory, "x")
     assert "kept in memory (as train.residency says" in capsys.readouterr().out
     assert losses(on_disk.run.dir) == losses(in_memory.run.dir)
+
+
+@pytest.mark.parametrize("residency", ["disk", "ram", "gpu"])
+def test_batches_hold_their_clips_and_move_as_little_as_they_can(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, residency: str
+) -> None:
+    monkeypatch.setattr("train.batches.choose_residency", lambda *_: (residency, ""))  # a GPU's steps, on the CPU
+    monkeypatch.setattr("train.batches.READ_CLIPS", 5)
+    experiment = open_experiment(tiny)
+    features, table = experiment.features, experiment.train_table
+    store = features.store
+    assert store is not None
+    places, read = set(), features.nbytes
+    for batch in features.stream(table, plan_batches(table, 16, 0)):
+        clips = table.clip[batch.rows].unique().tolist()
+        expected = store.read([table.clips[clip] for clip in clips]).tensors()
+        found = batch.tokens.tensors()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+        assert torch.equal(table.clip[batch.rows], torch.tensor(clips)[batch.clip_index])
+        assert batch.stored is not None
+        places.add(batch.stored.patches.data_ptr())
+    # Kept tokens stay where they are; read ones go round in the memory of three batches.
+    assert len(places) == (3 if residency == "disk" else 1)
+    assert (features.nbytes > read) == (residency == "disk")
 
 
 def test_memory_reads_each_clip_once(tiny: Config) -> None:
