@@ -66,7 +66,7 @@ class Batch:
 
     @cached_property
     def tokens(self) -> PatchTokens:
-        """Tokens of the C clips, copied once where more are kept. Few heads can read `stored` in place instead."""
+        """Tokens of the C clips, copied once where more are kept; psa reads `stored` in place instead."""
         assert self.stored is not None
         return PatchTokens(**{name: self.of_clips(tensor) for name, tensor in self.stored.tensors().items()})
 
