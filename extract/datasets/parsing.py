@@ -1,13 +1,13 @@
 """Reading annotation files so that every fault comes out as one line with its file and position."""
 
 import difflib
-import gc
 import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+
+from features.journal import collector_paused
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ def read_json_records(path: Path, purpose: str) -> list[Any]:
     """
     text = read_text(path, purpose)
     try:
-        with _collector_paused():
+        with collector_paused():
             records = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
@@ -51,18 +51,6 @@ def read_json_records(path: Path, purpose: str) -> list[Any]:
     if not isinstance(records, list):
         raise ValueError(f"{path}: holds a JSON {kind(records)}; expected a list of question records")
     return records
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """No garbage collection while millions of lists are made that all stay: it takes as long as the parsing itself."""
-    running = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if running:
-            gc.enable()
 
 
 def json_lines(path: Path, purpose: str) -> Iterator[tuple[str, Any]]:
