@@ -5,6 +5,7 @@ the keyframe before them and have to come out one by one with those times; anyth
 wrong count or duration, a damaged frame, or a seek that lands elsewhere cannot put one frame in another's place.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,31 @@ class FrameIndex:
     damage: str
 
 
+class FrameIndexes:
+    """Indexes of the videos read last, so that the clips of a long video read it packet by packet only once.
+
+    Args:
+        size: videos to remember.
+    """
+
+    def __init__(self, size: int = 8) -> None:
+        self._size = size
+        self._known: OrderedDict[tuple[Path, int, int], FrameIndex] = OrderedDict()
+
+    def find(self, path: Path) -> FrameIndex | None:
+        """The index of the file as it is now, where that has been read."""
+        version = _version(path)
+        if version in self._known:
+            self._known.move_to_end(version)
+        return self._known.get(version)
+
+    def keep(self, path: Path, index: FrameIndex) -> None:
+        """Remember the index of the file as it is now, and forget the one that was used least lately."""
+        self._known[_version(path)] = index
+        if len(self._known) > self._size:
+            self._known.popitem(last=False)
+
+
 class VideoFile:
     """An open video; make one with `open_video`.
 
@@ -48,7 +74,9 @@ class VideoFile:
         index: its frames.
     """
 
-    def __init__(self, path: Path, container: "av.container.InputContainer", logged: Sequence[LogLine]) -> None:
+    def __init__(
+        self, path: Path, container: "av.container.InputContainer", logged: Sequence[LogLine], index: FrameIndex | None
+    ) -> None:
         self._path = path
         self._container = container
         if not container.streams.video:
@@ -58,7 +86,7 @@ class VideoFile:
             )
         self._stream = container.streams.video[0]
         self._stream.codec_context.thread_count = 1  # every core has a decoder of its own
-        self.index = self._read_index(logged)
+        self.index = self._read_index(logged) if index is None else index
 
     def pixels(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Frames `rows` of the index, upright: uint8 [len(rows), H, W, 3]; a row may come twice.
@@ -153,8 +181,12 @@ class VideoFile:
 
 
 @contextmanager
-def open_video(path: Path) -> Iterator[VideoFile]:
+def open_video(path: Path, indexes: FrameIndexes | None = None) -> Iterator[VideoFile]:
     """Open `path` while the block runs. FFmpeg's errors in the block become `VideoError` too.
+
+    Args:
+        path: of the video.
+        indexes: where to look for its index first, and to leave it.
 
     Raises:
         VideoError: the file is missing, not readable, empty, or has no frame that can be decoded.
@@ -166,7 +198,10 @@ def open_video(path: Path) -> Iterator[VideoFile]:
     av.logging.set_skip_repeated(False)  # or a second damaged file would be passed over in silence
     try:
         with av.logging.Capture() as logged, av.open(str(path)) as container:
-            yield VideoFile(path, container, logged)
+            file = VideoFile(path, container, logged, indexes.find(path) if indexes else None)
+            if indexes:
+                indexes.keep(path, file.index)
+            yield file
     except av.error.MemoryError as error:
         raise MemoryError(error.strerror) from error
     except av.FFmpegError as error:
@@ -175,6 +210,11 @@ def open_video(path: Path) -> Iterator[VideoFile]:
     finally:
         av.logging.set_level(level)
         av.logging.set_skip_repeated(terse)
+
+
+def _version(path: Path) -> tuple[Path, int, int]:
+    stat = path.stat()
+    return path, stat.st_size, stat.st_mtime_ns
 
 
 def _require_content(path: Path) -> None:

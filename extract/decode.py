@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from configs.schema import VideoConfig
-from extract.container import VideoError
+from extract.container import FrameIndexes, VideoError
 from extract.datasets import Clip
 from extract.transforms import PUBLISHED, Transform, to_input
 from extract.video import read_frames
@@ -145,16 +145,21 @@ def prepare_clip(clip: Clip, video: VideoConfig, transform: Transform = PUBLISHE
         VideoError: as `extract.video.read_frames`.
     """
     started = time.perf_counter()
-    decoded = read_frames(clip, video)
+    decoded = read_frames(clip, video, _indexes())
     frames = to_input(decoded.frames, video.size, transform)
     stat = clip.video.stat()
     source = _file_sha256(clip.video, stat.st_size, stat.st_mtime_ns)
     return PreparedClip(clip, frames.numpy(), decoded.timestamps, source, time.perf_counter() - started)
 
 
+# Both are kept for a process: many clips come from one long video.
+@functools.cache
+def _indexes() -> FrameIndexes:
+    return FrameIndexes()
+
+
 @functools.lru_cache(maxsize=8)
 def _file_sha256(path: Path, size: int, mtime_ns: int) -> str:
-    # Cached by identity: many clips come from one long video.
     del size, mtime_ns
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

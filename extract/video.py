@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.schema import VideoConfig
-from extract.container import FrameIndex, VideoError, open_video
+from extract.container import FrameIndex, FrameIndexes, VideoError, open_video
 from extract.datasets import Clip
 
 # Frame rates whose gaps differ by less than this share of a frame are constant; containers round timestamps.
@@ -61,8 +61,8 @@ def uniform_by_time(starts_s: NDArray[np.float64], end_s: float, frames: int) ->
     return np.clip(np.searchsorted(starts_s, centres, side="right") - 1, 0, len(starts_s) - 1)
 
 
-def read_frames(clip: Clip, video: VideoConfig) -> DecodedClip:
-    """Decode the frames of `clip`.
+def read_frames(clip: Clip, video: VideoConfig, indexes: FrameIndexes | None = None) -> DecodedClip:
+    """Decode the frames of `clip`; `indexes` remembers which ones its video has, for other clips of it.
 
     Runs FFmpeg in this process: a damaged file may hang it, so the extraction job calls this in a killable child
     (`extract.decode`).
@@ -71,7 +71,7 @@ def read_frames(clip: Clip, video: VideoConfig) -> DecodedClip:
         VideoError: the file is missing, not readable, empty, not a video, damaged or cut off within the clip, has no
             frame there, or has fewer than `video.frames` and `video.short` is `quarantine`.
     """
-    with open_video(clip.video) as file:
+    with open_video(clip.video, indexes) as file:
         rows = _rows_within(clip, file.index)
         chosen = rows[_choose(clip, file.index, rows, video)]
         frames = file.pixels(chosen)

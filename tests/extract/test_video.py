@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from configs.schema import VideoConfig
+from extract.container import FrameIndexes, VideoFile
 from extract.datasets import Clip
 from extract.video import VideoError, read_frames, uniform_by_time, uniform_indices
-from tests.extract.videos import frame_numbers, write_video
+from tests.extract.videos import B_FRAMES, frame_numbers, write_video
 
 
 def published_rule(count: int, frames: int) -> list[int]:
@@ -62,3 +63,28 @@ def test_a_stretch_past_the_end_is_refused(tmp_path: Path) -> None:
     clip = Clip("a", write_video(tmp_path / "a.mp4"), 60.0, 70.0)
     with pytest.raises(VideoError, match=r"ends at 2\.000 s; no frame lies within"):
         read_frames(clip, VideoConfig(frames=4))
+
+
+def test_clips_of_one_video_read_its_packets_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, config = write_video(tmp_path / "a.mp4", options=B_FRAMES), VideoConfig(frames=3, size=32)
+    parts = [Clip(str(start), path, start_s=start / 10, end_s=(start + 6) / 10) for start in range(0, 12, 3)]
+    alone = [read_frames(part, config) for part in parts]
+    read, times = VideoFile._read_index, []
+    monkeypatch.setattr(VideoFile, "_read_index", lambda file, logged: times.append(1) or read(file, logged))
+    indexes = FrameIndexes()
+    together = [read_frames(part, config, indexes) for part in parts]
+    assert len(times) == 1
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one.frames, other.frames)
+        np.testing.assert_array_equal(one.timestamps, other.timestamps)
+
+
+def test_a_video_that_was_replaced_is_indexed_anew(tmp_path: Path) -> None:
+    path, config, indexes = tmp_path / "a.mp4", VideoConfig(frames=3, size=32), FrameIndexes(size=1)
+    write_video(path, frames=30)
+    assert frame_numbers(read_frames(Clip("x", path), config, indexes).frames) == [4, 14, 24]
+    write_video(path, frames=9)
+    assert frame_numbers(read_frames(Clip("x", path), config, indexes).frames) == [1, 4, 7]
+    other = write_video(tmp_path / "b.mp4", frames=15)
+    assert frame_numbers(read_frames(Clip("x", other), config, indexes).frames) == [2, 7, 12]
+    assert indexes.find(path) is None
