@@ -329,12 +329,12 @@ def option_names() -> list[str]:
 
 
 class ConfigParser(jsonargparse.ArgumentParser):
-    """jsonargparse's parser with errors in one line that name the nearest valid option."""
+    """jsonargparse's parser with errors in one line that name the nearest valid option, or file."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print `message` with the nearest valid option name and exit with code 2."""
+        """Print `message` with the nearest valid option or file and exit with code 2."""
         line = " ".join(message.split())
-        print(f"{self.prog}: error: {line}{_nearest(line)}", file=sys.stderr)
+        print(f"{self.prog}: error: {line}{_nearest(line)}{_nearest_file(line)}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -348,6 +348,16 @@ def _nearest(message: str) -> str:
     name = f"{group.group(1)}.{unknown.group(1)}" if group else unknown.group(1)
     close = difflib.get_close_matches(name, option_names(), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; the sections are {', '.join(_sections())}"
+
+
+def _nearest_file(message: str) -> str:
+    absent = re.search(r"\"config\": (?:File does not exist|Path is not a file): '(.+)'", message)
+    if not absent:
+        return ""
+    path = Path(absent.group(1))
+    close = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.yaml")], n=1)
+    expected = "expected the YAML file of an experiment; examples are in configs/"
+    return f"; did you mean {path.parent / close[0]}?" if close else f"; {expected}"
 
 
 def _sections() -> list[str]:

@@ -11,8 +11,8 @@ import jsonargparse
 
 from configs.schema import Config, ConfigError, ConfigParser, add_config_arguments, parse_config
 from extract.datasets import DatasetError
-from extract.encoders import CheckpointError
-from features import BadLocation, FingerprintMismatch, StoreError
+from extract.errors import CheckpointError
+from features.errors import BadLocation, FingerprintMismatch, StoreError
 
 COMMANDS = {
     "plan": "say what a run would do: clips, bytes, time, refusals",

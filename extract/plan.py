@@ -1,22 +1,23 @@
 """What a job would do, before it does it: clips, bytes, files, time, and what stands in its way."""
 
 import functools
+import itertools
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.schema import Config, ConfigError
 from extract.batch_encoder import BatchEncoder
-from extract.datasets import Clip, Dataset, load_dataset
+from extract.datasets import Clip, load_dataset
 from extract.decode import PreparedClip
-from extract.encoders import VideoEncoder, find_network, open_checkpoint
+from extract.encoders import Checkpoint, VideoEncoder, find_network, open_checkpoint
 from extract.fingerprints import video_fingerprint
 from extract.forecast import Forecast, forecast, given_cost, measured_cost
 from extract.sharing import decoder_count, worker_count
 from extract.worker import load_encoder, open_decoders, slow_arithmetic
-from features import Store, StoreSpec, open_store, store_exists
+from features import StoreSpec, open_store, store_exists
 from features.dtypes import row_bytes
 from features.formats import format_named
 from features.location import locate
@@ -65,24 +66,23 @@ def make_plan(config: Config, probe: int) -> Plan:
         DatasetError, CheckpointError, StoreError: as `extract.run.extract_features`.
     """
     find_network(config.encoder.arch)  # a wrong name is said before anything is read
-    dataset = load_dataset(config.data)
     checkpoint = open_checkpoint(config.encoder.arch, config.encoder.checkpoint)
-    fingerprint = video_fingerprint(config, checkpoint.sha256)
-    store = open_store(config.store.path, expect=fingerprint) if store_exists(config.store.path) else None
-    todo = _todo(dataset, store)
+    standing = _standing(config, checkpoint)
+    dataset = load_dataset(config.data)
+    todo = [clip for clip in dataset.clips if clip.clip_id not in standing.known]
     is_there = functools.cache(Path.is_file)  # many clips share a video
     present = [clip for clip in todo if is_there(clip.video)]
     encoder = load_encoder(config, checkpoint)
     spec = clip_spec(config, encoder)
-    shards = len({place // spec.shard for place in _places(dataset, store, todo)})
+    shards = _shards(todo, standing, spec.shard)
     refusal = disk_refusal(config.store.path, spec, len(todo))
     advice = slow_arithmetic(config)
     sample = present[:: max(len(present) // probe, 1)][:probe] if probe else []
     seconds = _probe(config, encoder, sample) if sample else None
     return Plan(
         clips=len(dataset.clips),
-        done=len(store.clip_ids) if store else 0,
-        quarantined=len(store.quarantine) if store else 0,
+        done=standing.done,
+        quarantined=len(standing.known) - standing.done,
         todo=len(todo),
         without_video=len(todo) - len(present),
         shards=shards,
@@ -172,18 +172,42 @@ def _duration(hours: float) -> str:
     return f"{hours * 60:.1f} min" if hours * 60 >= 1 else f"{hours * 3600:.0f} s"
 
 
-def _todo(dataset: Dataset, store: Store | None) -> list[Clip]:
-    known = {*store.clip_ids, *store.quarantine} if store else set()
-    return [clip for clip in dataset.clips if clip.clip_id not in known]
+@dataclass(frozen=True)
+class _Standing:
+    """What a plan has to know of the store, a fraction of what an open one holds of every clip.
+
+    Attributes:
+        done: clips that are committed.
+        known: their ids and those in quarantine.
+        waiting: shard of each other id that has a row.
+        rows: of the store.
+    """
+
+    done: int = 0
+    known: Set[str] = frozenset()
+    waiting: Mapping[str, int] = field(default_factory=dict)
+    rows: int = 0
 
 
-def _places(dataset: Dataset, store: Store | None, todo: Sequence[Clip]) -> list[int]:
-    """Row of each clip to do, in the store or as it will be."""
-    known = store.planned_ids if store else ()
-    rows = {clip_id: row for row, clip_id in enumerate(known)}
-    for clip in dataset.clips:
-        rows.setdefault(clip.clip_id, len(rows))
-    return [rows[clip.clip_id] for clip in todo]
+def _standing(config: Config, checkpoint: Checkpoint) -> _Standing:
+    """How far the store is. It is let go of again: open stores and data sets are both large where clips are many."""
+    if not store_exists(config.store.path):
+        return _Standing()
+    with open_store(config.store.path, expect=video_fingerprint(config, checkpoint.sha256)) as store:
+        committed = store.clip_ids
+        return _Standing(
+            done=len(committed),
+            known={*committed, *store.quarantine},
+            waiting={clip_id: work.shard for work in store.missing_shards() for clip_id in work.ids},
+            rows=len(store.planned_ids),
+        )
+
+
+def _shards(todo: Sequence[Clip], standing: _Standing, size: int) -> int:
+    """How many shards of `size` rows the clips to do lie in; those that have no row yet get the next ones."""
+    fresh = itertools.count(standing.rows)
+    waiting = standing.waiting
+    return len({waiting[c.clip_id] if c.clip_id in waiting else next(fresh) // size for c in todo})
 
 
 def _bytes_of(spec: StoreSpec, clips: int) -> int:

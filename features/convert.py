@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from features.dtypes import stored
@@ -70,7 +71,7 @@ def transfer(
         ids = [name for name in work.ids if name in have]
         rows: dict[str, dict[str, Tensor]] = {}
         if ids:
-            arrays = change(source.read_arrays(ids, stored("float32").torch if decoded else None))
+            arrays = change(source.read_arrays(ids, torch.float32 if decoded else None))
             rows = {n: {array: values[place] for array, values in arrays.items()} for place, n in enumerate(ids)}
         failures = {
             name: Failure(quarantined[name].reason, quarantined[name].traceback)

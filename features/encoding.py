@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from features.dtypes import stored, to_disk
 from features.errors import StoreError
 from features.spec import ArraySpec, StoreSpec
+from features.tensors import to_disk, torch_dtype
 
 _LARGEST = {"int8": 127.0, "float8_e4m3": 448.0}
 
@@ -38,7 +38,7 @@ def encode(clip: str, tensors: Mapping[str, Tensor], array: ArraySpec, spec: Sto
     tensor = _checked(clip, tensors[array.name], array)
     if quantised and "scale" not in tensors:
         return to_disk(quantise(tensor, scale_of(tensor, spec), array.dtype), array.dtype)
-    target = stored(array.dtype).torch
+    target = torch_dtype(array.dtype)
     if not target.is_floating_point and tensor.dtype != target:
         raise StoreError(f"clip {clip!r}: {array.name} has dtype {tensor.dtype}; expected {target}")
     row = tensor.to(target)
@@ -57,7 +57,7 @@ def quantise(patches: Tensor, scale: Tensor, dtype: str) -> Tensor:
     """`patches` over `scale`, rounded to the stored dtype."""
     scaled = patches.float() / scale.unsqueeze(-1)
     limit = _LARGEST[dtype]
-    return (scaled.round() if dtype == "int8" else scaled).clamp(-limit, limit).to(stored(dtype).torch)
+    return (scaled.round() if dtype == "int8" else scaled).clamp(-limit, limit).to(torch_dtype(dtype))
 
 
 def dequantise(patches: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

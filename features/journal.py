@@ -23,6 +23,7 @@ from features.records import MalformedRecord, Record, take_count
 
 Entry = TypeVar("Entry")
 _LINE = re.compile(rb'{"crc32c":"(?P<crc32c>[0-9a-f]{8})","n":(?P<n>0|[1-9][0-9]{0,18}),"record":(?P<record>{.*})}\n')
+_BUFFER = 1 << 17  # a line of the ledger is longer than the usual one
 
 
 class Position:
@@ -76,10 +77,13 @@ def encode_line(number: int, record: Record) -> bytes:
 def decode_line(line: bytes) -> tuple[int, Record] | None:
     """Number and record of one line, or None where it is not exactly what was written."""
     parts = _LINE.fullmatch(line)
-    if parts is None or f"{crc32c(parts['n'] + b':' + parts['record']):08x}".encode() != parts["crc32c"]:
+    if parts is None:
+        return None
+    check, number, record = parts.groups()
+    if f"{crc32c(record, crc32c(number + b':')):08x}".encode() != check:
         return None
     try:
-        return int(parts["n"]), json.loads(parts["record"])
+        return int(number), json.loads(record)
     except (ValueError, RecursionError):
         return None
 
@@ -185,7 +189,7 @@ class FileJournal(Generic[Entry]):
         # The head first: a line that is added meanwhile then makes the journal longer than the head says, not shorter.
         head = self._read_head()
         try:
-            with self.path.open("rb") as file, collector_paused():
+            with self.path.open("rb", _BUFFER) as file, collector_paused():
                 start = _start(file, after)
                 lines, faults, expected = parse_lines(_whole_lines(file), start.number, self.name, self._parse)
                 end = file.tell()

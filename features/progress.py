@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from features.header import parse_header, read_header
 from features.ids import Grow, ids_journal
 from features.journal import require_intact
-from features.ledger import LEDGER, Announce, Commit, Drop, parse_entry
+from features.ledger import LEDGER, Drop, Entry, parse_entry
 from features.location import Location, locate
 from features.places import storage_at
 from features.quarantine import Quarantine
-from features.records import Record, take, take_all, take_count, take_files
+from features.records import Record, take, take_all, take_count
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,11 @@ def progress(path: Location | str) -> Progress:
     )
 
 
-def _parse(record: Record) -> _Counts | Announce | Commit | Drop:
-    if take(record, "kind", str) != "commit":
+def _parse(record: Record) -> _Counts | Entry | None:
+    kind = take(record, "kind", str)
+    if kind == "announce":
+        return None
+    if kind != "commit":
         return parse_entry(record)
-    files = take_files(record, "files")
-    return _Counts(take_count(record, "shard"), take_all(record, "ids", str), sum(size for size, _ in files.values()))
+    nbytes = sum(take_count(file, "bytes") for file in take(record, "files", dict).values())
+    return _Counts(take_count(record, "shard"), take_all(record, "ids", str), nbytes)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from features.catalog import Catalog
-from features.dtypes import bytes_of, row_bytes, stored
+from features.dtypes import row_bytes, stored
 from features.encoding import dequantise
 from features.errors import DamagedStore, StoreError
 from features.file_format import Format, OpenShard
 from features.ledger import ClipRecord
 from features.spec import TOKENS, ArraySpec, StoreSpec
+from features.tensors import bytes_of, torch_dtype
 
 _OPEN_SHARDS = 64
 _LINE = 64  # bytes of a cache line: the kernel copies a file to an odd place at half the speed
@@ -121,7 +122,7 @@ class Reader:
 def make_buffers(spec: StoreSpec, rows: int, pin: bool) -> dict[str, Tensor]:
     """Memory for `rows` rows of every array, as they are stored."""
     return {
-        array.name: torch.empty(rows, *array.shape, dtype=stored(array.dtype).torch, pin_memory=True)
+        array.name: torch.empty(rows, *array.shape, dtype=torch_dtype(array.dtype), pin_memory=True)
         if pin
         else _memory(array, rows)
         for array in spec.arrays
@@ -132,7 +133,7 @@ def _buffer(array: ArraySpec, rows: int, out: Mapping[str, Tensor] | None) -> Te
     """[rows, *row] to read into: new, or the first rows of what the caller gave."""
     if out is None:
         return _memory(array, rows)
-    dtype = stored(array.dtype).torch
+    dtype = torch_dtype(array.dtype)
     given = out.get(array.name)
     wrong = given is None or given.dtype != dtype or given.shape[1:] != array.shape or len(given) < rows
     if given is None or wrong or not given.is_contiguous() or given.device.type != "cpu":
@@ -149,7 +150,7 @@ def _memory(array: ArraySpec, rows: int) -> Tensor:
     size = rows * row_bytes(array)
     whole = np.empty(size + _LINE, np.uint8)
     first = -whole.ctypes.data % _LINE
-    return torch.from_numpy(whole[first : first + size]).view(stored(array.dtype).torch).view(rows, *array.shape)
+    return torch.from_numpy(whole[first : first + size]).view(torch_dtype(array.dtype)).view(rows, *array.shape)
 
 
 def _converted(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

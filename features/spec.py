@@ -8,10 +8,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # see `features`
+    import torch
+    from torch import Tensor
 
 Scalar = str | int | float | bool | None
 StoredDtype = Literal["float16", "bfloat16", "float32", "float8_e4m3", "int8"]
@@ -43,14 +44,14 @@ class PatchTokens:
         ValueError: a tensor's shape disagrees with `patches`; the message names it.
     """
 
-    cls: Tensor
-    patches: Tensor
-    saliency: Tensor
-    timestamps: Tensor | None = None
-    coarse: Tensor | None = None
-    coarse_saliency: Tensor | None = None
-    scale: Tensor | None = None
-    positions: Tensor | None = None
+    cls: "Tensor"
+    patches: "Tensor"
+    saliency: "Tensor"
+    timestamps: "Tensor | None" = None
+    coarse: "Tensor | None" = None
+    coarse_saliency: "Tensor | None" = None
+    scale: "Tensor | None" = None
+    positions: "Tensor | None" = None
 
     def __post_init__(self) -> None:
         if self.patches.ndim != 4:
@@ -75,11 +76,11 @@ class PatchTokens:
                     f"{name} has shape {tuple(tensor.shape)}; expected {shape} beside patches {b, t, n, d}"
                 )
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> "dict[str, Tensor]":
         """The tensors that are present, by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PatchTokens":
+    def to(self, device: "torch.device | str", non_blocking: bool = False) -> "PatchTokens":
         """A copy on `device`."""
         return PatchTokens(**{k: v.to(device, non_blocking=non_blocking) for k, v in self.tensors().items()})
 
@@ -93,8 +94,8 @@ class TextStates:
         attention_mask: [B, L] bool, true on tokens and false on padding.
     """
 
-    states: Tensor
-    attention_mask: Tensor
+    states: "Tensor"
+    attention_mask: "Tensor"
 
     def __post_init__(self) -> None:
         if self.states.ndim != 3:

@@ -39,7 +39,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"train: error: {name!r} is no command; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     from extract.datasets import DatasetError
-    from extract.encoders.checkpoint import CheckpointError
+    from extract.errors import CheckpointError
     from features import BadLocation, FingerprintMismatch, StoreError
 
     who = f"train {name} (rank {os.environ['RANK']})" if "RANK" in os.environ else f"train {name}"

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from configs.schema import Config, ConfigError
-from extract.encoders.checkpoint import CheckpointError
 from extract.encoders.inspection import inspect
+from extract.errors import CheckpointError
 from features import FingerprintMismatch
 from train import card as folder
 from train.answers import answer_table, score_part

@@ -4,6 +4,7 @@ import difflib
 import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,11 +23,19 @@ def read_text(path: Path, purpose: str) -> str:
         ValueError: the file is absent, unreadable or not UTF-8; the line says what was expected there.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; expected {purpose}") from None
+        with _readable(path, purpose):
+            return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}:byte {error.start}: not UTF-8 text; expected {purpose}") from None
+
+
+@contextmanager
+def _readable(path: Path, purpose: str) -> Iterator[None]:
+    """What keeps a file from being opened, as a ValueError that says what was expected there."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; expected {purpose}") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); expected {purpose}") from None
 
@@ -56,30 +65,26 @@ def read_json_records(path: Path, purpose: str) -> list[Any]:
 def json_lines(path: Path, purpose: str) -> Iterator[tuple[str, Any]]:
     """Position (`FILE:LINE`) and value of every line that is not blank; a line that is not JSON gives its ValueError.
 
+    Read line by line: there may be millions.
+
     Raises:
-        ValueError: as `read_text`.
+        ValueError: the file is absent or unreadable; the line says what was expected there.
     """
-    for number, line in enumerate(_lines(read_text(path, purpose)), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield f"{path}:{number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            yield (
-                f"{path}:{number}",
-                ValueError(f"not valid JSON ({error.msg} at column {error.colno}); expected one object on the line"),
-            )
-        except (ValueError, RecursionError) as error:
-            yield f"{path}:{number}", ValueError(f"cannot be parsed as JSON ({error}); expected one flat object")
+    with _readable(path, purpose), path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{path}:{number}", _json_line(line, "utf-8-sig" if number == 1 else "utf-8")
 
 
-def _lines(text: str) -> Iterator[str]:
-    """One after the other: there may be millions, and all at once would take twice the memory."""
-    start = 0
-    while (end := text.find("\n", start)) >= 0:
-        yield text[start:end]
-        start = end + 1
-    yield text[start:]
+def _json_line(line: bytes, encoding: str) -> Any:
+    try:
+        return json.loads(line.decode(encoding).rstrip("\r\n"))
+    except UnicodeDecodeError as error:
+        return ValueError(f"not UTF-8 text (byte {error.start} of the line); expected one object on the line")
+    except json.JSONDecodeError as error:
+        return ValueError(f"not valid JSON ({error.msg} at column {error.colno}); expected one object on the line")
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"cannot be parsed as JSON ({error}); expected one flat object")
 
 
 def collect(

@@ -21,14 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from extract.errors import CheckpointError
+
 CONTAINERS = ("state_dict", "model_state_dict")
 PUBLISHED = {"egovlp": "EgoVLP", "egovlpv2": "EgoVLPv2", "mfas": "MFAS"}
 NETWORKS = PUBLISHED | {"lite": "EfficientNet-Lite0", "bert": "BERT"}
 SHOWN = 4
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file and says why, in one line."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +136,11 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     """Read a checkpoint.
 
     Args:
-        path: a `.pth`, `.pt` or `.tar` written by `torch.save`, or a `.safetensors` file.
+        path: a `.pth`, `.pt` or `.tar` written by `torch.save`, or a safetensors file of any name.
 
     Raises:
         CheckpointError: there is no such file, it is empty, damaged or no checkpoint, it holds objects other than
-            tensors and the known stand-ins, or it claims more data than it has.
+            tensors and the known stand-ins, two tensors of one name, or it claims more data than it has.
     """
     path = Path(path)
     if path.is_dir():
@@ -151,7 +149,8 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
         raise CheckpointError(f"{path}: no such checkpoint file; give encoder.checkpoint the path of one")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty; download it again")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    safe = _is_safetensors(path)
+    content = _read_safetensors(path) if safe else _read_pickle(path)
     container, tensors = _unwrap(path, content)
     for name, tensor in tensors.items():
         if not _is_plain(tensor):
@@ -162,9 +161,21 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
             raise CheckpointError(
                 f"{path}: tensor {name!r} claims {tensor.numel()} elements, more than the file holds; refused"
             )
-    if path.suffix == ".safetensors":
+    if safe:
         container = "safetensors"
     return Checkpoint(path, container, tensors)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its name, or as it begins: eight bytes of the header's length, then the header, a JSON object."""
+    if path.suffix == ".safetensors":
+        return True
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -211,11 +222,17 @@ def _unwrap(path: Path, content: Any) -> tuple[str, dict[str, Tensor]]:
         raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected a dict of tensors")
     container = next((key for key in CONTAINERS if isinstance(content.get(key), dict)), "bare")
     inside = content if container == "bare" else content[container]
-    tensors = {
-        name.removeprefix("module."): tensor
-        for name, tensor in inside.items()
-        if isinstance(name, str) and isinstance(tensor, Tensor)
-    }
+    tensors: dict[str, Tensor] = {}
+    for written, tensor in inside.items():
+        if not isinstance(written, str) or not isinstance(tensor, Tensor):
+            continue
+        name = written.removeprefix("module.")
+        if name in tensors:
+            raise CheckpointError(
+                f"{path}: holds both {name!r} and {'module.' + name!r}, which are one name; "
+                "expected one of them: remove the other"
+            )
+        tensors[name] = tensor
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors; expected them under {' or '.join(CONTAINERS)} or bare")
     return container, tensors

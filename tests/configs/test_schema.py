@@ -36,7 +36,12 @@ def test_file_then_overrides(tmp_path: Path) -> None:
         (["--store.shard", "1.5"], "store.shard"),
         (["--store.codec", "gzip"], "store.codec is 'gzip'; expected one that zarr has: none, zstd, blosc-zstd"),
         (["--head.scores", "[qustion]"], "head.scores"),
-        (["--config", "absent.yaml"], "absent.yaml"),
+        (
+            ["--config", "absent.yaml"],
+            "; expected the YAML file of an experiment; examples are in configs/",
+        ),
+        (["--config", "configs"], "; expected the YAML file of an experiment; examples are in configs/"),
+        (["--config", "configs/own_video.yaml"], "configs/own_videos.yaml?"),
         (["--video.size", "100"], "video.size is 100; expected a positive multiple of 16"),
     ],
 )

@@ -130,6 +130,34 @@ def test_plan_and_status_in_json(fresh: Path, capsys: pytest.CaptureFixture[str]
     assert (status["committed"], status["quarantined"], status["missing"]) == (CLIPS - 1, 1, 0)
 
 
+def test_plan_counts_what_a_store_lacks(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ten rows of two shards wait, five clips failed, and three new clips will be a shard of their own."""
+    shutil.rmtree(fresh / "store")
+    for video in videos(fresh)[:5]:
+        video.rename(video.with_suffix(".away"))
+    assert main(["run", *options(fresh, "--engine.max_errors", "5", "--shard", "0/2")]) == 0
+    for video in videos(fresh)[:5]:
+        video.rename(video.with_suffix(".mp4"))
+    assert main(["synth", "--out", str(fresh / "more"), "--clips", str(CLIPS + 3)]) == 0
+    capsys.readouterr()
+    assert main(["plan", *options(fresh, "--data.root", str(fresh / "more")), "--json", "--probe", "0"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["clips"], plan["done"], plan["quarantined"]) == (CLIPS + 3, 5, 5)
+    assert (plan["todo"], plan["shards"]) == (CLIPS + 3 - 10, 3)
+
+
+def test_status_does_without_torch(made: Path) -> None:
+    """It takes two seconds to import, more than counting a million clips."""
+    look = "from extract.__main__ import main; import sys; code = main(sys.argv[1:]); print(code, *sys.modules)"
+    command = [sys.executable, "-c", look, "status", *options(made)]
+    said, modules = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert f"{CLIPS}/{CLIPS} clips committed" in said
+    code, *names = modules.split()
+    assert code == "0"
+    assert "features.progress" in names
+    assert not {"torch", "zarr", "h5py"} & set(names)
+
+
 def test_doctor_finds_what_is_odd(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", *options(fresh)]) in (0, 1)
     capsys.readouterr()

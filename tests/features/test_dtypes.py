@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from features import FingerprintMismatch, Store, StoreError, StoreSpec, create_store, open_store
 from features.__main__ import main
+from features.dtypes import STORED
 from features.encoding import dequantise, quantise, scale_of
+from features.tensors import torch_dtype
 from tests.features.conftest import FINGERPRINT, FORMATS, IDS, clip, fill
 
 WHOLE = StoreSpec.for_patches(2, (2, 3), 8, "float32", shard=4)
@@ -20,6 +23,12 @@ def quantised_store(root: Path, dtype: str, format: str = "zarr", coarse: int | 
 
 def floats(n: int, store: Store) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in clip(n, store.spec).items() if name != "scale"}
+
+
+@pytest.mark.parametrize("dtype", STORED)
+def test_torch_has_every_stored_dtype_in_the_same_bits(dtype: str) -> None:
+    assert torch_dtype(dtype).itemsize == np.dtype(STORED[dtype].disk).itemsize
+    assert str(torch_dtype(dtype)).startswith(f"torch.{dtype}")
 
 
 @pytest.mark.parametrize("format", FORMATS)

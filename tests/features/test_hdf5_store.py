@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from features import ArraySpec, DamagedStore, Store, StoreSpec, create_store, open_store
-from features.dtypes import STORED, bytes_of
+from features.tensors import bytes_of, torch_dtype
 from features.verify import verify
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
 
@@ -44,7 +44,7 @@ def test_fast_reader_equals_h5py(tmp_path: Path, dtype: str, shape: tuple[int, .
     ids = ["a", "b", "c", "d", "e"]
     store = create_store(tmp_path / "store", spec, FINGERPRINT, ids, "hdf5")
     for work in store.missing_shards():
-        rows = {name: {"states": torch.randn(shape).to(STORED[dtype].torch)} for name in work.ids if name != "c"}
+        rows = {name: {"states": torch.randn(shape).to(torch_dtype(dtype))} for name in work.ids if name != "c"}
         store.write_shard(work.shard, rows, dict.fromkeys(rows, "sha256:0"))
     asked = ["e", "a", "d", "b"]
     with h5py.File(store.path / "index.h5") as index:

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from features import ArraySpec, DamagedStore, Store, StoreSpec, create_store, open_store
-from features.dtypes import STORED, bytes_of
 from features.durable import crc32c
 from features.formats import FORMATS
+from features.tensors import bytes_of, torch_dtype
 from features.verify import verify
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
 
@@ -69,7 +69,7 @@ def test_reader_and_writer_equal_zarr_python(tmp_path_factory: pytest.TempPathFa
     generator = torch.Generator().manual_seed(count)
     for work in store.missing_shards():
         rows = {
-            n: {"states": torch.randn(shape, generator=generator).to(STORED[dtype].torch)}
+            n: {"states": torch.randn(shape, generator=generator).to(torch_dtype(dtype))}
             for n in work.ids
             if n in written
         }

@@ -11,7 +11,7 @@ import yaml
 from configs.schema import Config, ConfigError, EncoderConfig, RunConfig, StoreConfig, TrainConfig, VideoConfig
 from extract.datasets import load_dataset
 from extract.encoders import load_checkpoint, load_text_encoder, load_video_encoder
-from extract.encoders.checkpoint import CheckpointError
+from extract.errors import CheckpointError
 from extract.fingerprints import configured
 from features import Fingerprint, FingerprintMismatch, StoreSpec, create_store, open_store
 from tests.extract.encoders.networks import tiny as tiny_network

@@ -1,9 +1,12 @@
+import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from configs.schema import DataConfig
 from extract.datasets import Clip, Dataset, DatasetError, load_dataset
+from extract.datasets.parsing import json_lines
 
 CLIPS = """{"clip_id": "b", "video": "videos/b.mp4", "start_s": 1, "end_s": 2.5}
 
@@ -51,6 +54,32 @@ def test_missing_files(tmp_path: Path) -> None:
     assert faults(tmp_path, CLIPS, None) == [
         "ROOT/questions.jsonl: no such file; expected the questions, one JSON object a line (data.questions)"
     ]
+
+
+def test_lines_of_any_editor(tmp_path: Path) -> None:
+    plain = load(tmp_path)
+    (tmp_path / "clips.jsonl").write_bytes(b"\xef\xbb\xbf" + CLIPS.replace("\n", "\r\n").encode())
+    assert load(tmp_path, None) == plain
+
+
+def test_bytes_that_are_no_text_are_a_fault_of_their_line(tmp_path: Path) -> None:
+    (tmp_path / "clips.jsonl").write_bytes(CLIPS.encode() + b'{"clip_id": "\xff"}\n{"clip_id"\n')
+    assert faults(tmp_path, None) == [
+        "ROOT/clips.jsonl:4: not UTF-8 text (byte 13 of the line); expected one object on the line",
+        "ROOT/clips.jsonl:5: not valid JSON (Expecting ':' delimiter at column 11); expected one object on the line",
+    ]
+
+
+def test_a_file_of_lines_is_never_whole_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "clips.jsonl"
+    path.write_text((json.dumps({"clip_id": "x" * 200}) + "\n") * 10_000)
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in json_lines(path, "clips")) == 10_000
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < path.stat().st_size / 10
 
 
 def test_no_clip(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from extract.encoders import load_video_encoder
 from extract.encoders.checkpoint import CheckpointError, load_checkpoint
@@ -84,6 +85,26 @@ def test_files_from_before_the_zip_format(tmp_path: Path) -> None:
     path = tmp_path / "old.pth"
     torch.save({"state_dict": {"module.a": torch.arange(5.0)}}, path, _use_new_zipfile_serialization=False)
     assert torch.equal(load_checkpoint(path).tensors["a"], torch.arange(5.0))
+
+
+@pytest.mark.parametrize("names", [("a", "module.a"), ("module.a", "a")])
+def test_one_name_with_and_without_module_is_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    path = tmp_path / "both.pth"
+    torch.save({"state_dict": {name: torch.full((2,), float(n)) for n, name in enumerate(names)}}, path)
+    with pytest.raises(CheckpointError, match=r"both\.pth: holds both 'a' and 'module\.a', which are one name"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["file.pth", "file"])
+def test_safetensors_load_by_any_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    save_file({"module.a": torch.arange(5.0)}, path)
+    loaded = load_checkpoint(path)
+    assert loaded.container == "safetensors"
+    assert torch.equal(loaded.tensors["a"], torch.arange(5.0))
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match=r"file\S*: not a readable safetensors file"):
+        load_checkpoint(path)
 
 
 def test_another_network_is_refused(tmp_path: Path) -> None:

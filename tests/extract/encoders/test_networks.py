@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from extract.encoders import load_text_encoder, load_video_encoder, reference, spacetime
-from extract.encoders.checkpoint import CheckpointError
 from extract.encoders.linear import Linear, can_pack
 from extract.encoders.spacetime import Attention
 from extract.encoders.video_encoder import resize_time
+from extract.errors import CheckpointError
 from tests.extract.encoders.networks import relative, sequence, tiny
 
 CLOSE = 1e-5

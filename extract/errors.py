@@ -1,0 +1,5 @@
+"""What stage one raises, for those who catch it without importing the networks and torch with them."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and says why, in one line."""
