@@ -264,7 +264,8 @@ def _checked(option: str, value: Any) -> Any:
     parser = ConfigParser(prog="sweep", exit_on_error=False)
     add_config_arguments(parser)
     try:
-        config, _ = parse_config(parser, [f"--{option}={json.dumps(value)}"])
+        text = value if isinstance(value, str) else json.dumps(value)
+        config, _ = parse_config(parser, [f"--{option}={text}"])
     except SystemExit:
         raise ConfigError(f"{option} is {value!r} in the sweep; see the line above") from None
     return getattr(getattr(config, section), field)

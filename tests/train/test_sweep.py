@@ -64,11 +64,11 @@ def test_stopped_sweep_goes_on_and_a_finished_one_trains_nothing(tiny: Config, m
 
 def test_grid_file_varies_any_field_of_the_head(tiny: Config, tmp_path: Path) -> None:
     grid = tmp_path / "grid.yaml"
-    grid.write_text("head.scores: [[question], [random]]\ntrain.lr: [1.0e-3]\n")
+    grid.write_text("head.scores: [[question], [random]]\nhead.prior: [flat]\ntrain.lr: [1.0e-3]\n")
     result = json.loads(run_sweep(tiny, grid=grid, name="grid").read_text())
     assert [m["overrides"] for m in result["members"]] == [
-        {"head.scores": ["question"], "train.lr": 0.001},
-        {"head.scores": ["random"], "train.lr": 0.001},
+        {"head.scores": ["question"], "head.prior": "flat", "train.lr": 0.001},
+        {"head.scores": ["random"], "head.prior": "flat", "train.lr": 0.001},
     ]
 
 
