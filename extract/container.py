@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LogLine = tuple[int, str, str]  # level, part of FFmpeg, message
+FileVersion = tuple[Path, int, int]  # bytes, time of the last change in nanoseconds
 
 
 class VideoError(ValueError):
@@ -51,18 +52,17 @@ class FrameIndexes:
 
     def __init__(self, size: int = 8) -> None:
         self._size = size
-        self._known: OrderedDict[tuple[Path, int, int], FrameIndex] = OrderedDict()
+        self._known: OrderedDict[FileVersion, FrameIndex] = OrderedDict()
 
-    def find(self, path: Path) -> FrameIndex | None:
-        """The index of the file as it is now, where that has been read."""
-        version = _version(path)
+    def find(self, version: FileVersion) -> FrameIndex | None:
+        """The index of that version of a file, where it is remembered."""
         if version in self._known:
             self._known.move_to_end(version)
         return self._known.get(version)
 
-    def keep(self, path: Path, index: FrameIndex) -> None:
-        """Remember the index of the file as it is now, and forget the one that was used least lately."""
-        self._known[_version(path)] = index
+    def keep(self, version: FileVersion, index: FrameIndex) -> None:
+        """Remember an index, and forget the one that was used least lately."""
+        self._known[version] = index
         if len(self._known) > self._size:
             self._known.popitem(last=False)
 
@@ -193,14 +193,17 @@ def open_video(path: Path, indexes: FrameIndexes | None = None) -> Iterator[Vide
         MemoryError: FFmpeg was refused memory.
     """
     _require_content(path)
+    # Before it is opened: of a file that is replaced meanwhile, no index is taken for that of the new one.
+    version = _version(path)
     level, terse = av.logging.get_level(), av.logging.get_skip_repeated()
     av.logging.set_level(av.logging.ERROR)  # or nothing is logged at all
     av.logging.set_skip_repeated(False)  # or a second damaged file would be passed over in silence
     try:
         with av.logging.Capture() as logged, av.open(str(path)) as container:
-            file = VideoFile(path, container, logged, indexes.find(path) if indexes else None)
-            if indexes:
-                indexes.keep(path, file.index)
+            known = indexes.find(version) if indexes else None
+            file = VideoFile(path, container, logged, known)
+            if indexes and known is None:
+                indexes.keep(version, file.index)
             yield file
     except av.error.MemoryError as error:
         raise MemoryError(error.strerror) from error
@@ -212,7 +215,7 @@ def open_video(path: Path, indexes: FrameIndexes | None = None) -> Iterator[Vide
         av.logging.set_skip_repeated(terse)
 
 
-def _version(path: Path) -> tuple[Path, int, int]:
+def _version(path: Path) -> FileVersion:
     stat = path.stat()
     return path, stat.st_size, stat.st_mtime_ns
 

@@ -65,26 +65,39 @@ def test_a_stretch_past_the_end_is_refused(tmp_path: Path) -> None:
         read_frames(clip, VideoConfig(frames=4))
 
 
-def test_clips_of_one_video_read_its_packets_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def readings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the videos whose packets are read, one for each time."""
+    names: list[str] = []
+    read = VideoFile._read_index
+    monkeypatch.setattr(VideoFile, "_read_index", lambda file, log: names.append(file._path.stem) or read(file, log))
+    return names
+
+
+def test_clips_of_one_video_read_its_packets_once(tmp_path: Path, readings: list[str]) -> None:
     path, config = write_video(tmp_path / "a.mp4", options=B_FRAMES), VideoConfig(frames=3, size=32)
     parts = [Clip(str(start), path, start_s=start / 10, end_s=(start + 6) / 10) for start in range(0, 12, 3)]
     alone = [read_frames(part, config) for part in parts]
-    read, times = VideoFile._read_index, []
-    monkeypatch.setattr(VideoFile, "_read_index", lambda file, logged: times.append(1) or read(file, logged))
+    readings.clear()
     indexes = FrameIndexes()
     together = [read_frames(part, config, indexes) for part in parts]
-    assert len(times) == 1
+    assert readings == ["a"]
     for one, other in zip(alone, together, strict=True):
         np.testing.assert_array_equal(one.frames, other.frames)
         np.testing.assert_array_equal(one.timestamps, other.timestamps)
 
 
 def test_a_video_that_was_replaced_is_indexed_anew(tmp_path: Path) -> None:
-    path, config, indexes = tmp_path / "a.mp4", VideoConfig(frames=3, size=32), FrameIndexes(size=1)
+    path, config, indexes = tmp_path / "a.mp4", VideoConfig(frames=3, size=32), FrameIndexes()
     write_video(path, frames=30)
     assert frame_numbers(read_frames(Clip("x", path), config, indexes).frames) == [4, 14, 24]
     write_video(path, frames=9)
     assert frame_numbers(read_frames(Clip("x", path), config, indexes).frames) == [1, 4, 7]
-    other = write_video(tmp_path / "b.mp4", frames=15)
-    assert frame_numbers(read_frames(Clip("x", other), config, indexes).frames) == [2, 7, 12]
-    assert indexes.find(path) is None
+
+
+def test_the_video_used_least_lately_is_forgotten(tmp_path: Path, readings: list[str]) -> None:
+    config, indexes = VideoConfig(frames=3, size=32), FrameIndexes(size=2)
+    clips = {name: Clip(name, write_video(tmp_path / f"{name}.mp4", frames=9)) for name in "abc"}
+    for name in "abacab":
+        read_frames(clips[name], config, indexes)
+    assert readings == ["a", "b", "c", "b"]
