@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import jsonargparse
 
@@ -329,7 +329,11 @@ def option_names() -> list[str]:
 
 
 class ConfigParser(jsonargparse.ArgumentParser):
-    """jsonargparse's parser with errors in one line that name the nearest valid option, or file."""
+    """jsonargparse's parser with whole option names only, and one-line errors that name the nearest option or file."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Or `--train.epoch 3` would be taken for `--train.epochs 3`.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print `message` with the nearest valid option or file and exit with code 2."""

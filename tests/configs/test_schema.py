@@ -31,6 +31,7 @@ def test_file_then_overrides(tmp_path: Path) -> None:
     ("args", "message"),
     [
         (["--head.ratoi", "0.5"], "did you mean head.ratio?"),
+        (["--train.epoch", "3"], "did you mean train.epochs?"),
         (["--head.ratio", "1.5"], "head.ratio is 1.5; expected a share in (0, 1]"),
         (["--head.ratio", "many"], "head.ratio"),
         (["--store.shard", "1.5"], "store.shard"),
