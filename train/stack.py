@@ -62,7 +62,10 @@ class Stack:
             selection.ks = tuple(other.ks[0] for other in others)
         noises = {name: module for name, module in self._head.named_modules() if isinstance(module, Noise)}
         self._noises = list(noises.values())
-        self._members = {f"{name}.member": torch.arange(len(heads), device=device) for name in noises}
+        # Members with one seed draw alike, so each draw is made once.
+        draws = list(dict.fromkeys(self.seeds))
+        own = torch.tensor([draws.index(seed) for seed in self.seeds], device=device)
+        self._members = {f"{name}.member": own for name in noises}
         states = [head.state_dict() for head in heads]
         self.tensors = {name: torch.stack([state[name] for state in states]) for name in states[0]}
         self._learned = {name: p for name, p in heads[0].named_parameters() if p.requires_grad}
@@ -171,7 +174,8 @@ class Stack:
         if len(self) == 1:
             out = functional_call(caller, {name: tensor[0] for name, tensor in named.items()}, ())
             return tuple(part[None] for part in out) if isinstance(out, tuple) else out[None]
-        return torch.vmap(lambda own: functional_call(caller, own, ()))(named)
+        # "same": what a head draws for all seeds is one tensor, of which each member takes its own.
+        return torch.vmap(lambda own: functional_call(caller, own, ()), randomness="same")(named)
 
     def _backward(self, batch: Batch) -> Tensor:
         """Add the gradients of the batch, whatever ranks its questions are on; returns its losses, [M]."""
@@ -207,7 +211,7 @@ class Stack:
 
     def _key(self, batch: Batch, *numbers: int) -> None:
         for place, noise in enumerate(self._noises):
-            noise.keys = tuple(mix(seed, place, *numbers) for seed in self.seeds)
+            noise.keys = tuple(mix(seed, place, *numbers) for seed in dict.fromkeys(self.seeds))
             noise.part = None if batch.share is None else getattr(batch.share, noise.over)
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ one seed draw alike, so that what else they differ in is compared on the same no
 batch draws for the whole and takes its rows, so that the numbers do not depend on how many ranks there are.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,9 @@ class Noise(nn.Module):
         over: what the first dimension counts.
 
     Attributes:
-        keys: one for each member of the stack that the head is run in.
+        keys: one for each draw that members of a stack take: as many as they have seeds.
         part: which rows of the whole batch are here; None is all of them.
-        member: scalar, which of them this is. Within a stack it tells `vmap` that the numbers are each member's own.
+        member: scalar long, the place in `keys` of this member's. Within a stack `vmap` gives each member its own.
     """
 
     member: Tensor
@@ -34,11 +34,25 @@ class Noise(nn.Module):
         self.over = over
         self.part: Part | None = None
         self.keys: tuple[int, ...] = (0,)
-        self.register_buffer("member", torch.zeros(()), persistent=False)
+        self.register_buffer("member", torch.zeros((), dtype=torch.long), persistent=False)
 
     def forward(self, like: Tensor) -> Tensor:
         """float32 in the shape of `like`."""
-        return _Draw.apply(like.detach(), self.member, self.keys, self.part)
+        return self._own(self._draw(like))
+
+    def _draw(self, like: Tensor) -> Tensor:
+        """[keys, *like.shape]: what every seed draws, whichever member asks."""
+        rows = like.shape[0] if self.part is None else self.part.of
+        drawn = []
+        for key in self.keys:
+            generator = torch.Generator(like.device).manual_seed(key)
+            drawn.append(torch.rand((rows, *like.shape[1:]), generator=generator, device=like.device))
+        together = torch.stack(drawn)
+        return together if self.part is None else together[:, self.part.rows.to(like.device)]
+
+    def _own(self, drawn: Tensor) -> Tensor:
+        """This member's of the draws."""
+        return drawn[0] if len(self.keys) == 1 else drawn[self.member]
 
 
 class Dropout(Noise):
@@ -52,7 +66,7 @@ class Dropout(Noise):
         """`like` with a share of its entries zero and the others scaled up."""
         if not self.training or self.p == 0:
             return like
-        return like * ((super().forward(like) >= self.p) / (1 - self.p)).to(like.dtype)
+        return like * self._own(((self._draw(like) >= self.p) / (1 - self.p)).to(like.dtype))
 
 
 def mix(*numbers: int) -> int:
@@ -65,42 +79,3 @@ def mix(*numbers: int) -> int:
         key = ((key ^ key >> 27) * 0x94D049BB133111EB) % 2**64
         key ^= key >> 31
     return key >> 1
-
-
-class _Draw(torch.autograd.Function):
-    generate_vmap_rule = False
-
-    @staticmethod
-    def forward(like: Tensor, member: Tensor, keys: tuple[int, ...], part: Part | None) -> Tensor:
-        (key,) = keys
-        return _uniform(like.shape, key, like.device, part)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[None, None, None, None]:
-        return None, None, None, None
-
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        like: Tensor,
-        member: Tensor,
-        keys: tuple[int, ...],
-        part: Part | None,
-    ) -> tuple[Tensor, int]:
-        shape = list(like.shape)
-        if in_dims[0] is not None:
-            del shape[in_dims[0]]
-        drawn = {key: _uniform(torch.Size(shape), key, like.device, part) for key in dict.fromkeys(keys)}
-        return torch.stack([drawn[key] for key in keys]), 0
-
-
-def _uniform(shape: torch.Size, key: int, device: torch.device, part: Part | None) -> Tensor:
-    generator = torch.Generator(device).manual_seed(key)
-    if part is None:
-        return torch.rand(shape, generator=generator, device=device)
-    return torch.rand((part.of, *shape[1:]), generator=generator, device=device)[part.rows.to(device)]
