@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -54,15 +55,19 @@ def write_video(path: Path, seconds: float, seed: int) -> Path:
 
 
 def encoder_alone(config: Config, encoder: VideoEncoder, prepared: list[PreparedClip], clips: int) -> float:
-    """Clips a second over `clips` clips, in the pipeline's own batches."""
-    batches = BatchEncoder(encoder, config.encoder.batch, config.store.dtype)
-    batch = [prepared[i % len(prepared)] for i in range(batches.size)]
-    batches.start(batch)()
-    batches.seconds = 0.0
-    rounds = max(clips // batches.size, 1)
-    for _ in range(rounds):
+    """Clips a second over `clips` clips, in the pipeline's own batches, the next queued behind each."""
+    with BatchEncoder(encoder, config.encoder.batch, config.store.dtype) as batches:
+        batch = [prepared[i % len(prepared)] for i in range(batches.size)]
         batches.start(batch)()
-    return rounds * batches.size / batches.seconds
+        rounds = max(clips // batches.size, 1)
+        started = time.perf_counter()
+        finish = batches.start(batch)
+        for _ in range(rounds - 1):
+            following = batches.start(batch)
+            finish()
+            finish = following
+        finish()
+        return rounds * batches.size / (time.perf_counter() - started)
 
 
 def measure(config: Config, root: Path, clips: int, seconds: float) -> dict[str, object]:

@@ -87,7 +87,7 @@ class EncoderConfig:
         path: egovlpv2's `fused` is the question-answering path (top-level CLS token), `dual` the video-only one.
         variant: `mfas` only: `paper` as it is described, `released` with the quirks of the published code.
         dtype: arithmetic of the encoder.
-        batch: clips encoded together.
+        batch: clips encoded together; on a CPU each core encodes one, so at most as many as there are cores.
         device: `auto` is CUDA where there is one, else CPU.
         compile: have torch.compile fuse what it can; worth its minutes of compiling for long jobs only.
     """

@@ -1,4 +1,4 @@
-"""Decoded clips -> rows of the store, in batches of always one shape.
+"""Decoded clips -> rows of the store: on a GPU in batches of always one shape, on a CPU a clip a core.
 
 A matrix product may round otherwise in another shape. So a clip's tokens must not depend on how many clips happened to
 be encoded with it: a store that was interrupted, repaired or shared between jobs has the bits of an undisturbed one.
@@ -6,6 +6,9 @@ be encoded with it: a store that was interrupted, repaired or shared between job
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -17,21 +20,18 @@ from features.spec import QUANTISED, StoredDtype, whole_dtype
 
 Row = dict[str, Tensor]
 
-# A CPU gains nothing from larger batches, and a short one, filled up, costs it dearly.
-CPU_BATCH = 4
-
 
 class BatchEncoder:
-    """Encodes batches of at most `size` clips.
+    """Encodes batches of at most `size` clips; a context manager.
 
     Args:
         encoder: on its device, in evaluation mode.
-        batch: clips to encode together; on a CPU at most `CPU_BATCH`.
+        batch: clips to encode together; on a CPU at most as many as it has cores.
         dtype: name of the type that tokens are stored in.
 
     Attributes:
         size: clips to a batch.
-        seconds: that this process spent on encoding so far.
+        seconds: that this process was kept by encoding so far.
     """
 
     def __init__(self, encoder: VideoEncoder, batch: int, dtype: StoredDtype) -> None:
@@ -40,47 +40,64 @@ class BatchEncoder:
         whole = getattr(torch, whole_dtype(dtype))
         # The store quantises, from all the bits that there are.
         self._dtypes = {"patches": torch.float32 if dtype in QUANTISED else whole, "coarse": whole}
-        self._cuda = self._device.type == "cuda"
-        self._copies = torch.cuda.Stream(self._device) if self._cuda else None
-        self.size = batch if self._cuda else min(batch, CPU_BATCH)
+        self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._threads = torch.get_num_threads()
+        self.size = batch if self._copies else min(batch, self._threads)
+        # Cores that share each operation wait for one another; a clip each, they need not.
+        self._cores = ThreadPoolExecutor(
+            self.size, "encoder", initializer=torch.set_num_threads, initargs=(max(self._threads // self.size, 1),)
+        )
+        encoder.pack()  # else each thread would, at its first clip
         self.seconds = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._cores.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._threads)  # of threads to come, which take over the last number set anywhere
 
     def start(self, clips: Sequence[PreparedClip]) -> Callable[[], dict[str, Row]]:
         """Begin to encode; the function that comes back waits for the rows, by clip id.
 
-        On a GPU the call returns at once, so that copies and gathering overlap with computing.
+        The call returns at once, so that gathering and copies overlap with computing.
         """
         if not clips:
             return dict
         started = time.perf_counter()
-        # A short batch is filled up with its last clip, for the shape.
-        filled = [*clips, *[clips[-1]] * (self.size - len(clips))]
-        frames_btchw = torch.stack([torch.from_numpy(one.frames) for one in filled])
-        with torch.inference_mode():
-            outputs = self._on_cuda(frames_btchw) if self._cuda else self._converted(self._encoder(frames_btchw))
-        done = torch.cuda.Event() if self._cuda else None
-        if done and self._copies:
-            done.record(self._copies)
+        wait = self._on_cuda(clips) if self._copies else self._on_cores(clips)
         self.seconds += time.perf_counter() - started
 
         def finish() -> dict[str, Row]:
             waiting = time.perf_counter()
-            if done:
-                done.synchronize()
+            tokens = wait()
             self.seconds += time.perf_counter() - waiting
             return {
-                one.clip.clip_id: {name: tensor[i] for name, tensor in outputs.items()}
-                | {"timestamps": torch.from_numpy(one.timestamps)}
-                for i, one in enumerate(clips)
+                one.clip.clip_id: row | {"timestamps": torch.from_numpy(one.timestamps)}
+                for one, row in zip(clips, tokens, strict=True)
             }
 
         return finish
 
-    def _on_cuda(self, frames_btchw: Tensor) -> dict[str, Tensor]:
+    def _on_cores(self, clips: Sequence[PreparedClip]) -> Callable[[], list[Row]]:
+        """Queue the clips, each for the next core that is free."""
+
+        @torch.inference_mode()
+        def encode(one: PreparedClip) -> Row:
+            tokens = self._converted(self._encoder(torch.from_numpy(one.frames)[None]))
+            return {name: tensor[0] for name, tensor in tokens.items()}
+
+        queued = [self._cores.submit(encode, one) for one in clips]
+        return lambda: [row.result() for row in queued]
+
+    @torch.inference_mode()
+    def _on_cuda(self, clips: Sequence[PreparedClip]) -> Callable[[], list[Row]]:
         """Queue copy, encoding and copy back on two streams; the second is done when all is."""
         compute, copies = torch.cuda.current_stream(self._device), self._copies
         assert copies is not None
-        pinned_btchw = frames_btchw.pin_memory()
+        # A short batch is filled up with its last clip, for the shape.
+        filled = [*clips, *[clips[-1]] * (self.size - len(clips))]
+        pinned_btchw = torch.stack([torch.from_numpy(one.frames) for one in filled]).pin_memory()
         with torch.cuda.stream(copies):
             frames_btchw = pinned_btchw.to(self._device, non_blocking=True)
         compute.wait_stream(copies)
@@ -92,7 +109,14 @@ class BatchEncoder:
             for name, tensor in tokens.items():
                 outputs[name].copy_(tensor, non_blocking=True)
                 tensor.record_stream(copies)
-        return outputs
+        done = torch.cuda.Event()
+        done.record(copies)
+
+        def wait() -> list[Row]:
+            done.synchronize()
+            return [{name: tensor[i] for name, tensor in outputs.items()} for i in range(len(clips))]
+
+        return wait
 
     def _converted(self, tokens: PatchTokens) -> dict[str, Tensor]:
         return {name: t.to(self._dtypes.get(name, torch.float32)) for name, t in tokens.tensors().items()}

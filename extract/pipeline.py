@@ -90,9 +90,12 @@ def encode_shards(
         TooManyErrors: checked after each shard is committed.
     """
     started = time.perf_counter()
-    batches = BatchEncoder(encoder, config.encoder.batch, config.store.dtype)
     underway: deque[_Shard] = deque()
-    with open_decoders(config, decoders) as pool, ShardWriter(store, config.engine.max_errors) as writer:
+    with (
+        open_decoders(config, decoders) as pool,
+        ShardWriter(store, config.engine.max_errors) as writer,
+        BatchEncoder(encoder, config.encoder.batch, config.store.dtype) as batches,
+    ):
         # Ahead by the next batch, and by one clip in work and one waiting for each child.
         leased = _leased(works, clips, writer, underway)
         results = _Waits(pool.map(leased, ahead=batches.size + 2 * decoders))
@@ -154,7 +157,7 @@ def _batches(results: Iterator[PreparedClip | UndecodedClip], underway: deque[_S
 
 
 def _encoded(batches: BatchEncoder, groups: Iterator[_Batch]) -> Iterator[tuple[_Batch, dict[str, Row]]]:
-    """Rows of each batch, one batch behind, so that a GPU computes while the next is gathered."""
+    """Rows of each batch, one batch behind, so that the encoder computes while the next is gathered."""
     behind: tuple[_Batch, Callable[[], dict[str, Row]]] | None = None
     for batch in groups:
         finish = batches.start(batch.clips)

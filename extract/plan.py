@@ -233,9 +233,9 @@ def _probe(config: Config, encoder: VideoEncoder, sample: list[Clip]) -> float:
         decode = (time.perf_counter() - decode_started) / len(sample)
     if not prepared:
         return decode
-    batches = BatchEncoder(encoder, config.encoder.batch, config.store.dtype)
-    batch = prepared[: batches.size]
-    batches.start(batch)()  # the first is slower than those that follow
-    warm = batches.seconds
-    batches.start(batch)()
+    with BatchEncoder(encoder, config.encoder.batch, config.store.dtype) as batches:
+        batch = [prepared[i % len(prepared)] for i in range(batches.size)]
+        batches.start(batch)()  # the first is slower than those that follow
+        warm = batches.seconds
+        batches.start(batch)()
     return max(decode, (batches.seconds - warm) / len(batch))

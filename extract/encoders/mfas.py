@@ -82,7 +82,7 @@ class MfasEncoder(VideoEncoder):
     def forward(self, frames: Tensor) -> PatchTokens:
         """[B, T, 3, size, size] to fine and coarse tokens; errors as in `VideoEncoder.forward`."""
         self.check(frames)
-        self._pack()
+        self.pack()
         assert isinstance(self.trunk, TwoTowers)
         fine, coarse, over_fine, over_coarse = self.trunk.encode(frames.to(self.trunk.pos_embed.dtype))
         b, t = frames.shape[:2]

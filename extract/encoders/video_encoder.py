@@ -121,7 +121,8 @@ class VideoEncoder(nn.Module):
                 module.unpack()
         return super()._apply(fn, recurse)
 
-    def _pack(self) -> None:
+    def pack(self) -> None:
+        """Lay the weights out for the CPU that they are on; `forward` does so where nobody has."""
         if not self._packed:
             for module in self.modules():
                 if isinstance(module, Linear):
@@ -142,7 +143,7 @@ class VideoEncoder(nn.Module):
             ValueError: another number of frames or another size than the encoder was loaded for.
         """
         self.check(frames)
-        self._pack()
+        self.pack()
         x, logits = self.trunk(frames.to(self.trunk.pos_embed.dtype))
         b, t, n = frames.shape[0], self.num_frames, self.grid[0] * self.grid[1]
         return PatchTokens(x[:, 0], x[:, 1:].view(b, t, n, self.width), logits[:, 1:].reshape(b, t, n))

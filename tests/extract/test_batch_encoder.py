@@ -1,0 +1,78 @@
+"""Clips side by side on the cores of a CPU."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from extract.batch_encoder import BatchEncoder
+from extract.datasets import Clip
+from extract.decode import PreparedClip
+from extract.encoders import load_video_encoder
+from extract.encoders.video_encoder import VideoEncoder
+from features import PatchTokens
+from tests.extract.encoders.networks import tiny
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> VideoEncoder:
+    return load_video_encoder("egovlpv2", tiny(tmp_path), num_frames=2, depth=2)
+
+
+def clips(encoder: VideoEncoder, count: int) -> list[PreparedClip]:
+    rng = np.random.default_rng(0)
+    shape = (2, 3, encoder.size, encoder.size)
+    return [
+        PreparedClip(Clip(f"c{i}", Path("a")), rng.random(shape, np.float32), np.zeros(2, np.float32), "made up", 0.0)
+        for i in range(count)
+    ]
+
+
+def test_a_clips_bits_do_not_depend_on_its_neighbours(encoder: VideoEncoder) -> None:
+    asked = clips(encoder, 5)
+    with BatchEncoder(encoder, 2, "float32") as batches:
+        together = batches.start(asked)()
+        alone = {name: row for one in asked for name, row in batches.start([one])().items()}
+        assert batches.start([])() == {}
+    assert list(together) == [one.clip.clip_id for one in asked]
+    for name, row in together.items():
+        assert row.keys() == {"cls", "patches", "saliency", "timestamps"}
+        assert all(torch.equal(tensor, alone[name][key]) for key, tensor in row.items())
+    whole = encoder(torch.from_numpy(np.stack([one.frames for one in asked])))
+    rows = torch.stack([row["patches"] for row in together.values()])
+    torch.testing.assert_close(rows, whole.patches, rtol=1e-4, atol=1e-5)
+
+
+def test_cores_work_side_by_side_and_are_given_back(encoder: VideoEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = torch.get_num_threads()
+    if cores < 2:
+        pytest.skip("one core has no neighbours")
+    met, seen = threading.Barrier(2, timeout=20), []
+    forward = encoder.forward
+
+    def meet(frames: Tensor) -> PatchTokens:
+        met.wait()  # breaks unless another clip is encoded at the same time
+        seen.append(torch.get_num_threads())
+        return forward(frames)
+
+    monkeypatch.setattr(encoder, "forward", meet)
+    with BatchEncoder(encoder, 2, "float32") as batches:
+        finish = batches.start(clips(encoder, 2))
+        assert len(finish()) == 2
+    assert seen == [cores // 2] * 2
+    assert torch.get_num_threads() == cores
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert found == [cores]
+
+
+def test_an_error_in_a_core_is_raised(encoder: VideoEncoder) -> None:
+    (bad,) = clips(encoder, 1)
+    small = PreparedClip(bad.clip, bad.frames[:, :, :8], bad.timestamps, bad.source, 0.0)
+    with BatchEncoder(encoder, 2, "float32") as batches, pytest.raises(ValueError, match="frames has shape"):
+        batches.start([small])()
