@@ -34,7 +34,7 @@ RESULT = Path(__file__).parent / "results" / "sweep_cost.json"
 RATIOS = (0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 1.0)
 SEEDS = (0, 1, 2)
 LIMIT = 4.0
-TRAIN = 6 / 8
+PARTS = ("train",) * 6 + ("val", "test")
 COLOURS = ("red", "green", "blue", "white", "black", "grey")
 PLACES = ("left", "right", "top", "bottom", "near", "far")
 TEXT_LENGTH = 12
@@ -48,7 +48,6 @@ def write_data(root: Path, args: argparse.Namespace) -> None:
     root.mkdir(parents=True, exist_ok=True)
     clips = [json.dumps({"clip_id": name, "video": f"{name}.mp4"}) for name in names]
     (root / "clips.jsonl").write_text("\n".join(clips) + "\n")
-    parts = ["train"] * 6 + ["val", "test"]  # TRAIN of them
     lines, texts = [], set()
     for number, name in enumerate(names):
         for question in range(args.questions):
@@ -58,7 +57,7 @@ def write_data(root: Path, args: argparse.Namespace) -> None:
                 asked = rng.choice([answer, rng.choice(COLOURS)])
                 text, answer = f"is the {place} thing {asked}?", "yes" if asked == answer else "no"
             texts.add(text)
-            ids = {"question_id": f"{name}-{question}", "clip_id": name, "part": parts[number % len(parts)]}
+            ids = {"question_id": f"{name}-{question}", "clip_id": name, "part": PARTS[number % len(PARTS)]}
             lines.append(json.dumps({**ids, "question": text, "answer": answer, "tags": []}))
     (root / "questions.jsonl").write_text("\n".join(lines) + "\n")
     code = torch.randn(len(COLOURS) + len(PLACES), args.width, generator=generator)
@@ -162,7 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder), args)
         for batch in args.batches:
-            epoch = math.ceil(args.clips * args.questions * TRAIN / batch)
+            share = PARTS.count("train") / len(PARTS)
+            epoch = math.ceil(args.clips * args.questions * share / batch)
             by_batch.append(measure(Path(folder), args, batch, max(1, round(args.steps / epoch))))
     result = {
         "what": "8 ratios x 3 seeds of psa against one run; wall time of the processes, bytes read from the stores",

@@ -60,7 +60,12 @@ class BatchEncoder:
     def start(self, clips: Sequence[PreparedClip]) -> Callable[[], dict[str, Row]]:
         """Begin to encode; the function that comes back waits for the rows, by clip id.
 
-        The call returns at once, so that gathering and copies overlap with computing.
+        The call returns at once, so that gathering and copies overlap with computing. A row is a clip's part of
+        `PatchTokens` and its timestamps, on the CPU: cls [D], patches [T, N, D], saliency [T, N], timestamps [T] in
+        seconds, coarse [T, M, E] and coarse_saliency [T, M] where the network has them.
+
+        Raises:
+            ValueError: frames of another shape than the encoder takes; on a CPU when the rows are waited for.
         """
         if not clips:
             return dict
