@@ -146,6 +146,10 @@ def join(cuda: bool) -> Iterator[Ranks]:
                 f"expected --nproc-per-node {devices} at most, or --train.device cpu"
             )
         torch.cuda.set_device(ranks.local)
+    # Its default arguments hold the group that there is when it is first imported. Let that be none: what holds the
+    # group keeps gloo's threads alive, and these may touch Python while the interpreter ends, which aborts the process.
+    from torch.distributed.nn import functional  # noqa: F401
+
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     yield ranks
     dist.destroy_process_group()  # after a failure the process ends anyway, and waiting for the others could hang

@@ -18,6 +18,8 @@ def main() -> None:
         features = open_experiment(config, ranks=ranks).features
         held = ranks.gather((sorted(features._clip_rows), features.nbytes))
         ranks.say(f"held {held}")
+    threads = {(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()}
+    assert not any("gloo" in name for name in threads), threads
 
 
 if __name__ == "__main__":
