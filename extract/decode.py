@@ -29,6 +29,7 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from configs.schema import VideoConfig
 from extract.container import FrameIndexes, VideoError
 from extract.datasets import Clip
+from extract.orphans import end_with_parent
 from extract.transforms import PUBLISHED, Transform, to_input
 from extract.video import read_frames
 
@@ -166,7 +167,7 @@ def _file_sha256(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def _start_child(memory_gb: float) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     for number in (signal.SIGINT, signal.SIGUSR1):  # the parent's to handle; SIGTERM is how it ends a child
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -183,14 +184,6 @@ def _end_over(limit: int) -> None:
     while process.memory_info().rss <= limit:
         time.sleep(LOOK_S)
     os._exit(OUT_OF_MEMORY)
-
-
-def _end_with_parent() -> None:
-    # A job that is killed outright cannot stop its children.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _child_traceback(error: BaseException) -> str:

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +12,6 @@ from train.batches import FORMS, NO_CLASS, Batch, Features, QuestionTable, plan_
 from train.experiment import Experiment
 from train.metrics import Metrics, normalise, same_lower_cased, score
 from train.stack import Stack
-from train.workers import IN_TURN, Workers
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,6 @@ def answer_table(
     features: Features,
     table: QuestionTable,
     size: int,
-    workers: Workers = IN_TURN,
     keep_patches: bool = True,
 ) -> list[list[Answers]]:
     """What each member of each stack answers to every question of `table`, whose clips are encoded, on one reading.
@@ -45,7 +42,7 @@ def answer_table(
     kept: list[list[np.ndarray | None]] = [[None] * len(stack) for stack in stacks]
     plan = plan_batches(table, size, seed=None)
     found = [
-        (batch.rows, workers.map(partial(_answer, batch=batch, number=number, keep_patches=keep_patches), stacks))
+        (batch.rows, [_answer(stack, batch, number, keep_patches) for stack in stacks])
         for number, batch in enumerate(features.stream(table, plan))
         if len(batch)
     ]

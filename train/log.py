@@ -1,6 +1,7 @@
 """What training says: JSON lines as the truth, TensorBoard beside them, a bar or plain lines for people."""
 
 import json
+import multiprocessing
 import sys
 import time
 from pathlib import Path
@@ -65,7 +66,9 @@ class Display:
         self._first, self._steps = step, steps
         self._started = self._printed = time.monotonic()
         self._bar: Progress | None = None
-        if sys.stdout.isatty() and not silent:
+        # Of processes side by side, each would draw its bar over the others'.
+        alone = multiprocessing.parent_process() is None
+        if sys.stdout.isatty() and alone and not silent:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"))
             self._bar = Progress(
                 *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(), transient=True

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,7 +29,6 @@ from train.metrics import Metrics
 from train.published import evaluate_published, has_run
 from train.ranks import ALONE, Ranks
 from train.stack import deterministic
-from train.workers import IN_TURN, Workers
 
 
 class Stopped(Exception):
@@ -73,7 +71,7 @@ def fit(config: Config, command: str, ranks: Ranks = ALONE) -> Metrics:
         try:
             train_together([crew], experiment, config.train.seed, label)
             ranks.say(f"{label}: {crew.stack.step} steps, {crew.describe()}")
-            metrics = test_crews([crew], experiment, command, IN_TURN)[0]
+            metrics = test_crews([crew], experiment, command)[0]
             took = time.monotonic() - started
             nbytes = sum(ranks.gather(experiment.features.nbytes))
             crew.members[0].log("end", crew.stack.step, seconds=took, bytes_read=nbytes, ranks=ranks.size)
@@ -82,9 +80,7 @@ def fit(config: Config, command: str, ranks: Ranks = ALONE) -> Metrics:
         return metrics
 
 
-def train_together(
-    crews: Sequence[Crew], experiment: Experiment, order: int, label: str, workers: Workers = IN_TURN
-) -> None:
+def train_together(crews: Sequence[Crew], experiment: Experiment, order: int, label: str) -> None:
     """Train every crew to its end on one reading of the features: each batch is gathered once for all of them.
 
     Args:
@@ -92,7 +88,6 @@ def train_together(
         experiment: their data.
         order: seed of the order of the batches.
         label: for people.
-        workers: that take the crews.
     """
     train, features, table = crews[0].config.train, experiment.features, experiment.train_table
     ranks = experiment.ranks
@@ -111,26 +106,27 @@ def train_together(
             plan = plan_batches(table, train.batch, order, epoch) if steps else []
             first = min(crew.place[1] for crew in due)
             for number, batch in enumerate(features.stream(table, plan[first:]), first):
-                learning = [crew for crew in due if crew.place == (epoch, number)]
-                workers.map(partial(Crew.learn, batch=batch, last=number + 1 == len(plan)), learning)
+                for crew in due:
+                    if crew.place == (epoch, number):
+                        crew.learn(batch, last=number + 1 == len(plan))
                 display.show(due[0].stack.step, f"epoch {epoch + 1}/{epochs}, {due[0].describe()}")
                 if ranks.any(asked.is_set()):
                     for crew in due:
                         crew.save()
                     raise Stopped(f"stopped in epoch {epoch + 1} of {epochs}; give the same command again to go on")
             stacks, seen = [crew.stack for crew in due], experiment.seen("val")
-            said = answer_table(stacks, features, seen, train.batch, workers, keep_patches=False)
+            said = answer_table(stacks, features, seen, train.batch, keep_patches=False)
             for crew, answers in zip(due, said, strict=True):
                 crew.end_epoch(answers)
 
 
-def test_crews(crews: Sequence[Crew], experiment: Experiment, command: str, workers: Workers) -> list[Metrics]:
+def test_crews(crews: Sequence[Crew], experiment: Experiment, command: str) -> list[Metrics]:
     """Metrics on *test* of every member's best epoch, in order; `test.json` comes last into each folder."""
     for crew in crews:
         crew.restore_best(command)
     size = crews[0].config.train.batch
     stacks = [crew.stack for crew in crews]
-    said = answer_table(stacks, experiment.features, experiment.seen("test"), size, workers)
+    said = answer_table(stacks, experiment.features, experiment.seen("test"), size)
     return [metrics for crew, answers in zip(crews, said, strict=True) for metrics in crew.end(answers)]
 
 

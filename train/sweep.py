@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from train import card as folder
 from train.crew import Crew
 from train.experiment import Experiment, open_experiment
 from train.run import test_crews, train_together
+from train.side_by_side import SideBySide
 from train.sweep_results import write_results
-from train.workers import Workers
 
 # What members must share.
 SHARED = (
@@ -118,40 +119,53 @@ def _train_free(
     """Train what nobody else does, crew by crew; returns how many members this process has trained."""
     place.mkdir(exist_ok=True)
     trained, skipped = 0, set[Path]()
-    light = experiment.device.type == "cpu" and config.head.name not in ALONE
+    on_disk = experiment.features.residency == "disk"
+    light = experiment.device.type == "cpu" and not on_disk and config.head.name not in ALONE
     cores = torch.get_num_threads() if light else 1
-    while free := [paths for paths in plan_crews(configs, place, experiment.device, cores) if paths[0] not in skipped]:
-        # What memory holds is read once anyway; from disk, crews that train side by side share the reading.
-        together = free if experiment.features.residency == "disk" else free[:cores]
-        with ExitStack() as leases, Workers(cores if light else None) as workers:
-            taken = []
-            for path, members in together:
+    work = partial(_train, experiment=experiment, order=config.train.seed, label=label, command=command)
+    while free := [crew for crew in plan_crews(configs, place, experiment.device, cores) if crew[0] not in skipped]:
+        # What memory holds is read once anyway; from disk, crews that train together share the reading.
+        together = [[crew] for crew in free] if light else [free] if on_disk else [free[:1]]
+        done = SideBySide(work, cores).map(together) if light else [work(crews) for crews in together]
+        for members, owned in done:
+            trained += members
+            skipped |= owned
+    return trained
+
+
+def _train(
+    crews: Sequence[tuple[Path, list[Config]]], experiment: Experiment, order: int, label: str, command: str
+) -> tuple[int, set[Path]]:
+    """Train crews on one reading; returns how many members it has trained, and the crews in another's hands."""
+    owned = set[Path]()
+    with ExitStack() as leases:
+        taken: list[Crew] = []
+        try:
+            for path, members in crews:
                 try:
                     with ExitStack() as own:
                         for member in members:
                             own.enter_context(lease.hold(member.run.dir, 0))
                         leases.push(own.pop_all())
                 except ShardOwned:
-                    skipped.add(path)
+                    owned.add(path)
                     continue
                 if not path.exists() and any(map(_finished, members)):
                     continue  # by a process that has let go of them just now: they are planned anew
                 # Read by a later process, which has to form the same crew to go on from its place.
                 names = [member.run.dir.name for member in members]
                 folder.write_whole(path.with_suffix(".json"), json.dumps(names) + "\n")
-                taken.append(Crew(members, experiment, config.train.seed, path))
-            try:
-                if taken:
-                    train_together(taken, experiment, config.train.seed, label, workers)
-                    test_crews(taken, experiment, command, workers)
-            finally:
-                for crew in taken:
-                    crew.close()
+                taken.append(Crew(members, experiment, order, path))
+            if taken:
+                train_together(taken, experiment, order, label)
+                test_crews(taken, experiment, command)
+        finally:
             for crew in taken:
-                crew.path.with_suffix(".json").unlink()
-                crew.path.unlink()
-                trained += len(crew.members)
-    return trained
+                crew.close()
+        for crew in taken:
+            crew.path.with_suffix(".json").unlink()
+            crew.path.unlink()
+    return sum(len(crew.members) for crew in taken), owned
 
 
 def plan_crews(

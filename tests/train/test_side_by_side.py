@@ -1,0 +1,70 @@
+"""Forked processes side by side: order, failures, kills and signals."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+from train.side_by_side import ProcessLost, SideBySide
+
+LONG_S = 60.0
+
+
+def test_results_come_in_order_from_processes_on_one_thread_each() -> None:
+    before = torch.get_num_threads()
+    tensor = torch.arange(5)
+
+    def work(number: int) -> tuple[int, int, int]:
+        time.sleep(0.2 if number == 0 else 0)  # the first to start is the last to end
+        return int(tensor[number]), os.getpid(), torch.get_num_threads()
+
+    results = SideBySide(work, cores=2).map(range(5))
+    assert [number for number, _, _ in results] == [0, 1, 2, 3, 4]
+    assert len({os.getpid(), *(process for _, process, _ in results)}) == 6
+    assert {threads for _, _, threads in results} == {1}
+    assert torch.get_num_threads() == before
+
+
+def test_no_more_than_the_cores_run_at_once() -> None:
+    def work(_: int) -> tuple[float, float]:
+        started = time.monotonic()
+        time.sleep(0.1)
+        return started, time.monotonic()
+
+    spans = SideBySide(work, cores=2).map(range(5))
+    for start, _ in spans:
+        assert sum(other <= start < end for other, end in spans) <= 2
+
+
+def test_a_failure_stops_the_others_and_is_raised() -> None:
+    def work(number: int) -> None:
+        if number == 1:
+            raise ValueError("no such crew")
+        time.sleep(LONG_S)
+
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="no such crew"):
+        SideBySide(work, cores=2).map(range(9))
+    assert time.monotonic() - started < LONG_S / 2
+
+
+def test_a_killed_process_is_told() -> None:
+    def work(number: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(ProcessLost, match="ended by signal 9; give the same command again"):
+        SideBySide(work, cores=1).map([0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_all(number: signal.Signals) -> None:
+    handler = signal.getsignal(number)
+    threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        SideBySide(lambda _: time.sleep(LONG_S), cores=2).map(range(4))
+    assert time.monotonic() - started < LONG_S / 2
+    assert signal.getsignal(number) is handler
