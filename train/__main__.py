@@ -77,7 +77,8 @@ def _fit(args: Sequence[str]) -> int:
     config = _parse("fit", args)
     from train.experiment import pick_device
     from train.ranks import join
-    from train.run import Stopped, fit
+    from train.run import fit
+    from train.stopping import Stopped
 
     with join(cuda=pick_device(config.train.device).type == "cuda") as ranks:
         try:
@@ -186,7 +187,7 @@ def _sweep(args: Sequence[str]) -> int:
             "torchrun started this sweep; expected one start a machine or GPU, as in CUDA_VISIBLE_DEVICES=1 python -m "
             "train sweep ...: each takes the members that nobody holds"
         )
-    from train.run import Stopped
+    from train.stopping import Stopped
     from train.sweep import run_sweep
 
     command = " ".join(["python -m train sweep", *args])

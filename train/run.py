@@ -5,14 +5,11 @@ on when the same command is given again, and gives the very losses that it would
 a CPU).
 """
 
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from configs.schema import Config, HeadConfig
@@ -29,10 +26,7 @@ from train.metrics import Metrics
 from train.published import evaluate_published, has_run
 from train.ranks import ALONE, Ranks
 from train.stack import deterministic
-
-
-class Stopped(Exception):
-    """A signal asked the training to stop; each crew's file holds its place."""
+from train.stopping import Stopped, stop_signals
 
 
 def fit(config: Config, command: str, ranks: Ranks = ALONE) -> Metrics:
@@ -96,7 +90,8 @@ def train_together(crews: Sequence[Crew], experiment: Experiment, order: int, la
     epochs = train.epochs if steps else 1
     with (
         Display(label, first_step, steps, silent=not ranks.first) as display,
-        _signals(ranks) as asked,
+        # torchrun repeats a signal, and kills the ranks that do not stop at the same step as the others.
+        stop_signals(insist=ranks.size == 1) as asked,
         deterministic(train.deterministic),
     ):
         for epoch in range(min(crew.place[0] for crew in crews), epochs):
@@ -177,27 +172,3 @@ def _head_of(card: Card, here: HeadConfig) -> HeadConfig:
     checkpoint = known["checkpoint"]
     known |= {"implementation": here.implementation, "checkpoint": None if checkpoint is None else Path(checkpoint)}
     return HeadConfig(**known)
-
-
-@contextmanager
-def _signals(ranks: Ranks) -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, so that a step is never cut in two; a second signal stops at once.
-
-    Many ranks stop at the same step: torchrun, which repeats the signal, kills those that do not get there.
-    """
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked.is_set() and ranks.size == 1:
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -28,8 +28,8 @@ from features import ShardOwned, lease
 from train import card as folder
 from train.crew import Crew
 from train.experiment import Experiment, open_experiment
+from train.forks import call_in_forks, can_fork
 from train.run import test_crews, train_together
-from train.side_by_side import SideBySide
 from train.sweep_results import write_results
 
 # What members must share.
@@ -120,13 +120,17 @@ def _train_free(
     place.mkdir(exist_ok=True)
     trained, skipped = 0, set[Path]()
     on_disk = experiment.features.residency == "disk"
-    light = experiment.device.type == "cpu" and not on_disk and config.head.name not in ALONE
-    cores = torch.get_num_threads() if light else 1
-    work = partial(_train, experiment=experiment, order=config.train.seed, label=label, command=command)
+    fork = experiment.device.type == "cpu" and config.head.name not in ALONE and not on_disk and can_fork()
+    cores = torch.get_num_threads() if fork else 1
+    train = partial(_train, experiment=experiment, order=config.train.seed, command=command)
     while free := [crew for crew in plan_crews(configs, place, experiment.device, cores) if crew[0] not in skipped]:
-        # What memory holds is read once anyway; from disk, crews that train together share the reading.
-        together = [[crew] for crew in free] if light else [free] if on_disk else [free[:1]]
-        done = SideBySide(work, cores).map(together) if light else [work(crews) for crews in together]
+        if fork:
+            labels = [f"{label}, crew {number} of {len(free)}" for number in range(1, len(free) + 1)]
+            calls = [partial(train, [crew], label=own) for crew, own in zip(free, labels, strict=True)]
+            done = call_in_forks(calls, cores)
+        else:
+            # What memory holds is read once anyway; from disk, crews that train together share the reading.
+            done = [train(free if on_disk else free[:1], label=label)]
         for members, owned in done:
             trained += members
             skipped |= owned
@@ -136,7 +140,7 @@ def _train_free(
 def _train(
     crews: Sequence[tuple[Path, list[Config]]], experiment: Experiment, order: int, label: str, command: str
 ) -> tuple[int, set[Path]]:
-    """Train crews on one reading; returns how many members it has trained, and the crews in another's hands."""
+    """Train crews on one reading; returns how many members it has trained, and which crews another process has."""
     owned = set[Path]()
     with ExitStack() as leases:
         taken: list[Crew] = []

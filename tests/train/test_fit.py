@@ -23,7 +23,8 @@ from train.answers import Answers, Marks, score_part
 from train.batches import Batch
 from train.card import RunError, plain
 from train.experiment import open_experiment
-from train.run import Stopped, evaluate, fit
+from train.run import evaluate, fit
+from train.stopping import Stopped
 
 ROOT = Path(__file__).parents[2]
 

@@ -2,18 +2,30 @@
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+import torch
+import yaml
 
 from configs.schema import Config, ConfigError
 from features import lease
 from tests.train.tiny import losses, with_run
 from train import crew
 from train.batches import Batch
+from train.card import plain
 from train.run import fit
+from train.stopping import Stopped
 from train.sweep import read_axes, run_sweep
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_members_equal_runs_of_their_own(tiny: Config) -> None:
@@ -60,6 +72,50 @@ def test_stopped_sweep_goes_on_and_a_finished_one_trains_nothing(tiny: Config, m
     for name in ("ratio-0.25", "ratio-0.5"):
         assert losses(path.parent / name) == losses(path.parent.parent / "whole" / name)
     assert json.loads(run_sweep(tiny, ratios=[0.25, 0.5]).read_text())["trained"] == 0
+
+
+def test_signal_stops_every_crew_at_its_place(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    path = run_sweep(tiny, ratios=[0.25, 0.5], name="whole")
+    real = crew.Crew.learn
+
+    def asks(self: crew.Crew, batch: Batch, last: bool) -> None:
+        real(self, batch, last)
+        if self.stack.step == 11 and self.config.head.ratio == 0.25:
+            os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(0.05)  # no crew ends before it is told
+
+    monkeypatch.setattr(crew.Crew, "learn", asks)
+    with pytest.raises(Stopped, match="give the same command again to go on"):
+        run_sweep(tiny, ratios=[0.25, 0.5])
+    out = tiny.run.dir.parent / "sweeps" / "direct-psa"
+    assert len(list((out / "crews").glob("*.pt"))) == 2
+    monkeypatch.setattr(crew.Crew, "learn", real)
+    run_sweep(tiny, ratios=[0.25, 0.5])
+    for name in ("ratio-0.25", "ratio-0.5"):
+        assert losses(out / name) == losses(path.parent / name)
+
+
+@pytest.mark.slow
+def test_killed_sweep_leaves_no_process_and_goes_on(tiny: Config, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(plain(with_run(tiny, "psa", train_epochs=12))))
+    command = [sys.executable, "-m", "train", "sweep", "--config", str(path), "--ratios", "0.25", "0.5"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    out = tiny.run.dir.parent / "sweeps" / "direct-psa"
+    logs = [out / name / "log.jsonl" for name in ("ratio-0.25", "ratio-0.5")]
+    while process.poll() is None and not all(log.exists() and len(log.read_text().splitlines()) > 12 for log in logs):
+        time.sleep(0.01)
+    forks = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(forks, timeout=10)
+    assert len(forks) == 2
+    assert not alive
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert json.loads((out / "sweep.json").read_text())["trained"] == 2
+    assert [len(losses(log.parent)) for log in logs] == [96, 96]
 
 
 def test_grid_file_varies_any_field_of_the_head(tiny: Config, tmp_path: Path) -> None:

@@ -4,11 +4,12 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
 
-from train.side_by_side import ProcessLost, SideBySide
+from train.forks import ForkLost, call_in_forks
 
 LONG_S = 60.0
 
@@ -21,7 +22,7 @@ def test_results_come_in_order_from_processes_on_one_thread_each() -> None:
         time.sleep(0.2 if number == 0 else 0)  # the first to start is the last to end
         return int(tensor[number]), os.getpid(), torch.get_num_threads()
 
-    results = SideBySide(work, cores=2).map(range(5))
+    results = call_in_forks([partial(work, number) for number in range(5)], cores=2)
     assert [number for number, _, _ in results] == [0, 1, 2, 3, 4]
     assert len({os.getpid(), *(process for _, process, _ in results)}) == 6
     assert {threads for _, _, threads in results} == {1}
@@ -29,12 +30,12 @@ def test_results_come_in_order_from_processes_on_one_thread_each() -> None:
 
 
 def test_no_more_than_the_cores_run_at_once() -> None:
-    def work(_: int) -> tuple[float, float]:
+    def work() -> tuple[float, float]:
         started = time.monotonic()
         time.sleep(0.1)
         return started, time.monotonic()
 
-    spans = SideBySide(work, cores=2).map(range(5))
+    spans = call_in_forks([work] * 5, cores=2)
     for start, _ in spans:
         assert sum(other <= start < end for other, end in spans) <= 2
 
@@ -47,16 +48,16 @@ def test_a_failure_stops_the_others_and_is_raised() -> None:
 
     started = time.monotonic()
     with pytest.raises(ValueError, match="no such crew"):
-        SideBySide(work, cores=2).map(range(9))
+        call_in_forks([partial(work, number) for number in range(9)], cores=2)
     assert time.monotonic() - started < LONG_S / 2
 
 
 def test_a_killed_process_is_told() -> None:
-    def work(number: int) -> None:
+    def work() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(ProcessLost, match="ended by signal 9; give the same command again"):
-        SideBySide(work, cores=1).map([0])
+    with pytest.raises(ForkLost, match=r"ended by signal 9 .* give the same command again"):
+        call_in_forks([work], cores=1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -65,6 +66,6 @@ def test_a_signal_stops_all(number: signal.Signals) -> None:
     threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        SideBySide(lambda _: time.sleep(LONG_S), cores=2).map(range(4))
+        call_in_forks([partial(time.sleep, LONG_S)] * 4, cores=2)
     assert time.monotonic() - started < LONG_S / 2
     assert signal.getsignal(number) is handler
