@@ -26,13 +26,13 @@ from typing import Any
 import numpy as np
 import yaml
 
-from configs.schema import Config, ConfigParser, add_config_arguments, parse_config
-from extract.datasets import load_dataset
-from train import plots
-from train.metrics import read_predictions, same_lower_cased
-from train.report_sources import read_sweep
-from train.statistics import compare
-from train.sweep import run_sweep
+from egopatch.configs.schema import Config, ConfigParser, add_config_arguments, parse_config
+from egopatch.extract.datasets import load_dataset
+from egopatch.train.report import plots
+from egopatch.train.report.sources import read_sweep
+from egopatch.train.scores.metrics import read_predictions, same_lower_cased
+from egopatch.train.scores.statistics import compare
+from egopatch.train.sweeps.sweep import run_sweep
 
 RESULTS = Path(__file__).parent / "results"
 SPLITS = ("direct", "indirect")

@@ -32,12 +32,13 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
-from extract.batch_encoder import BatchEncoder  # noqa: E402
-from extract.datasets import Clip  # noqa: E402
-from extract.decode import PreparedClip  # noqa: E402
-from extract.encoders import load_video_encoder, reference  # noqa: E402
-from extract.encoders.checkpoint import Checkpoint  # noqa: E402
-from extract.encoders.standin import published_shapes, random_weight  # noqa: E402
+from egopatch.extract.datasets import Clip  # noqa: E402
+from egopatch.extract.encoders import load_video_encoder  # noqa: E402
+from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint  # noqa: E402
+from egopatch.extract.encoders.checkpoints.standin import published_shapes, random_weight  # noqa: E402
+from egopatch.extract.video.decode import PreparedClip  # noqa: E402
+from egopatch.extract.worker.batch_encoder import BatchEncoder  # noqa: E402
+from tests.extract.encoders import reference  # noqa: E402
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 VARIANTS = ("plain float32", "ours float32", "ours bfloat16")

@@ -36,7 +36,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from train.ops.select_attend import select_attend
+from egopatch.train.ops.select_attend import select_attend
 
 FRAMES, PATCHES, WIDTH, HEADS, ANSWERS = 16, 196, 768, 4, 200
 VARIANTS = ("ours", "per question", "per clip")

@@ -92,8 +92,9 @@ def measure(case: Case) -> Usage:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from train.ops.select_attend import triton as kernels
-    from train.ops.select_attend import triton_backward, triton_forward
+    from egopatch.train.ops.select_attend import backward as triton_backward
+    from egopatch.train.ops.select_attend import forward as triton_forward
+    from egopatch.train.ops.select_attend import kernels
 
     patches, width, heads = case.shape
     dtype = DTYPES[case.dtype]

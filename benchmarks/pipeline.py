@@ -26,15 +26,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
 from benchmarks.encoder import GRID, PATCH, Work, checkpoint, stamp  # noqa: E402
-from configs.schema import Config, EncoderConfig, EngineConfig, StoreConfig, VideoConfig  # noqa: E402
-from extract.batch_encoder import BatchEncoder  # noqa: E402
-from extract.datasets import Clip  # noqa: E402
-from extract.decode import PreparedClip  # noqa: E402
-from extract.encoders import VideoEncoder  # noqa: E402
-from extract.pipeline import encode_shards  # noqa: E402
-from extract.sharing import decoder_count  # noqa: E402
-from extract.worker import has_bfloat16, load_encoder, open_decoders  # noqa: E402
-from features import Fingerprint, StoreSpec, create_store  # noqa: E402
+from egopatch.configs.schema import Config, EncoderConfig, EngineConfig, StoreConfig, VideoConfig  # noqa: E402
+from egopatch.extract.datasets import Clip  # noqa: E402
+from egopatch.extract.encoders import VideoEncoder  # noqa: E402
+from egopatch.extract.engines.sharing import decoder_count  # noqa: E402
+from egopatch.extract.video.decode import PreparedClip  # noqa: E402
+from egopatch.extract.worker.batch_encoder import BatchEncoder  # noqa: E402
+from egopatch.extract.worker.pipeline import encode_shards  # noqa: E402
+from egopatch.extract.worker.worker import has_bfloat16, load_encoder, open_decoders  # noqa: E402
+from egopatch.features import Fingerprint, StoreSpec, create_store  # noqa: E402
 
 WIDTH, HEIGHT, FPS = 320, 240, 30
 

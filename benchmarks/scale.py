@@ -24,10 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
 from benchmarks.store import machine  # noqa: E402
-from configs.schema import Config, ConfigParser, add_config_arguments, parse_config  # noqa: E402
-from extract.encoders import open_checkpoint  # noqa: E402
-from extract.fingerprints import video_fingerprint  # noqa: E402
-from features import StoreSpec, create_store, open_store  # noqa: E402
+from egopatch.configs.schema import Config, ConfigParser, add_config_arguments, parse_config  # noqa: E402
+from egopatch.extract.encoders import open_checkpoint  # noqa: E402
+from egopatch.extract.fingerprints import video_fingerprint  # noqa: E402
+from egopatch.features import StoreSpec, create_store, open_store  # noqa: E402
 
 SPEC = StoreSpec.for_patches(frames=1, grid=(1, 1), width=1, shard=64)
 ROW = {"patches": torch.ones(1, 1, 1), "cls": torch.ones(1), "saliency": torch.ones(1, 1), "timestamps": torch.ones(1)}

@@ -36,8 +36,8 @@ from torch.nn.attention import SDPBackend
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.head_step import processor
-from train.ops.select_attend import reference, select_attend
-from train.ops.select_attend.api import choose_implementation
+from egopatch.train.ops.select_attend import reference, select_attend
+from egopatch.train.ops.select_attend.api import choose_implementation
 
 # clips, questions of each clip, frames, patches, channels
 PRESETS = {

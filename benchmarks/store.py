@@ -37,9 +37,9 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
-from features import Fingerprint, Store, StoreSpec, create_store, open_store, read_ahead  # noqa: E402
-from features.formats import FORMATS  # noqa: E402
-from features.verify import verify  # noqa: E402
+from egopatch.features import Fingerprint, Store, StoreSpec, create_store, open_store, read_ahead  # noqa: E402
+from egopatch.features.formats.registry import FORMATS  # noqa: E402
+from egopatch.features.tools.verify import verify  # noqa: E402
 
 SHAPE = (16, 196, 768)
 CLIP_BYTES = 2 * SHAPE[0] * SHAPE[1] * SHAPE[2]

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import yaml
 
-from features import Fingerprint, StoreSpec, create_store
+from egopatch.features import Fingerprint, StoreSpec, create_store
 
 RESULT = Path(__file__).parent / "results" / "sweep_cost.json"
 RATIOS = (0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 1.0)

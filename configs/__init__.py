@@ -1,5 +1,10 @@
 """Experiments: one YAML file each, and the typed schema that every file is checked against."""
 
-from configs.schema import Config, load_config
+from egopatch.configs.schema import Config, load_config
 
 __all__ = ["Config", "load_config"]
+
+if __name__ == "configs":  # the short name, in a checkout
+    from egopatch import short_names
+
+    short_names.alias(__name__)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import jsonargparse
 
-from configs.schema import Config, ConfigError, ConfigParser, add_config_arguments, parse_config
-from extract.datasets import DatasetError
-from extract.errors import CheckpointError
-from features.errors import BadLocation, FingerprintMismatch, StoreError
+from egopatch.configs.schema import Config, ConfigError, ConfigParser, add_config_arguments, parse_config
+from egopatch.extract.datasets import DatasetError
+from egopatch.extract.errors import CheckpointError
+from egopatch.features.values.errors import BadLocation, FingerprintMismatch, StoreError
 
 COMMANDS = {
     "plan": "say what a run would do: clips, bytes, time, refusals",
@@ -81,11 +81,11 @@ def _parse(command: str, args: Sequence[str], as_json: bool = False) -> tuple[Co
 
 
 def _data(args: Sequence[str]) -> int:
-    from extract.download import DownloadError
-    from extract.lock import Lock
-    from extract.provide import as_json, describe, needs, provide
-    from extract.sources import PUBLISHED, load_sources
-    from extract.transfer_meter import transfer_meter
+    from egopatch.extract.fetch.download import DownloadError
+    from egopatch.extract.fetch.lock import Lock
+    from egopatch.extract.fetch.provide import as_json, describe, needs, provide
+    from egopatch.extract.fetch.sources import PUBLISHED, load_sources
+    from egopatch.extract.fetch.transfer_meter import transfer_meter
 
     parser = ConfigParser(prog="extract data", description=COMMANDS["data"])
     parser.add_argument("--offline", action="store_true", help="use no network; say which file to put where")
@@ -112,8 +112,8 @@ def _data(args: Sequence[str]) -> int:
 
 
 def _plan(args: Sequence[str]) -> int:
-    from extract import forecast
-    from extract.plan import describe, make_forecast, make_plan
+    from egopatch.extract.planning import forecast
+    from egopatch.extract.planning.plan import describe, make_forecast, make_plan
 
     config, options = _parse("plan", args, as_json=True)
     if options.clips is not None:
@@ -126,11 +126,11 @@ def _plan(args: Sequence[str]) -> int:
 
 
 def _run(args: Sequence[str], retry: bool = False) -> int:
-    from extract.engines import Part, WorkersKilled
-    from extract.interrupts import REQUEUE, Requeue, requeue_on_signals
-    from extract.run import extract_features
-    from extract.shard_writer import TooManyErrors
-    from extract.worker import slow_arithmetic
+    from egopatch.extract.engines.dispatch import Part, WorkersKilled
+    from egopatch.extract.engines.interrupts import REQUEUE, Requeue, requeue_on_signals
+    from egopatch.extract.run import extract_features
+    from egopatch.extract.worker.shard_writer import TooManyErrors
+    from egopatch.extract.worker.worker import slow_arithmetic
 
     name = "retry" if retry else "run"
     config, options = _parse(name, args)
@@ -172,7 +172,7 @@ def _retry(args: Sequence[str]) -> int:
 
 
 def _status(args: Sequence[str]) -> int:
-    from features.progress import progress
+    from egopatch.features.state.counts import progress
 
     config, options = _parse("status", args, as_json=True)
     found = progress(config.store.path)
@@ -187,7 +187,7 @@ def _status(args: Sequence[str]) -> int:
 
 
 def _doctor(args: Sequence[str]) -> int:
-    from extract.doctor import describe, examine
+    from egopatch.extract.planning.doctor import describe, examine
 
     config, options = _parse("doctor", args, as_json=True)
     diagnosis = examine(config)
@@ -196,8 +196,8 @@ def _doctor(args: Sequence[str]) -> int:
 
 
 def _standin(args: Sequence[str]) -> int:
-    from extract.datasets import load_dataset
-    from extract.encoders.standin import write_standin
+    from egopatch.extract.datasets import load_dataset
+    from egopatch.extract.encoders.checkpoints.standin import write_standin
 
     config, _ = _parse("standin", args)
     arch, path = config.encoder.arch, config.encoder.checkpoint
@@ -226,7 +226,7 @@ def _standin(args: Sequence[str]) -> int:
 
 
 def _synth(args: Sequence[str]) -> int:
-    from extract.datasets.synthetic import render
+    from egopatch.extract.datasets.egosynth.render import render
 
     parser = ConfigParser(prog="extract synth", description=COMMANDS["synth"])
     parser.add_argument("--out", type=Path, required=True, help="folder to write, in EgoTaskQA's layout")
@@ -236,7 +236,7 @@ def _synth(args: Sequence[str]) -> int:
         "--hard", action="store_true", help="small things, bystanders and clutter; see docs/egosynth.md"
     )
     options = parser.parse_args(list(args))
-    from extract.progress import meter
+    from egopatch.extract.progress import meter
 
     with meter("render", options.clips, "clips") as shown:
         try:
@@ -253,7 +253,7 @@ def _synth(args: Sequence[str]) -> int:
 
 
 def _checkpoint(args: Sequence[str]) -> int:
-    from extract.encoders.inspection import convert, inspect
+    from egopatch.extract.encoders.inspection import convert, inspect
 
     parser = ConfigParser(prog="extract checkpoint", description=COMMANDS["checkpoint"])
     parser.add_argument("action", choices=["inspect", "convert"])

@@ -4,11 +4,11 @@ import hashlib
 from importlib.metadata import version
 from pathlib import Path
 
-from configs.schema import Config
-from extract.encoders import find_network
-from extract.encoders.package import MINILM, text_folder
-from features import Fingerprint
-from features.spec import Scalar, whole_dtype
+from egopatch.configs.schema import Config
+from egopatch.extract.encoders import find_network
+from egopatch.extract.encoders.checkpoints.package import MINILM, text_folder
+from egopatch.features import Fingerprint
+from egopatch.features.values.spec import Scalar, whole_dtype
 
 
 def video_fingerprint(config: Config, checkpoint_sha256: str) -> Fingerprint:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from configs.schema import Config
-from extract.datasets import Dataset, load_dataset
-from extract.encoders import (
+from egopatch.configs.schema import Config
+from egopatch.extract.datasets import Dataset, load_dataset
+from egopatch.extract.encoders import (
     Checkpoint,
     VideoEncoder,
     find_network,
@@ -17,18 +17,18 @@ from extract.encoders import (
     open_checkpoint,
     open_text_checkpoint,
 )
-from extract.encoders.text import TextEncoder, Tokenizer
-from extract.engines import WHOLE, Part, encode_with_engine
-from extract.fingerprints import text_depth, text_fingerprint, video_fingerprint
-from extract.plan import clip_spec, disk_refusal
-from extract.progress import meter
-from extract.shard_writer import ShardWriter
-from extract.tally import Tally, record_job
-from extract.worker import device_of, load_encoder
-from features import ShardWork, Store, StoreError, StoreSpec, create_store
-from features.halves import TEXT
-from features.location import locate
-from features.spec import whole_dtype
+from egopatch.extract.encoders.networks.text import TextEncoder, Tokenizer
+from egopatch.extract.engines.dispatch import WHOLE, Part, encode_with_engine
+from egopatch.extract.fingerprints import text_depth, text_fingerprint, video_fingerprint
+from egopatch.extract.planning.plan import clip_spec, disk_refusal
+from egopatch.extract.progress import meter
+from egopatch.extract.worker.job_stats import Tally, record_job
+from egopatch.extract.worker.shard_writer import ShardWriter
+from egopatch.extract.worker.worker import device_of, load_encoder
+from egopatch.features import ShardWork, Store, StoreError, StoreSpec, create_store
+from egopatch.features.store.text_substore import TEXT
+from egopatch.features.values.location import locate
+from egopatch.features.values.spec import whole_dtype
 
 TEXT_BATCH = 64
 
@@ -140,7 +140,7 @@ def _encode_text_batch(
     config: Config, encoder: TextEncoder, tokenizer: Tokenizer, texts: Sequence[str]
 ) -> dict[str, dict[str, torch.Tensor]]:
     device = next(encoder.parameters()).device
-    # Always one shape, as in `extract.batch_encoder` and for its reason.
+    # Always one shape, as in `extract.worker.batch_encoder` and for its reason.
     ids, mask = tokenizer([*texts, *[texts[-1]] * (TEXT_BATCH - len(texts))])
     with torch.inference_mode():
         states = encoder(ids.to(device), mask.to(device)).to(getattr(torch, whole_dtype(config.store.dtype))).cpu()

@@ -3,7 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from features.errors import (
+from egopatch.features.state.quarantine import Failure, QuarantineRecord
+from egopatch.features.values.errors import (
     AbsentClip,
     BadLocation,
     DamagedStore,
@@ -12,12 +13,11 @@ from features.errors import (
     ShardOwned,
     StoreError,
 )
-from features.quarantine import Failure, QuarantineRecord
-from features.spec import ArraySpec, Fingerprint, PatchTokens, StoreSpec, TextStates
+from egopatch.features.values.spec import ArraySpec, Fingerprint, PatchTokens, StoreSpec, TextStates
 
 if TYPE_CHECKING:
-    from features.readahead import read_ahead
-    from features.store import ShardWork, Store, create_store, open_store, store_exists
+    from egopatch.features.store.read_ahead import read_ahead
+    from egopatch.features.store.store import ShardWork, Store, create_store, open_store, store_exists
 
 __all__ = [
     "AbsentClip",
@@ -42,14 +42,14 @@ __all__ = [
     "store_exists",
 ]
 
-# torch and Zarr take seconds to import. `features.progress` has no use for them, so they come with the first of these.
+# torch and Zarr take seconds to import, and counting clips needs neither: they come with the first of these names.
 _LATER = {
-    "ShardWork": "features.store",
-    "Store": "features.store",
-    "create_store": "features.store",
-    "open_store": "features.store",
-    "read_ahead": "features.readahead",
-    "store_exists": "features.store",
+    "ShardWork": "egopatch.features.store.store",
+    "Store": "egopatch.features.store.store",
+    "create_store": "egopatch.features.store.store",
+    "open_store": "egopatch.features.store.store",
+    "read_ahead": "egopatch.features.store.read_ahead",
+    "store_exists": "egopatch.features.store.store",
 }
 
 if not TYPE_CHECKING:  # mypy would believe in any name
@@ -58,3 +58,9 @@ if not TYPE_CHECKING:  # mypy would believe in any name
         if name not in _LATER:
             raise AttributeError(f"module 'features' has no attribute {name!r}")
         return getattr(import_module(_LATER[name]), name)
+
+
+if __name__ == "features":  # the short name, in a checkout
+    from egopatch import short_names
+
+    short_names.alias(__name__)

@@ -22,17 +22,17 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from features.convert import convert
-from features.derive import derive
-from features.errors import BadLocation, StoreError
-from features.formats import FORMATS
-from features.halves import TEXT, halves, mismatches
-from features.location import Location, locate
-from features.places import storage_at
-from features.repair import repair
-from features.spec import Codec, StoredDtype
-from features.store import Store, open_store
-from features.verify import Report, verify
+from egopatch.features.formats.registry import FORMATS
+from egopatch.features.storage.pick import storage_at
+from egopatch.features.store.store import Store, open_store
+from egopatch.features.store.text_substore import TEXT, halves, mismatches
+from egopatch.features.tools.convert import convert
+from egopatch.features.tools.derive import derive
+from egopatch.features.tools.repair import repair
+from egopatch.features.tools.verify import Report, verify
+from egopatch.features.values.errors import BadLocation, StoreError
+from egopatch.features.values.location import Location, locate
+from egopatch.features.values.spec import Codec, StoredDtype
 
 Result = dict[str, Any]
 

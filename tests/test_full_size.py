@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from extract.encoders.standin import write_tokenizer
-from features import open_store
+from egopatch.extract.encoders.checkpoints.standin import write_tokenizer
+from egopatch.features import open_store
 from tests.data.reference import formula
 
 REFERENCE = Path(__file__).parent / "data" / "reference"

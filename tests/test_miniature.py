@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import yaml
 
-from configs.schema import load_config
-from extract.__main__ import main as extract
-from extract.datasets import load_dataset
-from extract.datasets.synthetic import render
-from extract.encoders.standin import write_standin
+from egopatch.configs.schema import load_config
+from egopatch.extract.__main__ import main as extract
+from egopatch.extract.datasets import load_dataset
+from egopatch.extract.datasets.egosynth.render import render
+from egopatch.extract.encoders.checkpoints.standin import write_standin
+from egopatch.train.__main__ import main as train
 from tests.extract.loopback import Served, Server, serving
-from train.__main__ import main as train
 
 pytestmark = pytest.mark.slow
 

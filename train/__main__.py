@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from configs.schema import Config, ConfigError, ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.schema import Config, ConfigError, ConfigParser, add_config_arguments, parse_config
 
 if TYPE_CHECKING:
-    from extract.datasets import Question
-    from extract.datasets.records import Part
-    from train.metrics import Metrics
+    from egopatch.extract.datasets import Question
+    from egopatch.extract.datasets.records import Part
+    from egopatch.train.scores.metrics import Metrics
 
 COMMANDS = {
     "fit": "train a head, choose its checkpoint on val, evaluate it on test",
@@ -38,9 +38,9 @@ def main(args: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"train: error: {name!r} is no command; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    from extract.datasets import DatasetError
-    from extract.errors import CheckpointError
-    from features import BadLocation, FingerprintMismatch, StoreError
+    from egopatch.extract.datasets import DatasetError
+    from egopatch.extract.errors import CheckpointError
+    from egopatch.features import BadLocation, FingerprintMismatch, StoreError
 
     who = f"train {name} (rank {os.environ['RANK']})" if "RANK" in os.environ else f"train {name}"
     try:
@@ -75,10 +75,10 @@ def _parse(command: str, args: Sequence[str]) -> Config:
 
 def _fit(args: Sequence[str]) -> int:
     config = _parse("fit", args)
-    from train.experiment import pick_device
-    from train.ranks import join
-    from train.run import fit
-    from train.stopping import Stopped
+    from egopatch.train.fitting.experiment import pick_device
+    from egopatch.train.fitting.fit import fit
+    from egopatch.train.processes.distributed import join
+    from egopatch.train.processes.stopping import Stopped
 
     with join(cuda=pick_device(config.train.device).type == "cuda") as ranks:
         try:
@@ -94,9 +94,9 @@ def _fit(args: Sequence[str]) -> int:
 
 def _evaluate(args: Sequence[str]) -> int:
     config = _parse("evaluate", args)
-    from train.experiment import pick_device
-    from train.ranks import join
-    from train.run import evaluate
+    from egopatch.train.fitting.experiment import pick_device
+    from egopatch.train.fitting.fit import evaluate
+    from egopatch.train.processes.distributed import join
 
     with join(cuda=pick_device(config.train.device).type == "cuda") as ranks:
         metrics = evaluate(config, " ".join(["python -m train evaluate", *args]), ranks)
@@ -136,7 +136,7 @@ def _score(args: Sequence[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(list(args))
-    from train.metrics import difference, lines, read_predictions, same_as_released, score
+    from egopatch.train.scores.metrics import difference, lines, read_predictions, same_as_released, score
 
     questions, vocabulary, split = _scored(options.questions, options.part)
     answers = read_predictions(options.predictions, questions)
@@ -161,8 +161,8 @@ def _score(args: Sequence[str]) -> int:
 
 def _scored(path: Path, part: "Part") -> "tuple[tuple[Question, ...], tuple[str, ...] | None, str | None]":
     """Questions of a file, the answer set that belongs to them, and the split that its folder or its name says."""
-    from extract.datasets import egotaskqa, jsonl
-    from extract.datasets.records import answer_vocabulary
+    from egopatch.extract.datasets import egotaskqa, jsonl
+    from egopatch.extract.datasets.records import answer_vocabulary
 
     if path.suffix == ".jsonl":
         parts = jsonl.read_questions(path)
@@ -187,8 +187,8 @@ def _sweep(args: Sequence[str]) -> int:
             "torchrun started this sweep; expected one start a machine or GPU, as in CUDA_VISIBLE_DEVICES=1 python -m "
             "train sweep ...: each takes the members that nobody holds"
         )
-    from train.stopping import Stopped
-    from train.sweep import run_sweep
+    from egopatch.train.processes.stopping import Stopped
+    from egopatch.train.sweeps.sweep import run_sweep
 
     command = " ".join(["python -m train sweep", *args])
     try:
@@ -201,7 +201,7 @@ def _sweep(args: Sequence[str]) -> int:
 
 def _table(args: Sequence[str]) -> int:
     config = _parse("table", args)
-    from train.table import write_table
+    from egopatch.train.report.table import write_table
 
     folder = table_folder(config)
     write_table(folder)
@@ -211,7 +211,7 @@ def _table(args: Sequence[str]) -> int:
 
 def _report(args: Sequence[str]) -> int:
     config = _parse("report", args)
-    from train.report import write_report
+    from egopatch.train.report.page import write_report
 
     print(write_report(config, table_folder(config)))
     return 0
@@ -223,7 +223,7 @@ def table_folder(config: Config) -> Path:
 
 
 def _bench(args: Sequence[str]) -> int:
-    folder = Path(__file__).parent.parent / "benchmarks"
+    folder = Path(__file__).resolve().parents[1] / "benchmarks"
     names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
     if not args or args[0] not in names:
         given = repr(args[0]) if args else "missing"

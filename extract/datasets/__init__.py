@@ -1,18 +1,10 @@
-"""Annotations in, clips and questions out. One adapter a file; `load_dataset` picks it by name."""
+"""Data sets: annotation files in, clips and questions out.
 
-from configs.schema import DataConfig
-from extract.datasets import egotaskqa, jsonl
-from extract.datasets.records import PARTS, Clip, Dataset, DatasetError, Question
+`records` defines the dataclasses, `parsing` reads files and reports faults by line, each adapter (`egotaskqa`, `jsonl`)
+reads one layout, and `registry` picks the adapter by `data.name`. `egosynth` renders the synthetic set.
+"""
+
+from egopatch.extract.datasets.records import PARTS, Clip, Dataset, DatasetError, Question
+from egopatch.extract.datasets.registry import load_dataset
 
 __all__ = ["PARTS", "Clip", "Dataset", "DatasetError", "Question", "load_dataset"]
-
-
-def load_dataset(data: DataConfig) -> Dataset:
-    """Clips, questions and the answer vocabulary that `data` describes. Opens no video.
-
-    Raises:
-        DatasetError: annotation files are missing or malformed; one line a fault, with file and position.
-    """
-    if data.name == "jsonl":
-        return jsonl.load(data.root / data.clips, data.root / data.questions, data.root, data.split)
-    return egotaskqa.load(data.root, data.split)

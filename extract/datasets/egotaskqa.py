@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from extract.datasets import parsing
-from extract.datasets.records import (
+from egopatch.extract.datasets import parsing
+from egopatch.extract.datasets.records import (
     PARTS,
     UNKNOWN_ANSWERS,
     Clip,

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from extract.datasets import parsing
-from extract.datasets.records import PARTS, Clip, Dataset, DatasetError, Part, Question, answer_vocabulary
+from egopatch.extract.datasets import parsing
+from egopatch.extract.datasets.records import PARTS, Clip, Dataset, DatasetError, Part, Question, answer_vocabulary
 
 CLIP_KEYS = ("clip_id", "video", "start_s", "end_s")
 QUESTION_KEYS = ("question_id", "clip_id", "question", "answer", "part", "form", "tags")

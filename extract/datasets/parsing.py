@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from features.journal import collector_paused
+from egopatch.features.storage.journal import collector_paused
 
 T = TypeVar("T")
 

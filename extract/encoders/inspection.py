@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from extract.encoders.checkpoint import PUBLISHED, Checkpoint, CheckpointError, load_checkpoint
-from extract.encoders.video_encoder import VideoSizes
+from egopatch.extract.encoders.checkpoints.checkpoint import PUBLISHED, Checkpoint, CheckpointError, load_checkpoint
+from egopatch.extract.encoders.layers.video_encoder import VideoSizes
 
 # Heads of pretraining that no path of ours reads.
 UNUSED = re.compile(r"mlm_score\.|itm_score\.|cross_modal_\w+\.|.*\.position_ids$|.*\.num_batches_tracked$")
@@ -172,7 +172,7 @@ def _origin(checkpoint: Checkpoint) -> str:
 
 def _expected(checkpoint: Checkpoint, sizes: VideoSizes, text_layers: int) -> Mapping[str, tuple[int, ...]]:
     """Name and shape of every tensor that the recognised network's paths read, by the sizes it has."""
-    from extract.encoders import standin  # the published names and shapes live there
+    from egopatch.extract.encoders.checkpoints import standin  # the published names and shapes live there
 
     network = checkpoint.network
     width = sizes.width

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.schema import Config, ConfigParser, add_config_arguments, load_config, option_names, parse_config
+from egopatch.configs.schema import Config, ConfigParser, add_config_arguments, load_config, option_names, parse_config
 
 EXPERIMENTS = sorted(Path("configs").rglob("*.yaml"))
 

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from extract.__main__ import main
-from extract.tally import jobs_path
+from egopatch.extract.__main__ import main
+from egopatch.extract.worker.job_stats import jobs_path
 from tests.extract.job import CLIPS, options
 
 

@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from configs.schema import Config, load_config
+from egopatch.configs.schema import Config, load_config
 
 CLIPS = 20
 # Journals may hold the same lines in another order, and their heads follow them; leases and locks come and go: a job

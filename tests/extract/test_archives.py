@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from extract import archives
-from extract.archives import ArchiveError, unpack
+from egopatch.extract.fetch import archives
+from egopatch.extract.fetch.archives import ArchiveError, unpack
 
 CLIP = "qa_videos/L1-F1|P1|10|95.mp4"
 

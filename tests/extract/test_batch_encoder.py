@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from extract.batch_encoder import BatchEncoder
-from extract.datasets import Clip
-from extract.decode import PreparedClip
-from extract.encoders import load_video_encoder
-from extract.encoders.video_encoder import VideoEncoder
-from features import PatchTokens
+from egopatch.extract.datasets import Clip
+from egopatch.extract.encoders import load_video_encoder
+from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
+from egopatch.extract.video.decode import PreparedClip
+from egopatch.extract.worker.batch_encoder import BatchEncoder
+from egopatch.features import PatchTokens
 from tests.extract.encoders.networks import tiny
 
 

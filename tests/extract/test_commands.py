@@ -11,21 +11,21 @@ import psutil
 import pytest
 import torch
 
-from extract.__main__ import main
-from extract.datasets import load_dataset
-from extract.worker import load_encoder
-from features import open_store
+from egopatch.extract.__main__ import main
+from egopatch.extract.datasets import load_dataset
+from egopatch.extract.worker.worker import load_encoder
+from egopatch.features import open_store
 from tests.extract.job import CLIPS, config_of, options, videos
 
 
 def test_the_store_holds_what_the_encoder_says(made: Path) -> None:
-    from extract.decode import prepare_clip
+    from egopatch.extract.video.decode import prepare_clip
 
     config = config_of(made)
     dataset = load_dataset(config.data)
     store = open_store(config.store.path)
     assert store.clip_ids == tuple(clip.clip_id for clip in dataset.clips)
-    from extract.encoders import load_checkpoint
+    from egopatch.extract.encoders import load_checkpoint
 
     encoder = load_encoder(config, load_checkpoint(config.encoder.checkpoint))
     for clip in (dataset.clips[0], dataset.clips[-1]):
@@ -148,13 +148,15 @@ def test_plan_counts_what_a_store_lacks(fresh: Path, capsys: pytest.CaptureFixtu
 
 def test_status_does_without_torch(made: Path) -> None:
     """It takes two seconds to import, more than counting a million clips."""
-    look = "from extract.__main__ import main; import sys; code = main(sys.argv[1:]); print(code, *sys.modules)"
+    look = (
+        "from egopatch.extract.__main__ import main; import sys; code = main(sys.argv[1:]); print(code, *sys.modules)"
+    )
     command = [sys.executable, "-c", look, "status", *options(made)]
     said, modules = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     assert f"{CLIPS}/{CLIPS} clips committed" in said
     code, *names = modules.split()
     assert code == "0"
-    assert "features.progress" in names
+    assert "egopatch.features.state.counts" in names
     assert not {"torch", "zarr", "h5py"} & set(names)
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.schema import VideoConfig
-from extract.datasets import Clip
-from extract.decode import DecodePool, PreparedClip, UndecodedClip, prepare_clip
+from egopatch.configs.schema import VideoConfig
+from egopatch.extract.datasets import Clip
+from egopatch.extract.video.decode import DecodePool, PreparedClip, UndecodedClip, prepare_clip
 from tests.extract.videos import write_video
 
 SMALL = VideoConfig(frames=2, size=32)

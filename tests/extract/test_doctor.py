@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from extract.__main__ import main
+from egopatch.extract.__main__ import main
 
 ANSWERS = "<UNK0>\n<UNK1>\ncup\nyes\nno\n"
 SPLITS = ("direct", "indirect")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from extract import download, transfer_meter
-from extract.download import DownloadError, fetch, part_of, remote_size
+from egopatch.extract.fetch import download, transfer_meter
+from egopatch.extract.fetch.download import DownloadError, fetch, part_of, remote_size
 from tests.extract.loopback import Served, Server, serving
 
 CONTENT = random.Random(0).randbytes(1_000_000)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from configs.schema import ConfigError
-from extract.__main__ import main
-from extract.forecast import ClipCost, forecast, given_cost, measured_cost
-from extract.tally import Stages, Tally, record_job
-from features import StoreSpec
+from egopatch.configs.schema import ConfigError
+from egopatch.extract.__main__ import main
+from egopatch.extract.planning.forecast import ClipCost, forecast, given_cost, measured_cost
+from egopatch.extract.worker.job_stats import Stages, Tally, record_job
+from egopatch.features import StoreSpec
 from tests.extract.job import options
 
 SPEC = StoreSpec.for_patches(16, (14, 14), 768, "float16", 64)

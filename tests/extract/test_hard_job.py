@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from extract.__main__ import main
-from extract.video import read_frames, uniform_indices
-from features import open_store
-from features.verify import verify
+from egopatch.extract.__main__ import main
+from egopatch.extract.video.frames import read_frames, uniform_indices
+from egopatch.features import open_store
+from egopatch.features.tools.verify import verify
 from tests.extract.job import config_of, options
 from tests.extract.test_hard_videos import READABLE, UNREADABLE
 from tests.extract.videos import FPS, write_video
@@ -82,8 +82,8 @@ def test_a_job_meets_every_hard_video(hard: Path) -> None:
 
 
 def test_children_and_this_process_decode_the_same_frames(tmp_path: Path) -> None:
-    from extract.datasets import Clip
-    from extract.decode import DecodePool, PreparedClip, prepare_clip
+    from egopatch.extract.datasets import Clip
+    from egopatch.extract.video.decode import DecodePool, PreparedClip, prepare_clip
     from tests.extract.test_hard_videos import VideoConfig
 
     clip = Clip("a", READABLE["b-frames"].make(tmp_path))

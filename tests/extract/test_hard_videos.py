@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.schema import VideoConfig
-from extract.container import open_video
-from extract.datasets import Clip
-from extract.video import DecodedClip, VideoError, read_frames, uniform_indices
+from egopatch.configs.schema import VideoConfig
+from egopatch.extract.datasets import Clip
+from egopatch.extract.video.container import open_video
+from egopatch.extract.video.frames import DecodedClip, VideoError, read_frames, uniform_indices
 from tests.extract.videos import (
     B_FRAMES,
     FPS,
@@ -251,8 +251,8 @@ def test_a_file_without_permission_says_so(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4")
     path.chmod(0)
     code = (
-        "import sys; from pathlib import Path; from configs.schema import VideoConfig;"
-        "from extract.datasets import Clip; from extract.video import read_frames\n"
+        "import sys; from pathlib import Path; from egopatch.configs.schema import VideoConfig;"
+        "from egopatch.extract.datasets import Clip; from egopatch.extract.video.frames import read_frames\n"
         "import os\n"
         "if os.geteuid() == 0: os.seteuid(65534)\n"  # the superuser may read everything
         f"try: read_frames(Clip('a', Path({str(path)!r})), VideoConfig())\n"

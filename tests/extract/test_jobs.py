@@ -11,15 +11,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from extract.__main__ import main
-from extract.batch_encoder import BatchEncoder
-from extract.datasets import load_dataset
-from extract.engines import Part
-from extract.interrupts import REQUEUE, Requeue, requeue_on_signals
-from extract.tally import jobs_path
-from features import ShardWork, open_store
-from features.repair import repair
-from features.verify import verify
+from egopatch.extract.__main__ import main
+from egopatch.extract.datasets import load_dataset
+from egopatch.extract.engines.dispatch import Part
+from egopatch.extract.engines.interrupts import REQUEUE, Requeue, requeue_on_signals
+from egopatch.extract.worker.batch_encoder import BatchEncoder
+from egopatch.extract.worker.job_stats import jobs_path
+from egopatch.features import ShardWork, open_store
+from egopatch.features.tools.repair import repair
+from egopatch.features.tools.verify import verify
 from tests.extract.job import CLIPS, config_of, contents, ledger_lines, options, signal_all, start_job, videos
 
 
@@ -218,7 +218,7 @@ def test_errors_over_the_limit_stop_the_job_and_keep_the_rest(
 def test_no_room_is_refused_before_anything_is_encoded(
     bare: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("extract.plan._bytes_free", lambda path: 1000)
+    monkeypatch.setattr("egopatch.extract.planning.plan._bytes_free", lambda path: 1000)
     assert main(["plan", *options(bare), "--probe", "0"]) == 1
     plan = capsys.readouterr().out
     assert f"refused    store.path is {bare / 'store'}: {CLIPS} clips need" in plan
@@ -247,7 +247,7 @@ def test_plan_counts_files_and_shards(bare: Path, capsys: pytest.CaptureFixture[
 def test_bfloat16_without_instructions_is_said_aloud(
     supported: bool, bare: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("extract.worker.has_bfloat16", lambda: supported)
+    monkeypatch.setattr("egopatch.extract.worker.worker.has_bfloat16", lambda: supported)
     bfloat16 = options(bare, "--encoder.dtype", "bfloat16", "--encoder.device", "cpu")
     for command in (["plan", *bfloat16, "--probe", "0"], ["doctor", *bfloat16], ["run", *bfloat16, "--shard", "9/10"]):
         main(command)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from extract.__main__ import main as extract
-from extract.tally import read_jobs
-from features import open_store
-from features.__main__ import main as features
-from features.location import locate
+from egopatch.extract.__main__ import main as extract
+from egopatch.extract.worker.job_stats import read_jobs
+from egopatch.features import open_store
+from egopatch.features.__main__ import main as features
+from egopatch.features.values.location import locate
+from egopatch.train.__main__ import main as train
 from tests.extract.job import CLIPS, options, signal_all, start_job
 from tests.features.objects import KEY, SECRET, bucket, environment, objects, server
-from train.__main__ import main as train
 
 __all__ = ["bucket", "environment", "server"]
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from configs.schema import Config, EncoderConfig, EngineConfig, StoreConfig, VideoConfig
-from extract import pipeline
-from extract.datasets import Clip
-from extract.decode import PreparedClip, UndecodedClip
-from extract.shard_writer import TooManyErrors
-from extract.tally import Stages, Tally
-from features import Fingerprint, PatchTokens, ShardOwned, Store, StoreError, StoreSpec, create_store, lease
+from egopatch.configs.schema import Config, EncoderConfig, EngineConfig, StoreConfig, VideoConfig
+from egopatch.extract.datasets import Clip
+from egopatch.extract.video.decode import PreparedClip, UndecodedClip
+from egopatch.extract.worker import pipeline
+from egopatch.extract.worker.job_stats import Stages, Tally
+from egopatch.extract.worker.shard_writer import TooManyErrors
+from egopatch.features import Fingerprint, PatchTokens, ShardOwned, Store, StoreError, StoreSpec, create_store
+from egopatch.features.io import file_lease as lease
 
 SPEC = StoreSpec.for_patches(frames=2, grid=(1, 1), width=2, dtype="float32", shard=2)
 IDS = tuple(f"clip{number}" for number in range(12))

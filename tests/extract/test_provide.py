@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import yaml
 
-from configs.schema import ConfigError, load_config
-from extract import download
-from extract.__main__ import main
-from extract.provide import needs
-from extract.sources import PUBLISHED, load_sources
+from egopatch.configs.schema import ConfigError, load_config
+from egopatch.extract.__main__ import main
+from egopatch.extract.fetch import download
+from egopatch.extract.fetch.provide import needs
+from egopatch.extract.fetch.sources import PUBLISHED, load_sources
 from tests.extract.loopback import Served, Server, serving
 from tests.extract.test_archives import tar
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from configs.schema import ConfigError, load_config
-from extract.__main__ import main
-from extract.ray_engine import _fit
-from features.verify import verify
+from egopatch.configs.schema import ConfigError, load_config
+from egopatch.extract.__main__ import main
+from egopatch.extract.engines.ray_engine import _fit
+from egopatch.features.tools.verify import verify
 from tests.extract.job import CLIPS, contents, ledger_lines, options, start_job
 from tests.extract.test_jobs import committed, slowly, wait_until
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from extract.transforms import PUBLISHED, crop_and_resize, to_input
+from egopatch.extract.video.transforms import PUBLISHED, crop_and_resize, to_input
 
 # Two resamplings with float32 coordinates: 2 x 256 pixels x 2^-23, times the steepest step of noise, 1 / 0.224.
 ROUNDING = 2 * 256 * 2**-23 / 0.224

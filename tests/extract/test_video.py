@@ -4,10 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.schema import VideoConfig
-from extract.container import FrameIndexes, VideoFile
-from extract.datasets import Clip
-from extract.video import VideoError, read_frames, uniform_by_time, uniform_indices
+from egopatch.configs.schema import VideoConfig
+from egopatch.extract.datasets import Clip
+from egopatch.extract.video.container import FrameIndexes, VideoFile
+from egopatch.extract.video.frames import VideoError, read_frames, uniform_by_time, uniform_indices
 from tests.extract.videos import B_FRAMES, frame_numbers, write_video
 
 

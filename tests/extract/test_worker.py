@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from configs.schema import ConfigError
-from extract.worker import device_of
+from egopatch.configs.schema import ConfigError
+from egopatch.extract.worker.worker import device_of
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

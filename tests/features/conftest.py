@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from features import Fingerprint, Store, StoreSpec, create_store
-from features.location import Location
+from egopatch.features import Fingerprint, Store, StoreSpec, create_store
+from egopatch.features.values.location import Location
 from tests.features.objects import bucket, environment, server
 
 __all__ = ["bucket", "environment", "server"]

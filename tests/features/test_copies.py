@@ -5,11 +5,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from features import Failure, Fingerprint, FingerprintMismatch, Store, StoreError, StoreSpec, create_store, open_store
-from features.__main__ import main
-from features.convert import convert
-from features.derive import derive
-from features.verify import verify
+from egopatch.features import (
+    Failure,
+    Fingerprint,
+    FingerprintMismatch,
+    Store,
+    StoreError,
+    StoreSpec,
+    create_store,
+    open_store,
+)
+from egopatch.features.__main__ import main
+from egopatch.features.tools.convert import convert
+from egopatch.features.tools.derive import derive
+from egopatch.features.tools.verify import verify
 from tests.features.conftest import FINGERPRINT, FORMATS, IDS, clip, fill
 from tests.features.test_verify import TEXT_SPEC, TEXTS
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from features import Failure, StoreError, create_store, open_store
-from features.lease import lease_path
-from features.verify import verify
+from egopatch.features import Failure, StoreError, create_store, open_store
+from egopatch.features.io.file_lease import lease_path
+from egopatch.features.tools.verify import verify
 from tests.features.conftest import FINGERPRINT, FORMATS, IDS, SPEC, clip
 
 BAD = IDS[2]

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from features import FingerprintMismatch, Store, StoreError, StoreSpec, create_store, open_store
-from features.__main__ import main
-from features.dtypes import STORED
-from features.encoding import dequantise, quantise, scale_of
-from features.tensors import torch_dtype
+from egopatch.features import FingerprintMismatch, Store, StoreError, StoreSpec, create_store, open_store
+from egopatch.features.__main__ import main
+from egopatch.features.values.dtypes import STORED
+from egopatch.features.values.encoding import dequantise, quantise, scale_of
+from egopatch.features.values.tensors import torch_dtype
 from tests.features.conftest import FINGERPRINT, FORMATS, IDS, clip, fill
 
 WHOLE = StoreSpec.for_patches(2, (2, 3), 8, "float32", shard=4)

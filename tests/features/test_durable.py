@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from features.durable import crc32c, file_sum, file_sum_of
+from egopatch.features.io.files import crc32c, file_sum, file_sum_of
 
 
 @pytest.mark.parametrize("size", [0, 1, 9, 2**20 - 1, 2**20, 2**21 + 7])

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from features import Fingerprint, FingerprintMismatch, StoreSpec, create_store
-from features.__main__ import main
-from features.halves import mismatches, require_match
+from egopatch.features import Fingerprint, FingerprintMismatch, StoreSpec, create_store
+from egopatch.features.__main__ import main
+from egopatch.features.store.text_substore import mismatches, require_match
 from tests.features.conftest import IDS, SPEC
 
 MADE_BY = {"arch": "egovlpv2", "checkpoint": "sha256:1", "depth": 6, "compute_dtype": "bfloat16"}

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from features import ArraySpec, DamagedStore, Store, StoreSpec, create_store, open_store
-from features.tensors import bytes_of, torch_dtype
-from features.verify import verify
+from egopatch.features import ArraySpec, DamagedStore, Store, StoreSpec, create_store, open_store
+from egopatch.features.tools.verify import verify
+from egopatch.features.values.tensors import bytes_of, torch_dtype
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
 
 SHARD = "shards/00000001.h5"

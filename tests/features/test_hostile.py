@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features import DamagedStore, Failure, OtherVersion, Store, StoreError, create_store, open_store
-from features.__main__ import main
-from features.durable import crc32c
-from features.header import read_header, write_header
-from features.journal import FileJournal, decode_line, encode_line
-from features.ledger import ledger_records
-from features.local_storage import LocalStorage
-from features.repair import repair
-from features.verify import verify
+from egopatch.features import DamagedStore, Failure, OtherVersion, Store, StoreError, create_store, open_store
+from egopatch.features.__main__ import main
+from egopatch.features.io.files import crc32c
+from egopatch.features.state.header import read_header, write_header
+from egopatch.features.state.ledger import ledger_records
+from egopatch.features.storage.folder import LocalStorage
+from egopatch.features.storage.journal import FileJournal, decode_line, encode_line
+from egopatch.features.tools.repair import repair
+from egopatch.features.tools.verify import verify
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, fill
 
 

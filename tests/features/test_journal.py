@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from features.errors import DamagedStore
-from features.journal import Contents, FileJournal, require_intact
-from features.records import Record, take_all
+from egopatch.features.io.fields import Record, take_all
+from egopatch.features.storage.journal import Contents, FileJournal, require_intact
+from egopatch.features.values.errors import DamagedStore
 
 RECORDS = [{"ids": ["a", "b\n"]}, {"ids": ["ü"]}, {"ids": []}]
 

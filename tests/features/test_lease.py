@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from features import ShardOwned, Store, create_store, open_store
-from features.lease import Owner, hold, lease_path
-from features.verify import verify
+from egopatch.features import ShardOwned, Store, create_store, open_store
+from egopatch.features.io.file_lease import Owner, hold, lease_path
+from egopatch.features.tools.verify import verify
 from tests.features.conftest import FINGERPRINT, FORMATS, IDS, SPEC, clip
 
 SPAWN = multiprocessing.get_context("spawn")

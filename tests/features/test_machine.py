@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from features import AbsentClip, Failure, Fingerprint, FingerprintMismatch, Store, create_store, open_store
-from features.convert import convert
-from features.progress import Progress, progress
-from features.repair import repair
-from features.verify import verify
+from egopatch.features import AbsentClip, Failure, Fingerprint, FingerprintMismatch, Store, create_store, open_store
+from egopatch.features.state.counts import Progress, progress
+from egopatch.features.tools.convert import convert
+from egopatch.features.tools.repair import repair
+from egopatch.features.tools.verify import verify
 from tests.features.conftest import FINGERPRINT, FORMATS, SPEC, clip
 from tests.features.test_crash import in_child, killed_at
 from tests.features.test_verify import FAULTS, apply, faulty_files

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from configs.schema import StoreConfig
-from features import BadLocation, StoreError, create_store, open_store
-from features.__main__ import main as features
-from features.location import locate
+from egopatch.configs.schema import StoreConfig
+from egopatch.features import BadLocation, StoreError, create_store, open_store
+from egopatch.features.__main__ import main as features
+from egopatch.features.values.location import locate
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, fill
 from tests.features.objects import KEY, SECRET, objects
 from tests.features.test_verify import both_halves
@@ -95,7 +95,7 @@ def test_an_endpoint_that_does_not_answer(
     environment: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{KEY}:{SECRET.replace('/', '%2F')}@127.0.0.1:9")
-    monkeypatch.setattr("features.bucket.RETRIES", 1)
+    monkeypatch.setattr("egopatch.features.io.bucket.RETRIES", 1)
     assert features(["info", "s3://bucket/store"]) == 1
     assert "127.0.0.1 cannot be reached while looking for text; check AWS_ENDPOINT_URL and" in said(capfd)
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from features.bucket import Bucket
-from features.errors import Overtaken
-from features.journal import FileJournal
-from features.location import ObjectUrl
-from features.object_journal import ObjectJournal
+from egopatch.features.io.bucket import Bucket
+from egopatch.features.storage.journal import FileJournal
+from egopatch.features.storage.object_journal import ObjectJournal
+from egopatch.features.values.errors import Overtaken
+from egopatch.features.values.location import ObjectUrl
 from tests.features.objects import objects
 
 

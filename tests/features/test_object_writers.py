@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from features import Failure, ShardOwned, create_store, open_store
-from features.bucket import Bucket
-from features.errors import Overtaken
-from features.lease import Owner
-from features.ledger import ledger_journal
-from features.location import ObjectUrl
-from features.object_storage import ObjectStorage
-from features.places import storage_at
-from features.repair import repair
-from features.verify import verify
+from egopatch.features import Failure, ShardOwned, create_store, open_store
+from egopatch.features.io.bucket import Bucket
+from egopatch.features.io.file_lease import Owner
+from egopatch.features.state.ledger import ledger_journal
+from egopatch.features.storage.objects import ObjectStorage
+from egopatch.features.storage.pick import storage_at
+from egopatch.features.tools.repair import repair
+from egopatch.features.tools.verify import verify
+from egopatch.features.values.errors import Overtaken
+from egopatch.features.values.location import ObjectUrl
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip
 from tests.features.objects import objects
 from tests.features.test_objects import Killed
@@ -49,14 +49,14 @@ def test_a_silent_owner_on_another_machine_loses_its_lease(bucket: str, monkeypa
         pass
     with pytest.raises(ShardOwned, match="process 7 on another-host is writing"):
         repair(store.path)
-    monkeypatch.setattr("features.object_lease.LAPSE_S", 0.0)
+    monkeypatch.setattr("egopatch.features.io.object_lease.LAPSE_S", 0.0)
     with store.lease(0):
         pass
     held.__exit__(None, None, None)
 
 
 def test_a_lease_is_renewed_while_it_is_held(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("features.object_lease.RENEW_S", 0.1)
+    monkeypatch.setattr("egopatch.features.io.object_lease.RENEW_S", 0.1)
     store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
     modified = Bucket(ObjectUrl(f"{bucket}/store"))
     with store.lease(0):
@@ -85,7 +85,7 @@ def others_write(
             if not getattr(inside, "now", False) and next(busy, False):
                 inside.now = True
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr("features.object_lease.LAPSE_S", -1.0)
+                    patch.setattr("egopatch.features.io.object_lease.LAPSE_S", -1.0)
                     write()
                 inside.now = False
 

@@ -13,16 +13,16 @@ import obstore
 import pytest
 import torch
 
-from features import AbsentClip, DamagedStore, Failure, Store, create_store, open_store
-from features.bucket import Bucket
-from features.convert import convert
-from features.durable import file_sum
-from features.lease import Owner
-from features.location import ObjectUrl, locate
-from features.object_storage import ObjectStorage
-from features.places import storage_at
-from features.repair import repair
-from features.verify import verify
+from egopatch.features import AbsentClip, DamagedStore, Failure, Store, create_store, open_store
+from egopatch.features.io.bucket import Bucket
+from egopatch.features.io.file_lease import Owner
+from egopatch.features.io.files import file_sum
+from egopatch.features.storage.objects import ObjectStorage
+from egopatch.features.storage.pick import storage_at
+from egopatch.features.tools.convert import convert
+from egopatch.features.tools.repair import repair
+from egopatch.features.tools.verify import verify
+from egopatch.features.values.location import ObjectUrl, locate
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
 from tests.features.objects import objects
 from tests.features.test_crash import BAD, check_values, committed_files, job

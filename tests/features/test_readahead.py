@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from features import AbsentClip, DamagedStore, PatchTokens, Store, create_store, open_store
-from features.readahead import read_ahead
+from egopatch.features import AbsentClip, DamagedStore, PatchTokens, Store, create_store, open_store
+from egopatch.features.store.read_ahead import read_ahead
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, fill
 
 BATCHES = [IDS[:3], IDS[5:6], IDS[2:8], (), IDS[::-1], IDS[4:6]]

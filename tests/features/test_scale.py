@@ -3,12 +3,12 @@
 import tracemalloc
 from pathlib import Path
 
-from features import create_store, open_store
-from features.dtypes import spec_bytes
-from features.ledger import ClipRecord, commit, ledger_records
-from features.local_storage import LocalStorage
-from features.progress import Progress, progress
-from features.spec import StoreSpec
+from egopatch.features import create_store, open_store
+from egopatch.features.state.counts import Progress, progress
+from egopatch.features.state.ledger import ClipRecord, commit, ledger_records
+from egopatch.features.storage.folder import LocalStorage
+from egopatch.features.values.dtypes import spec_bytes
+from egopatch.features.values.spec import StoreSpec
 from tests.features.conftest import FINGERPRINT
 
 SPEC = StoreSpec.for_patches(1, (1, 1), 1, shard=64)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from features import (
+from egopatch.features import (
     AbsentClip,
     DamagedStore,
     Failure,

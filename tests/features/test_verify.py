@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from features import DamagedStore, Failure, Store, StoreSpec, create_store, open_store
-from features.__main__ import main
-from features.location import Location
-from features.repair import repair
-from features.spec import Codec
-from features.verify import verify
+from egopatch.features import DamagedStore, Failure, Store, StoreSpec, create_store, open_store
+from egopatch.features.__main__ import main
+from egopatch.features.tools.repair import repair
+from egopatch.features.tools.verify import verify
+from egopatch.features.values.location import Location
+from egopatch.features.values.spec import Codec
 from tests.features.conftest import FINGERPRINT, FORMATS, IDS, SPEC, clip, fill
 
 TEXTS = ("what is on the table?", "did it move?", "why?")

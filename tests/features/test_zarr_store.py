@@ -12,11 +12,11 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features import ArraySpec, DamagedStore, Store, StoreSpec, create_store, open_store
-from features.durable import crc32c
-from features.formats import FORMATS
-from features.tensors import bytes_of, torch_dtype
-from features.verify import verify
+from egopatch.features import ArraySpec, DamagedStore, Store, StoreSpec, create_store, open_store
+from egopatch.features.formats.registry import FORMATS
+from egopatch.features.io.files import crc32c
+from egopatch.features.tools.verify import verify
+from egopatch.features.values.tensors import bytes_of, torch_dtype
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.schema import Config
+from egopatch.configs.schema import Config
 from tests.train.tiny import write_tiny
 
 

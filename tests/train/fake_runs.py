@@ -7,7 +7,7 @@ from typing import Any
 import av
 import numpy as np
 
-from configs.schema import Config, DataConfig, StoreConfig, VideoConfig
+from egopatch.configs.schema import Config, DataConfig, StoreConfig, VideoConfig
 
 
 def score(accuracy: float | None, n: int) -> dict[str, Any]:

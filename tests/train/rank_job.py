@@ -3,10 +3,10 @@
 import sys
 from pathlib import Path
 
-from configs.schema import load_config
-from train.experiment import open_experiment
-from train.ranks import join
-from train.run import evaluate, fit
+from egopatch.configs.schema import load_config
+from egopatch.train.fitting.experiment import open_experiment
+from egopatch.train.fitting.fit import evaluate, fit
+from egopatch.train.processes.distributed import join
 
 
 def main() -> None:

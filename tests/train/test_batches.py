@@ -6,13 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.schema import Config
-from extract.datasets import Dataset, Question
-from features import StoreError
+from egopatch.configs.schema import Config
+from egopatch.extract.datasets import Dataset, Question
+from egopatch.features import StoreError
+from egopatch.train.data.batches import NO_CLASS, QuestionTable, choose_residency, plan_batches
+from egopatch.train.fitting.experiment import open_experiment
+from egopatch.train.fitting.fit import fit
 from tests.train.tiny import losses, with_run
-from train.batches import NO_CLASS, QuestionTable, choose_residency, plan_batches
-from train.experiment import open_experiment
-from train.run import fit
 
 
 def table_of(clips: list[int]) -> QuestionTable:
@@ -59,8 +59,10 @@ def test_disk_and_memory_give_the_same_training(tiny: Config, capsys: pytest.Cap
 def test_batches_hold_their_clips_and_move_as_little_as_they_can(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, residency: str
 ) -> None:
-    monkeypatch.setattr("train.batches.choose_residency", lambda *_: (residency, ""))  # a GPU's steps, on the CPU
-    monkeypatch.setattr("train.batches.READ_CLIPS", 5)
+    monkeypatch.setattr(
+        "egopatch.train.data.batches.choose_residency", lambda *_: (residency, "")
+    )  # a GPU's steps, on the CPU
+    monkeypatch.setattr("egopatch.train.data.batches.READ_CLIPS", 5)
     experiment = open_experiment(tiny)
     features, table = experiment.features, experiment.train_table
     store = features.store

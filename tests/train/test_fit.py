@@ -13,18 +13,19 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from configs.schema import Config, ConfigError
-from features import FingerprintMismatch, ShardOwned, StoreError, lease
-from features.derive import derive
+from egopatch.configs.schema import Config, ConfigError
+from egopatch.features import FingerprintMismatch, ShardOwned, StoreError
+from egopatch.features.io import file_lease as lease
+from egopatch.features.tools.derive import derive
+from egopatch.train.__main__ import main
+from egopatch.train.data.batches import Batch
+from egopatch.train.fitting import run_group as crew
+from egopatch.train.fitting.answers import Answers, Marks, score_part
+from egopatch.train.fitting.experiment import open_experiment
+from egopatch.train.fitting.fit import evaluate, fit
+from egopatch.train.processes.stopping import Stopped
+from egopatch.train.rundir.card import RunError, plain
 from tests.train.tiny import FIELDS, losses, with_run, write_tiny
-from train import crew
-from train.__main__ import main
-from train.answers import Answers, Marks, score_part
-from train.batches import Batch
-from train.card import RunError, plain
-from train.experiment import open_experiment
-from train.run import evaluate, fit
-from train.stopping import Stopped
 
 ROOT = Path(__file__).parents[2]
 
@@ -237,7 +238,7 @@ def test_a_config_that_the_store_was_not_made_by_is_refused(tiny: Config) -> Non
 
 
 def test_resuming_on_other_features_is_refused(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.run.test_crews", lambda *_: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr("egopatch.train.fitting.fit.test_crews", lambda *_: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         fit(tiny, "x")
     other = write_tiny(tmp_path / "other", fields={**FIELDS, "checkpoint": "another"})
@@ -307,7 +308,7 @@ def test_training_imports_no_video_library(tiny: Config, tmp_path: Path) -> None
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(plain(with_run(tiny, "imports", train_epochs=1))))
     script = (
-        "import sys; from train.__main__ import main; code = main(['fit', '--config', sys.argv[1]]);"
+        "import sys; from egopatch.train.__main__ import main; code = main(['fit', '--config', sys.argv[1]]);"
         "found = {'av', 'transformers'} & set(sys.modules); print(found); sys.exit(code or len(found))"
     )
     done = subprocess.run([sys.executable, "-c", script, str(path)], cwd=ROOT, capture_output=True, text=True)

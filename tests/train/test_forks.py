@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from train.forks import ForkLost, call_in_forks
+from egopatch.train.processes.process_pool import ForkLost, call_in_forks
 
 LONG_S = 60.0
 

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from extract.encoders import load_text_encoder, load_video_encoder, reference
-from extract.encoders.checkpoint import Checkpoint, CheckpointError
-from features.spec import PatchTokens
+from egopatch.extract.encoders import load_text_encoder, load_video_encoder
+from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
+from egopatch.features.values.spec import PatchTokens
+from egopatch.train.heads import load_head
+from egopatch.train.heads.fused.fused import score_patches, select_patches
+from tests.extract.encoders import reference
 from tests.extract.encoders.networks import dev_frames, formula_checkpoint, published_fused6, recorded, sequence, tiny
-from train.heads import load_head
-from train.heads.fused import score_patches, select_patches
 
 
 def _inputs(checkpoint: Checkpoint, arch: str, variant: str = "paper") -> tuple[PatchTokens, Tensor, Tensor]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from extract.datasets import Question
-from train.__main__ import main
-from train.metrics import PredictionError, read_predictions, score
+from egopatch.extract.datasets import Question
+from egopatch.train.__main__ import main
+from egopatch.train.scores.metrics import PredictionError, read_predictions, score
 
 TAGS = ("world", "intent", "multi-agent", "descriptive", "predictive", "object", "action", "direct", "indirect")
 

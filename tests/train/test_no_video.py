@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from configs.schema import Config
+from egopatch.configs.schema import Config
+from egopatch.train.rundir.card import plain
 from tests.train.tiny import with_run, write_tiny
-from train.card import plain
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,11 +31,11 @@ def watch(event, args):
 
 sys.meta_path.insert(0, Poison())
 sys.addaudithook(watch)
-import train
-for module in pkgutil.walk_packages(train.__path__, "train."):
+import egopatch.train
+for module in pkgutil.walk_packages(egopatch.train.__path__, "egopatch.train."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
-from train.__main__ import main
+from egopatch.train.__main__ import main
 code = main(["fit", *sys.argv[1:]]) or main(["evaluate", *sys.argv[1:]])
 assert not set(POISON) & set(sys.modules), "imported past the import system"
 sys.exit(code)
@@ -73,6 +73,6 @@ def test_all_of_stage_two_imports_and_trains_without_video(config_file: Path) ->
     ],
 )
 def test_the_check_itself_can_fail(sabotage: str, word: str) -> None:
-    done = run(script=SCRIPT.partition("import train\n")[0] + sabotage)
+    done = run(script=SCRIPT.partition("import egopatch.train\n")[0] + sabotage)
     assert done.returncode != 0
     assert word in done.stderr

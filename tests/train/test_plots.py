@@ -7,10 +7,10 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from egopatch.train.report import plots
+from egopatch.train.report.sources import TrainingLog, read_sweep
+from egopatch.train.rundir.results import gather
 from tests.train.fake_runs import write_run, write_sweep
-from train import plots
-from train.report_sources import TrainingLog, read_sweep
-from train.results import gather
 
 
 def test_ratio_plot_has_the_mean_and_the_range_over_seeds(tmp_path: Path) -> None:

@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from configs.schema import ConfigError, HeadConfig, TrainConfig
-from features import PatchTokens
-from train.batches import Batch
-from train.heads import PSA, Pooled, QuestionOnly, Sizes
-from train.heads.coarse import CoarseLevel
-from train.heads.prior import spatial_prior
-from train.heads.psa import keep_count
-from train.heads.question import QuestionReader, Whiten, absorb_key
-from train.heads.selection import Selection
-from train.stack import Stack
+from egopatch.configs.schema import ConfigError, HeadConfig, TrainConfig
+from egopatch.features import PatchTokens
+from egopatch.train.data.batches import Batch
+from egopatch.train.fitting.stacked_heads import Stack
+from egopatch.train.heads import PSA, Pooled, QuestionOnly, Sizes
+from egopatch.train.heads.common.question import QuestionReader, Whiten, absorb_key
+from egopatch.train.heads.psa.coarse import CoarseLevel
+from egopatch.train.heads.psa.prior import spatial_prior
+from egopatch.train.heads.psa.psa import keep_count
+from egopatch.train.heads.psa.selection import Selection
 
 SIZES = Sizes(frames=3, grid=(5, 7), patches=35, width=32, text_width=24, answers=9)
 CONFIG = HeadConfig(width=32, heads=2, ratio=0.25, dropout=0.2)

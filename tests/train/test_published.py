@@ -8,20 +8,20 @@ import pytest
 import torch
 import yaml
 
-from configs.schema import Config, ConfigError, EncoderConfig, RunConfig, StoreConfig, TrainConfig, VideoConfig
-from extract.datasets import load_dataset
-from extract.encoders import load_checkpoint, load_text_encoder, load_video_encoder
-from extract.errors import CheckpointError
-from extract.fingerprints import configured
-from features import Fingerprint, FingerprintMismatch, StoreSpec, create_store, open_store
+from egopatch.configs.schema import Config, ConfigError, EncoderConfig, RunConfig, StoreConfig, TrainConfig, VideoConfig
+from egopatch.extract.datasets import load_dataset
+from egopatch.extract.encoders import load_checkpoint, load_text_encoder, load_video_encoder
+from egopatch.extract.errors import CheckpointError
+from egopatch.extract.fingerprints import configured
+from egopatch.features import Fingerprint, FingerprintMismatch, StoreSpec, create_store, open_store
+from egopatch.train.__main__ import main
+from egopatch.train.data.batches import Batch
+from egopatch.train.fitting.fit import evaluate, fit
+from egopatch.train.fitting.run_group import Crew
+from egopatch.train.heads import load_head
+from egopatch.train.rundir.card import plain
 from tests.extract.encoders.networks import tiny as tiny_network
 from tests.train.tiny import losses, with_run, write_tiny
-from train.__main__ import main
-from train.batches import Batch
-from train.card import plain
-from train.crew import Crew
-from train.heads import load_head
-from train.run import evaluate, fit
 
 FRAMES, SIZE, LENGTH = 3, 64, 6
 

@@ -18,18 +18,18 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from configs.schema import Config
+from egopatch.configs.schema import Config
+from egopatch.train.__main__ import main
+from egopatch.train.data.batches import Batch, plan_batches
+from egopatch.train.fitting.experiment import open_experiment
+from egopatch.train.fitting.fit import fit
+from egopatch.train.fitting.run_group import build_stack
+from egopatch.train.fitting.stacked_heads import Stack
+from egopatch.train.processes.distributed import ALONE, Ranks, join
+from egopatch.train.processes.rank_slice import Share
+from egopatch.train.rundir.card import plain
 from tests.train.test_published import make
 from tests.train.tiny import losses, with_run, write_tiny
-from train.__main__ import main
-from train.batches import Batch, plan_batches
-from train.card import plain
-from train.crew import build_stack
-from train.experiment import open_experiment
-from train.ranks import ALONE, Ranks, join
-from train.run import fit
-from train.shares import Share
-from train.stack import Stack
 
 ROOT = Path(__file__).parents[2]
 # Sums over ranks are taken in another order; training carries the rounding on.

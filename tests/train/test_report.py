@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from configs.schema import Config
+from egopatch.configs.schema import Config
+from egopatch.train.report import examples as report_examples
+from egopatch.train.report.page import write_report
+from egopatch.train.rundir.results import TableError
 from tests.train.fake_runs import EVIL, guesses, kept_patches, write_dataset, write_run, write_sweep
-from train import report_examples
-from train.report import write_report
-from train.results import TableError
 
 MODELS = ("majority", "question-only", "egovlp", "egovlpv2", "psa")
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
+from egopatch.train.report.analysis import better_blind, paired_interval, tag_lines
+from egopatch.train.rundir.results import gather
 from tests.train.fake_runs import write_run
-from train.report_analysis import better_blind, paired_interval, tag_lines
-from train.results import gather
 
 
 def test_paired_interval_is_over_clips() -> None:

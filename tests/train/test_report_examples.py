@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from egopatch.train.report import examples as report_examples
 from tests.train.fake_runs import write_dataset
-from train import report_examples
 
 
 def test_overlay_outlines_what_was_kept_and_dims_the_rest() -> None:
@@ -30,10 +30,10 @@ def test_long_clips_show_eight_frames_spread_evenly() -> None:
 
 
 def test_pictures_are_cropped_as_for_the_encoder(tmp_path: Path) -> None:
-    from extract.datasets import load_dataset
-    from extract.encoders.lite import TRANSFORM
-    from extract.transforms import PUBLISHED, crop_and_resize
-    from extract.video import read_frames
+    from egopatch.extract.datasets import load_dataset
+    from egopatch.extract.encoders.networks.lite import TRANSFORM
+    from egopatch.extract.video.frames import read_frames
+    from egopatch.extract.video.transforms import PUBLISHED, crop_and_resize
 
     config = write_dataset(tmp_path / "data", clips=1, questions=3)
     clip = load_dataset(config.data).clips[0]

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from egopatch.train.report.sources import Selection, SourceError, read_log, read_selection, read_sweep
 from tests.train.fake_runs import write_sweep
-from train.report_sources import Selection, SourceError, read_log, read_selection, read_sweep
 
 
 def test_log_keeps_the_last_of_repeated_steps_and_passes_over_a_torn_end(tmp_path: Path) -> None:

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.schema import HeadConfig, TrainConfig
+from egopatch.configs.schema import HeadConfig, TrainConfig
+from egopatch.train.data.batches import Batch
+from egopatch.train.fitting.optim import learning_rate
+from egopatch.train.fitting.stacked_heads import Stack, deterministic
+from egopatch.train.heads import PSA, Pooled, QuestionOnly
+from egopatch.train.heads.common.noise import Dropout, mix
+from egopatch.train.heads.psa.selection import Selection, keep_largest
 from tests.train.test_psa import CONFIG, SIZES, make_batch
-from train.batches import Batch
-from train.heads import PSA, Pooled, QuestionOnly
-from train.heads.noise import Dropout, mix
-from train.heads.selection import Selection, keep_largest
-from train.optim import learning_rate
-from train.stack import Stack, deterministic
 
 TRAIN = TrainConfig(lr=3e-3, warmup=0.0, label_smoothing=0.1)
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from train.statistics import bootstrap, compare
+from egopatch.train.scores.statistics import bootstrap, compare
 
 
 def test_equal_values_have_no_spread() -> None:

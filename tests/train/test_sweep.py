@@ -15,15 +15,15 @@ import pytest
 import torch
 import yaml
 
-from configs.schema import Config, ConfigError
-from features import lease
+from egopatch.configs.schema import Config, ConfigError
+from egopatch.features.io import file_lease as lease
+from egopatch.train.data.batches import Batch
+from egopatch.train.fitting import run_group as crew
+from egopatch.train.fitting.fit import fit
+from egopatch.train.processes.stopping import Stopped
+from egopatch.train.rundir.card import plain
+from egopatch.train.sweeps.sweep import read_axes, run_sweep
 from tests.train.tiny import losses, with_run
-from train import crew
-from train.batches import Batch
-from train.card import plain
-from train.run import fit
-from train.stopping import Stopped
-from train.sweep import read_axes, run_sweep
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from egopatch.train.report.table import notices, write_table
+from egopatch.train.rundir.results import TableError, gather
 from tests.train.fake_runs import write_run, write_sweep
-from train.results import TableError, gather
-from train.table import notices, write_table
 
 ROOT = Path(__file__).parents[2]
 KEYS = ["model", "split", "open", "binary", "all", "n", "checkpoint", "log"]

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configs.schema import Config, DataConfig, HeadConfig, RunConfig, StoreConfig, TrainConfig
-from features import Failure, Fingerprint, StoreSpec, create_store
+from egopatch.configs.schema import Config, DataConfig, HeadConfig, RunConfig, StoreConfig, TrainConfig
+from egopatch.features import Failure, Fingerprint, StoreSpec, create_store
 
 COLOURS = ("red", "green", "blue", "white")
 PLACES = ("left", "right", "top", "bottom")

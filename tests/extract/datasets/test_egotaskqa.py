@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from configs.schema import DataConfig
-from extract.datasets import Dataset, DatasetError, load_dataset
-from extract.datasets.egotaskqa import read_answers, read_questions
-from extract.datasets.records import answer_vocabulary
+from egopatch.configs.schema import DataConfig
+from egopatch.extract.datasets import Dataset, DatasetError, load_dataset
+from egopatch.extract.datasets.egotaskqa import read_answers, read_questions
+from egopatch.extract.datasets.records import answer_vocabulary
 
 RECORD = {
     "question": "What does the person do?",

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from configs.schema import DataConfig
-from extract.datasets import Clip, Dataset, DatasetError, load_dataset
-from extract.datasets.parsing import json_lines
+from egopatch.configs.schema import DataConfig
+from egopatch.extract.datasets import Clip, Dataset, DatasetError, load_dataset
+from egopatch.extract.datasets.parsing import json_lines
 
 CLIPS = """{"clip_id": "b", "video": "videos/b.mp4", "start_s": 1, "end_s": 2.5}
 

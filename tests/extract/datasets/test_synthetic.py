@@ -7,13 +7,13 @@ import av
 import numpy as np
 import pytest
 
-from configs.schema import DataConfig
-from extract.datasets import load_dataset
-from extract.datasets.egotaskqa import read_questions
-from extract.datasets.synthetic import FRAMES, interval_of, render
-from extract.datasets.synthetic_frames import SKIN, frames
-from extract.datasets.synthetic_questions import drafts
-from extract.datasets.synthetic_scene import OBJECTS, SETTINGS, SLOTS, Difficulty, draw_scene
+from egopatch.configs.schema import DataConfig
+from egopatch.extract.datasets import load_dataset
+from egopatch.extract.datasets.egosynth.frames import SKIN, frames
+from egopatch.extract.datasets.egosynth.questions import drafts
+from egopatch.extract.datasets.egosynth.render import FRAMES, interval_of, render
+from egopatch.extract.datasets.egosynth.scene import OBJECTS, SETTINGS, SLOTS, Difficulty, draw_scene
+from egopatch.extract.datasets.egotaskqa import read_questions
 
 TAGS = {"world", "intent", "multi-agent", "descriptive", "predictive", "explanatory", "counterfactual"}
 TAGS |= {"action", "object", "state", "change", "query", "verify", "direct", "indirect"}

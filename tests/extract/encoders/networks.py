@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from extract.encoders import load_video_encoder
-from extract.encoders.checkpoint import Checkpoint, load_checkpoint
-from extract.encoders.standin import write_standin
-from features.spec import PatchTokens
+from egopatch.extract.encoders import load_video_encoder
+from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from egopatch.extract.encoders.checkpoints.standin import write_standin
+from egopatch.features.values.spec import PatchTokens
 from tests.data.reference import formula
 
 REFERENCE = Path(__file__).parents[2] / "data" / "reference"

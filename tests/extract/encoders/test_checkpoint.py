@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from extract.encoders import load_video_encoder
-from extract.encoders.checkpoint import CheckpointError, load_checkpoint
-from extract.encoders.inspection import inspect
+from egopatch.extract.encoders import load_video_encoder
+from egopatch.extract.encoders.checkpoints.checkpoint import CheckpointError, load_checkpoint
+from egopatch.extract.encoders.inspection import inspect
 from tests.extract.encoders.networks import CONTAINERS, tiny, write_container
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.schema import load_config
-from extract.encoders import load_video_encoder
-from extract.fingerprints import configured
+from egopatch.configs.schema import load_config
+from egopatch.extract.encoders import load_video_encoder
+from egopatch.extract.fingerprints import configured
 from tests.extract.encoders.networks import relative, sequence, tiny
 
 
@@ -34,8 +34,8 @@ def test_tokens_are_those_of_the_eager_network(tmp_path: Path, arch: str) -> Non
 def test_no_compiler_is_one_line(tmp_path: Path) -> None:
     tiny(tmp_path)
     code = (
-        "from extract.encoders import load_video_encoder\n"
-        "from configs.schema import ConfigError\n"
+        "from egopatch.extract.encoders import load_video_encoder\n"
+        "from egopatch.configs.schema import ConfigError\n"
         f"try: load_video_encoder('egovlpv2', {str(tmp_path / 'egovlpv2.pth')!r}, 3, 2, compile=True)\n"
         "except ConfigError as error: print(error)\n"
     )

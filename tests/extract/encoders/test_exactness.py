@@ -7,15 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from extract.encoders import load_text_encoder, load_video_encoder, reference
-from extract.encoders.checkpoint import Checkpoint
-from extract.encoders.network import Variant
-from extract.encoders.reference import Tensors, attend, linear, norm
-from extract.encoders.video_encoder import resize_time
+from egopatch.extract.encoders import load_text_encoder, load_video_encoder
+from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint
+from egopatch.extract.encoders.layers.video_encoder import resize_time
+from egopatch.extract.encoders.networks.network import Variant
+from egopatch.train.heads import load_head
+from egopatch.train.heads.fused.fused import score_patches, select_patches
 from tests.data.reference import formula
+from tests.extract.encoders import reference
 from tests.extract.encoders.networks import formula_checkpoint, relative, sequence, tiny
-from train.heads import load_head
-from train.heads.fused import score_patches, select_patches
+from tests.extract.encoders.reference import Tensors, attend, linear, norm
 
 TOKENS, LOGITS = 1e-4, 1e-3
 GROWTH = {"paper": reference.PAPER, "released": reference.RELEASED}

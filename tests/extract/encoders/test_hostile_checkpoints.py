@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from extract.__main__ import main
-from extract.encoders.checkpoint import CheckpointError, load_checkpoint
+from egopatch.extract.__main__ import main
+from egopatch.extract.encoders.checkpoints.checkpoint import CheckpointError, load_checkpoint
 
 
 class Bomb:

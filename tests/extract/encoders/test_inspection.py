@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from extract.__main__ import main
-from extract.encoders import load_video_encoder
-from extract.encoders.checkpoint import CheckpointError, load_checkpoint
-from extract.encoders.inspection import UNUSED, _expected, convert, inspect
-from extract.encoders.standin import write_standin
-from extract.encoders.video_encoder import VideoSizes
+from egopatch.extract.__main__ import main
+from egopatch.extract.encoders import load_video_encoder
+from egopatch.extract.encoders.checkpoints.checkpoint import CheckpointError, load_checkpoint
+from egopatch.extract.encoders.checkpoints.standin import write_standin
+from egopatch.extract.encoders.inspection import UNUSED, _expected, convert, inspect
+from egopatch.extract.encoders.layers.video_encoder import VideoSizes
 from tests.extract.encoders.networks import (
     CONTAINERS,
     TEXTS,

@@ -13,21 +13,21 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from configs.schema import ConfigError, load_config
-from extract.__main__ import main
-from extract.encoders import (
+from egopatch.configs.schema import ConfigError, load_config
+from egopatch.extract.__main__ import main
+from egopatch.extract.encoders import (
     load_text_encoder,
     load_tokenizer,
     load_video_encoder,
     open_checkpoint,
     open_text_checkpoint,
 )
-from extract.encoders.checkpoint import Checkpoint, CheckpointError
-from extract.encoders.lite import STAGES, TRANSFORM
-from extract.encoders.package import LITE0, MINILM, Package, text_folder
-from extract.fingerprints import text_fingerprint, video_fingerprint
-from extract.transforms import PUBLISHED, Transform, to_input
-from features import open_store
+from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
+from egopatch.extract.encoders.checkpoints.package import LITE0, MINILM, Package, text_folder
+from egopatch.extract.encoders.networks.lite import STAGES, TRANSFORM
+from egopatch.extract.fingerprints import text_fingerprint, video_fingerprint
+from egopatch.extract.video.transforms import PUBLISHED, Transform, to_input
+from egopatch.features import open_store
 from tests.extract.encoders.networks import relative, tiny
 
 MEDIA = Path(os.environ.get("EGO_MEDIA", Path(__file__).parents[4] / "shared" / "media"))
@@ -148,9 +148,9 @@ def test_it_sees_what_a_photograph_shows(checkpoint: Checkpoint) -> None:
 
 @pytest.mark.skipif(not MEDIA.is_dir(), reason="the sample videos are not here; EGO_MEDIA names their folder")
 def test_it_sees_what_a_video_shows(checkpoint: Checkpoint) -> None:
-    from configs.schema import VideoConfig
-    from extract.datasets import Clip
-    from extract.video import read_frames
+    from egopatch.configs.schema import VideoConfig
+    from egopatch.extract.datasets import Clip
+    from egopatch.extract.video.frames import read_frames
 
     decoded = read_frames(Clip("pan", MEDIA / "ego4d_sample.mp4"), VideoConfig(frames=4))
     tokens = load_video_encoder("lite", checkpoint, 4, 11)(to_input(decoded.frames, 224, TRANSFORM)[None])
@@ -276,8 +276,8 @@ def test_a_store_of_lite_tokens(
     data: Path, tmp_path: Path, checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The commands of stage one, and what they leave: what the encoder says of what the transform shows it."""
-    from extract.datasets import load_dataset
-    from extract.decode import prepare_clip
+    from egopatch.extract.datasets import load_dataset
+    from egopatch.extract.video.decode import prepare_clip
 
     store = tmp_path / "store"
     options = [*LITE, "--data.root", str(data), "--store.path", str(store)]

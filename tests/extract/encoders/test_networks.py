@@ -6,11 +6,13 @@ from typing import Literal
 import pytest
 import torch
 
-from extract.encoders import load_text_encoder, load_video_encoder, reference, spacetime
-from extract.encoders.linear import Linear, can_pack
-from extract.encoders.spacetime import Attention
-from extract.encoders.video_encoder import resize_time
-from extract.errors import CheckpointError
+from egopatch.extract.encoders import load_text_encoder, load_video_encoder
+from egopatch.extract.encoders.layers import spacetime
+from egopatch.extract.encoders.layers.linear import Linear, can_pack
+from egopatch.extract.encoders.layers.spacetime import Attention
+from egopatch.extract.encoders.layers.video_encoder import resize_time
+from egopatch.extract.errors import CheckpointError
+from tests.extract.encoders import reference
 from tests.extract.encoders.networks import relative, sequence, tiny
 
 CLOSE = 1e-5

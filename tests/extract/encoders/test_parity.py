@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from extract.encoders import load_text_encoder, load_video_encoder
-from features.spec import PatchTokens
+from egopatch.extract.encoders import load_text_encoder, load_video_encoder
+from egopatch.features.values.spec import PatchTokens
 from tests.extract.encoders.networks import (
     dev_frames,
     formula_checkpoint,
@@ -76,7 +76,7 @@ def test_egovlp_text() -> None:
 
 @pytest.mark.parametrize(("arch", "frames"), [("egovlpv2", 16), ("egovlp", 4)])
 def test_a_missing_tensor_of_a_published_network_is_named(arch: str, frames: int) -> None:
-    from extract.encoders.checkpoint import Checkpoint, CheckpointError
+    from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
 
     whole = formula_checkpoint(arch)
     tensors = {name: torch.empty(0) for name in whole.tensors}

@@ -7,16 +7,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from configs.schema import ConfigError
-from extract.__main__ import main
-from extract.encoders import NETWORKS, find_network, lite, load_video_encoder, open_checkpoint
-from extract.encoders.checkpoint import Checkpoint, CheckpointError
-from extract.encoders.network import Network, VideoOptions
-from extract.encoders.package import MINILM
-from extract.encoders.video_encoder import VideoEncoder
-from extract.transforms import Transform
-from features import open_store
-from features.spec import PatchTokens
+from egopatch.configs.schema import ConfigError
+from egopatch.extract.__main__ import main
+from egopatch.extract.encoders import NETWORKS, find_network, load_video_encoder, open_checkpoint
+from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
+from egopatch.extract.encoders.checkpoints.package import MINILM
+from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
+from egopatch.extract.encoders.networks import lite
+from egopatch.extract.encoders.networks.network import Network, VideoOptions
+from egopatch.extract.video.transforms import Transform
+from egopatch.features import open_store
+from egopatch.features.values.spec import PatchTokens
 from tests.extract.encoders.networks import tiny
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from extract.encoders import load_text_encoder, load_tokenizer, load_video_encoder
-from extract.encoders.standin import write_standin
+from egopatch.extract.encoders import load_text_encoder, load_tokenizer, load_video_encoder
+from egopatch.extract.encoders.checkpoints.standin import write_standin
 from tests.extract.encoders.networks import TEXTS
 
 

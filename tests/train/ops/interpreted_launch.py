@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from egopatch.train.ops.select_attend import select_attend
+from egopatch.train.ops.select_attend.launch import is_wide
+from egopatch.train.ops.select_attend.schedule import schedule, tile_bound
 from tests.train.ops.cases import Case, make_case
 from tests.train.ops.kernel_checks import DEVICE, check, gradients, poison, run
-from train.ops.select_attend import select_attend
-from train.ops.select_attend.launch import is_wide
-from train.ops.select_attend.schedule import schedule, tile_bound
 
 
 def test_repeats_over_blocks_are_bit_equal_and_all_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +63,7 @@ def test_repeats_are_bit_equal() -> None:
 
 def test_frames_of_a_program_add_up_as_frames_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Backward over all frames in a program and over one frame each."""
-    from train.ops.select_attend import triton as kernels
+    from egopatch.train.ops.select_attend import kernels
 
     case = make_case(2, 6, 5, 17, 32, 2, device=DEVICE)
     grads = []
@@ -122,7 +122,7 @@ class HostReads(TorchDispatchMode):
 @pytest.mark.parametrize("patches", [20, 300])
 def test_nothing_of_the_device_is_read_on_the_host(patches: int) -> None:
     """The kernels' own launch code, below the operators: what a CUDA graph captures."""
-    from train.ops.select_attend import triton as kernels
+    from egopatch.train.ops.select_attend import kernels
 
     case = make_case(3, 7, 1, patches, 32, 2, torch.float16, device=DEVICE)
     rows = torch.arange(3, device=DEVICE)
@@ -155,7 +155,7 @@ def test_schedule_covers_every_question_once(clips: list[int]) -> None:
 
 
 def test_operators_and_full_graphs() -> None:
-    from train.ops.select_attend import library
+    from egopatch.train.ops.select_attend import library
 
     case = make_case(3, 7, 2, 33, 96, 2, torch.float16, scaled=True, device=DEVICE)
     torch.library.opcheck(library.triton_forward, (case.tokens, case.clip_index, *case.leaves(), 9, case.scale, None))

@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
+from egopatch.train.ops.select_attend.schedule import QUESTIONS
 from tests.train.ops.cases import Case, make_case, oracle
 from tests.train.ops.kernel_checks import DEVICE, check, gradients, run
-from train.ops.select_attend.schedule import QUESTIONS
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int8]
 

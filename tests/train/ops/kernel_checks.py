@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from egopatch.train.ops.select_attend import SelectAttendOutput, select_attend
 from tests.train.ops.cases import Case, assert_as_exact_as, assert_same_selection, low_precision, oracle
-from train.ops.select_attend import SelectAttendOutput, select_attend
 
 INTERPRETED = not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -52,7 +52,7 @@ def check(case: Case, k: int, size: float = 1.0) -> SelectAttendOutput:
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that the kernels get holds NaN or -1 until they write it."""
-    from train.ops.select_attend import triton as kernels
+    from egopatch.train.ops.select_attend import kernels
 
     def poisoned(*size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.full(size, math.nan if dtype.is_floating_point else -1, dtype=dtype, device=device)

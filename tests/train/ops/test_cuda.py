@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from egopatch.train.ops.select_attend import select_attend
+from egopatch.train.ops.select_attend.api import choose_implementation
 from tests.train.ops.cases import make_case
 from tests.train.ops.test_triton import INTERPRETED
-from train.ops.select_attend import select_attend
-from train.ops.select_attend.api import choose_implementation
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("cuda")]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from egopatch.train.ops.select_attend import select_attend
 from tests.train.ops.cases import Case, make_case
-from train.ops.select_attend import select_attend
 
 PROCESSES = 2
 QUESTIONS = 12

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from egopatch.train.ops.select_attend import SelectAttendOutput, reference, select_attend
+from egopatch.train.ops.select_attend.api import choose_implementation
 from tests.train.ops.cases import Case, assert_as_exact_as, make_case, oracle
-from train.ops.select_attend import SelectAttendOutput, reference, select_attend
-from train.ops.select_attend.api import choose_implementation
 
 SHAPES = [  # clips, questions, frames, patches, width, heads
     (3, 7, 2, 33, 96, 2),

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from egopatch.train.ops.select_attend import library, select_attend
 from tests.train.ops.cases import make_case
-from train.ops.select_attend import library, select_attend
 
 ROOT = Path(__file__).resolve().parents[3]
 INTERPRETED = ["tests/train/ops/interpreted_results.py", "tests/train/ops/interpreted_launch.py"]
@@ -96,7 +96,7 @@ def test_the_reference_needs_no_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
-        "from train.ops.select_attend import select_attend\n"
+        "from egopatch.train.ops.select_attend import select_attend\n"
         "out = select_attend(torch.ones(1, 1, 4, 16), torch.zeros(2, dtype=torch.long), torch.ones(2, 1, 16),"
         " torch.ones(2, 16), torch.zeros(1, 1, 4), 2)\n"
         "print(out.kept.tolist())"

@@ -5,6 +5,11 @@ the CUDA kernels (`triton_forward.py`, `triton_backward.py`) as `launch.py` cuts
 both that autograd and `torch.compile` know. The two never import each other.
 """
 
-from train.ops.select_attend.api import Implementation, SelectAttendOutput, choose_implementation, select_attend
+from egopatch.train.ops.select_attend.api import (
+    Implementation,
+    SelectAttendOutput,
+    choose_implementation,
+    select_attend,
+)
 
 __all__ = ["Implementation", "SelectAttendOutput", "choose_implementation", "select_attend"]

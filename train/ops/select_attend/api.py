@@ -12,8 +12,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from train.ops.select_attend import library
-from train.ops.select_attend.launch import refusal
+from egopatch.train.ops.select_attend import library
+from egopatch.train.ops.select_attend.launch import refusal
 
 Implementation = Literal["auto", "reference", "triton"]
 

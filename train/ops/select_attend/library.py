@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.ops.select_attend import reference
-from train.ops.select_attend.schedule import tile_bound
+from egopatch.train.ops.select_attend import reference
+from egopatch.train.ops.select_attend.schedule import tile_bound
 
 
 @torch.library.custom_op("egopatch::select_attend_reference", mutates_args=())
@@ -96,7 +96,7 @@ def triton_forward(
     clip_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`triton.forward` as an operator."""
-    from train.ops.select_attend import triton
+    from egopatch.train.ops.select_attend import kernels as triton
 
     return triton.forward(tokens, clip_index, queries, selector, bias, k, scale, clip_rows)
 
@@ -132,7 +132,7 @@ def triton_backward(
     clip_tiles: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`triton.backward` as an operator."""
-    from train.ops.select_attend import triton
+    from egopatch.train.ops.select_attend import kernels as triton
 
     return triton.backward(
         grad_pooled, grad_lse, tokens, queries, selector, bias, scale, lse, mask, order, tiles, clip_tiles

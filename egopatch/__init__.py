@@ -1,0 +1,22 @@
+"""EgoPatch: egocentric video question answering on precomputed patch features.
+
+`egopatch.extract` encodes videos once, `egopatch.features` stores the patch tokens, `egopatch.train` trains heads on
+them, `egopatch.configs` checks every experiment's YAML file. In the repository the four are folders at the top, and
+this package holds links to them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from egopatch.features import create_store, open_store
+
+__all__ = ["create_store", "open_store"]
+
+if not TYPE_CHECKING:  # mypy would believe in any name
+
+    def __getattr__(name: str) -> object:
+        # torch takes seconds to import, and the command line has no use for it before it knows its command.
+        if name not in __all__:
+            raise AttributeError(f"module 'egopatch' has no attribute {name!r}")
+        return getattr(import_module("egopatch.features"), name)

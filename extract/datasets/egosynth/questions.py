@@ -1,0 +1,343 @@
+"""EgoSynth, what is asked: questions from the event log in EgoTaskQA's vocabulary, and its two splits.
+
+Every family of questions is drawn so that the text alone says next to nothing about the answer: objects, actions,
+places and states are uniform, and verify-questions are yes as often as no.
+
+A *direct* question names an object ("the red box"), an *indirect* one describes it by what happens to it ("the object
+that the person touches first"). The splits follow the released rules. Direct: all questions, 3:1:1 into train, test
+and val, answer by answer. Indirect: trains on direct references and on indirect ones that ask for an action (their
+program starts with `query([hoi], iterate_until(`), tests on all other indirect ones, 1:1 into test and val; there a
+question's parts are known from training and their composition is new.
+
+Source of the rules: EgoTaskQA, `baselines/preprocess/split.py`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from egopatch.extract.datasets.egosynth.scene import OBJECTS, SLOTS, Event, Scene, Slot, place_of, rng_of
+from egopatch.extract.datasets.records import Part
+
+CLAUSES: dict[Slot, str] = {
+    "first": "that the person touches first",
+    "second": "that the person touches second",
+    "next": "that the person will touch next",
+    "other": "that the other person holds",
+}
+ARRIVALS: dict[Slot, str] = {
+    "first": "the person reaches in first",
+    "second": "the person reaches in second",
+    "next": "the person will reach in next",
+    "other": "the other person reaches in",
+}
+TOUCHES: dict[Slot, str] = {
+    "first": "does the person touch the {} first?",
+    "second": "does the person touch the {} second?",
+    "next": "will the person touch the {} next?",
+    "other": "does the other person hold the {}?",
+}
+TYPES: dict[Slot, tuple[str, ...]] = {
+    "first": ("world",),
+    "second": ("world",),
+    "next": ("intent",),
+    "other": ("multi-agent",),
+}
+CHANGES = {
+    "lift": "from low to high",
+    "move": "from one place to another",
+    "open": "from closed to open",
+    "close": "from open to closed",
+}
+# Each touch of the person's with the one that comes after it.
+FOLLOWS: tuple[tuple[Slot, Slot], ...] = (("first", "second"), ("second", "next"))
+HOI_PROGRAM = "query([hoi], iterate_until("
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A question before it gets its number."""
+
+    text: str
+    answer: str
+    types: tuple[str, ...]
+    category: str
+    semantic: str
+    structural: str
+    reference: str
+    program: str
+
+    def record(self, question_id: int, video_id: int, interval: str) -> dict[str, Any]:
+        """The question as EgoTaskQA's files have it, without `answer_encode`."""
+        return {
+            "question": self.text[0].upper() + self.text[1:],
+            "answer": self.answer,
+            "question_id": question_id,
+            "video_id": video_id,
+            "interval": interval,
+            "type": list(self.types),
+            "category": [self.category],
+            "semantic": self.semantic,
+            "structural": self.structural,
+            "reference": self.reference,
+            "reasoning_type": "$".join((*self.types, self.category, self.semantic, self.structural, self.reference)),
+            "program": self.program,
+        }
+
+
+def drafts(scene: Scene, count: int) -> list[Draft]:
+    """`count` different questions about one clip, families drawn by their weight."""
+    rng = rng_of(scene.seed, scene.index, 2)
+    weights = np.array([hard if scene.difficulty == "hard" else plain for _, plain, hard in FAMILIES])
+    found: dict[str, Draft] = {}
+    while len(found) < count:
+        family = FAMILIES[int(rng.choice(len(FAMILIES), p=weights / weights.sum()))][0]
+        draft = family(scene, rng)
+        found.setdefault(draft.text, draft)
+    return list(found.values())
+
+
+def split_direct(records: Sequence[Record], rng: np.random.Generator) -> dict[Part, list[Record]]:
+    """All questions, 3:1:1 into train, test and val, each answer by itself."""
+    return _shared_out(records, {"train": 3, "val": 1, "test": 1}, rng)
+
+
+def split_indirect(records: Sequence[Record], rng: np.random.Generator) -> dict[Part, list[Record]]:
+    """Direct and action questions to train; all other indirect ones 1:1 into test and val, each answer by itself."""
+
+    def trains(record: Record) -> bool:
+        return record["reference"] == "direct" or record["program"].startswith(HOI_PROGRAM)
+
+    parts = _shared_out([r for r in records if not trains(r)], {"val": 1, "test": 1}, rng)
+    return {"train": [record for record in records if trains(record)], **parts}
+
+
+def _shared_out(
+    records: Sequence[Record], ratios: dict[Part, int], rng: np.random.Generator
+) -> dict[Part, list[Record]]:
+    by_answer: dict[str, list[Record]] = {}
+    for record in records:
+        by_answer.setdefault(record["answer"], []).append(record)
+    deck: list[Part] = [part for part, ratio in ratios.items() for _ in range(ratio)]
+    parts: dict[Part, list[Record]] = {part: [] for part in ratios}
+    for answer in sorted(by_answer):
+        members = by_answer[answer]
+        for place, index in enumerate(rng.permutation(len(members))):
+            parts[deck[place % len(deck)]].append(members[index])
+    return {part: sorted(members, key=lambda record: record["question_id"]) for part, members in parts.items()}
+
+
+def _any(rng: np.random.Generator, options: Sequence[Any]) -> Any:
+    return options[int(rng.integers(len(options)))]
+
+
+def _object(scene: Scene, rng: np.random.Generator) -> Draft:
+    slot = _any(rng, SLOTS)
+    text = f"which object is it {CLAUSES[slot]}?"
+    name = scene.event(slot).name
+    return Draft(text, name, TYPES[slot], _when(slot), "object", "query", "direct", f"query([obj], {slot})")
+
+
+def _object_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
+    slot = _any(rng, SLOTS)
+    text = f"which is the object {CLAUSES[slot]}?"
+    program = f"query([obj], iterate_until({slot}))"
+    return Draft(text, scene.event(slot).name, TYPES[slot], _when(slot), "object", "query", "indirect", program)
+
+
+def _reason(scene: Scene, rng: np.random.Generator) -> Draft:
+    slot = _any(rng, SLOTS)
+    text = f"{ARRIVALS[slot]}, for which object is it?"
+    program = f"query([obj], reason({slot}))"
+    name = scene.event(slot).name
+    return Draft(text, name, _with_intent(slot), "explanatory", "object", "query", "direct", program)
+
+
+def _reason_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
+    slot = _any(rng, SLOTS)
+    text = f"{ARRIVALS[slot]} for the object {CLAUSES[slot]}, which is it?"
+    program = f"query([obj], reason(iterate_until({slot})))"
+    name = scene.event(slot).name
+    return Draft(text, name, _with_intent(slot), "explanatory", "object", "query", "indirect", program)
+
+
+def _untouched(scene: Scene, rng: np.random.Generator) -> Draft:
+    text = f"which object is it {CLAUSES['second']}, but not if they stopped after the first touch?"
+    name = scene.event("second").name
+    return Draft(text, name, ("world",), "counterfactual", "object", "query", "direct", "query([obj], without(second))")
+
+
+def _untouched_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
+    text = f"which is the object {CLAUSES['second']}, but not if they stopped after the first touch?"
+    program = "query([obj], without(iterate_until(second)))"
+    name = scene.event("second").name
+    return Draft(text, name, ("world",), "counterfactual", "object", "query", "indirect", program)
+
+
+def _touch(scene: Scene, rng: np.random.Generator) -> Draft:
+    """Yes: the slot's own object. No: the object of another slot, so that a hand is always at it."""
+    slot = _any(rng, SLOTS)
+    yes = bool(rng.integers(2))
+    other = _any(rng, [s for s in SLOTS if s != slot])
+    name = scene.event(slot if yes else other).name
+    text = TOUCHES[slot].format(name)
+    program = f"verify([hoi], {slot})"
+    return Draft(text, _yes(yes), TYPES[slot], _when(slot), "action", "verify", "direct", program)
+
+
+def _touch_without(scene: Scene, rng: np.random.Generator) -> Draft:
+    yes = bool(rng.integers(2))
+    name = scene.event("first" if yes else "second").name
+    text = f"if the person stopped after the first touch, would the person touch the {name}?"
+    program = "verify([hoi], without(second))"
+    return Draft(text, _yes(yes), ("world",), "counterfactual", "action", "verify", "direct", program)
+
+
+def _after(scene: Scene, rng: np.random.Generator) -> Draft:
+    """The touch after the one of a named object."""
+    before, slot = _any(rng, FOLLOWS)
+    text = f"which object does the person go to after the {scene.event(before).name}?"
+    name = scene.event(slot).name
+    return Draft(text, name, TYPES[slot], _when(slot), "object", "query", "direct", "query([obj], after(name))")
+
+
+def _after_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
+    before, slot = _any(rng, FOLLOWS)
+    text = f"which object does the person go to after the object {CLAUSES[before]}?"
+    program = f"query([obj], after(iterate_until({before})))"
+    return Draft(text, scene.event(slot).name, TYPES[slot], _when(slot), "object", "query", "indirect", program)
+
+
+def _open(scene: Scene, rng: np.random.Generator) -> Draft:
+    yes = bool(rng.integers(2))
+    fitting = [name for name in OBJECTS if scene.at_end(name).is_open == yes] or list(OBJECTS)
+    name = _any(rng, fitting)
+    answer = _yes(scene.at_end(name).is_open)
+    text = f"is the {name} open at the end?"
+    return Draft(text, answer, ("world",), "descriptive", "state", "verify", "direct", "verify([state], name)")
+
+
+def _touch_open(scene: Scene, rng: np.random.Generator) -> Draft:
+    slot = _any(rng, SLOTS)
+    answer = _yes(scene.at_end(scene.event(slot).name).is_open)
+    text = f"is it an open object at the end {CLAUSES[slot]}?"
+    return Draft(text, answer, TYPES[slot], _when(slot), "state", "verify", "direct", f"verify([state], {slot})")
+
+
+def _open_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
+    slot = _any(rng, SLOTS)
+    answer = _yes(scene.at_end(scene.event(slot).name).is_open)
+    text = f"is the object {CLAUSES[slot]} open at the end?"
+    program = f"verify([state], iterate_until({slot}))"
+    return Draft(text, answer, TYPES[slot], _when(slot), "state", "verify", "indirect", program)
+
+
+def _place(scene: Scene, rng: np.random.Generator) -> Draft:
+    name = _any(rng, list(OBJECTS))
+    text = f"where is the {name} at the end?"
+    place = place_of(scene.at_end(name))
+    return Draft(text, place, ("world",), "descriptive", "state", "query", "direct", "query([place], name)")
+
+
+def _place_touch(scene: Scene, rng: np.random.Generator) -> Draft:
+    slot = _any(rng, SLOTS)
+    place = place_of(scene.at_end(scene.event(slot).name))
+    text = f"where is it at the end {CLAUSES[slot]}?"
+    return Draft(text, place, TYPES[slot], _when(slot), "state", "query", "direct", f"query([place], {slot})")
+
+
+def _place_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
+    slot = _any(rng, SLOTS)
+    text = f"where is the object {CLAUSES[slot]} at the end?"
+    place = place_of(scene.at_end(scene.event(slot).name))
+    program = f"query([place], iterate_until({slot}))"
+    return Draft(text, place, TYPES[slot], _when(slot), "state", "query", "indirect", program)
+
+
+def _acted_on(scene: Scene, rng: np.random.Generator) -> Event:
+    return scene.event(_any(rng, ("first", "second")))
+
+
+def _action(scene: Scene, rng: np.random.Generator) -> Draft:
+    event = _acted_on(scene, rng)
+    text = f"what does the person do to the {event.name}?"
+    return Draft(text, str(event.action), ("world",), "descriptive", "action", "query", "direct", "query([hoi], name)")
+
+
+def _action_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
+    event = _acted_on(scene, rng)
+    text = f"what does the person do to the object {CLAUSES[event.slot]}?"
+    program = f"{HOI_PROGRAM}{event.slot}))"
+    return Draft(text, str(event.action), ("world",), "descriptive", "action", "query", "indirect", program)
+
+
+def _cause(scene: Scene, rng: np.random.Generator) -> Draft:
+    event = _acted_on(scene, rng)
+    text = f"because of which action does the {event.name} change?"
+    return Draft(text, str(event.action), ("world",), "explanatory", "action", "query", "direct", "query([hoi], cause)")
+
+
+def _change(scene: Scene, rng: np.random.Generator) -> Draft:
+    event = _acted_on(scene, rng)
+    text = f"how does the {event.name} change?"
+    answer = CHANGES[str(event.action)]
+    return Draft(text, answer, ("world",), "descriptive", "change", "query", "direct", "query([change], name)")
+
+
+def _change_touch(scene: Scene, rng: np.random.Generator) -> Draft:
+    event = _acted_on(scene, rng)
+    answer = CHANGES[str(event.action)]
+    text = f"how does it change {CLAUSES[event.slot]}?"
+    return Draft(text, answer, ("world",), "descriptive", "change", "query", "direct", f"query([change], {event.slot})")
+
+
+def _change_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
+    event = _acted_on(scene, rng)
+    text = f"how does the object {CLAUSES[event.slot]} change?"
+    program = f"query([change], iterate_until({event.slot}))"
+    answer = CHANGES[str(event.action)]
+    return Draft(text, answer, ("world",), "descriptive", "change", "query", "indirect", program)
+
+
+def _when(slot: Slot) -> str:
+    return "predictive" if slot == "next" else "descriptive"
+
+
+def _with_intent(slot: Slot) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*TYPES[slot], "intent")))
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+# Shares of the families of questions in the plain and in the hard setting, which asks more of what takes a look at
+# several frames or at the whole table.
+FAMILIES: tuple[tuple[Callable[[Scene, np.random.Generator], Draft], float, float], ...] = (
+    (_object, 0.20, 0.12),
+    (_object_indirect, 0.12, 0.12),
+    (_reason, 0.08, 0.06),
+    (_reason_indirect, 0.05, 0.05),
+    (_untouched, 0.02, 0.02),
+    (_untouched_indirect, 0.03, 0.03),
+    (_touch, 0.03, 0.03),
+    (_touch_without, 0.01, 0.01),
+    (_after, 0.0, 0.08),
+    (_after_indirect, 0.0, 0.04),
+    (_open, 0.03, 0.03),
+    (_touch_open, 0.10, 0.06),
+    (_open_indirect, 0.06, 0.04),
+    (_place, 0.04, 0.05),
+    (_place_touch, 0.03, 0.04),
+    (_place_indirect, 0.03, 0.04),
+    (_action, 0.04, 0.04),
+    (_action_indirect, 0.05, 0.05),
+    (_cause, 0.02, 0.02),
+    (_change, 0.03, 0.04),
+    (_change_touch, 0.03, 0.04),
+    (_change_indirect, 0.03, 0.04),
+)

@@ -1,0 +1,282 @@
+"""Published checkpoints, read without running anything that is in them.
+
+A checkpoint is a bare dict of tensors, or one under `state_dict` (pretraining) or `model_state_dict` (fine-tuning),
+with or without `module.` on the names, in PyTorch's format; or safetensors. Published pretraining files also pickle
+the training script's own objects; those become inert stand-ins and are dropped.
+"""
+
+import hashlib
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from egopatch.extract.errors import CheckpointError
+
+CONTAINERS = ("state_dict", "model_state_dict")
+PUBLISHED = {"egovlp": "EgoVLP", "egovlpv2": "EgoVLPv2", "mfas": "MFAS"}
+NETWORKS = PUBLISHED | {"lite": "EfficientNet-Lite0", "bert": "BERT"}
+SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors of a checkpoint file, by published name without `module.`.
+
+    Attributes:
+        path: the file.
+        container: where the tensors were found: `state_dict`, `model_state_dict`, `bare` or `safetensors`.
+        tensors: name to tensor; they may be mapped from the file.
+    """
+
+    path: Path
+    container: str
+    tensors: Mapping[str, Tensor]
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the file, in hex."""
+        return file_sha256(self.path)
+
+    @property
+    def network(self) -> str | None:
+        """Its key in `NETWORKS`, by the names present; None for another network."""
+        return recognise(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor `name`.
+
+        Raises:
+            CheckpointError: it is absent.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path}: {self._described()} has no tensor {name!r}, which is needed")
+        return tuple(self.tensors[name].shape)
+
+    def count(self, pattern: str) -> int:
+        """1 + the highest number in the names that `pattern` matches in its group 1; 0 if there is none."""
+        found = (re.match(pattern, name) for name in self.tensors)
+        return max((int(m.group(1)) + 1 for m in found if m), default=0)
+
+    def require(self, *networks: str) -> None:
+        """Refuse a checkpoint of a network that is not among `networks`.
+
+        Raises:
+            CheckpointError: naming what was found and what was expected.
+        """
+        if self.network not in networks:
+            wanted = " or ".join(NETWORKS[n] for n in networks)
+            raise CheckpointError(
+                f"{self.path}: {self._described()} was found where {wanted} is expected; "
+                "set encoder.arch to the network that the checkpoint belongs to"
+            )
+
+    def fill(self, module: nn.Module, names: Mapping[str, str] | str = "") -> None:
+        """Copy tensors into `module`, in the module's own dtype.
+
+        Args:
+            module: its state dict is filled completely; it may be on the meta device.
+            names: prefix of the module's names in the checkpoint, or the checkpoint's name of each.
+
+        Raises:
+            CheckpointError: a tensor is absent or has another shape; all of them are counted, the first few named.
+        """
+        target = module.state_dict()
+        source = names if not isinstance(names, str) else {name: names + name for name in target}
+        missing = [source[name] for name in target if source[name] not in self.tensors]
+        if missing:
+            raise CheckpointError(f"{self.path}: {self._described()} lacks {_list(missing)}")
+        reshaped = [
+            f"{source[n]} is {tuple(self.tensors[source[n]].shape)}, expected {tuple(t.shape)}"
+            for n, t in target.items()
+            if self.tensors[source[n]].shape != t.shape
+        ]
+        if reshaped:
+            raise CheckpointError(f"{self.path}: re-shaped: {_list(reshaped)}")
+        filled = {n: self.tensors[source[n]].to(dtype=t.dtype, copy=True) for n, t in target.items()}
+        module.load_state_dict(filled, assign=True)
+
+    def _described(self) -> str:
+        return f"this {NETWORKS[self.network]} checkpoint" if self.network else "this checkpoint of an unknown network"
+
+
+def recognise(names: Iterable[str]) -> str | None:
+    """Which of `NETWORKS` has tensors of these `names`; None if none has."""
+    found = set(names)
+    if "_blocks.15._project_conv.weight" in found:
+        return "lite"
+    if "encoder.layer.0.attention.self.query.weight" in found:
+        return "bert"
+    if "video_model.blocks.0.timeattn.qkv.weight" not in found:
+        return None
+    if "video_model.cloned_blocks.0.attn.qkv.weight" in found:
+        return "mfas"
+    if "text_model.encoder.layer.0.attention.self.query.weight" in found:
+        return "egovlpv2"
+    return "egovlp" if "text_model.transformer.layer.0.attention.q_lin.weight" in found else None
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of the file at `path`, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_checkpoint(path: Path | str) -> Checkpoint:
+    """Read a checkpoint.
+
+    Args:
+        path: a `.pth`, `.pt` or `.tar` written by `torch.save`, or a safetensors file of any name.
+
+    Raises:
+        CheckpointError: there is no such file, it is empty, damaged or no checkpoint, it holds objects other than
+            tensors and the known stand-ins, two tensors of one name, or it claims more data than it has.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path}: a folder; give encoder.checkpoint the path of a file in it")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint file; give encoder.checkpoint the path of one")
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path}: the file is empty; download it again")
+    safe = _is_safetensors(path)
+    content = _read_safetensors(path) if safe else _read_pickle(path)
+    container, tensors = _unwrap(path, content)
+    for name, tensor in tensors.items():
+        if not _is_plain(tensor):
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is sparse, nested, quantised or without data; expected plain dense tensors"
+            )
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise CheckpointError(
+                f"{path}: tensor {name!r} claims {tensor.numel()} elements, more than the file holds; refused"
+            )
+    if safe:
+        container = "safetensors"
+    return Checkpoint(path, container, tensors)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its name, or as it begins: eight bytes of the header's length, then the header, a JSON object."""
+    if path.suffix == ".safetensors":
+        return True
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({_line(error)})") from error
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            _refuse_compressed(path)
+        with torch.serialization.safe_globals(_standins()), warnings.catch_warnings():
+            # An unusual pickle either loads or is refused below; there is nothing for the user to do about it.
+            warnings.simplefilter("ignore")
+            # A mapped file cannot hand out more bytes than it has, whatever its records claim.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        culprit = re.search(r"GLOBAL (\S+)", str(error))
+        if culprit:
+            reason = f"it holds {culprit.group(1)}, which could run code; refused"
+        else:
+            detail = re.search(r"WeightsUnpickler error: (.+)", str(error))
+            reason = f"damaged or no PyTorch checkpoint ({detail.group(1)[:160] if detail else 'not readable'})"
+        raise CheckpointError(f"{path}: {reason}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever the parsers raise over damaged bytes means the same
+        raise CheckpointError(f"{path}: damaged or no PyTorch checkpoint ({_line(error)})") from error
+
+
+def _refuse_compressed(path: Path) -> None:
+    """PyTorch stores its records as they are; a compressed one may expand a thousandfold."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(f"{path}: record {entry.filename!r} is compressed, which PyTorch never does")
+
+
+def _unwrap(path: Path, content: Any) -> tuple[str, dict[str, Tensor]]:
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected a dict of tensors")
+    container = next((key for key in CONTAINERS if isinstance(content.get(key), dict)), "bare")
+    inside = content if container == "bare" else content[container]
+    tensors: dict[str, Tensor] = {}
+    for written, tensor in inside.items():
+        if not isinstance(written, str) or not isinstance(tensor, Tensor):
+            continue
+        name = written.removeprefix("module.")
+        if name in tensors:
+            raise CheckpointError(
+                f"{path}: holds both {name!r} and {'module.' + name!r}, which are one name; "
+                "expected one of them: remove the other"
+            )
+        tensors[name] = tensor
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors; expected them under {' or '.join(CONTAINERS)} or bare")
+    return container, tensors
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    dense = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_quantized
+    return dense and tensor.device.type == "cpu"  # without data is on the device `meta`
+
+
+class _Inert:
+    """Stands in for a class of the training scripts: takes anything, keeps nothing, does nothing."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Inert)
+
+
+def _standins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+    """A new inert class for each name that published files are known to pickle."""
+    names = [
+        "parse_config.ConfigParser",
+        "parse_config_dist_multi.ConfigParser",
+        "argparse.Namespace",
+        *(f"{module}.{kind}" for module in ("pathlib", "pathlib._local") for kind in ("PosixPath", "Path")),
+        *(f"{module}.scalar" for module in ("numpy.core.multiarray", "numpy._core.multiarray")),
+        "numpy.dtype",
+    ]
+    return [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in names]
+
+
+def _list(items: list[str]) -> str:
+    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return ", ".join(items[:SHOWN]) + more
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -1,0 +1,279 @@
+"""The space-time transformer that EgoVLP, EgoVLPv2 and MFAS share: divided attention over time, then over space.
+
+Shape legend: B clips, T frames, N patches a frame, S = 1 + T*N tokens (CLS first, then frame by frame), D channels,
+H heads of 64. Parameter names are those of the published checkpoints below `video_model.`.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from egopatch.extract.encoders.layers.linear import Linear
+
+HEAD_WIDTH = 64
+# Tokens that a block takes at a time on a CPU: what is computed of them stays in cache, and the peak of memory low.
+ROWS = 1600
+# Attention logits that are computed at a time there: 2 MB in bfloat16.
+LOGITS = 2**20
+
+Axis = Literal["time", "space"]
+
+
+class Attention(nn.Module):
+    """One divided attention: CLS attends everywhere, a patch along one axis plus CLS.
+
+    Args:
+        width: D; there are D // 64 heads.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = width // HEAD_WIDTH
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
+
+    def forward(
+        self,
+        x: Tensor,
+        frames: int,
+        axis: Axis,
+        keep: Tensor | None = None,
+        tap: bool = False,
+        residual: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend.
+
+        Args:
+            x: [B, S, D], normalised tokens.
+            frames: T.
+            axis: whether a patch sees its position in every frame, or its own frame.
+            keep: [B, S] bool, tokens that may be attended to; None keeps all. CLS is always kept.
+            tap: also return CLS's logits.
+            residual: [B, S, D], added to the result.
+
+        Returns:
+            [B, S, D] after the output projection, and CLS's logits [B, S] as `attend_cls` gives them.
+        """
+        cls, logits = self.attend_cls(x, keep, tap)
+        width = x.shape[2]
+        cls_kv = F.linear(x[:, 0], self.qkv.weight[width:], self.qkv.bias[width:])
+        tokens = by_group(x, frames, axis)  # [B, groups, tokens, D], a group being a frame or a position
+        added = None if residual is None else by_group(residual, frames, axis)
+        kept = None if keep is None else by_group(keep, frames, axis)
+
+        def some(part: slice) -> Tensor:
+            mask = None if kept is None else kept[:, part]
+            attended = attend_groups(self.qkv(tokens[:, part]), cls_kv, mask)
+            return self.proj(attended, residual=None if added is None else added[:, part])
+
+        first = self.proj(cls, residual=None if residual is None else residual[:, 0])
+        if torch.is_grad_enabled():
+            patches = some(slice(None))
+            patches = patches if axis == "space" else patches.transpose(1, 2)
+            return torch.cat([first[:, None], patches.flatten(1, 2)], dim=1), logits
+        result = torch.empty_like(x)
+        result[:, 0] = first
+        target = by_group(result, frames, axis)
+        step = max(1, ROWS // (len(x) * tokens.shape[2])) if x.device.type == "cpu" else tokens.shape[1]
+        for start in range(0, tokens.shape[1], step):
+            part = slice(start, start + step)
+            target[:, part] = some(part)
+        return result, logits
+
+    def attend_cls(self, x: Tensor, keep: Tensor | None = None, tap: bool = False) -> tuple[Tensor, Tensor | None]:
+        """CLS over all tokens, before the output projection.
+
+        CLS is a single query, so the key projection is moved to it (q W_k) and the value projection to the pooled
+        tokens: both passes then read `x` as it lies, instead of keys and values strided by head.
+
+        Args: as for `forward`.
+
+        Returns:
+            [B, D], and its scaled logits over all tokens, mean over heads, before softmax and mask ([B, S]
+            float32), if `tap`.
+        """
+        by_head = (self.heads, HEAD_WIDTH)
+        w_query, w_key, w_value = self.qkv.weight.chunk(3)
+        b_query, b_key, b_value = self.qkv.bias.chunk(3)
+        query = F.linear(x[:, 0], w_query, b_query).unflatten(-1, by_head) * HEAD_WIDTH**-0.5  # [B, H, 64]
+        absorbed = torch.einsum("bhk,hkd->bhd", query, w_key.unflatten(0, by_head))
+        logits = (x @ absorbed.transpose(1, 2)).float() + (query * b_key.unflatten(0, by_head)).sum(-1).float()[:, None]
+        scores = logits if keep is None else logits.masked_fill(~keep[..., None], -torch.inf)
+        weights = scores.softmax(dim=1).to(x.dtype)  # [B, S, H]
+        pooled = weights.transpose(1, 2) @ x  # [B, H, D]
+        out = torch.einsum("bhd,hkd->bhk", pooled, w_value.unflatten(0, by_head)).flatten(1) + b_value
+        return out, logits.mean(dim=2) if tap else None
+
+
+def by_group(x: Tensor, frames: int, axis: Axis) -> Tensor:
+    """View the patches of `x` [B, S, ...] as [B, groups, tokens, ...]: by frame for `space`, by position for `time`."""
+    patches = x[:, 1:].unflatten(1, (frames, -1))
+    return patches if axis == "space" else patches.transpose(1, 2)
+
+
+def attend_groups(qkv: Tensor, cls_kv: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Every token over the tokens of its group, plus CLS.
+
+    Args:
+        qkv: [B, groups, tokens, 3*D].
+        cls_kv: [B, 2*D], CLS's key and value.
+        keep: [B, groups, tokens] bool, tokens that may be attended to; None keeps all. CLS is always kept.
+
+    Returns:
+        [B, groups, tokens, D].
+    """
+    b, groups, tokens, _ = qkv.shape
+    heads = cls_kv.shape[1] // (2 * HEAD_WIDTH)
+    by_head = qkv.unflatten(3, (3, heads, HEAD_WIDTH)).permute(3, 0, 1, 4, 2, 5)  # [3, B, groups, H, tokens, 64]
+    kv = qkv.new_empty(2, b, groups, heads, 1 + tokens, HEAD_WIDTH)
+    kv[..., 0, :] = cls_kv.view(b, 2, heads, HEAD_WIDTH).transpose(0, 1)[:, :, None]
+    kv[..., 1:, :] = by_head[1:]
+    keys, values = kv.flatten(1, 2)
+    mask = None if keep is None else F.pad(keep, (1, 0), value=True)[:, :, None, None].flatten(0, 1)
+    out = attend(by_head[0].flatten(0, 1), keys, values, mask)
+    return out.transpose(1, 2).reshape(b, groups, tokens, -1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention of q [G, H, I, 64] over k, v [G, H, J, 64]; `mask` [G, 1, 1, J] is true where one may look.
+
+    On a CPU in bfloat16 without gradients it is two batched products around a map in bfloat16, small enough to stay
+    in cache: PyTorch's flash kernel takes nearly twice as long there at these lengths.
+    """
+    if q.dtype != torch.bfloat16 or q.device.type != "cpu" or torch.is_grad_enabled() or mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    g, heads, rows, _ = q.shape
+    out = q.new_empty(g, rows, heads, HEAD_WIDTH).transpose(1, 2)
+    step = max(1, LOGITS // (heads * rows * k.shape[2]))
+    unread = q.new_empty(())  # what beta=0 multiplies
+    for start in range(0, g, step):
+        part = slice(start, start + step)
+        queries, keys, values = (y[part].flatten(0, 1) for y in (q, k, v))
+        logits = torch.baddbmm(unread, queries, keys.transpose(1, 2), beta=0, alpha=HEAD_WIDTH**-0.5)
+        out[part] = (logits.softmax(dim=-1) @ values).view(-1, heads, rows, HEAD_WIDTH)
+    return out
+
+
+class Mlp(nn.Module):
+    """Two layers with GELU between."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """`residual` [..., D] plus the layers' result on `x` [..., D]."""
+        return self.fc2(self.fc1(x, gelu=True), residual=residual)
+
+
+class SpaceTimeBlock(nn.Module):
+    """One block: time attention, space attention on its result, whose residual goes back to the block's *input*.
+
+    Args:
+        width: D.
+        hidden: width of the MLP.
+        eps: of the norms; EgoVLP has 1e-6, EgoVLPv2 1e-5.
+    """
+
+    def __init__(self, width: int, hidden: int, eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps)
+        self.attn = Attention(width)
+        self.timeattn = Attention(width)
+        self.norm2 = nn.LayerNorm(width, eps)
+        self.mlp = Mlp(width, hidden)
+        self.norm3 = nn.LayerNorm(width, eps)
+
+    def forward(
+        self, x: Tensor, frames: int, keep: Tensor | None = None, tap: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, S, D] to [B, S, D]; see `Attention.forward` for the rest. `keep` is for space attention alone."""
+        normed = self.norm1(self.timeattn(self.norm3(x), frames, "time", residual=x)[0])
+        x, logits = self.attn(normed, frames, "space", keep, tap, residual=x)
+        if torch.is_grad_enabled() or x.device.type != "cpu":
+            return self.mlp(self.norm2(x), residual=x), logits
+        # In place and a stretch at a time: the hidden layer of a whole clip would be the peak of memory.
+        for rows in x.flatten(0, 1).split(ROWS):
+            rows.copy_(self.mlp(self.norm2(rows), residual=rows))
+        return x, logits
+
+
+class PatchEmbed(nn.Module):
+    """Frames to patch tokens; a convolution whose stride is its kernel, so one matrix product, which is faster."""
+
+    def __init__(self, width: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """[B, T, 3, H, W] to [B, T*N, D]."""
+        p = self.proj.kernel_size[0]
+        cut = frames.unflatten(4, (-1, p)).unflatten(3, (-1, p))  # [B, T, 3, rows, p, cols, p]
+        pixels = cut.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)  # [B, T*N, 3*p*p]
+        return F.linear(pixels, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class SpaceTimeTransformer(nn.Module):
+    """The video network down to a depth.
+
+    Args:
+        width: D.
+        hidden: width of the MLPs.
+        depth: blocks.
+        frames: T, temporal positions.
+        patches: N, spatial positions.
+        patch: side of a patch in pixels.
+        eps: of the blocks' norms.
+        final_eps: of a norm after the last block; None leaves the tokens raw.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        depth: int,
+        frames: int,
+        patches: int,
+        patch: int,
+        eps: float,
+        final_eps: float | None,
+    ) -> None:
+        super().__init__()
+        self.frames = frames
+        self.patch_embed = PatchEmbed(width, patch)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + patches, width))
+        self.temporal_embed = nn.Parameter(torch.empty(1, frames, width))
+        self.blocks = nn.ModuleList(SpaceTimeBlock(width, hidden, eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, final_eps) if final_eps is not None else nn.Identity()
+
+    def positions(self) -> Tensor:
+        """[1, S, D]: spatial + temporal position of every token; CLS has a spatial one alone."""
+        grid = self.pos_embed[:, None, 1:] + self.temporal_embed[:, :, None]  # [1, T, N, D]
+        return torch.cat([self.pos_embed[:, :1], grid.flatten(1, 2)], dim=1)
+
+    def embed(self, frames: Tensor) -> Tensor:
+        """[B, T, 3, H, W] to [B, S, D], positions added."""
+        patches = self.patch_embed(frames)
+        cls = self.cls_token.expand(patches.shape[0], -1, -1)
+        return torch.cat([cls, patches], dim=1) + self.positions()
+
+    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode.
+
+        Args:
+            frames: [B, T, 3, H, W], normalised.
+
+        Returns:
+            Tokens [B, S, D] after the last block (and norm, where there is one), and CLS's mean logits [B, S] there.
+        """
+        x = self.embed(frames)
+        last = len(self.blocks) - 1
+        logits: Tensor | None = None
+        for i, block in enumerate(self.blocks):
+            x, logits = block(x, self.frames, tap=i == last)
+        assert logits is not None
+        return self.norm(x), logits

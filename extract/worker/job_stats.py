@@ -1,0 +1,108 @@
+"""What a job did and where its time went."""
+
+import dataclasses
+import json
+import socket
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from egopatch.features.storage.interface import Journal
+from egopatch.features.storage.pick import storage_at
+from egopatch.features.values.location import Location, locate
+
+_JOBS = "jobs.jsonl"
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Seconds, added up over the workers.
+
+    Attributes:
+        total_s: from the start of the decoders to the last commit.
+        start_s: until the first clip was decoded; the children start in it.
+        decode_s: of the children, beside the encoder.
+        wait_decode_s: for which the encoder waited for later clips.
+        encode_s: on the device.
+        write_s: of the store's thread, beside the encoder.
+        wait_write_s: for which the encoder waited for the disk.
+    """
+
+    total_s: float = 0.0
+    start_s: float = 0.0
+    decode_s: float = 0.0
+    wait_decode_s: float = 0.0
+    encode_s: float = 0.0
+    write_s: float = 0.0
+    wait_write_s: float = 0.0
+
+    def __add__(self, other: "Stages") -> "Stages":
+        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Stages(*(a + b for a, b in zip(mine, others, strict=True)))
+
+    def __str__(self) -> str:
+        def share(seconds: float) -> str:
+            return f"{seconds / max(self.total_s, 1e-9):.1%}"
+
+        return (
+            f"of {self.total_s:.1f} s: encoding {share(self.encode_s)}, starting {share(self.start_s)}, waiting for"
+            f" decoders {share(self.wait_decode_s)}, for the disk {share(self.wait_write_s)};"
+            f" beside it decoding {self.decode_s:.1f} s, writing {self.write_s:.1f} s"
+        )
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What a worker did: clips committed and quarantined, shards left to another owner (one line each), and time."""
+
+    committed: int = 0
+    quarantined: int = 0
+    skipped: tuple[str, ...] = ()
+    stages: Stages = field(default_factory=Stages)
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(
+            self.committed + other.committed,
+            self.quarantined + other.quarantined,
+            self.skipped + other.skipped,
+            self.stages + other.stages,
+        )
+
+
+def jobs_path(store: Path | str) -> Location:
+    """The JSON lines that say what each job did: a file beside the store; in object storage, an object in it."""
+    location = locate(store)
+    return location.with_name(location.name + ".jobs.jsonl") if isinstance(location, Path) else location / _JOBS
+
+
+def record_job(store: Path | str, tally: Tally, engine: str, workers: int | str) -> None:
+    """Add one line to the store's `jobs_path`."""
+    line = {
+        "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": socket.gethostname(),
+        "engine": engine,
+        "workers": workers,
+        "committed": tally.committed,
+        "quarantined": tally.quarantined,
+        "skipped": list(tally.skipped),
+        "stages": {name: round(seconds, 3) for name, seconds in dataclasses.asdict(tally.stages).items()},
+    }
+    path = jobs_path(store)
+    if isinstance(path, Path):
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    else:
+        _jobs_journal(store).append(line)
+
+
+def read_jobs(store: Path | str) -> list[dict[str, Any]]:
+    """What `record_job` wrote of each job."""
+    path = jobs_path(store)
+    if not isinstance(path, Path):
+        return [line.entry for line in _jobs_journal(store).read().lines]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def _jobs_journal(store: Path | str) -> Journal[dict[str, Any]]:
+    return storage_at(locate(store)).journal(_JOBS, dict)

@@ -1,0 +1,168 @@
+"""The shards of one worker: decoding, encoding and writing go on at the same time, with bounded queues between them.
+
+Children decode a little ahead of the encoder, across the ends of shards. The store is used by a thread of its own,
+which leases the next shard and writes the last one; one shard at most waits for the disk, then encoding waits too. So
+memory does not depend on the number of clips, and the encoder waits only for what is really slower than it.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from egopatch.configs.schema import Config
+from egopatch.extract.datasets import Clip
+from egopatch.extract.encoders import VideoEncoder
+from egopatch.extract.video.decode import PreparedClip, UndecodedClip
+from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
+from egopatch.extract.worker.job_stats import Stages, Tally
+from egopatch.extract.worker.shard_writer import ShardWriter
+from egopatch.extract.worker.worker import open_decoders
+from egopatch.features import Failure, ShardWork, Store
+
+
+@dataclass
+class _Shard:
+    """A leased shard on its way; each of its `expected` clips becomes a row or a failure."""
+
+    number: int
+    expected: int
+    decoded: int = 0
+    rows: dict[str, Row] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, Failure] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Clips of one shard to be encoded together; none where the `last` ones of a shard all failed."""
+
+    shard: _Shard
+    clips: list[PreparedClip]
+    last: bool
+
+
+class _Waits:
+    """An iterator that notes how long it lets its caller wait: for the first result, and for all others."""
+
+    def __init__(self, results: Iterator[PreparedClip | UndecodedClip]) -> None:
+        self._results = results
+        self.first_s: float | None = None
+        self.others_s = 0.0
+        self.decode_s = 0.0
+
+    def __iter__(self) -> Iterator[PreparedClip | UndecodedClip]:
+        return self
+
+    def __next__(self) -> PreparedClip | UndecodedClip:
+        started = time.perf_counter()
+        result = next(self._results)
+        waited = time.perf_counter() - started
+        if self.first_s is None:
+            self.first_s = waited
+        else:
+            self.others_s += waited
+        self.decode_s += result.seconds if isinstance(result, PreparedClip) else 0.0
+        return result
+
+
+def encode_shards(
+    config: Config,
+    encoder: VideoEncoder,
+    store: Store,
+    works: Sequence[ShardWork],
+    clips: Mapping[str, Clip],
+    decoders: int,
+    on_progress: Callable[[int, int], None],
+) -> Tally:
+    """Encode `works` into `store`.
+
+    Args:
+        config: the experiment.
+        encoder: on its device, in evaluation mode.
+        store: open for writing.
+        works: shards with the ids that they still miss.
+        clips: clip of each id.
+        decoders: decoder children.
+        on_progress: called with (clips, bytes) as they are encoded.
+
+    Raises:
+        TooManyErrors: checked after each shard is committed.
+    """
+    started = time.perf_counter()
+    underway: deque[_Shard] = deque()
+    with (
+        open_decoders(config, decoders) as pool,
+        ShardWriter(store, config.engine.max_errors) as writer,
+        BatchEncoder(encoder, config.encoder.batch, config.store.dtype) as batches,
+    ):
+        # Ahead by the next batch, and by one clip in work and one waiting for each child.
+        leased = _leased(works, clips, writer, underway)
+        results = _Waits(pool.map(leased, ahead=batches.size + 2 * decoders))
+        for batch, rows in _encoded(batches, _batches(results, underway, batches.size)):
+            shard = batch.shard
+            shard.rows |= rows
+            shard.sources |= {one.clip.clip_id: one.source for one in batch.clips}
+            size = sum(tensor.nbytes for row in rows.values() for tensor in row.values())
+            on_progress(len(rows) + (len(shard.failures) if batch.last else 0), size)
+            if batch.last:
+                writer.write(shard.number, shard.rows, shard.sources, shard.failures)
+        writer.wait()
+    return Tally(
+        committed=writer.committed,
+        quarantined=writer.quarantined,
+        skipped=tuple(writer.skipped),
+        stages=Stages(
+            total_s=time.perf_counter() - started,
+            start_s=results.first_s or 0.0,
+            decode_s=results.decode_s,
+            wait_decode_s=results.others_s,
+            encode_s=batches.seconds,
+            write_s=writer.write_s,
+            wait_write_s=writer.wait_s,
+        ),
+    )
+
+
+def _leased(
+    works: Sequence[ShardWork], clips: Mapping[str, Clip], writer: ShardWriter, underway: deque[_Shard]
+) -> Iterator[Clip]:
+    """The clips to decode, shard after shard; each shard is added to `underway` when its first clip is due."""
+    for work, uncommitted in writer.leases(works):
+        # Another job may have written some of them since the work was listed.
+        ids = [clip_id for clip_id in work.ids if clip_id in uncommitted]
+        if ids:
+            underway.append(_Shard(work.shard, len(ids)))
+            yield from (clips[clip_id] for clip_id in ids)
+        else:
+            writer.release(work.shard)
+
+
+def _batches(results: Iterator[PreparedClip | UndecodedClip], underway: deque[_Shard], size: int) -> Iterator[_Batch]:
+    """Batches end where shards do, so that a shard is encoded alike whatever was encoded before it."""
+    waiting: list[PreparedClip] = []
+    for result in results:
+        shard = underway[0]
+        shard.decoded += 1
+        if isinstance(result, UndecodedClip):
+            shard.failures[result.clip.clip_id] = Failure(result.reason, result.traceback)
+        else:
+            waiting.append(result)
+        last = shard.decoded == shard.expected
+        if last or len(waiting) == size:
+            yield _Batch(shard, waiting, last)
+            waiting = []
+        if last:
+            underway.popleft()
+
+
+def _encoded(batches: BatchEncoder, groups: Iterator[_Batch]) -> Iterator[tuple[_Batch, dict[str, Row]]]:
+    """Rows of each batch, one batch behind, so that the encoder computes while the next is gathered."""
+    behind: tuple[_Batch, Callable[[], dict[str, Row]]] | None = None
+    for batch in groups:
+        finish = batches.start(batch.clips)
+        if behind:
+            yield behind[0], behind[1]()
+        behind = batch, finish
+    if behind:
+        yield behind[0], behind[1]()

@@ -1,0 +1,147 @@
+"""File operations that survive a crash: when one returns, what it did is on the disk.
+
+Every change that a store makes to itself goes through these few functions, so the points where a crash can fall are
+exactly their calls.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+from awscrt import checksums
+from isal import isal_zlib
+
+from egopatch.features.values.errors import StoreError
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_BLOCK = 1 << 20
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the folder's list of names to the disk."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_file(path: Path) -> None:
+    """Force the file's bytes to the disk and drop them from the page cache, so that reading back asks the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """Create `folder` and its parents; their names are on the disk afterwards."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    with suppress(FileExistsError):
+        folder.mkdir()
+    sync_folder(folder.parent)
+
+
+def put_in_place(source: Path, target: Path) -> None:
+    """Rename `source`, already synced, to `target` in one step."""
+    make_folder(target.parent)
+    source.replace(target)
+    sync_folder(target.parent)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace the whole of `path` by `content`: afterwards it holds the old bytes or the new ones, never a mixture.
+
+    The caller holds a lock that keeps others from writing it meanwhile; what a crash leaves, the next writing replaces.
+    """
+    make_folder(path.parent)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_bytes(content)
+        sync_file(temporary)
+        put_in_place(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def append_to(handle: int, content: bytes) -> None:
+    """Append to an open file and sync it; on failure the file is cut back to what it held."""
+    before = os.fstat(handle).st_size
+    try:
+        written = os.write(handle, content)
+        if written != len(content):
+            raise OSError(errno.ENOSPC, "only a part of the record could be written")
+        os.fsync(handle)
+    except OSError:
+        os.ftruncate(handle, before)
+        raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder of unfinished work, if it is there."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[int]:
+    """Hold the file's lock against every other process; yields a handle open for reading and appending."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            # While this process waited, a repair may have put another file in this one's place.
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                yield handle
+                return
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def disk_full_is_clear(doing: str) -> Iterator[None]:
+    """Turn a full disk into a one-line StoreError that says what was being done."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        raise StoreError(
+            f"no space left while {doing} ({error.strerror}); what was committed before is intact: "
+            "make room and run the same command again"
+        ) from error
+
+
+def crc32c(content: np.ndarray | bytes, value: int = 0) -> int:
+    """CRC-32C of contiguous bytes, continuing from `value`. Other threads run meanwhile."""
+    return checksums.crc32c(content, value)
+
+
+def file_sum(content: bytes) -> tuple[int, int]:
+    """Size in bytes and CRC-32 of what a file is to hold; `file_sum_of` says why not CRC-32C."""
+    return len(content), isal_zlib.crc32(content)
+
+
+def file_sum_of(path: Path) -> tuple[int, int]:
+    """Size in bytes and CRC-32 of a file, read in blocks.
+
+    Of another polynomial than the rows' own: a CRC runs over bytes followed by their own CRC of the same kind to a
+    value that does not depend on those bytes, so a CRC-32C of a whole shard would not see one row put for another.
+    """
+    block = np.empty(_BLOCK, np.uint8)
+    view = block.data
+    size = value = 0
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(view):
+            value = isal_zlib.crc32(view[:count], value)
+            size += count
+    return size, value

@@ -1,0 +1,180 @@
+"""Journals in object storage: the same lines as in a file, in objects that are written whole.
+
+A line is added by writing the object anew if it is still the one that was read, so no line is ever torn and of two
+writers only one gets through. Where every record is about a shard, each shard has an object of its own: writers of
+different shards never meet, however many there are, and readers fetch only the objects that have changed.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain
+from typing import Generic, TypeVar
+
+from egopatch.features.io.bucket import Bucket, Content, Version
+from egopatch.features.io.fields import Record
+from egopatch.features.io.files import crc32c
+from egopatch.features.storage.journal import Contents, Line, Position, collector_paused, encode_line, parse_lines
+from egopatch.features.values.errors import DamagedStore, Overtaken
+
+Entry = TypeVar("Entry")
+_TRIES = 20  # to add a line that may follow any other
+_FETCHES, _AHEAD = 32, 256
+
+
+@dataclass(frozen=True)
+class Part:
+    """How far an object has been read: its version then, whole lines, bytes and their CRC-32C."""
+
+    version: Version
+    number: int
+    end: int
+    crc: int
+
+
+@dataclass(frozen=True)
+class ObjectPosition(Position):
+    """How far each object has been read, by key."""
+
+    parts: Mapping[str, Part]
+
+
+class ObjectJournal(Generic[Entry]):
+    """See `interface.Journal`.
+
+    Args:
+        bucket: that holds it.
+        base: what the keys of the store begin with.
+        name: such as `ids.jsonl`; with `by_shard`, `ledger.jsonl` becomes `ledger/00000003.jsonl` and so on.
+        parse: what a record says; raises MalformedRecord where it says nothing of the kind.
+        by_shard: whether every record is about one shard.
+    """
+
+    def __init__(
+        self, bucket: Bucket, base: str, name: str, parse: Callable[[Record], Entry], by_shard: bool = False
+    ) -> None:
+        self.name = name.removesuffix(".jsonl") if by_shard else name
+        self._bucket = bucket
+        self._base = base
+        self._parse = parse
+        self._by_shard = by_shard
+
+    def create(self) -> None:
+        """See `interface.Journal`."""
+        if not self._by_shard:
+            with suppress(Overtaken):
+                self._bucket.put_over(self._base + self.name, b"", None)
+
+    def append(self, record: Record, after: Position | None = None) -> None:
+        """See `interface.Journal`."""
+        key = self._key(record.get("shard"))
+        if isinstance(after, ObjectPosition):
+            part = after.parts.get(key)
+            self._append(key, record, None if part is None else part.version)
+        else:
+            self._append_to_any(key, record)
+
+    def rewrite(self, records: Sequence[Record]) -> None:
+        """See `interface.Journal`."""
+        lines: dict[str, list[Record]] = {key: [] for key in self._keys()}
+        for record in records:
+            lines.setdefault(self._key(record.get("shard")), []).append(record)
+        for key, kept in lines.items():
+            content = b"".join(encode_line(number, record) for number, record in enumerate(kept))
+            found = self._fetch(key)
+            if found is None or found.content != content:
+                self._bucket.put_over(key, content, None if found is None else found.version)
+
+    def keep_damaged(self) -> None:
+        """See `interface.Journal`."""
+        for key, found in self._fetch_all(self._keys()):
+            if found is not None and self._lines(key, found.content, 0)[1]:
+                self._bucket.put(f"{key}.damaged", found.content)
+
+    def read(self, after: Position | None = None, shard: int | None = None) -> Contents[Entry]:
+        """See `interface.Journal`."""
+        whole = not isinstance(after, ObjectPosition)
+        seen = dict(after.parts) if isinstance(after, ObjectPosition) else {}
+        lines: list[Line[Entry]] = []
+        faults: list[str] = []
+        with collector_paused():
+            for key, found in self._changed(seen, None if whole else shard):
+                if found is None:
+                    faults.append(f"{self._shown(key)} is missing")
+                    continue
+                part = seen.get(key)
+                if part is not None and crc32c(found.content[: part.end]) != part.crc:
+                    return self.read()  # a repair has written it anew
+                start, number = (part.end, part.number) if part is not None else (0, 0)
+                fresh, wrong, expected = self._lines(key, found.content[start:], number)
+                lines += fresh
+                faults += wrong
+                seen[key] = Part(found.version, expected, len(found.content), crc32c(found.content))
+        return Contents(tuple(lines), whole, tuple(faults), bool(faults), ObjectPosition(seen))
+
+    def _append_to_any(self, key: str, record: Record) -> None:
+        for _ in range(_TRIES):
+            found = self._fetch(key)
+            try:
+                self._append(key, record, None if found is None else found.version)
+                return
+            except Overtaken:
+                continue
+        raise Overtaken(f"{key} was written by others again and again; run it again")
+
+    def _append(self, key: str, record: Record, version: Version | None) -> None:
+        """Add a line to the object if it still has `version`."""
+        found = None if version is None else self._fetch(key)
+        if version is not None and (found is None or found.version != version):
+            raise Overtaken(f"{self._shown(key)} was written by somebody else meanwhile; run it again")
+        content = b"" if found is None else found.content
+        if content and not content.endswith(b"\n"):
+            raise DamagedStore(f"{key} ends within a line; run `python -m features repair` on the store")
+        line = encode_line(content.count(b"\n"), record)
+        self._bucket.put_over(key, content + line, version)
+
+    def _lines(self, key: str, content: bytes, first: int) -> tuple[list[Line[Entry]], list[str], int]:
+        raw = content.split(b"\n")
+        torn = raw.pop()
+        lines, faults, expected = parse_lines(raw, first, self._shown(key), self._parse)
+        return lines, faults + ([f"{self._shown(key)} ends within a line"] if torn else []), expected
+
+    def _changed(self, seen: Mapping[str, Part], shard: int | None) -> Iterable[tuple[str, Content | None]]:
+        """The objects that are no longer as they were `seen`; None for those that should be there and are not."""
+        if self._by_shard and shard is None:
+            present = self._listing()
+            # Of some storages a list tells less than the object itself does, but always the ETag.
+            changed = [key for key, now in present.items() if key not in seen or seen[key].version.e_tag != now.e_tag]
+            return chain(((key, None) for key in seen if key not in present), self._fetch_all(changed))
+        key = self._key(shard)
+        try:
+            found = self._bucket.get(key, unless=seen[key].version if key in seen else None)
+            return [] if found is None else [(key, found)]
+        except FileNotFoundError:
+            return [(key, None)] if key in seen or not self._by_shard else []
+
+    def _key(self, shard: int | None) -> str:
+        return f"{self._base}{self.name}/{shard:08d}.jsonl" if self._by_shard else self._base + self.name
+
+    def _keys(self) -> list[str]:
+        return list(self._listing()) if self._by_shard else [self._base + self.name]
+
+    def _listing(self) -> dict[str, Version]:
+        found = self._bucket.listing(self._base + self.name)
+        return {key: version for key, version in sorted(found.items()) if key.endswith(".jsonl")}
+
+    def _shown(self, key: str) -> str:
+        return key.removeprefix(self._base)
+
+    def _fetch(self, key: str) -> Content | None:
+        try:
+            return self._bucket.get(key)
+        except FileNotFoundError:
+            return None
+
+    def _fetch_all(self, keys: Sequence[str]) -> Iterator[tuple[str, Content | None]]:
+        with ThreadPoolExecutor(_FETCHES, thread_name_prefix="fetch") as pool:
+            for start in range(0, len(keys), _AHEAD):  # no more of them in memory at once
+                some = keys[start : start + _AHEAD]
+                yield from zip(some, pool.map(self._fetch, some), strict=True)

@@ -1,0 +1,94 @@
+"""A clip's tensors into the bytes of a row: checked at the door, and stored in few bits where the spec says so."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from egopatch.features.values.errors import StoreError
+from egopatch.features.values.spec import ArraySpec, StoreSpec
+from egopatch.features.values.tensors import to_disk, torch_dtype
+
+_LARGEST = {"int8": 127.0, "float8_e4m3": 448.0}
+
+
+def check_names(clip: str, tensors: Mapping[str, Tensor], spec: StoreSpec) -> None:
+    """Refuse a clip that lacks an array or brings one too many; `scale` is made here if it is not given.
+
+    Raises:
+        StoreError: names the clip and the arrays.
+    """
+    expected = {array.name for array in spec.arrays}
+    if tensors.keys() != expected and tensors.keys() != expected - {"scale"}:
+        found = ", ".join(sorted(tensors)) or "nothing"
+        raise StoreError(f"clip {clip!r} comes with {found}; expected {', '.join(sorted(expected))}")
+
+
+def encode(clip: str, tensors: Mapping[str, Tensor], array: ArraySpec, spec: StoreSpec) -> np.ndarray:
+    """One array's row as it is written.
+
+    Raises:
+        StoreError: another shape or dtype, NaN, infinity or a value that the dtype cannot hold; names clip and array.
+    """
+    quantised = array.dtype in _LARGEST and array.name == "patches"
+    if array.name == "scale" and "scale" not in tensors:
+        return to_disk(scale_of(_checked(clip, tensors["patches"], spec.array("patches")), spec), array.dtype)
+    tensor = _checked(clip, tensors[array.name], array)
+    if quantised and "scale" not in tensors:
+        return to_disk(quantise(tensor, scale_of(tensor, spec), array.dtype), array.dtype)
+    target = torch_dtype(array.dtype)
+    if not target.is_floating_point and tensor.dtype != target:
+        raise StoreError(f"clip {clip!r}: {array.name} has dtype {tensor.dtype}; expected {target}")
+    row = tensor.to(target)
+    if target.is_floating_point and not _finite(row):
+        raise StoreError(f"clip {clip!r}: {array.name} exceeds the range of {array.dtype}; it is not stored")
+    return to_disk(row, array.dtype)
+
+
+def scale_of(patches: Tensor, spec: StoreSpec) -> Tensor:
+    """[T, N] factor of each patch, such that its largest channel becomes the largest number of the stored dtype."""
+    largest = patches.float().abs().amax(dim=-1)
+    return torch.where(largest > 0, largest / _LARGEST[spec.array("patches").dtype], torch.ones_like(largest))
+
+
+def quantise(patches: Tensor, scale: Tensor, dtype: str) -> Tensor:
+    """`patches` over `scale`, rounded to the stored dtype."""
+    scaled = patches.float() / scale.unsqueeze(-1)
+    limit = _LARGEST[dtype]
+    return (scaled.round() if dtype == "int8" else scaled).clamp(-limit, limit).to(torch_dtype(dtype))
+
+
+def dequantise(patches: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values that stored patches [..., T, N, D] stand for."""
+    return patches.to(dtype).mul_(scale.to(dtype).unsqueeze(-1))
+
+
+def reconstruction_error(tensors: Mapping[str, Tensor], spec: StoreSpec) -> float | None:
+    """Root mean square of what storing the patches in few bits loses, as a share of their own; None if nothing is."""
+    array = spec.array("patches") if spec.kind == "patches" else None
+    if array is None or array.dtype not in _LARGEST or "scale" in tensors:
+        return None
+    given = tensors["patches"].float()
+    scale = scale_of(given, spec)
+    lost = dequantise(quantise(given, scale, array.dtype), scale, torch.float32) - given
+    size = float(given.square().mean().sqrt())
+    return float(lost.square().mean().sqrt()) / size if size else 0.0
+
+
+def _checked(clip: str, tensor: Tensor, array: ArraySpec) -> Tensor:
+    if tuple(tensor.shape) != array.shape:
+        raise StoreError(f"clip {clip!r}: {array.name} has shape {tuple(tensor.shape)}; expected {array.shape}")
+    tensor = tensor.detach().cpu()
+    if tensor.is_floating_point() and not _finite(tensor):
+        raise StoreError(f"clip {clip!r}: {array.name} holds NaN or infinity; it is not stored")
+    return tensor
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether every number is finite; the extremes tell, and finding them is many times faster than asking each."""
+    if tensor.dtype == torch.float8_e4m3fn:
+        tensor = tensor.float()
+    low, high = torch.aminmax(tensor)
+    return math.isfinite(low) and math.isfinite(high)

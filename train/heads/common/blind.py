@@ -1,0 +1,43 @@
+"""Baselines that never look at the video: what the answers' statistics and the question alone give away."""
+
+import torch
+from torch import Tensor, nn
+
+from egopatch.configs.schema import HeadConfig
+from egopatch.train.data.batches import FORMS, Batch, QuestionTable
+from egopatch.train.heads.common.question import Classifier, QuestionReader, Sizes
+
+
+class Majority(nn.Module):
+    """The most frequent training answer of the question's form, open or binary. Nothing is learned by gradient."""
+
+    counts: Tensor
+
+    def __init__(self, answers: int) -> None:
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(len(FORMS), answers))
+
+    @torch.no_grad()
+    def count(self, table: QuestionTable) -> None:
+        """Count the answers of the training questions; a form without any takes the counts of all of them."""
+        pairs = table.form * self.counts.shape[1] + table.answer
+        counts = torch.bincount(pairs, minlength=self.counts.numel()).view(self.counts.shape).float()
+        empty = counts.sum(1, keepdim=True) == 0
+        self.counts.copy_(torch.where(empty, counts.sum(0, keepdim=True), counts))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Counts [B, A] as logits; the first of equally frequent answers wins."""
+        return self.counts[batch.forms]
+
+
+class QuestionOnly(nn.Module):
+    """The question's words to an answer: the strongest blind baseline."""
+
+    def __init__(self, config: HeadConfig, sizes: Sizes) -> None:
+        super().__init__()
+        self.read = QuestionReader(sizes.text_width, config.width, config.heads, config.dropout)
+        self.classify = Classifier(config.width, config.width, sizes.answers, config.dropout)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits [B, A]."""
+        return self.classify(self.read(batch.states, batch.mask)[batch.text_index])

@@ -1,0 +1,303 @@
+"""One self-contained HTML page about a folder of runs: `write_report`.
+
+Nothing is loaded from outside and nothing of the data is trusted: text is escaped, pictures are data URIs, and the
+Content-Security-Policy allows only the page's own style and script, by their hashes.
+"""
+
+import base64
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+
+from egopatch.configs.schema import Config
+from egopatch.train.report import analysis as report_analysis
+from egopatch.train.report import integrity as report_integrity
+from egopatch.train.report import plots, table
+from egopatch.train.report.analysis import Correctness, Gain, Questions, TagLine
+from egopatch.train.report.examples import Example
+from egopatch.train.report.sources import SourceError, Sweep, TrainingLog, read_log, read_selection, read_sweep
+from egopatch.train.rundir.results import COLUMNS, PUBLISHED, SPLITS, Results, Row, gather
+
+TEMPLATES = Path(__file__).parent / "templates"
+_OURS = "psa"
+_MOST_PROBLEMS = 20
+_SHOWN_PIXELS_PER_INCH = 115
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot as a data URI, and how wide it is shown, so that text is as large in every one."""
+
+    uri: str
+    width: int
+
+
+@dataclass(frozen=True)
+class SplitPage:
+    """Everything the page shows of one split.
+
+    Attributes:
+        name: `direct` or `indirect`.
+        rows: of the table.
+        counts: sentence on how many questions.
+        ours: row of our head; None where it was not run.
+        gains: of our head over the better blind baseline, then over the published systems.
+        tags: breakdown by reasoning tag.
+        examples: wins, losses, drawn.
+        best: highest accuracy of a row, by column.
+        grid: rows and columns of patches.
+        ratios: selection ratios that the examples can be shown at, rising.
+        table_ratio: the one of the head in the table.
+        shared: share of kept patches that two questions about one clip have in common; None where it is not known.
+        kept_share: share of patches kept.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    counts: str
+    ours: Row | None
+    gains: tuple[Gain, ...]
+    tags: tuple[TagLine, ...]
+    examples: tuple[Example, ...]
+    best: Mapping[str, float]
+    grid: tuple[int, int]
+    ratios: tuple[str, ...]
+    table_ratio: str
+    shared: float | None
+    kept_share: float
+
+
+def write_report(config: Config, folder: Path) -> Path:
+    """Write `report.html` and its plots (PNG) into `folder` from the runs and sweeps below it.
+
+    What cannot be read, such as a video that is gone, is said on the page in its place and on stderr, one line each.
+
+    Args:
+        config: of one of the runs; says where annotations, videos and the store are.
+        folder: as for `train.report.table.write_table`.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        TableError: there is no readable run below `folder`.
+    """
+    results = gather(folder)
+    problems = list(results.problems)
+    sweeps = _sweeps(folder, problems)
+    grid = report_integrity.grid_of([config.store.path], config.video.size)
+    splits = [_split_page(config, results, split, sweeps, grid, problems) for split in results.splits]
+    stores = report_integrity.store_facts(results)
+    figures = _figures(folder, results, sweeps, grid, problems)
+    problems = list(dict.fromkeys(problems))
+    page = _render(
+        place=lambda path: path.relative_to(folder).as_posix() if path else "–",
+        title=f"Results in {folder.resolve().name}",
+        notices=table.notices(results),
+        splits=splits,
+        origin=table.origin(results),
+        figures=figures,
+        sweeps=sweeps,
+        stores=stores,
+        versions=report_integrity.versions(results),
+        problems=problems,
+    )
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    for problem in problems[:_MOST_PROBLEMS]:
+        print(f"report: {problem}", file=sys.stderr)
+    if len(problems) > _MOST_PROBLEMS:
+        print(f"report: {len(problems) - _MOST_PROBLEMS} more are listed in {path}", file=sys.stderr)
+    return path
+
+
+def _split_page(
+    config: Config,
+    results: Results,
+    split: str,
+    sweeps: Sequence[Sweep],
+    grid: tuple[int, int],
+    problems: list[str],
+) -> SplitPage:
+    rows = results.split(split)
+    # Rows of further settings carry a longer label; the one called plainly `psa` is the system of the table.
+    ours = next((row for row in rows if row.model == _OURS), None)
+    questions, right = _judge(config, split, rows, problems)
+    examples: list[Example] = []
+    shared, kept_share, patches = None, 0.0, grid[0] * grid[1]
+    if ours is not None and questions is not None and (own := right.get(ours.model)) is not None:
+        kept, faults = report_analysis.selections(ours, sweeps, questions)
+        problems.extend(faults)
+        if chosen := kept.get(report_analysis.ratio_label(ours)):
+            kept_share = chosen[0].kept.shape[2] / patches
+            shared = chosen[0].shared({q: asked.clip_id for q, asked in questions.by_id.items()}, patches)
+        others = [(row, right[row.model]) for row in rows if row is not ours and row.model in right]
+        examples = report_analysis.build_examples(config, questions, (ours, own), others, kept, grid)
+        missing = dict.fromkeys(example.missing for example in examples if example.missing)
+        problems.extend(f"no picture: {reason}" for reason in missing)
+    return SplitPage(
+        split,
+        rows,
+        table.question_counts(rows),
+        ours,
+        tuple(_gains(rows, ours, right, questions)),
+        tuple(report_analysis.tag_lines(rows)),
+        tuple(examples),
+        {part: max((row.mean(part) or 0.0 for row in rows), default=0.0) for part in COLUMNS},
+        grid,
+        tuple(sorted({step.label for example in examples for step in example.steps}, key=float)),
+        report_analysis.ratio_label(ours) if ours else "",
+        shared,
+        kept_share,
+    )
+
+
+def _judge(
+    config: Config, split: str, rows: Sequence[Row], problems: list[str]
+) -> tuple[Questions | None, dict[str, Correctness]]:
+    """Right and wrong of every row, by its label; rows whose predictions cannot be read are left out and named."""
+    try:
+        questions = report_analysis.load_questions(config, split)
+    except SourceError as error:
+        problems.append(f"{split}: no examples and no intervals, {error}")
+        return None, {}
+    right = {}
+    for row in rows:
+        try:
+            right[row.model] = report_analysis.correctness(row, questions)
+            if fault := report_analysis.recount(row, right[row.model]):
+                problems.append(fault)
+        except SourceError as error:
+            problems.append(str(error))
+    return questions, right
+
+
+def _gains(
+    rows: Sequence[Row], ours: Row | None, right: Mapping[str, Correctness], questions: Questions | None
+) -> list[Gain]:
+    if ours is None:
+        return []
+    blind = report_analysis.better_blind(rows)
+    others = [row for row in rows if row is blind or (row.system in PUBLISHED and row.model == row.system)]
+    pairs = ((row, right.get(row.model)) for row in others)
+    gains = (report_analysis.gain((ours, right.get(ours.model)), pair, questions) for pair in pairs)
+    return [gain for gain in gains if gain is not None]
+
+
+def _sweeps(folder: Path, problems: list[str]) -> list[Sweep]:
+    found = []
+    for path in sorted((folder / "sweeps").glob("**/sweep.json")):
+        try:
+            found.append(read_sweep(path))
+        except SourceError as error:
+            problems.append(str(error))
+    found.sort(key=lambda sweep: (sweep.split != SPLITS[0], sweep.split, sweep.name))
+    return [sweep for sweep in found if sweep.members]
+
+
+def _figures(
+    folder: Path, results: Results, sweeps: Sequence[Sweep], grid: tuple[int, int], problems: list[str]
+) -> dict[str, Plot]:
+    """Draw every plot there is data for, leave it in `folder` as NAME.png, and return them by name."""
+    drawn: dict[str, Figure] = {"table": plots.draw_table(results)}
+    if curves := [sweep for sweep in sweeps if sweep.varies_ratio]:
+        drawn["ratio"] = plots.draw_ratio(curves, {split: _references(results, split) for split in results.splits})
+    if logs := _logs(results, problems):
+        drawn["curves"] = plots.draw_curves(logs)
+    maps, shares = {}, {}
+    for row in results.rows:
+        if row.model != _OURS:
+            continue
+        try:
+            selection = read_selection(row.best.dir / "selection.npz")
+        except SourceError as error:
+            problems.append(str(error))
+            continue
+        patches = grid[0] * grid[1]
+        maps[row.split] = selection.frequency(patches).reshape(grid)
+        shares[row.split] = selection.kept.shape[2] / patches
+    if maps:
+        drawn["selection"] = plots.draw_selection(maps, shares)
+    return {
+        name: Plot(
+            _data_uri(plots.save(figure, folder / f"{name}.png")),
+            round(figure.get_size_inches()[0] * _SHOWN_PIXELS_PER_INCH),
+        )
+        for name, figure in drawn.items()
+    }
+
+
+def _references(results: Results, split: str) -> dict[str, float]:
+    """Level lines of the ratio plot: the better blind baseline and the published systems."""
+    rows = results.split(split)
+    blind = report_analysis.better_blind(rows)
+    shown = [row for row in rows if row is blind or (row.system in PUBLISHED and row.model == row.system)]
+    return {row.model: mean for row in shown if (mean := row.mean("all")) is not None}
+
+
+def _logs(results: Results, problems: list[str]) -> dict[str, dict[str, TrainingLog]]:
+    logs: dict[str, dict[str, TrainingLog]] = {}
+    for row in results.rows:
+        if row.best.log is None or row.model != row.system:
+            continue
+        try:
+            log = read_log(row.best.log)
+        except SourceError as error:
+            problems.append(str(error))
+            continue
+        if len(log.steps) > 1 or len(log.epochs) > 1:
+            logs.setdefault(row.split, {})[row.model] = log
+    return logs
+
+
+def _render(**content: object) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"bytes": _bytes, "number": "{:.2f}".format, "signed": _signed, "coded": _coded}
+    environment.globals |= {"cell": table.cell, "colour": lambda system: plots.style(system)[0]}
+    css, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    policy = (
+        f"default-src 'none'; img-src data:; style-src '{_hash(css)}'; script-src '{_hash(script)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    template = environment.get_template("report.html.j2")
+    # Both are files of this package, not data: the only text that goes in unescaped.
+    return template.render(policy=policy, css=Markup(css), script=Markup(script), **content)
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _data_uri(png: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(png.read_bytes()).decode()
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _coded(text: str) -> Markup:
+    """Text whose `names` are in backticks, as HTML."""
+    parts = [escape(part) for part in text.split("`")]
+    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts))
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

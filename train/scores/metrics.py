@@ -1,0 +1,241 @@
+"""EgoTaskQA's metrics: Open, Binary, All, All over the split's own tag, and every reasoning tag, each with its count.
+
+Accuracies are percentages. Two ways of comparing an answer with the annotated one:
+
+- lower-cased: equal after lower-casing and stripping. What this project reports.
+- released: as the published code encodes val and test. An annotated answer that is not in the answer set as it is
+  spelled there, capital letters and all, becomes `<UNK1>`, so that hardly any system gets it right.
+
+Either way every question stays in the count, so nothing is left out of any n.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from egopatch.extract.datasets import Question
+from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
+
+# Whether what was said is right.
+Comparison = Callable[[Question, str], bool]
+
+# Faults of one file that are written out; the rest are counted.
+SHOWN_FAULTS = 20
+
+
+class PredictionError(ValueError):
+    """A predictions file that cannot be scored; the message has one line a fault, with file and line."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of right answers among `n` questions, in percent; None where there are none."""
+
+    accuracy: float | None
+    n: int
+
+    def as_json(self) -> dict[str, Any]:
+        """`{"accuracy", "n"}`."""
+        return {"accuracy": self.accuracy, "n": self.n}
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Accuracies of one system on one set of questions.
+
+    Attributes:
+        open: questions that ask for an answer (structural `query`).
+        binary: questions that ask to verify (structural `verify`).
+        all: every question.
+        split_tag: questions that carry the split's name (`direct` or `indirect`) as a tag; None without a split.
+        tags: by reasoning tag, in alphabetical order. A question counts under each of its tags.
+    """
+
+    open: Accuracy
+    binary: Accuracy
+    all: Accuracy
+    split_tag: Accuracy | None
+    tags: Mapping[str, Accuracy]
+
+    def as_json(self) -> dict[str, Any]:
+        """The layout of `test.json` and of `train score --json`."""
+        return {
+            "open": self.open.as_json(),
+            "binary": self.binary.as_json(),
+            "all": self.all.as_json(),
+            "split_tag": None if self.split_tag is None else self.split_tag.as_json(),
+            "tags": {tag: accuracy.as_json() for tag, accuracy in self.tags.items()},
+        }
+
+    def rows(self) -> list[tuple[str, Accuracy]]:
+        """Every figure with its name, for people."""
+        rows = [("open", self.open), ("binary", self.binary), ("all", self.all)]
+        if self.split_tag is not None:
+            rows.append(("all, split's tag", self.split_tag))
+        return rows + [(f"tag {tag}", accuracy) for tag, accuracy in self.tags.items()]
+
+
+def lines(metrics: Metrics, released: Metrics | None = None) -> list[str]:
+    """For people: one line a figure, with the released way of comparing and the difference beside it if given."""
+    rows = metrics.rows()
+    width = max(len(name) for name, _ in rows)
+    if released is None:
+        return [f"{name:<{width}}  {_percent(one.accuracy):>6}  n {one.n}" for name, one in rows]
+    head = f"{'':<{width}}  lower-cased  released  difference"
+    return [
+        head,
+        *(
+            f"{name:<{width}}  {_percent(one.accuracy):>11}  {_percent(other.accuracy):>8}  {_change(one, other):>10}"
+            f"  n {one.n}"
+            for (name, one), (_, other) in zip(rows, released.rows(), strict=True)
+        ),
+    ]
+
+
+def difference(metrics: Metrics, released: Metrics) -> str:
+    """One line: what the released way of comparing changes."""
+    changes = [
+        f"{name} {_percent(other.accuracy)} ({_change(one, other)})"
+        for name, one, other in (
+            ("open", metrics.open, released.open),
+            ("binary", metrics.binary, released.binary),
+            ("all", metrics.all, released.all),
+        )
+    ]
+    return f"compared in the released way, against lower-cased: {', '.join(changes)}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _change(one: Accuracy, other: Accuracy) -> str:
+    return "–" if one.accuracy is None or other.accuracy is None else f"{other.accuracy - one.accuracy:+.2f}"
+
+
+def same_lower_cased(question: Question, said: str) -> bool:
+    """The lower-cased way."""
+    return normalise(said) == normalise(question.answer)
+
+
+def same_as_released(vocabulary: Collection[str]) -> Comparison:
+    """The released way, given the answer set.
+
+    A file's own `answer_encode` decides where it has one; else whether the answer set holds the file's spelling.
+    """
+
+    def same(question: Question, said: str) -> bool:
+        known = (
+            question.spelling in vocabulary if question.encoded is None else question.encoded >= len(UNKNOWN_ANSWERS)
+        )
+        return said.strip() == (question.answer if known else UNKNOWN_ANSWERS[1])
+
+    return same
+
+
+def score(
+    questions: Sequence[Question],
+    answers: Mapping[str, str],
+    split: str | None,
+    same: Comparison = same_lower_cased,
+) -> Metrics:
+    """Metrics of `answers` (question_id to answer), which has every question.
+
+    Args:
+        questions: with unique ids.
+        answers: what the system said; extra ids are not looked at.
+        split: tag that the published "All" is counted on; None leaves that figure out.
+        same: how an answer is compared.
+
+    Raises:
+        ValueError: a question has no answer.
+    """
+    absent = [question.question_id for question in questions if question.question_id not in answers]
+    if absent:
+        raise ValueError(f"{len(absent)} questions have no answer, such as {absent[0]!r}; expected one for each")
+    right: Counter[str] = Counter()
+    count: Counter[str] = Counter()
+    for question in questions:
+        hit = same(question, answers[question.question_id])
+        for group in ("all", f"form:{question.form}", *(f"tag:{tag}" for tag in dict.fromkeys(question.tags))):
+            right[group] += hit
+            count[group] += 1
+
+    def accuracy(group: str) -> Accuracy:
+        n = count[group]
+        return Accuracy(100 * right[group] / n if n else None, n)
+
+    tags = sorted(group.removeprefix("tag:") for group in count if group.startswith("tag:"))
+    return Metrics(
+        open=accuracy("form:open"),
+        binary=accuracy("form:binary"),
+        all=accuracy("all"),
+        split_tag=None if split is None else accuracy(f"tag:{split}"),
+        tags={tag: accuracy(f"tag:{tag}") for tag in tags},
+    )
+
+
+def normalise(answer: str) -> str:
+    """An answer as it is compared."""
+    return answer.strip().lower()
+
+
+def read_predictions(path: Path, questions: Sequence[Question]) -> dict[str, str]:
+    """Answers by question id from a file of `{"question_id": ..., "answer": ...}` lines, one for each question.
+
+    Raises:
+        PredictionError: the file is missing or not text, a line is malformed, or an id is doubled, unknown or absent.
+    """
+    known = {question.question_id for question in questions}
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise PredictionError(f'{path}: no such file; expected {{"question_id", "answer"}} lines') from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PredictionError(f"{path}: cannot be read as UTF-8 text ({error}); expected JSON lines") from None
+    answers: dict[str, str] = {}
+    faults: list[str] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            question_id, answer = _prediction(line)
+        except ValueError as error:
+            faults.append(f"{path}:{number}: {error}")
+            continue
+        if question_id in answers:
+            faults.append(f"{path}:{number}: question_id {question_id!r} is answered twice; expected one line each")
+        elif question_id not in known:
+            faults.append(f"{path}:{number}: question_id {question_id!r} is no question of the file given; remove it")
+        answers[question_id] = answer
+    absent = [q.question_id for q in questions if q.question_id not in answers]
+    faults += [f"{path}: question_id {name!r} has no answer; expected one line each" for name in absent]
+    if faults:
+        rest = len(faults) - SHOWN_FAULTS
+        raise PredictionError("\n".join([*faults[:SHOWN_FAULTS], *([f"{path}: and {rest} more"] if rest > 0 else [])]))
+    return answers
+
+
+def _prediction(line: str) -> tuple[str, str]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON ({error.msg} at column {error.colno}); expected one object a line") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"cannot be parsed as JSON ({error}); expected one flat object") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"holds {line.strip()[:40]!r}; expected an object with question_id and answer")
+    values = []
+    for key in ("question_id", "answer"):
+        value = record.get(key)
+        # Released question ids are numbers in some files and text in others.
+        if key == "question_id" and isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        if not isinstance(value, str) or (key == "question_id" and not value):
+            found = "missing" if key not in record else repr(record[key])[:60]
+            raise ValueError(f"{key!r} is {found}; expected text")
+        values.append(value)
+    return values[0], values[1]
