@@ -1,0 +1,12 @@
+"""Sizes as people read them."""
+
+
+def format_bytes(nbytes: float) -> str:
+    """`nbytes` with the unit that leaves one to three digits before the point, such as `4.8 MB`; powers of 1,000."""
+    if nbytes < 1000:
+        return f"{nbytes:.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        nbytes /= 1000
+        if nbytes < 999.95:
+            return f"{nbytes:.1f} {unit}"
+    return f"{nbytes / 1000:.1f} TB"

@@ -1,0 +1,132 @@
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from egopatch.features.common import disk, progress
+from egopatch.features.common.progress import BYTES, ProgressDisplay
+from egopatch.features.common.signals import signal_handlers
+from egopatch.features.common.units import format_bytes
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (999_949, "999.9 kB"),
+        (999_951, "1.0 MB"),
+        (4_816_896, "4.8 MB"),
+        (24e12, "24.0 TB"),
+    ],
+)
+def test_sizes_have_one_to_three_digits_before_the_point(nbytes: float, text: str) -> None:
+    assert format_bytes(nbytes) == text
+
+
+def test_free_space_of_a_path_that_is_not_there_yet(tmp_path: Path) -> None:
+    assert disk.nearest_existing(tmp_path / "a" / "b") == tmp_path
+    status = os.statvfs(tmp_path)
+    assert disk.free_bytes(tmp_path / "a" / "b") == pytest.approx(status.f_bavail * status.f_frsize, rel=0.05)
+
+
+def test_signal_handlers_are_restored_after_an_error() -> None:
+    former, received = signal.getsignal(signal.SIGUSR1), []
+
+    def interrupted() -> None:
+        with signal_handlers([signal.SIGUSR1], lambda number, _: received.append(number)):
+            signal.raise_signal(signal.SIGUSR1)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        interrupted()
+    assert received == [signal.SIGUSR1]
+    assert signal.getsignal(signal.SIGUSR1) is former
+
+
+PARENT = """
+import multiprocessing, subprocess, sys, time
+from egopatch.features.common.parent import exit_with_parent
+
+def child(ready):
+    exit_with_parent()
+    ready.send(None)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    ours, theirs = context.Pipe()
+    process = context.Process(target=child, args=(theirs,))
+    process.start()
+    ours.recv()
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_a_child_ends_with_a_killed_parent(tmp_path: Path, start: str) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    with subprocess.Popen([sys.executable, script, start], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "ready\n"
+        parent.kill()
+        # The pipe ends when the child, which holds it as well, is gone.
+        assert parent.stdout.read() == ""
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    now = SimpleNamespace(seconds=100.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now.seconds))
+    return now
+
+
+def test_a_log_file_gets_a_line_every_ten_seconds_and_one_at_the_end(clock: SimpleNamespace) -> None:
+    out = io.StringIO()
+    with ProgressDisplay("encode", 8, "clips", out=out) as display:
+        clock.seconds += 9
+        display.advance(2, nbytes=3_000_000)
+        assert out.getvalue() == ""
+        clock.seconds += 1
+        display.advance(2, nbytes=3_000_000)
+        clock.seconds += 10
+        display.advance(4)
+    assert out.getvalue().splitlines() == [
+        "encode: 4/8 clips, 0.4 clips/s, 6.0 MB, about 10 s left",
+        "encode: 8/8 clips, 0.4 clips/s, 6.0 MB, 20 s",
+        "encode: 8/8 clips, 0.4 clips/s, 6.0 MB, 20 s",
+    ]
+
+
+def test_what_was_done_before_does_not_count_as_speed(clock: SimpleNamespace) -> None:
+    display = ProgressDisplay("train", 100, "steps", done=50)
+    clock.seconds += 10
+    display.update(60, "epoch 2/4")
+    assert display.line() == "train: 60/100 steps, epoch 2/4, about 40 s left"
+
+
+def test_bytes_are_shown_as_sizes_and_a_total_may_come_later(clock: SimpleNamespace) -> None:
+    display = ProgressDisplay("fetch a.zip", None, BYTES)
+    clock.seconds += 2
+    display.update(3_000_000)
+    assert display.line() == "fetch a.zip: 3.0 MB, 1.5 MB/s, 2 s"
+    display.update(3_000_000, total=9_000_000)
+    assert display.line() == "fetch a.zip: 3.0 MB of 9.0 MB, 1.5 MB/s, about 4 s left"
+
+
+def test_a_silent_display_and_a_failed_task_print_nothing(clock: SimpleNamespace) -> None:
+    out = io.StringIO()
+    with ProgressDisplay("train", 1, "steps", out=out, silent=True) as display:
+        clock.seconds += 60
+        display.advance(1)
+    with pytest.raises(ZeroDivisionError), ProgressDisplay("train", 1, "steps", out=out):
+        raise ZeroDivisionError
+    assert out.getvalue() == ""
