@@ -34,25 +34,25 @@ def find_network(arch: str) -> Network:
     return NETWORKS[arch]
 
 
-def weights_path(arch: str, path: Path | None) -> Path:
+def weights_path(arch: str | Network, path: Path | None) -> Path:
     """Where the weights of `arch` are: `path`, or in the package that they come as.
 
     Raises:
         ConfigError: an unknown `arch`; or no path, and the package is not installed or there is none.
     """
-    network = find_network(arch)
+    network = _network_of(arch)
     if path is not None:
         return path
     if network.package is None:
-        raise ConfigError(f"encoder.checkpoint is not set, and no package has the weights of {arch}: give their path")
+        raise ConfigError(f"encoder.checkpoint is not set, and no package has the weights of {network.name}: give their path")
     return network.package.locate()
 
 
-def open_checkpoint(arch: str, path: Path | None) -> Checkpoint:
+def open_checkpoint(arch: str | Network, path: Path | None) -> Checkpoint:
     """Read the weights of the video network `arch` (and of its text network, where both are one file).
 
     Args:
-        arch: the network.
+        arch: Name of the network, or what `find_network` returned for it.
         path: of the file; None takes the weights that come as a package.
 
     Raises:
@@ -62,23 +62,23 @@ def open_checkpoint(arch: str, path: Path | None) -> Checkpoint:
     return load_checkpoint(weights_path(arch, path))
 
 
-def open_text_checkpoint(arch: str, video: Checkpoint, model: str) -> Checkpoint:
+def open_text_checkpoint(arch: str | Network, video: Checkpoint, model: str) -> Checkpoint:
     """Read the weights of the text network that goes with `arch`.
 
     Args:
-        arch: the network.
+        arch: Name of the network, or what `find_network` returned for it.
         video: its video checkpoint, which is returned where it has both.
         model: as `text.model`.
 
     Raises:
         CheckpointError, ConfigError: as `open_checkpoint`.
     """
-    weights = find_network(arch).text_weights
+    weights = _network_of(arch).text_weights
     return video if weights is None else load_checkpoint(weights(model))
 
 
 def load_video_encoder(
-    arch: str,
+    arch: str | Network,
     checkpoint: Path | str | Checkpoint | None,
     num_frames: int = 16,
     depth: int = 6,
@@ -91,7 +91,7 @@ def load_video_encoder(
     """Load a video network, frozen and in evaluation mode, on the CPU.
 
     Args:
-        arch: the network.
+        arch: Name of the network, or what `find_network` returned for it.
         checkpoint: file, or one already read; None takes the weights that come as a package (lite).
         num_frames: T, frames of a clip.
         depth: blocks to run; tokens of the last depth carry the final norm.
@@ -106,14 +106,14 @@ def load_video_encoder(
         ConfigError: an unknown `arch`, a package that is not installed, or `compile` where nothing can be compiled.
         ValueError: an unknown `path` or `variant`, or no frames.
     """
-    network = find_network(arch)
+    network = _network_of(arch)
     if path not in get_args(VideoPath):
         raise ValueError(f"path is {path!r}; expected fused or dual")
     if variant not in get_args(Variant):
         raise ValueError(f"variant is {variant!r}; expected paper or released")
     if num_frames < 1:
         raise ValueError(f"num_frames is {num_frames}; expected at least 1")
-    loaded = open_checkpoint(arch, None) if checkpoint is None else _read(checkpoint)
+    loaded = open_checkpoint(network, None) if checkpoint is None else _read(checkpoint)
     encoder = network.build_video(loaded, VideoOptions(num_frames, depth, path, dtype, variant, size))
     if size is not None and encoder.size != size:
         raise CheckpointError(
@@ -122,11 +122,11 @@ def load_video_encoder(
     return compile_encoder(encoder) if compile else encoder
 
 
-def load_text_encoder(arch: str, checkpoint: Path | str | Checkpoint, depth: int = 6) -> "TextEncoder":
+def load_text_encoder(arch: str | Network, checkpoint: Path | str | Checkpoint, depth: int = 6) -> "TextEncoder":
     """Load a text network, frozen and in evaluation mode, on the CPU in float32.
 
     Args:
-        arch: the network.
+        arch: Name of the network, or what `find_network` returned for it.
         checkpoint: file, or one already read; see `open_text_checkpoint`.
         depth: layers to run.
 
@@ -134,7 +134,7 @@ def load_text_encoder(arch: str, checkpoint: Path | str | Checkpoint, depth: int
         CheckpointError: as for `load_video_encoder`.
         ConfigError: an unknown `arch`.
     """
-    return find_network(arch).build_text(_read(checkpoint), depth)
+    return _network_of(arch).build_text(_read(checkpoint), depth)
 
 
 def load_tokenizer(model: str, max_length: int = 30) -> "Tokenizer":
@@ -143,6 +143,10 @@ def load_tokenizer(model: str, max_length: int = 30) -> "Tokenizer":
     from egopatch.extract.encoders.networks import text
 
     return text.load_tokenizer(model, max_length)
+
+
+def _network_of(arch: str | Network) -> Network:
+    return find_network(arch) if isinstance(arch, str) else arch
 
 
 def _read(checkpoint: Path | str | Checkpoint) -> Checkpoint:

@@ -63,4 +63,4 @@ def build_text(checkpoint: Checkpoint, depth: int) -> "TextEncoder":
     return text.build_distilbert(checkpoint, depth)
 
 
-NETWORK = Network(build_video, build_text)
+NETWORK = Network("egovlp", build_video, build_text)

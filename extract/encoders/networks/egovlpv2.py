@@ -90,4 +90,4 @@ def build_text(checkpoint: Checkpoint, depth: int) -> "TextEncoder":
     return text.build_roberta(checkpoint, depth)
 
 
-NETWORK = Network(build_video, build_text)
+NETWORK = Network("egovlpv2", build_video, build_text)

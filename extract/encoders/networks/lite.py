@@ -234,4 +234,4 @@ def text_weights(model: str) -> Path:
 # The centre of the frame as in the network's own evaluation, and its normalisation, (p - 127) / 128.
 TRANSFORM = Transform("centre 0.875 bilinear 127/128", None, 0.875, (127 / 255,) * 3, (128 / 255,) * 3)
 
-NETWORK = Network(build_video, build_text, TRANSFORM, LITE0, text_weights)
+NETWORK = Network("lite", build_video, build_text, TRANSFORM, LITE0, text_weights)

@@ -145,4 +145,4 @@ def _started_from_egovlpv2(checkpoint: Checkpoint, sizes: VideoSizes) -> Checkpo
     return Checkpoint(checkpoint.path, checkpoint.container, {**checkpoint.tensors, **copied, **zeros})
 
 
-NETWORK = Network(build_video, build_text)
+NETWORK = Network("mfas", build_video, build_text)

@@ -36,6 +36,7 @@ class Network:
     """A frozen network.
 
     Attributes:
+        name: Value of `encoder.arch` that selects it.
         build_video: loads the video half from a checkpoint.
         build_text: loads the text half down to a depth, from the text checkpoint.
         transform: what it must be shown of a frame.
@@ -43,6 +44,7 @@ class Network:
         text_weights: file of the text weights, by `text.model`; None where they are in the video checkpoint.
     """
 
+    name: str
     build_video: Callable[[Checkpoint, VideoOptions], VideoEncoder]
     build_text: "Callable[[Checkpoint, int], TextEncoder]"
     transform: Transform = PUBLISHED

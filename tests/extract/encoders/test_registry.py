@@ -47,7 +47,7 @@ WHOLE = Transform("whole", None, 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 def test_a_new_network_goes_all_the_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(NETWORKS, "colours", Network(build, lite.build_text, WHOLE, None, lite.text_weights))
+    monkeypatch.setitem(NETWORKS, "colours", Network("colours", build, lite.build_text, WHOLE, None, lite.text_weights))
     torch.save({"scale": torch.full((3,), 2.0)}, tmp_path / "colours.pth")
     assert main(["synth", "--out", str(tmp_path / "data"), "--clips", "20"]) == 0
     options = [
