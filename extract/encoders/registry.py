@@ -44,7 +44,9 @@ def weights_path(arch: str | Network, path: Path | None) -> Path:
     if path is not None:
         return path
     if network.package is None:
-        raise ConfigError(f"encoder.checkpoint is not set, and no package has the weights of {network.name}: give their path")
+        raise ConfigError(
+            f"encoder.checkpoint is not set, and no package has the weights of {network.name}: give their path"
+        )
     return network.package.locate()
 
 
