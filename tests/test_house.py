@@ -1,0 +1,94 @@
+"""What keeps the tree a house: small rooms that say what they are for, documentation that names them, plain words."""
+
+import ast
+import re
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("features", "extract", "train")
+MODULES = 10
+
+ROOMS = sorted(
+    str(folder.relative_to(ROOT))
+    for package in PACKAGES
+    for folder in [ROOT / package, *(ROOT / package).rglob("*")]
+    if (folder / "__init__.py").is_file()
+)
+SOURCES = sorted(
+    [
+        *(ROOT / "egopatch").glob("*.py"),
+        *(path for name in (*PACKAGES, "configs") for path in (ROOT / name).rglob("*.py")),
+    ]
+)
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "train").rglob("*.j2")])
+
+# Phrases that a native reader stumbles over, and what to write instead.
+AVOIDED = {
+    r"\bgo(es)? on\b": "resume, continue",
+    r"\blapse[sd]?\b": "expire",
+    r"\bleft to (its|their) owner": "skipped; held by",
+    r"\basked clips\b": "requested clips",
+    r"\bis no (command|share|such)\b": "unknown ...; choose one of",
+    r"\bgive the same command again\b": "run the same command again",
+    r"\bmade by something else\b": "created with different settings",
+    r"\bwhat (it|they) lacks?\b": "lists what is missing",
+    r"\bcould be had\b": "was available",
+    r"\bwithout a word\b": "silently",
+    r"\bat will\b": "at any time",
+}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_is_small_and_says_what_belongs_there(room: str) -> None:
+    modules = [path.name for path in (ROOT / room).glob("*.py") if path.name not in ("__init__.py", "__main__.py")]
+    assert len(modules) <= MODULES, sorted(modules)
+    docstring = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text(encoding="utf-8")))
+    assert docstring is not None
+    assert len(docstring) > 60
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if room.count("/") == 1])
+def test_the_design_names_every_room(room: str) -> None:
+    assert f"`{room.replace('/', '.')}`" in (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_name_files_that_exist(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#:\s]+)[^):]*\)", text)
+    paths = re.findall(r"`((?:configs|features|extract|train|tests|benchmarks|docs|egopatch)/[\w./-]+\.\w+)`", text)
+    missing = [link for link in links if not (document.parent / link).exists()]
+    missing += [path for path in paths if "NAME" not in path and not (ROOT / path).exists()]
+    assert not missing
+
+
+def test_the_pictures_are_those_that_the_script_draws() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "pictures" / "draw.py"))
+    for name, rows in script["PICTURES"].items():
+        assert (ROOT / "docs" / "pictures" / f"{name}.svg").read_text(encoding="utf-8") == script["draw"](rows), name
+
+
+def _texts(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and text of every string of a module, docstrings included; a document is one text."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        yield 1, text
+        return
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *DOCUMENTS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_sentences_are_plain(path: Path) -> None:
+    found = [
+        f"line {line}: {match[0]!r}; write: {better}"
+        for line, text in _texts(path)
+        for phrase, better in AVOIDED.items()
+        if (match := re.search(phrase, " ".join(text.split()), re.IGNORECASE))
+    ]
+    assert not found
