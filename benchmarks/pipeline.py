@@ -28,12 +28,13 @@ sys.path.insert(0, str(ROOT))  # runs without being installed
 from benchmarks.encoder import GRID, PATCH, Work, checkpoint, stamp  # noqa: E402
 from egopatch.configs.schema import Config, EncoderConfig, EngineConfig, StoreConfig, VideoConfig  # noqa: E402
 from egopatch.extract.datasets import Clip  # noqa: E402
-from egopatch.extract.encoders import VideoEncoder  # noqa: E402
+from egopatch.extract.encoders import VideoEncoder, find_network, load_video_encoder  # noqa: E402
 from egopatch.extract.engines.sharing import decoder_count  # noqa: E402
 from egopatch.extract.video.decode import PreparedClip  # noqa: E402
 from egopatch.extract.worker.batch_encoder import BatchEncoder  # noqa: E402
+from egopatch.extract.worker.device import device_of, has_bfloat16  # noqa: E402
+from egopatch.extract.worker.job import ExtractionJob  # noqa: E402
 from egopatch.extract.worker.pipeline import encode_shards  # noqa: E402
-from egopatch.extract.worker.worker import has_bfloat16, load_encoder, open_decoders  # noqa: E402
 from egopatch.features import Fingerprint, StoreSpec, create_store  # noqa: E402
 
 WIDTH, HEIGHT, FPS = 320, 240, 30
@@ -72,10 +73,14 @@ def encoder_alone(config: Config, encoder: VideoEncoder, prepared: list[Prepared
 
 def measure(config: Config, root: Path, clips: int, seconds: float) -> dict[str, object]:
     """Both rates, and where the pipeline's time went."""
-    encoder = load_encoder(config, checkpoint(Work(config.video.frames, config.encoder.depth, 1)))
+    weights = checkpoint(Work(config.video.frames, config.encoder.depth, 1))
+    network, device = find_network(config.encoder.arch), device_of(config.encoder.device)
+    dtype = getattr(torch, config.encoder.dtype)
+    encoder = load_video_encoder(network, weights, config.video.frames, config.encoder.depth, dtype=dtype)
+    job = ExtractionJob(config, network, device, weights, encoder.to(device).eval())
     videos = [Clip(f"clip{i}", write_video(root / f"{i}.mp4", seconds, i)) for i in range(clips)]
     decoders = decoder_count(config, 1)
-    with open_decoders(config, decoders) as pool:
+    with job.open_decoders(decoders) as pool:
         prepared = [one for one in pool.map(videos[:4]) if isinstance(one, PreparedClip)]
     spec = StoreSpec.for_patches(
         config.video.frames, encoder.grid, encoder.width, config.store.dtype, config.store.shard
@@ -83,9 +88,8 @@ def measure(config: Config, root: Path, clips: int, seconds: float) -> dict[str,
     ids = [clip.clip_id for clip in videos]
     store = create_store(config.store.path, spec, Fingerprint({"benchmark": "pipeline"}), ids, config.store.format)
     before = encoder_alone(config, encoder, prepared, clips // 2)
-    tally = encode_shards(
-        config,
-        encoder,
+    stats = encode_shards(
+        job,
         store,
         store.missing_shards(),
         {clip.clip_id: clip for clip in videos},
@@ -93,8 +97,8 @@ def measure(config: Config, root: Path, clips: int, seconds: float) -> dict[str,
         lambda done, _: print(f"{done} more", file=sys.stderr, flush=True),
     )
     after = encoder_alone(config, encoder, prepared, clips // 2)
-    assert tally.committed == clips
-    stages = tally.stages
+    assert stats.committed == clips
+    stages = stats.stages
     alone, whole = (before + after) / 2, clips / (stages.total_s - stages.start_s)
     return {
         "claims": {"whole pipeline against the encoder alone (reach 0.95)": whole / alone},

@@ -25,8 +25,7 @@ sys.path.insert(0, str(ROOT))  # runs without being installed
 
 from benchmarks.store import machine  # noqa: E402
 from egopatch.configs.schema import Config, ConfigParser, add_config_arguments, parse_config  # noqa: E402
-from egopatch.extract.encoders import open_checkpoint  # noqa: E402
-from egopatch.extract.fingerprints import video_fingerprint  # noqa: E402
+from egopatch.extract.worker.job import resolve_job  # noqa: E402
 from egopatch.features import StoreSpec, create_store, open_store  # noqa: E402
 
 SPEC = StoreSpec.for_patches(frames=1, grid=(1, 1), width=1, shard=64)
@@ -92,7 +91,7 @@ def command(name: str, config: Path, *options: str) -> tuple[str, dict[str, floa
 
 def fill(config: Config, ids: list[str]) -> dict[str, object]:
     """Create the store and commit every shard, lease by lease; milliseconds a shard and MB, segment by segment."""
-    fingerprint = video_fingerprint(config, open_checkpoint(config.encoder.arch, config.encoder.checkpoint).sha256)
+    fingerprint = resolve_job(config).fingerprint
     started = time.perf_counter()
     store = create_store(config.store.path, SPEC, fingerprint, ids)
     created = time.perf_counter() - started

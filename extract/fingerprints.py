@@ -1,19 +1,18 @@
-"""What decides the values in a store, gathered from a config: the two halves' fingerprints."""
+"""Fingerprints of the clip store and of the text substore: everything in a config that decides the stored values."""
 
 import hashlib
 from importlib.metadata import version
 from pathlib import Path
 
 from egopatch.configs.schema import Config
-from egopatch.extract.encoders import find_network
 from egopatch.extract.encoders.checkpoints.package import MINILM, text_folder
+from egopatch.extract.encoders.networks.network import Network
 from egopatch.features import Fingerprint
-from egopatch.features.values.spec import Scalar, whole_dtype
+from egopatch.features.values.spec import Scalar, unscaled_dtype
 
 
-def video_fingerprint(config: Config, checkpoint_sha256: str) -> Fingerprint:
-    """Fingerprint of the clips' tokens."""
-    network = find_network(config.encoder.arch)
+def video_fingerprint(config: Config, network: Network, checkpoint_sha256: str) -> Fingerprint:
+    """Fingerprint of the clips' tokens; `network` is the one that `encoder.arch` names."""
     packaged = config.encoder.checkpoint is None and network.package is not None
     return Fingerprint(
         {
@@ -28,10 +27,10 @@ def video_fingerprint(config: Config, checkpoint_sha256: str) -> Fingerprint:
 
 
 def configured(config: Config) -> dict[str, Scalar]:
-    """The part of a clip store's fingerprint that a config alone decides, whatever machine reads it."""
+    """The fields of a clip store's fingerprint that the config alone decides, on every machine."""
     encoder, video = config.encoder, config.video
     return {
-        # Fused arithmetic rounds differently. Without it, stores keep the fingerprint that they had.
+        # Fused arithmetic rounds differently. Without it, stores keep the fingerprint of before `compile` existed.
         **({"compile": True} if encoder.compile else {}),
         "arch": encoder.arch,
         **({"variant": encoder.variant} if encoder.arch == "mfas" else {}),
@@ -45,19 +44,19 @@ def configured(config: Config) -> dict[str, Scalar]:
     }
 
 
-def text_fingerprint(config: Config, checkpoint_sha256: str) -> Fingerprint:
-    """Fingerprint of the questions' states. Where both halves have a `checkpoint`, it has to be the same one."""
-    own = find_network(config.encoder.arch).text_weights is not None
+def text_fingerprint(config: Config, network: Network, checkpoint_sha256: str) -> Fingerprint:
+    """Fingerprint of the questions' states. Its `checkpoint`, if it has one, must equal that of the clips' tokens."""
+    own_weights = network.text_weights is not None
     return Fingerprint(
         {
             "arch": config.encoder.arch,
-            "text_checkpoint" if own else "checkpoint": checkpoint_sha256,
+            "text_checkpoint" if own_weights else "checkpoint": checkpoint_sha256,
             "depth": text_depth(config),
             "tokenizer": _tokenizer_digest(config.text.model),
             **({"package": MINILM.version} if config.text.model == MINILM.name else {}),
             "max_length": config.text.max_length,
             "compute_dtype": "float32",
-            "stored_dtype": whole_dtype(config.store.dtype),
+            "stored_dtype": unscaled_dtype(config.store.dtype),
         }
     )
 
@@ -73,5 +72,5 @@ def _tokenizer_digest(model: str) -> str:
 
 
 def text_depth(config: Config) -> int:
-    """Text layers run before the states are cached."""
+    """Number of text layers that run before the states are stored."""
     return config.encoder.depth if config.text.depth is None else config.text.depth

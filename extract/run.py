@@ -7,46 +7,39 @@ from dataclasses import dataclass
 import torch
 
 from egopatch.configs.schema import Config
-from egopatch.extract.datasets import Dataset, load_dataset
-from egopatch.extract.encoders import (
-    Checkpoint,
-    VideoEncoder,
-    find_network,
-    load_text_encoder,
-    load_tokenizer,
-    open_checkpoint,
-    open_text_checkpoint,
-)
+from egopatch.extract.datasets import load_dataset
+from egopatch.extract.encoders import load_text_encoder, load_tokenizer, open_text_checkpoint
 from egopatch.extract.encoders.networks.text import TextEncoder, Tokenizer
-from egopatch.extract.engines.dispatch import WHOLE, Part, encode_with_engine
-from egopatch.extract.fingerprints import text_depth, text_fingerprint, video_fingerprint
-from egopatch.extract.planning.plan import clip_spec, disk_refusal
+from egopatch.extract.engines.dispatch import encode_with_engine
+from egopatch.extract.engines.job_slice import ALL_SHARDS, Slice
+from egopatch.extract.fingerprints import text_depth, text_fingerprint
+from egopatch.extract.planning.plan import disk_refusal
 from egopatch.extract.progress import meter
-from egopatch.extract.worker.job_stats import Tally, record_job
+from egopatch.extract.worker.job import ExtractionJob, resolve_job
+from egopatch.extract.worker.job_stats import JobStats, record_job
 from egopatch.extract.worker.shard_writer import ShardWriter
-from egopatch.extract.worker.worker import device_of, load_encoder
-from egopatch.features import ShardWork, Store, StoreError, StoreSpec, create_store
-from egopatch.features.store.text_substore import TEXT
-from egopatch.features.values.location import locate
-from egopatch.features.values.spec import whole_dtype
+from egopatch.features import ShardWork, StoreError, StoreSpec, create_store
+from egopatch.features.store.text_substore import TEXT_FOLDER
+from egopatch.features.values.location import parse_location
+from egopatch.features.values.spec import unscaled_dtype
 
 TEXT_BATCH = 64
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a job left behind.
+class ExtractionResult:
+    """State of the store after a job.
 
     Attributes:
-        tally: what this job did.
-        clips: committed in the store now.
-        planned: clips of the data set.
-        quarantine: reason by clip id.
-        texts: question texts in the store.
-        errors: what storing tokens in few bits cost, by array: as `Store.reconstruction_error`.
+        stats: What this job did.
+        clips: Number of clips committed in the store.
+        planned: Number of clips that have a row in the store.
+        quarantine: Reason by clip id.
+        texts: Number of question texts in the store.
+        errors: Reconstruction error by quantised array, as `Store.reconstruction_error`.
     """
 
-    tally: Tally
+    stats: JobStats
     clips: int
     planned: int
     quarantine: dict[str, str]
@@ -54,43 +47,42 @@ class Outcome:
     errors: dict[str, float]
 
 
-def extract_features(config: Config, retry: bool = False, part: Part = WHOLE) -> Outcome:
-    """Encode what the store does not have yet.
+def extract_features(config: Config, retry: bool = False, job_slice: Slice = ALL_SHARDS) -> ExtractionResult:
+    """Encode everything that is missing from the store.
 
     Args:
-        config: the experiment.
-        retry: also try the quarantined clips again.
-        part: of the shards, where several jobs share them.
+        config: The experiment.
+        retry: Whether to try the quarantined clips again.
+        job_slice: The shards of this job, where several jobs divide them.
 
     Raises:
-        DatasetError, CheckpointError, StoreError: wrong input or a full disk, in one line; nothing was written.
-        TooManyErrors: more clips failed than `engine.max_errors`; what was committed stays.
-        WorkersKilled: again and again; what was committed stays.
+        DatasetError, CheckpointError, StoreError: The input is wrong or the disk is full; no clip was written.
+        TooManyErrors: More clips failed than `engine.max_errors`; committed shards stay.
+        WorkersKilled: Workers were killed after every restart; committed shards stay.
     """
-    find_network(config.encoder.arch)  # a wrong name is said before anything is read
+    job = resolve_job(config)
     dataset = load_dataset(config.data)
-    checkpoint = open_checkpoint(config.encoder.arch, config.encoder.checkpoint)
-    encoder = load_encoder(config, checkpoint)
-    store = create_clip_store(config, dataset, encoder, checkpoint)
-    texts = _encode_texts(config, dataset, checkpoint, part)
+    ids = [clip.clip_id for clip in dataset.clips]
+    store = create_store(config.store.path, job.spec, job.fingerprint, ids, format=config.store.format)
+    texts = _encode_texts(job, dataset.texts, job_slice)
     clips = {clip.clip_id: clip for clip in dataset.clips}
     # A store may hold clips of a larger data set; only those of this one have videos to encode.
     works = [
         ShardWork(work.shard, ids)
-        for work in part.of(store.missing_shards(retry_quarantined=retry))
+        for work in job_slice.of(store.missing_shards(retry_quarantined=retry))
         if (ids := tuple(clip_id for clip_id in work.ids if clip_id in clips))
     ]
     todo = sum(len(work.ids) for work in works)
-    if refusal := disk_refusal(config.store.path, store.spec, todo):
+    if refusal := disk_refusal(config.store.path, job.spec, todo):
         raise StoreError(refusal)
-    tally = Tally()
+    stats = JobStats()
     if works:
         with meter("encode", todo, "clips") as shown:
-            tally = encode_with_engine(config, encoder, store, works, clips, shown.advance)
+            stats = encode_with_engine(job, store, works, clips, shown.advance)
         store.refresh()
-        record_job(config.store.path, tally, config.engine.name, config.engine.workers)
-    return Outcome(
-        tally=tally,
+        record_job(config.store.path, stats, config.engine.name, config.engine.workers)
+    return ExtractionResult(
+        stats=stats,
         clips=len(store.clip_ids),
         planned=len(store.planned_ids),
         quarantine={clip_id: record.reason for clip_id, record in store.quarantine.items()},
@@ -99,36 +91,28 @@ def extract_features(config: Config, retry: bool = False, part: Part = WHOLE) ->
     )
 
 
-def create_clip_store(config: Config, dataset: Dataset, encoder: VideoEncoder, checkpoint: Checkpoint) -> Store:
-    """The store of `config`, made or opened, with a row for every clip of `dataset`.
-
-    Raises:
-        StoreError: the store there was made otherwise; the message names the differing fields.
-    """
-    ids = [clip.clip_id for clip in dataset.clips]
-    fingerprint = video_fingerprint(config, checkpoint.sha256)
-    return create_store(config.store.path, clip_spec(config, encoder), fingerprint, ids, format=config.store.format)
-
-
-def _encode_texts(config: Config, dataset: Dataset, video: Checkpoint, part: Part) -> int:
-    """Encode the questions that the text store misses; returns how many it holds."""
-    checkpoint = open_text_checkpoint(config.encoder.arch, video, config.text.model)
+def _encode_texts(job: ExtractionJob, texts: Sequence[str], job_slice: Slice) -> int:
+    """Encode the question texts that are missing from the text substore; returns the number that it holds."""
+    config = job.config
+    checkpoint = open_text_checkpoint(job.network, job.checkpoint, config.text.model)
     tokenizer = load_tokenizer(config.text.model, config.text.max_length)
-    encoder = load_text_encoder(config.encoder.arch, checkpoint, depth=text_depth(config))
-    encoder = encoder.to(device_of(config.encoder.device)).eval()
+    encoder = load_text_encoder(job.network, checkpoint, depth=text_depth(config)).to(job.device).eval()
     spec = StoreSpec.for_text(config.text.max_length, encoder.width, config.store.dtype, codec=config.store.codec)
-    fingerprint = text_fingerprint(config, checkpoint.sha256)
-    store = create_store(locate(config.store.path) / TEXT, spec, fingerprint, dataset.texts, format=config.store.format)
-    works = part.of(store.missing_shards())
+    fingerprint = text_fingerprint(config, job.network, checkpoint.sha256)
+    store = create_store(
+        parse_location(config.store.path) / TEXT_FOLDER, spec, fingerprint, texts, format=config.store.format
+    )
+    works = job_slice.of(store.missing_shards())
     if works:
         todo = sum(len(work.ids) for work in works)
+        dtype = getattr(torch, unscaled_dtype(config.store.dtype))
         with meter("questions", todo, "questions") as shown, ShardWriter(store, max_errors=0) as writer:
             for work, uncommitted in writer.leases(works):
                 rows: dict[str, dict[str, torch.Tensor]] = {}
                 for start in range(0, len(uncommitted), TEXT_BATCH):
-                    texts = uncommitted[start : start + TEXT_BATCH]
-                    rows |= _encode_text_batch(config, encoder, tokenizer, texts)
-                    shown.advance(len(texts))
+                    batch = uncommitted[start : start + TEXT_BATCH]
+                    rows |= _encode_text_batch(encoder, tokenizer, batch, job.device, dtype)
+                    shown.advance(len(batch))
                 sources = {text: hashlib.sha256(text.encode()).hexdigest() for text in rows}
                 writer.write(work.shard, rows, sources, {})
             writer.wait()
@@ -137,11 +121,10 @@ def _encode_texts(config: Config, dataset: Dataset, video: Checkpoint, part: Par
 
 
 def _encode_text_batch(
-    config: Config, encoder: TextEncoder, tokenizer: Tokenizer, texts: Sequence[str]
+    encoder: TextEncoder, tokenizer: Tokenizer, texts: Sequence[str], device: torch.device, dtype: torch.dtype
 ) -> dict[str, dict[str, torch.Tensor]]:
-    device = next(encoder.parameters()).device
-    # Always one shape, as in `extract.worker.batch_encoder` and for its reason.
+    # Always the same shape; `extract.worker.batch_encoder` gives the reason.
     ids, mask = tokenizer([*texts, *[texts[-1]] * (TEXT_BATCH - len(texts))])
     with torch.inference_mode():
-        states = encoder(ids.to(device), mask.to(device)).to(getattr(torch, whole_dtype(config.store.dtype))).cpu()
+        states = encoder(ids.to(device), mask.to(device)).to(dtype).cpu()
     return {text: {"states": states[i], "attention_mask": mask[i].bool()} for i, text in enumerate(texts)}

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from egopatch.features.storage.journal import collector_paused
+from egopatch.features.storage.journal import garbage_collection_paused
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ def read_json_records(path: Path, purpose: str) -> list[Any]:
     """
     text = read_text(path, purpose)
     try:
-        with collector_paused():
+        with garbage_collection_paused():
             records = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(

@@ -1,16 +1,13 @@
-"""Who runs the workers. The unit is a shard; correctness comes from ledger and leases, never from the engine."""
+"""Who runs the workers: this process, joblib or Ray. Ledger and leases ensure correctness, whatever the engine does."""
 
 import dataclasses
-import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
-from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Clip
-from egopatch.extract.encoders import VideoEncoder
 from egopatch.extract.engines.sharing import WorkersDied, decoder_count, still_missing, worker_count
-from egopatch.extract.worker.job_stats import Tally
+from egopatch.extract.worker.job import ExtractionJob
+from egopatch.extract.worker.job_stats import JobStats
 from egopatch.extract.worker.pipeline import encode_shards
 from egopatch.features import ShardWork, Store, open_store
 
@@ -19,82 +16,56 @@ RESTARTS = 3
 
 
 class WorkersKilled(RuntimeError):
-    """Workers were killed again and again; what was committed stays."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of `count` jobs on a store, which does every `count`-th shard. Which ones never depends on what is done."""
-
-    index: int = 0
-    count: int = 1
-
-    @classmethod
-    def parse(cls, text: str) -> "Part":
-        """`i/N`, counted from 0.
-
-        Raises:
-            ValueError: it is not that.
-        """
-        match = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
-        if not match or int(match[1]) >= int(match[2]):
-            raise ValueError(f"--shard is {text!r}; expected i/N with 0 <= i < N, such as 0/4 for the first of four")
-        return cls(int(match[1]), int(match[2]))
-
-    def of(self, works: Sequence[ShardWork]) -> list[ShardWork]:
-        """The shards among `works` that are this job's."""
-        return [work for work in works if work.shard % self.count == self.index]
-
-
-WHOLE = Part()
+    """Workers were killed again after every restart; committed shards stay."""
 
 
 def encode_with_engine(
-    config: Config,
-    encoder: VideoEncoder,
+    job: ExtractionJob,
     store: Store,
     works: Sequence[ShardWork],
     clips: Mapping[str, Clip],
     on_progress: Callable[[int, int], None],
-) -> Tally:
+) -> JobStats:
     """Encode `works` with `engine.workers` workers; arguments and errors as in `extract.worker.pipeline.encode_shards`.
 
     Raises:
-        ConfigError: the engine is not installed, or cannot have as many workers.
-        WorkersKilled: as often as they were started again, too.
+        ConfigError: The engine is not installed, or cannot start that many workers.
+        WorkersKilled: Workers were killed, and killed again after every restart.
     """
+    config = job.config
     if config.engine.name == "joblib" and min(worker_count(config), len(works)) == 1:
-        return encode_shards(config, encoder, store, works, clips, decoder_count(config, 1), on_progress)
+        return encode_shards(job, store, works, clips, decoder_count(config, 1), on_progress)
+    # Imported here to save start-up time: each engine's library takes a second or more.
     if config.engine.name == "joblib":
         from egopatch.extract.engines.joblib_engine import run_workers
     else:
         from egopatch.extract.engines.ray_engine import run_workers
-    tally = Tally()
+    stats = JobStats()
     for _ in range(1 + RESTARTS):
         try:
-            with _progress_from_ledger(store, on_progress):
-                tally += run_workers(config, works, clips)
+            with _LedgerProgress(store, on_progress):
+                stats += run_workers(config, works, clips)
             store.refresh()
-            # A shard that one worker left to its owner may have been finished by that owner, or by a third one.
-            return tally if still_missing(works, store) else dataclasses.replace(tally, skipped=())
-        except WorkersDied:  # what they did is in the ledger; their leases have lapsed
+            # A shard that one worker skipped may have been finished by its holder, or by a third worker.
+            return stats if still_missing(works, store) else dataclasses.replace(stats, skipped=())
+        except WorkersDied:  # the ledger lists what they committed; their leases have expired
             store.refresh()
             left = still_missing(works, store)
             missing = {clip_id for work in left for clip_id in work.ids}
             done = [clip_id for work in works for clip_id in work.ids if clip_id not in missing]
             bad = store.quarantine.keys() & done
-            tally += Tally(len(done) - len(bad), len(bad))
+            stats += JobStats(len(done) - len(bad), len(bad))
             works = left
             if not works:
-                return tally
+                return stats
     raise WorkersKilled(
-        f"workers were killed {1 + RESTARTS} times, perhaps for their memory: ask for more, or set a smaller"
-        " encoder.batch or engine.workers"
+        f"workers were killed {1 + RESTARTS} times, perhaps for using too much memory: request more memory, or set a"
+        " smaller encoder.batch or engine.workers"
     )
 
 
-class _progress_from_ledger:
-    """Reports what workers commit, read from the ledger, since their own calls do not reach this process."""
+class _LedgerProgress:
+    """Reports what workers commit, read from the ledger, because their own calls do not reach this process."""
 
     def __init__(self, store: Store, on_progress: Callable[[int, int], None]) -> None:
         self._store = open_store(store.path)

@@ -1,8 +1,8 @@
 """Workers on a Ray cluster: one actor each, spread over the nodes.
 
-The store, the checkpoint and the videos have to be at the same paths on every node (a shared file system, or an object
-store for the store). Ray only starts workers and notices that they are gone: what a dead one did is in the ledger, and
-what it did not do is taken by the others.
+The store, the checkpoint and the videos must have the same paths on every node (on a shared file system; the store may
+also be in object storage). Ray only starts workers and notices when one dies: the ledger lists what a dead worker
+committed, and the others take its remaining shards.
 """
 
 import math
@@ -16,79 +16,79 @@ from typing import Any
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets import Clip
-from egopatch.extract.engines.sharing import WorkersDied, decoder_count, share_work
-from egopatch.extract.worker.job_stats import Tally
+from egopatch.extract.engines.sharing import WorkersDied, decoder_count, run_worker
+from egopatch.extract.worker.job_stats import JobStats
 from egopatch.features import ShardWork
 
 REACH_S = 5.0
 POLL_S = 1.0
 
 
-def run_workers(config: Config, works: Sequence[ShardWork], clips: Mapping[str, Clip]) -> Tally:
+def run_workers(config: Config, works: Sequence[ShardWork], clips: Mapping[str, Clip]) -> JobStats:
     """Encode `works` on the cluster at `engine.address`.
 
     Raises:
         ConfigError: Ray is not installed, nothing answers at the address, or the cluster is too small.
-        WorkersDied: a worker or its node is gone, and the others have ended.
-        TooManyErrors, StoreError: as `extract.worker.pipeline.encode_shards`.
+        WorkersDied: A worker or its node died, and the others have ended.
+        TooManyErrors, StoreError: As `extract.worker.pipeline.encode_shards`.
     """
     with _connected(config.engine.address) as ray:
         nodes = sum(node["Alive"] for node in ray.nodes())
         workers, needs = _fit(config, ray.cluster_resources(), nodes, len(works))
-        actor = ray.remote(**needs, scheduling_strategy="SPREAD")(_Worker)
-        actors = [actor.remote(str(Path.cwd())) for _ in range(workers)]
+        remote = ray.remote(**needs, scheduling_strategy="SPREAD")(_Worker)
+        actors = [remote.remote(str(Path.cwd())) for _ in range(workers)]
         shared = ray.put((config, list(works), dict(clips), decoder_count(config, math.ceil(workers / nodes))))
         try:
-            return _gather(ray, [one.work.remote(rank, workers, shared) for rank, one in enumerate(actors)])
+            return _gather(ray, [actor.work.remote(rank, workers, shared) for rank, actor in enumerate(actors)])
         finally:
-            for one in actors:
-                ray.kill(one)
+            for actor in actors:
+                ray.kill(actor)
 
 
 class _Worker:
-    """Works where the job was started, so that its relative paths hold."""
+    """Works in the folder in which the job was started, so that relative paths mean the same."""
 
     def __init__(self, folder: str) -> None:
         os.chdir(folder)
 
-    def work(self, rank: int, workers: int, shared: tuple[Config, list[ShardWork], dict[str, Clip], int]) -> Tally:
+    def work(self, rank: int, workers: int, shared: tuple[Config, list[ShardWork], dict[str, Clip], int]) -> JobStats:
         config, works, clips, decoders = shared
-        return share_work(config, rank, workers, works, clips, decoders)
+        return run_worker(config, rank, workers, works, clips, decoders)
 
 
-def _gather(ray: Any, waiting: list[Any]) -> Tally:
-    """The sum of what the workers did. A dead one is reported when all others are through: they take its shards."""
-    tally, died = Tally(), None
+def _gather(ray: Any, waiting: list[Any]) -> JobStats:
+    """Sum of the workers' statistics. A dead worker is reported after the others have finished and taken its shards."""
+    stats, died = JobStats(), None
     while waiting:
-        # Short waits, so that signals are heard.
+        # Short waits, so that Python can handle signals in between.
         ready, waiting = ray.wait(waiting, timeout=POLL_S)
-        for one in ready:
+        for task in ready:
             try:
-                tally += ray.get(one)
+                stats += ray.get(task)
             except ray.exceptions.RayActorError as error:
                 died = error
             except ray.exceptions.RayTaskError as error:
-                raise error.cause from None  # as the worker raised it, without Ray's account of the way
+                raise error.cause from None  # the worker's own error, without Ray's report around it
     if died is not None:
         raise WorkersDied from died
-    return tally
+    return stats
 
 
 def _fit(config: Config, resources: Mapping[str, float], nodes: int, shards: int) -> tuple[int, dict[str, float]]:
-    """How many workers, and what Ray reserves for each.
+    """Number of workers, and the resources that Ray reserves for each.
 
     Raises:
-        ConfigError: there is not so much in the whole cluster. Ray itself would wait for it for ever.
+        ConfigError: The whole cluster has too few GPUs or cores; Ray itself would wait for them forever.
     """
-    wanted, device, gpus = config.engine.workers, config.encoder.device, resources.get("GPU", 0)
+    requested, device, gpus = config.engine.workers, config.encoder.device, resources.get("GPU", 0)
     if device.startswith("cuda") and not gpus:
         raise ConfigError(f"encoder.device is {device!r} but the Ray cluster has no GPU; use auto or cpu")
-    kind, there = ("GPU", gpus) if gpus and device != "cpu" else ("CPU", resources.get("CPU", 0))
-    workers = wanted if wanted != "auto" else int(gpus) if kind == "GPU" else nodes
-    if workers > there:
+    kind, available = ("GPU", gpus) if gpus and device != "cpu" else ("CPU", resources.get("CPU", 0))
+    workers = requested if requested != "auto" else int(gpus) if kind == "GPU" else nodes
+    if workers > available:
         raise ConfigError(
-            f"engine.workers is {workers} but the Ray cluster has {there:g} {kind}s, one for each worker; ask for at"
-            f" most {there:g}, or add nodes"
+            f"engine.workers is {workers} but the Ray cluster has {available:g} {kind}s, one for each worker; request"
+            f" at most {available:g}, or add nodes"
         )
     cores = max(int(resources.get("CPU", 0)) // workers, 1)
     workers = min(workers, shards)
@@ -97,7 +97,7 @@ def _fit(config: Config, resources: Mapping[str, float], nodes: int, shards: int
 
 @contextmanager
 def _connected(address: str) -> Iterator[Any]:
-    """The module `ray`, connected; a cluster of its own on this machine, for the block, where `address` is `local`."""
+    """The module `ray`, connected to `address`; `local` starts a cluster here for the length of the block."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         import ray
@@ -112,7 +112,7 @@ def _connected(address: str) -> Iterator[Any]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"engine.address is {address!r} but Ray cannot work there ({reason})") from error
-    finally:  # Ray puts its own in their place
+    finally:  # Ray replaces them
         for number, handler in handlers.items():
             signal.signal(number, handler)
     try:
@@ -122,10 +122,10 @@ def _connected(address: str) -> Iterator[Any]:
 
 
 def _require_answer(address: str) -> None:
-    """Ray alone would try for a minute, and then say it in a page.
+    """Check that something listens at `address`; Ray itself would try for a minute, then print a page of text.
 
     Raises:
-        ConfigError: `address` is no host:port, or nothing listens there.
+        ConfigError: `address` is not host:port, or nothing listens there.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():

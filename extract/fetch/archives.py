@@ -1,6 +1,6 @@
-"""Unpacking archives that came from elsewhere: nothing leaves the folder, nothing fills the disk, nothing half done.
+"""Unpacking untrusted archives: no file outside the folder, no full disk, all members or none.
 
-Members are written to a staging folder first and moved into place when all of them are there.
+Members are unpacked to a staging folder first and moved into place when all of them are complete.
 """
 
 import shutil
@@ -14,23 +14,23 @@ from pathlib import Path, PurePosixPath
 
 from egopatch.extract.fetch.download import free_bytes
 
-# Left free when an archive is unpacked, so that the machine can still work.
+# Bytes that unpacking leaves free, so that the machine can still work.
 RESERVE = 256 << 20
 
 
 class ArchiveError(RuntimeError):
-    """An archive that is not unpacked; one line that names it, the member and what to do."""
+    """An archive was refused; the message names it and the member in one line, and says what to do."""
 
 
 def unpack(archive: Path, folder: Path) -> tuple[int, int]:
-    """Unpack a zip or tar file (compressed or not) into `folder`; files of the same name are replaced.
+    """Unpack a zip or tar file (compressed or not) into `folder`, replacing files of the same name.
 
     Returns:
-        Files and bytes.
+        Number of files and bytes.
 
     Raises:
-        ArchiveError: neither zip nor tar, damaged, a member with a path out of the folder, a link or a device, or more
-            bytes than the disk has free (RESERVE stays); then `folder` is as it was.
+        ArchiveError: The file is neither zip nor tar, is damaged, contains a link, a device or a path that leaves the
+            folder, or unpacks to more than the free disk space (less RESERVE); `folder` is then unchanged.
     """
     staging = folder / f".{archive.name}.unpacking"
     shutil.rmtree(staging, ignore_errors=True)
@@ -54,7 +54,7 @@ def _unzip(archive: Path, folder: Path) -> tuple[int, int]:
     with zipfile.ZipFile(archive) as opened:
         members = opened.infolist()
         budget = _Budget(archive, folder)
-        for member in members:  # sizes are all known before the first byte is written, and reading stops at them
+        for member in members:  # all sizes are known before the first byte is written, and reading stops at them
             if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
                 raise ArchiveError(_refused(archive, member.filename, "is neither a file nor a folder"))
             _check_name(archive, member.filename)
@@ -78,7 +78,7 @@ def _untar(archive: Path, folder: Path) -> tuple[int, int]:
 
 
 class _Budget:
-    """Counts the unpacked bytes against what the disk had free at the start."""
+    """Counts the unpacked bytes against the disk space that was free at the start."""
 
     def __init__(self, archive: Path, folder: Path):
         self.archive = archive
@@ -89,8 +89,8 @@ class _Budget:
         self.taken += size
         if self.taken > self.free:
             raise ArchiveError(
-                f"{self.archive}: unpacks to {self.taken} bytes or more and {self.free} may be used"
-                f" ({RESERVE} of the free disk stay free); make room, or do not trust this archive"
+                f"{self.archive}: unpacks to {self.taken} bytes or more, but only {self.free} may be used"
+                f" ({RESERVE} bytes stay free); free some disk space, or do not trust this archive"
             )
 
 
@@ -106,13 +106,14 @@ def _refused(archive: Path, name: str, why: str) -> str:
 
 @contextmanager
 def _readable(archive: Path) -> Iterator[None]:
-    """Faults of the file itself as one line."""
+    """Turn errors in the file itself into one line."""
     try:
         yield
     except ArchiveError:
         raise
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: encrypted
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        # zipfile raises RuntimeError if the archive is encrypted.
         reason = str(error).partition("\n")[0].rstrip(":")
         raise ArchiveError(
-            f"{archive}: is no zip or tar file, or is damaged or cut short ({reason}); delete it and get it again"
+            f"{archive}: not a zip or tar file, or damaged or truncated ({reason}); delete it and download it again"
         ) from None

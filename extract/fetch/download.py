@@ -1,8 +1,8 @@
-"""One file from one link: resumed where it stopped, refused where it is not what was expected.
+"""Downloading one file: an interrupted download resumes, and a file with another hash is refused.
 
-`fetch` is pooch's `retrieve` with a downloader of our own, since pooch's starts again from nothing. Bytes go to
-`FILE.part`, which outlives a broken connection and Ctrl-C; the next request asks for the rest (RFC 9110, Range with
-If-Range) and starts over where the server cannot give it or holds another file by now.
+`fetch` is pooch's `retrieve` with our own downloader, because pooch's restarts from zero. Bytes go to `FILE.part`,
+which survives a broken connection and Ctrl-C; the next request asks for the rest (RFC 9110, Range with If-Range) and
+restarts if the server cannot resume or has another file by now.
 """
 
 import fcntl
@@ -25,36 +25,36 @@ BLOCK = 1 << 16
 ATTEMPTS = 3
 WAIT_S = 1.0
 TIMEOUT_S = 30.0
-# As published. Left to itself, requests would unpack what a server labels as compressed, such as every .tgz.
-_AS_IT_IS = {"Accept-Encoding": "identity"}
-_WORTH_ANOTHER_TRY = (408, 425, 429, 500, 502, 503, 504)
+# By default, requests would decompress everything that a server labels as compressed, such as every .tgz.
+_UNCHANGED = {"Accept-Encoding": "identity"}
+_RETRY_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 
-Progress = Callable[[int, int | None], None]
+OnProgress = Callable[[int, int | None], None]
 
 
 class DownloadError(RuntimeError):
-    """A file could not be had; one line that says which, why and what to do."""
+    """A download failed; the message names the file, the cause and what to do, in one line."""
 
 
-class _BrokenOff(Exception):
-    """An attempt ended early; what came is in the part file. The message is the reason."""
+class _Interrupted(Exception):
+    """An attempt ended early; the part file keeps the bytes received. The message is the reason."""
 
 
-def fetch(link: str, file: Path, sha256: str | None, on_progress: Progress = lambda done, total: None) -> None:
-    """Download `link` to `file`, which is not there yet.
+def fetch(link: str, file: Path, sha256: str | None, on_progress: OnProgress = lambda done, total: None) -> None:
+    """Download `link` to `file`, which does not exist yet.
 
     Args:
-        link: http or https.
-        file: where it goes, in one step at the end; folders are made.
-        sha256: what it must hash to; None takes whatever comes.
-        on_progress: called with the bytes that are there and the bytes in all, None where the server does not say.
+        link: Link, http or https.
+        file: Path that the complete file is moved to at the end; missing folders are created.
+        sha256: Expected SHA-256; None accepts any content.
+        on_progress: Called with the number of bytes received and the total, which is None if the server omits it.
 
     Raises:
-        DownloadError: the server refuses, cannot be reached or breaks off again and again, the disk is too small, or
-            the hash is another one; then nothing is put in place.
+        DownloadError: The server refuses, cannot be reached or disconnects repeatedly, the disk is too small, or the
+            hash differs; `file` is then not created.
     """
     pooch.get_logger().setLevel(logging.WARNING)
-    with _only_one(part_of(file)):
+    with _exclusive(part_of(file)):
         try:
             pooch.retrieve(
                 link,
@@ -63,16 +63,17 @@ def fetch(link: str, file: Path, sha256: str | None, on_progress: Progress = lam
                 path=file.parent,
                 downloader=ResumingDownloader(part_of(file), on_progress),
             )
-        except ValueError as error:  # pooch's word for another hash
+        except ValueError as error:  # pooch raises it if the hash differs
             raise DownloadError(
-                f"{file}: {link} does not serve what was locked, and nothing was put in place"
-                f" ({str(error).split('. ')[0]}). If the publisher has put up a new file that you want, delete its"
-                " entry from the lock and run this again; else get the locked file elsewhere and put it there"
+                f"{file}: {link} does not serve the locked file, and nothing was put in place"
+                f" ({str(error).split('. ')[0]}). If the publisher has a new version that you want, delete the file's"
+                " entry from the lock file and run the same command again; otherwise get the locked file elsewhere and"
+                " put it there"
             ) from None
 
 
 def part_of(file: Path) -> Path:
-    """Where the bytes of an unfinished download are."""
+    """The file that holds the bytes of an unfinished download."""
     return file.with_name(f"{file.name}.part")
 
 
@@ -81,9 +82,9 @@ def _state_of(part: Path) -> Path:
 
 
 def remote_size(link: str) -> int | None:
-    """Bytes that the server says it would send, None where it does not say or cannot be reached."""
+    """Size that the server announces; None if it omits it or cannot be reached."""
     try:
-        with requests.head(link, headers=_AS_IT_IS, timeout=TIMEOUT_S, allow_redirects=True) as response:
+        with requests.head(link, headers=_UNCHANGED, timeout=TIMEOUT_S, allow_redirects=True) as response:
             return _number(response.headers.get("Content-Length")) if response.status_code == 200 else None
     except requests.RequestException:
         return None
@@ -102,44 +103,44 @@ def nearest(path: Path) -> Path:
 
 @dataclass
 class ResumingDownloader:
-    """A downloader for pooch that goes on where the last one stopped.
+    """A downloader for pooch that resumes an interrupted download.
 
     Args:
-        part: file that collects the bytes.
-        on_progress: as in `fetch`.
+        part: File that collects the bytes.
+        on_progress: As in `fetch`.
     """
 
     part: Path
-    on_progress: Progress
+    on_progress: OnProgress
 
     def __call__(self, url: str, output_file: str, _pooch: object = None) -> None:
-        """Bring the whole of `url` to `output_file`.
+        """Download all of `url` to `output_file`.
 
         Raises:
-            DownloadError: see `fetch`.
+            DownloadError: As in `fetch`.
         """
-        reached, in_vain = self._size(), 0
+        reached, failures = self._size(), 0
         with requests.Session() as session:
             while True:
                 try:
                     self._attempt(session, url)
                     break
-                except _BrokenOff as reason:
-                    in_vain = 0 if self._size() > reached else in_vain + 1
+                except _Interrupted as reason:
+                    failures = 0 if self._size() > reached else failures + 1
                     reached = max(reached, self._size())
-                    if in_vain == ATTEMPTS:
+                    if failures == ATTEMPTS:
                         raise DownloadError(
-                            f"{url}: {reason}; run this again to go on from there, or with --offline to see what to"
+                            f"{url}: {reason}; run the same command again to resume, or add --offline to see what to"
                             " put where"
                         ) from None
-                    time.sleep(WAIT_S * 2**in_vain)
+                    time.sleep(WAIT_S * 2**failures)
         self.part.replace(output_file)
         _state_of(self.part).unlink(missing_ok=True)
 
     def _attempt(self, session: requests.Session, url: str) -> None:
         total, validator = self._known(url)
         have = self._size()
-        headers = dict(_AS_IT_IS)
+        headers = dict(_UNCHANGED)
         if have:
             headers["Range"] = f"bytes={have}-"
             if validator:
@@ -148,7 +149,7 @@ class ResumingDownloader:
             with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
                 whole = total if total is not None else _content_range(response)[1]
                 if response.status_code == 416 and have == whole:
-                    return  # everything had come before the connection broke
+                    return  # everything had arrived before the connection broke
                 self._check(response, url, have, total)
                 if response.status_code == 200:
                     have, total = 0, _number(response.headers.get("Content-Length"))
@@ -158,34 +159,34 @@ class ResumingDownloader:
                 self._remember(url, total, response)
                 self._receive(response, have, total)
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            raise _BrokenOff(_reason(url, error, self._size())) from None
+            raise _Interrupted(_reason(url, error, self._size())) from None
         if total is not None and self._size() != total:
-            raise _BrokenOff(f"the server announced {total} bytes and sent {self._size()}")
+            raise _Interrupted(f"the server announced {total} bytes but sent {self._size()}")
 
     def _check(self, response: requests.Response, url: str, have: int, total: int | None) -> None:
-        """Refuse what is no answer to the question; drop a part that the answer does not continue."""
+        """Refuse a response that is not the requested file; empty the part file if it cannot be continued."""
         status = response.status_code
-        if status in _WORTH_ANOTHER_TRY:
-            raise _BrokenOff(f"the server says {status} {response.reason}")
+        if status in _RETRY_STATUSES:
+            raise _Interrupted(f"the server answers {status} {response.reason}")
         start, size = _content_range(response)
         if status == 416:
             self._forget()
-            raise _BrokenOff(f"the server announced {total} bytes and has nothing after {have}")
+            raise _Interrupted(f"the server announced {total} bytes but has none after {have}")
         if status == 206 and (start != have or (total is not None and size != total)):
             self._forget()
-            raise _BrokenOff("the server holds another file than the one begun")
+            raise _Interrupted("the server has another file than the one that was begun")
         if status not in (200, 206):
             raise DownloadError(
-                f"{url}: the server says {status} {response.reason}; see the publisher's page for a new link"
+                f"{url}: the server answers {status} {response.reason}; see the publisher's page for a new link"
             )
         if response.headers.get("Content-Type", "").startswith("text/html"):
-            raise DownloadError(f"{url}: serves a web page where a file was expected; see the publisher's page")
+            raise DownloadError(f"{url}: serves a web page, expected a file; see the publisher's page")
 
     def _check_disk(self, url: str, have: int, total: int | None) -> None:
         free = free_bytes(self.part)
         if total is not None and total - have > free:
             raise DownloadError(
-                f"{url}: {total - have} bytes are still to come and {free} are free at {self.part.parent}; make room"
+                f"{url}: {total - have} bytes remain but {self.part.parent} has {free} free; free some disk space"
             )
 
     def _receive(self, response: requests.Response, have: int, total: int | None) -> None:
@@ -200,7 +201,7 @@ class ResumingDownloader:
         return self.part.stat().st_size
 
     def _known(self, url: str) -> tuple[int | None, str | None]:
-        """Size and validator of the file that the part belongs to; a part of something else is dropped."""
+        """Size and validator of the file that is being downloaded; empties a part file of another link."""
         with suppress(OSError, ValueError, KeyError, TypeError):
             state = json.loads(_state_of(self.part).read_text(encoding="utf-8"))
             if state["url"] == url:
@@ -222,14 +223,14 @@ class ResumingDownloader:
 
 
 @contextmanager
-def _only_one(part: Path) -> Iterator[None]:
-    """Hold the part file against other processes; it is there inside the block."""
+def _exclusive(part: Path) -> Iterator[None]:
+    """Lock the part file against other processes; it exists inside the block."""
     part.parent.mkdir(parents=True, exist_ok=True)
     with part.open("ab") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DownloadError(f"{part}: another process is fetching it; wait for that one") from None
+            raise DownloadError(f"{part}: another process is downloading this file; wait for it to finish") from None
         try:
             yield
         finally:
@@ -243,7 +244,7 @@ def _number(text: str | None) -> int | None:
 
 
 def _content_range(response: requests.Response) -> tuple[int | None, int | None]:
-    """First byte and size of the whole file, as a 206 or a 416 says them."""
+    """First byte and total size in the header of a 206 or 416 response."""
     found = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", response.headers.get("Content-Range", ""))
     return (_number(found[1]), int(found[2])) if found else (None, None)
 
@@ -252,4 +253,4 @@ def _reason(url: str, error: Exception, have: int) -> str:
     if isinstance(error, requests.ConnectionError) and not isinstance(error, requests.exceptions.ChunkedEncodingError):
         cause = getattr(error.args[0] if error.args else None, "reason", error)
         return f"cannot reach {urlsplit(url).netloc} ({str(cause).split(': ', 1)[-1]})"
-    return f"the connection broke off after {have} bytes"
+    return f"the connection was interrupted after {have} bytes"

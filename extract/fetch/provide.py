@@ -1,4 +1,4 @@
-"""Getting what a config needs: published archives, checkpoints and tokenizers, each locked to its SHA-256."""
+"""Providing the files that a config needs: archives, checkpoints and tokenizers, each pinned by its SHA-256."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -12,60 +12,63 @@ import pooch
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.encoders import weights_path
 from egopatch.extract.fetch.archives import ArchiveError, unpack
-from egopatch.extract.fetch.download import DownloadError, Progress, fetch, free_bytes, nearest, part_of, remote_size
-from egopatch.extract.fetch.lock import Lock, Locked
+from egopatch.extract.fetch.download import DownloadError, OnProgress, fetch, free_bytes, nearest, part_of, remote_size
+from egopatch.extract.fetch.lockfile import LockEntry, Lockfile
 from egopatch.extract.fetch.sources import Source, Sources
 from egopatch.features.io.files import write_file
 
 BY_HAND = "by hand"
 
 State = Literal["there", "locked", "fetched", "missing", "failed"]
-# Shows one download: label to a context that gives what `fetch` reports to.
-Meter = Callable[[str, int | None], AbstractContextManager[Progress]]
+# From a label and a size to a context that displays one download; the value in the context is `fetch`'s callback.
+DownloadDisplay = Callable[[str, int | None], AbstractContextManager[OnProgress]]
 
 
 @dataclass(frozen=True)
-class Need:
+class RequiredFile:
     """A file that a config needs.
 
     Attributes:
-        name: in the lock, `SOURCE/FILE`; the path itself for a file that is published nowhere.
-        file: where it goes.
-        source: who publishes it; None for the user's own.
-        link: direct link, if there is one.
-        held: folders that the archive unpacks to, any of which shows that it was; none for a file used as it is.
-        folder: where it is unpacked.
+        name: `SOURCE/FILE`, its name in the lock file; the path itself for a file that is not published.
+        file: Path of the file.
+        source: Publisher of the file; None for the user's own.
+        link: Direct link, if there is one.
+        contents: Folders that the archive unpacks to, of which at least one must exist; empty for other files.
+        folder: Folder to unpack to; None if the file is used as it is.
     """
 
     name: str
     file: Path
     source: Source | None = None
     link: str | None = None
-    held: tuple[Path, ...] = ()
+    contents: tuple[Path, ...] = ()
     folder: Path | None = None
 
     @property
     def record(self) -> Path:
-        """Beside the archive: what was unpacked from it."""
+        """File beside the archive that records what was unpacked from it."""
         return self.file.with_name(f"{self.file.name}.unpacked.json")
 
     def unpacked(self) -> bool:
-        """Whether the archive's folders are there, whole."""
-        there = any(folder.is_dir() and any(folder.iterdir()) for folder in self.held)
-        return there and _read_record(self).get("complete") is not False
+        """Whether the archive was unpacked completely."""
+        found = any(folder.is_dir() and any(folder.iterdir()) for folder in self.contents)
+        return found and _read_record(self).get("complete") is not False
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of a need.
+class FileStatus:
+    """A required file after it was checked or downloaded.
 
     Attributes:
-        state: `there` as it should be; `locked`, there and seen for the first time; `fetched`; `missing`, to be put
-            there by hand; `failed`.
-        message: one line: what was found, or what to do.
+        required: The required file.
+        state: `there`: present and as locked; `locked`: present and seen for the first time; `fetched`: downloaded;
+            `missing`: to be put there by hand; `failed`.
+        message: What was found, or what to do, in one line.
+        size: Size in bytes, if known.
+        sha256: SHA-256 in hex, if known.
     """
 
-    need: Need
+    required: RequiredFile
     state: State
     message: str
     size: int | None = None
@@ -73,15 +76,15 @@ class Outcome:
 
     @property
     def good(self) -> bool:
-        """Whether the config can be run as far as this file goes."""
+        """Whether the file is present and right."""
         return self.state in ("there", "locked", "fetched")
 
 
-def needs(config: Config, sources: Sources) -> tuple[Need, ...]:
-    """What `config` needs, in the order in which it is fetched: small things first.
+def required_files(config: Config, sources: Sources) -> tuple[RequiredFile, ...]:
+    """The files that `config` needs, in the order in which they are downloaded: small files first.
 
     Raises:
-        ConfigError: a checkpoint or tokenizer is neither there nor published.
+        ConfigError: A checkpoint or tokenizer neither exists nor is published.
     """
     encoder = config.encoder
     checkpoints = {
@@ -92,126 +95,133 @@ def needs(config: Config, sources: Sources) -> tuple[Need, ...]:
     return (*_tokenizer(config, sources), *named, *_dataset(config, sources))
 
 
-def _tokenizer(config: Config, sources: Sources) -> Iterator[Need]:
+def _tokenizer(config: Config, sources: Sources) -> Iterator[RequiredFile]:
     folder = Path(config.text.model)
     source = sources.tokenizers.get(folder.name)
     if source is not None and len(folder.parts) > 1:
         for file in source.files:
-            yield Need(f"{source.name}/{file}", folder / file, source, source.link(file))
+            yield RequiredFile(f"{source.name}/{file}", folder / file, source, source.link(file))
     elif folder.is_dir():
-        yield Need(str(folder), folder)
+        yield RequiredFile(str(folder), folder)
     elif len(folder.parts) > 1:
         raise ConfigError(
-            f"text.model is {config.text.model!r}, which is not there, and no tokenizer of that name is published in"
-            f" {sources.path} ({', '.join(sources.tokenizers)}); put it there, or name one of these"
+            f"text.model is {config.text.model!r}, which does not exist, and {sources.path} lists no tokenizer of that"
+            f" name ({', '.join(sources.tokenizers)}); put it there, or name one of these"
         )
-    # Else a name on the hub, which transformers fetches and keeps by itself.
+    # Otherwise it is a name on the hub, which transformers downloads and caches itself.
 
 
-def _checkpoint(option: str, file: Path, sources: Sources) -> Need:
+def _checkpoint(option: str, file: Path, sources: Sources) -> RequiredFile:
     source = sources.checkpoint(file.name)
     if source is not None:
-        return Need(f"{source.name}/{file.name}", file, source, source.link(file.name))
+        return RequiredFile(f"{source.name}/{file.name}", file, source, source.link(file.name))
     if file.is_file():
-        return Need(str(file), file)
+        return RequiredFile(str(file), file)
     known = ", ".join(name for source in sources.checkpoints.values() for name in source.files)
     raise ConfigError(
-        f"{option} is {str(file)!r}, which is not there, and no file of that name is published in"
-        f" {sources.path} ({known}); put it there, or name one of these"
+        f"{option} is {str(file)!r}, which does not exist, and {sources.path} lists no file of that name ({known});"
+        " put it there, or name one of these"
     )
 
 
-def _dataset(config: Config, sources: Sources) -> Iterator[Need]:
+def _dataset(config: Config, sources: Sources) -> Iterator[RequiredFile]:
     root = config.data.root
     source = sources.datasets.get(config.data.name)
     if source is None:
         for name in (config.data.clips, config.data.questions):
-            yield Need(str(root / name), root / name)
+            yield RequiredFile(str(root / name), root / name)
         return
     for file, folders in source.files.items():
-        held = tuple(root / folder for folder in folders)
-        yield Need(f"{source.name}/{file}", root / "archives" / file, source, source.link(file), held, root)
+        contents = tuple(root / folder for folder in folders)
+        yield RequiredFile(f"{source.name}/{file}", root / "archives" / file, source, source.link(file), contents, root)
 
 
 def provide(
-    wanted: tuple[Need, ...], lock: Lock, *, offline: bool, meter: Meter, say: Callable[[str], None]
-) -> list[Outcome]:
-    """Check what is there against the lock and get the rest.
+    required: tuple[RequiredFile, ...],
+    lockfile: Lockfile,
+    *,
+    offline: bool,
+    display: DownloadDisplay,
+    log: Callable[[str], None],
+) -> list[FileStatus]:
+    """Check existing files against the lock file and download the missing ones.
 
     Args:
-        wanted: from `needs`.
-        lock: enforced, and extended by what is seen for the first time.
-        offline: touch no network: what is missing is for the user to put there.
-        meter: shows a download.
-        say: takes lines for people.
+        required: Files, as from `required_files`.
+        lockfile: Entries that are enforced; files that are seen for the first time are added.
+        offline: Whether to use no network; the user then puts missing files in place.
+        display: Shows one download.
+        log: Receives the lines to print.
 
     Returns:
-        One outcome a need. A need that fails does not stop the others.
+        The status of each file. A file that fails does not stop the others.
 
     Raises:
-        DownloadError: the disk is too small for what is to be fetched; nothing was fetched then.
+        DownloadError: The disk is too small for the downloads; nothing was downloaded.
     """
-    todo = [need for need in wanted if not offline and need.link is not None and _is_absent(need)]
+    todo = [need for need in required if not offline and need.link is not None and _is_absent(need)]
     sizes = {need.name: remote_size(need.link) for need in todo if need.link is not None}
-    _announce(todo, sizes, say)
-    outcomes = []
-    for need in wanted:
+    _announce(todo, sizes, log)
+    statuses = []
+    for need in required:
         try:
-            outcome = _one(need, lock, offline, sizes.get(need.name), meter, say)
+            status = _provide_file(need, lockfile, offline, sizes.get(need.name), display, log)
         except (DownloadError, ArchiveError) as error:
-            outcome = Outcome(need, "failed", str(error))
-        outcomes.append(outcome)
-    return outcomes
+            status = FileStatus(need, "failed", str(error))
+        statuses.append(status)
+    return statuses
 
 
-def as_json(outcomes: Sequence[Outcome], lock: Lock) -> dict[str, Any]:
-    """The outcomes for machines: `{"lock", "files": [{"name", "file", "state", "message", "bytes", "sha256"}]}`."""
+def files_as_json(statuses: Sequence[FileStatus], lockfile: Lockfile) -> dict[str, Any]:
+    """The files as `{"lock", "files": [{"name", "file", "state", "message", "bytes", "sha256"}]}`."""
     files = [
         {
-            "name": one.need.name,
-            "file": str(one.need.file),
-            "state": one.state,
-            "message": one.message,
-            "bytes": one.size,
-            "sha256": one.sha256,
+            "name": status.required.name,
+            "file": str(status.required.file),
+            "state": status.state,
+            "message": status.message,
+            "bytes": status.size,
+            "sha256": status.sha256,
         }
-        for one in outcomes
+        for status in statuses
     ]
-    return {"lock": str(lock.path), "files": files}
+    return {"lock": str(lockfile.path), "files": files}
 
 
-def describe(outcomes: Sequence[Outcome]) -> str:
-    """The outcomes for people, a line each."""
+def format_files(statuses: Sequence[FileStatus]) -> str:
+    """The files as text, a line each."""
     return "\n".join(
-        f"{one.state:<8} {one.need.file}: {one.message.removeprefix(f'{one.need.file}: ')}" for one in outcomes
+        f"{status.state:<8} {(file := status.required.file)}: {status.message.removeprefix(f'{file}: ')}"
+        for status in statuses
     )
 
 
-def _is_absent(need: Need) -> bool:
+def _is_absent(need: RequiredFile) -> bool:
     return not need.file.exists() and not need.unpacked()
 
 
-def _announce(todo: list[Need], sizes: dict[str, int | None], say: Callable[[str], None]) -> None:
-    """Say what will be fetched, and refuse where the disk cannot hold it."""
-    wanted_on: dict[int, int] = {}
+def _announce(todo: list[RequiredFile], sizes: dict[str, int | None], log: Callable[[str], None]) -> None:
+    """Print sizes and free space before anything is downloaded, and refuse if the disk is too small."""
+    needed_on: dict[int, int] = {}
     for source in {need.source.name: need.source for need in todo if need.source is not None}.values():
-        say(f"{source.name}: {source.purpose}; terms: {source.terms}; from {source.page}")
+        log(f"{source.name}: {source.purpose}; terms: {source.terms}; from {source.page}")
     for need in todo:
         size = sizes[need.name]
         begun = part_of(need.file).stat().st_size if part_of(need.file).exists() else 0
-        say(
-            f"  {need.file}: {'size unknown' if size is None else in_units(size)}, {in_units(begun)} of it here already"
+        log(
+            f"  {need.file}: {'size unknown' if size is None else in_units(size)}, of which {in_units(begun)} are"
+            " downloaded already"
         )
-        # An archive is there twice until it is deleted; it unpacks to its own size at the least.
-        _add(wanted_on, need.file, (size or 0) * (2 if need.held else 1) - begun)
+        # An archive takes twice its size until it is deleted, because it unpacks to at least its own size.
+        _add(needed_on, need.file, (size or 0) * (2 if need.contents else 1) - begun)
     folders = {_disk(need.file): need.file.parent for need in todo}
     for disk, folder in folders.items():
-        wanted, free = wanted_on[disk], free_bytes(folder)
-        say(f"  {in_units(wanted)} to come at {folder}, unpacked archives counted; {in_units(free)} free there")
-        if wanted > free:
+        needed, free = needed_on[disk], free_bytes(folder)
+        log(f"  {in_units(needed)} needed at {folder}, including unpacked archives; {in_units(free)} free there")
+        if needed > free:
             raise DownloadError(
-                f"the disk of {folder} has {in_units(free)} free and this needs {in_units(wanted)}, unpacked"
-                " archives counted; make room, or set data.root and encoder.checkpoint to another disk"
+                f"the disk of {folder} has {in_units(free)} free, but the downloads need {in_units(needed)}, including"
+                " unpacked archives; free some disk space, or set data.root and encoder.checkpoint to another disk"
             )
 
 
@@ -219,8 +229,8 @@ def _disk(path: Path) -> int:
     return nearest(path).stat().st_dev
 
 
-def _add(wanted_on: dict[int, int], path: Path, size: int) -> None:
-    wanted_on[_disk(path)] = wanted_on.get(_disk(path), 0) + size
+def _add(needed_on: dict[int, int], path: Path, size: int) -> None:
+    needed_on[_disk(path)] = needed_on.get(_disk(path), 0) + size
 
 
 def in_units(size: int) -> str:
@@ -231,99 +241,111 @@ def in_units(size: int) -> str:
     return f"{size} bytes"
 
 
-def _one(need: Need, lock: Lock, offline: bool, size: int | None, meter: Meter, say: Callable[[str], None]) -> Outcome:
-    locked = lock.get(need.name)
+def _provide_file(
+    need: RequiredFile,
+    lockfile: Lockfile,
+    offline: bool,
+    size: int | None,
+    display: DownloadDisplay,
+    log: Callable[[str], None],
+) -> FileStatus:
+    locked = lockfile.get(need.name)
     if need.source is None:
         found = need.file.exists()
-        return Outcome(need, "there" if found else "missing", "your own, not published" if found else "your own file")
+        return FileStatus(
+            need, "there" if found else "missing", "your own, not published" if found else "your own file"
+        )
     if not need.file.exists() and need.unpacked():
         return _unpacked_without_archive(need, locked)
     if need.file.exists():
-        outcome = _check(need, lock, None if offline else need.link)
+        status = _check(need, lockfile, None if offline else need.link)
     elif offline or need.link is None:
-        return Outcome(need, "missing", _by_hand(need, locked))
+        return FileStatus(need, "missing", _by_hand(need, locked))
     else:
-        with meter(need.name, size) as progress:
-            fetch(need.link, need.file, None if locked is None else locked.sha256, progress)
-        outcome = _seen(need, lock, "fetched")
-    if not outcome.good:
-        return outcome
-    if need.folder is not None and (_read_record(need).get("sha256") != outcome.sha256 or not need.unpacked()):
-        _unpack(need, outcome.sha256, say)
-    if locked is None:  # only now: an archive that cannot be unpacked is not what everybody should have
-        assert outcome.sha256 is not None
-        assert outcome.size is not None
-        origin = need.link if outcome.state == "fetched" and need.link is not None else BY_HAND
-        lock.record(need.name, Locked(outcome.sha256, outcome.size, origin))
-    return outcome
+        with display(need.name, size) as on_progress:
+            fetch(need.link, need.file, None if locked is None else locked.sha256, on_progress)
+        status = _present(need, lockfile, "fetched")
+    if not status.good:
+        return status
+    if need.folder is not None and (_read_record(need).get("sha256") != status.sha256 or not need.unpacked()):
+        _unpack(need, status.sha256, log)
+    if locked is None:  # an archive is locked only after it could be unpacked
+        assert status.sha256 is not None
+        assert status.size is not None
+        origin = need.link if status.state == "fetched" and need.link is not None else BY_HAND
+        lockfile.record(need.name, LockEntry(status.sha256, status.size, origin))
+    return status
 
 
-def _check(need: Need, lock: Lock, link: str | None) -> Outcome:
-    """A file that is there, against the lock, or where it is not locked yet, against the link's size."""
-    locked = lock.get(need.name)
+def _check(need: RequiredFile, lockfile: Lockfile, link: str | None) -> FileStatus:
+    """Check an existing file against its lock entry, or against the size at the link if it has no entry yet."""
+    locked = lockfile.get(need.name)
     if locked is None:
         size, announced = need.file.stat().st_size, None if link is None else remote_size(link)
         if announced is not None and announced != size:
-            message = f"{need.file}: has {size} bytes and {link} has {announced}; delete it, and this fetches it again"
-            return Outcome(need, "failed", message)
-        return _seen(need, lock, "locked")
+            message = (
+                f"{need.file}: has {size} bytes, but {link} has {announced}; delete it and run the same command again"
+            )
+            return FileStatus(need, "failed", message)
+        return _present(need, lockfile, "locked")
     sha256 = pooch.file_hash(str(need.file))
     if sha256 != locked.sha256:
-        return Outcome(
+        return FileStatus(
             need,
             "failed",
-            f"{need.file}: its SHA-256 is {sha256}, the lock {lock.path} says {locked.sha256}; it was changed since."
-            " Delete it and run this again; if it is meant to be another file now, delete its entry from the lock",
+            f"{need.file}: its SHA-256 is {sha256}, but {lockfile.path} locks {locked.sha256}; the file has changed."
+            " Delete it and run the same command again; if the change is intended, delete its entry from the lock file",
         )
-    return Outcome(need, "there", "as locked", locked.size, sha256)
+    return FileStatus(need, "there", "as locked", locked.size, sha256)
 
 
-def _seen(need: Need, lock: Lock, state: State) -> Outcome:
-    """A file that is there and good, with its hash: pooch has checked it where it was locked."""
-    entry = lock.get(need.name)
+def _present(need: RequiredFile, lockfile: Lockfile, state: State) -> FileStatus:
+    """Status of a good file, with its hash; pooch has already checked the hash of a locked file."""
+    entry = lockfile.get(need.name)
     sha256 = pooch.file_hash(str(need.file)) if entry is None else entry.sha256
-    return Outcome(need, state, f"locked in {lock.path}", need.file.stat().st_size, sha256)
+    return FileStatus(need, state, f"locked in {lockfile.path}", need.file.stat().st_size, sha256)
 
 
-def _unpacked_without_archive(need: Need, locked: Locked | None) -> Outcome:
+def _unpacked_without_archive(need: RequiredFile, locked: LockEntry | None) -> FileStatus:
     sha256 = _read_record(need).get("sha256")
     if sha256 is None:
-        return Outcome(need, "there", f"its folders are in {need.folder}, put there by hand; doctor checks them")
+        return FileStatus(need, "there", f"its folders are in {need.folder}, put there by hand; doctor checks them")
     if locked is not None and sha256 != locked.sha256:
-        message = f"{need.folder}: was unpacked from another {need.file.name} ({sha256}) than is locked"
-        return Outcome(need, "failed", f"{message} ({locked.sha256}); delete its folders and run this again")
-    return Outcome(need, "there", f"unpacked in {need.folder}; the archive is gone", sha256=sha256)
+        message = f"{need.folder}: was unpacked from another {need.file.name} ({sha256}) than the locked one"
+        message += f" ({locked.sha256}); delete its folders and run the same command again"
+        return FileStatus(need, "failed", message)
+    return FileStatus(need, "there", f"unpacked in {need.folder}; the archive was deleted", sha256=sha256)
 
 
-def _by_hand(need: Need, locked: Locked | None) -> str:
+def _by_hand(need: RequiredFile, locked: LockEntry | None) -> str:
     assert need.source is not None
-    how = need.source.by_hand or f"get {need.link}"
-    expected = "" if locked is None else f"; it must hash to {locked.sha256}"
-    return f"{how}; put it at {need.file}{expected}; then run this again"
+    how = need.source.by_hand or f"download {need.link}"
+    expected = "" if locked is None else f"; its SHA-256 must be {locked.sha256}"
+    return f"{how}; put it at {need.file}{expected}; then run the same command again"
 
 
-def _unpack(need: Need, sha256: str | None, say: Callable[[str], None]) -> None:
+def _unpack(need: RequiredFile, sha256: str | None, log: Callable[[str], None]) -> None:
     assert need.folder is not None
-    say(f"unpacking {need.file}")
+    log(f"unpacking {need.file}")
     _write_record(need, {"sha256": sha256, "complete": False})
     try:
         files, size = unpack(need.file, need.folder)
     except ArchiveError:
         need.record.unlink()
         raise
-    if not any(folder.is_dir() for folder in need.held):
+    if not any(folder.is_dir() for folder in need.contents):
         need.record.unlink()
-        expected = " or ".join(map(str, need.held))
+        expected = " or ".join(map(str, need.contents))
         raise ArchiveError(f"{need.file}: unpacked {files} files into {need.folder}, but no {expected}; see its page")
     _write_record(need, {"sha256": sha256, "complete": True, "files": files, "bytes": size})
-    say(f"unpacked {files} files, {in_units(size)}; {need.file} may be deleted now")
+    log(f"unpacked {files} files, {in_units(size)}; {need.file} may be deleted now")
 
 
-def _write_record(need: Need, record: dict[str, Any]) -> None:
+def _write_record(need: RequiredFile, record: dict[str, Any]) -> None:
     write_file(need.record, json.dumps(record).encode())
 
 
-def _read_record(need: Need) -> dict[str, Any]:
+def _read_record(need: RequiredFile) -> dict[str, Any]:
     try:
         record = json.loads(need.record.read_text(encoding="utf-8"))
     except (OSError, ValueError):

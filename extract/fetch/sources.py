@@ -1,4 +1,4 @@
-"""Where data, checkpoints and tokenizers are published: `extract/data_sources.yaml`, read and checked."""
+"""Where data sets, checkpoints and tokenizers are published: `data_sources.yaml`, read and checked."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -10,7 +10,8 @@ import yaml
 
 from egopatch.configs.schema import ConfigError
 
-PUBLISHED = Path(__file__).with_name("data_sources.yaml")
+DEFAULT_SOURCES = Path(__file__).with_name("data_sources.yaml")
+DEFAULT_LOCK = Path("data_sources.lock.json")
 SECTIONS = ("datasets", "checkpoints", "tokenizers")
 
 
@@ -19,13 +20,13 @@ class Source:
     """Files that are published together.
 
     Attributes:
-        name: key in the YAML file.
-        purpose: what the files are and who needs them.
-        terms: licence note.
-        page: web page on which the links stand.
-        files: file name to the folders that it unpacks to, none for a file that is used as it is.
-        url: what `/FILE` is appended to; None where there is no direct link.
-        by_hand: what to do in a browser; None where there is a direct link.
+        name: Key in the YAML file.
+        purpose: What the files are and who needs them.
+        terms: Licence note.
+        page: Web page that lists the links.
+        files: Folders that each file unpacks to, by file name; empty for a file that is used as it is.
+        url: Link without `/FILE`; None if there is no direct link.
+        by_hand: What to do in a browser; None if there is a direct link.
     """
 
     name: str
@@ -50,7 +51,7 @@ class Source:
                 raise ValueError(f"{self.name}: files names {path!r}; expected names without '..' and leading '/'")
 
     def link(self, file: str) -> str | None:
-        """Direct link to a file; None where there is none."""
+        """Direct link to a file; None if there is none."""
         return None if self.url is None else f"{self.url}/{file}"
 
 
@@ -59,10 +60,10 @@ class Sources:
     """Every published source, each section by name.
 
     Attributes:
-        path: the YAML file.
-        datasets: by `data.name`.
-        checkpoints: by a name of their own; a checkpoint is found by its file name.
-        tokenizers: by the name of the folder they are put in.
+        path: The YAML file.
+        datasets: Sources by `data.name`.
+        checkpoints: Sources by any name; a checkpoint is found by its file name.
+        tokenizers: Sources by the name of the folder that holds the tokenizer.
     """
 
     path: Path
@@ -70,8 +71,14 @@ class Sources:
     checkpoints: Mapping[str, Source]
     tokenizers: Mapping[str, Source]
 
+    @property
+    def lock_path(self) -> Path:
+        """The lock file: beside a user's own YAML file, in the current directory for the packaged one."""
+        packaged = self.path.resolve() == DEFAULT_SOURCES.resolve()
+        return DEFAULT_LOCK if packaged else self.path.with_suffix(".lock.json")
+
     def checkpoint(self, file: str) -> Source | None:
-        """The source that publishes a checkpoint of this file name."""
+        """The source of the checkpoint with this file name; None if there is none."""
         return next((source for source in self.checkpoints.values() if file in source.files), None)
 
 
@@ -79,7 +86,7 @@ def load_sources(path: Path) -> Sources:
     """Read the YAML file.
 
     Raises:
-        ConfigError: it is missing or malformed; the message names the entry.
+        ConfigError: The file is missing or malformed; the message names the entry.
     """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -13,13 +13,13 @@ from egopatch.features.values.dtypes import row_bytes
 
 @dataclass(frozen=True)
 class ClipCost:
-    """What one clip costs.
+    """Cost of one clip.
 
     Attributes:
-        encode_s: seconds of one GPU (or of one worker without).
-        decode_s: seconds of one core.
-        write_s: seconds of a worker's writing thread.
-        source: where the figures come from.
+        encode_s: Seconds of one GPU (or of one worker without a GPU).
+        decode_s: Seconds of one core.
+        write_s: Seconds of a worker's writing thread.
+        source: Where the figures come from.
     """
 
     encode_s: float
@@ -33,14 +33,14 @@ class Forecast:
     """A job of `clips` clips on `gpus` GPUs with `cores` cores beside each.
 
     Attributes:
-        cost: of a clip.
-        bound_by: the stage that the others wait for: encoding, decoding or writing.
-        cores_to_keep_up: beside each GPU, for which decoding is no longer that stage.
-        shards, files, bytes_to_write: of the whole store.
-        hours: from the first clip to the last, in whole shards a GPU; what is started up or requeued comes on top.
-        gpu_hours: of all GPUs together.
-        clips_per_second: of all GPUs together.
-        write_gb_s: that all GPUs together write.
+        cost: Cost of one clip.
+        bound_by: Slowest stage: encoding, decoding or writing.
+        cores_to_keep_up: Cores per GPU with which decoding is not the slowest stage.
+        shards, files, bytes_to_write: Size of the whole store.
+        hours: Time from the first clip to the last, in whole shards per GPU; start-up and requeueing come on top.
+        gpu_hours: Sum over all GPUs.
+        clips_per_second: Sum over all GPUs.
+        write_gb_s: Sum over all GPUs.
     """
 
     clips: int
@@ -59,7 +59,7 @@ class Forecast:
 
 
 def measured_cost(store: Path | str) -> ClipCost | None:
-    """The mean over the jobs that `store` has seen; None where there were none."""
+    """Mean cost over all jobs on `store`; None if there were none."""
     jobs = read_jobs(store)
     clips = sum(job["committed"] for job in jobs)
     if not clips:
@@ -74,17 +74,17 @@ def measured_cost(store: Path | str) -> ClipCost | None:
 
 
 def given_cost(clips_per_second: float, measured: ClipCost | None) -> ClipCost:
-    """A GPU's rate as the user says; decoding and writing as measured, or nothing where they were not."""
+    """Encoding at the given rate; decoding and writing as measured, or zero if they were not measured."""
     decode_s, write_s = (measured.decode_s, measured.write_s) if measured else (0.0, 0.0)
-    beside = f"; decoding and writing from {measured.source}" if measured else "; decoding and writing not counted"
-    return ClipCost(1 / clips_per_second, decode_s, write_s, f"--clips-per-second {clips_per_second:g}{beside}")
+    rest = f"; decoding and writing from {measured.source}" if measured else "; decoding and writing not counted"
+    return ClipCost(1 / clips_per_second, decode_s, write_s, f"--clips-per-second {clips_per_second:g}{rest}")
 
 
 def forecast(clips: int, gpus: int, cores: int, spec: StoreSpec, format_name: str, cost: ClipCost) -> Forecast:
     """Spread `clips` over `gpus`, in whole shards.
 
     Raises:
-        ConfigError: `clips`, `gpus` or `cores` is below 1.
+        ConfigError: One of `clips`, `gpus` and `cores` is below 1.
     """
     for option, value in (("--clips", clips), ("--gpus", gpus), ("--cores", cores)):
         if value < 1:
@@ -103,7 +103,7 @@ def forecast(clips: int, gpus: int, cores: int, spec: StoreSpec, format_name: st
         bound_by=bound_by,
         cores_to_keep_up=math.ceil(cost.decode_s / max(cost.encode_s, cost.write_s)),
         shards=shards,
-        files=shards * len(format_named(format_name).files(spec, 0)),
+        files=shards * len(format_named(format_name).file_names(spec, 0)),
         bytes_to_write=size,
         hours=seconds / 3600,
         gpu_hours=gpus * seconds / 3600,
@@ -112,17 +112,16 @@ def forecast(clips: int, gpus: int, cores: int, spec: StoreSpec, format_name: st
     )
 
 
-def describe(found: Forecast) -> str:
-    """The forecast in a few lines."""
-    cost = found.cost
+def format_forecast(job: Forecast) -> str:
+    """The forecast as a few lines of text."""
+    cost = job.cost
     return "\n".join(
         [
-            f"clips      {found.clips} on {found.gpus} GPUs, {found.cores} cores each:"
-            f" {found.clips_per_second:.1f} a second",
-            f"time       {found.hours:.1f} h, {found.gpu_hours:.0f} GPU hours; bound by {found.bound_by}"
-            f" ({found.cores_to_keep_up} cores keep up with a GPU)",
-            f"writes     {found.shards} shards in {found.files} files, {found.bytes_to_write / 1e12:.2f} TB,"
-            f" {found.write_gb_s:.2f} GB/s",
+            f"clips      {job.clips} on {job.gpus} GPUs, {job.cores} cores each: {job.clips_per_second:.1f} a second",
+            f"time       {job.hours:.1f} h, {job.gpu_hours:.0f} GPU hours; bound by {job.bound_by}"
+            f" ({job.cores_to_keep_up} cores keep up with a GPU)",
+            f"writes     {job.shards} shards in {job.files} files, {job.bytes_to_write / 1e12:.2f} TB,"
+            f" {job.write_gb_s:.2f} GB/s",
             f"a clip     encoding {cost.encode_s:.4f} s, decoding {cost.decode_s:.4f} s, writing {cost.write_s:.4f} s;"
             f" from {cost.source}",
         ]

@@ -1,4 +1,4 @@
-"""What a job would do, before it does it: clips, bytes, files, time, and what stands in its way."""
+"""What a job would do: clips, bytes, files and time, and why it would be refused."""
 
 import functools
 import itertools
@@ -10,17 +10,16 @@ from pathlib import Path
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets import Clip, load_dataset
-from egopatch.extract.encoders import Checkpoint, VideoEncoder, find_network, open_checkpoint
 from egopatch.extract.engines.sharing import decoder_count, worker_count
-from egopatch.extract.fingerprints import video_fingerprint
 from egopatch.extract.planning.forecast import Forecast, forecast, given_cost, measured_cost
 from egopatch.extract.video.decode import PreparedClip
 from egopatch.extract.worker.batch_encoder import BatchEncoder
-from egopatch.extract.worker.worker import load_encoder, open_decoders, slow_arithmetic
+from egopatch.extract.worker.device import arithmetic_advice
+from egopatch.extract.worker.job import ExtractionJob, resolve_job
 from egopatch.features import StoreSpec, open_store, store_exists
 from egopatch.features.formats.registry import format_named
 from egopatch.features.values.dtypes import row_bytes
-from egopatch.features.values.location import locate
+from egopatch.features.values.location import parse_location
 
 
 @dataclass(frozen=True)
@@ -28,19 +27,20 @@ class Plan:
     """The size of a job.
 
     Attributes:
-        clips: in the data set.
-        done: committed already.
-        quarantined: tried and failed already.
-        todo: still to encode.
-        without_video: of these, clips whose video file is absent.
-        shards: that will be written.
-        files: that will be written for them.
-        bytes_to_write: about.
-        bytes_free: on the store's disk; None in object storage, which does not fill up.
-        seconds_per_clip: decode and encode of one clip on one worker, measured on `probed` clips; None if not probed.
-        hours: of the whole job with the configured workers; None if not probed.
-        advice: what would make the job better, one line each.
-        refusals: why the job would not start, one line each.
+        clips: Number of clips in the data set.
+        done: Number of clips committed.
+        quarantined: Number of clips in quarantine.
+        todo: Number of clips to encode.
+        without_video: Number of clips to encode whose video file is missing.
+        shards: Number of shards to write.
+        files: Number of files to write for these shards.
+        bytes_to_write: Size of these files.
+        bytes_free: Free space on the store's disk; None in object storage, which does not fill up.
+        probed: Number of clips that were decoded and encoded to measure the time.
+        seconds_per_clip: Time of one worker to decode and encode one clip; None if no clip was probed.
+        hours: Duration of the job with the configured workers; None if no clip was probed.
+        advice: Changes that would make the job faster, one line each.
+        refusals: Reasons why the job would not start, one line each.
     """
 
     clips: int
@@ -60,34 +60,31 @@ class Plan:
 
 
 def make_plan(config: Config, probe: int) -> Plan:
-    """Measure the job; `probe` clips are decoded and encoded for the estimate of time, none are stored.
+    """Measure the job; `probe` clips are decoded and encoded to estimate its duration, but not stored.
 
     Raises:
-        DatasetError, CheckpointError, StoreError: as `extract.run.extract_features`.
+        DatasetError, CheckpointError, StoreError: As `extract.run.extract_features`.
     """
-    find_network(config.encoder.arch)  # a wrong name is said before anything is read
-    checkpoint = open_checkpoint(config.encoder.arch, config.encoder.checkpoint)
-    standing = _standing(config, checkpoint)
+    job = resolve_job(config)
+    stored = _stored_rows(job)
     dataset = load_dataset(config.data)
-    todo = [clip for clip in dataset.clips if clip.clip_id not in standing.known]
-    is_there = functools.cache(Path.is_file)  # many clips share a video
-    present = [clip for clip in todo if is_there(clip.video)]
-    encoder = load_encoder(config, checkpoint)
-    spec = clip_spec(config, encoder)
-    shards = _shards(todo, standing, spec.shard)
-    refusal = disk_refusal(config.store.path, spec, len(todo))
-    advice = slow_arithmetic(config)
+    todo = [clip for clip in dataset.clips if clip.clip_id not in stored.known]
+    exists = functools.cache(Path.is_file)  # many clips share a video
+    present = [clip for clip in todo if exists(clip.video)]
+    shards = _shards(todo, stored, job.spec.shard)
+    refusal = disk_refusal(config.store.path, job.spec, len(todo))
+    advice = arithmetic_advice(config, job.device)
     sample = present[:: max(len(present) // probe, 1)][:probe] if probe else []
-    seconds = _probe(config, encoder, sample) if sample else None
+    seconds = _probe(job, sample) if sample else None
     return Plan(
         clips=len(dataset.clips),
-        done=standing.done,
-        quarantined=len(standing.known) - standing.done,
+        done=stored.done,
+        quarantined=len(stored.known) - stored.done,
         todo=len(todo),
         without_video=len(todo) - len(present),
         shards=shards,
-        files=shards * len(format_named(config.store.format, config.store.codec).files(spec, 0)),
-        bytes_to_write=_bytes_of(spec, len(todo)),
+        files=shards * len(format_named(config.store.format, config.store.codec).file_names(job.spec, 0)),
+        bytes_to_write=_bytes_of(job.spec, len(todo)),
         bytes_free=_bytes_free(config.store.path),
         probed=len(sample),
         seconds_per_clip=seconds,
@@ -97,32 +94,18 @@ def make_plan(config: Config, probe: int) -> Plan:
     )
 
 
-def clip_spec(config: Config, encoder: VideoEncoder) -> StoreSpec:
-    """What a store of `encoder`'s tokens has in it."""
-    return StoreSpec.for_patches(
-        frames=config.video.frames,
-        grid=encoder.grid,
-        width=encoder.width,
-        dtype=config.store.dtype,
-        shard=config.store.shard,
-        codec=config.store.codec,
-        coarse=encoder.coarse,
-        coarse_width=encoder.coarse_width,
-    )
-
-
 def make_forecast(config: Config, clips: int, gpus: int, cores: int, clips_per_second: float | None) -> Forecast:
-    """What `clips` clips would take on `gpus` GPUs; neither videos nor questions have to be there.
+    """Forecast a job without its data: neither videos nor questions need to exist.
 
     Args:
-        config: the experiment.
-        clips, gpus: of the job.
-        cores: beside each GPU, for decoding.
-        clips_per_second: that one GPU encodes; None takes what the jobs on the configured store took.
+        config: The experiment.
+        clips, gpus: Size of the job.
+        cores: Number of cores per GPU, for decoding.
+        clips_per_second: Encoding rate of one GPU; None uses the rate measured by earlier jobs on the configured store.
 
     Raises:
-        ConfigError: a number is out of range, or nothing was measured and no rate given.
-        CheckpointError: as `extract.run.extract_features`.
+        ConfigError: A number is out of range, or there is neither a measured rate nor a given one.
+        CheckpointError: As `extract.run.extract_features`.
     """
     measured = measured_cost(config.store.path)
     if clips_per_second is not None:
@@ -131,16 +114,14 @@ def make_forecast(config: Config, clips: int, gpus: int, cores: int, clips_per_s
         cost = measured
     else:
         raise ConfigError(
-            f"--clips is {clips} but no job on {config.store.path} was measured; encode a few hundred clips first"
-            " (python -m extract run), or say what one GPU encodes with --clips-per-second"
+            f"--clips is {clips}, but no job on {config.store.path} has been measured; encode a few hundred clips first"
+            " (python -m extract run), or give one GPU's rate with --clips-per-second"
         )
-    checkpoint = open_checkpoint(config.encoder.arch, config.encoder.checkpoint)
-    spec = clip_spec(config, load_encoder(config, checkpoint))
-    return forecast(clips, gpus, cores, spec, config.store.format, cost)
+    return forecast(clips, gpus, cores, resolve_job(config).spec, config.store.format, cost)
 
 
 def disk_refusal(path: Path | str, spec: StoreSpec, clips: int) -> str | None:
-    """Why `clips` more rows cannot be written to the store at `path`, or None if they can."""
+    """Why the disk cannot hold `clips` more rows of the store at `path`; None if it can."""
     needed, free = _bytes_of(spec, clips), _bytes_free(path)
     if free is None or needed <= free:
         return None
@@ -150,8 +131,8 @@ def disk_refusal(path: Path | str, spec: StoreSpec, clips: int) -> str | None:
     )
 
 
-def describe(plan: Plan) -> str:
-    """The plan in a few lines."""
+def format_plan(plan: Plan) -> str:
+    """The plan as a few lines of text."""
     lines = [
         f"clips      {plan.clips}: {plan.done} stored, {plan.quarantined} in quarantine, {plan.todo} to do"
         + (f" ({plan.without_video} have no video file)" if plan.without_video else ""),
@@ -173,14 +154,14 @@ def _duration(hours: float) -> str:
 
 
 @dataclass(frozen=True)
-class _Standing:
-    """What a plan has to know of the store, a fraction of what an open one holds of every clip.
+class _StoredRows:
+    """What a plan needs to know about the store; an open store holds far more for every clip.
 
     Attributes:
-        done: clips that are committed.
-        known: their ids and those in quarantine.
-        waiting: shard of each other id that has a row.
-        rows: of the store.
+        done: Number of clips committed.
+        known: Ids of the committed and of the quarantined clips.
+        waiting: Shard of every other clip that has a row.
+        rows: Number of rows in the store.
     """
 
     done: int = 0
@@ -189,13 +170,14 @@ class _Standing:
     rows: int = 0
 
 
-def _standing(config: Config, checkpoint: Checkpoint) -> _Standing:
-    """How far the store is. It is let go of again: open stores and data sets are both large where clips are many."""
-    if not store_exists(config.store.path):
-        return _Standing()
-    with open_store(config.store.path, expect=video_fingerprint(config, checkpoint.sha256)) as store:
+def _stored_rows(job: ExtractionJob) -> _StoredRows:
+    """Read the store and close it again, because an open store and a data set are both large with millions of clips."""
+    path = job.config.store.path
+    if not store_exists(path):
+        return _StoredRows()
+    with open_store(path, expect=job.fingerprint) as store:
         committed = store.clip_ids
-        return _Standing(
+        return _StoredRows(
             done=len(committed),
             known={*committed, *store.quarantine},
             waiting={clip_id: work.shard for work in store.missing_shards() for clip_id in work.ids},
@@ -203,11 +185,11 @@ def _standing(config: Config, checkpoint: Checkpoint) -> _Standing:
         )
 
 
-def _shards(todo: Sequence[Clip], standing: _Standing, size: int) -> int:
-    """How many shards of `size` rows the clips to do lie in; those that have no row yet get the next ones."""
-    fresh = itertools.count(standing.rows)
-    waiting = standing.waiting
-    return len({waiting[c.clip_id] if c.clip_id in waiting else next(fresh) // size for c in todo})
+def _shards(todo: Sequence[Clip], stored: _StoredRows, size: int) -> int:
+    """Number of shards of `size` rows that contain the clips in `todo`; clips without a row get the next free rows."""
+    new_rows = itertools.count(stored.rows)
+    waiting = stored.waiting
+    return len({waiting[c.clip_id] if c.clip_id in waiting else next(new_rows) // size for c in todo})
 
 
 def _bytes_of(spec: StoreSpec, clips: int) -> int:
@@ -215,7 +197,7 @@ def _bytes_of(spec: StoreSpec, clips: int) -> int:
 
 
 def _bytes_free(path: Path | str) -> int | None:
-    location = locate(path)
+    location = parse_location(path)
     return shutil.disk_usage(_existing_parent(location)).free if isinstance(location, Path) else None
 
 
@@ -223,19 +205,20 @@ def _existing_parent(path: Path) -> Path:
     return next(parent for parent in [path.absolute(), *path.absolute().parents] if parent.exists())
 
 
-def _probe(config: Config, encoder: VideoEncoder, sample: list[Clip]) -> float:
-    """Seconds a clip: the slower of decoding (children together) and encoding, since they overlap."""
-    with open_decoders(config, decoder_count(config, worker_count(config))) as pool:
-        for _ in pool.map(sample):  # starting the children is not part of the rate
+def _probe(job: ExtractionJob, sample: list[Clip]) -> float:
+    """Seconds per clip: the slower of decoding (by all children together) and encoding, because the two overlap."""
+    config = job.config
+    with job.open_decoders(decoder_count(config, worker_count(config))) as pool:
+        for _ in pool.map(sample):  # the time to start the children does not count
             pass
         decode_started = time.perf_counter()
-        prepared = [one for one in pool.map(sample) if isinstance(one, PreparedClip)]
+        prepared = [result for result in pool.map(sample) if isinstance(result, PreparedClip)]
         decode = (time.perf_counter() - decode_started) / len(sample)
     if not prepared:
         return decode
-    with BatchEncoder(encoder, config.encoder.batch, config.store.dtype) as batches:
+    with BatchEncoder(job.encoder, config.encoder.batch, config.store.dtype) as batches:
         batch = [prepared[i % len(prepared)] for i in range(batches.size)]
-        batches.start(batch)()  # the first is slower than those that follow
+        batches.start(batch)()  # the first batch is slower than the following ones
         warm = batches.seconds
         batches.start(batch)()
     return max(decode, (batches.seconds - warm) / len(batch))

@@ -1,7 +1,7 @@
-"""Decoded clips -> rows of the store: on a GPU in batches of always one shape, on a CPU a clip a core.
+"""Decoded clips -> rows of the store: on a GPU in batches of one fixed shape, on a CPU one clip per core.
 
-A matrix product may round otherwise in another shape. So a clip's tokens must not depend on how many clips happened to
-be encoded with it: a store that was interrupted, repaired or shared between jobs has the bits of an undisturbed one.
+A matrix product may round differently in another shape, but a clip's tokens must not depend on the clips that are
+encoded with it. So a store has the same bits whether one job wrote it, several jobs did, or it was repaired.
 """
 
 import time
@@ -16,7 +16,7 @@ from torch import Tensor
 from egopatch.extract.encoders import VideoEncoder
 from egopatch.extract.video.decode import PreparedClip
 from egopatch.features import PatchTokens
-from egopatch.features.values.spec import QUANTISED, StoredDtype, whole_dtype
+from egopatch.features.values.spec import QUANTISED, StoredDtype, unscaled_dtype
 
 Row = dict[str, Tensor]
 
@@ -25,29 +25,29 @@ class BatchEncoder:
     """Encodes batches of at most `size` clips; a context manager.
 
     Args:
-        encoder: on its device, in evaluation mode.
-        batch: clips to encode together; on a CPU at most as many as it has cores.
-        dtype: name of the type that tokens are stored in.
+        encoder: Encoder on its device, in evaluation mode.
+        batch: Number of clips to encode together; on a CPU at most one per core.
+        dtype: Name of the type in which tokens are stored.
 
     Attributes:
-        size: clips to a batch.
-        seconds: that this process was kept by encoding so far.
+        size: Number of clips in a batch.
+        seconds: Time that this process has spent on encoding so far.
     """
 
     def __init__(self, encoder: VideoEncoder, batch: int, dtype: StoredDtype) -> None:
         self._encoder = encoder
         self._device = next(encoder.parameters()).device
-        whole = getattr(torch, whole_dtype(dtype))
-        # The store quantises, from all the bits that there are.
+        whole = getattr(torch, unscaled_dtype(dtype))
+        # The store quantises, so it receives full precision.
         self._dtypes = {"patches": torch.float32 if dtype in QUANTISED else whole, "coarse": whole}
         self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._threads = torch.get_num_threads()
         self.size = batch if self._copies else min(batch, self._threads)
-        # Cores that share each operation wait for one another; a clip each, they need not.
+        # Cores that share every operation wait for one another; with one clip per core they do not.
         self._cores = ThreadPoolExecutor(
             self.size, "encoder", initializer=torch.set_num_threads, initargs=(max(self._threads // self.size, 1),)
         )
-        encoder.pack()  # else each thread would, at its first clip
+        encoder.pack()  # otherwise each thread would, at its first clip
         self.seconds = 0.0
 
     def __enter__(self) -> Self:
@@ -55,17 +55,17 @@ class BatchEncoder:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._cores.shutdown(cancel_futures=True)
-        torch.set_num_threads(self._threads)  # of threads to come, which take over the last number set anywhere
+        torch.set_num_threads(self._threads)  # new threads inherit the number that was set last, in any thread
 
     def start(self, clips: Sequence[PreparedClip]) -> Callable[[], dict[str, Row]]:
-        """Begin to encode; the function that comes back waits for the rows, by clip id.
+        """Begin to encode `clips`; the returned function waits for their rows and returns them by clip id.
 
-        The call returns at once, so that gathering and copies overlap with computing. A row is a clip's part of
+        The call returns at once, so that gathering and copies overlap with computing. A row holds the clip's tensors of
         `PatchTokens` and its timestamps, on the CPU: cls [D], patches [T, N, D], saliency [T, N], timestamps [T] in
-        seconds, coarse [T, M, E] and coarse_saliency [T, M] where the network has them.
+        seconds, and coarse [T, M, E] and coarse_saliency [T, M] if the network has them.
 
         Raises:
-            ValueError: frames of another shape than the encoder takes; on a CPU when the rows are waited for.
+            ValueError: The frames have the wrong shape for the encoder; on a CPU the returned function raises it.
         """
         if not clips:
             return dict
@@ -78,31 +78,31 @@ class BatchEncoder:
             tokens = wait()
             self.seconds += time.perf_counter() - waiting
             return {
-                one.clip.clip_id: row | {"timestamps": torch.from_numpy(one.timestamps)}
-                for one, row in zip(clips, tokens, strict=True)
+                prepared.clip.clip_id: row | {"timestamps": torch.from_numpy(prepared.timestamps)}
+                for prepared, row in zip(clips, tokens, strict=True)
             }
 
         return finish
 
     def _on_cores(self, clips: Sequence[PreparedClip]) -> Callable[[], list[Row]]:
-        """Queue the clips, each for the next core that is free."""
+        """Queue the clips; each goes to the next free core."""
 
         @torch.inference_mode()
-        def encode(one: PreparedClip) -> Row:
-            tokens = self._converted(self._encoder(torch.from_numpy(one.frames)[None]))
+        def encode(clip: PreparedClip) -> Row:
+            tokens = self._converted(self._encoder(torch.from_numpy(clip.frames)[None]))
             return {name: tensor[0] for name, tensor in tokens.items()}
 
-        queued = [self._cores.submit(encode, one) for one in clips]
+        queued = [self._cores.submit(encode, clip) for clip in clips]
         return lambda: [row.result() for row in queued]
 
     @torch.inference_mode()
     def _on_cuda(self, clips: Sequence[PreparedClip]) -> Callable[[], list[Row]]:
-        """Queue copy, encoding and copy back on two streams; the second is done when all is."""
+        """Queue the copy to the device, the encoding and the copy back on two streams; the copy back ends last."""
         compute, copies = torch.cuda.current_stream(self._device), self._copies
         assert copies is not None
-        # A short batch is filled up with its last clip, for the shape.
+        # A short batch repeats its last clip, to keep the shape.
         filled = [*clips, *[clips[-1]] * (self.size - len(clips))]
-        pinned_btchw = torch.stack([torch.from_numpy(one.frames) for one in filled]).pin_memory()
+        pinned_btchw = torch.stack([torch.from_numpy(clip.frames) for clip in filled]).pin_memory()
         with torch.cuda.stream(copies):
             frames_btchw = pinned_btchw.to(self._device, non_blocking=True)
         compute.wait_stream(copies)

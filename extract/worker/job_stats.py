@@ -1,4 +1,4 @@
-"""What a job did and where its time went."""
+"""Statistics of a job: how many clips it committed and how long each stage took."""
 
 import dataclasses
 import json
@@ -10,23 +10,23 @@ from typing import Any
 
 from egopatch.features.storage.interface import Journal
 from egopatch.features.storage.pick import storage_at
-from egopatch.features.values.location import Location, locate
+from egopatch.features.values.location import Location, parse_location
 
 _JOBS = "jobs.jsonl"
 
 
 @dataclass(frozen=True)
 class Stages:
-    """Seconds, added up over the workers.
+    """Seconds spent in each stage, summed over the workers.
 
     Attributes:
-        total_s: from the start of the decoders to the last commit.
-        start_s: until the first clip was decoded; the children start in it.
-        decode_s: of the children, beside the encoder.
-        wait_decode_s: for which the encoder waited for later clips.
-        encode_s: on the device.
-        write_s: of the store's thread, beside the encoder.
-        wait_write_s: for which the encoder waited for the disk.
+        total_s: Time from the start of the decoders to the last commit.
+        start_s: Time until the first clip was decoded, including the start of the child processes.
+        decode_s: Decoding time of all children, in parallel with the encoder.
+        wait_decode_s: Time for which the encoder waited for clips after the first.
+        encode_s: Encoding time.
+        write_s: Writing time of the store's thread, in parallel with the encoder.
+        wait_write_s: Time for which the encoder waited for the disk.
     """
 
     total_s: float = 0.0
@@ -48,21 +48,28 @@ class Stages:
         return (
             f"of {self.total_s:.1f} s: encoding {share(self.encode_s)}, starting {share(self.start_s)}, waiting for"
             f" decoders {share(self.wait_decode_s)}, for the disk {share(self.wait_write_s)};"
-            f" beside it decoding {self.decode_s:.1f} s, writing {self.write_s:.1f} s"
+            f" in parallel: decoding {self.decode_s:.1f} s, writing {self.write_s:.1f} s"
         )
 
 
 @dataclass(frozen=True)
-class Tally:
-    """What a worker did: clips committed and quarantined, shards left to another owner (one line each), and time."""
+class JobStats:
+    """Statistics of one worker, or the sum over several.
+
+    Attributes:
+        committed: Number of clips committed.
+        quarantined: Number of clips quarantined.
+        skipped: One line for each shard that another process holds.
+        stages: Seconds spent in each stage.
+    """
 
     committed: int = 0
     quarantined: int = 0
     skipped: tuple[str, ...] = ()
     stages: Stages = field(default_factory=Stages)
 
-    def __add__(self, other: "Tally") -> "Tally":
-        return Tally(
+    def __add__(self, other: "JobStats") -> "JobStats":
+        return JobStats(
             self.committed + other.committed,
             self.quarantined + other.quarantined,
             self.skipped + other.skipped,
@@ -71,22 +78,22 @@ class Tally:
 
 
 def jobs_path(store: Path | str) -> Location:
-    """The JSON lines that say what each job did: a file beside the store; in object storage, an object in it."""
-    location = locate(store)
+    """The journal of jobs, a JSON line each: a file beside the store; in object storage, an object inside it."""
+    location = parse_location(store)
     return location.with_name(location.name + ".jobs.jsonl") if isinstance(location, Path) else location / _JOBS
 
 
-def record_job(store: Path | str, tally: Tally, engine: str, workers: int | str) -> None:
-    """Add one line to the store's `jobs_path`."""
+def record_job(store: Path | str, stats: JobStats, engine: str, workers: int | str) -> None:
+    """Append one line to `jobs_path(store)`."""
     line = {
         "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
         "engine": engine,
         "workers": workers,
-        "committed": tally.committed,
-        "quarantined": tally.quarantined,
-        "skipped": list(tally.skipped),
-        "stages": {name: round(seconds, 3) for name, seconds in dataclasses.asdict(tally.stages).items()},
+        "committed": stats.committed,
+        "quarantined": stats.quarantined,
+        "skipped": list(stats.skipped),
+        "stages": {name: round(seconds, 3) for name, seconds in dataclasses.asdict(stats.stages).items()},
     }
     path = jobs_path(store)
     if isinstance(path, Path):
@@ -97,7 +104,7 @@ def record_job(store: Path | str, tally: Tally, engine: str, workers: int | str)
 
 
 def read_jobs(store: Path | str) -> list[dict[str, Any]]:
-    """What `record_job` wrote of each job."""
+    """The lines that `record_job` wrote."""
     path = jobs_path(store)
     if not isinstance(path, Path):
         return [line.entry for line in _jobs_journal(store).read().lines]
@@ -105,4 +112,4 @@ def read_jobs(store: Path | str) -> list[dict[str, Any]]:
 
 
 def _jobs_journal(store: Path | str) -> Journal[dict[str, Any]]:
-    return storage_at(locate(store)).journal(_JOBS, dict)
+    return storage_at(parse_location(store)).journal(_JOBS, dict)

@@ -1,8 +1,8 @@
-"""The shards of one worker: decoding, encoding and writing go on at the same time, with bounded queues between them.
+"""The shards of one worker: decoding, encoding and writing overlap, with bounded queues between them.
 
-Children decode a little ahead of the encoder, across the ends of shards. The store is used by a thread of its own,
-which leases the next shard and writes the last one; one shard at most waits for the disk, then encoding waits too. So
-memory does not depend on the number of clips, and the encoder waits only for what is really slower than it.
+Child processes decode a little ahead of the encoder, across the ends of shards. A separate thread uses the store: it
+leases the next shard and writes the previous one. At most one shard waits for the disk, then encoding waits too. So
+memory does not depend on the number of clips, and the encoder waits only for a stage that is slower than itself.
 """
 
 import time
@@ -10,20 +10,18 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Clip
-from egopatch.extract.encoders import VideoEncoder
 from egopatch.extract.video.decode import PreparedClip, UndecodedClip
 from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
-from egopatch.extract.worker.job_stats import Stages, Tally
+from egopatch.extract.worker.job import ExtractionJob
+from egopatch.extract.worker.job_stats import JobStats, Stages
 from egopatch.extract.worker.shard_writer import ShardWriter
-from egopatch.extract.worker.worker import open_decoders
 from egopatch.features import Failure, ShardWork, Store
 
 
 @dataclass
 class _Shard:
-    """A leased shard on its way; each of its `expected` clips becomes a row or a failure."""
+    """A leased shard in progress; each of its `expected` clips becomes a row or a failure."""
 
     number: int
     expected: int
@@ -35,15 +33,15 @@ class _Shard:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Clips of one shard to be encoded together; none where the `last` ones of a shard all failed."""
+    """Clips of one shard that are encoded together; no clip if the `last` ones of a shard all failed."""
 
     shard: _Shard
     clips: list[PreparedClip]
     last: bool
 
 
-class _Waits:
-    """An iterator that notes how long it lets its caller wait: for the first result, and for all others."""
+class _TimedResults:
+    """The decoders' results, and how long the caller waited: for the first result, and for all others."""
 
     def __init__(self, results: Iterator[PreparedClip | UndecodedClip]) -> None:
         self._results = results
@@ -67,38 +65,38 @@ class _Waits:
 
 
 def encode_shards(
-    config: Config,
-    encoder: VideoEncoder,
+    job: ExtractionJob,
     store: Store,
     works: Sequence[ShardWork],
     clips: Mapping[str, Clip],
     decoders: int,
     on_progress: Callable[[int, int], None],
-) -> Tally:
+) -> JobStats:
     """Encode `works` into `store`.
 
     Args:
-        config: the experiment.
-        encoder: on its device, in evaluation mode.
-        store: open for writing.
-        works: shards with the ids that they still miss.
-        clips: clip of each id.
-        decoders: decoder children.
-        on_progress: called with (clips, bytes) as they are encoded.
+        job: The resolved config.
+        store: Store that is open for writing.
+        works: Shards, with the ids of their missing clips.
+        clips: Clip of each id.
+        decoders: Number of child processes that decode.
+        on_progress: Called with (clips, bytes) after each batch.
 
     Raises:
-        TooManyErrors: checked after each shard is committed.
+        TooManyErrors: Checked after each shard is committed.
+        StoreError: A shard cannot be written.
     """
     started = time.perf_counter()
+    config = job.config
     underway: deque[_Shard] = deque()
     with (
-        open_decoders(config, decoders) as pool,
+        job.open_decoders(decoders) as pool,
         ShardWriter(store, config.engine.max_errors) as writer,
-        BatchEncoder(encoder, config.encoder.batch, config.store.dtype) as batches,
+        BatchEncoder(job.encoder, config.encoder.batch, config.store.dtype) as batches,
     ):
-        # Ahead by the next batch, and by one clip in work and one waiting for each child.
+        # Decoding runs ahead by the next batch, and by two clips for each child: one in progress and one waiting.
         leased = _leased(works, clips, writer, underway)
-        results = _Waits(pool.map(leased, ahead=batches.size + 2 * decoders))
+        results = _TimedResults(pool.map(leased, ahead=batches.size + 2 * decoders))
         for batch, rows in _encoded(batches, _batches(results, underway, batches.size)):
             shard = batch.shard
             shard.rows |= rows
@@ -108,7 +106,7 @@ def encode_shards(
             if batch.last:
                 writer.write(shard.number, shard.rows, shard.sources, shard.failures)
         writer.wait()
-    return Tally(
+    return JobStats(
         committed=writer.committed,
         quarantined=writer.quarantined,
         skipped=tuple(writer.skipped),
@@ -127,9 +125,9 @@ def encode_shards(
 def _leased(
     works: Sequence[ShardWork], clips: Mapping[str, Clip], writer: ShardWriter, underway: deque[_Shard]
 ) -> Iterator[Clip]:
-    """The clips to decode, shard after shard; each shard is added to `underway` when its first clip is due."""
+    """The clips to decode, shard by shard; a shard is added to `underway` when its first clip is requested."""
     for work, uncommitted in writer.leases(works):
-        # Another job may have written some of them since the work was listed.
+        # Another job may have committed some of them since the work was listed.
         ids = [clip_id for clip_id in work.ids if clip_id in uncommitted]
         if ids:
             underway.append(_Shard(work.shard, len(ids)))
@@ -139,7 +137,7 @@ def _leased(
 
 
 def _batches(results: Iterator[PreparedClip | UndecodedClip], underway: deque[_Shard], size: int) -> Iterator[_Batch]:
-    """Batches end where shards do, so that a shard is encoded alike whatever was encoded before it."""
+    """Batches end where shards do, so that the batches of a shard do not depend on the shard before it."""
     waiting: list[PreparedClip] = []
     for result in results:
         shard = underway[0]
@@ -157,7 +155,7 @@ def _batches(results: Iterator[PreparedClip | UndecodedClip], underway: deque[_S
 
 
 def _encoded(batches: BatchEncoder, groups: Iterator[_Batch]) -> Iterator[tuple[_Batch, dict[str, Row]]]:
-    """Rows of each batch, one batch behind, so that the encoder computes while the next is gathered."""
+    """Rows of each batch, one batch late, so that the encoder computes while the next batch is gathered."""
     behind: tuple[_Batch, Callable[[], dict[str, Row]]] | None = None
     for batch in groups:
         finish = batches.start(batch.clips)

@@ -1,4 +1,4 @@
-"""One worker's use of a store, on a thread of its own beside the encoder's."""
+"""Leasing and writing shards on a separate thread, while the encoder computes."""
 
 import time
 from collections import deque
@@ -13,23 +13,23 @@ from egopatch.features import Failure, ShardOwned, ShardWork, Store
 
 
 class TooManyErrors(RuntimeError):
-    """More clips are in quarantine than `engine.max_errors` allows; what was committed stays."""
+    """More clips are in quarantine than `engine.max_errors` allows; committed shards stay."""
 
 
 class ShardWriter:
-    """Leases and writes shards; use it as a context manager, which gives the leases back.
+    """Leases and writes shards; a context manager, which releases the leases at its end.
 
-    All calls to the store are made on one thread, in order, since a store is not to be written to from two.
+    One thread makes all calls to the store, in order, because two threads must not write to the same store.
 
     Args:
-        store: open for writing.
-        max_errors: clips that may be in quarantine: a count, or a share of all clips.
+        store: Store that is open for writing.
+        max_errors: Clips that may be in quarantine: a count, or a share of all clips.
 
     Attributes:
-        committed, quarantined: clips so far.
-        skipped: shards that others own, one line each.
-        write_s: seconds spent on writing.
-        wait_s: seconds for which the caller had to wait for it.
+        committed, quarantined: Number of clips so far.
+        skipped: One line for each shard that another process holds.
+        write_s: Seconds spent on writing.
+        wait_s: Seconds for which the caller waited for writing.
     """
 
     def __init__(self, store: Store, max_errors: int | float) -> None:
@@ -48,30 +48,30 @@ class ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # A write that has begun is finished: a commit takes no longer than its undoing.
+        # A write that has begun is finished: completing a commit takes no longer than undoing it.
         self._thread.shutdown(wait=True, cancel_futures=True)
         for held in self._leases.values():
             held.close()
 
     def leases(self, works: Sequence[ShardWork]) -> Iterator[tuple[ShardWork, tuple[str, ...]]]:
-        """Lease each shard in turn, the next one while the caller is busy with this one.
+        """Lease each shard in turn; the next one is leased while the caller works on the current one.
 
-        What another job owns is passed over, and tried once more at the end: that job may have died meanwhile.
+        Shards that another job holds are skipped and tried once more at the end, in case that job has died meanwhile.
 
         Yields:
-            The work, and what nobody has committed by now of its shard.
+            The work, and the clips of its shard that are still uncommitted.
         """
-        passed = list(works)
+        held_elsewhere = list(works)
         for _ in range(2):
-            works, passed = passed, []
+            works, held_elsewhere = held_elsewhere, []
             self.skipped.clear()
             upcoming = deque(self._thread.submit(self._lease, work.shard) for work in works[:1])
             for work, following in zip_longest(works, works[1:]):
                 try:
                     uncommitted = upcoming.popleft().result()
-                except ShardOwned as owned:
-                    passed.append(work)
-                    self.skipped.append(str(owned))
+                except ShardOwned as error:
+                    held_elsewhere.append(work)
+                    self.skipped.append(str(error))
                     uncommitted = None
                 if following:
                     upcoming.append(self._thread.submit(self._lease, following.shard))
@@ -79,7 +79,7 @@ class ShardWriter:
                     yield work, uncommitted
 
     def release(self, shard: int) -> None:
-        """Give a lease back without writing."""
+        """Release a lease without writing."""
         self._thread.submit(self._release, shard)
 
     def write(
@@ -89,16 +89,16 @@ class ShardWriter:
         sources: Mapping[str, str],
         failures: Mapping[str, Failure],
     ) -> None:
-        """Begin to write a leased shard, and give its lease back then. Waits for the shard before it.
+        """Begin to write a leased shard, whose lease is released afterwards. Waits for the previous shard.
 
         Raises:
-            TooManyErrors, StoreError: of the shard before.
+            TooManyErrors, StoreError: Raised by the previous shard.
         """
         self.wait()
         self._writing = self._thread.submit(self._write, shard, rows, sources, failures)
 
     def wait(self) -> None:
-        """Until what was begun is written. Errors as in `write`."""
+        """Wait until the shard in progress is written. Errors as in `write`."""
         if self._writing:
             started = time.perf_counter()
             self._writing.result()

@@ -13,7 +13,7 @@ import torch
 
 from egopatch.extract.__main__ import main
 from egopatch.extract.datasets import load_dataset
-from egopatch.extract.worker.worker import load_encoder
+from egopatch.extract.worker.job import resolve_job
 from egopatch.features import open_store
 from tests.extract.job import CLIPS, config_of, options, videos
 
@@ -25,9 +25,7 @@ def test_the_store_holds_what_the_encoder_says(made: Path) -> None:
     dataset = load_dataset(config.data)
     store = open_store(config.store.path)
     assert store.clip_ids == tuple(clip.clip_id for clip in dataset.clips)
-    from egopatch.extract.encoders import load_checkpoint
-
-    encoder = load_encoder(config, load_checkpoint(config.encoder.checkpoint))
+    encoder = resolve_job(config).encoder
     for clip in (dataset.clips[0], dataset.clips[-1]):
         prepared = prepare_clip(clip, config.video)
         expected = encoder(torch.from_numpy(prepared.frames)[None])
@@ -48,7 +46,7 @@ def test_a_second_run_encodes_nothing(made: Path, capsys: pytest.CaptureFixture[
 
 def test_another_depth_is_refused_with_the_difference(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", *options(made, "--encoder.depth", "1")]) == 2
-    assert "depth: 2 here, 1 there" in capsys.readouterr().err
+    assert "depth: store has 2, requested 1" in capsys.readouterr().err
     assert main(["run", *options(made)]) == 0
 
 
@@ -130,7 +128,7 @@ def test_plan_and_status_in_json(fresh: Path, capsys: pytest.CaptureFixture[str]
     assert (status["committed"], status["quarantined"], status["missing"]) == (CLIPS - 1, 1, 0)
 
 
-def test_plan_counts_what_a_store_lacks(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_counts_what_is_missing_from_a_store(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Ten rows of two shards wait, five clips failed, and three new clips will be a shard of their own."""
     shutil.rmtree(fresh / "store")
     for video in videos(fresh)[:5]:
@@ -148,19 +146,19 @@ def test_plan_counts_what_a_store_lacks(fresh: Path, capsys: pytest.CaptureFixtu
 
 def test_status_does_without_torch(made: Path) -> None:
     """It takes two seconds to import, more than counting a million clips."""
-    look = (
+    program = (
         "from egopatch.extract.__main__ import main; import sys; code = main(sys.argv[1:]); print(code, *sys.modules)"
     )
-    command = [sys.executable, "-c", look, "status", *options(made)]
-    said, modules = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    assert f"{CLIPS}/{CLIPS} clips committed" in said
+    command = [sys.executable, "-c", program, "status", *options(made)]
+    line, modules = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert f"{CLIPS}/{CLIPS} clips committed" in line
     code, *names = modules.split()
     assert code == "0"
     assert "egopatch.features.state.counts" in names
     assert not {"torch", "zarr", "h5py"} & set(names)
 
 
-def test_doctor_finds_what_is_odd(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_reports_a_missing_video(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", *options(fresh)]) in (0, 1)
     capsys.readouterr()
     videos(fresh)[0].unlink()
@@ -194,7 +192,7 @@ def test_wrong_input_is_one_line_and_code_two(
 
 def test_unknown_command_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rnu"]) == 2
-    assert "expected one of " in capsys.readouterr().err
+    assert "unknown command 'rnu'; choose one of plan, run, " in capsys.readouterr().err
     assert main([]) == 2
     assert main(["--help"]) == 0
 

@@ -56,9 +56,9 @@ def doctor(
     """Exit code, counts, and what was found: severity and entries by words."""
     capsys.readouterr()
     code = main(["doctor", "--data.root", str(root), "--encoder.dtype", "float32", "--json", *more])
-    told = json.loads(capsys.readouterr().out)
-    assert all(finding["count"] == len(finding["found"]) for finding in told["findings"])
-    return code, told["counts"], {f["what"]: (f["severity"], f["found"]) for f in told["findings"]}
+    diagnosis = json.loads(capsys.readouterr().out)
+    assert all(finding["count"] == len(finding["found"]) for finding in diagnosis["findings"])
+    return code, diagnosis["counts"], {f["what"]: (f["severity"], f["found"]) for f in diagnosis["findings"]}
 
 
 def test_a_sound_set(tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,17 +68,17 @@ def test_a_sound_set(tmp_path: Path, records: Records, capsys: pytest.CaptureFix
     assert [counts[f"indirect {part} questions"] for part in PARTS] == [2, 2, 2]
     assert (counts["direct train open"], counts["direct train binary"], counts["direct answers"]) == (1, 1, 5)
     assert main(["doctor", "--data.root", str(tmp_path)]) == 0
-    assert "nothing odd found" in capsys.readouterr().out
+    assert "no faults found" in capsys.readouterr().out
 
 
 FAULTS = {
     "video gone": "clips without a video file",
     "video empty": "clips with an empty video file",
     "id twice": "direct: question ids in more than one part",
-    "asked twice": "direct: val and test questions that training asks of the same clip",
+    "asked twice": "direct: val and test questions that are also in train, with the same clip",
     "verify": "direct: verify questions whose answer is neither yes nor no",
-    "class": "direct: questions whose answer_encode is another answer",
-    "split": "question ids that mean another question in the other split",
+    "class": "direct: questions whose answer_encode is the class of another answer",
+    "split": "question ids that belong to another question in the other split",
     "folder": "splits whose parts come from different folders",
 }
 
@@ -131,12 +131,12 @@ def test_notes_are_no_faults(tmp_path: Path, records: Records, capsys: pytest.Ca
     assert code == 0
     assert {severity for severity, _ in findings.values()} == {"note"}
     found = {what: entries for what, (_, entries) in findings.items()}
-    capital = "questions that the released files call unknown for a capital letter; here they count as they are"
-    unknown = "val and test questions whose answer is not in the answer set, which no system can get right"
+    capital = "questions that the released files encode as unknown because of a capital letter; here they count"
+    unknown = "val and test questions whose answer is not in the answer set, so that no system can answer them"
     assert found[capital] == ["10 in test: 'Cup'"]
     assert found[unknown] == ["11 in test: 'melon'"]
-    assert found["parts missing of a split that is not configured"] == ["indirect test"]
-    assert found["video files that no question asks of"] == [str(tmp_path / "qa_videos/other.mp4")]
+    assert found["missing parts of a split that is not configured"] == ["indirect test"]
+    assert found["video files without a question"] == [str(tmp_path / "qa_videos/other.mp4")]
 
 
 def test_a_clip_of_the_other_split_only(tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str]) -> None:

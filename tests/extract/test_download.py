@@ -61,7 +61,7 @@ def test_a_dropped_connection_is_resumed_with_a_range(server: Server, file: Path
 
 def test_a_later_run_gets_the_rest(server: Server, file: Path) -> None:
     server.files["/a"] = Served(CONTENT, drops=[600_000, 0, 0, 0])
-    with pytest.raises(DownloadError, match=r"broke off after 600000 bytes; run this again to go on from there"):
+    with pytest.raises(DownloadError, match=r"interrupted after 600000 bytes; run the same command again to resume"):
         fetch(server.link("/a"), file, None)
     assert not file.exists()
     assert part_of(file).read_bytes() == CONTENT[:600_000]
@@ -113,7 +113,7 @@ def test_a_tampered_file_is_refused_with_both_hashes(server: Server, file: Path)
         fetch(server.link("/a"), file, sha256(CONTENT))
     message = str(error.value)
     assert "\n" not in message
-    for word in (str(file), sha256(CONTENT), sha256(CONTENT[:-1] + b"!"), "delete its entry from the lock"):
+    for word in (str(file), sha256(CONTENT), sha256(CONTENT[:-1] + b"!"), "delete the file's entry from the lock file"):
         assert word in message
     assert left_in(file.parent) == []
 
@@ -121,11 +121,11 @@ def test_a_tampered_file_is_refused_with_both_hashes(server: Server, file: Path)
 @pytest.mark.parametrize(
     ("served", "message"),
     [
-        (None, "the server says 404 Not Found; see the publisher's page"),
-        (Served(b"", status=403), "the server says 403 Forbidden"),
-        (Served(b"", status=503), "the server says 503 Service Unavailable; run this again"),
+        (None, "the server answers 404 Not Found; see the publisher's page"),
+        (Served(b"", status=403), "the server answers 403 Forbidden"),
+        (Served(b"", status=503), "the server answers 503 Service Unavailable; run the same command again"),
         (Served(b"<html>", headers={"Content-Type": "text/html; charset=utf-8"}), "serves a web page"),
-        (Served(CONTENT, announced=len(CONTENT) + 10), "announced 1000010 bytes and has nothing after 1000000"),
+        (Served(CONTENT, announced=len(CONTENT) + 10), "announced 1000010 bytes but has none after 1000000"),
     ],
 )
 def test_what_is_no_file_is_one_line(server: Server, file: Path, served: Served | None, message: str) -> None:
@@ -140,7 +140,7 @@ def test_what_is_no_file_is_one_line(server: Server, file: Path, served: Served 
 
 def test_an_announced_length_that_is_too_short_is_caught_by_the_lock(server: Server, file: Path) -> None:
     server.files["/a"] = Served(CONTENT, announced=10)
-    with pytest.raises(DownloadError, match="does not serve what was locked"):
+    with pytest.raises(DownloadError, match="does not serve the locked file"):
         fetch(server.link("/a"), file, sha256(CONTENT))
     assert not file.exists()
 
@@ -158,7 +158,7 @@ def test_nobody_there(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         unused.bind(("127.0.0.1", 0))
         dead = f"http://127.0.0.1:{unused.getsockname()[1]}/a"
     with pytest.raises(
-        DownloadError, match=r"cannot reach 127\.0\.0\.1:\d+ \(.*Connection refused.*\); run this"
+        DownloadError, match=r"cannot reach 127\.0\.0\.1:\d+ \(.*Connection refused.*\); run the same command again"
     ) as error:
         fetch(dead, file, None)
     assert "\n" not in str(error.value)
@@ -171,7 +171,7 @@ def test_a_full_disk_is_refused_before_the_first_byte(
 ) -> None:
     server.files["/a"] = Served(CONTENT)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 9, 9))
-    with pytest.raises(DownloadError, match="1000000 bytes are still to come and 9 are free"):
+    with pytest.raises(DownloadError, match=r"1000000 bytes remain but .* has 9 free"):
         fetch(server.link("/a"), file, None)
     assert left_in(file.parent) == []
 
@@ -193,7 +193,7 @@ def test_two_at_once_are_refused(server: Server, file: Path) -> None:
     first.start()
     while not server.asked:
         time.sleep(0.01)
-    with pytest.raises(DownloadError, match="another process is fetching it"):
+    with pytest.raises(DownloadError, match="another process is downloading this file"):
         fetch(server.link("/a"), file, None)
     gate.set()
     first.join()

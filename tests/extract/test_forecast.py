@@ -9,7 +9,7 @@ import pytest
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.__main__ import main
 from egopatch.extract.planning.forecast import ClipCost, forecast, given_cost, measured_cost
-from egopatch.extract.worker.job_stats import Stages, Tally, record_job
+from egopatch.extract.worker.job_stats import JobStats, Stages, record_job
 from egopatch.features import StoreSpec
 from tests.extract.job import options
 
@@ -62,7 +62,7 @@ def test_costs_are_the_mean_over_all_jobs(tmp_path: Path) -> None:
     assert measured_cost(store) is None
     for clips, seconds in ((30, 60.0), (10, 20.0)):
         stages = Stages(total_s=seconds, encode_s=seconds, decode_s=seconds / 2, write_s=seconds / 4)
-        record_job(store, Tally(committed=clips, stages=stages), engine="joblib", workers=2)
+        record_job(store, JobStats(committed=clips, stages=stages), engine="joblib", workers=2)
     found = measured_cost(store)
     assert found is not None
     assert (found.encode_s, found.decode_s, found.write_s) == (2.0, 1.0, 0.5)
@@ -75,7 +75,7 @@ def test_costs_are_the_mean_over_all_jobs(tmp_path: Path) -> None:
 def test_the_command_needs_no_data(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = [*options(bare, "--data.root", str(bare / "nowhere")), "--clips", "1000", "--gpus", "4", "--json"]
     assert main(["plan", *job]) == 2
-    assert "was measured; encode a few hundred clips first" in capsys.readouterr().err
+    assert "has been measured; encode a few hundred clips first" in capsys.readouterr().err
     assert main(["plan", *job, "--clips-per-second", "100"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["clips"], found["gpus"], found["shards"]) == (1000, 4, 200)

@@ -1,4 +1,4 @@
-"""Jobs that share a store, are stopped, killed and started again: the store is always the one of a single quiet job."""
+"""Jobs that share a store, are interrupted, killed and resumed: the store always equals that of one undisturbed job."""
 
 import json
 import os
@@ -13,8 +13,8 @@ import pytest
 
 from egopatch.extract.__main__ import main
 from egopatch.extract.datasets import load_dataset
-from egopatch.extract.engines.dispatch import Part
 from egopatch.extract.engines.interrupts import REQUEUE, Requeue, requeue_on_signals
+from egopatch.extract.engines.job_slice import Slice
 from egopatch.extract.worker.batch_encoder import BatchEncoder
 from egopatch.extract.worker.job_stats import jobs_path
 from egopatch.features import ShardWork, open_store
@@ -30,7 +30,7 @@ def committed(store: Path) -> int:
 def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.05)
 
 
@@ -46,7 +46,7 @@ def single(made: Path) -> Path:
     return made / "single"
 
 
-def test_parts_in_any_order_make_the_store_of_one_job(made: Path, bare: Path) -> None:
+def test_slices_in_any_order_make_the_store_of_one_job(made: Path, bare: Path) -> None:
     for index, clips in ((2, 5), (0, 15), (1, 20)):
         assert main(["run", *options(bare), "--shard", f"{index}/3"]) == 0
         assert committed(bare / "store") == clips
@@ -54,16 +54,14 @@ def test_parts_in_any_order_make_the_store_of_one_job(made: Path, bare: Path) ->
     assert ledger_lines(bare / "store") == ledger_lines(made / "store")
 
 
-def test_a_part_does_its_shards_whatever_is_left() -> None:
+def test_a_slice_has_its_shards_whatever_is_left() -> None:
     works = [ShardWork(number, ("x",)) for number in (1, 2, 3, 5, 6)]
-    assert [work.shard for work in Part.parse("0/3").of(works)] == [3, 6]
-    assert [work.shard for work in Part.parse("2/3").of(works)] == [2, 5]
+    assert [work.shard for work in Slice.parse("0/3").of(works)] == [3, 6]
+    assert [work.shard for work in Slice.parse("2/3").of(works)] == [2, 5]
 
 
 @pytest.mark.parametrize("text", ["3/3", "-1/2", "a/b", "1", "1/0", "1/2/3", "0x1/2", ""])
-def test_a_part_that_is_none_is_one_line_and_code_two(
-    text: str, made: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_malformed_slice_is_one_line_and_code_two(text: str, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", *options(made), f"--shard={text}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"--shard is {text!r}; expected i/N with 0 <= i < N" in line
@@ -72,17 +70,17 @@ def test_a_part_that_is_none_is_one_line_and_code_two(
 @pytest.mark.slow
 def test_two_jobs_at_once_share_the_work(single: Path, bare: Path) -> None:
     jobs = [start_job(slowly(bare)) for _ in range(2)]
-    told = [job.communicate(timeout=180) for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], told
+    outputs = [job.communicate(timeout=180) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], outputs
     assert contents(bare / "store") == contents(single)
     assert ledger_lines(bare / "store") == ledger_lines(single)  # no shard was written twice
     both = [json.loads(line)["committed"] for line in jobs_path(bare / "store").read_text().splitlines()]
     assert sum(both) == CLIPS
     assert len(both) == 2
-    for out, error in told:
+    for out, error in outputs:
         assert error == ""
         for line in out.splitlines():
-            assert not line.startswith("left to its owner:") or "is owned by process" in line
+            assert not line.startswith("skipped:") or "is held by process" in line
 
 
 @pytest.mark.slow
@@ -108,7 +106,7 @@ def test_ctrl_c_is_one_line_and_leaves_nobody(workers: str, single: Path, bare: 
     signal_all(job, signal.SIGINT)
     _, error = job.communicate(timeout=60)
     assert job.returncode == 130
-    assert error == "extract run: stopped; what was committed is kept, run it again to go on\n"
+    assert error == "extract run: interrupted; run the same command again to resume\n"
     assert len(family) >= int(workers)
     assert not psutil.wait_procs(family, timeout=10)[1]
     assert 2 <= committed(bare / "store") < CLIPS
@@ -132,21 +130,20 @@ def test_a_scheduler_stops_a_job_that_asks_to_be_started_again(
     signal_all(job, number)
     _, error = job.communicate(timeout=60)
     assert job.returncode == REQUEUE == 75
-    line = f"extract run: stopped by {number.name}; what was committed is kept, run it again to go on\n"
-    assert error == line
+    assert error == f"extract run: interrupted by {number.name}; run the same command again to resume\n"
     assert not psutil.wait_procs(family, timeout=10)[1]
-    assert not list((bare / "store" / "leases").glob("*.json")) or workers == "2"  # killed workers' leases lapse
+    assert not list((bare / "store" / "leases").glob("*.json")) or workers == "2"  # killed workers' leases expire
     assert verify(bare / "store").ok
     assert main(["run", *slowly(bare)]) == 0
     assert contents(bare / "store") == contents(single)
 
 
-def test_notices_after_the_first_are_ignored() -> None:
+def test_signals_after_the_first_are_ignored() -> None:
     before = signal.getsignal(signal.SIGUSR1)
     with requeue_on_signals():
         with pytest.raises(Requeue, match="SIGUSR1"):
             signal.raise_signal(signal.SIGUSR1)
-        signal.raise_signal(signal.SIGTERM)  # what follows when the time is up
+        signal.raise_signal(signal.SIGTERM)  # what a scheduler sends when the time is up
     assert signal.getsignal(signal.SIGUSR1) is before
 
 
@@ -244,15 +241,15 @@ def test_plan_counts_files_and_shards(bare: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("supported", [True, False])
-def test_bfloat16_without_instructions_is_said_aloud(
+def test_bfloat16_without_instructions_gives_advice(
     supported: bool, bare: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("egopatch.extract.worker.worker.has_bfloat16", lambda: supported)
+    monkeypatch.setattr("egopatch.extract.worker.device.has_bfloat16", lambda: supported)
     bfloat16 = options(bare, "--encoder.dtype", "bfloat16", "--encoder.device", "cpu")
     for command in (["plan", *bfloat16, "--probe", "0"], ["doctor", *bfloat16], ["run", *bfloat16, "--shard", "9/10"]):
         main(command)
-        said = [line for line in capsys.readouterr().out.splitlines() if "--encoder.dtype float32" in line]
-        assert len(said) == (0 if supported else 1)
+        advice = [line for line in capsys.readouterr().out.splitlines() if "--encoder.dtype float32" in line]
+        assert len(advice) == (0 if supported else 1)
     main(["plan", *options(bare), "--probe", "0"])
     assert "--encoder.dtype" not in capsys.readouterr().out
 

@@ -11,7 +11,7 @@ from egopatch.extract.__main__ import main as extract
 from egopatch.extract.worker.job_stats import read_jobs
 from egopatch.features import open_store
 from egopatch.features.__main__ import main as features
-from egopatch.features.values.location import locate
+from egopatch.features.values.location import parse_location
 from egopatch.train.__main__ import main as train
 from tests.extract.job import CLIPS, options, signal_all, start_job
 from tests.features.objects import KEY, SECRET, bucket, environment, objects, server
@@ -44,7 +44,7 @@ def test_extract_kill_resume_verify_fit(
     assert extract(["status", *remote, "--json"]) == 0
     assert features(["verify", url]) == 0
     for half in ("", "text"):
-        here, there = open_store(made / "store" / half), open_store(locate(url) / half)
+        here, there = open_store(made / "store" / half), open_store(parse_location(url) / half)
         ids = here.clip_ids
         assert there.clip_ids == ids
         assert there._catalog.records(ids) == here._catalog.records(ids)  # every row's checksums among it
@@ -75,7 +75,7 @@ def test_two_jobs_at_once_write_what_one_writes(made: Path, bucket: str) -> None
     said = [job.communicate() for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], said
     for half in ("", "text"):
-        here, there = open_store(made / "store" / half), open_store(locate(url) / half)
+        here, there = open_store(made / "store" / half), open_store(parse_location(url) / half)
         assert there.clip_ids == here.clip_ids
         assert there._catalog.records(here.clip_ids) == here._catalog.records(here.clip_ids)
     assert sum(done["committed"] for done in read_jobs(url)) == CLIPS
@@ -91,11 +91,11 @@ def test_mistakes_are_one_line_and_exit_code_1_or_2(
     for command, code in ((extract, 1), (train, 1)):
         assert command(["run" if command is extract else "fit", *nowhere]) == code
         out, err = capfd.readouterr()
-        assert "there is no bucket 'nowhere-at-all' at 127.0.0.1" in err.strip().splitlines()[-1]
+        assert "bucket 'nowhere-at-all' does not exist at 127.0.0.1" in err.strip().splitlines()[-1]
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     for command in (extract, train):
         assert command(["run" if command is extract else "fit", *nowhere]) == 2
-        assert "needs credentials and AWS_SECRET_ACCESS_KEY is not set" in capfd.readouterr().err
+        assert "needs credentials, but AWS_SECRET_ACCESS_KEY is not set" in capfd.readouterr().err
     for path in (f"s3://{KEY}:{SECRET}@bucket/store", f"s3://bucket/store?secret={SECRET}"):
         for command in (extract, train):
             with pytest.raises(SystemExit, match="2"):

@@ -1,9 +1,10 @@
-"""Decoding, encoding and writing at the same time, with a decoder, an encoder and a disk that do as they are told."""
+"""Decoding, encoding and writing overlap, with a fake decoder, a fake encoder and a controlled disk."""
 
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from egopatch.configs.schema import Config, EncoderConfig, EngineConfig, StoreConfig, VideoConfig
 from egopatch.extract.datasets import Clip
 from egopatch.extract.video.decode import PreparedClip, UndecodedClip
-from egopatch.extract.worker import pipeline
-from egopatch.extract.worker.job_stats import Stages, Tally
+from egopatch.extract.worker.job_stats import JobStats, Stages
+from egopatch.extract.worker.pipeline import encode_shards
 from egopatch.extract.worker.shard_writer import TooManyErrors
 from egopatch.features import Fingerprint, PatchTokens, ShardOwned, Store, StoreError, StoreSpec, create_store
 from egopatch.features.io import file_lease as lease
@@ -77,9 +78,10 @@ def store(tmp_path: Path) -> Store:
 
 
 @pytest.fixture
-def run(store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tally]:
-    def run(encoder: Encoder, decoders: Decoders, on_progress: Callable[[int, int], None] = lambda *_: None) -> Tally:
-        monkeypatch.setattr(pipeline, "open_decoders", lambda config, workers: decoders)
+def run(store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[..., JobStats]:
+    def run(
+        encoder: Encoder, decoders: Decoders, on_progress: Callable[[int, int], None] = lambda *_: None
+    ) -> JobStats:
         monkeypatch.setattr(torch, "get_num_threads", lambda: BATCH)  # a core a clip of a batch, on any machine
         config = Config(
             video=VideoConfig(frames=2, size=16),
@@ -89,37 +91,38 @@ def run(store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tally]:
         )
         clips = {name: Clip(name, Path(name)) for name in IDS}
         works = store.missing_shards()
-        return pipeline.encode_shards(config, encoder, store, works, clips, 1, on_progress)  # type: ignore[arg-type]
+        job = SimpleNamespace(config=config, encoder=encoder, open_decoders=lambda count: decoders)
+        return encode_shards(job, store, works, clips, 1, on_progress)  # type: ignore[arg-type]
 
     return run
 
 
-def test_every_clip_becomes_its_own_row(store: Store, run: Callable[..., Tally]) -> None:
+def test_every_clip_becomes_its_own_row(store: Store, run: Callable[..., JobStats]) -> None:
     progress: list[tuple[int, int]] = []
     encoder = Encoder()
-    tally = run(encoder, Decoders(), lambda clips, nbytes: progress.append((clips, nbytes)))
+    stats = run(encoder, Decoders(), lambda clips, nbytes: progress.append((clips, nbytes)))
     assert store.read(IDS).patches[:, 0, 0, 0].tolist() == list(range(len(IDS)))
     assert store.sources(IDS) == {name: f"sha of {name}" for name in IDS}
-    assert (tally.committed, tally.quarantined, tally.skipped) == (len(IDS), 0, ())
+    assert (stats.committed, stats.quarantined, stats.skipped) == (len(IDS), 0, ())
     assert sum(clips for clips, _ in progress) == len(IDS)
     assert sum(nbytes for _, nbytes in progress) == len(IDS) * store.row_bytes
-    assert tally.stages.decode_s == 0.5 * len(IDS)
+    assert stats.stages.decode_s == 0.5 * len(IDS)
 
 
-def test_bad_clips_anywhere_in_a_shard(store: Store, run: Callable[..., Tally]) -> None:
+def test_bad_clips_anywhere_in_a_shard(store: Store, run: Callable[..., JobStats]) -> None:
     bad = frozenset({"clip0", "clip3", "clip6", "clip7"})  # first, last, and both
     encoder = Encoder()
-    tally = run(encoder, Decoders(bad))
+    stats = run(encoder, Decoders(bad))
     good = [name for name in IDS if name not in bad]
     assert list(store.clip_ids) == good
     assert store.read(good).patches[:, 0, 0, 0].tolist() == [IDS.index(name) for name in good]
     assert store.quarantine.keys() == bad
-    assert (tally.committed, tally.quarantined) == (8, 4)
+    assert (stats.committed, stats.quarantined) == (8, 4)
     # Whatever is missing from a batch, the network sees one shape.
     assert encoder.shapes == [(1, 2, 3, 4, 4)] * len(good)
 
 
-def test_one_bad_clip_too_many_stops_the_job(store: Store, run: Callable[..., Tally]) -> None:
+def test_one_bad_clip_too_many_stops_the_job(store: Store, run: Callable[..., JobStats]) -> None:
     with pytest.raises(TooManyErrors, match=r"clips in quarantine: 6, engine\.max_errors allows 4; the first is clip0"):
         run(Encoder(), Decoders(frozenset(IDS[:6])))
     store.refresh()
@@ -128,7 +131,7 @@ def test_one_bad_clip_too_many_stops_the_job(store: Store, run: Callable[..., Ta
 
 
 def test_a_slow_disk_is_overlapped_and_then_waited_for(
-    store: Store, run: Callable[..., Tally], monkeypatch: pytest.MonkeyPatch
+    store: Store, run: Callable[..., JobStats], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk, write = threading.Event(), store.write_shard
 
@@ -153,14 +156,14 @@ def test_a_slow_disk_is_overlapped_and_then_waited_for(
     assert store.clip_ids == IDS
 
 
-def test_decoding_is_asked_to_be_a_batch_ahead(run: Callable[..., Tally]) -> None:
+def test_decoding_is_asked_to_be_a_batch_ahead(run: Callable[..., JobStats]) -> None:
     decoders = Decoders()
     run(Encoder(), decoders)
     assert decoders.ahead == BATCH + 2
 
 
 def test_a_failing_disk_ends_the_job_and_the_leases(
-    store: Store, run: Callable[..., Tally], monkeypatch: pytest.MonkeyPatch
+    store: Store, run: Callable[..., JobStats], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise StoreError("no space left")
@@ -171,34 +174,34 @@ def test_a_failing_disk_ends_the_job_and_the_leases(
     assert not list((store.path / "leases").glob("*.json"))
 
 
-def test_what_another_owns_is_passed_over_and_named(store: Store, run: Callable[..., Tally]) -> None:
+def test_shards_held_by_another_job_are_skipped_and_named(store: Store, run: Callable[..., JobStats]) -> None:
     with lease.hold(store.path, 1):
-        tally = run(Encoder(), Decoders())
+        stats = run(Encoder(), Decoders())
     assert store.missing() == ("clip2", "clip3")
-    (line,) = tally.skipped
-    assert line.startswith(f"shard 1 of {store.path} is owned by process ")
+    (line,) = stats.skipped
+    assert line.startswith(f"shard 1 of {store.path} is held by process ")
 
 
-def test_what_another_gave_up_is_done_at_the_end(
-    store: Store, run: Callable[..., Tally], monkeypatch: pytest.MonkeyPatch
+def test_shards_that_become_free_are_done_at_the_end(
+    store: Store, run: Callable[..., JobStats], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take, asked = store.lease, []
+    lease_shard, requested = store.lease, []
 
     def owned_at_first(shard: int) -> object:
-        asked.append(shard)
-        if shard == 1 and asked.count(1) == 1:
-            raise ShardOwned("owned by a job that is about to die")
-        return take(shard)
+        requested.append(shard)
+        if shard == 1 and requested.count(1) == 1:
+            raise ShardOwned("held by a job that is about to die")
+        return lease_shard(shard)
 
     monkeypatch.setattr(store, "lease", owned_at_first)
-    tally = run(Encoder(), Decoders())
-    assert asked == [0, 1, 2, 3, 4, 5, 1]
+    stats = run(Encoder(), Decoders())
+    assert requested == [0, 1, 2, 3, 4, 5, 1]
     assert store.clip_ids == IDS
-    assert tally.skipped == ()
+    assert stats.skipped == ()
 
 
-def test_tallies_add_up() -> None:
-    one = Tally(1, 2, ("a",), Stages(total_s=1.0, encode_s=0.5))
-    two = one + Tally(3, 4, ("b",), Stages(total_s=3.0, encode_s=2.5))
-    assert two == Tally(4, 6, ("a", "b"), Stages(total_s=4.0, encode_s=3.0))
+def test_statistics_add_up() -> None:
+    one = JobStats(1, 2, ("a",), Stages(total_s=1.0, encode_s=0.5))
+    two = one + JobStats(3, 4, ("b",), Stages(total_s=3.0, encode_s=2.5))
+    assert two == JobStats(4, 6, ("a", "b"), Stages(total_s=4.0, encode_s=3.0))
     assert "of 4.0 s: encoding 75.0%" in str(two.stages)

@@ -21,8 +21,8 @@ import yaml
 from egopatch.configs.schema import ConfigError, load_config
 from egopatch.extract.__main__ import main
 from egopatch.extract.fetch import download
-from egopatch.extract.fetch.provide import needs
-from egopatch.extract.fetch.sources import PUBLISHED, load_sources
+from egopatch.extract.fetch.provide import required_files
+from egopatch.extract.fetch.sources import DEFAULT_SOURCES, load_sources
 from tests.extract.loopback import Served, Server, serving
 from tests.extract.test_archives import tar
 
@@ -62,8 +62,8 @@ class Published:
         (self.root / "sources.yaml").write_text(yaml.safe_dump(tree))
 
     def _source(self, files: Any) -> dict[str, Any]:
-        told = {"purpose": "made up", "terms": "none", "page": self.server.link("/page")}
-        return {**told, "url": self.server.link(), "files": files}
+        common = {"purpose": "made up", "terms": "none", "page": self.server.link("/page")}
+        return {**common, "url": self.server.link(), "files": files}
 
 
 @pytest.fixture
@@ -95,9 +95,9 @@ def states(published: Published, capsys: pytest.CaptureFixture[str], *more: str)
 def test_everything_is_fetched_unpacked_and_locked(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(published.args) == 0
     out = capsys.readouterr().out
-    assert "Net.pth: 300.0 kB, 0 bytes of it here already" in out
+    assert "Net.pth: 300.0 kB, of which 0 bytes are downloaded already" in out
     assert "egotaskqa: made up; terms: none; from" in out
-    assert re.search(r"  30\d\.\d kB to come at .*, unpacked archives counted; \d+\.\d [MGT]B free there", out)
+    assert re.search(r"  30\d\.\d kB needed at .*, including unpacked archives; \d+\.\d [MGT]B free there", out)
     assert (published.root / "data/qa_videos/k1|P1|10|95.mp4").read_bytes() == b"video" * 9999
     assert (published.root / "data/Data/qa/direct/answer_set.txt").is_file()
     assert sorted(published.lock) == [
@@ -150,7 +150,7 @@ def test_a_file_changed_on_disk_is_refused(published: Published, capsys: pytest.
     assert main(published.args) == 1
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("failed"))
     was, now = (hashlib.sha256(c).hexdigest() for c in (published.contents["/Net.pth"], b"tampered"))
-    for word in (str(path), was, now, "Delete it and run this again"):
+    for word in (str(path), was, now, "Delete it and run the same command again"):
         assert word in line
     path.unlink()
     assert main(published.args) == 0
@@ -196,7 +196,8 @@ def test_offline_says_what_to_put_where_and_locks_it(published: Published, capsy
     assert main([*published.args, "--offline"]) == 1
     out = capsys.readouterr().out
     path = published.root / "weights/Net.pth"
-    assert f"missing  {path}: get {published.server.link('/Net.pth')}; put it at {path}; then run this again" in out
+    how = f"download {published.server.link('/Net.pth')}; put it at {path}; then run the same command again"
+    assert f"missing  {path}: {how}" in out
     for name, target in [("/Data.tgz", "data/archives"), ("/qa_videos.tgz", "data/archives"), ("/Net.pth", "weights")]:
         (published.root / target).mkdir(parents=True, exist_ok=True)
         (published.root / target / name[1:]).write_bytes(published.contents[name])
@@ -219,7 +220,7 @@ def test_what_was_put_there_by_hand_must_be_as_long_as_the_link_says(
     path.parent.mkdir()
     path.write_bytes(published.contents["/Net.pth"][:-1])
     assert main(published.args) == 1
-    assert "has 299999 bytes and http" in capsys.readouterr().out
+    assert "has 299999 bytes, but http" in capsys.readouterr().out
     assert "net/Net.pth" not in published.lock
 
 
@@ -252,7 +253,7 @@ def test_a_disk_too_small_for_all_of_it(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5))
     assert main(published.args) == 1
     error = capsys.readouterr().err
-    assert "has 100.0 kB free and this needs 30" in error
+    assert "has 100.0 kB free, but the downloads need 30" in error
     assert len(error.splitlines()) == 1
     assert not any(asked.method == "GET" for asked in published.server.asked)
 
@@ -273,11 +274,11 @@ def test_ctrl_c_half_way_and_again(published: Published) -> None:
     published.server.files["/Net.pth"] = Served(published.contents["/Net.pth"], gate=gate)
     command = [sys.executable, "-m", "extract", *published.args]
     # A background job of a shell is deaf to Ctrl-C, and so would be its child.
-    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     finally:
-        signal.signal(signal.SIGINT, heard)
+        signal.signal(signal.SIGINT, handler)
     part = published.root / "weights/Net.pth.part"
     deadline = time.monotonic() + 60
     while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
@@ -286,7 +287,7 @@ def test_ctrl_c_half_way_and_again(published: Published) -> None:
     _, error = job.communicate(timeout=30)
     gate.set()
     assert job.returncode == 130
-    assert "run it again to go on" in error
+    assert "run the same command again to resume" in error
     assert "Traceback" not in error
     begun = part.stat().st_size
     assert 0 < begun < 300_000
@@ -299,9 +300,9 @@ def test_ctrl_c_half_way_and_again(published: Published) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--encoder.checkpoint", "w/other.pth"], "encoder.checkpoint is 'w/other.pth', which is not there"),
-        (["--head.checkpoint", "w/tuned.tar"], "head.checkpoint is 'w/tuned.tar', which is not there"),
-        (["--text.model", "w/other"], "text.model is 'w/other', which is not there"),
+        (["--encoder.checkpoint", "w/other.pth"], "encoder.checkpoint is 'w/other.pth', which does not exist"),
+        (["--head.checkpoint", "w/tuned.tar"], "head.checkpoint is 'w/tuned.tar', which does not exist"),
+        (["--text.model", "w/other"], "text.model is 'w/other', which does not exist"),
         (["--sources", "nowhere.yaml"], "sources file nowhere.yaml cannot be read"),
     ],
 )
@@ -350,7 +351,7 @@ def test_own_videos_need_only_their_own_files(published: Published, capsys: pyte
 
 def test_the_published_links_and_every_config() -> None:
     """Every shipped config's needs are published, by https or with a step by hand."""
-    sources = load_sources(PUBLISHED)
+    sources = load_sources(DEFAULT_SOURCES)
     every = [*sources.datasets.values(), *sources.checkpoints.values(), *sources.tokenizers.values()]
     assert all(source.by_hand or str(source.url).startswith("https://") for source in every)
     configs = sorted(Path("configs").glob("egotaskqa*.yaml"))
@@ -359,6 +360,6 @@ def test_the_published_links_and_every_config() -> None:
         config = load_config(path)
         # Two slashes make it no name on the hub, where anybody could publish under it.
         assert config.text.model.count("/") == 2, path
-        wanted = needs(config, sources)
+        wanted = required_files(config, sources)
         assert all(need.source is not None for need in wanted), path
         assert {need.file.name for need in wanted} >= {"Data.tgz", "qa_videos.tgz", "tokenizer.json"}, path

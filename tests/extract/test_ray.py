@@ -140,20 +140,20 @@ def _free_port() -> int:
 
 
 @pytest.mark.parametrize(
-    ("address", "said"),
+    ("address", "message"),
     [
         (lambda: f"127.0.0.1:{_free_port()}", "but nothing answers there"),
         (lambda: "somewhere", "expected local, or host:port of a running Ray cluster"),
     ],
 )
 def test_a_wrong_address_is_one_line(
-    address: Callable[[], str], said: str, bare: Path, capsys: pytest.CaptureFixture[str]
+    address: Callable[[], str], message: str, bare: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("ray")
     assert main(["run", *options(bare, "--engine.name", "ray", "--engine.address", address())]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("extract run: error: engine.address is '")
-    assert said in line
+    assert message in line
 
 
 def test_ray_that_is_not_installed_is_one_line(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from egopatch.configs.schema import ConfigError
-from egopatch.extract.worker.worker import device_of
+from egopatch.extract.worker.device import device_of
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

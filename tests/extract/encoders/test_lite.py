@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from egopatch.configs.schema import ConfigError, load_config
 from egopatch.extract.__main__ import main
 from egopatch.extract.encoders import (
+    find_network,
     load_text_encoder,
     load_tokenizer,
     load_video_encoder,
@@ -261,13 +262,13 @@ def test_an_absent_package_is_one_line_that_says_what_to_install(
 
 def test_fingerprints_name_weights_packages_and_transform(checkpoint: Checkpoint) -> None:
     config = load_config(Path(LITE[1]))
-    clips = video_fingerprint(config, checkpoint.sha256).fields
+    clips = video_fingerprint(config, find_network("lite"), checkpoint.sha256).fields
     assert clips["checkpoint"] == checkpoint.sha256
     assert clips["package"] == f"{LITE0.name} {importlib.metadata.version(LITE0.name)}"
     assert clips["transform"] == TRANSFORM.name != PUBLISHED.name
     own = load_config(Path(LITE[1]), ["--encoder.checkpoint", str(checkpoint.path)])
-    assert "package" not in video_fingerprint(own, checkpoint.sha256).fields
-    texts = text_fingerprint(config, "sum of the text weights").fields
+    assert "package" not in video_fingerprint(own, find_network("lite"), checkpoint.sha256).fields
+    texts = text_fingerprint(config, find_network("lite"), "sum of the text weights").fields
     assert texts["text_checkpoint"] == "sum of the text weights"
     assert texts["package"] == f"{MINILM.name} {importlib.metadata.version(MINILM.name)}"
 
@@ -293,4 +294,4 @@ def test_a_store_of_lite_tokens(
     torch.testing.assert_close(stored.coarse, expected.coarse.half(), rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(stored.saliency, expected.saliency, rtol=1e-4, atol=1e-3)
     assert main(["run", *options, "--encoder.depth", "10"]) == 2
-    assert "depth: 11 here, 10 there" in capsys.readouterr().err
+    assert "depth: store has 11, requested 10" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The lock: what every published file hashed to when it was first seen."""
+"""The lock file: the SHA-256 of every published file, as it was when it was first seen."""
 
 import fcntl
 import json
@@ -11,13 +11,13 @@ from egopatch.features.io.files import write_file
 
 
 @dataclass(frozen=True)
-class Locked:
-    """What a file was when it was first seen.
+class LockEntry:
+    """A file as it was when it was first seen.
 
     Attributes:
-        sha256: of its bytes, in hex.
-        size: in bytes.
-        origin: the link it came from, or `by hand`.
+        sha256: SHA-256 of the file, in hex.
+        size: Size in bytes.
+        origin: Link that the file came from, or `by hand`.
     """
 
     sha256: str
@@ -25,23 +25,23 @@ class Locked:
     origin: str
 
 
-class Lock:
-    """A JSON file of `Locked` by name; every record is on the disk when `record` returns.
+class Lockfile:
+    """A JSON file of `LockEntry` by name; every entry is on disk when `record` returns.
 
     Raises:
-        ConfigError: the file is malformed.
+        ConfigError: The file is malformed.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self._entries = self._read()
 
-    def get(self, name: str) -> Locked | None:
-        """What is locked for a name."""
+    def get(self, name: str) -> LockEntry | None:
+        """The entry of a name; None if it has none yet."""
         return self._entries.get(name)
 
-    def record(self, name: str, entry: Locked) -> None:
-        """Lock a name that is not locked yet; what other processes recorded meanwhile stays."""
+    def record(self, name: str, entry: LockEntry) -> None:
+        """Add the entry of a name; entries that other processes have added meanwhile stay."""
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
@@ -51,14 +51,14 @@ class Lock:
         finally:
             os.close(folder)
 
-    def _read(self) -> dict[str, Locked]:
+    def _read(self) -> dict[str, LockEntry]:
         try:
             tree = json.loads(self.path.read_text(encoding="utf-8"))
-            return {name: Locked(str(e["sha256"]), int(e["size"]), str(e["origin"])) for name, e in tree.items()}
+            return {name: LockEntry(str(e["sha256"]), int(e["size"]), str(e["origin"])) for name, e in tree.items()}
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
-                f"lock {self.path} cannot be read ({error!r}); restore it from version control, or delete it to lock"
-                " the files that are there now"
+                f"lock file {self.path} cannot be read ({error!r}); restore it from version control, or delete it to"
+                " lock the files that are present now"
             ) from None

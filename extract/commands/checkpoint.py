@@ -1,0 +1,23 @@
+"""`extract checkpoint`: identify a checkpoint file, or convert it to safetensors."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from egopatch.configs.schema import ConfigParser
+from egopatch.extract.encoders.inspection import convert, inspect
+
+
+def main(parser: ConfigParser, args: Sequence[str]) -> int:
+    """Print what the file holds; returns 1 if tensors are missing."""
+    parser.add_argument("action", choices=["inspect", "convert"])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--out", type=Path, default=None, help="safetensors file that convert writes")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(list(args))
+    if options.action == "inspect":
+        found = inspect(options.file)
+    else:
+        found = convert(options.file, options.out or options.file.with_suffix(".safetensors"))
+    print(json.dumps(found.as_dict(), indent=1) if options.json else "\n".join(found.lines()))
+    return 0 if found.complete else 1

@@ -1,0 +1,43 @@
+"""`extract data`: download the archives, checkpoints and tokenizers that a config needs."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from egopatch.configs.schema import ConfigParser, add_config_arguments, parse_config
+from egopatch.extract.fetch.download import DownloadError
+from egopatch.extract.fetch.lockfile import Lockfile
+from egopatch.extract.fetch.provide import files_as_json, format_files, provide, required_files
+from egopatch.extract.fetch.sources import DEFAULT_SOURCES, load_sources
+from egopatch.extract.fetch.transfer_meter import transfer_meter
+
+
+def main(parser: ConfigParser, args: Sequence[str]) -> int:
+    """Check and download the files; returns 1 if one is missing or wrong."""
+    parser.add_argument("--offline", action="store_true", help="use no network; print which file to put where")
+    parser.add_argument(
+        "--sources",
+        type=Path,
+        default=DEFAULT_SOURCES,
+        help="YAML file of links; its lock file is beside it, that of the default in the current directory",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_config_arguments(parser)
+    config, options = parse_config(parser, args)
+    sources = load_sources(options.sources)
+    lockfile = Lockfile(sources.lock_path)
+    messages = sys.stderr if options.json else sys.stdout
+    try:
+        files = provide(
+            required_files(config, sources),
+            lockfile,
+            offline=options.offline,
+            display=lambda name, size: transfer_meter(name, size, messages),
+            log=lambda line: print(line, file=messages, flush=True),
+        )
+    except DownloadError as error:
+        print(f"{parser.prog}: failed: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(files_as_json(files, lockfile), indent=1) if options.json else format_files(files))
+    return 0 if all(file.good for file in files) else 1

@@ -1,0 +1,36 @@
+"""`extract plan`: the size and duration of a job, or a forecast for a job of any size."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+from jsonargparse.typing import NonNegativeInt, PositiveFloat
+
+from egopatch.configs.schema import ConfigParser, add_config_arguments, parse_config
+from egopatch.extract.planning.forecast import format_forecast
+from egopatch.extract.planning.plan import format_plan, make_forecast, make_plan
+
+
+def main(parser: ConfigParser, args: Sequence[str]) -> int:
+    """Print the plan; returns 1 if the job would be refused."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--probe", type=NonNegativeInt, default=4, help="number of clips to decode and encode to estimate the duration"
+    )
+    parser.add_argument("--clips", type=int | None, help="forecast a job of this many clips, without reading any data")
+    parser.add_argument("--gpus", type=int, default=1, help="number of GPUs in the forecast")
+    parser.add_argument("--cores", type=int, default=8, help="number of cores per GPU in the forecast, for decoding")
+    parser.add_argument(
+        "--clips-per-second",
+        type=PositiveFloat | None,
+        help="encoding rate of one GPU in the forecast; default: the rate measured by earlier jobs on store.path",
+    )
+    add_config_arguments(parser)
+    config, options = parse_config(parser, args)
+    if options.clips is not None:
+        forecast = make_forecast(config, options.clips, options.gpus, options.cores, options.clips_per_second)
+        print(json.dumps(dataclasses.asdict(forecast), indent=1) if options.json else format_forecast(forecast))
+        return 0
+    plan = make_plan(config, options.probe)
+    print(json.dumps(dataclasses.asdict(plan), indent=1) if options.json else format_plan(plan))
+    return 1 if plan.refusals else 0

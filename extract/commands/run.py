@@ -1,0 +1,52 @@
+"""`extract run`: encode every clip and question that is missing from the store."""
+
+import sys
+from collections.abc import Sequence
+
+from egopatch.configs.schema import Config, ConfigError, ConfigParser, add_config_arguments, parse_config
+from egopatch.extract.engines.dispatch import WorkersKilled
+from egopatch.extract.engines.interrupts import REQUEUE, Requeue, requeue_on_signals
+from egopatch.extract.engines.job_slice import Slice
+from egopatch.extract.run import ExtractionResult, extract_features
+from egopatch.extract.worker.device import arithmetic_advice, device_of
+from egopatch.extract.worker.shard_writer import TooManyErrors
+
+
+def main(parser: ConfigParser, args: Sequence[str], retry: bool = False) -> int:
+    """Encode; returns 1 if the work failed, and `REQUEUE` after a scheduler's signal."""
+    parser.add_argument("--shard", default="0/1", metavar="i/N", help="every N-th shard from i on, for job arrays")
+    add_config_arguments(parser)
+    config, options = parse_config(parser, args)
+    try:
+        job_slice = Slice.parse(options.shard)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if advice := arithmetic_advice(config, device_of(config.encoder.device)):
+        print(f"advice: {advice}", flush=True)
+    try:
+        with requeue_on_signals():
+            result = extract_features(config, retry, job_slice)
+    except (TooManyErrors, WorkersKilled) as error:
+        print(f"{parser.prog}: failed: {error}. Committed shards are kept.", file=sys.stderr)
+        return 1
+    except Requeue as notice:
+        print(f"{parser.prog}: interrupted by {notice}; run the same command again to resume", file=sys.stderr)
+        return REQUEUE
+    _report(config, result)
+    return 1 if result.quarantine and not result.clips else 0
+
+
+def _report(config: Config, result: ExtractionResult) -> None:
+    stats = result.stats
+    print(
+        f"{config.store.path}: {result.clips}/{result.planned} clips and {result.texts} questions stored;"
+        f" this run encoded {stats.committed} clips"
+    )
+    if stats.stages.total_s:
+        print(f"time: {stats.stages}")
+    for array, error in result.errors.items():
+        print(f"{array} in {config.store.dtype}: reconstruction error {error:.2%} of their size (worst clip)")
+    for line in stats.skipped:
+        print(f"skipped: {line}")
+    for clip_id, reason in result.quarantine.items():
+        print(f"quarantined {clip_id}: {reason}")

@@ -1,0 +1,31 @@
+"""`extract synth`: render EgoSynth, the synthetic data set."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from egopatch.configs.schema import ConfigParser
+from egopatch.extract.datasets.egosynth.render import render
+from egopatch.extract.progress import meter
+
+
+def main(parser: ConfigParser, args: Sequence[str]) -> int:
+    """Render the set; returns 0."""
+    parser.add_argument("--out", type=Path, required=True, help="folder to write, in EgoTaskQA's layout")
+    parser.add_argument("--clips", type=int, default=1000, help="number of clips, two seconds each")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn")
+    parser.add_argument(
+        "--hard", action="store_true", help="smaller objects, bystanders and clutter; see docs/egosynth.md"
+    )
+    options = parser.parse_args(list(args))
+    with meter("render", options.clips, "clips") as shown:
+        try:
+            render(
+                options.out,
+                clips=options.clips,
+                seed=options.seed,
+                difficulty="hard" if options.hard else "plain",
+                progress=lambda done, total: shown.advance(done - shown.done),
+            )
+        except ValueError as error:
+            parser.error(str(error))
+    return 0

@@ -1,0 +1,34 @@
+"""One job's slice of a store's shards, where several jobs divide them (`--shard i/N`)."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from egopatch.features import ShardWork
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Every `count`-th shard from `index` on; which ones never depends on what is done. The default is all of them."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Slice":
+        """Read `i/N`, counted from 0.
+
+        Raises:
+            ValueError: `text` has another form, or i is not below N.
+        """
+        match = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
+        if not match or int(match[1]) >= int(match[2]):
+            raise ValueError(f"--shard is {text!r}; expected i/N with 0 <= i < N, such as 0/4 for the first of four")
+        return cls(int(match[1]), int(match[2]))
+
+    def of(self, works: Sequence[ShardWork]) -> list[ShardWork]:
+        """The shards among `works` that belong to this slice."""
+        return [work for work in works if work.shard % self.count == self.index]
+
+
+ALL_SHARDS = Slice()

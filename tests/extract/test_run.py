@@ -1,0 +1,37 @@
+"""`extract_features` looks up everything that its config names once and hands it on."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from egopatch.extract.encoders import find_network, open_checkpoint
+from egopatch.extract.fingerprints import video_fingerprint
+from egopatch.extract.run import extract_features
+from egopatch.extract.worker.device import device_of
+from egopatch.extract.worker.job import resolve_job
+from egopatch.features import StoreSpec
+from tests.extract.job import CLIPS, config_of
+
+
+def test_everything_is_resolved_once(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: Counter[str] = Counter()
+
+    def count(function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls[function.__name__] += 1
+            return function(*args, **kwargs)
+
+        return counted
+
+    looked_up = (find_network, device_of, open_checkpoint, video_fingerprint, resolve_job)
+    for function in looked_up:
+        for name, module in list(sys.modules.items()):  # every module that imported it by name
+            if name.startswith("egopatch.") and vars(module).get(function.__name__) is function:
+                monkeypatch.setattr(module, function.__name__, count(function))
+    monkeypatch.setattr(StoreSpec, "for_patches", count(StoreSpec.for_patches))
+    assert extract_features(config_of(bare)).clips == CLIPS
+    assert calls == dict.fromkeys([*(function.__name__ for function in looked_up), "for_patches"], 1)
