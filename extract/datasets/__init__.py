@@ -1,7 +1,8 @@
 """Data sets: annotation files in, clips and questions out.
 
 `records` defines the dataclasses, `parsing` reads files and reports faults by line, each adapter (`egotaskqa`, `jsonl`)
-reads one layout, and `registry` picks the adapter by `data.name`. `egosynth` renders the synthetic set.
+reads one layout, and `registry` picks the adapter by `data.name`. `egosynth` renders the synthetic set. Other packages
+use the names below, and the answer vocabulary in `records`.
 """
 
 from egopatch.extract.datasets.records import PARTS, Clip, Dataset, DatasetError, Question

@@ -1,10 +1,10 @@
-"""EgoTaskQA's annotations, in the layouts they are found in.
+"""EgoTaskQA's annotations, in all layouts in which they are distributed.
 
 As released: `ROOT/qa/{direct,indirect}/formatted_{train,val,test}_qas_encode.json`, `answer_set.txt` beside them, and
 videos `ROOT/qa_videos/INTERVAL.mp4`, where INTERVAL is like `vid|P1|start|end` (the pipes are part of the file name)
-and is the clip's id. `qa_ori/` in place of `qa/` is read too, and both below `Data/`, as EgoVLPv2's authors pack them.
-So are the files of earlier steps of the released preprocessing: `{part}_qas_encode.json` and `{part}_qas.json`. Without
-`answer_set.txt` the answer set is built from the training answers by the released rule.
+and is the clip's id. `qa_ori/` is read in place of `qa/`, and both below `Data/`, as packed by EgoVLPv2's authors.
+The files of earlier steps of the released preprocessing are read too: `{part}_qas_encode.json` and `{part}_qas.json`.
+Without `answer_set.txt` the answer set is built from the training answers by the released rule.
 
 Source: EgoTaskQA (Jia et al., NeurIPS 2022), `baselines/preprocess`.
 """
@@ -36,12 +36,12 @@ def load(root: Path, split: str) -> Dataset:
     """Every clip under `root` and the questions of one split.
 
     Args:
-        root: folder that holds `qa` (or `qa_ori`) and `qa_videos`.
-        split: `direct` or `indirect`. Its three parts must be there; the other split is read where it is present, so
+        root: Folder with `qa` (or `qa_ori`) and `qa_videos`.
+        split: `direct` or `indirect`. Its three parts must be present; the other split is read if it is present, so
             that its clips and texts are part of the same store.
 
     Raises:
-        DatasetError: files are missing or any record is malformed; one line a fault.
+        DatasetError: Files are missing or records are malformed; one line per fault.
     """
     problems: list[str] = []
     questions: dict[str, dict[Part, tuple[Question, ...]]] = {}
@@ -76,7 +76,7 @@ def load(root: Path, split: str) -> Dataset:
 
 
 def annotation_file(root: Path, split: str, part: Part) -> Path | None:
-    """Where the questions of a part are, in the first layout that has them; None if none does."""
+    """File with the questions of a part, in the first layout that has it; None if no layout does."""
     for folder in ANNOTATION_FOLDERS:
         for name in FILE_NAMES:
             path = root / folder / split / name.format(part=part)
@@ -89,7 +89,7 @@ def read_questions(path: Path) -> tuple[Question, ...]:
     """The questions of one annotation file, in its order.
 
     Raises:
-        DatasetError: the file is missing or cut short, or records are malformed or repeat a question_id.
+        DatasetError: The file is missing or truncated, or records are malformed or repeat a question_id.
     """
     problems: list[str] = []
     questions: dict[str, Question] = {}
@@ -110,10 +110,10 @@ def read_answers(folder: Path) -> tuple[str, ...] | None:
     """The answer set of the annotations in `folder`: its `answer_set.txt`, or built from its training answers.
 
     Returns:
-        None where the folder has neither.
+        None if the folder has neither.
 
     Raises:
-        DatasetError: what is there is malformed.
+        DatasetError: The file is malformed.
     """
     if (folder / ANSWER_SET).is_file():
         return _answers(folder, ())
@@ -146,7 +146,7 @@ def _question(record: object) -> Question:
 
 
 def _tags(fields: Any) -> tuple[str, ...]:
-    """`reasoning_type` cut at its dollar signs, or the same built from the single fields."""
+    """`reasoning_type` split at its dollar signs, or the same tags from the single fields."""
     if "reasoning_type" in fields:
         tags = tuple(parsing.text_field(fields, "reasoning_type").split("$"))
     else:
@@ -171,7 +171,7 @@ def _encoded(fields: Any) -> int | None:
 
 
 def _answers(folder: Path, train: Sequence[Question]) -> tuple[str, ...]:
-    """The answer set in `folder`, or without it the one that the released rule builds from its training questions."""
+    """The answer set in `folder`; without a file, the one that the released rule builds from the training questions."""
     path = folder / ANSWER_SET
     if not path.is_file():
         return answer_vocabulary([question.spelling for question in train])
@@ -186,7 +186,7 @@ def _answers(folder: Path, train: Sequence[Question]) -> tuple[str, ...]:
         answer = line.strip()
         if answer in first:
             problems.append(
-                f"{path}:{number}: answer {answer!r} stands on line {first[answer]} too; expected each once"
+                f"{path}:{number}: answer {answer!r} is also on line {first[answer]}; expected each answer once"
             )
         first.setdefault(answer, number)
     if UNKNOWN_ANSWERS[1] not in first:
@@ -217,5 +217,5 @@ def _missing(root: Path, split: str, part: Part) -> str:
     return (
         f"{expected}: no such file; expected EgoTaskQA's {part} questions of the {split} split there "
         f"(or {others}, or in {folders}); check data.root, which is {str(root)!r} "
-        "(python -m extract data fetches EgoTaskQA)"
+        "(python -m extract data downloads EgoTaskQA)"
     )

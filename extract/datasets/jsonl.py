@@ -1,11 +1,11 @@
-"""Your own videos: two files of one JSON object a line.
+"""Your own videos: two files with one JSON object per line.
 
 Clips: `{"clip_id": "kitchen-01", "video": "videos/kitchen.mp4", "start_s": 12.0, "end_s": 17.5}`. `video` is relative
 to the data root; without `start_s` and `end_s` the clip is the whole video.
 
 Questions: `{"question_id": "1", "clip_id": "kitchen-01", "question": "what is opened?", "answer": "fridge",
-"part": "train"}`. `part` is train, val or test. Optional: `form` (`open` or `binary`; without it, yes and no make a
-question binary) and `tags`, a list of strings that results are also reported by.
+"part": "train"}`. `part` is train, val or test. Optional: `form` (`open` or `binary`; by default a question is binary
+if its answer is yes or no) and `tags`, a list of strings by which results are reported too.
 """
 
 import functools
@@ -24,20 +24,20 @@ def load(clips_file: Path, questions_file: Path, root: Path, split: str) -> Data
     """Clips and questions of two files.
 
     Args:
-        clips_file: a clip a line.
-        questions_file: a question a line, with the part it belongs to.
-        root: folder that relative video paths start from.
-        split: name of the tag that the published "All" is counted on; goes into the result unchanged.
+        clips_file: File with one clip per line.
+        questions_file: File with one question per line, with its part.
+        root: Folder that relative video paths start from.
+        split: Tag on which the published "All" is counted; copied into the result.
 
     Raises:
-        DatasetError: a file is missing, a line is malformed, an id is repeated or a question names an unknown clip;
-            one line a fault.
+        DatasetError: A file is missing, a line is malformed, an id is repeated or a question names an unknown clip;
+            one line per fault.
     """
     problems: list[str] = []
     clips: dict[str, Clip] = {}
-    video = functools.cache(root.__truediv__)  # many clips share one
+    video = functools.cache(root.__truediv__)  # many clips share a video
     try:
-        lines = parsing.json_lines(clips_file, "the clips, one JSON object a line (data.clips)")
+        lines = parsing.json_lines(clips_file, "the clips, one JSON object per line (data.clips)")
         for position, clip in parsing.collect(lines, lambda record: _clip(record, video), problems):
             if clip.clip_id in clips:
                 problems.append(f"{position}: clip_id {clip.clip_id!r} is used twice; expected unique ids")
@@ -47,21 +47,21 @@ def load(clips_file: Path, questions_file: Path, root: Path, split: str) -> Data
     questions: dict[Part, list[Question]] = {part: [] for part in PARTS}
     try:
         for position, part, question in _numbered(questions_file, problems):
-            # Questions of a clip whose own line is malformed are listed too: nothing tells them apart.
+            # Questions of a clip whose own line is malformed are listed too, because its id is unknown.
             if question.clip_id not in clips:
                 problems.append(f"{position}: clip_id {question.clip_id!r} is not a clip of {clips_file}; add it there")
             questions[part].append(question)
     except ValueError as error:
         problems.append(str(error))
     if not clips and not problems:
-        problems.append(f"{clips_file}: holds no clip; expected one JSON object a line")
+        problems.append(f"{clips_file}: contains no clip; expected one JSON object per line")
     if problems:
         raise DatasetError(problems)
     return Dataset(
         clips=tuple(clips[clip_id] for clip_id in sorted(clips)),
-        questions={part: tuple(asked) for part, asked in questions.items()},
+        questions={part: tuple(members) for part, members in questions.items()},
         answers=answer_vocabulary([question.spelling for question in questions["train"]]),
-        texts=tuple(sorted({question.text for asked in questions.values() for question in asked})),
+        texts=tuple(sorted({question.text for members in questions.values() for question in members})),
         split=split,
     )
 
@@ -70,7 +70,7 @@ def read_questions(path: Path) -> dict[Part, tuple[Question, ...]]:
     """The questions of a file by part, without their clips.
 
     Raises:
-        DatasetError: the file is missing, a line is malformed or an id is repeated.
+        DatasetError: The file is missing, a line is malformed or an id is repeated.
     """
     problems: list[str] = []
     questions: dict[Part, list[Question]] = {part: [] for part in PARTS}
@@ -81,12 +81,12 @@ def read_questions(path: Path) -> dict[Part, tuple[Question, ...]]:
         problems.append(str(error))
     if problems:
         raise DatasetError(problems)
-    return {part: tuple(asked) for part, asked in questions.items()}
+    return {part: tuple(members) for part, members in questions.items()}
 
 
 def _numbered(path: Path, problems: list[str]) -> Iterator[tuple[str, Part, Question]]:
-    """Position, part and question of every good line; the faults go to `problems`."""
-    lines = parsing.json_lines(path, "the questions, one JSON object a line (data.questions)")
+    """Position, part and question of every well-formed line; faults are added to `problems`."""
+    lines = parsing.json_lines(path, "the questions, one JSON object per line (data.questions)")
     seen: set[str] = set()
     for position, (part, question) in parsing.collect(lines, _question, problems):
         if question.question_id in seen:

@@ -1,4 +1,4 @@
-"""Reading annotation files so that every fault comes out as one line with its file and position."""
+"""Reading annotation files, with every fault reported as one line that names its file and position."""
 
 import difflib
 import json
@@ -20,7 +20,7 @@ def read_text(path: Path, purpose: str) -> str:
     """The text of a UTF-8 file.
 
     Raises:
-        ValueError: the file is absent, unreadable or not UTF-8; the line says what was expected there.
+        ValueError: The file is missing, unreadable or not UTF-8; the message contains `purpose`.
     """
     try:
         with _readable(path, purpose):
@@ -31,7 +31,7 @@ def read_text(path: Path, purpose: str) -> str:
 
 @contextmanager
 def _readable(path: Path, purpose: str) -> Iterator[None]:
-    """What keeps a file from being opened, as a ValueError that says what was expected there."""
+    """Turn errors of opening a file into a ValueError that contains `purpose`."""
     try:
         yield
     except FileNotFoundError:
@@ -41,10 +41,10 @@ def _readable(path: Path, purpose: str) -> Iterator[None]:
 
 
 def read_json_records(path: Path, purpose: str) -> list[Any]:
-    """The list that a JSON file holds.
+    """The list in a JSON file.
 
     Raises:
-        ValueError: as `read_text`; not JSON, with line and column; not a list.
+        ValueError: As `read_text`; the file is not JSON (with line and column), or not a list.
     """
     text = read_text(path, purpose)
     try:
@@ -53,22 +53,22 @@ def read_json_records(path: Path, purpose: str) -> list[Any]:
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}:line {error.lineno} column {error.colno}: not valid JSON ({error.msg}); "
-            "the file may be cut short, fetch it again"
+            "the file may be truncated, download it again"
         ) from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists without end
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or deeply nested lists
         raise ValueError(f"{path}: cannot be parsed as JSON ({error}); expected {purpose}") from None
     if not isinstance(records, list):
-        raise ValueError(f"{path}: holds a JSON {kind(records)}; expected a list of question records")
+        raise ValueError(f"{path}: contains a JSON {kind(records)}; expected a list of question records")
     return records
 
 
 def json_lines(path: Path, purpose: str) -> Iterator[tuple[str, Any]]:
-    """Position (`FILE:LINE`) and value of every line that is not blank; a line that is not JSON gives its ValueError.
+    """Position (`FILE:LINE`) and value of every line that is not blank; the value of a malformed line is a ValueError.
 
-    Read line by line: there may be millions.
+    The file is read line by line, because it may have millions.
 
     Raises:
-        ValueError: the file is absent or unreadable; the line says what was expected there.
+        ValueError: The file is missing or unreadable; the message contains `purpose`.
     """
     with _readable(path, purpose), path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -90,7 +90,7 @@ def _json_line(line: bytes, encoding: str) -> Any:
 def collect(
     records: Iterator[tuple[str, Any]], parse: Callable[[Any], T], problems: list[str]
 ) -> Iterator[tuple[str, T]]:
-    """`parse` every record; a ValueError becomes the line `position: reason` in `problems` and the rest goes on."""
+    """`parse` every record; a ValueError is added to `problems` as `position: reason`, and the record is skipped."""
     for position, record in records:
         try:
             if isinstance(record, ValueError):
@@ -101,7 +101,7 @@ def collect(
 
 
 def kind(value: object) -> str:
-    """JSON's own word for a value's type, for messages."""
+    """JSON's name for the type of a value, for messages."""
     if value is None:
         return "null"
     names = {bool: "boolean", int: "number", float: "number", str: "string", list: "list", dict: "object"}
@@ -109,9 +109,9 @@ def kind(value: object) -> str:
 
 
 def as_object(record: object, allowed: Collection[str] | None = None) -> Mapping[str, Any]:
-    """`record` as a JSON object; with `allowed`, other keys are refused with the nearest valid name."""
+    """`record` as a JSON object; keys that are not in `allowed` are refused with the nearest valid name."""
     if not isinstance(record, dict):
-        raise ValueError(f"holds a {kind(record)}; expected an object")
+        raise ValueError(f"contains a {kind(record)}; expected an object")
     for key in record:
         if allowed is not None and key not in allowed:
             close = difflib.get_close_matches(key, allowed, n=1)
@@ -141,7 +141,7 @@ def id_field(record: Mapping[str, Any], key: str) -> str:
 
 
 def clip_id_field(record: Mapping[str, Any], key: str) -> str:
-    """A clip id that is safe to build file names from."""
+    """A clip id that is safe as a file name."""
     value = text_field(record, key)
     if "/" in value or "\\" in value or value in (".", "..") or not value.isprintable():
         raise ValueError(f"{key!r} is {value!r}; expected a name without slashes and control characters")
@@ -151,7 +151,7 @@ def clip_id_field(record: Mapping[str, Any], key: str) -> str:
 
 
 def seconds_field(record: Mapping[str, Any], key: str) -> float | None:
-    """A finite number of seconds, or None when absent or null."""
+    """A finite number of seconds; None if the key is missing or null."""
     value = record.get(key)
     if value is None:
         return None
@@ -161,7 +161,7 @@ def seconds_field(record: Mapping[str, Any], key: str) -> float | None:
 
 
 def texts_field(record: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    """A list of strings; a single string counts as a list of one, an absent key as an empty one."""
+    """A list of strings; a single string counts as a list of one, a missing key as an empty list."""
     value = record.get(key)
     if value is None:
         return ()

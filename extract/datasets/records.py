@@ -1,4 +1,4 @@
-"""What an adapter hands on: clips, questions, the answer vocabulary, and the one error that lists all faults."""
+"""The result of every adapter: clips, questions and the answer vocabulary; and the error that lists all faults."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import Literal
 Part = Literal["train", "val", "test"]
 PARTS: tuple[Part, ...] = ("train", "val", "test")
 
-# The released answer set starts with two unknowns; an answer outside the set is scored as the second one.
+# The released answer set starts with two unknown answers; an answer outside the set is scored as the second one.
 UNKNOWN_ANSWERS = ("<UNK0>", "<UNK1>")
 MAX_ANSWERS = 4000
 
@@ -19,8 +19,8 @@ class DatasetError(ValueError):
     """Annotations that cannot be used.
 
     Attributes:
-        problems: one line a fault, `file:position: what is wrong`, in the order of the files. The message is all of
-            them, a line each.
+        problems: One line per fault, `file:position: what is wrong`, in the order of the files. The message consists
+            of these lines.
     """
 
     def __init__(self, problems: Iterable[str]):
@@ -33,10 +33,10 @@ class Clip:
     """A stretch of video, one row of a store.
 
     Attributes:
-        clip_id: unique name.
-        video: file that holds it; it need not exist until its frames are asked for.
-        start_s: first second of the stretch; None is the video's start.
-        end_s: last second; None is the video's end.
+        clip_id: Unique name.
+        video: Video file; it need not exist until its frames are read.
+        start_s: First second of the clip; None is the video's start.
+        end_s: Last second of the clip; None is the video's end.
     """
 
     clip_id: str
@@ -56,18 +56,18 @@ class Clip:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of one clip.
+    """A question about one clip.
 
     Attributes:
-        question_id: unique within its part.
-        clip_id: the clip it is asked of.
-        text: the question as written.
-        answer: lower-cased, spaces stripped.
-        form: `binary` is EgoTaskQA's structural `verify` (yes or no), `open` all else.
-        tags: reasoning types, in the order of the file.
-        encoded: the class that the annotation file itself gives the answer, where it gives one. The released files
-            encode some answers of val and test as unknown only because they hold capital letters.
-        written: the answer in the file's own spelling, spaces stripped; None where that is `answer`.
+        question_id: Id, unique within its part.
+        clip_id: Id of the clip.
+        text: The question as written.
+        answer: The answer in lower case, without surrounding spaces.
+        form: `binary` for EgoTaskQA's structural type `verify` (yes or no), `open` for all others.
+        tags: Reasoning types, in the order of the file.
+        encoded: Class of the answer in the annotation file, if it has one. The released files encode some answers of
+            val and test as unknown only because they contain capital letters.
+        written: The answer in the file's own spelling, without surrounding spaces; None if that equals `answer`.
     """
 
     question_id: str
@@ -81,7 +81,7 @@ class Question:
 
     @property
     def spelling(self) -> str:
-        """The answer as the file spells it."""
+        """The answer in the file's own spelling."""
         return self.answer if self.written is None else self.written
 
 
@@ -90,11 +90,11 @@ class Dataset:
     """Clips and questions of one experiment.
 
     Attributes:
-        clips: of every split that is present, sorted by clip_id, so that one store serves all splits.
-        questions: of the configured split, by part.
-        answers: the answer vocabulary; the index is the class.
-        texts: unique question texts of every split that is present, sorted.
-        split: the configured split.
+        clips: Clips of every split that is present, sorted by clip_id, so that one store serves all splits.
+        questions: Questions of the configured split, by part.
+        answers: Answer vocabulary; the index is the class.
+        texts: Unique question texts of every split that is present, sorted.
+        split: The configured split.
     """
 
     clips: tuple[Clip, ...]
@@ -108,19 +108,19 @@ class Dataset:
         return {answer: index for index, answer in enumerate(self.answers)}
 
     def class_of(self, answer: str) -> int:
-        """Class of an answer in any spelling; one outside the vocabulary gets the class of `<UNK1>`."""
+        """Class of an answer in any spelling; an answer outside the vocabulary has the class of `<UNK1>`."""
         return self._classes.get(answer.strip().lower(), self._classes[UNKNOWN_ANSWERS[1]])
 
 
 def answer_vocabulary(train_answers: Sequence[str], limit: int = MAX_ANSWERS) -> tuple[str, ...]:
-    """The answer set by EgoTaskQA's released rule, for annotations that come without `answer_set.txt`.
+    """The answer set by EgoTaskQA's released rule, for annotations without `answer_set.txt`.
 
-    Two unknowns, then the `limit` most frequent training answers, lower-cased. As released, frequencies are counted
-    before lower-casing and ties keep the order of first appearance.
+    Two unknown answers, then the `limit` most frequent training answers in lower case. As in the released code,
+    frequencies are counted before lower-casing and ties keep the order of first appearance.
 
     Args:
-        train_answers: as the file spells them.
-        limit: how many are kept.
+        train_answers: Training answers in the file's own spelling.
+        limit: Number of answers to keep.
 
     Source: EgoTaskQA, `baselines/preprocess/preprocess_vocab.py`.
     """

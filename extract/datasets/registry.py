@@ -1,4 +1,4 @@
-"""Annotations in, clips and questions out. One adapter a file; `load_dataset` picks it by name."""
+"""The adapters of data sets by name, one file each."""
 
 from egopatch.configs.schema import DataConfig
 from egopatch.extract.datasets import egotaskqa, jsonl
@@ -6,10 +6,10 @@ from egopatch.extract.datasets.records import Dataset
 
 
 def load_dataset(data: DataConfig) -> Dataset:
-    """Clips, questions and the answer vocabulary that `data` describes. Opens no video.
+    """Read the clips, questions and answer vocabulary of a data set. No video is opened.
 
     Raises:
-        DatasetError: annotation files are missing or malformed; one line a fault, with file and position.
+        DatasetError: Annotation files are missing or malformed; one line per fault, with file and position.
     """
     if data.name == "jsonl":
         return jsonl.load(data.root / data.clips, data.root / data.questions, data.root, data.split)

@@ -1,7 +1,7 @@
-"""Decoding in child processes that can be killed, because a damaged video may hang or exhaust its decoder.
+"""Decoding in child processes that can be killed, because a damaged video may hang its decoder or exhaust memory.
 
-Each child decodes and transforms one clip at a time under a time limit and a memory limit. Only the finished tensor
-comes back, so that resizing is spread over the children too.
+Each child decodes and transforms one clip at a time, under a time limit and a memory limit. It returns only the
+finished tensor, so that resizing is spread over the children too.
 """
 
 import functools
@@ -31,11 +31,11 @@ from egopatch.extract.datasets import Clip
 from egopatch.extract.video.container import FrameIndexes, VideoError
 from egopatch.extract.video.frames import read_frames
 from egopatch.extract.video.orphans import end_with_parent
-from egopatch.extract.video.transforms import PUBLISHED, Transform, to_input
+from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform, to_input
 
 GIB = 1024**3
-LOOK_S = 0.02
-OUT_OF_MEMORY = 117  # exit code of a child that its own watch ended
+MEMORY_POLL_S = 0.02
+OUT_OF_MEMORY = 117  # exit code of a child that ended itself because it used too much memory
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class PreparedClip:
     """A clip ready for the encoder.
 
     Attributes:
-        clip: which.
+        clip: The clip.
         frames: [T, 3, S, S] float32, normalised.
         timestamps: [T] float32, seconds from the clip's start.
         source: SHA-256 of the video file.
-        seconds: that the child spent on it.
+        seconds: Time that the child spent on the clip.
     """
 
     clip: Clip
@@ -59,7 +59,7 @@ class PreparedClip:
 
 @dataclass(frozen=True)
 class UndecodedClip:
-    """A clip that could not be decoded: one line of reason, and the traceback where there is one."""
+    """A clip that could not be decoded: the reason in one line, and the traceback if there is one."""
 
     clip: Clip
     reason: str
@@ -70,9 +70,9 @@ class DecodePool:
     """Child processes that turn clips into tensors; use it as a context manager.
 
     Args:
-        video: frames, size, limits.
-        workers: children.
-        prepare: what a child does with one clip.
+        video: Number and size of frames, and limits.
+        workers: Number of child processes.
+        prepare: Function that a child calls for each clip.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class DecodePool:
         self._video = video
         self._workers = workers
         self._prepare = prepare or prepare_clip
-        # spawn: a forked child would inherit the threads and locks of torch and of CUDA in an unknown state.
+        # spawn, because a forked child would inherit torch's and CUDA's threads and locks in an unknown state.
         self._pool = ProcessPool(
             max_workers=workers,
             initializer=_start_child,
@@ -100,10 +100,10 @@ class DecodePool:
         self._pool.join()
 
     def map(self, clips: Iterable[Clip], ahead: int | None = None) -> Iterator[PreparedClip | UndecodedClip]:
-        """Decode `clips`, in order, at most `ahead` of the caller so that memory stays flat."""
+        """Decode `clips` in order, at most `ahead` clips before the caller needs them, so that memory stays flat."""
         waiting: deque[tuple[Clip, ProcessFuture]] = deque()
         upcoming = iter(clips)
-        # By default two for each child: one in work and one finished or waiting.
+        # By default two for each child: one in progress, and one finished or waiting.
         for clip in islice(upcoming, ahead or 2 * self._workers):
             waiting.append((clip, self._submit(clip)))
         while waiting:
@@ -139,11 +139,11 @@ class DecodePool:
         return f"video {clip.video} took over {limit:g} GB of memory to decode (video.memory_gb)"
 
 
-def prepare_clip(clip: Clip, video: VideoConfig, transform: Transform = PUBLISHED) -> PreparedClip:
+def prepare_clip(clip: Clip, video: VideoConfig, transform: Transform = EGOVLP_TRANSFORM) -> PreparedClip:
     """Decode and transform one clip in this process.
 
     Raises:
-        VideoError: as `extract.video.frames.read_frames`.
+        VideoError: As `extract.video.frames.read_frames`.
     """
     started = time.perf_counter()
     decoded = read_frames(clip, video, _indexes())
@@ -153,7 +153,7 @@ def prepare_clip(clip: Clip, video: VideoConfig, transform: Transform = PUBLISHE
     return PreparedClip(clip, frames.numpy(), decoded.timestamps, source, time.perf_counter() - started)
 
 
-# Both are kept for a process: many clips come from one long video.
+# Both are cached per process, because many clips come from one long video.
 @functools.cache
 def _indexes() -> FrameIndexes:
     return FrameIndexes()
@@ -168,21 +168,21 @@ def _file_sha256(path: Path, size: int, mtime_ns: int) -> str:
 
 def _start_child(memory_gb: float) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
-    for number in (signal.SIGINT, signal.SIGUSR1):  # the parent's to handle; SIGTERM is how it ends a child
+    for number in (signal.SIGINT, signal.SIGUSR1):  # the parent handles them; it ends a child with SIGTERM
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     limit = int(memory_gb * GIB)
-    threading.Thread(target=_end_over, args=(psutil.Process().memory_info().rss + limit,), daemon=True).start()
-    # The system's own limit stands behind that, for what grows faster than one can look. Under it FFmpeg fails in ways
-    # that do not tell the cause, so it is the wider one; and it counts data, not the address space of idle threads.
+    threading.Thread(target=_exit_above, args=(psutil.Process().memory_info().rss + limit,), daemon=True).start()
+    # The system's own limit catches growth that is faster than the polling. FFmpeg fails there without naming the
+    # cause, so it is the wider of the two; it counts data, not the address space of idle threads.
     hard = psutil.Process().memory_info().data + 2 * limit
     resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
 
 
-def _end_over(limit: int) -> None:
+def _exit_above(limit: int) -> None:
     process = psutil.Process()
     while process.memory_info().rss <= limit:
-        time.sleep(LOOK_S)
+        time.sleep(MEMORY_POLL_S)
     os._exit(OUT_OF_MEMORY)
 
 

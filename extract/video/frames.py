@@ -1,4 +1,4 @@
-"""Video file -> the T frames of a clip, chosen by a rule that gives the same frames every time."""
+"""Video file -> the T frames of a clip, chosen by a deterministic rule."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
 from egopatch.extract.video.container import FrameIndex, FrameIndexes, VideoError, open_video
 
-# Frame rates whose gaps differ by less than this share of a frame are constant; containers round timestamps.
+# A frame rate is constant if its gaps differ by less than this share of a frame; containers round timestamps.
 CONSTANT_RATE_TOLERANCE = 0.25
 
 
@@ -35,9 +35,9 @@ class DecodedClip:
 def uniform_indices(count: int, frames: int) -> NDArray[np.int64]:
     """Middle frame of each of `frames` equal spans of `count` frames: int64 [frames], rising.
 
-    The published evaluation rule: span i is [b_i, b_{i+1}) with b = linspace(0, count, frames + 1) cut to int, and its
-    frame is (first + last) // 2. With fewer frames than spans some spans are empty; then each takes the frame that
-    lies under its centre, so that the nearest frames repeat.
+    The published evaluation rule: span i is [b_i, b_{i+1}) with b = linspace(0, count, frames + 1) truncated to int,
+    and its frame is (first + last) // 2. With fewer frames than spans some spans are empty; every span then takes the
+    frame at its centre, so that the nearest frames repeat.
     """
     if count >= frames:
         bounds = np.linspace(0, count, frames + 1).astype(np.int64)
@@ -47,11 +47,11 @@ def uniform_indices(count: int, frames: int) -> NDArray[np.int64]:
 
 
 def uniform_by_time(starts_s: NDArray[np.float64], end_s: float, frames: int) -> NDArray[np.int64]:
-    """The same rule where the frame rate varies: the frame on screen in the middle of each of `frames` equal spans.
+    """The same rule for a variable frame rate: the frame on screen in the middle of each of `frames` equal spans.
 
     Args:
         starts_s: [count] time at which each frame appears, rising.
-        end_s: time at which the last one disappears.
+        end_s: Time at which the last frame disappears.
         frames: T.
 
     Returns:
@@ -62,24 +62,24 @@ def uniform_by_time(starts_s: NDArray[np.float64], end_s: float, frames: int) ->
 
 
 def read_frames(clip: Clip, video: VideoConfig, indexes: FrameIndexes | None = None) -> DecodedClip:
-    """Decode the frames of `clip`; `indexes` remembers which ones its video has, for other clips of it.
+    """Decode the frames of `clip`; `indexes` remembers the frame index of its video for other clips.
 
-    Runs FFmpeg in this process: a damaged file may hang it, so the extraction job calls this in a killable child
-    (`extract.video.decode`).
+    FFmpeg runs in this process, where a damaged file may make it hang; jobs therefore call this function in a child
+    process that can be killed (`extract.video.decode`).
 
     Raises:
-        VideoError: the file is missing, not readable, empty, not a video, damaged or cut off within the clip, has no
+        VideoError: The file is missing, unreadable, empty, not a video, damaged or truncated within the clip, has no
             frame there, or has fewer than `video.frames` and `video.short` is `quarantine`.
     """
     with open_video(clip.video, indexes) as file:
         rows = _rows_within(clip, file.index)
-        chosen = rows[_choose(clip, file.index, rows, video)]
+        chosen = rows[_positions(clip, file.index, rows, video)]
         frames = file.pixels(chosen)
         starts_s = file.index.starts_s
     start_s = starts_s[rows[0]] if clip.start_s is None else clip.start_s
     timestamps = (starts_s[chosen] - start_s).astype(np.float32)
     missing = video.frames - len(chosen)
-    if missing > 0:  # video.short is zeros: black frames at the end, as the published loader pads
+    if missing > 0:  # video.short is zeros: black frames at the end, as in the published loader
         frames = np.concatenate([frames, np.zeros((missing, *frames.shape[1:]), np.uint8)])
         timestamps = np.concatenate([timestamps, np.repeat(timestamps[-1:], missing)])
     return DecodedClip(frames, timestamps)
@@ -90,8 +90,8 @@ def _rows_within(clip: Clip, index: FrameIndex) -> NDArray[np.int64]:
     end = np.inf if clip.end_s is None else clip.end_s
     if index.damage and end > index.end_s:
         raise VideoError(
-            f"video {clip.video} is cut off at {index.end_s:.3f} s ({index.damage}), before clip {clip.clip_id} ends;"
-            " fetch it again"
+            f"video {clip.video} is truncated at {index.end_s:.3f} s ({index.damage}), before the end of clip"
+            f" {clip.clip_id}; download it again"
         )
     rows = np.flatnonzero((index.starts_s >= start) & (index.starts_s < end))
     if len(rows) == 0:
@@ -102,12 +102,12 @@ def _rows_within(clip: Clip, index: FrameIndex) -> NDArray[np.int64]:
     return rows
 
 
-def _choose(clip: Clip, index: FrameIndex, rows: NDArray[np.int64], video: VideoConfig) -> NDArray[np.int64]:
-    """Places in `rows`, the clip's frames."""
+def _positions(clip: Clip, index: FrameIndex, rows: NDArray[np.int64], video: VideoConfig) -> NDArray[np.int64]:
+    """Positions in `rows`, the clip's frames, of the frames to decode."""
     count = len(rows)
     if count < video.frames:
         if video.short == "quarantine":
-            raise VideoError(f"clip {clip.clip_id} has {count} frames; video.frames asks for {video.frames}")
+            raise VideoError(f"clip {clip.clip_id} has {count} frames; video.frames requires {video.frames}")
         if video.short == "zeros":
             return np.arange(count)
         return uniform_indices(count, video.frames)

@@ -1,4 +1,4 @@
-"""Frames -> the normalised tensor that a network was trained on, without torchvision."""
+"""Frames -> the normalised tensor that a network expects, without torchvision."""
 
 from dataclasses import dataclass
 
@@ -11,13 +11,13 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Transform:
-    """What a network is shown of a frame. All resampling is bilinear without antialiasing, as published.
+    """How frames are resized, cropped and normalised. All resampling is bilinear without antialiasing, as published.
 
     Attributes:
-        name: part of a store's fingerprint; change it with the arithmetic.
-        short_side: to which the frame is resized first; None leaves it.
-        share: of the short side, the side of the centre square that is then cropped and resized to the input size.
-        mean, std: of R, G and B in [0, 1], for the normalisation.
+        name: Name in the store's fingerprint; it must change whenever the arithmetic changes.
+        short_side: Length to which the short side is resized first; None keeps it.
+        share: Side of the centre square that is cropped, as a share of the short side.
+        mean, std: Mean and standard deviation of R, G and B in [0, 1].
     """
 
     name: str
@@ -28,37 +28,37 @@ class Transform:
 
 
 # The evaluation transform of EgoVLP and EgoVLPv2.
-PUBLISHED = Transform(
+EGOVLP_TRANSFORM = Transform(
     "resize256-bilinear centercrop256 resize imagenet", 256, 1.0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 )
 
 
-def crop_and_resize(frames: NDArray[np.uint8], size: int, transform: Transform = PUBLISHED) -> Tensor:
-    """What the network looks at, before normalisation.
+def crop_and_resize(frames: NDArray[np.uint8], size: int, transform: Transform = EGOVLP_TRANSFORM) -> Tensor:
+    """Resize and crop frames, without normalisation.
 
     Args:
         frames: [T, H, W, 3] uint8.
-        size: side of the result in pixels.
-        transform: of the network.
+        size: Side of the result in pixels.
+        transform: Transform of the network.
 
     Returns:
         float32 [T, 3, size, size] in [0, 1].
     """
-    # Copied into channel-first order first: interpolation is several times slower on a strided view.
+    # Copied to channel-first order first, because interpolation is several times slower on a strided view.
     pixels_tchw = torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2))).float().div_(255)
     height, width = pixels_tchw.shape[-2:]
     if transform.short_side is not None:
-        # The short side is exact and the long one is cut down, as torchvision's Resize(int) does.
+        # The short side is exact and the long side is rounded down, as in torchvision's Resize(int).
         short = transform.short_side
         target = (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
         pixels_tchw = _resize(pixels_tchw, target)
     side = round(transform.share * min(pixels_tchw.shape[-2:]))
-    # torchvision's CenterCrop rounds half to even.
+    # Rounds half to even, as torchvision's CenterCrop.
     top, left = (round((extent - side) / 2.0) for extent in pixels_tchw.shape[-2:])
     return _resize(pixels_tchw[..., top : top + side, left : left + side], (size, size))
 
 
-def to_input(frames: NDArray[np.uint8], size: int, transform: Transform = PUBLISHED) -> Tensor:
+def to_input(frames: NDArray[np.uint8], size: int, transform: Transform = EGOVLP_TRANSFORM) -> Tensor:
     """[T, H, W, 3] uint8 -> normalised float32 [T, 3, size, size]."""
     mean = torch.tensor(transform.mean).view(3, 1, 1)
     std = torch.tensor(transform.std).view(3, 1, 1)

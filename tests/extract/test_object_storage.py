@@ -47,8 +47,8 @@ def test_extract_kill_resume_verify_fit(
         here, there = open_store(made / "store" / half), open_store(parse_location(url) / half)
         ids = here.clip_ids
         assert there.clip_ids == ids
-        assert there._catalog.records(ids) == here._catalog.records(ids)  # every row's checksums among it
-        assert there._catalog.ledger.files == here._catalog.ledger.files
+        assert there.catalog.clip_records(ids) == here.catalog.clip_records(ids)  # every row's checksums among it
+        assert there.catalog.ledger.files == here.catalog.ledger.files
 
     scores = []
     for name, path, residency in (("here", made / "store", "ram"), ("ram", url, "ram"), ("disk", url, "disk")):
@@ -77,7 +77,7 @@ def test_two_jobs_at_once_write_what_one_writes(made: Path, bucket: str) -> None
     for half in ("", "text"):
         here, there = open_store(made / "store" / half), open_store(parse_location(url) / half)
         assert there.clip_ids == here.clip_ids
-        assert there._catalog.records(here.clip_ids) == here._catalog.records(here.clip_ids)
+        assert there.catalog.clip_records(here.clip_ids) == here.catalog.clip_records(here.clip_ids)
     assert sum(done["committed"] for done in read_jobs(url)) == CLIPS
     assert features(["verify", url]) == 0
 

@@ -125,7 +125,7 @@ def test_bad_clips_anywhere_in_a_shard(store: Store, run: Callable[..., JobStats
 def test_one_bad_clip_too_many_stops_the_job(store: Store, run: Callable[..., JobStats]) -> None:
     with pytest.raises(TooManyErrors, match=r"clips in quarantine: 6, engine\.max_errors allows 4; the first is clip0"):
         run(Encoder(), Decoders(frozenset(IDS[:6])))
-    store.refresh()
+    store.catalog.refresh()
     assert not set(IDS[8:]) & set(store.clip_ids)
     assert not list((store.path / "leases").glob("*.json"))
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from egopatch.extract.video.transforms import PUBLISHED, crop_and_resize, to_input
+from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, crop_and_resize, to_input
 
 # Two resamplings with float32 coordinates: 2 x 256 pixels x 2^-23, times the steepest step of noise, 1 / 0.224.
 ROUNDING = 2 * 256 * 2**-23 / 0.224
@@ -33,7 +33,7 @@ def test_matches_the_published_transform(height: int, width: int) -> None:
     top, left = round((tall - 256) / 2), round((wide - 256) / 2)
     for frame, result in zip(frames, to_input(frames, 224), strict=True):
         resized = bilinear(frame / 255, tall, wide)[top : top + 256, left : left + 256]
-        expected = (bilinear(resized, 224, 224) - PUBLISHED.mean) / PUBLISHED.std
+        expected = (bilinear(resized, 224, 224) - EGOVLP_TRANSFORM.mean) / EGOVLP_TRANSFORM.std
         np.testing.assert_allclose(result.permute(1, 2, 0), expected, atol=ROUNDING)
 
 

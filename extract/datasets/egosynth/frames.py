@@ -1,12 +1,12 @@
-"""EgoSynth, what it looks like: a scene drawn frame by frame.
+"""EgoSynth's pictures: a scene drawn frame by frame.
 
-A grey table under a wall of clutter, small coloured objects, the person's light hand from below and the other person's
-dark hand from a side. The camera sways. What tells an action apart is at the hand, within a patch or two: a lifted
-object is larger and throws a shadow, a moved one is held between fingers, an opened one has its lid beside it.
+A grey table below a wall of clutter, small coloured objects, the person's light hand from below and the other person's
+dark hand from a side. The camera sways. An action can be recognised at the hand, within one or two patches: a lifted
+object is larger and casts a shadow, a moved one is held between fingers, an opened one has its lid beside it.
 
-The hard setting has smaller things, a hand that has not arrived yet at what it will touch next, neutral pieces on the
-table, and people behind it. Their hands look like the person's and handle things in the objects' own colours; only
-where they are, and that their arms come from above, tells them apart.
+The hard setting has smaller objects, a hand that has not yet arrived at the object it will touch next, neutral pieces
+on the table, and people behind it. Their hands look like the person's and handle things in the objects' colours; only
+their position, and arms that come from above, distinguish them.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ SHADOW = (16, 18, 22)
 
 # Height of the wall above the table, in cells of the 7x7 grid.
 WALL_ROWS = 1.6
-# How far up bystanders' hands may be, and how many things each of them handles, one after the other.
+# Range of heights of bystanders' hands, and the number of things that each of them handles, one after the other.
 BYSTANDER_ROWS = (0.5, 1.1)
 BYSTANDER_TOUCHES = 3
 # From dark to light.
@@ -40,7 +40,7 @@ PIECE_SHADES = (60, 200)
 
 
 def frames(scene: Scene, count: int, size: int) -> Iterator[np.ndarray]:
-    """The clip's `count` frames, uint8 [size, size, 3] each."""
+    """The `count` frames of a clip, uint8 [size, size, 3] each."""
     rng, setting = rng_of(scene.seed, scene.index, 1), scene.setting
     margin = int(np.ceil(setting.sway * size / GRID)) + 1
     background = _background(rng, size + 2 * margin)
@@ -61,7 +61,7 @@ def frames(scene: Scene, count: int, size: int) -> Iterator[np.ndarray]:
 
 @dataclass(frozen=True)
 class _Bystander:
-    """Somebody behind the table: the touches' ends as shares of the clip, and each one's place and colour."""
+    """A person behind the table: the end of each touch as a share of the clip, and its place and colour."""
 
     sleeve: Colour
     ends: tuple[float, ...]
@@ -73,7 +73,7 @@ class _Bystander:
 
 @dataclass(frozen=True)
 class _Crowd:
-    """What the hard setting adds: a colour of the person's sleeve, pieces on the table (x, y, colour), and people."""
+    """Additions of the hard setting: colour of the person's sleeve, pieces on the table (x, y, colour), and people."""
 
     sleeve: Colour
     pieces: tuple[tuple[float, float, Colour], ...]
@@ -111,7 +111,7 @@ class _Canvas:
 
 
 def _background(rng: np.random.Generator, side: int) -> Image.Image:
-    """Wall with clutter above, table below, a little grain on both."""
+    """Wall with clutter above, table below, and light grain on both."""
     image = Image.new("RGB", (side, side), TABLE)
     draw = ImageDraw.Draw(image)
     cell = side / GRID
@@ -224,7 +224,7 @@ def _draw_arm(
     skin: Colour,
     short: float = 0.0,
 ) -> None:
-    """A sleeve from the picture's edge to the object, and the hand around the object, or `short` of it."""
+    """A sleeve from the picture's edge to the object, and a hand around the object, or `short` cells before it."""
     x, y = _top(thing)
     way = np.array(entry) - (x, y)
     x, y = (float(axis) for axis in (x, y) + way * min(1.0, short / float(np.linalg.norm(way))))
@@ -240,7 +240,7 @@ def _draw_under(canvas: _Canvas, thing: Thing) -> None:
 
 
 def _draw_grip(canvas: _Canvas, thing: Thing, action: Action | None) -> None:
-    """What the hand does, on top of the object."""
+    """The hand's action, drawn on top of the object."""
     (x, y), scale = _top(thing), canvas.scale
     if action == "open":
         canvas.disc(x + 0.6 * scale, y - 0.6 * scale, 0.34, 0.34, LID)
@@ -253,5 +253,5 @@ def _draw_grip(canvas: _Canvas, thing: Thing, action: Action | None) -> None:
 
 
 def _top(thing: Thing) -> tuple[float, float]:
-    """Where an object is seen: a lifted one comes up by a quarter of a cell."""
+    """Position at which an object is drawn: a lifted one is a quarter of a cell higher."""
     return thing.x, thing.y - 0.25 * thing.height

@@ -1,7 +1,7 @@
-"""EgoSynth, what is asked: questions from the event log in EgoTaskQA's vocabulary, and its two splits.
+"""EgoSynth's questions: generated from the event log in EgoTaskQA's vocabulary, and divided into its two splits.
 
-Every family of questions is drawn so that the text alone says next to nothing about the answer: objects, actions,
-places and states are uniform, and verify-questions are yes as often as no.
+Every family of questions is drawn so that the text alone reveals almost nothing about the answer: objects, actions,
+places and states are uniform, and verify questions are answered yes as often as no.
 
 A *direct* question names an object ("the red box"), an *indirect* one describes it by what happens to it ("the object
 that the person touches first"). The splits follow the released rules. Direct: all questions, 3:1:1 into train, test
@@ -51,7 +51,7 @@ CHANGES = {
     "open": "from closed to open",
     "close": "from open to closed",
 }
-# Each touch of the person's with the one that comes after it.
+# Each of the person's touches with the touch that follows it.
 FOLLOWS: tuple[tuple[Slot, Slot], ...] = (("first", "second"), ("second", "next"))
 HOI_PROGRAM = "query([hoi], iterate_until("
 
@@ -60,7 +60,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Draft:
-    """A question before it gets its number."""
+    """A question without its number."""
 
     text: str
     answer: str
@@ -72,7 +72,7 @@ class Draft:
     program: str
 
     def record(self, question_id: int, video_id: int, interval: str) -> dict[str, Any]:
-        """The question as EgoTaskQA's files have it, without `answer_encode`."""
+        """The question as a record of EgoTaskQA's files, without `answer_encode`."""
         return {
             "question": self.text[0].upper() + self.text[1:],
             "answer": self.answer,
@@ -102,23 +102,21 @@ def drafts(scene: Scene, count: int) -> list[Draft]:
 
 
 def split_direct(records: Sequence[Record], rng: np.random.Generator) -> dict[Part, list[Record]]:
-    """All questions, 3:1:1 into train, test and val, each answer by itself."""
-    return _shared_out(records, {"train": 3, "val": 1, "test": 1}, rng)
+    """All questions, 3:1:1 into train, test and val, separately for each answer."""
+    return _divide(records, {"train": 3, "val": 1, "test": 1}, rng)
 
 
 def split_indirect(records: Sequence[Record], rng: np.random.Generator) -> dict[Part, list[Record]]:
-    """Direct and action questions to train; all other indirect ones 1:1 into test and val, each answer by itself."""
+    """Direct and action questions into train; the others 1:1 into test and val, separately for each answer."""
 
     def trains(record: Record) -> bool:
         return record["reference"] == "direct" or record["program"].startswith(HOI_PROGRAM)
 
-    parts = _shared_out([r for r in records if not trains(r)], {"val": 1, "test": 1}, rng)
+    parts = _divide([r for r in records if not trains(r)], {"val": 1, "test": 1}, rng)
     return {"train": [record for record in records if trains(record)], **parts}
 
 
-def _shared_out(
-    records: Sequence[Record], ratios: dict[Part, int], rng: np.random.Generator
-) -> dict[Part, list[Record]]:
+def _divide(records: Sequence[Record], ratios: dict[Part, int], rng: np.random.Generator) -> dict[Part, list[Record]]:
     by_answer: dict[str, list[Record]] = {}
     for record in records:
         by_answer.setdefault(record["answer"], []).append(record)
@@ -179,7 +177,7 @@ def _untouched_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
 
 
 def _touch(scene: Scene, rng: np.random.Generator) -> Draft:
-    """Yes: the slot's own object. No: the object of another slot, so that a hand is always at it."""
+    """Yes: the slot's own object. No: the object of another slot, so that there is always a hand at the object."""
     slot = _any(rng, SLOTS)
     yes = bool(rng.integers(2))
     other = _any(rng, [s for s in SLOTS if s != slot])
@@ -198,7 +196,7 @@ def _touch_without(scene: Scene, rng: np.random.Generator) -> Draft:
 
 
 def _after(scene: Scene, rng: np.random.Generator) -> Draft:
-    """The touch after the one of a named object."""
+    """The touch that follows the touch of a named object."""
     before, slot = _any(rng, FOLLOWS)
     text = f"which object does the person go to after the {scene.event(before).name}?"
     name = scene.event(slot).name
@@ -315,8 +313,8 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-# Shares of the families of questions in the plain and in the hard setting, which asks more of what takes a look at
-# several frames or at the whole table.
+# Shares of the families of questions in the plain and in the hard setting; the hard one has more questions that need
+# several frames or the whole table.
 FAMILIES: tuple[tuple[Callable[[Scene, np.random.Generator], Draft], float, float], ...] = (
     (_object, 0.20, 0.12),
     (_object_indirect, 0.12, 0.12),

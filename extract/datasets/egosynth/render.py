@@ -1,12 +1,12 @@
-"""EgoSynth: a procedurally rendered set in EgoTaskQA's own file layout, to try the whole way without any data.
+"""EgoSynth: a procedurally rendered data set in EgoTaskQA's file layout, to run the whole pipeline without any data.
 
 `render` writes what the `egotaskqa` adapter reads: `qa/{direct,indirect}/formatted_{train,val,test}_qas_encode.json`,
 `answer_set.txt`, `all_reasoning_types.txt` and real H.264 files `qa_videos/INTERVAL.mp4`; and beside them the
 generator's own event log, `events.jsonl`. The same arguments give the same bytes.
 
-What happens is in `synthetic_scene.py`, what it looks like in `synthetic_frames.py`, what is asked and how it is split
-in `synthetic_questions.py`. The set is synthetic and small: figures on it say that a pipeline works, not how well a
-system answers questions about real video.
+`scene` draws what happens, `frames` draws the pictures, and `questions` writes the questions and both splits. The set
+is synthetic and small: results on it show that a pipeline works, not how well a system answers questions about real
+video.
 """
 
 import json
@@ -48,20 +48,20 @@ def render(
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write the set under `root`; files that are there are replaced.
+    """Write the set under `root`; existing files are replaced.
 
     Args:
-        root: folder to write to, made if it is missing.
-        clips: how many, of two seconds each.
-        seed: decides everything that is drawn; clip `i` looks the same whatever `clips` is.
-        size: side of the picture in pixels, even.
-        questions: in all; None is 7.5 a clip.
-        difficulty: `plain`, or `hard`: see `synthetic_scene.SETTINGS`.
-        workers: processes that render and encode.
-        progress: called with the clips done so far and in all.
+        root: Folder to write to, created if it is missing.
+        clips: Number of clips, of two seconds each.
+        seed: Seed of everything that is drawn; clip `i` is the same for every number of clips.
+        size: Side of the picture in pixels, even.
+        questions: Total number of questions; None means 7.5 per clip.
+        difficulty: `plain` or `hard`; see `scene.SETTINGS`.
+        workers: Number of processes that render and encode.
+        progress: Called with the number of clips done and the total.
 
     Raises:
-        ValueError: an argument is out of range; the message names it.
+        ValueError: An argument is out of range; the message names it.
     """
     questions = round(QUESTIONS_PER_CLIP * clips) if questions is None else questions
     _check(clips, seed, size, questions, workers)
@@ -87,7 +87,7 @@ def interval_of(scene: Scene) -> str:
 
 
 def write_video(path: Path, pictures: Sequence[np.ndarray], fps: int = FPS) -> None:
-    """Encode uint8 [H, W, 3] pictures as an H.264 mp4. One thread, so that the same pictures give the same bytes."""
+    """Encode uint8 [H, W, 3] pictures as an H.264 mp4, on one thread, so that equal pictures give equal bytes."""
     partial = path.with_name(f".{path.name}.part")
     height, width = pictures[0].shape[:2]
     with av.open(str(partial), "w", format="mp4") as container:
@@ -101,15 +101,20 @@ def write_video(path: Path, pictures: Sequence[np.ndarray], fps: int = FPS) -> N
 
 
 def _check(clips: int, seed: int, size: int, questions: int, workers: int) -> None:
-    for name, value, wanted, fits in (
+    for name, value, expected, fits in (
         ("clips", clips, f"at least {MIN_CLIPS}, so that every part of both splits has questions", clips >= MIN_CLIPS),
         ("seed", seed, "a whole number from 0", seed >= 0),
         ("size", size, "an even number of pixels from 64 to 1024", 64 <= size <= 1024 and size % 2 == 0),
-        ("questions", questions, f"3 to 16 a clip, {3 * clips} to {16 * clips}", 3 * clips <= questions <= 16 * clips),
+        (
+            "questions",
+            questions,
+            f"3 to 16 a clip, {3 * clips} to {16 * clips}",
+            3 * clips <= questions <= 16 * clips,
+        ),
         ("workers", workers, "at least 1", workers >= 1),
     ):
         if not fits:
-            raise ValueError(f"{name} is {value}; expected {wanted}")
+            raise ValueError(f"{name} is {value}; expected {expected}")
 
 
 def _write_clips(folder: Path, scenes: Sequence[Scene], size: int) -> int:
@@ -147,7 +152,7 @@ def _write_split(folder: Path, parts: Mapping[Part, Sequence[Record]]) -> None:
 
 
 def _events(scene: Scene) -> Record:
-    """What happened in a clip; times in seconds, places in cells of the 7x7 grid from the top left corner."""
+    """Event log of a clip: times in seconds, positions in cells of the 7x7 grid from the top left corner."""
     return {
         "interval": interval_of(scene),
         "things": [{"name": t.name, "x": round(t.x, 3), "y": round(t.y, 3), "open": t.is_open} for t in scene.things],

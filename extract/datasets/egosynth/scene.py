@@ -1,14 +1,14 @@
-"""EgoSynth, what happens: objects on a table, and who touches which of them when, in a plain or a hard setting.
+"""EgoSynth's scenes: objects on a table, and who touches which of them when, in a plain or a hard setting.
 
-A scene is drawn from a seed alone. Every object stands in its own cell of a 7x7 grid over the picture (so it is about
-one 16-pixel patch of a 112-pixel input), the two rows at the top are left to clutter. The clip's time is cut in four:
+A scene is drawn from a seed alone. Every object stands in its own cell of a 7x7 grid over the picture (so it covers
+about one 16-pixel patch of a 112-pixel input); the two top rows hold clutter. A clip has four touches:
 
     [0.00, 0.50)  the person's hand comes in from below and acts on the first object
-    [0.50, 0.75)  it acts on the second one
-    [0.75, 1.00)  it reaches for a third one, which it will touch next
-    throughout    the other person's hand, coming in from a side, holds a fourth one
+    [0.50, 0.75)  the hand acts on the second object
+    [0.75, 1.00)  the hand reaches for a third object, which it will touch next
+    throughout    the other person's hand, coming in from a side, holds a fourth object
 
-The event log is the truth that all questions are made from.
+All questions are generated from the event log.
 """
 
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ PLACES = ("left", "middle", "right")
 GRID = 7
 TABLE_ROWS = (2, 3, 4, 5)
 
-# Shares of the clip's time: when each of the person's touches starts, and when the last one ends.
+# Shares of the clip's length at which each touch starts and ends.
 STARTS: dict[Slot, float] = {"first": 0.0, "second": 0.5, "next": 0.75, "other": 0.0}
 ENDS: dict[Slot, float] = {"first": 0.5, "second": 0.75, "next": 1.0, "other": 1.0}
 
@@ -42,16 +42,16 @@ OBJECTS: dict[str, tuple[int, int, int]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What makes scenes hard: how small things are, and how much there is to see that no question is about.
+    """Difficulty of scenes: the size of the objects, and the number of distractors.
 
     Attributes:
-        scale: of everything that is handled and of the hands, relative to the plain setting.
-        reach: cells that the hand is short of what it will touch next.
-        sway: of the camera, in cells.
-        movers: coloured discs that pass along the wall.
-        bystanders: people behind the table; what they handle looks like what is on it.
-        pieces: neutral things that stand about on the table.
-        sleeves: whether everybody's sleeves have a colour of their own, so that they do not tell who somebody is.
+        scale: Size of objects and hands, relative to the plain setting.
+        reach: Distance in cells between the hand and the object that it will touch next.
+        sway: Amplitude of the camera's sway, in cells.
+        movers: Number of coloured discs that pass along the wall.
+        bystanders: Number of people behind the table; what they handle looks like the objects on it.
+        pieces: Number of neutral pieces on the table.
+        sleeves: Whether every sleeve has a random colour, so that sleeves do not identify people.
     """
 
     scale: float
@@ -82,7 +82,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Event:
-    """One touch. `action` is None where the hand only reaches or holds. Times are shares of the clip."""
+    """One touch. `action` is None if the hand only reaches or holds. Times are shares of the clip's length."""
 
     slot: Slot
     name: str
@@ -96,11 +96,11 @@ class Scene:
     """A clip's objects as they stand at its start, and its event log.
 
     Attributes:
-        index: number of the clip; `seed` and `index` decide everything.
-        things: every object of `OBJECTS`, once.
-        events: one of each slot.
-        moves: which way a moved object goes, -1 or 1, by slot.
-        difficulty: names the setting.
+        index: Number of the clip; `seed` and `index` decide everything.
+        things: Every object of `OBJECTS`, once.
+        events: One event for each slot.
+        moves: Direction in which a moved object goes, -1 or 1, for the first and the second event.
+        difficulty: Name of the setting.
     """
 
     seed: int
@@ -112,15 +112,15 @@ class Scene:
 
     @property
     def setting(self) -> Setting:
-        """How busy it is."""
+        """The setting that `difficulty` names."""
         return SETTINGS[self.difficulty]
 
     def event(self, slot: Slot) -> Event:
-        """The touch of that slot."""
+        """The event of this slot."""
         return next(event for event in self.events if event.slot == slot)
 
     def things_at(self, time: float) -> dict[str, Thing]:
-        """Every object by name as it is at `time`, a share of the clip's length."""
+        """Every object by name, in its state at `time`, a share of the clip's length."""
         now = {thing.name: thing for thing in self.things}
         for event, way in zip(self.events, (*self.moves, 0, 0)):
             if event.action is not None and time >= event.start:
@@ -128,17 +128,17 @@ class Scene:
         return now
 
     def at_end(self, name: str) -> Thing:
-        """That object as it stands when the clip is over."""
+        """The object `name` in its state at the end of the clip."""
         return self.things_at(1.0)[name]
 
 
 def rng_of(seed: int, index: int, purpose: int) -> np.random.Generator:
-    """The random numbers of one clip and purpose, independent of how many clips there are."""
+    """Random generator for one clip and purpose, independent of the number of clips."""
     return np.random.default_rng([seed, index, purpose])
 
 
 def draw_scene(seed: int, index: int, difficulty: Difficulty = "plain") -> Scene:
-    """The scene of clip `index`. What happens in it does not depend on the difficulty."""
+    """The scene of clip `index`; its events do not depend on the difficulty."""
     rng = rng_of(seed, index, 0)
     names = list(OBJECTS)
     cells = [(row, column) for row in TABLE_ROWS for column in range(GRID)]
@@ -163,12 +163,12 @@ def draw_scene(seed: int, index: int, difficulty: Difficulty = "plain") -> Scene
 
 
 def place_of(thing: Thing) -> str:
-    """Where on the table an object stands: a third of the width."""
+    """Third of the table's width in which an object stands."""
     return PLACES[min(int(thing.x / GRID * len(PLACES)), len(PLACES) - 1)]
 
 
 def _free_side(things: list[Thing], name: str) -> int:
-    """The side, -1 or 1, on which an object has more room to be moved by one cell."""
+    """Direction, -1 or 1, in which an object has more room to move by one cell."""
     moved = next(thing for thing in things if thing.name == name)
 
     def room(way: int) -> float:
@@ -180,12 +180,12 @@ def _free_side(things: list[Thing], name: str) -> int:
 
 
 def _acted(thing: Thing, event: Event, way: int, time: float) -> Thing:
-    """An object `time` into what is done to it. Acts take the time from 15% to 40% of the touch."""
+    """An object at `time` during `event`. An action takes place from 15% to 40% of the touch."""
     done = float(np.clip(((time - event.start) / (event.end - event.start) - 0.15) / 0.25, 0, 1))
     if event.action == "open":
         return replace(thing, is_open=done > 0)
     if event.action == "close":
         return replace(thing, is_open=done <= 0)
-    if event.action == "lift":  # up while it is held, then back
+    if event.action == "lift":  # raised while it is held, then put back
         return replace(thing, height=done if time < event.end else 0.0)
     return replace(thing, x=thing.x + way * done)

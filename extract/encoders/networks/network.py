@@ -10,7 +10,7 @@ import torch
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint
 from egopatch.extract.encoders.checkpoints.package import Package
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
-from egopatch.extract.video.transforms import PUBLISHED, Transform
+from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform
 
 if TYPE_CHECKING:
     from egopatch.extract.encoders.networks.text import TextEncoder
@@ -47,6 +47,6 @@ class Network:
     name: str
     build_video: Callable[[Checkpoint, VideoOptions], VideoEncoder]
     build_text: "Callable[[Checkpoint, int], TextEncoder]"
-    transform: Transform = PUBLISHED
+    transform: Transform = EGOVLP_TRANSFORM
     package: Package | None = None
     text_weights: Callable[[str], Path] | None = None

@@ -123,7 +123,7 @@ def test_nothing_there_names_each_file(tmp_path: Path) -> None:
     assert lines[1] == (
         "ROOT/qa/indirect/formatted_val_qas_encode.json: no such file; expected EgoTaskQA's val questions of the "
         "indirect split there (or val_qas_encode.json, val_qas.json, or in qa_ori/, Data/qa/, Data/qa_ori/); "
-        "check data.root, which is 'ROOT' (python -m extract data fetches EgoTaskQA)"
+        "check data.root, which is 'ROOT' (python -m extract data downloads EgoTaskQA)"
     )
 
 
@@ -134,7 +134,7 @@ def test_truncated_json_names_line_and_column(tmp_path: Path) -> None:
     (line,) = faults(tmp_path)
     assert line.startswith("ROOT/qa/direct/formatted_val_qas_encode.json:line 1")
     assert "not valid JSON" in line
-    assert line.endswith("the file may be cut short, fetch it again")
+    assert line.endswith("the file may be truncated, download it again")
 
 
 def test_every_malformed_record_of_every_file_is_listed(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_every_malformed_record_of_every_file_is_listed(tmp_path: Path) -> None:
     write(tmp_path / "qa/direct/formatted_test_qas_encode.json", {"not": "a list"})
     file = "ROOT/qa/direct/formatted_train_qas_encode.json"
     assert faults(tmp_path) == [
-        f"{file}:record 1: holds a string; expected an object",
+        f"{file}:record 1: contains a string; expected an object",
         f"{file}:record 2: 'question' is missing; expected text",
         f"{file}:record 3: 'answer' is ' '; expected text",
         f"{file}:record 4: 'structural' is 'guess'; expected 'query' or 'verify'",
@@ -169,7 +169,7 @@ def test_every_malformed_record_of_every_file_is_listed(tmp_path: Path) -> None:
         f"{file}:record 9: 'reasoning_type' is None; expected text",
         f"{file}:record 10: 'question' is '\\ud800?'; expected text without lone surrogates",
         f"{file}:record 11: question_id '0' is used twice; expected unique ids",
-        "ROOT/qa/direct/formatted_test_qas_encode.json: holds a JSON object; expected a list of question records",
+        "ROOT/qa/direct/formatted_test_qas_encode.json: contains a JSON object; expected a list of question records",
     ]
 
 
@@ -184,7 +184,7 @@ def test_class_outside_the_answer_set(tmp_path: Path) -> None:
 def test_bad_answer_set(tmp_path: Path) -> None:
     write(released(tmp_path) / "qa/direct/answer_set.txt", "yes\nno\nyes\n")
     assert faults(tmp_path) == [
-        "ROOT/qa/direct/answer_set.txt:3: answer 'yes' stands on line 1 too; expected each once",
+        "ROOT/qa/direct/answer_set.txt:3: answer 'yes' is also on line 1; expected each answer once",
         "ROOT/qa/direct/answer_set.txt:1: no line <UNK1>; expected the released answer set, which starts with it",
     ]
 

@@ -49,10 +49,10 @@ def test_clips_and_questions(tmp_path: Path) -> None:
 
 def test_missing_files(tmp_path: Path) -> None:
     assert faults(tmp_path, None, None) == [
-        "ROOT/clips.jsonl: no such file; expected the clips, one JSON object a line (data.clips)"
+        "ROOT/clips.jsonl: no such file; expected the clips, one JSON object per line (data.clips)"
     ]
     assert faults(tmp_path, CLIPS, None) == [
-        "ROOT/questions.jsonl: no such file; expected the questions, one JSON object a line (data.questions)"
+        "ROOT/questions.jsonl: no such file; expected the questions, one JSON object per line (data.questions)"
     ]
 
 
@@ -83,13 +83,13 @@ def test_a_file_of_lines_is_never_whole_in_memory(tmp_path: Path) -> None:
 
 
 def test_no_clip(tmp_path: Path) -> None:
-    assert faults(tmp_path, "\n", "") == ["ROOT/clips.jsonl: holds no clip; expected one JSON object a line"]
+    assert faults(tmp_path, "\n", "") == ["ROOT/clips.jsonl: contains no clip; expected one JSON object per line"]
 
 
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("[]", "holds a list; expected an object"),
+        ("[]", "contains a list; expected an object"),
         ('{"clip_id": "c"', "not valid JSON (Expecting ',' delimiter at column 16); expected one object on the line"),
         ('{"clip_id": "c", "video": "v", "start": 1}', "unknown key 'start'; did you mean 'start_s'?"),
         ('{"clip_id": "c", "video": "v", "x": 1}', "unknown key 'x'; the keys are clip_id, video, start_s, end_s"),

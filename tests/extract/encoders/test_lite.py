@@ -27,7 +27,7 @@ from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, Checkpo
 from egopatch.extract.encoders.checkpoints.package import LITE0, MINILM, Package, text_folder
 from egopatch.extract.encoders.networks.lite import STAGES, TRANSFORM
 from egopatch.extract.fingerprints import text_fingerprint, video_fingerprint
-from egopatch.extract.video.transforms import PUBLISHED, Transform, to_input
+from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform, to_input
 from egopatch.features import open_store
 from tests.extract.encoders.networks import relative, tiny
 
@@ -177,7 +177,7 @@ def test_normalisation_is_that_of_the_training(checkpoint: Checkpoint) -> None:
             apart.append(((mean - known)[alive].abs() / var[alive].sqrt()).median())
         return float(torch.stack(apart).mean())
 
-    imagenet = Transform("x", TRANSFORM.short_side, TRANSFORM.share, PUBLISHED.mean, PUBLISHED.std)
+    imagenet = Transform("x", TRANSFORM.short_side, TRANSFORM.share, EGOVLP_TRANSFORM.mean, EGOVLP_TRANSFORM.std)
     assert distance(TRANSFORM) < 0.8 * distance(imagenet)
 
 
@@ -265,7 +265,7 @@ def test_fingerprints_name_weights_packages_and_transform(checkpoint: Checkpoint
     clips = video_fingerprint(config, find_network("lite"), checkpoint.sha256).fields
     assert clips["checkpoint"] == checkpoint.sha256
     assert clips["package"] == f"{LITE0.name} {importlib.metadata.version(LITE0.name)}"
-    assert clips["transform"] == TRANSFORM.name != PUBLISHED.name
+    assert clips["transform"] == TRANSFORM.name != EGOVLP_TRANSFORM.name
     own = load_config(Path(LITE[1]), ["--encoder.checkpoint", str(checkpoint.path)])
     assert "package" not in video_fingerprint(own, find_network("lite"), checkpoint.sha256).fields
     texts = text_fingerprint(config, find_network("lite"), "sum of the text weights").fields
