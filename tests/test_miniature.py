@@ -21,7 +21,7 @@ from egopatch.extract.datasets import load_dataset
 from egopatch.extract.datasets.egosynth.render import render
 from egopatch.extract.encoders.checkpoints.standin import write_standin
 from egopatch.train.__main__ import main as train
-from tests.extract.loopback import Served, Server, serving
+from tests.extract.fetch.loopback import Served, Server, serving
 
 pytestmark = pytest.mark.slow
 

@@ -13,8 +13,8 @@ from egopatch.extract.video.frames import read_frames, uniform_indices
 from egopatch.features import open_store
 from egopatch.features.tools.verify import verify
 from tests.extract.job import config_of, options
-from tests.extract.test_hard_videos import READABLE, UNREADABLE
-from tests.extract.videos import FPS, write_video
+from tests.extract.video.test_hard_videos import READABLE, UNREADABLE
+from tests.extract.video.videos import FPS, write_video
 
 
 def hangs(to: Path) -> Path:
@@ -84,7 +84,7 @@ def test_a_job_meets_every_hard_video(hard: Path) -> None:
 def test_children_and_this_process_decode_the_same_frames(tmp_path: Path) -> None:
     from egopatch.extract.datasets import Clip
     from egopatch.extract.video.decode import DecodePool, PreparedClip, prepare_clip
-    from tests.extract.test_hard_videos import VideoConfig
+    from tests.extract.video.test_hard_videos import VideoConfig
 
     clip = Clip("a", READABLE["b-frames"].make(tmp_path))
     video = VideoConfig(frames=4, size=112)

@@ -13,7 +13,7 @@ from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
 from egopatch.extract.video.container import open_video
 from egopatch.extract.video.frames import DecodedClip, VideoError, read_frames, uniform_indices
-from tests.extract.videos import (
+from tests.extract.video.videos import (
     B_FRAMES,
     FPS,
     claim_duration,
@@ -26,7 +26,7 @@ from tests.extract.videos import (
     write_video,
 )
 
-MEDIA = Path(__file__).resolve().parents[2].parent / "shared" / "media"
+MEDIA = Path(__file__).resolve().parents[3].parent / "shared" / "media"
 ALL = tuple(range(30))
 
 

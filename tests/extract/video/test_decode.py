@@ -9,7 +9,7 @@ import pytest
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
 from egopatch.extract.video.decode import DecodePool, PreparedClip, UndecodedClip, prepare_clip
-from tests.extract.videos import write_video
+from tests.extract.video.videos import write_video
 
 SMALL = VideoConfig(frames=2, size=32)
 

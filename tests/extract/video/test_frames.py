@@ -8,7 +8,7 @@ from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
 from egopatch.extract.video.container import FrameIndexes, VideoFile
 from egopatch.extract.video.frames import VideoError, read_frames, uniform_by_time, uniform_indices
-from tests.extract.videos import B_FRAMES, frame_numbers, write_video
+from tests.extract.video.videos import B_FRAMES, frame_numbers, write_video
 
 
 def published_rule(count: int, frames: int) -> list[int]:

@@ -15,7 +15,7 @@ import pytest
 
 from egopatch.extract.fetch import download, transfer_meter
 from egopatch.extract.fetch.download import DownloadError, fetch, part_of, remote_size
-from tests.extract.loopback import Served, Server, serving
+from tests.extract.fetch.loopback import Served, Server, serving
 
 CONTENT = random.Random(0).randbytes(1_000_000)
 

@@ -23,8 +23,8 @@ from egopatch.extract.__main__ import main
 from egopatch.extract.fetch import download
 from egopatch.extract.fetch.provide import required_files
 from egopatch.extract.fetch.sources import DEFAULT_SOURCES, load_sources
-from tests.extract.loopback import Served, Server, serving
-from tests.extract.test_archives import tar
+from tests.extract.fetch.loopback import Served, Server, serving
+from tests.extract.fetch.test_archives import tar
 
 TOKENIZER = ("config.json", "tokenizer.json")
 
