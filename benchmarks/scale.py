@@ -115,7 +115,7 @@ def reopen(path: Path) -> dict[str, float]:
     store = open_store(path)
     opened = time.perf_counter() - started
     started = time.perf_counter()
-    store.refresh()
+    store.catalog.refresh()
     refreshed = time.perf_counter() - started
     return {
         "open_s": opened,

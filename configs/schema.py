@@ -159,7 +159,8 @@ class StoreConfig:
             )
         _require(not remote or self.format == "zarr", "store.format", self.format, "zarr in object storage")
         offered = {"zarr": ("none", "zstd", "blosc-zstd"), "hdf5": ("none", "gzip")}[self.format]
-        _require(self.codec in offered, "store.codec", self.codec, f"one that {self.format} has: {', '.join(offered)}")
+        codecs = f"one of {self.format}'s codecs: {', '.join(offered)}"
+        _require(self.codec in offered, "store.codec", self.codec, codecs)
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def extract_features(config: Config, retry: bool = False, job_slice: Slice = ALL
     if works:
         with meter("encode", todo, "clips") as shown:
             stats = encode_with_engine(job, store, works, clips, shown.advance)
-        store.refresh()
+        store.catalog.refresh()
         record_job(config.store.path, stats, config.engine.name, config.engine.workers)
     return ExtractionResult(
         stats=stats,
@@ -116,7 +116,7 @@ def _encode_texts(job: ExtractionJob, texts: Sequence[str], job_slice: Slice) ->
                 sources = {text: hashlib.sha256(text.encode()).hexdigest() for text in rows}
                 writer.write(work.shard, rows, sources, {})
             writer.wait()
-        store.refresh()
+        store.catalog.refresh()
     return len(store.clip_ids)
 
 

@@ -45,11 +45,11 @@ def encode_with_engine(
         try:
             with _LedgerProgress(store, on_progress):
                 stats += run_workers(config, works, clips)
-            store.refresh()
+            store.catalog.refresh()
             # A shard that one worker skipped may have been finished by its holder, or by a third worker.
             return stats if still_missing(works, store) else dataclasses.replace(stats, skipped=())
         except WorkersDied:  # the ledger lists what they committed; their leases have expired
-            store.refresh()
+            store.catalog.refresh()
             left = still_missing(works, store)
             missing = {clip_id for work in left for clip_id in work.ids}
             done = [clip_id for work in works for clip_id in work.ids if clip_id not in missing]
@@ -85,7 +85,7 @@ class _LedgerProgress:
         stopping = False
         while not stopping:
             stopping = self._stop.wait(POLL_S)
-            self._store.refresh()
+            self._store.catalog.refresh()
             committed = len(self._store.clip_ids)
             self._report(committed - self._seen, 0)
             self._seen = committed

@@ -39,7 +39,7 @@ def run_worker(
     job = resolve_job(config, device)
     store = open_store(config.store.path)
     stats = encode_shards(job, store, works[rank::workers], clips, decoders, lambda clips, nbytes: None)
-    store.refresh()
+    store.catalog.refresh()
     if left := still_missing(works, store):
         more = encode_shards(job, store, left[::-1], clips, decoders, lambda clips, nbytes: None)
         # A shard that another worker of this job holds is not skipped.

@@ -1,7 +1,7 @@
 """HDF5: one file a shard, one chunk a row, fletcher32; `index.h5` joins the shards as virtual datasets for other tools.
 
-Our own reader asks the file once where its chunks lie and then takes a row with one read at that offset: h5py would
-check fletcher32 at a fraction of the speed, and the ledger has a CRC-32C for every row.
+This reader gets all chunk offsets from the file once and then reads each row at its offset: h5py would check fletcher32
+at a fraction of the speed, and the ledger has a CRC-32C for every row.
 """
 
 import io
@@ -16,18 +16,18 @@ import numpy as np
 
 from egopatch.features.formats.interface import Blocks, Chunk
 from egopatch.features.io.fields import Record
-from egopatch.features.storage.interface import Files, Storage
-from egopatch.features.values.dtypes import row_bytes, stored
+from egopatch.features.storage.interface import ReadableFiles, Storage
+from egopatch.features.values.dtypes import disk_dtype, row_bytes
 from egopatch.features.values.errors import DamagedStore
 from egopatch.features.values.spec import ArraySpec, StoreSpec
 
 _CHECKSUM = 4
-# Deflate after a byte shuffle: what every HDF5 library can read without plugins.
+# Deflate after a byte shuffle: every HDF5 library can read it without plugins.
 _GZIP = {"compression": "gzip", "compression_opts": 4, "shuffle": True}
-_VERSION = ("v110", "v110")  # whose metadata carry checksums
-# The kernel copies a row from an odd place in a file into memory at half the speed.
+_VERSION = ("v110", "v110")  # file format with checksums for its metadata
+# The kernel copies a row from an unaligned offset at half the speed.
 _ALIGNED = {"alignment_threshold": 4096, "alignment_interval": 64}
-# What h5py raises on files that are not what they seem.
+# Errors that h5py raises for damaged or forged files.
 _UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
 
 
@@ -38,51 +38,51 @@ class Hdf5Format:
     needs_folder = True
     codecs: tuple[str, ...] = ("none", "gzip")
 
-    def metadata(self, header: Record, spec: StoreSpec, rows: int) -> dict[str, bytes]:
-        """`index.h5`; its attributes repeat the store's header. Rows that were never written read as NaN."""
+    def metadata_files(self, header: Record, spec: StoreSpec, rows: int) -> dict[str, bytes]:
+        """`index.h5`, with a copy of the store's header in its attributes. Rows that were never written read as NaN."""
         with h5py.File("index", "w", driver="core", backing_store=False, libver=_VERSION) as index:
             index.attrs["header"] = _json(header)
             for array in spec.arrays:
-                kept = stored(array.dtype)
-                layout = h5py.VirtualLayout((rows, *array.shape), kept.disk)
+                on_disk = disk_dtype(array.dtype)
+                layout = h5py.VirtualLayout((rows, *array.shape), on_disk.numpy)
                 for first in range(0, rows, spec.shard):
                     last = min(first + spec.shard, rows)
                     source = h5py.VirtualSource(
-                        _shard_file(first // spec.shard), array.name, (spec.shard, *array.shape), kept.disk
+                        _shard_file(first // spec.shard), array.name, (spec.shard, *array.shape), on_disk.numpy
                     )
                     layout[first:last] = source[: last - first]
                 layout.dcpl.set_obj_track_times(False)  # the same rows give the same bytes
-                dataset = index.create_virtual_dataset(array.name, layout, fillvalue=kept.absent)
+                dataset = index.create_virtual_dataset(array.name, layout, fillvalue=on_disk.fill_value)
                 dataset.attrs["dtype"] = array.dtype
             index.flush()
             return {"index.h5": index.id.get_file_image()}
 
-    def header_of(self, storage: Storage) -> Record | None:
-        """The header as `index.h5` repeats it, for repairs."""
+    def header_copy(self, storage: Storage) -> Record | None:
+        """The copy of the header in `index.h5`, for repairs."""
         try:
             with h5py.File(storage.open("index.h5").path, "r") as index:
                 return json.loads(index.attrs["header"])
         except _UNREADABLE:
             return None
 
-    def files(self, spec: StoreSpec, shard: int) -> tuple[str, ...]:
+    def file_names(self, spec: StoreSpec, shard: int) -> tuple[str, ...]:
         """One file for all arrays."""
         return (_shard_file(shard),)
 
     def stage(self, folder: Path, spec: StoreSpec, shard: int, slots: Sequence[int], blocks: Blocks) -> dict[str, Path]:
-        """Rows that are not given get no chunk, so other tools read NaN there."""
-        # Made in memory, because the HDF5 library may take the whole process down where the disk is full.
+        """Rows that are not in `slots` get no chunk, so other tools read NaN there."""
+        # The file is created in memory, because the HDF5 library may crash the whole process when the disk is full.
         image = io.BytesIO()
         with h5py.File(image, "w", libver=_VERSION, **_ALIGNED) as file:
             for array, rows in blocks:
-                kept = stored(array.dtype)
+                on_disk = disk_dtype(array.dtype)
                 dataset = file.create_dataset(
                     array.name,
                     (spec.shard, *array.shape),
-                    kept.disk,
+                    on_disk.numpy,
                     chunks=(1, *array.shape),
                     fletcher32=True,
-                    fillvalue=kept.absent,
+                    fillvalue=on_disk.fill_value,
                     **(_GZIP if spec.codec == "gzip" else {}),
                 )
                 dataset.attrs["dtype"] = array.dtype
@@ -92,15 +92,15 @@ class Hdf5Format:
         path.write_bytes(image.getbuffer())
         return {_shard_file(shard): path}
 
-    def open(self, files: Files, spec: StoreSpec, shard: int) -> "Hdf5Shard":
-        """Open the file and note where its chunks lie."""
+    def open(self, files: ReadableFiles, spec: StoreSpec, shard: int) -> "Hdf5Shard":
+        """Open the file and read its chunk offsets."""
         return Hdf5Shard(files, _shard_file(shard), spec)
 
 
 class Hdf5Shard:
     """See `interface.OpenShard`."""
 
-    def __init__(self, files: Files, name: str, spec: StoreSpec) -> None:
+    def __init__(self, files: ReadableFiles, name: str, spec: StoreSpec) -> None:
         self._compressed = spec.codec == "gzip"
         try:
             self._file = files.open(name)
@@ -111,15 +111,15 @@ class Hdf5Shard:
         except _UNREADABLE as error:
             raise DamagedStore(f"{name} cannot be opened: {' '.join(str(error).split())}") from error
 
-    def find(self, array: ArraySpec, slot: int) -> Chunk:
-        """Row `slot` by the file's chunk index."""
+    def find_row(self, array: ArraySpec, slot: int) -> Chunk:
+        """The place of row `slot` in the file's chunk index."""
         chunk = self._chunks[array.name].get(slot)
         if chunk is None:
-            raise DamagedStore(f"{self._file.path} holds nothing for row {slot} of its {array.name}")
+            raise DamagedStore(f"{self._file.path} has no row {slot} of {array.name}")
         offset, size = chunk
         if offset + size > self._file.size:
-            raise DamagedStore(f"{self._file.path} places row {slot} of {array.name} outside of itself")
-        width = np.dtype(stored(array.dtype).disk).itemsize
+            raise DamagedStore(f"{self._file.path} places row {slot} of {array.name} outside the file")
+        width = np.dtype(disk_dtype(array.dtype).numpy).itemsize
         return Chunk(self._file, offset, size, partial(_decode, width) if self._compressed else None)
 
 
@@ -128,39 +128,39 @@ def _shard_file(shard: int) -> str:
 
 
 def _chunks(file: h5py.File, array: ArraySpec, spec: StoreSpec) -> dict[int, tuple[int, int]]:
-    """Slot -> offset and size of its chunk; refuses whatever points out of the file or claims another size."""
+    """Slot -> offset and size of its chunk; refuses links out of the file and chunks of another size."""
     if not isinstance(file.get(array.name, getlink=True), h5py.HardLink):
-        raise DamagedStore(f"keeps {array.name} outside of itself or not at all; links to other files are not followed")
+        raise DamagedStore(f"does not contain {array.name} itself; links to other files are not followed")
     dataset = file[array.name]
     if not isinstance(dataset, h5py.Dataset) or dataset.external or dataset.is_virtual:
-        raise DamagedStore(f"keeps {array.name} outside of itself; external storage is not followed")
-    expected = ((spec.shard, *array.shape), np.dtype(stored(array.dtype).disk), (1, *array.shape))
+        raise DamagedStore(f"keeps {array.name} in other files; external storage is not followed")
+    expected = ((spec.shard, *array.shape), np.dtype(disk_dtype(array.dtype).numpy), (1, *array.shape))
     found = (dataset.shape, dataset.dtype, dataset.chunks)
     if found != expected:
-        raise DamagedStore(f"claims {array.name} of shape, dtype and chunk {found}; expected {expected}")
+        raise DamagedStore(f"has {array.name} of shape, dtype and chunk {found}; expected {expected}")
     filters = ("gzip" if spec.codec == "gzip" else None, spec.codec == "gzip", None, True)
     if (dataset.compression, dataset.shuffle, dataset.scaleoffset, dataset.fletcher32) != filters:
-        raise DamagedStore(f"keeps {array.name} with other filters than those of codec {spec.codec!r}")
+        raise DamagedStore(f"has {array.name} with other filters than those of codec {spec.codec!r}")
     chunks: dict[int, tuple[int, int]] = {}
 
-    def note(chunk: h5py.h5d.StoreInfo) -> None:
+    def add(chunk: h5py.h5d.StoreInfo) -> None:
         whole = chunk.size == row_bytes(array) + _CHECKSUM or (spec.codec == "gzip" and chunk.size > _CHECKSUM)
         if whole and chunk.filter_mask == 0:
             chunks[chunk.chunk_offset[0]] = chunk.byte_offset, chunk.size
 
-    dataset.id.chunk_iter(note)
+    dataset.id.chunk_iter(add)
     return chunks
 
 
 def _decode(width: int, content: bytes, row: np.ndarray) -> None:
-    """Undo deflate and shuffle: the file has every number's first byte, then every number's second, and so on."""
+    """Undo deflate and shuffle: the bytes are the first ones of all numbers, then the second ones, and so on."""
     inflate = zlib.decompressobj()
     try:
         planes = inflate.decompress(content[:-_CHECKSUM], row.size)
     except zlib.error as error:
         raise ValueError(str(error)) from error
     if len(planes) != row.size:
-        raise ValueError(f"{len(planes)} bytes where {row.size} are expected")
+        raise ValueError(f"{len(planes)} bytes; expected {row.size}")
     row.reshape(-1, width)[:] = np.frombuffer(planes, np.uint8).reshape(width, -1).T
 
 

@@ -1,4 +1,4 @@
-"""What a file format has to offer; `zarr_store` and `hdf5_store` each offer it."""
+"""What a file format provides: `zarr_shards` and `hdf5_shards` each implement these protocols."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -9,23 +9,23 @@ import numpy as np
 
 from egopatch.features.io.fields import Record
 from egopatch.features.io.files import crc32c
-from egopatch.features.storage.interface import Files, OpenFile, Storage
+from egopatch.features.storage.interface import OpenFile, ReadableFiles, Storage
 from egopatch.features.values.errors import DamagedStore
 from egopatch.features.values.spec import ArraySpec, StoreSpec
 
-Blocks = Iterable[tuple[ArraySpec, Iterable[np.ndarray]]]  # one an array: its rows, in the disk dtype
+Blocks = Iterable[tuple[ArraySpec, Iterable[np.ndarray]]]  # for each array, its rows in the disk dtype
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Where one row lies.
+    """The place of one row in a file.
 
     Attributes:
-        file: that holds it.
-        offset: of its first byte.
-        size: in bytes, with whatever the format adds.
-        decode: from those bytes into a row of the right size; None where the row's bytes lie there as they are.
-            Raises ValueError or RuntimeError where they are not what the codec made.
+        file: File that contains the row.
+        offset: Offset of the row's first byte.
+        size: Size in bytes, including what the format adds to a row.
+        decode: Decodes those bytes into a row of the right size; None where the file holds the row's bytes unchanged.
+            Raises ValueError or RuntimeError where the codec did not write the bytes.
     """
 
     file: OpenFile
@@ -34,10 +34,10 @@ class Chunk:
     decode: Callable[[bytes, np.ndarray], None] | None = None
 
     def read_into(self, row: np.ndarray) -> int:
-        """Fill `row`, contiguous bytes; returns the CRC-32C of what it holds now.
+        """Fill `row`, contiguous bytes; returns the CRC-32C of its new content.
 
         Raises:
-            DamagedStore: the bytes cannot be read or decoded.
+            DamagedStore: The bytes cannot be read or decoded.
         """
         if self.decode is None:
             return self.file.read_into(row, self.offset)
@@ -51,40 +51,46 @@ class Chunk:
 class OpenShard(Protocol):
     """A shard's files, open for reading."""
 
-    def find(self, array: ArraySpec, slot: int) -> Chunk:
-        """Where row `slot` of `array` lies.
+    def find_row(self, array: ArraySpec, slot: int) -> Chunk:
+        """The place of row `slot` of `array`.
 
         Raises:
-            DamagedStore: the file does not say, or says something impossible.
+            DamagedStore: The file has no such row, or an impossible place for it.
         """
 
 
 class Format(Protocol):
-    """One way of keeping shards in files."""
+    """A file format for shards.
+
+    Attributes:
+        name: Name of the format.
+        needs_folder: Whether the format's library reads only local files.
+        codecs: Supported values of `StoreSpec.codec`, `none` first.
+    """
 
     name: str
-    needs_folder: bool  # whether its library reads nothing but files
-    codecs: tuple[str, ...]  # what `StoreSpec.codec` can be, `none` first
+    needs_folder: bool
+    codecs: tuple[str, ...]
 
-    def metadata(self, header: Record, spec: StoreSpec, rows: int) -> dict[str, bytes]:
-        """The files, by path inside the store, that tell other tools about arrays of `rows` rows."""
+    def metadata_files(self, header: Record, spec: StoreSpec, rows: int) -> dict[str, bytes]:
+        """The files, by path inside the store, that describe arrays of `rows` rows to other tools."""
 
-    def header_of(self, storage: Storage) -> Record | None:
-        """The header as those files repeat it, for repairs; None where they are damaged too."""
+    def header_copy(self, storage: Storage) -> Record | None:
+        """The copy of the header in the metadata files, for repairs; None where they are damaged too."""
 
-    def files(self, spec: StoreSpec, shard: int) -> tuple[str, ...]:
-        """The files of `shard`, by path inside the store."""
+    def file_names(self, spec: StoreSpec, shard: int) -> tuple[str, ...]:
+        """Names of the files of `shard`, as paths inside the store."""
 
     def stage(self, folder: Path, spec: StoreSpec, shard: int, slots: Sequence[int], blocks: Blocks) -> dict[str, Path]:
         """Write the files of `shard` into `folder`: an array's i-th row goes to slots[i].
 
         Returns:
-            Where each of `files(spec, shard)` now waits.
+            Name, as in `file_names(spec, shard)`, -> path of the file in `folder`.
         """
 
-    def open(self, files: Files, spec: StoreSpec, shard: int) -> OpenShard:
+    def open(self, files: ReadableFiles, spec: StoreSpec, shard: int) -> OpenShard:
         """Open the files of `shard`.
 
         Raises:
-            DamagedStore: a file is missing, cut short or not of this format.
+            DamagedStore: A file is missing, cut short or of another format.
         """

@@ -12,14 +12,14 @@ FORMATS: Mapping[str, Format] = MappingProxyType({"zarr": ZarrFormat(), "hdf5": 
 
 
 def format_named(name: str, codec: str = "none") -> Format:
-    """The file format called `name`, which has to offer `codec`.
+    """The file format called `name`, which must support `codec`.
 
     Raises:
-        StoreError: there is no such format, or it lacks the codec.
+        StoreError: The format does not exist, or does not support the codec.
     """
     if name not in FORMATS:
         raise StoreError(f"format {name!r} is unknown; expected one of {', '.join(FORMATS)}")
-    files = FORMATS[name]
-    if codec not in files.codecs:
-        raise StoreError(f"codec is {codec!r}; expected one that {name} has: {', '.join(files.codecs)}")
-    return files
+    file_format = FORMATS[name]
+    if codec not in file_format.codecs:
+        raise StoreError(f"codec is {codec!r}; expected one of {name}'s codecs: {', '.join(file_format.codecs)}")
+    return file_format

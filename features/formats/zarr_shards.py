@@ -1,7 +1,7 @@
 """Zarr v3: one sharded array per `ArraySpec`; an inner chunk is one row, a shard is `spec.shard` rows.
 
-The metadata are zarr-python's own, and any Zarr v3 reader can open the store. Shards are written and read here, because
-that is several times faster; tests hold both against zarr-python, row for row and byte for byte.
+zarr-python writes the metadata, and any Zarr v3 reader can open the store. Shards are written and read here, because
+that is several times faster; tests compare both with zarr-python, row for row and byte for byte.
 """
 
 import json
@@ -22,14 +22,14 @@ from zarr.storage import MemoryStore
 from egopatch.features.formats.interface import Blocks, Chunk
 from egopatch.features.io.fields import Record
 from egopatch.features.io.files import crc32c
-from egopatch.features.storage.interface import Files, OpenFile, Storage
-from egopatch.features.values.dtypes import row_bytes, stored
+from egopatch.features.storage.interface import OpenFile, ReadableFiles, Storage
+from egopatch.features.values.dtypes import disk_dtype, row_bytes
 from egopatch.features.values.errors import DamagedStore
 from egopatch.features.values.spec import ArraySpec, StoreSpec
 
-_EMPTY = 2**64 - 1  # how the index of a shard marks a chunk that was never written
+_EMPTY = 2**64 - 1  # offset and size, in a shard's index, of a chunk that was never written
 _CRC = 4
-# Where rows of a page or more begin: the kernel copies from an odd place into memory at half the speed.
+# Rows of at least a page are aligned: the kernel copies from an unaligned offset at half the speed.
 _ALIGN, _PAGE = 64, 4096
 _ZSTD_LEVEL = 3
 _BLOSC_LEVEL = 5
@@ -42,7 +42,7 @@ class ZarrFormat:
     needs_folder = False
     codecs: tuple[str, ...] = ("none", "zstd", "blosc-zstd")
 
-    def metadata(self, header: Record, spec: StoreSpec, rows: int) -> dict[str, bytes]:
+    def metadata_files(self, header: Record, spec: StoreSpec, rows: int) -> dict[str, bytes]:
         """The group's and every array's `zarr.json`; the group's attributes repeat the store's header."""
         files: dict = {}
         group = zarr.create_group(MemoryStore(files), attributes=header)
@@ -50,19 +50,19 @@ class ZarrFormat:
             _create_array(group, array, spec, rows)
         return {path: buffer.to_bytes() for path, buffer in files.items()}
 
-    def header_of(self, storage: Storage) -> Record | None:
-        """The header as the group's attributes repeat it, for repairs."""
+    def header_copy(self, storage: Storage) -> Record | None:
+        """The copy of the header in the group's attributes, for repairs."""
         try:
             return json.loads(storage.read("zarr.json"))["attributes"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def files(self, spec: StoreSpec, shard: int) -> tuple[str, ...]:
-        """One file an array."""
+    def file_names(self, spec: StoreSpec, shard: int) -> tuple[str, ...]:
+        """One file for each array."""
         return tuple(_shard_file(array, shard) for array in spec.arrays)
 
     def stage(self, folder: Path, spec: StoreSpec, shard: int, slots: Sequence[int], blocks: Blocks) -> dict[str, Path]:
-        """Row, checksum, padding, row, checksum, ..., index, checksum; the index says where each row begins."""
+        """Each file is row, checksum, padding, row, checksum, ..., index, checksum; the index has each row's offset."""
         staged = {}
         for array, rows in blocks:
             compressor = _compressor(array, spec)
@@ -78,7 +78,7 @@ class ZarrFormat:
                 _write_checked(file, index)
         return staged
 
-    def open(self, files: Files, spec: StoreSpec, shard: int) -> "ZarrShard":
+    def open(self, files: ReadableFiles, spec: StoreSpec, shard: int) -> "ZarrShard":
         """Open every array's file and check its index."""
         return ZarrShard(files, spec, shard)
 
@@ -86,20 +86,20 @@ class ZarrFormat:
 class ZarrShard:
     """See `interface.OpenShard`."""
 
-    def __init__(self, files: Files, spec: StoreSpec, shard: int) -> None:
+    def __init__(self, files: ReadableFiles, spec: StoreSpec, shard: int) -> None:
         self._arrays = {array.name: _open_indexed(files, _shard_file(array, shard), spec) for array in spec.arrays}
         self._compressors = {array.name: _compressor(array, spec) for array in spec.arrays}
 
-    def find(self, array: ArraySpec, slot: int) -> Chunk:
-        """Row `slot` by the shard's index."""
+    def find_row(self, array: ArraySpec, slot: int) -> Chunk:
+        """The place of row `slot` in the shard's index."""
         file, index = self._arrays[array.name]
         compressor = self._compressors[array.name]
         offset, size = (int(number) for number in index[slot])
         if offset == _EMPTY:
-            raise DamagedStore(f"{file.path} holds nothing for row {slot} of its shard")
+            raise DamagedStore(f"{file.path} has no row {slot} of its shard")
         wrong = size != row_bytes(array) + _CRC if compressor is None else size <= _CRC
         if wrong or offset + size > file.size:
-            raise DamagedStore(f"{file.path} places row {slot} of its shard outside of itself")
+            raise DamagedStore(f"{file.path} places row {slot} of its shard outside the file")
         return Chunk(file, offset, size, None if compressor is None else partial(_decode, compressor.python))
 
 
@@ -114,7 +114,7 @@ def _write_checked(file: BinaryIO, content: np.ndarray) -> None:
 
 @dataclass(frozen=True)
 class _Compressor:
-    """A codec as the metadata name it, and the object that zarr-python would make of that."""
+    """A codec as the metadata name it, and the object that zarr-python would create from that."""
 
     zarr: BytesBytesCodec
     python: numcodecs.abc.Codec
@@ -125,7 +125,7 @@ def _compressor(array: ArraySpec, spec: StoreSpec) -> _Compressor | None:
         case "zstd":
             return _Compressor(ZstdCodec(level=_ZSTD_LEVEL), numcodecs.Zstd(_ZSTD_LEVEL))
         case "blosc-zstd":
-            width = np.dtype(stored(array.dtype).disk).itemsize
+            width = np.dtype(disk_dtype(array.dtype).numpy).itemsize
             return _Compressor(
                 BloscCodec(typesize=width, cname="zstd", clevel=_BLOSC_LEVEL, shuffle="shuffle"),
                 numcodecs.Blosc("zstd", _BLOSC_LEVEL, numcodecs.Blosc.SHUFFLE, typesize=width),
@@ -134,37 +134,37 @@ def _compressor(array: ArraySpec, spec: StoreSpec) -> _Compressor | None:
 
 
 def _decode(codec: numcodecs.abc.Codec, content: bytes, row: np.ndarray) -> None:
-    # Checked before they are decompressed, because decompressors trust what they are given.
+    # The checksum comes first, because decompressors trust their input.
     if crc32c(content[:-_CRC]).to_bytes(_CRC, "little") != content[-_CRC:]:
-        raise ValueError("their checksum is another")
-    codec.decode(content[:-_CRC], out=row)  # refuses more than the row holds; the ledger's checksum finds less
+        raise ValueError("their checksum differs")
+    codec.decode(content[:-_CRC], out=row)  # raises where the bytes exceed the row; the ledger's checksum finds too few
 
 
 def _create_array(group: zarr.Group, array: ArraySpec, spec: StoreSpec, rows: int) -> zarr.Array:
-    kept, compressor = stored(array.dtype), _compressor(array, spec)
+    on_disk, compressor = disk_dtype(array.dtype), _compressor(array, spec)
     return group.create_array(
         array.name,
         shape=(rows, *array.shape),
         chunks=(1, *array.shape),
         shards=(spec.shard, *array.shape),
-        dtype=kept.disk,
-        # One folder an array, not four for each shard.
+        dtype=on_disk.numpy,
+        # One folder for each array, not four for each shard.
         chunk_key_encoding=ChunkKeyEncodingParams(name="default", separator="."),
         filters=None,
         compressors=[*([] if compressor is None else [compressor.zarr]), Crc32cCodec()],
-        fill_value=kept.absent,
+        fill_value=on_disk.fill_value,
         attributes={"dtype": array.dtype},
     )
 
 
-def _open_indexed(files: Files, name: str, spec: StoreSpec) -> tuple[OpenFile, np.ndarray]:
+def _open_indexed(files: ReadableFiles, name: str, spec: StoreSpec) -> tuple[OpenFile, np.ndarray]:
     try:
         file = files.open(name)
     except OSError as error:
         raise DamagedStore(f"{name} cannot be opened: {error.strerror}") from error
     size = 16 * spec.shard + _CRC
     if file.size < size:
-        raise DamagedStore(f"{file.path} has {file.size} bytes; expected at least the {size} of its index")
+        raise DamagedStore(f"{file.path} has {file.size} bytes; expected at least {size}, the size of its index")
     tail = file.read(size, file.size - size)
     if crc32c(tail[:-_CRC]).to_bytes(_CRC, "little") != tail[-_CRC:]:
         raise DamagedStore(f"{file.path} has a damaged index")

@@ -1,7 +1,7 @@
 """Objects in a bucket, through obstore: every error is one line without credentials, every write can be conditional.
 
-Credentials, region and endpoint come from the environment alone, as obstore reads it (AWS_ACCESS_KEY_ID,
-AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL), and are kept nowhere else.
+obstore takes credentials, region and endpoint from the environment alone (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
+AWS_REGION, AWS_ENDPOINT_URL); they are kept nowhere else.
 """
 
 import errno
@@ -17,15 +17,16 @@ from urllib.parse import urlsplit
 
 from isal import isal_zlib
 
-from egopatch.features.values.errors import BadLocation, Overtaken, StoreError
+from egopatch.features.io.fields import FileSum
+from egopatch.features.values.errors import BadLocation, StoreError, WriteConflict
 from egopatch.features.values.location import ObjectUrl
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-# Roles that a scheduler hands out, and public buckets. Without any of them obstore would ask a service that most
-# machines do not have, for minutes.
+# Roles that a scheduler provides, and public buckets. Without any of them obstore would spend minutes asking a metadata
+# service that most machines do not have.
 _OTHER_CREDENTIALS = (
     "AWS_WEB_IDENTITY_TOKEN_FILE",
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
@@ -33,15 +34,15 @@ _OTHER_CREDENTIALS = (
     "AWS_SKIP_SIGNATURE",
 )
 _REFUSED = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "ExpiredToken", "InvalidToken")
-_ELSEWHERE = ("PermanentRedirect", "AuthorizationHeaderMalformed")
-_PART = 16 << 20  # bytes of one request of a large upload; four of them are in memory
+_WRONG_REGION = ("PermanentRedirect", "AuthorizationHeaderMalformed")
+_UPLOAD_CHUNK = 16 << 20  # bytes in one request of a large upload; four chunks are in memory at once
 _BLOCK = 4 << 20
-RETRIES = 6  # of a request that failed for reasons that may pass; about ten seconds in all
+RETRIES = 6  # after errors that may be temporary; about ten seconds in all
 
 
 @dataclass(frozen=True)
 class Version:
-    """One state of an object: its ETag, and the number that some storages give it beside."""
+    """One state of an object: its ETag, and the version number that some storages add."""
 
     e_tag: str
     number: str | None
@@ -52,10 +53,10 @@ class Content:
     """An object, or the end of one.
 
     Attributes:
-        content: bytes read.
-        size: of the whole object.
-        version: for `Bucket.put`.
-        modified: by the server's clock.
+        content: Bytes that were read.
+        size: Bytes in the whole object.
+        version: State of the object, for `Bucket.put_if_unchanged`.
+        modified: Time of the last write, by the server's clock.
     """
 
     content: bytes
@@ -65,7 +66,7 @@ class Content:
 
 
 class Bucket:
-    """The objects at `url`; keys are relative to it. It is used by many threads, and made anew in each process.
+    """The objects at `url`; keys are relative to it. Threads may share a bucket; each process creates its own.
 
     Raises:
         BadLocation: obstore is not installed, or the environment has no credentials.
@@ -83,7 +84,7 @@ class Bucket:
             ) from None
         endpoint = os.environ.get("AWS_ENDPOINT_URL", "") if url.scheme == "s3" else ""
         self._endpoint = urlsplit(endpoint).hostname or "the provider's own endpoint"
-        with self._clear_errors("opening it"):
+        with self._one_line_errors("opening it"):
             self._store: ObjectStore = from_url(
                 str(url),
                 client_options={"allow_http": endpoint.startswith("http://"), "timeout": timedelta(minutes=5)},
@@ -94,15 +95,15 @@ class Bucket:
             )
 
     def get(self, key: str, unless: Version | None = None) -> Content | None:
-        """All of an object; None where it still has the version `unless`.
+        """A whole object; None where it still has the version `unless`.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: The object does not exist.
         """
         import obstore
         from obstore.exceptions import NotModifiedError
 
-        with self._clear_errors(f"reading {key}"):
+        with self._one_line_errors(f"reading {key}"):
             try:
                 options: Any = {"if_none_match": unless.e_tag} if unless else None
                 return _content(obstore.get(self._store, key, options=options))
@@ -110,49 +111,49 @@ class Bucket:
                 return None
 
     def tail(self, key: str, count: int) -> Content:
-        """Up to `count` bytes from an object's end. Errors as in `get`."""
+        """The last `count` bytes of an object, or all of a shorter one. Errors as in `get`."""
         import obstore
 
-        with self._clear_errors(f"reading {key}"):
+        with self._one_line_errors(f"reading {key}"):
             try:
                 return _content(obstore.get(self._store, key, options={"range": {"suffix": count}}))
             except obstore.exceptions.GenericError as error:
-                if _code(error) != "InvalidRange" and "non-partial response" not in str(error):
+                if _s3_code(error) != "InvalidRange" and "non-partial response" not in str(error):
                     raise
                 return _content(obstore.get(self._store, key))  # an empty object has no last bytes
 
     def range(self, key: str, start: int, size: int) -> bytes:
-        """`size` bytes of an object from `start`, fewer where it ends before. Errors as in `get`."""
+        """`size` bytes of an object from `start`, fewer where the object ends before. Errors as in `get`."""
         import obstore
 
-        with self._clear_errors(f"reading {key}"):
+        with self._one_line_errors(f"reading {key}"):
             try:
                 return bytes(obstore.get_range(self._store, key, start=start, length=size))
             except obstore.exceptions.GenericError as error:
-                if _code(error) != "InvalidRange":
+                if _s3_code(error) != "InvalidRange":
                     raise
-                return b""  # it ends before
+                return b""  # the object ends before `start`
 
-    def sum_of(self, key: str) -> tuple[int, int]:
-        """Size and CRC-32 of an object, read in blocks. Errors as in `get`."""
+    def size_and_crc(self, key: str) -> FileSum:
+        """Size in bytes and CRC-32 of an object, read in blocks. Errors as in `get`."""
         import obstore
 
         size = value = 0
-        with self._clear_errors(f"reading {key}"):
+        with self._one_line_errors(f"reading {key}"):
             for block in obstore.get(self._store, key).stream(min_chunk_size=_BLOCK):
                 value = isal_zlib.crc32(block, value)
                 size += len(block)
         return size, value
 
     def put(self, key: str, content: bytes) -> Version:
-        """Write an object, whatever is there."""
+        """Write an object, replacing an existing one."""
         return self._put(key, content, "overwrite")
 
-    def put_over(self, key: str, content: bytes, version: Version | None) -> Version:
-        """Write an object if its state is still `version`; None where there was none.
+    def put_if_unchanged(self, key: str, content: bytes, version: Version | None) -> Version:
+        """Write an object if its state is still `version`, or if it still does not exist where that is None.
 
         Raises:
-            Overtaken: somebody else has written it since.
+            WriteConflict: Another writer has written the object since.
         """
         if version is None:
             return self._put(key, content, "create")
@@ -160,35 +161,35 @@ class Bucket:
         return self._put(key, content, {"e_tag": version.e_tag, **numbered})
 
     def upload(self, key: str, path: Path) -> None:
-        """Write an object of any size from a file, a few parts at a time."""
+        """Write an object of any size from a file, a few chunks at a time."""
         import obstore
 
-        with self._clear_errors(f"writing {key}"):
-            obstore.put(self._store, key, path, chunk_size=_PART, max_concurrency=4)
+        with self._one_line_errors(f"writing {key}"):
+            obstore.put(self._store, key, path, chunk_size=_UPLOAD_CHUNK, max_concurrency=4)
 
     def listing(self, folder: str) -> dict[str, Version]:
-        """Key and version of every object below `folder`."""
+        """Keys and versions of all objects below `folder`."""
         import obstore
 
         found: dict[str, Version] = {}
-        with self._clear_errors(f"listing {folder}"):
+        with self._one_line_errors(f"listing {folder}"):
             for page in obstore.list(self._store, folder or None):
                 found |= {meta["path"]: _version(meta) for meta in page}
         return found
 
     def folders(self, folder: str) -> set[str]:
-        """Names of the folders in `folder`."""
+        """Names of the folders directly in `folder`."""
         import obstore
 
-        with self._clear_errors(f"listing {folder}"):
+        with self._one_line_errors(f"listing {folder}"):
             found = obstore.list_with_delimiter(self._store, folder)
         return {prefix.rstrip("/").rpartition("/")[2] for prefix in found["common_prefixes"]}
 
     def exists(self, name: str) -> bool:
-        """Whether there is an object of this name, or one below a folder of this name."""
+        """Whether an object of this name exists, or one below a folder of this name."""
         import obstore
 
-        with self._clear_errors(f"looking for {name or self.url}"):
+        with self._one_line_errors(f"looking for {name or self.url}"):
             try:
                 if name:
                     obstore.head(self._store, name)
@@ -198,44 +199,44 @@ class Bucket:
             return any(page for page in obstore.list(self._store, name or None, chunk_size=1))
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Delete objects; those that are not there are passed over."""
+        """Delete objects; missing ones are ignored."""
         import obstore
 
-        with self._clear_errors("deleting"):
+        with self._one_line_errors("deleting"):
             obstore.delete(self._store, [*keys])
 
     def _put(self, key: str, content: bytes, mode: Any) -> Version:
         import obstore
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-        with self._clear_errors(f"writing {key}"):
+        with self._one_line_errors(f"writing {key}"):
             try:
                 return _version(obstore.put(self._store, key, content, mode=mode, use_multipart=False))
             except (AlreadyExistsError, PreconditionError):
-                raise Overtaken(f"{self.url}/{key} was written by somebody else meanwhile; run it again") from None
+                raise write_conflict(f"{self.url}/{key}") from None
 
     @contextmanager
-    def _clear_errors(self, doing: str) -> Iterator[None]:
-        """Turn what obstore raises into a StoreError, whose text is ours: the server's may repeat what it was sent."""
+    def _one_line_errors(self, doing: str) -> Iterator[None]:
+        """Turn obstore's errors into StoreErrors with our own text: the server's text may repeat credentials."""
         from obstore.exceptions import BaseError
 
         try:
             yield
         except FileNotFoundError as error:
-            if _code(error) == "NoSuchBucket":
+            if _s3_code(error) == "NoSuchBucket":
                 raise StoreError(self._no_bucket()) from None
             raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.url}: {doing}") from None
         except BaseError as error:
-            code = _code(error)
+            code = _s3_code(error)
             if code == "NoSuchBucket":
                 message = self._no_bucket()
             elif code in _REFUSED or "403 Forbidden" in str(error) or "401 Unauthorized" in str(error):
                 message = (
                     f"{self.url}: {self._endpoint} refused the credentials while {doing} ({code or 'forbidden'}); "
-                    f"check {' and '.join(_KEYS)}, and what they are allowed"
+                    f"check {' and '.join(_KEYS)}, and their permissions"
                 )
-            elif code in _ELSEWHERE or "incorrectly configured region" in str(error):
-                message = f"{self.url}: the bucket is not where {self._endpoint} looks while {doing}; check AWS_REGION"
+            elif code in _WRONG_REGION or "incorrectly configured region" in str(error):
+                message = f"{self.url}: {self._endpoint} expects another region while {doing}; check AWS_REGION"
             elif re.search(r"error sending request|Connect|dns error|TimedOut", str(error)):
                 message = (
                     f"{self.url}: {self._endpoint} cannot be reached while {doing}; check AWS_ENDPOINT_URL and the "
@@ -248,15 +249,20 @@ class Bucket:
 
     def _no_bucket(self) -> str:
         return (
-            f"{self.url}: there is no bucket {self.url.bucket!r} at {self._endpoint}; make it, or check store.path and "
-            "AWS_ENDPOINT_URL"
+            f"{self.url}: bucket {self.url.bucket!r} does not exist at {self._endpoint}; create it, or check "
+            "store.path and AWS_ENDPOINT_URL"
         )
+
+
+def write_conflict(name: str) -> WriteConflict:
+    """The error that another writer changed `name` first."""
+    return WriteConflict(f"another process has written {name} in the meantime; run the same command again")
 
 
 def _require_credentials(url: ObjectUrl) -> None:
     missing = [name for name in _KEYS if not os.environ.get(name)]
     if missing and not any(os.environ.get(name) for name in _OTHER_CREDENTIALS):
-        raise BadLocation(f"{url} needs credentials and {' and '.join(missing)} is not set; set it in the environment")
+        raise BadLocation(f"{url} needs credentials, but {' and '.join(missing)} is not set; set it in the environment")
 
 
 def _version(meta: Mapping[str, Any]) -> Version:
@@ -268,7 +274,7 @@ def _content(result: Any) -> Content:
     return Content(bytes(result.bytes()), meta["size"], _version(meta), meta["last_modified"])
 
 
-def _code(error: BaseException) -> str:
-    """The name that S3 gives an error; empty where there is none."""
+def _s3_code(error: BaseException) -> str:
+    """S3's code for an error; empty where the server gave none."""
     found = re.search(r"<Code>(\w+)</Code>", str(error))
     return found[1] if found else ""

@@ -1,4 +1,4 @@
-"""Who owns a shard: a lease is a file that names a process. An owner that died on this machine loses it by itself."""
+"""Shard ownership on a file system: a lease is a file that names a process, and expires once that process has ended."""
 
 import json
 import os
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from egopatch.features.io.fields import take, take_count
-from egopatch.features.io.files import disk_full_is_clear, locked, make_folder
+from egopatch.features.io.fields import get_count, get_field
+from egopatch.features.io.files import disk_full_explained, locked, make_folder
 from egopatch.features.values.errors import ShardOwned
 
 _CLOCK_SLACK_S = 2.0  # start times are derived from the boot time, which clock corrections move a little
@@ -19,19 +19,19 @@ _CLOCK_SLACK_S = 2.0  # start times are derived from the boot time, which clock 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process: `started` is its start time in seconds since the epoch, since process numbers are used again."""
+    """A process. `started` is its start time in seconds since the epoch, because process numbers are reused."""
 
     host: str
     pid: int
     started: float
 
     @classmethod
-    def myself(cls) -> "Owner":
-        """This process."""
+    def this_process(cls) -> "Owner":
+        """The owner that stands for this process."""
         return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time())
 
-    def may_live(self) -> bool:
-        """False only where it is certain that the process is gone. Another machine's processes cannot be seen."""
+    def may_be_alive(self) -> bool:
+        """False only where the process has certainly ended. Processes of other machines are out of sight."""
         if self.host != socket.gethostname():
             return True
         try:
@@ -43,12 +43,12 @@ class Owner:
 
 
 def lease_path(root: Path, shard: int) -> Path:
-    """The file that says who owns `shard`."""
+    """The lease file of `shard`."""
     return root / "leases" / f"{shard:08d}.json"
 
 
-def owner_of(path: Path) -> Owner | None:
-    """The owner that a lease names; None where there is no lease, or one that a crash left unfinished."""
+def read_owner(path: Path) -> Owner | None:
+    """The owner that a lease names; None where there is no lease, or a crash left the file unfinished."""
     try:
         return parse_owner(path.read_bytes())
     except FileNotFoundError:
@@ -59,56 +59,57 @@ def parse_owner(content: bytes) -> Owner | None:
     """The owner that the content of a lease names; None where a crash left it unfinished."""
     try:
         record = json.loads(content)
-        return Owner(take(record, "host", str), take_count(record, "pid"), take(record, "started", float))
+        return Owner(get_field(record, "host", str), get_count(record, "pid"), get_field(record, "started", float))
     except (ValueError, RecursionError):
         return None
 
 
 @contextmanager
 def hold(root: Path, shard: int) -> Iterator[None]:
-    """Own `shard` of the store at `root` for a while.
+    """Hold the lease of `shard`, in the store at `root`, for the length of a block.
 
     Raises:
-        ShardOwned: another process has it; the message names host and process.
+        ShardOwned: Another process holds it; the message names host and process.
     """
     path = lease_path(root, shard)
-    with disk_full_is_clear(f"taking the lease of shard {shard} of {root}"):
-        _take(root, shard, path)
+    with disk_full_explained(f"taking the lease of shard {shard} of {root}"):
+        _acquire(root, shard, path)
     try:
         yield
     finally:
-        if owner_of(path) == Owner.myself():
+        if read_owner(path) == Owner.this_process():
             path.unlink(missing_ok=True)
 
 
-def _take(root: Path, shard: int, path: Path) -> None:
+def _acquire(root: Path, shard: int, path: Path) -> None:
     make_folder(path.parent)
-    # The lock makes "look who owns it, then take it" one step, so two heirs of a dead owner cannot both inherit.
+    # Under the lock, checking the owner and taking the lease are one step, so two processes cannot both take an
+    # expired lease.
     with locked(path.parent / "lock"):
-        owner = owner_of(path)
-        if owner is not None and owner.may_live():
+        owner = read_owner(path)
+        if owner is not None and owner.may_be_alive():
             raise ShardOwned(
-                f"shard {shard} of {root} is owned by process {owner.pid} on {owner.host}; let it finish, or end it: "
-                f"the lease of a dead process lapses by itself (after a crash of {owner.host}, remove {path})"
+                f"shard {shard} of {root} is held by process {owner.pid} on {owner.host}; wait for that process, or "
+                f"stop it: its lease then expires automatically (after a crash of {owner.host}, remove {path})"
             )
         path.unlink(missing_ok=True)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
-            os.write(handle, json.dumps(asdict(Owner.myself())).encode())
+            os.write(handle, json.dumps(asdict(Owner.this_process())).encode())
         finally:
             os.close(handle)
 
 
-def require_none(root: Path) -> None:
-    """Refuse to go on while anybody writes to the store at `root`.
+def require_no_writers(root: Path) -> None:
+    """Refuse to continue while another process writes to the store at `root`.
 
     Raises:
-        ShardOwned: names the shard's lease, host and process.
+        ShardOwned: A shard is held; the message names its lease, host and process.
     """
     for path in sorted((root / "leases").glob("*.json")):
-        owner = owner_of(path)
-        if owner is not None and owner.may_live():
+        owner = read_owner(path)
+        if owner is not None and owner.may_be_alive():
             raise ShardOwned(
-                f"{path} says that process {owner.pid} on {owner.host} is writing to {root}; let it finish, or end it, "
-                "and run the same command again"
+                f"process {owner.pid} on {owner.host} is writing to {root} (lease {path}); wait for that process, or "
+                "stop it, and run the same command again"
             )

@@ -1,7 +1,7 @@
-"""File operations that survive a crash: when one returns, what it did is on the disk.
+"""File operations that survive a crash: once a function returns, its changes are on the disk.
 
-Every change that a store makes to itself goes through these few functions, so the points where a crash can fall are
-exactly their calls.
+Every change to a store goes through these few functions, so a crash can leave a store only in the states between
+their calls.
 """
 
 import errno
@@ -16,6 +16,7 @@ import numpy as np
 from awscrt import checksums
 from isal import isal_zlib
 
+from egopatch.features.io.fields import FileSum
 from egopatch.features.values.errors import StoreError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -23,7 +24,7 @@ _BLOCK = 1 << 20
 
 
 def sync_folder(folder: Path) -> None:
-    """Force the folder's list of names to the disk."""
+    """Write the folder's list of names to the disk."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -32,7 +33,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Force the file's bytes to the disk and drop them from the page cache, so that reading back asks the disk."""
+    """Write the file's bytes to the disk and drop them from the page cache, so that reading back reads the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -52,7 +53,7 @@ def make_folder(folder: Path) -> None:
     sync_folder(folder.parent)
 
 
-def put_in_place(source: Path, target: Path) -> None:
+def rename_into_place(source: Path, target: Path) -> None:
     """Rename `source`, already synced, to `target` in one step."""
     make_folder(target.parent)
     source.replace(target)
@@ -60,27 +61,27 @@ def put_in_place(source: Path, target: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Replace the whole of `path` by `content`: afterwards it holds the old bytes or the new ones, never a mixture.
+    """Replace the whole of `path` by `content`: after a crash it holds the old bytes or the new ones, never a mixture.
 
-    The caller holds a lock that keeps others from writing it meanwhile; what a crash leaves, the next writing replaces.
+    The caller holds a lock against other writers; the next call replaces a temporary file that a crash left.
     """
     make_folder(path.parent)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         temporary.write_bytes(content)
         sync_file(temporary)
-        put_in_place(temporary, path)
+        rename_into_place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def append_to(handle: int, content: bytes) -> None:
-    """Append to an open file and sync it; on failure the file is cut back to what it held."""
+def append_synced(handle: int, content: bytes) -> None:
+    """Append to an open file and sync it; on failure the file is cut back to its former length."""
     before = os.fstat(handle).st_size
     try:
         written = os.write(handle, content)
         if written != len(content):
-            raise OSError(errno.ENOSPC, "only a part of the record could be written")
+            raise OSError(errno.ENOSPC, "the record could be written only partly")
         os.fsync(handle)
     except OSError:
         os.ftruncate(handle, before)
@@ -88,18 +89,18 @@ def append_to(handle: int, content: bytes) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder of unfinished work, if it is there."""
+    """Remove a folder of unfinished work, if it exists."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[int]:
-    """Hold the file's lock against every other process; yields a handle open for reading and appending."""
+    """Hold the file's lock against every other process; yields a handle that is open for reading and appending."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            # While this process waited, a repair may have put another file in this one's place.
+            # While this process waited, a repair may have replaced the file.
             if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
                 yield handle
                 return
@@ -108,34 +109,34 @@ def locked(path: Path) -> Iterator[int]:
 
 
 @contextmanager
-def disk_full_is_clear(doing: str) -> Iterator[None]:
-    """Turn a full disk into a one-line StoreError that says what was being done."""
+def disk_full_explained(doing: str) -> Iterator[None]:
+    """Turn a full disk into a one-line StoreError that names the interrupted work."""
     try:
         yield
     except OSError as error:
         if error.errno not in _NO_SPACE:
             raise
         raise StoreError(
-            f"no space left while {doing} ({error.strerror}); what was committed before is intact: "
-            "make room and run the same command again"
+            f"no space left while {doing} ({error.strerror}); earlier commits are intact: free some space and run the "
+            "same command again"
         ) from error
 
 
 def crc32c(content: np.ndarray | bytes, value: int = 0) -> int:
-    """CRC-32C of contiguous bytes, continuing from `value`. Other threads run meanwhile."""
+    """CRC-32C of contiguous bytes, continued from `value`; releases the interpreter's lock."""
     return checksums.crc32c(content, value)
 
 
-def file_sum(content: bytes) -> tuple[int, int]:
-    """Size in bytes and CRC-32 of what a file is to hold; `file_sum_of` says why not CRC-32C."""
+def size_and_crc(content: bytes) -> FileSum:
+    """Size in bytes and CRC-32 of a file's future content; see `size_and_crc_of_file` for the choice of checksum."""
     return len(content), isal_zlib.crc32(content)
 
 
-def file_sum_of(path: Path) -> tuple[int, int]:
+def size_and_crc_of_file(path: Path) -> FileSum:
     """Size in bytes and CRC-32 of a file, read in blocks.
 
-    Of another polynomial than the rows' own: a CRC runs over bytes followed by their own CRC of the same kind to a
-    value that does not depend on those bytes, so a CRC-32C of a whole shard would not see one row put for another.
+    Rows have a CRC-32C of their own, so files need another polynomial: the CRC of bytes that are followed by their own
+    CRC does not depend on the bytes, and a CRC-32C over a whole shard would miss two swapped rows.
     """
     block = np.empty(_BLOCK, np.uint8)
     view = block.data

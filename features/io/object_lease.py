@@ -1,7 +1,7 @@
-"""Leases in object storage: an object that names a process, which writes it again and again for as long as it lives.
+"""Shard ownership in object storage: a lease is an object that names a process, which renews it while it runs.
 
-Another machine's processes cannot be seen, so a lease that nobody has renewed for a while is taken from its owner.
-That may be wrong, and then two encode the same shard; what they write never depends on it, see `features.state.commit`.
+Processes of other machines are out of sight, so a lease expires once nobody has renewed it for a while. Its owner may
+still be running: then two processes encode the same shard, and `features.state.commit` keeps the store correct.
 """
 
 import json
@@ -13,32 +13,32 @@ from dataclasses import asdict, dataclass
 
 from egopatch.features.io.bucket import Bucket, Content, Version
 from egopatch.features.io.file_lease import Owner, parse_owner
-from egopatch.features.values.errors import Overtaken, ShardOwned, StoreError
+from egopatch.features.values.errors import ShardOwned, StoreError, WriteConflict
 
 RENEW_S = 15.0
-LAPSE_S = 60.0
+EXPIRY_S = 60.0
 
 
 @dataclass(frozen=True)
-class Held:
-    """A lease as it was found: whose, and for how long it has not been renewed."""
+class LeaseState:
+    """A lease as it was found: its owner, and the seconds since it was last renewed."""
 
     owner: Owner | None
     idle_s: float
     version: Version
 
-    def may_live(self) -> bool:
-        """False where the owner is gone, or has been silent for too long."""
-        return self.owner is not None and self.idle_s < LAPSE_S and self.owner.may_live()
+    def is_held(self) -> bool:
+        """False where the owner has ended, or has not renewed the lease for too long."""
+        return self.owner is not None and self.idle_s < EXPIRY_S and self.owner.may_be_alive()
 
 
 @contextmanager
 def hold(bucket: Bucket, base: str, shard: int) -> Iterator[None]:
-    """Own `shard` of the store whose keys begin with `base` for a while. Errors as in `features.io.file_lease.hold`."""
+    """Hold the lease of `shard`, in the store whose keys begin with `base`. Errors as in `file_lease.hold`."""
     key = f"{base}leases/{shard:08d}.json"
-    # The number makes it differ from every other lease, also from this process's own on another occasion.
-    content = json.dumps(asdict(Owner.myself()) | {"number": uuid.uuid4().hex}).encode()
-    version = _take(bucket, base, key, shard, content)
+    # The random number tells this lease from every other one, including earlier ones of this process.
+    content = json.dumps(asdict(Owner.this_process()) | {"number": uuid.uuid4().hex}).encode()
+    version = _acquire(bucket, base, key, shard, content)
     stop = threading.Event()
     thread = threading.Thread(target=_renew, args=(bucket, key, content, version, stop), name="lease", daemon=True)
     thread.start()
@@ -47,51 +47,52 @@ def hold(bucket: Bucket, base: str, shard: int) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        with suppress(StoreError, FileNotFoundError):  # it lapses by itself
+        with suppress(StoreError, FileNotFoundError):  # a lease that cannot be removed expires
             found = bucket.get(key)
             if found is not None and found.content == content:
                 bucket.delete([key])
 
 
-def require_none(bucket: Bucket, base: str) -> None:
-    """Refuse to go on while anybody writes to the store. Errors as in `features.io.file_lease.require_none`."""
+def require_no_writers(bucket: Bucket, base: str) -> None:
+    """Refuse to continue while another process writes to the store. Errors as in `file_lease.require_no_writers`."""
     for key in sorted(bucket.listing(f"{base}leases")):
-        held = _look(bucket, base, key) if key.endswith(".json") else None
-        if held is not None and held.owner is not None and held.may_live():
+        lease = _read_lease(bucket, base, key) if key.endswith(".json") else None
+        if lease is not None and lease.owner is not None and lease.is_held():
             raise ShardOwned(
-                f"{bucket.url}/{key} says that process {held.owner.pid} on {held.owner.host} is writing; let it "
-                "finish, or end it, and run the same command again"
+                f"process {lease.owner.pid} on {lease.owner.host} is writing to the store (lease {bucket.url}/{key}); "
+                "wait for that process, or stop it, and run the same command again"
             )
 
 
-def _take(bucket: Bucket, base: str, key: str, shard: int, content: bytes) -> Version:
-    held = _look(bucket, base, key)
-    if held is None or not held.may_live():
+def _acquire(bucket: Bucket, base: str, key: str, shard: int, content: bytes) -> Version:
+    lease = _read_lease(bucket, base, key)
+    if lease is None or not lease.is_held():
         try:
-            return bucket.put_over(key, content, None if held is None else held.version)
-        except Overtaken:
-            held = _look(bucket, base, key)  # another heir was faster
-    owner = (
-        "another process" if held is None or held.owner is None else f"process {held.owner.pid} on {held.owner.host}"
+            return bucket.put_if_unchanged(key, content, None if lease is None else lease.version)
+        except WriteConflict:
+            lease = _read_lease(bucket, base, key)  # another process took it first
+    holder = (
+        "another process"
+        if lease is None or lease.owner is None
+        else f"process {lease.owner.pid} on {lease.owner.host}"
     )
     raise ShardOwned(
-        f"shard {shard} of {bucket.url}/{base.rstrip('/')} is owned by {owner}; let it finish, or end it: the lease "
-        f"of a dead process lapses by itself, {LAPSE_S:.0f} s after it was last renewed"
+        f"shard {shard} of {bucket.url}/{base.rstrip('/')} is held by {holder}; wait for that process, or stop it: its "
+        f"lease then expires automatically, {EXPIRY_S:.0f} s after the last renewal"
     )
 
 
-def _look(bucket: Bucket, base: str, key: str) -> Held | None:
+def _read_lease(bucket: Bucket, base: str, key: str) -> LeaseState | None:
     try:
         found = bucket.get(key)
     except FileNotFoundError:
         return None
     assert found is not None
-    owner = parse_owner(found.content)
-    return Held(owner, _idle_s(bucket, base, found), found.version)
+    return LeaseState(parse_owner(found.content), _idle_s(bucket, base, found), found.version)
 
 
 def _idle_s(bucket: Bucket, base: str, found: Content) -> float:
-    """Seconds since an object was written, by the server's clock alone: ours may be wrong."""
+    """Seconds since an object was written, by the server's clock alone; the local clock may be wrong."""
     clock = f"{base}leases/clock"
     bucket.put(clock, b"now")
     now = bucket.get(clock)
@@ -102,8 +103,8 @@ def _idle_s(bucket: Bucket, base: str, found: Content) -> float:
 def _renew(bucket: Bucket, key: str, content: bytes, version: Version, stop: threading.Event) -> None:
     while not stop.wait(RENEW_S):
         try:
-            version = bucket.put_over(key, content, version)
-        except Overtaken:
-            return  # it was taken away; the commit will find out
+            version = bucket.put_if_unchanged(key, content, version)
+        except WriteConflict:
+            return  # another process took the lease; the commit will fail with a conflict
         except StoreError:
-            continue  # the network may come back before the lease lapses
+            continue  # the network may come back before the lease expires

@@ -1,27 +1,27 @@
-"""What a store holds by now: the rows that the file of ids plans, and the clips that the ledger has committed."""
+"""The current contents of a store: the rows planned by the journal of ids, and the clips committed by the ledger."""
 
 from collections.abc import Sequence
 
 from egopatch.features.state.ids import RowPlan, ids_journal
 from egopatch.features.state.ledger import ClipRecord, Commit, Entry, Ledger, ledger_journal
-from egopatch.features.storage.interface import Files, Storage
+from egopatch.features.storage.interface import ReadableFiles, Storage
 from egopatch.features.storage.journal import Contents, Position, require_intact
-from egopatch.features.values.dtypes import spec_bytes
+from egopatch.features.values.dtypes import spec_row_bytes
 from egopatch.features.values.errors import AbsentClip, DamagedStore
 from egopatch.features.values.spec import StoreSpec
 
 
-def misfit(commit: Commit, spec: StoreSpec) -> str | None:
-    """Why a commit cannot be one of a store of this shape, whatever the checksums say; None where it can."""
-    row_bytes = spec_bytes(spec)
+def commit_mismatch(commit: Commit, spec: StoreSpec) -> str | None:
+    """The reason why a commit cannot belong to a store of this spec, whatever its checksums; None where it can."""
+    row_bytes = spec_row_bytes(spec)
     first = commit.shard * spec.shard
     for name, row in (commit.ids[0], commit.rows[0]), (commit.ids[-1], commit.rows[-1]):  # rows rise
         if not first <= row < first + spec.shard:
             return f"places clip {name!r} in row {row}, outside of shard {commit.shard}"
-    held = sum(size for size, _ in commit.files.values())
-    fits = spec.codec != "none" or len(commit.ids) * row_bytes <= held
+    size = sum(nbytes for nbytes, _ in commit.files.values())
+    fits = spec.codec != "none" or len(commit.ids) * row_bytes <= size
     if commit.row_bytes != row_bytes or not fits:
-        return f"committed {len(commit.ids)} rows in {held} bytes, but store.json claims {row_bytes} bytes a row"
+        return f"committed {len(commit.ids)} rows in {size} bytes, but store.json claims {row_bytes} bytes a row"
     return None
 
 
@@ -29,16 +29,16 @@ class Catalog:
     """One reader's view of a store; `refresh` brings it up to date.
 
     Attributes:
-        storage: where it lies.
-        root: its location, for messages.
-        spec: its shape.
-        rows: id -> row, of every id that has one.
-        ledger: what is committed.
-        row_bytes: of one row of every array, before compression.
-        position: how far the ledger has been read.
+        storage: Storage of the store.
+        root: Location of the store, for messages.
+        spec: Spec of the store.
+        rows: Id -> row, for every id that has a row.
+        ledger: Committed clips and files.
+        row_bytes: Bytes in one row of every array together, before compression.
+        position: How far the ledger has been read.
 
     Raises:
-        DamagedStore: as `refresh`.
+        DamagedStore: As in `refresh`.
     """
 
     def __init__(self, storage: Storage, spec: StoreSpec) -> None:
@@ -47,29 +47,29 @@ class Catalog:
         self.spec = spec
         self.rows: dict[str, int] = {}
         self.ledger = Ledger()
-        self.row_bytes = spec_bytes(spec)
+        self.row_bytes = spec_row_bytes(spec)
         self._plan = RowPlan()
         self._planned_to: Position | None = None
         self.position: Position | None = None
         self.refresh()
 
     def refresh(self, shard: int | None = None) -> None:
-        """See what any process has committed or planned since; with a `shard`, that shard's commits at least.
+        """Read what any process has committed or planned since; with a `shard`, at least the commits of that shard.
 
         Raises:
-            DamagedStore: a file that describes the store is damaged; the message names the line.
+            DamagedStore: A file that describes the store is damaged; the message names the line.
         """
-        # The ledger first: ids are written before any of their clips can be committed.
+        # The ledger is read first: ids are written before any of their clips can be committed.
         committed = ledger_journal(self.storage).read(self.position, shard)
         require_intact(committed, self.root)
         planned = ids_journal(self.storage).read(self._planned_to)
         require_intact(planned, self.root)
-        if planned.whole:
+        if planned.from_start:
             self._plan = RowPlan()
         self._plan.add_all(planned)
-        known = Ledger() if committed.whole else self.ledger
-        known.add_all(committed)
-        self.ledger = known  # complete before other threads see it
+        ledger = Ledger() if committed.from_start else self.ledger
+        ledger.add_all(committed)
+        self.ledger = ledger  # complete before other threads see it
         self._planned_to, self.position = planned.position, committed.position
         if planned.lines:
             self.rows = {name: row for row, name in enumerate(self._plan.row_ids) if name is not None}
@@ -80,14 +80,14 @@ class Catalog:
             entry = line.entry
             if not isinstance(entry, Commit):
                 continue
-            if reason := misfit(entry, self.spec):
+            if reason := commit_mismatch(entry, self.spec):
                 raise DamagedStore(
-                    f"{self.root}: ledger.jsonl line {line.number + 1} {reason}; this is not the store that was "
-                    "written: put its store.json back"
+                    f"{self.root}: ledger.jsonl line {line.number + 1} {reason}; the store's store.json has been "
+                    "replaced: restore the original"
                 )
             planned = tuple(map(self.rows.get, entry.ids))
             for name, row in zip(entry.ids, planned, strict=True) if planned != entry.rows else ():
-                # A clip that was dropped since may have lost its row to a repair.
+                # A clip that was dropped later may have lost its row in a repair.
                 current = self.ledger.clips.get(name)
                 if current is not None and current.clip(name).row != row:
                     raise DamagedStore(
@@ -95,16 +95,16 @@ class Catalog:
                         f"clip {name!r}; run `python -m features repair {self.root}`"
                     )
 
-    def shard_files(self, shard: int) -> Files:
+    def shard_files(self, shard: int) -> ReadableFiles:
         """The files of a committed shard."""
-        return self.storage.shard_files(shard, self.ledger.attempts.get(shard, ""))
+        return self.storage.shard_files(shard, self.ledger.write_id(shard))
 
     def shard_of(self, row: int) -> int:
-        """The shard that `row` lies in, for ever."""
+        """The shard of `row`, which never changes."""
         return row // self.spec.shard
 
     def ids_of(self, shard: int) -> list[str]:
-        """Every id of a shard, in row order."""
+        """All ids of a shard, in row order."""
         names = self._plan.row_ids[shard * self.spec.shard : (shard + 1) * self.spec.shard]
         return [name for name in names if name is not None]
 
@@ -112,11 +112,11 @@ class Catalog:
         """The committed ids of a shard, in row order."""
         return [name for name in self.ids_of(shard) if name in self.ledger.clips]
 
-    def records(self, ids: Sequence[str]) -> list[ClipRecord]:
-        """What the ledger says of each of `ids`.
+    def clip_records(self, ids: Sequence[str]) -> list[ClipRecord]:
+        """The ledger's record of each of `ids`.
 
         Raises:
-            AbsentClip: names those that were never committed.
+            AbsentClip: Some of them were never committed; the message names them.
         """
         absent = [name for name in dict.fromkeys(ids) if name not in self.ledger.clips]
         if absent:

@@ -1,8 +1,8 @@
 """The commit protocol: write -> announce -> sync -> rename -> sync folder -> read back and compare -> record.
 
-In object storage, where nothing is replaced: write -> upload under new names -> compare -> record, if nobody has
-recorded anything of the shard meanwhile. Killed at any point, the shard's earlier rows are still there and the new ones
-are either all committed or not at all.
+In object storage, where nothing is replaced: write -> upload under new names -> compare -> record, on condition that
+nobody has recorded anything about the shard in the meantime. After a kill at any point, the shard's earlier rows are
+intact, and the new ones are either all committed or not at all.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from egopatch.features.formats.interface import Blocks, Format
-from egopatch.features.io.files import crc32c, file_sum_of
-from egopatch.features.state.ledger import ClipRecord, announce, commit, ledger_journal
+from egopatch.features.io.files import crc32c, size_and_crc_of_file
+from egopatch.features.state.ledger import ClipRecord, announce_record, commit_record, ledger_journal
 from egopatch.features.storage.interface import Storage
 from egopatch.features.storage.journal import Position
 from egopatch.features.values.dtypes import row_bytes
@@ -21,18 +21,18 @@ from egopatch.features.values.spec import ArraySpec, StoreSpec
 
 
 @dataclass(frozen=True)
-class Target:
-    """Where a shard goes: the store's storage, shape, file format, fingerprint's digest and bytes of a row."""
+class CommitTarget:
+    """The store that a shard is committed to: storage, spec, file format, digest of its fingerprint, bytes in a row."""
 
     storage: Storage
     spec: StoreSpec
-    files: Format
+    file_format: Format
     fingerprint: str
     row_bytes: int
 
 
 def commit_shard(
-    target: Target,
+    target: CommitTarget,
     shard: int,
     rows: Mapping[str, int],
     blocks: Blocks,
@@ -40,39 +40,39 @@ def commit_shard(
     errors: Mapping[str, float],
     after: Position | None,
 ) -> None:
-    """Commit a shard that afterwards consists of exactly `rows`. The caller owns the shard.
+    """Commit a shard that afterwards consists of exactly `rows`. The caller holds the shard's lease.
 
     Args:
-        target: the store.
-        shard: its number.
-        rows: id -> row of the store, in rising order.
-        blocks: each array's rows, in the order of `rows`.
-        sources: id -> hash of what it came from.
-        errors: what storing in fewer bits cost; read when `blocks` is used up.
-        after: how far the ledger had been read when `rows` were put together.
+        target: Store that receives the shard.
+        shard: Number of the shard.
+        rows: Id -> row of the store, in rising order.
+        blocks: Rows of each array, in the order of `rows`.
+        sources: Id -> hash of the video (or text) that was encoded.
+        errors: Array -> reconstruction error that quantisation caused.
+        after: How far the ledger had been read when `rows` was determined.
 
     Raises:
-        Overtaken: somebody else has committed clips of the shard since; nothing was committed here.
-        DamagedStore: the disk does not give back what was written.
-        OSError: the disk is full.
+        WriteConflict: Another writer has committed clips of the shard since; nothing was committed here.
+        DamagedStore: Reading back gives other bytes than were written.
+        OSError: The disk is full.
     """
     storage, ledger = target.storage, ledger_journal(target.storage)
     slots = [row % target.spec.shard for row in rows.values()]
     sums: dict[str, dict[str, int]] = {name: {} for name in rows}
     with storage.staging(shard) as folder:
-        staged = target.files.stage(folder, target.spec, shard, slots, _summed(blocks, sums))
-        files = {name: file_sum_of(path) for name, path in staged.items()}
+        staged = target.file_format.stage(folder, target.spec, shard, slots, _with_checksums(blocks, sums))
+        files = {name: size_and_crc_of_file(path) for name, path in staged.items()}
         if storage.in_place:
-            ledger.append(announce(shard, files), after)
-        attempt = storage.publish(shard, staged, files)
+            ledger.append(announce_record(shard, files), after)
+        write_id = storage.publish(shard, staged, files)
     if storage.in_place:
         _read_back(target, shard, rows, sums)
     clips = {name: ClipRecord(row, sums[name], sources[name]) for name, row in rows.items()}
-    ledger.append(commit(shard, clips, files, target.fingerprint, errors, target.row_bytes, attempt), after)
+    ledger.append(commit_record(shard, clips, files, target.fingerprint, errors, target.row_bytes, write_id), after)
 
 
-def _summed(blocks: Blocks, sums: Mapping[str, dict[str, int]]) -> Blocks:
-    """The rows as they are, taking each one's checksum while it is in memory."""
+def _with_checksums(blocks: Blocks, sums: Mapping[str, dict[str, int]]) -> Blocks:
+    """`blocks` unchanged; the checksum of each row is added to `sums` while the row is in memory."""
 
     def rows_of(array: ArraySpec, rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         for row, checksums in zip(rows, sums.values(), strict=True):
@@ -83,14 +83,16 @@ def _summed(blocks: Blocks, sums: Mapping[str, dict[str, int]]) -> Blocks:
         yield array, rows_of(array, rows)
 
 
-def _read_back(target: Target, shard: int, rows: Mapping[str, int], sums: Mapping[str, Mapping[str, int]]) -> None:
-    opened = target.files.open(target.storage.shard_files(shard, ""), target.spec, shard)
+def _read_back(
+    target: CommitTarget, shard: int, rows: Mapping[str, int], sums: Mapping[str, Mapping[str, int]]
+) -> None:
+    opened = target.file_format.open(target.storage.shard_files(shard, ""), target.spec, shard)
     for array in target.spec.arrays:
         buffer = np.empty(row_bytes(array), np.uint8)
         for name, row in rows.items():
-            chunk = opened.find(array, row % target.spec.shard)
+            chunk = opened.find_row(array, row % target.spec.shard)
             if chunk.read_into(buffer) != sums[name][array.name]:
                 raise DamagedStore(
-                    f"{chunk.file.path}: {array.name} of clip {name!r} read back differs from what was written; "
-                    "check the disk: nothing was committed"
+                    f"{chunk.file.path}: {array.name} of clip {name!r} reads back differently from what was written; "
+                    "nothing was committed: check the disk"
                 )

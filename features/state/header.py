@@ -1,16 +1,16 @@
-"""`store.json`: what the store is. Written once, with its own checksum.
+"""`store.json`: the store's spec, fingerprint and file format, written once and with a checksum of its own.
 
-Its version is that of everything in the store, journals included. A program refuses other versions than its own, by
-number, and leaves such a store alone.
+Its version covers everything in the store, journals included. A program refuses stores of other versions, by number,
+and changes nothing in them.
 """
 
 import json
 from dataclasses import asdict, dataclass
 
-from egopatch.features.io.fields import MalformedRecord, Record, take, take_all, take_count
+from egopatch.features.io.fields import MalformedRecord, Record, get_count, get_field, get_list
 from egopatch.features.storage.interface import Storage
 from egopatch.features.storage.journal import decode_line, encode_line
-from egopatch.features.values.dtypes import stored
+from egopatch.features.values.dtypes import disk_dtype
 from egopatch.features.values.errors import DamagedStore, OtherVersion, StoreError
 from egopatch.features.values.spec import ArraySpec, Fingerprint, StoreSpec
 
@@ -19,118 +19,120 @@ HEADER = "store.json"  # its name in the store
 
 
 @dataclass(frozen=True)
-class Description:
-    """What a header says: the store's shape, what made it, and its file format's name."""
+class StoreHeader:
+    """The content of a header: the store's spec, its fingerprint, and the name of its file format."""
 
     spec: StoreSpec
     fingerprint: Fingerprint
     format: str
 
-    def differences(self, other: "Description") -> list[str]:
-        """One line a field that differs: those of the fingerprint by name, then format and spec."""
-        lines = self.fingerprint.differences(other.fingerprint)
-        if self.format != other.format:
-            lines.append(f"format: {self.format!r} here, {other.format!r} there")
-        here, there = _plain(asdict(self.spec)), _plain(asdict(other.spec))
-        lines += [
-            f"spec.{name}: {here[name]!r} here, {there[name]!r} there" for name in here if here[name] != there[name]
+    def differences(self, requested: "StoreHeader") -> list[str]:
+        """One line for each field in which this header and the `requested` one differ, the fingerprint's first."""
+        mine, theirs = (
+            Fingerprint({"format": header.format} | {f"spec.{k}": v for k, v in _as_json(asdict(header.spec)).items()})
+            for header in (self, requested)
+        )
+        return [
+            *self.fingerprint.differences(requested.fingerprint, "store has", "requested"),
+            *mine.differences(theirs, "store has", "requested"),
         ]
-        return lines
 
 
-def make_header(described: Description) -> Record:
+def header_record(header: StoreHeader) -> Record:
     """The header as JSON values."""
-    for array in described.spec.arrays:
-        stored(array.dtype)
-    return _plain(
+    for array in header.spec.arrays:
+        disk_dtype(array.dtype)
+    return _as_json(
         {
             "version": VERSION,
-            "format": described.format,
-            "spec": asdict(described.spec),
-            "fingerprint": dict(described.fingerprint.fields),
+            "format": header.format,
+            "spec": asdict(header.spec),
+            "fingerprint": dict(header.fingerprint.fields),
         }
     )
 
 
-def create_header(storage: Storage, header: Record) -> bool:
-    """Write it where there is none; false where there is one."""
-    return storage.create(HEADER, encode_line(0, header))
+def create_header(storage: Storage, record: Record) -> bool:
+    """Write the header where none exists; returns false where one does."""
+    return storage.create(HEADER, encode_line(0, record))
 
 
-def write_header(storage: Storage, header: Record) -> None:
-    """Write it in one step, whatever is there."""
-    storage.write(HEADER, encode_line(0, header))
+def write_header(storage: Storage, record: Record) -> None:
+    """Write the header in one step, replacing an existing one."""
+    storage.write(HEADER, encode_line(0, record))
 
 
 def read_header(storage: Storage) -> Record:
-    """Read it; `parse_header` says what it means.
+    """Read the header as JSON values, for `parse_header`.
 
     Raises:
-        OtherVersion: another version of this program wrote the store.
-        StoreError: there is no store.
-        DamagedStore: the file is damaged.
+        OtherVersion: Another version of this program wrote the store.
+        StoreError: The store does not exist.
+        DamagedStore: The file is damaged.
     """
     root = storage.location
     path = root / HEADER
     try:
         decoded = decode_line(storage.read(HEADER))
     except (FileNotFoundError, NotADirectoryError):
-        raise StoreError(f"no store at {root} ({HEADER} is missing); expected one that `extract run` made") from None
+        raise StoreError(f"no store at {root} ({HEADER} is missing); run `extract run` to create one") from None
     if decoded is None:
         raise DamagedStore(f"{path} is damaged; run `python -m features repair {root}`")
     version = decoded[1].get("version")
     if type(version) is int and version > 0 and version != VERSION:
         raise OtherVersion(
-            f"{path} has version {version}, written by another program than this one, which reads version {VERSION}; "
-            "use that program, or make the store again"
+            f"{path} has version {version}, but this program reads version {VERSION}; use the program that wrote the "
+            "store, or encode it again"
         )
     return decoded[1]
 
 
-def parse_header(header: Record) -> Description:
-    """What the header describes.
+def parse_header(record: Record) -> StoreHeader:
+    """The header that `record` holds.
 
     Raises:
-        DamagedStore: it describes no store, whatever its checksum says.
+        DamagedStore: The record does not describe a store, even if its checksum is right.
     """
     try:
-        version = take_count(header, "version")
+        version = get_count(record, "version")
         if version != VERSION:
             raise MalformedRecord(f"'version' is {version}; expected {VERSION}")
-        return Description(_parse_spec(take(header, "spec", dict)), _fingerprint(header), take(header, "format", str))
+        spec = _parse_spec(get_field(record, "spec", dict))
+        return StoreHeader(spec, _parse_fingerprint(record), get_field(record, "format", str))
     except ValueError as error:
         raise DamagedStore(
-            f"store.json does not describe a store ({error}); this is not one of ours: encode again into another folder"
+            f"{HEADER} does not describe a store ({error}); this program did not write it: encode again into another "
+            "folder"
         ) from error
 
 
 def _parse_spec(spec: Record) -> StoreSpec:
     arrays = [
-        ArraySpec(take(array, "name", str), tuple(take_all(array, "shape", int)), take(array, "dtype", str))
-        for array in take_all(spec, "arrays", dict)
+        ArraySpec(get_field(array, "name", str), tuple(get_list(array, "shape", int)), get_field(array, "dtype", str))
+        for array in get_list(spec, "arrays", dict)
     ]
     for array in arrays:
-        stored(array.dtype)
-    grid = None if spec.get("grid") is None else take_all(spec, "grid", int)
+        disk_dtype(array.dtype)
+    grid = None if spec.get("grid") is None else get_list(spec, "grid", int)
     if grid is not None and (len(grid) != 2 or min(grid) < 1):
         raise MalformedRecord(f"'grid' is {grid!r:.60}; expected the rows and columns of the patches")
     return StoreSpec(
-        take(spec, "kind", str),  # type: ignore[arg-type]  # StoreSpec checks it, and the codec
+        get_field(spec, "kind", str),  # type: ignore[arg-type]  # StoreSpec checks kind and codec
         tuple(arrays),
-        take_count(spec, "shard"),
+        get_count(spec, "shard"),
         None if grid is None else (grid[0], grid[1]),
-        take(spec, "codec", str),  # type: ignore[arg-type]
+        get_field(spec, "codec", str),  # type: ignore[arg-type]
     )
 
 
-def _fingerprint(header: Record) -> Fingerprint:
-    fields = take(header, "fingerprint", dict)
+def _parse_fingerprint(record: Record) -> Fingerprint:
+    fields = get_field(record, "fingerprint", dict)
     for name, value in fields.items():
         if not isinstance(value, str | int | float | None):
-            raise MalformedRecord(f"'fingerprint' has {name!r} of {type(value).__name__}; expected one plain value")
+            raise MalformedRecord(f"'fingerprint' has {name!r} of {type(value).__name__}; expected a single value")
     return Fingerprint(fields)
 
 
-def _plain(record: Record) -> Record:
-    """As it is when it has been through JSON, so that what repeats a header is the same bytes."""
+def _as_json(record: Record) -> Record:
+    """`record` after a round trip through JSON, so that every copy of a header has the same bytes."""
     return json.loads(json.dumps(record, sort_keys=True))

@@ -1,11 +1,19 @@
-"""Which row belongs to which clip. Ids are data: they are kept inside a file and never become a path."""
+"""Which row belongs to which clip. Ids are data: they stay inside a file and never become a path."""
 
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from egopatch.features.io.fields import Files, MalformedRecord, Record, files_to_json, take, take_all, take_files
-from egopatch.features.io.files import file_sum
+from egopatch.features.io.fields import (
+    FileSums,
+    MalformedRecord,
+    Record,
+    file_sums_to_json,
+    get_field,
+    get_file_sums,
+    get_list,
+)
+from egopatch.features.io.files import size_and_crc
 from egopatch.features.state.ledger import MAX_ROWS
 from egopatch.features.storage.interface import Journal, Storage
 from egopatch.features.storage.journal import Contents, Position
@@ -16,21 +24,21 @@ MAX_TEXT = 16_384
 
 
 @dataclass(frozen=True)
-class Describe:
+class MetadataAnnounced:
     """Metadata files that a writer is about to put in place."""
 
-    files: Files
+    files: FileSums
 
 
 @dataclass(frozen=True)
-class Grow:
-    """Rows that exist from here on: their ids, and the metadata files that count them."""
+class RowsAdded:
+    """Rows that exist from this line on: their ids, and the metadata files that include them."""
 
     ids: list[str | None]
-    files: Files
+    files: FileSums
 
 
-Entry = Describe | Grow
+Entry = MetadataAnnounced | RowsAdded
 
 
 def ids_journal(storage: Storage) -> Journal[Entry]:
@@ -40,46 +48,46 @@ def ids_journal(storage: Storage) -> Journal[Entry]:
 
 @dataclass(frozen=True)
 class RowPlan:
-    """What the file of ids says.
+    """The rows that the journal of ids results in.
 
     Attributes:
-        row_ids: row -> id. A row whose id was lost with a damaged file stays unused (None).
-        files: the files that describe arrays of so many rows to other tools.
-        announced: versions of those files that a writer was about to put in place.
+        row_ids: Row -> id. A row whose id was lost with a damaged file stays unused (None).
+        files: Metadata files that describe arrays of that many rows to other tools.
+        announced: Versions of those files that a writer was about to put in place.
     """
 
     row_ids: list[str | None] = field(default_factory=list)
     files: dict[str, tuple[int, int]] = field(default_factory=dict)
-    announced: list[Files] = field(default_factory=list)
+    announced: list[FileSums] = field(default_factory=list)
 
     def add_all(self, contents: Contents[Entry]) -> None:
-        """Take in lines that were read."""
+        """Apply lines that were read."""
         for line in contents.lines:
             match line.entry:
-                case Describe(files):
+                case MetadataAnnounced(files):
                     self.announced.append(files)
-                case Grow(ids, files):
+                case RowsAdded(ids, files):
                     self.row_ids.extend(ids)
                     self.files.update(files)
                     self.announced.clear()
 
 
-def grow(
+def add_rows(
     storage: Storage, ids: Sequence[str | None], metadata: Mapping[str, bytes], after: Position | None = None
 ) -> None:
-    """Add rows for `ids`, while `storage.growing()`.
+    """Add rows for `ids`, within `storage.adding_rows()`.
 
     Args:
-        storage: the store's.
-        ids: of the new rows.
-        metadata: the files that describe the arrays as they are then; none where other tools do not read the store.
-        after: how far the caller has read the journal of ids.
+        storage: Storage of the store.
+        ids: Ids of the new rows.
+        metadata: Files that describe the arrays with the new rows; empty where other tools do not read the store.
+        after: How far the caller has read the journal of ids.
 
     Raises:
-        Overtaken: somebody else has added rows since.
+        WriteConflict: Another process has added rows since.
     """
     journal = ids_journal(storage)
-    files = files_to_json({name: file_sum(content) for name, content in metadata.items()})
+    files = file_sums_to_json({name: size_and_crc(content) for name, content in metadata.items()})
     if metadata:
         journal.append({"kind": "announce", "files": files}, after)
     for name, content in metadata.items():
@@ -88,39 +96,39 @@ def grow(
 
 
 def _parse(record: Record) -> Entry:
-    kind, files = take(record, "kind", str), take_files(record, "files")
+    kind, files = get_field(record, "kind", str), get_file_sums(record, "files")
     if kind == "announce":
-        return Describe(files)
+        return MetadataAnnounced(files)
     if kind == "grow":
-        return Grow(take_all(record, "ids", str, type(None)), files)
+        return RowsAdded(get_list(record, "ids", str, type(None)), files)
     raise MalformedRecord(f"'kind' is {kind[:40]!r}; expected announce or grow")
 
 
-def unseen(known: Sequence[str | None], ids: Sequence[str], kind: str) -> list[str]:
-    """The `ids` that no row has yet, checked.
+def ids_without_row(known: Sequence[str | None], ids: Sequence[str], kind: str) -> list[str]:
+    """The `ids` that have no row among the `known` ones, checked.
 
     Raises:
-        StoreError: an id that cannot be one: the message says which and why.
+        StoreError: An id cannot be stored; the message names the id and the reason.
     """
     have = set(known)
     fresh = [name for name in dict.fromkeys(ids) if name not in have]
     for name in fresh:
         check_id(name, kind)
     if len(known) + len(fresh) > MAX_ROWS:
-        raise StoreError(f"{len(known) + len(fresh)} rows are asked for; expected at most {MAX_ROWS} in a store")
+        raise StoreError(f"{len(known) + len(fresh)} rows are requested; expected at most {MAX_ROWS} in a store")
     if kind == "patches":
         _refuse_lookalikes([name for name in known if name is not None], fresh)
     return fresh
 
 
 def check_id(name: str, kind: str) -> None:
-    """Refuse an id that is unsafe or cannot be kept exactly. Texts of questions may hold any characters.
+    """Refuse an id that is unsafe or cannot be stored exactly. Texts of questions may contain any characters.
 
     Raises:
-        StoreError: names the id and what is wrong with it.
+        StoreError: The id cannot be stored; the message names the id and the reason.
     """
     if not isinstance(name, str):
-        raise StoreError(f"clip id {name!r} is not a text; expected a str")
+        raise StoreError(f"clip id {name!r} has type {type(name).__name__}; expected str")
     try:
         size = len(name.encode())
     except UnicodeEncodeError:
@@ -132,9 +140,9 @@ def check_id(name: str, kind: str) -> None:
         return
     if not name:
         raise StoreError("clip id '' is empty; expected a name")
-    plain = name.isascii() and name.isprintable()  # nearly all are, and this is many times faster
-    if not plain and any(unicodedata.category(character) == "Cc" for character in name):
-        raise StoreError(f"clip id {name[:60]!r} holds a control character; expected printable text")
+    printable = name.isascii() and name.isprintable()  # true of nearly all ids, and many times faster to check
+    if not printable and any(unicodedata.category(character) == "Cc" for character in name):
+        raise StoreError(f"clip id {name[:60]!r} contains a control character; expected printable text")
     parts = name.replace("\\", "/").split("/")
     if ".." in parts or not parts[0]:
         raise StoreError(
@@ -144,7 +152,7 @@ def check_id(name: str, kind: str) -> None:
 
 def _refuse_lookalikes(known: list[str], fresh: list[str]) -> None:
     if all(map(str.isascii, known)) and all(map(str.isascii, fresh)):
-        return  # each has one spelling
+        return  # ASCII names have one spelling only
     spellings = {unicodedata.normalize("NFC", name): name for name in known}
     for name in fresh:
         other = spellings.setdefault(unicodedata.normalize("NFC", name), name)

@@ -1,27 +1,27 @@
-"""The list of committed shards: the only thing that readers trust.
+"""The list of committed shards, which alone decides what readers see.
 
-Three kinds of lines: `announce` precedes putting a shard's files in place, `commit` makes its rows exist, `drop` takes
-damaged clips out again. Fields that a later version adds are ignored; a kind that it adds is refused.
+Lines have three kinds: `announce` precedes putting a shard's files in place, `commit` makes its rows exist, `drop`
+removes damaged clips. Unknown fields are ignored, since a later version may have added them; unknown kinds are refused.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from egopatch.features.io.fields import (
-    Files,
+    FileSums,
     MalformedRecord,
     Record,
-    files_to_json,
-    take,
-    take_all,
-    take_count,
-    take_files,
+    file_sums_to_json,
+    get_count,
+    get_field,
+    get_file_sums,
+    get_list,
 )
 from egopatch.features.storage.interface import Journal, Storage
-from egopatch.features.storage.journal import Contents, checked_by
+from egopatch.features.storage.journal import Contents, validating
 
 LEDGER = "ledger.jsonl"  # its name in the store
-MAX_ROWS = 10**8  # of a store; a ledger that claims more is not one of ours
+MAX_ROWS = 10**8  # in a store; a ledger with more is damaged
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class ClipRecord:
     """One committed row.
 
     Attributes:
-        row: in every array of the store.
+        row: Row in every array of the store.
         checksums: CRC-32C of the row's bytes before compression, by array.
-        source: hash of the video it came from.
+        source: Hash of the video (or text) that was encoded.
     """
 
     row: int
@@ -44,24 +44,24 @@ class Announce:
     """Files that a writer is about to put in place."""
 
     shard: int
-    files: Files
+    files: FileSums
 
 
 @dataclass(frozen=True)
 class Commit:
-    """Clips that exist from here on, in columns: a store may have millions, and every reader holds them all.
+    """Clips of one shard that exist from this line on, as columns: a reader may hold millions of clips in memory.
 
     Attributes:
-        shard: its number.
-        ids: of the clips.
-        rows: of the clips in the store, rising.
-        checksums: by array, four bytes for each clip, the high one first: as in `ClipRecord`.
-        sources: of the clips, as in `ClipRecord`.
-        files: the shard's, as committed.
-        fingerprint: digest of what made the clips.
-        errors: what storing in fewer bits cost, by array.
-        row_bytes: of one row of every array, before compression.
-        attempt: which writing of the shard, where every one has file names of its own; else empty.
+        shard: Number of the shard.
+        ids: Clip ids.
+        rows: Rows of the clips in the store, rising.
+        checksums: Checksums of the clips as in `ClipRecord`, by array, as four bytes a clip, high byte first.
+        sources: Sources of the clips as in `ClipRecord`.
+        files: Sizes and checksums of the shard's files.
+        fingerprint: Digest of the fingerprint that the clips were encoded with.
+        errors: Reconstruction error that quantisation caused, by array.
+        row_bytes: Bytes in one row of every array together, before compression.
+        write_id: Id of the write that these files come from, where every write has its own file names; else empty.
     """
 
     shard: int
@@ -69,22 +69,22 @@ class Commit:
     rows: tuple[int, ...]
     checksums: Mapping[str, bytes]
     sources: tuple[str, ...]
-    files: Files
+    files: FileSums
     fingerprint: str
     errors: Mapping[str, float]
     row_bytes: int
-    attempt: str = ""
+    write_id: str = ""
 
     def clip(self, name: str) -> ClipRecord:
-        """What it says of the clip `name`, one of `ids`."""
-        place = self.ids.index(name)
-        sums = {array: int.from_bytes(column[4 * place : 4 * place + 4]) for array, column in self.checksums.items()}
-        return ClipRecord(self.rows[place], sums, self.sources[place])
+        """The record of the clip `name`, one of `ids`."""
+        index = self.ids.index(name)
+        sums = {array: int.from_bytes(column[4 * index : 4 * index + 4]) for array, column in self.checksums.items()}
+        return ClipRecord(self.rows[index], sums, self.sources[index])
 
 
 @dataclass(frozen=True)
 class Drop:
-    """Damaged clips that are taken out; `emptied` where the shard has no others."""
+    """Damaged clips that are removed; `emptied` where the shard has no others."""
 
     shard: int
     ids: tuple[str, ...]
@@ -96,29 +96,33 @@ Entry = Announce | Commit | Drop
 
 @dataclass(frozen=True)
 class Ledger:
-    """What the ledger's lines add up to.
+    """The current state that the ledger's lines result in.
 
     Attributes:
-        clips: id -> the commit that it stands in, for each committed clip.
-        commits: shard -> number of the line that last committed it.
-        files: shard -> its files as committed.
-        attempts: shard -> the attempt that was committed, as in `Commit`.
-        announced: shard -> files that a writer was about to put in place; a crash may have left them there, holding
-            the same committed rows.
-        fingerprints: digests of what made the clips; one in a store that is well.
-        errors: shard -> what storing in fewer bits cost, by array.
+        clips: Committed id -> the commit that contains it.
+        commits: Shard -> number of the line that last committed it.
+        files: Shard -> its files, as committed.
+        write_ids: Shard -> id of the committed write, as in `Commit`.
+        announced: Shard -> files that a writer was about to put in place; after a crash they may be in place, with the
+            same committed rows.
+        fingerprints: Digests of the fingerprints that the clips were encoded with; an intact store has one.
+        errors: Shard -> reconstruction error that quantisation caused, by array.
     """
 
     clips: dict[str, Commit] = field(default_factory=dict)
     commits: dict[int, int] = field(default_factory=dict)
-    files: dict[int, Files] = field(default_factory=dict)
-    attempts: dict[int, str] = field(default_factory=dict)
-    announced: dict[int, list[Files]] = field(default_factory=dict)
+    files: dict[int, FileSums] = field(default_factory=dict)
+    write_ids: dict[int, str] = field(default_factory=dict)
+    announced: dict[int, list[FileSums]] = field(default_factory=dict)
     fingerprints: set[str] = field(default_factory=set)
     errors: dict[int, Mapping[str, float]] = field(default_factory=dict)
 
+    def write_id(self, shard: int) -> str:
+        """Id of the committed write of `shard`; empty where files are replaced in place, or nothing is committed."""
+        return self.write_ids.get(shard, "")
+
     def add_all(self, contents: Contents[Entry]) -> None:
-        """Take in lines that were read."""
+        """Apply lines that were read."""
         for line in contents.lines:
             self._add(line.number, line.entry)
 
@@ -131,7 +135,7 @@ class Ledger:
                 self.announced.pop(shard, None)
                 self.commits[shard] = number
                 self.files[shard] = entry.files
-                self.attempts[shard] = entry.attempt
+                self.write_ids[shard] = entry.write_id
                 self.errors[shard] = entry.errors
                 self.fingerprints.add(entry.fingerprint)
                 self.clips.update(dict.fromkeys(entry.ids, entry))
@@ -141,7 +145,7 @@ class Ledger:
                 if entry.emptied:
                     self.announced.pop(shard, None)
                     self.files.pop(shard, None)
-                    self.attempts.pop(shard, None)
+                    self.write_ids.pop(shard, None)
 
 
 def ledger_journal(storage: Storage) -> Journal[Entry]:
@@ -149,26 +153,26 @@ def ledger_journal(storage: Storage) -> Journal[Entry]:
     return storage.journal(LEDGER, parse_entry, by_shard=True)
 
 
-def ledger_records(storage: Storage) -> Journal[Record]:
+def raw_ledger_journal(storage: Storage) -> Journal[Record]:
     """The ledger of a store, each line as it was written, for repairs."""
-    return storage.journal(LEDGER, checked_by(parse_entry), by_shard=True)
+    return storage.journal(LEDGER, validating(parse_entry), by_shard=True)
 
 
-def announce(shard: int, files: Files) -> Record:
+def announce_record(shard: int, files: FileSums) -> Record:
     """The line that precedes putting `files` in place."""
-    return {"kind": "announce", "shard": shard, "files": files_to_json(files)}
+    return {"kind": "announce", "shard": shard, "files": file_sums_to_json(files)}
 
 
-def commit(
+def commit_record(
     shard: int,
     clips: Mapping[str, ClipRecord],
-    files: Files,
+    files: FileSums,
     fingerprint: str,
     errors: Mapping[str, float],
     row_bytes: int,
-    attempt: str = "",
+    write_id: str = "",
 ) -> Record:
-    """The line that makes `clips`, in the order of their rows, exist; the other arguments as in `Commit`."""
+    """The line that commits `clips`, in the order of their rows; the other arguments are as in `Commit`."""
     records = list(clips.values())
     record = {
         "kind": "commit",
@@ -178,48 +182,48 @@ def commit(
         "row_bytes": row_bytes,
         "crc32c": {a: "".join(f"{clip.checksums[a]:08x}" for clip in records) for a in records[0].checksums},
         "sources": [clip.source for clip in records],
-        "files": files_to_json(files),
+        "files": file_sums_to_json(files),
         "fingerprint": fingerprint,
         "errors": dict(errors),
     }
-    return record | {"attempt": attempt} if attempt else record
+    return record | {"attempt": write_id} if write_id else record
 
 
-def drop(shard: int, ids: Sequence[str], emptied: bool) -> Record:
-    """The line that takes damaged clips out again; arguments as in `Drop`."""
+def drop_record(shard: int, ids: Sequence[str], emptied: bool) -> Record:
+    """The line that removes damaged clips; arguments are as in `Drop`."""
     return {"kind": "drop", "shard": shard, "ids": list(ids), "emptied": emptied}
 
 
 def parse_entry(record: Record) -> Entry:
-    """What a line says.
+    """The entry that a line of the ledger holds.
 
     Raises:
-        MalformedRecord: nothing that a ledger's line says.
+        MalformedRecord: A field is missing, or has a value that no line of a ledger has.
     """
-    kind, shard = take(record, "kind", str), take_count(record, "shard")
+    kind, shard = get_field(record, "kind", str), get_count(record, "shard")
     if kind == "announce":
-        return Announce(shard, take_files(record, "files"))
+        return Announce(shard, get_file_sums(record, "files"))
     if kind == "drop":
-        return Drop(shard, tuple(take_all(record, "ids", str)), take(record, "emptied", bool))
+        return Drop(shard, tuple(get_list(record, "ids", str)), get_field(record, "emptied", bool))
     if kind == "commit":
-        ids = tuple(take_all(record, "ids", str))
+        ids = tuple(get_list(record, "ids", str))
         return Commit(
             shard,
             ids,
             _parse_rows(record, len(ids)),
-            _parse_checksums(take(record, "crc32c", dict), len(ids)),
+            _parse_checksums(get_field(record, "crc32c", dict), len(ids)),
             _parse_sources(record, len(ids)),
-            take_files(record, "files"),
-            take(record, "fingerprint", str),
-            _parse_errors(take(record, "errors", dict)),
-            take_count(record, "row_bytes"),
-            _parse_attempt(record),
+            get_file_sums(record, "files"),
+            get_field(record, "fingerprint", str),
+            _parse_errors(get_field(record, "errors", dict)),
+            get_count(record, "row_bytes"),
+            _parse_write_id(record),
         )
     raise MalformedRecord(f"'kind' is {kind[:40]!r}; expected announce, commit or drop")
 
 
 def _parse_rows(record: Record, clips: int) -> tuple[int, ...]:
-    rows = take_all(record, "rows", int)
+    rows = get_list(record, "rows", int)
     rising = rows == sorted(set(rows))
     if len(rows) != clips or not rows or not rising or rows[0] < 0 or rows[-1] >= MAX_ROWS:
         raise MalformedRecord(f"'rows' is {rows!r:.60}; expected {clips} rising numbers from 0 to {MAX_ROWS - 1}")
@@ -239,18 +243,18 @@ def _parse_checksums(columns: Record, clips: int) -> Mapping[str, bytes]:
 
 
 def _parse_sources(record: Record, clips: int) -> tuple[str, ...]:
-    sources = take_all(record, "sources", str)
+    sources = get_list(record, "sources", str)
     if len(sources) != clips:
         raise MalformedRecord(f"'sources' has {len(sources)} entries; expected one for each of {clips} clips")
-    once = {source: source for source in sources}  # many clips come from one video
-    return tuple(map(once.__getitem__, sources))
+    shared = {source: source for source in sources}  # one object for the many clips of one video
+    return tuple(map(shared.__getitem__, sources))
 
 
-def _parse_attempt(record: Record) -> str:
-    attempt = take(record, "attempt", str) if "attempt" in record else ""
-    if attempt.strip("0123456789abcdef"):  # it becomes a part of file names
-        raise MalformedRecord(f"'attempt' is {attempt[:40]!r}; expected hexadecimal digits")
-    return attempt
+def _parse_write_id(record: Record) -> str:
+    write_id = get_field(record, "attempt", str) if "attempt" in record else ""
+    if write_id.strip("0123456789abcdef"):  # it becomes a folder's name
+        raise MalformedRecord(f"'attempt' is {write_id[:40]!r}; expected hexadecimal digits")
+    return write_id
 
 
 def _parse_errors(errors: Record) -> Mapping[str, float]:

@@ -1,16 +1,16 @@
-"""Clips that could not be encoded, each with its reason and attempts."""
+"""Clips that could not be encoded, each with the reason and the number of attempts."""
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
-from egopatch.features.io.fields import Record, take
+from egopatch.features.io.fields import Record, get_field
 from egopatch.features.storage.interface import Journal, Storage
-from egopatch.features.storage.journal import Position, checked_by, require_intact
+from egopatch.features.storage.journal import Position, require_intact, validating
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a clip could not be encoded: one line, and the traceback for whoever looks closer."""
+    """Why a clip could not be encoded: one line, and the traceback for debugging."""
 
     reason: str
     traceback: str = ""
@@ -18,7 +18,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class QuarantineRecord:
-    """A clip's standing in quarantine: the latest reason and traceback, and how often it was tried."""
+    """A clip in quarantine: the latest reason and traceback, and the number of failed attempts."""
 
     reason: str
     attempts: int
@@ -26,53 +26,54 @@ class QuarantineRecord:
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """One line of the file: a clip that failed once more."""
+class FailedClip:
+    """One line of the journal: a clip whose encoding failed once."""
 
     clip: str
     failure: Failure
 
 
-def quarantine_journal(storage: Storage) -> Journal[Attempt]:
+def quarantine_journal(storage: Storage) -> Journal[FailedClip]:
     """The quarantine of a store."""
     return storage.journal("quarantine.jsonl", _parse, by_shard=True)
 
 
-def quarantine_records(storage: Storage) -> Journal[Record]:
+def raw_quarantine_journal(storage: Storage) -> Journal[Record]:
     """The quarantine of a store, each line as it was written, for repairs."""
-    return storage.journal("quarantine.jsonl", checked_by(_parse), by_shard=True)
+    return storage.journal("quarantine.jsonl", validating(_parse), by_shard=True)
 
 
-def add_failures(journal: Journal[Attempt], shard: int, failures: Mapping[str, Failure]) -> None:
-    """Count one more attempt for each clip of `shard`."""
+def add_failures(journal: Journal[FailedClip], shard: int, failures: Mapping[str, Failure]) -> None:
+    """Record a failed attempt for each clip of `shard` in `failures`."""
     for name, failure in failures.items():
         journal.append({"id": name, "shard": shard, "reason": failure.reason, "traceback": failure.traceback})
 
 
 class Quarantine:
-    """Who is in quarantine by the file of a store, read once and then followed."""
+    """The clips in a store's quarantine; each call reads only what was appended since the last one."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._position: Position | None = None
-        self._found: dict[str, QuarantineRecord] = {}
+        self._failed: dict[str, QuarantineRecord] = {}
 
-    def without(self, committed: Container[str]) -> dict[str, QuarantineRecord]:
-        """The clips in quarantine by id; those that were `committed` later are out of it.
+    def read(self, committed: Container[str]) -> dict[str, QuarantineRecord]:
+        """The clips in quarantine, by id; a clip in `committed` was encoded later and has left it.
 
         Raises:
-            DamagedStore: the file is damaged.
+            DamagedStore: The journal is damaged.
         """
         contents = quarantine_journal(self._storage).read(self._position)
         require_intact(contents, self._storage.location)
-        found = {} if contents.whole else self._found
+        failed = {} if contents.from_start else self._failed
         for line in contents.lines:
             clip, failure = line.entry.clip, line.entry.failure
-            attempts = found[clip].attempts + 1 if clip in found else 1
-            found[clip] = QuarantineRecord(failure.reason, attempts, failure.traceback)
-        self._found, self._position = found, contents.position
-        return {clip: record for clip, record in found.items() if clip not in committed}
+            attempts = failed[clip].attempts + 1 if clip in failed else 1
+            failed[clip] = QuarantineRecord(failure.reason, attempts, failure.traceback)
+        self._failed, self._position = failed, contents.position
+        return {clip: record for clip, record in failed.items() if clip not in committed}
 
 
-def _parse(record: Record) -> Attempt:
-    return Attempt(take(record, "id", str), Failure(take(record, "reason", str), take(record, "traceback", str)))
+def _parse(record: Record) -> FailedClip:
+    clip = get_field(record, "id", str)
+    return FailedClip(clip, Failure(get_field(record, "reason", str), get_field(record, "traceback", str)))

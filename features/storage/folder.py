@@ -1,4 +1,4 @@
-"""A store in a folder: renames, locks and syncs make every change whole and lasting."""
+"""A store in a folder: renames, locks and syncs make every change atomic and durable."""
 
 import os
 import uuid
@@ -9,15 +9,15 @@ from typing import TypeVar
 
 import numpy as np
 
-from egopatch.features.io import file_lease as lease
-from egopatch.features.io.fields import Record
+from egopatch.features.io import file_lease
+from egopatch.features.io.fields import FileSum, FileSums, Record
 from egopatch.features.io.files import (
     crc32c,
-    file_sum_of,
     locked,
     make_folder,
-    put_in_place,
     remove_folder,
+    rename_into_place,
+    size_and_crc_of_file,
     sync_file,
     write_file,
 )
@@ -30,7 +30,7 @@ _STAGING = "staging"
 
 
 class LocalFile:
-    """See `interface.OpenFile`; closed when nobody uses it any more."""
+    """See `interface.OpenFile`; the file is closed with its last reference."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -46,7 +46,7 @@ class LocalFile:
         """See `interface.OpenFile`."""
         crc = done = 0
         while done < target.size:
-            # A block at a time, so that the checksum finds it in the cache.
+            # One block at a time, so that the checksum finds the bytes in the processor's cache.
             block = target[done : done + _BLOCK]
             count = os.preadv(self.handle, [block.data], offset + done)
             if count == 0:
@@ -64,12 +64,12 @@ class LocalStorage:
     """See `interface.Storage`: a store in the folder `location`."""
 
     in_place = True
-    parallel = 1
+    parallel_reads = 1
 
     def __init__(self, location: Path) -> None:
         self.location = location
 
-    def inside(self, name: str) -> "LocalStorage":
+    def subfolder(self, name: str) -> "LocalStorage":
         """See `interface.Storage`."""
         return LocalStorage(self.location / name)
 
@@ -78,15 +78,15 @@ class LocalStorage:
         make_folder(self.location)
 
     def open(self, name: str) -> LocalFile:
-        """See `interface.Files`."""
+        """See `interface.ReadableFiles`."""
         return LocalFile(self.location / name)
 
-    def sum_of(self, name: str) -> tuple[int, int]:
-        """See `interface.Files`."""
-        return file_sum_of(self.location / name)
+    def size_and_crc(self, name: str) -> FileSum:
+        """See `interface.ReadableFiles`."""
+        return size_and_crc_of_file(self.location / name)
 
     def exists(self, name: str) -> bool:
-        """See `interface.Files`."""
+        """See `interface.ReadableFiles`."""
         return (self.location / name).exists()
 
     def read(self, name: str) -> bytes:
@@ -94,33 +94,33 @@ class LocalStorage:
         return (self.location / name).read_bytes()
 
     def write(self, name: str, content: bytes) -> None:
-        """See `interface.Storage`; the caller holds a lock that keeps others from writing it meanwhile."""
+        """See `interface.Storage`; the caller holds a lock against other writers."""
         write_file(self.location / name, content)
 
     def create(self, name: str, content: bytes) -> bool:
-        """See `interface.Storage`; called while `growing`."""
+        """See `interface.Storage`; called within `adding_rows`."""
         if self.exists(name):
             return False
         self.write(name, content)
         return True
 
     def journal(self, name: str, parse: Callable[[Record], Entry], by_shard: bool = False) -> FileJournal[Entry]:
-        """See `interface.Storage`; one file, whatever its records are about."""
+        """See `interface.Storage`; always one file, with or without `by_shard`."""
         return FileJournal(self.location / name, parse)
 
     @contextmanager
-    def growing(self) -> Iterator[None]:
+    def adding_rows(self) -> Iterator[None]:
         """See `interface.Storage`."""
         with locked(self.location / "growth.lock"):
             yield
 
     def lease(self, shard: int) -> AbstractContextManager[None]:
         """See `interface.Storage`."""
-        return lease.hold(self.location, shard)
+        return file_lease.hold(self.location, shard)
 
-    def require_unowned(self) -> None:
+    def require_no_writers(self) -> None:
         """See `interface.Storage`."""
-        lease.require_none(self.location)
+        file_lease.require_no_writers(self.location)
 
     @contextmanager
     def staging(self, shard: int) -> Iterator[Path]:
@@ -132,23 +132,23 @@ class LocalStorage:
         finally:
             remove_folder(folder)
 
-    def publish(self, shard: int, staged: Mapping[str, Path], sums: Mapping[str, tuple[int, int]]) -> str:
+    def publish(self, shard: int, staged: Mapping[str, Path], sums: FileSums) -> str:
         """See `interface.Storage`."""
         for path in staged.values():
             sync_file(path)
         for name, path in staged.items():
-            put_in_place(path, self.location / name)
+            rename_into_place(path, self.location / name)
         return ""
 
-    def shard_files(self, shard: int, attempt: str) -> "LocalStorage":
+    def shard_files(self, shard: int, write_id: str) -> "LocalStorage":
         """See `interface.Storage`."""
         return self
 
-    def attempts(self, shard: int) -> set[str]:
-        """See `interface.Storage`: the folders in which somebody has begun to write the shard."""
+    def write_ids(self, shard: int) -> set[str]:
+        """See `interface.Storage`: the staging folders of unfinished writes."""
         return {folder.name for folder in (self.location / _STAGING).glob(f"{shard:08d}-*")}
 
-    def all_attempts(self) -> dict[int, set[str]]:
+    def write_ids_by_shard(self) -> dict[int, set[str]]:
         """See `interface.Storage`."""
         found: dict[int, set[str]] = {}
         for folder in (self.location / _STAGING).glob("*-*"):
@@ -156,10 +156,10 @@ class LocalStorage:
                 found.setdefault(int(shard), set()).add(folder.name)
         return found
 
-    def discard(self, shard: int, attempt: str, names: Sequence[str]) -> None:
+    def discard(self, shard: int, write_id: str, names: Sequence[str]) -> None:
         """See `interface.Storage`."""
-        if attempt:
-            remove_folder(self.location / _STAGING / attempt)
+        if write_id:
+            remove_folder(self.location / _STAGING / write_id)
             return
         for name in names:
             (self.location / name).unlink(missing_ok=True)

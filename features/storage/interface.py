@@ -1,6 +1,6 @@
-"""What a store needs of the place where it lies: `local_storage` and `object_storage` each offer it.
+"""What a store needs from its storage: `folder` and `objects` each implement these protocols.
 
-Names are paths inside the store, with slashes. A missing file is a FileNotFoundError everywhere.
+Names are paths inside the store, with slashes. A missing file raises FileNotFoundError everywhere.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from egopatch.features.io.fields import Record
+from egopatch.features.io.fields import FileSum, FileSums, Record
 from egopatch.features.storage.journal import Contents, Position
 from egopatch.features.values.location import Location
 
@@ -22,160 +22,160 @@ class OpenFile(Protocol):
 
     @property
     def path(self) -> Path | str:
-        """What to call it in a message; a Path if it is on a disk."""
+        """Name of the file for messages; a Path if the file is on a disk."""
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
 
     def read(self, size: int, offset: int) -> bytes:
         """Up to `size` bytes from `offset`."""
 
     def read_into(self, target: np.ndarray, offset: int) -> int:
-        """Fill `target`, contiguous bytes, from `offset`; returns the CRC-32C of what was read.
+        """Fill `target`, contiguous bytes, from `offset`; returns the CRC-32C of the bytes that were read.
 
         Raises:
-            DamagedStore: the file ends before.
+            DamagedStore: The file is too short.
         """
 
 
-class Files(Protocol):
-    """Files by name."""
+class ReadableFiles(Protocol):
+    """Files that can be read by name."""
 
     def open(self, name: str) -> OpenFile:
-        """Open one for reading."""
+        """Open a file for reading."""
 
-    def sum_of(self, name: str) -> tuple[int, int]:
-        """Size in bytes and CRC-32, by reading all of it."""
+    def size_and_crc(self, name: str) -> FileSum:
+        """Size in bytes and CRC-32 of a file, by reading all of it."""
 
     def exists(self, name: str) -> bool:
-        """Whether there is such a file, or any below a folder of this name."""
+        """Whether a file of this name exists, or any file below a folder of this name."""
 
 
 class Journal(Protocol[Entry]):
-    """Records in the order in which they were added; see `features.storage.journal`.
+    """Records in the order in which they were appended; see `features.storage.journal`.
 
     Attributes:
-        name: of it in the store.
+        name: Name of the journal in the store.
     """
 
     name: str
 
     def create(self) -> None:
-        """Make it, empty, where there is none."""
+        """Create an empty journal where none exists."""
 
     def append(self, record: Record, after: Position | None = None) -> None:
-        """Add one record; it is safe from a crash when this returns.
+        """Append one record, which is safe from a crash once this returns.
 
         Args:
-            record: says under `shard` which shard it is about, if it is about one.
-            after: what the caller has read. Where the storage has no locks, a record that somebody has added since
-                (about the same shard) stops this one.
+            record: JSON values; `shard` is the number of the shard that the record is about, if there is one.
+            after: How far the caller has read. In a storage without locks, this record is refused if another one
+                (about the same shard) has been appended since.
 
         Raises:
-            Overtaken: somebody was faster; nothing was added.
-            DamagedStore: what is there cannot be continued.
+            WriteConflict: Another writer appended first; nothing was appended here.
+            DamagedStore: The journal is too damaged to be continued.
         """
 
     def rewrite(self, records: Sequence[Record]) -> None:
-        """Replace all of it, for repairs."""
+        """Replace all records, for repairs."""
 
-    def keep_damaged(self) -> None:
-        """Copy it as it is to a name that ends in `.damaged`, for whoever looks closer."""
+    def back_up_damaged(self) -> None:
+        """Copy the journal as it is to a name that ends in `.damaged`, for later inspection."""
 
     def read(self, after: Position | None = None, shard: int | None = None) -> Contents[Entry]:
-        """Everything that is intact, and everything that is not. Never raises for damage.
+        """Read everything that is intact, and list everything that is not. Damage never raises.
 
         Args:
-            after: read only what was added since.
-            shard: what was added about other shards may be left out.
+            after: Read only what was appended since.
+            shard: Only this shard matters to the caller; records about others may be omitted.
         """
 
 
-class Storage(Files, Protocol):
+class Storage(ReadableFiles, Protocol):
     """One store's files.
 
     Attributes:
-        in_place: whether a shard's files have the names that other tools look for, so that writing a shard again
-            replaces them; otherwise every writing has names of its own and nothing is ever replaced.
-        parallel: reads that are worth making at the same time.
+        in_place: Whether a shard's files have the names that other tools look for, so that writing a shard again
+            replaces them. Otherwise every write uses new names, and nothing is ever replaced.
+        parallel_reads: Number of reads that are worth making at the same time.
     """
 
     in_place: bool
-    parallel: int
+    parallel_reads: int
 
     @property
     def location(self) -> Location:
-        """Where they lie."""
+        """Folder or URL of the store."""
 
-    def inside(self, name: str) -> "Storage":
-        """The storage of a store that lies in this one's folder `name`."""
+    def subfolder(self, name: str) -> "Storage":
+        """The storage of a store in the folder `name` of this one."""
 
     def prepare(self) -> None:
-        """Make the folder, or see that objects can be written.
+        """Create the folder, or check that objects can be written.
 
         Raises:
-            StoreError: in one line, why nothing can be stored there.
+            StoreError: Nothing can be stored here; the message gives the reason in one line.
         """
 
     def read(self, name: str) -> bytes:
-        """All of a small file."""
+        """The whole content of a small file."""
 
     def write(self, name: str, content: bytes) -> None:
-        """Replace the whole of a small file: afterwards it holds the old bytes or the new ones, never a mixture."""
+        """Replace a small file: after a crash it holds the old bytes or the new ones, never a mixture."""
 
     def create(self, name: str, content: bytes) -> bool:
-        """Write a small file where there is none; false where there is one."""
+        """Write a small file where none exists; returns false where one does."""
 
     def journal(self, name: str, parse: Callable[[Record], Entry], by_shard: bool = False) -> Journal[Entry]:
         """The journal `name`; `by_shard` where every record is about one shard."""
 
-    def growing(self) -> AbstractContextManager[None]:
-        """Keep others from adding rows meanwhile, where `Journal.append` could not stop them."""
+    def adding_rows(self) -> AbstractContextManager[None]:
+        """Keep other processes from adding rows within the block, in a storage where `Journal.append` cannot."""
 
     def lease(self, shard: int) -> AbstractContextManager[None]:
         """Own a shard while its rows are computed and written.
 
         Raises:
-            ShardOwned: another live process has it; the message names host and process.
+            ShardOwned: Another running process holds the lease; the message names host and process.
         """
 
-    def require_unowned(self) -> None:
-        """Refuse to go on while anybody writes to the store.
+    def require_no_writers(self) -> None:
+        """Refuse to continue while another process writes to the store.
 
         Raises:
-            ShardOwned: names the shard's lease, host and process.
+            ShardOwned: A shard is held; the message names its lease, host and process.
         """
 
     def staging(self, shard: int) -> AbstractContextManager[Path]:
-        """An empty local folder to write the files of a shard into; afterwards it is gone."""
+        """An empty local folder in which a shard's files are written; it is removed when the block ends."""
 
-    def publish(self, shard: int, staged: Mapping[str, Path], sums: Mapping[str, tuple[int, int]]) -> str:
+    def publish(self, shard: int, staged: Mapping[str, Path], sums: FileSums) -> str:
         """Put the staged files of a shard in place, by name.
 
         Returns:
-            The attempt, which `shard_files` needs; empty where files are replaced in place.
+            The id of this write, for `shard_files`; empty where files are replaced in place.
 
         Raises:
-            DamagedStore: the storage does not give back what it was given.
+            DamagedStore: Reading back gives other bytes than were written.
         """
 
-    def shard_files(self, shard: int, attempt: str) -> Files:
+    def shard_files(self, shard: int, write_id: str) -> ReadableFiles:
         """The files that `publish` put in place."""
 
-    def attempts(self, shard: int) -> set[str]:
-        """The attempts at a shard of which something lies there, committed or not; not those in place."""
+    def write_ids(self, shard: int) -> set[str]:
+        """Ids of all writes of a shard that left files, committed or not; files in place do not count."""
 
-    def all_attempts(self) -> dict[int, set[str]]:
-        """The same for every shard of which there are any."""
+    def write_ids_by_shard(self) -> dict[int, set[str]]:
+        """`write_ids` for every shard that has any."""
 
-    def discard(self, shard: int, attempt: str, names: Sequence[str]) -> None:
-        """Remove the files `names` of an attempt that is not committed, or not any more."""
+    def discard(self, shard: int, write_id: str, names: Sequence[str]) -> None:
+        """Remove the files `names` of a write that is not committed, or no longer."""
 
 
-def holds(files: Files, name: str, expected: tuple[int, int]) -> bool:
-    """Whether a file is there with the `expected` size and CRC-32."""
+def file_matches(files: ReadableFiles, name: str, expected: FileSum) -> bool:
+    """Whether a file exists and has the `expected` size and CRC-32."""
     try:
-        return files.sum_of(name) == expected
+        return files.size_and_crc(name) == expected
     except OSError:
         return False

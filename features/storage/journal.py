@@ -1,9 +1,9 @@
-"""An append-only file of JSON lines in which any damage is noticed.
+"""An append-only file of JSON lines in which any damage is detected.
 
-Each line is `{"crc32c":"...","n":number,"record":{...}}`, written in exactly this way; the checksum is of the bytes of
-number and record. A second file, the head, says how many lines have been written, so lines that vanish from the end
-are noticed too. The head follows the line, so after a crash the journal may be one line ahead of its head, never behind
-it. A line that is intact but says nothing that the journal's `parse` understands is a fault like a damaged one.
+Each line is `{"crc32c":"...","n":number,"record":{...}}`, in exactly this form; the checksum covers the bytes of number
+and record. A second file, the head, holds the number of lines written, so lines that vanish from the end are detected
+too. The head is written after the line, so after a crash the journal may be one line ahead of its head, never behind
+it. An intact line that the journal's `parse` does not understand is a fault like a damaged one.
 """
 
 import gc
@@ -16,23 +16,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Generic, TypeVar
 
-from egopatch.features.io.fields import MalformedRecord, Record, take_count
-from egopatch.features.io.files import append_to, crc32c, locked, write_file
+from egopatch.features.io.fields import MalformedRecord, Record, get_count
+from egopatch.features.io.files import append_synced, crc32c, locked, write_file
 from egopatch.features.values.errors import DamagedStore
 from egopatch.features.values.location import Location
 
 Entry = TypeVar("Entry")
 _LINE = re.compile(rb'{"crc32c":"(?P<crc32c>[0-9a-f]{8})","n":(?P<n>0|[1-9][0-9]{0,18}),"record":(?P<record>{.*})}\n')
-_BUFFER = 1 << 17  # a line of the ledger is longer than the usual one
+_BUFFER = 1 << 17  # lines of the ledger are longer than the default buffer
 
 
 class Position:
-    """How far a journal has been read; each kind of journal has its own."""
+    """How far a journal has been read; each kind of journal has its own subclass."""
 
 
 @dataclass(frozen=True)
 class FilePosition(Position):
-    """`number` lines, `end` bytes of the file `inode`."""
+    """The first `number` lines, up to byte `end`, of the file `inode`."""
 
     inode: int = -1
     number: int = 0
@@ -41,7 +41,7 @@ class FilePosition(Position):
 
 @dataclass(frozen=True)
 class Line(Generic[Entry]):
-    """One intact line: its number from 0, and what `parse` made of its record."""
+    """One intact line: its number, from 0, and its parsed record."""
 
     number: int
     entry: Entry
@@ -49,33 +49,33 @@ class Line(Generic[Entry]):
 
 @dataclass(frozen=True)
 class Contents(Generic[Entry]):
-    """What a journal holds after some position.
+    """A journal's contents after some position.
 
     Attributes:
-        lines: the intact ones, in order.
-        whole: whether the lines are all there are, and not only those that were added since an earlier reading.
-        faults: one line a fault, naming the file and the line. A torn last line that the head does not count is no
-            fault: a crash leaves it, and nobody was told that it had been written.
-        lost: true when more than a torn last line is gone, so that the rest cannot be trusted to be the whole.
-        position: where the next reading goes on.
+        lines: Intact lines, in order.
+        from_start: Whether the lines are all of the journal, not only those appended since an earlier read.
+        faults: One sentence for each fault, naming file and line. A torn last line that the head does not count is not
+            a fault: a crash leaves such a line, and its writer never returned.
+        lines_lost: Whether more than a torn last line is missing, so that the rest may be incomplete.
+        position: Where the next read continues.
     """
 
     lines: tuple[Line[Entry], ...]
-    whole: bool
+    from_start: bool
     faults: tuple[str, ...]
-    lost: bool
+    lines_lost: bool
     position: Position
 
 
 def encode_line(number: int, record: Record) -> bytes:
-    """One line of the file, newline included."""
+    """One line of the file, with its newline."""
     body = json.dumps(record, sort_keys=True, separators=(",", ":"))
     check = crc32c(f"{number}:{body}".encode())
     return f'{{"crc32c":"{check:08x}","n":{number},"record":{body}}}\n'.encode()
 
 
 def decode_line(line: bytes) -> tuple[int, Record] | None:
-    """Number and record of one line, or None where it is not exactly what was written."""
+    """Number and record of one line, or None where the line differs from what was written."""
     parts = _LINE.fullmatch(line)
     if parts is None:
         return None
@@ -88,8 +88,8 @@ def decode_line(line: bytes) -> tuple[int, Record] | None:
         return None
 
 
-def checked_by(parse: Callable[[Record], object]) -> Callable[[Record], Record]:
-    """A `parse` that refuses what another one refuses, and keeps the record as it is."""
+def validating(parse: Callable[[Record], object]) -> Callable[[Record], Record]:
+    """A `parse` that refuses the same records as the given one, and returns the others unchanged."""
 
     def keep(record: Record) -> Record:
         parse(record)
@@ -101,13 +101,13 @@ def checked_by(parse: Callable[[Record], object]) -> Callable[[Record], Record]:
 def parse_lines(
     written: Iterable[bytes], first: int, name: str, parse: Callable[[Record], Entry]
 ) -> tuple[list[Line[Entry]], list[str], int]:
-    """The intact lines, faults as in `Contents`, and the number that the next line has to have.
+    """The intact lines, faults as in `Contents`, and the expected number of the next line.
 
     Args:
-        written: whole lines, without their ends.
-        first: number of the first.
-        name: of the journal, for the faults.
-        parse: what a record says; raises MalformedRecord where it says nothing of the kind.
+        written: Complete lines, without their newlines.
+        first: Number of the first line.
+        name: Name of the journal, for the faults.
+        parse: Turns a record into an entry; raises MalformedRecord for records that do not belong in the journal.
     """
     lines: list[Line[Entry]] = []
     faults: list[str] = []
@@ -120,14 +120,14 @@ def parse_lines(
             continue
         number, record = decoded
         if number != expected:
-            faults.append(f"{name} line {place} has number {number} where {expected} is expected")
+            faults.append(f"{name} line {place} has number {number}; expected {expected}")
         if number < expected:
             continue
         expected = number + 1
         try:
             lines.append(Line(number, parse(record)))
         except MalformedRecord as error:
-            faults.append(f"{name} line {place} is intact but no line of such a file: {error}")
+            faults.append(f"{name} line {place} is intact but does not belong there: {error}")
     return lines, faults, expected
 
 
@@ -135,8 +135,8 @@ class FileJournal(Generic[Entry]):
     """See `interface.Journal`: a file at `path`, with its head beside it at `path` + `.head`.
 
     Args:
-        path: the file.
-        parse: what a record says; raises MalformedRecord where it says nothing of the kind.
+        path: The file.
+        parse: As in `parse_lines`.
     """
 
     def __init__(self, path: Path, parse: Callable[[Record], Entry]) -> None:
@@ -146,50 +146,49 @@ class FileJournal(Generic[Entry]):
         self.head_path = path.with_name(path.name + ".head")
 
     def create(self) -> None:
-        """Make it, empty, where there is none."""
+        """See `interface.Journal`."""
         with locked(self.path):
             if not self.head_path.exists():
                 self._write_head(0, 0)
 
     def append(self, record: Record, after: Position | None = None) -> None:
-        """Add one record and sync it. A torn line that a crash left at the end is cut off first.
+        """Append one record and sync it. A torn line that a crash left at the end is cut off first.
 
-        `after` is not needed: leases, and the lock while rows are added, keep others away.
+        `after` is ignored: leases, and the lock while rows are added, exclude other writers.
 
         Raises:
-            DamagedStore: what is there cannot be continued.
-            OSError: the disk is full; the file is as it was.
+            OSError: The disk is full; the file is unchanged.
         """
         with locked(self.path) as handle:
             number, end = self._extent(handle)
             os.ftruncate(handle, end)
             line = encode_line(number, record)
-            append_to(handle, line)
+            append_synced(handle, line)
             self._write_head(number + 1, end + len(line))
 
     def rewrite(self, records: Sequence[Record]) -> None:
-        """Replace the whole journal, for repairs."""
+        """See `interface.Journal`."""
         lines = [encode_line(number, record) for number, record in enumerate(records)]
         with locked(self.path):
             write_file(self.path, b"".join(lines))
             self._write_head(len(lines), sum(len(line) for line in lines))
 
-    def keep_damaged(self) -> None:
+    def back_up_damaged(self) -> None:
         """See `interface.Journal`."""
         if self.path.exists():
             write_file(self.path.with_name(self.name + ".damaged"), self.path.read_bytes())
 
     def read(self, after: Position | None = None, shard: int | None = None) -> Contents[Entry]:
-        """Everything that is intact, and everything that is not. Never raises for damage.
+        """See `interface.Journal`.
 
         Args:
-            after: read only what was added since; a file that was replaced or cut short is read from the beginning.
-            shard: is not needed: what was added since is one piece.
+            after: Read only what was appended since; a file that was replaced or cut short is read from the beginning.
+            shard: Ignored, because all shards share the file.
         """
-        # The head first: a line that is added meanwhile then makes the journal longer than the head says, not shorter.
+        # The head is read first: a line appended in between then makes the journal longer than the head, not shorter.
         head = self._read_head()
         try:
-            with self.path.open("rb", _BUFFER) as file, collector_paused():
+            with self.path.open("rb", _BUFFER) as file, garbage_collection_paused():
                 start = _start(file, after)
                 lines, faults, expected = parse_lines(_whole_lines(file), start.number, self.name, self._parse)
                 end = file.tell()
@@ -206,7 +205,7 @@ class FileJournal(Generic[Entry]):
         return Contents(tuple(lines), start.number == 0, tuple(faults), lost, position)
 
     def _extent(self, handle: int) -> tuple[int, int]:
-        """Count of whole lines and where they end; only what the head does not count is read."""
+        """Number of complete lines and where they end; reads only the bytes that the head does not count."""
         size = os.fstat(handle).st_size
         head = self._read_head()
         number, start = head if head and head[1] <= size else (0, 0)
@@ -214,10 +213,10 @@ class FileJournal(Generic[Entry]):
         return number + tail.count(b"\n"), start + tail.rfind(b"\n") + 1
 
     def _read_head(self) -> tuple[int, int] | None:
-        """Lines and bytes that have been written for certain; None where the head is missing or damaged."""
+        """Lines and bytes that have certainly been written; None where the head is missing or damaged."""
         try:
             decoded = decode_line(self.head_path.read_bytes())
-            return (take_count(decoded[1], "records"), take_count(decoded[1], "bytes")) if decoded else None
+            return (get_count(decoded[1], "records"), get_count(decoded[1], "bytes")) if decoded else None
         except (FileNotFoundError, MalformedRecord):
             return None
 
@@ -226,8 +225,8 @@ class FileJournal(Generic[Entry]):
 
 
 @contextmanager
-def collector_paused() -> Iterator[None]:
-    """No garbage collection while many objects are made that all stay: it takes as long as making them."""
+def garbage_collection_paused() -> Iterator[None]:
+    """Pause garbage collection while many objects are created and all are kept: it would double the time."""
     running = gc.isenabled()
     gc.disable()
     try:
@@ -238,7 +237,7 @@ def collector_paused() -> Iterator[None]:
 
 
 def _start(file: BinaryIO, after: Position | None) -> FilePosition:
-    """Where to read from, and go there: `after`, or the beginning where this is another file than it was of."""
+    """Seek to `after`, or to the beginning where the file is not the one that `after` is about; returns that place."""
     status = os.fstat(file.fileno())
     if not isinstance(after, FilePosition) or after.inode != status.st_ino or after.end > status.st_size:
         after = FilePosition(status.st_ino)
@@ -247,7 +246,7 @@ def _start(file: BinaryIO, after: Position | None) -> FilePosition:
 
 
 def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines that have an end, without it; the file stands behind the last of them when there are no more."""
+    """Complete lines without their newlines; afterwards the file's position is behind the last one."""
     while line := file.readline():
         if not line.endswith(b"\n"):
             file.seek(-len(line), os.SEEK_CUR)
@@ -256,10 +255,10 @@ def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def require_intact(contents: Contents, where: Location) -> None:
-    """Refuse a journal, of the store at `where`, in which more than a torn last line is gone.
+    """Refuse a journal, of the store at `where`, in which more than a torn last line is missing.
 
     Raises:
-        DamagedStore: names the file, the line and what to do.
+        DamagedStore: Lines are lost; the message names the file, the line and what to do.
     """
-    if contents.lost:
+    if contents.lines_lost:
         raise DamagedStore(f"{where}: {'; '.join(contents.faults)}; run `python -m features repair {where}`")

@@ -1,8 +1,8 @@
-"""Journals in object storage: the same lines as in a file, in objects that are written whole.
+"""Journals in object storage: the same lines as in a file, in objects that are always written whole.
 
-A line is added by writing the object anew if it is still the one that was read, so no line is ever torn and of two
-writers only one gets through. Where every record is about a shard, each shard has an object of its own: writers of
-different shards never meet, however many there are, and readers fetch only the objects that have changed.
+Appending writes the object again on condition that it is still the one that was read, so no line is ever torn, and of
+two writers one is refused. Where every record is about a shard, each shard has its own object: writers of different
+shards never conflict, and readers fetch only the objects that have changed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,20 +12,27 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Generic, TypeVar
 
-from egopatch.features.io.bucket import Bucket, Content, Version
+from egopatch.features.io.bucket import Bucket, Content, Version, write_conflict
 from egopatch.features.io.fields import Record
 from egopatch.features.io.files import crc32c
-from egopatch.features.storage.journal import Contents, Line, Position, collector_paused, encode_line, parse_lines
-from egopatch.features.values.errors import DamagedStore, Overtaken
+from egopatch.features.storage.journal import (
+    Contents,
+    Line,
+    Position,
+    encode_line,
+    garbage_collection_paused,
+    parse_lines,
+)
+from egopatch.features.values.errors import DamagedStore, WriteConflict
 
 Entry = TypeVar("Entry")
-_TRIES = 20  # to add a line that may follow any other
+_TRIES = 20  # to append a line whose place in the journal does not matter
 _FETCHES, _AHEAD = 32, 256
 
 
 @dataclass(frozen=True)
-class Part:
-    """How far an object has been read: its version then, whole lines, bytes and their CRC-32C."""
+class ObjectOffset:
+    """How far an object has been read: its version at that time, lines, bytes and their CRC-32C."""
 
     version: Version
     number: int
@@ -37,18 +44,18 @@ class Part:
 class ObjectPosition(Position):
     """How far each object has been read, by key."""
 
-    parts: Mapping[str, Part]
+    offsets: Mapping[str, ObjectOffset]
 
 
 class ObjectJournal(Generic[Entry]):
     """See `interface.Journal`.
 
     Args:
-        bucket: that holds it.
-        base: what the keys of the store begin with.
-        name: such as `ids.jsonl`; with `by_shard`, `ledger.jsonl` becomes `ledger/00000003.jsonl` and so on.
-        parse: what a record says; raises MalformedRecord where it says nothing of the kind.
-        by_shard: whether every record is about one shard.
+        bucket: Bucket of the store.
+        base: Common beginning of the store's keys.
+        name: Name such as `ids.jsonl`; with `by_shard`, `ledger.jsonl` becomes `ledger/00000003.jsonl` and so on.
+        parse: As in `parse_lines`.
+        by_shard: Whether every record is about one shard.
     """
 
     def __init__(
@@ -63,15 +70,15 @@ class ObjectJournal(Generic[Entry]):
     def create(self) -> None:
         """See `interface.Journal`."""
         if not self._by_shard:
-            with suppress(Overtaken):
-                self._bucket.put_over(self._base + self.name, b"", None)
+            with suppress(WriteConflict):
+                self._bucket.put_if_unchanged(self._base + self.name, b"", None)
 
     def append(self, record: Record, after: Position | None = None) -> None:
         """See `interface.Journal`."""
         key = self._key(record.get("shard"))
         if isinstance(after, ObjectPosition):
-            part = after.parts.get(key)
-            self._append(key, record, None if part is None else part.version)
+            offset = after.offsets.get(key)
+            self._append(key, record, None if offset is None else offset.version)
         else:
             self._append_to_any(key, record)
 
@@ -84,9 +91,9 @@ class ObjectJournal(Generic[Entry]):
             content = b"".join(encode_line(number, record) for number, record in enumerate(kept))
             found = self._fetch(key)
             if found is None or found.content != content:
-                self._bucket.put_over(key, content, None if found is None else found.version)
+                self._bucket.put_if_unchanged(key, content, None if found is None else found.version)
 
-    def keep_damaged(self) -> None:
+    def back_up_damaged(self) -> None:
         """See `interface.Journal`."""
         for key, found in self._fetch_all(self._keys()):
             if found is not None and self._lines(key, found.content, 0)[1]:
@@ -94,24 +101,24 @@ class ObjectJournal(Generic[Entry]):
 
     def read(self, after: Position | None = None, shard: int | None = None) -> Contents[Entry]:
         """See `interface.Journal`."""
-        whole = not isinstance(after, ObjectPosition)
-        seen = dict(after.parts) if isinstance(after, ObjectPosition) else {}
+        from_start = not isinstance(after, ObjectPosition)
+        seen = dict(after.offsets) if isinstance(after, ObjectPosition) else {}
         lines: list[Line[Entry]] = []
         faults: list[str] = []
-        with collector_paused():
-            for key, found in self._changed(seen, None if whole else shard):
+        with garbage_collection_paused():
+            for key, found in self._changed(seen, None if from_start else shard):
                 if found is None:
                     faults.append(f"{self._shown(key)} is missing")
                     continue
-                part = seen.get(key)
-                if part is not None and crc32c(found.content[: part.end]) != part.crc:
-                    return self.read()  # a repair has written it anew
-                start, number = (part.end, part.number) if part is not None else (0, 0)
-                fresh, wrong, expected = self._lines(key, found.content[start:], number)
-                lines += fresh
-                faults += wrong
-                seen[key] = Part(found.version, expected, len(found.content), crc32c(found.content))
-        return Contents(tuple(lines), whole, tuple(faults), bool(faults), ObjectPosition(seen))
+                offset = seen.get(key)
+                if offset is not None and crc32c(found.content[: offset.end]) != offset.crc:
+                    return self.read()  # a repair has replaced the lines that were read before
+                start, number = (offset.end, offset.number) if offset is not None else (0, 0)
+                new_lines, new_faults, expected = self._lines(key, found.content[start:], number)
+                lines += new_lines
+                faults += new_faults
+                seen[key] = ObjectOffset(found.version, expected, len(found.content), crc32c(found.content))
+        return Contents(tuple(lines), from_start, tuple(faults), bool(faults), ObjectPosition(seen))
 
     def _append_to_any(self, key: str, record: Record) -> None:
         for _ in range(_TRIES):
@@ -119,20 +126,20 @@ class ObjectJournal(Generic[Entry]):
             try:
                 self._append(key, record, None if found is None else found.version)
                 return
-            except Overtaken:
+            except WriteConflict:
                 continue
-        raise Overtaken(f"{key} was written by others again and again; run it again")
+        raise write_conflict(self._shown(key))
 
     def _append(self, key: str, record: Record, version: Version | None) -> None:
-        """Add a line to the object if it still has `version`."""
+        """Append a line to the object if it still has `version`."""
         found = None if version is None else self._fetch(key)
         if version is not None and (found is None or found.version != version):
-            raise Overtaken(f"{self._shown(key)} was written by somebody else meanwhile; run it again")
+            raise write_conflict(self._shown(key))
         content = b"" if found is None else found.content
         if content and not content.endswith(b"\n"):
             raise DamagedStore(f"{key} ends within a line; run `python -m features repair` on the store")
         line = encode_line(content.count(b"\n"), record)
-        self._bucket.put_over(key, content + line, version)
+        self._bucket.put_if_unchanged(key, content + line, version)
 
     def _lines(self, key: str, content: bytes, first: int) -> tuple[list[Line[Entry]], list[str], int]:
         raw = content.split(b"\n")
@@ -140,11 +147,11 @@ class ObjectJournal(Generic[Entry]):
         lines, faults, expected = parse_lines(raw, first, self._shown(key), self._parse)
         return lines, faults + ([f"{self._shown(key)} ends within a line"] if torn else []), expected
 
-    def _changed(self, seen: Mapping[str, Part], shard: int | None) -> Iterable[tuple[str, Content | None]]:
-        """The objects that are no longer as they were `seen`; None for those that should be there and are not."""
+    def _changed(self, seen: Mapping[str, ObjectOffset], shard: int | None) -> Iterable[tuple[str, Content | None]]:
+        """Objects that have changed since they were `seen`; None for those that have vanished."""
         if self._by_shard and shard is None:
             present = self._listing()
-            # Of some storages a list tells less than the object itself does, but always the ETag.
+            # Some storages list less than they return with the object itself, but always the ETag.
             changed = [key for key, now in present.items() if key not in seen or seen[key].version.e_tag != now.e_tag]
             return chain(((key, None) for key in seen if key not in present), self._fetch_all(changed))
         key = self._key(shard)
@@ -175,6 +182,6 @@ class ObjectJournal(Generic[Entry]):
 
     def _fetch_all(self, keys: Sequence[str]) -> Iterator[tuple[str, Content | None]]:
         with ThreadPoolExecutor(_FETCHES, thread_name_prefix="fetch") as pool:
-            for start in range(0, len(keys), _AHEAD):  # no more of them in memory at once
-                some = keys[start : start + _AHEAD]
-                yield from zip(some, pool.map(self._fetch, some), strict=True)
+            for start in range(0, len(keys), _AHEAD):  # bounds the number of objects in memory
+                batch = keys[start : start + _AHEAD]
+                yield from zip(batch, pool.map(self._fetch, batch), strict=True)

@@ -1,10 +1,12 @@
-"""A store in object storage. Objects are whole or absent and never replaced but for small ones, and those only if they
-are still what was read; so any number of writers lose nothing, whoever believes to own what.
+"""A store in object storage. Objects are complete or absent, and large ones are never replaced.
+
+A small object is replaced only if it is still as the writer last read it, so concurrent writers lose nothing, whatever
+leases they believe they hold.
 
     store.json, ids.jsonl           as in a folder
-    ledger/00000003.jsonl           the lines about shard 3, likewise quarantine/
-    leases/00000003.json            who is at work on shard 3
-    shards/00000003/ATTEMPT/        the files of shard 3 as one writer wrote them; the ledger says which attempt counts
+    ledger/00000003.jsonl           lines about shard 3; quarantine/ likewise
+    leases/00000003.json            the process that works on shard 3
+    shards/00000003/WRITE_ID/       files of shard 3 from one write; the ledger names the write that counts
 """
 
 import tempfile
@@ -18,18 +20,18 @@ import numpy as np
 
 from egopatch.features.io import object_lease
 from egopatch.features.io.bucket import Bucket
-from egopatch.features.io.fields import Record
+from egopatch.features.io.fields import FileSum, FileSums, Record
 from egopatch.features.io.files import crc32c
 from egopatch.features.storage.object_journal import ObjectJournal
-from egopatch.features.values.errors import DamagedStore, Overtaken
+from egopatch.features.values.errors import DamagedStore, WriteConflict
 from egopatch.features.values.location import ObjectUrl
 
 Entry = TypeVar("Entry")
-_TAIL = 1 << 16  # holds the index of a shard, and small arrays whole
+_TAIL = 1 << 16  # bytes that hold the index of a shard, and small arrays entirely
 
 
 class ObjectFile:
-    """See `interface.OpenFile`. Opening takes one request, which brings the file's end along."""
+    """See `interface.OpenFile`. Opening takes one request, which also fetches the end of the file."""
 
     def __init__(self, bucket: Bucket, key: str) -> None:
         self.path = f"{bucket.url}/{key}"
@@ -56,40 +58,40 @@ class ObjectFile:
 
 
 class ObjectFiles:
-    """See `interface.Files`: the objects whose keys begin with `base`."""
+    """See `interface.ReadableFiles`: the objects whose keys begin with `base`."""
 
     def __init__(self, bucket: Bucket, base: str) -> None:
         self._bucket = bucket
         self._base = base
 
     def open(self, name: str) -> ObjectFile:
-        """See `interface.Files`."""
+        """See `interface.ReadableFiles`."""
         return ObjectFile(self._bucket, self._base + name)
 
-    def sum_of(self, name: str) -> tuple[int, int]:
-        """See `interface.Files`."""
-        return self._bucket.sum_of(self._base + name)
+    def size_and_crc(self, name: str) -> FileSum:
+        """See `interface.ReadableFiles`."""
+        return self._bucket.size_and_crc(self._base + name)
 
     def exists(self, name: str) -> bool:
-        """See `interface.Files`."""
+        """See `interface.ReadableFiles`."""
         return self._bucket.exists(self._base + name)
 
 
 class ObjectStorage(ObjectFiles):
-    """See `interface.Storage`: the store whose objects lie at `url`, or in the folder `base` below it.
+    """See `interface.Storage`: the store whose objects are at `url`, or in the folder `base` below it.
 
     Raises:
-        BadLocation: as `Bucket`.
+        BadLocation: As in `Bucket`.
     """
 
     in_place = False
-    parallel = 16
+    parallel_reads = 16
 
     def __init__(self, url: ObjectUrl, bucket: Bucket | None = None, base: str = "") -> None:
         super().__init__(bucket or Bucket(url), base)
         self.location = url
 
-    def inside(self, name: str) -> "ObjectStorage":
+    def subfolder(self, name: str) -> "ObjectStorage":
         """See `interface.Storage`."""
         return ObjectStorage(self.location / name, self._bucket, f"{self._base}{name}/") if name else self
 
@@ -110,9 +112,9 @@ class ObjectStorage(ObjectFiles):
     def create(self, name: str, content: bytes) -> bool:
         """See `interface.Storage`."""
         try:
-            self._bucket.put_over(self._base + name, content, None)
+            self._bucket.put_if_unchanged(self._base + name, content, None)
             return True
-        except Overtaken:
+        except WriteConflict:
             return False
 
     def journal(self, name: str, parse: Callable[[Record], Entry], by_shard: bool = False) -> ObjectJournal[Entry]:
@@ -120,57 +122,57 @@ class ObjectStorage(ObjectFiles):
         return ObjectJournal(self._bucket, self._base, name, parse, by_shard)
 
     @contextmanager
-    def growing(self) -> Iterator[None]:
-        """Nothing to do: `ObjectJournal.append` stops the second of two."""
+    def adding_rows(self) -> Iterator[None]:
+        """Nothing to do: `ObjectJournal.append` refuses the second of two writers."""
         yield
 
     def lease(self, shard: int) -> AbstractContextManager[None]:
         """See `interface.Storage`."""
         return object_lease.hold(self._bucket, self._base, shard)
 
-    def require_unowned(self) -> None:
+    def require_no_writers(self) -> None:
         """See `interface.Storage`."""
-        object_lease.require_none(self._bucket, self._base)
+        object_lease.require_no_writers(self._bucket, self._base)
 
     @contextmanager
     def staging(self, shard: int) -> Iterator[Path]:
-        """See `interface.Storage`; it needs room for one shard where temporary files go (TMPDIR)."""
+        """See `interface.Storage`; needs room for one shard in the folder for temporary files (TMPDIR)."""
         with tempfile.TemporaryDirectory(prefix=f"shard-{shard:08d}-") as folder:
             yield Path(folder)
 
-    def publish(self, shard: int, staged: Mapping[str, Path], sums: Mapping[str, tuple[int, int]]) -> str:
-        """See `interface.Storage`: each file under a name that was never used, read back and compared."""
-        attempt = uuid.uuid4().hex
-        files = self.shard_files(shard, attempt)
+    def publish(self, shard: int, staged: Mapping[str, Path], sums: FileSums) -> str:
+        """See `interface.Storage`: each file gets a name that was never used, and is read back and compared."""
+        write_id = uuid.uuid4().hex
+        files = self.shard_files(shard, write_id)
         for name, path in staged.items():
-            self._bucket.upload(f"{self._attempt(shard, attempt)}{name}", path)
+            self._bucket.upload(f"{self._prefix(shard, write_id)}{name}", path)
         for name, expected in sums.items():
-            if files.sum_of(name) != expected:
+            if files.size_and_crc(name) != expected:
                 raise DamagedStore(
-                    f"{self.location}: {name} read back differs from what was written; nothing was committed"
+                    f"{self.location}: {name} reads back differently from what was written; nothing was committed"
                 )
-        return attempt
+        return write_id
 
-    def shard_files(self, shard: int, attempt: str) -> ObjectFiles:
+    def shard_files(self, shard: int, write_id: str) -> ObjectFiles:
         """See `interface.Storage`."""
-        return ObjectFiles(self._bucket, self._attempt(shard, attempt))
+        return ObjectFiles(self._bucket, self._prefix(shard, write_id))
 
-    def attempts(self, shard: int) -> set[str]:
+    def write_ids(self, shard: int) -> set[str]:
         """See `interface.Storage`."""
         return self._bucket.folders(f"{self._base}shards/{shard:08d}")
 
-    def all_attempts(self) -> dict[int, set[str]]:
-        """See `interface.Storage`; one list of all files, since asking shard by shard takes a request each."""
+    def write_ids_by_shard(self) -> dict[int, set[str]]:
+        """See `interface.Storage`; lists all files at once, because listing each shard would take a request each."""
         found: dict[int, set[str]] = {}
         for key in self._bucket.listing(f"{self._base}shards"):
-            shard, attempt, *_ = key.removeprefix(f"{self._base}shards/").split("/")
+            shard, write_id, *_ = key.removeprefix(f"{self._base}shards/").split("/")
             if shard.isdecimal():
-                found.setdefault(int(shard), set()).add(attempt)
+                found.setdefault(int(shard), set()).add(write_id)
         return found
 
-    def discard(self, shard: int, attempt: str, names: Sequence[str]) -> None:
+    def discard(self, shard: int, write_id: str, names: Sequence[str]) -> None:
         """See `interface.Storage`."""
-        self._bucket.delete([f"{self._attempt(shard, attempt)}{name}" for name in names])
+        self._bucket.delete([f"{self._prefix(shard, write_id)}{name}" for name in names])
 
-    def _attempt(self, shard: int, attempt: str) -> str:
-        return f"{self._base}shards/{shard:08d}/{attempt}/"
+    def _prefix(self, shard: int, write_id: str) -> str:
+        return f"{self._base}shards/{shard:08d}/{write_id}/"

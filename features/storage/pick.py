@@ -1,4 +1,4 @@
-"""Which kind of storage a location is."""
+"""The choice between a folder and object storage, by location."""
 
 from pathlib import Path
 
@@ -12,6 +12,6 @@ def storage_at(location: Location) -> Storage:
     """The storage of the store at `location`.
 
     Raises:
-        BadLocation: it is a URL, and what that needs is not there: a package, credentials.
+        BadLocation: The location is a URL, and obstore or the credentials for it are missing.
     """
     return LocalStorage(location) if isinstance(location, Path) else ObjectStorage(location)

@@ -1,4 +1,4 @@
-"""Batches of clips, read ahead of their consumer into memory that is used again and again.
+"""Batches of clips, read ahead of their consumer into memory that is reused.
 
 for tokens in read_ahead(store, [["a", "b"], ["c"]]):
     work_on(tokens)  # meanwhile the next batches are being read
@@ -19,20 +19,20 @@ def read_ahead(
 ) -> Iterator[PatchTokens]:
     """The patch tokens of each list of ids in `batches`, in order, as `Store.read` gives them.
 
-    Memory is that of depth + 1 of the longest batches, however many there are. A batch lies in memory that is filled
-    again once the next one is asked for; a copy to a GPU that was started on the current stream by then is waited for.
-    Leaving the loop early ends the reading.
+    Memory is bounded by depth + 1 of the longest batches. A batch's memory is refilled after the consumer asks for the
+    next batch, and after copies to a GPU that were started on the current stream by then. Leaving the loop early stops
+    the reading.
 
     Args:
-        store: of clips.
-        batches: lists of clip ids; taken from a generator only as they are needed.
-        depth: batches that are read ahead.
-        threads: that read the clips of one batch.
-        pin: read into pinned memory, from which copies to a GPU run beside other work.
+        store: Store of clips.
+        batches: Lists of clip ids; a generator is advanced only as needed.
+        depth: Number of batches that are read ahead.
+        threads: Number of threads that read the clips of one batch.
+        pin: Read into pinned memory, from which copies to a GPU overlap with other work.
 
     Raises:
         ValueError: `depth` is below 1.
-        StoreError: as `Store.read`, and whatever `batches` raises, each in the place of its batch.
+        StoreError: As in `Store.read`; this and errors from `batches` are raised in place of the batch they concern.
     """
     if depth < 1:
         raise ValueError(f"depth is {depth}; expected at least 1 batch")
@@ -56,7 +56,7 @@ def _read_ahead(
                     return
                 future, buffer = reading.popleft()
                 yield future.result()
-                buffer.hand_back()
+                buffer.release()
                 free.append(buffer)
         finally:
             pool.shutdown(cancel_futures=True)
@@ -65,19 +65,19 @@ def _read_ahead(
 def _start(
     pool: ThreadPoolExecutor, batches: Iterator[Sequence[str]], buffer: "_Buffer"
 ) -> tuple[Future[PatchTokens] | None, bool]:
-    """Start to read the next batch; also whether another one may follow."""
+    """Start to read the next batch; also returns whether another one may follow."""
     try:
         return pool.submit(buffer.fill, next(batches)), True
     except StopIteration:
         return None, False
-    except Exception as error:  # belongs to a batch that the consumer has not reached yet
+    except Exception as error:  # it is raised when the consumer reaches this batch
         failed: Future[PatchTokens] = Future()
         failed.set_exception(error)
         return failed, False
 
 
 class _Buffer:
-    """Memory for one batch, which grows to the longest that it has held."""
+    """Memory for one batch, which grows to the longest batch so far."""
 
     def __init__(self, store: Store, threads: int, pin: bool) -> None:
         self._store = store
@@ -87,15 +87,15 @@ class _Buffer:
         self._copied: torch.cuda.Event | None = None
 
     def fill(self, ids: Sequence[str]) -> PatchTokens:
-        """Read `ids` into it, once the GPU has taken what it held before."""
+        """Read `ids` into the buffer, once the GPU has copied its former content."""
         if self._copied is not None:
             self._copied.synchronize()
         if self._memory is None or len(self._memory.cls) < len(ids):
             self._memory = self._store.buffers(len(ids), self._pin)
         return self._store.read(ids, out=self._memory, threads=self._threads)
 
-    def hand_back(self) -> None:
-        """Called when the consumer is through with it: whatever it told the GPU to copy is on the stream by now."""
+    def release(self) -> None:
+        """End the consumer's use of the buffer: all copies that it started are on the stream by now."""
         if self._pin:
             self._copied = torch.cuda.Event()
             self._copied.record()

@@ -1,10 +1,11 @@
-"""The store: features of many clips, and what made them. A clip in it is whole or absent.
+"""The store: features of many clips, and the fingerprint of the settings that decide their values.
 
 python -c "from egopatch.features import open_store; print(open_store('stores/x').clip_ids)"
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
 
@@ -13,26 +14,35 @@ from torch import Tensor
 
 from egopatch.features.formats.interface import Format
 from egopatch.features.formats.registry import format_named
-from egopatch.features.io.fields import Record
-from egopatch.features.io.files import disk_full_is_clear
+from egopatch.features.io.files import disk_full_explained
 from egopatch.features.state.catalog import Catalog
-from egopatch.features.state.header import HEADER, Description, create_header, make_header, parse_header, read_header
-from egopatch.features.state.ids import RowPlan, grow, ids_journal, unseen
+from egopatch.features.state.header import (
+    HEADER,
+    StoreHeader,
+    create_header,
+    header_record,
+    parse_header,
+    read_header,
+)
+from egopatch.features.state.ids import RowPlan, add_rows, ids_journal, ids_without_row
 from egopatch.features.state.ledger import ledger_journal
 from egopatch.features.state.quarantine import Failure, Quarantine, QuarantineRecord, quarantine_journal
-from egopatch.features.storage.interface import Storage, holds
+from egopatch.features.storage.interface import Storage, file_matches
 from egopatch.features.storage.journal import require_intact
 from egopatch.features.storage.pick import storage_at
-from egopatch.features.store.reader import Reader, make_buffers
-from egopatch.features.store.writer import Rows, Writer
-from egopatch.features.values.errors import BadLocation, FingerprintMismatch, Overtaken, StoreError
-from egopatch.features.values.location import Location, locate
-from egopatch.features.values.spec import Fingerprint, PatchTokens, StoreSpec, TextStates
+from egopatch.features.store.reader import RowReader, empty_rows, first_rows
+from egopatch.features.store.writer import Rows, ShardWriter
+from egopatch.features.values.dtypes import row_bytes
+from egopatch.features.values.encoding import dequantise
+from egopatch.features.values.errors import BadLocation, FingerprintMismatch, StoreError, WriteConflict
+from egopatch.features.values.location import Location, parse_location
+from egopatch.features.values.spec import TOKEN_ARRAYS, Fingerprint, PatchTokens, StoreSpec, TextStates
+from egopatch.features.values.tensors import bytes_of
 
 
 @dataclass(frozen=True)
 class ShardWork:
-    """What is still to compute of one shard."""
+    """A shard and its clips that are still to be encoded."""
 
     shard: int
     ids: tuple[str, ...]
@@ -41,162 +51,153 @@ class ShardWork:
 def create_store(
     path: Location | str, spec: StoreSpec, fingerprint: Fingerprint, ids: Sequence[str], format: str = "zarr"
 ) -> "Store":
-    """Create a store with a row for each of `ids`, or open the one at `path` and add rows for ids that it lacks.
+    """Create a store with a row for each of `ids`, or open the store at `path` and add rows for new ids.
 
-    Rows never move: row r belongs to shard r // spec.shard for ever.
+    Rows never move: row r always belongs to shard r // spec.shard.
 
     Raises:
-        FingerprintMismatch: the store there was made by something else; the message names the differing fields.
-        StoreError: an id is unsafe, or the store there is damaged.
+        FingerprintMismatch: The existing store was created with different settings; the message names them.
+        StoreError: An id is unsafe, or the existing store is damaged.
     """
-    storage = storage_at(locate(path))
+    storage = storage_at(parse_location(path))
     root = storage.location
-    files = format_named(format, spec.codec)
-    if not storage.in_place and files.needs_folder:
-        raise BadLocation(f"format is {format!r} and the store's place {root}; HDF5 needs a folder: use zarr")
-    asked = Description(spec, fingerprint, format)
-    header = make_header(asked)
-    unseen((), ids, spec.kind)  # refuse bad ids before anything is written
-    with disk_full_is_clear(f"creating {root}"):
+    file_format = format_named(format, spec.codec)
+    if not storage.in_place and file_format.needs_folder:
+        raise BadLocation(f"format is {format!r} and the store's location is {root}; HDF5 needs a folder: use zarr")
+    requested = StoreHeader(spec, fingerprint, format)
+    header_record(requested)  # refuse bad dtypes and ids before anything is written
+    ids_without_row((), ids, spec.kind)
+    with disk_full_explained(f"creating {root}"):
         storage.prepare()
         while True:
             try:
-                _grow(storage, files, asked, header, ids)
+                _create_and_add_rows(storage, file_format, requested, ids)
                 return open_store(path)
-            except Overtaken:
-                continue  # somebody else has added rows: see what is left to add
+            except WriteConflict:
+                continue  # another process has added rows; the next round adds those that still have none
 
 
-def _grow(storage: Storage, files: Format, asked: Description, header: Record, ids: Sequence[str]) -> None:
-    """Describe the store where nobody has, and add rows for those of `ids` that have none."""
-    with storage.growing():
+def _create_and_add_rows(storage: Storage, file_format: Format, requested: StoreHeader, ids: Sequence[str]) -> None:
+    """Create the store where it does not exist, and add rows for those of `ids` that have none."""
+    with storage.adding_rows():
         if not storage.exists(HEADER):
             for journal in (ids_journal(storage), ledger_journal(storage), quarantine_journal(storage)):
                 journal.create()
+        header = header_record(requested)
         if not create_header(storage, header):
             header = read_header(storage)
-        different = parse_header(header).differences(asked)
-        if different:
+        if different := parse_header(header).differences(requested):
             raise FingerprintMismatch(
-                f"store {storage.location} was made by something else ({'; '.join(different)}; here: the store, there: "
-                "what was asked for); choose another store.path, or ask for what is there"
+                f"store {storage.location} was created with different settings ({'; '.join(different)}); use another "
+                "store.path or the original settings"
             )
         plan, contents = RowPlan(), ids_journal(storage).read()
         require_intact(contents, storage.location)
         plan.add_all(contents)
-        fresh = unseen(plan.row_ids, ids, asked.spec.kind)
-        if fresh or any(not holds(storage, name, entry) for name, entry in plan.files.items()):
-            rows = len(plan.row_ids) + len(fresh)
-            metadata = files.metadata(header, asked.spec, rows) if storage.in_place else {}
-            grow(storage, fresh, metadata, contents.position)
+        new_ids = ids_without_row(plan.row_ids, ids, requested.spec.kind)
+        if new_ids or any(not file_matches(storage, name, expected) for name, expected in plan.files.items()):
+            rows = len(plan.row_ids) + len(new_ids)
+            metadata = file_format.metadata_files(header, requested.spec, rows) if storage.in_place else {}
+            add_rows(storage, new_ids, metadata, contents.position)
 
 
 def open_store(path: Location | str, expect: Fingerprint | None = None) -> "Store":
     """Open the store at `path`.
 
     Raises:
-        FingerprintMismatch: it was not made by `expect`; the message names the differing fields.
-        OtherVersion: another version of this program wrote it.
-        StoreError: there is none, or what describes it is damaged; one line that says which file.
+        FingerprintMismatch: The store's fingerprint is not `expect`; the message names the differing fields.
+        OtherVersion: Another version of this program wrote the store.
+        StoreError: The store does not exist, or a file that describes it is damaged; the message names the file.
     """
-    storage = storage_at(locate(path))
-    root = storage.location
-    described = parse_header(read_header(storage))
-    if expect is not None and (different := described.fingerprint.differences(expect)):
+    storage = storage_at(parse_location(path))
+    header = parse_header(read_header(storage))
+    if expect is not None and (different := header.fingerprint.differences(expect, "store has", "expected")):
         raise FingerprintMismatch(
-            f"store {root} was made by something else than is expected ({'; '.join(different)}; here: the store, "
-            "there: what is expected); use the store that fits, or encode again"
+            f"store {storage.location} was created with different settings than expected ({'; '.join(different)}); use "
+            "another store.path or encode again"
         )
-    return Store(storage, described, format_named(described.format, described.spec.codec))
+    return Store(storage, header, format_named(header.format, header.spec.codec))
 
 
 def store_exists(path: Location | str) -> bool:
-    """Whether a store lies at `path`, or what is left of one."""
-    return storage_at(locate(path)).exists("")
+    """Whether a store, or a part of one, exists at `path`."""
+    return storage_at(parse_location(path)).exists("")
 
 
 class Store:
-    """An open store; make one with `open_store` or `create_store`. It can be sent to other processes.
+    """An open store, created by `open_store` or `create_store`. It can be sent to other processes.
 
     Attributes:
-        path: its folder or URL.
-        spec: its shape.
-        fingerprint: what made it.
-        format: `zarr` or `hdf5`.
-        planned_ids: the id of every row, in row order.
+        path: Folder or URL of the store.
+        spec: Spec of the store.
+        fingerprint: Fingerprint of the settings that decide the store's values.
+        format: Name of the file format, `zarr` or `hdf5`.
+        catalog: Rows and committed clips; `catalog.refresh()` reads what other processes have committed since.
     """
 
-    def __init__(self, storage: Storage, described: Description, files: Format) -> None:
+    def __init__(self, storage: Storage, header: StoreHeader, file_format: Format) -> None:
         self.path = storage.location
-        self.spec = described.spec
-        self.fingerprint = described.fingerprint
-        self.format = described.format
+        self.spec = header.spec
+        self.fingerprint = header.fingerprint
+        self.format = header.format
+        self.catalog = Catalog(storage, header.spec)
         self._quarantine = Quarantine(storage)
-        self._catalog = Catalog(storage, described.spec)
-        self._reader = Reader(self._catalog, files)
-        self._writer = Writer(self._catalog, self._reader, files, described.fingerprint.digest)
-
-    def refresh(self) -> None:
-        """See what other processes have committed or planned since.
-
-        Raises:
-            DamagedStore: a file that describes the store is damaged; the message names the line.
-        """
-        self._catalog.refresh()
+        self._reader = RowReader(self.catalog, file_format)
+        self._writer = ShardWriter(self.catalog, self._reader, file_format, header.fingerprint.digest)
+        self._leased: set[int] = set()
 
     @property
     def planned_ids(self) -> tuple[str, ...]:
-        """The id of every row, in row order."""
-        return tuple(self._catalog.rows)
+        """The ids of all rows, in row order."""
+        return tuple(self.catalog.rows)
 
     @property
     def clip_ids(self) -> tuple[str, ...]:
         """The committed ids, in row order."""
-        return tuple(name for name in self._catalog.rows if name in self._catalog.ledger.clips)
+        return tuple(name for name in self.catalog.rows if name in self.catalog.ledger.clips)
 
     @property
     def quarantine(self) -> Mapping[str, QuarantineRecord]:
         """The clips that could not be encoded, by id."""
-        return MappingProxyType(self._quarantine.without(self._catalog.ledger.clips))
+        return MappingProxyType(self._quarantine.read(self.catalog.ledger.clips))
 
     @property
     def reconstruction_error(self) -> Mapping[str, float]:
-        """Where tokens are stored in few bits: array -> the worst clip's root mean square error, over its own size."""
+        """Array -> the worst clip's relative root mean square error, for arrays that are quantised."""
         worst: dict[str, float] = {}
-        for errors in self._catalog.ledger.errors.values():
+        for errors in self.catalog.ledger.errors.values():
             for array, error in errors.items():
                 worst[array] = max(error, worst.get(array, 0.0))
         return MappingProxyType(worst)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the committed shards' files."""
-        return sum(size for files in self._catalog.ledger.files.values() for size, _ in files.values())
+        """Bytes in the committed shards' files."""
+        return sum(size for files in self.catalog.ledger.files.values() for size, _ in files.values())
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one clip in memory, all arrays together."""
-        return self._catalog.row_bytes
+        return self.catalog.row_bytes
 
     @property
     def compression_ratio(self) -> float:
-        """Bytes of the committed clips in memory over those of their files; below 1 where nothing is compressed."""
-        return len(self._catalog.ledger.clips) * self.row_bytes / self.nbytes if self.nbytes else 1.0
+        """Bytes of the committed clips in memory, divided by those of their files; below 1 without compression."""
+        return len(self.catalog.ledger.clips) * self.row_bytes / self.nbytes if self.nbytes else 1.0
 
     def missing(self) -> tuple[str, ...]:
         """The ids that are neither committed nor in quarantine."""
-        quarantined = self.quarantine
-        return tuple(
-            name for name in self._catalog.rows if name not in self._catalog.ledger.clips and name not in quarantined
-        )
+        skip = self.quarantine
+        committed = self.catalog.ledger.clips
+        return tuple(name for name in self.catalog.rows if name not in committed and name not in skip)
 
     def missing_shards(self, retry_quarantined: bool = False) -> list[ShardWork]:
-        """The shards that still have something to do, and the ids to compute in each."""
+        """The shards with clips that are still to be encoded, and the ids of those clips."""
         skip = {} if retry_quarantined else self.quarantine
         work: dict[int, list[str]] = {}
-        for name, row in self._catalog.rows.items():
-            if name not in self._catalog.ledger.clips and name not in skip:
-                work.setdefault(self._catalog.shard_of(row), []).append(name)
+        for name, row in self.catalog.rows.items():
+            if name not in self.catalog.ledger.clips and name not in skip:
+                work.setdefault(self.catalog.shard_of(row), []).append(name)
         return [ShardWork(shard, tuple(ids)) for shard, ids in sorted(work.items())]
 
     # Reading
@@ -208,40 +209,69 @@ class Store:
         out: PatchTokens | None = None,
         threads: int = 1,
     ) -> PatchTokens:
-        """The patch tokens of `ids`, in that order; an id may come twice. Every checksum is checked.
+        """Read the patch tokens of `ids`, in that order; an id may be repeated. Every checksum is checked.
 
         Args:
-            ids: clips.
-            dtype: of `patches` and `coarse`; the stored one by default. Asking for one multiplies by `scale`.
-            out: buffers for the stored bytes (pinned ones, say) with at least len(ids) rows, as `buffers` makes them;
-                what is returned are their first rows, so the next read into them changes it.
-            threads: that read at the same time.
+            ids: Clips to read.
+            dtype: Dtype of `patches` and `coarse`, by default the stored one. With a dtype, patches are multiplied by
+                their `scale`.
+            out: Buffers for the stored bytes (pinned ones, for instance) with at least len(ids) rows, from `buffers`.
+                The result is their first rows, so the next read into them changes it.
+            threads: Number of threads that read at the same time.
 
         Raises:
-            AbsentClip: names the ids that were never committed.
-            DamagedStore: names the clip whose bytes are not those that were committed.
+            AbsentClip: Some ids were never committed; the message names them.
+            DamagedStore: A clip's bytes differ from those that were committed; the message names the clip.
         """
         if self.spec.kind != "patches":
             raise StoreError(f"store {self.path} holds {self.spec.kind} rows; expected patches: use read_text")
-        return PatchTokens(**self._reader.read(ids, dtype, out.tensors() if out else None, threads))
+        return PatchTokens(**self.read_arrays(ids, dtype, out, threads))
 
     def read_text(self, texts: Sequence[str], dtype: torch.dtype | None = None) -> TextStates:
-        """The text network's states of `texts`, in that order; `dtype` of the states. Errors as in `read`."""
+        """Read the text network's states of `texts`, in that order, in `dtype`. Errors as in `read`."""
         if self.spec.kind != "text":
             raise StoreError(f"store {self.path} holds {self.spec.kind} rows; expected text: use read")
-        return TextStates(**self._reader.read(texts, dtype))
+        return TextStates(**self.read_arrays(texts, dtype))
+
+    def read_arrays(
+        self,
+        ids: Sequence[str],
+        dtype: torch.dtype | None = None,
+        out: PatchTokens | None = None,
+        threads: int = 1,
+    ) -> dict[str, Tensor]:
+        """Read every array by name, for stores of either kind; arguments and errors as in `read`."""
+        records = self.catalog.clip_records(ids)
+        buffers = None if out is None else out.tensors()
+        tensors = {
+            array.name: empty_rows(array, len(ids)) if buffers is None else first_rows(array, len(ids), buffers)
+            for array in self.spec.arrays
+        }
+        targets = [
+            (array, bytes_of(tensors[array.name]).reshape(len(ids), row_bytes(array))) for array in self.spec.arrays
+        ]
+
+        def read_clip(index: int) -> None:
+            for array, rows in targets:
+                self._reader.read_into(rows[index], ids[index], records[index], array)
+
+        threads = max(threads, self.catalog.storage.parallel_reads)
+        if threads == 1 or len(ids) == 1:
+            for index in range(len(ids)):
+                read_clip(index)
+        else:
+            with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
+                for _ in pool.map(read_clip, range(len(ids))):
+                    pass
+        return tensors if dtype is None else _in_dtype(tensors, dtype)
 
     def buffers(self, rows: int, pin: bool = False) -> PatchTokens:
-        """Memory that `read(out=...)` can fill again and again; pinned for copies to a GPU if asked."""
-        return PatchTokens(**make_buffers(self.spec, rows, pin))
-
-    def read_arrays(self, ids: Sequence[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Every array by name, whatever the kind of the store, as `read` gives them."""
-        return self._reader.read(ids, dtype)
+        """Memory that `read(out=...)` can fill again and again; pinned for copies to a GPU if requested."""
+        return PatchTokens(**{array.name: empty_rows(array, rows, pin) for array in self.spec.arrays})
 
     def sources(self, ids: Sequence[str]) -> dict[str, str]:
-        """Hash of what each of `ids` was encoded from. Errors as in `read`."""
-        return {name: record.source for name, record in zip(ids, self._catalog.records(ids), strict=True)}
+        """Id -> hash of the video (or text) that was encoded. Errors as in `read`."""
+        return {name: record.source for name, record in zip(ids, self.catalog.clip_records(ids), strict=True)}
 
     # Writing
 
@@ -250,13 +280,18 @@ class Store:
         """Own `shard` while its clips are computed and written.
 
         Yields:
-            The shard's ids that nobody has committed by now, quarantined ones among them.
+            The shard's ids that are not committed yet, including quarantined ones.
 
         Raises:
-            ShardOwned: another live process has it; the message names host and process.
+            ShardOwned: Another running process holds the lease; the message names host and process.
         """
-        with self._writer.lease(shard) as uncommitted:
-            yield uncommitted
+        with self.catalog.storage.lease(shard):
+            self._leased.add(shard)
+            try:
+                self.catalog.refresh(shard)
+                yield tuple(name for name in self.catalog.ids_of(shard) if name not in self.catalog.ledger.clips)
+            finally:
+                self._leased.discard(shard)
 
     def write_shard(
         self,
@@ -265,44 +300,44 @@ class Store:
         sources: Mapping[str, str],
         failures: Mapping[str, Failure] = MappingProxyType({}),
     ) -> None:
-        """Commit clips of one shard; afterwards they are all there, or after any failure none of them is.
-
-        Rows that the shard has already stay as they are, bit for bit.
+        """Commit clips of one shard: all of them, or none if anything fails. The shard's former rows do not change.
 
         Args:
-            shard: its number.
-            rows: id -> one tensor an array, without the batch.
-            sources: id -> hash of the video (or text) it came from.
-            failures: the clips that could not be encoded; they go to quarantine.
+            shard: Number of the shard.
+            rows: Id -> array -> tensor, without the batch.
+            sources: Id -> hash of the video (or text) that was encoded.
+            failures: Clips that could not be encoded; they go to quarantine.
 
         Raises:
-            ShardOwned: another live process has the shard.
-            StoreError: an id is not of this shard; a tensor is missing, of another shape, or holds NaN or infinity; the
-                disk is full. The message names id and array.
+            ShardOwned: Another running process holds the shard's lease.
+            StoreError: An id belongs to another shard; a tensor is missing, has another shape, or holds NaN or
+                infinity; or the disk is full. The message names id and array.
         """
-        self._writer.write_shard(shard, rows, sources, failures)
+        with nullcontext() if shard in self._leased else self.lease(shard):
+            self._writer.write(shard, rows, sources, failures)
 
     def rewrite_shard(self, shard: int, without: Sequence[str]) -> None:
-        """Write a shard's files anew with its committed rows, all but the damaged ones named in `without`.
+        """Write a shard's files again with its committed rows, except for the damaged ones named in `without`.
 
         Raises:
-            ShardOwned: another live process has the shard.
+            ShardOwned: Another running process holds the shard's lease.
         """
-        self._writer.rewrite_shard(shard, without)
+        with self.lease(shard):
+            self._writer.rewrite(shard, without)
 
     def clear_leftovers(self) -> None:
-        """Remove what writers that died have left of any shard. Nobody reads it; it takes room.
+        """Remove the files that killed writers left; nobody reads them.
 
         Raises:
-            ShardOwned: one of them is alive.
+            ShardOwned: One of the writers is still running.
         """
-        self._writer.clear_leftovers()
+        committed = self.catalog.ledger
+        for shard, write_ids in sorted(self.catalog.storage.write_ids_by_shard().items()):
+            if write_ids - {committed.write_id(shard)}:
+                with self.lease(shard):
+                    self._writer.clear_leftovers(shard)
 
-    # Handles
-
-    def close(self) -> None:
-        """Close the files that reading has opened."""
-        self._reader.close()
+    # A context manager closes the files that reading has opened.
 
     def __enter__(self) -> "Store":
         return self
@@ -310,7 +345,16 @@ class Store:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self._reader.close()
 
     def __reduce__(self) -> tuple[object, tuple[Location, Fingerprint]]:
         return open_store, (self.path, self.fingerprint)
+
+
+def _in_dtype(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The arrays with their tokens in `dtype`; quantised patches are multiplied by their scale."""
+    scale = tensors.pop("scale", None)
+    converted = {name: tensor.to(dtype) if name in TOKEN_ARRAYS else tensor for name, tensor in tensors.items()}
+    if scale is not None:
+        converted["patches"] = dequantise(tensors["patches"], scale, dtype)
+    return converted

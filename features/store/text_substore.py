@@ -1,36 +1,35 @@
-"""The two halves of a data set's features: the clips, and inside their folder the states of the questions' texts."""
+"""The substore for question texts: a store of the texts' states, in the folder `text` of a store of clips."""
 
 from egopatch.features.storage.interface import Storage
 from egopatch.features.store.store import Store
 from egopatch.features.values.errors import FingerprintMismatch
+from egopatch.features.values.spec import Fingerprint
 
-TEXT = "text"
-_SHARED = ("arch", "checkpoint")  # fields of both fingerprints that say which network made the half
-
-
-def halves(storage: Storage) -> list[str]:
-    """The stores in the folder of a store, relative to it: itself, and its text states where it has them."""
-    return ["", TEXT] if storage.exists(TEXT) else [""]
+TEXT_FOLDER = "text"
+_NETWORK_FIELDS = ("arch", "checkpoint")  # fields that name the network, in both fingerprints
 
 
-def mismatches(clips: Store, texts: Store) -> list[str]:
-    """One line a field by which the halves are of two networks; fields that only one of them has are not compared."""
-    here, there = clips.fingerprint.fields, texts.fingerprint.fields
-    return [
-        f"{name}: {here[name]!r} of the clips, {there[name]!r} of the texts"
-        for name in _SHARED
-        if name in here and name in there and here[name] != there[name]
-    ]
+def substores(storage: Storage) -> list[str]:
+    """Folders of the stores at `storage`, relative to it: the store itself, and its text substore if it has one."""
+    return ["", TEXT_FOLDER] if storage.exists(TEXT_FOLDER) else [""]
 
 
-def require_match(clips: Store, texts: Store) -> None:
-    """Refuse clips and texts that two networks made: their features have nothing to do with each other.
+def network_differences(clips: Store, texts: Store) -> list[str]:
+    """One line for each field by which clips and texts come from two networks; fields that one has not are skipped."""
+    fields, text_fields = clips.fingerprint.fields, texts.fingerprint.fields
+    shared = [name for name in _NETWORK_FIELDS if name in fields and name in text_fields]
+    of_clips, of_texts = (Fingerprint({name: known[name] for name in shared}) for known in (fields, text_fields))
+    return of_clips.differences(of_texts, "clips have", "texts have")
+
+
+def require_same_network(clips: Store, texts: Store) -> None:
+    """Refuse clips and texts from two networks, whose features cannot be combined.
 
     Raises:
-        FingerprintMismatch: names the differing fields.
+        FingerprintMismatch: The networks differ; the message names the differing fields.
     """
-    if different := mismatches(clips, texts):
+    if different := network_differences(clips, texts):
         raise FingerprintMismatch(
-            f"the clips in {clips.path} and the texts in {texts.path} were made by two networks "
-            f"({'; '.join(different)}); move {texts.path} away and encode the texts again by `python -m extract run`"
+            f"the clips in {clips.path} and the texts in {texts.path} were encoded with different networks "
+            f"({'; '.join(different)}); move {texts.path} away and encode the texts again with `python -m extract run`"
         )

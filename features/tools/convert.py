@@ -1,4 +1,4 @@
-"""The same features in another format, dtype or shard size, in a store of their own."""
+"""Copying a store to another format, dtype, shard size or codec."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -10,14 +10,14 @@ from torch import Tensor
 from egopatch.features.state.quarantine import Failure
 from egopatch.features.storage.pick import storage_at
 from egopatch.features.store.store import Store, create_store, open_store
-from egopatch.features.store.text_substore import halves
-from egopatch.features.values.dtypes import stored
+from egopatch.features.store.text_substore import substores
+from egopatch.features.values.dtypes import disk_dtype
 from egopatch.features.values.errors import StoreError
-from egopatch.features.values.location import Location, locate
-from egopatch.features.values.spec import QUANTISED, TOKENS, ArraySpec, Codec, Fingerprint, StoreSpec
+from egopatch.features.values.location import Location, parse_location
+from egopatch.features.values.spec import QUANTISED, TOKEN_ARRAYS, ArraySpec, Codec, Fingerprint, StoreSpec
 
-Rows = Mapping[str, Tensor]  # one tensor an array, the clips first
-OnClips = Callable[[int, int], None]  # called with the clips done so far and in all
+Rows = Mapping[str, Tensor]  # array -> tensor, the batch of clips first
+OnProgress = Callable[[int, int], None]  # called with the number of clips done and the number of all clips
 
 
 def convert(
@@ -27,52 +27,52 @@ def convert(
     dtype: str | None = None,
     shard: int | None = None,
     codec: Codec | None = None,
-    on_clips: OnClips | None = None,
+    on_clips: OnProgress | None = None,
 ) -> Store:
-    """Copy the store at `path`, text states included, to `to`; what is not given stays as it is.
+    """Copy the store at `path`, with its text substore, to `to`; None keeps a setting as it is.
 
-    Stopped and run again, it goes on where it was. Without another dtype every bit stays the same. With one, the
-    fingerprint's `stored_dtype` changes, and where the values have been rounded before, it says so: a store that was
-    written in that dtype at once would differ in the last bit.
+    An interrupted copy resumes when it is run again. Without another dtype every bit stays the same. With one, the
+    fingerprint's `stored_dtype` changes; where the values have been rounded before, `converted_from` records that,
+    since a store encoded directly to the new dtype would differ in the last bits.
 
     Raises:
-        StoreError: `to` lies where a store of something else is, or a value does not fit the dtype.
+        StoreError: A different store exists at `to`, or a value does not fit the dtype.
     """
-    source, target = locate(path), locate(to)
-    refuse_same(source, target)
-    for half in halves(storage_at(source)):
-        store = open_store(source / half)
-        spec, fingerprint = _converted_spec(store, dtype, None if half else shard, codec)
-        copy = create_store(target / half, spec, fingerprint, store.planned_ids, format or store.format)
+    source, target = parse_location(path), parse_location(to)
+    require_separate(source, target)
+    for folder in substores(storage_at(source)):
+        store = open_store(source / folder)
+        spec, fingerprint = _converted_spec(store, dtype, None if folder else shard, codec)
+        copy = create_store(target / folder, spec, fingerprint, store.planned_ids, format or store.format)
         requantised = spec.arrays != store.spec.arrays
-        transfer(store, copy, lambda rows: rows, on_clips, decoded=requantised)
+        copy_clips(store, copy, lambda rows: rows, on_clips, decoded=requantised)
     return open_store(target)
 
 
-def transfer(
+def copy_clips(
     source: Store,
     target: Store,
     change: Callable[[Rows], Rows],
-    on_clips: OnClips | None = None,
+    on_clips: OnProgress | None = None,
     decoded: bool = False,
 ) -> None:
-    """Fill `target` with the clips of `source`, shard by shard, each batch of rows passed through `change`.
+    """Fill `target` with the clips of `source`, shard by shard, passing each batch of rows through `change`.
 
     Args:
-        source: an open store.
-        target: another, with the same ids.
-        change: from arrays of `source` to arrays of `target`.
-        on_clips: told how far it is.
-        decoded: read the tokens as float32, multiplied by their scale, instead of bit for bit.
+        source: Store to copy from.
+        target: Store to copy to, with the same ids.
+        change: Turns arrays of `source` into arrays of `target`.
+        on_clips: Called after each shard.
+        decoded: Read the tokens as float32, multiplied by their scale, instead of bit for bit.
     """
-    have, total = set(source.clip_ids), len(source.clip_ids)
+    committed, total = set(source.clip_ids), len(source.clip_ids)
     quarantined = source.quarantine
     for work in target.missing_shards():
-        ids = [name for name in work.ids if name in have]
+        ids = [name for name in work.ids if name in committed]
         rows: dict[str, dict[str, Tensor]] = {}
         if ids:
             arrays = change(source.read_arrays(ids, torch.float32 if decoded else None))
-            rows = {n: {array: values[place] for array, values in arrays.items()} for place, n in enumerate(ids)}
+            rows = {name: {array: values[index] for array, values in arrays.items()} for index, name in enumerate(ids)}
         failures = {
             name: Failure(quarantined[name].reason, quarantined[name].traceback)
             for name in work.ids
@@ -83,11 +83,11 @@ def transfer(
             on_clips(len(target.clip_ids), total)
 
 
-def refuse_same(source: Location, target: Location) -> None:
+def require_separate(source: Location, target: Location) -> None:
     """Refuse to write a copy into the store that is copied.
 
     Raises:
-        StoreError: names both.
+        StoreError: `target` is in `source`; the message names both.
     """
     inner, outer = (str(place.resolve() if isinstance(place, Path) else place) for place in (target, source))
     if f"{inner}/".startswith(f"{outer}/"):
@@ -100,17 +100,17 @@ def _converted_spec(
     if shard is not None and shard < 1:
         raise StoreError(f"--shard is {shard}; expected at least 1")
     spec = replace(store.spec, shard=shard or store.spec.shard, codec=codec or store.spec.codec)
-    kept = next(array.dtype for array in spec.arrays if array.name in TOKENS)
-    if dtype is None or dtype == kept:
+    former = next(array.dtype for array in spec.arrays if array.name in TOKEN_ARRAYS)
+    if dtype is None or dtype == former:
         return spec, store.fingerprint
     if spec.kind == "text" and dtype in QUANTISED:
-        return spec, store.fingerprint  # the few states of questions stay as they are
-    stored(dtype)
-    changed = TOKENS if dtype not in QUANTISED else ("patches",)  # the few coarse tokens have no scale
+        return spec, store.fingerprint  # text states are small and stay as they are
+    disk_dtype(dtype)
+    changed = TOKEN_ARRAYS if dtype not in QUANTISED else ("patches",)  # the few coarse tokens have no scale
     arrays = [replace(a, dtype=dtype) if a.name in changed else a for a in spec.arrays if a.name != "scale"]
     if dtype in QUANTISED:
         arrays.append(ArraySpec("scale", spec.array("patches").shape[:2], "float32"))
     fields = {**store.fingerprint.fields, "stored_dtype": dtype}
-    if kept != "float32":
-        fields["converted_from"] = kept
+    if former != "float32":
+        fields["converted_from"] = former
     return replace(spec, arrays=tuple(arrays)), Fingerprint(fields)

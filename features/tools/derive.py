@@ -1,4 +1,4 @@
-"""A smaller store that keeps, of every frame, only the patches that rank first."""
+"""Copying a store with only the highest-ranked patches of every frame."""
 
 import math
 from dataclasses import replace
@@ -8,10 +8,10 @@ from torch import Tensor
 
 from egopatch.features.storage.pick import storage_at
 from egopatch.features.store.store import Store, create_store, open_store
-from egopatch.features.store.text_substore import halves
-from egopatch.features.tools.convert import OnClips, Rows, refuse_same, transfer
+from egopatch.features.store.text_substore import substores
+from egopatch.features.tools.convert import OnProgress, Rows, copy_clips, require_separate
 from egopatch.features.values.errors import StoreError
-from egopatch.features.values.location import Location, locate
+from egopatch.features.values.location import Location, parse_location
 from egopatch.features.values.spec import ArraySpec, Fingerprint, Scalar, StoreSpec
 
 _RANKINGS = ("saliency",)
@@ -19,25 +19,25 @@ _MOST_PATCHES = 2**15
 
 
 def derive(
-    path: Location | str, to: Location | str, keep: float, by: str = "saliency", on_clips: OnClips | None = None
+    path: Location | str, to: Location | str, keep: float, by: str = "saliency", on_clips: OnProgress | None = None
 ) -> Store:
     """Keep the ceil(keep N) patches of each frame with the largest saliency, the largest first, ties to the lowest n.
 
-    So selecting by saliency at a ratio up to `keep` selects the same patches here as in the full store. Each patch's
-    place in the grid is kept as `positions`; the fingerprint names its parent's, and the text states come along.
+    Selection by saliency at a ratio up to `keep` therefore picks the same patches as in the full store. `positions`
+    has each patch's index in the full grid; the fingerprint names the full store's. The text substore is copied, too.
 
     Raises:
-        StoreError: `keep` or `by` is none, or `path` is not a full store of clips.
+        StoreError: `keep` or `by` is out of range, or `path` is not a full store of clips.
     """
-    source, target = locate(path), locate(to)
-    refuse_same(source, target)
+    source, target = parse_location(path), parse_location(to)
+    require_separate(source, target)
     if not 0 < keep <= 1:
         raise StoreError(f"--keep is {keep}; expected a share above 0 and at most 1")
     if by not in _RANKINGS:
         raise StoreError(f"--by is {by!r}; expected one of {', '.join(_RANKINGS)}")
     parent = open_store(source)
     if parent.spec.kind != "patches" or any(array.name == "positions" for array in parent.spec.arrays):
-        raise StoreError(f"store {source} is of text or derived already; expected the full store of clips")
+        raise StoreError(f"store {source} holds text or is derived already; expected a full store of clips")
     patches = parent.spec.array("patches").shape[1]
     if patches > _MOST_PATCHES:
         raise StoreError(f"store {source} has {patches} patches a frame; expected at most {_MOST_PATCHES} to derive")
@@ -45,16 +45,16 @@ def derive(
     origin: dict[str, Scalar] = {"parent": parent.fingerprint.digest, "derived_keep": keep, "derived_by": by}
     fingerprint = Fingerprint({**parent.fingerprint.fields, **origin})
     smaller = create_store(target, _smaller(parent.spec, count), fingerprint, parent.planned_ids, parent.format)
-    transfer(parent, smaller, lambda rows: _first_by_saliency(rows, count), on_clips)
-    for half in halves(storage_at(source))[1:]:
-        text = open_store(source / half)
-        copy = create_store(target / half, text.spec, text.fingerprint, text.planned_ids, text.format)
-        transfer(text, copy, lambda rows: rows)
+    copy_clips(parent, smaller, lambda rows: _first_by_saliency(rows, count), on_clips)
+    for folder in substores(storage_at(source))[1:]:
+        text = open_store(source / folder)
+        copy = create_store(target / folder, text.spec, text.fingerprint, text.planned_ids, text.format)
+        copy_clips(text, copy, lambda rows: rows)
     return open_store(target)
 
 
 def _smaller(spec: StoreSpec, count: int) -> StoreSpec:
-    """The spec with `count` patches a frame and their positions; the grid stays that of the full frame."""
+    """The spec with `count` patches a frame and their positions; the grid remains the full one."""
     arrays = [
         replace(array, shape=(array.shape[0], count, *array.shape[2:]))
         if array.name in ("patches", "saliency", "scale")
@@ -66,11 +66,11 @@ def _smaller(spec: StoreSpec, count: int) -> StoreSpec:
 
 
 def _first_by_saliency(rows: Rows, count: int) -> dict[str, Tensor]:
-    """The first `count` patches of each frame, in falling order of saliency."""
+    """The `count` patches of each frame with the largest saliency, in falling order."""
     order = torch.sort(rows["saliency"], dim=-1, descending=True, stable=True).indices[..., :count]
     ranked = {name: rows[name].gather(2, order) for name in ("saliency", "scale") if name in rows}
     patches = rows["patches"]
-    # Bytes, because not every stored dtype can be gathered.
+    # As bytes, because torch cannot gather every stored dtype.
     bits = patches.view(torch.uint8)
     index = order.unsqueeze(-1).expand(*order.shape, bits.shape[-1])
     ranked["patches"] = bits.gather(2, index).view(patches.dtype)

@@ -1,4 +1,4 @@
-"""How each dtype of a store lies on disk."""
+"""How a store writes each dtype to disk, and how many bytes a row takes."""
 
 import math
 from dataclasses import dataclass
@@ -10,45 +10,46 @@ from egopatch.features.values.spec import ArraySpec, StoreSpec
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One dtype on disk.
+class DiskDtype:
+    """One dtype as it is written to disk.
 
     Attributes:
-        disk: as Zarr and HDF5 keep it, of the same width; types that they lack are kept as the integers of their bits.
-        absent: what a row that was never written reads as with other tools; a NaN wherever the dtype has one.
+        numpy: NumPy dtype in the files, with the same width. Zarr and HDF5 know neither bfloat16 nor float8, so those
+            are written as integers with the same bits.
+        fill_value: Value that other tools read for a row that was never written; NaN where the dtype has one.
     """
 
-    disk: str
-    absent: float | int | bool
+    numpy: str
+    fill_value: float | int | bool
 
 
-STORED = {
-    "float16": Stored("<f2", float("nan")),
-    "float32": Stored("<f4", float("nan")),
-    "bfloat16": Stored("<u2", 0x7FC0),
-    "float8_e4m3": Stored("|u1", 0x7F),
-    "int8": Stored("|i1", -128),
-    "int16": Stored("<i2", -1),
-    "bool": Stored("|b1", False),
+DISK_DTYPES = {
+    "float16": DiskDtype("<f2", float("nan")),
+    "float32": DiskDtype("<f4", float("nan")),
+    "bfloat16": DiskDtype("<u2", 0x7FC0),
+    "float8_e4m3": DiskDtype("|u1", 0x7F),
+    "int8": DiskDtype("|i1", -128),
+    "int16": DiskDtype("<i2", -1),
+    "bool": DiskDtype("|b1", False),
 }
 
 
-def stored(dtype: str) -> Stored:
-    """How `dtype` is kept.
+def disk_dtype(dtype: str) -> DiskDtype:
+    """The form of `dtype` on disk.
 
     Raises:
-        StoreError: the store has no such dtype.
+        StoreError: No store can hold this dtype.
     """
-    if dtype not in STORED:
-        raise StoreError(f"array dtype {dtype!r} is unknown; expected one of {', '.join(STORED)}")
-    return STORED[dtype]
+    if dtype not in DISK_DTYPES:
+        raise StoreError(f"array dtype {dtype!r} is unknown; expected one of {', '.join(DISK_DTYPES)}")
+    return DISK_DTYPES[dtype]
 
 
 def row_bytes(array: ArraySpec) -> int:
-    """Bytes of one row."""
-    return math.prod(array.shape) * np.dtype(stored(array.dtype).disk).itemsize
+    """Bytes in one row of `array`."""
+    return math.prod(array.shape) * np.dtype(disk_dtype(array.dtype).numpy).itemsize
 
 
-def spec_bytes(spec: StoreSpec) -> int:
-    """Bytes of one row of every array."""
+def spec_row_bytes(spec: StoreSpec) -> int:
+    """Bytes in one row of every array together."""
     return sum(row_bytes(array) for array in spec.arrays)

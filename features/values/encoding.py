@@ -1,4 +1,4 @@
-"""A clip's tensors into the bytes of a row: checked at the door, and stored in few bits where the spec says so."""
+"""A clip's tensors, checked and encoded as the rows of a store; the spec may ask for quantisation."""
 
 import math
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ _LARGEST = {"int8": 127.0, "float8_e4m3": 448.0}
 
 
 def check_names(clip: str, tensors: Mapping[str, Tensor], spec: StoreSpec) -> None:
-    """Refuse a clip that lacks an array or brings one too many; `scale` is made here if it is not given.
+    """Refuse a clip with a missing or an unknown array; `scale` may be missing, since `encode_row` can compute it.
 
     Raises:
-        StoreError: names the clip and the arrays.
+        StoreError: The arrays do not match the spec; the message names the clip and the arrays.
     """
     expected = {array.name for array in spec.arrays}
     if tensors.keys() != expected and tensors.keys() != expected - {"scale"}:
@@ -26,68 +26,68 @@ def check_names(clip: str, tensors: Mapping[str, Tensor], spec: StoreSpec) -> No
         raise StoreError(f"clip {clip!r} comes with {found}; expected {', '.join(sorted(expected))}")
 
 
-def encode(clip: str, tensors: Mapping[str, Tensor], array: ArraySpec, spec: StoreSpec) -> np.ndarray:
-    """One array's row as it is written.
+def encode_row(clip: str, tensors: Mapping[str, Tensor], array: ArraySpec, spec: StoreSpec) -> np.ndarray:
+    """The row of `array` for one clip, as it is written.
 
     Raises:
-        StoreError: another shape or dtype, NaN, infinity or a value that the dtype cannot hold; names clip and array.
+        StoreError: The tensor has another shape or dtype, or holds NaN, infinity or a value that the dtype cannot
+            represent; the message names clip and array.
     """
-    quantised = array.dtype in _LARGEST and array.name == "patches"
     if array.name == "scale" and "scale" not in tensors:
         return to_disk(scale_of(_checked(clip, tensors["patches"], spec.array("patches")), spec), array.dtype)
     tensor = _checked(clip, tensors[array.name], array)
-    if quantised and "scale" not in tensors:
+    if array.name == "patches" and array.dtype in _LARGEST and "scale" not in tensors:
         return to_disk(quantise(tensor, scale_of(tensor, spec), array.dtype), array.dtype)
     target = torch_dtype(array.dtype)
     if not target.is_floating_point and tensor.dtype != target:
         raise StoreError(f"clip {clip!r}: {array.name} has dtype {tensor.dtype}; expected {target}")
     row = tensor.to(target)
-    if target.is_floating_point and not _finite(row):
+    if target.is_floating_point and not _all_finite(row):
         raise StoreError(f"clip {clip!r}: {array.name} exceeds the range of {array.dtype}; it is not stored")
     return to_disk(row, array.dtype)
 
 
 def scale_of(patches: Tensor, spec: StoreSpec) -> Tensor:
-    """[T, N] factor of each patch, such that its largest channel becomes the largest number of the stored dtype."""
+    """[T, N] factor of each patch, which maps its largest channel to the largest number of the stored dtype."""
     largest = patches.float().abs().amax(dim=-1)
     return torch.where(largest > 0, largest / _LARGEST[spec.array("patches").dtype], torch.ones_like(largest))
 
 
 def quantise(patches: Tensor, scale: Tensor, dtype: str) -> Tensor:
-    """`patches` over `scale`, rounded to the stored dtype."""
+    """`patches` divided by `scale` and rounded to the stored dtype."""
     scaled = patches.float() / scale.unsqueeze(-1)
     limit = _LARGEST[dtype]
     return (scaled.round() if dtype == "int8" else scaled).clamp(-limit, limit).to(torch_dtype(dtype))
 
 
 def dequantise(patches: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values that stored patches [..., T, N, D] stand for."""
+    """Stored patches [..., T, N, D] multiplied by their scale, in `dtype`."""
     return patches.to(dtype).mul_(scale.to(dtype).unsqueeze(-1))
 
 
 def reconstruction_error(tensors: Mapping[str, Tensor], spec: StoreSpec) -> float | None:
-    """Root mean square of what storing the patches in few bits loses, as a share of their own; None if nothing is."""
+    """Relative root mean square error that quantising the patches causes; None where they are not quantised here."""
     array = spec.array("patches") if spec.kind == "patches" else None
     if array is None or array.dtype not in _LARGEST or "scale" in tensors:
         return None
-    given = tensors["patches"].float()
-    scale = scale_of(given, spec)
-    lost = dequantise(quantise(given, scale, array.dtype), scale, torch.float32) - given
-    size = float(given.square().mean().sqrt())
-    return float(lost.square().mean().sqrt()) / size if size else 0.0
+    original = tensors["patches"].float()
+    scale = scale_of(original, spec)
+    error = dequantise(quantise(original, scale, array.dtype), scale, torch.float32) - original
+    size = float(original.square().mean().sqrt())
+    return float(error.square().mean().sqrt()) / size if size else 0.0
 
 
 def _checked(clip: str, tensor: Tensor, array: ArraySpec) -> Tensor:
     if tuple(tensor.shape) != array.shape:
         raise StoreError(f"clip {clip!r}: {array.name} has shape {tuple(tensor.shape)}; expected {array.shape}")
     tensor = tensor.detach().cpu()
-    if tensor.is_floating_point() and not _finite(tensor):
+    if tensor.is_floating_point() and not _all_finite(tensor):
         raise StoreError(f"clip {clip!r}: {array.name} holds NaN or infinity; it is not stored")
     return tensor
 
 
-def _finite(tensor: Tensor) -> bool:
-    """Whether every number is finite; the extremes tell, and finding them is many times faster than asking each."""
+def _all_finite(tensor: Tensor) -> bool:
+    """Whether every number is finite; checking the minimum and maximum is many times faster than `isfinite().all()`."""
     if tensor.dtype == torch.float8_e4m3fn:
         tensor = tensor.float()
     low, high = torch.aminmax(tensor)

@@ -1,48 +1,49 @@
-"""What can go wrong with a store. Every message is one line that says what was expected and what to do next."""
+"""What can go wrong with a store. Every message is one line that names what was expected and what to do next."""
 
 from collections.abc import Sequence
 
 
 class StoreError(ValueError):
-    """A store that cannot be opened, read or written as asked."""
+    """A store cannot be opened, read or written as requested."""
 
 
 class BadLocation(StoreError):
-    """A path or URL at which no store can be."""
+    """No store can exist at this path or URL."""
 
 
 class FingerprintMismatch(StoreError):
-    """A store made by something else: another network, other frames, another shape."""
+    """A store was created with different settings: another network, other frames, another shape."""
 
 
 class DamagedStore(StoreError):
-    """Bytes on disk are not the ones that were committed."""
+    """Bytes on disk differ from those that were committed."""
 
 
 class OtherVersion(StoreError):
-    """A store that another version of this program wrote; nothing is read from it and nothing is changed in it."""
+    """Another version of this program wrote the store; nothing in it is read or changed."""
 
 
-class Overtaken(StoreError):
-    """Another writer has added to the same journal in the meantime; what was to be added was not."""
+class WriteConflict(StoreError):
+    """Another writer added to the same journal first, so this write was not made."""
 
 
 class ShardOwned(StoreError):
-    """Another live process owns the shard."""
+    """Another running process holds the shard's lease."""
 
 
 class AbsentClip(StoreError, KeyError):
-    """Clips asked for that were never committed.
+    """Requested clips were never committed.
 
     Attributes:
-        ids: the absent ones, in the order in which they were asked for.
+        ids: Missing clips, in the order of the request.
     """
 
     def __init__(self, ids: Sequence[str], where: str) -> None:
         self.ids = tuple(ids)
         self.where = where
         shown = ", ".join(repr(name) for name in self.ids[:5]) + (", ..." if len(self.ids) > 5 else "")
-        self.message = f"{len(self.ids)} of the asked clips are not in {where}: {shown}; encode them, or ask for others"
+        clips = "1 requested clip is" if len(self.ids) == 1 else f"{len(self.ids)} requested clips are"
+        self.message = f"{clips} missing from {where}: {shown}; run `extract run` to encode the missing clips"
         super().__init__(self.message)
 
     def __str__(self) -> str:

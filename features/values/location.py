@@ -1,4 +1,4 @@
-"""Where a store lies: a folder, or a place in object storage such as `s3://bucket/features`."""
+"""Where a store is: a folder, or a prefix in object storage such as `s3://bucket/features`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +11,13 @@ SCHEMES = ("s3", "gs", "az")
 
 @dataclass(frozen=True)
 class ObjectUrl:
-    """A place in object storage, with what of `Path` a store's user needs.
+    """A prefix in object storage, with the few methods of `Path` that a store's user needs.
 
     Attributes:
-        url: scheme, bucket and prefix. Never credentials, so it may be printed and stored.
+        url: Scheme, bucket and prefix. It never holds credentials, so it may be printed and stored.
 
     Raises:
-        BadLocation: it names no bucket, or holds more than that.
+        BadLocation: The URL names no bucket, or holds more than bucket and prefix.
     """
 
     url: str
@@ -25,7 +25,7 @@ class ObjectUrl:
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
         if any(sign in self.url.partition("://")[2] for sign in "@:?#"):
-            # Nothing of it is shown: it may be a key, and a key may hold slashes.
+            # The message does not repeat the URL: it may hold a key, and a key may hold slashes.
             raise BadLocation(
                 "the store's URL holds a user, a query or a fragment; expected scheme://bucket/prefix alone: "
                 "credentials come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
@@ -33,13 +33,13 @@ class ObjectUrl:
         names = parts.path.strip("/").split("/")
         if parts.scheme not in SCHEMES or not parts.netloc or not all(names) or {".", ".."} & set(names):
             raise BadLocation(
-                f"{self.url!r} is no place for a store; expected a folder, or scheme://bucket/prefix with one of "
-                f"{', '.join(SCHEMES)} as its scheme"
+                f"{self.url!r} cannot be the location of a store; expected a folder, or scheme://bucket/prefix with "
+                f"one of the schemes {', '.join(SCHEMES)}"
             )
 
     @property
     def scheme(self) -> str:
-        """Whose object storage it is."""
+        """Kind of object storage, one of `SCHEMES`."""
         return urlsplit(self.url).scheme
 
     @property
@@ -49,16 +49,16 @@ class ObjectUrl:
 
     @property
     def prefix(self) -> str:
-        """What every object's name in the bucket begins with, without slashes around it."""
+        """Common beginning of the objects' names in the bucket, without slashes around it."""
         return urlsplit(self.url).path.strip("/")
 
     @property
     def name(self) -> str:
-        """The last part."""
+        """Last component of the prefix."""
         return self.prefix.rpartition("/")[2]
 
     def with_name(self, name: str) -> "ObjectUrl":
-        """The place beside this one that is called `name`."""
+        """The sibling of this location called `name`."""
         return ObjectUrl(f"{self.url.rpartition('/')[0]}/{name}")
 
     def __truediv__(self, name: str) -> "ObjectUrl":
@@ -71,12 +71,12 @@ class ObjectUrl:
 Location = Path | ObjectUrl
 
 
-def locate(place: Location | str) -> Location:
-    """The location that a user means by `place`: a URL where it has a scheme, else a folder.
+def parse_location(location: Location | str) -> Location:
+    """`location` as an object: an `ObjectUrl` where the text has a scheme, else a folder.
 
     Raises:
-        BadLocation: it is a URL that no store can have.
+        BadLocation: No store can exist at this URL.
     """
-    if isinstance(place, str):
-        return ObjectUrl(place.rstrip("/")) if "://" in place else Path(place)
-    return place
+    if isinstance(location, str):
+        return ObjectUrl(location.rstrip("/")) if "://" in location else Path(location)
+    return location

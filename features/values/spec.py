@@ -1,4 +1,4 @@
-"""What crosses the store's boundary: tokens, text states, the store's shape and its fingerprint.
+"""The types in the store's interface: tokens, text states, the store's spec and its fingerprint.
 
 Shape legend: B clips, T frames, N patches a frame (rows x cols) of D channels, M coarse patches a frame of E channels,
 L text tokens.
@@ -17,12 +17,12 @@ if TYPE_CHECKING:  # see `features`
 Scalar = str | int | float | bool | None
 StoredDtype = Literal["float16", "bfloat16", "float32", "float8_e4m3", "int8"]
 Codec = Literal["none", "zstd", "blosc-zstd", "gzip"]
-TOKENS = ("patches", "coarse", "states")  # the arrays that have the stored dtype; the others are measures of them
-QUANTISED = ("int8", "float8_e4m3")  # dtypes whose patches have a scale each
+TOKEN_ARRAYS = ("patches", "coarse", "states")  # arrays in the stored dtype; the others have dtypes of their own
+QUANTISED = ("int8", "float8_e4m3")  # dtypes that need a scale for each patch
 
 
-def whole_dtype(dtype: StoredDtype) -> StoredDtype:
-    """The dtype of tokens that have no scale, in a store whose patches have `dtype`."""
+def unscaled_dtype(dtype: StoredDtype) -> StoredDtype:
+    """The dtype of tokens without a scale, in a store whose patches have `dtype`."""
     return "float16" if dtype in QUANTISED else dtype
 
 
@@ -33,15 +33,15 @@ class PatchTokens:
     Attributes:
         cls: [B, D].
         patches: [B, T, N, D].
-        saliency: [B, T, N], CLS's attention to each patch, mean over heads, before softmax.
-        timestamps: [B, T] seconds from the clip's start, of the frames that were encoded.
-        coarse: [B, T, M, E], tokens of a coarser grid, where the network has one.
+        saliency: [B, T, N], attention of CLS to each patch, mean over heads, before softmax.
+        timestamps: [B, T], seconds from the clip's start to each encoded frame.
+        coarse: [B, T, M, E], tokens on a coarser grid, where the network has one.
         coarse_saliency: [B, T, M].
         scale: [B, T, N], factor of each patch where `patches` is int8 or float8.
-        positions: [B, T, N], place of each patch in the full grid where a derived store keeps only some of them.
+        positions: [B, T, N], index of each patch in the full grid, in a derived store that keeps only some of them.
 
     Raises:
-        ValueError: a tensor's shape disagrees with `patches`; the message names it.
+        ValueError: A tensor's shape disagrees with `patches`; the message names the tensor.
     """
 
     cls: "Tensor"
@@ -91,7 +91,7 @@ class TextStates:
 
     Attributes:
         states: [B, L, D].
-        attention_mask: [B, L] bool, true on tokens and false on padding.
+        attention_mask: [B, L] bool, true for tokens and false for padding.
     """
 
     states: "Tensor"
@@ -114,7 +114,7 @@ _ARRAYS = {
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One named array of a store: `shape` is that of a single row."""
+    """One named array of a store; `shape` is the shape of a single row."""
 
     name: str
     shape: tuple[int, ...]
@@ -131,13 +131,13 @@ class StoreSpec:
 
     Attributes:
         kind: `patches` (rows are clips) or `text` (rows are question texts).
-        arrays: what is kept for each row.
-        shard: rows to a shard.
-        grid: (rows, cols) of the patch grid; None for text.
-        codec: how rows are compressed on disk; it changes no value.
+        arrays: Arrays that hold a row for each clip or text.
+        shard: Rows in a shard.
+        grid: Rows and columns of the patch grid; None for text.
+        codec: Compression of rows on disk; it changes no value.
 
     Raises:
-        ValueError: names what no store can have.
+        ValueError: An attribute has a value that no store can have; the message names the attribute.
     """
 
     kind: Literal["patches", "text"]
@@ -155,10 +155,10 @@ class StoreSpec:
             raise ValueError(f"codec is {self.codec!r}; expected one of {', '.join(get_args(Codec))}")
         names = [array.name for array in self.arrays]
         for name in names:
-            # Each becomes a file's name and a field of PatchTokens or TextStates.
+            # Each name becomes a file's name and a field of PatchTokens or TextStates.
             if name not in _ARRAYS[self.kind] or names.count(name) > 1:
                 expected = ", ".join(_ARRAYS[self.kind])
-                raise ValueError(f"array {name!r} is doubled or unknown; a store of {self.kind} keeps {expected}")
+                raise ValueError(f"array {name!r} is unknown or repeated; a store of {self.kind} can keep {expected}")
 
     @classmethod
     def for_patches(
@@ -172,9 +172,9 @@ class StoreSpec:
         coarse_width: int | None = None,
         codec: Codec = "none",
     ) -> "StoreSpec":
-        """Spec of a clip store: `frames` T, `grid` with rows*cols = N, `width` D.
+        """The spec of a clip store: `frames` is T, rows x cols of `grid` is N, `width` is D.
 
-        `coarse` is M where there are any, `coarse_width` E where it is not D.
+        `coarse` is M where there are coarse tokens; `coarse_width` is E where it differs from D.
         """
         n = grid[0] * grid[1]
         arrays = [
@@ -186,7 +186,7 @@ class StoreSpec:
         if dtype in QUANTISED:
             arrays.append(ArraySpec("scale", (frames, n), "float32"))
         if coarse is not None:
-            arrays.append(ArraySpec("coarse", (frames, coarse, coarse_width or width), whole_dtype(dtype)))
+            arrays.append(ArraySpec("coarse", (frames, coarse, coarse_width or width), unscaled_dtype(dtype)))
             arrays.append(ArraySpec("coarse_saliency", (frames, coarse), "float32"))
         return cls("patches", tuple(arrays), shard, grid, codec)
 
@@ -194,10 +194,13 @@ class StoreSpec:
     def for_text(
         cls, length: int, width: int, dtype: StoredDtype = "float16", shard: int = 1024, codec: Codec = "none"
     ) -> "StoreSpec":
-        """Spec of a store of text states: `length` L tokens of `width` D."""
+        """The spec of a store of text states: `length` is L, `width` is D."""
         return cls(
             "text",
-            (ArraySpec("states", (length, width), whole_dtype(dtype)), ArraySpec("attention_mask", (length,), "bool")),
+            (
+                ArraySpec("states", (length, width), unscaled_dtype(dtype)),
+                ArraySpec("attention_mask", (length,), "bool"),
+            ),
             shard,
             codec=codec,
         )
@@ -206,31 +209,38 @@ class StoreSpec:
         """The array called `name`.
 
         Raises:
-            KeyError: the store keeps no such array.
+            KeyError: The store has no array of that name.
         """
         for array in self.arrays:
             if array.name == name:
                 return array
-        raise KeyError(f"no array {name!r}; the store keeps {', '.join(a.name for a in self.arrays)}")
+        raise KeyError(f"array {name!r} does not exist; the store has {', '.join(a.name for a in self.arrays)}")
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Everything that decides the values in a store, by name, so that two stores can be told apart and say why."""
+    """Every setting that decides the values in a store, by name; two stores differ where their fingerprints do."""
 
     fields: Mapping[str, Scalar]
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the fields, in hex."""
+        """SHA-256 of the fields, in hexadecimal."""
         return hashlib.sha256(json.dumps(dict(self.fields), sort_keys=True).encode()).hexdigest()
 
-    def differences(self, other: "Fingerprint") -> list[str]:
-        """One line a field that differs, such as `depth: 6 here, 12 there`."""
-        names = sorted(self.fields.keys() | other.fields.keys())
+    def differences(self, other: "Fingerprint", this: str, that: str) -> list[str]:
+        """One line a field that differs, such as `depth: store has 6, requested 12`.
+
+        Args:
+            other: Fingerprint to compare with.
+            this: Words before the values of this fingerprint, such as `store has`.
+            that: Words before the values of the other one, such as `requested`.
+        """
         absent = "absent"
+        pairs = {
+            name: (self.fields.get(name, absent), other.fields.get(name, absent))
+            for name in sorted(self.fields.keys() | other.fields.keys())
+        }
         return [
-            f"{name}: {self.fields.get(name, absent)!r} here, {other.fields.get(name, absent)!r} there"
-            for name in names
-            if self.fields.get(name, absent) != other.fields.get(name, absent)
+            f"{name}: {this} {mine!r}, {that} {theirs!r}" for name, (mine, theirs) in pairs.items() if mine != theirs
         ]

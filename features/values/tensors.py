@@ -1,9 +1,9 @@
-"""Tensors as the store keeps them: the dtypes that they have in torch, and their bytes."""
+"""Stored dtypes in torch, and conversion between tensors and bytes."""
 
 import numpy as np
 import torch
 
-from egopatch.features.values.dtypes import stored
+from egopatch.features.values.dtypes import disk_dtype
 
 _TORCH = {
     "float16": torch.float16,
@@ -17,16 +17,16 @@ _TORCH = {
 
 
 def torch_dtype(dtype: str) -> torch.dtype:
-    """What an array of one of the `features.values.dtypes` is read as."""
+    """The torch dtype for one of the dtypes in `features.values.dtypes`."""
     return _TORCH[dtype]
 
 
 def to_disk(tensor: torch.Tensor, dtype: str) -> np.ndarray:
-    """The tensor's bits as the array that is written. `tensor` has the stored dtype already."""
+    """The array to write, with the bits of `tensor`, which has the stored dtype already."""
     flat = tensor.detach().cpu().contiguous()
-    return bytes_of(flat).view(np.dtype(stored(dtype).disk)).reshape(tuple(flat.shape))
+    return bytes_of(flat).view(np.dtype(disk_dtype(dtype).numpy)).reshape(tuple(flat.shape))
 
 
 def bytes_of(tensor: torch.Tensor) -> np.ndarray:
-    """A contiguous CPU tensor's memory as writable bytes, without a copy."""
+    """The memory of a contiguous CPU tensor as writable bytes, without a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy()

@@ -35,7 +35,7 @@ def test_file_then_overrides(tmp_path: Path) -> None:
         (["--head.ratio", "1.5"], "head.ratio is 1.5; expected a share in (0, 1]"),
         (["--head.ratio", "many"], "head.ratio"),
         (["--store.shard", "1.5"], "store.shard"),
-        (["--store.codec", "gzip"], "store.codec is 'gzip'; expected one that zarr has: none, zstd, blosc-zstd"),
+        (["--store.codec", "gzip"], "store.codec is 'gzip'; expected one of zarr's codecs: none, zstd, blosc-zstd"),
         (["--head.scores", "[qustion]"], "head.scores"),
         (
             ["--config", "absent.yaml"],

@@ -73,24 +73,24 @@ def test_a_codec_changes_no_value_and_no_fingerprint(whole: Store, tmp_path: Pat
     assert (copy.spec.codec, open_store(copy.path / "text").spec.codec) == (codec, codec)
     ids = whole.clip_ids
     assert torch.equal(copy.read(ids, out=copy.buffers(9), threads=3).patches, whole.read(ids).patches)
-    assert copy._catalog.records(ids) == whole._catalog.records(ids)
+    assert copy.catalog.clip_records(ids) == whole.catalog.clip_records(ids)
     assert verify(copy.path).ok
     small = derive(copy.path, tmp_path / "small", keep=0.5)
     assert small.spec.codec == codec
     back = convert(copy.path, tmp_path / "back", format=whole.format, codec="none")
-    name = next(iter(whole._catalog.ledger.files[1]))
+    name = next(iter(whole.catalog.ledger.files[1]))
     assert (back.path / name).read_bytes() == (whole.path / name).read_bytes()
 
 
 def test_a_codec_that_the_format_lacks(whole: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lacking = {"zarr": "gzip", "hdf5": "zstd"}[whole.format]
-    with pytest.raises(StoreError, match=f"codec is '{lacking}'; expected one that {whole.format} has: none, "):
+    with pytest.raises(StoreError, match=f"codec is '{lacking}'; expected one of {whole.format}'s codecs: none, "):
         convert(whole.path, tmp_path / "copy", codec=lacking)  # type: ignore[arg-type]
     assert not (tmp_path / "copy").exists()
     fitting = {"zarr": "zstd", "hdf5": "gzip"}[whole.format]
     assert main(["convert", str(whole.path), "--codec", fitting, "--json"]) == 0
     assert f'"codec": "{fitting}"' in capsys.readouterr().out
-    with pytest.raises(FingerprintMismatch, match=f"spec.codec: '{fitting}' here, 'none' there"):
+    with pytest.raises(FingerprintMismatch, match=f"spec.codec: store has '{fitting}', requested 'none'"):
         convert(whole.path, whole.path.with_name(f"store_{fitting}"))
 
 
@@ -104,7 +104,7 @@ def test_converting_goes_on_where_it_was_stopped(whole: Store, tmp_path: Path) -
         convert(whole.path, tmp_path / "copy", on_clips=stop)
     assert 0 < len(open_store(tmp_path / "copy").clip_ids) < 9
     assert convert(whole.path, tmp_path / "copy").clip_ids == whole.clip_ids
-    with pytest.raises(FingerprintMismatch, match="stored_dtype: 'float16' here, 'bfloat16' there"):
+    with pytest.raises(FingerprintMismatch, match="stored_dtype: store has 'float16', requested 'bfloat16'"):
         convert(whole.path, tmp_path / "copy", dtype="bfloat16")
 
 
@@ -170,7 +170,7 @@ def test_a_share_that_is_none(whole: Store, tmp_path: Path, keep: float) -> None
 
 def test_deriving_twice_is_refused(whole: Store, tmp_path: Path) -> None:
     small = derive(whole.path, tmp_path / "small", keep=0.5)
-    with pytest.raises(StoreError, match="derived already; expected the full store of clips"):
+    with pytest.raises(StoreError, match="is derived already; expected a full store of clips"):
         derive(small.path, tmp_path / "smaller", keep=0.5)
 
 
@@ -184,4 +184,4 @@ def test_commands(whole: Store, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert open_store(whole.path.with_name("store_keep0.25")).spec.array("patches").shape == (2, 2, 16)
     with pytest.raises(SystemExit, match="2"):
         main(["derive", str(whole.path), "--keep", "7"])
-    assert "--keep: 7 is not a share; expected a number above 0 and at most 1" in capsys.readouterr().err
+    assert "--keep: 7 is out of range; expected a number above 0 and at most 1" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import torch
 
 from egopatch.features import FingerprintMismatch, Store, StoreError, StoreSpec, create_store, open_store
 from egopatch.features.__main__ import main
-from egopatch.features.values.dtypes import STORED
+from egopatch.features.values.dtypes import DISK_DTYPES
 from egopatch.features.values.encoding import dequantise, quantise, scale_of
 from egopatch.features.values.tensors import torch_dtype
 from tests.features.conftest import FINGERPRINT, FORMATS, IDS, clip, fill
@@ -25,9 +25,9 @@ def floats(n: int, store: Store) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in clip(n, store.spec).items() if name != "scale"}
 
 
-@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("dtype", DISK_DTYPES)
 def test_torch_has_every_stored_dtype_in_the_same_bits(dtype: str) -> None:
-    assert torch_dtype(dtype).itemsize == np.dtype(STORED[dtype].disk).itemsize
+    assert torch_dtype(dtype).itemsize == np.dtype(DISK_DTYPES[dtype].numpy).itemsize
     assert str(torch_dtype(dtype)).startswith(f"torch.{dtype}")
 
 

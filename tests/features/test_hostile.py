@@ -16,7 +16,7 @@ from egopatch.features import DamagedStore, Failure, OtherVersion, Store, StoreE
 from egopatch.features.__main__ import main
 from egopatch.features.io.files import crc32c
 from egopatch.features.state.header import read_header, write_header
-from egopatch.features.state.ledger import ledger_records
+from egopatch.features.state.ledger import raw_ledger_journal
 from egopatch.features.storage.folder import LocalStorage
 from egopatch.features.storage.journal import FileJournal, decode_line, encode_line
 from egopatch.features.tools.repair import repair
@@ -78,13 +78,13 @@ def _a_negative_side(header: dict) -> None:
             _four_tebibytes,
             r"ledger.jsonl line 2 committed 4 rows in \d+ bytes, but store.json claims \d{13} bytes a row",
         ),
-        (_a_path, r"array '../../elsewhere' is doubled or unknown; a store of patches keeps cls, patches"),
+        (_a_path, r"array '../../elsewhere' is unknown or repeated; a store of patches can keep cls, patches"),
         (_no_arrays, "does not describe a store"),
         (_no_shard, "shard is 0; expected at least 1 row"),
         (_another_codec, "codec is 'lzma'; expected one of none, zstd"),
-        (_a_missing_codec, "codec is 'gzip'; expected one that zarr has: none, zstd, blosc-zstd"),
+        (_a_missing_codec, "codec is 'gzip'; expected one of zarr's codecs: none, zstd, blosc-zstd"),
         (_no_version, "does not describe a store .'version' is missing"),
-        (_a_nested_fingerprint, "'fingerprint' has 'depth' of list; expected one plain value"),
+        (_a_nested_fingerprint, "'fingerprint' has 'depth' of list; expected a single value"),
         (_another_format, "format 'pickle' is unknown"),
         (_a_negative_side, r"does not describe a store .*expected positive sides"),
     ],
@@ -144,7 +144,7 @@ def test_lines_of_another_program(
 ) -> None:
     FileJournal(store.path / file, dict).append(record)
     number = len((store.path / file).read_bytes().splitlines())
-    said = rf"{file} line {number} is intact but no line of such a file: .*{message}.*; run `python -m features repair"
+    said = rf"{file} line {number} is intact but does not belong there: .*{message}.*; run `python -m features repair"
     with pytest.raises(DamagedStore, match=said):
         open_store(store.path).missing()
     report = verify(store.path)
@@ -213,7 +213,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 def test_a_clip_outside_of_its_shard(store: Store) -> None:
-    journal = ledger_records(LocalStorage(store.path))
+    journal = raw_ledger_journal(LocalStorage(store.path))
     records = [line.entry for line in journal.read().lines]
     records[1]["rows"][-1], records[3]["rows"][0] = 4, 3
     journal.rewrite(records)
@@ -229,7 +229,7 @@ def test_a_store_of_another_version_is_left_alone(
     header = read_header(LocalStorage(store.path))
     write_header(LocalStorage(store.path), {**header, "version": version})
     before = {path: path.read_bytes() for path in store.path.rglob("*") if path.is_file()}
-    said = f"store.json has version {version}, written by another program than this one, which reads version 3; use"
+    said = f"store.json has version {version}, but this program reads version 3; use the program that wrote the store"
     for act in (open_store, verify, repair, lambda path: create_store(path, SPEC, FINGERPRINT, ("new",))):
         with pytest.raises(OtherVersion, match=said):
             act(store.path)
@@ -254,14 +254,20 @@ def test_metadata_of_other_tools_that_claim_four_tebibytes(tmp_path: Path, forma
             file.create_dataset("patches", (2**38, 2, 6, 8), "f2", chunks=(1, 2, 6, 8))
     assert len(open_store(store.path).read(IDS).cls) == len(IDS)  # read by what the header and the ledger say
     where = str(path.relative_to(store.path))
-    assert [(fault.where, fault.what) for fault in verify(store.path).faults] == [(where, "is not what was written")]
+    assert [(fault.where, fault.what) for fault in verify(store.path).faults] == [
+        (where, "differs from what was written")
+    ]
     assert repair(store.path).rewritten == (where,)
     assert verify(store.path).ok
 
 
 @pytest.mark.parametrize(
     ("entry", "message"),
-    [((10**12, 196), "outside of itself"), ((0, 2**42), "outside of itself"), ((2**64 - 1,) * 2, "holds nothing")],
+    [
+        ((10**12, 196), "outside the file"),
+        ((0, 2**42), "outside the file"),
+        ((2**64 - 1,) * 2, "has no row 0 of its shard"),
+    ],
 )
 def test_indices(store: Store, entry: tuple[int, int], message: str) -> None:
     path = store.path / "patches" / "c.1.0.0.0"
@@ -279,6 +285,6 @@ def test_a_row_in_another_ones_place(store: Store) -> None:
     content = path.read_bytes()
     index = np.frombuffer(content[-68:-4], "<u8").reshape(4, 2)[[1, 0, 2, 3]]
     path.write_bytes(content[:-68] + index.tobytes() + crc32c(index.tobytes()).to_bytes(4, "little"))
-    with pytest.raises(DamagedStore, match="are not those that were committed"):
+    with pytest.raises(DamagedStore, match="differ from those that were committed"):
         open_store(store.path).read([IDS[4]])
     assert verify(store.path).bad_clips == IDS[4:6]

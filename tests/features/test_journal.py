@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from egopatch.features.io.fields import Record, take_all
+from egopatch.features.io.fields import Record, get_list
 from egopatch.features.storage.journal import Contents, FileJournal, require_intact
 from egopatch.features.values.errors import DamagedStore
 
@@ -13,7 +13,7 @@ RECORDS = [{"ids": ["a", "b\n"]}, {"ids": ["ü"]}, {"ids": []}]
 
 
 def _ids_of(record: Record) -> list[str]:
-    return take_all(record, "ids", str)
+    return get_list(record, "ids", str)
 
 
 def records(contents: Contents) -> list[Record]:
@@ -73,12 +73,12 @@ def _lines(change: Callable[[list[bytes]], list[bytes]]) -> Callable[[bytes], by
     [
         (lambda c: c.replace(b'"a"', b'"c"'), "ledger.jsonl line 1 is damaged"),
         (_lines(lambda x: [x[0], x[1][:20] + x[1][21:], x[2]]), "ledger.jsonl line 2 is damaged"),
-        (_lines(lambda x: [x[0], x[2]]), "ledger.jsonl line 2 has number 2 where 1 is expected"),
+        (_lines(lambda x: [x[0], x[2]]), "ledger.jsonl line 2 has number 2; expected 1"),
         (
             _lines(lambda x: [x[1], x[0], x[2]]),
-            "line 1 has number 1 where 0 is expected",
+            "line 1 has number 1; expected 0",
         ),
-        (_lines(lambda x: [x[0], x[1], x[1]]), "ledger.jsonl line 3 has number 1 where 2 is expected"),
+        (_lines(lambda x: [x[0], x[1], x[1]]), "ledger.jsonl line 3 has number 1; expected 2"),
         (_lines(lambda x: x[:1]), "ledger.jsonl ends after 1 of 3 lines"),
         (lambda c: b"", "ledger.jsonl ends after 0 of 3 lines"),
     ],

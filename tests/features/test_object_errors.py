@@ -13,10 +13,10 @@ import pytest
 from egopatch.configs.schema import StoreConfig
 from egopatch.features import BadLocation, StoreError, create_store, open_store
 from egopatch.features.__main__ import main as features
-from egopatch.features.values.location import locate
+from egopatch.features.values.location import parse_location
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, fill
 from tests.features.objects import KEY, SECRET, objects
-from tests.features.test_verify import both_halves
+from tests.features.test_verify import clips_and_texts
 
 
 def said(capfd: pytest.CaptureFixture[str]) -> str:
@@ -65,7 +65,7 @@ def test_refused_credentials(refusing: None, capfd: pytest.CaptureFixture[str]) 
         assert features([*command, "s3://bucket/store"]) == 1
         line = said(capfd)
         assert "s3://bucket/store: 127.0.0.1 refused the credentials while " in line
-        assert "; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and what they are allowed" in line
+        assert "; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and their permissions" in line
     with pytest.raises(StoreError, match=r"refused the credentials while .* ") as caught:
         create_store("s3://bucket/store", SPEC, FINGERPRINT, IDS)
     assert caught.value.__cause__ is None  # a traceback would not show what the server said either
@@ -73,15 +73,17 @@ def test_refused_credentials(refusing: None, capfd: pytest.CaptureFixture[str]) 
 
 
 def test_another_region(refusing: None) -> None:
-    with pytest.raises(StoreError, match=r"^s3://elsewhere/store: the bucket is not where .*; check AWS_REGION$"):
+    with pytest.raises(
+        StoreError, match=r"^s3://elsewhere/store: .* expects another region while .*; check AWS_REGION$"
+    ):
         open_store("s3://elsewhere/store")
 
 
 def test_a_bucket_that_is_not_there(environment: str, capfd: pytest.CaptureFixture[str]) -> None:
     for command in ("info", "verify", "repair"):
         assert features([command, "s3://nowhere-at-all/store"]) == 1
-        assert "there is no bucket 'nowhere-at-all' at 127.0.0.1; make it, or check store.path" in said(capfd)
-    with pytest.raises(StoreError, match="there is no bucket 'nowhere-at-all'"):
+        assert "bucket 'nowhere-at-all' does not exist at 127.0.0.1; create it, or check store.path" in said(capfd)
+    with pytest.raises(StoreError, match="bucket 'nowhere-at-all' does not exist"):
         create_store("s3://nowhere-at-all/store", SPEC, FINGERPRINT, IDS)
 
 
@@ -106,7 +108,7 @@ def test_no_credentials(
 ) -> None:
     monkeypatch.delenv(name)
     assert features(["verify", "s3://bucket/store"]) == 2
-    assert f"needs credentials and {name} is not set; set it in the environment" in said(capfd)
+    assert f"needs credentials, but {name} is not set; set it in the environment" in said(capfd)
 
 
 def test_a_package_that_is_not_installed(
@@ -143,7 +145,9 @@ def test_credentials_in_the_url_are_refused_and_not_repeated(url: str, capfd: py
 
 @pytest.mark.parametrize("url", ["s3://bucket", "s3:///store", "ftp://host/store", "s3://bucket/a//b", "s3://b/../a"])
 def test_urls_at_which_no_store_can_be(url: str) -> None:
-    with pytest.raises(BadLocation, match="is no place for a store; expected a folder, or scheme://bucket/prefix"):
+    with pytest.raises(
+        BadLocation, match="cannot be the location of a store; expected a folder, or scheme://bucket/prefix"
+    ):
         open_store(url)
 
 
@@ -160,7 +164,7 @@ def test_credentials_are_nowhere(
 ) -> None:
     """Through every command, with logging wide open."""
     caplog.set_level(logging.DEBUG)
-    both_halves(locate(f"{bucket}/store"), "zarr")
+    clips_and_texts(parse_location(f"{bucket}/store"), "zarr")
     assert features(["info", f"{bucket}/store"]) == 0
     assert features(["info", f"{bucket}/store", "--json"]) == 0
     assert features(["verify", f"{bucket}/store"]) == 0

@@ -8,7 +8,7 @@ import pytest
 from egopatch.features.io.bucket import Bucket
 from egopatch.features.storage.journal import FileJournal
 from egopatch.features.storage.object_journal import ObjectJournal
-from egopatch.features.values.errors import Overtaken
+from egopatch.features.values.errors import WriteConflict
 from egopatch.features.values.location import ObjectUrl
 from tests.features.objects import objects
 
@@ -19,11 +19,13 @@ def test_a_line_follows_only_what_its_writer_has_read(bucket: str) -> None:
     journal.create()
     before = journal.read()
     journal.append({"n": 1}, before.position)
-    with pytest.raises(Overtaken, match=r"ids.jsonl was written by somebody else meanwhile"):
+    with pytest.raises(
+        WriteConflict, match=r"another process has written .*ids.jsonl in the meantime; run the same command again"
+    ):
         journal.append({"n": 2}, before.position)
     after = journal.read(before.position)
     assert [line.entry for line in after.lines] == [{"n": 1}]
-    assert not after.whole
+    assert not after.from_start
     journal.append({"n": 3}, after.position)
     assert [line.entry["n"] for line in journal.read().lines] == [1, 3]
     assert journal.read(journal.read().position).lines == ()
@@ -52,4 +54,4 @@ def test_any_flipped_bit_is_a_fault(bucket: str) -> None:
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
         at.put("ids.jsonl", bytes(flipped))
-        assert journal.read().lost, f"bit {bit}"
+        assert journal.read().lines_lost, f"bit {bit}"

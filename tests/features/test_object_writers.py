@@ -20,7 +20,7 @@ from egopatch.features.storage.objects import ObjectStorage
 from egopatch.features.storage.pick import storage_at
 from egopatch.features.tools.repair import repair
 from egopatch.features.tools.verify import verify
-from egopatch.features.values.errors import Overtaken
+from egopatch.features.values.errors import WriteConflict
 from egopatch.features.values.location import ObjectUrl
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip
 from tests.features.objects import objects
@@ -32,7 +32,7 @@ def test_a_second_process_is_told_who_owns_what(bucket: str) -> None:
     other = open_store(store.path)
     with (
         store.lease(0),
-        pytest.raises(ShardOwned, match=f"shard 0 of {bucket}.* is owned by process {os.getpid()} on "),
+        pytest.raises(ShardOwned, match=f"shard 0 of {bucket}.* is held by process {os.getpid()} on "),
     ):
         other.write_shard(0, {IDS[0]: clip(0)}, {IDS[0]: "x"})
     other.write_shard(0, {IDS[0]: clip(0)}, {IDS[0]: "x"})
@@ -42,14 +42,14 @@ def test_a_second_process_is_told_who_owns_what(bucket: str) -> None:
 def test_a_silent_owner_on_another_machine_loses_its_lease(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
     with monkeypatch.context() as patch:
-        patch.setattr(Owner, "myself", classmethod(lambda cls: Owner("another-host", 7, 0.0)))
+        patch.setattr(Owner, "this_process", classmethod(lambda cls: Owner("another-host", 7, 0.0)))
         held = store.lease(0)
         held.__enter__()
-    with pytest.raises(ShardOwned, match="owned by process 7 on another-host"), store.lease(0):
+    with pytest.raises(ShardOwned, match="held by process 7 on another-host"), store.lease(0):
         pass
     with pytest.raises(ShardOwned, match="process 7 on another-host is writing"):
         repair(store.path)
-    monkeypatch.setattr("egopatch.features.io.object_lease.LAPSE_S", 0.0)
+    monkeypatch.setattr("egopatch.features.io.object_lease.EXPIRY_S", 0.0)
     with store.lease(0):
         pass
     held.__exit__(None, None, None)
@@ -85,7 +85,7 @@ def others_write(
             if not getattr(inside, "now", False) and next(busy, False):
                 inside.now = True
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr("egopatch.features.io.object_lease.LAPSE_S", -1.0)
+                    patch.setattr("egopatch.features.io.object_lease.EXPIRY_S", -1.0)
                     write()
                 inside.now = False
 
@@ -99,7 +99,7 @@ def others_write(
     monkeypatch.setattr(ObjectStorage, moment, wrapped)
 
 
-@pytest.mark.parametrize(("moment", "before"), [("publish", True), ("publish", False), ("attempts", False)])
+@pytest.mark.parametrize(("moment", "before"), [("publish", True), ("publish", False), ("write_ids", False)])
 def test_two_writers_of_one_shard_lose_nothing(
     bucket: str, monkeypatch: pytest.MonkeyPatch, moment: str, before: bool
 ) -> None:
@@ -120,7 +120,7 @@ def test_two_writers_of_one_shard_lose_nothing(
     for name in IDS[:3]:
         seed = 7 if sources[name] == "first" else 50
         assert torch.equal(store.read([name]).patches[0], clip(seed)["patches"].half())
-    assert storage_at(store.path).attempts(0) == {store._catalog.ledger.attempts[0]}
+    assert storage_at(store.path).write_ids(0) == {store.catalog.ledger.write_ids[0]}
 
 
 def test_an_owner_that_only_seemed_dead_cannot_commit_what_was_cleared_away(
@@ -132,7 +132,7 @@ def test_an_owner_that_only_seemed_dead_cannot_commit_what_was_cleared_away(
     others_write(
         monkeypatch,
         "publish",
-        lambda: second.write_shard(0, {}, {}, {IDS[3]: Failure("no")}) or second._writer._clear_leftovers(0),
+        lambda: second.write_shard(0, {}, {}, {IDS[3]: Failure("no")}) or second._writer.clear_leftovers(0),
         before=False,
     )
     first.write_shard(0, {name: clip(7) for name in IDS[:2]}, dict.fromkeys(IDS, "first"))
@@ -175,7 +175,7 @@ def test_a_writer_that_is_overtaken_again_and_again_says_so(bucket: str, monkeyp
     storage = storage_at(store.path)
     note = {"kind": "announce", "shard": 0, "files": {}}
     others_write(monkeypatch, "publish", lambda: ledger_journal(storage).append(note), before=False, every=True)
-    with pytest.raises(Overtaken, match=r"ledger/00000000.jsonl was written by somebody else meanwhile"):
+    with pytest.raises(WriteConflict, match=r"another process has written ledger/00000000.jsonl in the meantime"):
         store.write_shard(0, {IDS[0]: clip(0)}, {IDS[0]: "x"})
     assert open_store(store.path).clip_ids == ()
 
@@ -183,16 +183,16 @@ def test_a_writer_that_is_overtaken_again_and_again_says_so(bucket: str, monkeyp
 def test_a_commit_whose_answer_was_lost_is_seen_as_made(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server wrote the record, its answer got lost, and the client's second try met what the first had done."""
     store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
-    real = Bucket.put_over
+    real = Bucket.put_if_unchanged
 
     def lossy(self: Bucket, key: str, content: bytes, version: Any) -> Any:
         done = real(self, key, content, version)
         if "ledger/" in key and b"commit" in content:
-            raise Overtaken("refused")
+            raise WriteConflict("refused")
         return done
 
     with monkeypatch.context() as patch:
-        patch.setattr(Bucket, "put_over", lossy)
+        patch.setattr(Bucket, "put_if_unchanged", lossy)
         store.write_shard(0, {name: clip(7) for name in IDS[:2]}, dict.fromkeys(IDS, "x"))
     assert store.clip_ids == IDS[:2]
     assert verify(store.path).ok
@@ -217,7 +217,7 @@ def _share_the_work(url: str, wrote: list[int]) -> None:
                 rows = {name: clip(int(name)) for name in left}
                 store.write_shard(work.shard, rows, dict.fromkeys(rows, "x"))
                 wrote.append(len(rows))
-        store.refresh()
+        store.catalog.refresh()
 
 
 WORKER = """
@@ -238,7 +238,7 @@ def test_two_processes_share_the_work_and_a_reader_looks_on(bucket: str) -> None
     ]
     while len(store.clip_ids) < len(ids):
         assert any(child.poll() in (None, 0) for child in children)
-        store.refresh()
+        store.catalog.refresh()
         for name in store.clip_ids[-3:]:
             assert torch.equal(store.read([name]).patches[0], clip(int(name))["patches"].half())
     wrote = [int(child.communicate()[0]) for child in children]

@@ -16,13 +16,13 @@ import torch
 from egopatch.features import AbsentClip, DamagedStore, Failure, Store, create_store, open_store
 from egopatch.features.io.bucket import Bucket
 from egopatch.features.io.file_lease import Owner
-from egopatch.features.io.files import file_sum
+from egopatch.features.io.files import size_and_crc
 from egopatch.features.storage.objects import ObjectStorage
 from egopatch.features.storage.pick import storage_at
 from egopatch.features.tools.convert import convert
 from egopatch.features.tools.repair import repair
 from egopatch.features.tools.verify import verify
-from egopatch.features.values.location import ObjectUrl, locate
+from egopatch.features.values.location import ObjectUrl, parse_location
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
 from tests.features.objects import objects
 from tests.features.test_crash import BAD, check_values, committed_files, job
@@ -49,16 +49,16 @@ def killed_at(patch: pytest.MonkeyPatch, point: int) -> None:
 
     for name in REQUESTS:
         patch.setattr(obstore, name, deadly(getattr(obstore, name)))
-    patch.setattr(Owner, "myself", classmethod(lambda cls: Owner(os.uname().nodename, GONE.pid, GONE.started)))
+    patch.setattr(Owner, "this_process", classmethod(lambda cls: Owner(os.uname().nodename, GONE.pid, GONE.started)))
 
 
 def committed(url: str) -> dict[str, dict[str, tuple[int, int]]]:
     """Names, sizes and checksums of every shard's files as the ledger has them."""
-    return {str(shard): dict(files) for shard, files in open_store(url)._catalog.ledger.files.items()}
+    return {str(shard): dict(files) for shard, files in open_store(url).catalog.ledger.files.items()}
 
 
 def check_whole_or_absent_and_finish(url: str, undisturbed: dict) -> None:
-    if storage_at(locate(url)).exists("store.json"):
+    if storage_at(parse_location(url)).exists("store.json"):
         report = verify(url)
         assert report.ok, report.faults
         check_values(open_store(url).clip_ids, url)
@@ -70,8 +70,10 @@ def check_whole_or_absent_and_finish(url: str, undisturbed: dict) -> None:
     assert committed(url) == undisturbed
     assert repair(url).before.ok  # removes what a kill between a commit and its tidying leaves, and nothing else
     assert verify(url).ok
-    attempts = open_store(url)._catalog.ledger.attempts
-    assert storage_at(locate(url)).all_attempts() == {shard: {attempt} for shard, attempt in attempts.items()}
+    write_ids = open_store(url).catalog.ledger.write_ids
+    assert storage_at(parse_location(url)).write_ids_by_shard() == {
+        shard: {write_id} for shard, write_id in write_ids.items()
+    }
 
 
 def crash_at_every(points: Iterator[int], bucket: str) -> int:
@@ -125,8 +127,10 @@ def test_write_sigkill_resume_verify_and_equal_to_a_local_store(bucket: str, tmp
     assert verify(url).ok
     local, remote = open_store(tmp_path / "local"), open_store(url)
     ids = local.clip_ids
-    assert remote._catalog.records(ids) == local._catalog.records(ids)  # rows, sources and every row's checksums
-    assert remote._catalog.ledger.files == local._catalog.ledger.files  # and every file's
+    assert remote.catalog.clip_records(ids) == local.catalog.clip_records(
+        ids
+    )  # rows, sources and every row's checksums
+    assert remote.catalog.ledger.files == local.catalog.ledger.files  # and every file's
     for name, tensor in local.read(local.clip_ids).tensors().items():
         assert torch.equal(remote.read(local.clip_ids).tensors()[name], tensor), name
 
@@ -192,7 +196,7 @@ def test_requests_for_a_shard_and_for_a_clip(bucket: str, monkeypatch: pytest.Mo
     fresh.read(IDS[1:4])
     assert counts == {"get": arrays}  # so small a shard comes with its index
     counts.clear()
-    fresh.refresh()
+    fresh.catalog.refresh()
     assert counts == {"get": 1, "list": 1}  # nothing has changed
 
 
@@ -202,7 +206,7 @@ def test_large_files_go_up_in_parts(bucket: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(content)
     at = Bucket(ObjectUrl(f"{bucket}/store"))
     at.upload("file", tmp_path / "file")
-    assert at.sum_of("file") == file_sum(content)
+    assert at.size_and_crc("file") == size_and_crc(content)
     version = at.listing("")["file"]
     assert version.e_tag.endswith('-2"')  # two parts of up to 16 MiB
 
@@ -276,17 +280,17 @@ def test_damaged_journals_are_found_and_repaired(store: Store, ending: str, wher
 
 def test_repair_removes_what_dead_writers_left(store: Store) -> None:
     storage = storage_at(store.path)
-    held = storage.all_attempts()
+    held = storage.write_ids_by_shard()
     with pytest.MonkeyPatch.context() as patch:
         # Killed after the commit, before the files that it made superfluous were gone.
-        patch.setattr(ObjectStorage, "discard", lambda self, shard, attempt, names: None)
+        patch.setattr(ObjectStorage, "discard", lambda self, shard, write_id, names: None)
         create_store(store.path, SPEC, FINGERPRINT, [*IDS, "late"])
         fill(open_store(store.path))
-    assert len(storage.all_attempts()[2]) == 2
+    assert len(storage.write_ids_by_shard()[2]) == 2
     assert verify(store.path).ok
     assert repair(store.path).rewritten == ()
-    left = storage.all_attempts()
-    assert {shard: len(attempts) for shard, attempts in left.items()} == {0: 1, 1: 1, 2: 1}
+    left = storage.write_ids_by_shard()
+    assert {shard: len(write_ids) for shard, write_ids in left.items()} == {0: 1, 1: 1, 2: 1}
     assert (left[0], left[1]) == (held[0], held[1])
     assert open_store(store.path).clip_ids == (*IDS, "late")
     assert verify(store.path).ok

@@ -4,10 +4,10 @@ import tracemalloc
 from pathlib import Path
 
 from egopatch.features import create_store, open_store
-from egopatch.features.state.counts import Progress, progress
-from egopatch.features.state.ledger import ClipRecord, commit, ledger_records
+from egopatch.features.state.counts import StoreCounts, count_clips
+from egopatch.features.state.ledger import ClipRecord, commit_record, raw_ledger_journal
 from egopatch.features.storage.folder import LocalStorage
-from egopatch.features.values.dtypes import spec_bytes
+from egopatch.features.values.dtypes import spec_row_bytes
 from egopatch.features.values.spec import StoreSpec
 from tests.features.conftest import FINGERPRINT
 
@@ -19,13 +19,13 @@ def committed(root: Path) -> int:
     """A store whose ledger says that it is full; returns the number of clips."""
     ids = [f"video{n // 10:07d}|P1|{n}|{n + 5}" for n in range(SHARDS * SPEC.shard)]
     store = create_store(root, SPEC, FINGERPRINT, ids)
-    row, lines = spec_bytes(SPEC), []
+    row, lines = spec_row_bytes(SPEC), []
     for shard in range(SHARDS):
         rows = range(shard * SPEC.shard, (shard + 1) * SPEC.shard)
         clips = {ids[n]: ClipRecord(n, {a.name: n for a in SPEC.arrays}, f"{n // 10:064x}") for n in rows}
         files = {f"{array.name}/c.{shard}": (row * SPEC.shard, shard) for array in SPEC.arrays}  # four times the rows
-        lines.append(commit(shard, clips, files, store.fingerprint.digest, {}, row))
-    ledger_records(LocalStorage(root)).rewrite(lines)
+        lines.append(commit_record(shard, clips, files, store.fingerprint.digest, {}, row))
+    raw_ledger_journal(LocalStorage(root)).rewrite(lines)
     return len(ids)
 
 
@@ -40,11 +40,11 @@ def test_an_open_store_takes_few_bytes_a_clip(tmp_path: Path) -> None:
     assert store.clip_ids == store.planned_ids
     assert held / clips < 420
     assert peak / clips < 450  # a million under half a gigabyte, as much as torch and the rest take
-    record = store._catalog.records([store.planned_ids[777]])[0]
+    record = store.catalog.clip_records([store.planned_ids[777]])[0]
     assert (record.row, record.source, record.checksums["cls"]) == (777, f"{77:064x}", 777)
 
 
 def test_progress_counts_what_the_ledger_holds(tmp_path: Path) -> None:
     clips = committed(tmp_path / "store")
-    nbytes = 4 * clips * spec_bytes(SPEC)
-    assert progress(tmp_path / "store") == Progress(clips, clips, 0, 0, nbytes, FINGERPRINT.digest)
+    nbytes = 4 * clips * spec_row_bytes(SPEC)
+    assert count_clips(tmp_path / "store") == StoreCounts(clips, clips, 0, 0, nbytes, FINGERPRINT.digest)

@@ -62,7 +62,9 @@ def test_all_zero_features_are_features(make: Make) -> None:
 def test_absent_clips_are_named_and_never_read_as_zeros(make: Make) -> None:
     store = make()
     store.write_shard(0, {IDS[1]: clip(1)}, {IDS[1]: "sha256:1"})
-    with pytest.raises(AbsentClip, match=r"2 of the asked clips .*'vid\|P0\|0\|10', 'vid\|P9\|0\|10'") as caught:
+    with pytest.raises(
+        AbsentClip, match=r"2 requested clips are missing from .*'vid\|P0\|0\|10', 'vid\|P9\|0\|10'"
+    ) as caught:
         store.read([IDS[1], IDS[0], IDS[9]])
     assert caught.value.ids == (IDS[0], IDS[9])
     assert isinstance(caught.value, KeyError)
@@ -86,21 +88,21 @@ def test_later_rows_of_a_shard_leave_earlier_ones_as_they_are(make: Make) -> Non
     store = make()
     fill(store, skip=(IDS[1], IDS[9]))
     before = store.read([IDS[0], IDS[8]])
-    sums = dict(store._catalog.records([IDS[0]])[0].checksums)
+    sums = dict(store.catalog.clip_records([IDS[0]])[0].checksums)
     fill(store)
     after = open_store(store.path).read([IDS[0], IDS[8]])
     assert torch.equal(before.patches, after.patches)
-    assert store._catalog.records([IDS[0]])[0].checksums == sums
+    assert store.catalog.clip_records([IDS[0]])[0].checksums == sums
     assert store.clip_ids == IDS
 
 
 def test_an_old_reader_sees_new_rows_after_refresh(make: Make) -> None:
     writer, reader = make(), make()
     fill(writer, skip=(IDS[1],))
-    reader.refresh()
+    reader.catalog.refresh()
     reader.read([IDS[0]])
     fill(writer)
-    reader.refresh()
+    reader.catalog.refresh()
     assert torch.equal(reader.read([IDS[1]]).patches, writer.read([IDS[1]]).patches)
 
 
@@ -132,12 +134,14 @@ def test_growth_appends_rows(make: Make) -> None:
 def test_another_fingerprint_is_refused_by_field(make: Make) -> None:
     store = make()
     other = Fingerprint({**FINGERPRINT.fields, "depth": 12})
-    with pytest.raises(FingerprintMismatch, match="depth: 6 here, 12 there") as caught:
+    with pytest.raises(
+        FingerprintMismatch, match=r"different settings \(depth: store has 6, requested 12\); use another store.path"
+    ) as caught:
         make(fingerprint=other)
     assert "frames" not in str(caught.value)
-    with pytest.raises(FingerprintMismatch, match="depth: 6 here, 12 there"):
+    with pytest.raises(FingerprintMismatch, match="depth: store has 6, expected 12"):
         open_store(store.path, expect=other)
-    with pytest.raises(FingerprintMismatch, match=r"spec.shard: 4 here, 8 there"):
+    with pytest.raises(FingerprintMismatch, match=r"spec.shard: store has 4, requested 8"):
         make(spec=replace(SPEC, shard=8))
 
 
@@ -168,7 +172,7 @@ def test_wrong_rows_are_refused(make: Make) -> None:
     with pytest.raises(StoreError, match="comes with cls; expected cls, patches, saliency, timestamps"):
         store.write_shard(0, {IDS[0]: {"cls": torch.zeros(8)}}, sources)
     fill(store)
-    with pytest.raises(StoreError, match="is committed already"):
+    with pytest.raises(StoreError, match="is already committed"):
         store.write_shard(0, {IDS[0]: clip(0)}, sources)
 
 
@@ -198,7 +202,7 @@ def test_a_mask_of_padding_only_is_kept(make: Make) -> None:
         ("a/../../x", "is a path that leads elsewhere"),
         ("..\\x", "is a path that leads elsewhere"),
         ("/etc/passwd", "is a path that leads elsewhere"),
-        ("a\0b", "holds a control character"),
+        ("a\0b", "contains a control character"),
         ("x" * 4096, "has 4096 bytes; expected at most 1024"),
         ("", "is empty"),
         ("\ud800", "is not valid Unicode"),
@@ -240,7 +244,7 @@ def test_a_store_goes_to_other_processes(make: Make) -> None:
 def test_a_flipped_bit_is_never_read(make_local: Make) -> None:
     store = make_local()
     fill(store)
-    path = next(store.path / name for name in store._catalog.ledger.files[1] if "patches" in name or "h5" in name)
+    path = next(store.path / name for name in store.catalog.ledger.files[1] if "patches" in name or "h5" in name)
     content = bytearray(path.read_bytes())
     where = content.find(store.read([IDS[5]]).patches.numpy().tobytes())
     content[where + 3] ^= 4

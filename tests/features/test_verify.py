@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ TEXTS = ("what is on the table?", "did it move?", "why?")
 TEXT_SPEC = StoreSpec.for_text(length=5, width=8, shard=2)
 
 
-def both_halves(root: Location, format: str, codec: Codec = "none") -> Store:
+def clips_and_texts(root: Location, format: str, codec: Codec = "none") -> Store:
     """A store of clips, with its text states, all committed; one clip was in quarantine before."""
     store = create_store(root, replace(SPEC, codec=codec), FINGERPRINT, IDS, format)
     store.write_shard(0, {}, {}, {IDS[1]: Failure("broken", "Traceback")})
@@ -35,14 +36,14 @@ def both_halves(root: Location, format: str, codec: Codec = "none") -> Store:
 @pytest.fixture(scope="module", params=FORMATS)
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("whole") / "store"
-    both_halves(root, request.param)
+    clips_and_texts(root, request.param)
     return root
 
 
 @pytest.fixture(scope="module", params=[("zarr", "zstd"), ("zarr", "blosc-zstd"), ("hdf5", "gzip")])
 def compressed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("compressed") / "store"
-    both_halves(root, *request.param)
+    clips_and_texts(root, *request.param)
     return root
 
 
@@ -225,19 +226,19 @@ def test_commands(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         main(["verfy", str(root)])
 
 
-def test_progress_over_both_halves(whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    told: list[tuple[int, int]] = []
-    report = verify(whole, workers=2, on_bytes=lambda *figures: told.append(figures))
-    assert [total for _, total in told] == [report.nbytes] * report.shards
-    assert [done for done, _ in told] == sorted({done for done, _ in told})
-    assert told[-1][0] == report.nbytes
+def test_progress_covers_clips_and_texts(whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    calls: list[tuple[int, int]] = []
+    report = verify(whole, workers=2, on_bytes=lambda *figures: calls.append(figures))
+    assert [total for _, total in calls] == [report.nbytes] * report.shards
+    assert [done for done, _ in calls] == sorted({done for done, _ in calls})
+    assert calls[-1][0] == report.nbytes
     main(["verify", str(whole)])
     assert capsys.readouterr().err == ""  # a file gets no bar
-    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     main(["verify", str(whole), "--json"])
     assert capsys.readouterr().err == ""
     main(["verify", str(whole)])
-    assert "bytes" in capsys.readouterr().err
+    assert "verify" in capsys.readouterr().err
 
 
 def test_repair_in_json(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -194,7 +194,7 @@ def test_a_derived_store_gives_the_trace_of_its_parent(tiny: Config, tmp_path: P
 
 
 def test_a_folder_in_another_process_s_hands_is_refused(tiny: Config) -> None:
-    with lease.hold(tiny.run.dir, 0), pytest.raises(ShardOwned, match="is owned by process"):
+    with lease.hold(tiny.run.dir, 0), pytest.raises(ShardOwned, match="is held by process"):
         fit(tiny, "x")
     fit(tiny, "x")
 

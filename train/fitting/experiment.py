@@ -9,8 +9,8 @@ from egopatch.configs.schema import Config
 from egopatch.extract.datasets import PARTS, Dataset, load_dataset
 from egopatch.extract.fingerprints import configured
 from egopatch.features import Fingerprint, FingerprintMismatch, Store, StoreError, open_store
-from egopatch.features.store.text_substore import TEXT, require_match
-from egopatch.features.values.location import locate
+from egopatch.features.store.text_substore import TEXT_FOLDER, require_same_network
+from egopatch.features.values.location import parse_location
 from egopatch.train.data.batches import Features, QuestionTable
 from egopatch.train.heads import BLIND, Sizes
 from egopatch.train.processes.distributed import ALONE, Ranks
@@ -69,7 +69,7 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Ranks = ALO
     text_store = None if name == "majority" else _open(config, "text", expect_texts)
     store = None if name in BLIND else _open(config, "patches", expect_clips)
     if store is not None and text_store is not None:
-        require_match(store, text_store)
+        require_same_network(store, text_store)
     questions = [question for part in PARTS for question in dataset.questions[part]]
     features = Features(
         store,
@@ -121,7 +121,7 @@ def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
 
 
 def _open(config: Config, kind: str, expect: Mapping[str, object] | None) -> Store:
-    path = locate(config.store.path) / ("" if kind == "patches" else TEXT)
+    path = parse_location(config.store.path) / ("" if kind == "patches" else TEXT_FOLDER)
     wanted = None if expect is None else Fingerprint(dict(expect))  # type: ignore[arg-type]
     store = open_store(path, wanted)
     if store.spec.kind != kind:

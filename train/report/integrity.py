@@ -82,7 +82,8 @@ def _facts(path: str, runs: Sequence[Run]) -> StoreFacts:
     for run in runs:
         fields = run.card["fingerprint"]
         theirs = Fingerprint(fields.get("fields", fields))
-        differences |= dict.fromkeys(f"{run.model} {run.split}: {line}" for line in theirs.differences(here))
+        lines = theirs.differences(here, "run used", "store has")
+        differences |= dict.fromkeys(f"{run.model} {run.split}: {line}" for line in lines)
     return StoreFacts(
         path,
         format=store.format,

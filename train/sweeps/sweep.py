@@ -218,8 +218,8 @@ def _shape(config: Config) -> str:
 
 
 def _owned(config: Config) -> bool:
-    owner = lease.owner_of(lease.lease_path(config.run.dir, 0))
-    return owner is not None and owner.may_live()
+    owner = lease.read_owner(lease.lease_path(config.run.dir, 0))
+    return owner is not None and owner.may_be_alive()
 
 
 def _finished(config: Config) -> bool:

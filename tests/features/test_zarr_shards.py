@@ -156,8 +156,8 @@ def test_a_compressed_row_that_claims_more_than_a_row(tmp_path: Path, codec: str
     ("damage", "message"),
     [
         (lambda b: b[:-1], "has a damaged index"),
-        (lambda b: b[:10], "has 10 bytes; expected at least the 68 of its index"),
-        (lambda b: b"", "has 0 bytes; expected at least the 68 of its index"),
+        (lambda b: b[:10], "has 10 bytes; expected at least 68, the size of its index"),
+        (lambda b: b"", "has 0 bytes; expected at least 68, the size of its index"),
         (lambda b: b[:-20] + bytes([b[-20] ^ 1]) + b[-19:], "has a damaged index"),
         (lambda b: None, "cannot be opened: No such file"),
     ],

@@ -38,7 +38,7 @@ def _share_the_work(root: Path, format: str, pipe: Connection) -> None:
                     wrote += len(rows)
             except ShardOwned:
                 continue
-        store.refresh()
+        store.catalog.refresh()
     pipe.send(wrote)
 
 
@@ -52,7 +52,7 @@ def test_a_second_process_is_told_who_owns_what(store: Store) -> None:
     child = SPAWN.Process(target=_hold_until_told, args=(store.path, theirs))
     child.start()
     assert ours.recv() == "held"
-    with pytest.raises(ShardOwned, match=rf"shard 0 of .* is owned by process {child.pid} on "):
+    with pytest.raises(ShardOwned, match=rf"shard 0 of .* is held by process {child.pid} on "):
         store.write_shard(0, {IDS[0]: clip(0)}, {IDS[0]: "sha256:0"})
     store.write_shard(1, {IDS[4]: clip(4)}, {IDS[4]: "sha256:4"})  # another shard is free
     os.kill(child.pid, signal.SIGKILL)
@@ -64,11 +64,11 @@ def test_a_second_process_is_told_who_owns_what(store: Store) -> None:
 
 
 def test_a_process_number_used_again_is_not_the_owner(store: Store) -> None:
-    mine = Owner.myself()
-    assert mine.may_live()
-    assert not Owner(mine.host, mine.pid, mine.started - 3600).may_live()
-    assert not Owner(mine.host, 2**22 + 1, mine.started).may_live()
-    assert Owner("another-host", 2**22 + 1, mine.started).may_live()
+    mine = Owner.this_process()
+    assert mine.may_be_alive()
+    assert not Owner(mine.host, mine.pid, mine.started - 3600).may_be_alive()
+    assert not Owner(mine.host, 2**22 + 1, mine.started).may_be_alive()
+    assert Owner("another-host", 2**22 + 1, mine.started).may_be_alive()
 
 
 def test_a_lease_that_a_crash_left_unfinished_is_free(store: Store) -> None:
@@ -107,7 +107,7 @@ def test_writers_share_the_work_and_a_reader_looks_on(tmp_path: Path, format: st
         ours.send("go")
     looks = 0
     while len(store.clip_ids) < len(ids):
-        store.refresh()
+        store.catalog.refresh()
         fresh = open_store(store.path)
         for name in fresh.clip_ids:
             assert torch.equal(fresh.read([name]).patches[0], clip(int(name))["patches"].half())
