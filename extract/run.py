@@ -68,9 +68,9 @@ def extract_features(config: Config, retry: bool = False, job_slice: Slice = ALL
     clips = {clip.clip_id: clip for clip in dataset.clips}
     # A store may hold clips of a larger data set; only those of this one have videos to encode.
     works = [
-        ShardWork(work.shard, ids)
+        ShardWork(work.shard, known)
         for work in job_slice.of(store.missing_shards(retry_quarantined=retry))
-        if (ids := tuple(clip_id for clip_id in work.ids if clip_id in clips))
+        if (known := tuple(clip_id for clip_id in work.ids if clip_id in clips))
     ]
     todo = sum(len(work.ids) for work in works)
     if refusal := disk_refusal(config.store.path, job.spec, todo):

@@ -11,8 +11,8 @@ from pathlib import Path
 from egopatch.configs.schema import Config, load_config
 
 CLIPS = 20
-# Journals may hold the same lines in another order, and their heads follow them; leases and locks come and go: a job
-# that is killed just after a commit leaves a lease that lapses with it.
+# Journals may contain the same lines in another order, and their heads follow them. Leases and locks come and go: a job
+# that is killed just after a commit leaves a lease behind, which then expires.
 NOT_COMPARED = (".lock", ".head")
 
 
@@ -26,7 +26,7 @@ def options(root: Path, *more: str) -> list[str]:
 
 
 def config_of(root: Path, *more: str) -> Config:
-    """What `options` say."""
+    """The config that `options` describe."""
     args = options(root, *more)
     return load_config(Path(args[1]), args[2:])
 

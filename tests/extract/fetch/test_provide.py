@@ -363,3 +363,13 @@ def test_the_published_links_and_every_config() -> None:
         wanted = required_files(config, sources)
         assert all(need.source is not None for need in wanted), path
         assert {need.file.name for need in wanted} >= {"Data.tgz", "qa_videos.tgz", "tokenizer.json"}, path
+
+
+def test_the_packaged_links_lock_in_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's own folder may be read-only."""
+    monkeypatch.chdir(DEFAULT_SOURCES.parent)
+    for path in (DEFAULT_SOURCES, Path("data_sources.yaml")):
+        assert load_sources(path).lock_path == Path("data_sources.lock.json")
+    own = tmp_path / "own.yaml"
+    shutil.copy(DEFAULT_SOURCES, own)
+    assert load_sources(own).lock_path == tmp_path / "own.lock.json"
