@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -139,8 +140,8 @@ def _lines(result: Result, indent: str = "") -> Iterator[str]:
 
 
 def _verify(options: argparse.Namespace) -> Outcome:
-    with _progress("verify", BYTES, options) as progress:
-        report = verify(options.store, on_bytes=lambda done, total: progress.update(done, total=total))
+    with _progress("verify", BYTES, options) as on_bytes:
+        report = verify(options.store, on_bytes=on_bytes)
     return (0 if report.ok else 1), _verify_result(report), "\n".join(_verify_lines(report))
 
 
@@ -187,29 +188,17 @@ def _convert(options: argparse.Namespace) -> Outcome:
         str(value) for value in (options.format, options.dtype, options.shard, options.codec) if value is not None
     ]
     to = options.to or options.store.with_name("_".join([options.store.name, *(changes or ["copy"])]))
-    with _progress("convert", "clips", options) as progress:
+    with _progress("convert", "clips", options) as on_clips:
         store = convert(
-            options.store,
-            to,
-            options.format,
-            options.dtype,
-            options.shard,
-            options.codec,
-            on_clips=lambda done, total: progress.update(done, total=total),
+            options.store, to, options.format, options.dtype, options.shard, options.codec, on_clips=on_clips
         )
     return 0, _facts(store), _copied(store, options.store)
 
 
 def _derive(options: argparse.Namespace) -> Outcome:
     to = options.to or options.store.with_name(f"{options.store.name}_keep{options.keep:g}")
-    with _progress("derive", "clips", options) as progress:
-        store = derive(
-            options.store,
-            to,
-            options.keep,
-            options.by,
-            on_clips=lambda done, total: progress.update(done, total=total),
-        )
+    with _progress("derive", "clips", options) as on_clips:
+        store = derive(options.store, to, options.keep, options.by, on_clips)
     return 0, _facts(store), _copied(store, options.store)
 
 
@@ -222,10 +211,12 @@ def _copied(store: Store, source: Location) -> str:
     return "\n".join(lines)
 
 
-def _progress(label: str, unit: str, options: argparse.Namespace) -> ProgressDisplay:
-    """A bar on a terminal; a log file gets nothing."""
+@contextmanager
+def _progress(label: str, unit: str, options: argparse.Namespace) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, moved by the yielded function of units done and in all; a log file gets nothing."""
     silent = options.json or not sys.stderr.isatty()
-    return ProgressDisplay(label, None, unit, out=sys.stderr, summary=False, silent=silent)
+    with ProgressDisplay(label, None, unit, out=sys.stderr, summary=False, silent=silent) as display:
+        yield lambda done, total: display.update(done, total=total)
 
 
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Outcome], str]] = {

@@ -30,6 +30,9 @@ class Owner:
         """The owner that stands for this process."""
         return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time())
 
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
     def may_be_alive(self) -> bool:
         """False only where the process has certainly ended. Processes of other machines are out of sight."""
         if self.host != socket.gethostname():
@@ -64,6 +67,12 @@ def parse_owner(content: bytes) -> Owner | None:
         return None
 
 
+def holder(path: Path) -> Owner | None:
+    """The process that holds a lease; None where there is no lease, or it has expired."""
+    owner = read_owner(path)
+    return owner if owner is not None and owner.may_be_alive() else None
+
+
 @contextmanager
 def hold(root: Path, shard: int) -> Iterator[None]:
     """Hold the lease of `shard`, in the store at `root`, for the length of a block.
@@ -86,11 +95,11 @@ def _acquire(root: Path, shard: int, path: Path) -> None:
     # Under the lock, checking the owner and taking the lease are one step, so two processes cannot both take an
     # expired lease.
     with locked(path.parent / "lock"):
-        owner = read_owner(path)
-        if owner is not None and owner.may_be_alive():
+        owner = holder(path)
+        if owner is not None:
             raise ShardOwned(
-                f"shard {shard} of {root} is held by process {owner.pid} on {owner.host}; wait for that process, or "
-                f"stop it: its lease then expires automatically (after a crash of {owner.host}, remove {path})"
+                f"shard {shard} of {root} is held by {owner}; wait for that process, or stop it: its lease then "
+                f"expires automatically (after a crash of {owner.host}, remove {path})"
             )
         path.unlink(missing_ok=True)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
@@ -107,9 +116,9 @@ def require_no_writers(root: Path) -> None:
         ShardOwned: A shard is held; the message names its lease, host and process.
     """
     for path in sorted((root / "leases").glob("*.json")):
-        owner = read_owner(path)
-        if owner is not None and owner.may_be_alive():
+        owner = holder(path)
+        if owner is not None:
             raise ShardOwned(
-                f"process {owner.pid} on {owner.host} is writing to {root} (lease {path}); wait for that process, or "
-                "stop it, and run the same command again"
+                f"{owner} is writing to {root} (lease {path}); wait for that process, or stop it, and run the same "
+                "command again"
             )

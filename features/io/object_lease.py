@@ -27,9 +27,11 @@ class LeaseState:
     idle_s: float
     version: Version
 
-    def is_held(self) -> bool:
-        """False where the owner has ended, or has not renewed the lease for too long."""
-        return self.owner is not None and self.idle_s < EXPIRY_S and self.owner.may_be_alive()
+    @property
+    def holder(self) -> Owner | None:
+        """The process that holds the lease; None once the owner has ended, or has not renewed it in time."""
+        held = self.owner is not None and self.idle_s < EXPIRY_S and self.owner.may_be_alive()
+        return self.owner if held else None
 
 
 @contextmanager
@@ -57,25 +59,21 @@ def require_no_writers(bucket: Bucket, base: str) -> None:
     """Refuse to continue while another process writes to the store. Errors as in `file_lease.require_no_writers`."""
     for key in sorted(bucket.listing(f"{base}leases")):
         lease = _read_lease(bucket, base, key) if key.endswith(".json") else None
-        if lease is not None and lease.owner is not None and lease.is_held():
+        if lease is not None and (holder := lease.holder) is not None:
             raise ShardOwned(
-                f"process {lease.owner.pid} on {lease.owner.host} is writing to the store (lease {bucket.url}/{key}); "
-                "wait for that process, or stop it, and run the same command again"
+                f"{holder} is writing to the store (lease {bucket.url}/{key}); wait for that process, or stop it, and "
+                "run the same command again"
             )
 
 
 def _acquire(bucket: Bucket, base: str, key: str, shard: int, content: bytes) -> Version:
     lease = _read_lease(bucket, base, key)
-    if lease is None or not lease.is_held():
+    if lease is None or lease.holder is None:
         try:
             return bucket.put_if_unchanged(key, content, None if lease is None else lease.version)
         except WriteConflict:
             lease = _read_lease(bucket, base, key)  # another process took it first
-    holder = (
-        "another process"
-        if lease is None or lease.owner is None
-        else f"process {lease.owner.pid} on {lease.owner.host}"
-    )
+    holder = "another process" if lease is None or lease.owner is None else str(lease.owner)
     raise ShardOwned(
         f"shard {shard} of {bucket.url}/{base.rstrip('/')} is held by {holder}; wait for that process, or stop it: its "
         f"lease then expires automatically, {EXPIRY_S:.0f} s after the last renewal"

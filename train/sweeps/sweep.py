@@ -218,8 +218,7 @@ def _shape(config: Config) -> str:
 
 
 def _owned(config: Config) -> bool:
-    owner = lease.read_owner(lease.lease_path(config.run.dir, 0))
-    return owner is not None and owner.may_be_alive()
+    return lease.holder(lease.lease_path(config.run.dir, 0)) is not None
 
 
 def _finished(config: Config) -> bool:
