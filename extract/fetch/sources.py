@@ -111,7 +111,9 @@ def _source(name: str, entry: Any) -> Source:
         raise ValueError(f"{name}: has {found}; expected files and some of {', '.join(known)}")
     files = entry["files"]
     folders = (
-        {file: tuple(held) for file, held in files.items()} if isinstance(files, dict) else dict.fromkeys(files, ())
+        {file: tuple(unpacked) for file, unpacked in files.items()}
+        if isinstance(files, dict)
+        else dict.fromkeys(files, ())
     )
     return Source(
         name=name,

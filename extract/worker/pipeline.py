@@ -100,7 +100,7 @@ def encode_shards(
         for batch, rows in _encoded(batches, _batches(results, underway, batches.size)):
             shard = batch.shard
             shard.rows |= rows
-            shard.sources |= {one.clip.clip_id: one.source for one in batch.clips}
+            shard.sources |= {clip.clip.clip_id: clip.source for clip in batch.clips}
             size = sum(tensor.nbytes for row in rows.values() for tensor in row.values())
             on_progress(len(rows) + (len(shard.failures) if batch.last else 0), size)
             if batch.last:

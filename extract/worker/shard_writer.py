@@ -50,8 +50,8 @@ class ShardWriter:
     def __exit__(self, *_: object) -> None:
         # A write that has begun is finished: completing a commit takes no longer than undoing it.
         self._thread.shutdown(wait=True, cancel_futures=True)
-        for held in self._leases.values():
-            held.close()
+        for lease in self._leases.values():
+            lease.close()
 
     def leases(self, works: Sequence[ShardWork]) -> Iterator[tuple[ShardWork, tuple[str, ...]]]:
         """Lease each shard in turn; the next one is leased while the caller works on the current one.
@@ -105,9 +105,9 @@ class ShardWriter:
             self.wait_s += time.perf_counter() - started
 
     def _lease(self, shard: int) -> tuple[str, ...]:
-        held = ExitStack()
-        uncommitted = held.enter_context(self._store.lease(shard))
-        self._leases[shard] = held
+        lease = ExitStack()
+        uncommitted = lease.enter_context(self._store.lease(shard))
+        self._leases[shard] = lease
         return uncommitted
 
     def _release(self, shard: int) -> None:
