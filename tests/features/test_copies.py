@@ -1,4 +1,4 @@
-"""`convert` and `derive`: what must stay the same does, what changes is in the fingerprint."""
+"""`convert` and `derive`: values stay the same, and changes of values are in the fingerprint."""
 
 from pathlib import Path
 
@@ -82,10 +82,10 @@ def test_a_codec_changes_no_value_and_no_fingerprint(whole: Store, tmp_path: Pat
     assert (back.path / name).read_bytes() == (whole.path / name).read_bytes()
 
 
-def test_a_codec_that_the_format_lacks(whole: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lacking = {"zarr": "gzip", "hdf5": "zstd"}[whole.format]
-    with pytest.raises(StoreError, match=f"codec is '{lacking}'; expected one of {whole.format}'s codecs: none, "):
-        convert(whole.path, tmp_path / "copy", codec=lacking)  # type: ignore[arg-type]
+def test_a_codec_of_the_other_format(whole: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unsupported = {"zarr": "gzip", "hdf5": "zstd"}[whole.format]
+    with pytest.raises(StoreError, match=f"codec is '{unsupported}'; expected one of {whole.format}'s codecs: none, "):
+        convert(whole.path, tmp_path / "copy", codec=unsupported)  # type: ignore[arg-type]
     assert not (tmp_path / "copy").exists()
     fitting = {"zarr": "zstd", "hdf5": "gzip"}[whole.format]
     assert main(["convert", str(whole.path), "--codec", fitting, "--json"]) == 0
@@ -94,7 +94,7 @@ def test_a_codec_that_the_format_lacks(whole: Store, tmp_path: Path, capsys: pyt
         convert(whole.path, whole.path.with_name(f"store_{fitting}"))
 
 
-def test_converting_goes_on_where_it_was_stopped(whole: Store, tmp_path: Path) -> None:
+def test_an_interrupted_conversion_resumes(whole: Store, tmp_path: Path) -> None:
     def stop(done: int, total: int) -> None:
         assert total == 9
         if done > 3:
@@ -163,7 +163,7 @@ def test_equal_saliency_keeps_the_lowest_places(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0.0, -1.0, 1.5])
-def test_a_share_that_is_none(whole: Store, tmp_path: Path, keep: float) -> None:
+def test_a_share_out_of_range(whole: Store, tmp_path: Path, keep: float) -> None:
     with pytest.raises(StoreError, match=rf"--keep is {keep}; expected a share above 0 and at most 1"):
         derive(whole.path, tmp_path / "small", keep=keep)
 

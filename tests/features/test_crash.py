@@ -1,4 +1,4 @@
-"""SIGKILL at any moment: each clip is whole or absent, `verify` is clean, and going on gives what a quiet run gives.
+"""SIGKILL at any moment: each clip is complete or absent, `verify` is clean, and a resumed run equals an undisturbed one.
 
 A child process does a whole job (create, fill, quarantine, grow, fill up old shards) and is killed before, or in the
 middle of, its k-th operation on the file system, for every k until it gets through.
@@ -211,10 +211,10 @@ def test_a_file_size_limit_is_a_full_disk(tmp_path: Path, format: str, limit: in
             store.write_shard(0, rows, dict.fromkeys(rows, "x"))
         except StoreError as error:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-            (tmp_path / "said").write_text(str(error))
+            (tmp_path / "message").write_text(str(error))
 
     assert in_child(limited) == 0
-    assert re.match("no space left while (writing|taking the lease of) shard 0", (tmp_path / "said").read_text())
+    assert re.match("no space left while (writing|taking the lease of) shard 0", (tmp_path / "message").read_text())
     assert verify(root).ok
     assert open_store(root).clip_ids == ()
     store.write_shard(0, rows, dict.fromkeys(rows, "x"))

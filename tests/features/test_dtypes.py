@@ -1,4 +1,4 @@
-"""Tokens in few bits: exact where they can be, and the loss said aloud where they cannot."""
+"""Quantised tokens: exact where possible, and with a reported error where not."""
 
 from pathlib import Path
 
@@ -102,10 +102,10 @@ def test_reads_into_given_buffers(tmp_path: Path, format: str, threads: int) -> 
     store = create_store(tmp_path / "store", WHOLE, FINGERPRINT, IDS, format)
     fill(store)
     buffers = store.buffers(6)
-    for asked in (IDS[:6], IDS[4:8], IDS[9:]):
-        read = store.read(asked, out=buffers, threads=threads)
+    for requested in (IDS[:6], IDS[4:8], IDS[9:]):
+        read = store.read(requested, out=buffers, threads=threads)
         assert read.patches.data_ptr() == buffers.patches.data_ptr()
-        assert torch.equal(read.patches, open_store(store.path).read(asked).patches)
+        assert torch.equal(read.patches, open_store(store.path).read(requested).patches)
     with pytest.raises(StoreError, match=r"out has \(6, .*\) torch.float32 on cpu for patches; expected at least \(7"):
         store.read(IDS[:7], out=buffers)
     with pytest.raises(FingerprintMismatch):

@@ -1,4 +1,4 @@
-"""One owner a shard; the dead lose theirs."""
+"""One owner for each shard; the leases of killed processes expire."""
 
 import multiprocessing
 import os
@@ -17,7 +17,7 @@ from tests.features.conftest import FINGERPRINT, FORMATS, IDS, SPEC, clip
 SPAWN = multiprocessing.get_context("spawn")
 
 
-def _hold_until_told(root: Path, pipe: Connection) -> None:
+def _hold_until_signalled(root: Path, pipe: Connection) -> None:
     with hold(root, 0):
         pipe.send("held")
         pipe.recv()
@@ -49,7 +49,7 @@ def store(tmp_path: Path) -> Store:
 
 def test_a_second_process_is_told_who_owns_what(store: Store) -> None:
     ours, theirs = SPAWN.Pipe()
-    child = SPAWN.Process(target=_hold_until_told, args=(store.path, theirs))
+    child = SPAWN.Process(target=_hold_until_signalled, args=(store.path, theirs))
     child.start()
     assert ours.recv() == "held"
     with pytest.raises(ShardOwned, match=rf"shard 0 of .* is held by process {child.pid} on "):
@@ -94,7 +94,7 @@ def test_ctrl_c_gives_the_shard_back(store: Store) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_writers_share_the_work_and_a_reader_looks_on(tmp_path: Path, format: str) -> None:
+def test_writers_share_the_work_while_a_reader_reads(tmp_path: Path, format: str) -> None:
     ids = tuple(str(n) for n in range(24))
     store = create_store(tmp_path / "store", SPEC, FINGERPRINT, ids, format)
     pipes = [SPAWN.Pipe() for _ in range(2)]
@@ -108,9 +108,9 @@ def test_writers_share_the_work_and_a_reader_looks_on(tmp_path: Path, format: st
     looks = 0
     while len(store.clip_ids) < len(ids):
         store.catalog.refresh()
-        fresh = open_store(store.path)
-        for name in fresh.clip_ids:
-            assert torch.equal(fresh.read([name]).patches[0], clip(int(name))["patches"].half())
+        reopened = open_store(store.path)
+        for name in reopened.clip_ids:
+            assert torch.equal(reopened.read([name]).patches[0], clip(int(name))["patches"].half())
         assert verify(store.path).ok
         looks += 1
     wrote = [ours.recv() for ours, _ in pipes]

@@ -46,10 +46,10 @@ def test_fast_reader_equals_h5py(tmp_path: Path, dtype: str, shape: tuple[int, .
     for work in store.missing_shards():
         rows = {name: {"states": torch.randn(shape).to(torch_dtype(dtype))} for name in work.ids if name != "c"}
         store.write_shard(work.shard, rows, dict.fromkeys(rows, "sha256:0"))
-    asked = ["e", "a", "d", "b"]
+    requested = ["e", "a", "d", "b"]
     with h5py.File(store.path / "index.h5") as index:
-        slow = index["states"][:][[ids.index(name) for name in asked]]
-    fast = open_store(store.path).read_arrays(asked)["states"]
+        slow = index["states"][:][[ids.index(name) for name in requested]]
+    fast = open_store(store.path).read_arrays(requested)["states"]
     assert bytes_of(fast).tobytes() == np.ascontiguousarray(slow).tobytes()
 
 

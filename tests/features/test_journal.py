@@ -1,4 +1,4 @@
-"""Every damaged, missing or reordered line of a journal is noticed; a torn last one is forgiven."""
+"""Every damaged, missing or reordered line of a journal is detected; a torn last line is accepted."""
 
 from collections.abc import Callable
 from pathlib import Path

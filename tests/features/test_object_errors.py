@@ -1,4 +1,4 @@
-"""What goes wrong with object storage is one clear line, and credentials are neither shown nor stored."""
+"""Errors of object storage are one clear line, and credentials are neither shown nor stored."""
 
 import http.server
 import json
@@ -19,7 +19,7 @@ from tests.features.objects import KEY, SECRET, objects
 from tests.features.test_verify import clips_and_texts
 
 
-def said(capfd: pytest.CaptureFixture[str]) -> str:
+def only_line(capfd: pytest.CaptureFixture[str]) -> str:
     """What was printed; never a credential, and an error in one line."""
     out, err = capfd.readouterr()
     assert SECRET not in out + err
@@ -63,12 +63,12 @@ def refusing(environment: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 def test_refused_credentials(refusing: None, capfd: pytest.CaptureFixture[str]) -> None:
     for command in (["info"], ["verify"], ["repair"]):
         assert features([*command, "s3://bucket/store"]) == 1
-        line = said(capfd)
+        line = only_line(capfd)
         assert "s3://bucket/store: 127.0.0.1 refused the credentials while " in line
         assert "; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and their permissions" in line
     with pytest.raises(StoreError, match=r"refused the credentials while .* ") as caught:
         create_store("s3://bucket/store", SPEC, FINGERPRINT, IDS)
-    assert caught.value.__cause__ is None  # a traceback would not show what the server said either
+    assert caught.value.__cause__ is None  # a traceback would not show the server's text either
     assert caught.value.__suppress_context__
 
 
@@ -82,14 +82,14 @@ def test_another_region(refusing: None) -> None:
 def test_a_bucket_that_is_not_there(environment: str, capfd: pytest.CaptureFixture[str]) -> None:
     for command in ("info", "verify", "repair"):
         assert features([command, "s3://nowhere-at-all/store"]) == 1
-        assert "bucket 'nowhere-at-all' does not exist at 127.0.0.1; create it, or check store.path" in said(capfd)
+        assert "bucket 'nowhere-at-all' does not exist at 127.0.0.1; create it, or check store.path" in only_line(capfd)
     with pytest.raises(StoreError, match="bucket 'nowhere-at-all' does not exist"):
         create_store("s3://nowhere-at-all/store", SPEC, FINGERPRINT, IDS)
 
 
 def test_a_store_that_is_not_there(bucket: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert features(["info", f"{bucket}/nothing"]) == 1
-    assert f"no store at {bucket}/nothing (store.json is missing)" in said(capfd)
+    assert f"no store at {bucket}/nothing (store.json is missing)" in only_line(capfd)
     assert objects(bucket) == {}
 
 
@@ -99,7 +99,7 @@ def test_an_endpoint_that_does_not_answer(
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{KEY}:{SECRET.replace('/', '%2F')}@127.0.0.1:9")
     monkeypatch.setattr("egopatch.features.io.bucket.RETRIES", 1)
     assert features(["info", "s3://bucket/store"]) == 1
-    assert "127.0.0.1 cannot be reached while looking for text; check AWS_ENDPOINT_URL and" in said(capfd)
+    assert "127.0.0.1 cannot be reached while looking for text; check AWS_ENDPOINT_URL and" in only_line(capfd)
 
 
 @pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
@@ -108,7 +108,7 @@ def test_no_credentials(
 ) -> None:
     monkeypatch.delenv(name)
     assert features(["verify", "s3://bucket/store"]) == 2
-    assert f"needs credentials, but {name} is not set; set it in the environment" in said(capfd)
+    assert f"needs credentials, but {name} is not set; set it in the environment" in only_line(capfd)
 
 
 def test_a_package_that_is_not_installed(
@@ -118,7 +118,7 @@ def test_a_package_that_is_not_installed(
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "obstore", None)
     assert features(["info", "s3://bucket/store"]) == 2
-    assert "needs the package obstore, which is not installed; run: pip install 'egopatch[s3]'" in said(capfd)
+    assert "needs the package obstore, which is not installed; run: pip install 'egopatch[s3]'" in only_line(capfd)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Journals in object storage: the lines of a file, each added only by who has read those before it."""
+"""Journals in object storage: the lines of a file, each appended only by a writer that has read all earlier ones."""
 
 from pathlib import Path
 from typing import Any

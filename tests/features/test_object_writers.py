@@ -1,4 +1,4 @@
-"""Many writers in object storage: they share, take over, overtake each other, and lose nothing."""
+"""Many writers in object storage: they share work, take over leases, conflict with each other, and lose nothing."""
 
 import itertools
 import os
@@ -126,7 +126,7 @@ def test_two_writers_of_one_shard_lose_nothing(
 def test_an_owner_that_only_seemed_dead_cannot_commit_what_was_cleared_away(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The heir finds the upload of the first, which is still about to be committed, and removes it as a leftover."""
+    """The second writer finds the upload of the first, which is about to be committed, and removes it as a leftover."""
     first = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
     second = open_store(first.path)
     others_write(
@@ -170,7 +170,7 @@ def kill_after(operation: Callable) -> Callable:
     return wrapped
 
 
-def test_a_writer_that_is_overtaken_again_and_again_says_so(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writer_with_conflicts_again_and_again_fails_clearly(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
     storage = storage_at(store.path)
     note = {"kind": "announce", "shard": 0, "files": {}}
@@ -230,7 +230,7 @@ print(sum(wrote))
 """
 
 
-def test_two_processes_share_the_work_and_a_reader_looks_on(bucket: str) -> None:
+def test_two_processes_share_the_work_while_a_reader_reads(bucket: str) -> None:
     url, ids = f"{bucket}/store", tuple(str(n) for n in range(40))
     store = create_store(url, SPEC, FINGERPRINT, ids)
     children = [

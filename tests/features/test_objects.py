@@ -1,4 +1,4 @@
-"""A store in object storage: killed at any request, written anew under its readers, damaged, copied."""
+"""A store in object storage: killed at any request, rewritten while it is read, damaged, copied."""
 
 import itertools
 import os
@@ -77,7 +77,7 @@ def check_whole_or_absent_and_finish(url: str, undisturbed: dict) -> None:
 
 
 def crash_at_every(points: Iterator[int], bucket: str) -> int:
-    """Kill a fresh job at each of `points`; returns how many it took until one got through."""
+    """Kill a reopened job at each of `points`; returns how many it took until one got through."""
     job(f"{bucket}/quiet", "zarr")
     undisturbed = committed(f"{bucket}/quiet")
     for done, point in enumerate(points):
@@ -138,8 +138,8 @@ def test_write_sigkill_resume_verify_and_equal_to_a_local_store(bucket: str, tmp
 # Reading
 
 
-def test_readers_go_on_when_a_shard_is_written_again(bucket: str) -> None:
-    """The files that they know are gone then; `verify`, too, is told where the later ones are."""
+def test_readers_continue_when_a_shard_is_written_again(bucket: str) -> None:
+    """The files that they know are gone by then; readers and `verify` find the later ones."""
     writer = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
     written = fill(writer, skip=(IDS[1],))
     reader, opened = open_store(writer.path), open_store(writer.path)
@@ -189,14 +189,14 @@ def test_requests_for_a_shard_and_for_a_clip(bucket: str, monkeypatch: pytest.Mo
     store.write_shard(0, {name: clip(0) for name in IDS[:4]}, dict.fromkeys(IDS, "x"))
     assert counts == {"put": arrays + 2, "get": arrays + 6, "list_with_delimiter": 1, "delete": 1}
     counts.clear()
-    fresh = open_store(store.path)
+    reopened = open_store(store.path)
     assert counts == {"get": 3, "list": 1}  # header, ids, the one shard's record
     counts.clear()
-    fresh.read(IDS[:1])
-    fresh.read(IDS[1:4])
+    reopened.read(IDS[:1])
+    reopened.read(IDS[1:4])
     assert counts == {"get": arrays}  # so small a shard comes with its index
     counts.clear()
-    fresh.catalog.refresh()
+    reopened.catalog.refresh()
     assert counts == {"get": 1, "list": 1}  # nothing has changed
 
 

@@ -1,4 +1,4 @@
-"""Batches come in order and whole, errors in their place, memory stays that of a few batches."""
+"""Batches come complete and in order, errors in place of their batch, and memory is bounded by a few batches."""
 
 import os
 import threading
@@ -43,21 +43,23 @@ def test_no_batches(store: Store) -> None:
 
 
 def test_memory_is_that_of_a_few_batches(store: Store) -> None:
-    places = {tokens.patches.data_ptr() for tokens in read_ahead(store, [IDS[n % 7 : n % 7 + 3] for n in range(60)], 2)}
-    assert len(places) <= 3
+    addresses = {
+        tokens.patches.data_ptr() for tokens in read_ahead(store, [IDS[n % 7 : n % 7 + 3] for n in range(60)], 2)
+    }
+    assert len(addresses) <= 3
 
 
 def test_reading_stays_a_bounded_way_ahead(store: Store) -> None:
-    asked = 0
+    requested = 0
 
     def batches() -> Iterator[tuple[str, ...]]:
-        nonlocal asked
+        nonlocal requested
         for _ in range(20):
-            asked += 1
+            requested += 1
             yield IDS[:2]
 
     for taken, _ in enumerate(read_ahead(store, batches(), depth=3), start=1):
-        assert asked <= taken + 3
+        assert requested <= taken + 3
 
 
 def test_it_reads_while_the_consumer_works(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +74,7 @@ def test_it_reads_while_the_consumer_works(store: Store, monkeypatch: pytest.Mon
     monkeypatch.setattr(Store, "read", noted)
     stream = read_ahead(store, BATCHES, depth=2)
     next(stream)
-    assert started[2].wait(10)  # nobody has asked for it
+    assert started[2].wait(10)  # nobody has requested this batch yet
     assert not started[3].is_set()
     stream.close()
 

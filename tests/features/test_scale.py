@@ -1,4 +1,4 @@
-"""What an open store costs for each clip; `benchmarks/scale.py` has the whole at a million."""
+"""Memory and time that an open store takes for each clip; `benchmarks/scale.py` measures a million clips."""
 
 import tracemalloc
 from pathlib import Path

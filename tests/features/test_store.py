@@ -1,4 +1,4 @@
-"""The contract that both formats keep, and a store in object storage too."""
+"""The contract of both formats in a folder, and of a store in object storage."""
 
 import pickle
 from collections.abc import Callable
@@ -27,12 +27,12 @@ Make = Callable[..., Store]
 def test_reads_what_was_written_in_any_order(make: Make) -> None:
     store = make()
     written = fill(store)
-    asked = [IDS[7], IDS[0], IDS[7], IDS[9]]
-    tokens = open_store(store.path).read(asked)
+    requested = [IDS[7], IDS[0], IDS[7], IDS[9]]
+    tokens = open_store(store.path).read(requested)
     assert tokens.patches.shape == (4, 2, 6, 8)
     assert tokens.patches.dtype == torch.float16
     for name, tensor in tokens.tensors().items():
-        expected = torch.stack([written[clip_id][name] for clip_id in asked]).to(tensor.dtype)
+        expected = torch.stack([written[clip_id][name] for clip_id in requested]).to(tensor.dtype)
         assert torch.equal(tensor, expected), name
 
 
@@ -249,10 +249,10 @@ def test_a_flipped_bit_is_never_read(make_local: Make) -> None:
     where = content.find(store.read([IDS[5]]).patches.numpy().tobytes())
     content[where + 3] ^= 4
     path.write_bytes(content)
-    fresh = open_store(store.path)
+    reopened = open_store(store.path)
     with pytest.raises(DamagedStore, match=r"clip 'vid\|P5\|0\|10': the bytes of patches .*verify"):
-        fresh.read([IDS[4], IDS[5]])
-    assert len(fresh.read([IDS[4], IDS[6]]).cls) == 2
+        reopened.read([IDS[4], IDS[5]])
+    assert len(reopened.read([IDS[4], IDS[6]]).cls) == 2
 
 
 def test_nothing_is_left_behind(make_local: Make) -> None:

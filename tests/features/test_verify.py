@@ -1,4 +1,4 @@
-"""`verify` finds every fault and names the clips; `repair` and encoding again restore what was there."""
+"""`verify` finds every fault and names the clips; `repair` and encoding again restore the store."""
 
 import json
 import random
@@ -164,7 +164,7 @@ def check_that_repair_restores(whole: Path, root: Path) -> None:
     assert torch.equal(open_store(root / "text").read_text(TEXTS).states, expected_text.states)
 
 
-def test_a_changed_copy_of_the_header_is_made_anew(whole: Path, tmp_path: Path) -> None:
+def test_a_changed_copy_of_the_header_is_rewritten(whole: Path, tmp_path: Path) -> None:
     root = tmp_path / "store"
     shutil.copytree(whole, root)
     path = next(path for path in (root / "zarr.json", root / "index.h5") if path.exists())
