@@ -1,4 +1,8 @@
-"""The store of precomputed features: the contract between stage one, which writes it, and stage two, which reads it."""
+"""The store of precomputed features, which stage one writes and stage two reads.
+
+Rooms, lowest first: `common`, `values`, `io`, `storage`, `formats`, `state`, `store`, `tools`. Users import the names
+below; `docs/store.md` describes the files.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -42,7 +46,7 @@ __all__ = [
     "store_exists",
 ]
 
-# torch and Zarr take seconds to import, and counting clips needs neither: they come with the first of these names.
+# torch and Zarr take seconds to import, and counting clips needs neither: these names are imported on first use.
 _LATER = {
     "ShardWork": "egopatch.features.store.store",
     "Store": "egopatch.features.store.store",
@@ -52,7 +56,7 @@ _LATER = {
     "store_exists": "egopatch.features.store.store",
 }
 
-if not TYPE_CHECKING:  # mypy would believe in any name
+if not TYPE_CHECKING:  # with this function, mypy would accept any name
 
     def __getattr__(name: str) -> object:
         if name not in _LATER:

@@ -82,6 +82,10 @@ class ProgressDisplay:
             self._printed = time.monotonic()
             print(self.line(), file=self._out, flush=True)
 
+    def set_size(self, nbytes: int, total: int | None) -> None:
+        """Set the bytes done and the total, None if unknown: a callback for transfers."""
+        self.update(nbytes, total=total)
+
     def line(self) -> str:
         """The plain line."""
         return f"{self.label}: {self._count()}, {self._rate()}, {self._time()}"

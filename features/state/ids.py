@@ -110,15 +110,15 @@ def ids_without_row(known: Sequence[str | None], ids: Sequence[str], kind: str) 
     Raises:
         StoreError: An id cannot be stored; the message names the id and the reason.
     """
-    have = set(known)
-    fresh = [name for name in dict.fromkeys(ids) if name not in have]
-    for name in fresh:
+    taken = set(known)
+    new = [name for name in dict.fromkeys(ids) if name not in taken]
+    for name in new:
         check_id(name, kind)
-    if len(known) + len(fresh) > MAX_ROWS:
-        raise StoreError(f"{len(known) + len(fresh)} rows are requested; expected at most {MAX_ROWS} in a store")
+    if len(known) + len(new) > MAX_ROWS:
+        raise StoreError(f"{len(known) + len(new)} rows are requested; expected at most {MAX_ROWS} in a store")
     if kind == "patches":
-        _refuse_lookalikes([name for name in known if name is not None], fresh)
-    return fresh
+        _refuse_lookalikes([name for name in known if name is not None], new)
+    return new
 
 
 def check_id(name: str, kind: str) -> None:
@@ -150,11 +150,11 @@ def check_id(name: str, kind: str) -> None:
         )
 
 
-def _refuse_lookalikes(known: list[str], fresh: list[str]) -> None:
-    if all(map(str.isascii, known)) and all(map(str.isascii, fresh)):
+def _refuse_lookalikes(known: list[str], new: list[str]) -> None:
+    if all(map(str.isascii, known)) and all(map(str.isascii, new)):
         return  # ASCII names have one spelling only
     spellings = {unicodedata.normalize("NFC", name): name for name in known}
-    for name in fresh:
+    for name in new:
         other = spellings.setdefault(unicodedata.normalize("NFC", name), name)
         if other != name:
             raise StoreError(

@@ -112,22 +112,22 @@ def parse_lines(
     lines: list[Line[Entry]] = []
     faults: list[str] = []
     expected = first
-    for place, line in enumerate(written, start=first + 1):
+    for position, line in enumerate(written, start=first + 1):
         decoded = decode_line(line + b"\n")
         if decoded is None:
-            faults.append(f"{name} line {place} is damaged")
+            faults.append(f"{name} line {position} is damaged")
             expected += 1
             continue
         number, record = decoded
         if number != expected:
-            faults.append(f"{name} line {place} has number {number}; expected {expected}")
+            faults.append(f"{name} line {position} has number {number}; expected {expected}")
         if number < expected:
             continue
         expected = number + 1
         try:
             lines.append(Line(number, parse(record)))
         except MalformedRecord as error:
-            faults.append(f"{name} line {place} is intact but does not belong there: {error}")
+            faults.append(f"{name} line {position} is intact but does not belong there: {error}")
     return lines, faults, expected
 
 

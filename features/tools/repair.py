@@ -12,7 +12,7 @@ from egopatch.features.storage.interface import Journal, Storage
 from egopatch.features.storage.pick import storage_at
 from egopatch.features.store.store import open_store
 from egopatch.features.store.text_substore import substores
-from egopatch.features.tools.verify import VerifyReport, audit, bad_rows, check_shards, verify
+from egopatch.features.tools.verify import VerifyReport, audit_store, bad_rows, check_shards, verify
 from egopatch.features.values.errors import DamagedStore
 from egopatch.features.values.location import Location, parse_location
 
@@ -60,22 +60,22 @@ def repair(path: Location | str) -> RepairReport:
 
 
 def _repair_description(storage: Storage) -> list[str]:
-    found = audit(storage)
-    damaged = {fault.where for fault in found.faults}
-    if found.header is None:
+    audit = audit_store(storage)
+    damaged = {fault.where for fault in audit.faults}
+    if audit.header is None:
         raise DamagedStore(
             f"{storage.location / HEADER} and its copy in the arrays' metadata are damaged or disagree; restore one of "
             f"them, or move {storage.location} away and encode again"
         )
     if HEADER in damaged:
-        write_header(storage, found.header)
+        write_header(storage, audit.header)
     for journal in (raw_ledger_journal(storage), raw_quarantine_journal(storage)):
         if journal.name in damaged:
             _rewrite(journal, [line.entry for line in journal.read().lines])
-    metadata = found.format.metadata_files(found.header, found.spec, len(found.row_ids)) if storage.in_place else {}
+    metadata = audit.format.metadata_files(audit.header, audit.spec, len(audit.row_ids)) if storage.in_place else {}
     if ids_journal(storage).name in damaged:
         _rewrite(ids_journal(storage), [])
-        add_rows(storage, found.row_ids, metadata)
+        add_rows(storage, audit.row_ids, metadata)
     elif damaged & metadata.keys():
         add_rows(storage, [], metadata)
     return sorted(damaged)
@@ -97,11 +97,11 @@ def _rewrite(journal: Journal, records: list[Record]) -> None:
 
 def _repair_shards(storage: Storage) -> list[str]:
     dropped: list[str] = []
-    found = audit(storage)
+    audit = audit_store(storage)
     store = open_store(storage.location)
-    damaged = {fault.shard for _, faults in check_shards(found) for fault in faults if fault.shard is not None}
+    damaged = {fault.shard for _, faults in check_shards(audit) for fault in faults if fault.shard is not None}
     for shard in sorted(damaged):
-        bad = bad_rows(found, shard)
+        bad = bad_rows(audit, shard)
         store.rewrite_shard(shard, without=bad)
         dropped += bad
     store.clear_leftovers()

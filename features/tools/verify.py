@@ -138,7 +138,7 @@ class Audit:
         return [name for name in names if name is not None and name in self.ledger.clips]
 
 
-def audit(storage: Storage) -> Audit:
+def audit_store(storage: Storage) -> Audit:
     """Read the store's description; all damage to it becomes faults.
 
     Raises:
@@ -194,21 +194,21 @@ def verify(
         StoreError: The store does not exist.
     """
     storage, started = storage_at(parse_location(path)), time.monotonic()
-    audits = {"": audit(storage)}
+    audits = {"": audit_store(storage)}
     faults = list(audits[""].faults)
     for folder in substores(storage)[1:]:
         try:
-            audits[folder] = audit(storage.subfolder(folder))
+            audits[folder] = audit_store(storage.subfolder(folder))
             faults += [_in_folder(folder, fault) for fault in audits[folder].faults]
         except OtherVersion:
             raise
         except StoreError as error:
             faults.append(Fault(TEXT_FOLDER, str(error)))
-    shards = sum(len(found.shards) for found in audits.values())
-    total = sum(found.nbytes for found in audits.values())
+    shards = sum(len(audit.shards) for audit in audits.values())
+    total = sum(audit.nbytes for audit in audits.values())
     done = 0
-    for folder, found in audits.items():
-        for size, shard_faults in check_shards(found, workers):
+    for folder, audit in audits.items():
+        for size, shard_faults in check_shards(audit, workers):
             faults += [_in_folder(folder, fault) for fault in shard_faults]
             done += size
             if on_bytes is not None:
@@ -218,34 +218,34 @@ def verify(
     )
 
 
-def check_shards(found: Audit, workers: int | None = None) -> Iterator[tuple[int, list[Fault]]]:
+def check_shards(audit: Audit, workers: int | None = None) -> Iterator[tuple[int, list[Fault]]]:
     """Bytes and faults of each shard of a store, in order."""
-    workers = workers or max(os.cpu_count() or 1, found.storage.parallel_reads)
+    workers = workers or max(os.cpu_count() or 1, audit.storage.parallel_reads)
     with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
-        yield from zip(map(found.size_of, found.shards), pool.map(partial(check_shard, found), found.shards))
+        yield from zip(map(audit.size_of, audit.shards), pool.map(partial(check_shard, audit), audit.shards))
 
 
 def _in_folder(folder: str, fault: Fault) -> Fault:
     return replace(fault, where=f"{folder}/{fault.where}" if folder else fault.where)
 
 
-def check_shard(found: Audit, shard: int) -> list[Fault]:
+def check_shard(audit: Audit, shard: int) -> list[Fault]:
     """Compare a shard's files with the ledger; its rows are checked one by one only where the files differ."""
-    faults = _differences(found, shard)
-    if faults and found.catch_up(shard):
-        faults = _differences(found, shard)
+    faults = _differences(audit, shard)
+    if faults and audit.catch_up(shard):
+        faults = _differences(audit, shard)
     if not faults:
         return []
-    bad = bad_rows(found, shard)
+    bad = bad_rows(audit, shard)
     # If every row reads back, the damage is between the rows; other tools may fail on it all the same.
-    return [Fault(f.where, f.what, tuple(bad or found.clips_of(shard)), shard) for f in faults]
+    return [Fault(f.where, f.what, tuple(bad or audit.clips_of(shard)), shard) for f in faults]
 
 
-def _differences(found: Audit, shard: int) -> list[Fault]:
-    versions = [found.ledger.files[shard], *found.ledger.announced.get(shard, [])]
-    files = found.files_of(shard)
+def _differences(audit: Audit, shard: int) -> list[Fault]:
+    versions = [audit.ledger.files[shard], *audit.ledger.announced.get(shard, [])]
+    files = audit.files_of(shard)
     faults: list[Fault] = []
-    for name in found.format.file_names(found.spec, shard):  # names in the ledger might lead elsewhere
+    for name in audit.format.file_names(audit.spec, shard):  # names in the ledger might lead elsewhere
         if name not in versions[0]:
             faults.append(Fault(name, "is not in the ledger", shard=shard))
             continue
@@ -255,22 +255,22 @@ def _differences(found: Audit, shard: int) -> list[Fault]:
             faults.append(Fault(name, f"cannot be read: {error.strerror}", shard=shard))
             continue
         if all(actual != version.get(name) for version in versions):
-            size = found.ledger.files[shard][name][0]
+            size = audit.ledger.files[shard][name][0]
             what = f"{actual[0]} bytes; {size}" if actual[0] != size else "other bytes than"
             faults.append(Fault(name, f"has {what} were committed", shard=shard))
     return faults
 
 
-def bad_rows(found: Audit, shard: int) -> list[str]:
+def bad_rows(audit: Audit, shard: int) -> list[str]:
     """The committed ids of a shard whose bytes differ from those that were committed."""
-    names, spec = found.clips_of(shard), found.spec
+    names, spec = audit.clips_of(shard), audit.spec
     try:
-        opened = found.format.open(found.files_of(shard), spec, shard)
+        opened = audit.format.open(audit.files_of(shard), spec, shard)
     except DamagedStore:
         return names
     bad = []
     for name in names:
-        record = found.ledger.clips[name].clip(name)
+        record = audit.ledger.clips[name].clip(name)
         for array in spec.arrays:
             row = np.empty(row_bytes(array), np.uint8)
             try:

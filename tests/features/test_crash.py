@@ -1,4 +1,4 @@
-"""SIGKILL at any moment: each clip is complete or absent, `verify` is clean, and a resumed run equals an undisturbed one.
+"""SIGKILL at any moment: each clip is complete or absent, `verify` is clean, and resuming gives the undisturbed result.
 
 A child process does a whole job (create, fill, quarantine, grow, fill up old shards) and is killed before, or in the
 middle of, its k-th operation on the file system, for every k until it gets through.
