@@ -14,11 +14,11 @@ from egopatch.extract.engines.dispatch import encode_with_engine
 from egopatch.extract.engines.job_slice import ALL_SHARDS, Slice
 from egopatch.extract.fingerprints import text_depth, text_fingerprint
 from egopatch.extract.planning.plan import disk_refusal
-from egopatch.extract.progress import meter
 from egopatch.extract.worker.job import ExtractionJob, resolve_job
 from egopatch.extract.worker.job_stats import JobStats, record_job
 from egopatch.extract.worker.shard_writer import ShardWriter
 from egopatch.features import ShardWork, StoreError, StoreSpec, create_store
+from egopatch.features.common.progress import ProgressDisplay
 from egopatch.features.store.text_substore import TEXT_FOLDER
 from egopatch.features.values.location import parse_location
 from egopatch.features.values.spec import unscaled_dtype
@@ -77,8 +77,8 @@ def extract_features(config: Config, retry: bool = False, job_slice: Slice = ALL
         raise StoreError(refusal)
     stats = JobStats()
     if works:
-        with meter("encode", todo, "clips") as shown:
-            stats = encode_with_engine(job, store, works, clips, shown.advance)
+        with ProgressDisplay("encode", todo, "clips") as display:
+            stats = encode_with_engine(job, store, works, clips, display.advance)
         store.catalog.refresh()
         record_job(config.store.path, stats, config.engine.name, config.engine.workers)
     return ExtractionResult(
@@ -106,13 +106,13 @@ def _encode_texts(job: ExtractionJob, texts: Sequence[str], job_slice: Slice) ->
     if works:
         todo = sum(len(work.ids) for work in works)
         dtype = getattr(torch, unscaled_dtype(config.store.dtype))
-        with meter("questions", todo, "questions") as shown, ShardWriter(store, max_errors=0) as writer:
+        with ProgressDisplay("questions", todo, "questions") as display, ShardWriter(store, max_errors=0) as writer:
             for work, uncommitted in writer.leases(works):
                 rows: dict[str, dict[str, torch.Tensor]] = {}
                 for start in range(0, len(uncommitted), TEXT_BATCH):
                     batch = uncommitted[start : start + TEXT_BATCH]
                     rows |= _encode_text_batch(encoder, tokenizer, batch, job.device, dtype)
-                    shown.advance(len(batch))
+                    display.advance(len(batch))
                 sources = {text: hashlib.sha256(text.encode()).hexdigest() for text in rows}
                 writer.write(work.shard, rows, sources, {})
             writer.wait()

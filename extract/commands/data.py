@@ -10,7 +10,6 @@ from egopatch.extract.fetch.download import DownloadError
 from egopatch.extract.fetch.lockfile import Lockfile
 from egopatch.extract.fetch.provide import files_as_json, format_files, provide, required_files
 from egopatch.extract.fetch.sources import DEFAULT_SOURCES, load_sources
-from egopatch.extract.fetch.transfer_meter import transfer_meter
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
@@ -29,13 +28,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     lockfile = Lockfile(sources.lock_path)
     messages = sys.stderr if options.json else sys.stdout
     try:
-        files = provide(
-            required_files(config, sources),
-            lockfile,
-            offline=options.offline,
-            display=lambda name, size: transfer_meter(name, size, messages),
-            log=lambda line: print(line, file=messages, flush=True),
-        )
+        files = provide(required_files(config, sources), lockfile, offline=options.offline, out=messages)
     except DownloadError as error:
         print(f"{parser.prog}: failed: {error}", file=sys.stderr)
         return 1

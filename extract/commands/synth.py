@@ -5,7 +5,7 @@ from pathlib import Path
 
 from egopatch.configs.schema import ConfigParser
 from egopatch.extract.datasets.egosynth.render import render
-from egopatch.extract.progress import meter
+from egopatch.features.common.progress import ProgressDisplay
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
@@ -17,14 +17,14 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         "--hard", action="store_true", help="smaller objects, bystanders and clutter; see docs/egosynth.md"
     )
     options = parser.parse_args(list(args))
-    with meter("render", options.clips, "clips") as shown:
+    with ProgressDisplay("render", options.clips, "clips") as display:
         try:
             render(
                 options.out,
                 clips=options.clips,
                 seed=options.seed,
                 difficulty="hard" if options.hard else "plain",
-                progress=lambda done, total: shown.advance(done - shown.done),
+                progress=lambda done, total: display.update(done),
             )
         except ValueError as error:
             parser.error(str(error))

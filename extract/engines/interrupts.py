@@ -9,6 +9,8 @@ from types import FrameType
 
 from joblib.externals.loky.backend import resource_tracker as loky_tracker
 
+from egopatch.features.common.signals import signal_handlers
+
 # sysexits.h EX_TEMPFAIL: "try again later". Schedulers can be told to requeue a job that ends with it.
 REQUEUE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -22,27 +24,21 @@ class Requeue(BaseException):
 def requeue_on_signals() -> Iterator[None]:
     """Within the block SIGTERM and SIGUSR1 raise `Requeue`, once; the notices that follow are ignored."""
     start_trackers()
-    before = {number: signal.getsignal(number) for number in SIGNALS}
 
-    def stop(number: int, _: FrameType | None) -> None:
+    def requeue(number: int, _: FrameType | None) -> None:
         for each in SIGNALS:
             signal.signal(each, signal.SIG_IGN)
         raise Requeue(signal.Signals(number).name)
 
-    for number in SIGNALS:
-        signal.signal(number, stop)
-    try:
+    with signal_handlers(SIGNALS, requeue):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def start_trackers() -> None:
-    """Start the processes that clear up what killed children leave behind, before any child needs one.
+    """Start the resource trackers, which clean up after killed children, before any child needs one.
 
-    They would be started by the way, but then die of SIGUSR1, and warn of what killed children left although they
-    clear it up. A process that is started while a signal is ignored ignores it too.
+    Otherwise they start with the first child: SIGUSR1 then kills them, and they warn about resources of killed children
+    although they free them. A process that is started while a signal is ignored ignores it too.
     """
     handler, warnings = signal.signal(signal.SIGUSR1, signal.SIG_IGN), os.environ.get("PYTHONWARNINGS")
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from egopatch.extract.fetch.download import free_bytes
+from egopatch.features.common.disk import free_bytes
 
 # Bytes that unpacking leaves free, so that the machine can still work.
 RESERVE = 256 << 20

@@ -9,7 +9,6 @@ import fcntl
 import json
 import logging
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +19,8 @@ from urllib.parse import urlsplit
 import pooch
 import requests
 import urllib3
+
+from egopatch.features.common.disk import free_bytes
 
 BLOCK = 1 << 16
 ATTEMPTS = 3
@@ -88,17 +89,6 @@ def remote_size(link: str) -> int | None:
             return _number(response.headers.get("Content-Length")) if response.status_code == 200 else None
     except requests.RequestException:
         return None
-
-
-def free_bytes(path: Path) -> int:
-    """Free space on the disk that `path` is or will be on."""
-    return shutil.disk_usage(nearest(path)).free
-
-
-def nearest(path: Path) -> Path:
-    """`path`, or the lowest folder above it that is there."""
-    path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 @dataclass

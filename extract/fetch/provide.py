@@ -1,27 +1,27 @@
 """Providing the files that a config needs: archives, checkpoints and tokenizers, each pinned by its SHA-256."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import pooch
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.encoders import weights_path
 from egopatch.extract.fetch.archives import ArchiveError, unpack
-from egopatch.extract.fetch.download import DownloadError, OnProgress, fetch, free_bytes, nearest, part_of, remote_size
+from egopatch.extract.fetch.download import DownloadError, fetch, part_of, remote_size
 from egopatch.extract.fetch.lockfile import LockEntry, Lockfile
 from egopatch.extract.fetch.sources import Source, Sources
+from egopatch.features.common.disk import free_bytes, nearest_existing
+from egopatch.features.common.progress import BYTES, ProgressDisplay
+from egopatch.features.common.units import format_bytes
 from egopatch.features.io.files import write_file
 
 BY_HAND = "by hand"
 
 State = Literal["there", "locked", "fetched", "missing", "failed"]
-# From a label and a size to a context that displays one download; the value in the context is `fetch`'s callback.
-DownloadDisplay = Callable[[str, int | None], AbstractContextManager[OnProgress]]
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,7 @@ def provide(
     lockfile: Lockfile,
     *,
     offline: bool,
-    display: DownloadDisplay,
-    log: Callable[[str], None],
+    out: TextIO,
 ) -> list[FileStatus]:
     """Check existing files against the lock file and download the missing ones.
 
@@ -150,8 +149,7 @@ def provide(
         required: Files, as from `required_files`.
         lockfile: Entries that are enforced; files that are seen for the first time are added.
         offline: Whether to use no network; the user then puts missing files in place.
-        display: Shows one download.
-        log: Receives the lines to print.
+        out: Where messages and progress are printed.
 
     Returns:
         The status of each file. A file that fails does not stop the others.
@@ -161,11 +159,11 @@ def provide(
     """
     todo = [need for need in required if not offline and need.link is not None and _is_absent(need)]
     sizes = {need.name: remote_size(need.link) for need in todo if need.link is not None}
-    _announce(todo, sizes, log)
+    _announce(todo, sizes, out)
     statuses = []
     for need in required:
         try:
-            status = _provide_file(need, lockfile, offline, sizes.get(need.name), display, log)
+            status = _provide_file(need, lockfile, offline, sizes.get(need.name), out)
         except (DownloadError, ArchiveError) as error:
             status = FileStatus(need, "failed", str(error))
         statuses.append(status)
@@ -200,45 +198,40 @@ def _is_absent(need: RequiredFile) -> bool:
     return not need.file.exists() and not need.unpacked()
 
 
-def _announce(todo: list[RequiredFile], sizes: dict[str, int | None], log: Callable[[str], None]) -> None:
+def _announce(todo: list[RequiredFile], sizes: dict[str, int | None], out: TextIO) -> None:
     """Print sizes and free space before anything is downloaded, and refuse if the disk is too small."""
     needed_on: dict[int, int] = {}
     for source in {need.source.name: need.source for need in todo if need.source is not None}.values():
-        log(f"{source.name}: {source.purpose}; terms: {source.terms}; from {source.page}")
+        print(f"{source.name}: {source.purpose}; terms: {source.terms}; from {source.page}", file=out, flush=True)
     for need in todo:
         size = sizes[need.name]
         begun = part_of(need.file).stat().st_size if part_of(need.file).exists() else 0
-        log(
-            f"  {need.file}: {'size unknown' if size is None else in_units(size)}, of which {in_units(begun)} are"
-            " downloaded already"
-        )
+        announced = "size unknown" if size is None else format_bytes(size)
+        print(f"  {need.file}: {announced}, of which {format_bytes(begun)} are downloaded already", file=out)
         # An archive takes twice its size until it is deleted, because it unpacks to at least its own size.
         _add(needed_on, need.file, (size or 0) * (2 if need.contents else 1) - begun)
     folders = {_disk(need.file): need.file.parent for need in todo}
     for disk, folder in folders.items():
         needed, free = needed_on[disk], free_bytes(folder)
-        log(f"  {in_units(needed)} needed at {folder}, including unpacked archives; {in_units(free)} free there")
+        print(
+            f"  {format_bytes(needed)} needed at {folder}, unpacked archives included; {format_bytes(free)} free there",
+            file=out,
+            flush=True,
+        )
         if needed > free:
             raise DownloadError(
-                f"the disk of {folder} has {in_units(free)} free, but the downloads need {in_units(needed)}, including"
-                " unpacked archives; free some disk space, or set data.root and encoder.checkpoint to another disk"
+                f"the disk of {folder} has {format_bytes(free)} free, but the downloads need {format_bytes(needed)},"
+                " including unpacked archives; free some disk space, or set data.root and encoder.checkpoint to another"
+                " disk"
             )
 
 
 def _disk(path: Path) -> int:
-    return nearest(path).stat().st_dev
+    return nearest_existing(path).stat().st_dev
 
 
 def _add(needed_on: dict[int, int], path: Path, size: int) -> None:
     needed_on[_disk(path)] = needed_on.get(_disk(path), 0) + size
-
-
-def in_units(size: int) -> str:
-    """A number of bytes for people."""
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size} bytes"
 
 
 def _provide_file(
@@ -246,8 +239,7 @@ def _provide_file(
     lockfile: Lockfile,
     offline: bool,
     size: int | None,
-    display: DownloadDisplay,
-    log: Callable[[str], None],
+    out: TextIO,
 ) -> FileStatus:
     locked = lockfile.get(need.name)
     if need.source is None:
@@ -262,13 +254,13 @@ def _provide_file(
     elif offline or need.link is None:
         return FileStatus(need, "missing", _by_hand(need, locked))
     else:
-        with display(need.name, size) as on_progress:
-            fetch(need.link, need.file, None if locked is None else locked.sha256, on_progress)
+        with ProgressDisplay(f"fetch {need.name}", size, BYTES, out=out, summary=False) as display:
+            fetch(need.link, need.file, None if locked is None else locked.sha256, display.set_size)
         status = _present(need, lockfile, "fetched")
     if not status.good:
         return status
     if need.folder is not None and (_read_record(need).get("sha256") != status.sha256 or not need.unpacked()):
-        _unpack(need, status.sha256, log)
+        _unpack(need, status.sha256, out)
     if locked is None:  # an archive is locked only after it could be unpacked
         assert status.sha256 is not None
         assert status.size is not None
@@ -324,9 +316,9 @@ def _by_hand(need: RequiredFile, locked: LockEntry | None) -> str:
     return f"{how}; put it at {need.file}{expected}; then run the same command again"
 
 
-def _unpack(need: RequiredFile, sha256: str | None, log: Callable[[str], None]) -> None:
+def _unpack(need: RequiredFile, sha256: str | None, out: TextIO) -> None:
     assert need.folder is not None
-    log(f"unpacking {need.file}")
+    print(f"unpacking {need.file}", file=out, flush=True)
     _write_record(need, {"sha256": sha256, "complete": False})
     try:
         files, size = unpack(need.file, need.folder)
@@ -338,7 +330,7 @@ def _unpack(need: RequiredFile, sha256: str | None, log: Callable[[str], None]) 
         expected = " or ".join(map(str, need.contents))
         raise ArchiveError(f"{need.file}: unpacked {files} files into {need.folder}, but no {expected}; see its page")
     _write_record(need, {"sha256": sha256, "complete": True, "files": files, "bytes": size})
-    log(f"unpacked {files} files, {in_units(size)}; {need.file} may be deleted now")
+    print(f"unpacked {files} files, {format_bytes(size)}; {need.file} may be deleted now", file=out, flush=True)
 
 
 def _write_record(need: RequiredFile, record: dict[str, Any]) -> None:

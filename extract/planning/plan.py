@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import shutil
 import time
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from egopatch.extract.worker.batch_encoder import BatchEncoder
 from egopatch.extract.worker.device import arithmetic_advice
 from egopatch.extract.worker.job import ExtractionJob, resolve_job
 from egopatch.features import StoreSpec, open_store, store_exists
+from egopatch.features.common.disk import free_bytes
 from egopatch.features.formats.registry import format_named
 from egopatch.features.values.dtypes import row_bytes
 from egopatch.features.values.location import parse_location
@@ -198,11 +198,7 @@ def _bytes_of(spec: StoreSpec, clips: int) -> int:
 
 def _bytes_free(path: Path | str) -> int | None:
     location = parse_location(path)
-    return shutil.disk_usage(_existing_parent(location)).free if isinstance(location, Path) else None
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in [path.absolute(), *path.absolute().parents] if parent.exists())
+    return free_bytes(location) if isinstance(location, Path) else None
 
 
 def _probe(job: ExtractionJob, sample: list[Clip]) -> float:

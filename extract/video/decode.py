@@ -30,8 +30,8 @@ from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
 from egopatch.extract.video.container import FrameIndexes, VideoError
 from egopatch.extract.video.frames import read_frames
-from egopatch.extract.video.orphans import end_with_parent
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform, to_input
+from egopatch.features.common.parent import exit_with_parent
 
 GIB = 1024**3
 MEMORY_POLL_S = 0.02
@@ -167,7 +167,7 @@ def _file_sha256(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def _start_child(memory_gb: float) -> None:
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    exit_with_parent()
     for number in (signal.SIGINT, signal.SIGUSR1):  # the parent handles them; it ends a child with SIGTERM
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

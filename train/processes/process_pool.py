@@ -2,7 +2,6 @@
 
 import multiprocessing
 import signal
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from egopatch.extract.video.orphans import end_with_parent
+from egopatch.features.common.parent import exit_with_parent
 from egopatch.train.processes.stopping import SIGNALS, stop_signals
 
 Result = TypeVar("Result")
@@ -104,7 +103,7 @@ def _run(call: Callable[[], object], connection: Connection) -> None:
     # SIGINT stays blocked: a terminal sends it to all processes, and it is the parent's to pass on.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    exit_with_parent()
     torch.set_num_threads(1)
     try:
         connection.send((call(), None))

@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import io
 import random
 import shutil
 import socket
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from egopatch.extract.fetch import download, transfer_meter
+from egopatch.extract.fetch import download
 from egopatch.extract.fetch.download import DownloadError, fetch, part_of, remote_size
 from tests.extract.fetch.loopback import Served, Server, serving
 
@@ -174,16 +173,6 @@ def test_a_full_disk_is_refused_before_the_first_byte(
     with pytest.raises(DownloadError, match=r"1000000 bytes remain but .* has 9 free"):
         fetch(server.link("/a"), file, None)
     assert left_in(file.parent) == []
-
-
-def test_progress_in_a_log_file_is_a_plain_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    out = io.StringIO()
-    with transfer_meter.transfer_meter("Net.pth", 10**9, out) as progress:
-        progress(1_000_000, 10**9)  # too soon for a line
-        monkeypatch.setattr(transfer_meter, "PLAIN_INTERVAL_S", 0.0)
-        progress(250_000_000, 10**9)
-        progress(300_000_000, None)
-    assert out.getvalue() == "fetch Net.pth: 250 of 1000 MB\nfetch Net.pth: 300 MB\n"
 
 
 def test_two_at_once_are_refused(server: Server, file: Path) -> None:
