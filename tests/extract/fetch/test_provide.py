@@ -95,7 +95,7 @@ def states(published: Published, capsys: pytest.CaptureFixture[str], *more: str)
 def test_everything_is_fetched_unpacked_and_locked(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(published.args) == 0
     out = capsys.readouterr().out
-    assert "Net.pth: 300.0 kB, of which 0 bytes are downloaded already" in out
+    assert "Net.pth: 300.0 kB, of which 0 B are downloaded already" in out
     assert "egotaskqa: made up; terms: none; from" in out
     assert re.search(r"  30\d\.\d kB needed at .*, unpacked archives included; \d+\.\d [MGT]B free there", out)
     assert (published.root / "data/qa_videos/k1|P1|10|95.mp4").read_bytes() == b"video" * 9999
