@@ -8,7 +8,7 @@ from egopatch.configs.schema import ConfigError
 from egopatch.extract.worker.job_stats import Stages, jobs_path, read_jobs
 from egopatch.features import StoreSpec
 from egopatch.features.formats.registry import format_named
-from egopatch.features.values.dtypes import row_bytes
+from egopatch.features.values.dtypes import spec_row_bytes
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def forecast(clips: int, gpus: int, cores: int, spec: StoreSpec, format_name: st
     stages = {"encoding": cost.encode_s, "decoding": cost.decode_s / cores, "writing": cost.write_s}
     bound_by = max(stages, key=stages.__getitem__)
     seconds = min(math.ceil(shards / gpus) * spec.shard, clips) * stages[bound_by]
-    size = clips * sum(row_bytes(array) for array in spec.arrays)
+    size = clips * spec_row_bytes(spec)
     return Forecast(
         clips=clips,
         gpus=gpus,

@@ -18,7 +18,7 @@ from egopatch.extract.worker.job import ExtractionJob, resolve_job
 from egopatch.features import StoreSpec, open_store, store_exists
 from egopatch.features.common.disk import free_bytes
 from egopatch.features.formats.registry import format_named
-from egopatch.features.values.dtypes import row_bytes
+from egopatch.features.values.dtypes import spec_row_bytes
 from egopatch.features.values.location import parse_location
 
 
@@ -193,7 +193,7 @@ def _shards(todo: Sequence[Clip], stored: _StoredRows, size: int) -> int:
 
 
 def _bytes_of(spec: StoreSpec, clips: int) -> int:
-    return clips * sum(row_bytes(array) for array in spec.arrays)
+    return clips * spec_row_bytes(spec)
 
 
 def _bytes_free(path: Path | str) -> int | None:
