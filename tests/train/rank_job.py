@@ -16,8 +16,8 @@ def main() -> None:
             fit(config, "x", ranks)
         evaluate(config, ranks=ranks)
         features = open_experiment(config, ranks=ranks).features
-        held = ranks.gather((sorted(features._clip_rows), features.nbytes))
-        ranks.say(f"held {held}")
+        held = ranks.gather((sorted(features._clip_rows), features.bytes_read))
+        ranks.print_once(f"held {held}")
     threads = {(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()}
     assert not any("gloo" in name for name in threads), threads
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Dataset, Question
 from egopatch.features import StoreError
-from egopatch.train.data.batches import NO_CLASS, QuestionTable, choose_residency, plan_batches
+from egopatch.train.data.question_table import NO_CLASS, QuestionTable, plan_batches
+from egopatch.train.data.residency import choose_residency
 from egopatch.train.fitting.experiment import open_experiment
 from egopatch.train.fitting.fit import fit
 from tests.train.tiny import losses, with_run
@@ -18,7 +19,7 @@ from tests.train.tiny import losses, with_run
 def table_of(clips: list[int]) -> QuestionTable:
     questions = [Question(str(i), f"c{c}", "t", "a", "open", ()) for i, c in enumerate(clips)]
     dataset = Dataset((), {"train": (), "val": (), "test": ()}, ("<UNK0>", "<UNK1>", "a"), ("t",), "direct")
-    return QuestionTable.of(questions, dataset, {"t": 0})
+    return QuestionTable.from_questions(questions, dataset, {"t": 0})
 
 
 @settings(max_examples=60, deadline=None)
@@ -49,9 +50,9 @@ def test_disk_and_memory_give_the_same_training(tiny: Config, capsys: pytest.Cap
     on_disk = with_run(tiny, f"{head}-disk", head_name=head, train_residency="disk")
     in_memory = with_run(tiny, f"{head}-ram", head_name=head, train_residency="ram")
     fit(on_disk, "x")
-    assert "kept on disk, read batch by batch (as train.residency says" in capsys.readouterr().out
+    assert "kept on disk, read batch by batch (set by train.residency" in capsys.readouterr().out
     fit(in_memory, "x")
-    assert "kept in memory (as train.residency says" in capsys.readouterr().out
+    assert "kept in memory (set by train.residency" in capsys.readouterr().out
     assert losses(on_disk.run.dir) == losses(in_memory.run.dir)
 
 
@@ -60,14 +61,14 @@ def test_batches_hold_their_clips_and_move_as_little_as_they_can(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, residency: str
 ) -> None:
     monkeypatch.setattr(
-        "egopatch.train.data.batches.choose_residency", lambda *_: (residency, "")
+        "egopatch.train.data.features.choose_residency", lambda *_: (residency, "")
     )  # a GPU's steps, on the CPU
-    monkeypatch.setattr("egopatch.train.data.batches.READ_CLIPS", 5)
+    monkeypatch.setattr("egopatch.train.data.features.READ_CLIPS", 5)
     experiment = open_experiment(tiny)
     features, table = experiment.features, experiment.train_table
     store = features.store
     assert store is not None
-    places, read = set(), features.nbytes
+    places, read = set(), features.bytes_read
     for batch in features.stream(table, plan_batches(table, 16, 0)):
         clips = table.clip[batch.rows].unique().tolist()
         expected = store.read([table.clips[clip] for clip in clips]).tensors()
@@ -79,16 +80,16 @@ def test_batches_hold_their_clips_and_move_as_little_as_they_can(
         places.add(batch.stored.patches.data_ptr())
     # Kept tokens stay where they are; read ones go round in the memory of three batches.
     assert len(places) == (3 if residency == "disk" else 1)
-    assert (features.nbytes > read) == (residency == "disk")
+    assert (features.bytes_read > read) == (residency == "disk")
 
 
 def test_memory_reads_each_clip_once(tiny: Config) -> None:
     features = open_experiment(tiny).features
-    before = features.nbytes
+    before = features.bytes_read
     table = open_experiment(tiny).train_table
     for _ in features.stream(table, plan_batches(table, 32, 0)):
         pass
-    assert features.nbytes == before
+    assert features.bytes_read == before
 
 
 def test_gpu_residency_without_a_gpu_is_refused() -> None:
@@ -99,13 +100,13 @@ def test_gpu_residency_without_a_gpu_is_refused() -> None:
 def test_what_does_not_fit_stays_on_disk() -> None:
     chosen, said = choose_residency("auto", 10**18, torch.device("cpu"))
     assert chosen == "disk"
-    assert "1000000000.0 GB kept on disk" in said
+    assert "1000000.0 TB kept on disk" in said
 
 
 def test_unknown_answers_are_not_trained_on() -> None:
     questions = [Question(str(i), "c", "t", answer, "open", ()) for i, answer in enumerate(["a", "b", "a"])]
     dataset = Dataset((), {"train": (), "val": (), "test": ()}, ("<UNK0>", "<UNK1>", "a"), ("t",), "direct")
-    table = QuestionTable.of(questions, dataset, {"t": 0})
+    table = QuestionTable.from_questions(questions, dataset, {"t": 0})
     assert table.answer.tolist() == [2, NO_CLASS, 2]
     assert [q.question_id for q in table.answerable().questions] == ["0", "2"]
 
@@ -115,7 +116,9 @@ def test_text_that_was_never_encoded_is_refused(tiny: Config) -> None:
     before = path.read_text()
     try:
         path.write_text(before.replace("what colour is the left thing?", "which hue has the left thing?"))
-        with pytest.raises(StoreError, match=r"1 question texts are not in .*, such as 'which hue has the left thing"):
+        with pytest.raises(
+            StoreError, match=r"1 question texts are missing from .*, such as 'which hue has the left thing"
+        ):
             open_experiment(tiny)
     finally:
         path.write_text(before)

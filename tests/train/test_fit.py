@@ -18,7 +18,7 @@ from egopatch.features import FingerprintMismatch, ShardOwned, StoreError
 from egopatch.features.io import file_lease as lease
 from egopatch.features.tools.derive import derive
 from egopatch.train.__main__ import main
-from egopatch.train.data.batches import Batch
+from egopatch.train.data.batch import Batch
 from egopatch.train.fitting import run_group as crew
 from egopatch.train.fitting.answers import Answers, Marks, score_part
 from egopatch.train.fitting.experiment import open_experiment
@@ -277,7 +277,7 @@ def test_quick_accuracies_are_those_of_the_metrics(tmp_path: Path, part: str) ->
     experiment = open_experiment(write_tiny(tmp_path, bad=("clip|P47|0|48", "clip|P46|0|47", "clip|P0|0|1")))
     vocabulary = experiment.dataset.answers
     generator = torch.Generator().manual_seed(0)
-    classes = torch.randint(len(vocabulary), (len(experiment.seen(part)),), generator=generator)
+    classes = torch.randint(len(vocabulary), (len(experiment.encoded(part)),), generator=generator)
     said = Answers(classes, None)
     metrics = score_part(experiment, part, said)[0]
     expected = {"open": metrics.open, "binary": metrics.binary, "all": metrics.all}
@@ -286,7 +286,8 @@ def test_quick_accuracies_are_those_of_the_metrics(tmp_path: Path, part: str) ->
 
 def test_clips_that_were_never_encoded_are_refused(tiny: Config, tmp_path: Path) -> None:
     more = write_tiny(tmp_path / "more", clips=60)
-    with pytest.raises(StoreError, match=r"12 of 60 clips are not in .* encode them first: python -m extract run"):
+    message = r"12 of 60 requested clips are missing from .*; run `python -m extract run --config CONFIG` to encode them"
+    with pytest.raises(StoreError, match=message):
         fit(with_run(tiny, "x", data_root=more.data.root), "x")
 
 

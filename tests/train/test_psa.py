@@ -9,7 +9,7 @@ from torch import nn
 
 from egopatch.configs.schema import ConfigError, HeadConfig, TrainConfig
 from egopatch.features import PatchTokens
-from egopatch.train.data.batches import Batch
+from egopatch.train.data.batch import Batch
 from egopatch.train.fitting.stacked_heads import Stack
 from egopatch.train.heads import PSA, Pooled, QuestionOnly, Sizes
 from egopatch.train.heads.common.question import QuestionReader, Whiten, absorb_key
@@ -133,7 +133,7 @@ def test_growth_selects_within_a_region_that_only_grows() -> None:
     assert region[:, -1].sum() > start.sum() * len(region)
     outside = batch.tokens.patches.clone()
     outside[~region] = 9.0
-    changed = batch.holding(dataclasses.replace(batch.tokens, patches=outside))
+    changed = batch.with_tokens(dataclasses.replace(batch.tokens, patches=outside))
     fine = make(growth=True, ratio=1.0, scores=("saliency",), coarse=False)
     assert torch.equal(fine(batch), fine(changed))
 
@@ -174,7 +174,7 @@ def test_attention_is_uneven_from_the_start() -> None:
 def test_without_levels_and_times_the_order_of_frames_does_not_matter() -> None:
     batch = make_batch()
     backwards = {name: t if name == "cls" else t.flip(1) for name, t in batch.tokens.tensors().items()}
-    turned = batch.holding(PatchTokens(**backwards))
+    turned = batch.with_tokens(PatchTokens(**backwards))
     assert torch.allclose(make(time=False)(batch), make(time=False)(turned), atol=1e-4)
     assert not torch.allclose(make()(batch), make()(turned), atol=1e-4)
 
@@ -186,7 +186,7 @@ def test_frames_are_spread_evenly(frames: int | None, taken: tuple[int, ...]) ->
     other = batch.tokens.patches.clone()
     unread = [t for t in range(3) if t not in taken]
     other[:, unread] = 9.0
-    changed = batch.holding(dataclasses.replace(batch.tokens, patches=other))
+    changed = batch.with_tokens(dataclasses.replace(batch.tokens, patches=other))
     assert torch.equal(head(batch), head(changed))
     with pytest.raises(ConfigError, match=r"head\.frames is 4 but the store holds 3"):
         make(frames=4)
@@ -275,7 +275,7 @@ def test_reading_stored_tokens_in_place_gives_the_same_bits(head: dict[str, obje
     places = torch.rand(7, 3, 35, generator=g).argsort(dim=-1).to(torch.int16)
     kept = PatchTokens(**stored, scale=scale, positions=places if derived else None)
     in_place = dataclasses.replace(batch, stored=kept, clip_rows=rows)
-    copied = batch.holding(in_place.tokens)
+    copied = batch.with_tokens(in_place.tokens)
     assert copied.stored is not None
     assert len(copied.stored.cls) == 4
     config = dataclasses.replace(CONFIG, **head)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from egopatch.extract.errors import CheckpointError
 from egopatch.extract.fingerprints import configured
 from egopatch.features import Fingerprint, FingerprintMismatch, StoreSpec, create_store, open_store
 from egopatch.train.__main__ import main
-from egopatch.train.data.batches import Batch
+from egopatch.train.data.batch import Batch
 from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.run_group import Crew
 from egopatch.train.heads import load_head
@@ -128,8 +128,8 @@ def test_fine_tuned_file_is_evaluated_as_it_is(
     config = dataclasses.replace(config, head=head)
     metrics = evaluate(config, "the command")
     said = capsys.readouterr().out
-    assert "missing: 0" in said
-    assert "unexpected: 0" in said
+    assert "missing tensors: 0" in said
+    assert "unexpected tensors: 0" in said
     card = json.loads((config.run.dir / "card.json").read_text())
     assert (card["best_epoch"], card["command"]) == (0, "the command")
     # The same by hand, question by question.
@@ -162,7 +162,7 @@ def test_a_file_that_did_not_make_the_store_or_knows_other_answers_is_refused(tm
         evaluate(with_run(tuned, "b", head_checkpoint=other))
     del tensors["module.norm.weight"]
     torch.save(content, other)
-    with pytest.raises(CheckpointError, match=r"1 tensors are missing or re-shaped, the first is norm\.weight"):
+    with pytest.raises(CheckpointError, match=r"1 tensors are missing or have the wrong shape, the first is norm\.weight"):
         evaluate(with_run(tuned, "c", head_checkpoint=other))
 
 

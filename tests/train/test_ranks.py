@@ -20,13 +20,14 @@ from torch import Tensor
 
 from egopatch.configs.schema import Config
 from egopatch.train.__main__ import main
-from egopatch.train.data.batches import Batch, plan_batches
+from egopatch.train.data.batch import Batch
+from egopatch.train.data.question_table import plan_batches
 from egopatch.train.fitting.experiment import open_experiment
 from egopatch.train.fitting.fit import fit
 from egopatch.train.fitting.run_group import build_stack
 from egopatch.train.fitting.stacked_heads import Stack
-from egopatch.train.processes.distributed import ALONE, Ranks, join
-from egopatch.train.processes.rank_slice import Share
+from egopatch.train.processes.distributed import ALONE, Distributed, join
+from egopatch.train.processes.rank_slice import RankSlice
 from egopatch.train.rundir.card import plain
 from tests.train.test_published import make
 from tests.train.tiny import losses, with_run, write_tiny
@@ -137,8 +138,8 @@ def test_gradients_of_the_shares_add_up_to_those_of_the_batch(alone: dict[str, C
 
 def test_each_clip_is_held_by_one_rank_and_it_is_said(together: tuple[dict[str, Config], str]) -> None:
     out = together[1]
-    assert out.count("each of 2 ranks reads and keeps its own clips alone, ") == 4  # two heads read no video
-    assert "kept in memory (as train.residency says; " in out
+    assert out.count("each of 2 ranks reads and keeps only its own clips, ") == 4  # two heads read no video
+    assert "kept in memory (set by train.residency; " in out
     held = ast.literal_eval(out[out.index("held ") + len("held ") :])
     (first, of_first), (second, of_second) = held
     assert len(first) == len(second) == 6
@@ -148,19 +149,19 @@ def test_each_clip_is_held_by_one_rank_and_it_is_said(together: tuple[dict[str, 
 
 def test_a_share_knows_its_place_in_the_whole_batch() -> None:
     clips, texts = torch.tensor([4, 4, 1, 7]), torch.tensor([0, 5, 5, 2])
-    share = Share.of(clips, texts, torch.tensor([True, True, False, False]))
-    assert (share.questions.rows.tolist(), share.questions.of) == ([0, 1], 4)
-    assert (share.clips.rows.tolist(), share.clips.of) == ([1], 3)
-    assert (share.texts.rows.tolist(), share.texts.of) == ([0, 2], 3)
-    nothing = Share.of(clips, texts, torch.zeros(4, dtype=torch.bool))
+    share = RankSlice.of(clips, texts, torch.tensor([True, True, False, False]))
+    assert (share.questions.rows.tolist(), share.questions.total) == ([0, 1], 4)
+    assert (share.clips.rows.tolist(), share.clips.total) == ([1], 3)
+    assert (share.texts.rows.tolist(), share.texts.total) == ([0, 2], 3)
+    nothing = RankSlice.of(clips, texts, torch.zeros(4, dtype=torch.bool))
     assert [part.rows.tolist() for part in (nothing.questions, nothing.clips, nothing.texts)] == [[], [], []]
 
 
 def test_without_torchrun_there_is_one_rank() -> None:
     with join(cuda=False) as ranks:
         assert ranks is ALONE
-    assert Ranks().share(lambda: 3) == 3
-    assert Ranks().gather("x") == ["x"]
+    assert Distributed().broadcast(lambda: 3) == 3
+    assert Distributed().gather("x") == ["x"]
 
 
 def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,8 +225,8 @@ def goes_on(config: Config, ranks: int) -> None:
 def test_a_killed_rank_ends_all_and_the_run_goes_on(undisturbed: Config) -> None:
     config = with_run(undisturbed, "killed")
     said = interrupted(config, 7, signal.SIGKILL, "rank 1")
-    assert "train fit (rank 0): failed: rank 0 of 2 lost the others" in said
-    assert "Give the same command again to go on from the last saved place" in said
+    assert "train fit (rank 0): failed: rank 0 of 2 lost contact with the others" in said
+    assert "Run the same command again to resume from the last saved step" in said
     assert not any(rank_of(process) for process in psutil.Process().children(recursive=True))
     fewer = with_run(undisturbed, "elsewhere/killed")
     shutil.copytree(config.run.dir, fewer.run.dir)
@@ -240,6 +241,6 @@ def test_ctrl_c_stops_all_ranks_at_one_place(undisturbed: Config) -> None:
     config = with_run(undisturbed, "stopped")
     said = interrupted(config, 7, signal.SIGINT, "launcher")
     assert said.count("train fit: stopped in epoch ") == 1
-    assert "lost the others" not in said
+    assert "lost contact with the others" not in said
     goes_on(config, ranks=2)
     assert losses(config.run.dir) == losses(undisturbed.run.dir)

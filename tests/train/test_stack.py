@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from egopatch.configs.schema import HeadConfig, TrainConfig
-from egopatch.train.data.batches import Batch
+from egopatch.train.data.batch import Batch
 from egopatch.train.fitting.optim import learning_rate
 from egopatch.train.fitting.stacked_heads import Stack, deterministic
 from egopatch.train.heads import PSA, Pooled, QuestionOnly

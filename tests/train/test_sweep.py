@@ -17,7 +17,7 @@ import yaml
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.features.io import file_lease as lease
-from egopatch.train.data.batches import Batch
+from egopatch.train.data.batch import Batch
 from egopatch.train.fitting import run_group as crew
 from egopatch.train.fitting.fit import fit
 from egopatch.train.processes.stopping import Stopped

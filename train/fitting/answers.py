@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from egopatch.train.data.batches import FORMS, NO_CLASS, Batch, Features, QuestionTable, plan_batches
+from egopatch.train.data.batch import Batch
+from egopatch.train.data.features import Features
+from egopatch.train.data.question_table import FORMS, NO_CLASS, QuestionTable, plan_batches
 from egopatch.train.fitting.experiment import Experiment
 from egopatch.train.fitting.stacked_heads import Stack
 from egopatch.train.scores.metrics import Metrics, normalise, same_lower_cased, score
@@ -77,7 +79,7 @@ class Marks:
     """
 
     def __init__(self, experiment: Experiment, part: str) -> None:
-        vocabulary, table, seen = experiment.dataset.answers, experiment.tables[part], experiment.seen(part)
+        vocabulary, table, seen = experiment.dataset.answers, experiment.tables[part], experiment.encoded(part)
         first: dict[str, int] = {}
         # Classes that compare alike share a number.
         self._alike = torch.tensor([first.setdefault(normalise(a), index) for index, a in enumerate(vocabulary)])
@@ -103,7 +105,7 @@ def score_part(experiment: Experiment, part: str, said: Answers) -> tuple[Metric
     vocabulary, table = experiment.dataset.answers, experiment.tables[part]
     seen = {
         question.question_id: vocabulary[answer]
-        for question, answer in zip(experiment.seen(part).questions, said.classes.tolist(), strict=True)
+        for question, answer in zip(experiment.encoded(part).questions, said.classes.tolist(), strict=True)
     }
     fallback = _majority(experiment.train_table, vocabulary)
     texts = {q.question_id: seen.get(q.question_id, fallback[q.form]) for q in table.questions}

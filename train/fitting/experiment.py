@@ -11,9 +11,10 @@ from egopatch.extract.fingerprints import configured
 from egopatch.features import Fingerprint, FingerprintMismatch, Store, StoreError, open_store
 from egopatch.features.store.text_substore import TEXT_FOLDER, require_same_network
 from egopatch.features.values.location import parse_location
-from egopatch.train.data.batches import Features, QuestionTable
+from egopatch.train.data.features import Features
+from egopatch.train.data.question_table import QuestionTable
 from egopatch.train.heads import BLIND, Sizes
-from egopatch.train.processes.distributed import ALONE, Ranks
+from egopatch.train.processes.distributed import ALONE, Distributed
 from egopatch.train.rundir.card import Card, RunError
 
 
@@ -41,14 +42,14 @@ class Experiment:
     fingerprint: Fingerprint | None
     text_fingerprint: Fingerprint | None
     device: torch.device
-    ranks: Ranks
+    ranks: Distributed
 
-    def seen(self, part: str) -> QuestionTable:
+    def encoded(self, part: str) -> QuestionTable:
         """The questions of `part` whose clip was encoded."""
-        return self.tables[part].encoded(self.features.unseen)
+        return self.tables[part].without_clips(self.features.quarantined)
 
 
-def open_experiment(config: Config, card: Card | None = None, ranks: Ranks = ALONE) -> Experiment:
+def open_experiment(config: Config, card: Card | None = None, ranks: Distributed = ALONE) -> Experiment:
     """Open what `config` names; with a `card`, only if it is what the card's head was trained on.
 
     Raises:
@@ -81,9 +82,9 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Ranks = ALO
         ranks=ranks,
     )
     tables: dict[str, QuestionTable] = {
-        part: QuestionTable.of(dataset.questions[part], dataset, features.text_rows) for part in PARTS
+        part: QuestionTable.from_questions(dataset.questions[part], dataset, features.text_rows) for part in PARTS
     }
-    train_table = tables["train"].encoded(features.unseen).answerable()
+    train_table = tables["train"].without_clips(features.quarantined).answerable()
     counts = {"train": len(train_table), "val": len(tables["val"]), "test": len(tables["test"])}
     if not all(counts.values()):
         found = ", ".join(f"{count} {part}" for part, count in counts.items())
@@ -101,7 +102,7 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Ranks = ALO
     )
 
 
-def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+def pick_device(name: str, ranks: Distributed = ALONE) -> torch.device:
     """The device a config means; of many ranks each has its own.
 
     Raises:

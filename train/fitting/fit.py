@@ -14,14 +14,14 @@ from typing import Any
 
 from egopatch.configs.schema import Config, HeadConfig
 from egopatch.features.io import file_lease as lease
-from egopatch.train.data.batches import plan_batches
+from egopatch.train.data.question_table import plan_batches
 from egopatch.train.fitting.answers import answer_table
 from egopatch.train.fitting.experiment import Experiment, open_experiment
 from egopatch.train.fitting.published import evaluate_published, has_run
 from egopatch.train.fitting.run import Member
 from egopatch.train.fitting.run_group import Crew, build_stack
 from egopatch.train.fitting.stacked_heads import deterministic
-from egopatch.train.processes.distributed import ALONE, Ranks
+from egopatch.train.processes.distributed import ALONE, Distributed
 from egopatch.train.processes.stopping import Stopped, stop_signals
 from egopatch.train.rundir import card as folder
 from egopatch.train.rundir.card import Card, RunError
@@ -29,7 +29,7 @@ from egopatch.train.rundir.log import Display
 from egopatch.train.scores.metrics import Metrics
 
 
-def fit(config: Config, command: str, ranks: Ranks = ALONE) -> Metrics:
+def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
     """Train the head that `config` describes, keep the epoch best on *val*, and evaluate that one on *test*.
 
     Args:
@@ -51,23 +51,23 @@ def fit(config: Config, command: str, ranks: Ranks = ALONE) -> Metrics:
     started = time.monotonic()
     with ExitStack() as leases:
         # Of many ranks the first one alone looks at the folder.
-        if ranks.share(lambda: _trained_or_taken(config, leases)):
-            ranks.say(f"{config.run.dir} is trained already; evaluating its checkpoint")
+        if ranks.broadcast(lambda: _trained_or_taken(config, leases)):
+            ranks.print_once(f"{config.run.dir} is trained already; evaluating its checkpoint")
             return evaluate(config, ranks=ranks)
         experiment = open_experiment(config, ranks=ranks)
-        ranks.say(experiment.features.said)
+        ranks.print_once(experiment.features.residency_line)
         crew = Crew([config], experiment, config.train.seed, config.run.dir / folder.LAST)
         label = f"train {config.head.name} {config.data.split}"
         if crew.selection is not None:
-            ranks.say("select_attend: {} ({})".format(*crew.selection))
+            ranks.print_once("select_attend: {} ({})".format(*crew.selection))
         if crew.resumed:
-            ranks.say(f"{label}: going on after step {crew.stack.step} of {crew.stack.steps}")
+            ranks.print_once(f"{label}: going on after step {crew.stack.step} of {crew.stack.steps}")
         try:
             train_together([crew], experiment, config.train.seed, label)
-            ranks.say(f"{label}: {crew.stack.step} steps, {crew.describe()}")
+            ranks.print_once(f"{label}: {crew.stack.step} steps, {crew.describe()}")
             metrics = test_crews([crew], experiment, command)[0]
             took = time.monotonic() - started
-            nbytes = sum(ranks.gather(experiment.features.nbytes))
+            nbytes = sum(ranks.gather(experiment.features.bytes_read))
             crew.members[0].log("end", crew.stack.step, seconds=took, bytes_read=nbytes, ranks=ranks.size)
         finally:
             crew.close()
@@ -109,7 +109,7 @@ def train_together(crews: Sequence[Crew], experiment: Experiment, order: int, la
                     for crew in due:
                         crew.save()
                     raise Stopped(f"stopped in epoch {epoch + 1} of {epochs}; give the same command again to go on")
-            stacks, seen = [crew.stack for crew in due], experiment.seen("val")
+            stacks, seen = [crew.stack for crew in due], experiment.encoded("val")
             said = answer_table(stacks, features, seen, train.batch, keep_patches=False)
             for crew, answers in zip(due, said, strict=True):
                 crew.end_epoch(answers)
@@ -121,11 +121,11 @@ def test_crews(crews: Sequence[Crew], experiment: Experiment, command: str) -> l
         crew.restore_best(command)
     size = crews[0].config.train.batch
     stacks = [crew.stack for crew in crews]
-    said = answer_table(stacks, experiment.features, experiment.seen("test"), size)
+    said = answer_table(stacks, experiment.features, experiment.encoded("test"), size)
     return [metrics for crew, answers in zip(crews, said, strict=True) for metrics in crew.end(answers)]
 
 
-def evaluate(config: Config, command: str = "python -m train evaluate", ranks: Ranks = ALONE) -> Metrics:
+def evaluate(config: Config, command: str = "python -m train evaluate", ranks: Distributed = ALONE) -> Metrics:
     """Evaluate the checkpoint in `config.run.dir` on *test* and write `test.json` and its companions.
 
     The card decides what head it is; `config` says where data and features are. Where nothing was trained in the
@@ -135,9 +135,9 @@ def evaluate(config: Config, command: str = "python -m train evaluate", ranks: R
         RunError: there is no checkpoint, or it is another head's.
         FingerprintMismatch: the store holds other features than the head was trained on.
     """
-    if config.head.checkpoint is not None and not ranks.share(lambda: has_run(config)):
+    if config.head.checkpoint is not None and not ranks.broadcast(lambda: has_run(config)):
         return evaluate_published(config, command, ranks)
-    out, card = config.run.dir, ranks.share(lambda: Card.read(config.run.dir))
+    out, card = config.run.dir, ranks.broadcast(lambda: Card.read(config.run.dir))
     if card.model != config.head.name:
         raise RunError(f"{out} holds a {card.model} head but head.name is {config.head.name!r}; check run.dir")
     train = replace(config.train, seed=card.seed, ema=0.0)
@@ -145,12 +145,12 @@ def evaluate(config: Config, command: str = "python -m train evaluate", ranks: R
     experiment = open_experiment(config, card, ranks)
     stack = build_stack([config], experiment, order=card.seed)
     try:
-        stack.load_weights(0, ranks.share(lambda: folder.load_weights(out)))
+        stack.load_weights(0, ranks.broadcast(lambda: folder.load_weights(out)))
     except ValueError as error:
         if isinstance(error, RunError):
             raise
         raise RunError(f"{out / folder.WEIGHTS} does not fit a {card.model} head: {error}") from None
-    said = answer_table([stack], experiment.features, experiment.seen("test"), config.train.batch)
+    said = answer_table([stack], experiment.features, experiment.encoded("test"), config.train.batch)
     return Member(config, experiment).end(said[0][0])
 
 

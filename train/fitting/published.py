@@ -3,14 +3,14 @@
 from dataclasses import replace
 
 from egopatch.configs.schema import Config, ConfigError
-from egopatch.extract.encoders.inspection import inspect
+from egopatch.extract.encoders.inspection import inspect_checkpoint
 from egopatch.extract.errors import CheckpointError
 from egopatch.features import FingerprintMismatch
 from egopatch.train.fitting.answers import answer_table, score_part
 from egopatch.train.fitting.experiment import Experiment, open_experiment
 from egopatch.train.fitting.run import Member
 from egopatch.train.fitting.run_group import build_stack
-from egopatch.train.processes.distributed import ALONE, Ranks
+from egopatch.train.processes.distributed import ALONE, Distributed
 from egopatch.train.rundir import card as folder
 from egopatch.train.rundir.card import Card
 from egopatch.train.scores.metrics import Metrics
@@ -18,7 +18,7 @@ from egopatch.train.scores.metrics import Metrics
 SYSTEMS = ("egovlpv2", "mfas")
 
 
-def evaluate_published(config: Config, command: str, ranks: Ranks = ALONE) -> Metrics:
+def evaluate_published(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
     """Evaluate `head.checkpoint` on *val* and *test*; what the file holds and lacks is printed first.
 
     Its lower half has made the store, its upper half is the head, its classifier's classes are the answer set's.
@@ -41,12 +41,10 @@ def evaluate_published(config: Config, command: str, ranks: Ranks = ALONE) -> Me
             f"head.checkpoint is {path} but head.name is {name}, of which no classifier for EgoTaskQA was published; "
             f"expected head.name {' or '.join(SYSTEMS)}"
         )
-    found = inspect(path)
+    found = inspect_checkpoint(path)
     for line in found.lines():
-        ranks.say(line)
-    if not found.complete:
-        lacks = [*found.missing, *found.reshaped]
-        raise CheckpointError(f"{path}: {len(lacks)} tensors are missing or re-shaped, the first is {lacks[0]}")
+        ranks.print_once(line)
+    found.require_complete()
     experiment = open_experiment(config, ranks=ranks)
     answers = len(experiment.dataset.answers)
     if found.answers != answers:
@@ -56,11 +54,11 @@ def evaluate_published(config: Config, command: str, ranks: Ranks = ALONE) -> Me
             "fine-tuned on, or a file fine-tuned on this one"
         )
     _check_store(config, experiment, found.sha256)
-    ranks.share(lambda: folder.claim(config.run.dir, config))
+    ranks.broadcast(lambda: folder.claim(config.run.dir, config))
     stack = build_stack([replace(config, train=replace(config.train, ema=0.0))], experiment, order=0)
     member, size = Member(config, experiment), config.train.batch
-    ((of_val,),) = answer_table([stack], experiment.features, experiment.seen("val"), size)
-    ((of_test,),) = answer_table([stack], experiment.features, experiment.seen("test"), size)
+    ((of_val,),) = answer_table([stack], experiment.features, experiment.encoded("val"), size)
+    ((of_test,),) = answer_table([stack], experiment.features, experiment.encoded("test"), size)
     val = score_part(experiment, "val", of_val)[0]
     # Epoch 0: nothing was trained here and nothing was chosen.
     member.best = {"epoch": 0, **{part: getattr(val, part).accuracy for part in ("open", "binary", "all")}}

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from egopatch.configs.schema import Config
-from egopatch.extract.encoders.checkpoints.checkpoint import PUBLISHED
+from egopatch.extract.encoders.checkpoints.checkpoint import PUBLISHED_NETWORKS
 from egopatch.train.fitting.answers import Answers, score_part
 from egopatch.train.fitting.experiment import Experiment
 from egopatch.train.heads import BLIND
@@ -116,7 +116,7 @@ class Member:
             return metrics
         lines = [json.dumps({"question_id": name, "answer": answer}) + "\n" for name, answer in texts.items()]
         folder.write_whole(out / folder.PREDICTIONS, "".join(lines))
-        table = experiment.seen("test")
+        table = experiment.encoded("test")
         if said.kept is not None:
             content = io.BytesIO()
             names = np.array([question.question_id for question in table.questions])
@@ -138,4 +138,4 @@ class Member:
 def row_name(config: Config) -> str:
     """What the table calls a run: its head, with the encoder's name where that is none of the published networks."""
     name, arch = config.head.name, config.encoder.arch
-    return name if name in BLIND or arch in PUBLISHED else f"{name} ({arch})"
+    return name if name in BLIND or arch in PUBLISHED_NETWORKS else f"{name} ({arch})"

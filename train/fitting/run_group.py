@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from egopatch.configs.schema import Config
-from egopatch.train.data.batches import Batch, Features, QuestionTable, plan_batches
+from egopatch.train.data.batch import Batch
+from egopatch.train.data.features import Features
+from egopatch.train.data.question_table import QuestionTable, plan_batches
 from egopatch.train.fitting.answers import Answers, Marks
 from egopatch.train.fitting.experiment import Experiment
 from egopatch.train.fitting.run import Member
@@ -60,7 +62,7 @@ class Crew:
         marks = (experiment.fingerprint, experiment.text_fingerprint)
         self._origin = [str(order), *("" if mark is None else mark.digest for mark in marks)]
         self._origin += [config.run.dir.name for config in configs]
-        saved = experiment.ranks.share(lambda: folder.load_last(path))
+        saved = experiment.ranks.broadcast(lambda: folder.load_last(path))
         if saved is not None:
             self._resume(saved)
         self.selection = choose_selection(configs, experiment)
@@ -117,7 +119,7 @@ class Crew:
     def restore_best(self, command: str) -> None:
         """Write the cards and go back to the weights that were best on *val*."""
         for number, member in enumerate(self.members):
-            weights = self.stack.ranks.share(partial(folder.load_weights, member.config.run.dir))
+            weights = self.stack.ranks.broadcast(partial(folder.load_weights, member.config.run.dir))
             self.stack.load_weights(number, weights)
             member.write_card(command, sum(tensor.numel() for tensor in weights.values()))
 
@@ -165,7 +167,7 @@ def build_stack(configs: Sequence[Config], experiment: Experiment, order: int) -
     ranks, train = experiment.ranks, configs[0].train
     if ranks.first:
         prepare(heads, experiment.features, experiment.train_table)
-    ranks.broadcast([tensor for head in heads for tensor in head.state_dict().values()])
+    ranks.broadcast_tensors([tensor for head in heads for tensor in head.state_dict().values()])
     learns = any(parameter.requires_grad for parameter in heads[0].parameters())
     plans = (plan_batches(experiment.train_table, train.batch, order, epoch) for epoch in range(train.epochs))
     steps = sum(math.ceil(len(plan) / train.accumulate) for plan in plans) if learns else 0
@@ -187,7 +189,7 @@ def prepare(heads: Sequence[nn.Module], features: Features, table: QuestionTable
             head.count(table)
         for module in head.modules():
             if isinstance(module, QuestionReader):
-                module.whiten.measure(features.words(table))
+                module.whiten.measure(features.text_tokens(table))
         if isinstance(head, PSA | Pooled):
             assert tokens is not None
             head.measure(tokens)

@@ -17,12 +17,12 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from egopatch.configs.schema import TrainConfig
-from egopatch.train.data.batches import Batch
+from egopatch.train.data.batch import Batch
 from egopatch.train.fitting.optim import build_optimiser, learning_rate
 from egopatch.train.heads import PSA
 from egopatch.train.heads.common.noise import Noise, mix
 from egopatch.train.heads.psa.selection import Selection
-from egopatch.train.processes.distributed import ALONE, Ranks
+from egopatch.train.processes.distributed import ALONE, Distributed
 
 GRADIENT_NORM = 1.0
 # Stands for the step in the keys of noise at evaluation.
@@ -51,7 +51,7 @@ class Stack:
         train: TrainConfig,
         steps: int,
         device: torch.device,
-        ranks: Ranks = ALONE,
+        ranks: Distributed = ALONE,
     ) -> None:
         self.seeds, self.train, self.steps, self.device = tuple(seeds), train, steps, device
         self.ranks = ranks
@@ -186,11 +186,11 @@ class Stack:
                 parameter.grad = None
         losses = torch.zeros(len(self), device=self.device)
         if len(batch):
-            own = self._losses(batch).sum(dim=1) / batch.whole
+            own = self._losses(batch).sum(dim=1) / batch.total_questions
             own.sum().backward()
             losses = own.detach()
         if self.ranks.size > 1:
-            total, *found = self.ranks.add_up([losses, *(p.grad for p in parameters)], [losses, *parameters])
+            total, *found = self.ranks.sum_tensors([losses, *(p.grad for p in parameters)], [losses, *parameters])
             assert total is not None
             losses = total
             for parameter, old, new in zip(parameters, before, found, strict=True):
@@ -212,7 +212,7 @@ class Stack:
     def _key(self, batch: Batch, *numbers: int) -> None:
         for place, noise in enumerate(self._noises):
             noise.keys = tuple(mix(seed, place, *numbers) for seed in dict.fromkeys(self.seeds))
-            noise.part = None if batch.share is None else getattr(batch.share, noise.over)
+            noise.part = None if batch.rank_slice is None else getattr(batch.rank_slice, noise.over)
 
     @torch.no_grad()
     def _clip(self, batches: int) -> Tensor:

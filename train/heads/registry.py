@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.encoders import open_checkpoint
 from egopatch.features import PatchTokens
-from egopatch.train.data.batches import Batch
+from egopatch.train.data.batch import Batch
 from egopatch.train.heads.common.blind import Majority, QuestionOnly
 from egopatch.train.heads.common.noise import Dropout
 from egopatch.train.heads.common.pooled import Pooled

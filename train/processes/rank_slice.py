@@ -1,4 +1,4 @@
-"""What of a batch one rank works on: the questions of the clips that it owns."""
+"""The rows of a batch that one rank works on: the questions about its own clips."""
 
 from dataclasses import dataclass
 
@@ -7,33 +7,33 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Part:
-    """Some rows of something whole.
+class RowSubset:
+    """Some rows of a whole.
 
     Attributes:
-        rows: [n] long, on the CPU, rising: which ones.
-        of: how many the whole has.
+        rows: [n] long, on the CPU, rising: the rows in the subset.
+        total: Number of rows of the whole.
     """
 
     rows: Tensor
-    of: int
+    total: int
 
 
 @dataclass(frozen=True)
-class Share:
-    """Where the rows of a rank's batch lie in the whole one, by what the rows are."""
+class RankSlice:
+    """The questions, clips and texts of a rank's batch as rows of the whole batch."""
 
-    questions: Part
-    clips: Part
-    texts: Part
+    questions: RowSubset
+    clips: RowSubset
+    texts: RowSubset
 
     @classmethod
-    def of(cls, clips: Tensor, texts: Tensor, own: Tensor) -> "Share":
-        """The share of the questions that are `own` [B] bool, of a whole batch with these `clips` and `texts` [B]."""
-        rows = own.nonzero()[:, 0]
-        return cls(Part(rows, len(own)), _of_unique(clips, clips[rows]), _of_unique(texts, texts[rows]))
+    def of(cls, clips: Tensor, texts: Tensor, mask: Tensor) -> "RankSlice":
+        """The slice of the questions where `mask` [B] bool is true, in a batch with these `clips` and `texts` [B]."""
+        rows = mask.nonzero()[:, 0]
+        return cls(RowSubset(rows, len(mask)), _unique_subset(clips, clips[rows]), _unique_subset(texts, texts[rows]))
 
 
-def _of_unique(whole: Tensor, part: Tensor) -> Part:
+def _unique_subset(whole: Tensor, selected: Tensor) -> RowSubset:
     values = whole.unique()
-    return Part(torch.searchsorted(values, part.unique()), len(values))
+    return RowSubset(torch.searchsorted(values, selected.unique()), len(values))

@@ -95,9 +95,9 @@ def run_sweep(
     started, nbytes, trained = time.monotonic(), 0, 0
     if before < len(members):
         experiment = open_experiment(config)
-        print(experiment.features.said, flush=True)
+        print(experiment.features.residency_line, flush=True)
         trained = _train_free(config, configs, experiment, out / "crews", label, command)
-        nbytes = experiment.features.nbytes
+        nbytes = experiment.features.bytes_read
     done = [(overrides, member) for overrides, member in members if _finished(member)]
     if len(done) < len(members):
         print(f"{label}: {len(members) - len(done)} members are left to their owners", flush=True)

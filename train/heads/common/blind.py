@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from egopatch.configs.schema import HeadConfig
-from egopatch.train.data.batches import FORMS, Batch, QuestionTable
+from egopatch.train.data.batch import Batch
+from egopatch.train.data.question_table import FORMS, QuestionTable
 from egopatch.train.heads.common.question import Classifier, QuestionReader, Sizes
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from egopatch.train.processes.rank_slice import Part
+from egopatch.train.processes.rank_slice import RowSubset
 
 Axis = Literal["questions", "clips", "texts"]
 
@@ -32,7 +32,7 @@ class Noise(nn.Module):
     def __init__(self, over: Axis = "questions") -> None:
         super().__init__()
         self.over = over
-        self.part: Part | None = None
+        self.part: RowSubset | None = None
         self.keys: tuple[int, ...] = (0,)
         self.register_buffer("member", torch.zeros((), dtype=torch.long), persistent=False)
 
@@ -42,7 +42,7 @@ class Noise(nn.Module):
 
     def _draw(self, like: Tensor) -> Tensor:
         """[keys, *like.shape]: what every seed draws, whichever member asks."""
-        rows = like.shape[0] if self.part is None else self.part.of
+        rows = like.shape[0] if self.part is None else self.part.total
         drawn = []
         for key in self.keys:
             generator = torch.Generator(like.device).manual_seed(key)

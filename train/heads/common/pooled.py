@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from egopatch.configs.schema import HeadConfig
 from egopatch.features import PatchTokens
-from egopatch.train.data.batches import Batch
+from egopatch.train.data.batch import Batch
 from egopatch.train.heads.common.noise import Dropout
 from egopatch.train.heads.common.question import Classifier, QuestionReader, Sizes, Whiten
 

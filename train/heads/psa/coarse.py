@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from egopatch.features import PatchTokens
-from egopatch.train.data.batches import Batch
+from egopatch.train.data.batch import Batch
 from egopatch.train.heads.common.question import ATTENTION_GAIN, Sizes, Whiten, absorb_key, bold
 from egopatch.train.heads.psa.selection import Selection
 
@@ -46,7 +46,7 @@ class CoarseLevel(nn.Module):
     def forward(self, whiten: Whiten, batch: Batch, question: Tensor) -> Tensor:
         """Questions [U, W] to [B, T, W]."""
         # A few clips at a time: all of them in float32 would take several times the memory of the stored tokens.
-        coarse = torch.cat([self.merge(scaled(tokens)) for tokens in batch.few_at_a_time(MERGE_CLIPS)])
+        coarse = torch.cat([self.merge(scaled(tokens)) for tokens in batch.token_chunks(MERGE_CLIPS)])
         places = self.positions.expand(*coarse.shape[:3], -1)
         queries = absorb_key(self.query(question), self.key, self.heads)
         of_content, of_place = queries.split([self.width, POSITION_WIDTH], dim=-1)

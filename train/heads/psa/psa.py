@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from egopatch.configs.schema import ConfigError, HeadConfig
 from egopatch.features import PatchTokens
-from egopatch.train.data.batches import Batch
+from egopatch.train.data.batch import Batch
 from egopatch.train.heads.common.noise import Dropout, Noise
 from egopatch.train.heads.common.question import (
     ATTENTION_GAIN,
@@ -143,7 +143,7 @@ class PSA(nn.Module):
         """Logits [B, A] and the kept patches [B, T, rows * cols] bool."""
         assert batch.stored is not None
         if len(self.taken) < batch.stored.patches.shape[1]:
-            batch = batch.holding(self.take(batch.tokens))
+            batch = batch.with_tokens(self.take(batch.tokens))
         what = self.read(batch.states, batch.mask)
         read = {name: reader(batch.states, batch.mask) for name, reader in self.readers.items()}
         frames, kept = self.look(batch, read.get("where", what))
@@ -180,7 +180,7 @@ class PSA(nn.Module):
             batch.clip_index,
             queries_uhd[batch.text_index].float(),
             selector_ud[batch.text_index].float(),
-            self.bias(batch.of_clips(tokens.saliency).float(), _places(batch)),
+            self.bias(batch.select_clips(tokens.saliency).float(), _places(batch)),
             tokens.scale,
             batch.clip_rows,
         )
@@ -237,7 +237,7 @@ def _places(batch: Batch) -> Tensor | None:
     """Place of each patch in the whole grid, [C, T, n] long; None where all of them are stored, in order."""
     assert batch.stored is not None
     positions = batch.stored.positions
-    return None if positions is None else batch.of_clips(positions).long()
+    return None if positions is None else batch.select_clips(positions).long()
 
 
 def _patches_kept(config: HeadConfig, sizes: Sizes) -> int:

@@ -1,0 +1,73 @@
+"""A batch: whole clips and their questions, as heads read them.
+
+Shape legend: C clips of a batch, B questions, L text tokens, D channels, U unique texts.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from egopatch.features import PatchTokens
+from egopatch.train.processes.rank_slice import RankSlice
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B questions about C clips. Its memory may be reused as soon as the next batch is requested.
+
+    Attributes:
+        stored: Tokens of the C clips, or of all resident clips where `clip_rows` selects the C; None for heads that
+            read no video.
+        clip_rows: [C] long, row of `stored` of each clip; None where the rows are the clips.
+        clip_index: [B] long, the clip that each question is about.
+        states: [U, L, D] text states; a text that many questions share is read once.
+        mask: [U, L] bool, true on tokens.
+        text_index: [B] long, row of `states` of each question.
+        forms: [B] long, index into `FORMS`.
+        answers: [B] long, class or `NO_CLASS`.
+        rows: [B] positions of the questions in their table.
+        rank_slice: Position of these rows in the whole batch, whose other rows other ranks have; None: the whole batch.
+    """
+
+    stored: PatchTokens | None
+    clip_rows: Tensor | None
+    clip_index: Tensor
+    states: Tensor
+    mask: Tensor
+    text_index: Tensor
+    forms: Tensor
+    answers: Tensor
+    rows: Tensor
+    rank_slice: RankSlice | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def tokens(self) -> PatchTokens:
+        """Tokens of the C clips, copied once where more clips are resident; psa reads `stored` in place instead."""
+        assert self.stored is not None
+        return PatchTokens(**{name: self.select_clips(tensor) for name, tensor in self.stored.tensors().items()})
+
+    def select_clips(self, tensor: Tensor) -> Tensor:
+        """The rows [C, ...] of one of the stored tensors."""
+        return tensor if self.clip_rows is None else tensor[self.clip_rows]
+
+    def token_chunks(self, clips: int) -> Iterator[PatchTokens]:
+        """Tokens of the C clips, copied `clips` clips at a time."""
+        assert self.stored is not None
+        rows = torch.arange(len(self.stored.cls), device=self.clip_index.device)
+        for chunk in self.select_clips(rows).split(clips):
+            yield PatchTokens(**{name: tensor[chunk] for name, tensor in self.stored.tensors().items()})
+
+    def with_tokens(self, tokens: PatchTokens) -> "Batch":
+        """The same questions with `tokens` of the C clips."""
+        return replace(self, stored=tokens, clip_rows=None)
+
+    @property
+    def total_questions(self) -> int:
+        """Number of questions in the whole batch, over all ranks."""
+        return len(self) if self.rank_slice is None else self.rank_slice.questions.total

@@ -1,0 +1,226 @@
+"""Tokens of clips and states of texts, from disk, memory or the GPU, as batches.
+
+Shape legend: C clips of a batch, B questions, D channels, W text tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from egopatch.features import AbsentClip, PatchTokens, Store, StoreError, read_ahead
+from egopatch.features.values.dtypes import spec_row_bytes
+from egopatch.train.data.batch import Batch
+from egopatch.train.data.question_table import QuestionTable
+from egopatch.train.data.residency import Residency, choose_residency
+from egopatch.train.processes.distributed import ALONE, Distributed
+from egopatch.train.processes.rank_slice import RankSlice
+
+# Clips read at once while filling the GPU; bounds the extra memory.
+READ_CLIPS = 64
+# Threads that read the clips of one batch.
+READ_THREADS = 2
+
+
+class Features:
+    """Tokens of clips and states of texts, from disk, memory or the GPU.
+
+    Args:
+        store: The clips' store; None for heads that read no video.
+        text_store: The texts' store; None for heads that read no text.
+        clip_ids: Clips that batches will request.
+        texts: Texts that batches will request; their order gives the rows.
+        residency: `train.residency` of the config.
+        device: Device of the batches.
+        ranks: Processes that share the clips. Each reads and holds only its own.
+
+    Attributes:
+        text_rows: Row of each text.
+        quarantined: Requested clips that could not be encoded.
+        residency_line: Log line on where the features are kept.
+        bytes_read: Bytes read from the stores so far.
+
+    Raises:
+        StoreError: clips or texts are neither in the store nor quarantined.
+    """
+
+    def __init__(
+        self,
+        store: Store | None,
+        text_store: Store | None,
+        clip_ids: Sequence[str],
+        texts: Sequence[str],
+        residency: str,
+        device: torch.device,
+        ranks: Distributed = ALONE,
+    ) -> None:
+        self.device = device
+        self.ranks = ranks
+        self.store = store
+        self.bytes_read = 0
+        self.text_rows = {text: row for row, text in enumerate(texts)}
+        self.residency_line = "features: no video is read"
+        self._resident: PatchTokens | None = None
+        self._clip_rows: dict[str, int] = {}
+        self.residency: Residency = "ram"
+        self.quarantined = frozenset() if store is None else _quarantined(store, frozenset(clip_ids))
+        clips = [name for name in dict.fromkeys(clip_ids) if name not in self.quarantined]
+        rank_clips = clips[ranks.rank :: ranks.size]
+        self._rank_clips = frozenset(rank_clips)
+        if store is not None:
+            nbytes = len(clips) * spec_row_bytes(store.spec)
+            self.residency, self.residency_line = ranks.broadcast(
+                lambda: choose_residency(residency, nbytes, device, ranks)
+            )
+            if self.residency != "disk":
+                self._resident = self._load(rank_clips)
+                self._clip_rows = {name: row for row, name in enumerate(rank_clips)}
+        self._states, self._mask = self._load_texts(text_store, texts)
+
+    def _load_texts(self, store: Store | None, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        if store is None:
+            return torch.zeros(len(texts), 1, 1), torch.ones(len(texts), 1, dtype=torch.bool)
+        try:
+            read = store.read_text(texts)
+        except AbsentClip as error:
+            raise StoreError(
+                f"{len(error.ids)} question texts are missing from {store.path}, such as {error.ids[0]!r}; "
+                "run `python -m extract run --config CONFIG` to encode them"
+            ) from None
+        self.bytes_read += read.states.nbytes
+        longest = int(read.attention_mask.sum(1).max()) if texts else 1
+        states, mask = read.states[:, :longest], read.attention_mask[:, :longest]
+        return states.contiguous().to(self.device), mask.contiguous().to(self.device)
+
+    def _load(self, clips: Sequence[str]) -> PatchTokens:
+        """Tokens of all `clips`, in memory or on the GPU."""
+        assert self.store is not None
+        if self.residency == "ram":
+            return self._read(clips)
+        like = self.store.buffers(0).tensors()
+        resident = {name: t.new_empty(len(clips), *t.shape[1:], device=self.device) for name, t in like.items()}
+        start = 0
+        for chunk in self._read_ahead([clips[n : n + READ_CLIPS] for n in range(0, len(clips), READ_CLIPS)]):
+            for name, tensor in chunk.tensors().items():
+                resident[name][start : start + len(tensor)].copy_(tensor)
+            start += len(chunk.cls)
+        return PatchTokens(**resident)
+
+    def _read(self, clips: Sequence[str]) -> PatchTokens:
+        assert self.store is not None
+        return self._count(self.store.read(clips, threads=READ_THREADS))
+
+    def _read_ahead(self, batches: Sequence[Sequence[str]]) -> Iterator[PatchTokens]:
+        """Tokens of each batch on the device. On a CPU their memory is reused once the next batch is requested."""
+        assert self.store is not None
+        cuda = self.device.type == "cuda"
+        for tokens in read_ahead(self.store, batches, threads=READ_THREADS, pin=cuda):
+            yield self._count(tokens).to(self.device, non_blocking=cuda)
+
+    def _count(self, tokens: PatchTokens) -> PatchTokens:
+        self.bytes_read += sum(tensor.nbytes for tensor in tokens.tensors().values())
+        return tokens
+
+    def tokens(self, clips: Sequence[str]) -> PatchTokens:
+        """A copy of the tokens of encoded clips, on the device; read from the store where other ranks hold some."""
+        if self._resident is None or not self._clip_rows.keys() >= set(clips):
+            return self._read(clips).to(self.device)
+        rows = self._rows(clips).to(self._resident.cls.device)
+        return PatchTokens(**{name: tensor[rows] for name, tensor in self._resident.tensors().items()}).to(self.device)
+
+    def _rows(self, clips: Sequence[str]) -> Tensor:
+        return torch.tensor([self._clip_rows[name] for name in clips], dtype=torch.long)
+
+    def text_tokens(self, table: QuestionTable) -> Tensor:
+        """[W, D] text states of every token of the questions' unique texts."""
+        texts = table.text.unique().to(self.device)
+        return self._states[texts][self._mask[texts]]
+
+    def batch(self, table: QuestionTable, rows: np.ndarray, rank_clips: Tensor | None = None) -> Batch:
+        """The batch of these rows of `table`, or the rows of this rank: `rank_clips` [C] bool marks its clips."""
+        index = _BatchIndex.of(table, rows, rank_clips)
+        if self.store is None or not index.clips:
+            return self._batch(table, index, None)
+        in_place = self.residency == "gpu" or self.device.type == "cpu"
+        if self._resident is None or not in_place:
+            return self._batch(table, index, self.tokens(index.clips))
+        return self._batch(table, index, self._resident, self._rows(index.clips).to(self.device))
+
+    def _batch(
+        self, table: QuestionTable, index: "_BatchIndex", stored: PatchTokens | None, clip_rows: Tensor | None = None
+    ) -> Batch:
+        texts, text_index = table.text[index.rows].unique(return_inverse=True)
+        texts = texts.to(self.device)
+        return Batch(
+            stored=stored,
+            clip_rows=clip_rows,
+            clip_index=index.clip_index.to(self.device),
+            states=self._states[texts],
+            mask=self._mask[texts],
+            text_index=text_index.to(self.device),
+            forms=table.form[index.rows].to(self.device),
+            answers=table.answer[index.rows].to(self.device),
+            rows=index.rows,
+            rank_slice=index.rank_slice,
+        )
+
+    def stream(self, table: QuestionTable, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
+        """The batches of `plan` in order; of each, the rows of this rank, which may be none.
+
+        From disk, the next batches are read while one is worked on, into memory that is reused: a batch is valid until
+        the next one is requested.
+        """
+        rank_clips = None
+        if self.ranks.size > 1:
+            rank_clips = torch.tensor([name in self._rank_clips for name in table.clips], dtype=torch.bool)
+        if self.residency != "disk" or self.store is None:
+            for rows in plan:
+                yield self.batch(table, rows, rank_clips)
+            return
+        indexes = [_BatchIndex.of(table, rows, rank_clips) for rows in plan]
+        tokens = self._read_ahead([index.clips for index in indexes if index.clips])
+        for index in indexes:
+            yield self._batch(table, index, next(tokens) if index.clips else None)
+
+
+@dataclass(frozen=True)
+class _BatchIndex:
+    """The questions and clips of a batch that this rank works on.
+
+    Attributes:
+        rows: [B] rows of the table.
+        clips: Names of the C clips; empty where other ranks have all of them.
+        clip_index: [B] index into `clips`.
+        rank_slice: As in `Batch`.
+    """
+
+    rows: Tensor
+    clips: tuple[str, ...]
+    clip_index: Tensor
+    rank_slice: RankSlice | None
+
+    @classmethod
+    def of(cls, table: QuestionTable, batch: np.ndarray, rank_clips: Tensor | None) -> "_BatchIndex":
+        rows, rank_slice = torch.from_numpy(batch), None
+        if rank_clips is not None:
+            rank_slice = RankSlice.of(table.clip[rows], table.text[rows], rank_clips[table.clip[rows]])
+            rows = rows[rank_slice.questions.rows]
+        clips, clip_index = table.clip[rows].unique(return_inverse=True)
+        return cls(rows, tuple(table.clips[clip] for clip in clips.tolist()), clip_index, rank_slice)
+
+
+def _quarantined(store: Store, clip_ids: frozenset[str]) -> frozenset[str]:
+    """The quarantined ones of `clip_ids`.
+
+    Raises:
+        StoreError: a clip has neither a row nor an entry in the quarantine.
+    """
+    without_row = clip_ids - set(store.clip_ids)
+    if missing := sorted(without_row - store.quarantine.keys()):
+        raise StoreError(
+            f"{len(missing)} of {len(clip_ids)} requested clips are missing from {store.path}, such as {missing[0]!r}; "
+            "run `python -m extract run --config CONFIG` to encode them"
+        )
+    return without_row

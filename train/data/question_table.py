@@ -1,0 +1,101 @@
+"""The questions of one part as arrays, and the batches that one pass over them makes.
+
+Shape legend: Q questions.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from egopatch.extract.datasets import Dataset, Question
+
+FORMS = ("open", "binary")
+# Class of an answer outside the training vocabulary: never trained on, always counted wrong.
+NO_CLASS = -1
+
+
+@dataclass(frozen=True)
+class QuestionTable:
+    """The questions of one part as arrays.
+
+    Attributes:
+        questions: The questions, in order.
+        clips: Unique clips, in the order of first appearance.
+        clip: [Q] index into `clips`.
+        text: [Q] index into the texts that the table was created with.
+        form: [Q] index into `FORMS`.
+        answer: [Q] class or `NO_CLASS`.
+    """
+
+    questions: tuple[Question, ...]
+    clips: tuple[str, ...]
+    clip: Tensor
+    text: Tensor
+    form: Tensor
+    answer: Tensor
+
+    @classmethod
+    def from_questions(
+        cls, questions: Sequence[Question], dataset: Dataset, text_rows: Mapping[str, int]
+    ) -> "QuestionTable":
+        """Table of `questions`; `text_rows` maps each text to its row."""
+        classes = {answer: index for index, answer in enumerate(dataset.answers)}
+        clips = {name: index for index, name in enumerate(dict.fromkeys(q.clip_id for q in questions))}
+        return cls(
+            questions=tuple(questions),
+            clips=tuple(clips),
+            clip=torch.tensor([clips[q.clip_id] for q in questions], dtype=torch.long),
+            text=torch.tensor([text_rows[q.text] for q in questions], dtype=torch.long),
+            form=torch.tensor([FORMS.index(q.form) for q in questions], dtype=torch.long),
+            answer=torch.tensor([classes.get(q.answer, NO_CLASS) for q in questions], dtype=torch.long),
+        )
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def without_clips(self, clips: Collection[str]) -> "QuestionTable":
+        """The questions whose clip is not one of `clips`."""
+        dropped = torch.tensor([name in clips for name in self.clips], dtype=torch.bool)
+        return self._subset(~dropped[self.clip])
+
+    def answerable(self) -> "QuestionTable":
+        """The questions whose answer is in the vocabulary: those that a head can learn from."""
+        return self._subset(self.answer != NO_CLASS)
+
+    def _subset(self, keep: Tensor) -> "QuestionTable":
+        if bool(keep.all()):
+            return self
+        kept = keep.nonzero()[:, 0]
+        clips, clip = self.clip[kept].unique(return_inverse=True)
+        return QuestionTable(
+            questions=tuple(self.questions[row] for row in kept.tolist()),
+            clips=tuple(self.clips[row] for row in clips.tolist()),
+            clip=clip,
+            text=self.text[kept],
+            form=self.form[kept],
+            answer=self.answer[kept],
+        )
+
+
+def plan_batches(table: QuestionTable, size: int, seed: int | None, epoch: int = 0) -> list[np.ndarray]:
+    """Rows of each batch of one pass: whole clips, closed before they exceed `size` questions.
+
+    The order follows from `seed` and `epoch` alone, so a resumed run finds its position by counting batches. Without a
+    seed the clips keep their order. A clip with more than `size` questions is a batch of its own.
+    """
+    by_clip = np.argsort(table.clip.numpy(), kind="stable")
+    groups = np.split(by_clip, np.cumsum(np.bincount(table.clip.numpy(), minlength=len(table.clips)))[:-1])
+    order = np.arange(len(groups)) if seed is None else np.random.default_rng((seed, epoch)).permutation(len(groups))
+    batches: list[np.ndarray] = []
+    current: list[np.ndarray] = []
+    count = 0
+    for clip in order:
+        if current and count + len(groups[clip]) > size:
+            batches.append(np.concatenate(current))
+            current, count = [], 0
+        current.append(groups[clip])
+        count += len(groups[clip])
+    return [*batches, np.concatenate(current)] if current else batches

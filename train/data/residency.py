@@ -1,0 +1,37 @@
+"""Where features are kept during training: on disk, in memory or on the GPU."""
+
+from typing import Literal
+
+import psutil
+import torch
+
+from egopatch.features.common.units import format_bytes
+from egopatch.train.processes.distributed import ALONE, Distributed
+
+Residency = Literal["disk", "ram", "gpu"]
+
+# Fraction of the free memory that resident features may take before `auto` leaves them on disk.
+MEMORY_SHARE = 0.5
+_DESCRIPTIONS = {"disk": "on disk, read batch by batch", "ram": "in memory", "gpu": "on the GPU"}
+
+
+def choose_residency(
+    wanted: str, nbytes: int, device: torch.device, ranks: Distributed = ALONE
+) -> tuple[Residency, str]:
+    """Where to keep `nbytes` of features, of which each rank holds an equal share, and a log line about it.
+
+    Raises:
+        ValueError: `wanted` is `gpu` without a CUDA device.
+    """
+    if wanted == "gpu" and device.type != "cuda":
+        raise ValueError(f"train.residency is 'gpu' but the device is {device.type}; expected a CUDA device, or 'auto'")
+    ram = psutil.virtual_memory().available // ranks.local_size
+    gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    per_rank = nbytes / ranks.size
+    fits: Residency = "gpu" if per_rank < MEMORY_SHARE * gpu else "ram" if per_rank < MEMORY_SHARE * ram else "disk"
+    chosen: Residency = fits if wanted == "auto" else wanted  # type: ignore[assignment]
+    free = f"{format_bytes(ram)} of memory free" + (f", {format_bytes(gpu)} on the GPU" if gpu else "")
+    why = f"chosen: {free}" if wanted == "auto" else f"set by train.residency; {free}"
+    if ranks.size > 1:
+        why += f"; each of {ranks.size} ranks reads and keeps only its own clips, {format_bytes(per_rank)}"
+    return chosen, f"features: {format_bytes(nbytes)} kept {_DESCRIPTIONS[chosen]} ({why})"
