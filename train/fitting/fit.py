@@ -91,7 +91,7 @@ def train_together(crews: Sequence[Crew], experiment: Experiment, order: int, la
     with (
         Display(label, first_step, steps, silent=not ranks.first) as display,
         # torchrun repeats a signal, and kills the ranks that do not stop at the same step as the others.
-        stop_signals(insist=ranks.size == 1) as asked,
+        stop_signals(second_raises=ranks.size == 1) as stopping,
         deterministic(train.deterministic),
     ):
         for epoch in range(min(crew.place[0] for crew in crews), epochs):
@@ -105,7 +105,7 @@ def train_together(crews: Sequence[Crew], experiment: Experiment, order: int, la
                     if crew.place == (epoch, number):
                         crew.learn(batch, last=number + 1 == len(plan))
                 display.show(due[0].stack.step, f"epoch {epoch + 1}/{epochs}, {due[0].describe()}")
-                if ranks.any(asked.is_set()):
+                if ranks.any(stopping.is_set()):
                     for crew in due:
                         crew.save()
                     raise Stopped(f"stopped in epoch {epoch + 1} of {epochs}; give the same command again to go on")

@@ -1,4 +1,4 @@
-"""Calls side by side on the cores of a CPU: a forked process for each."""
+"""Calls side by side on the cores of a CPU, each in a forked process."""
 
 import multiprocessing
 import signal
@@ -16,46 +16,47 @@ from egopatch.train.processes.stopping import SIGNALS, stop_signals
 Result = TypeVar("Result")
 
 
-class ForkLost(ChildProcessError):
-    """A fork was killed; the message says how it ended."""
+class ProcessLost(ChildProcessError):
+    """A forked process was killed; the message names its exit status."""
 
 
 def can_fork() -> bool:
-    """Whether forks may train: beside an accelerator torch refuses backward passes in the fork of one that made any."""
+    """Whether forked processes may train: with an accelerator, torch refuses backward passes after a fork."""
     return not torch.accelerator.is_available()
 
 
-def call_in_forks(calls: Sequence[Callable[[], Result]], cores: int) -> list[Result]:
-    """What each call returns, in order; each runs in a process of its own that computes on one thread.
+def call_in_processes(calls: Sequence[Callable[[], Result]], cores: int) -> list[Result]:
+    """Results of `calls`, in order. Each call runs in a forked process of its own, on one thread.
 
-    A light head's operations are too small to be cut, and threads that run many of them wait for one another at
-    Python's lock. Forks do neither, and see what memory holds without a copy.
+    The operations of a light head are too small to split over threads, and threads that each run many of them wait for
+    Python's lock. Forked processes do neither, and share memory copy-on-write.
 
-    SIGINT and SIGTERM reach the forks as one SIGTERM, so that a call can stop where it likes; a second signal kills.
+    SIGINT and SIGTERM reach the processes as one SIGTERM, which raises KeyboardInterrupt there, so a call can stop
+    where it chooses; a second signal kills them.
 
     Args:
-        calls: what they return or raise is pickled.
-        cores: forks at once.
+        calls: Their results and exceptions are pickled; the calls themselves are not.
+        cores: Number of processes at once.
 
     Raises:
-        ForkLost: a fork was killed.
-        KeyboardInterrupt: by a second signal, or by one that nothing else was raised for.
-        BaseException: what the first call to fail raised, once the others have stopped.
+        ProcessLost: a process was killed.
+        KeyboardInterrupt: after a second signal, or after a first one if no call raised an exception.
+        BaseException: the exception of the first call to fail, once the other processes have stopped.
     """
     running: dict[Connection, tuple[int, ForkProcess]] = {}
-    told: set[ForkProcess] = set()
+    signalled: set[ForkProcess] = set()
     results: dict[int, Result] = {}
     failures: list[BaseException] = []
     waiting = list(enumerate(calls))
 
-    def stop() -> None:
+    def terminate_all() -> None:
         for _, process in running.values():
-            if process not in told:
-                told.add(process)
+            if process not in signalled:
+                signalled.add(process)
                 process.terminate()
 
     try:
-        with stop_signals(tell=stop) as asked:
+        with stop_signals(on_first=terminate_all) as stopping:
             while running or waiting:
                 while waiting and len(running) < cores:
                     number, call = waiting.pop(0)
@@ -68,9 +69,9 @@ def call_in_forks(calls: Sequence[Callable[[], Result]], cores: int) -> list[Res
                         results[number] = _receive(ready, process)
                     except BaseException as error:
                         failures.append(error)
-                if failures or asked.is_set():
+                if failures or stopping.is_set():
                     waiting.clear()
-                    stop()  # also those that were started just as a signal came
+                    terminate_all()  # also processes that were started just as the signal came
     finally:
         for _, process in running.values():
             process.kill()
@@ -84,35 +85,35 @@ def call_in_forks(calls: Sequence[Callable[[], Result]], cores: int) -> list[Res
 
 def _start(call: Callable[[], object]) -> tuple[Connection, ForkProcess]:
     context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(call, theirs), daemon=True)
-    # No signal reaches the fork before it has handlers of its own.
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(call, sender), daemon=True)
+    # No signal reaches the new process before it has handlers of its own.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         with warnings.catch_warnings():
-            # Python 3.12 warns of forks beside any thread: torch's are idle now, and the fork does not use them.
+            # Python 3.12 warns of forks beside any thread: torch's threads are idle, and the fork does not use them.
             warnings.simplefilter("ignore", DeprecationWarning)
             process.start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    theirs.close()
-    return ours, process
+    sender.close()
+    return receiver, process
 
 
 def _run(call: Callable[[], object], connection: Connection) -> None:
-    # SIGINT stays blocked: a terminal sends it to all processes, and it is the parent's to pass on.
+    # SIGINT stays blocked: a terminal sends it to all processes, and the parent passes it on as SIGTERM.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     exit_with_parent()
     torch.set_num_threads(1)
     try:
         connection.send((call(), None))
-    except BaseException as error:  # of signals as well: the parent raises it
+    except BaseException as error:  # also KeyboardInterrupt: the parent raises it
         connection.send((None, error))
 
 
 def _receive(connection: Connection, process: ForkProcess) -> Any:
-    """The result of a fork that has one or is gone; raises what it raised."""
+    """Result of a process that has ended or sent one; raises the exception that the process raised."""
     try:
         result, failure = connection.recv()
     except EOFError:
@@ -121,9 +122,9 @@ def _receive(connection: Connection, process: ForkProcess) -> Any:
     process.join()
     if process.exitcode:
         how = f"by signal {-process.exitcode}" if process.exitcode < 0 else f"with exit code {process.exitcode}"
-        raise ForkLost(
-            f"process {process.pid} ended {how} (9 is also what the system sends where memory runs out; then set "
-            "OMP_NUM_THREADS=1); give the same command again to go on"
+        raise ProcessLost(
+            f"process {process.pid} ended {how} (the system also sends signal 9 when memory runs out; then set "
+            "OMP_NUM_THREADS=1); run the same command again to resume"
         )
     if failure is not None:
         raise failure

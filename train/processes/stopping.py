@@ -1,4 +1,4 @@
-"""Signals that ask for an end: the first one politely, the second at once."""
+"""SIGINT and SIGTERM as requests: the first stops training at the next step, the second at once."""
 
 import signal
 import threading
@@ -6,40 +6,38 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from egopatch.features.common.signals import signal_handlers
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
-    """A signal asked the training to stop; each crew's file holds its place."""
+    """A signal interrupted training; the file of each run group holds its position."""
 
 
 @contextmanager
-def stop_signals(insist: bool = True, tell: Callable[[], object] | None = None) -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set inside the block, so that nothing is cut in two.
+def stop_signals(second_raises: bool = True, on_first: Callable[[], object] | None = None) -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set inside the block, so that no step is interrupted half-way.
 
-    In another thread than the main one, which gets no signals, it is never set.
+    Outside of the main thread, which alone receives signals, the event is never set.
 
     Args:
-        insist: whether a second signal raises KeyboardInterrupt.
-        tell: called at the first signal.
+        second_raises: Whether a second signal raises KeyboardInterrupt.
+        on_first: Called at the first signal.
     """
-    asked = threading.Event()
+    stopping = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield stopping
         return
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
-            if insist:
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stopping.is_set():
+            if second_raises:
                 raise KeyboardInterrupt
             return
-        asked.set()
-        if tell is not None:
-            tell()
+        stopping.set()
+        if on_first is not None:
+            on_first()
 
-    before = {number: signal.signal(number, ask) for number in SIGNALS}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with signal_handlers(SIGNALS, handle):
+        yield stopping

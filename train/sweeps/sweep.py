@@ -29,7 +29,7 @@ from egopatch.features.io import file_lease as lease
 from egopatch.train.fitting.experiment import Experiment, open_experiment
 from egopatch.train.fitting.fit import test_crews, train_together
 from egopatch.train.fitting.run_group import Crew
-from egopatch.train.processes.process_pool import call_in_forks, can_fork
+from egopatch.train.processes.process_pool import call_in_processes, can_fork
 from egopatch.train.rundir import card as folder
 from egopatch.train.sweeps.sweep_results import write_results
 
@@ -128,7 +128,7 @@ def _train_free(
         if fork:
             labels = [f"{label}, crew {number} of {len(free)}" for number in range(1, len(free) + 1)]
             calls = [partial(train, [crew], label=own) for crew, own in zip(free, labels, strict=True)]
-            done = call_in_forks(calls, cores)
+            done = call_in_processes(calls, cores)
         else:
             # What memory holds is read once anyway; from disk, crews that train together share the reading.
             done = [train(free if on_disk else free[:1], label=label)]

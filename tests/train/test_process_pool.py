@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from egopatch.train.processes.process_pool import ForkLost, call_in_forks
+from egopatch.train.processes.process_pool import ProcessLost, call_in_processes
 
 LONG_S = 60.0
 
@@ -22,7 +22,7 @@ def test_results_come_in_order_from_processes_on_one_thread_each() -> None:
         time.sleep(0.2 if number == 0 else 0)  # the first to start is the last to end
         return int(tensor[number]), os.getpid(), torch.get_num_threads()
 
-    results = call_in_forks([partial(work, number) for number in range(5)], cores=2)
+    results = call_in_processes([partial(work, number) for number in range(5)], cores=2)
     assert [number for number, _, _ in results] == [0, 1, 2, 3, 4]
     assert len({os.getpid(), *(process for _, process, _ in results)}) == 6
     assert {threads for _, _, threads in results} == {1}
@@ -35,7 +35,7 @@ def test_no_more_than_the_cores_run_at_once() -> None:
         time.sleep(0.1)
         return started, time.monotonic()
 
-    spans = call_in_forks([work] * 5, cores=2)
+    spans = call_in_processes([work] * 5, cores=2)
     for start, _ in spans:
         assert sum(other <= start < end for other, end in spans) <= 2
 
@@ -43,21 +43,21 @@ def test_no_more_than_the_cores_run_at_once() -> None:
 def test_a_failure_stops_the_others_and_is_raised() -> None:
     def work(number: int) -> None:
         if number == 1:
-            raise ValueError("no such crew")
+            raise ValueError("no such group")
         time.sleep(LONG_S)
 
     started = time.monotonic()
-    with pytest.raises(ValueError, match="no such crew"):
-        call_in_forks([partial(work, number) for number in range(9)], cores=2)
+    with pytest.raises(ValueError, match="no such group"):
+        call_in_processes([partial(work, number) for number in range(9)], cores=2)
     assert time.monotonic() - started < LONG_S / 2
 
 
-def test_a_killed_process_is_told() -> None:
+def test_a_killed_process_is_named() -> None:
     def work() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(ForkLost, match=r"ended by signal 9 .* give the same command again"):
-        call_in_forks([work], cores=1)
+    with pytest.raises(ProcessLost, match=r"ended by signal 9 .* run the same command again to resume"):
+        call_in_processes([work], cores=1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -66,6 +66,6 @@ def test_a_signal_stops_all(number: signal.Signals) -> None:
     threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        call_in_forks([partial(time.sleep, LONG_S)] * 4, cores=2)
+        call_in_processes([partial(time.sleep, LONG_S)] * 4, cores=2)
     assert time.monotonic() - started < LONG_S / 2
     assert signal.getsignal(number) is handler
