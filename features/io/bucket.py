@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from isal import isal_zlib
 
 from egopatch.features.io.fields import FileSum
-from egopatch.features.values.errors import BadLocation, StoreError, WriteConflict
+from egopatch.features.values.errors import BadLocation, StoreError, write_conflict
 from egopatch.features.values.location import ObjectUrl
 
 if TYPE_CHECKING:
@@ -252,11 +252,6 @@ class Bucket:
             f"{self.url}: bucket {self.url.bucket!r} does not exist at {self._endpoint}; create it, or check "
             "store.path and AWS_ENDPOINT_URL"
         )
-
-
-def write_conflict(name: str) -> WriteConflict:
-    """The error that another writer changed `name` first."""
-    return WriteConflict(f"another process has written {name} in the meantime; run the same command again")
 
 
 def _require_credentials(url: ObjectUrl) -> None:

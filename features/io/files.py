@@ -93,6 +93,13 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def _is_file_of(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[int]:
     """Hold the file's lock against every other process; yields a handle that is open for reading and appending."""
@@ -101,7 +108,7 @@ def locked(path: Path) -> Iterator[int]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             # While this process waited, a repair may have replaced the file.
-            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            if _is_file_of(handle, path):
                 yield handle
                 return
         finally:

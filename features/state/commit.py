@@ -1,8 +1,11 @@
 """The commit protocol: write -> announce -> sync -> rename -> sync folder -> read back and compare -> record.
 
-In object storage, where nothing is replaced: write -> upload under new names -> compare -> record, on condition that
-nobody has recorded anything about the shard in the meantime. After a kill at any point, the shard's earlier rows are
-intact, and the new ones are either all committed or not at all.
+In object storage, where nothing is replaced: write -> upload under new names -> compare -> record. After a kill at any
+point, the shard's earlier rows are intact, and the new ones are either all committed or not at all.
+
+Every record goes in on condition that nobody has recorded anything about the shard since its writer last read the
+ledger, and in a folder one process at a time goes from the first record to the last. So two processes that both believe
+they hold a shard's lease lose nothing: the second is refused, reads what the first has committed, and commits both.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +19,7 @@ from egopatch.features.state.ledger import ClipRecord, announce_record, commit_r
 from egopatch.features.storage.interface import Storage
 from egopatch.features.storage.journal import Position
 from egopatch.features.values.dtypes import row_bytes
-from egopatch.features.values.errors import DamagedStore
+from egopatch.features.values.errors import DamagedStore, write_conflict
 from egopatch.features.values.spec import ArraySpec, StoreSpec
 
 
@@ -60,15 +63,22 @@ def commit_shard(
     slots = [row % target.spec.shard for row in rows.values()]
     sums: dict[str, dict[str, int]] = {name: {} for name in rows}
     with storage.staging(shard) as folder:
-        staged = target.file_format.stage(folder, target.spec, shard, slots, _with_checksums(blocks, sums))
-        files = {name: size_and_crc_of_file(path) for name, path in staged.items()}
-        if storage.in_place:
-            ledger.append(announce_record(shard, files), after)
-        write_id = storage.publish(shard, staged, files)
-    if storage.in_place:
-        _read_back(target, shard, rows, sums)
-    clips = {name: ClipRecord(row, sums[name], sources[name]) for name, row in rows.items()}
-    ledger.append(commit_record(shard, clips, files, target.fingerprint, errors, target.row_bytes, write_id), after)
+        try:
+            staged = target.file_format.stage(folder, target.spec, shard, slots, _with_checksums(blocks, sums))
+            files = {name: size_and_crc_of_file(path) for name, path in staged.items()}
+        except FileNotFoundError:
+            if folder.exists():
+                raise
+            raise write_conflict(f"shard {shard} of {storage.location}") from None  # it took this writer for dead
+        with storage.committing(shard):
+            if storage.in_place:
+                after = ledger.append(announce_record(shard, files), after)
+            write_id = storage.publish(shard, staged, files)
+            if storage.in_place:
+                _read_back(target, shard, rows, sums)
+            clips = {name: ClipRecord(row, sums[name], sources[name]) for name, row in rows.items()}
+            commit = commit_record(shard, clips, files, target.fingerprint, errors, target.row_bytes, write_id)
+            ledger.append(commit, after)
 
 
 def _with_checksums(blocks: Blocks, sums: Mapping[str, dict[str, int]]) -> Blocks:

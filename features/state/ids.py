@@ -89,7 +89,7 @@ def add_rows(
     journal = ids_journal(storage)
     files = file_sums_to_json({name: size_and_crc(content) for name, content in metadata.items()})
     if metadata:
-        journal.append({"kind": "announce", "files": files}, after)
+        after = journal.append({"kind": "announce", "files": files}, after)
     for name, content in metadata.items():
         storage.write(name, content)
     journal.append({"kind": "grow", "ids": list(ids), "files": files}, after)

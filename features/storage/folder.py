@@ -22,7 +22,7 @@ from egopatch.features.io.files import (
     write_file,
 )
 from egopatch.features.storage.journal import FileJournal
-from egopatch.features.values.errors import DamagedStore
+from egopatch.features.values.errors import DamagedStore, write_conflict
 
 Entry = TypeVar("Entry")
 _BLOCK = 1 << 18
@@ -132,12 +132,26 @@ class LocalStorage:
         finally:
             remove_folder(folder)
 
+    @contextmanager
+    def committing(self, shard: int) -> Iterator[None]:
+        """See `interface.Storage`."""
+        path = self.location / "commits" / f"{shard:08d}.lock"
+        make_folder(path.parent)
+        with locked(path):
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+
     def publish(self, shard: int, staged: Mapping[str, Path], sums: FileSums) -> str:
         """See `interface.Storage`."""
-        for path in staged.values():
-            sync_file(path)
-        for name, path in staged.items():
-            rename_into_place(path, self.location / name)
+        try:
+            for path in staged.values():
+                sync_file(path)
+            for name, path in staged.items():
+                rename_into_place(path, self.location / name)
+        except FileNotFoundError:
+            raise write_conflict(f"shard {shard} of {self.location}") from None
         return ""
 
     def shard_files(self, shard: int, write_id: str) -> "LocalStorage":

@@ -64,13 +64,16 @@ class Journal(Protocol[Entry]):
     def create(self) -> None:
         """Create an empty journal where none exists."""
 
-    def append(self, record: Record, after: Position | None = None) -> None:
+    def append(self, record: Record, after: Position | None = None) -> Position:
         """Append one record, which is safe from a crash once this returns.
 
         Args:
             record: JSON values; `shard` is the number of the shard that the record is about, if there is one.
-            after: How far the caller has read. In a storage without locks, this record is refused if another one
-                (about the same shard) has been appended since.
+            after: How far the caller has read. The record is refused if another one (about the same shard) has been
+                appended since.
+
+        Returns:
+            `after`, moved behind the record: for the next record that the caller appends about the same shard.
 
         Raises:
             WriteConflict: Another writer appended first; nothing was appended here.
@@ -150,6 +153,12 @@ class Storage(ReadableFiles, Protocol):
     def staging(self, shard: int) -> AbstractContextManager[Path]:
         """An empty local folder in which a shard's files are written; it is removed when the block ends."""
 
+    def committing(self, shard: int) -> AbstractContextManager[None]:
+        """Keep other processes from committing the shard within the block, in a storage where files are replaced.
+
+        The lock belongs to the operating system: unlike a lease, it never outlives its process and no clock decides.
+        """
+
     def publish(self, shard: int, staged: Mapping[str, Path], sums: FileSums) -> str:
         """Put the staged files of a shard in place, by name.
 
@@ -158,6 +167,7 @@ class Storage(ReadableFiles, Protocol):
 
         Raises:
             DamagedStore: Reading back gives other bytes than were written.
+            WriteConflict: Another writer has removed the staged files, because it took this one for dead.
         """
 
     def shard_files(self, shard: int, write_id: str) -> ReadableFiles:

@@ -18,7 +18,7 @@ from typing import BinaryIO, Generic, TypeVar
 
 from egopatch.features.io.fields import MalformedRecord, Record, get_count
 from egopatch.features.io.files import append_synced, crc32c, locked, write_file
-from egopatch.features.values.errors import DamagedStore
+from egopatch.features.values.errors import DamagedStore, write_conflict
 from egopatch.features.values.location import Location
 
 Entry = TypeVar("Entry")
@@ -151,20 +151,34 @@ class FileJournal(Generic[Entry]):
             if not self.head_path.exists():
                 self._write_head(0, 0)
 
-    def append(self, record: Record, after: Position | None = None) -> None:
+    def append(self, record: Record, after: Position | None = None) -> FilePosition:
         """Append one record and sync it. A torn line that a crash left at the end is cut off first.
 
-        `after` is ignored: leases, and the lock while rows are added, exclude other writers.
+        The lock is held from the comparison with `after` until the record is on the disk.
 
         Raises:
+            WriteConflict: See `interface.Journal`; a journal that a repair has replaced since conflicts too.
             OSError: The disk is full; the file is unchanged.
         """
         with locked(self.path) as handle:
             number, end = self._extent(handle)
+            inode = os.fstat(handle).st_ino
+            if after is not None:
+                self._refuse_newer_lines(handle, inode, end, record.get("shard"), after)
             os.ftruncate(handle, end)
             line = encode_line(number, record)
             append_synced(handle, line)
             self._write_head(number + 1, end + len(line))
+            return FilePosition(inode, number + 1, end + len(line))
+
+    def _refuse_newer_lines(self, handle: int, inode: int, end: int, shard: object, after: Position) -> None:
+        """Refuse to append if lines between `after` and `end` are about `shard`, or about no shard where it is None."""
+        if not isinstance(after, FilePosition) or after.inode not in (inode, -1) or after.end > end:
+            raise write_conflict(self.path)
+        for line in os.pread(handle, end - after.end, after.end).splitlines(keepends=True):
+            decoded = decode_line(line)
+            if decoded is None or decoded[1].get("shard") == shard:
+                raise write_conflict(self.path)
 
     def rewrite(self, records: Sequence[Record]) -> None:
         """See `interface.Journal`."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Generic, TypeVar
 
-from egopatch.features.io.bucket import Bucket, Content, Version, write_conflict
+from egopatch.features.io.bucket import Bucket, Content, Version
 from egopatch.features.io.fields import Record
 from egopatch.features.io.files import crc32c
 from egopatch.features.storage.journal import (
@@ -23,7 +23,7 @@ from egopatch.features.storage.journal import (
     garbage_collection_paused,
     parse_lines,
 )
-from egopatch.features.values.errors import DamagedStore, WriteConflict
+from egopatch.features.values.errors import DamagedStore, WriteConflict, write_conflict
 
 Entry = TypeVar("Entry")
 _TRIES = 20  # to append a line whose place in the journal does not matter
@@ -73,14 +73,14 @@ class ObjectJournal(Generic[Entry]):
             with suppress(WriteConflict):
                 self._bucket.put_if_unchanged(self._base + self.name, b"", None)
 
-    def append(self, record: Record, after: Position | None = None) -> None:
+    def append(self, record: Record, after: Position | None = None) -> ObjectPosition:
         """See `interface.Journal`."""
         key = self._key(record.get("shard"))
-        if isinstance(after, ObjectPosition):
-            offset = after.offsets.get(key)
-            self._append(key, record, None if offset is None else offset.version)
-        else:
-            self._append_to_any(key, record)
+        if not isinstance(after, ObjectPosition):
+            return ObjectPosition({key: self._append_to_any(key, record)})
+        offset = after.offsets.get(key)
+        appended = self._append(key, record, None if offset is None else offset.version)
+        return ObjectPosition({**after.offsets, key: appended})
 
     def rewrite(self, records: Sequence[Record]) -> None:
         """See `interface.Journal`."""
@@ -120,17 +120,16 @@ class ObjectJournal(Generic[Entry]):
                 seen[key] = ObjectOffset(found.version, expected, len(found.content), crc32c(found.content))
         return Contents(tuple(lines), from_start, tuple(faults), bool(faults), ObjectPosition(seen))
 
-    def _append_to_any(self, key: str, record: Record) -> None:
+    def _append_to_any(self, key: str, record: Record) -> ObjectOffset:
         for _ in range(_TRIES):
             found = self._fetch(key)
             try:
-                self._append(key, record, None if found is None else found.version)
-                return
+                return self._append(key, record, None if found is None else found.version)
             except WriteConflict:
                 continue
         raise write_conflict(self._shown(key))
 
-    def _append(self, key: str, record: Record, version: Version | None) -> None:
+    def _append(self, key: str, record: Record, version: Version | None) -> ObjectOffset:
         """Append a line to the object if it still has `version`."""
         found = None if version is None else self._fetch(key)
         if version is not None and (found is None or found.version != version):
@@ -138,8 +137,11 @@ class ObjectJournal(Generic[Entry]):
         content = b"" if found is None else found.content
         if content and not content.endswith(b"\n"):
             raise DamagedStore(f"{key} ends within a line; run `python -m features repair` on the store")
-        line = encode_line(content.count(b"\n"), record)
-        self._bucket.put_if_unchanged(key, content + line, version)
+        number = content.count(b"\n")
+        content += encode_line(number, record)
+        return ObjectOffset(
+            self._bucket.put_if_unchanged(key, content, version), number + 1, len(content), crc32c(content)
+        )
 
     def _lines(self, key: str, content: bytes, first: int) -> tuple[list[Line[Entry]], list[str], int]:
         raw = content.split(b"\n")

@@ -64,10 +64,12 @@ class ShardWriter:
         if not leftovers:
             return
         try:
-            # One of the writers may still be running. After this line it can no longer commit the files it has written.
-            ledger_journal(catalog.storage).append(announce_record(shard, {}), catalog.position)
-            for write_id in leftovers:
-                self._discard(shard, write_id)
+            with catalog.storage.committing(shard):
+                # One of the writers may still be running. After this line it can no longer commit the files it has
+                # written.
+                ledger_journal(catalog.storage).append(announce_record(shard, {}), catalog.position)
+                for write_id in leftovers:
+                    self._discard(shard, write_id)
         except WriteConflict:
             pass  # one of the writers is running and was faster: its files are committed now
         catalog.refresh(shard)

@@ -230,10 +230,14 @@ def _in_folder(folder: str, fault: Fault) -> Fault:
 
 
 def check_shard(audit: Audit, shard: int) -> list[Fault]:
-    """Compare a shard's files with the ledger; its rows are checked one by one only where the files differ."""
-    faults = _differences(audit, shard)
+    """Compare a shard's files with the ledger; its rows are read one by one only where the files differ.
+
+    That a file is as it was committed does not prove that it holds every committed row: two writers that both believed
+    they owned the shard may have replaced each other's files, each with a commit of its own.
+    """
+    faults = _differences(audit, shard) or _absent_rows(audit, shard)
     if faults and audit.catch_up(shard):
-        faults = _differences(audit, shard)
+        faults = _differences(audit, shard) or _absent_rows(audit, shard)
     if not faults:
         return []
     bad = bad_rows(audit, shard)
@@ -259,6 +263,20 @@ def _differences(audit: Audit, shard: int) -> list[Fault]:
             what = f"{actual[0]} bytes; {size}" if actual[0] != size else "other bytes than"
             faults.append(Fault(name, f"has {what} were committed", shard=shard))
     return faults
+
+
+def _absent_rows(audit: Audit, shard: int) -> list[Fault]:
+    """Look every committed row up in the index of the shard's files."""
+    names, spec = audit.clips_of(shard), audit.spec
+    try:
+        opened = audit.format.open(audit.files_of(shard), spec, shard)
+        for name in names:
+            for array in spec.arrays:
+                opened.find_row(array, audit.ledger.clips[name].clip(name).row % spec.shard)
+    except (DamagedStore, OSError) as error:
+        where = audit.format.file_names(spec, shard)[0]
+        return [Fault(where, f"does not hold every committed row: {error}", shard=shard)]
+    return []
 
 
 def bad_rows(audit: Audit, shard: int) -> list[str]:

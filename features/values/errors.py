@@ -51,3 +51,8 @@ class AbsentClip(StoreError, KeyError):
 
     def __reduce__(self) -> tuple[type["AbsentClip"], tuple[tuple[str, ...], str]]:
         return AbsentClip, (self.ids, self.where)
+
+
+def write_conflict(name: object) -> WriteConflict:
+    """The error that another writer changed `name` first."""
+    return WriteConflict(f"another process has written {name} in the meantime; run the same command again")
