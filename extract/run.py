@@ -8,8 +8,7 @@ import torch
 
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import load_dataset
-from egopatch.extract.encoders import load_text_encoder, load_tokenizer, open_text_checkpoint
-from egopatch.extract.encoders.networks.text import TextEncoder, Tokenizer
+from egopatch.extract.encoders import TextEncoder, Tokenizer, load_text_encoder, load_tokenizer, open_text_checkpoint
 from egopatch.extract.engines.dispatch import encode_with_engine
 from egopatch.extract.engines.job_slice import ALL_SHARDS, Slice
 from egopatch.extract.fingerprints import text_depth, text_fingerprint

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from egopatch.configs.schema import ConfigParser
-from egopatch.extract.encoders.inspection import convert, inspect
+from egopatch.extract.encoders.inspection import convert_checkpoint, inspect_checkpoint
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
@@ -16,8 +16,8 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(list(args))
     if options.action == "inspect":
-        found = inspect(options.file)
+        found = inspect_checkpoint(options.file)
     else:
-        found = convert(options.file, options.out or options.file.with_suffix(".safetensors"))
+        found = convert_checkpoint(options.file, options.out or options.file.with_suffix(".safetensors"))
     print(json.dumps(found.as_dict(), indent=1) if options.json else "\n".join(found.lines()))
     return 0 if found.complete else 1

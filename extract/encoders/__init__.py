@@ -1,10 +1,12 @@
 """Frozen encoders: video and text networks, their checkpoints, and the registry that finds them by name.
 
-`checkpoints` reads weight files, `layers` holds the parts that networks share, `networks` has one file a network, and
-`registry` looks a network up by `encoder.arch` and loads it. Other packages use the names below.
+`checkpoints` reads weight files, `layers` holds the parts that networks share, `networks` has one file a network,
+`registry` finds a network by `encoder.arch` and loads it, and `inspection` reports what a checkpoint contains. Other
+packages use the names below, `inspection`, and the names that each room's docstring lists.
 """
 
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from egopatch.extract.encoders.layers.text_encoder import TextEncoder, Tokenizer
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
 from egopatch.extract.encoders.registry import (
     NETWORKS,
@@ -21,6 +23,8 @@ __all__ = [
     "NETWORKS",
     "Checkpoint",
     "CheckpointError",
+    "TextEncoder",
+    "Tokenizer",
     "VideoEncoder",
     "find_network",
     "load_checkpoint",

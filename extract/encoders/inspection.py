@@ -1,4 +1,4 @@
-"""What is in a checkpoint, and its conversion to safetensors."""
+"""Reports on checkpoints (network, sizes, missing tensors), and conversion to safetensors."""
 
 import dataclasses
 import re
@@ -10,29 +10,44 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from egopatch.extract.encoders.checkpoints.checkpoint import PUBLISHED, Checkpoint, CheckpointError, load_checkpoint
+from egopatch.extract.encoders.checkpoints.checkpoint import (
+    PUBLISHED_NETWORKS,
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+)
+from egopatch.extract.encoders.checkpoints.standin import published_shapes
+from egopatch.extract.encoders.layers.projection import text_layers
 from egopatch.extract.encoders.layers.video_encoder import VideoSizes
 
-# Heads of pretraining that no path of ours reads.
+# Tensors that no encoder or head here reads: the pretraining heads, and buffers.
 UNUSED = re.compile(r"mlm_score\.|itm_score\.|cross_modal_\w+\.|.*\.position_ids$|.*\.num_batches_tracked$")
 
 
 @dataclass(frozen=True)
-class Inspection:
-    """What `inspect` found.
+class CheckpointReport:
+    """What a checkpoint contains, and what is wrong with it.
 
     Attributes:
-        path, bytes, sha256: of the file.
-        container: `state_dict`, `model_state_dict`, `bare` or `safetensors`.
+        path: Path of the file.
+        bytes: Size of the file.
+        sha256: SHA-256 of the file, in hex.
+        container: Where the tensors are: `state_dict`, `model_state_dict`, `bare` or `safetensors`.
         network: EgoVLP, EgoVLPv2 or MFAS.
-        width: D. blocks: of the video network. fusion: first fused block, None without. text_layers: of the text
-        network. frames: temporal positions. grid: (rows, cols) of patches. size: side of the input in pixels.
-        answers: width of the classifier, None without.
-        tensors, parameters: how many of them.
-        missing: tensors that the network needs, and that are absent.
-        unexpected: tensors that the network has no place for.
-        reshaped: tensors whose shape does not go with the others, as `name: found, expected`.
-        unused: tensors of the published network that no path of ours reads.
+        width: Channels of a token, D.
+        blocks: Number of blocks of the video network.
+        fusion: First fused block; None if no block is fused.
+        text_layers: Number of layers of the text network.
+        frames: Number of temporal positions.
+        grid: (rows, cols) of patches.
+        size: Side of the input in pixels.
+        answers: Number of classes; None if there is no classifier.
+        tensors: Number of tensors.
+        parameters: Number of floating-point values.
+        missing: Tensors that the network needs and the file does not have.
+        unexpected: Tensors that do not belong to the network.
+        reshaped: Tensors with the wrong shape, as `name: found, expected`.
+        unused: Tensors of the published network that are not used here.
     """
 
     path: Path
@@ -57,11 +72,23 @@ class Inspection:
 
     @property
     def complete(self) -> bool:
-        """Whether every path of the network can be loaded, but for the classifier of a pretrained one."""
+        """Whether the whole network can be loaded; a pretrained one needs no classifier."""
         return not self.missing and not self.reshaped
 
+    def require_complete(self) -> None:
+        """Refuse an incomplete checkpoint.
+
+        Raises:
+            CheckpointError: Tensors are missing or have the wrong shape.
+        """
+        if faults := [*self.missing, *self.reshaped]:
+            raise CheckpointError(
+                f"{self.path}: {len(faults)} tensors are missing or have the wrong shape, the first is {faults[0]}; "
+                f"list all of them with `python -m extract checkpoint inspect {self.path}`"
+            )
+
     def lines(self) -> list[str]:
-        """The findings as text, a line each."""
+        """The report as lines of text."""
         fused = "no fused blocks" if self.fusion is None else f"fused from block {self.fusion}"
         answers = "no classifier (pretraining)" if self.answers is None else f"classifier of {self.answers} answers"
         lines = [
@@ -72,45 +99,48 @@ class Inspection:
             f"{self.width} channels",
             f"{self.tensors} tensors, {self.parameters:,} parameters; {len(self.unused)} tensors are not used here",
         ]
-        for title in ("missing", "unexpected", "reshaped"):
-            found = getattr(self, title)
-            lines.append(f"{title}: {len(found)}" + "".join(f"\n  {name}" for name in found))
+        listed = {
+            "missing tensors": self.missing,
+            "unexpected tensors": self.unexpected,
+            "tensors with the wrong shape": self.reshaped,
+        }
+        for title, names in listed.items():
+            lines.append(f"{title}: {len(names)}" + "".join(f"\n  {name}" for name in names))
         return lines
 
     def as_dict(self) -> dict[str, object]:
-        """The findings as JSON takes them."""
+        """The report as JSON values."""
         return {**dataclasses.asdict(self), "path": str(self.path), "complete": self.complete}
 
 
-def inspect(path: Path | str) -> Inspection:
-    """Say what a checkpoint is and what it has, lacks, or has too much of.
+def inspect_checkpoint(path: Path | str) -> CheckpointReport:
+    """Identify a checkpoint and list its missing and unexpected tensors.
 
     Raises:
-        CheckpointError: unreadable, or of a network that is not known here.
+        CheckpointError: The file is unreadable, or holds none of the published networks.
     """
     checkpoint = load_checkpoint(path)
     network = checkpoint.network
-    if network not in PUBLISHED:
+    if network not in PUBLISHED_NETWORKS:
         raise CheckpointError(
-            f"{checkpoint.path}: its tensors are of no published network; expected {', '.join(PUBLISHED.values())}"
+            f"{checkpoint.path}: its tensors belong to none of the published networks; "
+            f"expected {', '.join(PUBLISHED_NETWORKS.values())}"
         )
     sizes = VideoSizes.of(checkpoint)
-    root = "transformer" if network == "egovlp" else "encoder"
-    text_layers = checkpoint.count(rf"text_model\.{root}\.layer\.(\d+)\.")
     classifier = checkpoint.tensors.get("projector_2.weight")
-    expected = _expected(checkpoint, sizes, text_layers)
+    expected = _expected(checkpoint, sizes)
     tensors = checkpoint.tensors
     unused = tuple(name for name in tensors if UNUSED.match(name))
-    return Inspection(
+    return CheckpointReport(
         path=checkpoint.path,
         bytes=checkpoint.path.stat().st_size,
         sha256=checkpoint.sha256,
         container=checkpoint.container,
-        network=PUBLISHED[network],
+        network=PUBLISHED_NETWORKS[network],
         width=sizes.width,
         blocks=sizes.blocks,
         fusion=sizes.fusion if sizes.fusion < sizes.blocks else None,
-        text_layers=text_layers,
+        text_layers=text_layers(checkpoint),
         frames=sizes.frames,
         grid=sizes.grid,
         size=sizes.grid[0] * sizes.patch,
@@ -128,27 +158,23 @@ def inspect(path: Path | str) -> Inspection:
     )
 
 
-def convert(path: Path | str, out: Path | str) -> Inspection:
-    """Write what our paths use of a checkpoint as safetensors, and inspect the result.
+def convert_checkpoint(path: Path | str, out: Path | str) -> CheckpointReport:
+    """Write the tensors of a checkpoint that are used here as safetensors, and report on the new file.
 
-    What was converted before is written again byte for byte.
+    Converting a converted file again gives the same bytes.
 
     Args:
-        path: checkpoint in any container that `load_checkpoint` takes.
+        path: Checkpoint in any container that `load_checkpoint` reads.
         out: `.safetensors` file to write; it appears complete or not at all.
 
     Raises:
-        CheckpointError: as `inspect`; or the checkpoint is incomplete, or `out` has another suffix.
+        CheckpointError: As for `inspect_checkpoint`; or the checkpoint is incomplete, or `out` has another suffix.
     """
     out = Path(out)
     if out.suffix != ".safetensors":
         raise CheckpointError(f"{out}: expected a file name that ends in .safetensors")
-    found = inspect(path)
-    if not found.complete:
-        lacks = [*found.missing, *found.reshaped]
-        raise CheckpointError(
-            f"{found.path}: {len(lacks)} tensors are missing or re-shaped, the first is {lacks[0]}; inspect shows all"
-        )
+    found = inspect_checkpoint(path)
+    found.require_complete()
     checkpoint = load_checkpoint(path)
     dropped = {*found.unused, *found.unexpected}
     kept = {name: tensor.contiguous().clone() for name, tensor in checkpoint.tensors.items() if name not in dropped}
@@ -159,31 +185,29 @@ def convert(path: Path | str, out: Path | str) -> Inspection:
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
-    return inspect(out)
+    return inspect_checkpoint(out)
 
 
 def _origin(checkpoint: Checkpoint) -> str:
-    """SHA-256 of the published file: a converted one names it."""
+    """SHA-256 of the published file, which a converted file names in its metadata."""
     if checkpoint.container != "safetensors":
         return checkpoint.sha256
     with safe_open(checkpoint.path, "pt") as file:
         return (file.metadata() or {}).get("source_sha256", checkpoint.sha256)
 
 
-def _expected(checkpoint: Checkpoint, sizes: VideoSizes, text_layers: int) -> Mapping[str, tuple[int, ...]]:
-    """Name and shape of every tensor that the recognised network's paths read, by the sizes it has."""
-    from egopatch.extract.encoders.checkpoints import standin  # the published names and shapes live there
-
+def _expected(checkpoint: Checkpoint, sizes: VideoSizes) -> Mapping[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a complete checkpoint of this network and these sizes has."""
     network = checkpoint.network
     width = sizes.width
     vocabulary = _rows(checkpoint, "text_model.embeddings.word_embeddings.weight")
     joint = _rows(checkpoint, "vid_proj.0.weight")
     answers = _rows(checkpoint, "projector_2.weight") if "projector_2.weight" in checkpoint.tensors else None
-    shapes = standin.published_shapes(
+    shapes = published_shapes(
         "egovlp" if network == "egovlp" else "egovlpv2",
         width=width,
         depth=sizes.blocks,
-        text_layers=text_layers,
+        text_layers=text_layers(checkpoint),
         fusion=sizes.fusion,
         frames=sizes.frames,
         patches=sizes.patches,

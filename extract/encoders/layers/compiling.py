@@ -1,4 +1,4 @@
-"""`torch.compile` over an encoder, tried out first so that a machine without a compiler says so in one line."""
+"""`torch.compile` for encoders, tried on a tiny function first: without a compiler the error is one line."""
 
 import time
 
@@ -11,25 +11,25 @@ from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
 
 
 class Unpacked(Linear):
-    """A layer whose weight stays as it is: the compiler cannot take one that was laid out for oneDNN already."""
+    """A layer that never packs its weight: the compiler cannot read a weight in oneDNN's layout."""
 
     def pack(self) -> None:
         """Do nothing."""
 
 
 def compile_encoder(encoder: VideoEncoder) -> VideoEncoder:
-    """`encoder`, which is compiled when it first sees clips, and again for each other number of them.
+    """Mark `encoder` for compilation, which happens at the first batch and again for each other batch size.
 
-    Listed blocks are alike, so they are compiled one by one and share one program; a network without such a list is
-    compiled as a whole.
+    The blocks of a `ModuleList` are compiled one by one and share one program, because they are equal; a network
+    without such a list is compiled as a whole.
 
     Raises:
-        ConfigError: `torch.compile` does not work here.
+        ConfigError: `torch.compile` does not work on this machine.
     """
     try:
-        # Of a length not seen before: what is in the compiler's cache needs no compiler.
+        # A new length each time, because a cached program would load without a compiler.
         torch.compile(_try, dynamic=False)(torch.zeros(1000 + time.time_ns() % 100_003))
-    except Exception as error:  # whatever the compiler's many layers raise means the same
+    except Exception as error:  # the compiler's layers raise many types, all with this meaning
         reason = " ".join(str(error).split()).partition(" Set TORCHDYNAMO")[0][:160]
         raise ConfigError(
             f"encoder.compile is true, but torch.compile cannot build code here ({reason}); install a C++ compiler, "

@@ -7,15 +7,16 @@ H heads of 64. Parameter names are those of the published checkpoints below `vid
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from egopatch.extract.encoders.layers.linear import Linear
 
 HEAD_WIDTH = 64
-# Tokens that a block takes at a time on a CPU: what is computed of them stays in cache, and the peak of memory low.
+# Tokens that a block processes at a time on a CPU, so that intermediate results fit in the cache.
 ROWS = 1600
-# Attention logits that are computed at a time there: 2 MB in bfloat16.
+# Attention logits that a CPU computes at a time: 2 MB in bfloat16.
 LOGITS = 2**20
 
 Axis = Literal["time", "space"]
@@ -25,7 +26,7 @@ class Attention(nn.Module):
     """One divided attention: CLS attends everywhere, a patch along one axis plus CLS.
 
     Args:
-        width: D; there are D // 64 heads.
+        width: Channels of a token, D; there are D // 64 heads.
     """
 
     def __init__(self, width: int) -> None:
@@ -48,9 +49,9 @@ class Attention(nn.Module):
         Args:
             x: [B, S, D], normalised tokens.
             frames: T.
-            axis: whether a patch sees its position in every frame, or its own frame.
+            axis: `time`: a patch attends to its position in every frame; `space`: to the patches of its frame.
             keep: [B, S] bool, tokens that may be attended to; None keeps all. CLS is always kept.
-            tap: also return CLS's logits.
+            tap: Also return CLS's logits.
             residual: [B, S, D], added to the result.
 
         Returns:
@@ -63,32 +64,32 @@ class Attention(nn.Module):
         added = None if residual is None else by_group(residual, frames, axis)
         kept = None if keep is None else by_group(keep, frames, axis)
 
-        def some(part: slice) -> Tensor:
+        def attend_slice(part: slice) -> Tensor:
             mask = None if kept is None else kept[:, part]
             attended = attend_groups(self.qkv(tokens[:, part]), cls_kv, mask)
             return self.proj(attended, residual=None if added is None else added[:, part])
 
         first = self.proj(cls, residual=None if residual is None else residual[:, 0])
         if torch.is_grad_enabled():
-            patches = some(slice(None))
-            patches = patches if axis == "space" else patches.transpose(1, 2)
-            return torch.cat([first[:, None], patches.flatten(1, 2)], dim=1), logits
+            groups = "b t n d" if axis == "space" else "b n t d"
+            patches = rearrange(attend_slice(slice(None)), f"{groups} -> b (t n) d")
+            return torch.cat([first[:, None], patches], dim=1), logits
         result = torch.empty_like(x)
         result[:, 0] = first
         target = by_group(result, frames, axis)
         step = max(1, ROWS // (len(x) * tokens.shape[2])) if x.device.type == "cpu" else tokens.shape[1]
         for start in range(0, tokens.shape[1], step):
             part = slice(start, start + step)
-            target[:, part] = some(part)
+            target[:, part] = attend_slice(part)
         return result, logits
 
     def attend_cls(self, x: Tensor, keep: Tensor | None = None, tap: bool = False) -> tuple[Tensor, Tensor | None]:
         """CLS over all tokens, before the output projection.
 
-        CLS is a single query, so the key projection is moved to it (q W_k) and the value projection to the pooled
-        tokens: both passes then read `x` as it lies, instead of keys and values strided by head.
+        CLS is a single query, so it absorbs the key projection (q W_k), and the value projection follows the pooling:
+        both passes then read `x` itself, instead of keys and values strided by head.
 
-        Args: as for `forward`.
+        Args: As for `forward`.
 
         Returns:
             [B, D], and its scaled logits over all tokens, mean over heads, before softmax and mask ([B, S]
@@ -109,8 +110,8 @@ class Attention(nn.Module):
 
 def by_group(x: Tensor, frames: int, axis: Axis) -> Tensor:
     """View the patches of `x` [B, S, ...] as [B, groups, tokens, ...]: by frame for `space`, by position for `time`."""
-    patches = x[:, 1:].unflatten(1, (frames, -1))
-    return patches if axis == "space" else patches.transpose(1, 2)
+    groups = "b t n ..." if axis == "space" else "b n t ..."
+    return rearrange(x[:, 1:], f"b (t n) ... -> {groups}", t=frames)
 
 
 def attend_groups(qkv: Tensor, cls_kv: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -126,28 +127,28 @@ def attend_groups(qkv: Tensor, cls_kv: Tensor, keep: Tensor | None = None) -> Te
     """
     b, groups, tokens, _ = qkv.shape
     heads = cls_kv.shape[1] // (2 * HEAD_WIDTH)
-    by_head = qkv.unflatten(3, (3, heads, HEAD_WIDTH)).permute(3, 0, 1, 4, 2, 5)  # [3, B, groups, H, tokens, 64]
+    by_head = rearrange(qkv, "b g n (qkv h d) -> qkv b g h n d", qkv=3, d=HEAD_WIDTH)
     kv = qkv.new_empty(2, b, groups, heads, 1 + tokens, HEAD_WIDTH)
-    kv[..., 0, :] = cls_kv.view(b, 2, heads, HEAD_WIDTH).transpose(0, 1)[:, :, None]
+    kv[..., 0, :] = rearrange(cls_kv, "b (kv h d) -> kv b 1 h d", kv=2, d=HEAD_WIDTH)
     kv[..., 1:, :] = by_head[1:]
-    keys, values = kv.flatten(1, 2)
-    mask = None if keep is None else F.pad(keep, (1, 0), value=True)[:, :, None, None].flatten(0, 1)
-    out = attend(by_head[0].flatten(0, 1), keys, values, mask)
-    return out.transpose(1, 2).reshape(b, groups, tokens, -1)
+    keys, values = rearrange(kv, "kv b g h n d -> kv (b g) h n d")
+    mask = None if keep is None else rearrange(F.pad(keep, (1, 0), value=True), "b g n -> (b g) 1 1 n")
+    out = attend(rearrange(by_head[0], "b g h n d -> (b g) h n d"), keys, values, mask)
+    return rearrange(out, "(b g) h n d -> b g n (h d)", b=b)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention of q [G, H, I, 64] over k, v [G, H, J, 64]; `mask` [G, 1, 1, J] is true where one may look.
+    """Softmax attention of q [G, H, I, 64] over k, v [G, H, J, 64]; `mask` [G, 1, 1, J] is true on allowed keys.
 
-    On a CPU in bfloat16 without gradients it is two batched products around a map in bfloat16, small enough to stay
-    in cache: PyTorch's flash kernel takes nearly twice as long there at these lengths.
+    On a CPU in bfloat16 without gradients this is two batched products around a bfloat16 map that fits in the cache;
+    at these lengths PyTorch's flash kernel takes nearly twice as long.
     """
     if q.dtype != torch.bfloat16 or q.device.type != "cpu" or torch.is_grad_enabled() or mask is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     g, heads, rows, _ = q.shape
     out = q.new_empty(g, rows, heads, HEAD_WIDTH).transpose(1, 2)
     step = max(1, LOGITS // (heads * rows * k.shape[2]))
-    unread = q.new_empty(())  # what beta=0 multiplies
+    unread = q.new_empty(())  # baddbmm requires an addend, which beta=0 ignores
     for start in range(0, g, step):
         part = slice(start, start + step)
         queries, keys, values = (y[part].flatten(0, 1) for y in (q, k, v))
@@ -173,9 +174,9 @@ class SpaceTimeBlock(nn.Module):
     """One block: time attention, space attention on its result, whose residual goes back to the block's *input*.
 
     Args:
-        width: D.
-        hidden: width of the MLP.
-        eps: of the norms; EgoVLP has 1e-6, EgoVLPv2 1e-5.
+        width: Channels of a token, D.
+        hidden: Width of the MLP.
+        eps: Epsilon of the norms; 1e-6 in EgoVLP, 1e-5 in EgoVLPv2.
     """
 
     def __init__(self, width: int, hidden: int, eps: float) -> None:
@@ -190,19 +191,19 @@ class SpaceTimeBlock(nn.Module):
     def forward(
         self, x: Tensor, frames: int, keep: Tensor | None = None, tap: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """[B, S, D] to [B, S, D]; see `Attention.forward` for the rest. `keep` is for space attention alone."""
+        """[B, S, D] to [B, S, D]; see `Attention.forward` for the rest. Only space attention uses `keep`."""
         normed = self.norm1(self.timeattn(self.norm3(x), frames, "time", residual=x)[0])
         x, logits = self.attn(normed, frames, "space", keep, tap, residual=x)
         if torch.is_grad_enabled() or x.device.type != "cpu":
             return self.mlp(self.norm2(x), residual=x), logits
-        # In place and a stretch at a time: the hidden layer of a whole clip would be the peak of memory.
+        # In place and in chunks: the hidden layer of a whole clip would determine the peak memory.
         for rows in x.flatten(0, 1).split(ROWS):
             rows.copy_(self.mlp(self.norm2(rows), residual=rows))
         return x, logits
 
 
 class PatchEmbed(nn.Module):
-    """Frames to patch tokens; a convolution whose stride is its kernel, so one matrix product, which is faster."""
+    """Frames to patch tokens; a convolution whose stride is its kernel size, computed as one matrix product."""
 
     def __init__(self, width: int, patch: int) -> None:
         super().__init__()
@@ -211,8 +212,7 @@ class PatchEmbed(nn.Module):
     def forward(self, frames: Tensor) -> Tensor:
         """[B, T, 3, H, W] to [B, T*N, D]."""
         p = self.proj.kernel_size[0]
-        cut = frames.unflatten(4, (-1, p)).unflatten(3, (-1, p))  # [B, T, 3, rows, p, cols, p]
-        pixels = cut.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)  # [B, T*N, 3*p*p]
+        pixels = rearrange(frames, "b t c (rows i) (cols j) -> b (t rows cols) (c i j)", i=p, j=p)
         return F.linear(pixels, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -220,14 +220,14 @@ class SpaceTimeTransformer(nn.Module):
     """The video network down to a depth.
 
     Args:
-        width: D.
-        hidden: width of the MLPs.
-        depth: blocks.
+        width: Channels of a token, D.
+        hidden: Width of the MLPs.
+        depth: Number of blocks.
         frames: T, temporal positions.
         patches: N, spatial positions.
-        patch: side of a patch in pixels.
-        eps: of the blocks' norms.
-        final_eps: of a norm after the last block; None leaves the tokens raw.
+        patch: Side of a patch in pixels.
+        eps: Epsilon of the blocks' norms.
+        final_eps: Epsilon of a norm after the last block; None leaves the tokens raw.
     """
 
     def __init__(
@@ -251,7 +251,7 @@ class SpaceTimeTransformer(nn.Module):
         self.norm = nn.LayerNorm(width, final_eps) if final_eps is not None else nn.Identity()
 
     def positions(self) -> Tensor:
-        """[1, S, D]: spatial + temporal position of every token; CLS has a spatial one alone."""
+        """[1, S, D]: spatial + temporal position of every token; CLS has only a spatial one."""
         grid = self.pos_embed[:, None, 1:] + self.temporal_embed[:, :, None]  # [1, T, N, D]
         return torch.cat([self.pos_embed[:, :1], grid.flatten(1, 2)], dim=1)
 
@@ -268,7 +268,7 @@ class SpaceTimeTransformer(nn.Module):
             frames: [B, T, 3, H, W], normalised.
 
         Returns:
-            Tokens [B, S, D] after the last block (and norm, where there is one), and CLS's mean logits [B, S] there.
+            Tokens [B, S, D] after the last block and the final norm (if any), and CLS's mean logits [B, S] there.
         """
         x = self.embed(frames)
         last = len(self.blocks) - 1

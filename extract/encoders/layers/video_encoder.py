@@ -1,10 +1,11 @@
-"""What every video network looks like from outside: frames in, `PatchTokens` out."""
+"""The interface of every video network: frames in, `PatchTokens` out."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,8 +20,13 @@ class VideoSizes:
     """Sizes of a checkpoint's video network, read from its tensors.
 
     Attributes:
-        width: D. hidden: of the MLPs. blocks: how many there are. fusion: first block that attends to text; equal to
-        `blocks` where none does. frames: temporal positions. patches: N. patch: side of a patch in pixels.
+        width: Channels of a token, D.
+        hidden: Width of the MLPs.
+        blocks: Number of blocks.
+        fusion: First block that attends to text; equal to `blocks` if none does.
+        frames: Number of temporal positions.
+        patches: N, patches of a frame.
+        patch: Side of a patch in pixels.
     """
 
     width: int
@@ -33,10 +39,10 @@ class VideoSizes:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "VideoSizes":
-        """Read them.
+        """Read the sizes from a checkpoint.
 
         Raises:
-            CheckpointError: a tensor they are read from is absent, or they make no such network.
+            CheckpointError: A tensor is missing, or the sizes do not fit a space-time transformer.
         """
         conv = checkpoint.shape("video_model.patch_embed.proj.weight")
         blocks = checkpoint.count(r"video_model\.blocks\.(\d+)\.")
@@ -65,10 +71,10 @@ class VideoSizes:
 
 
 def check_depth(depth: int, deepest: int, what: str, checkpoint: Checkpoint) -> None:
-    """Refuse a depth that the network does not have.
+    """Refuse a depth outside 1 to `deepest`; `what` explains the limit in the message.
 
     Raises:
-        CheckpointError: naming the depth and the deepest one.
+        CheckpointError: The depth is out of range.
     """
     if not 1 <= depth <= deepest:
         raise CheckpointError(f"{checkpoint.path}: depth is {depth}; expected 1 to {deepest}, {what}")
@@ -77,15 +83,15 @@ def check_depth(depth: int, deepest: int, what: str, checkpoint: Checkpoint) -> 
 def resize_time(temporal: Tensor, frames: int, fill: str) -> Tensor:
     """[1, T, D] temporal positions for `frames` frames, by the published rule.
 
-    Fewer frames take the first positions. More are interpolated with aligned corners (`fill` "interpolate", EgoVLPv2)
-    or left zero ("zeros", EgoVLP).
+    Fewer frames use the first positions. For more frames, positions are interpolated with aligned corners (`fill`
+    "interpolate", EgoVLPv2) or padded with zeros ("zeros", EgoVLP).
     """
     have = temporal.shape[1]
     if frames <= have:
         return temporal[:, :frames].clone()
     if fill == "zeros":
         return F.pad(temporal, (0, 0, 0, frames - have))
-    # Bilinear over [T, D] with D unchanged is linear over T.
+    # Bilinear interpolation over [T, D] with D unchanged is linear over T.
     return F.interpolate(temporal[None], (frames, temporal.shape[2]), mode="bilinear", align_corners=True)[0]
 
 
@@ -93,9 +99,13 @@ class VideoEncoder(nn.Module):
     """A frozen video network down to `depth`.
 
     Attributes:
-        grid: (rows, cols) of the patches of a frame. width: D. depth: blocks run. num_frames: T. size: side of the
-        input in pixels. coarse: M, coarse patches of a frame; None for a network without them.
-        coarse_width: E, their channels; None where they are D.
+        grid: (rows, cols) of the patches of a frame.
+        width: Channels of a token, D.
+        depth: Number of blocks that run.
+        num_frames: T, frames of a clip.
+        size: Side of the input in pixels.
+        coarse: M, coarse patches of a frame; None for a network without coarse patches.
+        coarse_width: E, channels of the coarse patches; None if they have D.
     """
 
     coarse: int | None = None
@@ -114,7 +124,7 @@ class VideoEncoder(nn.Module):
         self.eval().requires_grad_(False)
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> "VideoEncoder":
-        """Moving or casting the weights drops what was packed from them."""
+        """Drop the packed weights before the weights move or change their type."""
         self._packed = False
         for module in self.modules():
             if isinstance(module, Linear):
@@ -122,7 +132,7 @@ class VideoEncoder(nn.Module):
         return super()._apply(fn, recurse)
 
     def pack(self) -> None:
-        """Lay the weights out for the CPU that they are on; `forward` does so where nobody has."""
+        """Pack the weights for the CPU, as the first `forward` does too."""
         if not self._packed:
             for module in self.modules():
                 if isinstance(module, Linear):
@@ -140,19 +150,20 @@ class VideoEncoder(nn.Module):
             Tokens at `depth`, in the encoder's type; saliency [B, T, N] in float32 from the same block.
 
         Raises:
-            ValueError: another number of frames or another size than the encoder was loaded for.
+            ValueError: The number of frames or their size differs from what the encoder was loaded for.
         """
         self.check(frames)
         self.pack()
         x, logits = self.trunk(frames.to(self.trunk.pos_embed.dtype))
-        b, t, n = frames.shape[0], self.num_frames, self.grid[0] * self.grid[1]
-        return PatchTokens(x[:, 0], x[:, 1:].view(b, t, n, self.width), logits[:, 1:].reshape(b, t, n))
+        t = self.num_frames
+        patches = rearrange(x[:, 1:], "b (t n) d -> b t n d", t=t)
+        return PatchTokens(x[:, 0], patches, rearrange(logits[:, 1:], "b (t n) -> b t n", t=t))
 
     def check(self, frames: Tensor) -> None:
-        """Refuse frames of a shape that the encoder was not loaded for.
+        """Refuse frames whose shape the encoder was not loaded for.
 
         Raises:
-            ValueError: naming both shapes.
+            ValueError: The shape is wrong; the message gives both shapes.
         """
         expected = (self.num_frames, 3, self.size, self.size)
         if frames.ndim != 5 or tuple(frames.shape[1:]) != expected:
@@ -166,13 +177,13 @@ class VideoEncoder(nn.Module):
         """Joint video-text embedding of CLS tokens.
 
         Args:
-            cls: [B, D], as `forward` gives it at the last depth of the video-only path.
+            cls: [B, D], CLS of `forward` at the last depth of the video-only path.
 
         Returns:
             [B, P].
 
         Raises:
-            ValueError: the encoder stops before the last block, or runs the question-answering path.
+            ValueError: The encoder stops before the last block, or runs the question-answering path.
         """
         if self.projection is None:
             raise ValueError(

@@ -1,17 +1,13 @@
 """EgoVLP (Lin et al., NeurIPS 2022): space-time transformer and DistilBERT, joined only by their projections."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
 
-from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
+from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint
 from egopatch.extract.encoders.layers.spacetime import SpaceTimeTransformer
+from egopatch.extract.encoders.layers.text_encoder import TextEncoder
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder, VideoSizes, check_depth, resize_time
 from egopatch.extract.encoders.networks.network import Network, VideoOptions
-
-if TYPE_CHECKING:
-    from egopatch.extract.encoders.networks.text import TextEncoder
 
 EPS = 1e-6
 
@@ -20,11 +16,11 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> VideoEncoder:
     """The video network down to `options.depth`; the norm follows at the last block.
 
     Args:
-        checkpoint: of EgoVLP.
-        options: temporal positions that the checkpoint lacks are zero; there is one path.
+        checkpoint: Checkpoint of EgoVLP.
+        options: Temporal positions beyond the checkpoint's are zero. `path` has no effect.
 
     Raises:
-        CheckpointError: another network's checkpoint, a tensor missing or re-shaped, or no such depth.
+        CheckpointError: Another network's checkpoint, a tensor is missing or has the wrong shape, or no such depth.
     """
     checkpoint.require("egovlp")
     sizes = VideoSizes.of(checkpoint)
@@ -44,20 +40,9 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> VideoEncoder:
     return VideoEncoder(trunk, sizes, projection).to(options.dtype)
 
 
-def text_layers(checkpoint: Checkpoint) -> int:
-    """Layers of the text network.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    layers = checkpoint.count(r"text_model\.transformer\.layer\.(\d+)\.")
-    if not layers:
-        raise CheckpointError(f"{checkpoint.path}: has no DistilBERT layers under text_model.transformer.layer")
-    return layers
-
-
-def build_text(checkpoint: Checkpoint, depth: int) -> "TextEncoder":
+def build_text(checkpoint: Checkpoint, depth: int) -> TextEncoder:
     """The text network; see `extract.encoders.networks.text.build_distilbert`."""
+    # transformers takes seconds to import, and the video half does not need it.
     from egopatch.extract.encoders.networks import text
 
     return text.build_distilbert(checkpoint, depth)

@@ -1,17 +1,14 @@
 """EgoVLPv2 (Pramanick et al., ICCV 2023): space-time transformer and RoBERTa with fusion in the upper half of both."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
 
-from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
+from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint
+from egopatch.extract.encoders.layers.projection import projection_layers
 from egopatch.extract.encoders.layers.spacetime import SpaceTimeTransformer
+from egopatch.extract.encoders.layers.text_encoder import TextEncoder
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder, VideoSizes, check_depth, resize_time
 from egopatch.extract.encoders.networks.network import Network, VideoOptions
-
-if TYPE_CHECKING:
-    from egopatch.extract.encoders.networks.text import TextEncoder
 
 BLOCK_EPS = 1e-5
 FUSED_NORM_EPS = 1e-6
@@ -21,13 +18,13 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> VideoEncoder:
     """The video network down to `options.depth`.
 
     Args:
-        checkpoint: of EgoVLPv2, pretrained or fine-tuned.
-        options: temporal positions are interpolated where the checkpoint has fewer. The path `fused` starts from the
+        checkpoint: Checkpoint of EgoVLPv2, pretrained or fine-tuned.
+        options: Temporal positions are interpolated if the checkpoint has fewer. The path `fused` starts from the
             question-answering network's own CLS token and can run up to the first fused block; `dual` is the
             video-only network and ends with its norm at the last block.
 
     Raises:
-        CheckpointError: another network's checkpoint, a tensor missing or re-shaped, or no such depth.
+        CheckpointError: Another network's checkpoint, a tensor is missing or has the wrong shape, or no such depth.
     """
     checkpoint.require("egovlpv2")
     sizes = VideoSizes.of(checkpoint)
@@ -59,32 +56,9 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> VideoEncoder:
     return VideoEncoder(trunk, sizes, projection).to(options.dtype)
 
 
-def projection_layers(checkpoint: Checkpoint, name: str) -> nn.Sequential:
-    """The three-layer projection `name` into the joint space, unfilled.
-
-    Raises:
-        CheckpointError: the checkpoint has none.
-    """
-    joint, width = checkpoint.shape(f"{name}.0.weight")
-    return nn.Sequential(
-        nn.Linear(width, joint, bias=False), nn.ReLU(), nn.Linear(joint, joint), nn.ReLU(), nn.Linear(joint, joint)
-    )
-
-
-def text_layers(checkpoint: Checkpoint) -> int:
-    """Layers of the text network.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    layers = checkpoint.count(r"text_model\.encoder\.layer\.(\d+)\.")
-    if not layers:
-        raise CheckpointError(f"{checkpoint.path}: has no RoBERTa layers under text_model.encoder.layer")
-    return layers
-
-
-def build_text(checkpoint: Checkpoint, depth: int) -> "TextEncoder":
+def build_text(checkpoint: Checkpoint, depth: int) -> TextEncoder:
     """The text network; see `extract.encoders.networks.text.build_roberta`."""
+    # transformers takes seconds to import, and the video half does not need it.
     from egopatch.extract.encoders.networks import text
 
     return text.build_roberta(checkpoint, depth)

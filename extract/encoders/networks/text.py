@@ -1,10 +1,10 @@
-"""Text halves of the published networks, run by transformers with the checkpoint's own weights, and their tokenizers.
+"""Text networks, run by transformers with the checkpoint's own weights, and their tokenizers.
 
-Shape legend: B texts, L tokens, D channels, P width of the joint space.
+Shape legend: B texts, L tokens.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,62 +21,20 @@ from transformers import (
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
 from egopatch.extract.encoders.checkpoints.package import text_folder
+from egopatch.extract.encoders.layers.projection import TEXT_LAYERS, projection_layers, text_layers
 from egopatch.extract.encoders.layers.spacetime import HEAD_WIDTH
+from egopatch.extract.encoders.layers.text_encoder import TextEncoder, Tokenizer
 from egopatch.extract.encoders.layers.video_encoder import check_depth
-from egopatch.extract.encoders.networks import egovlp, egovlpv2
-
-Tokenizer = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
-
-
-class TextEncoder(nn.Module):
-    """A frozen text network down to `depth`.
-
-    Attributes:
-        width: D. depth: layers run.
-    """
-
-    def __init__(self, model: nn.Module, width: int, depth: int, projection: nn.Module | None) -> None:
-        super().__init__()
-        self.model = model
-        self.projection = projection
-        self.width = width
-        self.depth = depth
-        self.eval().requires_grad_(False)
-
-    @torch.inference_mode()
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Encode texts.
-
-        Args:
-            input_ids: [B, L] long.
-            attention_mask: [B, L], nonzero on tokens.
-
-        Returns:
-            [B, L, D], states after layer `depth`.
-        """
-        return self.model(input_ids=input_ids, attention_mask=attention_mask.long()).last_hidden_state
-
-    @torch.inference_mode()
-    def project(self, first: Tensor) -> Tensor:
-        """[B, D] states of the first token at the last layer, to the joint space [B, P].
-
-        Raises:
-            ValueError: the encoder stops before the last layer.
-        """
-        if self.projection is None:
-            raise ValueError(f"project has no meaning at depth {self.depth}; load the text encoder with its full depth")
-        return self.projection(first)
 
 
 def build_roberta(checkpoint: Checkpoint, depth: int) -> TextEncoder:
     """EgoVLPv2's and MFAS's text network, without video: layers 0 to depth - 1.
 
     Raises:
-        CheckpointError: another network's checkpoint, a tensor missing or re-shaped, or no such depth.
+        CheckpointError: Another network's checkpoint, a tensor is missing or has another shape, or no such depth.
     """
     checkpoint.require("egovlpv2", "mfas")
-    layers = egovlpv2.text_layers(checkpoint)
-    check_depth(depth, layers, "the number of its text layers", checkpoint)
+    layers = _layers_for(depth, checkpoint)
     vocabulary, width = checkpoint.shape("text_model.embeddings.word_embeddings.weight")
     positions = checkpoint.shape("text_model.embeddings.position_embeddings.weight")[0]
     config = RobertaConfig(
@@ -91,11 +49,9 @@ def build_roberta(checkpoint: Checkpoint, depth: int) -> TextEncoder:
     )
     with torch.device("meta"):
         model = RobertaModel(config, add_pooling_layer=False)
-        projection = egovlpv2.projection_layers(checkpoint, "txt_proj") if depth == layers else None
+        projection = projection_layers(checkpoint, "txt_proj") if depth == layers else None
     checkpoint.fill(model, "text_model.")
-    # Buffers that are in no checkpoint.
-    model.embeddings.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)
-    model.embeddings.register_buffer("token_type_ids", torch.zeros(1, positions, dtype=torch.long), persistent=False)
+    _fill_buffers(model, positions)
     if projection is not None:
         checkpoint.fill(projection, "txt_proj.")
     return TextEncoder(model, width, depth, projection)
@@ -105,11 +61,10 @@ def build_distilbert(checkpoint: Checkpoint, depth: int) -> TextEncoder:
     """EgoVLP's text network: layers 0 to depth - 1.
 
     Raises:
-        CheckpointError: another network's checkpoint, a tensor missing or re-shaped, or no such depth.
+        CheckpointError: Another network's checkpoint, a tensor is missing or has another shape, or no such depth.
     """
     checkpoint.require("egovlp")
-    layers = egovlp.text_layers(checkpoint)
-    check_depth(depth, layers, "the number of its text layers (text.depth)", checkpoint)
+    layers = _layers_for(depth, checkpoint)
     vocabulary, width = checkpoint.shape("text_model.embeddings.word_embeddings.weight")
     positions = checkpoint.shape("text_model.embeddings.position_embeddings.weight")[0]
     config = DistilBertConfig(
@@ -135,12 +90,12 @@ def build_bert(checkpoint: Checkpoint, depth: int) -> TextEncoder:
     """A BERT network as transformers writes it: layers 0 to depth - 1.
 
     Args:
-        checkpoint: `model.safetensors` of a folder that has its `config.json` beside it.
-        depth: layers to run.
+        checkpoint: `model.safetensors` in a folder with the network's `config.json`.
+        depth: Number of layers to run.
 
     Raises:
-        CheckpointError: another network's checkpoint, a config that is no BERT's, a tensor missing or re-shaped, or no
-            such depth.
+        CheckpointError: Another network's checkpoint, the config of another network, a tensor is missing or has
+            another shape, or no such depth.
     """
     checkpoint.require("bert")
     beside = checkpoint.path.with_name("config.json")
@@ -148,30 +103,46 @@ def build_bert(checkpoint: Checkpoint, depth: int) -> TextEncoder:
         config = BertConfig.from_dict({**json.loads(beside.read_text()), "num_hidden_layers": depth})
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{beside}: not the config of a BERT network ({' '.join(str(error).split())})") from error
-    layers = checkpoint.count(r"encoder\.layer\.(\d+)\.")
-    check_depth(depth, layers, "the number of its text layers (text.depth)", checkpoint)
+    _layers_for(depth, checkpoint)
     with torch.device("meta"):
         model = BertModel(config, add_pooling_layer=False)
     checkpoint.fill(model)
-    # Buffers that are in no checkpoint.
-    positions = config.max_position_embeddings
+    _fill_buffers(model, config.max_position_embeddings)
+    return TextEncoder(model, config.hidden_size, depth, None)
+
+
+def _fill_buffers(model: RobertaModel | BertModel, positions: int) -> None:
+    """Fill the buffers that checkpoints leave out."""
     model.embeddings.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)
     model.embeddings.register_buffer("token_type_ids", torch.zeros(1, positions, dtype=torch.long), persistent=False)
-    return TextEncoder(model, config.hidden_size, depth, None)
+
+
+def _layers_for(depth: int, checkpoint: Checkpoint) -> int:
+    """Number of text layers in the checkpoint, of which the first `depth` will run.
+
+    Raises:
+        CheckpointError: The checkpoint has fewer than `depth`, or none.
+    """
+    layers = text_layers(checkpoint)
+    if not layers:
+        root = TEXT_LAYERS[checkpoint.network or ""]
+        raise CheckpointError(f"{checkpoint.path}: has no text layers; expected tensors under {root}")
+    check_depth(depth, layers, "the number of its text layers (text.depth)", checkpoint)
+    return layers
 
 
 def load_tokenizer(model: str, max_length: int = 30) -> Tokenizer:
     """The tokenizer of a text network.
 
     Args:
-        model: a local folder, a name on the hub, or the name of a package (see `extract.encoders.checkpoints.package`).
-        max_length: L; questions are padded or cut to it.
+        model: A local folder, a name on the hub, or the name of a package (see `extract.encoders.checkpoints.package`).
+        max_length: L, the length that texts are padded or cut to.
 
     Returns:
-        A function from texts to input ids [B, L] and attention mask [B, L] (bool); it lower-cases, as published.
+        A function from texts to input ids [B, L] and attention mask [B, L] (bool). It lower-cases, as published.
 
     Raises:
-        ConfigError: no tokenizer is there; the message names `text.model`.
+        ConfigError: `text.model` names no tokenizer.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(text_folder(model))

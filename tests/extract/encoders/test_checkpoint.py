@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from egopatch.extract.encoders import load_video_encoder
 from egopatch.extract.encoders.checkpoints.checkpoint import CheckpointError, load_checkpoint
-from egopatch.extract.encoders.inspection import inspect
+from egopatch.extract.encoders.inspection import inspect_checkpoint
 from tests.extract.encoders.networks import CONTAINERS, tiny, write_container
 
 
@@ -91,7 +91,7 @@ def test_files_from_before_the_zip_format(tmp_path: Path) -> None:
 def test_one_name_with_and_without_module_is_refused(tmp_path: Path, names: tuple[str, str]) -> None:
     path = tmp_path / "both.pth"
     torch.save({"state_dict": {name: torch.full((2,), float(n)) for n, name in enumerate(names)}}, path)
-    with pytest.raises(CheckpointError, match=r"both\.pth: holds both 'a' and 'module\.a', which are one name"):
+    with pytest.raises(CheckpointError, match=r"both\.pth: holds both 'a' and 'module\.a', which name the same tensor"):
         load_checkpoint(path)
 
 
@@ -116,20 +116,20 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
     ):
         load_video_encoder("egovlpv2", path)
     with pytest.raises(
-        CheckpointError, match="its tensors are of no published network; expected EgoVLP, EgoVLPv2, MFAS"
+        CheckpointError, match="its tensors belong to none of the published networks; expected EgoVLP, EgoVLPv2, MFAS"
     ):
-        inspect(path)
+        inspect_checkpoint(path)
 
 
 def test_missing_and_reshaped_tensors_are_named(tmp_path: Path) -> None:
     whole = dict(tiny(tmp_path).tensors)
     path = tmp_path / "partial.pth"
     torch.save({k: v for k, v in whole.items() if "blocks.1." not in k}, path)
-    with pytest.raises(CheckpointError, match=r"lacks video_model\.blocks\.1\.\S+, .* and 14 more"):
+    with pytest.raises(CheckpointError, match=r"is missing video_model\.blocks\.1\.\S+, .* and 14 more"):
         load_video_encoder("egovlpv2", path, 3, 2)
     torch.save(whole | {"video_model.blocks.1.mlp.fc2.bias": torch.ones(5)}, path)
-    with pytest.raises(CheckpointError, match=r"re-shaped: video_model\.blocks\.1\.mlp\.fc2\.bias is \(5,\), expected"):
+    with pytest.raises(CheckpointError, match=r"wrong shape: video_model\.blocks\.1\.mlp\.fc2\.bias is \(5,\), expe"):
         load_video_encoder("egovlpv2", path, 3, 2)
-    found = inspect(path)
+    found = inspect_checkpoint(path)
     assert found.reshaped == ("video_model.blocks.1.mlp.fc2.bias: (5,), expected (128,)",)
     assert not found.complete

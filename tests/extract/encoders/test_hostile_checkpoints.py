@@ -60,7 +60,7 @@ def test_unknown_class_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_damaged_files_are_refused(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"file{suffix}"
-    with pytest.raises(CheckpointError, match=r"no such checkpoint file; give encoder\.checkpoint the path of one"):
+    with pytest.raises(CheckpointError, match=r"does not exist; set encoder\.checkpoint to the path of a"):
         load_checkpoint(path)
     path.write_bytes(b"")
     with pytest.raises(CheckpointError, match="the file is empty; download it again"):
@@ -77,7 +77,7 @@ def test_damaged_files_are_refused(tmp_path: Path, suffix: str) -> None:
         path.write_bytes(whole[:keep])
         with pytest.raises(CheckpointError, match="file"):
             load_checkpoint(path)
-    with pytest.raises(CheckpointError, match=r"a folder; give encoder\.checkpoint the path of a file in it"):
+    with pytest.raises(CheckpointError, match=r"is a folder; set encoder\.checkpoint to the path of a file in it"):
         load_checkpoint(tmp_path)
 
 
@@ -145,7 +145,7 @@ def test_old_file_that_claims_more_than_it_has(tmp_path: Path, numel: int) -> No
     honest = path.read_bytes()
     assert honest.count(b"K\x04") >= 2  # of the storage and of the shape
     path.write_bytes(honest.replace(b"K\x04", b"\x8a\x06" + numel.to_bytes(6, "little")))
-    with pytest.raises(CheckpointError, match=r"huge\.pth: damaged or no PyTorch checkpoint"):
+    with pytest.raises(CheckpointError, match=r"huge\.pth: damaged or not a PyTorch checkpoint"):
         load_checkpoint(path)
 
 

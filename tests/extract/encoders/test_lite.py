@@ -231,10 +231,10 @@ def test_other_weights_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match="EfficientNet-Lite0 checkpoint was found where EgoVLPv2 is expected"):
         load_video_encoder("egovlpv2", checkpoint)
     lacking = {name: t for name, t in checkpoint.tensors.items() if name != "_blocks.3._bn1.running_var"}
-    with pytest.raises(CheckpointError, match=r"no tensor '_blocks\.3\._bn1\.running_var', which is needed"):
+    with pytest.raises(CheckpointError, match=r"no tensor '_blocks\.3\._bn1\.running_var', which the network needs"):
         load_video_encoder("lite", Checkpoint(checkpoint.path, "bare", lacking), depth=11)
     odd = {**checkpoint.tensors, "_conv_stem.weight": torch.ones(3)}
-    with pytest.raises(CheckpointError, match=r"re-shaped: _conv_stem\.weight is \(3,\), expected \(32, 3, 3, 3\)"):
+    with pytest.raises(CheckpointError, match=r"wrong shape: _conv_stem\.weight is \(3,\), expected \(32, 3, 3, 3\)"):
         load_video_encoder("lite", Checkpoint(checkpoint.path, "bare", odd), depth=11)
     with pytest.raises(ConfigError, match=f"text.model is 'roberta-base'; encoder.arch lite takes {MINILM.name}"):
         open_text_checkpoint("lite", checkpoint, "roberta-base")

@@ -76,7 +76,8 @@ def test_an_unknown_network_is_one_line(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize("arch", ["egovlp", "egovlpv2", "mfas"])
 def test_published_networks_need_a_checkpoint(arch: str) -> None:
     with pytest.raises(
-        ConfigError, match=f"encoder.checkpoint is not set, and no package has the weights of {arch}: give their path"
+        ConfigError,
+        match=f"encoder.checkpoint is not set, and no package provides the weights of {arch}; set it to the path",
     ):
         open_checkpoint(arch, None)
 

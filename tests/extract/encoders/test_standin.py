@@ -55,7 +55,7 @@ def test_tokens_tell_colours_and_places_apart(tmp_path: Path) -> None:
     [
         ({"arch": "mfas"}, "arch is 'mfas'; expected egovlp or egovlpv2"),
         ({"width": 100}, "width is 100; expected a multiple of 64"),
-        ({"size": 100}, "size is 100; expected a multiple of the patch, 16"),
+        ({"size": 100}, "size is 100; expected a multiple of patch, 16"),
         ({"fusion": 5}, "fusion is 5; expected 1 to depth, 4"),
         ({"texts": ()}, "texts is empty"),
     ],
