@@ -336,4 +336,4 @@ def test_commands_and_exit_codes(tiny: Config, tmp_path: Path, capsys: pytest.Ca
         == 1
     )
     assert main(["fitt"]) == 2
-    assert "'fitt' is no command; expected one of fit, evaluate" in capsys.readouterr().err
+    assert "unknown command 'fitt'; choose one of fit, evaluate" in capsys.readouterr().err

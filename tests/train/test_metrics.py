@@ -248,7 +248,7 @@ def test_the_released_way_needs_an_answer_set(tmp_path: Path, capsys: pytest.Cap
     assert main(args) == 0
     out, note = capsys.readouterr()
     assert json.loads(out)["all"]["n"] == 20
-    assert "not compared in the released way" in note
+    assert "no scores under the released matching rule" in note
     assert main([*args, "--compare", "released"]) == 2
     assert "has neither answer_set.txt nor training questions" in capsys.readouterr().err
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from egopatch.configs.schema import Config
+
 BLIND = ("majority", "question-only")
 PUBLISHED = ("egovlp", "egovlpv2", "mfas")
 OURS = ("psa",)
@@ -146,6 +148,11 @@ class Results:
     def splits(self) -> tuple[str, ...]:
         """Splits that have rows, direct first."""
         return tuple(dict.fromkeys(row.split for row in self.rows))
+
+
+def table_folder(config: Config) -> Path:
+    """The folder whose runs `table` and `report` gather, and into which they write: `run.table`."""
+    return config.run.dir.parent if config.run.table is None else config.run.table
 
 
 def gather(folder: Path) -> Results:

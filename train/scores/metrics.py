@@ -78,6 +78,14 @@ class Metrics:
         return rows + [(f"tag {tag}", accuracy) for tag, accuracy in self.tags.items()]
 
 
+def headline(metrics: Metrics) -> str:
+    """One line: the accuracies over open, binary and all questions, each with its count."""
+    groups = {"open": metrics.open, "binary": metrics.binary, "all": metrics.all}
+    return ", ".join(
+        f"{name} {one.accuracy:.2f} (n {one.n})" for name, one in groups.items() if one.accuracy is not None
+    )
+
+
 def lines(metrics: Metrics, released: Metrics | None = None) -> list[str]:
     """For people: one line a figure, with the released way of comparing and the difference beside it if given."""
     rows = metrics.rows()

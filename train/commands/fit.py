@@ -1,0 +1,29 @@
+"""`train fit`: train a head and evaluate its best epoch on test."""
+
+import sys
+from collections.abc import Sequence
+
+from egopatch.configs.schema import ConfigParser, add_config_arguments, parse_config
+
+
+def main(parser: ConfigParser, args: Sequence[str]) -> int:
+    """Train the head and print its accuracies on test; returns 130 after a signal."""
+    add_config_arguments(parser)
+    config, _ = parse_config(parser, args)
+    # Imported here to save start-up time: a wrong option is reported before torch is imported.
+    from egopatch.train.fitting.experiment import pick_device
+    from egopatch.train.fitting.fit import fit
+    from egopatch.train.processes.distributed import join
+    from egopatch.train.processes.stopping import INTERRUPTED, Stopped
+    from egopatch.train.scores.metrics import headline
+
+    with join(cuda=pick_device(config.train.device).type == "cuda") as ranks:
+        try:
+            metrics = fit(config, " ".join(["python -m train fit", *args]), ranks)
+        except Stopped as stopped:
+            if ranks.first:
+                print(f"train fit: {stopped}", file=sys.stderr)
+            return INTERRUPTED
+        name, split = config.head.name, config.data.split
+        ranks.print_once(f"{config.run.dir}: {name} on the {split} test questions: {headline(metrics)}")
+    return 0

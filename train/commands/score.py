@@ -1,0 +1,89 @@
+"""`train score`: metrics of any system's answers."""
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from egopatch.configs.schema import ConfigError, ConfigParser
+from egopatch.extract.datasets import Question, egotaskqa, jsonl
+from egopatch.extract.datasets.records import Part, answer_vocabulary
+from egopatch.train.scores.metrics import difference, lines, read_predictions, same_as_released, score
+
+
+@dataclass(frozen=True)
+class QuestionFile:
+    """A file of questions, and what its folder or its name tells about them.
+
+    Attributes:
+        questions: The questions to score.
+        vocabulary: The answer set; None if the folder has none.
+        split: `direct` or `indirect`; None if neither the folder nor the file is named after one.
+    """
+
+    questions: tuple[Question, ...]
+    vocabulary: tuple[str, ...] | None
+    split: str | None
+
+
+def main(parser: ConfigParser, args: Sequence[str]) -> int:
+    """Score the answers and print the metrics."""
+    parser.add_argument(
+        "--questions", type=Path, required=True, help="EgoTaskQA annotation file, or .jsonl file of your own questions"
+    )
+    parser.add_argument(
+        "--predictions", type=Path, required=True, help='JSON lines, one per question: {"question_id", "answer"}'
+    )
+    parser.add_argument(
+        "--split",
+        type=str | None,
+        default=None,
+        help="also report accuracy over the questions with this tag; default: direct or indirect, if the folder or "
+        "the file is named after it",
+    )
+    parser.add_argument(
+        "--part", type=Literal["train", "val", "test"], default="test", help="part of a .jsonl file to score"
+    )
+    parser.add_argument(
+        "--compare",
+        type=Literal["lower-cased", "released"],
+        default="lower-cased",
+        help="matching rule of the JSON output; the difference under the other rule goes to standard error",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(list(args))
+    file = read_question_file(options.questions, options.part)
+    split = options.split or file.split
+    answers = read_predictions(options.predictions, file.questions)
+    metrics = score(file.questions, answers, split)
+    if file.vocabulary is None and any(question.encoded is None for question in file.questions):
+        released = None
+        missing = f"{options.questions.parent} has neither answer_set.txt nor training questions"
+        if options.compare == "released":
+            raise ConfigError(f"--compare is 'released', but {missing}; put one of them there, or omit --compare")
+        print(f"train score: no scores under the released matching rule: {missing}", file=sys.stderr)
+    else:
+        released = score(file.questions, answers, split, same_as_released(file.vocabulary or ()))
+    if options.json:
+        chosen = released if options.compare == "released" and released is not None else metrics
+        print(json.dumps(chosen.as_json(), indent=2))
+        if released is not None:  # on standard error, because the layout of the JSON is fixed
+            print(f"train score: {difference(metrics, released)}", file=sys.stderr)
+    else:
+        print("\n".join(lines(metrics, released)))
+    return 0
+
+
+def read_question_file(path: Path, part: Part) -> QuestionFile:
+    """Read a file of questions; of a .jsonl file those of `part`."""
+    if path.suffix == ".jsonl":
+        parts = jsonl.read_questions(path)
+        vocabulary = answer_vocabulary([question.spelling for question in parts["train"]])
+        return QuestionFile(parts[part], vocabulary, None)
+    folder = path.resolve().parent
+    words = re.split("[^a-z]+", f"{folder.name} {path.stem}")
+    split = next((word for word in words if word in egotaskqa.SPLITS), None)
+    return QuestionFile(egotaskqa.read_questions(path), egotaskqa.read_answers(folder), split)

@@ -1,0 +1,36 @@
+"""`train sweep`: train many settings of a head on one reading of the features."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from egopatch.configs.schema import ConfigError, ConfigParser, add_config_arguments, parse_config
+
+
+def main(parser: ConfigParser, args: Sequence[str]) -> int:
+    """Train every run of the sweep and print where the results are; returns 130 after a signal."""
+    parser.add_argument("--ratios", type=float, nargs="+", default=None, help="values of head.ratio to train")
+    parser.add_argument("--seeds", type=int, nargs="+", default=None, help="values of train.seed to train")
+    parser.add_argument(
+        "--grid", type=Path | None, default=None, help="YAML file with lines such as head.dropout: [0.0, 0.1]"
+    )
+    parser.add_argument("--name", type=str | None, default=None, help="name of the sweep's folder")
+    add_config_arguments(parser)
+    config, options = parse_config(parser, args)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "torchrun cannot start a sweep; start the command once per machine or GPU instead, as in "
+            "CUDA_VISIBLE_DEVICES=1 python -m train sweep ...: each process trains the runs that no other one holds"
+        )
+    # Imported here to save start-up time: a wrong option is reported before torch is imported.
+    from egopatch.train.processes.stopping import INTERRUPTED, Stopped
+    from egopatch.train.sweeps.sweep import run_sweep
+
+    command = " ".join(["python -m train sweep", *args])
+    try:
+        print(run_sweep(config, options.ratios, options.seeds, options.grid, options.name, command))
+    except Stopped as stopped:
+        print(f"train sweep: {stopped}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
