@@ -237,7 +237,7 @@ def test_baselines_alone_make_a_report(tmp_path: Path, made: tuple[Config, Path]
 
 
 def test_reading_results_never_imports_the_decoder() -> None:
-    code = "import sys, train.report, train.table; sys.exit('av' in sys.modules)"
+    code = "import sys, egopatch.train.report.page, egopatch.train.report.table; sys.exit('av' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -37,7 +37,7 @@ def test_better_blind_and_tags(tmp_path: Path) -> None:
     rows = gather(tmp_path).rows
     blind = better_blind(rows)
     assert blind is not None
-    assert blind.model == "question-only"
+    assert blind.label == "question-only"
     lines = tag_lines(rows)
     assert [(line.family, line.tag, line.n) for line in lines] == [
         ("scope", "world", 5),

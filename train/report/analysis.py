@@ -155,7 +155,7 @@ def gain(
         difference = np.array([ours[1].share[q] - other[1].share[q] for q in shared])
         interval = paired_interval(difference, [questions.by_id[q].clip_id for q in shared])
     low, high = interval or (None, None)
-    return Gain(other[0].model, mean - base, low, high)
+    return Gain(other[0].label, mean - base, low, high)
 
 
 def paired_interval(difference: np.ndarray, clips: Sequence[str], seed: int = 0) -> tuple[float, float] | None:
@@ -200,7 +200,7 @@ def tag_lines(rows: Sequence[Row]) -> list[TagLine]:
             values = [run.tags[tag].accuracy for run in row.runs if tag in run.tags]
             present = [value for value in values if value is not None]
             if present:
-                accuracy[row.model] = float(np.mean(present))
+                accuracy[row.label] = float(np.mean(present))
         n = max(run.tags[tag].n for row in rows for run in row.runs if tag in run.tags)
         lines.append(TagLine(family_of.get(tag, "other"), tag, n, accuracy))
     return lines
@@ -221,7 +221,7 @@ def selections(
     found: dict[str, tuple[Selection, Mapping[str, str]]] = {}
     places = [(ratio_label(row), row.best.dir)]
     for sweep in sweeps:
-        if sweep.split == row.split and sweep.model == row.system:
+        if sweep.split == row.split and sweep.system == row.system:
             members = sorted((m for m in sweep.members if not m.setting), key=lambda m: (m.ratio, m.seed))
             places += [(f"{m.ratio:g}", m.dir) for m in members if m.dir and (m.dir / "selection.npz").exists()]
     for label, folder in places:
@@ -262,13 +262,13 @@ def build_examples(
     result = []
     for (kind, _), question, (pictures, missing) in zip(chosen, asked, shown):
         answers = [
-            examples.Answer(label.model, c.answers.get(question.question_id), c.right.get(question.question_id, False))
-            for label, c in (ours, *others)
+            examples.Answer(other.label, c.answers.get(question.question_id), c.right.get(question.question_id, False))
+            for other, c in (ours, *others)
         ]
         steps = [
             step
             for label, (selection, predictions) in kept.items()
-            if (step := _step(label, selection, predictions, question, row.model, grid)) is not None
+            if (step := _step(label, selection, predictions, question, row.label, grid)) is not None
         ]
         steps.sort(key=lambda step: float(step.label))
         result.append(examples.Example(kind, question, pictures, missing, tuple(steps), tuple(answers)))
@@ -280,7 +280,7 @@ def _step(
     selection: Selection,
     predictions: Mapping[str, str],
     question: Question,
-    model: str,
+    system: str,
     grid: tuple[int, int],
 ) -> examples.Step | None:
     index = selection.rows.get(question.question_id)
@@ -290,4 +290,4 @@ def _step(
     overlays = tuple(examples.overlay(kept[t], grid) for t in examples.shown_frames(len(kept)))
     given = predictions.get(question.question_id)
     right = given is not None and same_answer(given, question.answer)
-    return examples.Step(label, overlays, examples.Answer(model, given, right))
+    return examples.Step(label, overlays, examples.Answer(system, given, right))

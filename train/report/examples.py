@@ -33,7 +33,7 @@ _JPEG_QUALITY = 82
 class Answer:
     """What one system answered."""
 
-    model: str
+    system: str
     text: str | None
     right: bool
 

@@ -83,7 +83,7 @@ def _facts(path: str, runs: Sequence[Run]) -> StoreFacts:
         fields = run.card["fingerprint"]
         theirs = Fingerprint(fields.get("fields", fields))
         lines = theirs.differences(here, "run used", "store has")
-        differences |= dict.fromkeys(f"{run.model} {run.split}: {line}" for line in lines)
+        differences |= dict.fromkeys(f"{run.system} {run.split}: {line}" for line in lines)
     return StoreFacts(
         path,
         format=store.format,

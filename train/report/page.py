@@ -127,17 +127,17 @@ def _split_page(
 ) -> SplitPage:
     rows = results.split(split)
     # Rows of further settings carry a longer label; the one called plainly `psa` is the system of the table.
-    ours = next((row for row in rows if row.model == _OURS), None)
+    ours = next((row for row in rows if row.label == _OURS), None)
     questions, right = _judge(config, split, rows, problems)
     examples: list[Example] = []
     shared, kept_share, patches = None, 0.0, grid[0] * grid[1]
-    if ours is not None and questions is not None and (own := right.get(ours.model)) is not None:
+    if ours is not None and questions is not None and (own := right.get(ours.label)) is not None:
         kept, faults = report_analysis.selections(ours, sweeps, questions)
         problems.extend(faults)
         if chosen := kept.get(report_analysis.ratio_label(ours)):
             kept_share = chosen[0].kept.shape[2] / patches
             shared = chosen[0].shared({q: asked.clip_id for q, asked in questions.by_id.items()}, patches)
-        others = [(row, right[row.model]) for row in rows if row is not ours and row.model in right]
+        others = [(row, right[row.label]) for row in rows if row is not ours and row.label in right]
         examples = report_analysis.build_examples(config, questions, (ours, own), others, kept, grid)
         missing = dict.fromkeys(example.missing for example in examples if example.missing)
         problems.extend(f"no picture: {reason}" for reason in missing)
@@ -170,8 +170,8 @@ def _judge(
     right = {}
     for row in rows:
         try:
-            right[row.model] = report_analysis.correctness(row, questions)
-            if fault := report_analysis.recount(row, right[row.model]):
+            right[row.label] = report_analysis.correctness(row, questions)
+            if fault := report_analysis.recount(row, right[row.label]):
                 problems.append(fault)
         except SourceError as error:
             problems.append(str(error))
@@ -184,9 +184,9 @@ def _gains(
     if ours is None:
         return []
     blind = report_analysis.better_blind(rows)
-    others = [row for row in rows if row is blind or (row.system in PUBLISHED and row.model == row.system)]
-    pairs = ((row, right.get(row.model)) for row in others)
-    gains = (report_analysis.gain((ours, right.get(ours.model)), pair, questions) for pair in pairs)
+    others = [row for row in rows if row is blind or (row.system in PUBLISHED and row.label == row.system)]
+    pairs = ((row, right.get(row.label)) for row in others)
+    gains = (report_analysis.gain((ours, right.get(ours.label)), pair, questions) for pair in pairs)
     return [gain for gain in gains if gain is not None]
 
 
@@ -212,7 +212,7 @@ def _figures(
         drawn["curves"] = plots.draw_curves(logs)
     maps, shares = {}, {}
     for row in results.rows:
-        if row.model != _OURS:
+        if row.label != _OURS:
             continue
         try:
             selection = read_selection(row.best.dir / "selection.npz")
@@ -237,14 +237,14 @@ def _references(results: Results, split: str) -> dict[str, float]:
     """Level lines of the ratio plot: the better blind baseline and the published systems."""
     rows = results.split(split)
     blind = report_analysis.better_blind(rows)
-    shown = [row for row in rows if row is blind or (row.system in PUBLISHED and row.model == row.system)]
-    return {row.model: mean for row in shown if (mean := row.mean("all")) is not None}
+    shown = [row for row in rows if row is blind or (row.system in PUBLISHED and row.label == row.system)]
+    return {row.label: mean for row in shown if (mean := row.mean("all")) is not None}
 
 
 def _logs(results: Results, problems: list[str]) -> dict[str, dict[str, TrainingLog]]:
     logs: dict[str, dict[str, TrainingLog]] = {}
     for row in results.rows:
-        if row.best.log is None or row.model != row.system:
+        if row.best.log is None or row.label != row.system:
             continue
         try:
             log = read_log(row.best.log)
@@ -252,7 +252,7 @@ def _logs(results: Results, problems: list[str]) -> dict[str, dict[str, Training
             problems.append(str(error))
             continue
         if len(log.steps) > 1 or len(log.epochs) > 1:
-            logs.setdefault(row.split, {})[row.model] = log
+            logs.setdefault(row.split, {})[row.label] = log
     return logs
 
 

@@ -53,7 +53,7 @@ def draw_table(results: Results) -> Figure:
             axis.annotate(
                 f"{mean:.2f}", (max(row.values("all")), y), (4, 0), textcoords="offset points", va="center", size=8
             )
-        axis.set_yticks(range(len(rows)), [row.model for row, _ in rows])
+        axis.set_yticks(range(len(rows)), [row.label for row, _ in rows])
         axis.invert_yaxis()
         axis.set_xlim(0, max((mean for _, mean in rows), default=1) * 1.18)
         axis.set_xlabel("accuracy, all test questions (%)")
@@ -81,7 +81,7 @@ def draw_ratio(sweeps: Sequence[Sweep], references: Mapping[str, Mapping[str, fl
             curve = sweep.curve(setting)
             ratios = [point.ratio for point in curve]
             colour = _CYCLE[index % len(_CYCLE)]
-            label = setting or (sweep.model if len(lines) == 1 else f"{sweep.model}, {sweep.name}")
+            label = setting or (sweep.system if len(lines) == 1 else f"{sweep.system}, {sweep.name}")
             if any(point.interval or point.sd is not None for point in curve):
                 low, high = zip(*map(_band, curve))
                 axis.fill_between(ratios, low, high, color=colour, alpha=0.18, linewidth=0)
@@ -114,7 +114,7 @@ def draw_settings(sweep: Sweep) -> Figure:
     axis.invert_yaxis()
     axis.margins(x=0.12, y=0.15)
     axis.set_xlabel("accuracy, all test questions (%)")
-    axis.set_title(f"{sweep.model}, {sweep.split}")
+    axis.set_title(f"{sweep.system}, {sweep.split}")
     axis.grid(axis="y", visible=False)
     axis.tick_params(axis="y", length=0)
     return figure

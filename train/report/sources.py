@@ -83,7 +83,7 @@ class Sweep:
     """
 
     name: str
-    model: str
+    system: str
     split: str
     members: tuple[SweepMember, ...]
     intervals: Mapping[tuple[str, float], tuple[float, float]] = field(default_factory=dict)

@@ -34,7 +34,7 @@ def record(row: Row, folder: Path) -> dict[str, Any]:
     """One entry of `table.json`."""
     numbers = {part: None if (mean := row.mean(part)) is None else round(mean, 2) for part in COLUMNS}
     return {
-        "model": row.model,
+        "model": row.label,
         "split": row.split,
         **numbers,
         "n": row.n("all"),
@@ -56,8 +56,8 @@ def markdown(results: Results) -> str:
                 f"[{path.name}](<{_relative(path, results.folder)}>)" if path else "–"
                 for path in (row.best.checkpoint, row.best.log)
             ]
-            lines.append("| " + " | ".join([_escape(row.model), *cells, *links]) + " |")
-        tagged = [f"{_escape(row.model)} {cell(row, 'split_tag')}" for row in rows if row.mean("split_tag") is not None]
+            lines.append("| " + " | ".join([_escape(row.label), *cells, *links]) + " |")
+        tagged = [f"{_escape(row.label)} {cell(row, 'split_tag')}" for row in rows if row.mean("split_tag") is not None]
         if tagged:
             n = rows[0].n("split_tag")
             lines += ["", f"All over the {n:,} questions tagged `{split}` alone: {', '.join(tagged)}."]
@@ -78,7 +78,7 @@ def cell(row: Row, part: str) -> str:
 
 def question_counts(rows: Sequence[Row]) -> str:
     """How many questions the numbers of one split are over; says so where the rows disagree."""
-    counts = {tuple(row.n(part) for part in ("all", "open", "binary")): row.model for row in rows}
+    counts = {tuple(row.n(part) for part in ("all", "open", "binary")): row.label for row in rows}
     texts = [f"n = {a:,} questions: {o:,} open, {b:,} binary" for a, o, b in counts]
     if len(texts) == 1:
         return texts[0] + "."
@@ -91,13 +91,13 @@ def notices(results: Results) -> list[str]:
     """What must be said beside the numbers: random stand-in weights, a synthetic set. Taken from the model cards."""
     cards = [run.card for row in results.rows for run in row.runs]
     found = []
-    random = dict.fromkeys(r.model for r in results.rows if r.system != "majority" and is_standin(r.best.card))
+    random = dict.fromkeys(r.label for r in results.rows if r.system != "majority" and is_standin(r.best.card))
     if random:
         found.append(
             f"The encoder's weights are random stand-ins, not the published ones, in {', '.join(random)}: "
             "these numbers show that the pipeline works, not how good the published network is."
         )
-    lite = dict.fromkeys(r.model for r in results.rows if _option(r.best.card, "encoder", "arch") == "lite")
+    lite = dict.fromkeys(r.label for r in results.rows if _option(r.best.card, "encoder", "arch") == "lite")
     if lite:
         names = ", ".join(lite)
         found.append(f"Real pretrained weights (ImageNet, MiniLM), not trained on this set, encode for {names}.")

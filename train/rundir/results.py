@@ -47,7 +47,7 @@ class Run:
 
     Attributes:
         dir: its folder.
-        model: system, as in `head.name`.
+        system: System, as in `head.name`.
         split: `direct` or `indirect`.
         seed: of the training.
         scores: test accuracy over `open`, `binary`, `all` and `split_tag` (the questions tagged with the split's name).
@@ -58,7 +58,7 @@ class Run:
     """
 
     dir: Path
-    model: str
+    system: str
     split: str
     seed: int
     scores: Mapping[str, Score]
@@ -96,12 +96,12 @@ class Row:
     """One row of the table: the mean over the seeds of one system on one split.
 
     Attributes:
-        model: label of the row: the system, with the options that set it apart where several settings were run.
+        label: Name of the row: the system, with the options that distinguish it where several settings were run.
         system: the system alone, as in `head.name`.
         runs: its seeds; the first is the one best on val, whose checkpoint and log are named.
     """
 
-    model: str
+    label: str
     system: str
     split: str
     runs: tuple[Run, ...]
@@ -174,9 +174,9 @@ def gather(folder: Path) -> Results:
             "train one first: python -m train fit --config CONFIG"
         )
     rows: list[Row] = []
-    for model, split in sorted({(run.model, run.split) for run in runs}, key=_row_key):
-        members = [run for run in runs if (run.model, run.split) == (model, split)]
-        rows.extend(_rows_of(model, split, members, folder, problems))
+    for system, split in sorted({(run.system, run.split) for run in runs}, key=_row_key):
+        members = [run for run in runs if (run.system, run.split) == (system, split)]
+        rows.extend(_rows_of(system, split, members, folder, problems))
     return Results(folder, tuple(rows), tuple(problems))
 
 
@@ -195,11 +195,11 @@ def read_run(path: Path) -> Run:
         if test.get("split_tag") is not None:
             scores["split_tag"] = _score(test["split_tag"])
         tags = {str(tag): _score(value) for tag, value in (test.get("tags") or {}).items()}
-        model, split, seed = str(test["model"]), str(test["split"]), int(test.get("seed", card.get("seed", 0)))
+        system, split, seed = str(test["model"]), str(test["split"]), int(test.get("seed", card.get("seed", 0)))
         unseen = int(test.get("unseen", 0))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"test.json is not a result ({type(error).__name__}: {error}); evaluate it again") from error
-    return Run(path, model, split, seed, scores, tags, _val(card.get("val")), card, unseen)
+    return Run(path, system, split, seed, scores, tags, _val(card.get("val")), card, unseen)
 
 
 def _run_folders(folder: Path) -> list[Path]:
@@ -208,7 +208,7 @@ def _run_folders(folder: Path) -> list[Path]:
     return sorted(path for path in found if "sweeps" not in path.relative_to(folder).parts)
 
 
-def _rows_of(model: str, split: str, runs: list[Run], folder: Path, problems: list[str]) -> list[Row]:
+def _rows_of(system: str, split: str, runs: list[Run], folder: Path, problems: list[str]) -> list[Row]:
     """Group the runs of one system on one split into seeds of one setting; unlike settings get rows of their own."""
     settings: dict[str, list[Run]] = {}
     for run in runs:
@@ -224,20 +224,20 @@ def _rows_of(model: str, split: str, runs: list[Run], folder: Path, problems: li
                 names = run.dir.relative_to(folder), first.dir.relative_to(folder)
                 problems.append(f"{names[0]}: repeats seed {run.seed} of {names[1]} with the same config; not counted")
         ranked = sorted(seeds.values(), key=lambda run: (-(run.val if run.val is not None else -math.inf), run.seed))
-        row = Row(model, model, split, tuple(ranked))
+        row = Row(system, system, split, tuple(ranked))
         if group is not groups[0]:
             options = group[0].options
             apart = {key: options.get(key) for key in options.keys() | base.keys() if options.get(key) != base.get(key)}
-            row = replace(row, model=f"{model} ({', '.join(f'{k} {v}' for k, v in sorted(apart.items()))})")
-            problems.append(f"{model} {split}: several settings were run, so {row.model} has a row of its own")
+            row = replace(row, label=f"{system} ({', '.join(f'{k} {v}' for k, v in sorted(apart.items()))})")
+            problems.append(f"{system} {split}: several settings were run, so {row.label} has a row of its own")
         rows.append(row)
     return rows
 
 
 def _row_key(key: tuple[str, str]) -> tuple[int, int, str, str]:
-    model, split = key
-    place = ORDER.index(model) if model in ORDER else len(ORDER) - len(OURS) - 0.5
-    return (SPLITS.index(split) if split in SPLITS else len(SPLITS), int(2 * place), split, model)
+    system, split = key
+    place = ORDER.index(system) if system in ORDER else len(ORDER) - len(OURS) - 0.5
+    return (SPLITS.index(split) if split in SPLITS else len(SPLITS), int(2 * place), split, system)
 
 
 def _score(value: Mapping[str, Any]) -> Score:
