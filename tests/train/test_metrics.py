@@ -70,7 +70,7 @@ def test_a_question_without_an_answer_is_refused() -> None:
         ('{"question_id": "q4", "answer": 3}', "p.jsonl:6: 'answer' is 3; expected text"),
         ('{"question_id": true, "answer": "a"}', "p.jsonl:6: 'question_id' is True; expected text"),
         ('{"question_id": "q0", "answer": "a"}', "p.jsonl:6: question_id 'q0' is answered twice"),
-        ('{"question_id": "zz", "answer": "a"}', "p.jsonl:6: question_id 'zz' is no question"),
+        ('{"question_id": "zz", "answer": "a"}', "p.jsonl:6: question_id 'zz' is not in the questions file"),
         ("[" * 100_000, "p.jsonl:6: cannot be parsed as JSON"),
     ],
 )
@@ -90,7 +90,7 @@ def test_missing_ids_are_named_and_the_rest_counted(tmp_path: Path) -> None:
     with pytest.raises(PredictionError) as error:
         read_predictions(path, questions)
     lines = str(error.value).splitlines()
-    assert "question_id 'q0' has no answer; expected one line each" in lines[0]
+    assert "question_id 'q0' has no answer; expected one line per question" in lines[0]
     assert len(lines) == 21
     assert lines[-1].endswith("and 10 more")
 
@@ -275,7 +275,7 @@ def test_questions_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert json.loads(capsys.readouterr().out)["split_tag"] == tags["b"]
     assert main([*args, "--part", "val"]) == 1
     error = capsys.readouterr().err
-    assert "question_id '2' is no question" in error
+    assert "question_id '2' is not in the questions file" in error
     assert "question_id '4' has no answer" in error
 
 
@@ -284,7 +284,7 @@ def test_questions_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str
     [
         (lambda lines: lines[1:], "question_id '0' has no answer"),
         (lambda lines: [*lines, lines[5]], "question_id '5' is answered twice"),
-        (lambda lines: [*lines, '{"question_id": 9999, "answer": "x"}'], "question_id '9999' is no question"),
+        (lambda lines: [*lines, '{"question_id": 9999, "answer": "x"}'], "question_id '9999' is not in the questions file"),
         (lambda lines: [*lines[:7], lines[7][:-3], *lines[8:]], "p.jsonl:8: not valid JSON"),
     ],
 )

@@ -96,5 +96,5 @@ def test_chance_is_called_significant_as_often_as_it_says() -> None:
 def test_other_questions_are_refused() -> None:
     with pytest.raises(ValueError, match="expected the same seeds and questions"):
         compare(np.zeros((1, 2)), np.zeros((2, 2)), ["a", "b"])
-    with pytest.raises(ValueError, match=r"expected \[seeds, 0\] with something in it"):
+    with pytest.raises(ValueError, match=r"expected \[seeds, 0\], not empty"):
         bootstrap(np.zeros((1, 0)), [])

@@ -65,7 +65,7 @@ def test_unlike_settings_are_not_averaged(tmp_path: Path, capsys: pytest.Capture
     write_run(tmp_path, "b", all_=60, config={"head": {"ratio": 0.5}})
     records = write_table(tmp_path)
     assert [(r["model"], r["all"]) for r in records] == [("psa", 50.0), ("psa (head.ratio 0.5)", 60.0)]
-    assert "psa (head.ratio 0.5) has a row of its own" in capsys.readouterr().err
+    assert "psa (head.ratio 0.5) has a separate row" in capsys.readouterr().err
 
 
 def test_a_repeated_seed_is_counted_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,7 +95,7 @@ def test_a_part_without_questions_has_no_number(tmp_path: Path) -> None:
     [
         (lambda run: (run / "test.json").write_text('{"open": '), "bad: test.json is damaged"),
         (lambda run: (run / "test.json").write_text("[]"), "bad: test.json holds a list, expected an object"),
-        (lambda run: (run / "test.json").write_text("{}"), "bad: test.json is not a result"),
+        (lambda run: (run / "test.json").write_text("{}"), "bad: test.json is damaged"),
         (lambda run: (run / "test.json").unlink(), "bad: not evaluated (no test.json)"),
         (lambda run: (run / "card.json").unlink(), "bad: card.json is missing"),
         (lambda run: (run / "card.json").write_bytes(b"\xff\xfe"), "bad: card.json is damaged"),

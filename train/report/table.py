@@ -123,7 +123,7 @@ def origin(results: Results) -> list[str]:
     """How the numbers were made, one statement an item."""
     seeds = sorted({len(row.runs) for row in results.rows})
     spread = "one seed a row" if seeds == [1] else f"mean ± standard deviation over {_span(seeds)} seeds a row"
-    unseen = max(run.unseen for row in results.rows for run in row.runs)
+    unseen = max(run.quarantined for row in results.rows for run in row.runs)
     quarantined = f"Up to {unseen:,} test questions are about quarantined clips; they got the majority answer, unseen."
     return [
         f"{spread[0].upper()}{spread[1:]}; checkpoint and log are those of the seed best on val; "

@@ -1,7 +1,7 @@
-"""What a folder of runs holds: every finished run below it, seeds gathered into the rows of the results table.
+"""The finished runs below a folder, with the seeds of one setting gathered into one row of the results table.
 
-A run is a folder with `test.json`, `card.json` and `log.jsonl`. Members of a sweep (below a folder called `sweeps`) are
-no rows of the table: they are points of the ratio plot.
+A run is a folder with `test.json`, `card.json` and `log.jsonl`. Runs of a sweep (below a folder called `sweeps`) are
+points of the ratio plot, not rows of the table.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from egopatch.configs.schema import Config
+from egopatch.train.scores.metrics import Score
 
 BLIND = ("majority", "question-only")
 PUBLISHED = ("egovlp", "egovlpv2", "mfas")
@@ -21,24 +22,16 @@ ORDER = (*BLIND, *PUBLISHED, *OURS)
 SPLITS: tuple[Literal["direct", "indirect"], ...] = ("direct", "indirect")
 COLUMNS = ("open", "binary", "all")
 
-# Options that change where or how fast a run goes, never what it measures: runs that differ in these alone are seeds
-# of one another.
-_INCIDENTAL = {
+# Options in which the seeds of one setting may differ: the seed, and options that change only where or how fast a run
+# is computed. `card.py` has a shorter list of options that a resumed run may change, which the seed is not.
+_DIFFER_BETWEEN_SEEDS = {
     "run.dir", "run.table", "train.seed", "train.device", "train.residency", "encoder.device", "encoder.batch",
     "head.implementation", "store.path", "store.format", "store.shard", "video.timeout_s", "video.memory_gb",
 }  # fmt: skip
 
 
 class TableError(ValueError):
-    """The folder holds no results; the message says which command makes them."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """Accuracy in percent over `n` questions; None where there are no such questions."""
-
-    accuracy: float | None
-    n: int
+    """The folder holds no results; the message names the command that writes some."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +39,15 @@ class Run:
     """One finished run.
 
     Attributes:
-        dir: its folder.
+        dir: Folder of the run.
         system: System, as in `head.name`.
         split: `direct` or `indirect`.
-        seed: of the training.
-        scores: test accuracy over `open`, `binary`, `all` and `split_tag` (the questions tagged with the split's name).
-        tags: test accuracy over each reasoning tag.
-        val: accuracy over all questions of *val* of the checkpoint kept, in percent; None where none was recorded.
-        card: the model card as written.
-        unseen: test questions about quarantined clips, which got the majority answer.
+        seed: Seed of the training.
+        scores: Test accuracy over `open`, `binary`, `all` and `split_tag` (the questions tagged with the split's name).
+        tags: Test accuracy over each reasoning tag.
+        val: Accuracy of the kept checkpoint over all questions of *val*, in percent; None if not recorded.
+        card: The model card as written.
+        quarantined: Number of test questions about quarantined clips, which got the majority answer.
     """
 
     dir: Path
@@ -65,29 +58,29 @@ class Run:
     tags: Mapping[str, Score]
     val: float | None
     card: Mapping[str, Any]
-    unseen: int = 0
+    quarantined: int = 0
 
     @property
     def checkpoint(self) -> Path | None:
-        """What `evaluate` loads: the weights, or the card alone for a system without any."""
+        """File that `evaluate` loads: the weights, or the card for a system without weights."""
         return next((self.dir / name for name in ("best.safetensors", "card.json") if (self.dir / name).exists()), None)
 
     @property
     def log(self) -> Path | None:
-        """The training log, if there is one."""
+        """The training log; None if missing."""
         path = self.dir / "log.jsonl"
         return path if path.exists() else None
 
     @property
     def options(self) -> dict[str, Any]:
-        """The resolved config as `section.field: value`, without what cannot change a result."""
+        """The resolved config as `section.field: value`, without the options in which seeds may differ."""
         config = self.card.get("config") or {}
         return {
             f"{section}.{name}": value
             for section, fields in sorted(config.items())
             if isinstance(fields, Mapping) and section != "engine"
             for name, value in sorted(fields.items())
-            if f"{section}.{name}" not in _INCIDENTAL
+            if f"{section}.{name}" not in _DIFFER_BETWEEN_SEEDS
         }
 
 
@@ -97,8 +90,8 @@ class Row:
 
     Attributes:
         label: Name of the row: the system, with the options that distinguish it where several settings were run.
-        system: the system alone, as in `head.name`.
-        runs: its seeds; the first is the one best on val, whose checkpoint and log are named.
+        system: System, as in `head.name`.
+        runs: One run per seed, best on val first; the table links to the checkpoint and log of the first.
     """
 
     label: str
@@ -108,7 +101,7 @@ class Row:
 
     @property
     def best(self) -> Run:
-        """The seed best on val (the lowest seed where val does not tell)."""
+        """The run best on val (the lowest seed if val does not decide)."""
         return self.runs[0]
 
     def mean(self, part: str) -> float | None:
@@ -122,19 +115,19 @@ class Row:
         return statistics.stdev(values) if len(values) > 1 else None
 
     def values(self, part: str) -> list[float]:
-        """Accuracy of each seed that has one."""
+        """Accuracy of each run that has one."""
         scores = [run.scores[part].accuracy for run in self.runs if part in run.scores]
         return [value for value in scores if value is not None]
 
     def n(self, part: str) -> int:
-        """Questions that the accuracy is over."""
+        """Number of questions in the accuracy."""
         score = self.best.scores.get(part)
         return score.n if score else 0
 
 
 @dataclass(frozen=True)
 class Results:
-    """What a folder of runs holds: rows in the order of the table, and one line for each thing that is wrong."""
+    """Rows of a folder of runs, in the order of the table, and one line for each problem."""
 
     folder: Path
     rows: tuple[Row, ...]
@@ -146,7 +139,7 @@ class Results:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Splits that have rows, direct first."""
+        """Splits with rows, direct first."""
         return tuple(dict.fromkeys(row.split for row in self.rows))
 
 
@@ -159,7 +152,7 @@ def gather(folder: Path) -> Results:
     """Read every run below `folder`.
 
     Raises:
-        TableError: there is no readable run; the message names the command that makes one.
+        TableError: there is no readable run; the message names the command that trains one.
     """
     problems: list[str] = []
     runs: list[Run] = []
@@ -170,13 +163,13 @@ def gather(folder: Path) -> Results:
             problems.append(f"{path.relative_to(folder)}: {error}")
     if not runs:
         raise TableError(
-            f"{folder} holds no finished run ({'; '.join(problems) or 'no test.json in it'}); "
+            f"{folder} holds no finished run ({'; '.join(problems) or 'no test.json'}); "
             "train one first: python -m train fit --config CONFIG"
         )
     rows: list[Row] = []
     for system, split in sorted({(run.system, run.split) for run in runs}, key=_row_key):
-        members = [run for run in runs if (run.system, run.split) == (system, split)]
-        rows.extend(_rows_of(system, split, members, folder, problems))
+        selected = [run for run in runs if (run.system, run.split) == (system, split)]
+        rows.extend(_rows_of(system, split, selected, folder, problems))
     return Results(folder, tuple(rows), tuple(problems))
 
 
@@ -184,10 +177,10 @@ def read_run(path: Path) -> Run:
     """Read one run's `test.json` and `card.json`.
 
     Raises:
-        ValueError: a file is missing or damaged; one line says which and what to do.
+        ValueError: a file is missing or damaged; the message names it and what to do.
     """
     if not (path / "test.json").exists():
-        raise ValueError("not evaluated (no test.json); run python -m train evaluate on its config")
+        raise ValueError("not evaluated (no test.json); run `python -m train evaluate` with its config")
     test = _read_object(path / "test.json")
     card = _read_object(path / "card.json")
     try:
@@ -196,20 +189,20 @@ def read_run(path: Path) -> Run:
             scores["split_tag"] = _score(test["split_tag"])
         tags = {str(tag): _score(value) for tag, value in (test.get("tags") or {}).items()}
         system, split, seed = str(test["model"]), str(test["split"]), int(test.get("seed", card.get("seed", 0)))
-        unseen = int(test.get("unseen", 0))
+        quarantined = int(test.get("unseen", 0))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"test.json is not a result ({type(error).__name__}: {error}); evaluate it again") from error
-    return Run(path, system, split, seed, scores, tags, _val(card.get("val")), card, unseen)
+        raise ValueError(f"test.json is damaged ({type(error).__name__}: {error}); evaluate the run again") from error
+    return Run(path, system, split, seed, scores, tags, _val(card.get("val")), card, quarantined)
 
 
 def _run_folders(folder: Path) -> list[Path]:
-    """Folders below `folder` that are runs or were going to be, but not those of a sweep."""
+    """Folders of finished and unfinished runs below `folder`, without those of sweeps."""
     found = {path.parent for name in ("test.json", "card.json", "log.jsonl") for path in folder.glob(f"**/{name}")}
     return sorted(path for path in found if "sweeps" not in path.relative_to(folder).parts)
 
 
 def _rows_of(system: str, split: str, runs: list[Run], folder: Path, problems: list[str]) -> list[Row]:
-    """Group the runs of one system on one split into seeds of one setting; unlike settings get rows of their own."""
+    """One row per setting of one system on one split."""
     settings: dict[str, list[Run]] = {}
     for run in runs:
         settings.setdefault(json.dumps(run.options, sort_keys=True, default=str), []).append(run)
@@ -222,14 +215,14 @@ def _rows_of(system: str, split: str, runs: list[Run], folder: Path, problems: l
             first = seeds.setdefault(run.seed, run)
             if first is not run:
                 names = run.dir.relative_to(folder), first.dir.relative_to(folder)
-                problems.append(f"{names[0]}: repeats seed {run.seed} of {names[1]} with the same config; not counted")
+                problems.append(f"{names[0]}: repeats seed {run.seed} of {names[1]} with the same config; ignored")
         ranked = sorted(seeds.values(), key=lambda run: (-(run.val if run.val is not None else -math.inf), run.seed))
         row = Row(system, system, split, tuple(ranked))
         if group is not groups[0]:
             options = group[0].options
-            apart = {key: options.get(key) for key in options.keys() | base.keys() if options.get(key) != base.get(key)}
-            row = replace(row, label=f"{system} ({', '.join(f'{k} {v}' for k, v in sorted(apart.items()))})")
-            problems.append(f"{system} {split}: several settings were run, so {row.label} has a row of its own")
+            differing = sorted(key for key in options.keys() | base.keys() if options.get(key) != base.get(key))
+            row = replace(row, label=f"{system} ({', '.join(f'{name} {options.get(name)}' for name in differing)})")
+            problems.append(f"{system} {split}: several settings were run; {row.label} has a separate row")
         rows.append(row)
     return rows
 
@@ -257,11 +250,11 @@ def _val(val: object) -> float | None:
 
 def _read_object(path: Path) -> dict[str, Any]:
     if not path.exists():
-        raise ValueError(f"{path.name} is missing; train it again")
+        raise ValueError(f"{path.name} is missing; train the run again")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name} is damaged ({error}); evaluate it again") from error
+        raise ValueError(f"{path.name} is damaged ({error}); evaluate the run again") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path.name} holds a {type(value).__name__}, expected an object; evaluate it again")
+        raise ValueError(f"{path.name} holds a {type(value).__name__}, expected an object; evaluate the run again")
     return value

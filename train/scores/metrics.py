@@ -1,12 +1,13 @@
 """EgoTaskQA's metrics: Open, Binary, All, All over the split's own tag, and every reasoning tag, each with its count.
 
-Accuracies are percentages. Two ways of comparing an answer with the annotated one:
+Accuracies are percentages. There are two matching rules:
 
-- lower-cased: equal after lower-casing and stripping. What this project reports.
-- released: as the published code encodes val and test. An annotated answer that is not in the answer set as it is
-  spelled there, capital letters and all, becomes `<UNK1>`, so that hardly any system gets it right.
+- lower-cased: an answer is right if it equals the annotated one after lower-casing and stripping. This project reports
+  it.
+- released: the rule of the published code for val and test. An annotated answer whose exact spelling, capital letters
+  included, is not in the answer set becomes `<UNK1>`, so hardly any system gets it right.
 
-Either way every question stays in the count, so nothing is left out of any n.
+Under both rules every question counts towards n.
 """
 
 import json
@@ -19,20 +20,20 @@ from typing import Any
 from egopatch.extract.datasets import Question
 from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
 
-# Whether what was said is right.
-Comparison = Callable[[Question, str], bool]
+# Whether a given answer to the question is right.
+MatchingRule = Callable[[Question, str], bool]
 
-# Faults of one file that are written out; the rest are counted.
+# Faults of one file that are listed; the rest are counted.
 SHOWN_FAULTS = 20
 
 
 class PredictionError(ValueError):
-    """A predictions file that cannot be scored; the message has one line a fault, with file and line."""
+    """A predictions file cannot be scored; the message has one line per fault, with file and line number."""
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Share of right answers among `n` questions, in percent; None where there are none."""
+class Score:
+    """Accuracy in percent over `n` questions; None without questions."""
 
     accuracy: float | None
     n: int
@@ -47,18 +48,18 @@ class Metrics:
     """Accuracies of one system on one set of questions.
 
     Attributes:
-        open: questions that ask for an answer (structural `query`).
-        binary: questions that ask to verify (structural `verify`).
-        all: every question.
-        split_tag: questions that carry the split's name (`direct` or `indirect`) as a tag; None without a split.
-        tags: by reasoning tag, in alphabetical order. A question counts under each of its tags.
+        open: Questions that ask for an answer (structural `query`).
+        binary: Questions that ask for a yes or no (structural `verify`).
+        all: Every question.
+        split_tag: Questions tagged with the name of the split (`direct` or `indirect`); None without a split.
+        tags: Score of each reasoning tag, in alphabetical order. A question counts under each of its tags.
     """
 
-    open: Accuracy
-    binary: Accuracy
-    all: Accuracy
-    split_tag: Accuracy | None
-    tags: Mapping[str, Accuracy]
+    open: Score
+    binary: Score
+    all: Score
+    split_tag: Score | None
+    tags: Mapping[str, Score]
 
     def as_json(self) -> dict[str, Any]:
         """The layout of `test.json` and of `train score --json`."""
@@ -70,8 +71,8 @@ class Metrics:
             "tags": {tag: accuracy.as_json() for tag, accuracy in self.tags.items()},
         }
 
-    def rows(self) -> list[tuple[str, Accuracy]]:
-        """Every figure with its name, for people."""
+    def rows(self) -> list[tuple[str, Score]]:
+        """Every score with its name, in the order in which people read them."""
         rows = [("open", self.open), ("binary", self.binary), ("all", self.all)]
         if self.split_tag is not None:
             rows.append(("all, split's tag", self.split_tag))
@@ -87,7 +88,7 @@ def headline(metrics: Metrics) -> str:
 
 
 def lines(metrics: Metrics, released: Metrics | None = None) -> list[str]:
-    """For people: one line a figure, with the released way of comparing and the difference beside it if given."""
+    """One line per score; with `released`, also the scores under that rule and the difference."""
     rows = metrics.rows()
     width = max(len(name) for name, _ in rows)
     if released is None:
@@ -104,7 +105,7 @@ def lines(metrics: Metrics, released: Metrics | None = None) -> list[str]:
 
 
 def difference(metrics: Metrics, released: Metrics) -> str:
-    """One line: what the released way of comparing changes."""
+    """One line: the scores under the released matching rule and how far they are from the lower-cased ones."""
     changes = [
         f"{name} {_percent(other.accuracy)} ({_change(one, other)})"
         for name, one, other in (
@@ -113,33 +114,33 @@ def difference(metrics: Metrics, released: Metrics) -> str:
             ("all", metrics.all, released.all),
         )
     ]
-    return f"compared in the released way, against lower-cased: {', '.join(changes)}"
+    return f"scores under the released matching rule (difference from lower-cased): {', '.join(changes)}"
 
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def _change(one: Accuracy, other: Accuracy) -> str:
+def _change(one: Score, other: Score) -> str:
     return "–" if one.accuracy is None or other.accuracy is None else f"{other.accuracy - one.accuracy:+.2f}"
 
 
-def same_lower_cased(question: Question, said: str) -> bool:
-    """The lower-cased way."""
-    return normalise(said) == normalise(question.answer)
+def same_lower_cased(question: Question, given: str) -> bool:
+    """The lower-cased matching rule."""
+    return normalise(given) == normalise(question.answer)
 
 
-def same_as_released(vocabulary: Collection[str]) -> Comparison:
-    """The released way, given the answer set.
+def same_as_released(vocabulary: Collection[str]) -> MatchingRule:
+    """The released matching rule for an answer set.
 
-    A file's own `answer_encode` decides where it has one; else whether the answer set holds the file's spelling.
+    A question's `answer_encode` decides whether its answer is known; without one, its spelling must be in the set.
     """
 
-    def same(question: Question, said: str) -> bool:
+    def same(question: Question, given: str) -> bool:
         known = (
             question.spelling in vocabulary if question.encoded is None else question.encoded >= len(UNKNOWN_ANSWERS)
         )
-        return said.strip() == (question.answer if known else UNKNOWN_ANSWERS[1])
+        return given.strip() == (question.answer if known else UNKNOWN_ANSWERS[1])
 
     return same
 
@@ -148,22 +149,24 @@ def score(
     questions: Sequence[Question],
     answers: Mapping[str, str],
     split: str | None,
-    same: Comparison = same_lower_cased,
+    same: MatchingRule = same_lower_cased,
 ) -> Metrics:
-    """Metrics of `answers` (question_id to answer), which has every question.
+    """Metrics of a system's answers.
 
     Args:
-        questions: with unique ids.
-        answers: what the system said; extra ids are not looked at.
-        split: tag that the published "All" is counted on; None leaves that figure out.
-        same: how an answer is compared.
+        questions: Questions with unique ids.
+        answers: Answer to every question, by id; extra ids are ignored.
+        split: Tag of the questions over which the published "All" is counted; None omits that score.
+        same: Matching rule.
 
     Raises:
         ValueError: a question has no answer.
     """
     absent = [question.question_id for question in questions if question.question_id not in answers]
     if absent:
-        raise ValueError(f"{len(absent)} questions have no answer, such as {absent[0]!r}; expected one for each")
+        raise ValueError(
+            f"{len(absent)} questions have no answer, such as {absent[0]!r}; expected one answer per question"
+        )
     right: Counter[str] = Counter()
     count: Counter[str] = Counter()
     for question in questions:
@@ -172,9 +175,9 @@ def score(
             right[group] += hit
             count[group] += 1
 
-    def accuracy(group: str) -> Accuracy:
+    def accuracy(group: str) -> Score:
         n = count[group]
-        return Accuracy(100 * right[group] / n if n else None, n)
+        return Score(100 * right[group] / n if n else None, n)
 
     tags = sorted(group.removeprefix("tag:") for group in count if group.startswith("tag:"))
     return Metrics(
@@ -187,7 +190,7 @@ def score(
 
 
 def normalise(answer: str) -> str:
-    """An answer as it is compared."""
+    """The form in which answers are compared: stripped and lower-cased."""
     return answer.strip().lower()
 
 
@@ -195,7 +198,7 @@ def read_predictions(path: Path, questions: Sequence[Question]) -> dict[str, str
     """Answers by question id from a file of `{"question_id": ..., "answer": ...}` lines, one for each question.
 
     Raises:
-        PredictionError: the file is missing or not text, a line is malformed, or an id is doubled, unknown or absent.
+        PredictionError: the file is missing or not text, a line is malformed, or an id is repeated, unknown or missing.
     """
     known = {question.question_id for question in questions}
     try:
@@ -215,12 +218,14 @@ def read_predictions(path: Path, questions: Sequence[Question]) -> dict[str, str
             faults.append(f"{path}:{number}: {error}")
             continue
         if question_id in answers:
-            faults.append(f"{path}:{number}: question_id {question_id!r} is answered twice; expected one line each")
+            faults.append(
+                f"{path}:{number}: question_id {question_id!r} is answered twice; expected one line per question"
+            )
         elif question_id not in known:
-            faults.append(f"{path}:{number}: question_id {question_id!r} is no question of the file given; remove it")
+            faults.append(f"{path}:{number}: question_id {question_id!r} is not in the questions file; remove the line")
         answers[question_id] = answer
     absent = [q.question_id for q in questions if q.question_id not in answers]
-    faults += [f"{path}: question_id {name!r} has no answer; expected one line each" for name in absent]
+    faults += [f"{path}: question_id {name!r} has no answer; expected one line per question" for name in absent]
     if faults:
         rest = len(faults) - SHOWN_FAULTS
         raise PredictionError("\n".join([*faults[:SHOWN_FAULTS], *([f"{path}: and {rest} more"] if rest > 0 else [])]))
@@ -231,7 +236,9 @@ def _prediction(line: str) -> tuple[str, str]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON ({error.msg} at column {error.colno}); expected one object a line") from None
+        raise ValueError(
+            f"not valid JSON ({error.msg} at column {error.colno}); expected one object per line"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"cannot be parsed as JSON ({error}); expected one flat object") from None
     if not isinstance(record, dict):

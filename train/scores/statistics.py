@@ -17,7 +17,7 @@ Matrix = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with the ends of its 95% bootstrap interval."""
+    """A mean with its 95% bootstrap interval."""
 
     mean: float
     low: float
@@ -29,8 +29,8 @@ class Comparison:
     """How far one system is above another on the same questions.
 
     Attributes:
-        difference: of the means.
-        p: share of random swaps of the two systems, clip by clip, that differ at least as much; two-sided.
+        difference: Difference of the means.
+        p: Two-sided p-value: share of random swaps of the two systems, clip by clip, that differ at least as much.
     """
 
     difference: Interval
@@ -41,9 +41,9 @@ def bootstrap(values: Matrix, clips: Sequence[str], seed: int = 0) -> Interval:
     """The mean of `values` [S, Q] and its interval over seeds and clips.
 
     Args:
-        values: of each seed on each question.
-        clips: clip of each question, [Q].
-        seed: of the draws.
+        values: Value of each seed on each question.
+        clips: Clip of each question, [Q].
+        seed: Seed of the draws.
 
     Raises:
         ValueError: there are no values.
@@ -51,9 +51,9 @@ def bootstrap(values: Matrix, clips: Sequence[str], seed: int = 0) -> Interval:
     sums, counts = _by_clip(values, clips)
     seeds, generator = len(values), np.random.default_rng(seed)
     drawn = generator.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=DRAWS)  # [R, C]
-    of_seeds = (drawn @ sums.T) / (drawn @ counts)[:, None]  # [R, S]
+    seed_means = (drawn @ sums.T) / (drawn @ counts)[:, None]  # [R, S]
     picked = generator.integers(seeds, size=(DRAWS, seeds))
-    means = np.take_along_axis(of_seeds, picked, axis=1).mean(axis=1)
+    means = np.take_along_axis(seed_means, picked, axis=1).mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return Interval(float(values.mean()), float(low), float(high))
 
@@ -62,7 +62,7 @@ def compare(ours: Matrix, theirs: Matrix, clips: Sequence[str], seed: int = 0) -
     """Whether `ours` [S, Q] is above `theirs` [S, Q]: same questions, and same seeds in the same order.
 
     Raises:
-        ValueError: of other shapes, or without values.
+        ValueError: the shapes differ, or there are no values.
     """
     if ours.shape != theirs.shape:
         raise ValueError(f"ours is {ours.shape} and theirs {theirs.shape}; expected the same seeds and questions")
@@ -70,7 +70,7 @@ def compare(ours: Matrix, theirs: Matrix, clips: Sequence[str], seed: int = 0) -
     interval = bootstrap(difference, clips, seed)
     sums = _by_clip(difference.mean(axis=0, keepdims=True), clips)[0][0]
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(DRAWS, len(sums)))
-    # The arrangement that was seen is one of those that could have been.
+    # The observed arrangement counts as one of the possible ones.
     extreme = (np.abs(signs @ sums) >= abs(sums.sum()) - 1e-9).sum()
     return Comparison(interval, float((extreme + 1) / (DRAWS + 1)))
 
@@ -78,7 +78,7 @@ def compare(ours: Matrix, theirs: Matrix, clips: Sequence[str], seed: int = 0) -
 def _by_clip(values: Matrix, clips: Sequence[str]) -> tuple[Matrix, Matrix]:
     """Sums [S, C] and counts [C] of `values` [S, Q]."""
     if not values.size or values.ndim != 2 or values.shape[1] != len(clips):
-        raise ValueError(f"values has shape {values.shape}; expected [seeds, {len(clips)}] with something in it")
+        raise ValueError(f"values has shape {values.shape}; expected [seeds, {len(clips)}], not empty")
     _, index = np.unique(np.asarray(clips), return_inverse=True)
     counts = np.bincount(index).astype(float)
     return np.stack([np.bincount(index, weights=row, minlength=len(counts)) for row in values]), counts
