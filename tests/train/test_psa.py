@@ -10,13 +10,13 @@ from torch import nn
 from egopatch.configs.schema import ConfigError, HeadConfig, TrainConfig
 from egopatch.features import PatchTokens
 from egopatch.train.data.batch import Batch
-from egopatch.train.fitting.stacked_heads import Stack
+from egopatch.train.fitting.stacked_heads import StackedHeads
 from egopatch.train.heads import PSA, Pooled, QuestionOnly, Sizes
-from egopatch.train.heads.common.question import QuestionReader, Whiten, absorb_key
+from egopatch.train.heads.common.question import QuestionReader, Whitening, absorb_key
 from egopatch.train.heads.psa.coarse import CoarseLevel
 from egopatch.train.heads.psa.prior import spatial_prior
 from egopatch.train.heads.psa.psa import keep_count
-from egopatch.train.heads.psa.selection import Selection
+from egopatch.train.heads.psa.selection import PatchSelection
 
 SIZES = Sizes(frames=3, grid=(5, 7), patches=35, width=32, text_width=24, answers=9)
 CONFIG = HeadConfig(width=32, heads=2, ratio=0.25, dropout=0.2)
@@ -126,7 +126,7 @@ def test_saliency_starts_at_its_weight() -> None:
 def test_growth_selects_within_a_region_that_only_grows() -> None:
     head = make(growth=True, ratio=1.0, scores=("saliency",))
     batch = make_batch()
-    region = head.grown(batch.tokens.saliency, None)
+    region = head.grown_region(batch.tokens.saliency, None)
     start = (spatial_prior(SIZES.grid, "region") > 0.5).flatten()
     assert bool(region[:, 0][:, start].all())
     assert bool((region[:, 1:] | ~region[:, :-1]).all())
@@ -182,13 +182,13 @@ def test_without_levels_and_times_the_order_of_frames_does_not_matter() -> None:
 @pytest.mark.parametrize(("frames", "taken"), [(1, (1,)), (2, (0, 2)), (3, (0, 1, 2)), (None, (0, 1, 2))])
 def test_frames_are_spread_evenly(frames: int | None, taken: tuple[int, ...]) -> None:
     head, batch = make(frames=frames), make_batch()
-    assert head.taken == taken
+    assert head.frame_indices == taken
     other = batch.tokens.patches.clone()
     unread = [t for t in range(3) if t not in taken]
     other[:, unread] = 9.0
     changed = batch.with_tokens(dataclasses.replace(batch.tokens, patches=other))
     assert torch.equal(head(batch), head(changed))
-    with pytest.raises(ConfigError, match=r"head\.frames is 4 but the store holds 3"):
+    with pytest.raises(ConfigError, match=r"head\.frames is 4 but the store has 3"):
         make(frames=4)
 
 
@@ -215,7 +215,7 @@ def test_region_prior_on_the_published_grid() -> None:
 
 
 def test_merge_is_the_mean_and_ignores_what_is_not_there() -> None:
-    level = CoarseLevel(SIZES, 16, 2, learned=True, select=Selection(12, "reference"))
+    level = CoarseLevel(SIZES, 16, 2, learned=True, select=PatchSelection(12, "reference"))
     x = torch.randn(2, 3, 35, SIZES.width)
     merged = level.merge(x)
     assert merged.shape == (2, 3, 3 * 4, SIZES.width)
@@ -226,10 +226,10 @@ def test_merge_is_the_mean_and_ignores_what_is_not_there() -> None:
 
 def test_whitening_evens_directions_and_is_absorbed_exactly() -> None:
     x = torch.randn(500, 16, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.logspace(-2, 1, 16)) + 5
-    whiten = Whiten(16, softness=0.0)
+    whiten = Whitening(16, shrinkage=0.0)
     whiten.measure(x)
     assert torch.allclose(torch.cov(whiten(x).T), torch.eye(16), atol=1e-2)
-    whiten = Whiten(16, softness=2.0)
+    whiten = Whitening(16, shrinkage=2.0)
     whiten.measure(x)
     query = torch.randn(16)
     difference = whiten(x) @ query - x @ whiten.absorb(query)
@@ -285,7 +285,7 @@ def test_reading_stored_tokens_in_place_gives_the_same_bits(head: dict[str, obje
         for ratio in ratios:
             torch.manual_seed(0)
             heads.append(PSA(dataclasses.replace(config, ratio=ratio), SIZES))
-        stack = Stack(heads, [0] * len(ratios), TrainConfig(), 20, torch.device("cpu"))
+        stack = StackedHeads(heads, [0] * len(ratios), TrainConfig(), 20, torch.device("cpu"))
         told = [stack.learn(given) for _ in range(3)]
         learned.append((told, *stack.answer(given, 0)))
     (told, classes, masks), (told_of_copy, classes_of_copy, masks_of_copy) = learned

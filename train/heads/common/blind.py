@@ -1,4 +1,4 @@
-"""Baselines that never look at the video: what the answers' statistics and the question alone give away."""
+"""Baselines that read no video: they measure what the answer statistics and the question alone reveal."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from egopatch.train.heads.common.question import Classifier, QuestionReader, Siz
 
 
 class Majority(nn.Module):
-    """The most frequent training answer of the question's form, open or binary. Nothing is learned by gradient."""
+    """The most frequent training answer of the question's form, open or binary. It has no trainable parameters."""
 
     counts: Tensor
 
@@ -20,7 +20,7 @@ class Majority(nn.Module):
 
     @torch.no_grad()
     def count(self, table: QuestionTable) -> None:
-        """Count the answers of the training questions; a form without any takes the counts of all of them."""
+        """Count the answers of the training questions; a form without questions uses the counts over both forms."""
         pairs = table.form * self.counts.shape[1] + table.answer
         counts = torch.bincount(pairs, minlength=self.counts.numel()).view(self.counts.shape).float()
         empty = counts.sum(1, keepdim=True) == 0
@@ -32,7 +32,7 @@ class Majority(nn.Module):
 
 
 class QuestionOnly(nn.Module):
-    """The question's words to an answer: the strongest blind baseline."""
+    """Predicts the answer from the question text alone: the strongest baseline without video."""
 
     def __init__(self, config: HeadConfig, sizes: Sizes) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """Random numbers of heads as a function of keys alone: there is no state to save, and equal keys give equal numbers.
 
-The trainer sets the keys before each step, from the seed, the step and the place in the head. Members of a stack with
-one seed draw alike, so that what else they differ in is compared on the same noise. A rank that works on a part of the
-batch draws for the whole and takes its rows, so that the numbers do not depend on how many ranks there are.
+The trainer sets the keys before each step, from the seed, the step and the module's place in the head. Stacked heads
+with the same seed draw the same numbers, so that they are compared on the same noise. A rank with some rows of a batch
+draws numbers for all rows and keeps its own, so that the numbers do not depend on the number of ranks.
 """
 
 from typing import Literal
@@ -19,12 +19,12 @@ class Noise(nn.Module):
     """Uniform numbers in [0, 1).
 
     Args:
-        over: what the first dimension counts.
+        over: Meaning of the first dimension.
 
     Attributes:
-        keys: one for each draw that members of a stack take: as many as they have seeds.
-        part: which rows of the whole batch are here; None is all of them.
-        member: scalar long, the place in `keys` of this member's. Within a stack `vmap` gives each member its own.
+        keys: One key for each different seed of the stacked heads.
+        part: Rows of the whole batch that this rank has; None if it has all of them.
+        member: Scalar long, index into `keys`. `vmap` gives each stacked head its own.
     """
 
     member: Tensor
@@ -38,10 +38,10 @@ class Noise(nn.Module):
 
     def forward(self, like: Tensor) -> Tensor:
         """float32 in the shape of `like`."""
-        return self._own(self._draw(like))
+        return self._pick(self._draw(like))
 
     def _draw(self, like: Tensor) -> Tensor:
-        """[keys, *like.shape]: what every seed draws, whichever member asks."""
+        """[keys, *like.shape]: the numbers of every key."""
         rows = like.shape[0] if self.part is None else self.part.total
         drawn = []
         for key in self.keys:
@@ -50,8 +50,8 @@ class Noise(nn.Module):
         together = torch.stack(drawn)
         return together if self.part is None else together[:, self.part.rows.to(like.device)]
 
-    def _own(self, drawn: Tensor) -> Tensor:
-        """This member's of the draws."""
+    def _pick(self, drawn: Tensor) -> Tensor:
+        """The numbers of this head's key."""
         return drawn[0] if len(self.keys) == 1 else drawn[self.member]
 
 
@@ -63,17 +63,17 @@ class Dropout(Noise):
         self.p = p
 
     def forward(self, like: Tensor) -> Tensor:
-        """`like` with a share of its entries zero and the others scaled up."""
+        """`like` with a fraction `p` of its entries set to zero and the others scaled up."""
         if not self.training or self.p == 0:
             return like
-        return like * self._own(((self._draw(like) >= self.p) / (1 - self.p)).to(like.dtype))
+        return like * self._pick(((self._draw(like) >= self.p) / (1 - self.p)).to(like.dtype))
 
 
 def mix(*numbers: int) -> int:
-    """A key of several numbers; unlike numbers give unlike keys, near enough."""
+    """Hash several numbers into one key."""
     key = 0
     for number in numbers:
-        # Steps of SplitMix64, whose output bits all depend on all input bits.
+        # Steps of SplitMix64, in which every output bit depends on every input bit.
         key = (key + number + 0x9E3779B97F4A7C15) % 2**64
         key = ((key ^ key >> 30) * 0xBF58476D1CE4E5B9) % 2**64
         key = ((key ^ key >> 27) * 0x94D049BB133111EB) % 2**64

@@ -10,13 +10,14 @@ from egopatch.configs.schema import HeadConfig
 from egopatch.features import PatchTokens
 from egopatch.train.data.batch import Batch
 from egopatch.train.heads.common.noise import Dropout
-from egopatch.train.heads.common.question import Classifier, QuestionReader, Sizes, Whiten
+from egopatch.train.heads.common.question import Classifier, QuestionReader, Sizes, Whitening
+from egopatch.train.heads.common.scale import scaled_patches
 
-SOFTNESS = 0.1
+SHRINKAGE = 0.1
 
 
 class Pooled(nn.Module):
-    """Video as CLS beside the mean over all patches; question by the reader that all light heads share.
+    """Video as CLS and the mean over all patches, question as one vector from `QuestionReader`.
 
     Source: EgoVLP's EgoTaskQA fine-tuning concatenates its video and text embeddings before a two-layer classifier.
     """
@@ -24,13 +25,13 @@ class Pooled(nn.Module):
     def __init__(self, config: HeadConfig, sizes: Sizes) -> None:
         super().__init__()
         self.read = QuestionReader(sizes.text_width, config.width, config.heads, config.dropout)
-        self.whiten = Whiten(2 * sizes.width, SOFTNESS)
+        self.whiten = Whitening(2 * sizes.width, SHRINKAGE)
         drop = Dropout(config.dropout, over="clips")
         self.see = nn.Sequential(nn.Linear(2 * sizes.width, config.width), nn.GELU(), drop)
         self.classify = Classifier(3 * config.width, config.width, sizes.answers, config.dropout)
 
     def measure(self, tokens: PatchTokens) -> None:
-        """Take the whitening from training clips."""
+        """Estimate the whitening from training clips."""
         self.whiten.measure(pool(tokens))
 
     def forward(self, batch: Batch) -> Tensor:
@@ -42,5 +43,4 @@ class Pooled(nn.Module):
 
 def pool(tokens: PatchTokens) -> Tensor:
     """[C, 2D]: CLS and the mean over frames and patches."""
-    patches = tokens.patches.float() if tokens.scale is None else tokens.patches.float() * tokens.scale[..., None]
-    return torch.cat([tokens.cls.float(), patches.mean(dim=(1, 2))], dim=-1)
+    return torch.cat([tokens.cls.float(), scaled_patches(tokens).mean(dim=(1, 2))], dim=-1)

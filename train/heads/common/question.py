@@ -1,4 +1,4 @@
-"""What every light head shares: reading the question, its sizes, and the answer classifier.
+"""Parts of every light head: the question reader, whitening, the answer classifier, and the sizes to fit.
 
 Shape legend: B questions, U unique texts, L text tokens, D text channels, W hidden width, A answers.
 """
@@ -7,12 +7,13 @@ import math
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from egopatch.train.heads.common.noise import Dropout
 
-TEXT_SOFTNESS = 0.1
-# Of queries and keys: with default weights all patches would weigh alike for hundreds of steps.
+TEXT_SHRINKAGE = 0.1
+# Gain of the initial query and key weights: with the default ones, attention stays uniform for hundreds of steps.
 ATTENTION_GAIN = math.sqrt(3)
 # Samples that suffice for a covariance of 768 channels; all tokens of a few hundred clips would take gigabytes.
 MEASURED_ROWS = 2**15
@@ -20,15 +21,15 @@ MEASURED_ROWS = 2**15
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a head must fit.
+    """Sizes of the features and of the answer set that a head must fit.
 
     Attributes:
-        frames: T.
+        frames: T, frames of a clip.
         grid: (rows, cols) of the patch grid of a whole frame.
-        patches: kept of a frame in the store; rows * cols, or fewer in a derived store.
-        width: channels of the patch tokens.
-        text_width: channels of the text states.
-        answers: A, classes.
+        patches: Number of stored patches of a frame; rows * cols, or fewer in a derived store.
+        width: Channels of the patch tokens.
+        text_width: Channels of the text states.
+        answers: A, number of classes.
     """
 
     frames: int
@@ -40,32 +41,32 @@ class Sizes:
 
 
 def absorb_key(queries: Tensor, key: nn.Linear, heads: int) -> Tensor:
-    """Queries [U, W], H heads of W / H, moved through their key projection: [U, H, D], scaled as dot products are."""
-    by_head = key.weight.unflatten(0, (heads, -1))
-    queries = queries.unflatten(1, (heads, -1)) / math.sqrt(by_head.shape[1])
+    """Queries [U, W], H heads of W / H, with the key projection and the scale of dot products absorbed: [U, H, D]."""
+    by_head = rearrange(key.weight, "(h e) d -> h e d", h=heads)
+    queries = rearrange(queries, "u (h e) -> u h e", h=heads) / math.sqrt(by_head.shape[1])
     return torch.einsum("uhe,hed->uhd", queries, by_head)
 
 
-def bold(linear: nn.Linear, gain: float) -> nn.Linear:
-    """`linear` with its first weights `gain` times as large as by default."""
+def with_gain(linear: nn.Linear, gain: float) -> nn.Linear:
+    """`linear` with its initial weights multiplied by `gain`."""
     with torch.no_grad():
         linear.weight *= gain
     return linear
 
 
 class QuestionReader(nn.Module):
-    """Text states to one vector: attention pooling by a learned score a head, then a hidden layer and its norm.
+    """Text states to one vector: attention pooling with a learned score per head, then a hidden layer and its norm.
 
     Args:
         text_width: D, channels of the states.
-        width: W, of the result.
-        heads: pooled vectors.
-        dropout: on the result.
+        width: W, channels of the result.
+        heads: Number of pooled vectors.
+        dropout: Dropout probability on the result.
     """
 
     def __init__(self, text_width: int, width: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.whiten = Whiten(text_width, TEXT_SOFTNESS)
+        self.whiten = Whitening(text_width, TEXT_SHRINKAGE)
         self.score = nn.Linear(text_width, heads, bias=False)
         self.out = nn.Sequential(
             nn.LayerNorm(heads * text_width),
@@ -100,11 +101,11 @@ class Classifier(nn.Sequential):
         )
 
 
-class Whiten(nn.Module):
-    """An affine map, measured once on training features, that spreads them evenly over their directions.
+class Whitening(nn.Module):
+    """ZCA whitening with shrinkage: an affine map, estimated once on training features.
 
-    Frozen features share a few large directions, in which what tells them apart drowns. Directions are scaled by
-    1 / sqrt(variance + `softness` * mean variance), so that the faintest ones are not blown up.
+    Frozen features share a few directions of large variance, which hide the differences between them. Directions are
+    scaled by 1 / sqrt(variance + `shrinkage` * mean variance), so that those of small variance are not blown up.
     Because the map is affine, attention over raw tokens can absorb it (`absorb`), and it can follow a weighted mean of
     raw tokens, whose weights sum to one.
     """
@@ -112,33 +113,33 @@ class Whiten(nn.Module):
     mean: Tensor
     matrix: Tensor
 
-    def __init__(self, width: int, softness: float) -> None:
+    def __init__(self, width: int, shrinkage: float) -> None:
         super().__init__()
-        self.softness = softness
+        self.shrinkage = shrinkage
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("matrix", torch.eye(width))
 
     @torch.no_grad()
     def measure(self, rows: Tensor) -> None:
-        """Take the map from [..., D] samples, evenly spread ones where there are many."""
+        """Estimate the map from samples [..., D]; if there are many, from an evenly spaced subset."""
         flat = rows.reshape(-1, rows.shape[-1])
         flat = flat[:: max(1, len(flat) // MEASURED_ROWS)].double()
         self.mean.copy_(flat.mean(0))
         values, directions = torch.linalg.eigh(torch.cov(flat.T))
-        floor = self.softness * values.mean()
+        floor = self.shrinkage * values.mean()
         scale = (values.clamp_min(0) + floor).clamp_min(1e-12).rsqrt()
         self.matrix.copy_((directions * scale) @ directions.T)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] to the same, in float32."""
+        """Whitened [..., D] in float32."""
         return self.absorb(x.float() - self.mean)
 
     def absorb(self, query: Tensor) -> Tensor:
-        """The query on raw tokens that scores them as `query` scores mapped ones, up to a constant."""
-        # As one matrix: within a stack, the product with more dimensions would copy the map for each of them.
+        """The query that scores raw tokens as `query` scores whitened ones, up to a constant."""
+        # As one matrix: under vmap, a product with more dimensions would copy the map for each of them.
         return (query.reshape(-1, query.shape[-1]) @ self.matrix).view(query.shape)
 
     def then(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a layer that does to raw tokens what `linear` does to mapped ones."""
+        """Weight and bias of a layer that maps raw tokens to what `linear` makes of whitened ones."""
         weight = linear.weight @ self.matrix
         return weight, linear.bias - weight @ self.mean

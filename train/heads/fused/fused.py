@@ -1,13 +1,14 @@
-"""The rest of the published networks: the fused upper half and the classifier, on cached tokens and text states.
+"""The upper half of the published networks: fused blocks and classifier, on cached tokens and text states.
 
-Encoder, text network and this head together are the published network, cut in two at the block where the question
-enters. Shape legend as in `fused_layers`; A answers.
+Video encoder, text encoder and this head together are the published network, cut in two at the first fused block.
+Shape legend as in `layers`; A answers.
 """
 
 from pathlib import Path
 from typing import Literal, cast
 
 import torch
+from einops import reduce, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,27 +16,33 @@ from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, Checkpo
 from egopatch.extract.encoders.layers.video_encoder import VideoSizes
 from egopatch.extract.encoders.networks.egovlpv2 import BLOCK_EPS, FUSED_NORM_EPS
 from egopatch.extract.encoders.networks.mfas import Variant, pool2x2
-from egopatch.features.values.spec import PatchTokens
+from egopatch.features import PatchTokens
+from egopatch.train.data.batch import Batch
+from egopatch.train.heads.common.noise import Dropout
+from egopatch.train.heads.common.region import grow_region
+from egopatch.train.heads.common.scale import scaled_patches
 from egopatch.train.heads.fused.layers import FusedBlock, FusedTextLayer
 
-DROPOUT = 0.2  # published, before the last layer
+# Dropout before the last layer, as published.
+DROPOUT = 0.2
+# Patches a frame that may join the kept region of MFAS.
 TOP: dict[Variant, int] = {"paper": 3, "released": 1}
 
 
 class FusedHead(nn.Module):
     """EgoVLPv2 from its first fused block to the answer.
 
-    The last text layer is left out, because nothing reads its states; so are, in the last video block, all outputs
-    but CLS.
+    The last text layer is omitted because nothing reads its states. The last video block computes only CLS, for the
+    same reason.
 
     Args:
-        width: D.
-        hidden: of the MLPs.
-        blocks: fused blocks.
-        answers: A.
+        width: Channels of a token, D.
+        hidden: Width of the MLPs.
+        blocks: Number of fused blocks.
+        answers: A, number of classes.
 
     Attributes:
-        width: D.
+        width: Channels of a token, D.
     """
 
     def __init__(self, width: int, hidden: int, blocks: int, answers: int) -> None:
@@ -54,20 +61,20 @@ class FusedHead(nn.Module):
         """Answer questions.
 
         Args:
-            tokens: of B clips, tapped where fusion starts; of C clips with `clip_index`.
-            text_states: [B, L, D], tapped at the same depth.
+            tokens: Tokens of B clips at the depth where fusion starts; of C clips with `clip_index`.
+            text_states: [B, L, D], states at the same depth.
             attention_mask: [B, L], nonzero on tokens.
-            clip_index: [B] long, the clip each question asks about.
+            clip_index: [B] long, the clip of each question.
 
         Returns:
             logits [B, A].
 
         Raises:
-            ValueError: tokens or states of another width than the network's.
+            ValueError: Tokens or states have another width than the network.
         """
         for name, got in (("patches", tokens.patches.shape[-1]), ("text_states", text_states.shape[-1])):
             if got != self.width:
-                raise ValueError(f"{name} is {got} wide; this head's network is {self.width} wide")
+                raise ValueError(f"{name} has {got} channels; this head's network has {self.width}")
         dtype = self.norm.weight.dtype
         x = torch.cat([tokens.cls[:, None].to(dtype), tokens.patches.flatten(1, 2).to(dtype)], dim=1)
         mask = attention_mask.bool()[:, None, None]
@@ -92,11 +99,11 @@ class FusedHead(nn.Module):
 class MfasHead(FusedHead):
     """MFAS from its patch selection to the answer: selected patches only, pooled patch -> frame -> video.
 
-    The last three blocks see 2x2-pooled patches, frames, and the video; the ones before see every kept patch.
+    The last three blocks read 2x2-pooled patches, frames, and the video; the earlier ones read every kept patch.
 
     Args:
-        width, hidden, blocks, answers: as for `FusedHead`.
-        variant: `paper` lets the 3 best patches of a frame grow the kept region, `released` the best one.
+        width, hidden, blocks, answers: As for `FusedHead`.
+        variant: `paper` lets the 3 best patches of a frame grow the kept region, `released` only the best one.
     """
 
     def __init__(self, width: int, hidden: int, blocks: int, answers: int, variant: Variant = "paper") -> None:
@@ -107,19 +114,19 @@ class MfasHead(FusedHead):
         """CLS [B, D] after the last block; see `FusedHead.fuse`.
 
         Raises:
-            ValueError: the tokens have no coarse tower.
+            ValueError: The tokens have no coarse saliency.
         """
         if tokens.coarse_saliency is None:
-            raise ValueError("tokens have no coarse saliency; extract them with encoder.arch mfas")
+            raise ValueError("tokens have no coarse saliency; encode the clips with encoder.arch mfas")
         frames = tokens.patches.shape[1]
         kept = select_patches(score_patches(tokens.saliency, tokens.coarse_saliency), self.top)
         keep = F.pad(kept.flatten(1), (1, 0), value=True)[..., None]  # [C, S, 1], CLS first
         *blocks, last = cast("list[FusedBlock]", list(self.blocks))
         for i, block in enumerate(blocks):
-            left = len(blocks) - i
-            if left == 2:
+            remaining = len(blocks) - i
+            if remaining == 2:
                 x, keep = pool2x2(x, frames), pool2x2(keep, frames)
-            elif left == 1:
+            elif remaining == 1:
                 x, keep = _pool(x, frames), _pool(keep, frames)
             fused = block.fuse(x, frames, text, mask, clip_index, keep[..., 0])
             text = self.layers[i](text, mask, x, clip_index)
@@ -131,26 +138,26 @@ class MfasHead(FusedHead):
 
 
 def score_patches(saliency: Tensor, coarse_saliency: Tensor) -> Tensor:
-    """MFAS's ranking of a frame's patches [B, T, N]: the softmax of either tower's map over the frame, added.
+    """MFAS's score of a frame's patches [B, T, N]: the sum of both towers' saliency, each a softmax over the frame.
 
     Args:
         saliency: [B, T, N], N on a square grid.
         coarse_saliency: [B, T, N/4].
     """
-    side = round(coarse_saliency.shape[2] ** 0.5)
-    large = coarse_saliency.unflatten(2, (side, 1, side, 1)).expand(-1, -1, -1, 2, -1, 2).flatten(2)
+    rows = round(coarse_saliency.shape[2] ** 0.5)
+    large = repeat(coarse_saliency, "b t (rows cols) -> b t (rows i cols j)", rows=rows, i=2, j=2)
     return saliency.softmax(dim=-1) + large.softmax(dim=-1)
 
 
 def select_patches(score: Tensor, top: int) -> Tensor:
     """MFAS's kept patches [B, T, N] bool.
 
-    The region starts as the lower middle of the frame (rows 4-13 and columns 2-11 of 14x14), where hands and what
-    they hold are. Frame by frame, those of the `top` highest patches that touch it (4-neighbours) join it for good.
+    The region starts as the lower middle of the frame (rows 4-13 and columns 2-11 of 14x14), where hands and the
+    objects in them are, and grows as `grow_region` describes.
 
     Args:
         score: [B, T, N], N on a square grid.
-        top: patches a frame that may join.
+        top: Number of patches a frame that may join.
     """
     side = round(score.shape[2] ** 0.5)
     margin = max(1, side // 7)
@@ -159,35 +166,29 @@ def select_patches(score: Tensor, top: int) -> Tensor:
     return grow_region(score, start, top)
 
 
-def grow_region(score: Tensor, start: Tensor, top: int) -> Tensor:
-    """The region of each frame [B, T, N] bool that begins as `start` and takes in, frame by frame, high neighbours.
-
-    Args:
-        score: [B, T, N].
-        start: [rows, cols] bool, rows * cols = N.
-        top: patches a frame that may join.
-    """
-    b, frames, _ = score.shape
-    rows, cols = start.shape
-    stride = cols + 2  # a border of one, so that every patch has four neighbours
-    region = torch.zeros(b, rows + 2, stride, dtype=torch.bool, device=score.device)
-    region[:, 1:-1, 1:-1] = start
-    best = score.topk(top, dim=2).indices
-    place = (best // cols + 1) * stride + best % cols + 1  # [B, T, top] in the bordered grid
-    flat = region.view(b, -1)
-    kept = []
-    for t in range(frames):
-        joins = flat.gather(1, place[:, t])
-        for offset in (-stride, stride, -1, 1):
-            joins = joins | flat.gather(1, place[:, t] + offset)
-        flat = flat.scatter(1, place[:, t], joins)
-        kept.append(flat.view(b, rows + 2, stride)[:, 1:-1, 1:-1].flatten(1))
-    return torch.stack(kept, dim=1)
-
-
 def _pool(x: Tensor, groups: int) -> Tensor:
     """Max of each of `groups` equal runs of tokens in `x` [B, S, D], CLS kept; [B, 1 + groups, D]."""
-    return torch.cat([x[:, :1], x[:, 1:].unflatten(1, (groups, -1)).amax(dim=2)], dim=1)
+    return torch.cat([x[:, :1], reduce(x[:, 1:], "b (g n) d -> b g d", "max", g=groups)], dim=1)
+
+
+class FusedSystem(nn.Module):
+    """A fused head on training batches of cached tokens: every question is fused with its own clip."""
+
+    def __init__(self, network: FusedHead) -> None:
+        super().__init__()
+        self.network = network
+        # torch's own dropout draws from a global state that a resumed run could not restore.
+        network.dropout = Dropout(DROPOUT)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits [B, A]."""
+        stored = batch.tokens
+        # The upper half reads only the saliency of the coarse tower.
+        tokens = PatchTokens(
+            stored.cls, scaled_patches(stored), stored.saliency, coarse_saliency=stored.coarse_saliency
+        )
+        states, mask = batch.states.float()[batch.text_index], batch.mask[batch.text_index]
+        return self.network(tokens, states, mask, batch.clip_index)
 
 
 def load_head(
@@ -199,19 +200,19 @@ def load_head(
     """The head that continues a published network where its encoders stop.
 
     Args:
-        arch: the network.
-        checkpoint: file, or one already read.
-        answers: A. None takes the checkpoint's classifier. A classifier of another width, or none (pretraining),
-            is replaced by a fresh one.
+        arch: Name of the network.
+        checkpoint: Path of the file, or a checkpoint already read.
+        answers: A, number of classes; None uses that of the checkpoint's classifier. If the checkpoint has no
+            classifier (pretraining) or one with another number of classes, a new one is initialised.
         variant: MFAS only; see `extract.encoders.networks.mfas`.
 
     Returns:
-        In evaluation mode; call `train()` to fine-tune it.
+        The head in evaluation mode; call `train()` to fine-tune it.
 
     Raises:
-        CheckpointError: unreadable, another network's, lacking what this half needs, or without a classifier where
+        CheckpointError: The checkpoint is unreadable, another network's or incomplete, or it has no classifier and
             `answers` is None.
-        ValueError: an `arch` without a fused half.
+        ValueError: `arch` has no fused half.
     """
     if arch not in ("egovlpv2", "mfas"):
         raise ValueError(f"arch is {arch!r}, which has no fused half; expected egovlpv2 or mfas")
@@ -219,16 +220,16 @@ def load_head(
     loaded.require(*(("egovlpv2",) if arch == "egovlpv2" else ("egovlpv2", "mfas")))
     sizes = VideoSizes.of(loaded)
     if sizes.fusion == sizes.blocks:
-        raise CheckpointError(f"{loaded.path}: none of its {sizes.blocks} video blocks is fused; expected some")
+        raise CheckpointError(f"{loaded.path}: none of its {sizes.blocks} video blocks is fused; expected fused blocks")
     classifier = loaded.tensors.get("projector_2.weight")
     known = None if classifier is None else classifier.shape[0]
     if answers is None and known is None:
-        raise CheckpointError(f"{loaded.path}: has no classifier (pretraining); give answers to start a fresh one")
+        raise CheckpointError(f"{loaded.path}: has no classifier (pretraining); pass answers to initialise a new one")
     shape = (sizes.width, sizes.hidden, sizes.blocks - sizes.fusion, answers or known or 0)
     head = FusedHead(*shape) if arch == "egovlpv2" else MfasHead(*shape, variant)
     for i, block in enumerate(head.blocks):
         prefix = f"video_model.blocks.{sizes.fusion + i}."
-        # What reads the text is part of the space attention in the published module.
+        # In the published module, the attention to text is part of the space attention.
         loaded.fill(block, {name: prefix + name.replace("text.", "attn.") for name in block.state_dict()})
     for i, layer in enumerate(cast("list[FusedTextLayer]", list(head.layers))):
         loaded.fill(layer, layer.published_names(f"text_model.encoder.layer.{sizes.fusion + i}."))

@@ -1,12 +1,13 @@
 """Layers of the fused upper half: video blocks that attend to text, and text layers that attend to video.
 
 Shape legend: C clips, B questions, S = 1 + T*N video tokens (CLS first), L text tokens, D channels, H heads of 64.
-`clip_index` [B] says which clip a question asks about; what does not depend on the question is computed once a clip.
+`clip_index` [B] is the clip of each question; everything that does not depend on the question is computed once a clip.
 """
 
 from typing import ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,16 +16,16 @@ from egopatch.extract.encoders.layers.spacetime import HEAD_WIDTH, SpaceTimeBloc
 
 def split_heads(x: Tensor) -> Tensor:
     """[B, tokens, H*64] to [B, H, tokens, 64]."""
-    return x.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2)
+    return rearrange(x, "b n (h d) -> b h n d", d=HEAD_WIDTH)
 
 
 def merge_heads(x: Tensor) -> Tensor:
     """[B, H, tokens, 64] to [B, tokens, H*64]."""
-    return x.transpose(1, 2).flatten(2)
+    return rearrange(x, "b h n d -> b n (h d)")
 
 
 class TextToVideo(nn.Module):
-    """What video tokens read from the question: a gated attention added to a block's space attention."""
+    """A gated attention of video tokens to the question, added to a block's space attention."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -35,7 +36,7 @@ class TextToVideo(nn.Module):
         self.alpha_i2t = nn.Parameter(torch.zeros(1))
 
     def forward(self, spaced: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """`spaced` [B, tokens, D] plus what it reads from `text` [B, L, D]; `text_mask` is [B, 1, 1, L]."""
+        """`spaced` [B, tokens, D] plus its attention to `text` [B, L, D]; `text_mask` is [B, 1, 1, L]."""
         query = split_heads(self.qkv_i2t(self.norm_i2t_i(spaced)))
         key, value = (split_heads(part) for part in self.qkv_text_i2t(text).chunk(2, dim=-1))
         read = F.scaled_dot_product_attention(query, key, value, attn_mask=text_mask)
@@ -43,7 +44,7 @@ class TextToVideo(nn.Module):
 
 
 class FusedBlock(SpaceTimeBlock):
-    """A space-time block whose space attention also reads the question."""
+    """A space-time block whose space attention also attends to the question."""
 
     def __init__(self, width: int, hidden: int, eps: float) -> None:
         super().__init__(width, hidden, eps)
@@ -61,12 +62,12 @@ class FusedBlock(SpaceTimeBlock):
         """The whole block.
 
         Args:
-            x: [C, S, D], or [B, S, D] where `clip_index` is None.
+            x: [C, S, D], or [B, S, D] if `clip_index` is None.
             frames: T.
             text: [B, L, D], the states that enter this block's text layer.
             text_mask: [B, 1, 1, L], true on tokens.
-            clip_index: [B]; None where `x` is already one row a question.
-            keep: [C or B, S] bool, tokens that space attention may look at.
+            clip_index: [B]; None if `x` already has one row a question.
+            keep: [C or B, S] bool, tokens that space attention may attend to.
 
         Returns:
             [B, S, D].
@@ -87,9 +88,9 @@ class FusedBlock(SpaceTimeBlock):
         clip_index: Tensor | None = None,
         keep: Tensor | None = None,
     ) -> Tensor:
-        """CLS of `fuse`'s result, [B, 1, D], at a fraction of its cost; for the last block, whose patches nobody reads.
+        """CLS of `fuse`'s result, [B, 1, D], at a fraction of the cost; for the last block, whose patches are unused.
 
-        Keys and values need no projection of every token; see `Attention.attend_cls`.
+        It needs no keys and values of every token; see `Attention.attend_cls`.
         """
         timed, _ = self.timeattn(self.norm3(x), frames, "time", residual=x)
         spaced = self.attn.proj(self.attn.attend_cls(self.norm1(timed), keep)[0])[:, None]
@@ -127,8 +128,8 @@ class CrossAttention(nn.Module):
 class FusedTextLayer(nn.Module):
     """A RoBERTa layer that also attends to the video tokens entering its video block, through a gate."""
 
-    # Where each part is called in the checkpoint, below `text_model.encoder.layer.<i>.`
-    PUBLISHED: ClassVar[dict[str, str]] = {
+    # Names in the checkpoint, below `text_model.encoder.layer.<i>.`
+    CHECKPOINT_NAMES: ClassVar[dict[str, str]] = {
         "own.dense": "attention.output.dense",
         "own": "attention.self",
         "video.dense": "crossattention_t2i.output.dense",
@@ -158,9 +159,9 @@ class FusedTextLayer(nn.Module):
         return self.last_norm(self.fc2(F.gelu(self.fc1(text))) + text)
 
     def published_names(self, prefix: str) -> dict[str, str]:
-        """This layer's parameter names to those of the checkpoint, under `prefix`."""
+        """This layer's parameter names mapped to those of the checkpoint, which begin with `prefix`."""
         names = {}
         for name in self.state_dict():
-            part = max((p for p in self.PUBLISHED if name == p or name.startswith(f"{p}.")), key=len)
-            names[name] = f"{prefix}{self.PUBLISHED[part]}{name.removeprefix(part)}"
+            part = max((p for p in self.CHECKPOINT_NAMES if name == p or name.startswith(f"{p}.")), key=len)
+            names[name] = f"{prefix}{self.CHECKPOINT_NAMES[part]}{name.removeprefix(part)}"
         return names

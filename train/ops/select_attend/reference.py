@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from egopatch.train.ops.largest import largest_indices
+
 # Tokens of a chunk in the arithmetic's dtype, and the kept rows gathered from them. Near the size of a last-level
 # cache: larger chunks stream through memory twice, smaller ones pay for more calls.
 CHUNK_BYTES = 8 * 2**20
@@ -76,7 +78,7 @@ def forward(
     for chunk in _chunks(tokens, clip_index, len(bias), clip_rows, k, dtype):
         x = chunk.tokens(tokens, dtype)
         s_cqfn = chunk.scores(x, selector[chunk.slots].to(dtype), bias, scale)
-        kept_cqfk = _largest(s_cqfn, k)
+        kept_cqfk = largest_indices(s_cqfn, k)
         q_cqhd = queries[chunk.slots].to(dtype)
         rows = _KeptRows(x, kept_cqfk) if k <= DENSE_SHARE * patches else _AllRows(x, kept_cqfk)
         a = rows.logits(q_cqhd)
@@ -139,20 +141,6 @@ def backward(
 
 def _arithmetic(queries: Tensor) -> torch.dtype:
     return torch.float64 if queries.dtype == torch.float64 else torch.float32
-
-
-def _largest(scores: Tensor, k: int) -> Tensor:
-    """Indices of the k largest along the last dimension, rising; equal scores go to the lowest index."""
-    patches = scores.shape[-1]
-    if k == patches:
-        return torch.arange(patches, device=scores.device).expand(scores.shape).contiguous()
-    top = torch.topk(scores, k, dim=-1, sorted=False)
-    kept = top.indices
-    # topk picks any of the equal scores at the threshold. Only where there is a choice does the slower sort run.
-    tied = (scores >= top.values.amin(dim=-1, keepdim=True)).sum(dim=-1) > k
-    if bool(tied.any()):
-        kept[tied] = scores[tied].sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    return kept.sort(dim=-1).values
 
 
 @dataclass(frozen=True)
