@@ -1,13 +1,13 @@
-"""Time the frozen video encoder against the published attention as it ships, and against the machine's matrix rate.
+"""Time the frozen video encoder, compared with the published attention code and with the machine's matrix rate.
 
     python benchmarks/encoder.py [--frames 16] [--depth 6] [--batch 1] [--rounds 5] [--quick] [--out FILE]
 
-Variants run by turns in one process, so that a busy machine slows all of them; the best round of each counts. Peak
-memory is taken in a process of its own for each. Weights and frames are random: they do not change the work. On a CPU
-also a clip a core, as stage one encodes there; on a CUDA device also clips/s and the share of the matrix rate (the
-model's FLOPs in that time, over the rate of the best single product) at batch 1, 8 and 32. The claims about bfloat16's
-speed are for CPUs that compute in it; on another one they are left out, and the table shows what it costs there. How
-much bfloat16 can gain at most depends on the CPU too, and is among the claims, from the same run.
+Variants take turns in one process, so that a busy machine slows all of them; the best round of each counts. Peak memory
+is measured in a separate process for each. Weights and frames are random, which does not change the work. On a CPU one
+variant encodes a clip per core, as stage one does; on a CUDA device clips/s and the share of the matrix rate (the
+model's FLOPs over time, divided by the rate of the fastest single product) are measured at batch 1, 8 and 32. Claims
+about bfloat16's speed apply to CPUs with bfloat16 instructions and are left out on others. The largest possible gain of
+bfloat16 depends on the CPU too and is reported from the same run.
 """
 
 import argparse
@@ -49,7 +49,7 @@ CUDA_BATCHES = (1, 8, 32)
 
 @dataclass(frozen=True)
 class Work:
-    """What is encoded: `batch` clips of `frames` frames through `depth` blocks, `width` channels."""
+    """The work of one call: `batch` clips of `frames` frames through `depth` blocks, `width` channels."""
 
     frames: int
     depth: int
@@ -149,9 +149,9 @@ def peak_memory(variant: str, work: Work) -> int:
 def _memory_of(variant: str, work: Work) -> int:
     with torch.inference_mode():
         run = make(variant, work, "cpu")
-        run()  # code, packed weights and whatever else stays is there before the measurement
+        run()  # loads code, packed weights and other lasting memory before the measurement
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _peak()
         run()
         return _peak() - before
@@ -197,7 +197,7 @@ def measure(work: Work, rounds: int, device: str, variants: tuple[str, ...]) -> 
 
 
 def bfloat16_instructions() -> bool:
-    """Whether this CPU multiplies in bfloat16, instead of PyTorch doing it for it."""
+    """Whether this CPU has bfloat16 instructions; without them PyTorch emulates the type."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -241,7 +241,7 @@ def _table(title: str, measured: dict[str, Any]) -> list[str]:
 
 
 def claims(result: dict[str, Any]) -> dict[str, float]:
-    """What the project promises of this benchmark, and what the machine allows."""
+    """The results that the project promises, and the limits of this machine."""
     plain, full, half = (result[variant] for variant in VARIANTS)
     found = {"float32 against plain float32, times faster (reach 1.0)": plain["seconds"] / full["seconds"]}
     if bfloat16_instructions():
@@ -270,8 +270,8 @@ def main() -> int:
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="one block, two rounds: does it run at all")
-    parser.add_argument("--out", type=Path, default=None, help="JSON file; benchmarks/results/encoder.json")
+    parser.add_argument("--quick", action="store_true", help="one block, two rounds, to check that the benchmark runs")
+    parser.add_argument("--out", type=Path, help="results as JSON; default: benchmarks/results/encoder.json")
     parser.add_argument("--memory-of", choices=VARIANTS, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     work = Work(options.frames, 1 if options.quick else options.depth, options.batch)

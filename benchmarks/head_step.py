@@ -1,20 +1,20 @@
-"""A training step of a selecting head, on this machine: tokens as keys and values, against the usual ways.
+"""Time and memory of a training step of a selecting head: tokens as keys and values, compared with dense attention.
 
     python benchmarks/head_step.py [--clips 4] [--questions 17] [--ratio 0.25] [--rounds 7] [--out FILE.json]
 
-All variants are one head with the same weights and the same result (checked before anything is timed): score the
-patches, keep k a frame, attend over them with H heads, classify the answer; then backward and an AdamW step.
+All variants are one head with the same weights and the same result (checked before timing): score the patches, keep k a
+frame, attend over them with H heads, classify the answer; then backward and an AdamW step.
 
-    ours          select_attend: the projections are absorbed by the queries and follow the pooling
-    per question  keys and values projected once a clip and laid out for every question; scores of dropped patches
+    ours          select_attend: queries absorb the key projections, value projections follow the pooling
+    per question  keys and values projected once a clip and copied for every question; scores of dropped patches
                   masked to -inf; scaled_dot_product_attention
-    per clip      the same with a clip's questions as the rows of one attention, which needs as many questions for
-                  every clip. Nothing is laid out twice; the strongest dense form
-    compiled      ours and `per clip` once more through torch.compile
+    per clip      the same with a clip's questions as the rows of one attention, without copies; the fastest dense
+                  variant, but it requires the same number of questions for every clip
+    compiled      ours and `per clip` again through torch.compile
 
-Time is interleaved in one run. Memory is the growth of a process's peak over a step, in a process for each variant
-that is not compiled.
-Exit code 1 where ours is under 10x faster than `per question`, or takes over a quarter of its memory, at ratio 0.25.
+Variants take turns in one run. Memory is the growth of a process's peak over a step, measured in a separate process for
+each variant that is not compiled.
+Exit code 1 if, at ratio 0.25, ours is less than 10x faster than `per question` or needs over a quarter of its memory.
 """
 
 import argparse
@@ -154,10 +154,10 @@ def peak_bytes(args: argparse.Namespace, variant: str) -> int:
 def print_peak(args: argparse.Namespace) -> None:
     inputs = make_inputs(args.clips, args.questions)
     head, optimiser = make_head(args.ratio)
-    # A step of one frame's worth sets up threads and the optimiser's state, which are no part of a step's own memory.
+    # A small step first sets up threads and the optimiser's state, which do not count as memory of a step.
     small = (inputs[0][:1], inputs[1][:1], inputs[2][:1], inputs[3][:1], inputs[4][:1])
     step(head, optimiser, small, "ours")
-    # Linux: 5 sets the peak back to what is resident now.
+    # Linux: 5 resets the peak to the current resident memory.
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     step(head, optimiser, inputs, args.memory_of)
@@ -165,7 +165,7 @@ def print_peak(args: argparse.Namespace) -> None:
 
 
 def resident(field: str) -> int:
-    """Bytes of this process in `/proc/self/status`: VmRSS is now, VmHWM the peak."""
+    """Bytes of this process in `/proc/self/status`: VmRSS is the current value, VmHWM the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
@@ -173,11 +173,11 @@ def resident(field: str) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=4)
-    parser.add_argument("--questions", type=int, default=17, help="of each clip")
+    parser.add_argument("--questions", type=int, default=17, help="questions of each clip")
     parser.add_argument("--ratio", type=float, default=0.25)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, help="write the figures here as JSON")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -226,13 +226,13 @@ def main() -> int:
     against = rows["per question"]
     met = against["times_ours"] >= 10 and against["memory_times_ours"] >= 4
     if args.ratio == 0.25 and not met:
-        print("missed: 10x the speed and a quarter of the memory of `per question`", file=sys.stderr)
+        print("goal missed: 10x the speed and a quarter of the memory of `per question`", file=sys.stderr)
         return 1
     return 0
 
 
 def processor() -> str:
-    """The processor's name, where the system tells."""
+    """The processor's name, if the system reports it."""
     info = Path("/proc/cpuinfo")
     names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return names[0] if names else platform.processor()

@@ -1,9 +1,9 @@
-"""Compile the kernels of `select_attend` ahead of time, with no GPU, and print what they use of a multiprocessor.
+"""Compile the kernels of `select_attend` ahead of time, without a GPU, and print the resources that they use.
 
     python benchmarks/kernel_budget.py [--json] [--quick]
 
-Every shipped configuration is compiled for sm_80 and sm_90a. Exit code 1 where one spills registers or takes more
-shared memory than the chip has, 2 where this machine cannot compile.
+Every shipped configuration is compiled for sm_80 and sm_90a. Exit code 1 if one spills registers or needs more shared
+memory than the GPU has, 2 if this machine cannot compile.
 """
 
 import argparse
@@ -95,6 +95,7 @@ def measure(case: Case) -> Usage:
     from egopatch.train.ops.select_attend import backward as triton_backward
     from egopatch.train.ops.select_attend import forward as triton_forward
     from egopatch.train.ops.select_attend import kernels
+    from egopatch.train.ops.select_attend.plan import plan_launch
 
     patches, width, heads = case.shape
     dtype = DTYPES[case.dtype]
@@ -105,15 +106,15 @@ def measure(case: Case) -> Usage:
     if case.wide:
         tokens = tokens.as_strided(tokens.shape, (0, 0, 2**31 // patches + 1, 1))
     queries = torch.empty(1, heads, width, device="meta")
-    config = kernels.configure(tokens, queries, backward)
+    launch = plan_launch(tokens, queries)
     scale = tokens if scaled else None
     if backward:
         function = triton_backward.backward_kernel
-        constants = kernels.constants(tokens, queries, scale, config)
+        constants = kernels.backward_constants(tokens, queries, scale, launch)
     else:
-        several = config.block < patches
+        several = launch.forward.several
         function = triton_forward.forward_blocks_kernel if several else triton_forward.forward_kernel
-        constants = kernels.forward_constants(tokens, queries, scale, config)
+        constants = kernels.forward_constants(tokens, queries, scale, launch)
     options = {"num_warps": constants.pop("num_warps"), "num_stages": constants.pop("num_stages")}
     if scale is None:
         constants["scale"] = None
@@ -183,16 +184,18 @@ def line(usage: Usage) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Registers, spills and shared memory of the select_attend kernels.")
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
-    parser.add_argument("--quick", action="store_true", help="two shapes in float16 only")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
+    parser.add_argument("--quick", action="store_true", help="only two shapes, in float16")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of parallel compilations")
     args = parser.parse_args()
     try:
         import triton
     except ImportError:
-        print("kernel_budget: Triton is not installed; pip install triton, no GPU is needed", file=sys.stderr)
+        print("kernel_budget: Triton is not installed; run: pip install triton (no GPU is needed)", file=sys.stderr)
         return 2
     if triton.knobs.runtime.interpret:
-        print("kernel_budget: TRITON_INTERPRET is set; unset it, interpreted kernels are not compiled", file=sys.stderr)
+        print(
+            "kernel_budget: TRITON_INTERPRET is set; unset it, since the interpreter compiles nothing", file=sys.stderr
+        )
         return 2
     usages = []
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:

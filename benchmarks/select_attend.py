@@ -1,17 +1,17 @@
-"""`select_attend` against the other ways to say it, forward, backward and both, over selection ratios.
+"""`select_attend` compared with other implementations: forward, backward and both, over selection ratios.
 
     python benchmarks/select_attend.py [--preset small|batch] [--heads 4] [--ratios 0.05 0.25 1.0] [--out FILE.json]
 
     ours       the Triton kernels on a GPU, the chunked reference on a CPU
-    eager      the definition in plain PyTorch, which expands every question's clip
+    eager      the definition in plain PyTorch, which copies the clip of every question
     compiled   the same through torch.compile
     dense      keys and values projected, masked scaled_dot_product_attention (the projections' time included)
-    flex       the same by FlexAttention with a mask of the kept patches; GPU only
+    flex       the same with FlexAttention and a mask of the kept patches; GPU only
 
-Variants take turns in one run, on random data, with the L2 cache flushed between calls on a GPU. Reported are medians
-with quartiles, the peak memory beyond the inputs (GPU), the logical token bytes (read once) over time, and their share
-of the copy bandwidth measured in the same run. The outputs of all variants but those with other projections are
-compared first. A plot of time against ratio is written beside --out.
+Variants take turns in one run, on random data, with the L2 cache flushed between calls on a GPU. The report has medians
+with quartiles, the peak memory beyond the inputs (GPU), the token bytes (counted once) over time, and the ratio of that
+to the copy bandwidth measured in the same run. Outputs of variants with the same projections are compared first. A plot
+of time over ratio is written beside --out.
 """
 
 import argparse
@@ -36,8 +36,7 @@ from torch.nn.attention import SDPBackend
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.head_step import processor
-from egopatch.train.ops.select_attend import reference, select_attend
-from egopatch.train.ops.select_attend.api import choose_implementation
+from egopatch.train.ops.select_attend import choose_implementation, reference, select_attend
 
 # clips, questions of each clip, frames, patches, channels
 PRESETS = {
@@ -45,7 +44,7 @@ PRESETS = {
     "small": (4, 17, 4, 196, 768),
     "batch": (64, 17, 16, 196, 768),
 }
-# What expands every question's clip does not fit beyond this many bytes of it.
+# Variants that copy the clip of every question are left out above this many bytes of copies.
 LARGEST_EXPANSION = {"cpu": 4 * 2**30, "cuda": 48 * 2**30}
 Outputs = tuple[Tensor, ...]
 
@@ -120,7 +119,7 @@ class Problem:
 
 
 def variants(problem: Problem, device: str) -> dict[str, Callable[..., Outputs]]:
-    """What fits here, by name."""
+    """The variants that fit in memory, by name."""
     found: dict[str, Callable[..., Outputs]] = {"ours": problem.ours}
     if problem.expanded_bytes <= LARGEST_EXPANSION[device]:
         found |= {"eager": problem.eager, "compiled": torch.compile(problem.eager), "dense": problem.dense}
@@ -231,7 +230,7 @@ def main() -> int:
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.1, 0.25, 0.5, 1.0])
     parser.add_argument("--rounds", type=int, default=25 if torch.cuda.is_available() else 5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, help="write the figures here as JSON, and a plot beside it")
+    parser.add_argument("--out", type=Path, help="JSON file for the results; a plot is written beside it")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(args.threads)

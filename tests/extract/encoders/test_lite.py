@@ -214,7 +214,7 @@ def test_text_is_what_transformers_makes_of_the_folder(depth: int) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"depth": 5}, "depth is 5; expected 6 to 11, where tokens cover 16x16 pixels"),
+        ({"depth": 5}, "depth is 5; expected 6 to 11, the blocks whose tokens cover 16x16 pixels"),
         ({"depth": 12}, "depth is 12; expected 6 to 11"),
         ({"size": 100}, "size is 100; expected a multiple of 16, at least 32"),
         ({"size": 16}, "size is 16; expected a multiple of 16, at least 32"),

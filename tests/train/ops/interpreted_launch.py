@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from egopatch.train.ops.select_attend import select_attend
-from egopatch.train.ops.select_attend.launch import is_wide
-from egopatch.train.ops.select_attend.schedule import schedule, tile_bound
+from egopatch.train.ops.select_attend.plan import plan_launch, schedule, tile_bound
 from tests.train.ops.cases import Case, make_case
 from tests.train.ops.kernel_checks import DEVICE, check, gradients, poison, run
 
@@ -105,8 +104,8 @@ def test_many_rows_are_counted_in_64_bits() -> None:
     """Outputs of more than 2^31 elements need wide offsets as well; nothing of that size is made."""
     tokens = torch.empty(1, 16, 196, 768, dtype=torch.float16, device="meta")
     most = 2**31 // (16 * 12 * 768)
-    assert not is_wide(tokens, torch.empty(most, 12, 768, device="meta"))
-    assert is_wide(tokens, torch.empty(most + 1, 12, 768, device="meta"))
+    assert not plan_launch(tokens, torch.empty(most, 12, 768, device="meta")).wide
+    assert plan_launch(tokens, torch.empty(most + 1, 12, 768, device="meta")).wide
 
 
 class HostReads(TorchDispatchMode):
@@ -128,8 +127,9 @@ def test_nothing_of_the_device_is_read_on_the_host(patches: int) -> None:
     rows = torch.arange(3, device=DEVICE)
     inputs = (case.queries, case.selector, case.bias)
     with HostReads():
-        pooled, lse, kept, *saved = kernels.forward(case.tokens, case.clip_index, *inputs, 5, None, rows)
-        kernels.backward(torch.ones_like(pooled), lse, case.tokens, *inputs, None, lse, *saved)
+        launch = plan_launch(case.tokens, case.queries)
+        pooled, lse, kept, *saved = kernels.forward(case.tokens, case.clip_index, *inputs, 5, None, rows, launch)
+        kernels.backward(torch.ones_like(pooled), lse, case.tokens, *inputs, None, lse, *saved, launch)
     with pytest.raises(AssertionError, match="reads the device's memory"), HostReads():
         kept.max().item()
 
@@ -158,7 +158,9 @@ def test_operators_and_full_graphs() -> None:
     from egopatch.train.ops.select_attend import library
 
     case = make_case(3, 7, 2, 33, 96, 2, torch.float16, scaled=True, device=DEVICE)
-    torch.library.opcheck(library.triton_forward, (case.tokens, case.clip_index, *case.leaves(), 9, case.scale, None))
+    launch = plan_launch(case.tokens, case.queries).as_numbers()
+    arguments = (case.tokens, case.clip_index, *case.leaves(), 9, case.scale, None, launch)
+    torch.library.opcheck(library.triton_forward, arguments)
 
     def loss(queries: Tensor, selector: Tensor, bias: Tensor) -> Tensor:
         out = run(case, [queries, selector, bias], 9)

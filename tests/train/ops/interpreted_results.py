@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from egopatch.train.ops.select_attend.schedule import QUESTIONS
+from egopatch.train.ops.select_attend.plan import QUESTIONS
 from tests.train.ops.cases import Case, make_case, oracle
 from tests.train.ops.kernel_checks import DEVICE, check, gradients, run
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from egopatch.train.ops.select_attend import select_attend
-from egopatch.train.ops.select_attend.api import choose_implementation
+from egopatch.train.ops.select_attend import choose_implementation, select_attend
 from tests.train.ops.cases import make_case
 from tests.train.ops.test_triton import INTERPRETED
 

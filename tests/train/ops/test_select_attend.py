@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from egopatch.train.ops.select_attend import SelectAttendOutput, reference, select_attend
-from egopatch.train.ops.select_attend.api import choose_implementation
+from egopatch.train.ops.select_attend import SelectAttendOutput, choose_implementation, reference, select_attend
 from tests.train.ops.cases import Case, assert_as_exact_as, make_case, oracle
 
 SHAPES = [  # clips, questions, frames, patches, width, heads
@@ -232,7 +231,7 @@ def test_wrong_arguments_are_named(wrong: str) -> None:
 def test_auto_takes_the_reference_on_a_cpu() -> None:
     tokens = torch.zeros(1, 1, 4, 16)
     assert choose_implementation(tokens, torch.float32, "auto") == ("reference", "tokens are on cpu")
-    assert choose_implementation(tokens, torch.float32, "reference") == ("reference", "as asked for")
+    assert choose_implementation(tokens, torch.float32, "reference") == ("reference", "as requested")
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")

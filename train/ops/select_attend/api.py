@@ -1,27 +1,23 @@
-"""The one entry point: checks its arguments once and dispatches.
+"""The entry point: checks its arguments, makes the plan, and calls the implementation.
 
 Shape legend: C clips, S clips that `tokens` holds, B questions, T frames, N patches a frame, D channels, H attention
 heads, k kept patches a frame.
 """
 
-import importlib.util
-import os
 import warnings
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from egopatch.train.ops.select_attend import library
-from egopatch.train.ops.select_attend.launch import refusal
-
-Implementation = Literal["auto", "reference", "triton"]
+from egopatch.train.ops.select_attend.plan import Implementation, make_plan
 
 TOKEN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int8)
 
 
 class SelectAttendOutput(NamedTuple):
-    """What one pass gives for B questions.
+    """The result for B questions.
 
     Attributes:
         pooled: [B, T, H, D], weighted sum of the kept tokens, in the queries' dtype.
@@ -47,36 +43,36 @@ def select_attend(
 ) -> SelectAttendOutput:
     """Keep the k best patches of every frame for each question and attend over them.
 
-    With x = tokens * scale (its row clip_rows[c] where that is given), question b and its clip c = clip_index[b]:
+    With x = tokens * scale (row clip_rows[c] of it, if clip_rows is given), question b and its clip c = clip_index[b]:
 
         s[b,t,n]   = <selector_b, x[c,t,n]> + bias[c,t,n]
         kept[b,t]  = the k largest of s[b,t,:], ties to the lowest n
         a[b,h,t,n] = <queries_bh, x[c,t,n]> + s[b,t,n]        on kept n
         pooled     = sum over kept n of softmax(a) x;  lse = logsumexp(a)
 
-    The projections of ordinary attention are absorbed by the caller (queries = q W_k^T / sqrt(d)), so that a token is
-    both key and value. A patch whose s is -inf weighs nothing even where it is among the k; a frame with nothing else
-    gives pooled 0, lse -inf and gradient 0.
+    The caller absorbs the projections of ordinary attention (queries = q W_k^T / sqrt(d)), so that a token is both key
+    and value. A patch with s = -inf has weight 0 even if it is among the k; a frame with only such patches gives
+    pooled 0, lse -inf and gradient 0.
 
     Args:
         tokens: [C, T, N, D], or [S, T, N, D] with clip_rows. Frozen: float16, bfloat16, float32, float8_e4m3fn or
             int8. Never gets a gradient.
-        clip_index: [B] int32 or int64, which clip each question reads; clips may repeat or be absent.
+        clip_index: [B] int32 or int64, the clip of each question; clips may repeat or have no question.
         queries: [B, H, D] floating point. float64 makes the reference compute in float64.
         selector: [B, D] floating point.
-        bias: [C, T, N] floating point, -inf to leave a patch out.
-        k: patches to keep in each frame, 1 to N.
+        bias: [C, T, N] floating point, -inf to exclude a patch.
+        k: Number of patches to keep in each frame, 1 to N.
         scale: [C, T, N], or [S, T, N] with clip_rows: floating point factor of each patch of quantised tokens.
-        implementation: `auto` takes Triton for CUDA tensors that the kernels take, and the reference elsewhere;
-            `choose_implementation` says which and why.
-        clip_rows: [C] int32 or int64, row of `tokens` and `scale` where each clip lies, so that a batch needs no copy
-            of tokens that are kept whole.
+        implementation: `auto` runs Triton on CUDA tensors that the kernels support, and the reference otherwise;
+            `choose_implementation` returns the choice and the reason.
+        clip_rows: [C] int32 or int64, row of `tokens` and `scale` that holds each clip, so that a batch can be read in
+            place from the tokens of all clips.
 
     Returns:
         `SelectAttendOutput`. Gradients reach queries, selector and bias through pooled and lse.
 
     Raises:
-        ValueError: a shape, dtype, device or value is wrong, or the implementation cannot run here; the message names
+        ValueError: A shape, dtype, device or value is wrong, or the implementation cannot run here; the message names
             the argument.
     """
     floats = _given(queries=queries, selector=selector, bias=bias, scale=scale)
@@ -86,47 +82,18 @@ def select_attend(
     for name, tensor in {**floats, **indices}.items():
         if tensor.device != tokens.device:
             raise ValueError(f"{name} is on {tensor.device}; expected {tokens.device}, where tokens is")
-    chosen, why = choose_implementation(tokens, queries.dtype, implementation)
-    if chosen == "reference" and implementation == "auto" and tokens.is_cuda and not torch.compiler.is_compiling():
-        warnings.warn(f"select_attend runs its slower reference on a GPU: {why}", stacklevel=2)
-    if chosen == "triton":
-        pooled, lse, kept, *_ = library.triton_forward(tokens, clip_index, queries, selector, bias, k, scale, clip_rows)
+    plan = make_plan(tokens, queries, implementation)
+    if plan.launch is not None:
+        pooled, lse, kept, *_ = library.triton_forward(
+            tokens, clip_index, queries, selector, bias, k, scale, clip_rows, plan.launch.as_numbers()
+        )
     else:
+        if implementation == "auto" and tokens.is_cuda and not torch.compiler.is_compiling():
+            warnings.warn(f"select_attend runs its slower reference on a GPU: {plan.reason}", stacklevel=2)
         pooled, lse, kept, _ = library.reference_forward(
             tokens, clip_index, queries, selector, bias, k, scale, clip_rows
         )
     return SelectAttendOutput(pooled, lse, kept)
-
-
-def choose_implementation(
-    tokens: Tensor, dtype: torch.dtype, implementation: Implementation
-) -> tuple[Literal["reference", "triton"], str]:
-    """Which implementation `select_attend` runs for these tokens and queries of this dtype, and why, for a log.
-
-    Raises:
-        ValueError: `implementation` is not one of the three, or is `triton` where the kernels cannot run.
-    """
-    if implementation not in ("auto", "reference", "triton"):
-        raise ValueError(f"implementation is {implementation!r}; expected 'auto', 'reference' or 'triton'")
-    if implementation == "reference":
-        return "reference", "as asked for"
-    if implementation == "auto" and not tokens.is_cuda:
-        return "reference", f"tokens are on {tokens.device}"
-    hindrance = _hindrance(tokens, dtype)
-    if implementation == "triton":
-        if hindrance:
-            raise ValueError(f"{hindrance} with implementation 'triton'; or use 'auto'")
-        return "triton", "as asked for"
-    return ("reference", hindrance) if hindrance else ("triton", f"tokens are on {tokens.device}")
-
-
-def _hindrance(tokens: Tensor, dtype: torch.dtype) -> str | None:
-    """What keeps the kernels from running here, and what they expect; None where they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; expected it (pip install triton)"
-    if not tokens.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"tokens is on {tokens.device}; expected a CUDA device"
-    return refusal(tokens, dtype)
 
 
 def _given(**tensors: Tensor | None) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Backward kernels of `select_attend`.
 
-Legend in `triton.py`.
+Legend in `kernels.py`.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -18,7 +18,7 @@ def _weigh(
     N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr, FLOAT8: tl.constexpr,
     ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Of a block of patches: softmax weights and products with the pooled gradient, both [BN, R]; its first read."""
+    """First read of a block of patches: softmax weights and products with the pooled gradient, both [BN, R]."""
     out = (question * frames + t) * H + head
     a = tl.zeros((BN, R), tl.float32)
     products = tl.zeros((BN, R), tl.float32)
@@ -52,7 +52,7 @@ def backward_kernel(
     FLOAT8: tl.constexpr, ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a run of frames. A program takes up to QB questions of a clip and HG heads."""
+    """Gradients of several frames. A program computes up to QB questions of a clip and HG heads."""
     groups: tl.constexpr = (H + HG - 1) // HG
     R: tl.constexpr = HG * QB
     blocks: tl.constexpr = (N + BN - 1) // BN
@@ -79,8 +79,8 @@ def backward_kernel(
             grad_top = tl.maximum(grad_top, tl.max(tl.abs(g.to(tl.float32)), axis=0))
         grad_top = tl.where(grad_top == 0.0, 1.0, grad_top)
 
-        # Several blocks are gone through twice, first for the mean of the (rounded) products over all of them.
-        # <grad_pooled, pooled> is that mean too, but does not cancel their rounding; nor does lse that of the weights.
+        # Several blocks take two passes, the first for the mean of the (rounded) products over all of them.
+        # <grad_pooled, pooled> equals that mean too, but does not cancel their rounding, nor lse that of the weights.
         mean = tl.zeros((R,), tl.float32)
         total = tl.zeros((R,), tl.float32)
         for step in range(0, blocks * passes):
@@ -106,7 +106,7 @@ def backward_kernel(
                 else:
                     products -= mean[None, :]
                 direct = tl.load(grad_lse + out, mask=live, other=0.0).to(tl.float32)
-                # Where p is 0 the gradient is 0, whatever an infinite lse made of grad_lse.
+                # Where p is 0 the gradient is 0, even if an infinite lse made grad_lse infinite or NaN.
                 grad = tl.where(p > 0.0, p * (products + direct[None, :]), 0.0)
                 partial = (tl.program_id(0).to(tl.int64) * frames + t) * N
                 tl.store(grad_bias + partial + n, tl.sum(grad, axis=1), mask=n < N)
@@ -117,7 +117,7 @@ def backward_kernel(
                 top = tl.where(top == 0.0, 1.0, top)
                 weights = (grad * (1.0 / top)[None, :]).to(ARITHMETIC)
 
-                # Second read, from the L2 cache. Blocks and frames add up in turn, so that repeats are bit-equal.
+                # Second read, from the L2 cache. Blocks and frames add up in order, so that repeats are bit-equal.
                 target = ((split * questions + question) * H + head) * D
                 written = live & (tl.zeros((R,), tl.int32) + i + start > 0)
                 for d0 in range(0, D, BD):
@@ -127,7 +127,7 @@ def backward_kernel(
                     o = tl.dot(parts.decode(x, ARITHMETIC, FLOAT8), weights, input_precision=PRECISION) * top[None, :]
                     o += tl.load(pointers, mask=written[None, :], other=0.0)
                     tl.store(pointers, o, mask=live[None, :])
-                tl.debug_barrier()  # what is loaded next sees these stores, whichever thread made them
+                tl.debug_barrier()  # the next iteration loads values that other threads stored here
 
 
 @triton.jit

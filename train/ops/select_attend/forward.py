@@ -1,6 +1,6 @@
-"""Forward kernels of `select_attend`: a frame in one block, and frames of several.
+"""Forward kernels of `select_attend`: one for frames of one block, one for frames of several blocks.
 
-Legend in `triton.py`.
+Legend in `kernels.py`.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -19,7 +19,7 @@ def forward_kernel(
     FLOAT8: tl.constexpr, ARITHMETIC: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr,
 ):  # fmt: skip
-    """A frame in one block of patches. A program takes up to QB questions of a clip and HG heads."""
+    """A frame in one block of patches. A program computes up to QB questions of a clip and HG heads."""
     groups: tl.constexpr = (H + HG - 1) // HG
     R: tl.constexpr = HG * QB
     group = tl.program_id(0) % groups
@@ -105,19 +105,19 @@ def _select(
     out = question * frames + t
     pointers = mask + (out * N)[None, :]
     tl.store(pointers + n[:, None], ranks.to(tl.int8), mask=(n < N)[:, None] & live[None, :])
-    tl.debug_barrier()  # what follows reads the ranks, whichever thread wrote them
+    tl.debug_barrier()  # the code below reads ranks that other threads wrote
 
-    # Ties and places are counted block by block: over the whole frame the counts take too many registers.
+    # Ties and places are counted block by block: over the whole frame the counts need too many registers.
     before = tl.zeros((QB,), tl.int32)
     for start in range(0, N, COUNT_BN):
         m = start + tl.arange(0, COUNT_BN)
         ranks_block = tl.load(pointers + m[:, None], mask=(m < N)[:, None] & live[None, :], other=0).to(tl.int32)
         keep = parts.keep(ranks_block, needed)
-        tl.debug_barrier()  # all have read a rank before its place is written to
+        tl.debug_barrier()  # every thread has read the ranks before the mask overwrites them
         parts.store_selection(kept, mask, keep, before[None, :], m, out, live, k, N, COUNT_BN, QB)
         before += tl.sum(keep, axis=0)
         needed -= tl.sum((ranks_block == 1).to(tl.int32), axis=0)
-    tl.debug_barrier()  # what follows reads the mask, whichever thread wrote it
+    tl.debug_barrier()  # the code below reads a mask that other threads wrote
 
 
 @triton.jit(do_not_specialize=["k", "frames"])
@@ -129,10 +129,10 @@ def forward_blocks_kernel(
     BN: tl.constexpr, BD: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr,
     SELECT_BN: tl.constexpr, SELECT_BD: tl.constexpr,
 ):  # fmt: skip
-    """A frame of more patches than one block holds. A program takes up to QB questions of a clip and all heads.
+    """A frame in several blocks of patches. A program computes up to QB questions of a clip and all heads.
 
-    The scores of the whole frame fit where the logits do not: it selects first, then goes over the blocks with a
-    running maximum and sum, and pooled (float32) in memory is always what the blocks so far give.
+    The scores of the whole frame fit in registers, the logits do not: the program selects first, then processes the
+    blocks with a running maximum and sum, and pooled (float32) in memory is always the result of the blocks so far.
     """
     R: tl.constexpr = HG * QB
     t = tl.program_id(1)
@@ -168,7 +168,7 @@ def forward_blocks_kernel(
             chosen = parts.chosen(mask, question, frames, t, n, live, N)
             a = tl.where(chosen, a + parts.by_patch(bias, bias_row, n, N, float("-inf"))[:, None], float("-inf"))
 
-            # Weights of this block, and what is left of the weight of the ones before it.
+            # Weights of this block, and the reduced weight of the earlier blocks.
             higher = tl.maximum(top, tl.max(a, axis=0))
             finite = tl.where(higher == float("-inf"), 0.0, higher)
             p = tl.exp(a - finite[None, :])
@@ -193,6 +193,6 @@ def forward_blocks_kernel(
                 o = tl.dot(parts.decode(x, ARITHMETIC, FLOAT8), weights, input_precision=PRECISION) * largest
                 o += tl.load(pointers, mask=written[None, :], other=0.0) * earlier[None, :]
                 tl.store(pointers, o, mask=live[None, :])
-            tl.debug_barrier()  # the next block's loads see this one's stores, whichever thread made them
+            tl.debug_barrier()  # the next block loads values that other threads stored here
         empty = total == 0.0
         tl.store(lse + out, tl.where(empty, float("-inf"), top + tl.log(tl.where(empty, 1.0, total))), mask=live)

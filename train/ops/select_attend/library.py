@@ -1,17 +1,17 @@
-"""Operators of both implementations, known to autograd and to `torch.compile`.
+"""Both implementations as operators that autograd and `torch.compile` know.
 
-Each forward returns pooled, lse, kept and what its backward needs: the softmax weights [B, T, H, k] for the
-reference; the mask of kept patches [B, T, N] and the grouping of questions by clip for Triton, whose module is
-imported when its operator first runs, so that the reference works where Triton is not installed.
+Each forward returns pooled, lse, kept and the tensors for its backward: the softmax weights [B, T, H, k] for the
+reference; the mask of kept patches [B, T, N] and the schedule for Triton. The plan's `Launch` is passed as numbers.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from egopatch.train.ops.select_attend import reference
-from egopatch.train.ops.select_attend.schedule import tile_bound
+from egopatch.train.ops.select_attend.plan import Launch, tile_bound
 
 
 @torch.library.custom_op("egopatch::select_attend_reference", mutates_args=())
@@ -35,7 +35,7 @@ def _(
 ) -> tuple[Tensor, ...]:
     frames = tokens.shape[1]
     questions, heads, _width = queries.shape
-    dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    dtype = reference.arithmetic_dtype(queries)
     weights = queries.new_empty(questions, frames, heads, k, dtype=dtype)
     return *_outputs(frames, clip_index, queries, k), weights
 
@@ -61,7 +61,7 @@ def reference_backward(
 def _(
     grad_pooled: Tensor, grad_lse: Tensor, tokens: Tensor, clip_index: Tensor, queries: Tensor, bias: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(queries, bias, torch.float64 if queries.dtype == torch.float64 else torch.float32)
+    return _gradients(queries, bias, reference.arithmetic_dtype(queries))
 
 
 def _reference_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -94,11 +94,14 @@ def triton_forward(
     k: int,
     scale: Tensor | None,
     clip_rows: Tensor | None,
+    launch: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`triton.forward` as an operator."""
-    from egopatch.train.ops.select_attend import kernels as triton
+    """`kernels.forward` as an operator."""
+    # Imported here, so that the reference runs without Triton.
+    from egopatch.train.ops.select_attend import kernels
 
-    return triton.forward(tokens, clip_index, queries, selector, bias, k, scale, clip_rows)
+    plan = Launch.from_numbers(launch)
+    return kernels.forward(tokens, clip_index, queries, selector, bias, k, scale, clip_rows, plan)
 
 
 @triton_forward.register_fake
@@ -130,12 +133,15 @@ def triton_backward(
     order: Tensor,
     tiles: Tensor,
     clip_tiles: Tensor,
+    launch: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`triton.backward` as an operator."""
-    from egopatch.train.ops.select_attend import kernels as triton
+    """`kernels.backward` as an operator."""
+    # Imported here, so that the reference runs without Triton.
+    from egopatch.train.ops.select_attend import kernels
 
-    return triton.backward(
-        grad_pooled, grad_lse, tokens, queries, selector, bias, scale, lse, mask, order, tiles, clip_tiles
+    plan = Launch.from_numbers(launch)
+    return kernels.backward(
+        grad_pooled, grad_lse, tokens, queries, selector, bias, scale, lse, mask, order, tiles, clip_tiles, plan
     )
 
 
@@ -147,7 +153,7 @@ def _(
 
 
 def _triton_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tokens, _, queries, selector, bias, _, scale, _ = inputs
+    tokens, _, queries, selector, bias, _, scale, _, ctx.launch = inputs
     _, lse, kept, *saved = output
     ctx.mark_non_differentiable(kept, *saved)
     ctx.set_materialize_grads(False)
@@ -159,8 +165,8 @@ def _triton_gradients(
 ) -> tuple[Tensor | None, ...]:
     tokens, queries, selector, bias, scale, lse, *saved = ctx.saved_tensors
     incoming = _incoming(grad_pooled, grad_lse, queries, lse)
-    grads = triton_backward(*incoming, tokens, queries, selector, bias, scale, lse, *saved)
-    return _outgoing(grads, queries, selector, bias)
+    grads = triton_backward(*incoming, tokens, queries, selector, bias, scale, lse, *saved, ctx.launch)
+    return *_outgoing(grads, queries, selector, bias), None
 
 
 triton_forward.register_autograd(_triton_gradients, setup_context=_triton_save)
@@ -169,7 +175,7 @@ triton_forward.register_autograd(_triton_gradients, setup_context=_triton_save)
 def _outputs(frames: int, clip_index: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Empty pooled, lse and kept."""
     questions, heads, width = queries.shape
-    dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    dtype = reference.arithmetic_dtype(queries)
     return (
         queries.new_empty(questions, frames, heads, width),
         queries.new_empty(questions, frames, heads, dtype=dtype),
@@ -190,7 +196,7 @@ def _gradients(queries: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tenso
 def _incoming(
     grad_pooled: Tensor | None, grad_lse: Tensor | None, queries: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of both outputs, zero where the loss does not use one."""
+    """Gradients of both outputs; zeros for an output that the loss does not use."""
     if grad_pooled is None:
         grad_pooled = queries.new_zeros(*lse.shape, queries.shape[-1])
     return grad_pooled, torch.zeros_like(lse) if grad_lse is None else grad_lse

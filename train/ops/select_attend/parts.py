@@ -1,6 +1,6 @@
-"""What the kernels of `select_attend` share.
+"""Functions that the forward and backward kernels of `select_attend` share.
 
-Legend in `triton.py`.
+Legend in `kernels.py`.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -21,7 +21,7 @@ def tile_of(tiles, tile):
 
 @triton.jit
 def columns(order, first, count, group, H: tl.constexpr, QB: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr):
-    """Question, head and liveness of each of the R columns of a head group."""
+    """Question and head of each of the R columns of a head group, and whether the column is used."""
     column = tl.arange(0, R)
     slot = column % QB
     head = group * (R // QB) + column // QB
@@ -56,9 +56,10 @@ def add_scores(s, x, selector, b, b_live, d, D: tl.constexpr, ARITHMETIC: tl.con
 
 @triton.jit
 def decode(x, ARITHMETIC: tl.constexpr, FLOAT8: tl.constexpr):
-    """Tokens in the arithmetic's dtype. float8_e4m3 comes as its bits, which not every GPU can convert.
+    """Tokens in the arithmetic's dtype. float8_e4m3 is passed as its bits, which not every GPU can convert.
 
-    Seven bits of exponent and fraction, moved to float16's place, are the value over 2^8, subnormals included.
+    Its seven bits of exponent and fraction, shifted to their place in float16, are the value over 2^8, also for
+    subnormals.
     """
     if FLOAT8:
         bits = x.to(tl.int16)
@@ -69,7 +70,7 @@ def decode(x, ARITHMETIC: tl.constexpr, FLOAT8: tl.constexpr):
 
 @triton.jit
 def queries(queries, selector, question, head, live, d, D: tl.constexpr, H: tl.constexpr):
-    """queries + selector [BD, R] float32: with their sum, a product gives the logit less its bias."""
+    """queries + selector [BD, R] float32; the product of their sum with a token is the logit without its bias."""
     q = tl.load(queries + (((question * H + head) * D)[None, :] + d[:, None]), mask=live[None, :], other=0.0)
     s = tl.load(selector + ((question * D)[None, :] + d[:, None]), mask=live[None, :], other=0.0)
     return q.to(tl.float32) + s.to(tl.float32)
@@ -77,10 +78,10 @@ def queries(queries, selector, question, head, live, d, D: tl.constexpr, H: tl.c
 
 @triton.jit
 def rank(scores, n, k, N: tl.constexpr):
-    """Against the k-th largest of their column: scores [BN, QB] as 2 above it, 1 equal, 0 below; and how many of the
-    equal ones are among the k [QB].
+    """Compare scores [BN, QB] with the k-th largest of their column: 2 above it, 1 equal, 0 below; and the number of
+    equal ones that are among the k [QB].
 
-    Floats are mapped to integers of the same order and the k-th largest is built bit by bit from the top.
+    Floats are mapped to integers of the same order, and the k-th largest is found bit by bit from the highest.
     """
     bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)  # one zero: -0.0 ties with 0.0
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -97,14 +98,14 @@ def rank(scores, n, k, N: tl.constexpr):
 
 @triton.jit
 def keep(ranks, needed):
-    """Which patches of ranks [BN, QB] are kept, int32: what is above the threshold and the first `needed` at it."""
+    """Kept patches of ranks [BN, QB], int32: those above the threshold, and the first `needed` of those at it."""
     first = tl.cumsum((ranks == 1).to(tl.int32), axis=0) <= needed[None, :]
     return ((ranks == 2) | ((ranks == 1) & first)).to(tl.int32)
 
 
 @triton.jit
 def store_selection(kept, mask, keep, before, n, out, live, k, N: tl.constexpr, BN: tl.constexpr, QB: tl.constexpr):
-    """Write keep [BN, QB] as indices in rising order behind the `before` first, and as the mask for `backward`."""
+    """Write keep [BN, QB] as indices in rising order, after the `before` indices of earlier blocks, and as the mask."""
     place = before + tl.cumsum(keep, axis=0) - 1
     chosen = (keep > 0) & live[None, :]
     tl.store(kept + ((out * k)[None, :] + place), tl.broadcast_to(n.to(tl.int64)[:, None], (BN, QB)), mask=chosen)
@@ -119,6 +120,6 @@ def by_patch(values, row, n, N: tl.constexpr, other):
 
 @triton.jit
 def chosen(mask, question, frames, t, n, live, N: tl.constexpr):
-    """Which patches n [BN] the question of each column keeps: [BN, R]."""
+    """Whether the question of each column keeps each of the patches n [BN]: [BN, R]."""
     pointers = mask + (((question * frames + t) * N)[None, :] + n[:, None])
     return tl.load(pointers, mask=(n < N)[:, None] & live[None, :], other=0) > 0

@@ -1,7 +1,7 @@
-"""`select_attend` in PyTorch: the specification, and a chunked form of it that is fast on a CPU.
+"""`select_attend` in PyTorch: the specification, and a chunked version of it that is fast on a CPU.
 
 Shape legend: C clips, B questions, T frames, N patches a frame, D channels, H attention heads, k kept patches a frame.
-Inside a chunk: c clips with Q questions each (short clips are padded), f frames.
+Inside a chunk: c clips with Q questions each (clips with fewer are padded), f frames.
 """
 
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from egopatch.train.ops.largest import largest_indices
 
-# Tokens of a chunk in the arithmetic's dtype, and the kept rows gathered from them. Near the size of a last-level
-# cache: larger chunks stream through memory twice, smaller ones pay for more calls.
+# Bytes of a chunk's tokens in the arithmetic's dtype, and of the kept rows gathered from them. About the size of a
+# last-level cache: larger chunks are read from memory twice, smaller ones cost more calls.
 CHUNK_BYTES = 8 * 2**20
-# Above this share of kept patches one product over all patches is cheaper than gathering the kept ones.
+# Above this fraction of kept patches, one product over all patches is cheaper than gathering the kept ones.
 DENSE_SHARE = 0.25
 
 
@@ -29,12 +29,12 @@ def specification(
     scale: Tensor | None = None,
     clip_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition, in plain differentiable PyTorch; expands every question's clip, so memory grows with B.
+    """The definition in plain differentiable PyTorch. It copies the clip of every question, so memory grows with B.
 
     Returns:
-        pooled [B, T, H, D], lse [B, T, H] and kept [B, T, k], all as `select_attend` defines them.
+        pooled [B, T, H, D], lse [B, T, H] and kept [B, T, k], as `select_attend` defines them.
     """
-    dtype = _arithmetic(queries)
+    dtype = arithmetic_dtype(queries)
     x = tokens.to(dtype)
     if scale is not None:
         x = x * scale.to(dtype)[..., None]
@@ -61,16 +61,16 @@ def forward(
     scale: Tensor | None,
     clip_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`specification`'s outputs and the softmax weights [B, T, H, k], which `backward` takes.
+    """`specification`'s outputs, and the softmax weights [B, T, H, k] for `backward`.
 
-    Each clip is read once for all its questions and memory beyond the outputs stays near `CHUNK_BYTES`.
+    Each clip is read once for all its questions, and memory beyond the outputs stays near `CHUNK_BYTES`.
 
     Raises:
-        ValueError: `clip_index` names a clip that is not there, or `clip_rows` a row.
+        ValueError: `clip_index` or `clip_rows` is out of range.
     """
     _, frames, patches, width = tokens.shape
     questions, heads, _ = queries.shape
-    dtype = _arithmetic(queries)
+    dtype = arithmetic_dtype(queries)
     pooled = queries.new_empty(questions, frames, heads, width)
     lse = queries.new_empty(questions, frames, heads, dtype=dtype)
     weights = queries.new_empty(questions, frames, heads, k, dtype=dtype)
@@ -127,7 +127,7 @@ def backward(
         grad = rows.products(chunk.load(grad_pooled).to(dtype))
         if factor is not None:
             grad *= factor
-        # In this order a lone kept patch, whose weight is 1, gets exactly grad_lse.
+        # In this order a single kept patch, whose weight is 1, gets exactly grad_lse.
         grad -= (p * grad).sum(dim=-1, keepdim=True)
         grad += chunk.load(grad_lse).to(dtype)[..., None]
         grad *= p
@@ -139,7 +139,8 @@ def backward(
     return grad_queries, grad_queries.sum(dim=1), grad_bias
 
 
-def _arithmetic(queries: Tensor) -> torch.dtype:
+def arithmetic_dtype(queries: Tensor) -> torch.dtype:
+    """The dtype to compute in: float64 for float64 queries, otherwise float32."""
     return torch.float64 if queries.dtype == torch.float64 else torch.float32
 
 
@@ -149,11 +150,11 @@ class _Chunk:
 
     Attributes:
         clips: [c].
-        rows: [c], of the tokens.
-        slots: [c, Q], question of each slot; slots of a clip with fewer than Q questions hold question 0.
+        rows: [c], row of the tokens of each clip.
+        slots: [c, Q], question of each slot; padding slots contain question 0.
         filled: [c, Q] bool, false on the padding.
-        padded: whether there is any.
-        frames: range of frames.
+        padded: Whether there is padding.
+        frames: Range of frames.
     """
 
     clips: Tensor
@@ -201,12 +202,12 @@ class _Chunk:
         tensor[self._real(self.slots)] += self._real(values)
 
     def _real(self, values: Tensor) -> Tensor:
-        """[c, Q, ...] to the questions that are there, [b, ...]; a view where all are."""
+        """[c, Q, ...] to the questions without the padding, [b, ...]; a view if there is no padding."""
         return values[self.filled] if self.padded else values.flatten(0, 1)
 
 
 class _KeptRows:
-    """Products with the kept rows, gathered. For few kept patches."""
+    """Products with the gathered kept rows, for few kept patches."""
 
     def __init__(self, x: Tensor, kept: Tensor) -> None:
         c, f, n, d = x.shape
@@ -240,7 +241,7 @@ class _KeptRows:
 
 
 class _AllRows:
-    """The same products over all rows, in which the dropped ones weigh zero. For many kept patches."""
+    """The products of `_KeptRows` over all rows, with weight 0 on the dropped ones, for many kept patches."""
 
     def __init__(self, x: Tensor, kept: Tensor) -> None:
         self._x = x
@@ -297,7 +298,7 @@ def _chunks(
     counts = torch.bincount(clip_index, minlength=clips)
     order = torch.argsort(clip_index, stable=True)
     first = counts.cumsum(0) - counts
-    # Clips with as many questions lie together, so that little is padded.
+    # Clips are sorted by their number of questions, so that there is little padding.
     busiest = torch.argsort(counts, descending=True, stable=True)
     busiest = busiest[: int((counts > 0).sum())]
     sizes = counts[busiest].tolist()
