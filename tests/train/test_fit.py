@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.features import FingerprintMismatch, ShardOwned, StoreError
-from egopatch.features.io import file_lease as lease
+from egopatch.features.io import file_lease
 from egopatch.features.tools.derive import derive
 from egopatch.train.__main__ import main
 from egopatch.train.data.batch import Batch
-from egopatch.train.fitting import run_group as crew
-from egopatch.train.fitting.answers import Answers, Marks, score_part
+from egopatch.train.fitting.answers import Answers, PartScorer, score_part
 from egopatch.train.fitting.experiment import open_experiment
 from egopatch.train.fitting.fit import evaluate, fit
+from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.processes.stopping import Stopped
 from egopatch.train.rundir.card import RunError, plain
 from tests.train.tiny import FIELDS, losses, with_run, write_tiny
@@ -72,7 +72,7 @@ def test_score_of_the_predictions_is_the_test_result(tiny: Config, capsys: pytes
 
 
 def test_the_log_says_what_ran_the_selection(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    for implementation, why in (("auto", "tokens are on cpu"), ("reference", "as asked for")):
+    for implementation, why in (("auto", "tokens are on cpu"), ("reference", "as requested")):
         config = with_run(tiny, implementation, head_implementation=implementation, train_epochs=1, train_device="cpu")
         fit(config, "")
         assert f"select_attend: reference ({why})" in capsys.readouterr().out
@@ -101,17 +101,17 @@ def test_killed_and_resumed_gives_the_same_trace(
     tiny = with_run(tiny, "psa", train_accumulate=accumulate, train_ema=0.8 if accumulate > 1 else 0.0)
     undisturbed = with_run(tiny, "undisturbed")
     fit(undisturbed, "x")
-    real = crew.Crew.learn
+    real = RunGroup.learn
 
-    def dies(self: crew.Crew, batch: Batch, last: bool) -> None:
+    def dies(self: RunGroup, batch: Batch, last: bool) -> None:
         real(self, batch, last)
-        if self.stack.step == step:
+        if self.heads.step == step:
             raise Killed
 
-    monkeypatch.setattr(crew.Crew, "learn", dies)
+    monkeypatch.setattr(RunGroup, "learn", dies)
     with pytest.raises(Killed):
         fit(tiny, "x")
-    monkeypatch.setattr(crew.Crew, "learn", real)
+    monkeypatch.setattr(RunGroup, "learn", real)
     torch.manual_seed(99)  # another process has other random numbers
     fit(tiny, "x")
     assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
@@ -122,18 +122,18 @@ def test_killed_and_resumed_gives_the_same_trace(
 def test_signal_saves_the_place_within_an_epoch(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed = with_run(tiny, "undisturbed")
     fit(undisturbed, "x")
-    real = crew.Crew.learn
+    real = RunGroup.learn
 
-    def interrupted(self: crew.Crew, batch: Batch, last: bool) -> None:
+    def interrupted(self: RunGroup, batch: Batch, last: bool) -> None:
         real(self, batch, last)
-        if self.stack.step == 11:
+        if self.heads.step == 11:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(crew.Crew, "learn", interrupted)
-    with pytest.raises(Stopped, match="stopped in epoch 2 of 3; give the same command again to go on"):
+    monkeypatch.setattr(RunGroup, "learn", interrupted)
+    with pytest.raises(Stopped, match="interrupted in epoch 2 of 3; run the same command again to resume"):
         fit(tiny, "x")
     assert torch.load(tiny.run.dir / "last.pt", weights_only=True)["stack"]["step"] == 11
-    monkeypatch.setattr(crew.Crew, "learn", real)
+    monkeypatch.setattr(RunGroup, "learn", real)
     fit(tiny, "x")
     assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
 
@@ -142,18 +142,18 @@ def test_signal_between_accumulated_batches_loses_none(tiny: Config, monkeypatch
     tiny = with_run(tiny, "psa", train_accumulate=3, train_ema=0.8, head_scores=("question", "random"))
     undisturbed = with_run(tiny, "undisturbed")
     fit(undisturbed, "x")
-    real = crew.Crew.learn
+    real = RunGroup.learn
 
-    def interrupted(self: crew.Crew, batch: Batch, last: bool) -> None:
+    def interrupted(self: RunGroup, batch: Batch, last: bool) -> None:
         real(self, batch, last)
-        if self.place == (1, 5):  # two batches after a step
+        if self.position == (1, 5):  # two batches after a step
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(crew.Crew, "learn", interrupted)
+    monkeypatch.setattr(RunGroup, "learn", interrupted)
     with pytest.raises(Stopped):
         fit(tiny, "x")
     assert len(torch.load(tiny.run.dir / "last.pt", weights_only=True)["stack"]["held"]) == 2
-    monkeypatch.setattr(crew.Crew, "learn", real)
+    monkeypatch.setattr(RunGroup, "learn", real)
     fit(tiny, "x")
     assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
     here, there = (load_file(c.run.dir / "best.safetensors") for c in (tiny, undisturbed))
@@ -189,12 +189,12 @@ def test_a_derived_store_gives_the_trace_of_its_parent(tiny: Config, tmp_path: P
     assert load_file(with_prior.run.dir / "best.safetensors")["prior"].shape == (12,)
     with pytest.raises(ConfigError, match=r"head\.ratio 0\.5 with .* keeps 6 of 12 patches a frame, but the store"):
         fit(with_run(small, "more", head_ratio=0.5), "x")
-    with pytest.raises(ConfigError, match=r"head\.coarse is true but the store holds 3 of 12 patches"):
+    with pytest.raises(ConfigError, match=r"head\.coarse is true but the store has 3 of 12 patches"):
         fit(with_run(small, "coarse", head_coarse=True), "x")
 
 
 def test_a_folder_in_another_process_s_hands_is_refused(tiny: Config) -> None:
-    with lease.hold(tiny.run.dir, 0), pytest.raises(ShardOwned, match="is held by process"):
+    with file_lease.hold(tiny.run.dir, 0), pytest.raises(ShardOwned, match="is held by process"):
         fit(tiny, "x")
     fit(tiny, "x")
 
@@ -233,16 +233,16 @@ def test_a_store_of_another_fingerprint_is_refused(tiny: Config, tmp_path: Path)
 
 
 def test_a_config_that_the_store_was_not_made_by_is_refused(tiny: Config) -> None:
-    with pytest.raises(FingerprintMismatch, match="depth: 6 in the store, 12 in the config"):
+    with pytest.raises(FingerprintMismatch, match="depth: store has 6, requested 12"):
         fit(with_run(tiny, "psa", encoder_depth=12), "x")
 
 
 def test_resuming_on_other_features_is_refused(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("egopatch.train.fitting.fit.test_crews", lambda *_: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr("egopatch.train.fitting.fit.test_groups", lambda *_: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         fit(tiny, "x")
     other = write_tiny(tmp_path / "other", fields={**FIELDS, "checkpoint": "another"})
-    with pytest.raises(RunError, match="was training on other features"):
+    with pytest.raises(RunError, match="was saved with different features"):
         fit(with_run(tiny, "psa", store_path=other.store.path), "x")
 
 
@@ -277,16 +277,18 @@ def test_quick_accuracies_are_those_of_the_metrics(tmp_path: Path, part: str) ->
     experiment = open_experiment(write_tiny(tmp_path, bad=("clip|P47|0|48", "clip|P46|0|47", "clip|P0|0|1")))
     vocabulary = experiment.dataset.answers
     generator = torch.Generator().manual_seed(0)
-    classes = torch.randint(len(vocabulary), (len(experiment.encoded(part)),), generator=generator)
+    classes = torch.randint(len(vocabulary), (len(experiment.encoded[part]),), generator=generator)
     said = Answers(classes, None)
     metrics = score_part(experiment, part, said)[0]
     expected = {"open": metrics.open, "binary": metrics.binary, "all": metrics.all}
-    assert Marks(experiment, part).accuracies(said) == {name: pytest.approx(a.accuracy) for name, a in expected.items()}
+    assert PartScorer(experiment, part).accuracies(said) == {
+        name: pytest.approx(a.accuracy) for name, a in expected.items()
+    }
 
 
 def test_clips_that_were_never_encoded_are_refused(tiny: Config, tmp_path: Path) -> None:
     more = write_tiny(tmp_path / "more", clips=60)
-    message = r"12 of 60 requested clips are missing from .*; run `python -m extract run --config CONFIG` to encode them"
+    message = r"12 of 60 requested clips are missing from .*; run `python -m extract run .*` to encode"
     with pytest.raises(StoreError, match=message):
         fit(with_run(tiny, "x", data_root=more.data.root), "x")
 

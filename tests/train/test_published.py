@@ -17,7 +17,7 @@ from egopatch.features import Fingerprint, FingerprintMismatch, StoreSpec, creat
 from egopatch.train.__main__ import main
 from egopatch.train.data.batch import Batch
 from egopatch.train.fitting.fit import evaluate, fit
-from egopatch.train.fitting.run_group import Crew
+from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.heads import load_head
 from egopatch.train.rundir.card import plain
 from tests.extract.encoders.networks import tiny as tiny_network
@@ -90,17 +90,17 @@ def test_a_killed_run_of_the_published_half_goes_on_bit_for_bit(mfas: Config, mo
     killed, undisturbed = with_run(mfas, "killed"), with_run(mfas, "undisturbed")
     fit(undisturbed, "x")
     torch.manual_seed(5)
-    real = Crew.learn
+    real = RunGroup.learn
 
-    def dies(self: Crew, batch: Batch, last: bool) -> None:
-        if self.place[0] == 1:
+    def dies(self: RunGroup, batch: Batch, last: bool) -> None:
+        if self.position[0] == 1:
             raise KeyboardInterrupt
         real(self, batch, last)
 
-    monkeypatch.setattr(Crew, "learn", dies)
+    monkeypatch.setattr(RunGroup, "learn", dies)
     with pytest.raises(KeyboardInterrupt):
         fit(killed, "x")
-    monkeypatch.setattr(Crew, "learn", real)
+    monkeypatch.setattr(RunGroup, "learn", real)
     torch.manual_seed(99)  # another process has other random numbers
     fit(killed, "x")
     assert losses(killed.run.dir) == losses(undisturbed.run.dir)
@@ -158,7 +158,7 @@ def test_a_file_that_did_not_make_the_store_or_knows_other_answers_is_refused(tm
     for name in [name for name in tensors if "projector" in name]:
         tensors[name] = tensors[name][:3, :3] if "2.weight" in name else tensors[name][:3]
     torch.save(content, other)
-    with pytest.raises(CheckpointError, match="it has a classifier of 3 answers"):
+    with pytest.raises(CheckpointError, match="has a classifier of 3 answers"):
         evaluate(with_run(tuned, "b", head_checkpoint=other))
     del tensors["module.norm.weight"]
     torch.save(content, other)
@@ -168,9 +168,9 @@ def test_a_file_that_did_not_make_the_store_or_knows_other_answers_is_refused(tm
 
 def test_heads_without_a_published_classifier_are_refused(mfas: Config, tmp_path: Path) -> None:
     checkpoint = mfas.encoder.checkpoint
-    with pytest.raises(ConfigError, match=r"head\.name is egovlp, of which no classifier for EgoTaskQA was published"):
+    with pytest.raises(ConfigError, match=r"head\.name is egovlp, for which no EgoTaskQA classifier was published"):
         evaluate(with_run(mfas, "x", head_name="egovlp", head_checkpoint=checkpoint))
-    with pytest.raises(ConfigError, match="but a psa head starts from none"):
+    with pytest.raises(ConfigError, match="but a psa head has no checkpoint"):
         fit(with_run(mfas, "y", head_name="psa", head_checkpoint=checkpoint), "x")
     other = make(tmp_path, "egovlpv2")
     with pytest.raises(

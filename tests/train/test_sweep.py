@@ -16,10 +16,10 @@ import torch
 import yaml
 
 from egopatch.configs.schema import Config, ConfigError
-from egopatch.features.io import file_lease as lease
+from egopatch.features.io import file_lease
 from egopatch.train.data.batch import Batch
-from egopatch.train.fitting import run_group as crew
 from egopatch.train.fitting.fit import fit
+from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.processes.stopping import Stopped
 from egopatch.train.rundir.card import plain
 from egopatch.train.sweeps.sweep import read_axes, run_sweep
@@ -54,18 +54,18 @@ def test_members_share_one_reading(tiny: Config) -> None:
 
 def test_stopped_sweep_goes_on_and_a_finished_one_trains_nothing(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = json.loads(run_sweep(tiny, ratios=[0.25, 0.5], name="whole").read_text())
-    real = crew.Crew.learn
+    real = RunGroup.learn
     steps = iter(range(100))
 
-    def dies(self: crew.Crew, batch: Batch, last: bool) -> None:
+    def dies(self: RunGroup, batch: Batch, last: bool) -> None:
         real(self, batch, last)
         if next(steps) == 12:  # within the second epoch
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(crew.Crew, "learn", dies)
+    monkeypatch.setattr(RunGroup, "learn", dies)
     with pytest.raises(KeyboardInterrupt):
         run_sweep(tiny, ratios=[0.25, 0.5])
-    monkeypatch.setattr(crew.Crew, "learn", real)
+    monkeypatch.setattr(RunGroup, "learn", real)
     path = run_sweep(tiny, ratios=[0.25, 0.5])
     again = json.loads(path.read_text())
     assert again["members"] == whole["members"]
@@ -77,20 +77,20 @@ def test_stopped_sweep_goes_on_and_a_finished_one_trains_nothing(tiny: Config, m
 def test_signal_stops_every_crew_at_its_place(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     path = run_sweep(tiny, ratios=[0.25, 0.5], name="whole")
-    real = crew.Crew.learn
+    real = RunGroup.learn
 
-    def asks(self: crew.Crew, batch: Batch, last: bool) -> None:
+    def asks(self: RunGroup, batch: Batch, last: bool) -> None:
         real(self, batch, last)
-        if self.stack.step == 11 and self.config.head.ratio == 0.25:
+        if self.heads.step == 11 and self.config.head.ratio == 0.25:
             os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(0.05)  # no crew ends before it is told
 
-    monkeypatch.setattr(crew.Crew, "learn", asks)
-    with pytest.raises(Stopped, match="give the same command again to go on"):
+    monkeypatch.setattr(RunGroup, "learn", asks)
+    with pytest.raises(Stopped, match="run the same command again to resume"):
         run_sweep(tiny, ratios=[0.25, 0.5])
     out = tiny.run.dir.parent / "sweeps" / "direct-psa"
     assert len(list((out / "crews").glob("*.pt"))) == 2
-    monkeypatch.setattr(crew.Crew, "learn", real)
+    monkeypatch.setattr(RunGroup, "learn", real)
     run_sweep(tiny, ratios=[0.25, 0.5])
     for name in ("ratio-0.25", "ratio-0.5"):
         assert losses(out / name) == losses(path.parent / name)
@@ -157,10 +157,10 @@ def test_nothing_to_vary_and_bad_values(tiny: Config, capsys: pytest.CaptureFixt
 
 def test_members_in_another_process_s_hands_are_left_to_it(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tiny.run.dir.parent / "sweeps" / "shared"
-    with lease.hold(folder / "ratio-0.5", 0):
+    with file_lease.hold(folder / "ratio-0.5", 0):
         result = json.loads(run_sweep(tiny, ratios=[0.25, 0.5], name="shared").read_text())
     assert (result["planned"], result["trained"], len(result["members"])) == (2, 1, 1)
-    assert "1 members are left to their owners" in capsys.readouterr().out
+    assert "skipped 1 runs that another process is training" in capsys.readouterr().out
     result = json.loads(run_sweep(tiny, ratios=[0.25, 0.5], name="shared").read_text())
     assert (result["trained"], len(result["members"])) == (1, 2)
     assert not list((folder / "crews").iterdir())

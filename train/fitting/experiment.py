@@ -1,7 +1,8 @@
-"""What every command of stage two opens first: the annotations, the stores and the question tables."""
+"""The data of one config, opened once: annotations, stores, question tables, device and ranks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -12,31 +13,34 @@ from egopatch.features import Fingerprint, FingerprintMismatch, Store, StoreErro
 from egopatch.features.store.text_substore import TEXT_FOLDER, require_same_network
 from egopatch.features.values.location import parse_location
 from egopatch.train.data.features import Features
-from egopatch.train.data.question_table import QuestionTable
-from egopatch.train.heads import BLIND, Sizes
+from egopatch.train.data.question_table import FORMS, QuestionTable
+from egopatch.train.heads import Sizes
 from egopatch.train.processes.distributed import ALONE, Distributed
 from egopatch.train.rundir.card import Card, RunError
+from egopatch.train.rundir.results import BLIND
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One config's data, ready to train on.
+    """The data of one config, ready to train on.
 
     Attributes:
-        dataset: annotations.
-        features: of all clips and texts of the configured split.
-        tables: questions by part.
-        train_table: the training questions that can be learned from: clip encoded, answer in the vocabulary.
-        sizes: what a head must fit.
-        fingerprint: of the clips' store; None where it is not read.
-        text_fingerprint: of the texts' store; None where it is not read.
-        device: where heads run.
-        ranks: processes that work on it together.
+        dataset: Annotations.
+        features: Features of all clips and texts of the configured split.
+        tables: Questions by part.
+        encoded: Questions by part whose clips are encoded.
+        train_table: Training questions to learn from: clip encoded, answer in the vocabulary.
+        sizes: Sizes that a head must fit.
+        fingerprint: Fingerprint of the clips' store; None if no head reads it.
+        text_fingerprint: Fingerprint of the texts' store; None if no head reads it.
+        device: Device of the heads.
+        ranks: Processes that train together.
     """
 
     dataset: Dataset
     features: Features
     tables: Mapping[str, QuestionTable]
+    encoded: Mapping[str, QuestionTable]
     train_table: QuestionTable
     sizes: Sizes
     fingerprint: Fingerprint | None
@@ -44,26 +48,33 @@ class Experiment:
     device: torch.device
     ranks: Distributed
 
-    def encoded(self, part: str) -> QuestionTable:
-        """The questions of `part` whose clip was encoded."""
-        return self.tables[part].without_clips(self.features.quarantined)
+    @cached_property
+    def majority_answers(self) -> Mapping[str, str]:
+        """The most frequent training answer by form; of all forms together where a form has no training question."""
+        table, most = self.train_table, {}
+        for index, form in enumerate(FORMS):
+            answers = table.answer[table.form == index]
+            counts = torch.bincount(answers if len(answers) else table.answer)
+            most[form] = self.dataset.answers[int(counts.argmax())]
+        return most
 
 
 def open_experiment(config: Config, card: Card | None = None, ranks: Distributed = ALONE) -> Experiment:
-    """Open what `config` names; with a `card`, only if it is what the card's head was trained on.
+    """Open the data and features of `config`; with a `card`, require those that the card's head was trained on.
 
     Raises:
         DatasetError: annotations are missing or malformed.
-        StoreError: a store is missing, damaged, unfinished, or (FingerprintMismatch, naming the differing fields) made
-            by something else than the config's or the card's.
-        RunError: the card's answers are not this dataset's, or a part has no questions.
+        StoreError: a store is missing, damaged or unfinished.
+        FingerprintMismatch: a store was created with other settings than the config's or the card's.
+        RunError: the card's answers differ from the data set's, or a part has no questions.
     """
     device = pick_device(config.train.device, ranks)
     dataset = load_dataset(config.data)
     if card is not None and card.answers != dataset.answers:
         raise RunError(
-            f"the head in {config.run.dir} knows {len(card.answers)} answers, {config.data.root} has "
-            f"{len(dataset.answers)} ({_first_difference(card.answers, dataset.answers)}); expected the same vocabulary"
+            f"the head in {config.run.dir} was trained on {len(card.answers)} answers but {config.data.root} has "
+            f"{len(dataset.answers)} ({_first_difference(card.answers, dataset.answers)}); expected the same "
+            "vocabulary: check data.root"
         )
     name = config.head.name
     expect_clips, expect_texts = (None, None) if card is None else (card.fingerprint, card.text_fingerprint)
@@ -84,7 +95,8 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
     tables: dict[str, QuestionTable] = {
         part: QuestionTable.from_questions(dataset.questions[part], dataset, features.text_rows) for part in PARTS
     }
-    train_table = tables["train"].without_clips(features.quarantined).answerable()
+    encoded = {part: table.without_clips(features.quarantined) for part, table in tables.items()}
+    train_table = encoded["train"].answerable()
     counts = {"train": len(train_table), "val": len(tables["val"]), "test": len(tables["test"])}
     if not all(counts.values()):
         found = ", ".join(f"{count} {part}" for part, count in counts.items())
@@ -93,6 +105,7 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
         dataset=dataset,
         features=features,
         tables=tables,
+        encoded=encoded,
         train_table=train_table,
         sizes=_sizes(store, text_store, len(dataset.answers)),
         fingerprint=None if store is None else store.fingerprint,
@@ -103,10 +116,10 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
 
 
 def pick_device(name: str, ranks: Distributed = ALONE) -> torch.device:
-    """The device a config means; of many ranks each has its own.
+    """The device that `train.device` means; with several ranks, each has its own.
 
     Raises:
-        RunError: it is not one, or not on this machine.
+        RunError: `name` is not a device, or this machine does not have it.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -123,27 +136,27 @@ def pick_device(name: str, ranks: Distributed = ALONE) -> torch.device:
 
 def _open(config: Config, kind: str, expect: Mapping[str, object] | None) -> Store:
     path = parse_location(config.store.path) / ("" if kind == "patches" else TEXT_FOLDER)
-    wanted = None if expect is None else Fingerprint(dict(expect))  # type: ignore[arg-type]
-    store = open_store(path, wanted)
+    expected = None if expect is None else Fingerprint(dict(expect))  # type: ignore[arg-type]
+    store = open_store(path, expected)
     if store.spec.kind != kind:
-        raise StoreError(f"{path} is a store of {store.spec.kind}; expected one of {kind}: check store.path")
+        raise StoreError(f"store {path} holds {store.spec.kind}; expected {kind}: check store.path")
     if kind == "patches":
         _check_config(config, store)
     return store
 
 
 def _check_config(config: Config, store: Store) -> None:
-    # A store outlives the config that made it: training on it by a config that says otherwise would mislabel the run.
-    made = store.fingerprint.fields
-    differing = [
-        f"{name}: {made[name]!r} in the store, {value!r} in the config"
+    # A store outlives the config that created it: training on it with other settings would mislabel the run.
+    created = store.fingerprint.fields
+    differences = [
+        f"{name}: store has {created[name]!r}, requested {value!r}"
         for name, value in configured(config).items()
-        if name in made and made[name] != value
+        if name in created and created[name] != value
     ]
-    if differing:
+    if differences:
         raise FingerprintMismatch(
-            f"store {store.path} was made by another config ({'; '.join(differing)}); choose its config or another "
-            "store.path"
+            f"store {store.path} was created with different settings ({'; '.join(differences)}); use another "
+            "store.path or the original settings"
         )
 
 
@@ -158,8 +171,8 @@ def _sizes(store: Store | None, text_store: Store | None, answers: int) -> Sizes
     return Sizes(frames, grid, patches, width, text_width, answers)
 
 
-def _first_difference(here: tuple[str, ...], there: tuple[str, ...]) -> str:
-    for index, (one, other) in enumerate(zip(here, there)):
-        if one != other:
-            return f"class {index} is {one!r} here, {other!r} there"
-    return "the longer one goes on where the other ends"
+def _first_difference(head: tuple[str, ...], data: tuple[str, ...]) -> str:
+    for index, pair in enumerate(zip(head, data)):
+        if pair[0] != pair[1]:
+            return f"class {index}: head has {pair[0]!r}, data set has {pair[1]!r}"
+    return "the shorter list is the beginning of the longer one"

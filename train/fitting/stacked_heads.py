@@ -1,9 +1,9 @@
-"""M heads of one shape, trained in lockstep: the parameters of all of them lie in tensors with the members first.
+"""M heads of one shape, trained in lockstep: tensors hold the parameters of all of them, with M as first dimension.
 
-A head alone leaves most of a machine idle: its steps are many small operations. A stack runs each operation once for
-all its members (`torch.vmap`), on tokens that are read once.
+The steps of a single head are many small operations, which leave most of a machine idle. Stacked heads run each
+operation once for all M (`torch.vmap`), on tokens that are read once.
 
-Shape legend: M members, B questions, T frames, N patches a frame, A answers.
+Shape legend: M heads, B questions, T frames, N patches a frame, A answers.
 """
 
 import copy
@@ -21,27 +21,29 @@ from egopatch.train.data.batch import Batch
 from egopatch.train.fitting.optim import build_optimiser, learning_rate
 from egopatch.train.heads import PSA
 from egopatch.train.heads.common.noise import Noise, mix
-from egopatch.train.heads.psa.selection import Selection
+from egopatch.train.heads.psa.selection import PatchSelection
 from egopatch.train.processes.distributed import ALONE, Distributed
 
 GRADIENT_NORM = 1.0
-# Stands for the step in the keys of noise at evaluation.
-ANSWERING = -1
+# Takes the place of the step in the keys of noise at evaluation.
+EVALUATION = -1
 
 
-class Stack:
-    """Steps and answers of M heads.
+class StackedHeads:
+    """Training steps and answers of M heads.
 
     Args:
-        heads: on `device`; alike but for their weights and the patches they keep. They are not used afterwards.
-        seeds: of each member; decide its noise.
-        train: hyper-parameters, but for the seed.
-        steps: of the whole training; the schedule is spread over them.
-        device: of the batches.
-        ranks: that learn together, each from its share of a batch; their heads are equal, and stay so.
+        heads: Heads on `device` that differ only in their weights and in the patches they keep. They are not used
+            afterwards.
+        seeds: Seed of each head; decides its noise.
+        train: Hyper-parameters, except the seed.
+        steps: Number of steps of the whole training, which the schedule covers.
+        device: Device of the batches.
+        ranks: Processes that learn together, each from its slice of a batch; their heads are and stay equal.
 
     Attributes:
-        step: optimiser steps done.
+        step: Number of optimiser steps done.
+        tensors: [M, ...] parameters and buffers by name.
     """
 
     def __init__(
@@ -57,105 +59,107 @@ class Stack:
         self.ranks = ranks
         self.step = 0
         self._head = copy.deepcopy(heads[0])
-        selections = [[m for m in head.modules() if isinstance(m, Selection)] for head in heads]
-        for selection, *others in zip([m for m in self._head.modules() if isinstance(m, Selection)], *selections):
+        selections = [[m for m in head.modules() if isinstance(m, PatchSelection)] for head in heads]
+        for selection, *others in zip([m for m in self._head.modules() if isinstance(m, PatchSelection)], *selections):
             selection.ks = tuple(other.ks[0] for other in others)
         noises = {name: module for name, module in self._head.named_modules() if isinstance(module, Noise)}
         self._noises = list(noises.values())
-        # Members with one seed draw alike, so each draw is made once.
-        draws = list(dict.fromkeys(self.seeds))
-        own = torch.tensor([draws.index(seed) for seed in self.seeds], device=device)
-        self._members = {f"{name}.member": own for name in noises}
+        # Heads with the same seed share their noise, so it is drawn once for each seed.
+        unique = list(dict.fromkeys(self.seeds))
+        key_index = torch.tensor([unique.index(seed) for seed in self.seeds], device=device)
+        self._key_index = {f"{name}.member": key_index for name in noises}
         states = [head.state_dict() for head in heads]
         self.tensors = {name: torch.stack([state[name] for state in states]) for name in states[0]}
-        self._learned = {name: p for name, p in heads[0].named_parameters() if p.requires_grad}
-        for name in self._learned:
+        self._trainable = {name: p for name, p in heads[0].named_parameters() if p.requires_grad}
+        for name in self._trainable:
             self.tensors[name].requires_grad_()
-        self.optimiser = build_optimiser([self.tensors[name] for name in self._learned], train)
-        self._average = {name: self.tensors[name].detach().clone() for name in self._learned} if train.ema else {}
-        self._held: list[Tensor] = []
+        self.optimiser = build_optimiser([self.tensors[name] for name in self._trainable], train)
+        self._average = {name: self.tensors[name].detach().clone() for name in self._trainable} if train.ema else {}
+        self._pending_losses: list[Tensor] = []
 
     def __len__(self) -> int:
         return len(self.seeds)
 
     def learn(self, batch: Batch, last: bool = False) -> list[dict[str, float]] | None:
-        """Take in one batch; every `train.accumulate` batches, or at the `last` of an epoch, make a step.
+        """Learn from one batch; make a step after `train.accumulate` batches and after the `last` one of an epoch.
 
         Returns:
-            After a step `loss`, `lr` and `grad_norm` of each member.
+            After a step, `loss`, `lr` and `grad_norm` of each head.
         """
         assert self.optimiser is not None
         self._head.train()
-        self._key(batch, self.step * self.train.accumulate + len(self._held))
-        self._held.append(self._backward(batch))
-        if not last and len(self._held) < self.train.accumulate:
+        self._set_noise(batch, self.step * self.train.accumulate + len(self._pending_losses))
+        self._pending_losses.append(self._backward(batch))
+        if not last and len(self._pending_losses) < self.train.accumulate:
             return None
         rate = learning_rate(self.step, self.steps, self.train)
-        norms = self._clip(len(self._held))
+        norms = self._clip_gradients(len(self._pending_losses))
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         for name, average in self._average.items():
             average.lerp_(self.tensors[name].detach(), 1 - self.train.ema)
-        told = torch.stack(self._held).mean(dim=0)
-        self._held = []
+        losses = torch.stack(self._pending_losses).mean(dim=0)
+        self._pending_losses = []
         self.step += 1
         return [
             {"loss": loss, "lr": rate, "grad_norm": norm}
-            for loss, norm in zip(told.tolist(), norms.tolist(), strict=True)
+            for loss, norm in zip(losses.tolist(), norms.tolist(), strict=True)
         ]
 
     @torch.no_grad()
     def answer(self, batch: Batch, number: int) -> tuple[Tensor, Tensor | None]:
-        """Classes [M, B] and psa's kept patches [M, B, T, N] bool for the batch of that `number`, on the CPU.
+        """Classes [M, B] and the patches [M, B, T, N] bool that psa keeps, for batch `number`, on the CPU.
 
-        The averaged weights answer where there are any. The same whenever asked, on however many ranks.
+        The averaged weights answer if there are any. Answers depend neither on the step nor on the number of ranks.
         """
         self._head.eval()
-        self._key(batch, ANSWERING, number)
+        self._set_noise(batch, EVALUATION, number)
         tensors = {**self.tensors, **self._average}
         with self._autocast():
             if isinstance(self._head, PSA):
-                logits, kept = self._each(lambda head: head.answer(batch), tensors)
+                logits, kept = self._map_heads(lambda head: head.answer(batch), tensors)
                 return logits.argmax(dim=-1).cpu(), kept.cpu()
-            return self._each(lambda head: head(batch), tensors).argmax(dim=-1).cpu(), None
+            return self._map_heads(lambda head: head(batch), tensors).argmax(dim=-1).cpu(), None
 
-    def weights(self, member: int) -> dict[str, Tensor]:
-        """What is evaluated and kept of one member, by the head's own names."""
-        return {name: tensor[member].detach() for name, tensor in {**self.tensors, **self._average}.items()}
+    def weights(self, number: int) -> dict[str, Tensor]:
+        """The weights of one head that are evaluated and kept, under the names of the head."""
+        return {name: tensor[number].detach() for name, tensor in {**self.tensors, **self._average}.items()}
 
     @torch.no_grad()
-    def load_weights(self, member: int, weights: Mapping[str, Tensor]) -> None:
-        """Put `weights` in the place of one member's.
+    def load_weights(self, number: int, weights: Mapping[str, Tensor]) -> None:
+        """Load the weights of one head.
 
         Raises:
-            ValueError: they are of another head.
+            ValueError: the weights belong to another head.
         """
-        if apart := sorted(weights.keys() ^ self.tensors.keys()):
-            raise ValueError(f"{apart[0]} is on one side alone")
+        if missing := sorted(self.tensors.keys() - weights.keys()):
+            raise ValueError(f"{missing[0]} is missing")
+        if unexpected := sorted(weights.keys() - self.tensors.keys()):
+            raise ValueError(f"{unexpected[0]} is unexpected")
         for name, tensor in weights.items():
             if tensor.shape != self.tensors[name].shape[1:]:
                 raise ValueError(f"{name} is {tuple(tensor.shape)}, expected {tuple(self.tensors[name].shape[1:])}")
-            for place in (self.tensors, self._average):
-                if name in place:
-                    place[name][member].copy_(tensor)
+            for stacked in (self.tensors, self._average):
+                if name in stacked:
+                    stacked[name][number].copy_(tensor)
 
     def state(self) -> dict[str, Any]:
-        """Everything that a later process needs to go on exactly here: tensors and plain values only."""
+        """Everything that a later process needs to resume exactly here: tensors and plain values only."""
         return {
             "step": self.step,
             "tensors": {name: tensor.detach() for name, tensor in self.tensors.items()},
             "average": self._average,
             "optimiser": None if self.optimiser is None else self.optimiser.state_dict(),
-            # Of batches taken in since the last step.
-            "held": self._held,
-            "gradients": {n: self.tensors[n].grad for n in self._learned if self.tensors[n].grad is not None},
+            # Losses and gradients of the batches since the last step.
+            "held": self._pending_losses,
+            "gradients": {n: self.tensors[n].grad for n in self._trainable if self.tensors[n].grad is not None},
         }
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """Resume from `state`."""
         self.step = state["step"]
         for name, tensor in state["tensors"].items():
             self.tensors[name].copy_(tensor)
@@ -163,44 +167,44 @@ class Stack:
             self._average[name].copy_(tensor)
         if self.optimiser is not None:
             self.optimiser.load_state_dict(state["optimiser"])
-        self._held = [loss.to(self.device) for loss in state["held"]]
+        self._pending_losses = [loss.to(self.device) for loss in state["held"]]
         for name, gradient in state["gradients"].items():
             self.tensors[name].grad = gradient.to(self.device)
 
-    def _each(self, run: Any, tensors: Mapping[str, Tensor]) -> Any:
-        """`run(head)` of every member; what it returns gains the members as first dimension."""
-        caller = _Caller(self._head, run)
-        named = {f"head.{name}": tensor for name, tensor in {**tensors, **self._members}.items()}
+    def _map_heads(self, call: Any, tensors: Mapping[str, Tensor]) -> Any:
+        """`call(head)` for every head, stacked along a new first dimension [M, ...]."""
+        caller = _Caller(self._head, call)
+        named = {f"head.{name}": tensor for name, tensor in {**tensors, **self._key_index}.items()}
         if len(self) == 1:
             out = functional_call(caller, {name: tensor[0] for name, tensor in named.items()}, ())
-            return tuple(part[None] for part in out) if isinstance(out, tuple) else out[None]
-        # "same": what a head draws for all seeds is one tensor, of which each member takes its own.
-        return torch.vmap(lambda own: functional_call(caller, own, ()), randomness="same")(named)
+            return tuple(tensor[None] for tensor in out) if isinstance(out, tuple) else out[None]
+        # "same": the noise of all seeds is drawn as one tensor, and each head takes the rows of its seed.
+        return torch.vmap(lambda tensors: functional_call(caller, tensors, ()), randomness="same")(named)
 
     def _backward(self, batch: Batch) -> Tensor:
-        """Add the gradients of the batch, whatever ranks its questions are on; returns its losses, [M]."""
-        parameters = [self.tensors[name] for name in self._learned]
+        """Add the gradients of the whole batch, summed over the ranks; returns its losses [M]."""
+        parameters = [self.tensors[name] for name in self._trainable]
         before = [parameter.grad for parameter in parameters]
         if self.ranks.size > 1:
             for parameter in parameters:
                 parameter.grad = None
         losses = torch.zeros(len(self), device=self.device)
         if len(batch):
-            own = self._losses(batch).sum(dim=1) / batch.total_questions
-            own.sum().backward()
-            losses = own.detach()
+            rank_losses = self._losses(batch).sum(dim=1) / batch.total_questions
+            rank_losses.sum().backward()
+            losses = rank_losses.detach()
         if self.ranks.size > 1:
-            total, *found = self.ranks.sum_tensors([losses, *(p.grad for p in parameters)], [losses, *parameters])
+            total, *gradients = self.ranks.sum_tensors([losses, *(p.grad for p in parameters)], [losses, *parameters])
             assert total is not None
             losses = total
-            for parameter, old, new in zip(parameters, before, found, strict=True):
+            for parameter, old, new in zip(parameters, before, gradients, strict=True):
                 parameter.grad = new if old is None else old if new is None else old + new
         return losses
 
     def _losses(self, batch: Batch) -> Tensor:
-        """Of each question, [M, B]."""
+        """Loss of each question, [M, B]."""
         with self._autocast():
-            logits = self._each(lambda head: head(batch), self.tensors)
+            logits = self._map_heads(lambda head: head(batch), self.tensors)
         loss = functional.cross_entropy(
             logits.float().flatten(0, 1),
             batch.answers.repeat(len(self)),
@@ -209,45 +213,45 @@ class Stack:
         )
         return loss.view(len(self), -1)
 
-    def _key(self, batch: Batch, *numbers: int) -> None:
+    def _set_noise(self, batch: Batch, *numbers: int) -> None:
         for place, noise in enumerate(self._noises):
             noise.keys = tuple(mix(seed, place, *numbers) for seed in dict.fromkeys(self.seeds))
             noise.part = None if batch.rank_slice is None else getattr(batch.rank_slice, noise.over)
 
     @torch.no_grad()
-    def _clip(self, batches: int) -> Tensor:
-        """Turn sums over `batches` into means and clip each member's gradient; returns the norms before, [M]."""
-        gradients = [g for name in self._learned if (g := self.tensors[name].grad) is not None]
-        each = [torch.linalg.vector_norm(gradient.reshape(len(self), -1), dim=1) for gradient in gradients]
-        norms = torch.linalg.vector_norm(torch.stack(each), dim=0) / batches
+    def _clip_gradients(self, batches: int) -> Tensor:
+        """Turn sums over `batches` into means and clip the gradient of each head; returns the norms before, [M]."""
+        gradients = [g for name in self._trainable if (g := self.tensors[name].grad) is not None]
+        norms_of_tensors = [torch.linalg.vector_norm(gradient.reshape(len(self), -1), dim=1) for gradient in gradients]
+        norms = torch.linalg.vector_norm(torch.stack(norms_of_tensors), dim=0) / batches
         factor = (GRADIENT_NORM / (norms + 1e-6)).clamp(max=1) / batches
         for gradient in gradients:
             gradient *= factor.view(-1, *[1] * (gradient.ndim - 1))
         return norms
 
     def _autocast(self) -> torch.autocast:
-        asked = self.train.dtype
-        low = asked == "bfloat16" or (asked == "auto" and self.device.type == "cuda")
+        dtype = self.train.dtype
+        low = dtype == "bfloat16" or (dtype == "auto" and self.device.type == "cuda")
         return torch.autocast(self.device.type, torch.bfloat16, enabled=low)
 
 
 class _Caller(nn.Module):
-    """A head whose `forward` is any function of it, so that `functional_call` can put other weights into it."""
+    """A head whose `forward` is any function of it, so that `functional_call` can substitute its weights."""
 
-    def __init__(self, head: nn.Module, run: Any) -> None:
+    def __init__(self, head: nn.Module, call: Any) -> None:
         super().__init__()
         self.head = head
-        self._run = run
+        self._call = call
 
     def forward(self) -> Any:
-        return self._run(self.head)
+        return self._call(self.head)
 
 
 @contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
-    """Refuse operations whose results vary from run to run, inside the block."""
+def deterministic(enabled: bool) -> Iterator[None]:
+    """Inside the block, refuse operations whose results vary from run to run."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(before or wanted)
+    torch.use_deterministic_algorithms(before or enabled)
     try:
         yield
     finally:

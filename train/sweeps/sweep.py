@@ -1,10 +1,10 @@
 """Many settings of one head on one reading of the features.
 
-Members may differ in what the head is and how it learns, never in what it reads. Those that differ in the ratio and
-the seed alone train as one stack. All see the batches in the order of the config's own seed; their seeds set
-initialisation and dropout, so that members with one seed differ in nothing but the setting.
+Runs may differ in the head and in how it learns, never in the features that it reads. Runs that differ only in ratio
+and seed train as stacked heads. All runs see the batches in the order of the config's own seed; their seeds set
+initialisation and dropout, so runs with the same seed differ in nothing but the setting.
 
-A sweep may be started on several machines that share the folder: a process takes the crews that nobody has.
+Several machines that share the folder may run the same sweep: each process trains the run groups that no other holds.
 """
 
 import hashlib
@@ -18,37 +18,44 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 
 from egopatch.configs.schema import Config, ConfigError, ConfigParser, add_config_arguments, option_names, parse_config
 from egopatch.features import ShardOwned
-from egopatch.features.io import file_lease as lease
+from egopatch.features.io import file_lease
 from egopatch.train.fitting.experiment import Experiment, open_experiment
-from egopatch.train.fitting.fit import test_crews, train_together
-from egopatch.train.fitting.run_group import Crew
+from egopatch.train.fitting.fit import test_groups, train_together
+from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.processes.process_pool import call_in_processes, can_fork
-from egopatch.train.rundir import card as folder
+from egopatch.train.rundir import card as run_folder
 from egopatch.train.sweeps.sweep_results import write_results
 
-# What members must share.
+# Options that all runs of a sweep share.
 SHARED = (
     "head.name", "head.checkpoint", "train.batch", "train.epochs", "train.accumulate", "train.residency",
     "train.device", "train.deterministic",
 )  # fmt: skip
-# What members of a stack may differ in.
+# Options in which stacked heads may differ.
 STACKED = ("head.ratio", "train.seed")
-# The heads of the published networks fill a machine by themselves; the majority learns nothing.
-ALONE = ("majority", "egovlpv2", "mfas")
-# Members of a stack. On a GPU more gain little speed, and their activations are held at once. On a CPU one stack of
-# twelve takes a fifth less time than two of six where the store is small; on tokens of the published size its
-# activations leave the cache, and it takes a sixth more.
-STACK = {"cuda": 24, "cpu": 12}
+# Heads that train alone: those of the published networks fill a machine, and the majority learns nothing.
+UNSTACKED = ("majority", "egovlpv2", "mfas")
+# Largest number of stacked heads. On a GPU more heads gain little speed, and all their activations are held at once. On
+# a CPU, twelve stacked heads take a fifth less time than twice six if the store is small; with tokens of the published
+# size their activations leave the cache, and they take a sixth more.
+STACK_SIZE = {"cuda": 24, "cpu": 12}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 Overrides = Mapping[str, Any]
+
+
+class GroupPlan(NamedTuple):
+    """File and configs of a run group that is still to train."""
+
+    path: Path
+    configs: list[Config]
 
 
 def run_sweep(
@@ -59,24 +66,24 @@ def run_sweep(
     name: str | None = None,
     command: str = "python -m train sweep",
 ) -> Path:
-    """Train every combination that is neither finished nor in another process's hands, and write the results.
+    """Train every combination that is neither finished nor held by another process, and write the results.
 
     Args:
-        config: what all members share.
-        ratios: values of `head.ratio`.
-        seeds: values of `train.seed`.
+        config: Config that all runs share.
+        ratios: Values of `head.ratio`.
+        seeds: Values of `train.seed`.
         grid: YAML file of further options, `section.field: [values]`.
-        name: of the folder below `sweeps` of the table's folder; the default is split and name of `run.dir`, so that
-            splits stay apart.
-        command: that was given, for the model cards.
+        name: Name of the sweep's folder, below `sweeps` in the table's folder; the default is split and name of
+            `run.dir`, so each split has a folder of its own.
+        command: Command line, for the model cards.
 
     Returns:
-        `<table>/sweeps/<name>/sweep.json`; beside it `sweep.csv` and `sweep.png`. It holds the members that are
-        finished; the last process to end writes the whole.
+        `<table>/sweeps/<name>/sweep.json`; beside it `sweep.csv` and `sweep.png`. It holds the finished runs; the
+        last process to end writes all of them.
 
     Raises:
-        ConfigError: the grid names an option that members must share, or a value that is not valid.
-        Stopped: by SIGINT or SIGTERM; the same command goes on.
+        ConfigError: the grid names an option that all runs share, or an invalid value.
+        Stopped: SIGINT or SIGTERM interrupted training; the same command resumes it.
     """
     name = f"{config.data.split}-{config.run.dir.name}" if name is None else name
     if not NAME.fullmatch(name):
@@ -85,127 +92,129 @@ def run_sweep(
     out = table / "sweeps" / name
     axes = read_axes(ratios, seeds, grid)
     typed = {(option, json.dumps(value)): _checked(option, value) for option in axes for value in axes[option]}
-    members = [(overrides, member_config(config, overrides, typed, out)) for overrides in combinations(axes)]
-    for _, member in members:
-        folder.claim(member.run.dir, member)
-    configs = [member for _, member in members]
+    runs = [(overrides, run_config(config, overrides, typed, out)) for overrides in combinations(axes)]
+    for _, run in runs:
+        run_folder.claim(run.run.dir, run)
+    configs = [run for _, run in runs]
     before = sum(map(_finished, configs))
     label = f"sweep {name}"
-    print(f"{label}: {len(members)} members, {before} finished before", flush=True)
-    started, nbytes, trained = time.monotonic(), 0, 0
-    if before < len(members):
+    print(f"{label}: {len(runs)} runs, {before} already finished", flush=True)
+    started, bytes_read, trained = time.monotonic(), 0, 0
+    if before < len(runs):
         experiment = open_experiment(config)
         print(experiment.features.residency_line, flush=True)
+        # The name of the folder is older than the name of the class.
         trained = _train_free(config, configs, experiment, out / "crews", label, command)
-        nbytes = experiment.features.bytes_read
-    done = [(overrides, member) for overrides, member in members if _finished(member)]
-    if len(done) < len(members):
-        print(f"{label}: {len(members) - len(done)} members are left to their owners", flush=True)
+        bytes_read = experiment.features.bytes_read
+    finished = [(overrides, run) for overrides, run in runs if _finished(run)]
+    if len(finished) < len(runs):
+        print(f"{label}: skipped {len(runs) - len(finished)} runs that another process is training", flush=True)
     facts = {
         "name": name,
         "split": config.data.split,
         "model": config.head.name,
         "command": command,
-        "planned": len(members),
+        "planned": len(runs),
         "trained": trained,
         "seconds": round(time.monotonic() - started, 3),
-        "bytes_read": nbytes,
+        "bytes_read": bytes_read,
     }
-    return write_results(facts, done, config, out)
+    return write_results(facts, finished, config, out)
 
 
 def _train_free(
-    config: Config, configs: Sequence[Config], experiment: Experiment, place: Path, label: str, command: str
+    config: Config, configs: Sequence[Config], experiment: Experiment, groups_folder: Path, label: str, command: str
 ) -> int:
-    """Train what nobody else does, crew by crew; returns how many members this process has trained."""
-    place.mkdir(exist_ok=True)
+    """Train the run groups that no other process holds; returns how many runs this process has trained."""
+    groups_folder.mkdir(exist_ok=True)
     trained, skipped = 0, set[Path]()
     on_disk = experiment.features.residency == "disk"
-    fork = experiment.device.type == "cpu" and config.head.name not in ALONE and not on_disk and can_fork()
+    fork = experiment.device.type == "cpu" and config.head.name not in UNSTACKED and not on_disk and can_fork()
     cores = torch.get_num_threads() if fork else 1
-    train = partial(_train, experiment=experiment, order=config.train.seed, command=command)
-    while free := [crew for crew in plan_crews(configs, place, experiment.device, cores) if crew[0] not in skipped]:
+    train = partial(_train, experiment=experiment, order_seed=config.train.seed, command=command)
+    while plans := [
+        plan for plan in plan_groups(configs, groups_folder, experiment.device, cores) if plan.path not in skipped
+    ]:
         if fork:
-            labels = [f"{label}, crew {number} of {len(free)}" for number in range(1, len(free) + 1)]
-            calls = [partial(train, [crew], label=own) for crew, own in zip(free, labels, strict=True)]
-            done = call_in_processes(calls, cores)
+            labels = [f"{label}, run group {number} of {len(plans)}" for number in range(1, len(plans) + 1)]
+            calls = [partial(train, [plan], label=group_label) for plan, group_label in zip(plans, labels, strict=True)]
+            results = call_in_processes(calls, cores)
         else:
-            # What memory holds is read once anyway; from disk, crews that train together share the reading.
-            done = [train(free if on_disk else free[:1], label=label)]
-        for members, owned in done:
-            trained += members
-            skipped |= owned
+            # Resident features are read once anyway; from disk, groups that train together share the reading.
+            results = [train(plans if on_disk else plans[:1], label=label)]
+        for count, held in results:
+            trained += count
+            skipped |= held
     return trained
 
 
 def _train(
-    crews: Sequence[tuple[Path, list[Config]]], experiment: Experiment, order: int, label: str, command: str
+    plans: Sequence[GroupPlan], experiment: Experiment, order_seed: int, label: str, command: str
 ) -> tuple[int, set[Path]]:
-    """Train crews on one reading; returns how many members it has trained, and which crews another process has."""
-    owned = set[Path]()
+    """Train run groups on one reading; returns the number of trained runs, and the files of groups held elsewhere."""
+    held = set[Path]()
     with ExitStack() as leases:
-        taken: list[Crew] = []
+        groups: list[RunGroup] = []
         try:
-            for path, members in crews:
+            for plan in plans:
                 try:
-                    with ExitStack() as own:
-                        for member in members:
-                            own.enter_context(lease.hold(member.run.dir, 0))
-                        leases.push(own.pop_all())
+                    with ExitStack() as group_leases:
+                        for config in plan.configs:
+                            group_leases.enter_context(file_lease.hold(config.run.dir, 0))
+                        leases.push(group_leases.pop_all())
                 except ShardOwned:
-                    owned.add(path)
+                    held.add(plan.path)
                     continue
-                if not path.exists() and any(map(_finished, members)):
-                    continue  # by a process that has let go of them just now: they are planned anew
-                # Read by a later process, which has to form the same crew to go on from its place.
-                names = [member.run.dir.name for member in members]
-                folder.write_whole(path.with_suffix(".json"), json.dumps(names) + "\n")
-                taken.append(Crew(members, experiment, order, path))
-            if taken:
-                train_together(taken, experiment, order, label)
-                test_crews(taken, experiment, command)
+                if not plan.path.exists() and any(map(_finished, plan.configs)):
+                    continue  # another process has just finished some of the runs: plan the others again
+                # A later process reads this file, because only the same runs can resume from the group's position.
+                names = [config.run.dir.name for config in plan.configs]
+                run_folder.write_whole(plan.path.with_suffix(".json"), json.dumps(names) + "\n")
+                groups.append(RunGroup(plan.configs, experiment, order_seed, plan.path))
+            if groups:
+                train_together(groups, experiment, order_seed, label)
+                test_groups(groups, experiment, command)
         finally:
-            for crew in taken:
-                crew.close()
-        for crew in taken:
-            crew.path.with_suffix(".json").unlink()
-            crew.path.unlink()
-    return sum(len(crew.members) for crew in taken), owned
+            for group in groups:
+                group.close()
+        for group in groups:
+            group.path.with_suffix(".json").unlink()
+            group.path.unlink()
+    return sum(len(group.runs) for group in groups), held
 
 
-def plan_crews(
-    configs: Sequence[Config], place: Path, device: torch.device, cores: int
-) -> list[tuple[Path, list[Config]]]:
-    """The file and the members of every crew that is still to train: first those that were interrupted.
+def plan_groups(configs: Sequence[Config], groups_folder: Path, device: torch.device, cores: int) -> list[GroupPlan]:
+    """Plans of every run group that is still to train: interrupted groups first.
 
-    Members of one shape are dealt to crews so that each of `cores` has one, and none is larger than `STACK`.
+    Runs of one shape are divided so that each of `cores` has a group, and no group is larger than `STACK_SIZE`.
     """
     by_name = {config.run.dir.name: config for config in configs}
-    waiting = {config.run.dir.name for config in configs if not _finished(config) and not _owned(config)}
-    crews = []
-    for path in sorted(place.glob("*.json")):
+    waiting = {config.run.dir.name for config in configs if not _finished(config) and not _held(config)}
+    plans = []
+    for path in sorted(groups_folder.glob("*.json")):
         names = json.loads(path.read_text(encoding="utf-8"))
-        left = {name for name in names if name in by_name and not _finished(by_name[name])}
-        if path.with_suffix(".pt").exists() and set(names) <= by_name.keys() and left and left <= waiting:
-            crews.append((path.with_suffix(".pt"), [by_name[name] for name in names]))
+        unfinished = {name for name in names if name in by_name and not _finished(by_name[name])}
+        known = path.with_suffix(".pt").exists() and set(names) <= by_name.keys()
+        if known and unfinished and unfinished <= waiting:
+            plans.append(GroupPlan(path.with_suffix(".pt"), [by_name[name] for name in names]))
             waiting -= set(names)
     shapes: dict[str, list[Config]] = {}
     for name, config in by_name.items():
         if name in waiting:
             shapes.setdefault(_shape(config), []).append(config)
-    for members in shapes.values():
-        size = min(STACK[device.type], math.ceil(len(members) / cores))
-        for start in range(0, len(members), size):
-            part = members[start : start + size]
-            digest = hashlib.sha256("\n".join(member.run.dir.name for member in part).encode()).hexdigest()[:16]
-            crews.append((place / f"{digest}.pt", part))
-    return crews
+    for same_shape in shapes.values():
+        size = min(STACK_SIZE[device.type], math.ceil(len(same_shape) / cores))
+        for start in range(0, len(same_shape), size):
+            group = same_shape[start : start + size]
+            digest = hashlib.sha256("\n".join(config.run.dir.name for config in group).encode()).hexdigest()[:16]
+            plans.append(GroupPlan(groups_folder / f"{digest}.pt", group))
+    return plans
 
 
 def _shape(config: Config) -> str:
-    """Equal for members that can train as one stack."""
-    plain = folder.plain(config)
-    if config.head.name in ALONE:
+    """Equal for runs that can train as stacked heads."""
+    plain = run_folder.plain(config)
+    if config.head.name in UNSTACKED:
         return config.run.dir.name
     return json.dumps(
         [
@@ -217,21 +226,21 @@ def _shape(config: Config) -> str:
     )
 
 
-def _owned(config: Config) -> bool:
-    return lease.holder(lease.lease_path(config.run.dir, 0)) is not None
+def _held(config: Config) -> bool:
+    return file_lease.holder(file_lease.lease_path(config.run.dir, 0)) is not None
 
 
 def _finished(config: Config) -> bool:
-    return (config.run.dir / folder.TEST).exists()
+    return (config.run.dir / run_folder.TEST).exists()
 
 
 def read_axes(
     ratios: Sequence[float] | None, seeds: Sequence[int] | None, grid: Path | None
 ) -> dict[str, Sequence[Any]]:
-    """The options to vary and their values.
+    """Values by option that varies.
 
     Raises:
-        ConfigError: the grid file is missing or not of that shape, or names options that cannot vary.
+        ConfigError: the grid file is missing or malformed, or names options that cannot vary.
     """
     axes: dict[str, Sequence[Any]] = {}
     if grid is not None:
@@ -248,7 +257,7 @@ def read_axes(
         if option not in allowed:
             raise ConfigError(f"{option} cannot vary in a sweep; expected one of {', '.join(allowed)}")
         if len({json.dumps(value) for value in values}) < len(values):
-            raise ConfigError(f"{option} has a value twice in {list(values)}; expected each once")
+            raise ConfigError(f"{option} has a value twice in {list(values)}; list each value once")
     if not axes:
         raise ConfigError("nothing varies; give --ratios 0.1 0.25 1.0, --seeds 0 1 2 or --grid FILE")
     return axes
@@ -259,15 +268,15 @@ def combinations(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-def member_config(config: Config, overrides: Overrides, typed: Mapping[tuple[str, str], Any], out: Path) -> Config:
-    """`config` with `overrides` in a folder named after them; `typed` has their values as the schema types them."""
+def run_config(config: Config, overrides: Overrides, typed: Mapping[tuple[str, str], Any], out: Path) -> Config:
+    """`config` with `overrides`, in a folder named after them; `typed` holds the values, parsed."""
     slug = "_".join(f"{option.split('.')[1]}-{_slug(value)}" for option, value in overrides.items())
     sections: dict[str, Any] = {"run": replace(config.run, dir=out / slug)}
     changes: dict[str, dict[str, Any]] = {}
     for option, value in overrides.items():
         section, field = option.split(".")
         changes.setdefault(section, {})[field] = typed[option, json.dumps(value)]
-    # All options of a section at once: one may be valid only beside another.
+    # All options of a section at once: an option may be valid only together with another.
     sections |= {section: replace(getattr(config, section), **fields) for section, fields in changes.items()}
     return replace(config, **sections)
 
@@ -278,7 +287,7 @@ def _slug(value: Any) -> str:
 
 
 def _checked(option: str, value: Any) -> Any:
-    """The value as the schema types it."""
+    """The value in the type of the schema."""
     section, field = option.split(".")
     parser = ConfigParser(prog="sweep", exit_on_error=False)
     add_config_arguments(parser)

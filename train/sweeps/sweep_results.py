@@ -1,6 +1,6 @@
-"""What a sweep found: its members, its points over seeds and questions, and each point against the first.
+"""Results of a sweep: its runs, its points over seeds and questions, and a comparison of each point with the first.
 
-`sweep.json` holds all of it, `sweep.csv` a line a point, `sweep.png` the picture.
+`sweep.json` holds all results, `sweep.csv` one line per point, `sweep.png` the plot.
 """
 
 import csv
@@ -14,34 +14,34 @@ import numpy as np
 
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Question, load_dataset
-from egopatch.train.rundir import card as folder
+from egopatch.train.rundir import card as run_folder
+from egopatch.train.rundir.results import COLUMNS
 from egopatch.train.scores.metrics import read_predictions, same_lower_cased
 from egopatch.train.scores.statistics import Matrix, bootstrap, compare
 
-PARTS = ("open", "binary", "all")
 SEED = "train.seed"
-Done = tuple[Mapping[str, Any], Config]
+FinishedRun = tuple[Mapping[str, Any], Config]
 
 
-def write_results(facts: Mapping[str, Any], done: Sequence[Done], config: Config, out: Path) -> Path:
+def write_results(facts: Mapping[str, Any], runs: Sequence[FinishedRun], config: Config, out: Path) -> Path:
     """Write the three files into `out`; returns the path of `sweep.json`.
 
     Args:
-        facts: of the sweep, as they go into the JSON.
-        done: overrides and config of the members that are finished.
-        config: what they share.
-        out: folder of the sweep.
+        facts: Facts about the sweep for the JSON.
+        runs: Overrides and config of each finished run.
+        config: Config that all runs share.
+        out: Folder of the sweep.
     """
     questions = load_dataset(config.data).questions["test"]
-    points = gather_points(done, questions)
+    points = gather_points(runs, questions)
     result = {
         **facts,
-        "members": [_record(overrides, member, out) for overrides, member in done],
+        "members": [_record(overrides, run, out) for overrides, run in runs],
         "points": [summary for summary, _ in points],
         "comparisons": compare_points(points, questions),
     }
-    folder.write_whole(out / "sweep.json", json.dumps(result, indent=2) + "\n")
-    folder.write_whole(out / "sweep.csv", as_csv(result["points"]))
+    run_folder.write_whole(out / "sweep.json", json.dumps(result, indent=2) + "\n")
+    run_folder.write_whole(out / "sweep.csv", as_csv(result["points"]))
     if points:
         _draw(out)
     for line in describe(result):
@@ -49,44 +49,45 @@ def write_results(facts: Mapping[str, Any], done: Sequence[Done], config: Config
     return out / "sweep.json"
 
 
-def gather_points(done: Sequence[Done], questions: Sequence[Question]) -> list[tuple[dict[str, Any], Matrix]]:
-    """Each setting with its seeds: what `sweep.json` says of it, and right or wrong [seeds, questions]."""
-    settings: dict[str, list[Done]] = {}
-    for overrides, member in done:
+def gather_points(runs: Sequence[FinishedRun], questions: Sequence[Question]) -> list[tuple[dict[str, Any], Matrix]]:
+    """Each setting over its seeds: its entry in `sweep.json`, and which answers are right [seeds, questions]."""
+    settings: dict[str, list[FinishedRun]] = {}
+    for overrides, run in runs:
         setting = {option: value for option, value in overrides.items() if option != SEED}
-        settings.setdefault(json.dumps(setting, default=str), []).append((overrides, member))
+        settings.setdefault(json.dumps(setting, default=str), []).append((overrides, run))
     forms = np.array([question.form for question in questions])
     clips = np.array([question.clip_id for question in questions])
     points = []
-    for members in settings.values():
-        members = sorted(members, key=lambda one: one[1].train.seed)
-        right = np.array([_right(member, questions) for _, member in members])
+    for unsorted in settings.values():
+        seeds = sorted(unsorted, key=lambda pair: pair[1].train.seed)
+        right = np.array([_right(run, questions) for _, run in seeds])
         summary: dict[str, Any] = {
-            "setting": {option: value for option, value in members[0][0].items() if option != SEED},
-            "ratio": members[0][1].head.ratio,
-            "seeds": [member.train.seed for _, member in members],
+            "setting": {option: value for option, value in seeds[0][0].items() if option != SEED},
+            "ratio": seeds[0][1].head.ratio,
+            "seeds": [run.train.seed for _, run in seeds],
         }
-        for part in PARTS:
-            chosen = np.ones(len(forms), dtype=bool) if part == "all" else forms == part
-            summary[part] = None
-            if chosen.any():
-                found = bootstrap(100 * right[:, chosen], clips[chosen].tolist())
-                summary[part] = {"mean": found.mean, "low": found.low, "high": found.high, "n": int(chosen.sum())}
+        for column in COLUMNS:
+            counted = np.ones(len(forms), dtype=bool) if column == "all" else forms == column
+            summary[column] = None
+            if counted.any():
+                interval = bootstrap(100 * right[:, counted], clips[counted].tolist())
+                numbers = {"mean": interval.mean, "low": interval.low, "high": interval.high}
+                summary[column] = {**numbers, "n": int(counted.sum())}
         points.append((summary, right))
     return points
 
 
 def compare_points(points: Sequence[tuple[dict[str, Any], Matrix]], questions: Sequence[Question]) -> list[Any]:
-    """Every later point against the first, in points of accuracy over all questions, where both have the same seeds."""
+    """Differences of later points with the same seeds from the first, in points of accuracy over all questions."""
     clips = [question.clip_id for question in questions]
-    found = []
+    comparisons = []
     for summary, right in points[1:]:
         first, base = points[0]
         if summary["seeds"] != first["seeds"]:
             continue
         result = compare(100 * right, 100 * base, clips)
         difference = result.difference
-        found.append(
+        comparisons.append(
             {
                 "setting": summary["setting"],
                 "against": first["setting"],
@@ -96,36 +97,36 @@ def compare_points(points: Sequence[tuple[dict[str, Any], Matrix]], questions: S
                 "p": result.p,
             }
         )
-    return found
+    return comparisons
 
 
 def as_csv(points: Sequence[Mapping[str, Any]]) -> str:
-    """A line a point."""
+    """One line per point."""
     options = list(dict.fromkeys(option for point in points for option in point["setting"]))
-    numbers = [f"{part}_{what}" for part in PARTS for what in ("mean", "low", "high", "n")]
+    numbers = [f"{column}_{number}" for column in COLUMNS for number in ("mean", "low", "high", "n")]
     content = io.StringIO()
     writer = csv.DictWriter(content, [*options, "seeds", *numbers], lineterminator="\n")
     writer.writeheader()
     for point in points:
         line = {option: _plain(point["setting"].get(option)) for option in options}
         line["seeds"] = str(len(point["seeds"]))
-        for part in PARTS:
-            for what, value in (point[part] or {}).items():
-                line[f"{part}_{what}"] = f"{value:.4f}" if isinstance(value, float) else str(value)
+        for column in COLUMNS:
+            for number, value in (point[column] or {}).items():
+                line[f"{column}_{number}"] = f"{value:.4f}" if isinstance(value, float) else str(value)
         writer.writerow(line)
     return content.getvalue()
 
 
 def describe(result: Mapping[str, Any]) -> list[str]:
-    """A line a point, then a line a comparison."""
+    """One line per point, then one line per comparison."""
     lines = []
     for point in result["points"]:
-        parts = [
-            f"{part} {point[part]['mean']:.2f} [{point[part]['low']:.2f}, {point[part]['high']:.2f}]"
-            for part in PARTS
-            if point[part]
+        accuracies = [
+            f"{column} {point[column]['mean']:.2f} [{point[column]['low']:.2f}, {point[column]['high']:.2f}]"
+            for column in COLUMNS
+            if point[column]
         ]
-        lines.append(f"  {_name(point['setting'])}: {', '.join(parts)}, {len(point['seeds'])} seeds")
+        lines.append(f"  {_name(point['setting'])}: {', '.join(accuracies)}, {len(point['seeds'])} seeds")
     return lines + [
         f"  {_name(pair['setting'])} against {_name(pair['against'])}: {pair['difference']:+.2f} "
         f"[{pair['low']:+.2f}, {pair['high']:+.2f}], p {pair['p']:.4f}"
@@ -133,25 +134,25 @@ def describe(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _right(member: Config, questions: Sequence[Question]) -> list[bool]:
-    answers = read_predictions(member.run.dir / folder.PREDICTIONS, questions)
+def _right(run: Config, questions: Sequence[Question]) -> list[bool]:
+    answers = read_predictions(run.run.dir / run_folder.PREDICTIONS, questions)
     return [same_lower_cased(question, answers[question.question_id]) for question in questions]
 
 
-def _record(overrides: Mapping[str, Any], member: Config, out: Path) -> dict[str, Any]:
-    test = json.loads((member.run.dir / folder.TEST).read_text(encoding="utf-8"))
+def _record(overrides: Mapping[str, Any], run: Config, out: Path) -> dict[str, Any]:
+    test = json.loads((run.run.dir / run_folder.TEST).read_text(encoding="utf-8"))
     return {
-        "ratio": member.head.ratio,
-        "seed": member.train.seed,
+        "ratio": run.head.ratio,
+        "seed": run.train.seed,
         "overrides": dict(overrides),
-        **{part: test[part]["accuracy"] for part in PARTS},
+        **{column: test[column]["accuracy"] for column in COLUMNS},
         "n": test["all"]["n"],
-        "dir": member.run.dir.relative_to(out).as_posix(),
+        "dir": run.run.dir.relative_to(out).as_posix(),
     }
 
 
 def _draw(out: Path) -> None:
-    # Matplotlib takes a second to import, which training has no use for.
+    # Imported here to save start-up time: matplotlib takes a second, and training does not use it.
     from egopatch.train.report import plots
     from egopatch.train.report.sources import read_sweep
 

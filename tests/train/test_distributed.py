@@ -24,8 +24,8 @@ from egopatch.train.data.batch import Batch
 from egopatch.train.data.question_table import plan_batches
 from egopatch.train.fitting.experiment import open_experiment
 from egopatch.train.fitting.fit import fit
-from egopatch.train.fitting.run_group import build_stack
-from egopatch.train.fitting.stacked_heads import Stack
+from egopatch.train.fitting.run_group import build_stacked_heads
+from egopatch.train.fitting.stacked_heads import StackedHeads
 from egopatch.train.processes.distributed import ALONE, Distributed, join
 from egopatch.train.processes.rank_slice import RankSlice
 from egopatch.train.rundir.card import plain
@@ -115,13 +115,13 @@ def test_gradients_of_the_shares_add_up_to_those_of_the_batch(alone: dict[str, C
     experiment = open_experiment(alone[name])
     features, table = experiment.features, experiment.train_table
     for rows in plan_batches(table, 17, seed=0)[:3]:
-        stack = build_stack([alone[name]], experiment, order=0)
+        stack = build_stacked_heads([alone[name]], experiment, order=0)
 
-        def learned(batch: Batch, stack: Stack = stack) -> tuple[Tensor, dict[str, Tensor | None]]:
+        def learned(batch: Batch, stack: StackedHeads = stack) -> tuple[Tensor, dict[str, Tensor | None]]:
             stack._head.train()
-            stack._key(batch, 5)
+            stack._set_noise(batch, 5)
             losses = stack._backward(batch)
-            gradients = {key: stack.tensors[key].grad for key in stack._learned}
+            gradients = {key: stack.tensors[key].grad for key in stack._trainable}
             stack.optimiser.zero_grad()
             return losses, gradients
 
@@ -218,7 +218,7 @@ def goes_on(config: Config, ranks: int) -> None:
     process = start(["-m", "train", "fit", "--config", written(config)], ranks)
     out, err = process.communicate()
     assert process.returncode == 0, out + err
-    assert "going on after step" in out
+    assert "resuming after step" in out
 
 
 @pytest.mark.slow
@@ -240,7 +240,7 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on(undisturbed: Config) -> None
 def test_ctrl_c_stops_all_ranks_at_one_place(undisturbed: Config) -> None:
     config = with_run(undisturbed, "stopped")
     said = interrupted(config, 7, signal.SIGINT, "launcher")
-    assert said.count("train fit: stopped in epoch ") == 1
+    assert said.count("train fit: interrupted in epoch ") == 1
     assert "lost contact with the others" not in said
     goes_on(config, ranks=2)
     assert losses(config.run.dir) == losses(undisturbed.run.dir)

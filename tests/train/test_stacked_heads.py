@@ -9,10 +9,11 @@ from torch import Tensor
 from egopatch.configs.schema import HeadConfig, TrainConfig
 from egopatch.train.data.batch import Batch
 from egopatch.train.fitting.optim import learning_rate
-from egopatch.train.fitting.stacked_heads import Stack, deterministic
+from egopatch.train.fitting.stacked_heads import StackedHeads, deterministic
 from egopatch.train.heads import PSA, Pooled, QuestionOnly
 from egopatch.train.heads.common.noise import Dropout, mix
-from egopatch.train.heads.psa.selection import Selection, keep_largest
+from egopatch.train.heads.psa.selection import PatchSelection
+from egopatch.train.ops.largest import largest_mask
 from tests.train.test_psa import CONFIG, SIZES, make_batch
 
 TRAIN = TrainConfig(lr=3e-3, warmup=0.0, label_smoothing=0.1)
@@ -28,13 +29,15 @@ def make_head(config: HeadConfig, seed: int, kind: type = PSA) -> torch.nn.Modul
     return head
 
 
-def make(ratios: tuple[float, ...], seeds: tuple[int, ...], train: TrainConfig = TRAIN, **changes: object) -> Stack:
+def make(
+    ratios: tuple[float, ...], seeds: tuple[int, ...], train: TrainConfig = TRAIN, **changes: object
+) -> StackedHeads:
     config = dataclasses.replace(CONFIG, **changes)  # type: ignore[arg-type]
     heads = [make_head(dataclasses.replace(config, ratio=r), s) for r, s in zip(ratios, seeds, strict=True)]
-    return Stack(heads, seeds, train, 20, CPU)
+    return StackedHeads(heads, seeds, train, 20, CPU)
 
 
-def trace(stack: Stack, batches: int = 6) -> list[list[float]]:
+def trace(stack: StackedHeads, batches: int = 6) -> list[list[float]]:
     told = [stack.learn(make_batch(seed=seed)) for seed in range(batches)]
     return [[member["loss"] for member in step] for step in told if step is not None]
 
@@ -58,9 +61,9 @@ def test_members_learn_what_they_learn_alone(changes: dict[str, object]) -> None
 @pytest.mark.parametrize("kind", [Pooled, QuestionOnly])
 def test_other_light_heads_stack_too(kind: type) -> None:
     heads = [make_head(CONFIG, seed, kind) for seed in (0, 1)]
-    found = trace(Stack(heads, (0, 1), TRAIN, 20, CPU))
+    found = trace(StackedHeads(heads, (0, 1), TRAIN, 20, CPU))
     for member in (0, 1):
-        alone = trace(Stack([make_head(CONFIG, member, kind)], (member,), TRAIN, 20, CPU))
+        alone = trace(StackedHeads([make_head(CONFIG, member, kind)], (member,), TRAIN, 20, CPU))
         assert [step[member] for step in found] == pytest.approx([step[0] for step in alone], rel=1e-4)
 
 
@@ -74,16 +77,16 @@ def test_dense_selection_of_a_stack_is_select_attend() -> None:
     bias = torch.randn(3, clips, frames, patches, generator=g)
     bias[:, :, :, :20] = -torch.inf
     leaves = [torch.randn(3, 11, 2, width, generator=g), torch.randn(3, 11, width, generator=g), bias]
-    selection = Selection(1, "reference")
+    selection = PatchSelection(1, "reference")
     selection.ks = ks
     results = []
     for dense in (True, False):
         queries, selector, prior = (leaf.clone().requires_grad_() for leaf in leaves)
         if dense:
-            parts = selection.each(tokens, batch.clip_index, queries, selector, prior, scale, None)
+            parts = selection.for_stacked_heads(tokens, batch.clip_index, queries, selector, prior, scale, None)
         else:
             of_each = [
-                selection.one(tokens, batch.clip_index, queries[m], selector[m], prior[m], scale, None, k)
+                selection.for_one_head(tokens, batch.clip_index, queries[m], selector[m], prior[m], scale, None, k)
                 for m, k in enumerate(ks)
             ]
             parts = tuple(torch.stack(part) for part in zip(*of_each, strict=True))
@@ -96,7 +99,7 @@ def test_dense_selection_of_a_stack_is_select_attend() -> None:
 
 def test_ties_go_to_the_lowest_patch() -> None:
     scores = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0], [3.0, 3.0, 3.0, 3.0, 3.0]])
-    assert keep_largest(scores, 2).tolist() == [[False, True, True, False, False], [True, True, False, False, False]]
+    assert largest_mask(scores, 2).tolist() == [[False, True, True, False, False], [True, True, False, False, False]]
 
 
 def test_accumulated_batches_are_one_step() -> None:
@@ -137,7 +140,7 @@ def test_gradients_are_clipped_member_by_member() -> None:
         if tensor.requires_grad:
             tensor.grad = torch.ones_like(tensor)
             tensor.grad[1] *= 1e-4
-    norms = stack._clip(1)
+    norms = stack._clip_gradients(1)
     of_first = sum(t.grad[0].square().sum() for t in stack.tensors.values() if t.grad is not None).sqrt()
     of_second = sum(t.grad[1].square().sum() for t in stack.tensors.values() if t.grad is not None).sqrt()
     assert float(of_first) == pytest.approx(1, rel=1e-3)
@@ -150,7 +153,7 @@ def test_state_goes_on_exactly(held: int) -> None:
     train = dataclasses.replace(TRAIN, ema=0.9, accumulate=2)
     batches = [make_batch(seed=seed) for seed in range(9)]
 
-    def run(stack: Stack, part: list[Batch]) -> list[float]:
+    def run(stack: StackedHeads, part: list[Batch]) -> list[float]:
         return [told[0]["loss"] for batch in part if (told := stack.learn(batch)) is not None]
 
     undisturbed = make((0.25, 0.5), (0, 1), train)
@@ -203,7 +206,7 @@ def test_rate_rises_then_falls_to_zero() -> None:
 def test_weights_of_another_head_are_refused() -> None:
     stack = make((0.5,), (0,))
     weights: dict[str, Tensor] = dict(stack.weights(0))
-    with pytest.raises(ValueError, match="prior is on one side alone"):
+    with pytest.raises(ValueError, match="prior is missing"):
         stack.load_weights(0, {name: t for name, t in weights.items() if name != "prior"})
     with pytest.raises(ValueError, match=r"prior is \(3,\), expected \(35,\)"):
         stack.load_weights(0, {**weights, "prior": torch.zeros(3)})
