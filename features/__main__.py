@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     added["convert"].add_argument("--dtype", choices=get_args(StoredDtype), help="dtype of the tokens on disk")
     added["convert"].add_argument("--shard", type=_count, metavar="N", help="number of clips in a shard")
     added["convert"].add_argument("--codec", choices=get_args(Codec), help="lossless compression of each clip")
+    added["unlock"].add_argument("--shard", type=int, metavar="N", help="number of the shard; by default all of them")
     added["derive"].add_argument("--keep", type=_share, required=True, metavar="SHARE", help="share of patches to keep")
     added["derive"].add_argument("--by", choices=["saliency"], default="saliency", help="what ranks the patches")
     return parser
@@ -183,6 +184,14 @@ def _repair(options: argparse.Namespace) -> Outcome:
     return 0, result, "\n".join(lines)
 
 
+def _unlock(options: argparse.Namespace) -> Outcome:
+    storage = storage_at(options.store)
+    folders = ("", TEXT_FOLDER) if options.shard is None else ("",)
+    removed = [line for folder in folders for line in storage.subfolder(folder).unlock(options.shard)]
+    lines = [f"removed lease {line}" for line in removed]
+    return 0, {"removed": removed}, "\n".join(lines or [f"{options.store} has no leases to remove"])
+
+
 def _convert(options: argparse.Namespace) -> Outcome:
     changes = [
         str(value) for value in (options.format, options.dtype, options.shard, options.codec) if value is not None
@@ -224,6 +233,10 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Outcome], str]] = {
     "verify": (_verify, "read back every committed clip; name the bad ones and exit with 1 if there are any"),
     "repair": (_repair, "remove damaged clips, so that `python -m extract run` encodes exactly those again"),
     "convert": (_convert, "copy a store, with its text states, to another format, dtype, shard size or codec"),
+    "unlock": (
+        _unlock,
+        "remove the leases of machines that are gone for good; refuses those of running processes",
+    ),
     "derive": (_derive, "copy a store with only the highest-ranked patches of each frame"),
 }
 

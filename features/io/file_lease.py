@@ -1,48 +1,27 @@
-"""Shard ownership on a file system: a lease is a file that names a process, and expires once that process has ended."""
+"""Ownership on a file system: a lease is a file that names a process and that the process keeps locked.
 
+The kernel drops the lock with the process, so no clock, process number or container can make a living owner look dead.
+Where other machines may use the same file system, and locks may not reach from one to the other, an unlocked lease of
+another boot is kept, because its owner may be running. `remove` takes such a lease away.
+"""
+
+import fcntl
 import json
 import os
-import socket
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 
-from egopatch.features.io.fields import get_count, get_field
 from egopatch.features.io.files import disk_full_explained, locked, make_folder
+from egopatch.features.io.process import Owner, this_boot
 from egopatch.features.values.errors import ShardOwned
 
-_CLOCK_SLACK_S = 2.0  # start times are derived from the boot time, which clock corrections move a little
-
-
-@dataclass(frozen=True)
-class Owner:
-    """A process. `started` is its start time in seconds since the epoch, because process numbers are reused."""
-
-    host: str
-    pid: int
-    started: float
-
-    @classmethod
-    def this_process(cls) -> "Owner":
-        """The owner that stands for this process."""
-        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time())
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}"
-
-    def may_be_alive(self) -> bool:
-        """False only where the process has certainly ended. Processes of other machines are out of sight."""
-        if self.host != socket.gethostname():
-            return True
-        try:
-            process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.started) <= _CLOCK_SLACK_S
-            return same and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+# File systems that only one kernel can have mounted.
+_LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "ramfs", "overlay", "apfs", "hfs"}
 
 
 def lease_path(root: Path, shard: int) -> Path:
@@ -50,63 +29,47 @@ def lease_path(root: Path, shard: int) -> Path:
     return root / "leases" / f"{shard:08d}.json"
 
 
-def read_owner(path: Path) -> Owner | None:
-    """The owner that a lease names; None where there is no lease, or a crash left the file unfinished."""
-    try:
-        return parse_owner(path.read_bytes())
-    except FileNotFoundError:
-        return None
-
-
 def parse_owner(content: bytes) -> Owner | None:
     """The owner that the content of a lease names; None where a crash left it unfinished."""
     try:
-        record = json.loads(content)
-        return Owner(get_field(record, "host", str), get_count(record, "pid"), get_field(record, "started", float))
-    except (ValueError, RecursionError):
+        return Owner.from_json(json.loads(content))
+    except (ValueError, AttributeError, RecursionError):
         return None
 
 
 def holder(path: Path) -> Owner | None:
     """The process that holds a lease; None where there is no lease, or it has expired."""
-    owner = read_owner(path)
-    return owner if owner is not None and owner.may_be_alive() else None
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        owner = parse_owner(os.pread(handle, 1 << 16, 0))
+        if _is_locked(handle):
+            return owner or Owner("this machine or another", "", 0, 0, 0)
+        if owner is None or owner.boot == this_boot() or _is_local(path):
+            return None
+        return owner
+    finally:
+        os.close(handle)
 
 
 @contextmanager
 def hold(root: Path, shard: int) -> Iterator[None]:
-    """Hold the lease of `shard`, in the store at `root`, for the length of a block.
+    """Hold the lease of `shard`, in the store (or of the run) at `root`, for the length of a block.
 
     Raises:
         ShardOwned: Another process holds it; the message names host and process.
     """
     path = lease_path(root, shard)
     with disk_full_explained(f"taking the lease of shard {shard} of {root}"):
-        _acquire(root, shard, path)
+        handle = _acquire(root, shard, path)
     try:
         yield
     finally:
-        if read_owner(path) == Owner.this_process():
+        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
             path.unlink(missing_ok=True)
-
-
-def _acquire(root: Path, shard: int, path: Path) -> None:
-    make_folder(path.parent)
-    # Under the lock, checking the owner and taking the lease are one step, so two processes cannot both take an
-    # expired lease.
-    with locked(path.parent / "lock"):
-        owner = holder(path)
-        if owner is not None:
-            raise ShardOwned(
-                f"shard {shard} of {root} is held by {owner}; wait for that process, or stop it: its lease then "
-                f"expires automatically (after a crash of {owner.host}, remove {path})"
-            )
-        path.unlink(missing_ok=True)
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        try:
-            os.write(handle, json.dumps(asdict(Owner.this_process())).encode())
-        finally:
-            os.close(handle)
+        os.close(handle)
 
 
 def require_no_writers(root: Path) -> None:
@@ -119,6 +82,75 @@ def require_no_writers(root: Path) -> None:
         owner = holder(path)
         if owner is not None:
             raise ShardOwned(
-                f"{owner} is writing to {root} (lease {path}); wait for that process, or stop it, and run the same "
-                "command again"
+                f"{owner} is writing to {root} (lease {path}); {_advice(root, owner)}, and run the same command again"
             )
+
+
+def remove(root: Path, shard: int | None = None) -> list[str]:
+    """Remove the leases of one shard, or of all, whose owners do not keep them locked; returns one line for each.
+
+    Raises:
+        ShardOwned: A running process keeps one of them locked; none was removed.
+    """
+    folder = root / "leases"
+    if not folder.is_dir():
+        return []
+    with locked(folder / "lock"):
+        paths = [path for path in sorted(folder.glob("*.json")) if shard is None or path == lease_path(root, shard)]
+        owners = []
+        for path in paths:
+            with path.open("rb") as file:
+                owners.append(parse_owner(file.read()))
+                if _is_locked(file.fileno()):
+                    raise ShardOwned(f"{path} is held by {owners[-1] or 'a process'}, which is running; stop it first")
+        for path in paths:
+            path.unlink()
+    return [f"{path.name}: {owner or 'unfinished'}" for path, owner in zip(paths, owners, strict=True)]
+
+
+def _acquire(root: Path, shard: int, path: Path) -> int:
+    """Take the lease; returns the handle that keeps it locked."""
+    make_folder(path.parent)
+    # Under the lock, checking the owner and taking the lease are one step, so two processes cannot both take an
+    # expired lease.
+    with locked(path.parent / "lock"):
+        owner = holder(path)
+        if owner is not None:
+            raise ShardOwned(f"shard {shard} of {root} is held by {owner}; {_advice(root, owner)}")
+        for unfinished in path.parent.glob(f"{path.name}.*"):
+            unfinished.unlink()
+        new = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+        handle = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            os.write(handle, json.dumps(asdict(Owner.this_process())).encode())
+            new.replace(path)  # nobody sees a lease that is not locked yet
+        except BaseException:
+            new.unlink(missing_ok=True)
+            os.close(handle)
+            raise
+        return handle
+
+
+def _advice(root: Path, owner: Owner) -> str:
+    if owner.boot == this_boot():
+        return "wait for that process, or stop it: its lease then expires automatically"
+    return (
+        f"wait for that process; if its machine is gone, or was restarted since, run `python -m features unlock {root}`"
+    )
+
+
+def _is_locked(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    fcntl.flock(handle, fcntl.LOCK_UN)
+    return False
+
+
+def _is_local(path: Path) -> bool:
+    """Whether the file system of `path` can be mounted by this kernel alone."""
+    resolved = path.resolve()
+    mounts = [part for part in psutil.disk_partitions(all=True) if resolved.is_relative_to(part.mountpoint)]
+    return bool(mounts) and max(mounts, key=lambda part: len(part.mountpoint)).fstype in _LOCAL

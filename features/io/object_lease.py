@@ -12,7 +12,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 
 from egopatch.features.io.bucket import Bucket, Content, Version
-from egopatch.features.io.file_lease import Owner, parse_owner
+from egopatch.features.io.file_lease import parse_owner
+from egopatch.features.io.process import Owner
 from egopatch.features.values.errors import ShardOwned, StoreError, WriteConflict
 
 RENEW_S = 15.0
@@ -64,6 +65,24 @@ def require_no_writers(bucket: Bucket, base: str) -> None:
                 f"{holder} is writing to the store (lease {bucket.url}/{key}); wait for that process, or stop it, and "
                 "run the same command again"
             )
+
+
+def remove(bucket: Bucket, base: str, shard: int | None = None) -> list[str]:
+    """Remove expired leases. Arguments, result and errors as in `file_lease.remove`."""
+    found = {
+        key: lease
+        for key in sorted(bucket.listing(f"{base}leases"))
+        if key.endswith(".json")
+        and (shard is None or key.endswith(f"/{shard:08d}.json"))
+        and (lease := _read_lease(bucket, base, key)) is not None
+    }
+    for key, lease in found.items():
+        if lease.holder is not None:
+            raise ShardOwned(
+                f"{bucket.url}/{key} is held by {lease.holder}, renewed {lease.idle_s:.0f} s ago; stop it first"
+            )
+    bucket.delete(list(found))
+    return [f"{key.rpartition('/')[2]}: {lease.owner or 'unfinished'}" for key, lease in found.items()]
 
 
 def _acquire(bucket: Bucket, base: str, key: str, shard: int, content: bytes) -> Version:

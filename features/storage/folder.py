@@ -122,6 +122,10 @@ class LocalStorage:
         """See `interface.Storage`."""
         file_lease.require_no_writers(self.location)
 
+    def unlock(self, shard: int | None = None) -> list[str]:
+        """See `interface.Storage`."""
+        return file_lease.remove(self.location, shard)
+
     @contextmanager
     def staging(self, shard: int) -> Iterator[Path]:
         """See `interface.Storage`; on the same file system, so that files can be renamed into place."""

@@ -150,6 +150,13 @@ class Storage(ReadableFiles, Protocol):
             ShardOwned: A shard is held; the message names its lease, host and process.
         """
 
+    def unlock(self, shard: int | None = None) -> list[str]:
+        """Remove the leases of one shard, or of all, that no running process keeps; returns one line for each.
+
+        Raises:
+            ShardOwned: A running process keeps one of them; none was removed.
+        """
+
     def staging(self, shard: int) -> AbstractContextManager[Path]:
         """An empty local folder in which a shard's files are written; it is removed when the block ends."""
 

@@ -134,6 +134,10 @@ class ObjectStorage(ObjectFiles):
         """See `interface.Storage`."""
         object_lease.require_no_writers(self._bucket, self._base)
 
+    def unlock(self, shard: int | None = None) -> list[str]:
+        """See `interface.Storage`."""
+        return object_lease.remove(self._bucket, self._base, shard)
+
     @contextmanager
     def staging(self, shard: int) -> Iterator[Path]:
         """See `interface.Storage`; needs room for one shard in the folder for temporary files (TMPDIR)."""

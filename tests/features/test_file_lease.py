@@ -1,16 +1,27 @@
 """One owner for each shard; the leases of killed processes expire."""
 
+import json
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from egopatch.features import ShardOwned, Store, create_store, open_store
-from egopatch.features.io.file_lease import Owner, hold, lease_path
+from egopatch.features.__main__ import main
+from egopatch.features.io import file_lease
+from egopatch.features.io.file_lease import hold, lease_path
+from egopatch.features.io.process import Owner
+from egopatch.features.tools.repair import repair
 from egopatch.features.tools.verify import verify
 from tests.features.conftest import FINGERPRINT, FORMATS, IDS, SPEC, clip
 
@@ -63,12 +74,109 @@ def test_a_second_process_is_told_who_owns_what(store: Store) -> None:
     theirs.close()
 
 
-def test_a_process_number_used_again_is_not_the_owner(store: Store) -> None:
+def test_a_process_number_used_again_is_not_the_owner() -> None:
     mine = Owner.this_process()
     assert mine.may_be_alive()
-    assert not Owner(mine.host, mine.pid, mine.started - 3600).may_be_alive()
-    assert not Owner(mine.host, 2**22 + 1, mine.started).may_be_alive()
-    assert Owner("another-host", 2**22 + 1, mine.started).may_be_alive()
+    assert not replace(mine, ticks=mine.ticks - 1).may_be_alive()
+    assert not replace(mine, pid=2**22 + 1).may_be_alive()
+
+
+def test_another_boot_or_pid_namespace_is_out_of_sight() -> None:
+    mine = Owner.this_process()
+    assert replace(mine, boot="another", ticks=mine.ticks - 1).may_be_alive()
+    assert replace(mine, namespace=mine.namespace + 1, ticks=mine.ticks - 1).may_be_alive()
+
+
+@pytest.mark.parametrize("step_s", [-3600, -2, -1, 1, 2, 3600])
+def test_a_step_of_the_clock_changes_no_owner(store: Store, monkeypatch: pytest.MonkeyPatch, step_s: int) -> None:
+    real_time, real_boot = time.time, psutil.boot_time
+    mine = Owner.this_process()
+    other = open_store(store.path)
+    with store.lease(0):
+        # A step moves the time of day, and with it the time of the boot that start times in seconds are derived from.
+        monkeypatch.setattr(time, "time", lambda: real_time() + step_s)
+        monkeypatch.setattr(psutil, "boot_time", lambda: real_boot() + step_s)
+        monkeypatch.setattr(psutil.Process, "create_time", lambda self: real_boot() + mine.ticks / 100 + step_s)
+        os.utime(lease_path(store.path, 0), (real_time() + step_s, real_time() + step_s))
+        assert Owner.this_process() == mine
+        assert mine.may_be_alive()
+        with pytest.raises(ShardOwned, match=f"process {os.getpid()} "), other.lease(0):
+            pass
+    with other.lease(0):  # and the lease is given back all the same
+        pass
+    assert not lease_path(store.path, 0).exists()
+
+
+def test_a_crash_and_a_restart_of_the_machine(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = lease_path(store.path, 0)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(asdict(replace(Owner.this_process(), boot="the boot before"))))
+    with store.lease(0):  # no other kernel can have mounted this file system
+        pass
+    path.write_text(json.dumps(asdict(replace(Owner.this_process(), boot="another", host="node-7", pid=12))))
+    monkeypatch.setattr(file_lease, "_is_local", lambda path: False)
+    advice = (
+        r"held by process 12 on node-7; wait for that process; if its machine is gone, .* `python -m features unlock"
+    )
+    with pytest.raises(ShardOwned, match=advice), store.lease(0):
+        pass
+    with pytest.raises(ShardOwned, match=r"process 12 on node-7 is writing .* `python -m features unlock"):
+        repair(store.path)
+
+
+def test_unlock_removes_what_is_gone_and_refuses_what_runs(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(file_lease, "_is_local", lambda path: False)
+    gone = json.dumps(asdict(replace(Owner.this_process(), boot="another", host="node-7", pid=12)))
+    with store.lease(1):
+        lease_path(store.path, 0).write_text(gone)
+        assert main(["unlock", str(store.path)]) == 1
+        assert "is held by process" in capsys.readouterr().err
+        assert lease_path(store.path, 0).exists()
+        assert main(["unlock", str(store.path), "--shard", "0"]) == 0
+        assert "removed lease 00000000.json: process 12 on node-7" in capsys.readouterr().out
+        assert lease_path(store.path, 1).exists()
+    lease_path(store.path, 0).write_text(gone)
+    assert main(["unlock", str(store.path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"removed": ["00000000.json: process 12 on node-7"]}
+    assert main(["unlock", str(store.path)]) == 0
+    assert "has no leases to remove" in capsys.readouterr().out
+
+
+HELD_IN_NAMESPACE = """
+import os, sys
+from pathlib import Path
+from egopatch.features.io.file_lease import hold
+with hold(Path(sys.argv[1]), 0):
+    print(os.getpid(), flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_two_pid_namespaces_under_one_host_name(store: Store) -> None:
+    unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("this machine allows no PID namespaces")
+    with subprocess.Popen(
+        [*unshare, sys.executable, "-c", HELD_IN_NAMESPACE, str(store.path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stdout is not None
+        pid = int(child.stdout.readline())  # a small number, which another process has out here
+        with pytest.raises(ShardOwned, match=f"held by process {pid} on "), store.lease(0):
+            pass
+        child.kill()
+        child.wait()
+    # The kernel ends the namespace and drops the lock a moment after its parent.
+    for _ in range(200):
+        if file_lease.holder(lease_path(store.path, 0)) is None:
+            break
+        time.sleep(0.05)
+    with store.lease(0):
+        pass
 
 
 def test_a_lease_that_a_crash_left_unfinished_is_free(store: Store) -> None:

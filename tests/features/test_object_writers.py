@@ -14,7 +14,7 @@ import torch
 
 from egopatch.features import Failure, ShardOwned, create_store, open_store
 from egopatch.features.io.bucket import Bucket
-from egopatch.features.io.file_lease import Owner
+from egopatch.features.io.process import Owner
 from egopatch.features.state.ledger import ledger_journal
 from egopatch.features.storage.objects import ObjectStorage
 from egopatch.features.storage.pick import storage_at
@@ -42,7 +42,7 @@ def test_a_second_process_is_told_who_owns_what(bucket: str) -> None:
 def test_a_silent_owner_on_another_machine_loses_its_lease(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
     with monkeypatch.context() as patch:
-        patch.setattr(Owner, "this_process", classmethod(lambda cls: Owner("another-host", 7, 0.0)))
+        patch.setattr(Owner, "this_process", classmethod(lambda cls: Owner("another-host", "another boot", 1, 7, 0)))
         held = store.lease(0)
         held.__enter__()
     with pytest.raises(ShardOwned, match="held by process 7 on another-host"), store.lease(0):

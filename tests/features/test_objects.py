@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ import torch
 
 from egopatch.features import AbsentClip, DamagedStore, Failure, Store, create_store, open_store
 from egopatch.features.io.bucket import Bucket
-from egopatch.features.io.file_lease import Owner
 from egopatch.features.io.files import size_and_crc
+from egopatch.features.io.process import Owner
 from egopatch.features.storage.objects import ObjectStorage
 from egopatch.features.storage.pick import storage_at
 from egopatch.features.tools.convert import convert
@@ -27,7 +28,7 @@ from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
 from tests.features.objects import objects
 from tests.features.test_crash import BAD, check_values, committed_files, job
 
-GONE = Owner("", 2**22 + 1, 0.0)  # no process of this machine
+GONE = replace(Owner.this_process(), pid=2**22 + 1)  # no process of this machine
 REQUESTS = ("put", "get", "get_range", "head", "list", "list_with_delimiter", "delete")
 
 
@@ -49,7 +50,7 @@ def killed_at(patch: pytest.MonkeyPatch, point: int) -> None:
 
     for name in REQUESTS:
         patch.setattr(obstore, name, deadly(getattr(obstore, name)))
-    patch.setattr(Owner, "this_process", classmethod(lambda cls: Owner(os.uname().nodename, GONE.pid, GONE.started)))
+    patch.setattr(Owner, "this_process", classmethod(lambda cls: GONE))
 
 
 def committed(url: str) -> dict[str, dict[str, tuple[int, int]]]:
