@@ -1,4 +1,4 @@
-"""The page: nothing of the data is trusted, nothing comes from outside, and what cannot be read is said."""
+"""The page: data are never trusted, nothing is loaded from outside, and unreadable files are reported."""
 
 import base64
 import hashlib
@@ -21,7 +21,7 @@ from egopatch.train.report.page import write_report
 from egopatch.train.rundir.results import TableError
 from tests.train.fake_runs import EVIL, guesses, kept_patches, write_dataset, write_run, write_sweep
 
-MODELS = ("majority", "question-only", "egovlp", "egovlpv2", "psa")
+SYSTEMS = ("majority", "question-only", "egovlp", "egovlpv2", "psa")
 
 
 class Page(HTMLParser):
@@ -50,18 +50,18 @@ class Page(HTMLParser):
 
 
 def fill(folder: Path, config: Config) -> None:
-    """Five systems, one sweep whose members have selections."""
+    """Five systems, and one sweep whose runs have selections."""
     folder.mkdir()
-    for index, model in enumerate(MODELS):
+    for index, system in enumerate(SYSTEMS):
         every = 6 - index
         write_run(
             folder,
-            model,
-            model=model,
+            system,
+            model=system,
             all_=100 * len(range(0, 24, every)) / 24,
             n=(16, 8),
             predictions=guesses(every),
-            kept=kept_patches() if model == "psa" else None,
+            kept=kept_patches() if system == "psa" else None,
             config={"store": {"path": str(config.store.path)}},
         )
     sweep = write_sweep(folder)
@@ -132,7 +132,7 @@ def test_plots_are_left_in_the_folder_and_on_the_page(made: tuple[Config, Path],
 
 def test_at_least_a_dozen_examples_with_frames_overlays_and_answers(text: str, page: Page) -> None:
     assert text.count('<article class="example">') == 12
-    assert [text.count(f"<h4>{kind}</h4>") for kind in ("Wins", "Losses", "Drawn at random")] == [1, 1, 1]
+    assert [text.count(f"<h4>{kind}</h4>") for kind in ("Wins", "Losses", "Random questions")] == [1, 1, 1]
     frames = [source for source in page.all("img", "src") if source.startswith("data:image/jpeg")]
     assert len(frames) == 12 * 4
     with Image.open(io.BytesIO(base64.b64decode(frames[0].split(",")[1]))) as image:
@@ -149,7 +149,7 @@ def test_the_slider_offers_the_ratios_that_were_recorded(page: Page) -> None:
 
 def test_numbers_of_the_page(text: str) -> None:
     assert "50.00%" in text
-    assert "<b>+29.17</b> points against question-only" in text
+    assert "<b>+29.17</b> points over question-only" in text
     assert "(95% interval" in text
     assert "n = 24 questions: 16 open, 8 binary." in text
     words = ["python", "-m", "train", "fit", "--config", "configs/demo.yaml", "--head.name", "psa"]
@@ -167,12 +167,12 @@ def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_was_read_whole_is_said_and_a_recount_that_differs(
     made: tuple[Config, Path], text: str, copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "Everything below this folder was read." in text
+    assert "None: every run and sweep below this folder was read." in text
     lines = (copy / "psa/predictions.jsonl").read_text().splitlines()
     lines[0] = '{"question_id": "q00", "answer": "no"}'
     (copy / "psa/predictions.jsonl").write_text("\n".join(lines))
     write_report(made[0], copy)
-    assert "predictions.jsonl counts to 45.83, test.json says 50.00" in capsys.readouterr().err
+    assert "predictions.jsonl gives 45.83 but test.json has 50.00" in capsys.readouterr().err
 
 
 def test_a_store_that_is_gone_is_said(text: str, made: tuple[Config, Path]) -> None:
@@ -198,18 +198,18 @@ def test_missing_annotations_leave_a_report_without_examples(
 ) -> None:
     config = Config(data=made[0].data.__class__(name="jsonl", root=tmp_path / "nowhere"))
     page = write_report(config, copy).read_text()
-    assert "No examples: see what could not be read" in page
+    assert "No examples; the files that could not be read are listed below." in page
     assert "(95% interval" not in page
-    assert "direct: no examples and no intervals, data.root" in capsys.readouterr().err
+    assert "direct: no examples and no intervals: data.root" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
         ("psa/selection.npz", b"PK\x03\x04 torn", "selection.npz is damaged"),
-        ("psa/predictions.jsonl", b'{"question_id": "q99", "answer": "a"}\n', "'q99' is no question"),
-        ("psa/log.jsonl", b"not json\n{}\n", "log.jsonl:1 is no log event"),
-        ("sweeps/ratio_direct/sweep.json", b"{}", "sweep.json is no sweep"),
+        ("psa/predictions.jsonl", b'{"question_id": "q99", "answer": "a"}\n', "'q99' is not in the questions file"),
+        ("psa/log.jsonl", b"not json\n{}\n", "log.jsonl:1 is not a log event"),
+        ("sweeps/ratio_direct/sweep.json", b"{}", "sweep.json is not a sweep"),
         ("egovlp/test.json", b"{", "egovlp: test.json is damaged"),
     ],
 )
@@ -221,7 +221,7 @@ def test_damage_is_named_and_the_rest_is_shown(
     page = write_report(made[0], copy).read_text()
     (line,) = [line for line in capsys.readouterr().err.splitlines() if message in line]
     assert line.startswith("report: ")
-    assert "Everything below this folder was read." not in page
+    assert "None: every run and sweep below this folder was read." not in page
     assert "50.00%" in page
 
 
@@ -233,7 +233,7 @@ def test_no_runs_no_report(tmp_path: Path) -> None:
 
 def test_baselines_alone_make_a_report(tmp_path: Path, made: tuple[Config, Path]) -> None:
     write_run(tmp_path, "egovlp", model="egovlp", predictions=guesses(3))
-    assert "psa has not been run on this split" in write_report(made[0], tmp_path).read_text()
+    assert "No psa run on this split." in write_report(made[0], tmp_path).read_text()
 
 
 def test_reading_results_never_imports_the_decoder() -> None:

@@ -42,11 +42,11 @@ def test_markdown_has_the_published_columns_and_two_decimals(tmp_path: Path) -> 
     write_run(tmp_path, "psa", all_=48.6, open_=39, binary=75.864)
     write_table(tmp_path)
     text = (tmp_path / "table.md").read_text()
-    assert "| Model | Open | Binary | All | Checkpoint | Log |" in text
+    assert "| System | Open | Binary | All | Checkpoint | Log |" in text
     row = "| psa | 39.00 | 75.86 | 48.60 | [best.safetensors](<psa/best.safetensors>) | [log.jsonl](<psa/log.jsonl>) |"
     assert row in text
     assert "n = 1,000 questions: 600 open, 400 binary." in text
-    assert "tagged `direct` alone: psa 49.60" in text
+    assert "tagged `direct`: psa 49.60" in text
 
 
 def test_seeds_are_averaged_and_the_seed_best_on_val_is_named(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_notices_come_from_the_cards(tmp_path: Path) -> None:
     write_run(tmp_path, "egovlp", model="egovlp", config=options)
     write_table(tmp_path)
     text = (tmp_path / "table.md").read_text()
-    assert "weights are random stand-ins" in text
+    assert "are random stand-ins" in text
     assert "synthetic (EgoSynth)" in text
 
 
@@ -151,7 +151,7 @@ def test_uneven_question_counts_are_said(tmp_path: Path) -> None:
     write_run(tmp_path, "a", model="egovlp", n=(500, 400))
     write_run(tmp_path, "b", n=(600, 400))
     write_table(tmp_path)
-    assert "Rows are over different questions: egovlp n = 900" in (tmp_path / "table.md").read_text()
+    assert "Rows count different questions: egovlp n = 900" in (tmp_path / "table.md").read_text()
 
 
 def test_model_names_cannot_break_the_table(tmp_path: Path) -> None:

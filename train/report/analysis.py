@@ -1,4 +1,4 @@
-"""What the report says about one split: per-question correctness, paired differences with intervals, tags, examples."""
+"""Analysis of one split for the report: correctness per question, paired differences with intervals, tags, examples."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from egopatch.extract.encoders import find_network
 from egopatch.train.report import examples
 from egopatch.train.report.sources import Selection, SourceError, Sweep, read_selection
 from egopatch.train.rundir.results import BLIND, SPLITS, Row
-from egopatch.train.scores.metrics import PredictionError, normalise, read_predictions
+from egopatch.train.scores.metrics import PredictionError, read_predictions, same_lower_cased
 
 EXAMPLES_OF_A_KIND = 4
 _DRAWS = 2000
@@ -37,12 +37,12 @@ class Questions:
 
 @dataclass(frozen=True)
 class Correctness:
-    """Of one row of the table: right or wrong on each test question, and the answers of the seed best on val.
+    """Right and wrong answers of one row of the table, by question id.
 
     Attributes:
-        share: share of the seeds that are right, by question id.
-        right: whether the seed best on val is right.
-        answers: what it answered.
+        share: Share of the seeds whose answer is right.
+        right: Whether the answer of the seed best on val is right.
+        answers: Answers of the seed best on val.
     """
 
     share: Mapping[str, float]
@@ -55,10 +55,10 @@ class Gain:
     """How far one system is above another, in points of accuracy over all questions.
 
     Attributes:
-        other: the system compared with.
-        points: difference.
-        low: lower end of the 95% interval; None where predictions are missing.
-        high: upper end.
+        other: Label of the system compared with.
+        points: Difference in points.
+        low: Lower end of the 95% interval; None if predictions are missing.
+        high: Upper end.
     """
 
     other: str
@@ -69,7 +69,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class TagLine:
-    """One tag of the breakdown: questions, and accuracy in percent by row label."""
+    """One tag of the breakdown: its number of questions, and the accuracy in percent by row label."""
 
     family: str
     tag: str
@@ -78,7 +78,7 @@ class TagLine:
 
 
 def load_questions(config: Config, split: str) -> Questions:
-    """Test questions of `split` as the annotations have them.
+    """Load the test questions of `split`.
 
     Raises:
         SourceError: the annotations cannot be read.
@@ -100,52 +100,47 @@ def correctness(row: Row, questions: Questions) -> Correctness:
     """Compare the predictions of a row's seeds with the annotated answers.
 
     Raises:
-        SourceError: predictions are missing, damaged or of other questions.
+        SourceError: predictions are missing, damaged or about other questions.
     """
     seeds = []
     for run in row.runs:
-        answers = answers_of(run.dir, questions)
-        seeds.append((answers, {q: same_answer(a, questions.by_id[q].answer) for q, a in answers.items()}))
+        answers = read_answers(run.dir, questions)
+        seeds.append((answers, {q: same_lower_cased(questions.by_id[q], a) for q, a in answers.items()}))
     answers, right = seeds[0]
     share = {q: float(np.mean([seed.get(q, False) for _, seed in seeds])) for q in right}
     return Correctness(share, right, answers)
 
 
-def recount(row: Row, right: Correctness) -> str:
-    """One line if a row's predictions do not add up to its recorded accuracy; empty if they do."""
+def accuracy_mismatch(row: Row, right: Correctness) -> str:
+    """One line if a row's predictions do not give its recorded accuracy; empty if they do."""
     recorded = row.best.scores["all"].accuracy
     counted = 100 * sum(right.right.values()) / max(len(right.right), 1)
     if recorded is None or abs(recorded - counted) < 0.005:
         return ""
     return (
-        f"{row.best.dir}: predictions.jsonl counts to {counted:.2f}, test.json says {recorded:.2f}; "
-        "the annotations or the files have changed since: evaluate it again"
+        f"{row.best.dir}: predictions.jsonl gives {counted:.2f} but test.json has {recorded:.2f}; "
+        "the annotations or the files have changed since; evaluate the run again"
     )
 
 
-def answers_of(folder: Path, questions: Questions) -> dict[str, str]:
-    """Answers of a run by question id.
+def read_answers(folder: Path, questions: Questions) -> dict[str, str]:
+    """Read the answers of a run, by question id.
 
     Raises:
-        SourceError: predictions are missing, damaged or of other questions.
+        SourceError: predictions are missing, damaged or about other questions.
     """
     try:
         return read_predictions(folder / "predictions.jsonl", tuple(questions.by_id.values()))
     except PredictionError as error:
         first, *more = str(error).splitlines()
         rest = f" (and {len(more)} more)" if more else ""
-        raise SourceError(f"{first}{rest}; was the report given the config of these runs?") from error
-
-
-def same_answer(given: str, expected: str) -> bool:
-    """Whether two answers are the same, as the metrics compare them."""
-    return normalise(given) == normalise(expected)
+        raise SourceError(f"{first}{rest}; give the report the config of these runs") from error
 
 
 def gain(
     ours: tuple[Row, Correctness | None], other: tuple[Row, Correctness | None], questions: Questions | None
 ) -> Gain | None:
-    """Difference of two rows with its paired bootstrap interval over clips; None where one has no accuracy."""
+    """Difference of two rows with its paired bootstrap interval over clips; None if one has no accuracy."""
     mean, base = ours[0].mean("all"), other[0].mean("all")
     if mean is None or base is None:
         return None
@@ -153,20 +148,21 @@ def gain(
     if questions and ours[1] and other[1]:
         shared = sorted(ours[1].share.keys() & other[1].share.keys())
         difference = np.array([ours[1].share[q] - other[1].share[q] for q in shared])
-        interval = paired_interval(difference, [questions.by_id[q].clip_id for q in shared])
+        interval = paired_clip_interval(difference, [questions.by_id[q].clip_id for q in shared])
     low, high = interval or (None, None)
     return Gain(other[0].label, mean - base, low, high)
 
 
-def paired_interval(difference: np.ndarray, clips: Sequence[str], seed: int = 0) -> tuple[float, float] | None:
+def paired_clip_interval(difference: np.ndarray, clips: Sequence[str], seed: int = 0) -> tuple[float, float] | None:
     """95% bootstrap interval, in points, of the mean of `difference` over questions.
 
-    Clips are drawn rather than questions, because questions about one clip are not independent.
+    Clips are drawn rather than questions, because questions about one clip are not independent. Unlike
+    `train.scores.statistics.bootstrap` it does not draw seeds.
 
     Args:
         difference: [Q] in [-1, 1].
-        clips: clip of each question.
-        seed: of the draws.
+        clips: Clip of each question.
+        seed: Seed of the draws.
     """
     if len(difference) == 0:
         return None
@@ -182,14 +178,14 @@ def paired_interval(difference: np.ndarray, clips: Sequence[str], seed: int = 0)
     return float(low), float(high)
 
 
-def better_blind(rows: Iterable[Row]) -> Row | None:
-    """The blind baseline with the higher accuracy."""
+def best_blind_row(rows: Iterable[Row]) -> Row | None:
+    """The row of the blind baseline with the higher accuracy; None without one."""
     blind = [row for row in rows if row.system in BLIND and row.mean("all") is not None]
     return max(blind, key=lambda row: row.mean("all") or 0.0, default=None)
 
 
 def tag_lines(rows: Sequence[Row]) -> list[TagLine]:
-    """Accuracy of every row on every tag: mean over seeds, families in the order of the paper, others last."""
+    """Accuracy of every row on every tag, mean over seeds: families in the order of the paper, other tags last."""
     found = sorted({tag for row in rows for run in row.runs for tag in run.tags})
     family_of = {tag: family for family, tags in TAG_FAMILIES.items() for tag in tags}
     known = [tag for tags in TAG_FAMILIES.values() for tag in tags if tag in found]
@@ -206,29 +202,29 @@ def tag_lines(rows: Sequence[Row]) -> list[TagLine]:
     return lines
 
 
-def selections(
+def selections_by_ratio(
     row: Row, sweeps: Sequence[Sweep], questions: Questions
 ) -> tuple[dict[str, tuple[Selection, Mapping[str, str]]], list[str]]:
-    """Selections of a row's best seed and of the sweep's members, by ratio, each with that head's answers.
+    """Selections of a row's best seed and of the runs of sweeps, by ratio, each with the answers of its head.
 
-    The row's own comes first and stands for its ratio; of a sweep's seeds the lowest is taken. Members without a
-    recorded selection are passed over.
+    The selection of the row comes first, for its ratio; of the other ratios the run with the lowest seed counts. Runs
+    without a recorded selection are ignored.
 
     Returns:
-        By label such as `0.25`; and one line for each damaged file.
+        Selections and answers by label, such as `0.25`, and one line for each damaged file.
     """
     problems: list[str] = []
     found: dict[str, tuple[Selection, Mapping[str, str]]] = {}
-    places = [(ratio_label(row), row.best.dir)]
+    folders = [(ratio_label(row), row.best.dir)]
     for sweep in sweeps:
         if sweep.split == row.split and sweep.system == row.system:
-            members = sorted((m for m in sweep.members if not m.setting), key=lambda m: (m.ratio, m.seed))
-            places += [(f"{m.ratio:g}", m.dir) for m in members if m.dir and (m.dir / "selection.npz").exists()]
-    for label, folder in places:
+            runs = sorted((run for run in sweep.runs if not run.setting), key=lambda run: (run.ratio, run.seed))
+            folders += [(f"{r.ratio:g}", r.dir) for r in runs if r.dir and (r.dir / "selection.npz").exists()]
+    for label, folder in folders:
         if label in found:
             continue
         try:
-            found[label] = read_selection(folder / "selection.npz"), answers_of(folder, questions)
+            found[label] = read_selection(folder / "selection.npz"), read_answers(folder, questions)
         except SourceError as error:
             problems.append(str(error))
     return found, problems
@@ -248,19 +244,19 @@ def build_examples(
     grid: tuple[int, int],
 ) -> list[examples.Example]:
     """Choose a split's examples and draw them."""
-    row, own = ours
+    row, correct = ours
     chosen = examples.choose(
-        sorted(own.right),
-        own.right,
+        sorted(correct.right),
+        correct.right,
         [other.right for _, other in others],
         EXAMPLES_OF_A_KIND,
-        clips={q: questions.by_id[q].clip_id for q in own.right},
+        clips={q: questions.by_id[q].clip_id for q in correct.right},
     )
-    asked = [questions.by_id[question] for _, question in chosen]
-    clips = [questions.clips[question.clip_id] for question in asked]
+    chosen_questions = [questions.by_id[question] for _, question in chosen]
+    clips = [questions.clips[question.clip_id] for question in chosen_questions]
     shown = examples.pictures(clips, config.video, find_network(config.encoder.arch).transform)
     result = []
-    for (kind, _), question, (pictures, missing) in zip(chosen, asked, shown):
+    for (kind, _), question, (pictures, missing) in zip(chosen, chosen_questions, shown):
         answers = [
             examples.Answer(other.label, c.answers.get(question.question_id), c.right.get(question.question_id, False))
             for other, c in (ours, *others)
@@ -289,5 +285,5 @@ def _step(
     kept = selection.kept[index]
     overlays = tuple(examples.overlay(kept[t], grid) for t in examples.shown_frames(len(kept)))
     given = predictions.get(question.question_id)
-    right = given is not None and same_answer(given, question.answer)
+    right = given is not None and same_lower_cased(question, given)
     return examples.Step(label, overlays, examples.Answer(system, given, right))

@@ -1,7 +1,7 @@
-"""Example questions of the report: which ones, and the frames with the kept patches on them.
+"""Example questions of the report: their choice, and their frames with the kept patches drawn over them.
 
-An example is shown as the network saw it: the same frames, the same crop. The kept patches are drawn over the picture
-as vectors, so that one picture serves every selection ratio.
+An example shows the frames that the network saw, cropped in the same way. The kept patches are drawn over the picture
+as vectors, so one picture serves every selection ratio.
 """
 
 import base64
@@ -20,6 +20,7 @@ from PIL import Image
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip, Question
 
+# Decoding is imported only when pictures are drawn: it takes long to load, and reading results never needs it.
 if TYPE_CHECKING:
     from egopatch.extract.video.decode import PreparedClip
     from egopatch.extract.video.transforms import Transform
@@ -31,7 +32,7 @@ _JPEG_QUALITY = 82
 
 @dataclass(frozen=True)
 class Answer:
-    """What one system answered."""
+    """The answer of one system; `text` is None if it gave none."""
 
     system: str
     text: str | None
@@ -40,7 +41,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Overlay:
-    """Kept patches of one frame as SVG path data in patch units: what to darken, and the outline of what was kept."""
+    """Kept patches of one frame as SVG path data in patch units: the area to dim, and the outline to draw."""
 
     dimmed: str
     outline: str
@@ -48,7 +49,7 @@ class Overlay:
 
 @dataclass(frozen=True)
 class Step:
-    """One selection ratio of an example: its overlays, one a frame shown, and what the head answered at that ratio."""
+    """One selection ratio of an example: an overlay per shown frame, and the head's answer at that ratio."""
 
     label: str
     overlays: tuple[Overlay, ...]
@@ -61,10 +62,10 @@ class Example:
 
     Attributes:
         kind: `win`, `loss` or `drawn`.
-        pictures: JPEGs as data URIs, one a frame shown; empty where the video cannot be shown.
-        missing: why there are no pictures; empty where there are.
-        steps: the head's selection, by ratio; the first is the run in the table.
-        answers: of every system.
+        pictures: JPEGs as data URIs, one per shown frame; empty if the video cannot be shown.
+        missing: Why there are no pictures; empty if there are some.
+        steps: The head's selection at each ratio.
+        answers: Answers of every system.
     """
 
     kind: str
@@ -79,23 +80,23 @@ def choose(
     questions: Sequence[str],
     ours: Mapping[str, bool],
     others: Sequence[Mapping[str, bool]],
-    each: int,
+    count: int,
     seed: int = 0,
     clips: Mapping[str, str] | None = None,
 ) -> list[tuple[str, str]]:
     """Choose wins (ours is right, others are not), losses (ours is wrong, others are not) and random questions.
 
-    Wins with the fewest other systems right come first, losses with the most. The random ones are drawn before the
-    other two kinds and without looking at any answer. No question is shown twice; wins and losses keep to clips that
-    are not shown yet while there are any.
+    Wins with the fewest other systems right come first, losses with the most. The random questions are drawn before the
+    other two kinds and without looking at any answer. No question is chosen twice; wins and losses avoid clips that are
+    already shown as long as there are others.
 
     Args:
-        questions: ids to draw from.
-        ours: whether our answer is right, by id.
-        others: the same of each other system.
-        each: how many of each kind.
-        seed: of the draw.
-        clips: clip of each id.
+        questions: Ids to draw from.
+        ours: Whether our answer is right, by id.
+        others: The same for each other system.
+        count: Number of questions of each kind.
+        seed: Seed of the draw.
+        clips: Clip of each id.
 
     Returns:
         (kind, id) pairs: wins, losses, then those drawn.
@@ -107,22 +108,22 @@ def choose(
     def rivals(question: str) -> int:
         return sum(other.get(question, False) for other in others)
 
-    drawn = order[:each]
-    taken, seen = set(drawn), {clip_of[question] for question in drawn}
+    drawn = order[:count]
+    taken, shown_clips = set(drawn), {clip_of[question] for question in drawn}
 
-    def take(pool: Sequence[str]) -> list[str]:
+    def choose_from(pool: Sequence[str]) -> list[str]:
         chosen: list[str] = []
         for only_new_clips in (True, False):
             for question in pool:
-                stale = only_new_clips and clip_of[question] in seen
-                if len(chosen) < each and question not in taken and not stale:
+                stale = only_new_clips and clip_of[question] in shown_clips
+                if len(chosen) < count and question not in taken and not stale:
                     chosen.append(question)
                     taken.add(question)
-                    seen.add(clip_of[question])
+                    shown_clips.add(clip_of[question])
         return chosen
 
-    wins = take(sorted((q for q in order if ours.get(q, False) and rivals(q) < len(others)), key=rivals))
-    losses = take(sorted((q for q in order if not ours.get(q, False) and rivals(q)), key=rivals, reverse=True))
+    wins = choose_from(sorted((q for q in order if ours.get(q, False) and rivals(q) < len(others)), key=rivals))
+    losses = choose_from(sorted((q for q in order if not ours.get(q, False) and rivals(q)), key=rivals, reverse=True))
     return [("win", q) for q in wins] + [("loss", q) for q in losses] + [("drawn", q) for q in drawn]
 
 
@@ -130,15 +131,15 @@ def overlay(kept: NDArray[np.integer], grid: tuple[int, int]) -> Overlay:
     """Draw the kept patches of one frame.
 
     Args:
-        kept: [k] row-major patch indices; those outside the grid, such as padding, are passed over.
-        grid: rows and columns of patches.
+        kept: [k] row-major patch indices; those outside the grid, such as padding, are ignored.
+        grid: Rows and columns of patches.
     """
     rows, cols = grid
     mask = np.zeros((rows + 2, cols + 2), dtype=bool)
     inside = kept[(kept >= 0) & (kept < rows * cols)]
     mask[1 + inside // cols, 1 + inside % cols] = True
     dimmed = "".join(f"M{c} {r}h{width}v1h-{width}z" for r, c, width in _runs(~mask[1:-1, 1:-1]))
-    # An edge is drawn where a kept patch meets one that is not.
+    # An edge is drawn between a kept patch and one that is not kept.
     across = np.argwhere(mask[:-1, 1:-1] != mask[1:, 1:-1])
     down = np.argwhere(mask[1:-1, :-1] != mask[1:-1, 1:])
     outline = "".join(f"M{c} {r}h1" for r, c in across.tolist()) + "".join(f"M{c} {r}v1" for r, c in down.tolist())
@@ -146,7 +147,7 @@ def overlay(kept: NDArray[np.integer], grid: tuple[int, int]) -> Overlay:
 
 
 def shown_frames(frames: int) -> list[int]:
-    """Which of a clip's frames are shown: all up to eight, else eight spread evenly."""
+    """Indices of the frames to show: all of up to eight, else eight spread evenly."""
     if frames <= MAX_FRAMES:
         return list(range(frames))
     return [int((i + 0.5) * frames / MAX_FRAMES) for i in range(MAX_FRAMES)]
@@ -156,8 +157,8 @@ def prepare_picture(clip: Clip, video: VideoConfig, transform: "Transform") -> "
     """Decode a clip's frames and crop them as for the encoder, but keep them viewable. Runs in a decoder child.
 
     Returns:
-        Frames [T, 3, 224, 224] in [0, 1]. The crop is the encoder's whatever `video.size` is, so a patch grid laid
-        over the picture covers the pixels that the patches were made of.
+        Frames [T, 3, 224, 224] in [0, 1]. The crop is the encoder's, whatever `video.size` is, so that a patch grid
+        laid over the picture covers the pixels of the patches.
 
     Raises:
         VideoError: as `extract.video.frames.read_frames`.
@@ -175,8 +176,13 @@ def prepare_picture(clip: Clip, video: VideoConfig, transform: "Transform") -> "
 def pictures(
     clips: Sequence[Clip], video: VideoConfig, transform: "Transform"
 ) -> Iterator[tuple[tuple[str, ...], str]]:
-    """For each clip its shown frames as data URIs and "", or no pictures and why; `transform` is the encoder's."""
-    # Decoding is imported here alone: reading results and training never need it.
+    """For each clip its shown frames as data URIs and "", or no pictures and the reason.
+
+    Args:
+        clips: Clips to show.
+        video: How their frames were chosen.
+        transform: The encoder's transform.
+    """
     from egopatch.extract.video.decode import DecodePool, UndecodedClip
 
     if not clips:
@@ -190,7 +196,7 @@ def pictures(
 
 
 def data_uri(pixels_chw: NDArray[np.float32]) -> str:
-    """JPEG of a [3, H, W] picture in [0, 1] as a data URI."""
+    """A [3, H, W] picture in [0, 1] as the data URI of a JPEG."""
     pixels = (np.clip(pixels_chw, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=_JPEG_QUALITY)

@@ -1,4 +1,4 @@
-"""The report's account of itself: which stores the runs read, whether they still match, versions and commands."""
+"""Provenance of the report: the stores that the runs read, whether they still match, and versions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from egopatch.train.rundir.results import Results, Run
 
 @dataclass(frozen=True)
 class StoreFacts:
-    """A store as it is now, beside what the heads' cards say of it.
+    """A store as it is now, compared with the model cards of the runs that read it.
 
     Attributes:
-        path: as the cards name it.
-        problem: why it cannot be opened; empty where it can.
+        path: Path in the cards.
+        problem: Why the store cannot be opened; empty if it can.
         format: `zarr` or `hdf5`.
-        committed: clips.
-        planned: clips.
-        quarantined: reason by clip id.
-        nbytes: on disk.
-        digest: of the fingerprint.
-        fields: of the fingerprint.
-        differences: what a card's fingerprint has otherwise than the store's, one line each.
+        committed: Number of committed clips.
+        planned: Number of planned clips.
+        quarantined: Reason of each quarantined clip, by id.
+        nbytes: Size on disk.
+        digest: Digest of the fingerprint.
+        fields: Fields of the fingerprint.
+        differences: One line for each field of a card's fingerprint that differs from the store's.
     """
 
     path: str
@@ -49,19 +49,19 @@ def store_facts(results: Results) -> list[StoreFacts]:
 
 
 def versions(results: Results) -> dict[str, list[str]]:
-    """Version(s) of each package that the runs were made with; more than one where they differ."""
+    """Versions of each package in the cards of the runs; several if they differ."""
     found: dict[str, list[str]] = {}
     for row in results.rows:
         for run in row.runs:
             for name, version in sorted((run.card.get("versions") or {}).items()):
-                seen = found.setdefault(str(name), [])
-                if str(version) not in seen:
-                    seen.append(str(version))
+                listed = found.setdefault(str(name), [])
+                if str(version) not in listed:
+                    listed.append(str(version))
     return found
 
 
 def grid_of(paths: Sequence[Path | str], size: int) -> tuple[int, int]:
-    """Rows and columns of patches: the first store's that opens, else 16-pixel patches of a `size` input."""
+    """Rows and columns of patches in the first store that opens; else those of 16-pixel patches of a `size` input."""
     for path in paths:
         try:
             grid = open_store(path).spec.grid
@@ -77,12 +77,12 @@ def _facts(path: str, runs: Sequence[Run]) -> StoreFacts:
         store = open_store(Path(path))
     except (OSError, ValueError) as error:
         return StoreFacts(path, problem=" ".join(str(error).split()))
-    here = store.fingerprint
+    fingerprint = store.fingerprint
     differences: dict[str, None] = {}
     for run in runs:
         fields = run.card["fingerprint"]
-        theirs = Fingerprint(fields.get("fields", fields))
-        lines = theirs.differences(here, "run used", "store has")
+        of_run = Fingerprint(fields.get("fields", fields))
+        lines = of_run.differences(fingerprint, "run used", "store has")
         differences |= dict.fromkeys(f"{run.system} {run.split}: {line}" for line in lines)
     return StoreFacts(
         path,
@@ -91,7 +91,7 @@ def _facts(path: str, runs: Sequence[Run]) -> StoreFacts:
         planned=len(store.planned_ids),
         quarantined={clip: record.reason for clip, record in store.quarantine.items()},
         nbytes=store.nbytes,
-        digest=here.digest,
-        fields=dict(here.fields),
+        digest=fingerprint.digest,
+        fields=dict(fingerprint.fields),
         differences=tuple(differences),
     )

@@ -1,6 +1,6 @@
-"""One self-contained HTML page about a folder of runs: `write_report`.
+"""The report: one self-contained HTML page about a folder of runs.
 
-Nothing is loaded from outside and nothing of the data is trusted: text is escaped, pictures are data URIs, and the
+The page loads nothing from outside and trusts no data: text is escaped, pictures are data URIs, and the
 Content-Security-Policy allows only the page's own style and script, by their hashes.
 """
 
@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from egopatch.configs.schema import Config
+from egopatch.features.common.units import format_bytes
 from egopatch.train.report import analysis as report_analysis
 from egopatch.train.report import integrity as report_integrity
 from egopatch.train.report import plots, table
@@ -32,7 +33,7 @@ _SHOWN_PIXELS_PER_INCH = 115
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot as a data URI, and how wide it is shown, so that text is as large in every one."""
+    """A plot as a data URI, with the width that shows its text as large as in the other plots."""
 
     uri: str
     width: int
@@ -40,22 +41,22 @@ class Plot:
 
 @dataclass(frozen=True)
 class SplitPage:
-    """Everything the page shows of one split.
+    """Content of the page about one split.
 
     Attributes:
         name: `direct` or `indirect`.
-        rows: of the table.
-        counts: sentence on how many questions.
-        ours: row of our head; None where it was not run.
-        gains: of our head over the better blind baseline, then over the published systems.
-        tags: breakdown by reasoning tag.
-        examples: wins, losses, drawn.
-        best: highest accuracy of a row, by column.
-        grid: rows and columns of patches.
-        ratios: selection ratios that the examples can be shown at, rising.
-        table_ratio: the one of the head in the table.
-        shared: share of kept patches that two questions about one clip have in common; None where it is not known.
-        kept_share: share of patches kept.
+        rows: Rows of the table.
+        counts: Sentence on the number of questions.
+        ours: Row of our head; None if it was not run.
+        gains: Gains of our head over the better blind baseline, then over the published systems.
+        tags: Breakdown by reasoning tag.
+        examples: Wins, losses and random questions.
+        best: Highest accuracy of a row, by column.
+        grid: Rows and columns of patches.
+        ratios: Selection ratios at which the examples can be shown, rising.
+        table_ratio: Selection ratio of the head in the table.
+        shared: Share of kept patches that two questions about one clip have in common; None if unknown.
+        kept_share: Share of patches kept.
     """
 
     name: str
@@ -76,14 +77,14 @@ class SplitPage:
 def write_report(config: Config, folder: Path) -> Path:
     """Write `report.html` and its plots (PNG) into `folder` from the runs and sweeps below it.
 
-    What cannot be read, such as a video that is gone, is said on the page in its place and on stderr, one line each.
+    What cannot be read, such as a missing video, is reported in its place on the page and on stderr, one line each.
 
     Args:
-        config: of one of the runs; says where annotations, videos and the store are.
-        folder: as for `train.report.table.write_table`.
+        config: Config of one of the runs, with the paths of annotations, videos and the store.
+        folder: Folder of the runs, as for `train.report.table.write_table`.
 
     Returns:
-        The page's path.
+        Path of the page.
 
     Raises:
         TableError: there is no readable run below `folder`.
@@ -97,7 +98,7 @@ def write_report(config: Config, folder: Path) -> Path:
     figures = _figures(folder, results, sweeps, grid, problems)
     problems = list(dict.fromkeys(problems))
     page = _render(
-        place=lambda path: path.relative_to(folder).as_posix() if path else "–",
+        relative=lambda path: path.relative_to(folder).as_posix() if path else "–",
         title=f"Results in {folder.resolve().name}",
         notices=table.notices(results),
         splits=splits,
@@ -126,19 +127,19 @@ def _split_page(
     problems: list[str],
 ) -> SplitPage:
     rows = results.split(split)
-    # Rows of further settings carry a longer label; the one called plainly `psa` is the system of the table.
+    # Rows of other settings have longer labels; the row labelled just `psa` is the system of the table.
     ours = next((row for row in rows if row.label == _OURS), None)
-    questions, right = _judge(config, split, rows, problems)
+    questions, right = _correctness_by_row(config, split, rows, problems)
     examples: list[Example] = []
     shared, kept_share, patches = None, 0.0, grid[0] * grid[1]
-    if ours is not None and questions is not None and (own := right.get(ours.label)) is not None:
-        kept, faults = report_analysis.selections(ours, sweeps, questions)
+    if ours is not None and questions is not None and (correct := right.get(ours.label)) is not None:
+        kept, faults = report_analysis.selections_by_ratio(ours, sweeps, questions)
         problems.extend(faults)
         if chosen := kept.get(report_analysis.ratio_label(ours)):
             kept_share = chosen[0].kept.shape[2] / patches
-            shared = chosen[0].shared({q: asked.clip_id for q, asked in questions.by_id.items()}, patches)
+            shared = chosen[0].shared({q: question.clip_id for q, question in questions.by_id.items()}, patches)
         others = [(row, right[row.label]) for row in rows if row is not ours and row.label in right]
-        examples = report_analysis.build_examples(config, questions, (ours, own), others, kept, grid)
+        examples = report_analysis.build_examples(config, questions, (ours, correct), others, kept, grid)
         missing = dict.fromkeys(example.missing for example in examples if example.missing)
         problems.extend(f"no picture: {reason}" for reason in missing)
     return SplitPage(
@@ -158,20 +159,20 @@ def _split_page(
     )
 
 
-def _judge(
+def _correctness_by_row(
     config: Config, split: str, rows: Sequence[Row], problems: list[str]
 ) -> tuple[Questions | None, dict[str, Correctness]]:
-    """Right and wrong of every row, by its label; rows whose predictions cannot be read are left out and named."""
+    """Correctness of every row, by label. Rows whose predictions cannot be read are omitted and added to `problems`."""
     try:
         questions = report_analysis.load_questions(config, split)
     except SourceError as error:
-        problems.append(f"{split}: no examples and no intervals, {error}")
+        problems.append(f"{split}: no examples and no intervals: {error}")
         return None, {}
     right = {}
     for row in rows:
         try:
             right[row.label] = report_analysis.correctness(row, questions)
-            if fault := report_analysis.recount(row, right[row.label]):
+            if fault := report_analysis.accuracy_mismatch(row, right[row.label]):
                 problems.append(fault)
         except SourceError as error:
             problems.append(str(error))
@@ -183,7 +184,7 @@ def _gains(
 ) -> list[Gain]:
     if ours is None:
         return []
-    blind = report_analysis.better_blind(rows)
+    blind = report_analysis.best_blind_row(rows)
     others = [row for row in rows if row is blind or (row.system in PUBLISHED and row.label == row.system)]
     pairs = ((row, right.get(row.label)) for row in others)
     gains = (report_analysis.gain((ours, right.get(ours.label)), pair, questions) for pair in pairs)
@@ -198,13 +199,13 @@ def _sweeps(folder: Path, problems: list[str]) -> list[Sweep]:
         except SourceError as error:
             problems.append(str(error))
     found.sort(key=lambda sweep: (sweep.split != SPLITS[0], sweep.split, sweep.name))
-    return [sweep for sweep in found if sweep.members]
+    return [sweep for sweep in found if sweep.runs]
 
 
 def _figures(
     folder: Path, results: Results, sweeps: Sequence[Sweep], grid: tuple[int, int], problems: list[str]
 ) -> dict[str, Plot]:
-    """Draw every plot there is data for, leave it in `folder` as NAME.png, and return them by name."""
+    """Draw every plot that has data, write it into `folder` as NAME.png, and return the plots by name."""
     drawn: dict[str, Figure] = {"table": plots.draw_table(results)}
     if curves := [sweep for sweep in sweeps if sweep.varies_ratio]:
         drawn["ratio"] = plots.draw_ratio(curves, {split: _references(results, split) for split in results.splits})
@@ -234,9 +235,9 @@ def _figures(
 
 
 def _references(results: Results, split: str) -> dict[str, float]:
-    """Level lines of the ratio plot: the better blind baseline and the published systems."""
+    """Level lines of the ratio plot: accuracy of the better blind baseline and of the published systems."""
     rows = results.split(split)
-    blind = report_analysis.better_blind(rows)
+    blind = report_analysis.best_blind_row(rows)
     shown = [row for row in rows if row is blind or (row.system in PUBLISHED and row.label == row.system)]
     return {row.label: mean for row in shown if (mean := row.mean("all")) is not None}
 
@@ -264,7 +265,7 @@ def _render(**content: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"bytes": _bytes, "number": "{:.2f}".format, "signed": _signed, "coded": _coded}
+    environment.filters |= {"bytes": format_bytes, "number": "{:.2f}".format, "signed": _signed, "coded": _coded}
     environment.globals |= {"cell": table.cell, "colour": lambda system: plots.style(system)[0]}
     css, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     policy = (
@@ -272,7 +273,7 @@ def _render(**content: object) -> str:
         "base-uri 'none'; form-action 'none'"
     )
     template = environment.get_template("report.html.j2")
-    # Both are files of this package, not data: the only text that goes in unescaped.
+    # Only these two files of the package, which are no data, are inserted unescaped.
     return template.render(policy=policy, css=Markup(css), script=Markup(script), **content)
 
 
@@ -289,15 +290,6 @@ def _signed(value: float, digits: int) -> str:
 
 
 def _coded(text: str) -> Markup:
-    """Text whose `names` are in backticks, as HTML."""
+    """Text as HTML, with `names` in backticks as code."""
     parts = [escape(part) for part in text.split("`")]
     return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts))
-
-
-def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"

@@ -1,7 +1,6 @@
 """The report's figures. Each function takes plain data and returns a Matplotlib figure; `save` writes it.
 
-Colours are Okabe and Ito's and a brown, which stay apart for colour-blind readers, and every system has a marker of its
-own.
+Colours are Okabe and Ito's and a brown, which colour-blind readers can tell apart. Every system has its own marker.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,7 +39,7 @@ def style(system: str) -> tuple[str, str]:
 
 
 def draw_table(results: Results) -> Figure:
-    """Test accuracy over all questions: one panel a split, one row a system, a dot for each seed's own value."""
+    """Test accuracy over all questions: one panel per split, one row per system, one dot per seed."""
     figure, axes = _panels(len(results.splits), 4.6, 0.9 + 0.36 * max(len(results.split(s)) for s in results.splits))
     for axis, split in zip(axes, results.splits):
         rows = [(row, mean) for row in results.split(split) if (mean := row.mean("all")) is not None]
@@ -64,14 +63,13 @@ def draw_table(results: Results) -> Figure:
 
 
 def draw_ratio(sweeps: Sequence[Sweep], references: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Test accuracy against the selection ratio, one panel a split: mean over seeds.
+    """Test accuracy against the selection ratio, mean over seeds: one panel per split.
 
-    The band is the 95% interval over seeds and questions where the sweep has one, else it reaches from the lowest seed
-    to the highest.
+    The band is the 95% interval over seeds and questions if the sweep has one, else the range of the seeds.
 
     Args:
-        sweeps: of one or both splits.
-        references: by split, accuracy of the systems drawn as level lines to compare with.
+        sweeps: Sweeps of one or both splits.
+        references: Accuracy of each system drawn as a level line, by split.
     """
     splits = list(dict.fromkeys(sweep.split for sweep in sweeps))
     figure, axes = _panels(len(splits), 4.6, 3.3)
@@ -121,10 +119,10 @@ def draw_settings(sweep: Sweep) -> Figure:
 
 
 def draw_curves(logs: Mapping[str, Mapping[str, TrainingLog]]) -> Figure:
-    """Training loss against steps and val accuracy against epochs, one row a split.
+    """Training loss against steps and val accuracy against epochs, one row per split.
 
     Args:
-        logs: by split, then system.
+        logs: Logs by split, then system.
     """
     figure = Figure(figsize=(9.2, 3.0 * len(logs) + 0.2), layout="constrained", dpi=160)
     grid = figure.subplots(len(logs), 2, squeeze=False)
@@ -147,11 +145,11 @@ def draw_curves(logs: Mapping[str, Mapping[str, TrainingLog]]) -> Figure:
 
 
 def draw_selection(maps: Mapping[str, NDArray[np.float64]], ratios: Mapping[str, float]) -> Figure:
-    """How often each patch is kept, one panel a split.
+    """How often each patch is kept, one panel per split.
 
     Args:
-        maps: by split, [rows, cols] share of frames in which the patch is kept.
-        ratios: by split, the share that a blind draw would keep; marked on the colour bar.
+        maps: Share of frames in which each patch is kept, [rows, cols], by split.
+        ratios: Share that a random selection would keep, by split; marked on the colour bar.
     """
     figure, axes = _panels(len(maps), 4.6, 3.6)
     top = 100 * max((float(share.max()) for share in maps.values()), default=0.01)
@@ -171,18 +169,18 @@ def draw_selection(maps: Mapping[str, NDArray[np.float64]], ratios: Mapping[str,
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write `figure` as PNG without a date or a version in it, so that equal data give equal bytes."""
+    """Write `figure` as PNG without a date or a version, so that equal data give equal bytes."""
     figure.savefig(path, format="png", metadata={"Software": None})
     return path
 
 
 def thin(xs: Sequence[int], ys: Sequence[float]) -> tuple[list[float], list[float]]:
-    """At most 120 points: each the mean of a stretch of equal length."""
+    """At most 120 points, each the mean of a stretch of equal length."""
     if len(xs) <= _LOSS_POINTS:
         return list(map(float, xs)), list(ys)
-    parts = np.array_split(np.arange(len(xs)), _LOSS_POINTS)
+    stretches = np.array_split(np.arange(len(xs)), _LOSS_POINTS)
     x, y = np.asarray(xs, dtype=float), np.asarray(ys)
-    return [float(x[part].mean()) for part in parts], [float(y[part].mean()) for part in parts]
+    return [float(x[s].mean()) for s in stretches], [float(y[s].mean()) for s in stretches]
 
 
 def _band(point: SweepPoint) -> tuple[float, float]:

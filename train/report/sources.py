@@ -1,7 +1,7 @@
-"""What the report reads beside the table: training logs, sweeps and selections.
+"""Files that the report reads in addition to the results: training logs, sweeps and selections.
 
-Every reader returns what is there and raises `SourceError`, one line, for what is damaged; the report prints that line
-in place of the figure.
+A reader raises `SourceError` with a message of one line for a damaged file; the report prints that line in place of the
+figure.
 """
 
 import json
@@ -18,18 +18,18 @@ from numpy.typing import NDArray
 
 
 class SourceError(ValueError):
-    """A file of a run cannot be read; the message names it and what to do."""
+    """A file of a run cannot be read; the message names the file and what to do."""
 
 
 @dataclass(frozen=True)
 class TrainingLog:
-    """What a run logged.
+    """Losses and accuracies that a run logged.
 
     Attributes:
-        steps: optimiser steps at which the loss was logged, rising.
-        losses: training loss at each of `steps`.
-        epochs: epochs after which *val* was measured, rising.
-        val: accuracy on all questions of *val* after each of `epochs`, percent.
+        steps: Optimiser steps at which the loss was logged, rising.
+        losses: Training loss at each of `steps`.
+        epochs: Epochs after which *val* was measured, rising.
+        val: Accuracy over all questions of *val* after each of `epochs`, percent.
     """
 
     steps: tuple[int, ...]
@@ -39,8 +39,8 @@ class TrainingLog:
 
 
 @dataclass(frozen=True)
-class SweepMember:
-    """One point of a sweep: test accuracy over all questions, percent, and the folder it was trained in."""
+class SweepRun:
+    """One run of a sweep: its test accuracy over all questions, percent, and its folder."""
 
     ratio: float
     seed: int
@@ -54,7 +54,7 @@ class SweepMember:
 class SweepPoint:
     """One setting at one ratio: accuracies of its seeds over `n` questions, percent.
 
-    `interval` has the ends of the 95% interval over seeds and questions, where the sweep has it.
+    `interval` is the 95% interval over seeds and questions; None if the sweep has none.
     """
 
     setting: str
@@ -65,7 +65,7 @@ class SweepPoint:
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
+        """Mean over seeds."""
         return statistics.fmean(self.accuracies)
 
     @property
@@ -76,34 +76,34 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Members of one sweep, sorted by setting, ratio, seed.
+    """Runs of one sweep, sorted by setting, ratio and seed.
 
-    `setting` of a member names the options other than the ratio and the seed; it is empty for a plain ratio sweep.
-    `intervals` are those of each setting and ratio.
+    The `setting` of a run names its options other than the ratio and the seed; it is empty for a plain ratio sweep.
+    `intervals` has the 95% interval of each setting and ratio.
     """
 
     name: str
     system: str
     split: str
-    members: tuple[SweepMember, ...]
+    runs: tuple[SweepRun, ...]
     intervals: Mapping[tuple[str, float], tuple[float, float]] = field(default_factory=dict)
 
     @property
     def settings(self) -> tuple[str, ...]:
         """Distinct settings, in order."""
-        return tuple(dict.fromkeys(member.setting for member in self.members))
+        return tuple(dict.fromkeys(run.setting for run in self.runs))
 
     @property
     def points(self) -> tuple[SweepPoint, ...]:
-        """Seeds gathered: settings in order, rising in ratio."""
-        groups: dict[tuple[str, float], list[SweepMember]] = {}
-        for member in self.members:
-            groups.setdefault((member.setting, member.ratio), []).append(member)
+        """One point per setting and ratio: settings in order, rising in ratio."""
+        groups: dict[tuple[str, float], list[SweepRun]] = {}
+        for run in self.runs:
+            groups.setdefault((run.setting, run.ratio), []).append(run)
         return tuple(
             SweepPoint(
-                setting, ratio, tuple(m.accuracy for m in members), members[0].n, self.intervals.get((setting, ratio))
+                setting, ratio, tuple(run.accuracy for run in runs), runs[0].n, self.intervals.get((setting, ratio))
             )
-            for (setting, ratio), members in groups.items()
+            for (setting, ratio), runs in groups.items()
         )
 
     def curve(self, setting: str) -> tuple[SweepPoint, ...]:
@@ -121,7 +121,7 @@ class Selection:
     """Patches that a head kept.
 
     Attributes:
-        rows: row in `kept` of each question id.
+        rows: Row in `kept` of each question id.
         kept: [Q, T, k] patch indices, row-major in the grid.
     """
 
@@ -140,8 +140,8 @@ class Selection:
         1 where the selection ignores the question; None where no clip has two questions.
 
         Args:
-            clip_of: clip of each question id.
-            patches: in a frame.
+            clip_of: Clip of each question id.
+            patches: Patches in a frame.
         """
         by_clip: dict[str, list[int]] = {}
         for question, row in self.rows.items():
@@ -159,7 +159,7 @@ class Selection:
 
 
 def read_log(path: Path) -> TrainingLog:
-    """Read a run's `log.jsonl`. A torn last line, as a killed run leaves it, is passed over.
+    """Read a run's `log.jsonl`. A torn last line, as a killed run leaves it, is ignored.
 
     Raises:
         SourceError: the file is missing or another line is damaged.
@@ -177,7 +177,7 @@ def read_log(path: Path) -> TrainingLog:
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
             if number == len(lines):
                 break
-            raise SourceError(f"{path}:{number} is no log event ({error}); train the run again") from error
+            raise SourceError(f"{path}:{number} is not a log event ({error}); train the run again") from error
     return TrainingLog(
         tuple(sorted(steps)),
         tuple(steps[step] for step in sorted(steps)),
@@ -194,8 +194,8 @@ def read_sweep(path: Path) -> Sweep:
     """
     try:
         value = json.loads(_read_text(path))
-        members = [_member(entry, path.parent) for entry in value["members"]]
-        members.sort(key=lambda member: (member.setting, member.ratio, member.seed))
+        runs = [_sweep_run(entry, path.parent) for entry in value["members"]]
+        runs.sort(key=lambda run: (run.setting, run.ratio, run.seed))
         intervals = {
             (_setting(point["setting"]), float(point["ratio"])): (
                 float(point["all"]["low"]),
@@ -203,9 +203,9 @@ def read_sweep(path: Path) -> Sweep:
             )
             for point in value.get("points", ())
         }
-        return Sweep(str(value["name"]), str(value["model"]), str(value["split"]), tuple(members), intervals)
+        return Sweep(str(value["name"]), str(value["model"]), str(value["split"]), tuple(runs), intervals)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise SourceError(f"{path} is no sweep ({type(error).__name__}: {error}); run the sweep again") from error
+        raise SourceError(f"{path} is not a sweep ({type(error).__name__}: {error}); run the sweep again") from error
 
 
 def read_selection(path: Path) -> Selection:
@@ -226,26 +226,27 @@ def read_selection(path: Path) -> Selection:
     return Selection({str(question): row for row, question in enumerate(ids)}, kept)
 
 
-def _member(entry: Mapping[str, Any], folder: Path) -> SweepMember:
+def _sweep_run(entry: Mapping[str, Any], folder: Path) -> SweepRun:
     setting = _setting(entry.get("overrides") or {})
     dir_ = _existing(entry.get("dir"), folder)
-    return SweepMember(float(entry["ratio"]), int(entry["seed"]), setting, float(entry["all"]), int(entry["n"]), dir_)
+    return SweepRun(float(entry["ratio"]), int(entry["seed"]), setting, float(entry["all"]), int(entry["n"]), dir_)
 
 
 def _setting(overrides: Mapping[str, Any]) -> str:
     """The options other than the ratio and the seed, as text."""
     others = {key: value for key, value in overrides.items() if key.rsplit(".", 1)[-1] not in ("ratio", "seed", "dir")}
-    return ", ".join(f"{key} {_plain(value)}" for key, value in sorted(others.items()))
+    return ", ".join(f"{key} {value_text(value)}" for key, value in sorted(others.items()))
 
 
 def _existing(value: object, folder: Path) -> Path | None:
-    """A member's folder, whether written relative to the sweep or to the working directory."""
+    """Folder of a run, written relative to the sweep's folder or to the working directory."""
     if not value:
         return None
     return next((path for path in (folder / str(value), Path(str(value))) if path.is_dir()), None)
 
 
-def _plain(value: object) -> str:
+def value_text(value: object) -> str:
+    """An option's value as people read it, such as `question + prior`."""
     return " + ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
@@ -259,4 +260,4 @@ def _read_text(path: Path) -> str:
     except FileNotFoundError as error:
         raise SourceError(f"{path} is missing; evaluate the run again") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path} cannot be read ({error}); make it again") from error
+        raise SourceError(f"{path} cannot be read ({error}); write it again") from error

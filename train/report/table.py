@@ -1,4 +1,4 @@
-"""The results table: `table.md` and `table.json`, in the published shape, with where the numbers come from."""
+"""The results table, in the shape of the published one: `table.md` and `table.json`, with the origin of the numbers."""
 
 import json
 import sys
@@ -12,11 +12,11 @@ from egopatch.train.rundir.results import COLUMNS, Results, Row, gather
 def write_table(folder: Path) -> list[dict[str, Any]]:
     """Write `table.md` and `table.json` into `folder` from the runs below it.
 
-    Incomplete and damaged runs are listed under the table and on stderr, one line each.
+    Incomplete and damaged runs are listed below the table and on stderr, one line each.
 
     Returns:
-        The rows as in `table.json`: `model`, `split`, `open`, `binary`, `all` (percent, two decimals, None without
-        such questions), `n` (test questions), `checkpoint`, `log` (paths relative to `folder`, None without the file).
+        The rows of `table.json`: `model` (label of the row), `split`, `open`, `binary`, `all` (percent, two decimals,
+        None without such questions), `n` (test questions), `checkpoint`, `log` (relative to `folder`, None if missing).
 
     Raises:
         TableError: there is no readable run.
@@ -44,12 +44,12 @@ def record(row: Row, folder: Path) -> dict[str, Any]:
 
 
 def markdown(results: Results) -> str:
-    """`table.md`: a section for each split, then where the numbers come from and what they are not."""
+    """`table.md`: a section for each split, then the origin of the numbers."""
     lines = ["# Results", "", "Accuracy on the test questions, in percent.", ""]
     for split in results.splits:
         rows = results.split(split)
         lines += [f"## {split.capitalize()}", "", question_counts(rows), ""]
-        lines += ["| Model | Open | Binary | All | Checkpoint | Log |", "|:--|--:|--:|--:|:--|:--|"]
+        lines += ["| System | Open | Binary | All | Checkpoint | Log |", "|:--|--:|--:|--:|:--|:--|"]
         for row in rows:
             cells = [cell(row, part) for part in COLUMNS]
             links = [
@@ -60,16 +60,16 @@ def markdown(results: Results) -> str:
         tagged = [f"{_escape(row.label)} {cell(row, 'split_tag')}" for row in rows if row.mean("split_tag") is not None]
         if tagged:
             n = rows[0].n("split_tag")
-            lines += ["", f"All over the {n:,} questions tagged `{split}` alone: {', '.join(tagged)}."]
+            lines += ["", f"All, over only the {n:,} questions tagged `{split}`: {', '.join(tagged)}."]
         lines.append("")
     lines += ["## Where these numbers come from", ""]
     lines += [f"- {line}" for line in (*notices(results), *origin(results))]
-    lines += [f"- Left out or worth a look: {_escape(problem)}" for problem in results.problems]
+    lines += [f"- Left out, or to check: {_escape(problem)}" for problem in results.problems]
     return "\n".join(lines) + "\n"
 
 
 def cell(row: Row, part: str) -> str:
-    """A number of the table: the mean with two decimals, and the spread where there are several seeds."""
+    """A cell of the table: the mean with two decimals, and the standard deviation if there are several seeds."""
     mean, sd = row.mean(part), row.sd(part)
     if mean is None:
         return "–"
@@ -77,61 +77,65 @@ def cell(row: Row, part: str) -> str:
 
 
 def question_counts(rows: Sequence[Row]) -> str:
-    """How many questions the numbers of one split are over; says so where the rows disagree."""
+    """Number of questions in the accuracies of one split; of each row if the rows differ."""
     counts = {tuple(row.n(part) for part in ("all", "open", "binary")): row.label for row in rows}
     texts = [f"n = {a:,} questions: {o:,} open, {b:,} binary" for a, o, b in counts]
     if len(texts) == 1:
         return texts[0] + "."
-    return "Rows are over different questions: " + "; ".join(
-        f"{model} {text}" for model, text in zip(counts.values(), texts)
+    return "Rows count different questions: " + "; ".join(
+        f"{label} {text}" for label, text in zip(counts.values(), texts)
     )
 
 
 def notices(results: Results) -> list[str]:
-    """What must be said beside the numbers: random stand-in weights, a synthetic set. Taken from the model cards."""
+    """Warnings that belong beside the numbers, from the model cards: random stand-in weights, synthetic data."""
     cards = [run.card for row in results.rows for run in row.runs]
     found = []
     random = dict.fromkeys(r.label for r in results.rows if r.system != "majority" and is_standin(r.best.card))
     if random:
         found.append(
-            f"The encoder's weights are random stand-ins, not the published ones, in {', '.join(random)}: "
-            "these numbers show that the pipeline works, not how good the published network is."
+            f"The encoder weights of {', '.join(random)} are random stand-ins, not the published ones: these numbers "
+            "show that the pipeline runs end to end; they say nothing about the accuracy of the published network."
         )
     lite = dict.fromkeys(r.label for r in results.rows if _option(r.best.card, "encoder", "arch") == "lite")
     if lite:
         names = ", ".join(lite)
-        found.append(f"Real pretrained weights (ImageNet, MiniLM), not trained on this set, encode for {names}.")
+        found.append(
+            f"The encoder weights of {names} are pretrained ones (ImageNet, MiniLM), not trained on this data set."
+        )
     if any(is_synthetic(card) for card in cards):
-        found.append("The videos and questions are synthetic (EgoSynth): not comparable with EgoTaskQA results.")
+        found.append(
+            "The videos and questions are synthetic (EgoSynth), so results are not comparable with EgoTaskQA's."
+        )
     return found
 
 
 def is_standin(card: Mapping[str, Any]) -> bool:
-    """Whether a card says that the encoder's weights are random."""
+    """Whether a card describes an encoder with random weights."""
     checkpoint = Path(str(_option(card, "encoder", "checkpoint"))).name.lower()
     return _stated(card, "stand-in", "standin", "random weight", "random-weight") or "random" in checkpoint
 
 
 def is_synthetic(card: Mapping[str, Any]) -> bool:
-    """Whether a card says that the data were rendered."""
+    """Whether a card describes rendered data."""
     root = str(_option(card, "data", "root"))
     # The renderer leaves its event log beside the annotations; no recorded data set has one.
     return _stated(card, "synthetic", "egosynth") or (bool(root) and (Path(root) / "events.jsonl").exists())
 
 
 def origin(results: Results) -> list[str]:
-    """How the numbers were made, one statement an item."""
+    """The origin of the numbers, one statement per item."""
     seeds = sorted({len(row.runs) for row in results.rows})
-    spread = "one seed a row" if seeds == [1] else f"mean ± standard deviation over {_span(seeds)} seeds a row"
-    unseen = max(run.quarantined for row in results.rows for run in row.runs)
-    quarantined = f"Up to {unseen:,} test questions are about quarantined clips; they got the majority answer, unseen."
+    spread = "one seed per row" if seeds == [1] else f"mean ± standard deviation over {_span(seeds)} seeds per row"
+    count = max(run.quarantined for row in results.rows for run in row.runs)
+    quarantined = f"Up to {count:,} test questions are about quarantined clips; they got the majority answer."
     return [
-        f"{spread[0].upper()}{spread[1:]}; checkpoint and log are those of the seed best on val; "
-        "nothing is chosen on test.",
-        "Each row is the mean of `test.json` in the run folders; the run's `card.json` has its command and versions.",
-        "`majority` and `question-only` never see the video. The other systems read the same cached features "
-        "of uniformly sampled frames.",
-        *([quarantined] if unseen else []),
+        f"{spread[0].upper()}{spread[1:]}; checkpoint and log are those of the seed best on val. "
+        "Nothing is chosen on test.",
+        "Each row is the mean over `test.json` of its runs; `card.json` beside it has the command and versions.",
+        "`majority` and `question-only` never see the video. All other systems read cached features of uniformly "
+        "sampled frames.",
+        *([quarantined] if count else []),
     ]
 
 
@@ -144,7 +148,7 @@ def _option(card: Mapping[str, Any], section: str, name: str) -> object:
 
 
 def _stated(card: Mapping[str, Any], *words: str) -> bool:
-    """Whether the card's notice, fingerprints or data and encoder options have one of `words`."""
+    """Whether one of `words` occurs in the card's notice, fingerprints, or data and encoder options."""
     config = card.get("config") or {}
     places = [card.get(key) for key in ("notice", "notices", "fingerprint", "text_fingerprint")]
     places += [config.get(section) for section in ("data", "encoder")]
@@ -157,5 +161,5 @@ def _relative(path: Path | None, folder: Path) -> str | None:
 
 
 def _escape(text: str) -> str:
-    """Keep text from ending a table cell or starting markup."""
+    """Escape what would end a table cell or start markup."""
     return text.replace("|", "\\|").replace("<", "&lt;")

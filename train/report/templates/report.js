@@ -1,6 +1,6 @@
 
 "use strict";
-// The slider of a split: show the patches kept, and the answer given, at one selection ratio.
+// The slider of a split: show the kept patches and the answer at one selection ratio.
 for (const slider of document.querySelectorAll("input[data-split]")) {
   const section = slider.closest("[data-examples]");
   const labels = JSON.parse(slider.dataset.labels);
