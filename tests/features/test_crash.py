@@ -78,7 +78,7 @@ def in_child(action: Callable[[], None]) -> int:
 def committed_files(root: Path) -> dict[str, bytes]:
     """Every file that holds rows or describes them to other tools, by name; journals tell what was tried, too."""
     files = {str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file()}
-    histories = ("leases/", "growth.lock", "ledger.jsonl", "ids.jsonl", "quarantine.jsonl")
+    histories = ("leases/", "commits/", "growth.lock", "ledger.jsonl", "ids.jsonl", "quarantine.jsonl")
     return {name: path.read_bytes() for name, path in files.items() if not name.startswith(histories)}
 
 
