@@ -173,7 +173,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether the suffix says so, or the file starts with a header length (8 bytes) and a JSON header."""
+    """Whether the suffix is `.safetensors`, or the file starts with a header length (8 bytes) and a JSON header."""
     if path.suffix == ".safetensors":
         return True
     try:
@@ -197,7 +197,7 @@ def _read_pickle(path: Path) -> Any:
         if zipped:
             _refuse_compressed(path)
         with torch.serialization.safe_globals(_standins()), warnings.catch_warnings():
-            # An unusual pickle either loads or is refused below; its warnings ask nothing of the user.
+            # An unusual pickle either loads or is refused below; its warnings need no action from the user.
             warnings.simplefilter("ignore")
             # A memory-mapped file cannot return more bytes than it has, whatever its records claim.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)

@@ -22,7 +22,7 @@ TEXTS = ("what does the person hold?", "did the hand touch the red cup before th
 
 
 class FormulaTensors(Mapping[str, Tensor]):
-    """Tensors of a published network, each made when it is first asked for."""
+    """Tensors of a published network, each created on first access."""
 
     def __init__(self, network: str) -> None:
         self.shapes = json.loads((REFERENCE / f"{network}_keys.json").read_text())
