@@ -8,6 +8,7 @@ Shape legend: C clips, B questions, T frames, N patches a frame, D channels, H a
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Literal
 
@@ -72,7 +73,7 @@ class Launch:
         return [int(self.wide), *astuple(self.forward), *astuple(self.backward)]
 
     @classmethod
-    def from_numbers(cls, numbers: list[int]) -> "Launch":
+    def from_numbers(cls, numbers: Sequence[int]) -> "Launch":
         """The launch that `as_numbers` wrote."""
         wide, *sizes = numbers
         half = len(sizes) // 2
