@@ -31,6 +31,7 @@ from egopatch.train.fitting.fit import test_groups, train_together
 from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.processes.process_pool import call_in_processes, can_fork
 from egopatch.train.rundir import card as run_folder
+from egopatch.train.rundir.results import table_folder
 from egopatch.train.sweeps.sweep_results import write_results
 
 # Options that all runs of a sweep share.
@@ -88,8 +89,7 @@ def run_sweep(
     name = f"{config.data.split}-{config.run.dir.name}" if name is None else name
     if not NAME.fullmatch(name):
         raise ConfigError(f"--name is {name!r}; expected letters, digits, dots, dashes and underscores")
-    table = config.run.dir.parent if config.run.table is None else config.run.table
-    out = table / "sweeps" / name
+    out = table_folder(config) / "sweeps" / name
     axes = read_axes(ratios, seeds, grid)
     typed = {(option, json.dumps(value)): _checked(option, value) for option in axes for value in axes[option]}
     runs = [(overrides, run_config(config, overrides, typed, out)) for overrides in combinations(axes)]

@@ -14,6 +14,7 @@ import numpy as np
 
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Question, load_dataset
+from egopatch.train.report.sources import read_sweep, value_text
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.results import COLUMNS
 from egopatch.train.scores.metrics import read_predictions, same_lower_cased
@@ -108,7 +109,7 @@ def as_csv(points: Sequence[Mapping[str, Any]]) -> str:
     writer = csv.DictWriter(content, [*options, "seeds", *numbers], lineterminator="\n")
     writer.writeheader()
     for point in points:
-        line = {option: _plain(point["setting"].get(option)) for option in options}
+        line = {option: value_text(point["setting"].get(option)) for option in options}
         line["seeds"] = str(len(point["seeds"]))
         for column in COLUMNS:
             for number, value in (point[column] or {}).items():
@@ -154,15 +155,10 @@ def _record(overrides: Mapping[str, Any], run: Config, out: Path) -> dict[str, A
 def _draw(out: Path) -> None:
     # Imported here to save start-up time: matplotlib takes a second, and training does not use it.
     from egopatch.train.report import plots
-    from egopatch.train.report.sources import read_sweep
 
     sweep = read_sweep(out / "sweep.json")
     plots.save(plots.draw_ratio([sweep], {}) if sweep.varies_ratio else plots.draw_settings(sweep), out / "sweep.png")
 
 
 def _name(setting: Mapping[str, Any]) -> str:
-    return ", ".join(f"{option} {_plain(value)}" for option, value in setting.items()) or "the config"
-
-
-def _plain(value: Any) -> str:
-    return " + ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return ", ".join(f"{option} {value_text(value)}" for option, value in setting.items()) or "the config"
