@@ -145,7 +145,7 @@ def check(head: Head, inputs: tuple[Tensor, ...]) -> None:
 
 
 def peak_bytes(args: argparse.Namespace, variant: str) -> int:
-    """Growth of the peak resident memory over a step, in a process of its own."""
+    """Growth of the peak resident memory over a step, measured in a separate process."""
     command = [sys.executable, __file__, "--clips", args.clips, "--questions", args.questions, "--ratio", args.ratio]
     command += ["--threads", args.threads, "--memory-of", variant]
     return int(subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True).stdout)

@@ -32,18 +32,18 @@ DTYPES = {
     "float8_e4m3": torch.float8_e4m3fn,
     "int8": torch.int8,
 }
-# N, D, H: each size of block that the kernels are cut for, and the ends of what they take.
+# N, D, H: each size of block that the kernels are cut for, and the limits of the supported range.
 SHAPES = (
     (49, 768, 4), (128, 768, 4), (196, 768, 4), (512, 768, 4), (1000, 768, 4),
     (196, 768, 12), (196, 1024, 12), (1024, 1024, 12), (33, 80, 1),
 )  # fmt: skip
-WIDE = ((49, 768, 4), (196, 768, 4), (1000, 768, 4))  # of which also the kernels with 64-bit offsets
+WIDE = ((49, 768, 4), (196, 768, 4), (1000, 768, 4))  # also compiled with 64-bit offsets
 QUICK = ((196, 768, 4), (1000, 768, 4))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel to compile: `kernel` is forward or backward, shape is N, D, H; `wide` asks for 64-bit offsets."""
+    """One kernel to compile: `kernel` is forward or backward, shape is N, D, H; `wide` compiles 64-bit offsets."""
 
     kernel: str
     arch: int
@@ -54,7 +54,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a compiled kernel uses of a multiprocessor."""
+    """Resources of a multiprocessor that a compiled kernel uses."""
 
     kernel: str
     arch: str
@@ -209,6 +209,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # Spelt out, since Triton 3.10 changes the default; the kernels are compiled with it at run time too.
+    # Set explicitly, because Triton 3.10 changes the default; the kernels are compiled with it at run time too.
     os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
     sys.exit(main())

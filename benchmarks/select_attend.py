@@ -64,7 +64,7 @@ class Problem:
         self.leaves = [make(b, heads, width), make(b, width), make(clips, frames, patches)]
         self.leaves = [t.div_(math.sqrt(width)).requires_grad_() if t.ndim == 2 or i == 0 else t.requires_grad_()
                        for i, t in enumerate(self.leaves)]  # fmt: skip
-        self.sdpa = "not run"  # the backend that `dense` got
+        self.sdpa = "not run"  # backend that `dense` ran on
         self.project = torch.nn.Linear(width, 2 * width, bias=False, device=device)
         self.token_bytes = self.tokens.numel() * self.tokens.element_size()
         self.expanded_bytes = b * frames * patches * width * 4 * (2 + (heads > 0))

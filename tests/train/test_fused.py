@@ -131,7 +131,7 @@ def test_head_learns(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("side", [4, 8, 14])
 @pytest.mark.parametrize("top", [1, 3])
-def test_selection_grows_as_the_reference_says(side: int, top: int) -> None:
+def test_selection_grows_as_in_the_reference(side: int, top: int) -> None:
     torch.manual_seed(side + top)
     score = torch.rand(5, 9, side * side)
     # The best patches lie in the row above the region, where most of them touch it and may join.

@@ -107,7 +107,7 @@ def test_all_keeps_every_patch_whatever_the_ratio() -> None:
 
 
 @pytest.mark.parametrize("shape", ["centre", "flat"])
-def test_prior_starts_as_asked(shape: str) -> None:
+def test_prior_starts_in_the_configured_shape(shape: str) -> None:
     prior = make(prior=shape).prior.detach().view(SIZES.grid)
     assert torch.equal(prior, spatial_prior(SIZES.grid, shape))  # type: ignore[arg-type]
     highest = divmod(int(prior.argmax()), SIZES.grid[1])
@@ -146,7 +146,7 @@ def test_a_level_without_the_question_has_no_parameters_for_it(level: str) -> No
     assert head(make_batch()).shape == (11, 9)
 
 
-def test_where_when_and_what_are_read_apart() -> None:
+def test_where_when_and_what_have_separate_readers() -> None:
     batch = make_batch()
     assert set(make().readers) == {"where", "when"}
     assert set(make(readers=1).readers) == set()
@@ -163,7 +163,7 @@ def test_where_when_and_what_are_read_apart() -> None:
 
 
 def test_attention_is_uneven_from_the_start() -> None:
-    """With attention that is even, a head needs hundreds of steps before it sees anything."""
+    """With uniform attention, a head needs hundreds of steps before it learns anything."""
     head, batch = make(), make_batch()
     question = head.readers["where"](batch.states, batch.mask)
     queries = absorb_key(head.query(question), head.key, head.heads)

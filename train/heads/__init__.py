@@ -1,7 +1,8 @@
 """Heads, which stage two trains on cached patch tokens. Each is a system of the results table.
 
 `psa` is our head, `fused` the upper halves of the published networks, `common` holds the small baselines and the parts
-that heads share. `build_head` builds the head that a config names; `load_head` loads a published one.
+that heads share. `build_head` builds the head that a config names; `load_head` loads a published one; `BLIND` names the
+heads that read no video.
 """
 
 from egopatch.train.heads.common.blind import Majority, QuestionOnly
@@ -10,5 +11,6 @@ from egopatch.train.heads.common.question import Sizes
 from egopatch.train.heads.fused.fused import load_head
 from egopatch.train.heads.psa.psa import PSA
 from egopatch.train.heads.registry import build_head
+from egopatch.train.rundir.results import BLIND
 
-__all__ = ["PSA", "Majority", "Pooled", "QuestionOnly", "Sizes", "build_head", "load_head"]
+__all__ = ["BLIND", "PSA", "Majority", "Pooled", "QuestionOnly", "Sizes", "build_head", "load_head"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments of `select_attend` but for k and the implementation."""
+    """Arguments of `select_attend` except k and the implementation."""
 
     tokens: Tensor
     clip_index: Tensor
@@ -102,9 +102,9 @@ def error(actual: Tensor, exact: Tensor) -> float:
 
 
 def assert_as_exact_as(actual: Tensor, eager: Tensor, exact: Tensor, name: str) -> None:
-    """Fail unless `actual`'s error is at most twice that of `eager` and one rounding of what it holds.
+    """Fail unless `actual`'s error is at most twice that of `eager` and one rounding of its values.
 
-    The rounding is there for results that the eager form happens to get exactly.
+    The rounding allows for results that the eager form happens to compute exactly.
     """
     assert actual.shape == exact.shape, f"{name}: {tuple(actual.shape)} against {tuple(exact.shape)}"
     assert not actual.isnan().any(), f"{name} holds NaN"

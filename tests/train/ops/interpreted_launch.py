@@ -1,5 +1,5 @@
 """How the Triton kernels are launched: what they read and write, repeats, registration, refusals. `test_triton.py`
-runs them in Triton's interpreter, in a process of their own since the interpreter is chosen when the kernels are
+runs them in Triton's interpreter, in a separate process because the interpreter is chosen when the kernels are
 imported; `test_cuda.py` runs them on a GPU.
 """
 
@@ -60,7 +60,7 @@ def test_repeats_are_bit_equal() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_frames_of_a_program_add_up_as_frames_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frames_of_one_program_add_up_as_frames_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
     """Backward over all frames in a program and over one frame each."""
     from egopatch.train.ops.select_attend import kernels
 
@@ -71,8 +71,8 @@ def test_frames_of_a_program_add_up_as_frames_apart(monkeypatch: pytest.MonkeyPa
         leaves = case.leaves()
         out = run(case, leaves, 7)
         grads.append(gradients(out.pooled, out.lse, leaves))
-    for together, apart in zip(*grads, strict=True):
-        torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+    for one_program, several in zip(*grads, strict=True):
+        torch.testing.assert_close(one_program, several, rtol=1e-5, atol=1e-5)
 
 
 def test_strided_tokens_read_as_their_copy() -> None:
@@ -101,7 +101,7 @@ def test_more_than_two_to_the_31_elements(patches: int, strides: tuple[int, ...]
 
 
 def test_many_rows_are_counted_in_64_bits() -> None:
-    """Outputs of more than 2^31 elements need wide offsets as well; nothing of that size is made."""
+    """Outputs of more than 2^31 elements need wide offsets as well; no tensor of that size is allocated."""
     tokens = torch.empty(1, 16, 196, 768, dtype=torch.float16, device="meta")
     most = 2**31 // (16 * 12 * 768)
     assert not plan_launch(tokens, torch.empty(most, 12, 768, device="meta")).wide
@@ -109,7 +109,7 @@ def test_many_rows_are_counted_in_64_bits() -> None:
 
 
 class HostReads(TorchDispatchMode):
-    """Refuses whatever waits for a device or reads its answer, which a CUDA graph cannot hold."""
+    """Fails on operators that wait for the device or read its results, which a CUDA graph cannot capture."""
 
     REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "equal")
 

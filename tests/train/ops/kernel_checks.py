@@ -19,7 +19,7 @@ def run(case: Case, leaves: list[Tensor], k: int) -> SelectAttendOutput:
 
 
 def gradients(pooled: Tensor, lse: Tensor, leaves: list[Tensor], size: float = 1.0) -> list[Tensor]:
-    """Of a fixed random weighting of the outputs, times `size`."""
+    """Gradients of a fixed random weighting of the outputs, times `size`."""
     gen = torch.Generator().manual_seed(1)
     a = torch.randn(pooled.shape, generator=gen).to(pooled)
     b = torch.randn(lse.shape, generator=gen).to(lse)
@@ -28,7 +28,7 @@ def gradients(pooled: Tensor, lse: Tensor, leaves: list[Tensor], size: float = 1
 
 
 def yardstick(dtype: torch.dtype) -> torch.dtype:
-    """What the kernel multiplies in."""
+    """Dtype in which the kernel multiplies."""
     if dtype == torch.bfloat16:
         return torch.float32 if INTERPRETED else torch.bfloat16
     return torch.float32 if dtype == torch.float32 else torch.float16
@@ -51,7 +51,7 @@ def check(case: Case, k: int, size: float = 1.0) -> SelectAttendOutput:
 
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that the kernels get holds NaN or -1 until they write it."""
+    """Fill the memory that the kernels allocate with NaN or -1 until they write it."""
     from egopatch.train.ops.select_attend import kernels
 
     def poisoned(*size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

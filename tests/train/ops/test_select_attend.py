@@ -26,7 +26,7 @@ def run(case: Case, leaves: list[Tensor], k: int) -> SelectAttendOutput:
 
 
 def gradients(pooled: Tensor, lse: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    """Of a fixed random weighting of the outputs; rows that are empty count their lse as zero."""
+    """Gradients of a fixed random weighting of the outputs; rows that are empty count their lse as zero."""
     gen = torch.Generator().manual_seed(1)
     a = torch.randn(pooled.shape, generator=gen).to(pooled.dtype)
     b = torch.randn(lse.shape, generator=gen).to(lse.dtype)
@@ -245,7 +245,7 @@ def test_auto_takes_the_reference_on_a_cpu() -> None:
         (4, 16, torch.float64, "reference", "queries is torch.float64; expected at most float32"),
     ],
 )
-def test_auto_takes_triton_on_a_gpu_or_says_why_not(
+def test_auto_takes_triton_on_a_gpu_or_warns_with_the_reason(
     patches: int, width: int, dtype: torch.dtype, chosen: str, why: str
 ) -> None:
     """On tensors that only claim to be on a GPU."""
@@ -254,8 +254,8 @@ def test_auto_takes_triton_on_a_gpu_or_says_why_not(
         tokens = torch.empty(1, 1, patches, width, device=gpu)
         assert choose_implementation(tokens, dtype, "auto") == (chosen, why)
         inputs = [torch.empty(shape, dtype=dtype, device=gpu) for shape in ((2, 3, width), (2, width), (1, 1, patches))]
-        said = pytest.warns(UserWarning, match=f"runs its slower reference on a GPU: {why}")
-        with said if chosen == "reference" else nullcontext():
+        warning = pytest.warns(UserWarning, match=f"runs its slower reference on a GPU: {why}")
+        with warning if chosen == "reference" else nullcontext():
             out = select_attend(tokens, torch.zeros(2, dtype=torch.int64, device=gpu), *inputs, 2)
         assert out.pooled.shape == (2, 1, 3, width)
 

@@ -62,9 +62,9 @@ class CoarseLevel(nn.Module):
         )
         content, position = self.value.weight.split([self.width, POSITION_WIDTH], dim=1)
         content = content @ whiten.matrix
-        weight = torch.cat([content, position], dim=1).view(self.heads, -1, pooled.shape[-1])
-        seen = torch.einsum("bthd,hed->bthe", pooled, weight).flatten(2)
-        return self.gate * (seen + self.value.bias - content @ whiten.mean)
+        by_head = rearrange(torch.cat([content, position], dim=1), "(h e) d -> h e d", h=self.heads)
+        values = rearrange(torch.einsum("bthd,hed->bthe", pooled, by_head), "b t h e -> b t (h e)")
+        return self.gate * (values + self.value.bias - content @ whiten.mean)
 
     def merge(self, x: Tensor) -> Tensor:
         """[C, T, N, D] to [C, T, M, D]: the mean of each 2x2 block, of the patches inside the grid at odd edges."""

@@ -188,7 +188,7 @@ class PSA(nn.Module):
         )
         weight, bias = self.whiten.then(self.value)
         by_head = rearrange(weight, "(h e) d -> h e d", h=self.heads)
-        values = torch.einsum("bthd,hed->bthe", pooled, by_head).flatten(2) + bias
+        values = rearrange(torch.einsum("bthd,hed->bthe", pooled, by_head), "b t h e -> b t (h e)") + bias
         fit = lse - centre[batch.text_index][:, None]
         frames = self.to_frame(torch.cat([values, fit], dim=-1))
         if self.coarse is not None:

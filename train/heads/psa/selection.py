@@ -138,29 +138,29 @@ class _SelectStacked(torch.autograd.Function):
         _, frames, patches, _ = tokens.shape
         groups = _clip_groups(clip_index, clip_rows)
         scores = queries.new_empty(stacked, questions, frames, patches)
-        for clip, row, own in groups:
+        for clip, row, group in groups:
             x = _clip(tokens, scale, row)
-            products = rearrange(selector[:, own], "m q d -> (m q) d") @ rearrange(x, "t n d -> d (t n)")
+            products = rearrange(selector[:, group], "m q d -> (m q) d") @ rearrange(x, "t n d -> d (t n)")
             products = rearrange(products, "(m q) (t n) -> m q t n", m=stacked, t=frames)
-            torch.add(products, bias[:, None, clip], out=scores[:, own])
+            torch.add(products, bias[:, None, clip], out=scores[:, group])
         kept = torch.stack([largest_mask(score, k) for score, k in zip(scores, ks, strict=True)])
         if min(ks) < patches:
             scores.masked_fill_(~kept, -torch.inf)
         pooled_mhbtd = queries.new_empty(stacked, heads, questions, frames, width)
         lse_mhbt = queries.new_empty(stacked, heads, questions, frames)
         weights = []
-        for _, row, own in groups:
+        for _, row, group in groups:
             x = _clip(tokens, scale, row)
-            logits = rearrange(queries[:, own], "m q h d -> (m h q) d") @ rearrange(x, "t n d -> d (t n)")
+            logits = rearrange(queries[:, group], "m q h d -> (m h q) d") @ rearrange(x, "t n d -> d (t n)")
             logits = rearrange(logits, "(m h q) (t n) -> m h q t n", m=stacked, h=heads, t=frames)
-            logits.add_(scores[:, None, own])
+            logits.add_(scores[:, None, group])
             top = logits.amax(dim=-1, keepdim=True)
             weight = logits.sub_(top.masked_fill(top == -torch.inf, 0)).exp_()
             total = weight.sum(dim=-1, keepdim=True)
             weight /= total.masked_fill(total == 0, 1)
-            lse_mhbt[:, :, own] = (total.log() + top)[..., 0]
+            lse_mhbt[:, :, group] = (total.log() + top)[..., 0]
             pooled = torch.bmm(rearrange(weight, "m h q t n -> t (m h q) n"), x)
-            pooled_mhbtd[:, :, own] = rearrange(pooled, "t (m h q) d -> m h q t d", m=stacked, h=heads)
+            pooled_mhbtd[:, :, group] = rearrange(pooled, "t (m h q) d -> m h q t d", m=stacked, h=heads)
             weights.append(weight)
         ctx.mark_non_differentiable(kept)
         ctx.save_for_backward(tokens, queries, bias, *([] if scale is None else [scale]))
@@ -174,16 +174,16 @@ class _SelectStacked(torch.autograd.Function):
         stacked, _, heads, _ = queries.shape
         grad_queries = torch.zeros_like(queries)
         grad_bias = torch.zeros_like(bias)
-        for (clip, row, own), weight in zip(ctx.groups, ctx.weights, strict=True):
+        for (clip, row, group), weight in zip(ctx.groups, ctx.weights, strict=True):
             x = _clip(tokens, scale, row)
-            grad = torch.bmm(rearrange(grad_pooled[:, own], "m q t h d -> t (m h q) d"), x.transpose(1, 2))
+            grad = torch.bmm(rearrange(grad_pooled[:, group], "m q t h d -> t (m h q) d"), x.transpose(1, 2))
             grad = rearrange(grad, "t (m h q) n -> m h q t n", m=stacked, h=heads).contiguous()
             grad -= (weight * grad).sum(dim=-1, keepdim=True)
-            grad += rearrange(grad_lse[:, own], "m q t h -> m h q t 1")
+            grad += rearrange(grad_lse[:, group], "m q t h -> m h q t 1")
             grad *= weight
             grad_bias[:, clip] = grad.sum(dim=(1, 2))
             products = rearrange(grad, "m h q t n -> (m h q) (t n)") @ rearrange(x, "t n d -> (t n) d")
-            grad_queries[:, own] = rearrange(products, "(m h q) d -> m q h d", m=stacked, h=heads)
+            grad_queries[:, group] = rearrange(products, "(m h q) d -> m q h d", m=stacked, h=heads)
         return None, None, grad_queries, grad_queries.sum(dim=2), grad_bias, None, None, None
 
 
