@@ -9,6 +9,7 @@ they hold a shard's lease lose nothing: the second is refused, reads what the fi
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,23 +63,24 @@ def commit_shard(
     storage, ledger = target.storage, ledger_journal(target.storage)
     slots = [row % target.spec.shard for row in rows.values()]
     sums: dict[str, dict[str, int]] = {name: {} for name in rows}
-    with storage.staging(shard) as folder:
-        try:
-            staged = target.file_format.stage(folder, target.spec, shard, slots, _with_checksums(blocks, sums))
-            files = {name: size_and_crc_of_file(path) for name, path in staged.items()}
-        except FileNotFoundError:
-            if folder.exists():
-                raise
-            raise write_conflict(f"shard {shard} of {storage.location}") from None  # it took this writer for dead
-        with storage.committing(shard):
+    with ExitStack() as locked:
+        with storage.staging(shard) as folder:
+            try:
+                staged = target.file_format.stage(folder, target.spec, shard, slots, _with_checksums(blocks, sums))
+                files = {name: size_and_crc_of_file(path) for name, path in staged.items()}
+            except FileNotFoundError:
+                if folder.exists():
+                    raise
+                raise write_conflict(f"shard {shard} of {storage.location}") from None  # it took this writer for dead
+            locked.enter_context(storage.committing(shard))
             if storage.in_place:
                 after = ledger.append(announce_record(shard, files), after)
             write_id = storage.publish(shard, staged, files)
-            if storage.in_place:
-                _read_back(target, shard, rows, sums)
-            clips = {name: ClipRecord(row, sums[name], sources[name]) for name, row in rows.items()}
-            commit = commit_record(shard, clips, files, target.fingerprint, errors, target.row_bytes, write_id)
-            ledger.append(commit, after)
+        if storage.in_place:
+            _read_back(target, shard, rows, sums)
+        clips = {name: ClipRecord(row, sums[name], sources[name]) for name, row in rows.items()}
+        commit = commit_record(shard, clips, files, target.fingerprint, errors, target.row_bytes, write_id)
+        ledger.append(commit, after)
 
 
 def _with_checksums(blocks: Blocks, sums: Mapping[str, dict[str, int]]) -> Blocks:
