@@ -59,7 +59,7 @@ class Checkpoint:
         """Shape of the tensor `name`.
 
         Raises:
-            CheckpointError: There is no such tensor.
+            CheckpointError: The tensor is missing.
         """
         if name not in self.tensors:
             raise CheckpointError(f"{self.path}: {self._described()} has no tensor {name!r}, which the network needs")
