@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -65,10 +66,26 @@ def write_file(path: Path, content: bytes) -> None:
 
     The caller holds a lock against other writers; the next call replaces a temporary file that a crash left.
     """
-    make_folder(path.parent)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
+    with _renamed(path.with_name(f"{path.name}.tmp"), path) as temporary:
         temporary.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Replace the whole of `path` as `write_file` does, but by a file that the block writes, and without a lock.
+
+    Yields:
+        A path beside `path`, which no other process uses: of several writers the last one's file stays, complete.
+    """
+    with _renamed(path.with_name(f".{path.name}.{uuid.uuid4().hex}"), path) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _renamed(temporary: Path, path: Path) -> Iterator[Path]:
+    make_folder(path.parent)
+    try:
+        yield temporary
         sync_file(temporary)
         rename_into_place(temporary, path)
     finally:

@@ -219,9 +219,22 @@ def test_sigkill_of_the_process_and_resume(tiny: Config, tmp_path: Path) -> None
     assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_a_runs_files_follow_the_umask(tiny: Config, mask: int) -> None:
+    former = os.umask(mask)
+    try:
+        fit(tiny, "x")
+    finally:
+        os.umask(former)
+    files = [path for path in tiny.run.dir.iterdir() if path.is_file()]
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {
+        path.name: oct(0o666 & ~mask) for path in files
+    }
+
+
 def test_another_setting_in_the_folder_is_refused(tiny: Config) -> None:
     fit(tiny, "x")
-    with pytest.raises(ConfigError, match=r"holds a run of another config \(head.ratio is 0.25 here, 0.5 there\)"):
+    with pytest.raises(ConfigError, match=r"with different settings \(head.ratio: folder has 0.5, requested 0.25\)"):
         fit(with_run(tiny, "psa", head_ratio=0.25), "x")
 
 

@@ -1,1 +1,4 @@
-"""."""
+"""The folder of one run: `card` writes config, card and weights, `log` the training log, `results` reads finished runs.
+
+Stage two writes no other files into a run's folder, and reads a run back only through these modules.
+"""

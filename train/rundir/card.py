@@ -1,8 +1,7 @@
-"""A run's folder: the model card beside the weights, the resolved config, and files that appear whole or not at all."""
+"""A run's folder: the model card beside the weights, the resolved config, and files that are complete or absent."""
 
 import dataclasses
 import json
-import os
 import pickle
 import platform
 from collections.abc import Mapping
@@ -13,20 +12,22 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from egopatch.configs.schema import Config, ConfigError
+from egopatch.features.io.files import replacing
 
 CARD, WEIGHTS, LAST, CONFIG, LOG = "card.json", "best.safetensors", "last.pt", "config.yaml", "log.jsonl"
 TEST, PREDICTIONS, SELECTION = "test.json", "predictions.jsonl", "selection.npz"
-# Options that decide a run's numbers. A folder holds one setting of them.
-DECISIVE = ("data", "head", "train")
-INCIDENTAL = {"head.implementation", "train.device", "train.residency"}
+# Sections that decide a run's numbers, and their options that do not: an interrupted run may resume with other values
+# of those. Runs in one row of the table may differ in more (`rundir.results`), because they share no folder.
+_DECISIVE = ("data", "head", "train")
+_FREE_ON_RESUME = {"head.implementation", "train.device", "train.residency"}
 
 
 class RunError(ValueError):
-    """A run's folder that cannot be used as asked."""
+    """A run's folder is missing a file, or holds a damaged one; the message names it and says what to do."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,17 @@ class Card:
     """What a head's weights are: enough to open the right store, build the head and read its answers.
 
     Attributes:
-        model: `head.name`.
-        config: the resolved config.
-        fingerprint: of the clips' store; None for heads that read no video.
-        text_fingerprint: of the texts' store; None for heads that read none.
-        answers: the vocabulary; the index is the class.
-        seed: of the training.
-        best_epoch: epoch, counted from 1, that was best on *val*.
-        val: accuracies of that epoch, percent: `open`, `binary`, `all`.
-        versions: of what computed it.
-        command: that trained it.
-        parameters: learned numbers in the head.
+        model: The value of `head.name`.
+        config: The resolved config.
+        fingerprint: Fingerprint of the store of clips; None for heads that read no video.
+        text_fingerprint: Fingerprint of the text substore; None for heads that read no text.
+        answers: The answer vocabulary; the index is the class.
+        seed: Seed of the training.
+        best_epoch: Number, counted from 1, of the epoch that was best on *val*.
+        val: Accuracies of that epoch in percent: `open`, `binary`, `all`.
+        versions: Versions of Python and the libraries that computed the weights.
+        command: Command that trained the head.
+        parameters: Number of learned parameters in the head.
     """
 
     model: str
@@ -68,7 +69,7 @@ class Card:
         """Read `card.json`.
 
         Raises:
-            RunError: it is missing or damaged.
+            RunError: The file is missing or damaged.
         """
         path = folder / CARD
         try:
@@ -78,38 +79,36 @@ class Card:
         except FileNotFoundError:
             raise RunError(f"{path}: no such file; train the head first: python -m train fit --config CONFIG") from None
         except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{path} is no model card ({error}); delete the folder and train again") from None
+            raise RunError(f"{path} is not a model card ({error}); delete the folder and train again") from None
 
 
 def versions() -> dict[str, str]:
-    """Of what computes a result."""
+    """Versions of Python and of the libraries that decide a result."""
     return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy", "zarr")}}
 
 
 def plain(config: Config) -> dict[str, Any]:
-    """A config as JSON and YAML can hold it."""
+    """A config in values that JSON and YAML can hold."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader or a crash sees the old one or the new one."""
-    new = path.with_name(path.name + ".new")
-    new.write_bytes(content.encode() if isinstance(content, str) else content)
-    new.replace(path)
+    """Replace a file: readers, and a crash, see the old one or the new one."""
+    with replacing(path) as new:
+        new.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def save_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write `best.safetensors`."""
-    new = folder / (WEIGHTS + ".new")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, new)
-    new.replace(folder / WEIGHTS)
+    # safetensors' own `save_file` makes files that only their owner can read.
+    write_whole(folder / WEIGHTS, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
     """Read `best.safetensors`.
 
     Raises:
-        RunError: it is missing.
+        RunError: The file is missing.
     """
     path = folder / WEIGHTS
     if not path.exists():
@@ -118,17 +117,17 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def save_last(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a crew's file, from which training goes on."""
-    new = path.with_name(path.name + ".new")
-    with new.open("wb") as file:
-        torch.save(dict(state), file)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    """Write the file of a run group, from which training resumes."""
+    with replacing(path) as new:
+        torch.save(dict(state), new)
 
 
 def load_last(path: Path) -> dict[str, Any] | None:
-    """Read a crew's file; None where there is none."""
+    """Read the file of a run group; None if it does not exist.
+
+    Raises:
+        RunError: The file is damaged.
+    """
     if not path.exists():
         return None
     try:
@@ -139,25 +138,25 @@ def load_last(path: Path) -> dict[str, Any] | None:
 
 
 def claim(folder: Path, config: Config) -> None:
-    """Make the folder and write `config.yaml`, or check that it already holds this very setting.
+    """Create the folder and write `config.yaml`, or check that its `config.yaml` has the same settings.
 
     Raises:
-        ConfigError: the folder holds a run of another setting; the message names the differing options.
+        ConfigError: The folder holds a run with other settings; the message names the differing options.
     """
     path = folder / CONFIG
-    here = plain(config)
+    requested = plain(config)
     if path.exists():
-        there = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        apart = [
-            f"{section}.{name} is {value!r} here, {(there.get(section) or {}).get(name)!r} there"
-            for section in DECISIVE
-            for name, value in here[section].items()
-            if f"{section}.{name}" not in INCIDENTAL and (there.get(section) or {}).get(name) != value
+        existing = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        different = [
+            f"{section}.{name}: folder has {(existing.get(section) or {}).get(name)!r}, requested {value!r}"
+            for section in _DECISIVE
+            for name, value in requested[section].items()
+            if f"{section}.{name}" not in _FREE_ON_RESUME and (existing.get(section) or {}).get(name) != value
         ]
-        if apart:
+        if different:
             raise ConfigError(
-                f"run.dir {folder} holds a run of another config ({'; '.join(apart)}); "
-                "expected the same, an empty folder, or another --run.dir"
+                f"run.dir {folder} holds a run with different settings ({'; '.join(different)}); use another "
+                "--run.dir or the original settings"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(path, yaml.safe_dump(here, sort_keys=False))
+    write_whole(path, yaml.safe_dump(requested, sort_keys=False))
