@@ -115,7 +115,7 @@ def test_gradients_of_the_shares_add_up_to_those_of_the_batch(alone: dict[str, C
     experiment = open_experiment(alone[name])
     features, table = experiment.features, experiment.train_table
     for rows in plan_batches(table, 17, seed=0)[:3]:
-        stack = build_stacked_heads([alone[name]], experiment, order=0)
+        stack = build_stacked_heads([alone[name]], experiment, order_seed=0)
 
         def learned(batch: Batch, stack: StackedHeads = stack) -> tuple[Tensor, dict[str, Tensor | None]]:
             stack._head.train()
@@ -180,7 +180,7 @@ def test_a_sweep_is_not_started_by_torchrun(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert main(["sweep", "--config", written(alone["psa"]), "--seeds", "0", "1"]) == 2
-    assert "train sweep (rank 1): error: torchrun started this sweep; expected one start" in capsys.readouterr().err
+    assert "train sweep (rank 1): error: torchrun cannot start a sweep; start the command once" in capsys.readouterr().err
 
 
 def rank_of(process: psutil.Process) -> str | None:
