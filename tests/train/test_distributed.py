@@ -180,7 +180,8 @@ def test_a_sweep_is_not_started_by_torchrun(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert main(["sweep", "--config", written(alone["psa"]), "--seeds", "0", "1"]) == 2
-    assert "train sweep (rank 1): error: torchrun cannot start a sweep; start the command once" in capsys.readouterr().err
+    expected = "train sweep (rank 1): error: torchrun cannot start a sweep; start the command once"
+    assert expected in capsys.readouterr().err
 
 
 def rank_of(process: psutil.Process) -> str | None:

@@ -284,7 +284,7 @@ def test_questions_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str
     [
         (lambda lines: lines[1:], "question_id '0' has no answer"),
         (lambda lines: [*lines, lines[5]], "question_id '5' is answered twice"),
-        (lambda lines: [*lines, '{"question_id": 9999, "answer": "x"}'], "question_id '9999' is not in the questions file"),
+        (lambda lines: [*lines, '{"question_id": 9999, "answer": "x"}'], "question_id '9999' is not in the questions"),
         (lambda lines: [*lines[:7], lines[7][:-3], *lines[8:]], "p.jsonl:8: not valid JSON"),
     ],
 )
