@@ -19,6 +19,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 import psutil
@@ -32,6 +33,8 @@ from egopatch.extract.video.container import FrameIndexes, VideoError
 from egopatch.extract.video.frames import read_frames
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform, to_input
 from egopatch.features.common.parent import exit_with_parent
+
+Prepared = TypeVar("Prepared")
 
 GIB = 1024**3
 MEMORY_POLL_S = 0.02
@@ -66,8 +69,8 @@ class UndecodedClip:
     traceback: str = ""
 
 
-class DecodePool:
-    """Child processes that turn clips into tensors; use it as a context manager.
+class DecodePool(Generic[Prepared]):
+    """Child processes that turn clips into something else, such as tensors; use it as a context manager.
 
     Args:
         video: Number and size of frames, and limits.
@@ -75,15 +78,10 @@ class DecodePool:
         prepare: Function that a child calls for each clip.
     """
 
-    def __init__(
-        self,
-        video: VideoConfig,
-        workers: int,
-        prepare: Callable[[Clip, VideoConfig], PreparedClip] | None = None,
-    ) -> None:
+    def __init__(self, video: VideoConfig, workers: int, prepare: Callable[[Clip, VideoConfig], Prepared]) -> None:
         self._video = video
         self._workers = workers
-        self._prepare = prepare or prepare_clip
+        self._prepare = prepare
         # spawn, because a forked child would inherit torch's and CUDA's threads and locks in an unknown state.
         self._pool = ProcessPool(
             max_workers=workers,
@@ -92,14 +90,14 @@ class DecodePool:
             context=multiprocessing.get_context("spawn"),
         )
 
-    def __enter__(self) -> "DecodePool":
+    def __enter__(self) -> "DecodePool[Prepared]":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.stop()
         self._pool.join()
 
-    def map(self, clips: Iterable[Clip], ahead: int | None = None) -> Iterator[PreparedClip | UndecodedClip]:
+    def map(self, clips: Iterable[Clip], ahead: int | None = None) -> Iterator[Prepared | UndecodedClip]:
         """Decode `clips` in order, at most `ahead` clips before the caller needs them, so that memory stays flat."""
         waiting: deque[tuple[Clip, ProcessFuture]] = deque()
         upcoming = iter(clips)
@@ -116,7 +114,7 @@ class DecodePool:
     def _submit(self, clip: Clip) -> ProcessFuture:
         return self._pool.schedule(self._prepare, args=(clip, self._video), timeout=self._video.timeout_s)
 
-    def _result(self, clip: Clip, future: ProcessFuture) -> PreparedClip | UndecodedClip:
+    def _result(self, clip: Clip, future: ProcessFuture) -> Prepared | UndecodedClip:
         try:
             return future.result()
         except VideoError as error:

@@ -20,16 +20,19 @@ class DecodedClip:
     Attributes:
         frames: [T, H, W, 3] uint8, RGB, upright.
         timestamps: [T] float32, seconds from the clip's start.
+        times_s: [T] float64, seconds from the file's start.
     """
 
     frames: NDArray[np.uint8]
     timestamps: NDArray[np.float32]
+    times_s: NDArray[np.float64]
 
     def __post_init__(self) -> None:
         if self.frames.ndim != 4 or self.frames.shape[-1] != 3 or self.frames.dtype != np.uint8:
             raise ValueError(f"frames is {self.frames.dtype} {self.frames.shape}; expected uint8 [T, H, W, 3]")
-        if self.timestamps.shape != self.frames.shape[:1]:
-            raise ValueError(f"timestamps has shape {self.timestamps.shape}; expected {self.frames.shape[:1]}")
+        for name, times in (("timestamps", self.timestamps), ("times_s", self.times_s)):
+            if times.shape != self.frames.shape[:1]:
+                raise ValueError(f"{name} has shape {times.shape}; expected {self.frames.shape[:1]}")
 
 
 def uniform_indices(count: int, frames: int) -> NDArray[np.int64]:
@@ -77,12 +80,12 @@ def read_frames(clip: Clip, video: VideoConfig, indexes: FrameIndexes | None = N
         frames = file.pixels(chosen)
         starts_s = file.index.starts_s
     start_s = starts_s[rows[0]] if clip.start_s is None else clip.start_s
-    timestamps = (starts_s[chosen] - start_s).astype(np.float32)
+    times_s = starts_s[chosen]
     missing = video.frames - len(chosen)
     if missing > 0:  # video.short is zeros: black frames at the end, as in the published loader
         frames = np.concatenate([frames, np.zeros((missing, *frames.shape[1:]), np.uint8)])
-        timestamps = np.concatenate([timestamps, np.repeat(timestamps[-1:], missing)])
-    return DecodedClip(frames, timestamps)
+        times_s = np.concatenate([times_s, np.repeat(times_s[-1:], missing)])
+    return DecodedClip(frames, (times_s - start_s).astype(np.float32), times_s)
 
 
 def _rows_within(clip: Clip, index: FrameIndex) -> NDArray[np.int64]:

@@ -13,7 +13,7 @@ from egopatch.configs.schema import Config
 from egopatch.extract.encoders import Checkpoint, VideoEncoder, find_network, load_video_encoder, open_checkpoint
 from egopatch.extract.encoders.networks.network import Network
 from egopatch.extract.fingerprints import video_fingerprint
-from egopatch.extract.video.decode import DecodePool, prepare_clip
+from egopatch.extract.video.decode import DecodePool, PreparedClip, prepare_clip
 from egopatch.extract.worker.device import device_of
 from egopatch.features import Fingerprint, StoreSpec
 
@@ -56,7 +56,7 @@ class ExtractionJob:
         """Fingerprint of that store."""
         return video_fingerprint(self.config, self.network, self.checkpoint.sha256)
 
-    def open_decoders(self, count: int) -> DecodePool:
+    def open_decoders(self, count: int) -> DecodePool[PreparedClip]:
         """`count` child processes that decode clips and apply the transform that the network was trained with."""
         return DecodePool(self.config.video, count, partial(prepare_clip, transform=self.network.transform))
 

@@ -88,7 +88,7 @@ def test_children_and_this_process_decode_the_same_frames(tmp_path: Path) -> Non
 
     clip = Clip("a", READABLE["b-frames"].make(tmp_path))
     video = VideoConfig(frames=4, size=112)
-    with DecodePool(video, 2) as pool:
+    with DecodePool(video, 2, prepare_clip) as pool:
         first, second = pool.map([clip, clip])
     assert isinstance(first, PreparedClip)
     assert isinstance(second, PreparedClip)

@@ -39,7 +39,7 @@ def clips(tmp_path: Path) -> list[Clip]:
 
 
 def test_clips_come_back_in_order_and_equal_to_this_process(clips: list[Clip]) -> None:
-    with DecodePool(SMALL, 2) as pool:
+    with DecodePool(SMALL, 2, prepare_clip) as pool:
         results = list(pool.map(clips * 3))
     assert [one.clip for one in results] == clips * 3
     expected = prepare_clip(clips[0], SMALL)
@@ -71,7 +71,7 @@ def test_a_child_that_fails_costs_only_its_clip(prepare: object, reason: str, cl
 
 
 def test_a_bad_file_comes_back_with_reason_and_traceback(tmp_path: Path) -> None:
-    with DecodePool(SMALL, 1) as pool:
+    with DecodePool(SMALL, 1, prepare_clip) as pool:
         (result,) = pool.map([Clip("x", tmp_path / "none.mp4")])
     assert isinstance(result, UndecodedClip)
     assert "does not exist" in result.reason

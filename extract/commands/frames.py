@@ -1,0 +1,55 @@
+"""`extract frames`: write the frames that the encoder would be given of a video or a stretch of it."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from egopatch.configs.schema import ConfigParser, VideoConfig
+from egopatch.extract.datasets import Clip
+from egopatch.extract.video.decode import DecodePool, UndecodedClip
+from egopatch.extract.video.frames import DecodedClip, read_frames
+
+
+def main(parser: ConfigParser, args: Sequence[str]) -> int:
+    """Decode and write; returns 1, with the reason that quarantine would give, if the clip cannot be decoded."""
+    parser.add_argument("file", metavar="VIDEO", type=Path, help="video file")
+    parser.add_argument(
+        "--start", type=float | None, default=None, help="start of the clip in seconds; default: the file's"
+    )
+    parser.add_argument(
+        "--end", type=float | None, default=None, help="end of the clip in seconds; default: the file's"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE.npz|FOLDER",
+        help="NumPy file with frames [T, H, W, 3] uint8 and times_s [T] from the file's start; or folder for PNG files",
+    )  # fmt: skip
+    parser.add_class_arguments(VideoConfig, "video")
+    options = parser.parse_args(list(args))
+    try:
+        video = parser.instantiate(options)["video"]
+        clip = Clip(options.file.name, options.file, options.start, options.end)
+    except ValueError as error:
+        parser.error(str(error))
+    with DecodePool(video, 1, read_frames) as pool:
+        (decoded,) = pool.map([clip])
+    if isinstance(decoded, UndecodedClip):
+        print(f"{parser.prog}: failed: {decoded.reason}", file=sys.stderr)
+        return 1
+    _write(decoded, options.out)
+    _, height, width, _ = decoded.frames.shape
+    times = ", ".join(f"{time:.3f}" for time in decoded.times_s)
+    print(f"{options.out}: {len(decoded.frames)} frames of {width}x{height} pixels, at {times} s")
+    return 0
+
+
+def _write(decoded: DecodedClip, out: Path) -> None:
+    if out.suffix == ".npz":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(out, frames=decoded.frames, times_s=decoded.times_s)
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    for number, (frame, time) in enumerate(zip(decoded.frames, decoded.times_s, strict=True)):
+        Image.fromarray(frame).save(out / f"{number:03d}_{time:.3f}s.png")

@@ -1,0 +1,70 @@
+"""`extract frames` writes what a clip gives, or the reason that quarantine gives."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from egopatch.configs.schema import VideoConfig
+from egopatch.extract.__main__ import main
+from egopatch.extract.datasets import Clip
+from egopatch.extract.video.decode import prepare_clip
+from egopatch.extract.video.frames import read_frames
+from egopatch.extract.video.transforms import to_input
+from tests.extract.video.videos import FPS, frame_numbers, write_video
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_video(tmp_path_factory.mktemp("video") / "a.mp4", frames=30)
+
+
+def test_frames_and_times_are_those_of_the_clip(
+    video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "frames.npz"
+    stretch = ["--start", "0.5", "--end", "1.5", "--video.frames", "4"]
+    assert main(["frames", str(video), *stretch, "--out", str(out)]) == 0
+    assert "4 frames of 96x64 pixels, at 0.600, 0.800, 1.067, 1.333 s" in capsys.readouterr().out
+    with np.load(out) as written:
+        frames, times_s = written["frames"], written["times_s"]
+    assert (frames.dtype, frames.shape, times_s.shape) == (np.uint8, (4, 64, 96, 3), (4,))
+    assert times_s == pytest.approx(np.array(frame_numbers(frames)) / FPS)
+    clip, config = Clip("c", video, 0.5, 1.5), VideoConfig(frames=4, size=64)
+    assert np.array_equal(frames, read_frames(clip, config).frames)
+    assert torch.equal(to_input(frames, 64), torch.from_numpy(prepare_clip(clip, config).frames))
+
+
+def test_a_folder_gets_pictures(video: Path, tmp_path: Path) -> None:
+    assert main(["frames", str(video), "--video.frames", "2", "--out", str(tmp_path / "png")]) == 0
+    paths = sorted((tmp_path / "png").iterdir())
+    assert [path.name for path in paths] == ["000_0.467s.png", "001_1.467s.png"]
+    assert frame_numbers(np.stack([np.asarray(Image.open(path)) for path in paths])) == [7, 22]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "reason"),
+    [
+        ([], 1, "a.mp4"),
+        (["--start", "9"], 1, "no frame lies within"),
+        (["--start", "-1"], 2, "start_s is -1.0; expected seconds from the video's start, at least 0"),
+        (["--video.frames", "0"], 2, "video.frames is 0; expected at least 1"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(
+    video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, reason: str
+) -> None:
+    broken = tmp_path / "a.mp4"
+    broken.write_bytes(video.read_bytes()[:500] if not arguments else video.read_bytes())
+    command = ["frames", str(broken), *arguments, "--out", str(tmp_path / "out.npz")]
+    if code == 1:
+        assert main(command) == 1
+    else:
+        with pytest.raises(SystemExit, match="2"):
+            main(command)
+    error = capsys.readouterr().err
+    assert reason in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out.npz").exists()
