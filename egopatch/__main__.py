@@ -4,6 +4,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from egopatch.features.common.command_line import find_command
+
 COMMANDS = {
     "extract": "stage one: encode videos once and store their patch tokens",
     "features": "inspect, verify, repair and convert stores",
@@ -14,19 +16,10 @@ COMMANDS = {
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line; returns its exit code: 0 done, 1 the work failed, 2 wrong usage or configuration."""
     args = list(sys.argv[1:] if args is None else args)
-    if not args or args[0] in ("-h", "--help"):
-        print(_usage())
-        return 0 if args else 2
-    name, rest = args[0], args[1:]
-    if name not in COMMANDS:
-        print(f"egopatch: error: unknown command {name!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
-    return int(import_module(f"egopatch.{name}.__main__").main(rest))
-
-
-def _usage() -> str:
-    lines = [f"  {name:<9} {text}" for name, text in COMMANDS.items()]
-    return "\n".join(["usage: egopatch COMMAND ...; egopatch COMMAND --help lists its commands", *lines])
+    name = find_command("egopatch", COMMANDS, "egopatch COMMAND ...; egopatch COMMAND --help lists its commands", args)
+    if isinstance(name, int):
+        return name
+    return int(import_module(f"egopatch.{name}.__main__").main(args[1:]))
 
 
 if __name__ == "__main__":

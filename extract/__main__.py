@@ -8,6 +8,7 @@ from importlib import import_module
 from egopatch.configs.schema import ConfigError, ConfigParser
 from egopatch.extract.datasets import DatasetError
 from egopatch.extract.errors import CheckpointError
+from egopatch.features.common.command_line import find_command
 from egopatch.features.values.errors import BadLocation, FingerprintMismatch, StoreError
 
 # Each command is the module of the same name in `extract.commands`.
@@ -29,18 +30,16 @@ INTERRUPTED = 130
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 1 the work failed, 2 wrong usage or configuration."""
     args = list(sys.argv[1:] if args is None else args)
-    if not args or args[0] in ("-h", "--help"):
-        print(_usage())
-        return 0 if args else 2
-    name, rest = args[0], args[1:]
-    if name not in COMMANDS:
-        print(f"extract: error: unknown command {name!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
+    name = find_command(
+        "extract", COMMANDS, "python -m extract COMMAND [options]; COMMAND --help lists its options", args
+    )
+    if isinstance(name, int):
+        return name
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     parser = ConfigParser(prog=f"extract {name}", description=COMMANDS[name])
     try:
         # Imported here to save start-up time: most commands need torch, which takes seconds to import.
-        return int(import_module(f"egopatch.extract.commands.{name}").main(parser, rest))
+        return int(import_module(f"egopatch.extract.commands.{name}").main(parser, args[1:]))
     except (DatasetError, CheckpointError, ConfigError, BadLocation, FingerprintMismatch) as error:
         print(f"extract {name}: error: {error}", file=sys.stderr)
         return 2
@@ -50,11 +49,6 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"extract {name}: interrupted; run the same command again to resume", file=sys.stderr)
         return INTERRUPTED
-
-
-def _usage() -> str:
-    lines = [f"  {name:<11} {text}" for name, text in COMMANDS.items()]
-    return "\n".join(["usage: python -m extract COMMAND [options]; COMMAND --help lists its options", *lines])
 
 
 if __name__ == "__main__":

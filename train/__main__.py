@@ -8,6 +8,7 @@ from importlib import import_module
 from egopatch.configs.schema import ConfigError, ConfigParser
 from egopatch.extract.datasets import DatasetError
 from egopatch.extract.errors import CheckpointError
+from egopatch.features.common.command_line import find_command
 from egopatch.features.values.errors import BadLocation, FingerprintMismatch, StoreError
 from egopatch.train.processes.stopping import INTERRUPTED
 
@@ -26,18 +27,14 @@ COMMANDS = {
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 1 the work failed, 2 wrong usage or configuration."""
     args = list(sys.argv[1:] if args is None else args)
-    if not args or args[0] in ("-h", "--help"):
-        print(_usage())
-        return 0 if args else 2
-    name, rest = args[0], args[1:]
-    if name not in COMMANDS:
-        print(f"train: error: unknown command {name!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
+    name = find_command("train", COMMANDS, "python -m train COMMAND [options]; COMMAND --help lists its options", args)
+    if isinstance(name, int):
+        return name
     program = f"train {name} (rank {os.environ['RANK']})" if "RANK" in os.environ else f"train {name}"
     parser = ConfigParser(prog=f"train {name}", description=COMMANDS[name])
     try:
         # Imported here to save start-up time: most commands need torch, which takes seconds to import.
-        code = int(import_module(f"egopatch.train.commands.{name}").main(parser, rest))
+        code = int(import_module(f"egopatch.train.commands.{name}").main(parser, args[1:]))
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -53,11 +50,6 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{program}: interrupted; run the same command again to resume", file=sys.stderr)
         return INTERRUPTED
-
-
-def _usage() -> str:
-    lines = [f"  {name:<9} {text}" for name, text in COMMANDS.items()]
-    return "\n".join(["usage: python -m train COMMAND [options]; COMMAND --help lists its options", *lines])
 
 
 if __name__ == "__main__":
