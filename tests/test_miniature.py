@@ -72,8 +72,8 @@ def _rendered(made: Path, split: str, part: str, names: dict[str, str]) -> list[
 
 def _spoil(tests: list[list[Record]]) -> None:
     """A capital letter and an answer that training never saw, as the real test questions have, in both splits."""
-    asked = [{record["question_id"] for record in test if record["structural"] == "query"} for test in tests]
-    capital, unknown = sorted(set.intersection(*asked))[:2]
+    open_ids = [{record["question_id"] for record in test if record["structural"] == "query"} for test in tests]
+    capital, unknown = sorted(set.intersection(*open_ids))[:2]
     for record in (record for test in tests for record in test):
         if record["question_id"] == capital:
             record["answer"] = record["answer"].title()
@@ -114,9 +114,9 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, 
             with tarfile.open(release / name, "w:gz") as archive:
                 archive.add(release / member, member)
             server.files[f"/{name}"] = Served((release / name).read_bytes())
-        told = {"purpose": "made up", "terms": "none", "page": server.link(), "url": server.link()}
+        fields = {"purpose": "made up", "terms": "none", "page": server.link(), "url": server.link()}
         tree: dict[str, Any] = {
-            "datasets": {"egotaskqa": {**told, "files": {"Data.tgz": ["Data/qa"], "qa_videos.tgz": ["qa_videos"]}}},
+            "datasets": {"egotaskqa": {**fields, "files": {"Data.tgz": ["Data/qa"], "qa_videos.tgz": ["qa_videos"]}}},
             "checkpoints": {},
             "tokenizers": {},
         }
@@ -127,8 +127,8 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, 
             files = {path.name: path.read_bytes() for path in written.tokenizer.iterdir()}
             server.files[f"/{name}"] = Served((release / name).read_bytes())
             server.files |= {f"/{arch}/{file}": Served(content) for file, content in files.items()}
-            tree["checkpoints"][arch] = {**told, "files": [name]}
-            tree["tokenizers"][arch] = {**told, "url": server.link(f"/{arch}"), "files": sorted(files)}
+            tree["checkpoints"][arch] = {**fields, "files": [name]}
+            tree["tokenizers"][arch] = {**fields, "url": server.link(f"/{arch}"), "files": sorted(files)}
         (root / "sources.yaml").write_text(yaml.safe_dump(tree))
         yield root, server
 

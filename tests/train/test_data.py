@@ -98,9 +98,9 @@ def test_gpu_residency_without_a_gpu_is_refused() -> None:
 
 
 def test_what_does_not_fit_stays_on_disk() -> None:
-    chosen, said = choose_residency("auto", 10**18, torch.device("cpu"))
+    chosen, line = choose_residency("auto", 10**18, torch.device("cpu"))
     assert chosen == "disk"
-    assert "1000000.0 TB kept on disk" in said
+    assert "1000000.0 TB kept on disk" in line
 
 
 def test_unknown_answers_are_not_trained_on() -> None:

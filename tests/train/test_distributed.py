@@ -189,7 +189,7 @@ def rank_of(process: psutil.Process) -> str | None:
 
 
 def interrupted(config: Config, steps: int, number: int, whom: str) -> str:
-    """Train on two ranks, send the launcher or rank 1 a signal after so many steps; returns what was said."""
+    """Train on two ranks, send the launcher or rank 1 a signal after so many steps; returns its standard error."""
     process = start(["-m", "train", "fit", "--config", written(config)])
     log = config.run.dir / "log.jsonl"
     while process.poll() is None and (not log.exists() or log.read_text().count('"step", "step"') < steps):
@@ -225,9 +225,9 @@ def goes_on(config: Config, ranks: int) -> None:
 @pytest.mark.slow
 def test_a_killed_rank_ends_all_and_the_run_goes_on(undisturbed: Config) -> None:
     config = with_run(undisturbed, "killed")
-    said = interrupted(config, 7, signal.SIGKILL, "rank 1")
-    assert "train fit (rank 0): failed: rank 0 of 2 lost contact with the others" in said
-    assert "Run the same command again to resume from the last saved step" in said
+    err = interrupted(config, 7, signal.SIGKILL, "rank 1")
+    assert "train fit (rank 0): failed: rank 0 of 2 lost contact with the others" in err
+    assert "Run the same command again to resume from the last saved step" in err
     assert not any(rank_of(process) for process in psutil.Process().children(recursive=True))
     fewer = with_run(undisturbed, "elsewhere/killed")
     shutil.copytree(config.run.dir, fewer.run.dir)
@@ -240,8 +240,8 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on(undisturbed: Config) -> None
 @pytest.mark.slow
 def test_ctrl_c_stops_all_ranks_at_one_place(undisturbed: Config) -> None:
     config = with_run(undisturbed, "stopped")
-    said = interrupted(config, 7, signal.SIGINT, "launcher")
-    assert said.count("train fit: interrupted in epoch ") == 1
-    assert "lost contact with the others" not in said
+    err = interrupted(config, 7, signal.SIGINT, "launcher")
+    assert err.count("train fit: interrupted in epoch ") == 1
+    assert "lost contact with the others" not in err
     goes_on(config, ranks=2)
     assert losses(config.run.dir) == losses(undisturbed.run.dir)

@@ -291,10 +291,10 @@ def test_quick_accuracies_are_those_of_the_metrics(tmp_path: Path, part: str) ->
     vocabulary = experiment.dataset.answers
     generator = torch.Generator().manual_seed(0)
     classes = torch.randint(len(vocabulary), (len(experiment.encoded[part]),), generator=generator)
-    said = Answers(classes, None)
-    metrics = score_part(experiment, part, said)[0]
+    answers = Answers(classes, None)
+    metrics = score_part(experiment, part, answers)[0]
     expected = {"open": metrics.open, "binary": metrics.binary, "all": metrics.all}
-    assert PartScorer(experiment, part).accuracies(said) == {
+    assert PartScorer(experiment, part).accuracies(answers) == {
         name: pytest.approx(a.accuracy) for name, a in expected.items()
     }
 

@@ -23,8 +23,8 @@ def made_up(n: int = 1000, seed: int = 0) -> tuple[list[Question], dict[str, str
         answer = rng.choice(["yes", "no"] if form == "binary" else ["cup", "put down fork", "<unk1>"])
         tags = tuple(rng.sample(TAGS, rng.randint(0, 4)))
         questions.append(Question(f"q{i}", f"c{i % 7}", "?", answer, form, tags))
-        said = answer if rng.random() < 0.6 else "bowl"
-        answers[f"q{i}"] = rng.choice([said, said.upper(), f" {said} "])
+        given = answer if rng.random() < 0.6 else "bowl"
+        answers[f"q{i}"] = rng.choice([given, given.upper(), f" {given} "])
     return questions, answers
 
 
@@ -77,7 +77,7 @@ def test_a_question_without_an_answer_is_refused() -> None:
 def test_malformed_predictions_are_refused_by_name(tmp_path: Path, line: str, message: str) -> None:
     questions, answers = made_up(5)
     path = tmp_path / "p.jsonl"
-    lines = [json.dumps({"question_id": name, "answer": said}) for name, said in answers.items()]
+    lines = [json.dumps({"question_id": name, "answer": given}) for name, given in answers.items()]
     path.write_text("\n".join([*lines, line, ""]))
     with pytest.raises(PredictionError, match=message):
         read_predictions(path, questions)
@@ -140,9 +140,9 @@ def made_up_release(folder: Path, n: int = 1000, seed: int = 1, raw: bool = Fals
             known = record["answer"].lower() in answers if part == "train" else record["answer"] in answers
             record["answer_encode"] = answers.index(record["answer"].lower()) if known else 1
         hidden = ("answer_encode", "reasoning_type") if raw else ()
-        told = [{key: value for key, value in record.items() if key not in hidden} for record in members]
+        kept_fields = [{key: value for key, value in record.items() if key not in hidden} for record in members]
         name = f"{part}_qas.json" if raw else f"formatted_{part}_qas_encode.json"
-        (folder / name).write_text(json.dumps(told))
+        (folder / name).write_text(json.dumps(kept_fields))
     if not raw:
         (folder / "answer_set.txt").write_text("".join(f"{answer}\n" for answer in answers))
     return records["test"]
@@ -151,14 +151,14 @@ def made_up_release(folder: Path, n: int = 1000, seed: int = 1, raw: bool = Fals
 def write_predictions(path: Path, records: list[dict[str, Any]], seed: int = 2) -> dict[int, str]:
     """Half of them right; spelled in lower case (as the published systems do), as annotated, or odd."""
     rng = random.Random(seed)
-    said = {}
+    given = {}
     for record in records:
         answer = (
             record["answer"].strip() if rng.random() < 0.5 else rng.choice(["cup", "yes", "no", "<UNK1>", "elephant"])
         )
-        said[record["question_id"]] = rng.choice([answer.lower(), answer.lower(), answer, f" {answer.upper()} "])
-    path.write_text("".join(json.dumps({"question_id": k, "answer": v}) + "\n" for k, v in said.items()))
-    return said
+        given[record["question_id"]] = rng.choice([answer.lower(), answer.lower(), answer, f" {answer.upper()} "])
+    path.write_text("".join(json.dumps({"question_id": k, "answer": v}) + "\n" for k, v in given.items()))
+    return given
 
 
 def counted(records: list[dict[str, Any]], right: Callable[[dict[str, Any]], bool], split: str) -> dict[str, Any]:
@@ -185,16 +185,16 @@ def test_score_agrees_with_counting_in_files_of_1000_questions(
 ) -> None:
     folder = tmp_path / "qa" / split
     records = made_up_release(folder, raw=raw)
-    said = write_predictions(tmp_path / "p.jsonl", records)
+    given = write_predictions(tmp_path / "p.jsonl", records)
     name = "test_qas.json" if raw else "formatted_test_qas_encode.json"
     args = ["score", "--questions", str(folder / name), "--predictions", str(tmp_path / "p.jsonl")]
 
     def lower_cased(record: dict[str, Any]) -> bool:
-        return said[record["question_id"]].strip().lower() == record["answer"].strip().lower()
+        return given[record["question_id"]].strip().lower() == record["answer"].strip().lower()
 
     def released(record: dict[str, Any]) -> bool:
         expected = "<UNK1>" if record["answer_encode"] == 1 else record["answer"].lower()
-        return said[record["question_id"]].strip() == expected
+        return given[record["question_id"]].strip() == expected
 
     assert main([*args, "--json"]) == 0
     out, note = capsys.readouterr()
@@ -255,8 +255,8 @@ def test_the_released_way_needs_an_answer_set(tmp_path: Path, capsys: pytest.Cap
 
 def test_questions_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def line(number: int, answer: str, part: str, **more: Any) -> str:
-        told = {"question_id": number, "clip_id": "c", "question": "?", "answer": answer, "part": part, **more}
-        return json.dumps(told) + "\n"
+        fields = {"question_id": number, "clip_id": "c", "question": "?", "answer": answer, "part": part, **more}
+        return json.dumps(fields) + "\n"
 
     questions = tmp_path / "questions.jsonl"
     lines = [line(1, "cup", "train"), line(2, "Cup", "test", tags=["a", "b"]), line(3, "no", "test", tags=["b"])]

@@ -127,9 +127,9 @@ def test_fine_tuned_file_is_evaluated_as_it_is(
     head = dataclasses.replace(config.head, checkpoint=config.encoder.checkpoint)
     config = dataclasses.replace(config, head=head)
     metrics = evaluate(config, "the command")
-    said = capsys.readouterr().out
-    assert "missing tensors: 0" in said
-    assert "unexpected tensors: 0" in said
+    out = capsys.readouterr().out
+    assert "missing tensors: 0" in out
+    assert "unexpected tensors: 0" in out
     card = json.loads((config.run.dir / "card.json").read_text())
     assert (card["best_epoch"], card["command"]) == (0, "the command")
     # The same by hand, question by question.
