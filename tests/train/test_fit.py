@@ -266,6 +266,9 @@ def test_damaged_and_missing_run_files(tiny: Config) -> None:
     with pytest.raises(RunError, match=r"holds a psa head but head\.name is 'egovlp'"):
         evaluate(with_run(tiny, "psa", head_name="egovlp"))
     (tiny.run.dir / "test.json").unlink()
+    torch.save({"place": [0, 1]}, tiny.run.dir / "last.pt")
+    with pytest.raises(RunError, match=r"last\.pt is damaged \('origin'\); delete it to train from the start"):
+        fit(tiny, "x")
     (tiny.run.dir / "last.pt").write_bytes(b"cut off")
     with pytest.raises(RunError, match=r"last\.pt is damaged .*; delete it to train from the start"):
         fit(tiny, "x")

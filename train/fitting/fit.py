@@ -25,6 +25,7 @@ from egopatch.train.processes.distributed import ALONE, Distributed
 from egopatch.train.processes.stopping import Stopped, stop_signals
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import Card, RunError
+from egopatch.train.rundir.resume import LAST
 from egopatch.train.scores.metrics import Metrics
 
 
@@ -55,7 +56,7 @@ def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
             return evaluate(config, ranks=ranks)
         experiment = open_experiment(config, ranks=ranks)
         ranks.print_once(experiment.features.residency_line)
-        group = RunGroup([config], experiment, config.train.seed, config.run.dir / run_folder.LAST)
+        group = RunGroup([config], experiment, config.train.seed, config.run.dir / LAST)
         label = f"train {config.head.name} {config.data.split}"
         if group.selection is not None:
             ranks.print_once("select_attend: {} ({})".format(*group.selection))

@@ -5,10 +5,9 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +25,7 @@ from egopatch.train.heads.common.question import QuestionReader
 from egopatch.train.heads.psa.selection import implementation_in_use
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import RunError
+from egopatch.train.rundir.resume import ResumeState
 from egopatch.train.scores.metrics import Metrics
 
 # Number of clips that the input whitening is measured on.
@@ -62,9 +62,9 @@ class RunGroup:
         self._saved_at, self._saving_took = -math.inf, 0.0
         self._scorer = PartScorer(experiment, "val")
         fingerprints = (experiment.fingerprint, experiment.text_fingerprint)
-        self._origin = [str(order_seed), *("" if stored is None else stored.digest for stored in fingerprints)]
-        self._origin += [config.run.dir.name for config in configs]
-        saved = experiment.ranks.broadcast(lambda: run_folder.load_last(path))
+        stores = ("" if stored is None else stored.digest for stored in fingerprints)
+        self._origin = (str(order_seed), *stores, *(config.run.dir.name for config in configs))
+        saved = experiment.ranks.broadcast(lambda: ResumeState.read(path))
         if saved is not None:
             self._resume(saved)
         self.selection = choose_selection(configs, experiment)
@@ -113,9 +113,8 @@ class RunGroup:
         if not self.heads.ranks.first:
             return
         started = time.monotonic()
-        # The keys of the file are older than the names in this module.
-        state = {"place": list(self.position), "origin": self._origin, "members": [run.state() for run in self.runs]}
-        run_folder.save_last(self.path, {**state, "stack": self.heads.state()})
+        runs = tuple(run.state() for run in self.runs)
+        ResumeState(self.position, self._origin, runs, self.heads.state()).write(self.path)
         self._saved_at = time.monotonic()
         self._saving_took = self._saved_at - started
 
@@ -139,16 +138,16 @@ class RunGroup:
         """The best epoch of the first run, for the progress display."""
         return self.runs[0].summary() + (f" and {len(self.runs) - 1} more" if len(self.runs) > 1 else "")
 
-    def _resume(self, saved: Mapping[str, Any]) -> None:
-        if saved["origin"] != self._origin:
+    def _resume(self, saved: ResumeState) -> None:
+        if saved.origin != self._origin:
             raise RunError(
                 f"{self.path} was saved with different features, batch order or runs; use the same store and command "
                 "to resume, or delete the file to train from the start"
             )
-        self.heads.load_state(saved["stack"])
-        for run, state in zip(self.runs, saved["members"], strict=True):
+        self.heads.load_state(saved.heads)
+        for run, state in zip(self.runs, saved.runs, strict=True):
             run.load_state(state)
-        self.position = (saved["place"][0], saved["place"][1])
+        self.position = saved.position
 
 
 def choose_selection(configs: Sequence[Config], experiment: Experiment) -> tuple[str, str] | None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pickle
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -18,7 +16,7 @@ from torch import Tensor
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.features.io.files import replacing
 
-CARD, WEIGHTS, LAST, CONFIG, LOG = "card.json", "best.safetensors", "last.pt", "config.yaml", "log.jsonl"
+CARD, WEIGHTS, CONFIG, LOG = "card.json", "best.safetensors", "config.yaml", "log.jsonl"
 TEST, PREDICTIONS, SELECTION = "test.json", "predictions.jsonl", "selection.npz"
 # Sections that decide a run's numbers, and their options that do not: an interrupted run may resume with other values
 # of those. Runs in one row of the table may differ in more (`rundir.results`), because they share no folder.
@@ -114,27 +112,6 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     if not path.exists():
         raise RunError(f"{path}: no such file; train the head first: python -m train fit --config CONFIG")
     return load_file(path)
-
-
-def save_last(path: Path, state: Mapping[str, Any]) -> None:
-    """Write the file of a run group, from which training resumes."""
-    with replacing(path) as new:
-        torch.save(dict(state), new)
-
-
-def load_last(path: Path) -> dict[str, Any] | None:
-    """Read the file of a run group; None if it does not exist.
-
-    Raises:
-        RunError: The file is damaged.
-    """
-    if not path.exists():
-        return None
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(f"{path} is damaged ({reason}); delete it to train from the start") from None
 
 
 def claim(folder: Path, config: Config) -> None:
