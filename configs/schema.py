@@ -15,6 +15,8 @@ from typing import Any, Literal, NoReturn
 
 import jsonargparse
 
+from egopatch.configs.yaml_keys import repeated_key
+
 ComputeDtype = Literal["float32", "bfloat16"]
 HeadName = Literal["majority", "question-only", "pooled", "egovlp", "egovlpv2", "mfas", "psa"]
 Score = Literal["question", "saliency", "prior", "random", "all"]
@@ -334,6 +336,18 @@ class ConfigParser(jsonargparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # With abbreviations, `--train.epoch 3` would mean `--train.epochs 3`.
         super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> jsonargparse.Namespace:
+        """Read a config file as jsonargparse does, and refuse one that is not text or uses a key twice."""
+        try:
+            repeated = repeated_key(Path(path).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            self.error(
+                f"--config {path}: not UTF-8 text at byte {error.start}; expected the YAML file of an experiment"
+            )
+        if repeated:
+            self.error(f"--config {path}: {repeated}")
+        return super().parse_path(path, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print `message` with the nearest valid option or file and exit with code 2."""

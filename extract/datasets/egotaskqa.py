@@ -101,6 +101,8 @@ def read_questions(path: Path) -> tuple[Question, ...]:
         if question.question_id in questions:
             problems.append(f"{position}: question_id {question.question_id!r} is used twice; expected unique ids")
         questions[question.question_id] = question
+    if not records:
+        problems.append(f"{path}: contains no question; expected a list of question records")
     if problems:
         raise DatasetError(problems)
     return tuple(questions.values())

@@ -55,6 +55,8 @@ def load(clips_file: Path, questions_file: Path, root: Path, split: str) -> Data
         problems.append(str(error))
     if not clips and not problems:
         problems.append(f"{clips_file}: contains no clip; expected one JSON object per line")
+    if not any(questions.values()) and not problems:
+        problems.append(_no_question(questions_file))
     if problems:
         raise DatasetError(problems)
     return Dataset(
@@ -79,9 +81,15 @@ def read_questions(path: Path) -> dict[Part, tuple[Question, ...]]:
             questions[part].append(question)
     except ValueError as error:
         problems.append(str(error))
+    if not any(questions.values()) and not problems:
+        problems.append(_no_question(path))
     if problems:
         raise DatasetError(problems)
     return {part: tuple(members) for part, members in questions.items()}
+
+
+def _no_question(path: Path) -> str:
+    return f"{path}: contains no question; expected one JSON object per line"
 
 
 def _numbered(path: Path, problems: list[str]) -> Iterator[tuple[str, Part, Question]]:
@@ -99,7 +107,7 @@ def _clip(record: object, video: Callable[[str], Path]) -> Clip:
     fields = parsing.as_object(record, CLIP_KEYS)
     return Clip(
         clip_id=parsing.clip_id_field(fields, "clip_id"),
-        video=video(parsing.text_field(fields, "video")),
+        video=video(parsing.path_field(fields, "video")),
         start_s=parsing.seconds_field(fields, "start_s"),
         end_s=parsing.seconds_field(fields, "end_s"),
     )

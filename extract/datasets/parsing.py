@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,9 @@ T = TypeVar("T")
 
 # A clip id becomes a file name such as `ID.mp4`, and file systems allow 255 bytes.
 MAX_CLIP_ID_BYTES = 240
+MAX_NAME_BYTES = 255
+# Text with these can be neither a path, nor an array's value, nor UTF-8 output.
+_UNUSABLE = re.compile("[\0\ud800-\udfff]")
 
 
 def read_text(path: Path, purpose: str) -> str:
@@ -49,7 +53,7 @@ def read_json_records(path: Path, purpose: str) -> list[Any]:
     text = read_text(path, purpose)
     try:
         with garbage_collection_paused():
-            records = json.loads(text)
+            records = _loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}:line {error.lineno} column {error.colno}: not valid JSON ({error.msg}); "
@@ -78,13 +82,26 @@ def json_lines(path: Path, purpose: str) -> Iterator[tuple[str, Any]]:
 
 def _json_line(line: bytes, encoding: str) -> Any:
     try:
-        return json.loads(line.decode(encoding).rstrip("\r\n"))
+        return _loads(line.decode(encoding).rstrip("\r\n"))
     except UnicodeDecodeError as error:
         return ValueError(f"not UTF-8 text (byte {error.start} of the line); expected one object on the line")
     except json.JSONDecodeError as error:
         return ValueError(f"not valid JSON ({error.msg} at column {error.colno}); expected one object on the line")
     except (ValueError, RecursionError) as error:
         return ValueError(f"cannot be parsed as JSON ({error}); expected one flat object")
+
+
+def _loads(text: str) -> Any:
+    """The value of a JSON text, in which an object with a repeated key is a ValueError, for `collect` to report."""
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | ValueError:
+    record = dict(pairs)
+    if len(record) == len(pairs):
+        return record
+    twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
+    return ValueError(f"key {twice!r} is used twice in one object; expected each key once")
 
 
 def collect(
@@ -105,6 +122,7 @@ def kind(value: object) -> str:
     if value is None:
         return "null"
     names = {bool: "boolean", int: "number", float: "number", str: "string", list: "list", dict: "object"}
+    names[ValueError] = "object"  # with a repeated key
     return names.get(type(value), type(value).__name__)
 
 
@@ -125,8 +143,7 @@ def text_field(record: Mapping[str, Any], key: str) -> str:
     value = record.get(key)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{key!r} is {_shown(record, key)}; expected text")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise ValueError(f"{key!r} is {_shown(record, key)}; expected text without lone surrogates")
+    _require_usable(record, key, value)
     return value
 
 
@@ -135,9 +152,18 @@ def id_field(record: Mapping[str, Any], key: str) -> str:
     value = record.get(key)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    if isinstance(value, str) and value.strip():
-        return value
-    raise ValueError(f"{key!r} is {_shown(record, key)}; expected a string or a whole number")
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{key!r} is {_shown(record, key)}; expected a string or a whole number")
+    _require_usable(record, key, value)
+    return value
+
+
+def path_field(record: Mapping[str, Any], key: str) -> str:
+    """The path of a file, with names that a file system can have."""
+    value = text_field(record, key)
+    if (longest := max(len(name.encode()) for name in value.split("/"))) > MAX_NAME_BYTES:
+        raise ValueError(f"{key!r} has a name of {longest} bytes; expected at most {MAX_NAME_BYTES}")
+    return value
 
 
 def clip_id_field(record: Mapping[str, Any], key: str) -> str:
@@ -155,9 +181,13 @@ def seconds_field(record: Mapping[str, Any], key: str) -> float | None:
     value = record.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    try:
+        seconds = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        seconds = math.inf
+    if not math.isfinite(seconds):
         raise ValueError(f"{key!r} is {_shown(record, key)}; expected a number of seconds or null")
-    return float(value)
+    return seconds
 
 
 def texts_field(record: Mapping[str, Any], key: str) -> tuple[str, ...]:
@@ -168,7 +198,14 @@ def texts_field(record: Mapping[str, Any], key: str) -> tuple[str, ...]:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(item, str) and item for item in values):
         raise ValueError(f"{key!r} is {_shown(record, key)}; expected a list of strings")
+    for item in values:
+        _require_usable(record, key, item)
     return tuple(values)
+
+
+def _require_usable(record: Mapping[str, Any], key: str, text: str) -> None:
+    if _UNUSABLE.search(text):
+        raise ValueError(f"{key!r} is {_shown(record, key)}; expected text without NUL and lone surrogates")
 
 
 def _shown(record: Mapping[str, Any], key: str) -> str:

@@ -142,6 +142,10 @@ def _of_files(data: DataConfig) -> Iterator[Finding]:
 def _of_questions(split: str, dataset: Dataset) -> Iterator[Finding]:
     """Faults and notes within one split."""
     everything = [(part, question) for part, questions in dataset.questions.items() for question in questions]
+    yield _note(
+        f"{split}parts without a question; training needs all three",
+        [part for part in PARTS if not dataset.questions[part]],
+    )
     part_of: dict[str, str] = {}
     trained = {(question.clip_id, question.text.lower()) for question in dataset.questions["train"]}
     doubled, leaked = [], []

@@ -85,6 +85,26 @@ def test_unknown_key_in_a_file_names_the_nearest(tmp_path: Path, capsys: pytest.
     assert "did you mean store.shard?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"video: {frames: 4}\nstore:\n  shard: 8\n  shard: 9\n", "x.yaml: line 4: key 'shard' is used twice"),
+        (b"video: {frames: 4}\nvideo: {frames: 8}\n", "x.yaml: line 2: key 'video' is used twice"),
+        (b"data: {root: a\xff}\n", "x.yaml: not UTF-8 text at byte 14; expected the YAML file of an experiment"),
+    ],
+)
+def test_a_file_that_cannot_be_meant_is_refused(
+    tmp_path: Path, content: bytes, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_bytes(content)
+    with pytest.raises(SystemExit):
+        load_config(file)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
 def test_print_config_shows_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse("--print_config")

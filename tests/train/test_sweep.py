@@ -136,6 +136,7 @@ def test_grid_file_varies_any_field_of_the_head(tiny: Config, tmp_path: Path) ->
         ("head.ratio: 0.5", r"expected lines such as head.dropout: \[0.0, 0.1\]"),
         ("head.ratio: [0.5, 0.5]", "head.ratio has a value twice"),
         ("{", "expected a YAML file"),
+        ("head.ratio: [0.5]\nhead.ratio: [1.0]", "line 2: key 'head.ratio' is used twice"),
     ],
 )
 def test_bad_grids_are_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -10,14 +10,13 @@ Accuracies are percentages. There are two matching rules:
 Under both rules every question counts towards n.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from egopatch.extract.datasets import Question
+from egopatch.extract.datasets import Question, parsing
 from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
 
 # Whether a given answer to the question is right.
@@ -201,29 +200,20 @@ def read_predictions(path: Path, questions: Sequence[Question]) -> dict[str, str
         PredictionError: the file is missing or not text, a line is malformed, or an id is repeated, unknown or missing.
     """
     known = {question.question_id for question in questions}
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise PredictionError(f'{path}: no such file; expected {{"question_id", "answer"}} lines') from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PredictionError(f"{path}: cannot be read as UTF-8 text ({error}); expected JSON lines") from None
     answers: dict[str, str] = {}
     faults: list[str] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            question_id, answer = _prediction(line)
-        except ValueError as error:
-            faults.append(f"{path}:{number}: {error}")
-            continue
-        if question_id in answers:
-            faults.append(
-                f"{path}:{number}: question_id {question_id!r} is answered twice; expected one line per question"
-            )
-        elif question_id not in known:
-            faults.append(f"{path}:{number}: question_id {question_id!r} is not in the questions file; remove the line")
-        answers[question_id] = answer
+    try:
+        lines_read = parsing.json_lines(path, 'the answers, one {"question_id", "answer"} per line')
+        for position, (question_id, answer) in parsing.collect(lines_read, _prediction, faults):
+            if question_id in answers:
+                faults.append(
+                    f"{position}: question_id {question_id!r} is answered twice; expected one line per question"
+                )
+            elif question_id not in known:
+                faults.append(f"{position}: question_id {question_id!r} is not in the questions file; remove the line")
+            answers[question_id] = answer
+    except ValueError as error:
+        raise PredictionError(str(error)) from None
     absent = [q.question_id for q in questions if q.question_id not in answers]
     faults += [f"{path}: question_id {name!r} has no answer; expected one line per question" for name in absent]
     if faults:
@@ -232,25 +222,9 @@ def read_predictions(path: Path, questions: Sequence[Question]) -> dict[str, str
     return answers
 
 
-def _prediction(line: str) -> tuple[str, str]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"not valid JSON ({error.msg} at column {error.colno}); expected one object per line"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"cannot be parsed as JSON ({error}); expected one flat object") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"holds {line.strip()[:40]!r}; expected an object with question_id and answer")
-    values = []
-    for key in ("question_id", "answer"):
-        value = record.get(key)
-        # Released question ids are numbers in some files and text in others.
-        if key == "question_id" and isinstance(value, int) and not isinstance(value, bool):
-            value = str(value)
-        if not isinstance(value, str) or (key == "question_id" and not value):
-            found = "missing" if key not in record else repr(record[key])[:60]
-            raise ValueError(f"{key!r} is {found}; expected text")
-        values.append(value)
-    return values[0], values[1]
+def _prediction(record: object) -> tuple[str, str]:
+    fields = parsing.as_object(record)
+    question_id, answer = parsing.id_field(fields, "question_id"), fields.get("answer")
+    if isinstance(answer, str) and not answer.strip():
+        return question_id, ""  # a system may have nothing to say
+    return question_id, parsing.text_field(fields, "answer")

@@ -24,6 +24,7 @@ import torch
 import yaml
 
 from egopatch.configs.schema import Config, ConfigError, ConfigParser, add_config_arguments, option_names, parse_config
+from egopatch.configs.yaml_keys import repeated_key
 from egopatch.features import ShardOwned
 from egopatch.features.io import file_lease
 from egopatch.train.fitting.experiment import Experiment, open_experiment
@@ -245,9 +246,12 @@ def read_axes(
     axes: dict[str, Sequence[Any]] = {}
     if grid is not None:
         try:
-            read = yaml.safe_load(grid.read_text(encoding="utf-8"))
+            text = grid.read_text(encoding="utf-8")
+            read = yaml.safe_load(text)
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"--grid {grid}: {' '.join(str(error).split())}; expected a YAML file") from None
+        if repeated := repeated_key(text):
+            raise ConfigError(f"--grid {grid}: {repeated}")
         if not isinstance(read, dict) or not all(isinstance(values, list) and values for values in read.values()):
             raise ConfigError(f"--grid {grid}: expected lines such as head.dropout: [0.0, 0.1]")
         axes |= {str(option): values for option, values in read.items()}

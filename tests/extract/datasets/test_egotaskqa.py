@@ -153,6 +153,8 @@ def test_every_malformed_record_of_every_file_is_listed(tmp_path: Path) -> None:
         {**RECORD, "question_id": 8, "reasoning_type": None},
         {**RECORD, "question_id": 9, "question": "\ud800?"},
         RECORD,
+        {**RECORD, "question_id": "a\ud800"},
+        {**RECORD, "question_id": 10, "reasoning_type": "a\0$b"},
     ]
     write(tmp_path / "qa/direct/formatted_train_qas_encode.json", bad)
     write(tmp_path / "qa/direct/formatted_test_qas_encode.json", {"not": "a list"})
@@ -167,9 +169,27 @@ def test_every_malformed_record_of_every_file_is_listed(tmp_path: Path) -> None:
         f"{file}:record 7: 'answer_encode' is -1; expected a class, a whole number from 0",
         f"{file}:record 8: 'question_id' is [7]; expected a string or a whole number",
         f"{file}:record 9: 'reasoning_type' is None; expected text",
-        f"{file}:record 10: 'question' is '\\ud800?'; expected text without lone surrogates",
+        f"{file}:record 10: 'question' is '\\ud800?'; expected text without NUL and lone surrogates",
         f"{file}:record 11: question_id '0' is used twice; expected unique ids",
+        f"{file}:record 12: 'question_id' is 'a\\ud800'; expected text without NUL and lone surrogates",
+        f"{file}:record 13: 'reasoning_type' is 'a\\x00$b'; expected text without NUL and lone surrogates",
         "ROOT/qa/direct/formatted_test_qas_encode.json: contains a JSON object; expected a list of question records",
+    ]
+
+
+def test_a_key_twice_in_one_record_is_a_fault_of_that_record(tmp_path: Path) -> None:
+    released(tmp_path)
+    twice = json.dumps(RECORD).replace('"answer":', '"answer": "Close Fridge", "answer":')
+    write(tmp_path / "qa/direct/formatted_val_qas_encode.json", f"[{json.dumps(VERIFY)}, {twice}]")
+    file = "ROOT/qa/direct/formatted_val_qas_encode.json"
+    assert faults(tmp_path) == [f"{file}:record 1: key 'answer' is used twice in one object; expected each key once"]
+
+
+def test_a_file_without_questions_is_a_fault(tmp_path: Path) -> None:
+    released(tmp_path)
+    write(tmp_path / "qa/direct/formatted_val_qas_encode.json", [])
+    assert faults(tmp_path) == [
+        "ROOT/qa/direct/formatted_val_qas_encode.json: contains no question; expected a list of question records"
     ]
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from egopatch.configs.schema import DataConfig
 from egopatch.extract.datasets import Clip, Dataset, DatasetError, load_dataset
+from egopatch.extract.datasets.jsonl import read_questions
 from egopatch.extract.datasets.parsing import json_lines
 
 CLIPS = """{"clip_id": "b", "video": "videos/b.mp4", "start_s": 1, "end_s": 2.5}
@@ -86,6 +87,13 @@ def test_no_clip(tmp_path: Path) -> None:
     assert faults(tmp_path, "\n", "") == ["ROOT/clips.jsonl: contains no clip; expected one JSON object per line"]
 
 
+def test_no_question(tmp_path: Path) -> None:
+    line = "ROOT/questions.jsonl: contains no question; expected one JSON object per line"
+    assert faults(tmp_path, CLIPS, "\n") == [line]
+    with pytest.raises(DatasetError, match="contains no question"):
+        read_questions(tmp_path / "questions.jsonl")
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
@@ -102,6 +110,11 @@ def test_no_clip(tmp_path: Path) -> None:
         ('{"clip_id": "c", "video": "v", "start_s": -1}', "start_s is -1.0; expected seconds from the video's start"),
         ('{"clip_id": "c", "video": "v", "start_s": 2, "end_s": 2}', "end_s is 2.0; expected more than start_s"),
         ('{"clip_id": "a", "video": "v"}', "clip_id 'a' is used twice; expected unique ids"),
+        ('{"clip_id": "c", "video": "v", "video": "w"}', "key 'video' is used twice in one object; expected each key"),
+        ('{"clip_id": "c", "video": "a\\u0000.mp4"}', r"'video' is 'a\x00.mp4'; expected text without NUL"),
+        ('{"clip_id": "c", "video": "' + "v" * 256 + '"}', "'video' has a name of 256 bytes; expected at most 255"),
+        ('{"clip_id": "c", "video": "v", "end_s": ' + "9" * 400 + "}", "'end_s' is 99999"),
+        ('{"clip_id": "c", "video": "v", "end_s": 1e400}', "'end_s' is inf; expected a number of seconds or null"),
     ],
 )
 def test_malformed_clip(tmp_path: Path, line: str, reason: str) -> None:
@@ -119,6 +132,12 @@ def test_malformed_clip(tmp_path: Path, line: str, reason: str) -> None:
         (('"train"', '"train", "tags": [1]'), "'tags' is [1]; expected a list of strings"),
         (('"train"', '"train", "anser": 1'), "unknown key 'anser'; did you mean 'answer'?"),
         (('"Cup"', "null"), "'answer' is None; expected text"),
+        (("7", r'"\ud800"'), r"'question_id' is '\ud800'; expected text without NUL and lone surrogates"),
+        (
+            ('"train"', r'"train", "tags": ["\udfff"]'),
+            r"'tags' is ['\udfff']; expected text without NUL and lone surrogates",
+        ),
+        (('"train"', '"train", "part": "val"'), "key 'part' is used twice in one object; expected each key once"),
         (("7", '"8"'), None),
     ],
 )
