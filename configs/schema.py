@@ -60,7 +60,8 @@ class VideoConfig:
         size: Side of the square input in pixels, a multiple of the encoder's 16-pixel patch.
         sampling: `uniform` takes the middle frame of T equal spans (the published evaluation rule).
         short: Clips with fewer than T frames repeat their nearest frames, are filled up with zeros, or are quarantined.
-        timeout_s: Seconds after which a decoder process is killed and its clip quarantined.
+        timeout_s: Seconds of decoding after which a decoder process is killed and its clip quarantined. Reading a long
+            file through, once for all its clips, may take longer: a second more for every 4 MB.
         memory_gb: Memory growth in GB at which a decoder process is killed and its clip quarantined.
     """
 

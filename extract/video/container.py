@@ -5,7 +5,6 @@ before them and must come out one by one with exactly these times; anything else
 duration in the header, a damaged frame or an inexact seek can never return one frame in place of another.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +15,10 @@ import av.logging
 import numpy as np
 from numpy.typing import NDArray
 
+from egopatch.extract.video.limits import reading_through
+from egopatch.extract.video.once import FileVersion, OncePerVideo, version_of
+
 LogLine = tuple[int, str, str]  # level, part of FFmpeg, message
-FileVersion = tuple[Path, int, int]  # bytes, time of the last change in nanoseconds
 
 
 class VideoError(ValueError):
@@ -43,30 +44,6 @@ class FrameIndex:
     damage: str
 
 
-class FrameIndexes:
-    """Indexes of the most recently used videos, so that a long video is read packet by packet once for all its clips.
-
-    Args:
-        size: Number of videos to remember.
-    """
-
-    def __init__(self, size: int = 8) -> None:
-        self._size = size
-        self._known: OrderedDict[FileVersion, FrameIndex] = OrderedDict()
-
-    def find(self, version: FileVersion) -> FrameIndex | None:
-        """The index of this version of a file; None if it is not remembered."""
-        if version in self._known:
-            self._known.move_to_end(version)
-        return self._known.get(version)
-
-    def keep(self, version: FileVersion, index: FrameIndex) -> None:
-        """Remember an index, and forget the least recently used one."""
-        self._known[version] = index
-        if len(self._known) > self._size:
-            self._known.popitem(last=False)
-
-
 class VideoFile:
     """An open video; see `open_video`.
 
@@ -75,7 +52,12 @@ class VideoFile:
     """
 
     def __init__(
-        self, path: Path, container: "av.container.InputContainer", logged: Sequence[LogLine], index: FrameIndex | None
+        self,
+        path: Path,
+        container: "av.container.InputContainer",
+        logged: Sequence[LogLine],
+        version: FileVersion,
+        once: OncePerVideo,
     ) -> None:
         self._path = path
         self._container = container
@@ -86,7 +68,12 @@ class VideoFile:
             )
         self._stream = container.streams.video[0]
         self._stream.codec_context.thread_count = 1  # every core runs its own decoder
-        self.index = self._read_index(logged) if index is None else index
+
+        def read_index() -> FrameIndex:
+            with reading_through(version[1]):
+                return self._read_index(logged)
+
+        self.index = once.find("index", version, read_index)
 
     def pixels(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """The upright frames at `rows` of the index: uint8 [len(rows), H, W, 3]; a row may occur twice.
@@ -181,12 +168,12 @@ class VideoFile:
 
 
 @contextmanager
-def open_video(path: Path, indexes: FrameIndexes | None = None) -> Iterator[VideoFile]:
+def open_video(path: Path, once: OncePerVideo | None = None) -> Iterator[VideoFile]:
     """Open `path` while the block runs. FFmpeg's errors in the block become `VideoError` too.
 
     Args:
         path: Path of the video.
-        indexes: Known indexes; the video's own is taken from here, or added.
+        once: Remembers the video's index.
 
     Raises:
         VideoError: The file is missing, unreadable or empty, or has no frame that can be decoded.
@@ -194,17 +181,13 @@ def open_video(path: Path, indexes: FrameIndexes | None = None) -> Iterator[Vide
     """
     _require_content(path)
     # Read before the file is opened: if it is replaced meanwhile, its index is not stored under the new version.
-    version = _version(path)
+    version = version_of(path)
     level, terse = av.logging.get_level(), av.logging.get_skip_repeated()
     av.logging.set_level(av.logging.ERROR)  # otherwise nothing is logged
     av.logging.set_skip_repeated(False)  # otherwise a second damaged file logs nothing
     try:
         with av.logging.Capture() as logged, av.open(str(path)) as container:
-            known = indexes.find(version) if indexes else None
-            file = VideoFile(path, container, logged, known)
-            if indexes and known is None:
-                indexes.keep(version, file.index)
-            yield file
+            yield VideoFile(path, container, logged, version, once or OncePerVideo())
     except av.error.MemoryError as error:
         raise MemoryError(error.strerror) from error
     except av.FFmpegError as error:
@@ -213,11 +196,6 @@ def open_video(path: Path, indexes: FrameIndexes | None = None) -> Iterator[Vide
     finally:
         av.logging.set_level(level)
         av.logging.set_skip_repeated(terse)
-
-
-def _version(path: Path) -> FileVersion:
-    stat = path.stat()
-    return path, stat.st_size, stat.st_mtime_ns
 
 
 def _require_content(path: Path) -> None:

@@ -1,44 +1,42 @@
 """Decoding in child processes that can be killed, because a damaged video may hang its decoder or exhaust memory.
 
 Each child decodes and transforms one clip at a time, under a time limit and a memory limit. It returns only the
-finished tensor, so that resizing is spread over the children too.
+finished tensor, so that resizing is spread over the children too. Whatever goes wrong with a clip comes back as text in
+an `UndecodedClip`: an error itself might not survive the way through the pipe.
 """
 
+import errno
 import functools
 import hashlib
 import multiprocessing
-import os
-import resource
 import signal
-import threading
+import tempfile
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
-import psutil
 import torch
 from numpy.typing import NDArray
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
-from egopatch.extract.video.container import FrameIndexes, VideoError
+from egopatch.extract.video.container import VideoError
 from egopatch.extract.video.frames import read_frames
+from egopatch.extract.video.limits import OUT_OF_MEMORY, OUT_OF_TIME, limits, prepare_child, reading_through
+from egopatch.extract.video.once import FileVersion, OncePerVideo, version_of
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform, to_input
 from egopatch.features.common.parent import exit_with_parent
 
 Prepared = TypeVar("Prepared")
-
-GIB = 1024**3
-MEMORY_POLL_S = 0.02
-OUT_OF_MEMORY = 117  # exit code of a child that ended itself because it used too much memory
+Prepare = Callable[[Clip, VideoConfig, OncePerVideo], Prepared]
 
 
 @dataclass(frozen=True)
@@ -75,13 +73,14 @@ class DecodePool(Generic[Prepared]):
     Args:
         video: Number and size of frames, and limits.
         workers: Number of child processes.
-        prepare: Function that a child calls for each clip.
+        prepare: Function that a child calls for each clip, and with what the children know about videos.
     """
 
-    def __init__(self, video: VideoConfig, workers: int, prepare: Callable[[Clip, VideoConfig], Prepared]) -> None:
+    def __init__(self, video: VideoConfig, workers: int, prepare: Prepare[Prepared]) -> None:
         self._video = video
         self._workers = workers
         self._prepare = prepare
+        self._shared = tempfile.TemporaryDirectory(prefix="egopatch-", ignore_cleanup_errors=True)
         # spawn, because a forked child would inherit torch's and CUDA's threads and locks in an unknown state.
         self._pool = ProcessPool(
             max_workers=workers,
@@ -96,6 +95,7 @@ class DecodePool(Generic[Prepared]):
     def __exit__(self, *_: object) -> None:
         self._pool.stop()
         self._pool.join()
+        self._shared.cleanup()
 
     def map(self, clips: Iterable[Clip], ahead: int | None = None) -> Iterator[Prepared | UndecodedClip]:
         """Decode `clips` in order, at most `ahead` clips before the caller needs them, so that memory stays flat."""
@@ -112,56 +112,85 @@ class DecodePool(Generic[Prepared]):
             yield result
 
     def _submit(self, clip: Clip) -> ProcessFuture:
-        return self._pool.schedule(self._prepare, args=(clip, self._video), timeout=self._video.timeout_s)
+        return self._pool.schedule(_attempt, args=(self._prepare, clip, self._video, Path(self._shared.name)))
 
     def _result(self, clip: Clip, future: ProcessFuture) -> Prepared | UndecodedClip:
         try:
             return future.result()
-        except VideoError as error:
-            return UndecodedClip(clip, str(error), _child_traceback(error))
-        except FutureTimeoutError:
-            limit = self._video.timeout_s
-            reason = f"video {clip.video} took over {limit:g} s to decode (video.timeout_s); its decoder was killed"
-            return UndecodedClip(clip, reason)
         except ProcessExpired as error:
             if error.exitcode == OUT_OF_MEMORY:
-                return UndecodedClip(clip, self._too_large(clip))
-            return UndecodedClip(clip, f"the decoder of video {clip.video} died with exit code {error.exitcode}")
-        except (MemoryError, RuntimeError) as error:
-            # torch reports a refused allocation as RuntimeError.
-            detail = " ".join(str(error).split())
-            return UndecodedClip(clip, f"{self._too_large(clip)}: {detail}", _child_traceback(error))
+                reason = _too_large(clip, self._video)
+            elif error.exitcode == OUT_OF_TIME:
+                limit = self._video.timeout_s
+                reason = f"video {clip.video} took over {limit:g} s to decode (video.timeout_s); its decoder was killed"
+            else:
+                reason = f"the decoder of video {clip.video} died with exit code {error.exitcode}"
+            return UndecodedClip(clip, reason)
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "the decoder processes cannot be started, or were killed before they had a clip; check the machine's"
+                " free memory and its limit of processes, and run the same command again to resume"
+            ) from error
 
-    def _too_large(self, clip: Clip) -> str:
-        limit = self._video.memory_gb
-        return f"video {clip.video} took over {limit:g} GB of memory to decode (video.memory_gb)"
+
+def _attempt(prepare: Prepare[Prepared], clip: Clip, video: VideoConfig, shared: Path) -> Prepared | UndecodedClip:
+    """Prepare one clip in a child, within the limits."""
+    try:
+        with limits(video):
+            return prepare(clip, video, _once(shared))
+    except BaseException as error:  # this clip's, whatever it is
+        return UndecodedClip(clip, _reason(error, clip, video), traceback.format_exc())
 
 
-def prepare_clip(clip: Clip, video: VideoConfig, transform: Transform = EGOVLP_TRANSFORM) -> PreparedClip:
-    """Decode and transform one clip in this process.
+def _reason(error: BaseException, clip: Clip, video: VideoConfig) -> str:
+    if isinstance(error, VideoError):
+        return str(error)
+    about = _too_large(clip, video) if _is_about_memory(error) else f"video {clip.video} cannot be decoded"
+    return " ".join(f"{about}: {type(error).__name__}: {error}".split())
+
+
+def _is_about_memory(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # torch has no type of its own for an allocation that the system refuses.
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+
+
+def _too_large(clip: Clip, video: VideoConfig) -> str:
+    return f"video {clip.video} took over {video.memory_gb:g} GB of memory to decode (video.memory_gb)"
+
+
+def prepare_clip(
+    clip: Clip, video: VideoConfig, once: OncePerVideo | None = None, transform: Transform = EGOVLP_TRANSFORM
+) -> PreparedClip:
+    """Decode and transform one clip in this process; `once` remembers what serves other clips of its video.
 
     Raises:
-        VideoError: As `extract.video.frames.read_frames`.
+        VideoError: As `extract.video.frames.read_frames`, or the file was changed meanwhile.
+        OSError: The file cannot be read any more.
     """
     started = time.perf_counter()
-    decoded = read_frames(clip, video, _indexes())
+    once = OncePerVideo() if once is None else once
+    before = version_of(clip.video) if clip.video.exists() else None
+    decoded = read_frames(clip, video, once)
     frames = to_input(decoded.frames, video.size, transform)
-    stat = clip.video.stat()
-    source = _file_sha256(clip.video, stat.st_size, stat.st_mtime_ns)
+    version = version_of(clip.video)
+    source = once.find("sha256", version, lambda: _file_sha256(version))
+    if not before == version == version_of(clip.video):
+        raise VideoError(f"video {clip.video} was changed while it was read; run `extract retry` when it is complete")
     return PreparedClip(clip, frames.numpy(), decoded.timestamps, source, time.perf_counter() - started)
 
 
-# Both are cached per process, because many clips come from one long video.
-@functools.cache
-def _indexes() -> FrameIndexes:
-    return FrameIndexes()
-
-
-@functools.lru_cache(maxsize=8)
-def _file_sha256(path: Path, size: int, mtime_ns: int) -> str:
-    del size, mtime_ns
-    with path.open("rb") as file:
+def _file_sha256(version: FileVersion) -> str:
+    path, size, _ = version
+    with reading_through(size), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# A child works for one pool only.
+@functools.cache
+def _once(shared: Path) -> OncePerVideo:
+    return OncePerVideo(shared)
 
 
 def _start_child(memory_gb: float) -> None:
@@ -169,21 +198,4 @@ def _start_child(memory_gb: float) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1):  # the parent handles them; it ends a child with SIGTERM
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
-    limit = int(memory_gb * GIB)
-    threading.Thread(target=_exit_above, args=(psutil.Process().memory_info().rss + limit,), daemon=True).start()
-    # The system's own limit catches growth that is faster than the polling. FFmpeg fails there without naming the
-    # cause, so it is the wider of the two; it counts data, not the address space of idle threads.
-    hard = psutil.Process().memory_info().data + 2 * limit
-    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
-
-
-def _exit_above(limit: int) -> None:
-    process = psutil.Process()
-    while process.memory_info().rss <= limit:
-        time.sleep(MEMORY_POLL_S)
-    os._exit(OUT_OF_MEMORY)
-
-
-def _child_traceback(error: BaseException) -> str:
-    # pebble attaches the child's own traceback as the cause.
-    return "".join(traceback.format_exception(error))
+    prepare_child(memory_gb)

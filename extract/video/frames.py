@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
-from egopatch.extract.video.container import FrameIndex, FrameIndexes, VideoError, open_video
+from egopatch.extract.video.container import FrameIndex, VideoError, open_video
+from egopatch.extract.video.once import OncePerVideo
 
 # A frame rate is constant if its gaps differ by less than this share of a frame; containers round timestamps.
 CONSTANT_RATE_TOLERANCE = 0.25
@@ -64,8 +65,8 @@ def uniform_by_time(starts_s: NDArray[np.float64], end_s: float, frames: int) ->
     return np.clip(np.searchsorted(starts_s, centres, side="right") - 1, 0, len(starts_s) - 1)
 
 
-def read_frames(clip: Clip, video: VideoConfig, indexes: FrameIndexes | None = None) -> DecodedClip:
-    """Decode the frames of `clip`; `indexes` remembers the frame index of its video for other clips.
+def read_frames(clip: Clip, video: VideoConfig, once: OncePerVideo | None = None) -> DecodedClip:
+    """Decode the frames of `clip`; `once` remembers the frame index of its video for other clips.
 
     FFmpeg runs in this process, where a damaged file may make it hang; jobs therefore call this function in a child
     process that can be killed (`extract.video.decode`).
@@ -74,7 +75,7 @@ def read_frames(clip: Clip, video: VideoConfig, indexes: FrameIndexes | None = N
         VideoError: The file is missing, unreadable, empty, not a video, damaged or truncated within the clip, has no
             frame there, or has fewer than `video.frames` and `video.short` is `quarantine`.
     """
-    with open_video(clip.video, indexes) as file:
+    with open_video(clip.video, once) as file:
         rows = _rows_within(clip, file.index)
         chosen = rows[_positions(clip, file.index, rows, video)]
         frames = file.pixels(chosen)

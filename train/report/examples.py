@@ -23,6 +23,7 @@ from egopatch.extract.datasets import Clip, Question
 # Decoding is imported only when pictures are drawn: it takes long to load, and reading results never needs it.
 if TYPE_CHECKING:
     from egopatch.extract.video.decode import PreparedClip
+    from egopatch.extract.video.once import OncePerVideo
     from egopatch.extract.video.transforms import Transform
 
 PICTURE_SIDE = 224
@@ -153,7 +154,7 @@ def shown_frames(frames: int) -> list[int]:
     return [int((i + 0.5) * frames / MAX_FRAMES) for i in range(MAX_FRAMES)]
 
 
-def prepare_picture(clip: Clip, video: VideoConfig, transform: "Transform") -> "PreparedClip":
+def prepare_picture(clip: Clip, video: VideoConfig, once: "OncePerVideo", transform: "Transform") -> "PreparedClip":
     """Decode a clip's frames and crop them as for the encoder, but keep them viewable. Runs in a decoder child.
 
     Returns:
@@ -168,7 +169,7 @@ def prepare_picture(clip: Clip, video: VideoConfig, transform: "Transform") -> "
     from egopatch.extract.video.transforms import crop_and_resize
 
     started = time.perf_counter()
-    decoded = read_frames(clip, video)
+    decoded = read_frames(clip, video, once)
     shown = crop_and_resize(decoded.frames, PICTURE_SIDE, transform).numpy()
     return PreparedClip(clip, shown, decoded.timestamps, "", time.perf_counter() - started)
 

@@ -288,7 +288,7 @@ def test_a_store_of_lite_tokens(
     config = load_config(Path(LITE[1]), options[2:])
     clip = load_dataset(config.data).clips[0]
     stored = open_store(store).read([clip.clip_id])
-    frames = torch.from_numpy(prepare_clip(clip, config.video, TRANSFORM).frames)[None]
+    frames = torch.from_numpy(prepare_clip(clip, config.video, transform=TRANSFORM).frames)[None]
     expected = load_video_encoder("lite", checkpoint, 4, 11, size=112)(frames)
     torch.testing.assert_close(stored.patches, expected.patches.half(), rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(stored.coarse, expected.coarse.half(), rtol=2e-3, atol=2e-3)

@@ -6,8 +6,9 @@ import pytest
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
-from egopatch.extract.video.container import FrameIndexes, VideoFile
+from egopatch.extract.video.container import VideoFile
 from egopatch.extract.video.frames import VideoError, read_frames, uniform_by_time, uniform_indices
+from egopatch.extract.video.once import OncePerVideo
 from tests.extract.video.videos import B_FRAMES, frame_numbers, write_video
 
 
@@ -79,8 +80,8 @@ def test_clips_of_one_video_read_its_packets_once(tmp_path: Path, readings: list
     parts = [Clip(str(start), path, start_s=start / 10, end_s=(start + 6) / 10) for start in range(0, 12, 3)]
     alone = [read_frames(part, config) for part in parts]
     readings.clear()
-    indexes = FrameIndexes()
-    together = [read_frames(part, config, indexes) for part in parts]
+    once = OncePerVideo()
+    together = [read_frames(part, config, once) for part in parts]
     assert readings == ["a"]
     for one, other in zip(alone, together, strict=True):
         np.testing.assert_array_equal(one.frames, other.frames)
@@ -88,16 +89,8 @@ def test_clips_of_one_video_read_its_packets_once(tmp_path: Path, readings: list
 
 
 def test_a_video_that_was_replaced_is_indexed_anew(tmp_path: Path) -> None:
-    path, config, indexes = tmp_path / "a.mp4", VideoConfig(frames=3, size=32), FrameIndexes()
+    path, config, once = tmp_path / "a.mp4", VideoConfig(frames=3, size=32), OncePerVideo()
     write_video(path, frames=30)
-    assert frame_numbers(read_frames(Clip("x", path), config, indexes).frames) == [4, 14, 24]
+    assert frame_numbers(read_frames(Clip("x", path), config, once).frames) == [4, 14, 24]
     write_video(path, frames=9)
-    assert frame_numbers(read_frames(Clip("x", path), config, indexes).frames) == [1, 4, 7]
-
-
-def test_the_video_used_least_lately_is_forgotten(tmp_path: Path, readings: list[str]) -> None:
-    config, indexes = VideoConfig(frames=3, size=32), FrameIndexes(size=2)
-    clips = {name: Clip(name, write_video(tmp_path / f"{name}.mp4", frames=9)) for name in "abc"}
-    for name in "abacab":
-        read_frames(clips[name], config, indexes)
-    assert readings == ["a", "b", "c", "b"]
+    assert frame_numbers(read_frames(Clip("x", path), config, once).frames) == [1, 4, 7]

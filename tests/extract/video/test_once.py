@@ -1,0 +1,100 @@
+"""What one child has found out about a video, the others know; reading a long file does not use up a clip's time."""
+
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from egopatch.configs.schema import VideoConfig
+from egopatch.extract.video import once
+from egopatch.extract.video.limits import SLOWEST_BYTES_PER_S, limits, reading_through, waiting_for_another_child
+from egopatch.extract.video.once import FileVersion, OncePerVideo
+
+VERSION = Path("a.mp4"), 1000, 1
+
+
+def never() -> int:
+    raise AssertionError("it is known")
+
+
+def find(folder: Path | None, value: int, version: FileVersion = VERSION, what: str = "index") -> int:
+    """As a new process would."""
+    return OncePerVideo(folder).find(what, version, lambda: value)
+
+
+def test_a_process_remembers_the_latest_videos(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(once, "IN_MEMORY", 2)
+    known = OncePerVideo()
+    versions = {name: (Path(name), 1, 1) for name in "abc"}
+    computed = []
+    for name in "abacab":
+        known.find("index", versions[name], lambda name=name: computed.append(name))  # type: ignore[misc]
+    assert computed == ["a", "b", "c", "b"]
+
+
+def test_the_others_wait_for_the_child_that_computes(tmp_path: Path) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def compute() -> int:
+        begun.set()
+        assert go_on.wait(30)
+        return 5
+
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(OncePerVideo(tmp_path).find, "index", VERSION, compute)
+        assert begun.wait(30)
+        others = [threads.submit(OncePerVideo(tmp_path).find, "index", VERSION, never) for _ in range(3)]
+        go_on.set()
+        assert [first.result(30), *(other.result(30) for other in others)] == [5] * 4
+
+
+def test_another_file_version_or_question_is_computed_anew(tmp_path: Path) -> None:
+    assert find(tmp_path, 1) == 1
+    assert find(tmp_path, 2) == 1
+    assert find(tmp_path, 3, (Path("a.mp4"), 1000, 2)) == 3
+    assert find(tmp_path, 4, (Path("b.mp4"), 1000, 1)) == 4
+    assert find(tmp_path, 5, what="sha256") == 5
+
+
+def test_an_error_is_no_value(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):
+        OncePerVideo(tmp_path).find("index", VERSION, never)
+    assert find(tmp_path, 2) == 2
+
+
+def test_what_a_killed_child_left_is_computed_again(tmp_path: Path) -> None:
+    assert find(tmp_path, 1) == 1
+    (file,) = tmp_path.iterdir()
+    for length in range(file.stat().st_size):
+        file.write_bytes(file.read_bytes()[:length])
+        assert find(tmp_path, length) == length
+
+
+def test_a_folder_that_is_gone_costs_only_time(tmp_path: Path) -> None:
+    assert find(tmp_path / "gone", 1) == 1
+
+
+def test_old_files_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(once, "IN_FILES", 3)
+    for number in range(10):
+        assert find(tmp_path, number, (Path("a.mp4"), number, 1)) == number
+    assert len(list(tmp_path.iterdir())) == 3
+    assert find(tmp_path, 0, (Path("a.mp4"), 9, 1)) == 9
+
+
+def test_time_stands_still_while_a_file_is_read_through_or_another_child_works() -> None:
+    def left() -> float:
+        return signal.getitimer(signal.ITIMER_REAL)[0]
+
+    with limits(VideoConfig(timeout_s=1000, memory_gb=1000)):
+        assert 900 < left() <= 1000
+        with reading_through(int(500 * SLOWEST_BYTES_PER_S)):
+            assert 1400 < left() <= 1500
+        assert 900 < left() <= 1000
+        with waiting_for_another_child():
+            assert left() == 0
+        assert 900 < left() <= 1000
+    with reading_through(1), waiting_for_another_child():
+        assert left() == 0
