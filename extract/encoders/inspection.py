@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from egopatch.extract.encoders.checkpoints.checkpoint import (
@@ -19,6 +19,7 @@ from egopatch.extract.encoders.checkpoints.checkpoint import (
 from egopatch.extract.encoders.checkpoints.standin import published_shapes
 from egopatch.extract.encoders.layers.projection import text_layers
 from egopatch.extract.encoders.layers.video_encoder import VideoSizes
+from egopatch.features.io.files import replacing
 
 # Tensors that no encoder or head here reads: the pretraining heads, and buffers.
 UNUSED = re.compile(r"mlm_score\.|itm_score\.|cross_modal_\w+\.|.*\.position_ids$|.*\.num_batches_tracked$")
@@ -178,13 +179,9 @@ def convert_checkpoint(path: Path | str, out: Path | str) -> CheckpointReport:
     checkpoint = load_checkpoint(path)
     dropped = {*found.unused, *found.unexpected}
     kept = {name: tensor.contiguous().clone() for name, tensor in checkpoint.tensors.items() if name not in dropped}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.partial")
-    try:
-        save_file(kept, partial, metadata={"source_sha256": _origin(checkpoint)})
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(out) as new:
+        # safetensors' own `save_file` makes files that only their owner can read.
+        new.write_bytes(save(kept, metadata={"source_sha256": _origin(checkpoint)}))
     return inspect_checkpoint(out)
 
 

@@ -72,9 +72,14 @@ def _untar(archive: Path, folder: Path) -> tuple[int, int]:
                 raise ArchiveError(_refused(archive, member.name, "is neither a file nor a folder"))
             _check_name(archive, member.name)
             budget.take(member.size)
-            opened.extract(member, folder, filter="data")
+            opened.extract(member, folder, filter=_with_our_mode)
             files += member.isfile()
     return files, budget.taken
+
+
+def _with_our_mode(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
+    """The member as `tarfile.data_filter` leaves it, to be written with the modes that the umask gives."""
+    return tarfile.data_filter(member, folder).replace(mode=None, deep=False)  # type: ignore[arg-type]
 
 
 class _Budget:

@@ -1,13 +1,15 @@
 """HDF5: one file a shard, one chunk a row, fletcher32; `index.h5` joins the shards as virtual datasets for other tools.
 
 This reader gets all chunk offsets from the file once and then reads each row at its offset: h5py would check fletcher32
-at a fraction of the speed, and the ledger has a CRC-32C for every row.
+at a fraction of the speed, and the ledger has a CRC-32C for every row. For the same reason files are read without
+HDF5's own locks, which some file systems do not have.
 """
 
 import io
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -60,7 +62,7 @@ class Hdf5Format:
     def header_copy(self, storage: Storage) -> Record | None:
         """The copy of the header in `index.h5`, for repairs."""
         try:
-            with h5py.File(storage.open("index.h5").path, "r") as index:
+            with h5py.File(storage.open("index.h5").path, "r", locking=False) as index:
                 return json.loads(index.attrs["header"])
         except _UNREADABLE:
             return None
@@ -92,20 +94,38 @@ class Hdf5Format:
         path.write_bytes(image.getbuffer())
         return {_shard_file(shard): path}
 
-    def open(self, files: ReadableFiles, spec: StoreSpec, shard: int) -> "Hdf5Shard":
-        """Open the file and read its chunk offsets."""
-        return Hdf5Shard(files, _shard_file(shard), spec)
+    def open(self, files: ReadableFiles, spec: StoreSpec, shard: int, index: object = None) -> "Hdf5Shard":
+        """Open the file and read its chunk offsets, which takes longer than reading a row."""
+        return Hdf5Shard(files, _shard_file(shard), spec, index)
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Chunk offsets in one file.
+
+    Attributes:
+        file: The file's device, inode, size and time of its last change.
+        chunks: Array -> [slots, 2], offset and size of each row's chunk; zeros where there is none.
+    """
+
+    file: tuple[int, ...]
+    chunks: Mapping[str, np.ndarray]
 
 
 class Hdf5Shard:
     """See `interface.OpenShard`."""
 
-    def __init__(self, files: ReadableFiles, name: str, spec: StoreSpec) -> None:
+    def __init__(self, files: ReadableFiles, name: str, spec: StoreSpec, index: object) -> None:
         self._compressed = spec.codec == "gzip"
         try:
             self._file = files.open(name)
-            with h5py.File(self._file.path, "r") as file:
-                self._chunks = {array.name: _chunks(file, array, spec) for array in spec.arrays}
+            status = Path(self._file.path).stat()
+            identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+            if isinstance(index, _Index) and index.file == identity:
+                self.index = index
+                return
+            with h5py.File(self._file.path, "r", locking=False) as file:
+                self.index = _Index(identity, {array.name: _chunks(file, array, spec) for array in spec.arrays})
         except DamagedStore as error:
             raise DamagedStore(f"{name} {error}") from error
         except _UNREADABLE as error:
@@ -113,10 +133,9 @@ class Hdf5Shard:
 
     def find_row(self, array: ArraySpec, slot: int) -> Chunk:
         """The place of row `slot` in the file's chunk index."""
-        chunk = self._chunks[array.name].get(slot)
-        if chunk is None:
+        offset, size = (int(number) for number in self.index.chunks[array.name][slot])
+        if not size:
             raise DamagedStore(f"{self._file.path} has no row {slot} of {array.name}")
-        offset, size = chunk
         if offset + size > self._file.size:
             raise DamagedStore(f"{self._file.path} places row {slot} of {array.name} outside the file")
         width = np.dtype(disk_dtype(array.dtype).numpy).itemsize
@@ -127,8 +146,8 @@ def _shard_file(shard: int) -> str:
     return f"shards/{shard:08d}.h5"
 
 
-def _chunks(file: h5py.File, array: ArraySpec, spec: StoreSpec) -> dict[int, tuple[int, int]]:
-    """Slot -> offset and size of its chunk; refuses links out of the file and chunks of another size."""
+def _chunks(file: h5py.File, array: ArraySpec, spec: StoreSpec) -> np.ndarray:
+    """Offset and size of each slot's chunk; refuses links out of the file and chunks of another size."""
     if not isinstance(file.get(array.name, getlink=True), h5py.HardLink):
         raise DamagedStore(f"does not contain {array.name} itself; links to other files are not followed")
     dataset = file[array.name]
@@ -141,7 +160,7 @@ def _chunks(file: h5py.File, array: ArraySpec, spec: StoreSpec) -> dict[int, tup
     filters = ("gzip" if spec.codec == "gzip" else None, spec.codec == "gzip", None, True)
     if (dataset.compression, dataset.shuffle, dataset.scaleoffset, dataset.fletcher32) != filters:
         raise DamagedStore(f"has {array.name} with other filters than those of codec {spec.codec!r}")
-    chunks: dict[int, tuple[int, int]] = {}
+    chunks = np.zeros((spec.shard, 2), np.int64)
 
     def add(chunk: h5py.h5d.StoreInfo) -> None:
         whole = chunk.size == row_bytes(array) + _CHECKSUM or (spec.codec == "gzip" and chunk.size > _CHECKSUM)

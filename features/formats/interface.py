@@ -49,7 +49,13 @@ class Chunk:
 
 
 class OpenShard(Protocol):
-    """A shard's files, open for reading."""
+    """A shard's files, open for reading.
+
+    Attributes:
+        index: What `Format.open` need not read again when the shard is opened again; None where that is little.
+    """
+
+    index: object
 
     def find_row(self, array: ArraySpec, slot: int) -> Chunk:
         """The place of row `slot` of `array`.
@@ -88,8 +94,14 @@ class Format(Protocol):
             Name, as in `file_names(spec, shard)`, -> path of the file in `folder`.
         """
 
-    def open(self, files: ReadableFiles, spec: StoreSpec, shard: int) -> OpenShard:
+    def open(self, files: ReadableFiles, spec: StoreSpec, shard: int, index: object = None) -> OpenShard:
         """Open the files of `shard`.
+
+        Args:
+            files: Files of the shard.
+            spec: Spec of the store.
+            shard: Number of the shard.
+            index: `OpenShard.index` of the same shard, opened before; it is used if the files are still the same.
 
         Raises:
             DamagedStore: A file is missing, cut short or of another format.

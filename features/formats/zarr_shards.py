@@ -78,13 +78,15 @@ class ZarrFormat:
                 _write_checked(file, index)
         return staged
 
-    def open(self, files: ReadableFiles, spec: StoreSpec, shard: int) -> "ZarrShard":
-        """Open every array's file and check its index."""
+    def open(self, files: ReadableFiles, spec: StoreSpec, shard: int, index: object = None) -> "ZarrShard":
+        """Open every array's file and check its index, which is small and therefore read each time."""
         return ZarrShard(files, spec, shard)
 
 
 class ZarrShard:
     """See `interface.OpenShard`."""
+
+    index = None
 
     def __init__(self, files: ReadableFiles, spec: StoreSpec, shard: int) -> None:
         self._arrays = {array.name: _open_indexed(files, _shard_file(array, shard), spec) for array in spec.arrays}

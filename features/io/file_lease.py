@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import psutil
-
-from egopatch.features.io.files import disk_full_explained, locked, make_folder
+from egopatch.features.common.disk import file_system_of
+from egopatch.features.io.files import lock_file, locked, make_folder, write_errors_explained
 from egopatch.features.io.process import Owner, this_boot
 from egopatch.features.values.errors import ShardOwned
 
@@ -45,7 +44,7 @@ def holder(path: Path) -> Owner | None:
         return None
     try:
         owner = parse_owner(os.pread(handle, 1 << 16, 0))
-        if _is_locked(handle):
+        if _is_locked(handle, path):
             return owner or Owner("this machine or another", "", 0, 0, 0)
         if owner is None or owner.boot == this_boot() or _is_local(path):
             return None
@@ -62,7 +61,7 @@ def hold(root: Path, shard: int) -> Iterator[None]:
         ShardOwned: Another process holds it; the message names host and process.
     """
     path = lease_path(root, shard)
-    with disk_full_explained(f"taking the lease of shard {shard} of {root}"):
+    with write_errors_explained(f"taking the lease of shard {shard} of {root}"):
         handle = _acquire(root, shard, path)
     try:
         yield
@@ -101,7 +100,7 @@ def remove(root: Path, shard: int | None = None) -> list[str]:
         for path in paths:
             with path.open("rb") as file:
                 owners.append(parse_owner(file.read()))
-                if _is_locked(file.fileno()):
+                if _is_locked(file.fileno(), path):
                     raise ShardOwned(f"{path} is held by {owners[-1] or 'a process'}, which is running; stop it first")
         for path in paths:
             path.unlink()
@@ -122,7 +121,7 @@ def _acquire(root: Path, shard: int, path: Path) -> int:
         new = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
         handle = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            lock_file(handle, fcntl.LOCK_EX, new)
             os.write(handle, json.dumps(asdict(Owner.this_process())).encode())
             new.replace(path)  # nobody sees a lease that is not locked yet
         except BaseException:
@@ -140,9 +139,9 @@ def _advice(root: Path, owner: Owner) -> str:
     )
 
 
-def _is_locked(handle: int) -> bool:
+def _is_locked(handle: int, path: Path) -> bool:
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        lock_file(handle, fcntl.LOCK_SH | fcntl.LOCK_NB, path)
     except BlockingIOError:
         return True
     fcntl.flock(handle, fcntl.LOCK_UN)
@@ -151,6 +150,5 @@ def _is_locked(handle: int) -> bool:
 
 def _is_local(path: Path) -> bool:
     """Whether the file system of `path` can be mounted by this kernel alone."""
-    resolved = path.resolve()
-    mounts = [part for part in psutil.disk_partitions(all=True) if resolved.is_relative_to(part.mountpoint)]
-    return bool(mounts) and max(mounts, key=lambda part: len(part.mountpoint)).fstype in _LOCAL
+    found = file_system_of(path)
+    return found is not None and found.kind in _LOCAL

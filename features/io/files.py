@@ -17,10 +17,13 @@ import numpy as np
 from awscrt import checksums
 from isal import isal_zlib
 
+from egopatch.features.common.disk import file_system_of
 from egopatch.features.io.fields import FileSum
 from egopatch.features.values.errors import StoreError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _BLOCK = 1 << 20
 
 
@@ -117,13 +120,31 @@ def _is_file_of(handle: int, path: Path) -> bool:
         return False
 
 
+def lock_file(handle: int, how: int, path: Path) -> None:
+    """Lock the open file at `path` as `fcntl.flock` does.
+
+    Raises:
+        StoreError: The file system has no locks; the message names file, file system and remedy.
+    """
+    try:
+        fcntl.flock(handle, how)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise StoreError(
+            f"{path} cannot be locked ({error.strerror}): {file_system_of(path) or 'its file system'} has no file "
+            "locks, without which two jobs could write the same rows; mount it with locks (Lustre: option flock; "
+            "NFS: version 4, or run lockd), or write to another file system"
+        ) from error
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[int]:
     """Hold the file's lock against every other process; yields a handle that is open for reading and appending."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            lock_file(handle, fcntl.LOCK_EX, path)
             # While this process waited, a repair may have replaced the file.
             if _is_file_of(handle, path):
                 yield handle
@@ -133,17 +154,22 @@ def locked(path: Path) -> Iterator[int]:
 
 
 @contextmanager
-def disk_full_explained(doing: str) -> Iterator[None]:
-    """Turn a full disk into a one-line StoreError that names the interrupted work."""
+def write_errors_explained(doing: str) -> Iterator[None]:
+    """Turn a full disk, or one that cannot be written, into a one-line StoreError that names the interrupted work."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_SPACE:
-            raise
-        raise StoreError(
-            f"no space left while {doing} ({error.strerror}); earlier commits are intact: free some space and run the "
-            "same command again"
-        ) from error
+        if error.errno in _NO_SPACE:
+            raise StoreError(
+                f"no space left while {doing} ({error.strerror}); earlier commits are intact: free some space and run "
+                "the same command again"
+            ) from error
+        if error.errno in _NOT_WRITABLE:
+            raise StoreError(
+                f"{error.filename} cannot be written ({error.strerror}) while {doing}; mount the file system for "
+                "writing, or give this user permission, and run the same command again"
+            ) from error
+        raise
 
 
 def crc32c(content: np.ndarray | bytes, value: int = 0) -> int:

@@ -29,13 +29,17 @@ class OpenFile(Protocol):
         """Size in bytes."""
 
     def read(self, size: int, offset: int) -> bytes:
-        """Up to `size` bytes from `offset`."""
+        """Up to `size` bytes from `offset`.
+
+        Raises:
+            DamagedStore: The file does not exist any more.
+        """
 
     def read_into(self, target: np.ndarray, offset: int) -> int:
         """Fill `target`, contiguous bytes, from `offset`; returns the CRC-32C of the bytes that were read.
 
         Raises:
-            DamagedStore: The file is too short.
+            DamagedStore: The file is too short, or does not exist any more.
         """
 
 

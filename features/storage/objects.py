@@ -46,7 +46,10 @@ class ObjectFile:
         start = offset - (self.size - len(self._tail))
         if start >= 0:
             return self._tail[start : start + size]
-        return self._bucket.range(self._key, offset, size)
+        try:
+            return self._bucket.range(self._key, offset, size)
+        except FileNotFoundError as error:  # a later commit has replaced the shard
+            raise DamagedStore(f"{self.path} does not exist any more") from error
 
     def read_into(self, target: np.ndarray, offset: int) -> int:
         """See `interface.OpenFile`."""

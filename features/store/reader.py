@@ -3,6 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
+from concurrent.futures import Future
 
 import numpy as np
 import torch
@@ -26,8 +27,11 @@ class RowReader:
     def __init__(self, catalog: Catalog, file_format: Format) -> None:
         self._catalog = catalog
         self._file_format = file_format
-        self._open: OrderedDict[tuple[int, int], OpenShard] = OrderedDict()
+        self._open: OrderedDict[tuple[int, int], Future[OpenShard]] = OrderedDict()
+        self._indexes: dict[int, object] = {}
+        # Neither is held while a file is read: threads wait for each other only where they need the same shard.
         self._lock = threading.Lock()
+        self._refreshing = threading.Lock()
 
     def read_row(self, name: str, array: ArraySpec) -> np.ndarray:
         """One row in its dtype on disk. Errors as in `Store.read`."""
@@ -41,10 +45,12 @@ class RowReader:
         Raises:
             DamagedStore: The bytes differ from those that were committed; the message names the clip.
         """
+        catalog, shard = self._catalog, self._catalog.shard_of(record.row)
+        write_id = catalog.ledger.write_ids.get(shard)
         try:
             self._read_committed(target, name, record, array)
         except DamagedStore:
-            if not self._was_rewritten(record):
+            if not self._was_rewritten(shard, write_id):
                 raise
             self._read_committed(target, name, self._catalog.clip_records([name])[0], array)
 
@@ -53,15 +59,15 @@ class RowReader:
         with self._lock:
             self._open.clear()
 
-    def _was_rewritten(self, record: ClipRecord) -> bool:
-        """Whether a later commit has replaced the files that this reader knows; if so, the catalog knows it now."""
-        catalog, shard = self._catalog, self._catalog.shard_of(record.row)
+    def _was_rewritten(self, shard: int, write_id: str | None) -> bool:
+        """Whether a later commit has replaced the files of `write_id`; if so, the catalog knows it now."""
+        catalog = self._catalog
         if catalog.storage.in_place:
             return False  # open files stay as they are, and the name leads to the later ones
-        with self._lock:
-            before = catalog.ledger.write_ids.get(shard)
-            catalog.refresh(shard)
-            return catalog.ledger.write_ids.get(shard) != before
+        with self._refreshing:
+            if catalog.ledger.write_ids.get(shard) == write_id:  # else another thread has refreshed it meanwhile
+                catalog.refresh(shard)
+            return catalog.ledger.write_ids.get(shard) != write_id
 
     def _read_committed(self, target: np.ndarray, name: str, record: ClipRecord, array: ArraySpec) -> None:
         root, spec = self._catalog.root, self._catalog.spec
@@ -82,15 +88,25 @@ class RowReader:
         # A later commit puts other files in place, so the commit is part of the key.
         key = (shard, self._catalog.ledger.commits[shard])
         with self._lock:
-            opened = self._open.get(key)
-            if opened is None:
-                files = self._catalog.shard_files(shard)
-                opened = self._open[key] = self._file_format.open(files, self._catalog.spec, shard)
+            opening = self._open.get(key)
+            if opening is not None:
+                self._open.move_to_end(key)
+            else:
+                opened: Future[OpenShard] = Future()
+                self._open[key] = opened
                 if len(self._open) > _OPEN_SHARDS:
                     self._open.popitem(last=False)
-            else:
-                self._open.move_to_end(key)
-        return opened
+        if opening is not None:
+            return opening.result()
+        try:
+            files, index = self._catalog.shard_files(shard), self._indexes.get(shard)
+            opened.set_result(self._file_format.open(files, self._catalog.spec, shard, index))
+            self._indexes[shard] = opened.result().index
+        except BaseException as error:
+            with self._lock:
+                self._open.pop(key, None)
+            opened.set_exception(error)
+        return opened.result()
 
 
 def empty_rows(array: ArraySpec, rows: int, pin: bool = False) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from egopatch.features.formats.interface import Format
 from egopatch.features.formats.registry import format_named
-from egopatch.features.io.files import disk_full_explained
+from egopatch.features.io.files import write_errors_explained
 from egopatch.features.state.catalog import Catalog
 from egopatch.features.state.header import (
     HEADER,
@@ -67,7 +67,7 @@ def create_store(
     requested = StoreHeader(spec, fingerprint, format)
     header_record(requested)  # refuse bad dtypes and ids before anything is written
     ids_without_row((), ids, spec.kind)
-    with disk_full_explained(f"creating {root}"):
+    with write_errors_explained(f"creating {root}"):
         storage.prepare()
         while True:
             try:

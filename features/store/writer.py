@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from egopatch.features.formats.interface import Format
-from egopatch.features.io.files import disk_full_explained
+from egopatch.features.io.files import write_errors_explained
 from egopatch.features.state.catalog import Catalog
 from egopatch.features.state.commit import CommitTarget, commit_shard
 from egopatch.features.state.ledger import announce_record, drop_record, ledger_journal
@@ -36,7 +36,7 @@ class ShardWriter:
         self._check_ids(shard, rows, sources, failures)
         for name, tensors in rows.items():
             check_names(name, tensors, catalog.spec)
-        with disk_full_explained(f"writing shard {shard} of {catalog.root}"):
+        with write_errors_explained(f"writing shard {shard} of {catalog.root}"):
             if rows:
                 self._commit_new(shard, rows, sources)
             add_failures(quarantine_journal(catalog.storage), shard, failures)
@@ -45,7 +45,7 @@ class ShardWriter:
     def rewrite(self, shard: int, without: Sequence[str]) -> None:
         """Write a shard's files again; arguments as in `Store.rewrite_shard`."""
         catalog = self._catalog
-        with disk_full_explained(f"rewriting shard {shard} of {catalog.root}"):
+        with write_errors_explained(f"rewriting shard {shard} of {catalog.root}"):
             kept = [name for name in catalog.committed_of(shard) if name not in without]
             former = catalog.ledger.write_id(shard)
             if without:

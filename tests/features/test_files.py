@@ -1,12 +1,19 @@
 """Checksums are the standard ones, and a replaced file is the old one or the new one."""
 
+import errno
+import fcntl
+import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from egopatch.features.io.files import crc32c, replacing, size_and_crc, size_and_crc_of_file
+from egopatch.features import Store, StoreError, open_store
+from egopatch.features.io.files import crc32c, locked, replacing, size_and_crc, size_and_crc_of_file
+from egopatch.features.tools.verify import verify
+from tests.features.conftest import IDS, clip, fill
 
 
 @pytest.mark.parametrize("size", [0, 1, 9, 2**20 - 1, 2**20, 2**21 + 7])
@@ -44,3 +51,61 @@ def test_two_that_replace_a_file_at_once_do_not_meet(tmp_path: Path) -> None:
         assert path.read_text() == "second"
     assert path.read_text() == "first"
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_file_locks_a_store_can_be_read_and_writing_says_why_not(
+    make_local: Callable[..., Store], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    store = make_local()
+    fill(store, skip=(IDS[0],))
+
+    def no_locks(handle: int, how: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    store = open_store(store.path)
+    assert len(store.read([IDS[1]]).cls) == 1
+    assert verify(store.path).ok
+    with pytest.raises(StoreError) as caught:
+        store.write_shard(0, {IDS[0]: clip(0)}, {IDS[0]: "sha256:0"})
+    line = str(caught.value)
+    assert line.startswith(f"{store.path}/leases/lock cannot be locked ({os.strerror(number)}): the ")
+    assert " file system at /" in line
+    assert line.endswith(
+        "; mount it with locks (Lustre: option flock; NFS: version 4, or run lockd), or write to another file system"
+    )
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_store_that_cannot_be_written_names_path_and_remedy(
+    make_local: Callable[..., Store], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    store = make_local()
+    open_file = os.open
+
+    def read_only(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise OSError(number, os.strerror(number), str(path))
+        return open_file(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", read_only)
+    with pytest.raises(StoreError) as caught:
+        store.write_shard(0, {IDS[0]: clip(0)}, {IDS[0]: "sha256:0"})
+    assert str(caught.value) == (
+        f"{store.path}/leases/lock cannot be written ({os.strerror(number)}) while taking the lease of shard 0 of "
+        f"{store.path}; mount the file system for writing, or give this user permission, and run the same command again"
+    )
+
+
+def test_files_follow_the_umask(make_local: Callable[..., Store]) -> None:
+    before = os.umask(0o002)
+    try:
+        store = make_local()
+        fill(store)
+        with locked(store.path / "a.lock"):
+            pass
+    finally:
+        os.umask(before)
+    modes = {path.relative_to(store.path): path.stat().st_mode & 0o777 for path in store.path.rglob("*")}
+    assert {str(name): oct(mode) for name, mode in modes.items() if mode not in (0o664, 0o775)} == {}

@@ -1,5 +1,6 @@
 """The HDF5 layout is plain HDF5, the fast reader equals h5py, and hostile files are refused."""
 
+import fcntl
 import re
 import zlib
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from egopatch.features import ArraySpec, DamagedStore, Store, StoreSpec, create_store, open_store
+from egopatch.features.store import reader
 from egopatch.features.tools.verify import verify
 from egopatch.features.values.tensors import bytes_of, torch_dtype
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
@@ -51,6 +53,36 @@ def test_fast_reader_equals_h5py(tmp_path: Path, dtype: str, shape: tuple[int, .
         slow = index["states"][:][[ids.index(name) for name in requested]]
     fast = open_store(store.path).read_arrays(requested)["states"]
     assert bytes_of(fast).tobytes() == np.ascontiguousarray(slow).tobytes()
+
+
+def test_a_shard_is_opened_by_the_slow_library_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = fill(store, skip=(IDS[6],))
+    opened: list[Path] = []
+
+    class Counted(h5py.File):
+        def __init__(self, path: Path, *args: object, **options: object) -> None:
+            opened.append(path)
+            super().__init__(path, *args, **options)
+
+    monkeypatch.setattr(h5py, "File", Counted)
+    monkeypatch.setattr(reader, "_OPEN_SHARDS", 1)  # as if the store had many
+    store = open_store(store.path)
+    for name in (*IDS[:6], *IDS[7:]) * 2:
+        assert torch.equal(store.read([IDS[0], name]).patches[1], written[name]["patches"].half())
+    assert len(opened) == 3
+    open_store(store.path).write_shard(1, {IDS[6]: clip(6)}, {IDS[6]: "sha256:6"})
+    opened.clear()
+    store.catalog.refresh()
+    assert torch.equal(store.read([IDS[0], IDS[6]]).patches[1], clip(6)["patches"].half())
+    assert len(opened) == 1  # the file that has been replaced
+
+
+def test_a_file_that_another_program_has_locked_can_be_read(store: Store) -> None:
+    fill(store)
+    with (store.path / SHARD).open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert len(open_store(store.path).read([IDS[4]]).cls) == 1
+        assert verify(store.path).ok
 
 
 def _external_link(path: Path) -> None:

@@ -64,6 +64,8 @@ def test_convert_keeps_what_is_needed(tmp_path: Path) -> None:
     assert found.complete
     assert found.container == "safetensors"
     assert out.stat().st_size < source.stat().st_size
+    (tmp_path / "any").touch()
+    assert out.stat().st_mode == (tmp_path / "any").stat().st_mode  # as the umask says
     assert not [name for name in load_checkpoint(out).tensors if name.startswith(("mlm_score", "itm_score"))]
     video = torch.randn(1, 3, 3, 64, 64)
     before, after = (load_video_encoder("egovlpv2", path, 3, 2)(video) for path in (source, out))

@@ -1,6 +1,7 @@
 """Archives that mean harm, or are damaged, leave the folder as it was."""
 
 import io
+import os
 import shutil
 import stat
 import tarfile
@@ -58,6 +59,18 @@ def test_members_with_pipes_are_unpacked_beside_what_is_there(tmp_path: Path, fo
     archive = make(tmp_path / "archive", {CLIP: b"video", "Data/a": b"new", "./Data/b/c": b""})
     assert unpack(archive, folder) == (3, 8)
     assert files_in(folder) == {CLIP: b"video", "Data/a": b"new", "Data/b/c": b"", "kept": b"kept"}
+
+
+@pytest.mark.parametrize("make", [tar, zipped])
+def test_unpacked_files_follow_the_umask(tmp_path: Path, folder: Path, make) -> None:  # type: ignore[no-untyped-def]
+    archive = make(tmp_path / "archive", {CLIP: b"video"})
+    before = os.umask(0o002)
+    try:
+        unpack(archive, folder)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((folder / CLIP).stat().st_mode) == 0o664
+    assert stat.S_IMODE((folder / CLIP).parent.stat().st_mode) == 0o775
 
 
 HOSTILE = {

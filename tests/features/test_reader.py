@@ -1,0 +1,87 @@
+"""Threads that read one store wait for each other only where they need the same file."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from egopatch.features import DamagedStore, Store, open_store
+from egopatch.features.state.catalog import Catalog
+from egopatch.features.storage import objects
+from tests.features.conftest import IDS, SPEC, clip, fill, maker
+
+WAIT_S = 20.0  # only a test that fails waits this long
+
+
+def test_different_shards_are_opened_at_the_same_time(
+    make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(make())
+    store = open_store(make().path)
+    file_format = type(store._reader._file_format)
+    both = threading.Barrier(2)
+    opened: list[int] = []
+    plain = file_format.open
+
+    def meet(self, files, spec, shard, index=None):  # type: ignore[no-untyped-def]
+        opened.append(shard)
+        both.wait(WAIT_S)
+        return plain(self, files, spec, shard, index)
+
+    monkeypatch.setattr(file_format, "open", meet)
+    with ThreadPoolExecutor(4) as pool:
+        # Two threads want the one shard, two the other.
+        found = list(pool.map(lambda name: store.read([name]).patches[0], [IDS[0], IDS[4], IDS[1], IDS[5]]))
+    assert sorted(opened) == [0, 1]
+    for row, index in zip(found, (0, 4, 1, 5), strict=True):
+        assert np.array_equal(row, clip(index)["patches"].half())
+
+
+def test_a_shard_that_cannot_be_opened_is_tried_again(
+    make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(make())
+    store = open_store(make().path)
+    file_format = type(store._reader._file_format)
+    plain, failures = file_format.open, [DamagedStore("the network is down")] * 2
+
+    def fail_at_first(*args, **options):  # type: ignore[no-untyped-def]
+        if failures:
+            raise failures.pop()
+        return plain(*args, **options)
+
+    monkeypatch.setattr(file_format, "open", fail_at_first)
+    with pytest.raises(DamagedStore, match="the network is down"):
+        store.read([IDS[0]])
+    failures.clear()
+    assert len(store.read([IDS[0]]).cls) == 1
+
+
+def test_rows_are_read_while_another_thread_looks_for_a_later_commit(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = maker(f"{bucket}/store", "zarr")
+    fill(make(), skip=(IDS[3],))
+    monkeypatch.setattr(objects, "_TAIL", 16 * SPEC.shard + 4)  # the index alone: rows take a request each
+    store = open_store(make().path)
+    store.read([IDS[0]])
+    store.read([IDS[4]])
+    open_store(store.path).write_shard(0, {IDS[3]: clip(3)}, {IDS[3]: "sha256:3"})  # discards the files just opened
+    refreshing, read = threading.Event(), threading.Event()
+    plain = Catalog.refresh
+
+    def held(self: Catalog, shard: int | None = None) -> None:
+        refreshing.set()
+        assert read.wait(WAIT_S)
+        plain(self, shard)
+
+    monkeypatch.setattr(Catalog, "refresh", held)
+    with ThreadPoolExecutor(3) as pool:
+        rewritten = [pool.submit(store.read, [name]) for name in (IDS[0], IDS[1])]
+        assert refreshing.wait(WAIT_S)
+        assert len(pool.submit(store.read, [IDS[4]]).result(WAIT_S).cls) == 1
+        read.set()
+        for place, reading in enumerate(rewritten):
+            assert np.array_equal(reading.result(WAIT_S).patches[0], clip(place)["patches"].half())
