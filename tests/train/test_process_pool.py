@@ -17,9 +17,13 @@ LONG_S = 60.0
 def test_results_come_in_order_from_processes_on_one_thread_each() -> None:
     before = torch.get_num_threads()
     tensor = torch.arange(5)
+    last, started = os.pipe()
 
     def work(number: int) -> tuple[int, int, int]:
-        time.sleep(0.2 if number == 0 else 0)  # the first to start is the last to end
+        if number == 4:
+            os.write(started, b".")
+        if number == 0:
+            os.read(last, 1)  # the first to start ends after the last has started
         return int(tensor[number]), os.getpid(), torch.get_num_threads()
 
     results = call_in_processes([partial(work, number) for number in range(5)], cores=2)
@@ -63,9 +67,20 @@ def test_a_killed_process_is_named() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_all(number: signal.Signals) -> None:
     handler = signal.getsignal(number)
-    threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+    reached, report = os.pipe()
+
+    def work() -> None:
+        os.write(report, b".")
+        time.sleep(LONG_S)
+
+    def interrupt() -> None:
+        for _ in range(2):
+            os.read(reached, 1)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=interrupt).start()
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        call_in_processes([partial(time.sleep, LONG_S)] * 4, cores=2)
+        call_in_processes([work] * 4, cores=2)
     assert time.monotonic() - started < LONG_S / 2
     assert signal.getsignal(number) is handler

@@ -154,6 +154,7 @@ def test_schedule_covers_every_question_once(clips: list[int]) -> None:
     assert sorted(seen) == list(range(len(clips)))
 
 
+@pytest.mark.slow
 def test_operators_and_full_graphs() -> None:
     from egopatch.train.ops.select_attend import library
 
