@@ -140,7 +140,10 @@ def lock_file(handle: int, how: int, path: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[int]:
-    """Hold the file's lock against every other process; yields a handle that is open for reading and appending."""
+    """Hold the file's lock against every other process; yields a handle that is open for reading and appending.
+
+    An OSError within the block, of work with the handle, names the file.
+    """
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
@@ -149,6 +152,9 @@ def locked(path: Path) -> Iterator[int]:
             if _is_file_of(handle, path):
                 yield handle
                 return
+        except OSError as error:
+            error.filename = error.filename or str(path)
+            raise
         finally:
             os.close(handle)
 

@@ -40,20 +40,32 @@ class LocalFile:
 
     def read(self, size: int, offset: int) -> bytes:
         """See `interface.OpenFile`."""
-        return os.pread(self.handle, size, offset)
+        with self._errors_explained():
+            return os.pread(self.handle, size, offset)
 
     def read_into(self, target: np.ndarray, offset: int) -> int:
         """See `interface.OpenFile`."""
         crc = done = 0
-        while done < target.size:
-            # One block at a time, so that the checksum finds the bytes in the processor's cache.
-            block = target[done : done + _BLOCK]
-            count = os.preadv(self.handle, [block.data], offset + done)
-            if count == 0:
-                raise DamagedStore(f"{self.path} ends {target.size - done} bytes too early")
-            crc = crc32c(block[:count], crc)
-            done += count
+        with self._errors_explained():
+            while done < target.size:
+                # One block at a time, so that the checksum finds the bytes in the processor's cache.
+                block = target[done : done + _BLOCK]
+                count = os.preadv(self.handle, [block.data], offset + done)
+                if count == 0:
+                    raise DamagedStore(f"{self.path} ends {target.size - done} bytes too early")
+                crc = crc32c(block[:count], crc)
+                done += count
         return crc
+
+    @contextmanager
+    def _errors_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DamagedStore(
+                f"{self.path} cannot be read ({error.strerror}); check the disk, or the connection to its server, and "
+                "run the same command again"
+            ) from error
 
     def __del__(self) -> None:
         if self.handle >= 0:
