@@ -10,9 +10,7 @@ import random
 import re
 import signal
 import tempfile
-import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from egopatch.features import Failure, StoreError, create_store, open_store
 from egopatch.features.io.file_lease import lease_path
 from egopatch.features.tools.verify import verify
 from tests.features.conftest import FINGERPRINT, FORMATS, IDS, SPEC, clip
+from tests.features.faults import count_operations, fork, killed_at, report_operations
 
 BAD = IDS[2]
 
@@ -35,44 +34,6 @@ def job(root: Path, format: str) -> None:
             rows = {name: clip(IDS.index(name)) for name in work.ids if name != BAD}
             failures = {BAD: Failure("broken file", "Traceback")} if BAD in work.ids else {}
             store.write_shard(work.shard, rows, {name: f"sha256:{name}" for name in rows}, failures)
-
-
-def killed_at(point: int) -> Callable[[], None]:
-    """Make the `point`-th file operation of this process its last; a write gets half done before."""
-    left = iter(range(point, -1, -1))
-
-    def deadly(operation: Callable, name: str) -> Callable:
-        def wrapped(*args, **kwargs):
-            if next(left) == 0:
-                if name == "write":
-                    operation(args[0], args[1][: len(args[1]) // 2])
-                os.kill(os.getpid(), signal.SIGKILL)
-            return operation(*args, **kwargs)
-
-        return wrapped
-
-    def install() -> None:
-        for name in ("write", "fsync", "ftruncate"):
-            setattr(os, name, deadly(getattr(os, name), name))
-        for name in ("replace", "unlink", "mkdir", "write_bytes"):
-            setattr(Path, name, deadly(getattr(Path, name), name))
-
-    return install
-
-
-def in_child(action: Callable[[], None]) -> int:
-    """Run `action` in a forked child; returns its wait status."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of newer Pythons: zarr restarts its thread after a fork
-        child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            action()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitpid(child, 0)[1]
 
 
 def committed_files(root: Path) -> dict[str, bytes]:
@@ -122,9 +83,9 @@ def crash_at_every(points: Iterator[int], root: Path, format: str) -> int:
             killed_at(point)()
             job(store, format)
 
-        status = in_child(doomed)
-        if os.WIFEXITED(status):
-            assert os.WEXITSTATUS(status) == 0
+        code = fork(doomed).wait()
+        if code >= 0:
+            assert code == 0
             return done
         check_whole_or_absent_and_finish(store, format)
     raise AssertionError("the job never got through")
@@ -144,24 +105,24 @@ def test_killed_at_every_file_operation(tmp_path: Path, format: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_killed_at_random_moments(tmp_path: Path, format: str) -> None:
+    operations = count_operations(lambda: job(tmp_path / "whole", format))
     chance = random.Random(0)
-    started = time.monotonic()
-    assert in_child(lambda: job(tmp_path / "whole", format)) == 0
-    takes = time.monotonic() - started
-    killed = 0
-    for n in range(1000):
-        if killed == 100:
-            return
+    for n in range(30):
         root = tmp_path / str(n)
-        child = os.fork()
-        if child == 0:
+        reached, report = os.pipe()
+
+        def work(root: Path = root, report: int = report) -> None:
+            report_operations(report)
             job(root, format)
-            os._exit(0)
-        time.sleep(chance.uniform(0, takes))
-        os.kill(child, signal.SIGKILL)
-        killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+            signal.pause()  # the kill comes in any case
+
+        child = fork(work)
+        os.close(report)
+        for _ in range(chance.randrange(1, operations)):
+            assert os.read(reached, 1)
+        child.kill()  # while it goes on: in the middle of whatever it does now
+        os.close(reached)
         check_whole_or_absent_and_finish(root, format)
-    raise AssertionError(f"only {killed} of 1000 jobs were still at work when they were killed")
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -213,7 +174,7 @@ def test_a_file_size_limit_is_a_full_disk(tmp_path: Path, format: str, limit: in
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             (tmp_path / "message").write_text(str(error))
 
-    assert in_child(limited) == 0
+    assert fork(limited).wait() == 0
     assert re.match("no space left while (writing|taking the lease of) shard 0", (tmp_path / "message").read_text())
     assert verify(root).ok
     assert open_store(root).clip_ids == ()

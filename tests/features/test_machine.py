@@ -1,6 +1,5 @@
 """Any order of writing, killing, damaging, repairing, growing, converting and reading, against a dict."""
 
-import os
 import random
 import shutil
 import signal
@@ -19,8 +18,7 @@ from egopatch.features.tools.convert import convert
 from egopatch.features.tools.repair import repair
 from egopatch.features.tools.verify import verify
 from tests.features.conftest import FINGERPRINT, FORMATS, SPEC, clip
-from tests.features.test_crash import in_child, killed_at
-from tests.features.test_verify import FAULTS, apply, faulty_files
+from tests.features.faults import FAULTS, apply, faulty_files, fork, killed_at
 
 ALL = tuple(f"clip {n}" for n in range(14))
 
@@ -79,8 +77,7 @@ class StoreMachine(RuleBasedStateMachine):
             killed_at(point)()
             store.write_shard(todo.shard, {n: clip(seed) for n in todo.ids}, dict.fromkeys(todo.ids, "x"))
 
-        status = in_child(doomed)
-        assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL
+        assert fork(doomed).wait() in (0, -signal.SIGKILL)
         came_through = set(self.store().clip_ids) - self.values.keys()
         assert came_through in (set(), set(todo.ids))
         self.values |= dict.fromkeys(came_through, seed)

@@ -4,7 +4,6 @@ import json
 import random
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from egopatch.features.tools.verify import verify
 from egopatch.features.values.location import Location
 from egopatch.features.values.spec import Codec
 from tests.features.conftest import FINGERPRINT, FORMATS, IDS, SPEC, clip, fill
+from tests.features.faults import FAULTS, apply, faulty_files
 
 TEXTS = ("what is on the table?", "did it move?", "why?")
 TEXT_SPEC = StoreSpec.for_text(length=5, width=8, shard=2)
@@ -45,36 +45,6 @@ def compressed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     root = tmp_path_factory.mktemp("compressed") / "store"
     clips_and_texts(root, *request.param)
     return root
-
-
-def faulty_files(root: Path) -> list[Path]:
-    """Every file that holds something: data, metadata, ledger, ids, heads."""
-    return sorted(path for path in root.rglob("*") if path.is_file() and path.stat().st_size)
-
-
-def flip(content: bytes, chance: random.Random) -> bytes:
-    bit = chance.randrange(8 * len(content))
-    changed = bytearray(content)
-    changed[bit // 8] ^= 1 << bit % 8
-    return bytes(changed)
-
-
-FAULTS: dict[str, Callable[[bytes, random.Random], bytes | None]] = {
-    "flip": flip,
-    "truncate": lambda content, chance: content[: chance.randrange(len(content))],
-    "extend": lambda content, chance: content + chance.randbytes(9),
-    "remove": lambda content, chance: None,
-    "empty": lambda content, chance: b"",
-}
-
-
-def apply(path: Path, fault: str, chance: random.Random) -> bytes:
-    before = path.read_bytes()
-    after = FAULTS[fault](before, chance)
-    path.unlink()
-    if after is not None:
-        path.write_bytes(after)
-    return before
 
 
 def test_a_whole_store_is_clean(whole: Path) -> None:

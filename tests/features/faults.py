@@ -1,0 +1,120 @@
+"""What goes wrong below a store: kills at any file operation, and damaged files."""
+
+import os
+import random
+import signal
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def before_file_operations(act: Callable[[Callable, str, tuple], None]) -> None:
+    """Call `act(operation, name, arguments)` before each operation of this process on the file system."""
+
+    def wrap(operation: Callable, name: str) -> Callable:
+        def wrapped(*args, **kwargs):
+            act(operation, name, args)
+            return operation(*args, **kwargs)
+
+        return wrapped
+
+    for name in ("write", "fsync", "ftruncate"):
+        setattr(os, name, wrap(getattr(os, name), name))
+    for name in ("replace", "unlink", "mkdir", "write_bytes"):
+        setattr(Path, name, wrap(getattr(Path, name), name))
+
+
+def killed_at(point: int) -> Callable[[], None]:
+    """Make the `point`-th file operation of this process its last; a write gets half done before."""
+    left = iter(range(point, -1, -1))
+
+    def deadly(operation: Callable, name: str, args: tuple) -> None:
+        if next(left) == 0:
+            if name == "write":
+                operation(args[0], args[1][: len(args[1]) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return lambda: before_file_operations(deadly)
+
+
+def report_operations(pipe: int) -> None:
+    """Write a byte into `pipe` before each file operation of this process."""
+    write = os.write
+    before_file_operations(lambda operation, name, args: write(pipe, b".") and None)
+
+
+def count_operations(action: Callable[[], None]) -> int:
+    """How many file operations `action` takes; it runs in a child."""
+    reached, report = os.pipe()
+
+    def counted() -> None:
+        os.close(reached)
+        report_operations(report)
+        action()
+
+    assert fork(counted).wait() == 0
+    os.close(report)
+    with os.fdopen(reached, "rb") as lines:
+        return len(lines.read())
+
+
+@dataclass(frozen=True)
+class Child:
+    """A forked process."""
+
+    pid: int
+
+    def kill(self) -> None:
+        """End it at once, and wait until it has ended."""
+        os.kill(self.pid, signal.SIGKILL)
+        self.wait()
+
+    def wait(self) -> int:
+        """Its exit code; minus the number of the signal that ended it."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def fork(action: Callable[[], object]) -> Child:
+    """Run `action` in a forked child."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of newer Pythons: zarr restarts its thread after a fork
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            action()
+            code = 0
+        finally:
+            os._exit(code)
+    return Child(child)
+
+
+def faulty_files(root: Path) -> list[Path]:
+    """Every file that holds something: data, metadata, ledger, ids, heads."""
+    return sorted(path for path in root.rglob("*") if path.is_file() and path.stat().st_size)
+
+
+def flip(content: bytes, chance: random.Random) -> bytes:
+    bit = chance.randrange(8 * len(content))
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+FAULTS: dict[str, Callable[[bytes, random.Random], bytes | None]] = {
+    "flip": flip,
+    "truncate": lambda content, chance: content[: chance.randrange(len(content))],
+    "extend": lambda content, chance: content + chance.randbytes(9),
+    "remove": lambda content, chance: None,
+    "empty": lambda content, chance: b"",
+}
+
+
+def apply(path: Path, fault: str, chance: random.Random) -> bytes:
+    before = path.read_bytes()
+    after = FAULTS[fault](before, chance)
+    path.unlink()
+    if after is not None:
+        path.write_bytes(after)
+    return before
