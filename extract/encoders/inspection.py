@@ -14,6 +14,7 @@ from egopatch.extract.encoders.checkpoints.checkpoint import (
     PUBLISHED_NETWORKS,
     Checkpoint,
     CheckpointError,
+    list_some,
     load_checkpoint,
 )
 from egopatch.extract.encoders.checkpoints.standin import published_shapes
@@ -33,7 +34,7 @@ class CheckpointReport:
         path: Path of the file.
         bytes: Size of the file.
         sha256: SHA-256 of the file, in hex.
-        container: Where the tensors are: `state_dict`, `model_state_dict`, `bare` or `safetensors`.
+        container: Where the tensors are; see `Checkpoint`.
         network: EgoVLP, EgoVLPv2 or MFAS.
         width: Channels of a token, D.
         blocks: Number of blocks of the video network.
@@ -124,8 +125,8 @@ def inspect_checkpoint(path: Path | str) -> CheckpointReport:
     network = checkpoint.network
     if network not in PUBLISHED_NETWORKS:
         raise CheckpointError(
-            f"{checkpoint.path}: its tensors belong to none of the published networks; "
-            f"expected {', '.join(PUBLISHED_NETWORKS.values())}"
+            f"{checkpoint.path}: its tensors (under {checkpoint.container}: {list_some([*checkpoint.tensors])}) belong "
+            f"to none of the published networks; expected {', '.join(PUBLISHED_NETWORKS.values())}"
         )
     sizes = VideoSizes.of(checkpoint)
     classifier = checkpoint.tensors.get("projector_2.weight")

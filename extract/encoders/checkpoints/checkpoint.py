@@ -1,8 +1,9 @@
 """Reads checkpoints without executing code that is in them.
 
-A checkpoint is a bare dict of tensors, or one under `state_dict` (pretraining) or `model_state_dict` (fine-tuning),
-with or without `module.` on the names, in PyTorch's format; or safetensors. Published pretraining files also pickle
-the training script's own objects; those become inert stand-ins and are dropped.
+A checkpoint is a bare dict of tensors, or one under `state_dict` (pretraining), `model_state_dict` (fine-tuning) or any
+other key where it can only be the network, with or without `module.`, `model.` and `_orig_mod.` on the names, in
+PyTorch's format; or safetensors. Published pretraining files also pickle the training script's own objects; those
+become inert stand-ins and are dropped.
 """
 
 import hashlib
@@ -23,7 +24,11 @@ from torch import Tensor, nn
 
 from egopatch.extract.errors import CheckpointError
 
-CONTAINERS = ("state_dict", "model_state_dict")
+CONTAINERS = ("state_dict", "model_state_dict")  # of the published files
+# What is put in front of a tensor's name by torch.compile, by DataParallel and its like, and by trainers' classes.
+_COMPILED = re.compile(r"(?<![^.])_orig_mod\.")
+_WRAPPER = re.compile(r"^(module\.)+")
+_TRAINER = re.compile(r"^((module|model)\.)+")
 # Networks by the key that `recognise_network` returns, with the names for messages.
 PUBLISHED_NETWORKS = {"egovlp": "EgoVLP", "egovlpv2": "EgoVLPv2", "mfas": "MFAS"}
 NETWORK_NAMES = PUBLISHED_NETWORKS | {"lite": "EfficientNet-Lite0", "bert": "BERT"}
@@ -33,11 +38,11 @@ SHOWN = 4
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors of a checkpoint file, by published name without `module.`.
+    """Tensors of a checkpoint file, by published name.
 
     Attributes:
         path: Path of the file.
-        container: Where the tensors were found: `state_dict`, `model_state_dict`, `bare` or `safetensors`.
+        container: Where the tensors were found: the key, such as `state_dict`; `bare` or `safetensors`.
         tensors: Name to tensor; tensors may be memory-mapped from the file.
     """
 
@@ -97,23 +102,21 @@ class Checkpoint:
         source = names if not isinstance(names, str) else {name: names + name for name in target}
         missing = [source[name] for name in target if source[name] not in self.tensors]
         if missing:
-            raise CheckpointError(f"{self.path}: {self._described()} is missing {_list(missing)}")
+            raise CheckpointError(f"{self.path}: {self._described()} is missing {list_some(missing)}")
         reshaped = [
             f"{source[n]} is {tuple(self.tensors[source[n]].shape)}, expected {tuple(t.shape)}"
             for n, t in target.items()
             if self.tensors[source[n]].shape != t.shape
         ]
         if reshaped:
-            raise CheckpointError(f"{self.path}: wrong shape: {_list(reshaped)}")
+            raise CheckpointError(f"{self.path}: wrong shape: {list_some(reshaped)}")
         filled = {n: self.tensors[source[n]].to(dtype=t.dtype, copy=True) for n, t in target.items()}
         module.load_state_dict(filled, assign=True)
 
     def _described(self) -> str:
-        return (
-            f"this {NETWORK_NAMES[self.network]} checkpoint"
-            if self.network
-            else "this checkpoint of an unknown network"
-        )
+        if self.network:
+            return f"this {NETWORK_NAMES[self.network]} checkpoint"
+        return f"this checkpoint of an unknown network (tensors under {self.container}: {list_some([*self.tensors])})"
 
 
 def recognise_network(names: Iterable[str]) -> str | None:
@@ -226,23 +229,52 @@ def _refuse_compressed(path: Path) -> None:
 
 
 def _unwrap(path: Path, content: Any) -> tuple[str, dict[str, Tensor]]:
+    """Where the tensors are, and the tensors by published name.
+
+    Every key is looked into, because training scripts agree on none; a dict counts where it holds a known network.
+    """
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected a dict of tensors")
-    container = next((key for key in CONTAINERS if isinstance(content.get(key), dict)), "bare")
-    inside = content if container == "bare" else content[container]
+    inside = {str(key): _tensors_of(value) for key, value in content.items() if isinstance(value, dict)}
+    places = {place: tensors for place, tensors in ({"bare": _tensors_of(content)} | inside).items() if tensors}
+    if not places:
+        raise CheckpointError(
+            f"{path}: holds no tensors under its keys, which are {list_some([str(key) for key in content]) or 'none'}; "
+            f"expected them under {' or '.join(CONTAINERS)} or bare"
+        )
+    known = [place for place, tensors in places.items() if recognise_network(_published_names(tensors).values())]
+    if len(known) > 1:
+        raise CheckpointError(
+            f"{path}: holds a network under each of {list_some(known)}, and only one can be meant; save the one to "
+            "use in a file of its own"
+        )
+    container = known[0] if known else next(place for place in (*CONTAINERS, *places) if place in places)
     tensors: dict[str, Tensor] = {}
-    for written, tensor in inside.items():
-        if not isinstance(written, str) or not isinstance(tensor, Tensor):
-            continue
-        name = written.removeprefix("module.")
+    written: dict[str, str] = {}
+    for key, name in _published_names(places[container]).items():
         if name in tensors:
+            both = sorted((key, written[name]), key=len)
             raise CheckpointError(
-                f"{path}: holds both {name!r} and {'module.' + name!r}, which name the same tensor; remove one of them"
+                f"{path}: holds both {both[0]!r} and {both[1]!r}, which name the same tensor; remove one of them"
             )
-        tensors[name] = tensor
-    if not tensors:
-        raise CheckpointError(f"{path}: holds no tensors; expected them under {' or '.join(CONTAINERS)} or bare")
+        tensors[name], written[name] = places[container][key], key
     return container, tensors
+
+
+def _tensors_of(value: Mapping[Any, Any]) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in value.items() if isinstance(key, str) and isinstance(tensor, Tensor)}
+
+
+def _published_names(keys: Iterable[str]) -> dict[str, str]:
+    """Key -> the tensor's published name, without what DataParallel, torch.compile and trainers add in front of it.
+
+    `model.` may be a part of the name, so it is removed only where that gives the names of a known network.
+    """
+    names = {key: _WRAPPER.sub("", _COMPILED.sub("", key)) for key in keys}
+    if recognise_network(names.values()):
+        return names
+    deeper = {key: _TRAINER.sub("", name) for key, name in names.items()}
+    return deeper if recognise_network(deeper.values()) else names
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -279,7 +311,8 @@ def _standins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     return [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in names]
 
 
-def _list(items: list[str]) -> str:
+def list_some(items: list[str]) -> str:
+    """The first of `items`, and how many more there are, for messages."""
     more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
     return ", ".join(items[:SHOWN]) + more
 

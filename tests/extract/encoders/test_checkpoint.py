@@ -72,13 +72,48 @@ def test_numpy_scalars_of_older_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "_orig_mod.", "module.module.", "module._orig_mod.model."])
 def test_containers(tmp_path: Path, container: str, prefix: str) -> None:
     whole = dict(tiny(tmp_path).tensors)
     path = write_container(tmp_path, container, {prefix + name: tensor for name, tensor in whole.items()})
     loaded = load_checkpoint(path)
     assert (loaded.container, loaded.network) == (container, "egovlpv2")
     assert loaded.tensors.keys() == whole.keys()
+
+
+@pytest.mark.parametrize("key", ["model", "module", "model_state", "model_ema", "net"])
+def test_a_network_is_found_under_any_key(tmp_path: Path, key: str) -> None:
+    whole = dict(tiny(tmp_path).tensors)
+    path = tmp_path / "file.pth"
+    half = {name.replace("video_model.", "video_model._orig_mod."): tensor for name, tensor in whole.items()}
+    other = {"optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}, "scaler": {"scale": torch.ones(1)}}
+    torch.save({"epoch": 3, "loss": torch.ones(1), **other, key: half}, path)
+    loaded = load_checkpoint(path)
+    assert (loaded.container, loaded.network) == (key, "egovlpv2")
+    assert loaded.tensors.keys() == whole.keys()
+
+
+def test_two_networks_in_one_file_are_refused_by_their_keys(tmp_path: Path) -> None:
+    whole = dict(tiny(tmp_path).tensors)
+    path = tmp_path / "file.pth"
+    torch.save({"model": whole, "model_ema": whole}, path)
+    with pytest.raises(
+        CheckpointError, match=r"file\.pth: holds a network under each of model, model_ema, and only one"
+    ):
+        load_checkpoint(path)
+
+
+def test_a_file_without_tensors_is_refused_by_its_keys(tmp_path: Path) -> None:
+    path = tmp_path / "file.pth"
+    torch.save({"epoch": 3, "weights": {"inner": {"a": torch.ones(2)}}}, path)
+    with pytest.raises(CheckpointError, match=r"holds no tensors under its keys, which are epoch, weights; expected"):
+        load_checkpoint(path)
+
+
+def test_names_of_an_unknown_network_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "file.pth"
+    torch.save({"model": {"model.a": torch.ones(2), "module.b": torch.ones(2)}}, path)
+    assert load_checkpoint(path).tensors.keys() == {"model.a", "b"}
 
 
 def test_files_from_before_the_zip_format(tmp_path: Path) -> None:
@@ -112,11 +147,12 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
     torch.save({"conv1.weight": torch.ones(2), "fc.bias": torch.ones(2)}, path)
     with pytest.raises(
         CheckpointError,
-        match=r"resnet\.pth: this checkpoint of an unknown network was found where",
+        match=r"resnet\.pth: this checkpoint of an unknown network \(tensors under bare: conv1\.weight, fc\.bias\) was",
     ):
         load_video_encoder("egovlpv2", path)
     with pytest.raises(
-        CheckpointError, match="its tensors belong to none of the published networks; expected EgoVLP, EgoVLPv2, MFAS"
+        CheckpointError,
+        match=r"its tensors \(under bare: conv1.*\) belong to none of the published networks; expected EgoVLP, E",
     ):
         inspect_checkpoint(path)
 
