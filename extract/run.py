@@ -8,7 +8,14 @@ import torch
 
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import load_dataset
-from egopatch.extract.encoders import TextEncoder, Tokenizer, load_text_encoder, load_tokenizer, open_text_checkpoint
+from egopatch.extract.encoders import (
+    Checkpoint,
+    TextEncoder,
+    Tokenizer,
+    load_text_encoder,
+    load_tokenizer,
+    open_text_checkpoint,
+)
 from egopatch.extract.engines.dispatch import encode_with_engine
 from egopatch.extract.engines.job_slice import ALL_SHARDS, Slice
 from egopatch.extract.fingerprints import text_depth, text_fingerprint
@@ -62,8 +69,9 @@ def extract_features(config: Config, retry: bool = False, job_slice: Slice = ALL
     job = resolve_job(config)
     dataset = load_dataset(config.data)
     ids = [clip.clip_id for clip in dataset.clips]
+    network = _load_text_network(job)  # before the store is created: a wrong text.model leaves nothing behind
     store = create_store(config.store.path, job.spec, job.fingerprint, ids, format=config.store.format)
-    texts = _encode_texts(job, dataset.texts, job_slice)
+    texts = _encode_texts(job, network, dataset.texts, job_slice)
     clips = {clip.clip_id: clip for clip in dataset.clips}
     # A store may hold clips of a larger data set; only those of this one have videos to encode.
     works = [
@@ -90,14 +98,28 @@ def extract_features(config: Config, retry: bool = False, job_slice: Slice = ALL
     )
 
 
-def _encode_texts(job: ExtractionJob, texts: Sequence[str], job_slice: Slice) -> int:
+@dataclass(frozen=True)
+class _TextNetwork:
+    """The frozen text network on the job's device, with its checkpoint and tokenizer."""
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    encoder: TextEncoder
+
+
+def _load_text_network(job: ExtractionJob) -> _TextNetwork:
+    text = job.config.text
+    checkpoint = open_text_checkpoint(job.network, job.checkpoint, text.model)
+    tokenizer = load_tokenizer(text.model, text.max_length)
+    encoder = load_text_encoder(job.network, checkpoint, depth=text_depth(job.config)).to(job.device).eval()
+    return _TextNetwork(checkpoint, tokenizer, encoder)
+
+
+def _encode_texts(job: ExtractionJob, network: _TextNetwork, texts: Sequence[str], job_slice: Slice) -> int:
     """Encode the question texts that are missing from the text substore; returns the number that it holds."""
-    config = job.config
-    checkpoint = open_text_checkpoint(job.network, job.checkpoint, config.text.model)
-    tokenizer = load_tokenizer(config.text.model, config.text.max_length)
-    encoder = load_text_encoder(job.network, checkpoint, depth=text_depth(config)).to(job.device).eval()
+    config, encoder = job.config, network.encoder
     spec = StoreSpec.for_text(config.text.max_length, encoder.width, config.store.dtype, codec=config.store.codec)
-    fingerprint = text_fingerprint(config, job.network, checkpoint.sha256)
+    fingerprint = text_fingerprint(config, job.network, network.checkpoint.sha256)
     store = create_store(
         parse_location(config.store.path) / TEXT_FOLDER, spec, fingerprint, texts, format=config.store.format
     )
@@ -110,7 +132,7 @@ def _encode_texts(job: ExtractionJob, texts: Sequence[str], job_slice: Slice) ->
                 rows: dict[str, dict[str, torch.Tensor]] = {}
                 for start in range(0, len(uncommitted), TEXT_BATCH):
                     batch = uncommitted[start : start + TEXT_BATCH]
-                    rows |= _encode_text_batch(encoder, tokenizer, batch, job.device, dtype)
+                    rows |= _encode_text_batch(encoder, network.tokenizer, batch, job.device, dtype)
                     display.advance(len(batch))
                 sources = {text: hashlib.sha256(text.encode()).hexdigest() for text in rows}
                 writer.write(work.shard, rows, sources, {})

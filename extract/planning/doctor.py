@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from egopatch.configs.schema import Config, DataConfig
+from egopatch.configs.schema import Config, ConfigError, DataConfig
 from egopatch.extract.datasets import PARTS, Clip, Dataset, DatasetError, Question, egotaskqa, load_dataset
+from egopatch.extract.encoders import load_tokenizer
 from egopatch.extract.worker.device import arithmetic_advice, device_of
 
 VERIFY_ANSWERS = ("yes", "no")
@@ -50,7 +51,7 @@ class Diagnosis:
 
 
 def examine(config: Config) -> Diagnosis:
-    """Read the annotations of every split that is present, look for every video, and check the machine.
+    """Read the annotations of every split that is present, look for every video, and check tokenizer and machine.
 
     Annotations that cannot be read are a fault, one item per line or record; then nothing else is checked.
 
@@ -59,17 +60,19 @@ def examine(config: Config) -> Diagnosis:
     """
     line = arithmetic_advice(config, device_of(config.encoder.device))
     advice = () if line is None else (line,)
+    tokenizer = [_fault("tokenizer that cannot be loaded", _faults_of_tokenizer(config))]
     try:
         splits = _load_splits(config.data)
     except DatasetError as error:
         if not config.data.root.is_dir():
             raise
-        return Diagnosis({}, (_fault("annotations that are missing or cannot be used", error.problems),), advice)
+        annotations = _fault("annotations that are missing or cannot be used", error.problems)
+        return Diagnosis({}, (annotations, *_present(tokenizer)), advice)
     dataset = splits[config.data.split]
-    findings = [*_of_clips(config.data, dataset), *_across_splits(splits)]
+    findings = [*tokenizer, *_of_clips(config.data, dataset), *_across_splits(splits)]
     for split, other in splits.items():
         findings += _of_questions(f"{split}: " if len(splits) > 1 else "", other)
-    return Diagnosis(_counts(splits, dataset), tuple(finding for finding in findings if finding.count), advice)
+    return Diagnosis(_counts(splits, dataset), _present(findings), advice)
 
 
 def format_diagnosis(diagnosis: Diagnosis) -> str:
@@ -195,6 +198,18 @@ def _across_splits(splits: Mapping[str, Dataset]) -> Iterator[Finding]:
             if known != split and content != (same.clip_id, same.text, same.answer):
                 other.append(f"{question.question_id}: {same.text!r} in {known}, {question.text!r} in {split}")
     yield _fault("question ids that belong to another question in the other split", other)
+
+
+def _faults_of_tokenizer(config: Config) -> list[str]:
+    try:
+        load_tokenizer(config.text.model)
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
+def _present(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    return tuple(finding for finding in findings if finding.count)
 
 
 def _fault(what: str, found: Iterable[str]) -> Finding:

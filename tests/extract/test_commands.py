@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from huggingface_hub import constants
 
 from egopatch.extract.__main__ import main
 from egopatch.extract.datasets import load_dataset
@@ -188,6 +189,25 @@ def test_wrong_input_is_one_line_and_code_two(
     error = capsys.readouterr().err
     assert message in error
     assert all(": no such file" in line for line in error.splitlines()[1:])  # one line a missing file
+
+
+def test_a_hub_that_cannot_be_reached_leaves_nothing_behind(
+    bare: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    before = sorted(bare.rglob("*"))
+    model = ("--text.model", "egopatch/no-such-tokenizer")
+    assert main(["run", *options(bare, *model)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("extract run: error: text.model is 'egopatch/no-such-tokenizer'")
+    assert error.count("\n") == 1
+    assert sorted(bare.rglob("*")) == before
+    assert main(["doctor", *options(bare, *model)]) == 1
+    assert (
+        "fault: 1 tokenizer that cannot be loaded\n    text.model is 'egopatch/no-such-tokenizer'"
+        in capsys.readouterr().out
+    )
 
 
 def test_unknown_command_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:

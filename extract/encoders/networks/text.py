@@ -5,8 +5,11 @@ Shape legend: B texts, L tokens.
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
+import tokenizers
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -14,6 +17,7 @@ from transformers import (
     BertModel,
     DistilBertConfig,
     DistilBertModel,
+    PreTrainedTokenizerBase,
     RobertaConfig,
     RobertaModel,
 )
@@ -25,6 +29,7 @@ from egopatch.extract.encoders.layers.projection import TEXT_LAYERS, projection_
 from egopatch.extract.encoders.layers.spacetime import HEAD_WIDTH
 from egopatch.extract.encoders.layers.text_encoder import TextEncoder, Tokenizer
 from egopatch.extract.encoders.layers.video_encoder import check_depth
+from egopatch.extract.encoders.networks.hub import is_hub_name, why_unreachable
 
 
 def build_roberta(checkpoint: Checkpoint, depth: int) -> TextEncoder:
@@ -131,6 +136,31 @@ def _layers_for(depth: int, checkpoint: Checkpoint) -> int:
     return layers
 
 
+def _pretrained_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    folder = text_folder(model)
+    expected = "expected a folder with a tokenizer or a name on the hub"
+    local = Path(folder).is_dir()
+    if not local and not is_hub_name(model):
+        raise ConfigError(f"text.model is {model!r}, which does not exist; {expected}")
+    offline = None if local else why_unreachable()
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=offline is not None)
+    except Exception as error:  # the Rust tokenizers raise nothing more special
+        if offline:
+            raise ConfigError(
+                f"text.model is {model!r}, which is neither a folder here nor in the hub's cache, and {offline}; copy "
+                "the tokenizer here and set text.model to its folder (`python -m extract data` downloads published ones)"
+            ) from error
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+        if local:
+            raise ConfigError(
+                f"text.model is {model!r}, whose tokenizer cannot be read ({reason}); its files are damaged, "
+                f"incomplete or of a newer version than transformers {transformers.__version__} and tokenizers "
+                f"{tokenizers.__version__}: copy them again, or upgrade both packages"
+            ) from error
+        raise ConfigError(f"text.model is {model!r}; {expected} ({reason})") from error
+
+
 def load_tokenizer(model: str, max_length: int = 30) -> Tokenizer:
     """The tokenizer of a text network.
 
@@ -142,15 +172,10 @@ def load_tokenizer(model: str, max_length: int = 30) -> Tokenizer:
         A function from texts to input ids [B, L] and attention mask [B, L] (bool). It lower-cases, as published.
 
     Raises:
-        ConfigError: `text.model` names no tokenizer.
+        ConfigError: `text.model` names no tokenizer, one that this version of transformers cannot read, or one on the
+            hub, which cannot be reached.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(text_folder(model))
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ConfigError(
-            f"text.model is {model!r}; expected a folder with a tokenizer or a name on the hub ({reason})"
-        ) from error
+    tokenizer = _pretrained_tokenizer(model)
 
     def tokenize(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         batch = tokenizer(

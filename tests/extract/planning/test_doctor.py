@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 
 from egopatch.extract.__main__ import main
+from egopatch.extract.encoders.checkpoints.package import MINILM
 
 ANSWERS = "<UNK0>\n<UNK1>\ncup\nyes\nno\n"
 SPLITS = ("direct", "indirect")
 PARTS = ("train", "val", "test")
+
+TOKENIZER = ("--text.model", MINILM.name)
 
 Records = dict[str, dict[str, list[dict[str, Any]]]]
 
@@ -55,7 +58,7 @@ def doctor(
 ) -> tuple[int, dict[str, int], dict[str, tuple[str, list[str]]]]:
     """Exit code, counts, and what was found: severity and entries by words."""
     capsys.readouterr()
-    code = main(["doctor", "--data.root", str(root), "--encoder.dtype", "float32", "--json", *more])
+    code = main(["doctor", "--data.root", str(root), "--encoder.dtype", "float32", *TOKENIZER, "--json", *more])
     diagnosis = json.loads(capsys.readouterr().out)
     assert all(finding["count"] == len(finding["found"]) for finding in diagnosis["findings"])
     return code, diagnosis["counts"], {f["what"]: (f["severity"], f["found"]) for f in diagnosis["findings"]}
@@ -67,7 +70,7 @@ def test_a_sound_set(tmp_path: Path, records: Records, capsys: pytest.CaptureFix
     assert (counts["clips"], counts["clips with a video"], counts["question texts"]) == (6, 6, 6)
     assert [counts[f"indirect {part} questions"] for part in PARTS] == [2, 2, 2]
     assert (counts["direct train open"], counts["direct train binary"], counts["direct answers"]) == (1, 1, 5)
-    assert main(["doctor", "--data.root", str(tmp_path)]) == 0
+    assert main(["doctor", "--data.root", str(tmp_path), *TOKENIZER]) == 0
     assert "no faults found" in capsys.readouterr().out
 
 
@@ -118,7 +121,7 @@ def test_each_fault(tmp_path: Path, records: Records, capsys: pytest.CaptureFixt
         assert found == [f"L4-F1|P1|10|95: {video}"]
     elif fault != "folder":
         assert found[0].startswith({"id twice": "0: train and test"}.get(fault, "4"))
-    assert main(["doctor", "--data.root", str(tmp_path)]) == 1
+    assert main(["doctor", "--data.root", str(tmp_path), *TOKENIZER]) == 1
     assert f"fault: 1 {what}" in capsys.readouterr().out
 
 
@@ -177,6 +180,7 @@ def test_questions_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert code == 1
     assert findings["clips without a video file"] == ("fault", [f"b: {tmp_path / 'b.mp4'}"])
     assert findings["verify questions whose answer is neither yes nor no"] == ("fault", ["2 in test: 'maybe'"])
+    assert findings["parts without a question; training needs all three"] == ("note", ["val"])
     assert (counts["clips"], counts["train questions"], counts["test binary"]) == (2, 1, 1)
     (tmp_path / "b.mp4").write_bytes(b"video")
     asked[1]["answer"] = "no"

@@ -1,0 +1,61 @@
+"""Tokenizers that cannot be loaded are one line, soon."""
+
+import json
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from egopatch.configs.schema import ConfigError
+from egopatch.extract.encoders import load_tokenizer
+from egopatch.extract.encoders.checkpoints.standin import write_standin
+from egopatch.extract.encoders.networks import hub
+
+NAME = "egopatch/no-such-tokenizer"
+
+
+def refused(model: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_tokenizer(model)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert line.startswith(f"text.model is {model!r}")
+    return line
+
+
+def test_files_of_a_newer_library(tmp_path: Path) -> None:
+    folder = write_standin("egovlpv2", tmp_path / "a.pth", texts=["what is held?"]).tokenizer
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["type"] = "BPE3"
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert "whose tokenizer cannot be read (data did not match any variant" in refused(str(folder))
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    assert "whose tokenizer cannot be read (" in refused(str(tmp_path))
+
+
+def test_a_name_that_the_hub_cannot_have(tmp_path: Path) -> None:
+    line = refused(str(tmp_path / "nowhere"))
+    assert line.endswith("which does not exist; expected a folder with a tokenizer or a name on the hub")
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_hub_that_cannot_be_reached(silent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        if not silent:
+            server.close()  # so that the port refuses
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(hub, "REACH_S", 0.1 if silent else hub.REACH_S)
+        before = time.monotonic()
+        line = refused(NAME)
+    assert f"which is neither a folder here nor in the hub's cache, and {address} cannot be reached; copy" in line
+    assert time.monotonic() - before < 10
+
+
+def test_a_hub_that_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "in the hub's cache, and HF_HUB_OFFLINE is set; copy the tokenizer" in refused(NAME)
