@@ -91,7 +91,7 @@ class EncoderConfig:
         variant: `mfas` only: `paper` follows the paper, `released` the published code and its deviations.
         dtype: Arithmetic of the encoder.
         batch: Number of clips encoded together; on a CPU each core encodes one clip, so at most one a core.
-        device: `auto` is CUDA where available, else CPU.
+        device: `auto` is CUDA where available, else CPU; workers take the GPUs in turn, unless it names one (`cuda:3`).
         compile: Use torch.compile, whose minutes of compilation pay off only in long jobs.
     """
 
@@ -172,8 +172,10 @@ class EngineConfig:
     Args:
         name: `joblib` runs worker processes on this machine, `ray` on a Ray cluster (`pip install ray`).
         address: `ray` only: host:port of a running cluster; `local` starts one on this machine for the job.
-        workers: Number of encoder processes; `auto` is one for each GPU, or one on a machine (or Ray node) without GPU.
-        decoders: Number of decoder processes for each worker; `auto` is the number of cores, at most 8.
+        workers: Number of encoder processes; `auto` is one for each GPU that the job may use and `encoder.device`
+            allows, or one on a machine (or Ray node) without GPU.
+        decoders: Number of decoder processes for each worker; `auto` divides the cores that the job may use between
+            the workers, at most 8 each.
         max_errors: Stop with exit code 1 once more clips than this are quarantined: a count, or a share below 1.
     """
 

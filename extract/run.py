@@ -24,6 +24,7 @@ from egopatch.extract.worker.job import ExtractionJob, resolve_job
 from egopatch.extract.worker.job_stats import JobStats, record_job
 from egopatch.extract.worker.shard_writer import ShardWriter
 from egopatch.features import ShardWork, StoreError, StoreSpec, create_store
+from egopatch.features.common.machine import limit_threads
 from egopatch.features.common.progress import ProgressDisplay
 from egopatch.features.store.text_substore import TEXT_FOLDER
 from egopatch.features.values.location import parse_location
@@ -66,6 +67,7 @@ def extract_features(config: Config, retry: bool = False, job_slice: Slice = ALL
         TooManyErrors: More clips failed than `engine.max_errors`; committed shards stay.
         WorkersKilled: Workers were killed after every restart; committed shards stay.
     """
+    limit_threads()
     job = resolve_job(config)
     dataset = load_dataset(config.data)
     ids = [clip.clip_id for clip in dataset.clips]

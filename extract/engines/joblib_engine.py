@@ -5,13 +5,13 @@ import signal
 from collections.abc import Mapping, Sequence
 
 import joblib
-import torch
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Clip
 from egopatch.extract.engines.interrupts import SIGNALS
-from egopatch.extract.engines.sharing import WorkersDied, decoder_count, run_worker, worker_count
+from egopatch.extract.engines.sharing import WorkersDied, run_worker, worker_count
+from egopatch.extract.worker.device import device_of_worker
 from egopatch.extract.worker.job_stats import JobStats
 from egopatch.features import ShardWork
 from egopatch.features.common.parent import exit_with_parent
@@ -25,11 +25,10 @@ def run_workers(config: Config, works: Sequence[ShardWork], clips: Mapping[str, 
         TooManyErrors, StoreError: As `extract.worker.pipeline.encode_shards`.
     """
     workers = min(worker_count(config), len(works))
-    decoders = decoder_count(config, workers)
     task = joblib.delayed(_run_worker)
     try:
         stats = joblib.Parallel(n_jobs=workers, backend="loky")(
-            task(config, rank, workers, works, clips, decoders) for rank in range(workers)
+            task(config, rank, workers, works, clips) for rank in range(workers)
         )
     except TerminatedWorkerError as error:
         raise WorkersDied from error
@@ -37,7 +36,7 @@ def run_workers(config: Config, works: Sequence[ShardWork], clips: Mapping[str, 
 
 
 def _run_worker(
-    config: Config, rank: int, workers: int, works: Sequence[ShardWork], clips: Mapping[str, Clip], decoders: int
+    config: Config, rank: int, workers: int, works: Sequence[ShardWork], clips: Mapping[str, Clip]
 ) -> JobStats:
     # The parent handles signals to the whole job: it ends its workers, and they end with it.
     for number in (signal.SIGINT, *SIGNALS):
@@ -45,6 +44,5 @@ def _run_worker(
     exit_with_parent()
     # loky registers its own start method, which a spawned decoder process would not know.
     multiprocessing.set_start_method("spawn", force=True)
-    # One GPU for each worker, taken in turn if there are more workers than GPUs.
-    device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else None
-    return run_worker(config, rank, workers, works, clips, decoders, device)
+    device = device_of_worker(config.encoder.device, rank)
+    return run_worker(config, rank, workers, works, clips, device, neighbours=workers)

@@ -16,7 +16,7 @@ from typing import Any
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets import Clip
-from egopatch.extract.engines.sharing import WorkersDied, decoder_count, run_worker
+from egopatch.extract.engines.sharing import WorkersDied, run_worker
 from egopatch.extract.worker.job_stats import JobStats
 from egopatch.features import ShardWork
 
@@ -37,7 +37,7 @@ def run_workers(config: Config, works: Sequence[ShardWork], clips: Mapping[str, 
         workers, needs = _fit(config, ray.cluster_resources(), nodes, len(works))
         remote = ray.remote(**needs, scheduling_strategy="SPREAD")(_Worker)
         actors = [remote.remote(str(Path.cwd())) for _ in range(workers)]
-        shared = ray.put((config, list(works), dict(clips), decoder_count(config, math.ceil(workers / nodes))))
+        shared = ray.put((config, list(works), dict(clips), math.ceil(workers / nodes)))
         try:
             return _gather(ray, [actor.work.remote(rank, workers, shared) for rank, actor in enumerate(actors)])
         finally:
@@ -52,8 +52,8 @@ class _Worker:
         os.chdir(folder)
 
     def work(self, rank: int, workers: int, shared: tuple[Config, list[ShardWork], dict[str, Clip], int]) -> JobStats:
-        config, works, clips, decoders = shared
-        return run_worker(config, rank, workers, works, clips, decoders)
+        config, works, clips, neighbours = shared
+        return run_worker(config, rank, workers, works, clips, config.encoder.device, neighbours)
 
 
 def _gather(ray: Any, waiting: list[Any]) -> JobStats:
@@ -83,6 +83,8 @@ def _fit(config: Config, resources: Mapping[str, float], nodes: int, shards: int
     requested, device, gpus = config.engine.workers, config.encoder.device, resources.get("GPU", 0)
     if device.startswith("cuda") and not gpus:
         raise ConfigError(f"encoder.device is {device!r} but the Ray cluster has no GPU; use auto or cpu")
+    if device.startswith("cuda:"):
+        raise ConfigError(f"encoder.device is {device!r} but Ray gives each worker a GPU of its own; use cuda or auto")
     kind, available = ("GPU", gpus) if gpus and device != "cpu" else ("CPU", resources.get("CPU", 0))
     workers = requested if requested != "auto" else int(gpus) if kind == "GPU" else nodes
     if workers > available:

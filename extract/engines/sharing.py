@@ -1,18 +1,17 @@
 """How the workers of one job share its shards, whatever engine started them."""
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
-
-import torch
 
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Clip
 from egopatch.extract.engines.interrupts import start_trackers
+from egopatch.extract.worker.device import EVERY_GPU
 from egopatch.extract.worker.job import resolve_job
 from egopatch.extract.worker.job_stats import JobStats
 from egopatch.extract.worker.pipeline import encode_shards
 from egopatch.features import ShardWork, Store, open_store
+from egopatch.features.common.machine import limit_threads, usable_cores, usable_gpus
 
 
 class WorkersDied(RuntimeError):
@@ -25,17 +24,21 @@ def run_worker(
     workers: int,
     works: Sequence[ShardWork],
     clips: Mapping[str, Clip],
-    decoders: int,
-    device: str | None = None,
+    device: str,
+    neighbours: int,
 ) -> JobStats:
     """Run worker `rank` of `workers` in its own process: every `workers`-th shard, then those that the others left.
 
     The load balances itself: a slow or dead worker leaves shards without a lease, and the first worker to finish its
     own takes them, in reverse order, because their first holder reaches the last ones last.
 
-    Args: as for `extract.worker.pipeline.encode_shards`, and `device`, which replaces `encoder.device`.
+    Args: as for `extract.worker.pipeline.encode_shards`, and
+        device: Device of this worker, which replaces `encoder.device`.
+        neighbours: Number of the job's workers on this machine, this one among them.
     """
     start_trackers()
+    limit_threads(neighbours)
+    decoders = decoder_count(config, neighbours)
     job = resolve_job(config, device)
     store = open_store(config.store.path)
     stats = encode_shards(job, store, works[rank::workers], clips, decoders, lambda clips, nbytes: None)
@@ -54,14 +57,14 @@ def still_missing(works: Sequence[ShardWork], store: Store) -> list[ShardWork]:
 
 
 def worker_count(config: Config) -> int:
-    """Number of workers; `auto` is one for each GPU of this machine, or one if it has none."""
+    """Number of workers; `auto` is one for each GPU of this machine that `encoder.device` allows, and at least one."""
     if config.engine.workers == "auto":
-        return max(torch.cuda.device_count(), 1)
+        return max(usable_gpus(), 1) if config.encoder.device in EVERY_GPU else 1
     return config.engine.workers
 
 
 def decoder_count(config: Config, workers: int) -> int:
-    """Number of decoders for each worker; `auto` divides this machine's cores between its `workers`, at most 8 each."""
+    """Number of decoders for each worker; `auto` divides the usable cores between `workers` here, at most 8 each."""
     if config.engine.decoders == "auto":
-        return max(min((os.cpu_count() or 1) // workers, 8), 1)
+        return max(min(usable_cores() // workers, 8), 1)
     return config.engine.decoders

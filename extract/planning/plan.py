@@ -17,6 +17,7 @@ from egopatch.extract.worker.device import arithmetic_advice
 from egopatch.extract.worker.job import ExtractionJob, resolve_job
 from egopatch.features import StoreSpec, open_store, store_exists
 from egopatch.features.common.disk import free_bytes
+from egopatch.features.common.machine import limit_threads
 from egopatch.features.formats.registry import format_named
 from egopatch.features.values.dtypes import spec_row_bytes
 from egopatch.features.values.location import parse_location
@@ -65,6 +66,7 @@ def make_plan(config: Config, probe: int) -> Plan:
     Raises:
         DatasetError, CheckpointError, StoreError: As `extract.run.extract_features`.
     """
+    limit_threads()
     job = resolve_job(config)
     stored = _stored_rows(job)
     dataset = load_dataset(config.data)

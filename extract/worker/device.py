@@ -3,25 +3,27 @@
 import torch
 
 from egopatch.configs.schema import Config, ConfigError
+from egopatch.features.common.machine import find_device, usable_gpus
+
+EVERY_GPU = ("auto", "cuda")  # values of `encoder.device` that let workers take the GPUs in turn
 
 
 def device_of(name: str) -> torch.device:
-    """The device called `name`; `auto` is CUDA if torch sees a CUDA device, else the CPU.
+    """The device called `name`, as `encoder.device` is.
 
     Raises:
-        ConfigError: `name` is a CUDA device that torch does not see.
+        ConfigError: There is no such device here.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"encoder.device is {name!r}; torch sees no CUDA device here: use auto or cpu")
-    device = torch.device(name)
-    if device.index is not None and device.type == "cuda" and device.index >= torch.cuda.device_count():
-        last = torch.cuda.device_count() - 1
-        raise ConfigError(
-            f"encoder.device is {name!r}; torch sees CUDA devices 0 to {last} here: use one of them or auto"
-        )
-    return device
+    try:
+        return find_device(name)
+    except ValueError as error:
+        raise ConfigError(f"encoder.device is {name!r}; {error}") from None
+
+
+def device_of_worker(name: str, rank: int) -> str:
+    """Name of the device of worker `rank` of this machine, where `encoder.device` is `name`."""
+    gpus = usable_gpus() if name in EVERY_GPU else 0
+    return f"cuda:{rank % gpus}" if gpus else name
 
 
 def has_bfloat16() -> bool:

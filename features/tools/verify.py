@@ -1,6 +1,5 @@
 """Reading back every committed clip, and naming those that differ from what was committed."""
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +8,7 @@ from functools import partial
 
 import numpy as np
 
+from egopatch.features.common.machine import usable_cores
 from egopatch.features.formats.interface import Format
 from egopatch.features.formats.registry import FORMATS, format_named
 from egopatch.features.io.fields import Record
@@ -220,7 +220,7 @@ def verify(
 
 def check_shards(audit: Audit, workers: int | None = None) -> Iterator[tuple[int, list[Fault]]]:
     """Bytes and faults of each shard of a store, in order."""
-    workers = workers or max(os.cpu_count() or 1, audit.storage.parallel_reads)
+    workers = workers or max(usable_cores(), audit.storage.parallel_reads)
     with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
         yield from zip(map(audit.size_of, audit.shards), pool.map(partial(check_shard, audit), audit.shards))
 

@@ -10,6 +10,7 @@ from egopatch.configs.schema import Config
 from egopatch.extract.datasets import PARTS, Dataset, load_dataset
 from egopatch.extract.fingerprints import configured
 from egopatch.features import Fingerprint, FingerprintMismatch, Store, StoreError, open_store
+from egopatch.features.common.machine import find_device, limit_threads
 from egopatch.features.store.text_substore import TEXT_FOLDER, require_same_network
 from egopatch.features.values.location import parse_location
 from egopatch.train.data.features import Features
@@ -68,6 +69,7 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
         FingerprintMismatch: a store was created with other settings than the config's or the card's.
         RunError: the card's answers differ from the data set's, or a part has no questions.
     """
+    limit_threads(ranks.local_size)
     device = pick_device(config.train.device, ranks)
     dataset = load_dataset(config.data)
     if card is not None and card.answers != dataset.answers:
@@ -121,14 +123,10 @@ def pick_device(name: str, ranks: Distributed = ALONE) -> torch.device:
     Raises:
         RunError: `name` is not a device, or this machine does not have it.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise RunError(f"train.device is {name!r}; expected auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RunError(f"train.device is {name!r} but this machine has no usable CUDA device; use cpu or auto")
+        device = find_device(name)
+    except ValueError as error:
+        raise RunError(f"train.device is {name!r}; {error}") from None
     if device.type == "cuda" and ranks.size > 1:
         return torch.device("cuda", ranks.local)
     return device

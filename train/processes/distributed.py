@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from egopatch.features.common.machine import usable_gpus
+
 T = TypeVar("T")
 
 
@@ -139,7 +141,7 @@ def join(cuda: bool) -> Iterator[Distributed]:
     numbers = [int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
     ranks = Distributed(numbers[0], size, numbers[1], numbers[2])
     if cuda:
-        devices = torch.cuda.device_count()
+        devices = usable_gpus()
         if ranks.local_size > devices:
             raise ValueError(
                 f"torchrun started {ranks.local_size} ranks on this machine, which has {devices} CUDA devices; "

@@ -130,6 +130,8 @@ def test_more_gpus_than_there_are_are_refused() -> None:
         _fit(load_config(demo, ["--engine.workers", "5"]), cluster, nodes=2, shards=100)
     on_cpus = load_config(demo, ["--encoder.device", "cpu"])
     assert _fit(on_cpus, cluster, nodes=2, shards=100) == (2, {"num_cpus": 16.0})
+    with pytest.raises(ConfigError, match=r"encoder\.device is 'cuda:1' but Ray gives each worker a GPU of its own"):
+        _fit(load_config(demo, ["--encoder.device", "cuda:1"]), cluster, nodes=2, shards=100)
     with pytest.raises(ConfigError, match="has no GPU"):
         _fit(load_config(demo, ["--encoder.device", "cuda"]), {"CPU": 8.0}, nodes=1, shards=100)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from egopatch.configs.schema import ConfigError
-from egopatch.extract.worker.device import device_of
+from egopatch.extract.worker.device import device_of, device_of_worker
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,3 +21,20 @@ def test_a_number_that_no_gpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_of("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(ConfigError, match=r"encoder\.device is 'cuda:2'; torch sees CUDA devices 0 to 1 here"):
         device_of("cuda:2")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", ""])
+def test_a_name_that_is_no_device(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"encoder\.device is '{name}'; expected auto, cpu, cuda, or cuda:N"):
+        device_of(name)
+
+
+def test_workers_take_the_gpus_in_turn_unless_the_config_names_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("auto", "cuda"):
+        assert [device_of_worker(name, rank) for rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    for name in ("cpu", "cuda:1"):
+        assert [device_of_worker(name, rank) for rank in range(3)] == [name] * 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_of_worker("auto", 1) == "auto"

@@ -90,3 +90,16 @@ def test_extra_memory_is_small(cuda: torch.device) -> None:
     torch.autograd.grad(out.pooled, leaves, grad)
     torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - before - gradients <= 0.05 * tokens
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_run_where_their_tensors_are() -> None:
+    here, there = (make_case(8, 60, 4, 196, 256, 4, torch.float16, device=f"cuda:{number}") for number in (0, 1))
+    for case in (here, there):
+        leaves = case.leaves()
+        select_attend(case.tokens, case.clip_index, *leaves, 49).pooled.sum().backward()
+    assert torch.cuda.current_device() == 0
+    leaves = there.leaves()
+    pooled = select_attend(there.tokens, there.clip_index, *leaves, 49).pooled
+    expected = select_attend(there.tokens, there.clip_index, *leaves, 49, implementation="reference").pooled
+    torch.testing.assert_close(pooled, expected, rtol=1e-3, atol=1e-3)

@@ -101,7 +101,8 @@ def triton_forward(
     from egopatch.train.ops.select_attend import kernels
 
     plan = Launch.from_numbers(launch)
-    return kernels.forward(tokens, clip_index, queries, selector, bias, k, scale, clip_rows, plan)
+    with torch.cuda.device_of(tokens):  # Triton launches on the current device, whatever its arguments are on
+        return kernels.forward(tokens, clip_index, queries, selector, bias, k, scale, clip_rows, plan)
 
 
 @triton_forward.register_fake
@@ -140,9 +141,10 @@ def triton_backward(
     from egopatch.train.ops.select_attend import kernels
 
     plan = Launch.from_numbers(launch)
-    return kernels.backward(
-        grad_pooled, grad_lse, tokens, queries, selector, bias, scale, lse, mask, order, tiles, clip_tiles, plan
-    )
+    with torch.cuda.device_of(tokens):
+        return kernels.backward(
+            grad_pooled, grad_lse, tokens, queries, selector, bias, scale, lse, mask, order, tiles, clip_tiles, plan
+        )
 
 
 @triton_backward.register_fake

@@ -1,0 +1,83 @@
+"""What this process may use of its machine: cores, GPUs and torch's threads.
+
+Schedulers and containers give a process a part of the machine, in three ways: a set of cores (affinity), a share of the
+cores' time (a quota of its control group, or of a group around it), and `CUDA_VISIBLE_DEVICES`, which torch respects.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Number of cores that this process may use; `root` is where /proc and /sys are found."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(min([cores, *map(math.ceil, _quotas(root))]), 1)
+
+
+def usable_gpus() -> int:
+    """Number of GPUs that this process may use; they are called cuda:0, cuda:1 and so on."""
+    # Imported here, because torch takes seconds to import.
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def find_device(name: str) -> "torch.device":
+    """The device called `name`; `auto` is CUDA if this process may use a GPU, else the CPU.
+
+    Raises:
+        ValueError: There is no such device here; the message says what to use.
+    """
+    import torch
+
+    gpus = usable_gpus()
+    if name == "auto":
+        return torch.device("cuda" if gpus else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError("expected auto, cpu, cuda, or cuda:N with the number of a GPU") from None
+    if device.type == "cuda" and not gpus:
+        raise ValueError("torch sees no CUDA device here: use auto or cpu")
+    if device.type == "cuda" and device.index is not None and device.index >= gpus:
+        raise ValueError(f"torch sees CUDA devices 0 to {gpus - 1} here: use one of them or auto")
+    return device
+
+
+def limit_threads(processes: int = 1) -> None:
+    """Let torch compute on no more than this process's share of the cores, where `processes` like it run together."""
+    import torch
+
+    torch.set_num_threads(max(min(torch.get_num_threads(), usable_cores() // processes), 1))
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """Cores' time that this process's control groups, and the groups around them, may use, in cores."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return  # not Linux
+    mounts = root / "sys/fs/cgroup"
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        group = PurePosixPath(path.lstrip("/"))
+        if not controllers:  # version 2, alone or beside version 1
+            bases, names = [mounts, mounts / "unified"], ["cpu.max"]
+        elif "cpu" in controllers.split(","):
+            bases, names = [mounts / controllers, mounts / "cpu"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        else:
+            continue
+        # In a container the path may be the host's; the container's own group is then at the top.
+        for folder in (base / part for base in bases for part in (group, *group.parents)):
+            try:
+                quota, period = " ".join((folder / name).read_text() for name in names).split()
+            except (OSError, ValueError):
+                continue
+            if quota not in ("max", "-1"):
+                yield int(quota) / int(period)

@@ -1,0 +1,60 @@
+"""`auto` workers and decoders are as many as this process may use of the machine, for the device that is configured."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from egopatch.configs.schema import Config, EncoderConfig, load_config
+from egopatch.extract.engines import joblib_engine, sharing
+from egopatch.extract.engines.sharing import decoder_count, worker_count
+
+DEMO = Path("configs/demo/egovlpv2.yaml")
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+
+
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize(("device", "workers"), [("auto", 4), ("cuda", 4), ("cuda:3", 1), ("cpu", 1)])
+def test_auto_workers(device: str, workers: int) -> None:
+    assert worker_count(Config(encoder=EncoderConfig(device=device))) == workers
+    assert worker_count(load_config(DEMO, ["--encoder.device", device, "--engine.workers", "3"])) == 3
+
+
+def test_auto_workers_without_a_gpu() -> None:
+    assert worker_count(Config()) == max(torch.cuda.device_count(), 1)
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "decoders"), [(1, 1, 1), (6, 1, 6), (6, 2, 3), (6, 4, 1), (64, 2, 8), (2, 4, 1)]
+)
+def test_auto_decoders(cores: int, workers: int, decoders: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "usable_cores", lambda: cores)
+    assert decoder_count(Config(), workers) == decoders
+
+
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize(
+    ("device", "used"), [("auto", ["cuda:0", "cuda:1"]), ("cuda:3", ["cuda:3"] * 2), ("cpu", ["cpu"] * 2)]
+)
+def test_worker_processes_use_the_configured_device(
+    device: str, used: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def run_worker(
+        config: Config, rank: int, workers: int, works: object, clips: object, device: str, **_: int
+    ) -> None:
+        seen.append(device)
+
+    monkeypatch.setattr(joblib_engine, "run_worker", run_worker)
+    for patched in ("signal.signal", "multiprocessing.set_start_method"):
+        monkeypatch.setattr(f"egopatch.extract.engines.joblib_engine.{patched}", lambda *_, **__: None)
+    monkeypatch.setattr(joblib_engine, "exit_with_parent", lambda: None)
+    for rank in range(2):
+        joblib_engine._run_worker(Config(encoder=EncoderConfig(device=device)), rank, 2, [], {})
+    assert seen == used

@@ -1,0 +1,106 @@
+"""What a process may use of its machine, with faked control groups and devices."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from egopatch.features.common.machine import find_device, limit_threads, usable_cores
+
+EIGHT = set(range(8))
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: EIGHT)
+    return tmp_path
+
+
+def write(root: Path, **files: str) -> None:
+    """Files by path, with __ for a slash."""
+    for name, content in files.items():
+        path = root / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content + "\n")
+
+
+def groups(root: Path, *lines: str) -> None:
+    write(root, proc__self__cgroup="\n".join(lines))
+
+
+def version_two(root: Path, group: str, quota: str) -> None:
+    write(root, **{f"sys/fs/cgroup/{group}/cpu.max": quota})
+
+
+def version_one(root: Path, group: str, quota: str, mount: str = "cpu") -> None:
+    folder = f"sys/fs/cgroup/{mount}/{group}"
+    write(root, **{f"{folder}/cpu.cfs_quota_us": quota, f"{folder}/cpu.cfs_period_us": "100000"})
+
+
+def test_affinity_alone(root: Path) -> None:
+    assert usable_cores(root) == 8
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [("max 100000", 8), ("300000 100000", 3), ("250000 100000", 3), ("50000 100000", 1), ("9000000 100000", 8)],
+)
+def test_a_quota_of_version_two(root: Path, quota: str, cores: int) -> None:
+    groups(root, "0::/job/step")
+    version_two(root, "job/step", quota)
+    assert usable_cores(root) == cores
+
+
+def test_the_smallest_quota_of_the_groups_around_it_counts(root: Path) -> None:
+    groups(root, "0::/slice/job/step")
+    for group, quota in (("slice", "600000 100000"), ("slice/job", "200000 100000"), ("slice/job/step", "max 100000")):
+        version_two(root, group, quota)
+    version_two(root, "slice/other", "100000 100000")
+    assert usable_cores(root) == 2
+
+
+def test_a_container_that_sees_its_own_group_at_the_top(root: Path) -> None:
+    groups(root, "0::/docker/of/the/host")
+    version_two(root, "", "200000 100000")
+    assert usable_cores(root) == 2
+
+
+@pytest.mark.parametrize("mount", ["cpu", "cpu,cpuacct"])
+@pytest.mark.parametrize(("quota", "cores"), [("-1", 8), ("400000", 4), ("150000", 2)])
+def test_a_quota_of_version_one(root: Path, mount: str, quota: str, cores: int) -> None:
+    groups(root, "5:memory:/other", "4:cpu,cpuacct:/job", "0::/")
+    version_one(root, "job", quota, mount)
+    assert usable_cores(root) == cores
+
+
+def test_files_that_make_no_sense_limit_nothing(root: Path) -> None:
+    groups(root, "0::/")
+    version_two(root, "", "what")
+    assert usable_cores(root) == 8
+
+
+def test_torch_computes_on_the_usable_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(6)
+        monkeypatch.setattr("egopatch.features.common.machine.usable_cores", lambda: 4)
+        for processes, expected in ((1, 4), (2, 2), (8, 1)):
+            torch.set_num_threads(6)
+            limit_threads(processes)
+            assert torch.get_num_threads() == expected
+        torch.set_num_threads(3)
+        limit_threads()
+        assert torch.get_num_threads() == 3  # as OMP_NUM_THREADS says
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert find_device("auto") == torch.device("cuda")
+    assert find_device("cuda:1") == torch.device("cuda", 1)
+    for name, reason in (("cuda:2", "CUDA devices 0 to 1"), ("gpu", "expected auto, cpu, cuda")):
+        with pytest.raises(ValueError, match=reason):
+            find_device(name)
