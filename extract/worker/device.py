@@ -12,7 +12,7 @@ def device_of(name: str) -> torch.device:
     """The device called `name`, as `encoder.device` is.
 
     Raises:
-        ConfigError: There is no such device here.
+        ConfigError: This machine has no device of that name.
     """
     try:
         return find_device(name)

@@ -32,7 +32,7 @@ def find_device(name: str) -> "torch.device":
     """The device called `name`; `auto` is CUDA if this process may use a GPU, else the CPU.
 
     Raises:
-        ValueError: There is no such device here; the message says what to use.
+        ValueError: This machine has no device of that name; the message says what to use.
     """
     import torch
 
