@@ -27,6 +27,9 @@ class DatasetError(ValueError):
         self.problems = tuple(problems)
         super().__init__("\n".join(self.problems))
 
+    def __reduce__(self) -> tuple[type["DatasetError"], tuple[tuple[str, ...]]]:
+        return DatasetError, (self.problems,)
+
 
 @dataclass(frozen=True, slots=True)  # there may be millions
 class Clip:

@@ -11,6 +11,7 @@ from egopatch.extract.worker.job import resolve_job
 from egopatch.extract.worker.job_stats import JobStats
 from egopatch.extract.worker.pipeline import encode_shards
 from egopatch.features import ShardWork, Store, open_store
+from egopatch.features.common.child_errors import sendable_errors
 from egopatch.features.common.machine import limit_threads, usable_cores, usable_gpus
 
 
@@ -18,6 +19,7 @@ class WorkersDied(RuntimeError):
     """A worker was killed and the others have ended; the ledger lists what all of them committed."""
 
 
+@sendable_errors()
 def run_worker(
     config: Config,
     rank: int,
@@ -35,6 +37,10 @@ def run_worker(
     Args: as for `extract.worker.pipeline.encode_shards`, and
         device: Device of this worker, which replaces `encoder.device`.
         neighbours: Number of the job's workers on this machine, this one among them.
+
+    Raises:
+        TooManyErrors, StoreError: As `extract.worker.pipeline.encode_shards`.
+        ChildError: Any other error that cannot be sent to the job's process.
     """
     start_trackers()
     limit_threads(neighbours)

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,18 +99,23 @@ def record_job(store: Path | str, stats: JobStats, engine: str, workers: int | s
     }
     path = jobs_path(store)
     if isinstance(path, Path):
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with path.open("a+b") as file:
+            torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
+            file.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
     else:
         _jobs_journal(store).append(line)
 
 
 def read_jobs(store: Path | str) -> list[dict[str, Any]]:
-    """The lines that `record_job` wrote."""
+    """The lines that `record_job` wrote; those that a full disk or a crash cut short are skipped."""
     path = jobs_path(store)
     if not isinstance(path, Path):
         return [line.entry for line in _jobs_journal(store).read().lines]
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    jobs = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            jobs.append(json.loads(line))
+    return jobs
 
 
 def _jobs_journal(store: Path | str) -> Journal[dict[str, Any]]:

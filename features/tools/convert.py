@@ -45,7 +45,7 @@ def convert(
         spec, fingerprint = _converted_spec(store, dtype, None if folder else shard, codec)
         copy = create_store(target / folder, spec, fingerprint, store.planned_ids, format or store.format)
         requantised = spec.arrays != store.spec.arrays
-        copy_clips(store, copy, lambda rows: rows, on_clips, decoded=requantised)
+        copy_clips(store, copy, lambda rows: rows, None if folder else on_clips, decoded=requantised)
     return open_store(target)
 
 
@@ -65,8 +65,7 @@ def copy_clips(
         on_clips: Called after each shard.
         decoded: Read the tokens as float32, multiplied by their scale, instead of bit for bit.
     """
-    committed, total = set(source.clip_ids), len(source.clip_ids)
-    quarantined = source.quarantine
+    committed, quarantined, done = set(source.clip_ids), source.quarantine, len(target.clip_ids)
     for work in target.missing_shards():
         ids = [name for name in work.ids if name in committed]
         rows: dict[str, dict[str, Tensor]] = {}
@@ -80,7 +79,8 @@ def copy_clips(
         }
         target.write_shard(work.shard, rows, source.sources(ids), failures)
         if on_clips is not None:
-            on_clips(len(target.clip_ids), total)
+            done += len(ids)
+            on_clips(done, len(committed))
 
 
 def require_separate(source: Location, target: Location) -> None:

@@ -3,12 +3,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from egopatch.features import AbsentClip
 from egopatch.features.common import disk, progress
+from egopatch.features.common.child_errors import ChildError, sendable
 from egopatch.features.common.progress import BYTES, ProgressDisplay
 from egopatch.features.common.signals import signal_handlers
 from egopatch.features.common.units import format_bytes
@@ -130,3 +133,27 @@ def test_a_silent_display_and_a_failed_task_print_nothing(clock: SimpleNamespace
     with pytest.raises(ZeroDivisionError), ProgressDisplay("train", 1, "steps", out=out):
         raise ZeroDivisionError
     assert out.getvalue() == ""
+
+
+class _Picky(ValueError):
+    """Like many errors of libraries, it is built from other things than its text."""
+
+    def __init__(self, number: int, why: str) -> None:
+        super().__init__(f"error {number}: {why}")
+
+
+class _Open(ValueError):
+    """It holds what no other process can have."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.lock = threading.Lock()
+
+
+def test_an_error_that_cannot_be_sent_is_told_as_text() -> None:
+    for error in (ValueError("no"), AbsentClip(["a"], "here"), FileNotFoundError(2, "gone", "x"), KeyboardInterrupt()):
+        assert sendable(error) is error
+    for error in (_Picky(3, "the disk"), _Open("error 3: the disk")):
+        sent = sendable(error)
+        assert isinstance(sent, ChildError)
+        assert str(sent) == f"{type(error).__name__}: error 3: the disk"

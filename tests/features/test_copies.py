@@ -51,6 +51,28 @@ def test_another_format_and_shard_size_keep_every_bit(whole: Store, tmp_path: Pa
     assert verify(copy.path).ok
 
 
+def test_progress_counts_clips_and_costs_the_same_for_each_shard(
+    whole: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed: list[Store] = []
+
+    def counted(store: Store) -> tuple[str, ...]:
+        listed.append(store)
+        return tuple(name for name in store.catalog.rows if name in store.catalog.ledger.clips)
+
+    monkeypatch.setattr(Store, "clip_ids", property(counted))
+    seen: list[tuple[int, int]] = []
+    calls = []
+    for shard in (1, 5):
+        seen.clear()
+        listed.clear()
+        convert(whole.path, tmp_path / f"by {shard}", shard=shard, on_clips=lambda *counts: seen.append(counts))
+        assert seen == sorted(seen)
+        assert seen[-1] == (9, 9)
+        calls.append(len(listed))
+    assert calls[0] == calls[1]  # listing all clips after each shard would take quadratic time
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8_e4m3"])
 def test_another_dtype_is_in_the_fingerprint(whole: Store, tmp_path: Path, dtype: str) -> None:
     copy = convert(whole.path, tmp_path / "copy", dtype=dtype)

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 
+from egopatch.features.common.child_errors import ChildError
 from egopatch.train.processes.process_pool import ProcessLost, call_in_processes
 
 LONG_S = 60.0
@@ -42,6 +43,19 @@ def test_no_more_than_the_cores_run_at_once() -> None:
     spans = call_in_processes([work] * 5, cores=2)
     for start, _ in spans:
         assert sum(other <= start < end for other, end in spans) <= 2
+
+
+class _Picky(ValueError):
+    def __init__(self, number: int, why: str) -> None:
+        super().__init__(f"error {number}: {why}")
+
+
+def test_an_error_that_cannot_be_pickled_tells_what_it_was() -> None:
+    def work() -> None:
+        raise _Picky(3, "no such group")
+
+    with pytest.raises(ChildError, match="_Picky: error 3: no such group"):
+        call_in_processes([work], cores=1)
 
 
 def test_a_failure_stops_the_others_and_is_raised() -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from egopatch.features.common.child_errors import sendable
 from egopatch.features.common.parent import exit_with_parent
 from egopatch.train.processes.stopping import SIGNALS, stop_signals
 
@@ -35,7 +36,8 @@ def call_in_processes(calls: Sequence[Callable[[], Result]], cores: int) -> list
     where it chooses; a second signal kills them.
 
     Args:
-        calls: Their results and exceptions are pickled; the calls themselves are not.
+        calls: Their results and exceptions are pickled; the calls themselves are not. An exception that cannot be
+            pickled arrives as a `ChildError`.
         cores: Number of processes at once.
 
     Raises:
@@ -109,7 +111,7 @@ def _run(call: Callable[[], object], connection: Connection) -> None:
     try:
         connection.send((call(), None))
     except BaseException as error:  # also KeyboardInterrupt: the parent raises it
-        connection.send((None, error))
+        connection.send((None, sendable(error)))
 
 
 def _receive(connection: Connection, process: ForkProcess) -> Any:

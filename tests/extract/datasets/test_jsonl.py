@@ -1,4 +1,5 @@
 import json
+import pickle
 import tracemalloc
 from pathlib import Path
 
@@ -81,6 +82,11 @@ def test_a_file_of_lines_is_never_whole_in_memory(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert peak < path.stat().st_size / 10
+
+
+def test_the_error_can_be_sent_to_another_process() -> None:
+    error = pickle.loads(pickle.dumps(DatasetError(["a: b", "c: d"])))
+    assert (error.problems, str(error)) == (("a: b", "c: d"), "a: b\nc: d")
 
 
 def test_no_clip(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""`auto` workers and decoders are as many as this process may use of the machine, for the device that is configured."""
+"""`auto` workers and decoders are as many as this process may use of the machine, for the device that is configured;
+a worker's error reaches the job."""
 
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from egopatch.configs.schema import Config, EncoderConfig, load_config
 from egopatch.extract.engines import joblib_engine, sharing
 from egopatch.extract.engines.sharing import decoder_count, worker_count
+from egopatch.features.common.child_errors import ChildError
 
 DEMO = Path("configs/demo/egovlpv2.yaml")
 
@@ -58,3 +60,23 @@ def test_worker_processes_use_the_configured_device(
     for rank in range(2):
         joblib_engine._run_worker(Config(encoder=EncoderConfig(device=device)), rank, 2, [], {})
     assert seen == used
+
+
+class _Picky(ValueError):
+    def __init__(self, number: int, why: str) -> None:
+        super().__init__(f"error {number}: {why}")
+
+
+@pytest.mark.parametrize(
+    ("error", "sent"), [(_Picky(3, "no driver"), ChildError), (FileNotFoundError(2, "no driver"), FileNotFoundError)]
+)
+def test_an_error_of_a_worker_reaches_the_job(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, sent: type[Exception]
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(sharing, "start_trackers", fail)
+    with pytest.raises(sent, match="no driver") as caught:
+        sharing.run_worker(Config(), 0, 1, [], {}, "cpu", 1)
+    assert (caught.value is error) == (sent is not ChildError)

@@ -9,7 +9,7 @@ import pytest
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.__main__ import main
 from egopatch.extract.planning.forecast import ClipCost, forecast, given_cost, measured_cost
-from egopatch.extract.worker.job_stats import JobStats, Stages, record_job
+from egopatch.extract.worker.job_stats import JobStats, Stages, jobs_path, read_jobs, record_job
 from egopatch.features import StoreSpec
 from tests.extract.job import options
 
@@ -70,6 +70,17 @@ def test_costs_are_the_mean_over_all_jobs(tmp_path: Path) -> None:
     assert given_cost(50, found).encode_s == 0.02
     assert given_cost(50, found).decode_s == 1.0
     assert "not counted" in given_cost(50, None).source
+
+
+def test_a_line_that_a_full_disk_cut_short_is_skipped(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    record_job(store, JobStats(committed=30), engine="joblib", workers=2)
+    with jobs_path(store).open("r+b") as file:
+        whole = file.read()
+        file.write(whole[: len(whole) // 2])
+    assert [job["committed"] for job in read_jobs(store)] == [30]
+    record_job(store, JobStats(committed=10), engine="joblib", workers=2)
+    assert [job["committed"] for job in read_jobs(store)] == [30, 10]
 
 
 def test_the_command_needs_no_data(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:

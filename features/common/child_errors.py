@@ -1,0 +1,32 @@
+"""Errors on their way from a child process to its parent."""
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class ChildError(RuntimeError):
+    """What a child process raised, as text: the error itself cannot be sent to another process."""
+
+
+def sendable(error: BaseException) -> BaseException:
+    """`error` if another process can build it again, else a `ChildError` with its type and text.
+
+    An error that the parent cannot build would be replaced by one about pickling, and nobody would see the cause.
+    """
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+        if type(copy) is type(error) and str(copy) == str(error):
+            return error
+    except Exception:  # what classes do while they are pickled is their own
+        pass
+    return ChildError(f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+@contextmanager
+def sendable_errors() -> Iterator[None]:
+    """Raise the errors of the block, or of the function that this decorates, as `sendable` returns them."""
+    try:
+        yield
+    except Exception as error:
+        raise sendable(error) from error.__cause__
