@@ -54,21 +54,32 @@ def holder(path: Path) -> Owner | None:
 
 
 @contextmanager
-def hold(root: Path, shard: int) -> Iterator[None]:
-    """Hold the lease of `shard`, in the store (or of the run) at `root`, for the length of a block.
+def hold(root: Path, shard: int, name: str | None = None) -> Iterator[None]:
+    """Hold the lease of `shard`, in the store at `root`, for the length of a block.
+
+    Args:
+        root: Folder of the store, or of a training run, whose one lease is number 0.
+        shard: The shard.
+        name: What is held, for messages; the default names shard and store.
 
     Raises:
         ShardOwned: Another process holds it; the message names host and process.
     """
     path = lease_path(root, shard)
-    with write_errors_explained(f"taking the lease of shard {shard} of {root}"):
-        handle = _acquire(root, shard, path)
+    name = f"shard {shard} of {root}" if name is None else name
+    with write_errors_explained(f"taking the lease of {name}"):
+        handle = _acquire(root, path, name)
     try:
         yield
     finally:
         if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
             path.unlink(missing_ok=True)
         os.close(handle)
+
+
+def describe(name: str, root: Path, owner: Owner) -> str:
+    """Who holds `name`, in the store or run at `root`, and what to do about it."""
+    return f"{name} is held by {owner}; {_advice(root, owner)}"
 
 
 def require_no_writers(root: Path) -> None:
@@ -107,7 +118,7 @@ def remove(root: Path, shard: int | None = None) -> list[str]:
     return [f"{path.name}: {owner or 'unfinished'}" for path, owner in zip(paths, owners, strict=True)]
 
 
-def _acquire(root: Path, shard: int, path: Path) -> int:
+def _acquire(root: Path, path: Path, name: str) -> int:
     """Take the lease; returns the handle that keeps it locked."""
     make_folder(path.parent)
     # Under the lock, checking the owner and taking the lease are one step, so two processes cannot both take an
@@ -115,7 +126,7 @@ def _acquire(root: Path, shard: int, path: Path) -> int:
     with locked(path.parent / "lock"):
         owner = holder(path)
         if owner is not None:
-            raise ShardOwned(f"shard {shard} of {root} is held by {owner}; {_advice(root, owner)}")
+            raise ShardOwned(describe(name, root, owner))
         for unfinished in path.parent.glob(f"{path.name}.*"):
             unfinished.unlink()
         new = path.with_name(f"{path.name}.{uuid.uuid4().hex}")

@@ -2,9 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from egopatch.configs.schema import Config, ConfigError
-from egopatch.features import FingerprintMismatch, ShardOwned, StoreError
+from egopatch.features import FingerprintMismatch, StoreError
 from egopatch.features.io import file_lease
 from egopatch.features.tools.derive import derive
 from egopatch.train.__main__ import main
@@ -24,8 +27,10 @@ from egopatch.train.fitting.experiment import open_experiment
 from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.processes.stopping import Stopped
+from egopatch.train.rundir import lease
 from egopatch.train.rundir.card import RunError, plain
-from tests.train.tiny import FIELDS, losses, with_run, write_tiny
+from egopatch.train.sweeps.sweep import run_sweep
+from tests.train.tiny import FIELDS, clock, losses, with_run, write_tiny
 
 ROOT = Path(__file__).parents[2]
 
@@ -193,10 +198,76 @@ def test_a_derived_store_gives_the_trace_of_its_parent(tiny: Config, tmp_path: P
         fit(with_run(small, "coarse", head_coarse=True), "x")
 
 
-def test_a_folder_in_another_process_s_hands_is_refused(tiny: Config) -> None:
-    with file_lease.hold(tiny.run.dir, 0), pytest.raises(ShardOwned, match="is held by process"):
+@pytest.mark.parametrize("command", [lambda config: fit(config, "x"), evaluate])
+def test_a_run_of_another_process_is_waited_for(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: Callable
+) -> None:
+    alone = with_run(tiny, "alone")
+    expected = fit(alone, "x")
+    shutil.copytree(alone.run.dir, tiny.run.dir, ignore=shutil.ignore_patterns("test.json"))
+    waited = []
+    with ExitStack() as other:
+        other.enter_context(file_lease.hold(tiny.run.dir, 0))
+
+        def finishes(seconds: float) -> None:
+            waited.append(seconds)
+            if len(waited) == 3:
+                shutil.copy(alone.run.dir / "test.json", tiny.run.dir)
+                other.close()
+
+        monkeypatch.setattr(lease, "time", clock(finishes))
+        assert command(tiny) == expected
+    assert waited == [lease.POLL_S] * 3
+    out = capsys.readouterr().out
+    assert out.count(f"waiting: run folder {tiny.run.dir} is held by process {os.getpid()} on ") == 1
+    assert "or stop it: its lease then expires automatically" in out
+
+
+def test_a_run_that_another_process_leaves_is_resumed(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ExitStack() as other:
+        other.enter_context(file_lease.hold(tiny.run.dir, 0))
+        monkeypatch.setattr(lease, "time", clock(lambda seconds: other.close()))
         fit(tiny, "x")
-    fit(tiny, "x")
+    assert "train psa direct: 24 steps" in capsys.readouterr().out
+
+
+def test_ctrl_c_while_waiting_ends_with_one_line(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(plain(tiny)))
+    monkeypatch.setattr(lease, "time", clock(lambda seconds: signal.raise_signal(signal.SIGINT)))
+    with file_lease.hold(tiny.run.dir, 0):
+        assert main(["fit", "--config", str(path)]) == 130
+        assert [path.name for path in tiny.run.dir.iterdir()] == ["leases"]
+    assert capsys.readouterr().err == "train fit: interrupted; run the same command again to resume\n"
+
+
+def test_nothing_is_written_by_a_start_that_waits(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.run.dir.mkdir(parents=True)
+    (tiny.run.dir / "config.yaml").write_text(yaml.safe_dump(plain(tiny)) + "# another process's\n")
+    monkeypatch.setattr(lease, "time", clock(lambda seconds: signal.raise_signal(signal.SIGINT)))
+    with file_lease.hold(tiny.run.dir, 0), pytest.raises(KeyboardInterrupt):
+        fit(with_run(tiny, "psa", train_residency="ram"), "x")
+    assert "# another process's" in (tiny.run.dir / "config.yaml").read_text()
+    other = with_run(tiny, "psa", head_ratio=0.25)
+    with file_lease.hold(tiny.run.dir, 0), pytest.raises(ConfigError, match=r"with different settings \(head.ratio"):
+        fit(other, "x")  # at once
+
+
+def test_a_run_folder_that_cannot_be_written_names_its_option(tiny: Config, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    below = with_run(tiny, "psa", run_dir=tmp_path / "file" / "psa")
+    message = r"run\.dir is .*/file/psa, which cannot be written \(Not a directory: .*\); check its permissions or set"
+    with pytest.raises(ConfigError, match=message):
+        fit(below, "x")
+    message = r"run\.dir is .*/sweeps/direct-psa/crews, which cannot be written"
+    with pytest.raises(ConfigError, match=message):
+        run_sweep(below, ratios=[0.5])
+    with pytest.raises(ConfigError, match=r"run\.table is .*/sweeps/direct-psa/crews, which cannot be written"):
+        run_sweep(with_run(tiny, "psa", run_table=tmp_path / "file"), ratios=[0.5])
 
 
 @pytest.mark.slow

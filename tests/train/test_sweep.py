@@ -3,10 +3,12 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +24,9 @@ from egopatch.train.fitting.fit import fit
 from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.processes.stopping import Stopped
 from egopatch.train.rundir.card import plain
+from egopatch.train.sweeps import sweep
 from egopatch.train.sweeps.sweep import read_axes, run_sweep
-from tests.train.tiny import losses, with_run
+from tests.train.tiny import clock, losses, with_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -156,15 +159,63 @@ def test_nothing_to_vary_and_bad_values(tiny: Config, capsys: pytest.CaptureFixt
         run_sweep(tiny, ratios=[0.5], name="../x")
 
 
-def test_members_in_another_process_s_hands_are_left_to_it(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tiny.run.dir.parent / "sweeps" / "shared"
-    with file_lease.hold(folder / "ratio-0.5", 0):
+def test_runs_of_another_process_are_waited_for(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run_sweep(tiny, ratios=[0.25, 0.5], name="whole")
+    folder = whole.parent.parent / "shared"
+    with ExitStack() as other:
+        other.enter_context(file_lease.hold(folder / "ratio-0.5", 0))
+
+        def finishes(seconds: float) -> None:
+            shutil.copytree(whole.parent / "ratio-0.5", folder / "ratio-0.5", dirs_exist_ok=True)
+            other.close()
+
+        monkeypatch.setattr(sweep, "time", clock(finishes))
         result = json.loads(run_sweep(tiny, ratios=[0.25, 0.5], name="shared").read_text())
-    assert (result["planned"], result["trained"], len(result["members"])) == (2, 1, 1)
-    assert "skipped 1 runs that another process is training" in capsys.readouterr().out
-    result = json.loads(run_sweep(tiny, ratios=[0.25, 0.5], name="shared").read_text())
-    assert (result["trained"], len(result["members"])) == (1, 2)
+    assert (result["planned"], result["trained"], len(result["members"])) == (2, 1, 2)
+    out = capsys.readouterr().out
+    line = f"sweep shared: waiting for 1 runs of other processes: run folder {folder}/ratio-0.5 is held by process "
+    assert out.count(line) == 1
     assert not list((folder / "crews").iterdir())
+
+
+def test_a_run_that_another_process_leaves_is_trained(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny.run.dir.parent / "sweeps" / "shared"
+    with ExitStack() as other:
+        other.enter_context(file_lease.hold(folder / "ratio-0.5", 0))
+        monkeypatch.setattr(sweep, "time", clock(lambda seconds: other.close()))
+        result = json.loads(run_sweep(tiny, ratios=[0.25, 0.5], name="shared").read_text())
+    assert (result["trained"], len(result["members"])) == (2, 2)
+
+
+def test_a_group_file_that_another_process_removes_is_no_error(tiny: Config, tmp_path: Path) -> None:
+    run = with_run(tiny, "a")
+    (tmp_path / "gone.json").symlink_to(tmp_path / "nowhere")  # listed, and not there once it is opened
+    (plan,) = sweep.plan_groups([run], tmp_path, torch.device("cpu"), cores=1)
+    assert plan.configs == [run]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("starts", [2, 3, 4])
+def test_simultaneous_starts_end_with_the_results_of_one(starts: int, tmp_path: Path) -> None:
+    """A tenth of the rounds of the benchmark, whose process is not that of the tests: it forks."""
+    rounds = {2: 6, 3: 2, 4: 2}[starts]
+    options = [
+        "--rounds",
+        str(rounds),
+        "--starts",
+        str(starts),
+        "--seed",
+        str(starts),
+        "--out",
+        str(tmp_path / "r.json"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "train", "bench", "double_starts", *options], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "r.json").read_text())["passed"] == rounds
 
 
 def test_disk_residency_reads_once_for_crews_of_other_shapes(tiny: Config, tmp_path: Path) -> None:

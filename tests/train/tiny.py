@@ -7,7 +7,10 @@ the patch of that place. Nothing about it can be told from the question or from 
 import dataclasses
 import json
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -72,6 +75,11 @@ def with_run(config: Config, name: str, **changes: object) -> Config:
         current = sections.get(section, getattr(config, section))
         sections[section] = dataclasses.replace(current, **{option: value})
     return dataclasses.replace(config, **sections)
+
+
+def clock(sleep: Callable[[float], None]) -> SimpleNamespace:
+    """In place of the module `time` in one other module: threads that sleep elsewhere are not disturbed."""
+    return SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
 
 
 def losses(run: Path) -> list[float]:

@@ -6,14 +6,12 @@ resumes training and gives exactly the losses of an uninterrupted run (bit for b
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from egopatch.configs.schema import Config, HeadConfig
 from egopatch.features.common.progress import ProgressDisplay
-from egopatch.features.io import file_lease
 from egopatch.train.data.question_table import plan_batches
 from egopatch.train.fitting.answers import answer_table
 from egopatch.train.fitting.experiment import Experiment, open_experiment
@@ -25,6 +23,7 @@ from egopatch.train.processes.distributed import ALONE, Distributed
 from egopatch.train.processes.stopping import Stopped, stop_signals
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import Card, RunError
+from egopatch.train.rundir.lease import hold_when_free
 from egopatch.train.rundir.resume import LAST
 from egopatch.train.scores.metrics import Metrics
 
@@ -38,25 +37,28 @@ def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
         ranks: Processes that train together, each with this same call; the first one writes.
 
     Returns:
-        Metrics on *test*. A finished run is only evaluated again.
+        Metrics on *test*. A finished run is only evaluated again, and so is one that another process is training:
+        this process waits until it is finished, or trains on where that process ends before.
 
     Raises:
-        ConfigError: the run's folder holds another setting.
+        ConfigError: the run's folder holds another setting, or cannot be written.
         RunError: there is nothing to train or validate on, or a file in the folder is damaged.
-        ShardOwned: another process is training in the folder.
         StoreError, DatasetError: features or annotations are missing or damaged.
         Stopped: SIGINT or SIGTERM interrupted training.
         RankLost: another rank is gone.
     """
-    started = time.monotonic()
-    with ExitStack() as leases:
-        # Only the first rank looks at the folder.
-        if ranks.broadcast(lambda: _finished_or_leased(config, leases)):
-            ranks.print_once(f"{config.run.dir} is already trained; evaluating its checkpoint")
-            return evaluate(config, ranks=ranks)
+    folder = config.run.dir
+    # Only the first rank looks at the folder. Another setting in it is refused at once, not after a wait.
+    ranks.broadcast(lambda: run_folder.require_same_settings(folder, config))
+    with hold_when_free(folder, ranks):
+        if ranks.broadcast(lambda: run_folder.is_finished(folder)):
+            ranks.print_once(f"{folder} is already trained; evaluating its checkpoint")
+            return _evaluate(config, ranks)
+        started = time.monotonic()
+        ranks.broadcast(lambda: run_folder.claim(folder, config))
         experiment = open_experiment(config, ranks=ranks)
         ranks.print_once(experiment.features.residency_line)
-        group = RunGroup([config], experiment, config.train.seed, config.run.dir / LAST)
+        group = RunGroup([config], experiment, config.train.seed, folder / LAST)
         label = f"train {config.head.name} {config.data.split}"
         if group.selection is not None:
             ranks.print_once("select_attend: {} ({})".format(*group.selection))
@@ -138,6 +140,14 @@ def evaluate(config: Config, command: str = "python -m train evaluate", ranks: D
     """
     if config.head.checkpoint is not None and not ranks.broadcast(lambda: has_run(config)):
         return evaluate_published(config, command, ranks)
+    # A folder without a card is refused before it is created.
+    ranks.broadcast(lambda: Card.read(config.run.dir))
+    with hold_when_free(config.run.dir, ranks):
+        return _evaluate(config, ranks)
+
+
+def _evaluate(config: Config, ranks: Distributed) -> Metrics:
+    """Evaluate the checkpoint in `config.run.dir`, whose lease the caller holds."""
     out, card = config.run.dir, ranks.broadcast(lambda: Card.read(config.run.dir))
     if card.model != config.head.name:
         raise RunError(f"{out} holds a {card.model} head but head.name is {config.head.name!r}; check run.dir")
@@ -153,15 +163,6 @@ def evaluate(config: Config, command: str = "python -m train evaluate", ranks: D
         raise RunError(f"{out / run_folder.WEIGHTS} does not fit a {card.model} head: {error}") from None
     ((answers,),) = answer_table([heads], experiment.features, experiment.encoded["test"], config.train.batch)
     return TrainingRun(config, experiment).write_results(answers)
-
-
-def _finished_or_leased(config: Config, leases: ExitStack) -> bool:
-    """Whether the run is finished; if not, its folder is claimed and leased."""
-    run_folder.claim(config.run.dir, config)
-    if (config.run.dir / run_folder.TEST).exists():
-        return True
-    leases.enter_context(file_lease.hold(config.run.dir, 0))
-    return False
 
 
 def _head_of(card: Card, config: HeadConfig) -> HeadConfig:

@@ -13,6 +13,7 @@ from egopatch.train.fitting.run_group import build_stacked_heads
 from egopatch.train.processes.distributed import ALONE, Distributed
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import Card
+from egopatch.train.rundir.lease import hold_when_free
 from egopatch.train.scores.metrics import Metrics
 
 SYSTEMS = ("egovlpv2", "mfas")
@@ -56,16 +57,17 @@ def evaluate_published(config: Config, command: str, ranks: Distributed = ALONE)
             "this answer set"
         )
     _check_store(config, experiment, inspection.sha256)
-    ranks.broadcast(lambda: run_folder.claim(config.run.dir, config))
-    heads = build_stacked_heads([replace(config, train=replace(config.train, ema=0.0))], experiment, order_seed=0)
-    run, batch_size = TrainingRun(config, experiment), config.train.batch
-    ((val_answers,),) = answer_table([heads], experiment.features, experiment.encoded["val"], batch_size)
-    ((test_answers,),) = answer_table([heads], experiment.features, experiment.encoded["test"], batch_size)
-    val = score_part(experiment, "val", val_answers)[0]
-    # Epoch 0: nothing was trained and no epoch was chosen.
-    run.best = {"epoch": 0, **{form: getattr(val, form).accuracy for form in ("open", "binary", "all")}}
-    run.write_card(command, sum(tensor.numel() for tensor in heads.weights(0).values()))
-    return run.write_results(test_answers)
+    with hold_when_free(config.run.dir, ranks):
+        ranks.broadcast(lambda: run_folder.claim(config.run.dir, config))
+        heads = build_stacked_heads([replace(config, train=replace(config.train, ema=0.0))], experiment, order_seed=0)
+        run, batch_size = TrainingRun(config, experiment), config.train.batch
+        ((val_answers,),) = answer_table([heads], experiment.features, experiment.encoded["val"], batch_size)
+        ((test_answers,),) = answer_table([heads], experiment.features, experiment.encoded["test"], batch_size)
+        val = score_part(experiment, "val", val_answers)[0]
+        # Epoch 0: nothing was trained and no epoch was chosen.
+        run.best = {"epoch": 0, **{form: getattr(val, form).accuracy for form in ("open", "binary", "all")}}
+        run.write_card(command, sum(tensor.numel() for tensor in heads.weights(0).values()))
+        return run.write_results(test_answers)
 
 
 def has_run(config: Config) -> bool:

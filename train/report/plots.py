@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from egopatch.features.io.files import replacing
 from egopatch.train.report.sources import Sweep, SweepPoint, TrainingLog
 from egopatch.train.rundir.results import Results
 
@@ -170,7 +171,8 @@ def draw_selection(maps: Mapping[str, NDArray[np.float64]], ratios: Mapping[str,
 
 def save(figure: Figure, path: Path) -> Path:
     """Write `figure` as PNG without a date or a version, so that equal data give equal bytes."""
-    figure.savefig(path, format="png", metadata={"Software": None})
+    with replacing(path) as new:
+        figure.savefig(new, format="png", metadata={"Software": None})
     return path
 
 

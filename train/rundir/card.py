@@ -115,25 +115,39 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def claim(folder: Path, config: Config) -> None:
-    """Create the folder and write `config.yaml`, or check that its `config.yaml` has the same settings.
+    """Write `config.yaml`. The caller holds the folder's lease.
+
+    Raises:
+        ConfigError: As `require_same_settings`.
+    """
+    require_same_settings(folder, config)
+    write_whole(folder / CONFIG, yaml.safe_dump(plain(config), sort_keys=False))
+
+
+def require_same_settings(folder: Path, config: Config) -> None:
+    """Check that the folder's `config.yaml`, if there is one, has the same settings.
 
     Raises:
         ConfigError: The folder holds a run with other settings; the message names the differing options.
     """
-    path = folder / CONFIG
+    try:
+        existing = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")) or {}
+    except (FileNotFoundError, NotADirectoryError):
+        return
     requested = plain(config)
-    if path.exists():
-        existing = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        different = [
-            f"{section}.{name}: folder has {(existing.get(section) or {}).get(name)!r}, requested {value!r}"
-            for section in _DECISIVE
-            for name, value in requested[section].items()
-            if f"{section}.{name}" not in _FREE_ON_RESUME and (existing.get(section) or {}).get(name) != value
-        ]
-        if different:
-            raise ConfigError(
-                f"run.dir {folder} holds a run with different settings ({'; '.join(different)}); use another "
-                "--run.dir or the original settings"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(path, yaml.safe_dump(requested, sort_keys=False))
+    different = [
+        f"{section}.{name}: folder has {(existing.get(section) or {}).get(name)!r}, requested {value!r}"
+        for section in _DECISIVE
+        for name, value in requested[section].items()
+        if f"{section}.{name}" not in _FREE_ON_RESUME and (existing.get(section) or {}).get(name) != value
+    ]
+    if different:
+        raise ConfigError(
+            f"run.dir {folder} holds a run with different settings ({'; '.join(different)}); use another "
+            "--run.dir or the original settings"
+        )
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the folder holds a run with results."""
+    return (folder / TEST).exists()

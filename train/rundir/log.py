@@ -9,6 +9,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from egopatch.train.rundir.card import write_whole
+
 
 class RunLog:
     """`log.jsonl` and TensorBoard events of one run.
@@ -55,4 +57,4 @@ def _drop_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue  # a line that was cut off when the run was killed
-    path.write_text("".join(kept), encoding="utf-8")
+    write_whole(path, "".join(kept))

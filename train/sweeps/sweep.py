@@ -4,7 +4,8 @@ Runs may differ in the head and in how it learns, never in the features that it 
 and seed train as stacked heads. All runs see the batches in the order of the config's own seed; their seeds set
 initialisation and dropout, so runs with the same seed differ in nothing but the setting.
 
-Several machines that share the folder may run the same sweep: each process trains the run groups that no other holds.
+Several processes, also on machines that share the folder, may run the same sweep: each trains the run groups that no
+other holds, then waits for the others' runs, and writes the results of all.
 """
 
 import hashlib
@@ -26,12 +27,13 @@ import yaml
 from egopatch.configs.schema import Config, ConfigError, ConfigParser, add_config_arguments, option_names, parse_config
 from egopatch.configs.yaml_keys import repeated_key
 from egopatch.features import ShardOwned
-from egopatch.features.io import file_lease
+from egopatch.features.io.files import make_folder
 from egopatch.train.fitting.experiment import Experiment, open_experiment
 from egopatch.train.fitting.fit import test_groups, train_together
 from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.processes.process_pool import call_in_processes, can_fork
 from egopatch.train.rundir import card as run_folder
+from egopatch.train.rundir.lease import POLL_S, busy, hold, writable
 from egopatch.train.rundir.results import table_folder
 from egopatch.train.sweeps.sweep_results import write_results
 
@@ -68,7 +70,9 @@ def run_sweep(
     name: str | None = None,
     command: str = "python -m train sweep",
 ) -> Path:
-    """Train every combination that is neither finished nor held by another process, and write the results.
+    """Train every combination that is not finished, and write the results.
+
+    Runs that another process trains are waited for; those that it leaves unfinished are trained here.
 
     Args:
         config: Config that all runs share.
@@ -80,11 +84,11 @@ def run_sweep(
         command: Command line, for the model cards.
 
     Returns:
-        `<table>/sweeps/<name>/sweep.json`; beside it `sweep.csv` and `sweep.png`. It holds the finished runs; the
-        last process to end writes all of them.
+        `<table>/sweeps/<name>/sweep.json`; beside it `sweep.csv` and `sweep.png`.
 
     Raises:
-        ConfigError: the grid names an option that all runs share, or an invalid value.
+        ConfigError: the grid names an option that all runs share, or an invalid value, or the folder holds runs with
+            other settings or cannot be written.
         Stopped: SIGINT or SIGTERM interrupted training; the same command resumes it.
     """
     name = f"{config.data.split}-{config.run.dir.name}" if name is None else name
@@ -95,7 +99,7 @@ def run_sweep(
     typed = {(option, json.dumps(value)): _checked(option, value) for option in axes for value in axes[option]}
     runs = [(overrides, run_config(config, overrides, typed, out)) for overrides in combinations(axes)]
     for _, run in runs:
-        run_folder.claim(run.run.dir, run)
+        run_folder.require_same_settings(run.run.dir, run)
     configs = [run for _, run in runs]
     before = sum(map(_finished, configs))
     label = f"sweep {name}"
@@ -105,11 +109,11 @@ def run_sweep(
         experiment = open_experiment(config)
         print(experiment.features.residency_line, flush=True)
         # The name of the folder is older than the name of the class.
-        trained = _train_free(config, configs, experiment, out / "crews", label, command)
+        groups_folder = out / "crews"
+        with writable("run.dir" if config.run.table is None else "run.table", groups_folder):
+            make_folder(groups_folder)
+        trained = _train_all(config, configs, experiment, groups_folder, label, command)
         bytes_read = experiment.features.bytes_read
-    finished = [(overrides, run) for overrides, run in runs if _finished(run)]
-    if len(finished) < len(runs):
-        print(f"{label}: skipped {len(runs) - len(finished)} runs that another process is training", flush=True)
     facts = {
         "name": name,
         "split": config.data.split,
@@ -120,40 +124,40 @@ def run_sweep(
         "seconds": round(time.monotonic() - started, 3),
         "bytes_read": bytes_read,
     }
-    return write_results(facts, finished, config, out)
+    return write_results(facts, runs, config, out)
 
 
-def _train_free(
+def _train_all(
     config: Config, configs: Sequence[Config], experiment: Experiment, groups_folder: Path, label: str, command: str
 ) -> int:
-    """Train the run groups that no other process holds; returns how many runs this process has trained."""
-    groups_folder.mkdir(exist_ok=True)
-    trained, skipped = 0, set[Path]()
+    """Train every run that no other process trains to its end; returns how many runs this process has trained."""
+    trained, told = 0, False
     on_disk = experiment.features.residency == "disk"
     fork = experiment.device.type == "cpu" and config.head.name not in UNSTACKED and not on_disk and can_fork()
     cores = torch.get_num_threads() if fork else 1
     train = partial(_train, experiment=experiment, order_seed=config.train.seed, command=command)
-    while plans := [
-        plan for plan in plan_groups(configs, groups_folder, experiment.device, cores) if plan.path not in skipped
-    ]:
-        if fork:
-            labels = [f"{label}, run group {number} of {len(plans)}" for number in range(1, len(plans) + 1)]
-            calls = [partial(train, [plan], label=group_label) for plan, group_label in zip(plans, labels, strict=True)]
-            results = call_in_processes(calls, cores)
-        else:
-            # Resident features are read once anyway; from disk, groups that train together share the reading.
-            results = [train(plans if on_disk else plans[:1], label=label)]
-        for count, held in results:
-            trained += count
-            skipped |= held
+    while unfinished := [config for config in configs if not _finished(config)]:
+        count = 0
+        if plans := plan_groups(configs, groups_folder, experiment.device, cores):
+            if fork:
+                labels = [f"{label}, run group {number} of {len(plans)}" for number in range(1, len(plans) + 1)]
+                calls = [partial(train, [plan], label=name) for plan, name in zip(plans, labels, strict=True)]
+                count = sum(call_in_processes(calls, cores))
+            else:
+                # Resident features are read once anyway; from disk, groups that train together share the reading.
+                count = train(plans if on_disk else plans[:1], label=label)
+        elif not told and (holder := next(filter(None, (busy(config.run.dir) for config in unfinished)), None)):
+            print(f"{label}: waiting for {len(unfinished)} runs of other processes: {holder}", flush=True)
+            told = True
+        trained += count
+        if count == 0:
+            # A run whose process ends before the run is finished is free again.
+            time.sleep(POLL_S)
     return trained
 
 
-def _train(
-    plans: Sequence[GroupPlan], experiment: Experiment, order_seed: int, label: str, command: str
-) -> tuple[int, set[Path]]:
-    """Train run groups on one reading; returns the number of trained runs, and the files of groups held elsewhere."""
-    held = set[Path]()
+def _train(plans: Sequence[GroupPlan], experiment: Experiment, order_seed: int, label: str, command: str) -> int:
+    """Train the run groups that no other process holds, on one reading; returns the number of trained runs."""
     with ExitStack() as leases:
         groups: list[RunGroup] = []
         try:
@@ -161,13 +165,14 @@ def _train(
                 try:
                     with ExitStack() as group_leases:
                         for config in plan.configs:
-                            group_leases.enter_context(file_lease.hold(config.run.dir, 0))
+                            group_leases.enter_context(hold(config.run.dir))
                         leases.push(group_leases.pop_all())
                 except ShardOwned:
-                    held.add(plan.path)
                     continue
                 if not plan.path.exists() and any(map(_finished, plan.configs)):
                     continue  # another process has just finished some of the runs: plan the others again
+                for config in plan.configs:
+                    run_folder.claim(config.run.dir, config)
                 # A later process reads this file, because only the same runs can resume from the group's position.
                 names = [config.run.dir.name for config in plan.configs]
                 run_folder.write_whole(plan.path.with_suffix(".json"), json.dumps(names) + "\n")
@@ -179,9 +184,9 @@ def _train(
             for group in groups:
                 group.close()
         for group in groups:
-            group.path.with_suffix(".json").unlink()
-            group.path.unlink()
-    return sum(len(group.runs) for group in groups), held
+            group.path.with_suffix(".json").unlink(missing_ok=True)
+            group.path.unlink(missing_ok=True)
+    return sum(len(group.runs) for group in groups)
 
 
 def plan_groups(configs: Sequence[Config], groups_folder: Path, device: torch.device, cores: int) -> list[GroupPlan]:
@@ -190,10 +195,13 @@ def plan_groups(configs: Sequence[Config], groups_folder: Path, device: torch.de
     Runs of one shape are divided so that each of `cores` has a group, and no group is larger than `STACK_SIZE`.
     """
     by_name = {config.run.dir.name: config for config in configs}
-    waiting = {config.run.dir.name for config in configs if not _finished(config) and not _held(config)}
+    waiting = {config.run.dir.name for config in configs if not _finished(config) and busy(config.run.dir) is None}
     plans = []
     for path in sorted(groups_folder.glob("*.json")):
-        names = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            names = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue  # another process has just finished this group
         unfinished = {name for name in names if name in by_name and not _finished(by_name[name])}
         known = path.with_suffix(".pt").exists() and set(names) <= by_name.keys()
         if known and unfinished and unfinished <= waiting:
@@ -227,12 +235,8 @@ def _shape(config: Config) -> str:
     )
 
 
-def _held(config: Config) -> bool:
-    return file_lease.holder(file_lease.lease_path(config.run.dir, 0)) is not None
-
-
 def _finished(config: Config) -> bool:
-    return (config.run.dir / run_folder.TEST).exists()
+    return run_folder.is_finished(config.run.dir)
 
 
 def read_axes(

@@ -1,0 +1,72 @@
+"""The lease of a run's folder: one process at a time writes into it, and the others wait."""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from egopatch.configs.schema import ConfigError
+from egopatch.features import ShardOwned
+from egopatch.features.io import file_lease
+from egopatch.train.processes.distributed import Distributed
+
+# Seconds between two attempts to take a lease: the holder may be on another machine, which cannot tell that it ended.
+POLL_S = 0.5
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Hold the lease of a run's folder, which is created, for the length of a block.
+
+    Raises:
+        ShardOwned: Another process holds it; the message names folder, host and process.
+        ConfigError: The folder cannot be written.
+    """
+    with ExitStack() as lease:
+        with writable("run.dir", folder):
+            lease.enter_context(file_lease.hold(folder, 0, _name(folder)))
+        yield
+
+
+@contextmanager
+def hold_when_free(folder: Path, ranks: Distributed) -> Iterator[None]:
+    """Hold the lease on the first rank; while another process holds it, say so once and wait.
+
+    Raises:
+        ConfigError: The folder cannot be written.
+    """
+    with ExitStack() as lease:
+        told = False
+        while True:
+            try:
+                ranks.broadcast(lambda: lease.enter_context(hold(folder)))
+                break
+            except ShardOwned as busy:
+                if not told:
+                    ranks.print_once(f"waiting: {busy}")
+                told = True
+            # All ranks wait here: a rank that waits in a collective call gives up after some minutes.
+            time.sleep(POLL_S)
+        yield
+
+
+def busy(folder: Path) -> str | None:
+    """Who holds the folder's lease, and what to do about it; None if it is free."""
+    owner = file_lease.holder(file_lease.lease_path(folder, 0))
+    return None if owner is None else file_lease.describe(_name(folder), folder, owner)
+
+
+@contextmanager
+def writable(option: str, folder: Path) -> Iterator[None]:
+    """Turn errors of the file system while `folder` is created into a ConfigError that names its option."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{option} is {folder}, which cannot be written ({error.strerror}: {error.filename}); check its "
+            f"permissions or set another --{option}"
+        ) from None
+
+
+def _name(folder: Path) -> str:
+    return f"run folder {folder}"
