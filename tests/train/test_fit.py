@@ -257,7 +257,15 @@ def test_nothing_is_written_by_a_start_that_waits(tiny: Config, monkeypatch: pyt
         fit(other, "x")  # at once
 
 
-def test_a_run_folder_that_cannot_be_written_names_its_option(tiny: Config, tmp_path: Path) -> None:
+def test_a_run_folder_that_cannot_be_written_names_its_option(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(lease.os, "access", lambda path, mode: False)
+        with pytest.raises(
+            ConfigError, match=r"run\.dir is .*/psa, which cannot be written \(Permission denied: .*/leases"
+        ):
+            fit(tiny, "x")
     (tmp_path / "file").write_text("")
     below = with_run(tiny, "psa", run_dir=tmp_path / "file" / "psa")
     message = r"run\.dir is .*/file/psa, which cannot be written \(Not a directory: .*\); check its permissions or set"

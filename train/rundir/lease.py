@@ -1,5 +1,7 @@
 """The lease of a run's folder: one process at a time writes into it, and the others wait."""
 
+import errno
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -8,6 +10,7 @@ from pathlib import Path
 from egopatch.configs.schema import ConfigError
 from egopatch.features import ShardOwned
 from egopatch.features.io import file_lease
+from egopatch.features.io.files import make_folder
 from egopatch.train.processes.distributed import Distributed
 
 # Seconds between two attempts to take a lease: the holder may be on another machine, which cannot tell that it ended.
@@ -22,9 +25,12 @@ def hold(folder: Path) -> Iterator[None]:
         ShardOwned: Another process holds it; the message names folder, host and process.
         ConfigError: The folder cannot be written.
     """
-    with ExitStack() as lease:
-        with writable("run.dir", folder):
-            lease.enter_context(file_lease.hold(folder, 0, _name(folder)))
+    with writable("run.dir", folder):
+        leases = file_lease.lease_path(folder, 0).parent
+        make_folder(leases)
+        if not os.access(leases, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(leases))
+    with file_lease.hold(folder, 0, _name(folder)):
         yield
 
 
@@ -58,7 +64,7 @@ def busy(folder: Path) -> str | None:
 
 @contextmanager
 def writable(option: str, folder: Path) -> Iterator[None]:
-    """Turn errors of the file system while `folder` is created into a ConfigError that names its option."""
+    """Turn an error of the file system while `folder` is created into a ConfigError that names its option."""
     try:
         yield
     except OSError as error:
