@@ -74,7 +74,7 @@ def grid_of(paths: Sequence[Path | str], size: int) -> tuple[int, int]:
 
 def _facts(path: str, runs: Sequence[Run]) -> StoreFacts:
     try:
-        store = open_store(Path(path))
+        store = open_store(path)
     except (OSError, ValueError) as error:
         return StoreFacts(path, problem=" ".join(str(error).split()))
     fingerprint = store.fingerprint
