@@ -20,6 +20,7 @@ from egopatch.features.store.text_substore import TEXT_FOLDER, network_differenc
 from egopatch.features.tools.convert import convert
 from egopatch.features.tools.derive import derive
 from egopatch.features.tools.repair import repair
+from egopatch.features.tools.sources import SourceReport, check_sources
 from egopatch.features.tools.verify import VerifyReport, verify
 from egopatch.features.values.errors import BadLocation, StoreError
 from egopatch.features.values.location import Location, parse_location
@@ -68,6 +69,13 @@ def _parser() -> argparse.ArgumentParser:
     added["convert"].add_argument("--shard", type=_count, metavar="N", help="number of clips in a shard")
     added["convert"].add_argument("--codec", choices=get_args(Codec), help="lossless compression of each clip")
     added["unlock"].add_argument("--shard", type=int, metavar="N", help="number of the shard; by default all of them")
+    for name, then in (("verify", "name those"), ("repair", "remove the clips of those")):
+        added[name].add_argument(
+            "--sources",
+            type=_folder,
+            metavar="FOLDER",
+            help=f"also hash the videos in the data set's folder (data.root), and {then} that have changed",
+        )
     added["derive"].add_argument("--keep", type=_share, required=True, metavar="SHARE", help="share of patches to keep")
     added["derive"].add_argument("--by", choices=["saliency"], default="saliency", help="what ranks the patches")
     return parser
@@ -78,6 +86,12 @@ def _location(text: str) -> Location:
         return parse_location(text)
     except BadLocation as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _folder(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a folder; expected the folder of the videos, data.root")
+    return Path(text)
 
 
 def _share(text: str) -> float:
@@ -120,6 +134,7 @@ def _facts(store: Store) -> Result:
         "fingerprint": dict(store.fingerprint.fields),
         "digest": store.fingerprint.digest,
         "reconstruction_error": dict(store.reconstruction_error),
+        "unrecorded": sum(origin is None for origin in store.origins().values()) if store.spec.kind == "patches" else 0,
         "quarantine": quarantine,
     }
 
@@ -143,7 +158,31 @@ def _lines(result: Result, indent: str = "") -> Iterator[str]:
 def _verify(options: argparse.Namespace) -> Outcome:
     with _progress("verify", BYTES, options) as on_bytes:
         report = verify(options.store, on_bytes=on_bytes)
-    return (0 if report.ok else 1), _verify_result(report), "\n".join(_verify_lines(report))
+    code, result, lines = 0 if report.ok else 1, _verify_result(report), list(_verify_lines(report))
+    if options.sources:
+        sources = _check_sources(options)
+        code = 1 if sources.changed else code
+        result["sources"] = asdict(sources)
+        lines += _source_lines(sources, options)
+    return code, result, "\n".join(lines)
+
+
+def _check_sources(options: argparse.Namespace) -> SourceReport:
+    with _progress("hash", BYTES, options) as on_bytes:
+        return check_sources(options.store, options.sources, on_bytes=on_bytes)
+
+
+def _source_lines(report: SourceReport, options: argparse.Namespace) -> Iterator[str]:
+    yield f"{options.sources}: {report.files} videos hashed, {len(report.changed)} changed, {report.gone} gone"
+    for file, clips in report.changed.items():
+        yield f"  {file} has changed since {len(clips)} clips were encoded, such as {clips[0]!r}"
+    if report.unrecorded:
+        yield f"{report.unrecorded} clips were stored before stores recorded their video, and cannot be checked"
+    if report.changed:
+        yield (
+            f"run `python -m features repair {options.store} --sources {options.sources}` to remove their clips, and "
+            "then `python -m extract run` to encode them again"
+        )
 
 
 def _verify_result(report: VerifyReport) -> Result:
@@ -175,7 +214,7 @@ def _verify_lines(report: VerifyReport) -> Iterator[str]:
 
 
 def _repair(options: argparse.Namespace) -> Outcome:
-    done = repair(options.store)
+    done = repair(options.store, _check_sources(options).clips if options.sources else ())
     result = {"before": _verify_result(done.before), "dropped": list(done.dropped), "rewritten": list(done.rewritten)}
     lines = [f"rewrote {name}" for name in done.rewritten] + [f"removed {name!r}" for name in done.dropped]
     lines.append(

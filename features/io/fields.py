@@ -8,7 +8,14 @@ FileSum = tuple[int, int]  # bytes, CRC-32
 FileSums = Mapping[str, FileSum]  # path inside the store -> size and checksum
 T = TypeVar("T")
 
-_NAMES = {int: "a whole number", str: "a text", dict: "an object", list: "a list", bool: "true or false"}
+_NAMES = {
+    int: "a whole number",
+    float: "a decimal number",
+    str: "a text",
+    dict: "an object",
+    list: "a list",
+    bool: "true or false",
+}
 
 
 class MalformedRecord(ValueError):

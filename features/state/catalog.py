@@ -1,6 +1,6 @@
 """The current contents of a store: the rows planned by the journal of ids, and the clips committed by the ledger."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from egopatch.features.state.ids import RowPlan, ids_journal
 from egopatch.features.state.ledger import ClipRecord, Commit, Entry, Ledger, ledger_journal
@@ -122,3 +122,8 @@ class Catalog:
         if absent:
             raise AbsentClip(absent, f"store {self.root}")
         return [self.ledger.clips[name].clip(name) for name in ids]
+
+    def unchanged(self, records: Mapping[str, ClipRecord]) -> list[str]:
+        """Those ids of `records` of which the ledger still has the same record."""
+        clips = self.ledger.clips
+        return [name for name, record in records.items() if name in clips and clips[name].clip(name) == record]

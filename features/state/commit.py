@@ -8,7 +8,7 @@ ledger, and in a folder one process at a time goes from the first record to the 
 they hold a shard's lease lose nothing: the second is refused, reads what the first has committed, and commits both.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -16,7 +16,8 @@ import numpy as np
 
 from egopatch.features.formats.interface import Blocks, Format
 from egopatch.features.io.files import crc32c, size_and_crc_of_file
-from egopatch.features.state.ledger import ClipRecord, announce_record, commit_record, ledger_journal
+from egopatch.features.state.ledger import ClipRecord, announce_record, commit_record, drop_record, ledger_journal
+from egopatch.features.state.origin import Origin
 from egopatch.features.storage.interface import Storage
 from egopatch.features.storage.journal import Position
 from egopatch.features.values.dtypes import row_bytes
@@ -41,8 +42,10 @@ def commit_shard(
     rows: Mapping[str, int],
     blocks: Blocks,
     sources: Mapping[str, str],
+    origins: Mapping[str, Origin | None],
     errors: Mapping[str, float],
     after: Position | None,
+    replaced: Sequence[str] = (),
 ) -> None:
     """Commit a shard that afterwards consists of exactly `rows`. The caller holds the shard's lease.
 
@@ -52,8 +55,11 @@ def commit_shard(
         rows: Id -> row of the store, in rising order.
         blocks: Rows of each array, in the order of `rows`.
         sources: Id -> hash of the video (or text) that was encoded.
+        origins: Id -> stretch of video that was encoded; None where it is not known.
         errors: Array -> reconstruction error that quantisation caused.
         after: How far the ledger had been read when `rows` was determined.
+        replaced: Ids of committed rows that `blocks` gives other values. Where files are replaced in place, these rows
+            are absent from the ledger until the new ones are read back.
 
     Raises:
         WriteConflict: Another writer has committed clips of the shard since; nothing was committed here.
@@ -74,11 +80,13 @@ def commit_shard(
                 raise write_conflict(f"shard {shard} of {storage.location}") from None  # it took this writer for dead
             locked.enter_context(storage.committing(shard))
             if storage.in_place:
+                if replaced:
+                    after = ledger.append(drop_record(shard, replaced, emptied=False), after)
                 after = ledger.append(announce_record(shard, files), after)
             write_id = storage.publish(shard, staged, files)
         if storage.in_place:
             _read_back(target, shard, rows, sums)
-        clips = {name: ClipRecord(row, sums[name], sources[name]) for name, row in rows.items()}
+        clips = {name: ClipRecord(row, sums[name], sources[name], origins[name]) for name, row in rows.items()}
         commit = commit_record(shard, clips, files, target.fingerprint, errors, target.row_bytes, write_id)
         ledger.append(commit, after)
 

@@ -1,7 +1,8 @@
 """The list of committed shards, which alone decides what readers see.
 
 Lines have three kinds: `announce` precedes putting a shard's files in place, `commit` makes its rows exist, `drop`
-removes damaged clips. Unknown fields are ignored, since a later version may have added them; unknown kinds are refused.
+removes damaged or stale clips. Unknown fields are ignored, since a later version may have added them; unknown kinds are
+refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from egopatch.features.io.fields import (
     get_file_sums,
     get_list,
 )
+from egopatch.features.state.origin import Origin, OriginColumns, origins_record, parse_origins
 from egopatch.features.storage.interface import Journal, Storage
 from egopatch.features.storage.journal import Contents, validating
 
@@ -32,11 +34,13 @@ class ClipRecord:
         row: Row in every array of the store.
         checksums: CRC-32C of the row's bytes before compression, by array.
         source: Hash of the video (or text) that was encoded.
+        origin: The stretch of video that was encoded; None for texts, and for clips that an earlier version stored.
     """
 
     row: int
     checksums: Mapping[str, int]
     source: str
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Commit:
         errors: Reconstruction error that quantisation caused, by array.
         row_bytes: Bytes in one row of every array together, before compression.
         write_id: Id of the write that these files come from, where every write has its own file names; else empty.
+        origins: Origins of the clips as in `ClipRecord`; None where none was recorded.
     """
 
     shard: int
@@ -74,17 +79,22 @@ class Commit:
     errors: Mapping[str, float]
     row_bytes: int
     write_id: str = ""
+    origins: OriginColumns | None = None
 
     def clip(self, name: str) -> ClipRecord:
         """The record of the clip `name`, one of `ids`."""
         index = self.ids.index(name)
         sums = {array: int.from_bytes(column[4 * index : 4 * index + 4]) for array, column in self.checksums.items()}
-        return ClipRecord(self.rows[index], sums, self.sources[index])
+        return ClipRecord(self.rows[index], sums, self.sources[index], self.origin_at(index))
+
+    def origin_at(self, index: int) -> Origin | None:
+        """The origin of the clip at `index` in `ids`."""
+        return None if self.origins is None else self.origins.at(index)
 
 
 @dataclass(frozen=True)
 class Drop:
-    """Damaged clips that are removed; `emptied` where the shard has no others."""
+    """Damaged or stale clips that are removed; `emptied` where the shard has no others."""
 
     shard: int
     ids: tuple[str, ...]
@@ -120,6 +130,16 @@ class Ledger:
     def write_id(self, shard: int) -> str:
         """Id of the committed write of `shard`; empty where files are replaced in place, or nothing is committed."""
         return self.write_ids.get(shard, "")
+
+    def origins(self) -> dict[str, Origin | None]:
+        """Id -> origin of every committed clip, as in `ClipRecord`."""
+        commits = {id(commit): commit for commit in self.clips.values()}
+        return {
+            name: commit.origin_at(index)
+            for commit in commits.values()
+            for index, name in enumerate(commit.ids)
+            if self.clips.get(name) is commit
+        }
 
     def add_all(self, contents: Contents[Entry]) -> None:
         """Apply lines that were read."""
@@ -186,11 +206,14 @@ def commit_record(
         "fingerprint": fingerprint,
         "errors": dict(errors),
     }
+    origins = [clip.origin for clip in records]
+    if any(origin is not None for origin in origins):
+        record["origins"] = origins_record(origins)
     return record | {"attempt": write_id} if write_id else record
 
 
 def drop_record(shard: int, ids: Sequence[str], emptied: bool) -> Record:
-    """The line that removes damaged clips; arguments are as in `Drop`."""
+    """The line that removes damaged or stale clips; arguments are as in `Drop`."""
     return {"kind": "drop", "shard": shard, "ids": list(ids), "emptied": emptied}
 
 
@@ -218,6 +241,7 @@ def parse_entry(record: Record) -> Entry:
             _parse_errors(get_field(record, "errors", dict)),
             get_count(record, "row_bytes"),
             _parse_write_id(record),
+            parse_origins(get_field(record, "origins", dict), len(ids)) if "origins" in record else None,
         )
     raise MalformedRecord(f"'kind' is {kind[:40]!r}; expected announce, commit or drop")
 

@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -36,38 +36,46 @@ class RowReader:
     def read_row(self, name: str, array: ArraySpec) -> np.ndarray:
         """One row in its dtype on disk. Errors as in `Store.read`."""
         row = np.empty(array.shape, disk_dtype(array.dtype).numpy)
-        self.read_into(row.reshape(-1).view(np.uint8), name, self._catalog.clip_records([name])[0], array)
+        self.read_into([(row.reshape(-1).view(np.uint8), array)], name, self._catalog.clip_records([name])[0])
         return row
 
-    def read_into(self, target: np.ndarray, name: str, record: ClipRecord, array: ArraySpec) -> None:
-        """Fill `target`, the bytes of a row, with the clip `name`, of which the ledger has `record`.
+    def read_into(self, targets: Sequence[tuple[np.ndarray, ArraySpec]], name: str, record: ClipRecord) -> None:
+        """Fill each of `targets`, the bytes of a row of an array, with the clip `name`; all come from one commit.
+
+        Args:
+            targets: Memory and array.
+            name: Id of the clip.
+            record: The ledger's record of the clip.
 
         Raises:
+            AbsentClip: The clip has been removed since.
             DamagedStore: The bytes differ from those that were committed; the message names the clip.
         """
-        catalog, shard = self._catalog, self._catalog.shard_of(record.row)
-        write_id = catalog.ledger.write_ids.get(shard)
+        shard = self._catalog.shard_of(record.row)
+        commit = self._catalog.ledger.commits.get(shard)
         try:
-            self._read_committed(target, name, record, array)
+            for target, array in targets:
+                self._read_committed(target, name, record, array)
         except DamagedStore:
-            if not self._was_rewritten(shard, write_id):
+            if not self._was_rewritten(name, record, commit):
                 raise
-            self._read_committed(target, name, self._catalog.clip_records([name])[0], array)
+            # All arrays are read anew, so that they are of one commit.
+            record = self._catalog.clip_records([name])[0]
+            for target, array in targets:
+                self._read_committed(target, name, record, array)
 
     def close(self) -> None:
         """Forget the open files, which are then closed once no thread reads them."""
         with self._lock:
             self._open.clear()
 
-    def _was_rewritten(self, shard: int, write_id: str | None) -> bool:
-        """Whether a later commit has replaced the files of `write_id`; if so, the catalog knows it now."""
-        catalog = self._catalog
-        if catalog.storage.in_place:
-            return False  # open files stay as they are, and the name leads to the later ones
+    def _was_rewritten(self, name: str, record: ClipRecord, commit: int | None) -> bool:
+        """Whether the clip's shard was written again since `commit`; if so, the catalog knows it now."""
+        catalog, shard = self._catalog, self._catalog.shard_of(record.row)
         with self._refreshing:
-            if catalog.ledger.write_ids.get(shard) == write_id:  # else another thread has refreshed it meanwhile
+            if catalog.ledger.commits.get(shard) == commit:  # else another thread has refreshed it meanwhile
                 catalog.refresh(shard)
-            return catalog.ledger.write_ids.get(shard) != write_id
+            return catalog.ledger.commits.get(shard) != commit or not catalog.unchanged({name: record})
 
     def _read_committed(self, target: np.ndarray, name: str, record: ClipRecord, array: ArraySpec) -> None:
         root, spec = self._catalog.root, self._catalog.spec

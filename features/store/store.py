@@ -3,10 +3,10 @@
 python -c "from egopatch.features import open_store; print(open_store('stores/x').clip_ids)"
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType, TracebackType
 
 import torch
@@ -25,7 +25,8 @@ from egopatch.features.state.header import (
     read_header,
 )
 from egopatch.features.state.ids import RowPlan, add_rows, ids_journal, ids_without_row
-from egopatch.features.state.ledger import ledger_journal
+from egopatch.features.state.ledger import ClipRecord, ledger_journal
+from egopatch.features.state.origin import Origin
 from egopatch.features.state.quarantine import Failure, Quarantine, QuarantineRecord, quarantine_journal
 from egopatch.features.storage.interface import Storage, file_matches
 from egopatch.features.storage.journal import require_intact
@@ -42,10 +43,17 @@ from egopatch.features.values.tensors import bytes_of
 
 @dataclass(frozen=True)
 class ShardWork:
-    """A shard and its clips that are still to be encoded."""
+    """A shard and its clips that are still to be encoded.
+
+    Attributes:
+        shard: Number of the shard.
+        ids: The clips.
+        replaces: Id -> record of the committed row that is to be replaced, for those of `ids` that have one.
+    """
 
     shard: int
     ids: tuple[str, ...]
+    replaces: Mapping[str, ClipRecord] = field(default_factory=dict)
 
 
 def create_store(
@@ -191,14 +199,25 @@ class Store:
         committed = self.catalog.ledger.clips
         return tuple(name for name in self.catalog.rows if name not in committed and name not in skip)
 
-    def missing_shards(self, retry_quarantined: bool = False) -> list[ShardWork]:
-        """The shards with clips that are still to be encoded, and the ids of those clips."""
+    def missing_shards(
+        self, retry_quarantined: bool = False, replace: Collection[str] = frozenset()
+    ) -> list[ShardWork]:
+        """The shards with clips that are still to be encoded, and the ids of those clips.
+
+        Args:
+            retry_quarantined: Include the clips in quarantine.
+            replace: Committed clips to encode again.
+        """
         skip = {} if retry_quarantined else self.quarantine
         work: dict[int, list[str]] = {}
         for name, row in self.catalog.rows.items():
-            if name not in self.catalog.ledger.clips and name not in skip:
+            if name in replace or (name not in self.catalog.ledger.clips and name not in skip):
                 work.setdefault(self.catalog.shard_of(row), []).append(name)
-        return [ShardWork(shard, tuple(ids)) for shard, ids in sorted(work.items())]
+        return [ShardWork(shard, tuple(ids), self._records(ids)) for shard, ids in sorted(work.items())]
+
+    def _records(self, ids: Sequence[str]) -> dict[str, ClipRecord]:
+        clips = self.catalog.ledger.clips
+        return {name: clips[name].clip(name) for name in ids if name in clips}
 
     # Reading
 
@@ -252,8 +271,7 @@ class Store:
         ]
 
         def read_clip(index: int) -> None:
-            for array, rows in targets:
-                self._reader.read_into(rows[index], ids[index], records[index], array)
+            self._reader.read_into([(rows[index], array) for array, rows in targets], ids[index], records[index])
 
         threads = max(threads, self.catalog.storage.parallel_reads)
         if threads == 1 or len(ids) == 1:
@@ -272,6 +290,10 @@ class Store:
     def sources(self, ids: Sequence[str]) -> dict[str, str]:
         """Id -> hash of the video (or text) that was encoded. Errors as in `read`."""
         return {name: record.source for name, record in zip(ids, self.catalog.clip_records(ids), strict=True)}
+
+    def origins(self) -> dict[str, Origin | None]:
+        """Id -> stretch of video that was encoded, of every committed clip; None where an earlier version stored it."""
+        return self.catalog.ledger.origins()
 
     # Writing
 
@@ -299,14 +321,19 @@ class Store:
         rows: Rows,
         sources: Mapping[str, str],
         failures: Mapping[str, Failure] = MappingProxyType({}),
+        origins: Mapping[str, Origin] = MappingProxyType({}),
+        replaces: Mapping[str, ClipRecord] = MappingProxyType({}),
     ) -> None:
-        """Commit clips of one shard: all of them, or none if anything fails. The shard's former rows do not change.
+        """Commit clips of one shard: all of them, or none if anything fails. The shard's other rows do not change.
 
         Args:
             shard: Number of the shard.
             rows: Id -> array -> tensor, without the batch.
             sources: Id -> hash of the video (or text) that was encoded.
             failures: Clips that could not be encoded; they go to quarantine.
+            origins: Id -> stretch of video that was encoded.
+            replaces: Id -> record of a committed row, as in `ShardWork`. A clip in `rows` replaces that row, and a clip
+                in `failures` removes it; if another process has replaced the row already, its row stays.
 
         Raises:
             ShardOwned: Another running process holds the shard's lease.
@@ -314,7 +341,7 @@ class Store:
                 infinity; or the disk is full. The message names id and array.
         """
         with nullcontext() if shard in self._leased else self.lease(shard):
-            self._writer.write(shard, rows, sources, failures)
+            self._writer.write(shard, rows, sources, failures, origins, replaces)
 
     def rewrite_shard(self, shard: int, without: Sequence[str]) -> None:
         """Write a shard's files again with its committed rows, except for the damaged ones named in `without`.

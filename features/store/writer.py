@@ -9,7 +9,8 @@ from egopatch.features.formats.interface import Format
 from egopatch.features.io.files import write_errors_explained
 from egopatch.features.state.catalog import Catalog
 from egopatch.features.state.commit import CommitTarget, commit_shard
-from egopatch.features.state.ledger import announce_record, drop_record, ledger_journal
+from egopatch.features.state.ledger import ClipRecord, announce_record, drop_record, ledger_journal
+from egopatch.features.state.origin import Origin
 from egopatch.features.state.quarantine import Failure, add_failures, quarantine_journal
 from egopatch.features.store.reader import RowReader
 from egopatch.features.values.encoding import check_names, encode_row, reconstruction_error
@@ -30,15 +31,25 @@ class ShardWriter:
         self._file_format = file_format
         self._fingerprint = fingerprint
 
-    def write(self, shard: int, rows: Rows, sources: Mapping[str, str], failures: Mapping[str, Failure]) -> None:
+    def write(
+        self,
+        shard: int,
+        rows: Rows,
+        sources: Mapping[str, str],
+        failures: Mapping[str, Failure],
+        origins: Mapping[str, Origin],
+        replaces: Mapping[str, ClipRecord],
+    ) -> None:
         """Commit new clips; arguments and errors as in `Store.write_shard`."""
         catalog = self._catalog
-        self._check_ids(shard, rows, sources, failures)
+        self._check_ids(shard, rows, sources, failures, replaces)
         for name, tensors in rows.items():
             check_names(name, tensors, catalog.spec)
         with write_errors_explained(f"writing shard {shard} of {catalog.root}"):
+            if failed := [name for name in catalog.unchanged(replaces) if name in failures]:
+                self.rewrite(shard, failed)
             if rows:
-                self._commit_new(shard, rows, sources)
+                self._commit_new(shard, rows, sources, origins, replaces)
             add_failures(quarantine_journal(catalog.storage), shard, failures)
         catalog.refresh(shard)
 
@@ -52,7 +63,7 @@ class ShardWriter:
                 ledger_journal(catalog.storage).append(drop_record(shard, without, emptied=not kept), catalog.position)
                 catalog.refresh(shard)
             if kept:
-                self._commit(shard, {}, {})
+                self._commit(shard, {}, {}, {})
             else:
                 self._discard(shard, former)
             catalog.refresh(shard)
@@ -74,7 +85,14 @@ class ShardWriter:
             pass  # one of the writers is running and was faster: its files are committed now
         catalog.refresh(shard)
 
-    def _check_ids(self, shard: int, rows: Rows, sources: Mapping[str, str], failures: Mapping[str, Failure]) -> None:
+    def _check_ids(
+        self,
+        shard: int,
+        rows: Rows,
+        sources: Mapping[str, str],
+        failures: Mapping[str, Failure],
+        replaces: Mapping[str, ClipRecord],
+    ) -> None:
         catalog = self._catalog
         for name in [*rows, *failures]:
             row = catalog.rows.get(name)
@@ -86,18 +104,28 @@ class ShardWriter:
                 raise StoreError(f"clip {name!r} is in both rows and failures; expected it in one of the two")
             if name not in sources:
                 raise StoreError(f"clip {name!r} has no entry in sources; expected the hash of its video")
-            if name in catalog.ledger.clips:
-                raise StoreError(f"clip {name!r} is already committed in {catalog.root}; write only clips in missing()")
+            if name in catalog.ledger.clips and name not in replaces:
+                raise StoreError(
+                    f"clip {name!r} is already committed in {catalog.root}; expected clips in missing() or replaces"
+                )
 
-    def _commit_new(self, shard: int, new: Rows, sources: Mapping[str, str]) -> None:
+    def _commit_new(
+        self,
+        shard: int,
+        new: Rows,
+        sources: Mapping[str, str],
+        origins: Mapping[str, Origin],
+        replaces: Mapping[str, ClipRecord],
+    ) -> None:
         """Commit `new` rows, except those that another writer has committed in the meantime."""
         catalog = self._catalog
         self.clear_leftovers(shard)
         for conflicts in range(_TRIES):
-            new = {name: row for name, row in new.items() if name not in catalog.ledger.clips}
+            to_replace = catalog.unchanged(replaces)
+            new = {name: row for name, row in new.items() if name not in catalog.ledger.clips or name in to_replace}
             try:
                 if new:
-                    self._commit(shard, new, sources)
+                    self._commit(shard, new, sources, origins)
                 break
             except WriteConflict:
                 if conflicts == _TRIES - 1:
@@ -107,25 +135,26 @@ class ShardWriter:
             catalog.refresh(shard)
             self.clear_leftovers(shard)  # the files of this process's refused commits
 
-    def _commit(self, shard: int, new: Rows, sources: Mapping[str, str]) -> None:
-        """Commit the shard's former rows, unchanged, and the `new` ones."""
+    def _commit(self, shard: int, new: Rows, sources: Mapping[str, str], origins: Mapping[str, Origin]) -> None:
+        """Commit the `new` rows, and the shard's other rows unchanged."""
         catalog = self._catalog
-        kept = catalog.committed_of(shard)
+        former = catalog.committed_of(shard)
+        kept = {name: catalog.ledger.clips[name].clip(name) for name in former if name not in new}
         rows = {name: catalog.rows[name] for name in sorted([*kept, *new], key=catalog.rows.__getitem__)}
-        sources = {
-            name: sources[name] if name in new else catalog.ledger.clips[name].clip(name).source for name in rows
-        }
-        errors = dict(catalog.ledger.errors.get(shard, {}))
+        all_sources = {name: kept[name].source if name in kept else sources[name] for name in rows}
+        all_origins = {name: kept[name].origin if name in kept else origins.get(name) for name in rows}
+        errors = dict(catalog.ledger.errors.get(shard, {})) if kept else {}
         for tensors in new.values():
             error = reconstruction_error(tensors, catalog.spec)
             if error is not None:
                 errors["patches"] = max(error, errors.get("patches", 0.0))
         target = CommitTarget(catalog.storage, catalog.spec, self._file_format, self._fingerprint, catalog.row_bytes)
         blocks = ((array, self._encoded(array, rows, new)) for array in catalog.spec.arrays)
-        former = catalog.ledger.write_id(shard)
-        commit_shard(target, shard, rows, blocks, sources, errors, catalog.position)
-        if former:
-            self._discard(shard, former)
+        write_id = catalog.ledger.write_id(shard)
+        replaced = [name for name in former if name in new]
+        commit_shard(target, shard, rows, blocks, all_sources, all_origins, errors, catalog.position, replaced)
+        if write_id:
+            self._discard(shard, write_id)
 
     def _discard(self, shard: int, write_id: str) -> None:
         self._catalog.storage.discard(shard, write_id, self._file_format.file_names(self._catalog.spec, shard))

@@ -65,9 +65,10 @@ def copy_clips(
         on_clips: Called after each shard.
         decoded: Read the tokens as float32, multiplied by their scale, instead of bit for bit.
     """
-    committed, quarantined, done = set(source.clip_ids), source.quarantine, len(target.clip_ids)
-    for work in target.missing_shards():
-        ids = [name for name in work.ids if name in committed]
+    origins, quarantined, again = source.origins(), source.quarantine, _encoded_again(source, target)
+    done = len(target.clip_ids) - len(again)
+    for work in target.missing_shards(replace=again):
+        ids = [name for name in work.ids if name in origins]
         rows: dict[str, dict[str, Tensor]] = {}
         if ids:
             arrays = change(source.read_arrays(ids, torch.float32 if decoded else None))
@@ -77,10 +78,22 @@ def copy_clips(
             for name in work.ids
             if name in quarantined
         }
-        target.write_shard(work.shard, rows, source.sources(ids), failures)
+        known = {name: origin for name in ids if (origin := origins[name]) is not None}
+        target.write_shard(work.shard, rows, source.sources(ids), failures, known, work.replaces)
         if on_clips is not None:
             done += len(ids)
-            on_clips(done, len(committed))
+            on_clips(done, len(origins))
+
+
+def _encoded_again(source: Store, target: Store) -> set[str]:
+    """Clips of an earlier copy that `source` has encoded again since, or has put in quarantine."""
+    origins, quarantined = source.origins(), source.quarantine
+    copied = {name: origin for name, origin in target.origins().items() if name in origins}
+    sources, copied_sources = source.sources(list(copied)), target.sources(list(copied))
+    return {
+        *(name for name in target.clip_ids if name in quarantined),
+        *(name for name in copied if (origins[name], sources[name]) != (copied[name], copied_sources[name])),
+    }
 
 
 def require_separate(source: Location, target: Location) -> None:

@@ -34,10 +34,14 @@ class RepairReport:
     rewritten: tuple[str, ...]
 
 
-def repair(path: Location | str) -> RepairReport:
+def repair(path: Location | str, changed: Collection[str] = ()) -> RepairReport:
     """Keep every clip that reads back bit for bit, and remove the others, so that they count as missing.
 
     Afterwards `verify` finds nothing. A damaged journal is kept beside the new one, as `*.damaged`.
+
+    Args:
+        path: Location of the store.
+        changed: Clips that are removed too, because their video has changed.
 
     Raises:
         StoreError: The store does not exist, or no copy of its header is left.
@@ -52,8 +56,9 @@ def repair(path: Location | str) -> RepairReport:
         storage.require_no_writers()
         with storage.adding_rows():
             rewritten += [f"{folder}/{name}" if folder else name for name in _repair_description(storage)]
-        dropped += _repair_shards(storage)
-        _remove_from_quarantine(storage, before.bad_clips)
+        removed = _repair_shards(storage, () if folder else changed)
+        _remove_from_quarantine(storage, {*before.bad_clips, *removed})
+        dropped += removed
     committed = open_store(root.location).clip_ids
     lost = [name for name in before.bad_clips if name not in dropped and name not in committed]
     return RepairReport(root.location, before, (*dropped, *lost), tuple(rewritten))
@@ -95,13 +100,16 @@ def _rewrite(journal: Journal, records: list[Record]) -> None:
     journal.rewrite(records)
 
 
-def _repair_shards(storage: Storage) -> list[str]:
+def _repair_shards(storage: Storage, changed: Collection[str]) -> list[str]:
     dropped: list[str] = []
     audit = audit_store(storage)
     store = open_store(storage.location)
     damaged = {fault.shard for _, faults in check_shards(audit) for fault in faults if fault.shard is not None}
-    for shard in sorted(damaged):
-        bad = bad_rows(audit, shard)
+    of_changed: dict[int, list[str]] = {}
+    for record, name in zip(store.catalog.clip_records(list(changed)), changed, strict=True):
+        of_changed.setdefault(store.catalog.shard_of(record.row), []).append(name)
+    for shard in sorted(damaged | of_changed.keys()):
+        bad = list(dict.fromkeys([*(bad_rows(audit, shard) if shard in damaged else ()), *of_changed.get(shard, ())]))
         store.rewrite_shard(shard, without=bad)
         dropped += bad
     store.clear_leftovers()

@@ -1,0 +1,343 @@
+"""Rows that are replaced by new ones: readers, kills and second writers meet the old row, the new one or none."""
+
+import hashlib
+import itertools
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from egopatch.features import AbsentClip, ArraySpec, DamagedStore, Failure, ShardWork, Store, create_store, open_store
+from egopatch.features.__main__ import main
+from egopatch.features.state.counts import count_clips, read_origins
+from egopatch.features.state.ledger import raw_ledger_journal
+from egopatch.features.state.origin import Origin
+from egopatch.features.storage.folder import LocalStorage
+from egopatch.features.storage.pick import storage_at
+from egopatch.features.tools.convert import convert
+from egopatch.features.tools.derive import derive
+from egopatch.features.tools.repair import repair
+from egopatch.features.tools.verify import verify
+from tests.features.conftest import FINGERPRINT, FORMATS, IDS, SPEC, clip
+from tests.features.test_crash import in_child, killed_at
+
+FIRST = IDS[:4]  # those of shard 0
+ORIGINS = {name: Origin("videos/a.mp4", 7, float(n), n + 5.0) for n, name in enumerate(FIRST)}
+MOVED = Origin("videos/a.mp4", 7, 0.5, 5.5)
+Make = Callable[..., Store]
+
+
+def filled(make: Make) -> Store:
+    """A store whose shard 0 is complete."""
+    store = make(FIRST)
+    rows = {name: clip(n) for n, name in enumerate(FIRST)}
+    store.write_shard(0, rows, dict.fromkeys(rows, "hash"), {}, ORIGINS)
+    return open_store(store.path)
+
+
+def work_on(store: Store, *ids: str) -> ShardWork:
+    (work,) = store.missing_shards(replace=ids)
+    assert work.ids == ids
+    return work
+
+
+def refresh(store: Store, seed: int = 90, work: ShardWork | None = None) -> None:
+    """Give the first clip another row, made of another stretch."""
+    work = work or work_on(store, FIRST[0])
+    store.write_shard(0, {FIRST[0]: clip(seed)}, {FIRST[0]: "new"}, {}, {FIRST[0]: MOVED}, work.replaces)
+
+
+def patches(seed: int) -> torch.Tensor:
+    return clip(seed)["patches"].to(torch.float16)
+
+
+def check(path: Path | str, seeds: dict[str, int]) -> None:
+    """Whether the store holds exactly these clips, with these values."""
+    store = open_store(path)
+    assert store.clip_ids == tuple(seeds)
+    assert torch.equal(store.read(store.clip_ids).patches, torch.stack([patches(seed) for seed in seeds.values()]))
+    report = verify(path)
+    assert report.ok, report.faults
+    assert count_clips(path).committed == len(seeds)
+
+
+OLD = {name: n for n, name in enumerate(FIRST)}
+
+
+def test_a_row_is_replaced_with_what_it_was_made_of(make: Make) -> None:
+    store = filled(make)
+    refresh(store)
+    check(store.path, OLD | {FIRST[0]: 90})
+    found = open_store(store.path)
+    assert found.origins() == read_origins(store.path) == ORIGINS | {FIRST[0]: MOVED}
+    assert found.sources(FIRST[:2]) == {FIRST[0]: "new", FIRST[1]: "hash"}
+
+
+def test_every_row_of_a_shard_is_replaced(make: Make) -> None:
+    store = filled(make)
+    work = work_on(store, *FIRST)
+    store.write_shard(
+        0, {name: clip(90 + n) for n, name in enumerate(FIRST)}, dict.fromkeys(FIRST, "new"), {}, {}, work.replaces
+    )
+    check(store.path, {name: 90 + n for n, name in enumerate(FIRST)})
+    assert set(open_store(store.path).origins().values()) == {None}
+
+
+def test_a_clip_that_cannot_be_encoded_again_loses_its_old_row(make: Make) -> None:
+    store = filled(make)
+    work = work_on(store, *FIRST[:2])
+    rows, failures = {FIRST[1]: clip(91)}, {FIRST[0]: Failure("truncated")}
+    store.write_shard(0, rows, {FIRST[1]: "new"}, failures, {}, work.replaces)
+    check(store.path, {name: n for name, n in (OLD | {FIRST[1]: 91}).items() if name != FIRST[0]})
+    assert set(open_store(store.path).quarantine) == {FIRST[0]}
+
+
+def test_a_committed_clip_is_not_replaced_by_mistake(make: Make) -> None:
+    store = filled(make)
+    with pytest.raises(ValueError, match="is already committed"):
+        store.write_shard(0, {FIRST[0]: clip(90)}, {FIRST[0]: "new"})
+    check(store.path, OLD)
+
+
+def test_of_two_refreshing_jobs_the_second_keeps_the_first_ones_row(make: Make) -> None:
+    store = filled(make)
+    other = open_store(store.path)
+    mine, theirs = work_on(store, FIRST[0]), work_on(other, FIRST[0])
+    refresh(store, 90, mine)
+    refresh(other, 91, theirs)
+    other.write_shard(0, {}, {}, {FIRST[0]: Failure("late")}, {}, theirs.replaces)
+    check(store.path, OLD | {FIRST[0]: 90})
+    assert not open_store(store.path).quarantine
+
+
+def test_a_row_that_is_replaced_while_it_is_read_is_never_a_mixture(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = filled(make)
+    reader = open_store(store.path)._reader
+    original, arrays = reader._read_committed, []
+
+    def read(target: object, name: str, record: object, array: ArraySpec) -> None:
+        if len(arrays) == 1:  # one array has been read, the others have not
+            refresh(store)
+            reader.close()
+        arrays.append(array.name)
+        original(target, name, record, array)
+
+    monkeypatch.setattr(reader, "_read_committed", read)
+    rows = {array: np.empty(array.shape, array.dtype) for array in SPEC.arrays}
+    record = reader._catalog.clip_records(FIRST[:1])[0]
+    reader.read_into([(row.reshape(-1).view(np.uint8), array) for array, row in rows.items()], FIRST[0], record)
+    expected = open_store(store.path).read(FIRST[:1]).tensors()
+    for array, row in rows.items():
+        assert torch.equal(torch.from_numpy(row), expected[array.name][0]), array.name
+
+
+def test_a_reader_whose_clip_is_gone_is_told_so(make: Make) -> None:
+    store = filled(make)
+    reader = open_store(store.path)
+    work = work_on(store, FIRST[0])
+    store.write_shard(0, {}, {}, {FIRST[0]: Failure("truncated")}, {}, work.replaces)
+    with pytest.raises(AbsentClip, match="1 requested clip is missing"):
+        reader.read(FIRST)
+    assert torch.equal(reader.read(FIRST[1:]).patches, torch.stack([patches(n) for n in (1, 2, 3)]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_kill_at_any_moment_loses_no_other_row(tmp_path: Path, format: str) -> None:
+    whole = filled(lambda ids: create_store(tmp_path / "whole", SPEC, FINGERPRINT, ids, format))
+    ends = set()
+    for point in itertools.count():
+        root = tmp_path / f"killed-{point}"
+        shutil.copytree(whole.path, root)
+
+        def action(root: Path = root, point: int = point) -> None:
+            killed_at(point)()
+            refresh(open_store(root))
+
+        status = in_child(action)
+        found = open_store(root)
+        report = verify(root)
+        assert report.ok, report.faults
+        ids = found.clip_ids
+        assert set(FIRST[1:]) <= set(ids)
+        rows = found.read(ids).patches
+        for name, row in zip(ids, rows, strict=True):
+            assert torch.equal(row, patches(OLD[name])) or (name == FIRST[0] and torch.equal(row, patches(90)))
+        if FIRST[0] in ids:
+            new = torch.equal(rows[0], patches(90))
+            assert found.origins()[FIRST[0]] == (MOVED if new else ORIGINS[FIRST[0]])
+            ends.add("new" if new else "old")
+        else:
+            ends.add("absent")
+        for work in found.missing_shards(
+            replace=[name for name, o in found.origins().items() if o == ORIGINS[FIRST[0]]]
+        ):
+            refresh(found, work=work)
+        check(root, OLD | {FIRST[0]: 90})
+        if not os.WIFSIGNALED(status):
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+    assert ends == {"old", "absent", "new"}
+
+
+def test_the_old_row_is_read_until_the_moment_of_the_change(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that opens the store at each step of a commit; in a folder the clip is absent at the last ones."""
+    store = filled(make)
+    storage = type(store.catalog.storage)
+    seen = []
+
+    def look() -> None:
+        found = open_store(store.path)
+        if FIRST[0] in found.clip_ids:
+            row = found.read([FIRST[0]]).patches[0]
+            seen.append("new" if torch.equal(row, patches(90)) else "old" if torch.equal(row, patches(0)) else "mixed")
+        else:
+            seen.append("absent")
+
+    for name in ("staging", "publish", "committing"):
+        original = getattr(storage, name)
+
+        def looking(self: object, *args: object, original: Callable = original) -> object:
+            look()
+            return original(self, *args)
+
+        monkeypatch.setattr(storage, name, looking)
+    refresh(store)
+    look()
+    assert seen == (["old", "old", "absent", "new"] if store.catalog.storage.in_place else ["old", "old", "old", "new"])
+
+
+def test_two_live_writers_refresh_one_clip_and_add_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both hold the shard, because a lease was judged dead by mistake."""
+    monkeypatch.setattr(LocalStorage, "lease", lambda self, shard: nullcontext())
+    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, FIRST)
+    rows = {name: clip(n) for n, name in enumerate(FIRST[:3])}
+    store.write_shard(0, rows, dict.fromkeys(rows, "hash"), {}, ORIGINS)
+    one, two = open_store(store.path), open_store(store.path)
+    work = next(w for w in one.missing_shards(replace=[FIRST[0]]) if w.shard == 0)
+    committing, ready, go = LocalStorage.committing, threading.Event(), threading.Event()
+
+    def paused(self: LocalStorage, shard: int) -> object:
+        if threading.current_thread() is thread:
+            ready.set()
+            assert go.wait(60)
+        return committing(self, shard)
+
+    monkeypatch.setattr(LocalStorage, "committing", paused)
+    thread = threading.Thread(target=refresh, args=(one, 90, work))
+    thread.start()
+    assert ready.wait(60)
+    two.write_shard(0, {FIRST[3]: clip(3)}, {FIRST[3]: "hash"})
+    go.set()
+    thread.join()
+    check(store.path, OLD | {FIRST[0]: 90})
+
+
+def test_copies_and_repairs_keep_what_rows_were_made_of(make: Make, tmp_path: Path) -> None:
+    store = filled(make)
+    copy = convert(store.path, tmp_path / "copy", shard=3)
+    assert copy.origins() == ORIGINS
+    derived = derive(store.path, tmp_path / "derived", 0.5)
+    assert derived.origins() == ORIGINS
+    store.rewrite_shard(0, without=[FIRST[2]])
+    assert open_store(store.path).origins() == {n: o for n, o in ORIGINS.items() if n != FIRST[2]}
+
+
+def test_a_repaired_ledger_keeps_them_too(make_local: Make) -> None:
+    store = filled(make_local)
+    with (Path(store.path) / "ledger.jsonl").open("a") as file:
+        file.write("damaged\n")
+    assert "ledger.jsonl" in repair(store.path).rewritten
+    assert open_store(store.path).origins() == ORIGINS
+
+
+def test_a_second_convert_follows_a_refresh(make_local: Make, tmp_path: Path) -> None:
+    store = filled(make_local)
+    convert(store.path, tmp_path / "copy", shard=3)
+    refresh(store)
+    work = work_on(open_store(store.path), FIRST[1])
+    store.write_shard(0, {}, {}, {FIRST[1]: Failure("truncated")}, {}, work.replaces)
+    convert(store.path, tmp_path / "copy", shard=3)
+    check(tmp_path / "copy", {name: n for name, n in (OLD | {FIRST[0]: 90}).items() if name != FIRST[1]})
+    assert open_store(tmp_path / "copy").origins()[FIRST[0]] == MOVED
+
+
+def test_a_store_of_the_version_before_opens_and_grows(make: Make) -> None:
+    store = make(FIRST)
+    store.write_shard(0, {FIRST[1]: clip(1)}, {FIRST[1]: "hash"})
+    lines = raw_ledger_journal(storage_at(store.path)).read().lines
+    assert not any("origins" in line.entry for line in lines)  # as written by the version before
+    store.write_shard(0, {FIRST[0]: clip(0)}, {FIRST[0]: "hash"}, {}, ORIGINS)
+    assert open_store(store.path).origins() == {FIRST[0]: ORIGINS[FIRST[0]], FIRST[1]: None}
+
+
+def test_any_bounds_and_names_come_back_exactly(make_local: Make) -> None:
+    store = make_local(FIRST)
+    origins = {
+        FIRST[0]: Origin('ü "\\|\ud800.mp4', 0, 0.1 + 0.2, 1e17),
+        FIRST[1]: Origin("/elsewhere/b.mp4", 2**62, None, 1 / 3),
+        FIRST[3]: Origin("/elsewhere/b.mp4", 2**62 - 1, 0.0, None),
+    }
+    store.write_shard(0, {n: clip(0) for n in FIRST}, dict.fromkeys(FIRST, "hash"), {}, origins)
+    assert open_store(store.path).origins() == origins | {FIRST[2]: None}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"names": []},
+        {"sizes": ["7"]},
+        {"files": [0, 0, 0]},
+        {"files": [0, 0, 0, 10**30]},
+        {"start_s": [0.0, 1.0, 2.0, "3"]},
+        {"end_s": [0.0]},
+        {"end_s": None},
+    ],
+)
+def test_columns_that_no_ledger_has_are_refused(make_local: Make, change: dict) -> None:
+    store = filled(make_local)
+    journal = raw_ledger_journal(storage_at(store.path))
+    *others, last = [line.entry for line in journal.read().lines]
+    journal.rewrite([*others, last | {"origins": last["origins"] | change}])
+    with pytest.raises(DamagedStore, match="does not belong there"):
+        open_store(store.path)
+
+
+def test_sources_are_hashed_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data"
+    (data / "videos").mkdir(parents=True)
+    contents = {f"videos/{n}.mp4": bytes([n]) * 5 for n in range(3)}
+    for name, content in contents.items():
+        (data / name).write_bytes(content)
+    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, FIRST)
+    origins = {name: Origin(file, 5) for name, file in zip(FIRST, contents)}
+    sources = {name: hashlib.sha256(contents[o.file]).hexdigest() for name, o in origins.items()} | {FIRST[3]: "?"}
+    store.write_shard(0, {n: clip(i) for i, n in enumerate(FIRST)}, sources, {}, origins)
+    command = ["verify", str(store.path), "--sources", str(data)]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "3 videos hashed, 0 changed, 0 gone" in out
+    assert "1 clips were stored before stores recorded their video" in out
+    (data / "videos/0.mp4").unlink()
+    assert main(command) == 0
+    (data / "videos/1.mp4").write_bytes(b"other")  # of the same size
+    assert main(command) == 1
+    out = capsys.readouterr().out
+    assert "2 videos hashed, 1 changed, 1 gone" in out
+    assert f"videos/1.mp4 has changed since 1 clips were encoded, such as {FIRST[1]!r}" in out
+    assert f"repair {store.path} --sources {data}" in out
+    assert main(["repair", str(store.path), "--sources", str(data)]) == 0
+    check(store.path, {name: n for name, n in OLD.items() if name != FIRST[1]})
+    assert main(command) == 0
+    with pytest.raises(SystemExit) as usage:
+        main(["verify", str(store.path), "--sources", str(tmp_path / "nowhere")])
+    assert usage.value.code == 2
