@@ -99,7 +99,7 @@ def make(variant: str, work: Work, device: str) -> Callable[[], object]:
     if variant == SIDE_BY_SIDE:
         times = np.zeros(work.frames, np.float32)
         clips = [
-            PreparedClip(Clip(str(number), Path("none")), frames[0].numpy(), times, "made up", 0.0)
+            PreparedClip(Clip(str(number), Path("none")), frames[0].numpy(), times, "made up", 1, 0.0)
             for number in range(at_once(variant, work))
         ]
         batches = BatchEncoder(encoder, len(clips), "bfloat16")

@@ -1,5 +1,6 @@
 """Stage one: every clip and every question of a data set, encoded once and stored."""
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ import torch
 
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import load_dataset
+from egopatch.extract.datasets.origins import OriginCheck, compare_origins
 from egopatch.extract.encoders import (
     Checkpoint,
     TextEncoder,
@@ -23,9 +25,10 @@ from egopatch.extract.planning.plan import disk_refusal
 from egopatch.extract.worker.job import ExtractionJob, resolve_job
 from egopatch.extract.worker.job_stats import JobStats, record_job
 from egopatch.extract.worker.shard_writer import ShardWriter
-from egopatch.features import ShardWork, StoreError, StoreSpec, create_store
+from egopatch.features import StoreError, StoreSpec, create_store
 from egopatch.features.common.machine import limit_threads
 from egopatch.features.common.progress import ProgressDisplay
+from egopatch.features.state.counts import read_origins
 from egopatch.features.store.text_substore import TEXT_FOLDER
 from egopatch.features.values.location import parse_location
 from egopatch.features.values.spec import unscaled_dtype
@@ -44,6 +47,8 @@ class ExtractionResult:
         quarantine: Reason by clip id.
         texts: Number of question texts in the store.
         errors: Reconstruction error by quantised array, as `Store.reconstruction_error`.
+        check: The stored clips of this job's shards, compared with the annotations. Those that are still stale are
+            held by another job, or were encoded by one with other annotations.
     """
 
     stats: JobStats
@@ -52,15 +57,19 @@ class ExtractionResult:
     quarantine: dict[str, str]
     texts: int
     errors: dict[str, float]
+    check: OriginCheck
 
 
-def extract_features(config: Config, retry: bool = False, job_slice: Slice = ALL_SHARDS) -> ExtractionResult:
+def extract_features(
+    config: Config, retry: bool = False, job_slice: Slice = ALL_SHARDS, refresh: bool = False
+) -> ExtractionResult:
     """Encode everything that is missing from the store.
 
     Args:
         config: The experiment.
         retry: Whether to try the quarantined clips again.
         job_slice: The shards of this job, where several jobs divide them.
+        refresh: Whether to encode stale clips again; without it, a store with stale clips is refused.
 
     Raises:
         DatasetError, CheckpointError, StoreError: The input is wrong or the disk is full; no clip was written.
@@ -70,15 +79,20 @@ def extract_features(config: Config, retry: bool = False, job_slice: Slice = ALL
     limit_threads()
     job = resolve_job(config)
     dataset = load_dataset(config.data)
+    root = config.data.root
+    if not refresh:
+        # Before the store gets rows for the new clips of what may be another data set.
+        _refuse_stale(config, compare_origins(dataset.clips, root, read_origins(config.store.path)))
     ids = [clip.clip_id for clip in dataset.clips]
     network = _load_text_network(job)  # before the store is created: a wrong text.model leaves nothing behind
     store = create_store(config.store.path, job.spec, job.fingerprint, ids, format=config.store.format)
     texts = _encode_texts(job, network, dataset.texts, job_slice)
     clips = {clip.clip_id: clip for clip in dataset.clips}
+    stale = compare_origins(dataset.clips, root, store.origins()).stale if refresh else {}
     # A store may hold clips of a larger data set; only those of this one have videos to encode.
     works = [
-        ShardWork(work.shard, known)
-        for work in job_slice.of(store.missing_shards(retry_quarantined=retry))
+        dataclasses.replace(work, ids=known)
+        for work in job_slice.of(store.missing_shards(retry_quarantined=retry, replace=stale))
         if (known := tuple(clip_id for clip_id in work.ids if clip_id in clips))
     ]
     todo = sum(len(work.ids) for work in works)
@@ -90,6 +104,7 @@ def extract_features(config: Config, retry: bool = False, job_slice: Slice = ALL
             stats = encode_with_engine(job, store, works, clips, display.advance)
         store.catalog.refresh()
         record_job(config.store.path, stats, config.engine.name, config.engine.workers)
+    mine = [clip for clip in dataset.clips if job_slice.has(store.catalog.shard_of(store.catalog.rows[clip.clip_id]))]
     return ExtractionResult(
         stats=stats,
         clips=len(store.clip_ids),
@@ -97,7 +112,13 @@ def extract_features(config: Config, retry: bool = False, job_slice: Slice = ALL
         quarantine={clip_id: record.reason for clip_id, record in store.quarantine.items()},
         texts=texts,
         errors=dict(store.reconstruction_error),
+        check=compare_origins(mine, root, store.origins()),
     )
+
+
+def _refuse_stale(config: Config, check: OriginCheck) -> None:
+    if check.stale:
+        raise StoreError(f"store.path is {config.store.path}: {check.stale_line()}")
 
 
 @dataclass(frozen=True)
@@ -137,7 +158,7 @@ def _encode_texts(job: ExtractionJob, network: _TextNetwork, texts: Sequence[str
                     rows |= _encode_text_batch(encoder, network.tokenizer, batch, job.device, dtype)
                     display.advance(len(batch))
                 sources = {text: hashlib.sha256(text.encode()).hexdigest() for text in rows}
-                writer.write(work.shard, rows, sources, {})
+                writer.write(work, rows, sources, {}, {})
             writer.wait()
         store.catalog.refresh()
     return len(store.clip_ids)

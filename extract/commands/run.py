@@ -15,6 +15,9 @@ from egopatch.extract.worker.shard_writer import TooManyErrors
 def main(parser: ConfigParser, args: Sequence[str], retry: bool = False) -> int:
     """Encode; returns 1 if the work failed, and `REQUEUE` after a scheduler's signal."""
     parser.add_argument("--shard", default="0/1", metavar="i/N", help="every N-th shard from i on, for job arrays")
+    parser.add_argument(
+        "--refresh", action="store_true", help="encode clips again whose stretch, video file or its size has changed"
+    )
     add_config_arguments(parser)
     config, options = parse_config(parser, args)
     try:
@@ -25,7 +28,7 @@ def main(parser: ConfigParser, args: Sequence[str], retry: bool = False) -> int:
         print(f"advice: {advice}", flush=True)
     try:
         with requeue_on_signals():
-            result = extract_features(config, retry, job_slice)
+            result = extract_features(config, retry, job_slice, options.refresh)
     except (TooManyErrors, WorkersKilled) as error:
         print(f"{parser.prog}: failed: {error}. Committed shards are kept.", file=sys.stderr)
         return 1
@@ -33,7 +36,7 @@ def main(parser: ConfigParser, args: Sequence[str], retry: bool = False) -> int:
         print(f"{parser.prog}: interrupted by {notice}; run the same command again to resume", file=sys.stderr)
         return REQUEUE
     _report(config, result)
-    return 1 if result.quarantine and not result.clips else 0
+    return 1 if (result.quarantine and not result.clips) or result.check.stale else 0
 
 
 def _report(config: Config, result: ExtractionResult) -> None:
@@ -50,3 +53,5 @@ def _report(config: Config, result: ExtractionResult) -> None:
         print(f"skipped: {line}")
     for clip_id, reason in result.quarantine.items():
         print(f"quarantined {clip_id}: {reason}")
+    for line in result.check.lines():
+        print(line)

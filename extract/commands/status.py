@@ -1,11 +1,13 @@
-"""`extract status`: how many clips the store holds. Torch is not imported, which takes longer than the answer."""
+"""`extract status`: how many clips the store holds, and how many are stale. Torch is not imported, to save time."""
 
 import dataclasses
 import json
 from collections.abc import Sequence
 
-from egopatch.configs.schema import ConfigParser, add_config_arguments, parse_config
-from egopatch.features.state.counts import count_clips
+from egopatch.configs.schema import Config, ConfigParser, add_config_arguments, parse_config
+from egopatch.extract.datasets import DatasetError, load_dataset
+from egopatch.extract.datasets.origins import OriginCheck, compare_origins
+from egopatch.features.state.counts import count_clips, read_origins
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
@@ -13,12 +15,25 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_config_arguments(parser)
     config, options = parse_config(parser, args)
-    counts = count_clips(config.store.path)
+    counts, check = count_clips(config.store.path), _check(config)
     if options.json:
-        print(json.dumps(dataclasses.asdict(counts), indent=1))
-    else:
-        print(
-            f"{config.store.path}: {counts.committed}/{counts.planned} clips committed,"
-            f" {counts.quarantined} quarantined, {counts.missing} missing, {counts.bytes / 1e6:.1f} MB"
-        )
+        checked = {"stale": None, "unrecorded": None} if check is None else dataclasses.asdict(check)
+        print(json.dumps(dataclasses.asdict(counts) | checked, indent=1))
+        return 0
+    print(
+        f"{config.store.path}: {counts.committed}/{counts.planned} clips committed,"
+        f" {counts.quarantined} quarantined, {counts.missing} missing, {counts.bytes / 1e6:.1f} MB"
+    )
+    lines = ["the annotations cannot be read, so stale clips were not looked for"] if check is None else check.lines()
+    for line in lines:
+        print(line)
     return 0
+
+
+def _check(config: Config) -> OriginCheck | None:
+    """The store compared with the annotations; None where they cannot be read, as on a machine without the data."""
+    try:
+        clips = load_dataset(config.data).clips
+    except DatasetError:
+        return None
+    return compare_origins(clips, config.data.root, read_origins(config.store.path))

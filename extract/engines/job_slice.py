@@ -26,9 +26,13 @@ class Slice:
             raise ValueError(f"--shard is {text!r}; expected i/N with 0 <= i < N, such as 0/4 for the first of four")
         return cls(int(match[1]), int(match[2]))
 
+    def has(self, shard: int) -> bool:
+        """Whether a shard belongs to this slice."""
+        return shard % self.count == self.index
+
     def of(self, works: Sequence[ShardWork]) -> list[ShardWork]:
         """The shards among `works` that belong to this slice."""
-        return [work for work in works if work.shard % self.count == self.index]
+        return [work for work in works if self.has(work.shard)]
 
 
 ALL_SHARDS = Slice()

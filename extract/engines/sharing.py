@@ -57,9 +57,13 @@ def run_worker(
 
 
 def still_missing(works: Sequence[ShardWork], store: Store) -> list[ShardWork]:
-    """Those of `works`, and of their clips, that `store`, which has just been refreshed, still misses."""
-    missing = set(store.missing())
-    return [ShardWork(work.shard, ids) for work in works if (ids := tuple(i for i in work.ids if i in missing))]
+    """Those of `works`, and of their clips, that `store`, which has just been refreshed, still needs."""
+    missing, left = set(store.missing()), []
+    for work in works:
+        replaces = {name: work.replaces[name] for name in store.catalog.unchanged(work.replaces)}
+        if ids := tuple(name for name in work.ids if name in missing or name in replaces):
+            left.append(ShardWork(work.shard, ids, replaces))
+    return left
 
 
 def worker_count(config: Config) -> int:

@@ -12,11 +12,16 @@ from typing import Literal
 
 from egopatch.configs.schema import Config, ConfigError, DataConfig
 from egopatch.extract.datasets import PARTS, Clip, Dataset, DatasetError, Question, egotaskqa, load_dataset
+from egopatch.extract.datasets.origins import REFRESH, compare_origins
 from egopatch.extract.encoders import load_tokenizer
 from egopatch.extract.worker.device import arithmetic_advice, device_of
+from egopatch.features import StoreError
+from egopatch.features.state.counts import read_origins
+from egopatch.features.state.origin import Origin
 
 VERIFY_ANSWERS = ("yes", "no")
 SHOWN = 5
+UNRECORDED = "clips stored before stores recorded stretch and video file, so that they cannot be compared"
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Diagnosis:
 
 
 def examine(config: Config) -> Diagnosis:
-    """Read the annotations of every split that is present, look for every video, and check tokenizer and machine.
+    """Read the annotations of every split that is present, compare them with videos and store; check the rest.
 
     Annotations that cannot be read are a fault, one item per line or record; then nothing else is checked.
 
@@ -69,7 +74,7 @@ def examine(config: Config) -> Diagnosis:
         annotations = _fault("annotations that are missing or cannot be used", error.problems)
         return Diagnosis({}, (annotations, *_present(tokenizer)), advice)
     dataset = splits[config.data.split]
-    findings = [*tokenizer, *_of_clips(config.data, dataset), *_across_splits(splits)]
+    findings = [*tokenizer, *_of_clips(config, dataset), *_across_splits(splits)]
     for split, other in splits.items():
         findings += _of_questions(f"{split}: " if len(splits) > 1 else "", other)
     return Diagnosis(_counts(splits, dataset), _present(findings), advice)
@@ -111,12 +116,27 @@ def _counts(splits: Mapping[str, Dataset], dataset: Dataset) -> dict[str, int]:
     return counts
 
 
-def _of_clips(data: DataConfig, dataset: Dataset) -> Iterator[Finding]:
+def _of_clips(config: Config, dataset: Dataset) -> Iterator[Finding]:
     def named(clips: Iterable[Clip]) -> list[str]:
         return [f"{clip.clip_id}: {clip.video}" for clip in clips]
 
+    data, origins, unreadable = config.data, dict[str, Origin | None](), []
+    try:
+        origins = read_origins(config.store.path)
+    except (StoreError, OSError) as error:
+        unreadable.append(str(error))
+    check = compare_origins(dataset.clips, data.root, origins)
+    yield _fault("store that cannot be read", unreadable)
+    yield _fault(
+        f"stale clips, whose rows in the store no longer match the annotations; `{REFRESH}` encodes them again",
+        [f"{clip_id}: {difference}" for clip_id, difference in check.stale.items()],
+    )
+    yield Finding(UNRECORDED, "note", check.unrecorded, ())
     present = [clip for clip in dataset.clips if clip.video.is_file()]
-    yield _fault("clips without a video file", named(clip for clip in dataset.clips if not clip.video.is_file()))
+    absent = [clip for clip in dataset.clips if not clip.video.is_file()]
+    stored = origins.keys() - check.stale.keys()
+    yield _fault("clips without a video file", named(clip for clip in absent if clip.clip_id not in stored))
+    yield _note("stored clips whose video file is gone", named(clip for clip in absent if clip.clip_id in stored))
     yield _fault("clips with an empty video file", named(clip for clip in present if not clip.video.stat().st_size))
     with_question = {question.clip_id for questions in dataset.questions.values() for question in questions}
     without = [clip.clip_id for clip in dataset.clips if clip.clip_id not in with_question]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets import Clip, load_dataset
+from egopatch.extract.datasets.origins import compare_origins, unrecorded_line
 from egopatch.extract.engines.sharing import decoder_count, worker_count
 from egopatch.extract.planning.forecast import Forecast, forecast, given_cost, measured_cost
 from egopatch.extract.video.decode import PreparedClip
@@ -19,6 +20,7 @@ from egopatch.features import StoreSpec, open_store, store_exists
 from egopatch.features.common.disk import free_bytes
 from egopatch.features.common.machine import limit_threads
 from egopatch.features.formats.registry import format_named
+from egopatch.features.state.origin import Origin
 from egopatch.features.values.dtypes import spec_row_bytes
 from egopatch.features.values.location import parse_location
 
@@ -30,6 +32,8 @@ class Plan:
     Attributes:
         clips: Number of clips in the data set.
         done: Number of clips committed.
+        stale: Committed clips that no longer match the annotations, each with the difference.
+        unrecorded: Number of committed clips that cannot be compared, because an earlier version stored them.
         quarantined: Number of clips in quarantine.
         todo: Number of clips to encode.
         without_video: Number of clips to encode whose video file is missing.
@@ -46,6 +50,8 @@ class Plan:
 
     clips: int
     done: int
+    stale: Mapping[str, str]
+    unrecorded: int
     quarantined: int
     todo: int
     without_video: int
@@ -70,18 +76,25 @@ def make_plan(config: Config, probe: int) -> Plan:
     job = resolve_job(config)
     stored = _stored_rows(job)
     dataset = load_dataset(config.data)
-    todo = [clip for clip in dataset.clips if clip.clip_id not in stored.known]
+    todo = [
+        clip for clip in dataset.clips if clip.clip_id not in stored.origins and clip.clip_id not in stored.quarantined
+    ]
     exists = functools.cache(Path.is_file)  # many clips share a video
     present = [clip for clip in todo if exists(clip.video)]
     shards = _shards(todo, stored, job.spec.shard)
-    refusal = disk_refusal(config.store.path, job.spec, len(todo))
+    check = compare_origins(dataset.clips, config.data.root, stored.origins)
+    refusals = [check.stale_line()] if check.stale else []
+    if refusal := disk_refusal(config.store.path, job.spec, len(todo)):
+        refusals.append(refusal)
     advice = arithmetic_advice(config, job.device)
     sample = present[:: max(len(present) // probe, 1)][:probe] if probe else []
     seconds = _probe(job, sample) if sample else None
     return Plan(
         clips=len(dataset.clips),
-        done=stored.done,
-        quarantined=len(stored.known) - stored.done,
+        done=len(stored.origins),
+        stale=check.stale,
+        unrecorded=check.unrecorded,
+        quarantined=len(stored.quarantined),
         todo=len(todo),
         without_video=len(todo) - len(present),
         shards=shards,
@@ -92,7 +105,7 @@ def make_plan(config: Config, probe: int) -> Plan:
         seconds_per_clip=seconds,
         hours=None if seconds is None else seconds * len(present) / worker_count(config) / 3600,
         advice=(advice,) if advice else (),
-        refusals=(refusal,) if refusal else (),
+        refusals=tuple(refusals),
     )
 
 
@@ -145,6 +158,8 @@ def format_plan(plan: Plan) -> str:
         lines.append(
             f"time       about {_duration(plan.hours)}: {plan.seconds_per_clip:.3f} s a clip, measured on {plan.probed}"
         )
+    if plan.unrecorded:
+        lines.append(f"note       {unrecorded_line(plan.unrecorded)}")
     lines += [f"advice     {line}" for line in plan.advice]
     return "\n".join(lines + [f"refused    {line}" for line in plan.refusals])
 
@@ -160,14 +175,14 @@ class _StoredRows:
     """What a plan needs to know about the store; an open store holds far more for every clip.
 
     Attributes:
-        done: Number of clips committed.
-        known: Ids of the committed and of the quarantined clips.
+        origins: Origin of each committed clip, as in `Store.origins`.
+        quarantined: Ids of the quarantined clips.
         waiting: Shard of every other clip that has a row.
         rows: Number of rows in the store.
     """
 
-    done: int = 0
-    known: Set[str] = frozenset()
+    origins: Mapping[str, Origin | None] = field(default_factory=dict)
+    quarantined: Set[str] = frozenset()
     waiting: Mapping[str, int] = field(default_factory=dict)
     rows: int = 0
 
@@ -178,10 +193,9 @@ def _stored_rows(job: ExtractionJob) -> _StoredRows:
     if not store_exists(path):
         return _StoredRows()
     with open_store(path, expect=job.fingerprint) as store:
-        committed = store.clip_ids
         return _StoredRows(
-            done=len(committed),
-            known={*committed, *store.quarantine},
+            origins=store.origins(),
+            quarantined=frozenset(store.quarantine),
             waiting={clip_id: work.shard for work in store.missing_shards() for clip_id in work.ids},
             rows=len(store.planned_ids),
         )

@@ -48,6 +48,7 @@ class PreparedClip:
         frames: [T, 3, S, S] float32, normalised.
         timestamps: [T] float32, seconds from the clip's start.
         source: SHA-256 of the video file.
+        size: Size of the video file in bytes.
         seconds: Time that the child spent on the clip.
     """
 
@@ -55,6 +56,7 @@ class PreparedClip:
     frames: NDArray[np.float32]
     timestamps: NDArray[np.float32]
     source: str
+    size: int
     seconds: float
 
 
@@ -178,7 +180,7 @@ def prepare_clip(
     source = once.find("sha256", version, lambda: _file_sha256(version))
     if not before == version == version_of(clip.video):
         raise VideoError(f"video {clip.video} was changed while it was read; run `extract retry` when it is complete")
-    return PreparedClip(clip, frames.numpy(), decoded.timestamps, source, time.perf_counter() - started)
+    return PreparedClip(clip, frames.numpy(), decoded.timestamps, source, version[1], time.perf_counter() - started)
 
 
 def _file_sha256(version: FileVersion) -> str:

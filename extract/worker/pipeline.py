@@ -11,23 +11,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from egopatch.extract.datasets import Clip
+from egopatch.extract.datasets.origins import origin_of
 from egopatch.extract.video.decode import PreparedClip, UndecodedClip
 from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
 from egopatch.extract.worker.job import ExtractionJob
 from egopatch.extract.worker.job_stats import JobStats, Stages
 from egopatch.extract.worker.shard_writer import ShardWriter
 from egopatch.features import Failure, ShardWork, Store
+from egopatch.features.state.origin import Origin
 
 
 @dataclass
 class _Shard:
     """A leased shard in progress; each of its `expected` clips becomes a row or a failure."""
 
-    number: int
+    work: ShardWork
     expected: int
     decoded: int = 0
     rows: dict[str, Row] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
+    origins: dict[str, Origin] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
 
 
@@ -100,11 +103,13 @@ def encode_shards(
         for batch, rows in _encoded(batches, _batches(results, underway, batches.size)):
             shard = batch.shard
             shard.rows |= rows
-            shard.sources |= {clip.clip.clip_id: clip.source for clip in batch.clips}
+            for clip in batch.clips:
+                shard.sources[clip.clip.clip_id] = clip.source
+                shard.origins[clip.clip.clip_id] = origin_of(clip.clip, config.data.root, clip.size)
             size = sum(tensor.nbytes for row in rows.values() for tensor in row.values())
             on_progress(len(rows) + (len(shard.failures) if batch.last else 0), size)
             if batch.last:
-                writer.write(shard.number, shard.rows, shard.sources, shard.failures)
+                writer.write(shard.work, shard.rows, shard.sources, shard.failures, shard.origins)
         writer.wait()
     return JobStats(
         committed=writer.committed,
@@ -126,11 +131,11 @@ def _leased(
     works: Sequence[ShardWork], clips: Mapping[str, Clip], writer: ShardWriter, underway: deque[_Shard]
 ) -> Iterator[Clip]:
     """The clips to decode, shard by shard; a shard is added to `underway` when its first clip is requested."""
-    for work, uncommitted in writer.leases(works):
+    for work, to_encode in writer.leases(works):
         # Another job may have committed some of them since the work was listed.
-        ids = [clip_id for clip_id in work.ids if clip_id in uncommitted]
+        ids = [clip_id for clip_id in work.ids if clip_id in to_encode]
         if ids:
-            underway.append(_Shard(work.shard, len(ids)))
+            underway.append(_Shard(work, len(ids)))
             yield from (clips[clip_id] for clip_id in ids)
         else:
             writer.release(work.shard)

@@ -7,9 +7,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import zip_longest
 
-from torch import Tensor
-
 from egopatch.features import Failure, ShardOwned, ShardWork, Store
+from egopatch.features.state.origin import Origin
+from egopatch.features.store.writer import Rows
 
 
 class TooManyErrors(RuntimeError):
@@ -59,24 +59,24 @@ class ShardWriter:
         Shards that another job holds are skipped and tried once more at the end, in case that job has died meanwhile.
 
         Yields:
-            The work, and the clips of its shard that are still uncommitted.
+            The work, and the clips of its shard that are uncommitted or have a row that is still to be replaced.
         """
         held_elsewhere = list(works)
         for _ in range(2):
             works, held_elsewhere = held_elsewhere, []
             self.skipped.clear()
-            upcoming = deque(self._thread.submit(self._lease, work.shard) for work in works[:1])
+            upcoming = deque(self._thread.submit(self._lease, work) for work in works[:1])
             for work, following in zip_longest(works, works[1:]):
                 try:
-                    uncommitted = upcoming.popleft().result()
+                    to_encode = upcoming.popleft().result()
                 except ShardOwned as error:
                     held_elsewhere.append(work)
                     self.skipped.append(str(error))
-                    uncommitted = None
+                    to_encode = None
                 if following:
-                    upcoming.append(self._thread.submit(self._lease, following.shard))
-                if uncommitted is not None:
-                    yield work, uncommitted
+                    upcoming.append(self._thread.submit(self._lease, following))
+                if to_encode is not None:
+                    yield work, to_encode
 
     def release(self, shard: int) -> None:
         """Release a lease without writing."""
@@ -84,10 +84,11 @@ class ShardWriter:
 
     def write(
         self,
-        shard: int,
-        rows: Mapping[str, Mapping[str, Tensor]],
+        work: ShardWork,
+        rows: Rows,
         sources: Mapping[str, str],
         failures: Mapping[str, Failure],
+        origins: Mapping[str, Origin],
     ) -> None:
         """Begin to write a leased shard, whose lease is released afterwards. Waits for the previous shard.
 
@@ -95,7 +96,7 @@ class ShardWriter:
             TooManyErrors, StoreError: Raised by the previous shard.
         """
         self.wait()
-        self._writing = self._thread.submit(self._write, shard, rows, sources, failures)
+        self._writing = self._thread.submit(self._write, work, rows, sources, failures, origins)
 
     def wait(self) -> None:
         """Wait until the shard in progress is written. Errors as in `write`."""
@@ -104,25 +105,26 @@ class ShardWriter:
             self._writing.result()
             self.wait_s += time.perf_counter() - started
 
-    def _lease(self, shard: int) -> tuple[str, ...]:
+    def _lease(self, work: ShardWork) -> tuple[str, ...]:
         lease = ExitStack()
-        uncommitted = lease.enter_context(self._store.lease(shard))
-        self._leases[shard] = lease
-        return uncommitted
+        uncommitted = lease.enter_context(self._store.lease(work.shard))
+        self._leases[work.shard] = lease
+        return *uncommitted, *self._store.catalog.unchanged(work.replaces)
 
     def _release(self, shard: int) -> None:
         self._leases.pop(shard).close()
 
     def _write(
         self,
-        shard: int,
-        rows: Mapping[str, Mapping[str, Tensor]],
+        work: ShardWork,
+        rows: Rows,
         sources: Mapping[str, str],
         failures: Mapping[str, Failure],
+        origins: Mapping[str, Origin],
     ) -> None:
         started = time.perf_counter()
-        self._store.write_shard(shard, rows, sources, failures)
-        self._release(shard)
+        self._store.write_shard(work.shard, rows, sources, failures, origins, work.replaces)
+        self._release(work.shard)
         self.write_s += time.perf_counter() - started
         self.committed += len(rows)
         self.quarantined += len(failures)

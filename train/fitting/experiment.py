@@ -1,13 +1,14 @@
 """The data of one config, opened once: annotations, stores, question tables, device and ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import PARTS, Dataset, load_dataset
+from egopatch.extract.datasets.origins import compare_origins, unrecorded_line
 from egopatch.extract.fingerprints import configured
 from egopatch.features import Fingerprint, FingerprintMismatch, Store, StoreError, open_store
 from egopatch.features.common.machine import find_device, limit_threads
@@ -34,6 +35,7 @@ class Experiment:
         sizes: Sizes that a head must fit.
         fingerprint: Fingerprint of the clips' store; None if no head reads it.
         text_fingerprint: Fingerprint of the texts' store; None if no head reads it.
+        unrecorded: Number of clips that cannot be compared with the annotations, as in `OriginCheck`.
         device: Device of the heads.
         ranks: Processes that train together.
     """
@@ -46,8 +48,15 @@ class Experiment:
     sizes: Sizes
     fingerprint: Fingerprint | None
     text_fingerprint: Fingerprint | None
+    unrecorded: int
     device: torch.device
     ranks: Distributed
+
+    @property
+    def data_lines(self) -> list[str]:
+        """Log lines on where the features are kept, and on what is unknown about them."""
+        note = [f"note: {unrecorded_line(self.unrecorded)}"] if self.unrecorded else []
+        return [self.features.residency_line, *note]
 
     @cached_property
     def majority_answers(self) -> Mapping[str, str]:
@@ -65,7 +74,7 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
 
     Raises:
         DatasetError: annotations are missing or malformed.
-        StoreError: a store is missing, damaged or unfinished.
+        StoreError: a store is missing, damaged or unfinished, or holds stale clips.
         FingerprintMismatch: a store was created with other settings than the config's or the card's.
         RunError: the card's answers differ from the data set's, or a part has no questions.
     """
@@ -85,10 +94,12 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
     if store is not None and text_store is not None:
         require_same_network(store, text_store)
     questions = [question for part in PARTS for question in dataset.questions[part]]
+    clip_ids = list(dict.fromkeys(question.clip_id for question in questions))
+    unrecorded = 0 if store is None else ranks.broadcast(partial(_refuse_stale, store, dataset, config, clip_ids))
     features = Features(
         store,
         text_store,
-        clip_ids=list(dict.fromkeys(question.clip_id for question in questions)),
+        clip_ids=clip_ids,
         texts=list(dict.fromkeys(question.text for question in questions)),
         residency=config.train.residency,
         device=device,
@@ -112,6 +123,7 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
         sizes=_sizes(store, text_store, len(dataset.answers)),
         fingerprint=None if store is None else store.fingerprint,
         text_fingerprint=None if text_store is None else text_store.fingerprint,
+        unrecorded=unrecorded,
         device=device,
         ranks=ranks,
     )
@@ -156,6 +168,19 @@ def _check_config(config: Config, store: Store) -> None:
             f"store {store.path} was created with different settings ({'; '.join(differences)}); use another "
             "store.path or the original settings"
         )
+
+
+def _refuse_stale(store: Store, dataset: Dataset, config: Config, clip_ids: Collection[str]) -> int:
+    """Refuse rows that were not made of what the annotations say; returns the number of those that cannot be compared.
+
+    Clips that these questions do not ask about may be stale.
+    """
+    requested = set(clip_ids)
+    clips = (clip for clip in dataset.clips if clip.clip_id in requested)
+    check = compare_origins(clips, config.data.root, store.origins())
+    if check.stale:
+        raise StoreError(f"store {store.path}: {check.stale_line()}")
+    return check.unrecorded
 
 
 def _sizes(store: Store | None, text_store: Store | None, answers: int) -> Sizes:

@@ -57,7 +57,8 @@ def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
         started = time.monotonic()
         ranks.broadcast(lambda: run_folder.claim(folder, config))
         experiment = open_experiment(config, ranks=ranks)
-        ranks.print_once(experiment.features.residency_line)
+        for line in experiment.data_lines:
+            ranks.print_once(line)
         group = RunGroup([config], experiment, config.train.seed, folder / LAST)
         label = f"train {config.head.name} {config.data.split}"
         if group.selection is not None:

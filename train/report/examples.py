@@ -171,7 +171,7 @@ def prepare_picture(clip: Clip, video: VideoConfig, once: "OncePerVideo", transf
     started = time.perf_counter()
     decoded = read_frames(clip, video, once)
     shown = crop_and_resize(decoded.frames, PICTURE_SIDE, transform).numpy()
-    return PreparedClip(clip, shown, decoded.timestamps, "", time.perf_counter() - started)
+    return PreparedClip(clip, shown, decoded.timestamps, "", 0, time.perf_counter() - started)
 
 
 def pictures(

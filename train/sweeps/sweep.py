@@ -107,7 +107,7 @@ def run_sweep(
     started, bytes_read, trained = time.monotonic(), 0, 0
     if before < len(runs):
         experiment = open_experiment(config)
-        print(experiment.features.residency_line, flush=True)
+        print("\n".join(experiment.data_lines), flush=True)
         # The name of the folder is older than the name of the class.
         groups_folder = out / "crews"
         with writable("run.dir" if config.run.table is None else "run.table", groups_folder):

@@ -26,7 +26,7 @@ def clips(encoder: VideoEncoder, count: int) -> list[PreparedClip]:
     rng = np.random.default_rng(0)
     shape = (2, 3, encoder.size, encoder.size)
     return [
-        PreparedClip(Clip(f"c{i}", Path("a")), rng.random(shape, np.float32), np.zeros(2, np.float32), "made up", 0.0)
+        PreparedClip(Clip(f"c{i}", Path("a")), rng.random(shape, np.float32), np.zeros(2, np.float32), "hash", 1, 0.0)
         for i in range(count)
     ]
 
@@ -73,6 +73,6 @@ def test_cores_work_side_by_side_and_are_given_back(encoder: VideoEncoder, monke
 
 def test_an_error_in_a_core_is_raised(encoder: VideoEncoder) -> None:
     (bad,) = clips(encoder, 1)
-    small = PreparedClip(bad.clip, bad.frames[:, :, :8], bad.timestamps, bad.source, 0.0)
+    small = PreparedClip(bad.clip, bad.frames[:, :, :8], bad.timestamps, bad.source, bad.size, 0.0)
     with BatchEncoder(encoder, 2, "float32") as batches, pytest.raises(ValueError, match="frames has shape"):
         batches.start([small])()

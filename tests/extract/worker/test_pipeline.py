@@ -69,7 +69,7 @@ class Decoders:
                 yield UndecodedClip(clip, "it is bad")
             else:
                 frames = np.full((2, 3, 4, 4), IDS.index(clip.clip_id), np.float32)
-                yield PreparedClip(clip, frames, np.zeros(2, np.float32), f"sha of {clip.clip_id}", 0.5)
+                yield PreparedClip(clip, frames, np.zeros(2, np.float32), f"sha of {clip.clip_id}", 9, 0.5)
 
 
 @pytest.fixture

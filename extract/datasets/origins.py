@@ -1,0 +1,105 @@
+"""Whether the rows of a store were made of what the annotations say now.
+
+A clip is *stale* if its row was made of another stretch, of another file, or of a file that has another size now. Files
+that are gone prove nothing. Bytes are compared by `python -m features verify STORE --sources FOLDER`, since reading
+every video takes long; the time of modification is not compared, since every copy of a file may have another one.
+"""
+
+import functools
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from egopatch.extract.datasets.records import Clip
+from egopatch.features.state.origin import Origin
+
+SHOWN = 3
+REFRESH = "python -m extract run --config CONFIG --refresh"
+
+
+@dataclass(frozen=True)
+class OriginCheck:
+    """The stored clips of a data set, compared with its annotations.
+
+    Attributes:
+        stale: Id -> how the row differs from the annotations, for each stale clip.
+        unrecorded: Number of clips that an earlier version stored without what they were made of.
+    """
+
+    stale: Mapping[str, str]
+    unrecorded: int
+
+    def stale_line(self) -> str:
+        """How many clips are stale, the first few of them, and what to do."""
+        first = "; ".join(f"{clip_id} ({difference})" for clip_id, difference in islice(self.stale.items(), SHOWN))
+        more = f"; and {len(self.stale) - SHOWN} more" if len(self.stale) > SHOWN else ""
+        return (
+            f"{len(self.stale)} clips are stale: {first}{more}; run `{REFRESH}` to encode them again, or use another "
+            "store.path if the store holds another data set"
+        )
+
+    def lines(self) -> list[str]:
+        """What a command prints about the check: no line where every row is known to match."""
+        stale = [self.stale_line()] if self.stale else []
+        return stale + ([f"note: {unrecorded_line(self.unrecorded)}"] if self.unrecorded else [])
+
+
+def unrecorded_line(clips: int) -> str:
+    """What is unknown about so many clips that an earlier version stored."""
+    return (
+        f"{clips} clips were stored before stores recorded stretch and video file; whether they still match the "
+        "annotations cannot be checked"
+    )
+
+
+def origin_of(clip: Clip, root: Path, size: int) -> Origin:
+    """What a row of `clip` is made of, if its video has `size` bytes; `root` is `data.root`."""
+    start_s, end_s = (None if second is None else float(second) for second in (clip.start_s, clip.end_s))
+    return Origin(_file_name(clip.video, root), size, start_s, end_s)
+
+
+def compare_origins(clips: Iterable[Clip], root: Path, origins: Mapping[str, Origin | None]) -> OriginCheck:
+    """Compare `clips` with what their rows were made of; `root` is `data.root`, and clips without a row are skipped."""
+    size_of, file_name = functools.cache(_size), functools.cache(_file_name)  # many clips share a video
+    stale: dict[str, str] = {}
+    unrecorded = 0
+    for clip in clips:
+        if clip.clip_id not in origins:
+            continue
+        origin = origins[clip.clip_id]
+        if origin is None:
+            unrecorded += 1
+        elif difference := _difference(clip, origin, file_name(clip.video, root), size_of(clip.video)):
+            stale[clip.clip_id] = difference
+    return OriginCheck(stale, unrecorded)
+
+
+def _difference(clip: Clip, origin: Origin, file: str, size: int | None) -> str | None:
+    if file != origin.file:
+        return f"video is {file} now, its row was made of {origin.file}"
+    if (clip.start_s, clip.end_s) != (origin.start_s, origin.end_s):
+        now, then = _stretch(clip.start_s, clip.end_s), _stretch(origin.start_s, origin.end_s)
+        return f"stretch is {now} now, its row was made of {then}"
+    if size is not None and size != origin.size:
+        return f"{file} has {size} bytes now, its row was made of {origin.size} bytes"
+    return None
+
+
+def _stretch(start_s: float | None, end_s: float | None) -> str:
+    start, end = "start" if start_s is None else f"{start_s:.12g} s", "end" if end_s is None else f"{end_s:.12g} s"
+    return f"{start} to {end}"
+
+
+def _file_name(video: Path, root: Path) -> str:
+    return (video.relative_to(root) if video.is_relative_to(root) else video).as_posix()
+
+
+def _size(video: Path) -> int | None:
+    """Size of a video file; None where it is gone or cannot be looked at."""
+    try:
+        status = video.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None

@@ -1,0 +1,307 @@
+"""Clips that change after they were encoded: every command says so, and nothing trains on what they were before.
+
+Six clips of three videos are encoded once. Each stage then changes the annotations or the videos in one way.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from egopatch.configs.schema import Config, load_config
+from egopatch.extract.__main__ import main as extract
+from egopatch.features import AbsentClip, open_store
+from egopatch.features.__main__ import main as features
+from egopatch.features.state.ledger import raw_ledger_journal
+from egopatch.features.storage.pick import storage_at
+from egopatch.train.__main__ import main as train
+from egopatch.train.fitting.experiment import open_experiment
+from tests.extract.video.videos import write_video
+
+Records = list[dict]
+PARTS = ("train", "train", "val", "train", "test", "train")
+
+
+def options(root: Path, *more: str) -> list[str]:
+    """A small network on six clips, three shards of two."""
+    return [
+        *("--config", "configs/demo/egovlpv2.yaml", "--data.name", "jsonl", "--data.root", str(root / "data")),
+        *("--encoder.checkpoint", str(root / "weights.pth"), "--text.model", str(root / "tokenizer")),
+        *("--store.path", str(root / "store"), "--store.shard", "2", "--engine.decoders", "1", "--encoder.batch", "2"),
+        *(
+            "--run.dir",
+            str(root / "run"),
+            "--head.name",
+            "egovlp",
+            "--train.epochs",
+            "1",
+            "--train.device",
+            "cpu",
+            *more,
+        ),
+    ]
+
+
+def config_of(root: Path) -> Config:
+    args = options(root)
+    return load_config(Path(args[1]), args[2:])
+
+
+def write_lines(path: Path, records: Records) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("whole")
+    (root / "data").mkdir()
+    clips: Records = []
+    for number in range(3):
+        write_video(root / "data" / f"{number}.mp4", frames=20, fps=10, first=7 * number)
+        for half in (0, 1):
+            clip = {"clip_id": f"c{2 * number + half}", "video": f"{number}.mp4"}
+            clips.append({**clip, "start_s": float(half), "end_s": half + 1.0})
+    write_lines(root / "data" / "clips.jsonl", clips)
+    questions = [
+        {"question_id": f"{clip['clip_id']}-{answer}", "clip_id": clip["clip_id"], "question": f"is it {answer}?",
+         "answer": answer, "part": part}
+        for clip, part in zip(clips, PARTS, strict=True) for answer in ("red", "yes")
+    ]  # fmt: skip
+    write_lines(root / "data" / "questions.jsonl", questions)
+    assert extract(["standin", *options(root)]) == 0
+    assert extract(["run", *options(root)]) == 0
+    return root
+
+
+@pytest.fixture
+def root(whole: Path, tmp_path: Path) -> Path:
+    shutil.copytree(whole, tmp_path / "root")
+    return tmp_path / "root"
+
+
+def change(root: Path, edit: Callable[[Records], object]) -> None:
+    """Apply `edit` to the clips' annotations."""
+    path = root / "data" / "clips.jsonl"
+    clips = [json.loads(line) for line in path.read_text().splitlines()]
+    edit(clips)
+    write_lines(path, clips)
+
+
+def move(root: Path) -> None:
+    change(root, lambda clips: clips[1].update(start_s=0.5, end_s=1.5))
+
+
+def cut_again(root: Path) -> None:
+    change(root, lambda clips: clips[1].update(end_s=1.75))
+
+
+def cut_to_the_end(root: Path) -> None:
+    change(root, lambda clips: clips[1].pop("end_s"))
+
+
+def point_elsewhere(root: Path) -> None:
+    change(root, lambda clips: clips[1].update(video="2.mp4"))
+
+
+def encode_video_again(root: Path) -> None:
+    write_video(root / "data" / "0.mp4", frames=20, fps=10, first=1, size=(128, 96))
+
+
+def reorder(root: Path) -> None:
+    change(root, lambda clips: clips.reverse())
+
+
+def delete_video(root: Path) -> None:
+    (root / "data" / "0.mp4").unlink()
+
+
+def touch_video(root: Path) -> None:
+    os.utime(root / "data" / "0.mp4", (1, 1))
+
+
+def move_data(root: Path) -> None:
+    """The data set lies elsewhere, as on another machine."""
+    (root / "data").rename(root / "moved")
+    (root / "data").symlink_to(root / "moved")
+
+
+def another_set(root: Path) -> None:
+    """Another data set with the same ids, and one clip more."""
+    for number in range(3):
+        (root / "data" / f"{number}.mp4").rename(root / "data" / f"kitchen-{number}.mp4")
+
+    def edit(clips: Records) -> None:
+        for clip in clips:
+            clip["video"] = "kitchen-" + clip["video"]
+        clips.append({"clip_id": "new", "video": "kitchen-0.mp4"})
+
+    change(root, edit)
+
+
+ALL = {f"c{number}" for number in range(6)}
+STALE: dict[Callable[[Path], None], tuple[set[str], str]] = {
+    move: ({"c1"}, "stretch is 0.5 s to 1.5 s now, its row was made of 1 s to 2 s"),
+    cut_again: ({"c1"}, "stretch is 1 s to 1.75 s now, its row was made of 1 s to 2 s"),
+    cut_to_the_end: ({"c1"}, "stretch is 1 s to end now, its row was made of 1 s to 2 s"),
+    point_elsewhere: ({"c1"}, "video is 2.mp4 now, its row was made of 0.mp4"),
+    encode_video_again: ({"c0", "c1"}, "its row was made of"),
+    another_set: (ALL, "video is kitchen-0.mp4 now, its row was made of 0.mp4"),
+}
+CURRENT = (reorder, delete_video, touch_video, move_data)
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("stage", STALE, ids=lambda stage: stage.__name__)
+def test_stale_clips_are_named_and_never_used(
+    stage: Callable[[Path], None], root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage(root)
+    stale, reason = STALE[stage]
+    before = contents(root / "store")
+    capsys.readouterr()
+
+    assert extract(["status", *options(root, "--json")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["stale"]) == stale
+    assert reason in next(iter(found["stale"].values()))
+    assert found["committed"] == 6
+    assert extract(["status", *options(root)]) == 0
+    said = capsys.readouterr().out
+    assert f"{len(stale)} clips are stale: " in said
+    assert "extract run --config CONFIG --refresh" in said
+
+    assert extract(["doctor", *options(root, "--json")]) == 1
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    (finding,) = (finding for finding in findings if finding["what"].startswith("stale clips"))
+    assert (finding["severity"], finding["count"]) == ("fault", len(stale))
+    assert reason in finding["found"][0]
+
+    assert extract(["plan", *options(root, "--probe", "0", "--json")]) == 1
+    plan = json.loads(capsys.readouterr().out)
+    assert set(plan["stale"]) == stale
+    assert any("clips are stale" in line for line in plan["refusals"])
+
+    for command, run in ((extract, "run"), (train, "fit")):
+        assert command([run, *options(root)]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{len(stale)} clips are stale: " in line
+        assert reason in line
+        assert "--refresh" in line
+        assert "another store.path if the store holds another data set" in line
+    assert contents(root / "store") == before  # not even a row for a new clip
+
+
+@pytest.mark.parametrize("stage", CURRENT, ids=lambda stage: stage.__name__)
+def test_what_proves_nothing_makes_no_clip_stale(
+    stage: Callable[[Path], None], root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage(root)
+    capsys.readouterr()
+    assert extract(["status", *options(root, "--json")]) == 0
+    assert json.loads(capsys.readouterr().out)["stale"] == {}
+    assert extract(["doctor", *options(root, "--json")]) == 0
+    assert not any("stale" in finding["what"] for finding in json.loads(capsys.readouterr().out)["findings"])
+    assert extract(["plan", *options(root, "--probe", "0")]) == 0
+    assert "stale" not in capsys.readouterr().out
+    open_experiment(config_of(root))
+    if stage is not move_data:  # runs once for all of them
+        return
+    assert extract(["run", *options(root)]) == 0
+    out = capsys.readouterr().out
+    assert "this run encoded 0 clips" in out
+    assert "clips are stale" not in out
+
+
+def test_stale_clips_that_no_question_asks_about_do_not_keep_others_from_training(root: Path) -> None:
+    path = root / "data" / "questions.jsonl"
+    write_lines(path, [q for line in path.read_text().splitlines() if (q := json.loads(line))["clip_id"] != "c1"])
+    move(root)
+    assert "c1" not in open_experiment(config_of(root)).train_table.clips
+
+
+def test_refresh_encodes_the_stale_clips_and_no_others(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = open_store(root / "store").read(sorted(ALL)).patches
+    encode_video_again(root)  # c0, c1
+    change(root, lambda clips: clips[2].update(start_s=0.25))
+    change(root, lambda clips: clips.append({"clip_id": "new", "video": "2.mp4"}))
+    capsys.readouterr()
+    assert extract(["run", *options(root, "--refresh")]) == 0
+    assert "7/7 clips" in (out := capsys.readouterr().out)
+    assert "this run encoded 4 clips" in out
+    assert "clips are stale" not in out
+    assert extract(["run", *options(root, "--store.path", str(root / "anew"))]) == 0
+    ids = [*sorted(ALL), "new"]
+    refreshed, anew = open_store(root / "store"), open_store(root / "anew")
+    assert refreshed.origins() == anew.origins()
+    assert refreshed.sources(ids) == anew.sources(ids)
+    for name, tensor in anew.read(ids).tensors().items():
+        assert torch.equal(refreshed.read(ids).tensors()[name], tensor), name
+    same = [torch.equal(old[n], refreshed.read([name]).patches[0]) for n, name in enumerate(sorted(ALL))]
+    assert same == [False, False, False, True, True, True]
+    capsys.readouterr()
+    assert extract(["run", *options(root)]) == 0
+    assert "this run encoded 0 clips" in capsys.readouterr().out
+    experiment = open_experiment(config_of(root))
+    assert torch.equal(experiment.features.tokens(["c0"]).patches, anew.read(["c0"]).patches)
+
+
+def test_a_stale_clip_that_cannot_be_encoded_again_is_quarantined(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "data" / "0.mp4").write_bytes(b"not a video")
+    capsys.readouterr()
+    assert extract(["run", *options(root, "--refresh")]) == 0
+    out = capsys.readouterr().out
+    assert "4/6 clips" in out
+    assert "quarantined c0: " in out
+    assert "quarantined c1: " in out
+    assert extract(["status", *options(root, "--json")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["committed"], found["quarantined"], found["stale"]) == (4, 2, {})
+    experiment = open_experiment(config_of(root))
+    assert experiment.features.quarantined == {"c0", "c1"}
+    with pytest.raises(AbsentClip):
+        open_store(root / "store").read(["c0"])
+    assert features(["verify", str(root / "store")]) == 0
+
+
+def test_a_store_of_the_version_before_says_what_it_does_not_know(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = raw_ledger_journal(storage_at(root / "store"))
+    lines = [line.entry for line in journal.read().lines]
+    journal.rewrite([{key: value for key, value in line.items() if key != "origins"} for line in lines])
+    move(root)
+    capsys.readouterr()
+    note = "6 clips were stored before stores recorded stretch and video file"
+    for command in ("status", "run"):
+        assert extract([command, *options(root)]) == 0
+        out = capsys.readouterr().out
+        assert note in out
+        assert "clips are stale" not in out
+    assert extract(["plan", *options(root, "--probe", "0")]) == 0
+    assert note in capsys.readouterr().out
+    assert extract(["doctor", *options(root)]) == 0
+    assert "note: 6 clips stored before stores recorded" in capsys.readouterr().out
+    assert train(["fit", *options(root)]) == 0
+    assert note in capsys.readouterr().out
+    assert features(["info", str(root / "store")]) == 0
+    assert "unrecorded: 6" in capsys.readouterr().out
+
+
+def test_status_without_the_annotations_says_that_it_did_not_look(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(root / "data")
+    capsys.readouterr()
+    assert extract(["status", *options(root)]) == 0
+    assert "stale clips were not looked for" in capsys.readouterr().out
+    assert extract(["status", *options(root, "--json")]) == 0
+    assert json.loads(capsys.readouterr().out)["stale"] is None
