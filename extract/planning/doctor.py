@@ -56,7 +56,7 @@ class Diagnosis:
 
 
 def examine(config: Config) -> Diagnosis:
-    """Read the annotations of every split that is present, compare them with videos and store; check the rest.
+    """Read the annotations of every split that is present, and check videos, store, tokenizer and machine.
 
     Annotations that cannot be read are a fault, one item per line or record; then nothing else is checked.
 
