@@ -38,17 +38,24 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     if isinstance(decoded, UndecodedClip):
         print(f"{parser.prog}: failed: {decoded.reason}", file=sys.stderr)
         return 1
+    sizes = " and ".join(dict.fromkeys(f"{frame.shape[1]}x{frame.shape[0]}" for frame in decoded.frames))
+    if " " in sizes and options.out.suffix == ".npz":
+        print(
+            f"{parser.prog}: failed: the frames of {options.file} have several sizes, {sizes}, and one array holds only"
+            " one; give --out a folder, which gets PNG files",
+            file=sys.stderr,
+        )
+        return 1
     _write(decoded, options.out)
-    _, height, width, _ = decoded.frames.shape
     times = ", ".join(f"{time:.3f}" for time in decoded.times_s)
-    print(f"{options.out}: {len(decoded.frames)} frames of {width}x{height} pixels, at {times} s")
+    print(f"{options.out}: {len(decoded.frames)} frames of {sizes} pixels, at {times} s")
     return 0
 
 
 def _write(decoded: DecodedClip, out: Path) -> None:
     if out.suffix == ".npz":
         out.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(out, frames=decoded.frames, times_s=decoded.times_s)
+        np.savez(out, frames=np.stack(decoded.frames), times_s=decoded.times_s)
         return
     out.mkdir(parents=True, exist_ok=True)
     for number, (frame, time) in enumerate(zip(decoded.frames, decoded.times_s, strict=True)):

@@ -1,11 +1,13 @@
 """One video file: the times of its frames, and the pixels of selected frames.
 
-The times come from reading the container packet by packet, without decoding. Frames are then decoded from the keyframe
-before them and must come out one by one with exactly these times; anything else is an error. So a wrong frame count or
-duration in the header, a damaged frame or an inexact seek can never return one frame in place of another.
+Frames are decoded from the key frame before them and must come out one by one as the index says; the first must be a
+key frame for the decoder too, whatever the file's marks say. Where that fails, decoding starts from earlier key frames,
+and in the end from the file's first packet. So a wrong frame count or duration in the header, a wrong mark, a damaged
+frame or an inexact seek can never return one frame in place of another, or a picture that the video never shows.
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,35 +15,36 @@ from pathlib import Path
 import av
 import av.logging
 import numpy as np
+from av.stream import Disposition
 from numpy.typing import NDArray
 
+from egopatch.extract.video.index import (
+    FrameIndex,
+    LogLine,
+    VideoError,
+    checksum,
+    decode,
+    index_of_frames,
+    index_of_packets,
+    pts_of,
+)
 from egopatch.extract.video.limits import reading_through
 from egopatch.extract.video.once import FileVersion, OncePerVideo, version_of
+from egopatch.extract.video.orientation import upright
 
-LogLine = tuple[int, str, str]  # level, part of FFmpeg, message
+NOT_THE_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
 
 
-class VideoError(ValueError):
-    """A clip cannot be decoded as configured; the message names the file and the cause."""
+class UnclearPackets(VideoError):
+    """The decoder shows other frames than the packets promise; `VideoFile.decode_through` finds out which."""
 
 
 @dataclass(frozen=True)
-class FrameIndex:
-    """The frames of a video, in display order.
+class _Stop:
+    """Where decoding ceased to follow the index: the row, and whether the decoder failed there."""
 
-    Attributes:
-        pts: int64 [count], time of each frame in the stream's own unit.
-        starts_s: float64 [count], time at which each frame appears, in seconds of the file's timeline in a player.
-        end_s: Time at which the last frame disappears.
-        keys: int64 [count], pts of the keyframe from which each frame is decoded.
-        damage: Damage that ended the file early; empty if the file is whole.
-    """
-
-    pts: NDArray[np.int64]
-    starts_s: NDArray[np.float64]
-    end_s: float
-    keys: NDArray[np.int64]
-    damage: str
+    row: int
+    is_damaged: bool
 
 
 class VideoFile:
@@ -61,110 +64,158 @@ class VideoFile:
     ) -> None:
         self._path = path
         self._container = container
-        if not container.streams.video:
-            kinds = ", ".join(stream.type for stream in container.streams) or "none"
-            raise VideoError(
-                f"video {path} cannot be decoded: it has no picture track (tracks: {kinds}); expected a complete video"
-            )
-        self._stream = container.streams.video[0]
-        self._stream.codec_context.thread_count = 1  # every core runs its own decoder
+        self._stream = _film(path, container)
+        self._logged = logged
+        self._version = version
+        self._once = once
+        index = None
+        if not once.has("index of frames", version):
+            index = once.find("index of packets", version, self._read_packets)
+        self.index = index or self.decode_through()
 
-        def read_index() -> FrameIndex:
-            with reading_through(version[1]):
-                return self._read_index(logged)
+    def decode_through(self) -> FrameIndex:
+        """Replace the index, which is that of the packets, by that of the frames that the decoder shows."""
+        self.index = self._once.find("index of frames", self._version, self._read_frames)
+        return self.index
 
-        self.index = once.find("index", version, read_index)
-
-    def pixels(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """The upright frames at `rows` of the index: uint8 [len(rows), H, W, 3]; a row may occur twice.
+    def pixels(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        """The upright frames at `rows` of the index, each uint8 [H, W, 3]; a row may occur twice.
 
         Raises:
+            UnclearPackets: The packets did not tell which frames the video shows.
             VideoError: One of the frames is damaged.
         """
+        for row in rows[self.index.damaged[rows]].tolist():
+            raise self._damaged(row)
         found: dict[int, NDArray[np.uint8]] = {}
-        for key in np.unique(self.index.keys[rows]).tolist():
-            requested = set(rows[self.index.keys[rows] == key].tolist())
-            row = int(np.searchsorted(self.index.pts, key))
-            for frame in self._frames_from(key):
-                if frame.pts < self.index.pts[row]:
-                    continue  # from the group before, or removed by an edit list
-                if frame.is_corrupt or frame.pts != self.index.pts[row]:
-                    break
-                if row in requested:
-                    found[row] = self._upright(frame)
-                row += 1
-                if row > max(requested):
-                    break
-            if row <= max(requested):
-                raise VideoError(
-                    f"video {self._path} cannot be decoded at {self.index.starts_s[row]:.3f} s: that frame is damaged"
-                    " or has a wrong time; download it again, or convert it to mp4"
-                )
-        return np.stack([found[row] for row in rows.tolist()])
+        missing = np.unique(rows)
+        while len(missing):
+            keys = self.index.keys_before(missing)
+            group = missing[keys == keys[0]]
+            stop = self._decode_from(int(keys[0]), group, found) if keys[0] >= 0 else _Stop(0, False)
+            if stop is not None:
+                # Marks of key frames that are wrong once are wrong again: no further seek as far as the last row.
+                self._decode_from_earlier(int(keys[0]), missing, found, stop)
+            missing = np.array([row for row in missing.tolist() if row not in found], np.int64)
+        return [found[row] for row in rows.tolist()]
 
-    def _read_index(self, logged: Sequence[LogLine]) -> FrameIndex:
-        shown: list[tuple[int, int, int]] = []  # pts, duration, pts of its keyframe
-        keyframes: list[int] = []
-        damage = ""
-        try:
-            for packet in self._container.demux(self._stream):
-                if packet.is_corrupt:
-                    damage = "a packet is truncated"
-                elif packet.size and packet.pts is None:
-                    raise VideoError(f"video {self._path} has a frame without a time; convert it to mp4")
-                elif packet.size:
-                    if packet.is_keyframe:
-                        keyframes.append(packet.pts)
-                    # A frame that follows a keyframe but is shown before it needs the previous keyframe. Without one
-                    # it cannot be decoded, as at the start of a file that was cut from another one.
-                    key = next((pts for pts in reversed(keyframes) if pts <= packet.pts), None)
-                    # Frames that an edit list removes are only there to decode others.
-                    if key is not None and not packet.is_discard:
-                        shown.append((packet.pts, packet.duration or 0, key))
-        except av.error.MemoryError:
-            raise
-        except av.FFmpegError as error:
-            damage = str(error.strerror)
-        # The decoder logs about single frames too; only the container's reader reports that the file ends early.
-        complaints = [message.strip() for _, part, message in logged if part == self._container.format.name]
-        damage = "; ".join(complaints[:1]) or damage
-        if not shown:
-            raise VideoError(
-                f"video {self._path} has no frame that can be decoded ({damage or 'no keyframe'}); download it again"
-            )
-        pts, durations, keys = np.array(sorted(shown), np.int64).T
-        unit_s = float(self._stream.time_base)
-        # Containers count in microseconds at best.
-        starts_s = np.round(pts * unit_s - (self._container.start_time or 0) / av.time_base, 6)
-        last_s = float(durations[-1]) * unit_s or (float(np.median(np.diff(starts_s))) if len(pts) > 1 else 0.0)
-        return FrameIndex(pts, starts_s, float(starts_s[-1]) + last_s, keys, damage)
+    def _decode_from_earlier(
+        self, key: int, rows: NDArray[np.int64], found: dict[int, NDArray[np.uint8]], stop: _Stop
+    ) -> None:
+        """Add the frames at `rows` to `found`, decoded from a key frame before `key`, from where decoding stopped."""
+        back = 1
+        while back <= key:
+            again = self._decode_from(key - back, rows, found)
+            if again is None:
+                return
+            if again == stop and stop.is_damaged:
+                raise self._damaged(stop.row)
+            stop, back = again, 2 * back + 1
+        with _opened(self._path) as container:
+            packets = container.demux(_film(self._path, container))
+            last = self._decode(packets, 0, None, rows, found)
+        if last is None:
+            return
+        if last.is_damaged or self.index.sums is not None:
+            raise self._damaged(last.row)
+        raise UnclearPackets(f"video {self._path} shows other frames than its packets promise; convert it to mp4")
 
-    def _frames_from(self, key: int) -> Iterator["av.VideoFrame"]:
-        """The decoder's frames from the keyframe at `key` on."""
-        # Not every container can seek to the keyframe itself; the first frame of the file is the fallback.
-        for target in (key, int(self.index.keys[0]), 0):
+    def _decode_from(self, key: int, rows: NDArray[np.int64], found: dict[int, NDArray[np.uint8]]) -> _Stop | None:
+        """As `_decode`, from a key frame of the index."""
+        pts, dts, row = self.index.keys[key].tolist()
+        # The first packet needs no other one, whether its frame is marked, or is shown at all.
+        key_pts = None if pts == self.index.first_pts else pts
+        return self._decode(self._packets_from(pts, dts), row, key_pts, rows, found)
+
+    def _packets_from(self, pts: int, dts: int) -> Iterator["av.Packet[av.VideoStream]"]:
+        """The packets from a key frame's on; none if the container cannot find it."""
+        # Some containers seek by dts, and not all can seek to the key frame itself.
+        for target in dict.fromkeys((pts, dts, int(self.index.keys[0, 1]))):
             self._container.seek(target, stream=self._stream)
             started = False
             for packet in self._container.demux(self._stream):
-                started = started or (packet.is_keyframe and packet.pts == key)
+                started = started or (packet.is_keyframe and packet.pts == pts)
                 if started:
-                    yield from packet.decode()
+                    yield packet
+                elif packet.dts is not None and packet.dts > dts:
+                    break
             if started:
                 return
 
-    def _upright(self, frame: "av.VideoFrame") -> NDArray[np.uint8]:
-        """[H, W, 3], rotated by the file's display matrix."""
-        pixels = frame.to_ndarray(format="rgb24", threads=1)
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-        if matrix is None:
-            return pixels
-        # (x, y) is shown at (a x + c y, b x + d y); 16.16 fixed point.
-        a, b, _, c, d = np.frombuffer(bytes(matrix), "<i4")[:5].tolist()
-        if (a or d) and (b or c):
-            raise VideoError(f"video {self._path} is rotated by an odd angle; expected 0, 90, 180 or 270 degrees")
-        if b or c:
-            pixels, a, d = pixels.transpose(1, 0, 2), c, b
-        return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+    def _decode(
+        self,
+        packets: Iterable["av.Packet[av.VideoStream]"],
+        row: int,
+        key_pts: int | None,
+        rows: NDArray[np.int64],
+        found: dict[int, NDArray[np.uint8]],
+    ) -> _Stop | None:
+        """Decode `packets`, compare their frames with the index, and add those at `rows` to `found`.
+
+        Args:
+            packets: Packets from those of a key frame, or from the file's first.
+            row: First row that is shown from there.
+            key_pts: pts of the key frame; None for the file's first packet.
+            rows: Rows to add.
+            found: Frames of each row.
+
+        Returns:
+            Where decoding was not exact; None if all rows were added.
+        """
+        index, last, wanted = self.index, int(rows[-1]), set(rows.tolist())
+        leading = index.leading if key_pts is None else None
+        first_pts = int(index.pts[row]) if key_pts is None else key_pts
+        started = False
+        for packet in packets:
+            frames = decode(packet)
+            if frames is None and started and index.sums is None:
+                return _Stop(row, is_damaged=True)
+            for frame in frames or ():
+                if not started and leading:
+                    leading -= 1
+                    continue
+                # From the group before, or removed by an edit list.
+                if not started and leading is None and pts_of(frame) < first_pts:
+                    continue
+                if not started and key_pts is not None and not frame.key_frame:
+                    return _Stop(row, is_damaged=False)
+                started = True
+                if pts_of(frame) != index.pts[row]:
+                    return _Stop(row, is_damaged=False)
+                if frame.is_corrupt and not index.damaged[row]:
+                    return _Stop(row, is_damaged=True)
+                if row in wanted:
+                    if index.sums is not None and checksum(frame) != index.sums[row]:
+                        return _Stop(row, is_damaged=False)
+                    found[row] = upright(self._path, frame)
+                row += 1
+                if row > last:
+                    return None
+        return _Stop(row, is_damaged=False)
+
+    def _damaged(self, row: int) -> VideoError:
+        index = self.index
+        reason = "that frame is damaged or has a wrong time"
+        if index.damaged[row]:
+            before = np.flatnonzero(~index.damaged[:row])
+            after = np.flatnonzero(~index.damaged[row:])
+            start_s = index.starts_s[before[-1] + 1 if len(before) else 0]
+            end_s = index.starts_s[row + after[0]] if len(after) else index.end_s
+            reason = f"the file is damaged from {start_s:.3f} to {end_s:.3f} s"
+        cause = f" ({self._logged[-1][2].strip()})" if self._logged else ""
+        return VideoError(
+            f"video {self._path} cannot be decoded at {index.starts_s[row]:.3f} s: {reason}{cause}; download it again,"
+            " or convert it to mp4"
+        )
+
+    def _read_packets(self) -> FrameIndex | None:
+        with reading_through(self._version[1]):
+            return index_of_packets(self._path, self._container, self._stream, self._logged)
+
+    def _read_frames(self) -> FrameIndex:
+        # Opened again: not every container can seek back to its first packet.
+        with reading_through(self._version[1]), _opened(self._path) as container:
+            return index_of_frames(self._path, container, _film(self._path, container), self._logged)
 
 
 @contextmanager
@@ -186,7 +237,7 @@ def open_video(path: Path, once: OncePerVideo | None = None) -> Iterator[VideoFi
     av.logging.set_level(av.logging.ERROR)  # otherwise nothing is logged
     av.logging.set_skip_repeated(False)  # otherwise a second damaged file logs nothing
     try:
-        with av.logging.Capture() as logged, av.open(str(path)) as container:
+        with av.logging.Capture() as logged, _opened(path) as container:
             yield VideoFile(path, container, logged, version, once or OncePerVideo())
     except av.error.MemoryError as error:
         raise MemoryError(error.strerror) from error
@@ -196,6 +247,41 @@ def open_video(path: Path, once: OncePerVideo | None = None) -> Iterator[VideoFi
     finally:
         av.logging.set_level(level)
         av.logging.set_skip_repeated(terse)
+
+
+def _opened(path: Path) -> "av.container.InputContainer":
+    # `file:`, because FFmpeg takes what precedes a colon for a protocol. Titles and the like, which may be in any
+    # encoding, are not used.
+    return av.open(f"file:{path.absolute()}", metadata_errors="replace")
+
+
+def _film(path: Path, container: "av.container.InputContainer") -> "av.VideoStream":
+    """The picture track that players show: never a cover or a preview where there is another."""
+    films = [stream for stream in container.streams.video if not stream.disposition & NOT_THE_FILM]
+    if not films:
+        kinds = [stream.type if stream not in container.streams.video else "cover" for stream in container.streams]
+        raise VideoError(
+            f"video {path} cannot be decoded: it has no picture track (tracks: {', '.join(kinds) or 'none'});"
+            " expected a complete video"
+        )
+    best = container.streams.best("video")
+    film = next((stream for stream in films if best is not None and stream.index == best.index), films[0])
+    if film.codec_context is None:
+        raise VideoError(
+            f"video {path} cannot be decoded: FFmpeg has no decoder for its codec, {_codec(path)}; convert it to H.264"
+        )
+    film.codec_context.thread_count = 1  # every core runs its own decoder
+    return film
+
+
+def _codec(path: Path) -> str:
+    """What FFmpeg says about the codec of a track that it cannot decode."""
+    av.logging.set_level(av.logging.WARNING)
+    with av.logging.Capture() as logged, _opened(path):
+        pass
+    av.logging.set_level(av.logging.ERROR)
+    found = (re.search(r"Video: ([^,]*)", message) for _, _, message in logged)
+    return next((match[1] for match in found if match), "which it does not name")
 
 
 def _require_content(path: Path) -> None:

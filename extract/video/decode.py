@@ -28,8 +28,8 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
-from egopatch.extract.video.container import VideoError
 from egopatch.extract.video.frames import read_frames
+from egopatch.extract.video.index import VideoError
 from egopatch.extract.video.limits import OUT_OF_MEMORY, OUT_OF_TIME, limits, prepare_child, reading_through
 from egopatch.extract.video.once import FileVersion, OncePerVideo, version_of
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform, to_input

@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
-from egopatch.extract.video.container import FrameIndex, VideoError, open_video
+from egopatch.extract.video.container import UnclearPackets, VideoFile, open_video
+from egopatch.extract.video.index import FrameIndex, VideoError
 from egopatch.extract.video.once import OncePerVideo
 
 # A frame rate is constant if its gaps differ by less than this share of a frame; containers round timestamps.
@@ -19,21 +20,22 @@ class DecodedClip:
     """The frames of one clip.
 
     Attributes:
-        frames: [T, H, W, 3] uint8, RGB, upright.
+        frames: T frames, each [H, W, 3] uint8, RGB, upright; sizes may differ where the video changes its size.
         timestamps: [T] float32, seconds from the clip's start.
         times_s: [T] float64, seconds from the file's start.
     """
 
-    frames: NDArray[np.uint8]
+    frames: tuple[NDArray[np.uint8], ...]
     timestamps: NDArray[np.float32]
     times_s: NDArray[np.float64]
 
     def __post_init__(self) -> None:
-        if self.frames.ndim != 4 or self.frames.shape[-1] != 3 or self.frames.dtype != np.uint8:
-            raise ValueError(f"frames is {self.frames.dtype} {self.frames.shape}; expected uint8 [T, H, W, 3]")
+        for frame in self.frames:
+            if frame.ndim != 3 or frame.shape[-1] != 3 or frame.dtype != np.uint8:
+                raise ValueError(f"frames has one of {frame.dtype} {frame.shape}; expected uint8 [H, W, 3]")
         for name, times in (("timestamps", self.timestamps), ("times_s", self.times_s)):
-            if times.shape != self.frames.shape[:1]:
-                raise ValueError(f"{name} has shape {times.shape}; expected {self.frames.shape[:1]}")
+            if times.shape != (len(self.frames),):
+                raise ValueError(f"{name} has shape {times.shape}; expected {(len(self.frames),)}")
 
 
 def uniform_indices(count: int, frames: int) -> NDArray[np.int64]:
@@ -76,17 +78,25 @@ def read_frames(clip: Clip, video: VideoConfig, once: OncePerVideo | None = None
             frame there, or has fewer than `video.frames` and `video.short` is `quarantine`.
     """
     with open_video(clip.video, once) as file:
-        rows = _rows_within(clip, file.index)
-        chosen = rows[_positions(clip, file.index, rows, video)]
-        frames = file.pixels(chosen)
-        starts_s = file.index.starts_s
-    start_s = starts_s[rows[0]] if clip.start_s is None else clip.start_s
-    times_s = starts_s[chosen]
+        try:
+            return _read(clip, video, file)
+        except UnclearPackets:
+            file.decode_through()
+            return _read(clip, video, file)
+
+
+def _read(clip: Clip, video: VideoConfig, file: VideoFile) -> DecodedClip:
+    index = file.index
+    rows = _rows_within(clip, index)
+    chosen = rows[_positions(clip, index, rows, video)]
+    frames = file.pixels(chosen)
+    start_s = index.starts_s[rows[0]] if clip.start_s is None else clip.start_s
+    times_s = index.starts_s[chosen]
     missing = video.frames - len(chosen)
     if missing > 0:  # video.short is zeros: black frames at the end, as in the published loader
-        frames = np.concatenate([frames, np.zeros((missing, *frames.shape[1:]), np.uint8)])
+        frames += [np.zeros_like(frames[-1])] * missing
         times_s = np.concatenate([times_s, np.repeat(times_s[-1:], missing)])
-    return DecodedClip(frames, (times_s - start_s).astype(np.float32), times_s)
+    return DecodedClip(tuple(frames), (times_s - start_s).astype(np.float32), times_s)
 
 
 def _rows_within(clip: Clip, index: FrameIndex) -> NDArray[np.int64]:
@@ -98,6 +108,9 @@ def _rows_within(clip: Clip, index: FrameIndex) -> NDArray[np.int64]:
             f" {clip.clip_id}; download it again"
         )
     rows = np.flatnonzero((index.starts_s >= start) & (index.starts_s < end))
+    if len(rows) == 0 and index.starts_s[0] <= start < index.end_s:
+        # The clip lies between two frames: the first one is on screen.
+        rows = np.searchsorted(index.starts_s, [start], side="right") - 1
     if len(rows) == 0:
         raise VideoError(
             f"clip {clip.clip_id} is [{clip.start_s}, {clip.end_s}) s of {clip.video}, which ends at"

@@ -48,12 +48,20 @@ class OncePerVideo:
         self._known.move_to_end(key)
         return self._known[key]  # type: ignore[no-any-return]
 
+    def has(self, what: str, version: FileVersion) -> bool:
+        """Whether the value called `what` was found before, by this process or by one that shares the folder."""
+        key = what, version
+        return key in self._known or (self._folder is not None and _file_of(self._folder, key).exists())
+
+
+def _file_of(folder: Path, key: tuple[str, FileVersion]) -> Path:
+    return folder / hashlib.sha256(repr(key).encode()).hexdigest()
+
 
 def _shared(folder: Path, key: tuple[str, FileVersion], compute: Callable[[], Value]) -> Value:
     """The value in the file of `key`; while one process computes it, the others wait."""
-    path = folder / hashlib.sha256(repr(key).encode()).hexdigest()
     try:
-        file = path.open("a+b", buffering=0)
+        file = _file_of(folder, key).open("a+b", buffering=0)
     except OSError:  # files that are not used for days may be cleaned up; sharing only saves time
         return compute()
     with file:

@@ -1,5 +1,6 @@
 """Frames -> the normalised tensor that a network expects, without torchvision."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,19 +34,21 @@ EGOVLP_TRANSFORM = Transform(
 )
 
 
-def crop_and_resize(frames: NDArray[np.uint8], size: int, transform: Transform = EGOVLP_TRANSFORM) -> Tensor:
+def crop_and_resize(frames: Sequence[NDArray[np.uint8]], size: int, transform: Transform = EGOVLP_TRANSFORM) -> Tensor:
     """Resize and crop frames, without normalisation.
 
     Args:
-        frames: [T, H, W, 3] uint8.
+        frames: T frames, each [H, W, 3] uint8. Those of another size than others are resized on their own.
         size: Side of the result in pixels.
         transform: Transform of the network.
 
     Returns:
         float32 [T, 3, size, size] in [0, 1].
     """
+    if len({frame.shape for frame in frames}) > 1:
+        return torch.cat([crop_and_resize([frame], size, transform) for frame in frames])
     # Copied to channel-first order first, because interpolation is several times slower on a strided view.
-    pixels_tchw = torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2))).float().div_(255)
+    pixels_tchw = torch.from_numpy(np.ascontiguousarray(np.stack(frames).transpose(0, 3, 1, 2))).float().div_(255)
     height, width = pixels_tchw.shape[-2:]
     if transform.short_side is not None:
         # The short side is exact and the long side is rounded down, as in torchvision's Resize(int).
@@ -58,8 +61,8 @@ def crop_and_resize(frames: NDArray[np.uint8], size: int, transform: Transform =
     return _resize(pixels_tchw[..., top : top + side, left : left + side], (size, size))
 
 
-def to_input(frames: NDArray[np.uint8], size: int, transform: Transform = EGOVLP_TRANSFORM) -> Tensor:
-    """[T, H, W, 3] uint8 -> normalised float32 [T, 3, size, size]."""
+def to_input(frames: Sequence[NDArray[np.uint8]], size: int, transform: Transform = EGOVLP_TRANSFORM) -> Tensor:
+    """T frames, each [H, W, 3] uint8 -> normalised float32 [T, 3, size, size]."""
     mean = torch.tensor(transform.mean).view(3, 1, 1)
     std = torch.tensor(transform.std).view(3, 1, 1)
     return crop_and_resize(frames, size, transform).sub_(mean).div_(std)

@@ -39,7 +39,7 @@ def test_varying_rate_is_cut_by_time_not_by_count() -> None:
 def test_reads_the_frames_it_says(tmp_path: Path) -> None:
     clip = Clip("a", write_video(tmp_path / "a.mp4"))
     decoded = read_frames(clip, VideoConfig(frames=4))
-    assert decoded.frames.shape == (4, 64, 96, 3)
+    assert [frame.shape for frame in decoded.frames] == [(64, 96, 3)] * 4
     assert frame_numbers(decoded.frames) == published_rule(30, 4)
     np.testing.assert_allclose(decoded.timestamps, np.array(published_rule(30, 4)) / 15, atol=1e-3)
 
@@ -70,8 +70,8 @@ def test_a_stretch_past_the_end_is_refused(tmp_path: Path) -> None:
 def readings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the videos whose packets are read, one for each time."""
     names: list[str] = []
-    read = VideoFile._read_index
-    monkeypatch.setattr(VideoFile, "_read_index", lambda file, log: names.append(file._path.stem) or read(file, log))
+    read = VideoFile._read_packets
+    monkeypatch.setattr(VideoFile, "_read_packets", lambda file: names.append(file._path.stem) or read(file))
     return names
 
 

@@ -1,7 +1,7 @@
 """Small real video files whose every frame says which one it is, and ways to make them odd."""
 
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
@@ -20,8 +20,8 @@ def level_of(index: int) -> int:
     return 20 + 6 * index
 
 
-def frame_numbers(frames: np.ndarray) -> list[int]:
-    """Which frames these are: inverse of `level_of`, for [T, H, W, 3]."""
+def frame_numbers(frames: Iterable[np.ndarray]) -> list[int]:
+    """Which frames these are: inverse of `level_of`, for T frames [H, W, 3]."""
     return [round((float(frame.mean()) - 20) / 6) for frame in frames]
 
 

@@ -1,0 +1,256 @@
+"""The index of a video: which frames it shows, when, and the key frames from which they can be decoded.
+
+The packets of nearly every file tell it without decoding (`index_of_packets`). Where they have no times, or wrong ones,
+or are not one frame each (fields, packed B-frames), every frame is decoded once (`index_of_frames`).
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+LogLine = tuple[int, str, str]  # level, part of FFmpeg, message
+
+NO_PTS = np.iinfo(np.int64).min  # of a frame whose packet has no time
+VP8_SHOWN = 0x10  # bit of a packet's first byte
+
+
+class VideoError(ValueError):
+    """A clip cannot be decoded as configured; the message names the file and the cause."""
+
+
+@dataclass(frozen=True)
+class FrameIndex:
+    """The frames that a video shows, in this order.
+
+    Attributes:
+        pts: int64 [count], time that the decoder gives with each frame, in the stream's own unit.
+        starts_s: float64 [count], time at which each frame appears, in seconds of the file's timeline in a player.
+        end_s: Time at which the last frame disappears.
+        keys: int64 [keys, 3], the frames that are marked as key frames: pts, dts, and the first row shown from there.
+        first_pts: pts of the file's first packet; the decoder needs nothing before it.
+        damaged: bool [count], whether a frame depends on damaged data.
+        damage: Damage that ended the file early; empty if the file is whole.
+        leading: Number of frames that the decoder returns before the first row; None: those with an earlier pts.
+        sums: uint32 [count], checksums of the frames as decoded from the first packet; None if none was decoded.
+    """
+
+    pts: NDArray[np.int64]
+    starts_s: NDArray[np.float64]
+    end_s: float
+    keys: NDArray[np.int64]
+    first_pts: int
+    damaged: NDArray[np.bool_]
+    damage: str
+    leading: int | None = None
+    sums: NDArray[np.uint32] | None = None
+
+    def keys_before(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [len(rows)], position in `keys` of the last one that is not after each row; -1 if there is none."""
+        return np.searchsorted(self.keys[:, 2], rows, side="right") - 1
+
+
+def index_of_packets(
+    path: Path, container: "av.container.InputContainer", stream: "av.VideoStream", logged: Sequence[LogLine]
+) -> FrameIndex | None:
+    """Read a video packet by packet, without decoding; None if its packets do not tell which frames it shows.
+
+    Raises:
+        VideoError: The file ends before the first frame that can be decoded.
+    """
+    shown: list[tuple[int, int, bool]] = []  # pts, duration, whether it depends on damaged data; in the file's order
+    intact = 0  # number of `shown` up to the last one whose own packet is whole
+    keys: list[tuple[int, int]] = []  # pts, dts
+    first_pts: int | None = None
+    broken, healed_pts = False, NO_PTS  # damage lasts until a key frame, also for frames that are shown before it
+    has_hidden_frames = stream.codec_context.name == "vp8"
+    damage = ""
+    try:
+        for packet in container.demux(stream):
+            if not packet.size:
+                continue
+            if packet.pts is None:
+                return None
+            if first_pts is None:
+                first_pts = packet.pts
+            if packet.is_corrupt:
+                broken = True
+            elif packet.is_keyframe:
+                keys.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
+                if broken:
+                    broken, healed_pts = False, packet.pts
+            # Frames before the first key frame cannot be decoded, as at the start of a file that was cut from another
+            # one. Frames that an edit list removes are only there to decode others.
+            if keys and not packet.is_discard and not (has_hidden_frames and not _first_byte(packet) & VP8_SHOWN):
+                shown.append((packet.pts, packet.duration or 0, broken or packet.pts < healed_pts))
+                if not packet.is_corrupt:
+                    intact = len(shown)
+    except av.error.MemoryError:
+        raise
+    except av.FFmpegError as error:
+        damage = str(error.strerror)
+    damage = _complaint(container, logged) or damage or ("a packet is truncated" if intact < len(shown) else "")
+    frames = sorted(frame for frame in shown[:intact] if frame[0] >= min(keys)[0])
+    if not frames and damage:
+        raise VideoError(f"video {path} has no frame that can be decoded ({damage}); download it again")
+    pts, durations, damaged = np.array(frames, np.int64).reshape(-1, 3).T
+    if first_pts is None or len(pts) == 0 or (np.diff(pts) == 0).any():
+        return None
+    keys_k2 = np.unique(np.array(keys, np.int64), axis=0)
+    starts_s = _seconds(pts, container, stream)
+    return FrameIndex(
+        pts=pts,
+        starts_s=starts_s,
+        end_s=_end_s(starts_s, int(durations[-1]), stream),
+        keys=np.column_stack([keys_k2, np.searchsorted(pts, keys_k2[:, 0])]),
+        first_pts=first_pts,
+        damaged=damaged.astype(bool),
+        damage=damage,
+    )
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A decoded frame; pts and dts are in the stream's own unit."""
+
+    pts: int | None
+    dts: int | None
+    duration: int
+    is_key: bool
+    is_damaged: bool
+    sum: int
+
+
+def index_of_frames(
+    path: Path, container: "av.container.InputContainer", stream: "av.VideoStream", logged: Sequence[LogLine]
+) -> FrameIndex:
+    """Decode a video from its first packet to its last.
+
+    Raises:
+        VideoError: No frame can be decoded, or the frames have no times, or times in another order.
+    """
+    packets: dict[int, tuple[int, int, bool]] = {}  # of each pts: number, dts, and whether it is a key frame
+    frames: list[_Shown] = []
+    broken_at: int | None = None  # number of the last packet that could not be decoded
+    damage = ""
+    try:
+        for number, packet in enumerate(container.demux(stream)):
+            if packet.pts is not None:
+                dts = packet.pts if packet.dts is None else packet.dts
+                packets.setdefault(packet.pts, (number, dts, packet.is_keyframe))
+            complaints = len(logged)
+            decoded = decode(packet)
+            if decoded is None or packet.is_corrupt or len(logged) > complaints:
+                broken_at = number
+            for frame in decoded or ():
+                sent_at = packets[frame.pts][0] if frame.pts in packets else -1
+                # The decoder returns frames some packets late: only a key frame from after the damage ends it.
+                if broken_at is not None and frame.key_frame and not frame.is_corrupt and sent_at > broken_at:
+                    broken_at = None
+                is_damaged = broken_at is not None or frame.is_corrupt
+                is_key = frame.key_frame and not is_damaged
+                frames.append(_Shown(frame.pts, frame.dts, frame.duration, is_key, is_damaged, checksum(frame)))
+    except av.error.MemoryError:
+        raise
+    except av.FFmpegError as error:
+        damage = str(error.strerror)
+    damage = _complaint(container, logged) or damage
+    # Frames before the first key frame depend on something that was cut off. Some codecs do not mark key frames.
+    whole = [row for row, frame in enumerate(frames) if not frame.is_damaged]
+    if not whole:
+        reason = damage or ("no keyframe" if not frames else "every frame is damaged")
+        raise VideoError(f"video {path} has no frame that can be decoded ({reason}); download it again")
+    leading = next((row for row in whole if frames[row].is_key), whole[0])
+    frames = frames[leading:]
+    starts_s = _seconds(np.array(_times_of(path, frames), np.int64), container, stream)
+    keys = [
+        (frame.pts, packets[frame.pts][1], row)
+        for row, frame in enumerate(frames)
+        if frame.is_key and frame.pts in packets and packets[frame.pts][2]
+    ]
+    return FrameIndex(
+        pts=np.array([pts_of(frame) for frame in frames], np.int64),
+        starts_s=starts_s,
+        end_s=_end_s(starts_s, frames[-1].duration, stream),
+        keys=np.array(keys, np.int64).reshape(-1, 3),
+        first_pts=NO_PTS,
+        damaged=np.array([frame.is_damaged for frame in frames]),
+        damage=damage,
+        leading=leading,
+        sums=np.array([frame.sum for frame in frames], np.uint32),
+    )
+
+
+def decode(packet: "av.Packet[av.VideoStream]") -> "list[av.VideoFrame] | None":
+    """The frames that the decoder returns when it is given `packet`; None if it fails."""
+    try:
+        return packet.decode()
+    except av.error.MemoryError:
+        raise
+    except av.FFmpegError:
+        return None
+
+
+def pts_of(frame: "av.VideoFrame | _Shown") -> int:
+    """The frame's pts, `NO_PTS` if it has none."""
+    return NO_PTS if frame.pts is None else frame.pts
+
+
+def checksum(frame: "av.VideoFrame") -> int:
+    """Checksum of a frame's first plane, without the padding of its lines."""
+    plane = frame.planes[0]
+    lines = np.frombuffer(plane, np.uint8).reshape(-1, abs(plane.line_size))
+    return zlib.crc32(lines[: plane.height, : plane.width].tobytes())
+
+
+def _times_of(path: Path, frames: Sequence[_Shown]) -> list[int]:
+    """Time at which each frame appears: its pts where that fits the order, else its dts, or one frame later."""
+    times: list[int] = []
+    later_pts = list(accumulate((pts_of(frame) for frame in reversed(frames[1:])), _earlier, initial=NO_PTS))[::-1]
+    for frame, later in zip(frames, later_pts, strict=True):
+        in_order = (not times or pts_of(frame) > times[-1]) and (later == NO_PTS or pts_of(frame) < later)
+        time = frame.pts if in_order else frame.dts
+        if time is None and times:
+            gap = int(np.median(np.diff(times))) if len(times) > 1 else frame.duration
+            time = times[-1] + gap
+        if time is None:
+            raise VideoError(
+                f"video {path} has frames without times, as a raw stream; put it into a container:"
+                f" ffmpeg -i {path.name} -c copy {path.stem}.mp4"
+            )
+        if times and time < times[-1]:
+            raise VideoError(
+                f"video {path} has frames whose times go back; convert it: ffmpeg -i {path.name} {path.stem}_new.mp4"
+            )
+        times.append(time)
+    return times
+
+
+def _earlier(one: int, other: int) -> int:
+    return max(one, other) if NO_PTS in (one, other) else min(one, other)
+
+
+def _complaint(container: "av.container.InputContainer", logged: Sequence[LogLine]) -> str:
+    """What the container's reader logged first. The decoder logs too, but about single frames."""
+    return next((message.strip() for _, part, message in logged if part == container.format.name), "")
+
+
+def _seconds(
+    pts: NDArray[np.int64], container: "av.container.InputContainer", stream: "av.VideoStream"
+) -> NDArray[np.float64]:
+    """Times on the file's timeline in a player; containers count in microseconds at best."""
+    return np.round(pts * float(stream.time_base) - (container.start_time or 0) / av.time_base, 6)
+
+
+def _end_s(starts_s: NDArray[np.float64], duration: int, stream: "av.VideoStream") -> float:
+    gap_s = float(np.median(np.diff(starts_s))) if len(starts_s) > 1 else 0.0
+    return float(starts_s[-1]) + (duration * float(stream.time_base) or gap_s)
+
+
+def _first_byte(packet: "av.Packet[av.VideoStream]") -> int:
+    return memoryview(packet)[0]

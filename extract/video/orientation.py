@@ -1,0 +1,47 @@
+"""Frames as a player shows them: turned and mirrored by the file's display matrix."""
+
+from pathlib import Path
+
+import av
+import av.filter
+import numpy as np
+from numpy.typing import NDArray
+
+from egopatch.extract.video.index import VideoError
+
+
+def upright(path: Path, frame: "av.VideoFrame") -> NDArray[np.uint8]:
+    """The frame's pixels as uint8 [H, W, 3], upright. Pixels that are not square stay as they are stored.
+
+    Raises:
+        VideoError: The display matrix turns the frame by an angle that is no multiple of 90 degrees.
+    """
+    pixels = frame.to_ndarray(format="rgb24", threads=1)
+    matrix = _display_matrix(frame)
+    if matrix is None:
+        return pixels
+    # (x, y) is shown at (a x + c y, b x + d y); 16.16 fixed point.
+    a, b, _, c, d = np.frombuffer(matrix, "<i4")[:5].tolist()
+    if (a or d) and (b or c):
+        raise VideoError(f"video {path} is rotated by an odd angle; expected 0, 90, 180 or 270 degrees")
+    if b or c:
+        pixels, a, d = pixels.transpose(1, 0, 2), c, b
+    return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+
+
+def _display_matrix(frame: "av.VideoFrame") -> bytes | None:
+    while True:
+        try:
+            matrix = frame.side_data.get("DISPLAYMATRIX")
+        except ValueError as error:  # "31 is not a valid Type": PyAV has no name for some side data, such as EXIF
+            frame = _without_side_data(frame, int(str(error).split()[0]))
+        else:
+            return None if matrix is None else bytes(matrix)
+
+
+def _without_side_data(frame: "av.VideoFrame", number: int) -> "av.VideoFrame":
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
+    graph.link_nodes(source, graph.add("sidedata", f"mode=delete:type={number}"), graph.add("buffersink")).configure()
+    graph.push(frame)
+    return graph.pull()
