@@ -9,6 +9,7 @@ from egopatch.configs.schema import ConfigError, ConfigParser
 from egopatch.extract.datasets import DatasetError
 from egopatch.extract.errors import CheckpointError
 from egopatch.features.common.command_line import find_command
+from egopatch.features.common.os_errors import with_remedy
 from egopatch.features.values.errors import BadLocation, FingerprintMismatch, StoreError
 
 # Each command is the module of the same name in `extract.commands`.
@@ -44,7 +45,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"extract {name}: error: {error}", file=sys.stderr)
         return 2
     except (StoreError, OSError) as error:
-        print(f"extract {name}: failed: {error}", file=sys.stderr)
+        print(f"extract {name}: failed: {with_remedy(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"extract {name}: interrupted; run the same command again to resume", file=sys.stderr)

@@ -12,7 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
+from egopatch.features.common.os_errors import with_remedy
 from egopatch.features.common.progress import BYTES, ProgressDisplay
+from egopatch.features.common.units import format_bytes
 from egopatch.features.formats.registry import FORMATS
 from egopatch.features.storage.pick import storage_at
 from egopatch.features.store.store import Store, open_store
@@ -43,7 +45,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"features: {error}", file=sys.stderr)
         return 2
     except (StoreError, OSError) as error:
-        message = " ".join(str(error).split())
+        message = " ".join(with_remedy(error).split())
         print(json.dumps({"error": message}) if options.json else f"features: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -199,7 +201,7 @@ def _verify_result(report: VerifyReport) -> Result:
 
 def _verify_lines(report: VerifyReport) -> Iterator[str]:
     yield (
-        f"{report.path}: {report.clips} clips in {report.shards} shards, {report.nbytes / 1e9:.3f} GB "
+        f"{report.path}: {report.clips} clips in {report.shards} shards, {format_bytes(report.nbytes)} "
         f"in {report.seconds:.2f} s"
     )
     for fault in report.faults:
@@ -251,7 +253,7 @@ def _derive(options: argparse.Namespace) -> Outcome:
 
 
 def _copied(store: Store, source: Location) -> str:
-    lines = [f"{store.path}: {len(store.clip_ids)} clips, {store.nbytes / 1e9:.3f} GB, from {source}"]
+    lines = [f"{store.path}: {len(store.clip_ids)} clips, {format_bytes(store.nbytes)}, from {source}"]
     lines += [
         f"{array}: reconstruction error {error:.2%} (relative root mean square, worst clip)"
         for array, error in store.reconstruction_error.items()

@@ -9,6 +9,7 @@ from egopatch.configs.schema import ConfigError, ConfigParser
 from egopatch.extract.datasets import DatasetError
 from egopatch.extract.errors import CheckpointError
 from egopatch.features.common.command_line import find_command
+from egopatch.features.common.os_errors import with_remedy
 from egopatch.features.values.errors import BadLocation, FingerprintMismatch, StoreError
 from egopatch.train.processes.stopping import INTERRUPTED
 
@@ -45,7 +46,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except (StoreError, ValueError, OSError) as error:
-        print(f"{program}: failed: {error}", file=sys.stderr)
+        print(f"{program}: failed: {with_remedy(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{program}: interrupted; run the same command again to resume", file=sys.stderr)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from egopatch.configs.schema import Config, ConfigParser, add_config_arguments, parse_config
 from egopatch.extract.datasets import DatasetError, load_dataset
 from egopatch.extract.datasets.origins import OriginCheck, compare_origins
+from egopatch.features.common.units import format_bytes
 from egopatch.features.state.counts import count_clips, read_origins
 
 
@@ -22,7 +23,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         return 0
     print(
         f"{config.store.path}: {counts.committed}/{counts.planned} clips committed,"
-        f" {counts.quarantined} quarantined, {counts.missing} missing, {counts.bytes / 1e6:.1f} MB"
+        f" {counts.quarantined} quarantined, {counts.missing} missing, {format_bytes(counts.bytes)}"
     )
     lines = ["the annotations cannot be read, so stale clips were not looked for"] if check is None else check.lines()
     for line in lines:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from egopatch.features.common.disk import free_bytes
+from egopatch.features.common.units import format_bytes
 
 # Bytes that unpacking leaves free, so that the machine can still work.
 RESERVE = 256 << 20
@@ -94,8 +95,8 @@ class _Budget:
         self.taken += size
         if self.taken > self.free:
             raise ArchiveError(
-                f"{self.archive}: unpacks to {self.taken} bytes or more, but only {self.free} may be used"
-                f" ({RESERVE} bytes stay free); free some disk space, or do not trust this archive"
+                f"{self.archive}: unpacks to {format_bytes(self.taken)} or more, but only {format_bytes(self.free)} may"
+                f" be used ({format_bytes(RESERVE)} stay free); free some disk space, or do not trust this archive"
             )
 
 

@@ -21,6 +21,7 @@ import requests
 import urllib3
 
 from egopatch.features.common.disk import free_bytes
+from egopatch.features.common.units import format_bytes
 
 BLOCK = 1 << 16
 ATTEMPTS = 3
@@ -176,7 +177,8 @@ class ResumingDownloader:
         free = free_bytes(self.part)
         if total is not None and total - have > free:
             raise DownloadError(
-                f"{url}: {total - have} bytes remain but {self.part.parent} has {free} free; free some disk space"
+                f"{url}: {format_bytes(total - have)} remain but {self.part.parent} has {format_bytes(free)} free; "
+                "free some disk space"
             )
 
     def _receive(self, response: requests.Response, have: int, total: int | None) -> None:

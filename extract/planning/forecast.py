@@ -7,6 +7,7 @@ from pathlib import Path
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.worker.job_stats import Stages, jobs_path, read_jobs
 from egopatch.features import StoreSpec
+from egopatch.features.common.units import format_bytes
 from egopatch.features.formats.registry import format_named
 from egopatch.features.values.dtypes import spec_row_bytes
 
@@ -120,8 +121,8 @@ def format_forecast(job: Forecast) -> str:
             f"clips      {job.clips} on {job.gpus} GPUs, {job.cores} cores each: {job.clips_per_second:.1f} a second",
             f"time       {job.hours:.1f} h, {job.gpu_hours:.0f} GPU hours; bound by {job.bound_by}"
             f" ({job.cores_to_keep_up} cores keep up with a GPU)",
-            f"writes     {job.shards} shards in {job.files} files, {job.bytes_to_write / 1e12:.2f} TB,"
-            f" {job.write_gb_s:.2f} GB/s",
+            f"writes     {job.shards} shards in {job.files} files, {format_bytes(job.bytes_to_write)},"
+            f" {format_bytes(job.write_gb_s * 1e9)}/s",
             f"a clip     encoding {cost.encode_s:.4f} s, decoding {cost.decode_s:.4f} s, writing {cost.write_s:.4f} s;"
             f" from {cost.source}",
         ]

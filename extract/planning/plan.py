@@ -19,6 +19,7 @@ from egopatch.extract.worker.job import ExtractionJob, resolve_job
 from egopatch.features import StoreSpec, open_store, store_exists
 from egopatch.features.common.disk import free_bytes
 from egopatch.features.common.machine import limit_threads
+from egopatch.features.common.units import format_bytes
 from egopatch.features.formats.registry import format_named
 from egopatch.features.state.origin import Origin
 from egopatch.features.values.dtypes import spec_row_bytes
@@ -141,7 +142,7 @@ def disk_refusal(path: Path | str, spec: StoreSpec, clips: int) -> str | None:
     if free is None or needed <= free:
         return None
     return (
-        f"store.path is {path}: {clips} clips need {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free;"
+        f"store.path is {path}: {clips} clips need {format_bytes(needed)} and its disk has {format_bytes(free)} free;"
         " make room or choose another disk"
     )
 
@@ -151,8 +152,8 @@ def format_plan(plan: Plan) -> str:
     lines = [
         f"clips      {plan.clips}: {plan.done} stored, {plan.quarantined} in quarantine, {plan.todo} to do"
         + (f" ({plan.without_video} have no video file)" if plan.without_video else ""),
-        f"writes     {plan.shards} shards in {plan.files} files, {plan.bytes_to_write / 1e9:.3f} GB"
-        + (f"; {plan.bytes_free / 1e9:.1f} GB free" if plan.bytes_free is not None else ""),
+        f"writes     {plan.shards} shards in {plan.files} files, {format_bytes(plan.bytes_to_write)}"
+        + (f"; {format_bytes(plan.bytes_free)} free" if plan.bytes_free is not None else ""),
     ]
     if plan.hours is not None and plan.seconds_per_clip is not None:
         lines.append(

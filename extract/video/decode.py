@@ -33,6 +33,7 @@ from egopatch.extract.video.index import VideoError
 from egopatch.extract.video.limits import OUT_OF_MEMORY, OUT_OF_TIME, limits, prepare_child, reading_through
 from egopatch.extract.video.once import FileVersion, OncePerVideo, version_of
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform, to_input
+from egopatch.features.common.disk import require_semaphores
 from egopatch.features.common.parent import exit_with_parent
 
 Prepared = TypeVar("Prepared")
@@ -82,6 +83,7 @@ class DecodePool(Generic[Prepared]):
         self._video = video
         self._workers = workers
         self._prepare = prepare
+        require_semaphores("decoding in child processes")
         self._shared = tempfile.TemporaryDirectory(prefix="egopatch-", ignore_cleanup_errors=True)
         # spawn, because a forked child would inherit torch's and CUDA's threads and locks in an unknown state.
         self._pool = ProcessPool(

@@ -49,13 +49,11 @@ class Chunk:
 
 
 class OpenShard(Protocol):
-    """A shard's files, open for reading.
+    """A shard's files, open for reading."""
 
-    Attributes:
-        index: What `Format.open` need not read again when the shard is opened again; None where that is little.
-    """
-
-    index: object
+    @property
+    def index(self) -> object:
+        """What `Format.open` need not read again when the shard is opened again; None where that is little."""
 
     def find_row(self, array: ArraySpec, slot: int) -> Chunk:
         """The place of row `slot` of `array`.

@@ -18,11 +18,10 @@ from awscrt import checksums
 from isal import isal_zlib
 
 from egopatch.features.common.disk import file_system_of
+from egopatch.features.common.os_errors import NO_SPACE, NOT_ALLOWED
 from egopatch.features.io.fields import FileSum
 from egopatch.features.values.errors import StoreError
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _BLOCK = 1 << 20
 
@@ -165,12 +164,12 @@ def write_errors_explained(doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_SPACE:
+        if error.errno in NO_SPACE:
             raise StoreError(
                 f"no space left while {doing} ({error.strerror}); earlier commits are intact: free some space and run "
                 "the same command again"
             ) from error
-        if error.errno in _NOT_WRITABLE:
+        if error.errno in NOT_ALLOWED:
             raise StoreError(
                 f"{error.filename} cannot be written ({error.strerror}) while {doing}; mount the file system for "
                 "writing, or give this user permission, and run the same command again"

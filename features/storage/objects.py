@@ -18,12 +18,15 @@ from typing import TypeVar
 
 import numpy as np
 
+from egopatch.features.common.disk import free_bytes
+from egopatch.features.common.os_errors import NO_SPACE
+from egopatch.features.common.units import format_bytes
 from egopatch.features.io import object_lease
 from egopatch.features.io.bucket import Bucket
 from egopatch.features.io.fields import FileSum, FileSums, Record
 from egopatch.features.io.files import crc32c
 from egopatch.features.storage.object_journal import ObjectJournal
-from egopatch.features.values.errors import DamagedStore, WriteConflict
+from egopatch.features.values.errors import DamagedStore, StoreError, WriteConflict
 from egopatch.features.values.location import ObjectUrl
 
 Entry = TypeVar("Entry")
@@ -145,7 +148,15 @@ class ObjectStorage(ObjectFiles):
     def staging(self, shard: int) -> Iterator[Path]:
         """See `interface.Storage`; needs room for one shard in the folder for temporary files (TMPDIR)."""
         with tempfile.TemporaryDirectory(prefix=f"shard-{shard:08d}-") as folder:
-            yield Path(folder)
+            try:
+                yield Path(folder)
+            except OSError as error:
+                if error.errno not in NO_SPACE:
+                    raise
+                raise StoreError(
+                    f"{folder}: {error.strerror}; a shard is written there before it is uploaded, and "
+                    f"{format_bytes(free_bytes(Path(folder)))} are free: set TMPDIR to a folder with more room"
+                ) from error
 
     def committing(self, shard: int) -> AbstractContextManager[None]:
         """See `interface.Storage`; the ledger's condition suffices, because no file is replaced."""

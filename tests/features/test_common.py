@@ -1,9 +1,11 @@
+import errno
 import io
 import os
 import signal
 import subprocess
 import sys
 import threading
+from multiprocessing import synchronize
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ import pytest
 from egopatch.features import AbsentClip
 from egopatch.features.common import disk, progress
 from egopatch.features.common.child_errors import ChildError, sendable
+from egopatch.features.common.os_errors import with_remedy
 from egopatch.features.common.progress import BYTES, ProgressDisplay
 from egopatch.features.common.signals import signal_handlers
 from egopatch.features.common.units import format_bytes
@@ -133,6 +136,31 @@ def test_a_silent_display_and_a_failed_task_print_nothing(clock: SimpleNamespace
     with pytest.raises(ZeroDivisionError), ProgressDisplay("train", 1, "steps", out=out):
         raise ZeroDivisionError
     assert out.getvalue() == ""
+
+
+def test_what_the_system_refuses_comes_with_a_remedy() -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/scratch/x")
+    assert with_remedy(full) == (
+        "/scratch/x: No space left on device; free some space there and run the same command again"
+    )
+    assert with_remedy(OSError(errno.EROFS, os.strerror(errno.EROFS), "/runs")) == (
+        "/runs: Read-only file system; mount its file system for writing, give this user permission, or choose another "
+        "path"
+    )
+    assert with_remedy(ValueError("no")) == "no"
+
+
+def test_without_semaphores_the_message_says_who_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    disk.require_semaphores("a test")
+    monkeypatch.setattr(synchronize.SemLock, "__init__", refuse)
+    with pytest.raises(ChildProcessError) as caught:
+        disk.require_semaphores("decoding in child processes")
+    assert str(caught.value).startswith(
+        "/dev/shm: Read-only file system; decoding in child processes needs semaphores there, a few kB: mount it for w"
+    )
 
 
 class _Picky(ValueError):

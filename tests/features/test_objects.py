@@ -1,10 +1,13 @@
 """A store in object storage: killed at any request, rewritten while it is read, damaged, copied."""
 
+import errno
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +17,8 @@ import obstore
 import pytest
 import torch
 
-from egopatch.features import AbsentClip, DamagedStore, Failure, Store, create_store, open_store
+from egopatch.features import AbsentClip, DamagedStore, Failure, Store, StoreError, create_store, open_store
+from egopatch.features.formats.zarr_shards import ZarrFormat
 from egopatch.features.io.bucket import Bucket
 from egopatch.features.io.files import size_and_crc
 from egopatch.features.io.process import Owner
@@ -24,7 +28,7 @@ from egopatch.features.tools.convert import convert
 from egopatch.features.tools.repair import repair
 from egopatch.features.tools.verify import verify
 from egopatch.features.values.location import ObjectUrl, parse_location
-from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
+from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill, maker
 from tests.features.objects import objects
 from tests.features.test_crash import BAD, check_values, committed_files, job
 
@@ -312,3 +316,22 @@ def test_there_and_back_every_file_is_the_same(bucket: str, tmp_path: Path) -> N
     assert committed_files(back.path) == committed_files(local.path)
     assert verify(f"{bucket}/there").ok
     assert open_store(f"{bucket}/there/text").clip_ids == ("a", "b")
+
+
+def test_a_small_folder_for_temporary_files_is_named_with_its_free_space(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    store = maker(f"{bucket}/store", "zarr")()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(ZarrFormat, "stage", full)
+    with pytest.raises(StoreError) as caught:
+        store.write_shard(0, {IDS[0]: clip(0)}, {IDS[0]: "sha256:0"})
+    assert re.fullmatch(
+        rf"{tmp_path}/shard-00000000-\S+: No space left on device; a shard is written there before it is uploaded, and "
+        r"\S+ [kMGT]B are free: set TMPDIR to a folder with more room",
+        str(caught.value),
+    )

@@ -170,7 +170,7 @@ def test_a_full_disk_is_refused_before_the_first_byte(
 ) -> None:
     server.files["/a"] = Served(CONTENT)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 9, 9))
-    with pytest.raises(DownloadError, match=r"1000000 bytes remain but .* has 9 free"):
+    with pytest.raises(DownloadError, match=r"1.0 MB remain but .* has 9 B free"):
         fetch(server.link("/a"), file, None)
     assert left_in(file.parent) == []
 
