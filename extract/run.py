@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +22,13 @@ from egopatch.extract.encoders import (
 )
 from egopatch.extract.engines.dispatch import encode_with_engine
 from egopatch.extract.engines.job_slice import ALL_SHARDS, Slice
+from egopatch.extract.engines.sharing import still_missing
 from egopatch.extract.fingerprints import text_depth, text_fingerprint
 from egopatch.extract.planning.plan import disk_refusal
 from egopatch.extract.worker.job import ExtractionJob, resolve_job
 from egopatch.extract.worker.job_stats import JobStats, record_job
 from egopatch.extract.worker.shard_writer import ShardWriter
-from egopatch.features import StoreError, StoreSpec, create_store
+from egopatch.features import ShardOwned, ShardWork, Store, StoreError, StoreSpec, create_store
 from egopatch.features.common.machine import limit_threads
 from egopatch.features.common.progress import ProgressDisplay
 from egopatch.features.state.counts import read_origins
@@ -34,6 +37,7 @@ from egopatch.features.values.location import parse_location
 from egopatch.features.values.spec import unscaled_dtype
 
 TEXT_BATCH = 64
+WAIT_POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class ExtractionResult:
         errors: Reconstruction error by quantised array, as `Store.reconstruction_error`.
         check: The stored clips of this job's shards, compared with the annotations. Those that are still stale are
             held by another job, or were encoded by one with other annotations.
+        clips_left, texts_left: Number of clips and texts of this job in shards that other processes hold.
     """
 
     stats: JobStats
@@ -58,10 +63,12 @@ class ExtractionResult:
     texts: int
     errors: dict[str, float]
     check: OriginCheck
+    clips_left: int
+    texts_left: int
 
 
 def extract_features(
-    config: Config, retry: bool = False, job_slice: Slice = ALL_SHARDS, refresh: bool = False
+    config: Config, retry: bool = False, job_slice: Slice = ALL_SHARDS, refresh: bool = False, wait: bool = False
 ) -> ExtractionResult:
     """Encode everything that is missing from the store.
 
@@ -70,6 +77,7 @@ def extract_features(
         retry: Whether to try the quarantined clips again.
         job_slice: The shards of this job, where several jobs divide them.
         refresh: Whether to encode stale clips again; without it, a store with stale clips is refused.
+        wait: Whether to wait for the shards that other processes hold, and to encode what these leave.
 
     Raises:
         DatasetError, CheckpointError, StoreError: The input is wrong or the disk is full; no clip was written.
@@ -86,7 +94,8 @@ def extract_features(
     ids = [clip.clip_id for clip in dataset.clips]
     network = _load_text_network(job)  # before the store is created: a wrong text.model leaves nothing behind
     store = create_store(config.store.path, job.spec, job.fingerprint, ids, format=config.store.format)
-    texts = _encode_texts(job, network, dataset.texts, job_slice)
+    texts = _create_text_store(job, network, dataset.texts)
+    text_works = job_slice.of(texts.missing_shards())
     clips = {clip.clip_id: clip for clip in dataset.clips}
     stale = compare_origins(dataset.clips, root, store.origins()).stale if refresh else {}
     # A store may hold clips of a larger data set; only those of this one have videos to encode.
@@ -95,14 +104,19 @@ def extract_features(
         for work in job_slice.of(store.missing_shards(retry_quarantined=retry, replace=stale))
         if (known := tuple(clip_id for clip_id in work.ids if clip_id in clips))
     ]
-    todo = sum(len(work.ids) for work in works)
-    if refusal := disk_refusal(config.store.path, job.spec, todo):
+    if refusal := disk_refusal(config.store.path, job.spec, _count(works)):
         raise StoreError(refusal)
+    for free in _until_done(texts, text_works, wait, "questions"):
+        _encode_texts(job, network, texts, free)
     stats = JobStats()
+    for free in _until_done(store, works, wait, "clips"):
+        with ProgressDisplay("encode", _count(free), "clips") as display:
+            stats += encode_with_engine(job, store, free, clips, display.advance)
+    store.catalog.refresh()
+    texts.catalog.refresh()
+    clips_left = _count(still_missing(works, store))
     if works:
-        with ProgressDisplay("encode", todo, "clips") as display:
-            stats = encode_with_engine(job, store, works, clips, display.advance)
-        store.catalog.refresh()
+        stats = stats if clips_left else dataclasses.replace(stats, skipped=())
         record_job(config.store.path, stats, config.engine.name, config.engine.workers)
     mine = [clip for clip in dataset.clips if job_slice.has(store.catalog.shard_of(store.catalog.rows[clip.clip_id]))]
     return ExtractionResult(
@@ -110,15 +124,46 @@ def extract_features(
         clips=len(store.clip_ids),
         planned=len(store.planned_ids),
         quarantine={clip_id: record.reason for clip_id, record in store.quarantine.items()},
-        texts=texts,
+        texts=len(texts.clip_ids),
         errors=dict(store.reconstruction_error),
         check=compare_origins(mine, root, store.origins()),
+        clips_left=clips_left,
+        texts_left=_count(still_missing(text_works, texts)),
     )
 
 
 def _refuse_stale(config: Config, check: OriginCheck) -> None:
     if check.stale:
         raise StoreError(f"store.path is {config.store.path}: {check.stale_line()}")
+
+
+def _count(works: Sequence[ShardWork]) -> int:
+    return sum(len(work.ids) for work in works)
+
+
+def _until_done(store: Store, works: list[ShardWork], wait: bool, unit: str) -> Iterator[list[ShardWork]]:
+    """Yield `works`; if requested, wait for the processes that hold some of them, and yield what they leave."""
+    if works:
+        yield works
+    while wait and (works := _wait_for_a_lease(store, works, unit)):
+        yield works
+
+
+def _wait_for_a_lease(store: Store, works: list[ShardWork], unit: str) -> list[ShardWork]:
+    """Wait until one of `works` can be leased; returns those that are still missing then, none if all are done."""
+    said = False
+    while True:
+        store.catalog.refresh()
+        works = still_missing(works, store)
+        for work in works:
+            with suppress(ShardOwned), store.lease(work.shard):
+                return works
+        if not works:
+            return []
+        if not said:
+            print(f"waiting for {_count(works)} {unit} in shards that other processes hold", flush=True)
+            said = True
+        time.sleep(WAIT_POLL_S)
 
 
 @dataclass(frozen=True)
@@ -138,30 +183,33 @@ def _load_text_network(job: ExtractionJob) -> _TextNetwork:
     return _TextNetwork(checkpoint, tokenizer, encoder)
 
 
-def _encode_texts(job: ExtractionJob, network: _TextNetwork, texts: Sequence[str], job_slice: Slice) -> int:
-    """Encode the question texts that are missing from the text substore; returns the number that it holds."""
-    config, encoder = job.config, network.encoder
-    spec = StoreSpec.for_text(config.text.max_length, encoder.width, config.store.dtype, codec=config.store.codec)
-    fingerprint = text_fingerprint(config, job.network, network.checkpoint.sha256)
-    store = create_store(
-        parse_location(config.store.path) / TEXT_FOLDER, spec, fingerprint, texts, format=config.store.format
+def _create_text_store(job: ExtractionJob, network: _TextNetwork, texts: Sequence[str]) -> Store:
+    """The text substore, with a row for each of `texts`."""
+    config = job.config
+    spec = StoreSpec.for_text(
+        config.text.max_length, network.encoder.width, config.store.dtype, codec=config.store.codec
     )
-    works = job_slice.of(store.missing_shards())
-    if works:
-        todo = sum(len(work.ids) for work in works)
-        dtype = getattr(torch, unscaled_dtype(config.store.dtype))
-        with ProgressDisplay("questions", todo, "questions") as display, ShardWriter(store, max_errors=0) as writer:
-            for work, uncommitted in writer.leases(works):
-                rows: dict[str, dict[str, torch.Tensor]] = {}
-                for start in range(0, len(uncommitted), TEXT_BATCH):
-                    batch = uncommitted[start : start + TEXT_BATCH]
-                    rows |= _encode_text_batch(encoder, network.tokenizer, batch, job.device, dtype)
-                    display.advance(len(batch))
-                sources = {text: hashlib.sha256(text.encode()).hexdigest() for text in rows}
-                writer.write(work, rows, sources, {}, {})
-            writer.wait()
-        store.catalog.refresh()
-    return len(store.clip_ids)
+    fingerprint = text_fingerprint(config, job.network, network.checkpoint.sha256)
+    path = parse_location(config.store.path) / TEXT_FOLDER
+    return create_store(path, spec, fingerprint, texts, format=config.store.format)
+
+
+def _encode_texts(job: ExtractionJob, network: _TextNetwork, store: Store, works: Sequence[ShardWork]) -> None:
+    """Encode question texts, except those in shards that other processes hold."""
+    dtype = getattr(torch, unscaled_dtype(job.config.store.dtype))
+    with (
+        ProgressDisplay("questions", _count(works), "questions") as display,
+        ShardWriter(store, max_errors=0) as writer,
+    ):
+        for work, uncommitted in writer.leases(works):
+            rows: dict[str, dict[str, torch.Tensor]] = {}
+            for start in range(0, len(uncommitted), TEXT_BATCH):
+                batch = uncommitted[start : start + TEXT_BATCH]
+                rows |= _encode_text_batch(network.encoder, network.tokenizer, batch, job.device, dtype)
+                display.advance(len(batch))
+            sources = {text: hashlib.sha256(text.encode()).hexdigest() for text in rows}
+            writer.write(work, rows, sources, {}, {})
+        writer.wait()
 
 
 def _encode_text_batch(

@@ -11,9 +11,18 @@ from egopatch.extract.run import ExtractionResult, extract_features
 from egopatch.extract.worker.device import arithmetic_advice, device_of
 from egopatch.extract.worker.shard_writer import TooManyErrors
 
+HELD = 3  # exit code of a job that has done its part, while other processes are still encoding shards of it
+
 
 def main(parser: ConfigParser, args: Sequence[str], retry: bool = False) -> int:
-    """Encode; returns 1 if the work failed, and `REQUEUE` after a scheduler's signal."""
+    """Encode; returns 1 if the work failed, `HELD` if shards are left, and `REQUEUE` after a scheduler's signal."""
+    parser.epilog = (
+        f"Exit codes: 0 all clips and questions are stored or quarantined; 1 the work failed; 2 wrong usage or config;"
+        f" {HELD} other processes hold the shards that are left; {REQUEUE} interrupted by a scheduler's signal."
+    )
+    parser.add_argument(
+        "--wait", action="store_true", help="wait for shards that other processes hold, and encode what they leave"
+    )
     parser.add_argument("--shard", default="0/1", metavar="i/N", help="every N-th shard from i on, for job arrays")
     parser.add_argument(
         "--refresh", action="store_true", help="encode clips again whose stretch, video file or its size has changed"
@@ -28,7 +37,7 @@ def main(parser: ConfigParser, args: Sequence[str], retry: bool = False) -> int:
         print(f"advice: {advice}", flush=True)
     try:
         with requeue_on_signals():
-            result = extract_features(config, retry, job_slice, options.refresh)
+            result = extract_features(config, retry, job_slice, options.refresh, options.wait)
     except (TooManyErrors, WorkersKilled) as error:
         print(f"{parser.prog}: failed: {error}. Committed shards are kept.", file=sys.stderr)
         return 1
@@ -36,6 +45,13 @@ def main(parser: ConfigParser, args: Sequence[str], retry: bool = False) -> int:
         print(f"{parser.prog}: interrupted by {notice}; run the same command again to resume", file=sys.stderr)
         return REQUEUE
     _report(config, result)
+    if result.clips_left or result.texts_left:
+        print(
+            f"{parser.prog}: {result.clips_left} clips and {result.texts_left} questions are left, in shards that other"
+            " processes hold; run the same command with --wait, or again when those processes have ended",
+            file=sys.stderr,
+        )
+        return HELD
     return 1 if (result.quarantine and not result.clips) or result.check.stale else 0
 
 

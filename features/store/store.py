@@ -29,7 +29,7 @@ from egopatch.features.state.ledger import ClipRecord, ledger_journal
 from egopatch.features.state.origin import Origin
 from egopatch.features.state.quarantine import Failure, Quarantine, QuarantineRecord, quarantine_journal
 from egopatch.features.storage.interface import Storage, file_matches
-from egopatch.features.storage.journal import require_intact
+from egopatch.features.storage.journal import Position, require_intact
 from egopatch.features.storage.pick import storage_at
 from egopatch.features.store.reader import RowReader, empty_rows, first_rows
 from egopatch.features.store.writer import Rows, ShardWriter
@@ -76,6 +76,8 @@ def create_store(
     header_record(requested)  # refuse bad dtypes and ids before anything is written
     ids_without_row((), ids, spec.kind)
     with write_errors_explained(f"creating {root}"):
+        if storage.exists(HEADER) and _missing_rows(storage, requested, ids) is None:
+            return open_store(path)  # it may be on a disk that is not for writing
         storage.prepare()
         while True:
             try:
@@ -91,22 +93,44 @@ def _create_and_add_rows(storage: Storage, file_format: Format, requested: Store
         if not storage.exists(HEADER):
             for journal in (ids_journal(storage), ledger_journal(storage), quarantine_journal(storage)):
                 journal.create()
-        header = header_record(requested)
-        if not create_header(storage, header):
+        create_header(storage, header_record(requested))
+        missing = _missing_rows(storage, requested, ids)
+        if missing is not None:
+            rows = missing.known + len(missing.ids)
             header = read_header(storage)
-        if different := parse_header(header).differences(requested):
-            raise FingerprintMismatch(
-                f"store {storage.location} was created with different settings ({'; '.join(different)}); use another "
-                "store.path or the original settings"
-            )
-        plan, contents = RowPlan(), ids_journal(storage).read()
-        require_intact(contents, storage.location)
-        plan.add_all(contents)
-        new_ids = ids_without_row(plan.row_ids, ids, requested.spec.kind)
-        if new_ids or any(not file_matches(storage, name, expected) for name, expected in plan.files.items()):
-            rows = len(plan.row_ids) + len(new_ids)
             metadata = file_format.metadata_files(header, requested.spec, rows) if storage.in_place else {}
-            add_rows(storage, new_ids, metadata, contents.position)
+            add_rows(storage, missing.ids, metadata, missing.after)
+
+
+@dataclass(frozen=True)
+class _MissingRows:
+    """What `add_rows` has to add, perhaps no ids but metadata that a crash kept from being written.
+
+    Attributes:
+        ids: Ids that have no row.
+        known: Number of rows.
+        after: How far the journal of ids was read.
+    """
+
+    ids: list[str]
+    known: int
+    after: Position
+
+
+def _missing_rows(storage: Storage, requested: StoreHeader, ids: Sequence[str]) -> _MissingRows | None:
+    """Rows that the existing store lacks to be the `requested` one with `ids`; None if it is complete. Only reads."""
+    if different := parse_header(read_header(storage)).differences(requested):
+        raise FingerprintMismatch(
+            f"store {storage.location} was created with different settings ({'; '.join(different)}); use another "
+            "store.path or the original settings"
+        )
+    plan, contents = RowPlan(), ids_journal(storage).read()
+    require_intact(contents, storage.location)
+    plan.add_all(contents)
+    new_ids = ids_without_row(plan.row_ids, ids, requested.spec.kind)
+    if not new_ids and all(file_matches(storage, name, expected) for name, expected in plan.files.items()):
+        return None
+    return _MissingRows(new_ids, len(plan.row_ids), contents.position)
 
 
 def open_store(path: Location | str, expect: Fingerprint | None = None) -> "Store":

@@ -2,22 +2,32 @@
 
 import json
 import os
+import re
+import resource
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from egopatch.extract import run
 from egopatch.extract.__main__ import main
+from egopatch.extract.commands.run import HELD
 from egopatch.extract.datasets import load_dataset
 from egopatch.extract.engines.interrupts import REQUEUE, Requeue, requeue_on_signals
 from egopatch.extract.engines.job_slice import Slice
 from egopatch.extract.worker.batch_encoder import BatchEncoder
 from egopatch.extract.worker.job_stats import jobs_path
 from egopatch.features import ShardWork, open_store
+from egopatch.features.io import file_lease
 from egopatch.features.tools.repair import repair
 from egopatch.features.tools.verify import verify
 from tests.extract.job import CLIPS, config_of, contents, ledger_lines, options, signal_all, start_job, videos
@@ -68,19 +78,101 @@ def test_a_malformed_slice_is_one_line_and_code_two(text: str, made: Path, capsy
 
 
 @pytest.mark.slow
-def test_two_jobs_at_once_share_the_work(single: Path, bare: Path) -> None:
-    jobs = [start_job(slowly(bare)) for _ in range(2)]
-    outputs = [job.communicate(timeout=180) for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], outputs
+def test_four_starts_at_once_end_well_and_share_the_work(single: Path, bare: Path) -> None:
+    jobs = [start_job(slowly(bare, "--wait")) for _ in range(4)]
+    outputs = [job.communicate(timeout=300) for job in jobs]
+    assert [job.returncode for job in jobs] == [0] * 4, outputs
     assert contents(bare / "store") == contents(single)
     assert ledger_lines(bare / "store") == ledger_lines(single)  # no shard was written twice
-    both = [json.loads(line)["committed"] for line in jobs_path(bare / "store").read_text().splitlines()]
-    assert sum(both) == CLIPS
-    assert len(both) == 2
+    committed_by = [json.loads(line)["committed"] for line in jobs_path(bare / "store").read_text().splitlines()]
+    assert sum(committed_by) == CLIPS
+    texts = len(load_dataset(config_of(bare).data).texts)
     for out, error in outputs:
         assert error == ""
-        for line in out.splitlines():
-            assert not line.startswith("skipped:") or "is held by process" in line
+        assert f"{CLIPS}/{CLIPS} clips and {texts} questions stored" in out
+
+
+@pytest.fixture
+def begun(bare: Path) -> Path:
+    """A store in which one of four shards is done."""
+    assert main(["run", *options(bare), "--shard", "1/4"]) == 0
+    return bare
+
+
+def test_shards_that_others_hold_are_an_exit_code(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = begun / "store"
+    texts = len(load_dataset(config_of(begun).data).texts)
+    stored = len(open_store(store / "text").clip_ids)
+    assert stored < texts
+    with file_lease.hold(store, 2), file_lease.hold(store / "text", 0):
+        capsys.readouterr()
+        assert main(["run", *options(begun)]) == HELD == 3
+    out, error = capsys.readouterr()
+    assert f"{CLIPS - 5}/{CLIPS} clips and {stored} questions stored; this run encoded 10 clips" in out
+    (line,) = error.splitlines()
+    assert line.startswith(
+        f"extract run: 5 clips and {texts - stored} questions are left, in shards that other processes"
+    )
+    assert main(["run", *options(begun)]) == 0
+    assert f"{CLIPS}/{CLIPS} clips and {texts} questions stored" in capsys.readouterr().out
+
+
+def test_a_job_that_waits_encodes_what_others_leave(
+    made: Path, begun: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = begun / "store"
+    with ExitStack() as clips, ExitStack() as texts:
+        clips.enter_context(file_lease.hold(store, 2))
+        texts.enter_context(file_lease.hold(store / "text", 0))
+        releases = iter([texts.close, clips.close])
+        monkeypatch.setattr(run, "time", SimpleNamespace(sleep=lambda seconds: next(releases)()))
+        assert main(["run", *options(begun), "--wait"]) == 0
+    waits = [line for line in capsys.readouterr().out.splitlines() if line.startswith("waiting for")]
+    assert [line.split()[3] for line in waits] == ["questions", "clips"]
+    assert waits[1] == "waiting for 5 clips in shards that other processes hold"
+    assert contents(store) == contents(made / "store")
+
+
+@pytest.mark.slow
+def test_a_complete_store_may_be_read_only(made: Path) -> None:
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this system lets no user mount anything")
+    mount = f"mount --bind {made} {made} && mount -o remount,bind,ro {made} && ! touch {made}/x 2>&- && exec "
+    job = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", mount + shlex.join([sys.executable, "-m", "extract", "run", *options(made)])],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert job.returncode == 0, job.stderr
+    assert job.stderr == ""
+    assert f"{CLIPS}/{CLIPS} clips" in job.stdout
+
+
+def test_a_full_disk_is_one_line_and_the_job_resumes(
+    made: Path, bare: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A limit on the size of files stands for the disk, and fails in the same calls."""
+    patches = max(path.stat().st_size for path in (made / "store" / "patches").glob("c*"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def run_with(limit: int) -> str:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            assert main(["run", *options(bare)]) == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    assert run_with(100).startswith(f"extract run: failed: no space left while creating {bare / 'store'} ")
+    assert main(["run", *options(bare), "--shard", "0/4"]) == 0  # the texts and a quarter of the clips
+    line = run_with(patches - 1)
+    assert re.match(rf"extract run: failed: no space left while writing shard [123] of {bare / 'store'} ", line)
+    assert "free some space and run the same command again" in line
+    assert verify(bare / "store").ok
+    assert main(["run", *options(bare)]) == 0
+    assert contents(bare / "store") == contents(made / "store")
 
 
 @pytest.mark.slow
