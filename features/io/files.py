@@ -159,15 +159,20 @@ def locked(path: Path) -> Iterator[int]:
 
 
 @contextmanager
-def write_errors_explained(doing: str) -> Iterator[None]:
-    """Turn a full disk, or one that cannot be written, into a one-line StoreError that names the interrupted work."""
+def write_errors_explained(doing: str, kept: str = "earlier commits are intact") -> Iterator[None]:
+    """Turn a full disk, or one that cannot be written, into a one-line StoreError that names the interrupted work.
+
+    Args:
+        doing: The work, such as `writing shard 3 of STORE`.
+        kept: What a full disk has not harmed.
+    """
     try:
         yield
     except OSError as error:
         if error.errno in NO_SPACE:
             raise StoreError(
-                f"no space left while {doing} ({error.strerror}); earlier commits are intact: free some space and run "
-                "the same command again"
+                f"no space left while {doing} ({error.strerror}); {kept}: free some space and run the same command "
+                "again"
             ) from error
         if error.errno in NOT_ALLOWED:
             raise StoreError(

@@ -15,6 +15,7 @@ from egopatch.features.common.progress import ProgressDisplay
 from egopatch.train.data.question_table import plan_batches
 from egopatch.train.fitting.answers import answer_table
 from egopatch.train.fitting.experiment import Experiment, open_experiment
+from egopatch.train.fitting.explained import shortage_explained
 from egopatch.train.fitting.published import evaluate_published, has_run
 from egopatch.train.fitting.run import TrainingRun
 from egopatch.train.fitting.run_group import RunGroup, build_stacked_heads
@@ -42,7 +43,8 @@ def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
 
     Raises:
         ConfigError: the run's folder holds another setting, or cannot be written.
-        RunError: there is nothing to train or validate on, or a file in the folder is damaged.
+        RunError: there is nothing to train or validate on, a file in the folder is damaged, the loss is not finite, or
+            the GPU's memory is too small.
         StoreError, DatasetError: features or annotations are missing or damaged.
         Stopped: SIGINT or SIGTERM interrupted training.
         RankLost: another rank is gone.
@@ -50,7 +52,7 @@ def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
     folder = config.run.dir
     # Only the first rank looks at the folder. Another setting in it is refused at once, not after a wait.
     ranks.broadcast(lambda: run_folder.require_same_settings(folder, config))
-    with hold_when_free(folder, ranks):
+    with hold_when_free(folder, ranks), shortage_explained(config.train, folder):
         if ranks.broadcast(lambda: run_folder.is_finished(folder)):
             ranks.print_once(f"{folder} is already trained; evaluating its checkpoint")
             return _evaluate(config, ranks)
@@ -67,6 +69,8 @@ def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
             ranks.print_once(f"{label}: resuming after step {group.heads.step} of {group.heads.steps}")
         try:
             train_together([group], experiment, config.train.seed, label)
+            if (why := group.runs[0].failed) is not None:
+                raise RunError(why)
             ranks.print_once(f"{label}: {group.heads.step} steps, {group.summary()}")
             metrics = test_groups([group], experiment, command)[0]
             seconds = time.monotonic() - started
@@ -107,11 +111,16 @@ def train_together(groups: Sequence[RunGroup], experiment: Experiment, order_see
                 for group in due:
                     if group.position == (epoch, number):
                         group.learn(batch, last=number + 1 == len(plan))
+                due = [group for group in due if not group.failed]
+                if not due:
+                    break
                 display.update(due[0].heads.step, f"epoch {epoch + 1}/{epochs}, {due[0].summary()}")
                 if ranks.any(stopping.is_set()):
                     for group in due:
                         group.save()
                     raise Stopped(f"interrupted in epoch {epoch + 1} of {epochs}; run the same command again to resume")
+            if not due:
+                continue
             stacks, table_val = [group.heads for group in due], experiment.encoded["val"]
             answers = answer_table(stacks, features, table_val, train.batch, keep_patches=False)
             for group, group_answers in zip(due, answers, strict=True):
@@ -119,7 +128,12 @@ def train_together(groups: Sequence[RunGroup], experiment: Experiment, order_see
 
 
 def test_groups(groups: Sequence[RunGroup], experiment: Experiment, command: str) -> list[Metrics]:
-    """Metrics on *test* of every run's best epoch, in order; `test.json` is the last file of each folder."""
+    """Metrics on *test* of the best epoch of every run that has not failed, in order; `test.json` is the last file of
+    each folder.
+    """
+    groups = [group for group in groups if not group.failed]
+    if not groups:
+        return []
     for group in groups:
         group.restore_best(command)
     batch_size = groups[0].config.train.batch
@@ -143,7 +157,7 @@ def evaluate(config: Config, command: str = "python -m train evaluate", ranks: D
         return evaluate_published(config, command, ranks)
     # A folder without a card is refused before it is created.
     ranks.broadcast(lambda: Card.read(config.run.dir))
-    with hold_when_free(config.run.dir, ranks):
+    with hold_when_free(config.run.dir, ranks), shortage_explained(config.train, config.run.dir):
         return _evaluate(config, ranks)
 
 
@@ -157,7 +171,7 @@ def _evaluate(config: Config, ranks: Distributed) -> Metrics:
     experiment = open_experiment(config, card, ranks)
     heads = build_stacked_heads([config], experiment, order_seed=card.seed)
     try:
-        heads.load_weights(0, ranks.broadcast(lambda: run_folder.load_weights(out)))
+        heads.load_weights(0, ranks.broadcast(lambda: run_folder.load_weights(out, card.best_epoch)))
     except ValueError as error:
         if isinstance(error, RunError):
             raise

@@ -8,6 +8,7 @@ from egopatch.extract.errors import CheckpointError
 from egopatch.features import FingerprintMismatch
 from egopatch.train.fitting.answers import answer_table, score_part
 from egopatch.train.fitting.experiment import Experiment, open_experiment
+from egopatch.train.fitting.explained import shortage_explained
 from egopatch.train.fitting.run import TrainingRun
 from egopatch.train.fitting.run_group import build_stacked_heads
 from egopatch.train.processes.distributed import ALONE, Distributed
@@ -57,7 +58,7 @@ def evaluate_published(config: Config, command: str, ranks: Distributed = ALONE)
             "this answer set"
         )
     _check_store(config, experiment, inspection.sha256)
-    with hold_when_free(config.run.dir, ranks):
+    with hold_when_free(config.run.dir, ranks), shortage_explained(config.train, config.run.dir):
         ranks.broadcast(lambda: run_folder.claim(config.run.dir, config))
         heads = build_stacked_heads([replace(config, train=replace(config.train, ema=0.0))], experiment, order_seed=0)
         run, batch_size = TrainingRun(config, experiment), config.train.batch

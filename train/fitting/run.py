@@ -30,6 +30,7 @@ class TrainingRun:
     Attributes:
         best: Epoch and accuracies of the best epoch on *val* so far.
         epochs_since_best: Number of epochs after the best one.
+        failed: Why the run cannot be trained to its end; None if it can.
     """
 
     def __init__(self, config: Config, experiment: Experiment) -> None:
@@ -37,13 +38,17 @@ class TrainingRun:
         self.experiment = experiment
         self.best: dict[str, Any] | None = None
         self.epochs_since_best = 0
+        self.failed: str | None = None
+        self._best_weights: dict[str, Tensor] | None = None
         self._log: RunLog | None = None
 
     @property
-    def stopped(self) -> bool:
-        """Whether `train.patience` has run out; later epochs of the head are not logged and never become the best."""
+    def active(self) -> bool:
+        """Whether training goes on; once the run has failed or `train.patience` has run out, later epochs of its head
+        are not logged and never become the best.
+        """
         patience = self.config.train.patience
-        return patience is not None and self.epochs_since_best >= patience
+        return self.failed is None and (patience is None or self.epochs_since_best < patience)
 
     @property
     def _writes(self) -> bool:
@@ -76,17 +81,50 @@ class TrainingRun:
         self.log("val", step, epoch=epoch, **accuracies)
         self.epochs_since_best += 1
         if self.best is None or (accuracies["all"] or 0.0) > (self.best["all"] or 0.0):
-            if self._writes:
-                run_folder.save_weights(self.config.run.dir, weights)
             self.best, self.epochs_since_best = {"epoch": epoch, **accuracies}, 0
+            if self._writes:
+                self._best_weights = {name: tensor.cpu().clone() for name, tensor in weights.items()}
+                run_folder.save_weights(self.config.run.dir, self._best_weights, epoch)
+
+    def fail(self, why: str, step: int) -> None:
+        """End the run without results."""
+        self.failed = f"{self.config.run.dir}: {why}"
+        self.log("failed", step, why=why)
 
     def state(self) -> dict[str, Any]:
         """State from which a later process resumes."""
-        return {"best": self.best, "waited": self.epochs_since_best}
+        return {
+            "best": self.best,
+            "waited": self.epochs_since_best,
+            "failed": self.failed,
+            "weights": self._best_weights,
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Resume from `state`."""
-        self.best, self.epochs_since_best = state["best"], state["waited"]
+        """Resume from `state`, whose best weights replace those in the folder where these are of another epoch.
+
+        Raises:
+            RunError: an earlier version saved `state`, and the weights in the folder do not belong to it.
+        """
+        self.best, self.epochs_since_best, self.failed = state["best"], state["waited"], state.get("failed")
+        if self._writes and self.best is not None:
+            self._restore_weights(self.best["epoch"], state.get("weights"))
+
+    def _restore_weights(self, epoch: int, weights: dict[str, Tensor] | None) -> None:
+        folder = self.config.run.dir
+        if weights is None:  # an earlier version saved the state, and the weights in their own file alone
+            self._best_weights = run_folder.load_weights(folder, epoch)
+            return
+        self._best_weights = weights
+        found = run_folder.weights_epoch(folder)
+        if found != epoch:
+            what = "holds no weights of a known epoch" if found is None else f"holds the weights of epoch {found}"
+            print(
+                f"{folder / run_folder.WEIGHTS} {what}, but the best epoch of the state to resume from is {epoch}: "
+                f"going back to the weights of epoch {epoch}",
+                flush=True,
+            )
+            run_folder.save_weights(folder, weights, epoch)
 
     def write_card(self, command: str, parameters: int) -> None:
         """Write the model card of the best epoch."""

@@ -18,6 +18,7 @@ from egopatch.train.data.features import Features
 from egopatch.train.data.question_table import QuestionTable, plan_batches
 from egopatch.train.fitting.answers import Answers, PartScorer
 from egopatch.train.fitting.experiment import Experiment
+from egopatch.train.fitting.optim import learning_rate
 from egopatch.train.fitting.run import TrainingRun
 from egopatch.train.fitting.stacked_heads import StackedHeads
 from egopatch.train.heads import PSA, Majority, Pooled, build_head
@@ -86,22 +87,34 @@ class RunGroup:
 
     @property
     def done(self) -> bool:
-        """Whether all epochs are done, or no run has patience left."""
+        """Whether all epochs are done, or every run has failed or has no patience left."""
         epochs = self.config.train.epochs if self.heads.steps else 1
-        return self.position[0] >= epochs or all(run.stopped for run in self.runs)
+        return self.position[0] >= epochs or not any(run.active for run in self.runs)
+
+    @property
+    def failed(self) -> bool:
+        """Whether every run has failed."""
+        return all(run.failed is not None for run in self.runs)
 
     def learn(self, batch: Batch, last: bool) -> None:
         """Learn from one batch and log the step; `last` marks the last batch of the epoch."""
-        for run, values in zip(self.runs, self.heads.learn(batch, last) or (), strict=False):
-            if not run.stopped:
-                run.log("step", self.heads.step, **values)
+        for number, values in enumerate(self.heads.learn(batch, last) or ()):
+            if not math.isfinite(values["loss"]):
+                self._diverged(number, f"the loss is {values['loss']}")
+            elif not math.isfinite(values["grad_norm"]):
+                self._diverged(number, f"the norm of the gradient is {values['grad_norm']}")
+            elif self.runs[number].active:
+                self.runs[number].log("step", self.heads.step, **values)
         self.position = (self.position[0], self.position[1] + 1)
 
     def end_epoch(self, answers: Sequence[Answers]) -> None:
         """Score the answers of each run to *val*, keep the best weights, and save the position."""
         epoch = self.position[0] + 1
+        for number, finite in enumerate(self.heads.finite()):
+            if not finite:  # the last step of the epoch made them so, and no later loss has shown it
+                self._diverged(number, "a weight is not finite")
         for number, (run, run_answers) in enumerate(zip(self.runs, answers, strict=True)):
-            if not run.stopped:
+            if run.active:
                 accuracies = self._scorer.accuracies(run_answers)
                 run.end_epoch(epoch, self.heads.step, accuracies, self.heads.weights(number))
         self.position = (epoch, 0)
@@ -121,13 +134,18 @@ class RunGroup:
     def restore_best(self, command: str) -> None:
         """Write the model cards and restore the weights that were best on *val*."""
         for number, run in enumerate(self.runs):
-            weights = self.heads.ranks.broadcast(partial(run_folder.load_weights, run.config.run.dir))
+            if run.failed is not None:
+                continue
+            assert run.best is not None
+            load = partial(run_folder.load_weights, run.config.run.dir, run.best["epoch"])
+            weights = self.heads.ranks.broadcast(load)
             self.heads.load_weights(number, weights)
             run.write_card(command, sum(tensor.numel() for tensor in weights.values()))
 
     def write_results(self, answers: Sequence[Answers]) -> list[Metrics]:
-        """Write the answers of each run to *test*; returns the metrics."""
-        return [run.write_results(run_answers) for run, run_answers in zip(self.runs, answers, strict=True)]
+        """Write the answers to *test* of each run that has not failed; returns their metrics."""
+        pairs = zip(self.runs, answers, strict=True)
+        return [run.write_results(run_answers) for run, run_answers in pairs if run.failed is None]
 
     def close(self) -> None:
         """Close the logs."""
@@ -137,6 +155,18 @@ class RunGroup:
     def summary(self) -> str:
         """The best epoch of the first run, for the progress display."""
         return self.runs[0].summary() + (f" and {len(self.runs) - 1} more" if len(self.runs) > 1 else "")
+
+    def _diverged(self, number: int, what: str) -> None:
+        """Fail a run, unless its training has ended; the others of the stack continue."""
+        run, heads, train = self.runs[number], self.heads, self.config.train
+        rate = learning_rate(heads.step - 1, heads.steps, train)
+        heads.reset(number)
+        if not run.active:
+            return
+        other = ", or --train.dtype float32" if heads.low_precision else ""
+        where = f"epoch {self.position[0] + 1}, step {heads.step} of {heads.steps}, at learning rate {rate:.2g}"
+        lower = f"a lower --train.lr (such as {train.lr / 3:.1g}) or a longer --train.warmup{other}"
+        run.fail(f"{what} in {where}; try {lower}, in another --run.dir", heads.step)
 
     def _resume(self, saved: ResumeState) -> None:
         if saved.origin != self._origin:

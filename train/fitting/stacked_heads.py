@@ -123,6 +123,24 @@ class StackedHeads:
                 return logits.argmax(dim=-1).cpu(), kept.cpu()
             return self._map_heads(lambda head: head(batch), tensors).argmax(dim=-1).cpu(), None
 
+    def finite(self) -> list[bool]:
+        """Whether all weights of each head are finite."""
+        finite = torch.ones(len(self), dtype=torch.bool, device=self.device)
+        for name in self._trainable:
+            finite &= self.tensors[name].detach().isfinite().view(len(self), -1).all(dim=1)
+        return finite.tolist()
+
+    @torch.no_grad()
+    def reset(self, number: int) -> None:
+        """Set the weights of a head that has diverged to zero, so that the stack computes with finite numbers."""
+        assert self.optimiser is not None
+        for name in self._trainable:
+            moments = [value for value in self.optimiser.state[self.tensors[name]].values() if value.ndim > 0]
+            for stacked in (self.tensors[name], *moments):
+                stacked[number] = 0
+            if name in self._average:
+                self._average[name][number] = 0
+
     def weights(self, number: int) -> dict[str, Tensor]:
         """The weights of one head that are evaluated and kept, under the names of the head."""
         return {name: tensor[number].detach() for name, tensor in {**self.tensors, **self._average}.items()}
@@ -229,10 +247,14 @@ class StackedHeads:
             gradient *= factor.view(-1, *[1] * (gradient.ndim - 1))
         return norms
 
-    def _autocast(self) -> torch.autocast:
+    @property
+    def low_precision(self) -> bool:
+        """Whether heads compute in bfloat16."""
         dtype = self.train.dtype
-        low = dtype == "bfloat16" or (dtype == "auto" and self.device.type == "cuda")
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=low)
+        return dtype == "bfloat16" or (dtype == "auto" and self.device.type == "cuda")
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision)
 
 
 class _Caller(nn.Module):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from egopatch.features.io.files import replacing
 
 CARD, WEIGHTS, CONFIG, LOG = "card.json", "best.safetensors", "config.yaml", "log.jsonl"
 TEST, PREDICTIONS, SELECTION = "test.json", "predictions.jsonl", "selection.npz"
+# Key of the epoch in the metadata of the weights.
+EPOCH = "epoch"
 # Sections that decide a run's numbers, and their options that do not: an interrupted run may resume with other values
 # of those. Runs in one row of the table may differ in more (`rundir.results`), because they share no folder.
 _DECISIVE = ("data", "head", "train")
@@ -96,22 +99,46 @@ def write_whole(path: Path, content: str | bytes) -> None:
         new.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def save_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write `best.safetensors`."""
+def save_weights(folder: Path, tensors: Mapping[str, Tensor], epoch: int) -> None:
+    """Write `best.safetensors`, the weights after `epoch`."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # safetensors' own `save_file` makes files that only their owner can read.
-    write_whole(folder / WEIGHTS, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+    write_whole(folder / WEIGHTS, save(contiguous, {EPOCH: str(epoch)}))
 
 
-def load_weights(folder: Path) -> dict[str, Tensor]:
+def load_weights(folder: Path, epoch: int) -> dict[str, Tensor]:
     """Read `best.safetensors`.
 
     Raises:
-        RunError: The file is missing.
+        RunError: The file is missing or damaged, or holds the weights of another epoch than `epoch`.
     """
     path = folder / WEIGHTS
     if not path.exists():
         raise RunError(f"{path}: no such file; train the head first: python -m train fit --config CONFIG")
+    found = weights_epoch(folder)
+    if found not in (None, epoch):
+        raise RunError(
+            f"{path} holds the weights of epoch {found}, expected those of epoch {epoch}, the best on val; delete the "
+            "folder and train again"
+        )
     return load_file(path)
+
+
+def weights_epoch(folder: Path) -> int | None:
+    """Epoch of the weights in `best.safetensors`; None if there is no such file, or an earlier version wrote it.
+
+    Raises:
+        RunError: The file is damaged.
+    """
+    path = folder / WEIGHTS
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            epoch = (file.metadata() or {}).get(EPOCH)
+    except SafetensorError as error:
+        raise RunError(f"{path} is damaged ({error}); delete the folder and train again") from None
+    return None if epoch is None else int(epoch)
 
 
 def claim(folder: Path, config: Config) -> None:

@@ -44,7 +44,15 @@ class ResumeState:
             "stack": dict(self.heads),
         }
         with replacing(path) as new:
-            torch.save(state, new)
+            try:
+                with new.open("wb") as file:
+                    torch.save(state, file)
+            except RuntimeError as error:
+                # torch raises an error of its own after that of the file system, such as a full disk.
+                cause: BaseException | None = error
+                while cause is not None and not isinstance(cause, OSError):
+                    cause = cause.__context__
+                raise cause or error from None
 
     @classmethod
     def read(cls, path: Path) -> "ResumeState | None":

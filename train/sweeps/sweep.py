@@ -29,10 +29,12 @@ from egopatch.configs.yaml_keys import repeated_key
 from egopatch.features import ShardOwned
 from egopatch.features.io.files import make_folder
 from egopatch.train.fitting.experiment import Experiment, open_experiment
+from egopatch.train.fitting.explained import shortage_explained
 from egopatch.train.fitting.fit import test_groups, train_together
 from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.processes.process_pool import call_in_processes, can_fork
 from egopatch.train.rundir import card as run_folder
+from egopatch.train.rundir.card import RunError
 from egopatch.train.rundir.lease import POLL_S, busy, hold, writable
 from egopatch.train.rundir.results import table_folder
 from egopatch.train.sweeps.sweep_results import write_results
@@ -89,6 +91,7 @@ def run_sweep(
     Raises:
         ConfigError: the grid names an option that all runs share, or an invalid value, or the folder holds runs with
             other settings or cannot be written.
+        RunError: the loss of a run is not finite; the results of the others are written.
         Stopped: SIGINT or SIGTERM interrupted training; the same command resumes it.
     """
     name = f"{config.data.split}-{config.run.dir.name}" if name is None else name
@@ -104,7 +107,7 @@ def run_sweep(
     before = sum(map(_finished, configs))
     label = f"sweep {name}"
     print(f"{label}: {len(runs)} runs, {before} already finished", flush=True)
-    started, bytes_read, trained = time.monotonic(), 0, 0
+    started, bytes_read, trained, failed = time.monotonic(), 0, 0, dict[str, str]()
     if before < len(runs):
         experiment = open_experiment(config)
         print("\n".join(experiment.data_lines), flush=True)
@@ -112,7 +115,8 @@ def run_sweep(
         groups_folder = out / "crews"
         with writable("run.dir" if config.run.table is None else "run.table", groups_folder):
             make_folder(groups_folder)
-        trained = _train_all(config, configs, experiment, groups_folder, label, command)
+        with shortage_explained(config.train, out):
+            trained, failed = _train_all(config, configs, experiment, groups_folder, label, command)
         bytes_read = experiment.features.bytes_read
     facts = {
         "name": name,
@@ -121,43 +125,58 @@ def run_sweep(
         "command": command,
         "planned": len(runs),
         "trained": trained,
+        "failed": failed,
         "seconds": round(time.monotonic() - started, 3),
         "bytes_read": bytes_read,
     }
-    return write_results(facts, runs, config, out)
+    finished = [(overrides, run) for overrides, run in runs if run.run.dir.name not in failed]
+    with shortage_explained(config.train, out):
+        path = write_results(facts, finished, config, out)
+    if failed:
+        raise RunError(f"{len(failed)} of {len(runs)} runs have no results in {path}: {'; '.join(failed.values())}")
+    return path
 
 
 def _train_all(
     config: Config, configs: Sequence[Config], experiment: Experiment, groups_folder: Path, label: str, command: str
-) -> int:
-    """Train every run that no other process trains to its end; returns how many runs this process has trained."""
-    trained, told = 0, False
+) -> tuple[int, dict[str, str]]:
+    """Train every run that no other process trains to its end; returns as `_train`."""
+    trained, told, failed = 0, False, dict[str, str]()
     on_disk = experiment.features.residency == "disk"
     fork = experiment.device.type == "cpu" and config.head.name not in UNSTACKED and not on_disk and can_fork()
     cores = torch.get_num_threads() if fork else 1
     train = partial(_train, experiment=experiment, order_seed=config.train.seed, command=command)
-    while unfinished := [config for config in configs if not _finished(config)]:
-        count = 0
-        if plans := plan_groups(configs, groups_folder, experiment.device, cores):
+    while unfinished := [run for run in configs if not _finished(run) and run.run.dir.name not in failed]:
+        results: list[tuple[int, dict[str, str]]] = []
+        possible = [run for run in configs if run.run.dir.name not in failed]
+        if plans := plan_groups(possible, groups_folder, experiment.device, cores):
             if fork:
                 labels = [f"{label}, run group {number} of {len(plans)}" for number in range(1, len(plans) + 1)]
                 calls = [partial(train, [plan], label=name) for plan, name in zip(plans, labels, strict=True)]
-                count = sum(call_in_processes(calls, cores))
+                results = call_in_processes(calls, cores)
             else:
                 # Resident features are read once anyway; from disk, groups that train together share the reading.
-                count = train(plans if on_disk else plans[:1], label=label)
+                results = [train(plans if on_disk else plans[:1], label=label)]
         elif not told and (holder := next(filter(None, (busy(config.run.dir) for config in unfinished)), None)):
             print(f"{label}: waiting for {len(unfinished)} runs of other processes: {holder}", flush=True)
             told = True
-        trained += count
-        if count == 0:
+        for count, group_failed in results:
+            trained += count
+            failed |= group_failed
+        if not any(count or group_failed for count, group_failed in results):
             # A run whose process ends before the run is finished is free again.
             time.sleep(POLL_S)
-    return trained
+    return trained, failed
 
 
-def _train(plans: Sequence[GroupPlan], experiment: Experiment, order_seed: int, label: str, command: str) -> int:
-    """Train the run groups that no other process holds, on one reading; returns the number of trained runs."""
+def _train(
+    plans: Sequence[GroupPlan], experiment: Experiment, order_seed: int, label: str, command: str
+) -> tuple[int, dict[str, str]]:
+    """Train the run groups that no other process holds, on one reading.
+
+    Returns:
+        The number of runs with results, and why the others failed, by the name of their folder.
+    """
     with ExitStack() as leases:
         groups: list[RunGroup] = []
         try:
@@ -186,7 +205,9 @@ def _train(plans: Sequence[GroupPlan], experiment: Experiment, order_seed: int, 
         for group in groups:
             group.path.with_suffix(".json").unlink(missing_ok=True)
             group.path.unlink(missing_ok=True)
-    return sum(len(group.runs) for group in groups)
+    runs = [run for group in groups for run in group.runs]
+    failed = {run.config.run.dir.name: run.failed for run in runs if run.failed is not None}
+    return len(runs) - len(failed), failed
 
 
 def plan_groups(configs: Sequence[Config], groups_folder: Path, device: torch.device, cores: int) -> list[GroupPlan]:

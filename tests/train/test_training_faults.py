@@ -1,0 +1,260 @@
+"""Training that cannot end well: it stops with one line, keeps its last state, and never keeps wrong weights."""
+
+import json
+import re
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from egopatch.configs.schema import Config
+from egopatch.train.__main__ import main
+from egopatch.train.data.batch import Batch
+from egopatch.train.fitting.fit import evaluate, fit
+from egopatch.train.fitting.run_group import RunGroup
+from egopatch.train.fitting.stacked_heads import StackedHeads
+from egopatch.train.rundir.card import RunError, plain, save_weights, weights_epoch
+from egopatch.train.sweeps.sweep import run_sweep
+from tests.train.tiny import losses, with_run
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing of the loop gets to clean up or save."""
+
+
+def dies_at(monkeypatch: pytest.MonkeyPatch, config: Config, step: int) -> None:
+    """Train until `step`, as a process that is killed there."""
+    real = RunGroup.learn
+
+    def dies(self: RunGroup, batch: Batch, last: bool) -> None:
+        real(self, batch, last)
+        if self.heads.step == step:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunGroup, "learn", dies)
+        with pytest.raises(Killed):
+            fit(config, "x")
+
+
+def weights_of(config: Config) -> dict[str, Tensor]:
+    return load_file(config.run.dir / "best.safetensors")
+
+
+def same(here: dict[str, Tensor], there: dict[str, Tensor]) -> bool:
+    return here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
+
+
+@pytest.fixture
+def config_file(tiny: Config, tmp_path: Path) -> str:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(plain(tiny)))
+    return str(path)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(
+    tiny: Config, config_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        assert main(["fit", "--config", config_file, "--train.lr", "1e30"]) == 1
+        assert re.fullmatch(
+            rf"train fit: failed: {tiny.run.dir}: (the loss|the norm of the gradient) is (nan|inf) in epoch 1, "
+            r"step \d of 24, at learning rate [\d.]+e\+\d\d; try a lower --train\.lr \(such as 3e\+29\) or a longer "
+            r"--train\.warmup, in another --run\.dir\n",
+            capsys.readouterr().err,
+        )
+    names = {path.name for path in tiny.run.dir.iterdir()}
+    assert names == {"config.yaml", "log.jsonl", "tb", "leases"}
+    last = json.loads((tiny.run.dir / "log.jsonl").read_text().splitlines()[-1])
+    assert last["event"] == "failed"
+
+
+def test_weights_that_are_not_finite_are_never_the_best(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = RunGroup.learn
+
+    def diverges(self: RunGroup, batch: Batch, last: bool) -> None:
+        real(self, batch, last)
+        if self.heads.step == 8:  # the last one of the first epoch: no loss shows it before val
+            next(iter(self.heads.tensors.values())).data[0] = float("inf")
+
+    monkeypatch.setattr(RunGroup, "learn", diverges)
+    with pytest.raises(RunError, match=r"psa: a weight is not finite in epoch 1, step 8 of 24, at learning rate 0\.00"):
+        fit(tiny, "x")
+    assert not (tiny.run.dir / "best.safetensors").exists()
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_one_run_of_a_stack_fails_and_the_others_train_as_if_it_had_not(
+    tiny: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ema: float,
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # one stack
+    tiny = with_run(tiny, "psa", train_ema=ema)
+    whole = run_sweep(tiny, ratios=[0.25, 0.5], name="whole")
+    real = StackedHeads._losses
+
+    def diverges(self: StackedHeads, batch: Batch) -> Tensor:
+        found = real(self, batch)
+        # Once the run has failed, nothing of it is wanted, and nothing of it is not finite.
+        assert self.step <= 11 or found.isfinite().all()
+        return found * torch.tensor([[1.0], [float("nan")]]) if self.step == 11 and len(self) == 2 else found
+
+    monkeypatch.setattr(StackedHeads, "_losses", diverges)
+    message = (
+        r"1 of 2 runs have no results in .*/sweeps/faulty/sweep\.json: .*/faulty/ratio-0\.5: the loss is nan in epoch "
+        r"2, step 12 of 24, at learning rate 0\.002\d?; try a lower --train\.lr \(such as 0\.001\)"
+    )
+    with pytest.raises(RunError, match=message):
+        run_sweep(tiny, ratios=[0.25, 0.5], name="faulty")
+    folder = whole.parent.parent / "faulty"
+    assert losses(folder / "ratio-0.25") == losses(whole.parent / "ratio-0.25")
+    weights = (load_file(out / "ratio-0.25" / "best.safetensors") for out in (whole.parent, folder))
+    assert same(*weights)
+    result, expected = (json.loads((out / "sweep.json").read_text()) for out in (folder, whole.parent))
+    assert result["members"] == expected["members"][:1]
+    assert list(result["failed"]) == ["ratio-0.5"]
+    assert not (folder / "ratio-0.5" / "test.json").exists()
+    assert all(tensor.isfinite().all() for tensor in load_file(folder / "ratio-0.5" / "best.safetensors").values())
+    assert not list((folder / "crews").iterdir())
+    # The next start trains it alone.
+    monkeypatch.setattr(StackedHeads, "_losses", real)
+    assert json.loads(run_sweep(tiny, ratios=[0.25, 0.5], name="faulty").read_text())["trained"] == 1
+
+
+def test_a_stack_remembers_its_failed_run_over_an_interruption(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    real_losses, real_learn = StackedHeads._losses, RunGroup.learn
+
+    def diverges(self: StackedHeads, batch: Batch) -> Tensor:
+        found = real_losses(self, batch)
+        return found * torch.tensor([[1.0], [float("inf")]]) if self.step == 3 else found
+
+    def dies(self: RunGroup, batch: Batch, last: bool) -> None:
+        real_learn(self, batch, last)
+        if self.heads.step == 9:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(StackedHeads, "_losses", diverges)
+    monkeypatch.setattr(RunGroup, "learn", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(tiny, ratios=[0.25, 0.5])
+    monkeypatch.setattr(RunGroup, "learn", real_learn)
+    with pytest.raises(RunError, match=r"1 of 2 runs have no results in .* is (inf|nan) in epoch 1, step 4 of 24"):
+        run_sweep(tiny, ratios=[0.25, 0.5])
+
+
+def test_a_sweep_with_a_failed_run_exits_with_1(
+    config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("train.lr: [3.0e-3, 1.0e+30]\n")
+    assert main(["sweep", "--config", config_file, "--grid", str(grid)]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("train sweep: failed: 1 of 2 runs have no results in ")
+    assert captured.err.count("\n") == 1
+    assert "train.lr 0.003: open" in captured.out
+
+
+def test_weights_of_a_lost_epoch_give_way_to_those_of_the_saved_one(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    undisturbed = with_run(tiny, "undisturbed")
+    fit(undisturbed, "x")
+    best = json.loads((undisturbed.run.dir / "card.json").read_text())["best_epoch"]
+    assert weights_epoch(undisturbed.run.dir) == best
+    dies_at(monkeypatch, tiny, 9)
+    first = weights_of(tiny)
+    assert weights_epoch(tiny.run.dir) == 1
+    # As if epoch 2 had been the best before the kill. On a GPU it may not be, the second time.
+    save_weights(tiny.run.dir, {name: torch.zeros_like(tensor) for name, tensor in first.items()}, epoch=2)
+    capsys.readouterr()
+    dies_at(monkeypatch, tiny, 10)
+    message = "holds the weights of epoch 2, but the best epoch of the state to resume from is 1: going back to the"
+    assert f"{tiny.run.dir}/best.safetensors {message} weights of epoch 1" in capsys.readouterr().out
+    assert same(weights_of(tiny), first)
+    (tiny.run.dir / "best.safetensors").unlink()
+    fit(tiny, "x")
+    assert "best.safetensors holds no weights of a known epoch" in capsys.readouterr().out
+    assert same(weights_of(tiny), weights_of(undisturbed))
+    save_weights(tiny.run.dir, first, epoch=best + 7)
+    with pytest.raises(RunError, match=rf"holds the weights of epoch {best + 7}, expected those of epoch {best}, the"):
+        evaluate(tiny)
+    (tiny.run.dir / "best.safetensors").write_bytes(b"cut off")
+    with pytest.raises(RunError, match=r"best\.safetensors is damaged \(.*\); delete the folder and train again"):
+        evaluate(tiny)
+
+
+def test_a_run_folder_of_an_earlier_version_is_resumed_and_evaluated(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = with_run(tiny, "undisturbed")
+    metrics = fit(undisturbed, "x")
+    dies_at(monkeypatch, tiny, 9)
+    state = torch.load(tiny.run.dir / "last.pt", weights_only=True)
+    for run in state["members"]:
+        del run["weights"], run["failed"]
+    torch.save(state, tiny.run.dir / "last.pt")
+    save_file(weights_of(tiny), tiny.run.dir / "best.safetensors")
+    fit(tiny, "x")
+    assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
+    assert same(weights_of(tiny), weights_of(undisturbed))
+    save_file(weights_of(tiny), tiny.run.dir / "best.safetensors")
+    assert evaluate(tiny) == metrics
+
+
+def test_out_of_memory_on_a_gpu_is_one_line(
+    config_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 4.25 MiB is "
+        "free. Including non-PyTorch memory, this process has 79.00 GiB memory in use.\nSee documentation"
+    )
+
+    def too_big(self: RunGroup, batch: Batch, last: bool) -> None:
+        raise torch.OutOfMemoryError(said)
+
+    monkeypatch.setattr(RunGroup, "learn", too_big)
+    advice = (
+        "--train.residency ram (features in the machine's memory) or a smaller --head.width; a changed setting needs"
+    )
+    for batch, tried in (("32", "--train.batch 16 --train.accumulate 2, "), ("1", "")):
+        folder = tmp_path / f"batch{batch}"
+        assert main(["fit", "--config", config_file, "--run.dir", str(folder), "--train.batch", batch]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert error.startswith("train fit: failed: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+        assert f"4.25 MiB is free, with train.batch {batch}; try {tried}{advice}" in error
+    assert main(["sweep", "--config", config_file, "--ratios", "0.5"]) == 1
+    assert "train sweep: failed: CUDA out of memory. Tried to allocate 2.00 GiB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["last.pt", "log.jsonl", "best.safetensors"])
+def test_a_full_disk_is_one_line_and_the_last_state_is_kept(
+    tiny: Config, config_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    undisturbed = with_run(tiny, "undisturbed")
+    fit(undisturbed, "x")
+    dies_at(monkeypatch, tiny, 9)
+    files = {item.name for item in tiny.run.dir.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tiny.run.dir / file).stat().st_size - 1, limits[1]))
+    try:
+        code = main(["fit", "--config", config_file])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1
+    assert capsys.readouterr().err == (
+        f"train fit: failed: no space left while writing to {tiny.run.dir} (File too large); the last saved state is "
+        "intact: free some space and run the same command again\n"
+    )
+    assert {item.name for item in tiny.run.dir.iterdir()} == files
+    fit(tiny, "x")
+    assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
+    assert same(weights_of(tiny), weights_of(undisturbed))
