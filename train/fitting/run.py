@@ -44,7 +44,7 @@ class TrainingRun:
 
     @property
     def active(self) -> bool:
-        """Whether training goes on; once the run has failed or `train.patience` has run out, later epochs of its head
+        """Whether the run still learns; once it has failed, or `train.patience` has run out, later epochs of its head
         are not logged and never become the best.
         """
         patience = self.config.train.patience

@@ -125,7 +125,7 @@ def load_weights(folder: Path, epoch: int) -> dict[str, Tensor]:
 
 
 def weights_epoch(folder: Path) -> int | None:
-    """Epoch of the weights in `best.safetensors`; None if there is no such file, or an earlier version wrote it.
+    """Epoch of the weights in `best.safetensors`; None if the file is missing, or an earlier version wrote it.
 
     Raises:
         RunError: The file is damaged.
