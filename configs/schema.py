@@ -57,7 +57,7 @@ class VideoConfig:
 
     Args:
         frames: Number of frames T taken from each clip.
-        size: Side of the square input in pixels, a multiple of the encoder's 16-pixel patch.
+        size: Side of the square input in pixels, a multiple of the encoder's patch.
         sampling: `uniform` takes the middle frame of T equal spans (the published evaluation rule).
         short: Clips with fewer than T frames repeat their nearest frames, are filled up with zeros, or are quarantined.
         timeout_s: Seconds of decoding after which a decoder process is killed and its clip quarantined. Reading a long
@@ -74,7 +74,7 @@ class VideoConfig:
 
     def __post_init__(self) -> None:
         _require(self.frames >= 1, "video.frames", self.frames, "at least 1")
-        _require(self.size >= 16 and self.size % 16 == 0, "video.size", self.size, "a positive multiple of 16")
+        _require(self.size >= 1, "video.size", self.size, "at least 1")
         _require(self.timeout_s > 0, "video.timeout_s", self.timeout_s, "a positive number of seconds")
         _require(self.memory_gb > 0, "video.memory_gb", self.memory_gb, "a positive number of gigabytes")
 
@@ -84,14 +84,18 @@ class EncoderConfig:
     """The frozen video network of stage one.
 
     Args:
-        arch: Network: egovlp, egovlpv2, mfas (published; they need a checkpoint) or lite (weights from a package).
-        checkpoint: File with the weights, in a published format or safetensors; `null` takes those of the package.
+        arch: Network: egovlp, egovlpv2, mfas (published; they need a checkpoint), lite (weights from a package), or hf
+            (a vision or video model of transformers).
+        checkpoint: File with the weights, in a published format or safetensors; `null` takes those of the package; for
+            hf, the model's folder or its name on the hub.
         depth: Number of blocks before the tokens are taken; tokens of the last block have the final norm applied.
         path: For egovlpv2, `fused` is the question-answering path (top-level CLS token), `dual` the video-only path.
         variant: `mfas` only: `paper` follows the paper, `released` the published code and its deviations.
         dtype: Arithmetic of the encoder.
         batch: Number of clips encoded together; on a CPU each core encodes one clip, so at most one a core.
         device: `auto` is CUDA where available, else CPU; workers take the GPUs in turn, unless it names one (`cuda:3`).
+        saliency: hf only: `cls` (cosine of CLS and patch), `norm` (length of the patch), `attention` (of CLS to the
+            patch, at the price of slower attention); `auto` is cls where the model has a CLS token, else norm.
         compile: Use torch.compile, whose minutes of compilation pay off only in long jobs.
     """
 
@@ -103,6 +107,7 @@ class EncoderConfig:
     dtype: ComputeDtype = "bfloat16"
     batch: int = 32
     device: str = "auto"
+    saliency: Literal["auto", "cls", "norm", "attention"] = "auto"
     compile: bool = False
 
     def __post_init__(self) -> None:

@@ -6,12 +6,16 @@ from pathlib import Path
 
 from egopatch.configs.schema import Config
 from egopatch.extract.encoders.checkpoints.package import MINILM, text_folder
+from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
 from egopatch.extract.encoders.networks.network import Network
+from egopatch.extract.video.transforms import Transform
 from egopatch.features import Fingerprint
 from egopatch.features.values.spec import Scalar, unscaled_dtype
 
 
-def video_fingerprint(config: Config, network: Network, checkpoint_sha256: str) -> Fingerprint:
+def video_fingerprint(
+    config: Config, network: Network, encoder: VideoEncoder, transform: Transform, checkpoint_sha256: str
+) -> Fingerprint:
     """Fingerprint of the clips' tokens; `network` is the one that `encoder.arch` names."""
     packaged = config.encoder.checkpoint is None and network.package is not None
     return Fingerprint(
@@ -19,7 +23,8 @@ def video_fingerprint(config: Config, network: Network, checkpoint_sha256: str) 
             **configured(config),
             "checkpoint": checkpoint_sha256,
             **({"package": network.package.version} if packaged and network.package else {}),
-            "transform": network.transform.name,
+            **encoder.identity,
+            "transform": transform.name,
             "stored_dtype": config.store.dtype,
             "decoder": f"pyav {version('av')}",
         }

@@ -11,6 +11,7 @@ from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
 from egopatch.extract.encoders.registry import (
     NETWORKS,
     find_network,
+    input_transform,
     load_text_encoder,
     load_tokenizer,
     load_video_encoder,
@@ -27,6 +28,7 @@ __all__ = [
     "Tokenizer",
     "VideoEncoder",
     "find_network",
+    "input_transform",
     "load_checkpoint",
     "load_text_encoder",
     "load_tokenizer",

@@ -6,16 +6,18 @@ from typing import get_args
 import torch
 
 from egopatch.configs.schema import ConfigError
-from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
 from egopatch.extract.encoders.layers.compiling import compile_encoder
 from egopatch.extract.encoders.layers.text_encoder import TextEncoder, Tokenizer
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
-from egopatch.extract.encoders.networks import egovlp, egovlpv2, lite, mfas
-from egopatch.extract.encoders.networks.network import Network, Variant, VideoOptions, VideoPath
+from egopatch.extract.encoders.networks import egovlp, egovlpv2, hf, lite, mfas
+from egopatch.extract.encoders.networks.network import Network, SaliencyKind, Variant, VideoOptions, VideoPath
+from egopatch.extract.video.transforms import Transform
 
 NETWORKS: dict[str, Network] = {
     "egovlp": egovlp.NETWORK,
     "egovlpv2": egovlpv2.NETWORK,
+    "hf": hf.NETWORK,
     "lite": lite.NETWORK,
     "mfas": mfas.NETWORK,
 }
@@ -60,7 +62,8 @@ def open_checkpoint(arch: str | Network, path: Path | None) -> Checkpoint:
         CheckpointError: As for `load_checkpoint`.
         ConfigError: As for `weights_path`.
     """
-    return load_checkpoint(weights_path(arch, path))
+    network = _network_of(arch)
+    return network.open_checkpoint(weights_path(network, path))
 
 
 def open_text_checkpoint(arch: str | Network, video: Checkpoint, model: str) -> Checkpoint:
@@ -74,8 +77,25 @@ def open_text_checkpoint(arch: str | Network, video: Checkpoint, model: str) -> 
     Raises:
         CheckpointError, ConfigError: As for `open_checkpoint`.
     """
-    weights = _network_of(arch).text_weights
-    return video if weights is None else load_checkpoint(weights(model))
+    network = _network_of(arch)
+    return video if network.text_weights is None else network.open_checkpoint(network.text_weights(model))
+
+
+def input_transform(arch: str | Network, path: Path | None, size: int) -> Transform:
+    """How decoded frames become the input of the video network `arch`.
+
+    Args:
+        arch: Name of the network, or what `find_network` returned for it.
+        path: `encoder.checkpoint`.
+        size: Side of the input in pixels.
+
+    Raises:
+        CheckpointError, ConfigError: As for `open_checkpoint`.
+    """
+    network = _network_of(arch)
+    if isinstance(network.transform, Transform):
+        return network.transform
+    return network.transform(weights_path(network, path), size)
 
 
 def load_video_encoder(
@@ -88,6 +108,7 @@ def load_video_encoder(
     variant: Variant = "paper",
     size: int | None = None,
     compile: bool = False,
+    saliency: SaliencyKind = "auto",
 ) -> VideoEncoder:
     """Load a video network, frozen and in evaluation mode, on the CPU.
 
@@ -102,6 +123,7 @@ def load_video_encoder(
             `extract.encoders.networks.mfas`.
         size: Side of the input in pixels; None uses the size that the network was trained on.
         compile: Compile the network with `torch.compile`; the first clips then take minutes longer.
+        saliency: hf only: `cls`, `norm` or `attention`; see `extract.encoders.networks.hf_models`.
 
     Raises:
         CheckpointError: The checkpoint is unreadable, another network's, incomplete, or trained on another size.
@@ -115,8 +137,8 @@ def load_video_encoder(
         raise ValueError(f"variant is {variant!r}; expected paper or released")
     if num_frames < 1:
         raise ValueError(f"num_frames is {num_frames}; expected at least 1")
-    loaded = open_checkpoint(network, None) if checkpoint is None else _read(checkpoint)
-    encoder = network.build_video(loaded, VideoOptions(num_frames, depth, path, dtype, variant, size))
+    loaded = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(network, _path(checkpoint))
+    encoder = network.build_video(loaded, VideoOptions(num_frames, depth, path, dtype, variant, size, saliency))
     if size is not None and encoder.size != size:
         raise CheckpointError(
             f"video.size is {size}; {loaded.path} was trained on {encoder.size}: set video.size to {encoder.size}"
@@ -136,7 +158,9 @@ def load_text_encoder(arch: str | Network, checkpoint: Path | str | Checkpoint, 
         CheckpointError: As for `load_video_encoder`.
         ConfigError: `arch` is unknown.
     """
-    return _network_of(arch).build_text(_read(checkpoint), depth)
+    network = _network_of(arch)
+    loaded = checkpoint if isinstance(checkpoint, Checkpoint) else network.open_checkpoint(Path(checkpoint))
+    return network.build_text(loaded, depth)
 
 
 def load_tokenizer(model: str, max_length: int = 30) -> Tokenizer:
@@ -151,5 +175,5 @@ def _network_of(arch: str | Network) -> Network:
     return find_network(arch) if isinstance(arch, str) else arch
 
 
-def _read(checkpoint: Path | str | Checkpoint) -> Checkpoint:
-    return checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
+def _path(path: Path | str | None) -> Path | None:
+    return None if path is None else Path(path)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -9,23 +10,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+Resampling = Literal["bilinear", "bicubic"]
+
 
 @dataclass(frozen=True)
 class Transform:
-    """How frames are resized, cropped and normalised. All resampling is bilinear without antialiasing, as published.
+    """How frames are resized, cropped and normalised.
 
     Attributes:
         name: Name in the store's fingerprint; it must change whenever the arithmetic changes.
         short_side: Length to which the short side is resized first; None keeps it.
-        share: Side of the centre square that is cropped, as a share of the short side.
+        share: Side of the centre square that is cropped, as a share of the short side; None keeps the whole frame,
+            which is then squeezed into a square.
         mean, std: Mean and standard deviation of R, G and B in [0, 1].
+        resampling: Filter of all resizing.
+        antialias: Whether the filter grows with the reduction, as in Pillow; the published networks go without.
     """
 
     name: str
     short_side: int | None
-    share: float
+    share: float | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    resampling: Resampling = "bilinear"
+    antialias: bool = False
 
 
 # The evaluation transform of EgoVLP and EgoVLPv2.
@@ -54,11 +62,13 @@ def crop_and_resize(frames: Sequence[NDArray[np.uint8]], size: int, transform: T
         # The short side is exact and the long side is rounded down, as in torchvision's Resize(int).
         short = transform.short_side
         target = (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
-        pixels_tchw = _resize(pixels_tchw, target)
-    side = round(transform.share * min(pixels_tchw.shape[-2:]))
-    # Rounds half to even, as torchvision's CenterCrop.
-    top, left = (round((extent - side) / 2.0) for extent in pixels_tchw.shape[-2:])
-    return _resize(pixels_tchw[..., top : top + side, left : left + side], (size, size))
+        pixels_tchw = _resize(pixels_tchw, target, transform)
+    if transform.share is not None:
+        side = round(transform.share * min(pixels_tchw.shape[-2:]))
+        # Rounds half to even, as torchvision's CenterCrop.
+        top, left = (round((extent - side) / 2.0) for extent in pixels_tchw.shape[-2:])
+        pixels_tchw = pixels_tchw[..., top : top + side, left : left + side]
+    return _resize(pixels_tchw, (size, size), transform)
 
 
 def to_input(frames: Sequence[NDArray[np.uint8]], size: int, transform: Transform = EGOVLP_TRANSFORM) -> Tensor:
@@ -68,7 +78,9 @@ def to_input(frames: Sequence[NDArray[np.uint8]], size: int, transform: Transfor
     return crop_and_resize(frames, size, transform).sub_(mean).div_(std)
 
 
-def _resize(pixels_tchw: Tensor, target: tuple[int, int]) -> Tensor:
+def _resize(pixels_tchw: Tensor, target: tuple[int, int], transform: Transform) -> Tensor:
     if tuple(pixels_tchw.shape[-2:]) == target:
         return pixels_tchw
-    return F.interpolate(pixels_tchw, size=target, mode="bilinear", align_corners=False, antialias=False)
+    mode, antialias = transform.resampling, transform.antialias
+    resized = F.interpolate(pixels_tchw, size=target, mode=mode, align_corners=False, antialias=antialias)
+    return resized.clamp_(0, 1) if mode == "bicubic" else resized  # cubic weights overshoot at edges

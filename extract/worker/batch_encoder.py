@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Self
 
 import torch
+from einops import reduce
 from torch import Tensor
 
 from egopatch.extract.encoders import VideoEncoder
@@ -78,11 +79,17 @@ class BatchEncoder:
             tokens = wait()
             self.seconds += time.perf_counter() - waiting
             return {
-                prepared.clip.clip_id: row | {"timestamps": torch.from_numpy(prepared.timestamps)}
+                prepared.clip.clip_id: row | {"timestamps": self._times(prepared)}
                 for prepared, row in zip(clips, tokens, strict=True)
             }
 
         return finish
+
+    def _times(self, clip: PreparedClip) -> Tensor:
+        """[T'] seconds; a position in time that covers several frames has the mean of theirs."""
+        times = torch.from_numpy(clip.timestamps)
+        steps = self._encoder.steps
+        return times if len(times) == steps else reduce(times, "(t frames) -> t", "mean", t=steps)
 
     def _on_cores(self, clips: Sequence[PreparedClip]) -> Callable[[], list[Row]]:
         """Queue the clips; each goes to the next free core."""

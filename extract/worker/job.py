@@ -10,10 +10,18 @@ from functools import cached_property, partial
 import torch
 
 from egopatch.configs.schema import Config
-from egopatch.extract.encoders import Checkpoint, VideoEncoder, find_network, load_video_encoder, open_checkpoint
+from egopatch.extract.encoders import (
+    Checkpoint,
+    VideoEncoder,
+    find_network,
+    input_transform,
+    load_video_encoder,
+    open_checkpoint,
+)
 from egopatch.extract.encoders.networks.network import Network
 from egopatch.extract.fingerprints import video_fingerprint
 from egopatch.extract.video.decode import DecodePool, PreparedClip, prepare_clip
+from egopatch.extract.video.transforms import Transform
 from egopatch.extract.worker.device import device_of
 from egopatch.features import Fingerprint, StoreSpec
 
@@ -28,6 +36,7 @@ class ExtractionJob:
         device: Device of the encoders.
         checkpoint: Weights of the video network.
         encoder: Frozen video encoder on `device`, in evaluation mode.
+        transform: Turns decoded frames into the encoder's input.
     """
 
     config: Config
@@ -35,13 +44,14 @@ class ExtractionJob:
     device: torch.device
     checkpoint: Checkpoint
     encoder: VideoEncoder
+    transform: Transform
 
     # Both wait for their first use: a worker needs neither, and a fingerprint hashes the whole checkpoint file.
     @cached_property
     def spec(self) -> StoreSpec:
         """Arrays of the store that holds the encoder's tokens."""
         return StoreSpec.for_patches(
-            frames=self.config.video.frames,
+            frames=self.encoder.steps,
             grid=self.encoder.grid,
             width=self.encoder.width,
             dtype=self.config.store.dtype,
@@ -54,11 +64,11 @@ class ExtractionJob:
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """Fingerprint of that store."""
-        return video_fingerprint(self.config, self.network, self.checkpoint.sha256)
+        return video_fingerprint(self.config, self.network, self.encoder, self.transform, self.checkpoint.sha256)
 
     def open_decoders(self, count: int) -> DecodePool[PreparedClip]:
         """`count` child processes that decode clips and apply the transform that the network was trained with."""
-        return DecodePool(self.config.video, count, partial(prepare_clip, transform=self.network.transform))
+        return DecodePool(self.config.video, count, partial(prepare_clip, transform=self.transform))
 
 
 def resolve_job(config: Config, device: str | None = None) -> ExtractionJob:
@@ -86,5 +96,7 @@ def resolve_job(config: Config, device: str | None = None) -> ExtractionJob:
         compile=config.encoder.compile,
         dtype=getattr(torch, config.encoder.dtype),
         variant=config.encoder.variant,
+        saliency=config.encoder.saliency,
     )
-    return ExtractionJob(config, network, torch_device, checkpoint, encoder.to(torch_device).eval())
+    transform = input_transform(network, config.encoder.checkpoint, config.video.size)
+    return ExtractionJob(config, network, torch_device, checkpoint, encoder.to(torch_device).eval(), transform)

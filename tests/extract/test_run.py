@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from egopatch.extract.encoders import find_network, open_checkpoint
+from egopatch.extract.encoders import find_network, input_transform, open_checkpoint
 from egopatch.extract.fingerprints import video_fingerprint
 from egopatch.extract.run import extract_features
 from egopatch.extract.worker.device import device_of
@@ -27,7 +27,7 @@ def test_everything_is_resolved_once(bare: Path, monkeypatch: pytest.MonkeyPatch
 
         return counted
 
-    looked_up = (find_network, device_of, open_checkpoint, video_fingerprint, resolve_job)
+    looked_up = (find_network, device_of, open_checkpoint, input_transform, video_fingerprint, resolve_job)
     for function in looked_up:
         for name, module in list(sys.modules.items()):  # every module that imported it by name
             if name.startswith("egopatch.") and vars(module).get(function.__name__) is function:

@@ -9,7 +9,7 @@ import numpy as np
 
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Clip, DatasetError, Question, load_dataset
-from egopatch.extract.encoders import find_network
+from egopatch.extract.encoders import input_transform
 from egopatch.train.report import examples
 from egopatch.train.report.sources import Selection, SourceError, Sweep, read_selection
 from egopatch.train.rundir.results import BLIND, SPLITS, Row
@@ -254,7 +254,8 @@ def build_examples(
     )
     chosen_questions = [questions.by_id[question] for _, question in chosen]
     clips = [questions.clips[question.clip_id] for question in chosen_questions]
-    shown = examples.pictures(clips, config.video, find_network(config.encoder.arch).transform)
+    transform = input_transform(config.encoder.arch, config.encoder.checkpoint, config.video.size)
+    shown = examples.pictures(clips, config.video, transform)
     result = []
     for (kind, _), question, (pictures, missing) in zip(chosen, chosen_questions, shown):
         answers = [

@@ -1,7 +1,7 @@
 """The interface of every video network: frames in, `PatchTokens` out."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
 from egopatch.extract.encoders.layers.linear import Linear
 from egopatch.extract.encoders.layers.spacetime import HEAD_WIDTH, SpaceTimeTransformer
-from egopatch.features.values.spec import PatchTokens
+from egopatch.features.values.spec import PatchTokens, Scalar
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,16 @@ class VideoEncoder(nn.Module):
         width: Channels of a token, D.
         depth: Number of blocks that run.
         num_frames: T, frames of a clip.
+        steps: Positions in time of the tokens: T, unless the network makes one of several frames.
         size: Side of the input in pixels.
+        identity: What decides the tokens beside the checkpoint's bytes and the config, for the store's fingerprint.
         coarse: M, coarse patches of a frame; None for a network without coarse patches.
         coarse_width: E, channels of the coarse patches; None if they have D.
     """
 
     coarse: int | None = None
     coarse_width: int | None = None
+    identity: Mapping[str, Scalar] = {}
 
     def __init__(self, trunk: SpaceTimeTransformer, sizes: VideoSizes, projection: nn.Module | None) -> None:
         super().__init__()
@@ -138,6 +141,11 @@ class VideoEncoder(nn.Module):
                 if isinstance(module, Linear):
                     module.pack()
             self._packed = True
+
+    @property
+    def steps(self) -> int:
+        """See the class."""
+        return self.num_frames
 
     @torch.inference_mode()
     def forward(self, frames: Tensor) -> PatchTokens:

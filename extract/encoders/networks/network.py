@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint
+from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from egopatch.extract.encoders.checkpoints.package import Package
 from egopatch.extract.encoders.layers.text_encoder import TextEncoder
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
@@ -15,6 +15,7 @@ from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform
 
 VideoPath = Literal["fused", "dual"]
 Variant = Literal["paper", "released"]
+SaliencyKind = Literal["auto", "cls", "norm", "attention"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class VideoOptions:
     dtype: torch.dtype = torch.float32
     variant: Variant = "paper"
     size: int | None = None
+    saliency: SaliencyKind = "auto"
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,17 @@ class Network:
         name: Value of `encoder.arch` that selects it.
         build_video: Loads the video half from a checkpoint.
         build_text: Loads the text half down to a depth, from the text checkpoint.
-        transform: Turns decoded frames into the network's input.
+        transform: Turns decoded frames into the network's input; or finds out how, from the checkpoint and the side of
+            the input in pixels.
         package: Installed package with the video weights; None if the user has them as a file.
         text_weights: Finds the file of the text weights by `text.model`; None if the video checkpoint has them too.
+        open_checkpoint: Reads the video weights, and those of `text_weights`.
     """
 
     name: str
     build_video: Callable[[Checkpoint, VideoOptions], VideoEncoder]
     build_text: Callable[[Checkpoint, int], TextEncoder]
-    transform: Transform = EGOVLP_TRANSFORM
+    transform: Transform | Callable[[Path, int], Transform] = EGOVLP_TRANSFORM
     package: Package | None = None
     text_weights: Callable[[str], Path] | None = None
+    open_checkpoint: Callable[[Path], Checkpoint] = load_checkpoint

@@ -262,12 +262,14 @@ def test_an_absent_package_is_one_line_that_says_what_to_install(
 
 def test_fingerprints_name_weights_packages_and_transform(checkpoint: Checkpoint) -> None:
     config = load_config(Path(LITE[1]))
-    clips = video_fingerprint(config, find_network("lite"), checkpoint.sha256).fields
+    encoder = load_video_encoder("lite", checkpoint, depth=10)
+    clips = video_fingerprint(config, find_network("lite"), encoder, TRANSFORM, checkpoint.sha256).fields
     assert clips["checkpoint"] == checkpoint.sha256
     assert clips["package"] == f"{LITE0.name} {importlib.metadata.version(LITE0.name)}"
     assert clips["transform"] == TRANSFORM.name != EGOVLP_TRANSFORM.name
     own = load_config(Path(LITE[1]), ["--encoder.checkpoint", str(checkpoint.path)])
-    assert "package" not in video_fingerprint(own, find_network("lite"), checkpoint.sha256).fields
+    fields = video_fingerprint(own, find_network("lite"), encoder, TRANSFORM, checkpoint.sha256).fields
+    assert "package" not in fields
     texts = text_fingerprint(config, find_network("lite"), "sum of the text weights").fields
     assert texts["text_checkpoint"] == "sum of the text weights"
     assert texts["package"] == f"{MINILM.name} {importlib.metadata.version(MINILM.name)}"

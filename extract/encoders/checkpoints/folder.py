@@ -1,0 +1,149 @@
+"""Model folders as transformers writes them: what is in one, whether it is safe and whole, and its preprocessing."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError, file_sha256
+from egopatch.extract.video.transforms import Resampling, Transform
+
+_PROCESSORS = ("video_preprocessor_config.json", "preprocessor_config.json")
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_RESAMPLING: dict[int, Resampling] = {2: "bilinear", 3: "bicubic"}  # as Pillow numbers them
+
+
+@dataclass(frozen=True)
+class FolderCheckpoint(Checkpoint):
+    """A model folder; its tensors stay in the files until transformers reads them.
+
+    Attributes:
+        settings: Content of `config.json`.
+    """
+
+    settings: dict[str, Any]
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 over the names and hashes of `config.json` and of the weight files, in hex."""
+        digest = hashlib.sha256()
+        for file in (self.path / "config.json", *weight_files(self.path)):
+            digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+        return digest.hexdigest()
+
+
+def open_folder(path: Path) -> FolderCheckpoint:
+    """Read what the folder at `path` holds, without its tensors.
+
+    Raises:
+        CheckpointError: There is no such folder, it has no config, or its safetensors files are missing or incomplete.
+    """
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path} is not a folder; encoder.arch hf takes the folder of a transformers model: config.json, "
+            "model.safetensors and preprocessor_config.json"
+        )
+    settings = _read_json(path / "config.json")
+    if not isinstance(settings.get("model_type"), str):
+        raise CheckpointError(f"{path / 'config.json'} names no model_type; expected a transformers model's config")
+    weight_files(path)
+    return FolderCheckpoint(path, "transformers", {}, settings)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model: one, or all that its index names.
+
+    Raises:
+        CheckpointError: There is none, one of several is missing, or the folder has pickled weights alone.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        parts = _read_json(index).get("weight_map", {})
+        files = [folder / Path(str(name)).name for name in sorted(set(parts.values()))]
+    else:
+        files = [folder / "model.safetensors"]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing and not index.is_file():
+        pickled = sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern))
+        if pickled:
+            raise CheckpointError(
+                f"{folder} has its weights in {pickled[0]}, a pickle, which could run code; convert the model to "
+                "safetensors (`model.save_pretrained(folder)` where you trust the file)"
+            )
+        raise CheckpointError(f"{folder} holds no weights; expected model.safetensors")
+    if missing:
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which its index names; copy the model again")
+    return files
+
+
+def read_transform(folder: Path, size: int) -> Transform:
+    """The preprocessing that a model folder describes, for frames of `size` pixels a side.
+
+    A size other than the processor's own scales its resizing along, so that the same share of the frame is seen.
+
+    Raises:
+        CheckpointError: There is no description, or one of preprocessing that this program does not do.
+    """
+    path = next((folder / name for name in _PROCESSORS if (folder / name).is_file()), None)
+    if path is None:
+        raise CheckpointError(
+            f"{folder} has no preprocessor_config.json, which says how frames are resized and normalised; copy it from "
+            "the model's page"
+        )
+    settings = _read_json(path)
+
+    def refuse(name: str, expected: str) -> CheckpointError:
+        return CheckpointError(f"{path}: {name} is {settings.get(name)!r}; expected {expected}")
+
+    resample = settings.get("resample", 2)
+    if resample not in _RESAMPLING:
+        raise refuse("resample", "2 (bilinear) or 3 (bicubic)")
+    mean, std = _normalisation(settings, refuse)
+    resized, short_side, share = settings.get("size") if settings.get("do_resize", True) else None, None, None
+    cropped = settings.get("do_center_crop", "crop_size" in settings)
+    if isinstance(resized, int):
+        resized = {"shortest_edge": resized} if cropped else {"height": resized, "width": resized}
+    if resized is not None and "shortest_edge" in resized:
+        crop = (_side(settings.get("crop_size")) if cropped else None) or int(resized["shortest_edge"])
+        short_side = round(int(resized["shortest_edge"]) * size / crop)
+        share = size / short_side
+    elif resized is not None and _side(resized) is None:
+        raise refuse("size", "a shortest_edge, or equal height and width")
+    numbers = f"{short_side or 'whole'} {_RESAMPLING[resample]} {size} mean {mean} std {std}"
+    return Transform(f"hf {numbers}", short_side, share, mean, std, _RESAMPLING[resample], antialias=True)
+
+
+def _normalisation(settings: dict[str, Any], refuse: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of pixels in [0, 1], with the processor's own rescaling included."""
+    factor = float(settings.get("rescale_factor", 1 / 255)) * 255 if settings.get("do_rescale", True) else 255.0
+    shift = 1.0 if settings.get("do_rescale", True) and settings.get("offset", False) else 0.0
+    mean, std = [0.0] * 3, [1.0] * 3
+    if settings.get("do_normalize", True):
+        mean, std = settings.get("image_mean"), settings.get("image_std")
+        for name, value in (("image_mean", mean), ("image_std", std)):
+            if not isinstance(value, list) or len(value) != 3:
+                raise refuse(name, "three numbers, for R, G and B")
+    return tuple((m + shift) / factor for m in mean), tuple(s / factor for s in std)
+
+
+def _side(size: Any) -> int | None:
+    """Side of a square size, in any of the ways that processors write it; None for anything else."""
+    if isinstance(size, int):
+        return size
+    if isinstance(size, dict) and size.get("height") == size.get("width") is not None:
+        return int(size["height"])
+    return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist; expected the folder of a transformers model") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({' '.join(str(error).split())[:160]})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a JSON object")
+    return content

@@ -1,0 +1,377 @@
+"""Vision and video models of transformers, from their folder: DINOv2 and v3, CLIP, SigLIP, VideoMAE, V-JEPA 2 and more.
+
+A vision model sees every frame on its own; a video model may make one position in time out of several frames (a
+tubelet). Tokens are the model's own states, in the order [T', N] whatever the model's order is. CLS is the model's
+first prefix token (averaged over the frames of a vision model), else the mean of the patches.
+
+Shape legend: B clips, T frames, T' positions in time, N patches of a frame, P prefix tokens, D channels, H heads.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from inspect import signature
+from typing import Any
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError, list_some
+from egopatch.extract.encoders.checkpoints.folder import FolderCheckpoint
+from egopatch.extract.encoders.layers.text_encoder import TextEncoder
+from egopatch.extract.encoders.layers.video_encoder import VideoEncoder, check_depth
+from egopatch.extract.encoders.networks.network import SaliencyKind, VideoOptions
+from egopatch.features.values.spec import PatchTokens
+
+# Frames that a CPU runs through a vision model at a time; a whole batch would take gigabytes.
+FRAMES = 16
+# Parts of a model that no token passes through; their weights may be missing.
+_UNUSED = ("pooler", "predictor", "head", "mask_token", "logit_", "text_model", "visual_projection", "text_projection")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What distinguishes the models of one `model_type`.
+
+    Attributes:
+        video: Whether the model sees all frames of a clip together.
+        prefix: Number of tokens before the patches, beside the registers that its config counts.
+        time_last: Whether the patches come in the order [N, T'].
+        any_frames: Whether a video model takes other numbers of frames than it was trained on.
+        options: Arguments of every call.
+    """
+
+    video: bool = False
+    prefix: int = 1
+    time_last: bool = False
+    any_frames: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+FAMILIES = {
+    "dinov2": Family(),
+    "dinov2_with_registers": Family(),
+    "dinov3_vit": Family(),
+    "clip_vision_model": Family(),
+    "siglip_vision_model": Family(prefix=0),
+    "ijepa": Family(prefix=0),
+    "deit": Family(prefix=2),
+    "videomae": Family(video=True, prefix=0),
+    "vivit": Family(video=True),
+    "timesformer": Family(video=True, time_last=True, any_frames=True),
+    "vjepa2": Family(video=True, prefix=0, any_frames=True, options=(("skip_predictor", True),)),
+    "videoprism_vision_model": Family(video=True, prefix=0),
+}
+_VARIABLE = "its patches follow the shape of each image and form no fixed grid"
+_NO_GRID = "its tokens form no grid of patches"
+REFUSED = {
+    "siglip2": _VARIABLE,
+    "siglip2_vision_model": _VARIABLE,
+    "pe_video": _NO_GRID,
+    "pe_video_encoder": _NO_GRID,
+    "pe_audio_video": _NO_GRID,
+}
+
+
+class HfEncoder(VideoEncoder):
+    """Frames in, `PatchTokens` out."""
+
+    def __init__(
+        self, model: PreTrainedModel, family: Family, depth: int, num_frames: int, size: int, saliency: SaliencyKind
+    ) -> None:
+        nn.Module.__init__(self)  # VideoEncoder.__init__ expects a space-time transformer
+        config = model.config
+        self.model = model
+        self.family = family
+        self.projection = None
+        self.depth, self.num_frames, self.size = depth, num_frames, size
+        self.width = int(config.hidden_size)
+        tubelet, patch = _patch(config)
+        self._steps = num_frames // tubelet if family.video else num_frames
+        self.grid = (size // patch, size // patch)
+        self.prefix = family.prefix + int(getattr(config, "num_register_tokens", 0) or 0)
+        self.saliency: SaliencyKind = ("cls" if self.prefix else "norm") if saliency == "auto" else saliency
+        self.identity = {
+            "model_type": config.model_type,
+            "tubelet": tubelet,
+            "saliency": self.saliency,
+            "transformers": version("transformers"),
+        }
+        self._last = depth == _blocks_of(config)
+        self._options = dict(family.options) | {"output_hidden_states": True}
+        if self.saliency == "attention":
+            self._options["output_attentions"] = True
+        if size != _trained_size(config) and "interpolate_pos_encoding" in signature(model.forward).parameters:
+            self._options["interpolate_pos_encoding"] = True
+        self._packed = False
+        self.eval().requires_grad_(False)
+
+    @property
+    def steps(self) -> int:
+        """T', positions in time of the tokens."""
+        return self._steps
+
+    @torch.inference_mode()
+    def forward(self, frames: Tensor) -> PatchTokens:
+        """Encode clips.
+
+        Args:
+            frames: [B, T, 3, size, size], normalised as the model's processor does it; on the encoder's device.
+
+        Returns:
+            patches [B, T', N, D] after block `depth`, with the final norm after the last one, where the model has one;
+            cls [B, D]; saliency [B, T', N] in float32: the cosine between CLS and each patch (`cls`), the length of
+            each patch (`norm`), or the logarithm of CLS's attention to each patch, averaged over heads (`attention`).
+
+        Raises:
+            ValueError: As for `VideoEncoder.forward`.
+        """
+        self.check(frames)
+        frames = frames.to(self.model.dtype)
+        if self.family.video:
+            states, attention = self._run(frames)
+            prefix, body = states[:, : self.prefix], states[:, self.prefix :]
+            order = "b (n t) d -> b t n d" if self.family.time_last else "b (t n) d -> b t n d"
+            patches = rearrange(body, order, t=self.steps)
+            heads = prefix[:, None, :1]  # [B, 1, 0 or 1, D]
+        else:
+            flat = rearrange(frames, "b t c h w -> (b t) c h w")
+            parts = [self._run(part) for part in flat.split(FRAMES if flat.device.type == "cpu" else len(flat))]
+            states = torch.cat([part for part, _ in parts])
+            attention = torch.cat([part for _, part in parts if part is not None]) if parts[0][1] is not None else None
+            patches = rearrange(states[:, self.prefix :], "(b t) n d -> b t n d", t=self.num_frames)
+            heads = rearrange(states[:, : min(self.prefix, 1)], "(b t) p d -> b t p d", t=self.num_frames)
+        if heads.shape[2] == 0:
+            heads = reduce(patches.float(), "b t n d -> b 1 1 d", "mean").to(patches.dtype)
+        cls = reduce(heads.float(), "b t 1 d -> b d", "mean").to(patches.dtype)
+        return PatchTokens(cls, patches, self._saliency(patches, heads, attention))
+
+    def _run(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """States [., P + T' N, D] after block `depth`, and the attention of that block where the saliency needs it."""
+        output = self.model(pixels, **self._options)
+        states = output.last_hidden_state if self._last else output.hidden_states[self.depth]
+        return states, output.attentions[self.depth - 1] if self.saliency == "attention" else None
+
+    def _saliency(self, patches: Tensor, heads: Tensor, attention: Tensor | None) -> Tensor:
+        if self.saliency == "norm":
+            return patches.float().norm(dim=-1)
+        if attention is None:
+            return F.cosine_similarity(patches.float(), heads.float(), dim=-1)
+        to_patches = attention[:, :, 0, self.prefix :].float().clamp_min(torch.finfo(torch.float32).tiny).log()
+        rows = reduce(to_patches, "rows h n -> rows n", "mean")
+        if rows.shape[1] == self.grid[0] * self.grid[1]:  # a row for each frame
+            return rearrange(rows, "(b t) n -> b t n", t=self.steps)
+        order = "b (n t) -> b t n" if self.family.time_last else "b (t n) -> b t n"
+        return rearrange(rows, order, t=self.steps)
+
+    @torch.inference_mode()
+    def project(self, cls: Tensor) -> Tensor:
+        """Not available.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("project has no meaning for hf: its video and text models are loaded separately")
+
+
+def build_video(checkpoint: Checkpoint, options: VideoOptions) -> HfEncoder:
+    """The vision or video model in a folder, down to block `options.depth`.
+
+    Raises:
+        CheckpointError: The model is of a kind that has no grid of patches, its weights are incomplete or another
+            model's, or it does not take this depth, size or number of frames.
+    """
+    assert isinstance(checkpoint, FolderCheckpoint)
+    eager = options.saliency == "attention"
+    model = _vision_part(_load(checkpoint, options.dtype, eager))
+    config = model.config
+    kind = config.model_type
+    if kind in REFUSED:
+        raise CheckpointError(f"{checkpoint.path} is a {kind} model: {REFUSED[kind]}")
+    family = FAMILIES.get(kind, Family())
+    blocks = _blocks_of(config)
+    check_depth(options.depth, blocks, "the number of its blocks", checkpoint)
+    if kind == "videoprism_vision_model" and options.depth != blocks:
+        raise CheckpointError(
+            f"{checkpoint.path}: depth is {options.depth}; a videoprism model runs whole, because its blocks see space "
+            f"first and then time: set encoder.depth to {blocks}"
+        )
+    size = options.size or _trained_size(config)
+    _check_input(checkpoint, model, family, size, options.num_frames)
+    if kind != "videoprism_vision_model":
+        _cut(model, options.depth, blocks)
+    if eager and not family.prefix:
+        raise CheckpointError(
+            f"{checkpoint.path}: encoder.saliency is attention, but a {kind} model has no CLS token whose attention "
+            "could be taken; expected cls or norm"
+        )
+    encoder = HfEncoder(model, family, options.depth, options.num_frames, size, options.saliency)
+    _probe(checkpoint, encoder)
+    return encoder
+
+
+def build_text(checkpoint: Checkpoint, depth: int) -> TextEncoder:
+    """The text model in a folder, or the text half of a CLIP or SigLIP model, down to layer `depth`.
+
+    Raises:
+        CheckpointError: The folder has no text model, its weights are incomplete, or it has fewer layers.
+    """
+    assert isinstance(checkpoint, FolderCheckpoint)
+    model = _load(checkpoint, torch.float32, eager=False)
+    if hasattr(model, "text_model"):
+        model = model.text_model
+    elif model.config.is_encoder_decoder:
+        model = model.get_encoder()
+    if not hasattr(model.config, "vocab_size") or "pixel_values" in model.main_input_name:
+        kind = model.config.model_type
+        raise CheckpointError(f"{checkpoint.path} is a {kind} model; text.model expects a text model")
+    layers = int(model.config.num_hidden_layers)
+    check_depth(depth, layers, "the number of its text layers (text.depth)", checkpoint)
+    return HfTextEncoder(model, int(model.config.hidden_size), depth, layers)
+
+
+class HfTextEncoder(TextEncoder):
+    """A text model of transformers."""
+
+    def __init__(self, model: PreTrainedModel, width: int, depth: int, layers: int) -> None:
+        super().__init__(model, width, depth, None)
+        self._last = depth == layers
+        # SigLIP was trained on padded texts without a mask.
+        self._masked = model.config.model_type != "siglip_text_model"
+
+    @torch.inference_mode()
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """See `TextEncoder.forward`; the last layer's states carry the final norm, where the model has one."""
+        mask = attention_mask.long() if self._masked else None
+        output = self.model(input_ids=input_ids, attention_mask=mask, output_hidden_states=True)
+        return output.last_hidden_state if self._last else output.hidden_states[self.depth]
+
+
+def _load(checkpoint: FolderCheckpoint, dtype: torch.dtype, eager: bool) -> PreTrainedModel:
+    """The whole model of a folder; no code of the folder runs."""
+    folder = checkpoint.path
+    kind = checkpoint.settings["model_type"]
+    if kind in REFUSED:
+        raise CheckpointError(f"{folder} is a {kind} model: {REFUSED[kind]}")
+    try:
+        with _quiet():
+            model, info = AutoModel.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                config=AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
+                **({"attn_implementation": "eager"} if eager else {}),
+            )
+    except Exception as error:  # transformers and safetensors raise many types over a bad folder
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+        raise CheckpointError(f"{folder}: transformers cannot load this {kind} model ({reason[:200]})") from error
+    wrong = [str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]]
+    missing = [name for name in info["missing_keys"] if not any(part in name for part in _UNUSED)]
+    if missing or wrong:
+        fault = f"lack {list_some(sorted(missing))}" if missing else f"have other shapes: {list_some(sorted(wrong))}"
+        raise CheckpointError(f"{folder}: the weights {fault}; they belong to another model than config.json describes")
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from printing its loading report; what it finds is checked here."""
+    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _vision_part(model: PreTrainedModel) -> PreTrainedModel:
+    """The half of a dual model that sees, or the model itself."""
+    for name in ("vision_model", "video_model"):
+        part = getattr(model, name, None)
+        if isinstance(part, PreTrainedModel):
+            return part
+    return model
+
+
+def _blocks_of(config: PreTrainedConfig) -> int:
+    if config.model_type == "videoprism_vision_model":
+        return int(config.num_spatial_layers) + int(config.num_temporal_layers)
+    return int(config.num_hidden_layers)
+
+
+def _patch(config: PreTrainedConfig) -> tuple[int, int]:
+    """Frames and pixels that a patch covers."""
+    tubelet = getattr(config, "tubelet_size", 1)
+    if not isinstance(tubelet, int):
+        return int(tubelet[0]), int(tubelet[1])
+    side = config.patch_size
+    return tubelet, int(side if isinstance(side, int) else side[-1])
+
+
+def _trained_size(config: PreTrainedConfig) -> int:
+    size = getattr(config, "crop_size", None) or config.image_size
+    return int(size if isinstance(size, int) else size[0])
+
+
+def _check_input(checkpoint: Checkpoint, model: PreTrainedModel, family: Family, size: int, num_frames: int) -> None:
+    """Refuse sizes and numbers of frames that the model does not take."""
+    config = model.config
+    tubelet, patch = _patch(config)
+    where = f"{checkpoint.path}, a {config.model_type} model"
+    if size % patch:
+        raise CheckpointError(f"video.size is {size}; {where}, takes multiples of its {patch}-pixel patch")
+    if config.model_type == "vjepa2" and size != config.crop_size:
+        raise CheckpointError(f"video.size is {size}; {where}, takes {config.crop_size} alone: set video.size to it")
+    if not family.video:
+        return
+    if num_frames % tubelet:
+        raise CheckpointError(
+            f"video.frames is {num_frames}; {where}, makes one token of {tubelet} frames: use a multiple of {tubelet}"
+        )
+    if not family.any_frames and num_frames != config.num_frames:
+        raise CheckpointError(
+            f"video.frames is {num_frames}; {where}, takes the {config.num_frames} frames it was trained on"
+        )
+
+
+def _cut(model: PreTrainedModel, depth: int, blocks: int) -> None:
+    """Drop the blocks above `depth`, which nothing needs."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == blocks]
+    if lists:
+        del lists[0][depth:]
+
+
+def _probe(checkpoint: Checkpoint, encoder: HfEncoder) -> None:
+    """Run a black clip, and refuse a model whose output is not what its config promises."""
+    black = torch.zeros(1, encoder.num_frames, 3, encoder.size, encoder.size)
+    pixels = black.to(encoder.model.dtype) if encoder.family.video else black[0, :1].to(encoder.model.dtype)
+    kind = encoder.model.config.model_type
+    try:
+        with torch.inference_mode():
+            states, _ = encoder._run(pixels)
+    except Exception as error:  # every model refuses in its own way
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{checkpoint.path}: this {kind} model does not take {encoder.num_frames} frames of {encoder.size} pixels "
+            f"({reason})"
+        ) from error
+    steps = encoder.steps if encoder.family.video else 1
+    expected = (1, encoder.prefix + steps * math.prod(encoder.grid), encoder.width)
+    if tuple(states.shape) != expected:
+        raise CheckpointError(
+            f"{checkpoint.path}: this {kind} model gives states of shape {tuple(states.shape)}; expected {expected}: "
+            f"{encoder.prefix} prefix tokens, then {steps} x {encoder.grid[0]} x {encoder.grid[1]} patches"
+        )

@@ -1,0 +1,356 @@
+"""`encoder.arch: hf`: each family on a small random configuration, against the model called directly."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from egopatch.extract.encoders import CheckpointError, input_transform, load_text_encoder, load_video_encoder
+from egopatch.extract.video.transforms import crop_and_resize, to_input
+
+SIZES = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 3}
+VISION = {**SIZES, "image_size": 32, "patch_size": 8}
+TEXT = {**SIZES, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+PRISM = {k: v for k, v in VISION.items() if k not in ("num_hidden_layers", "patch_size")}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "dinov2": {**VISION, "mlp_ratio": 2},
+    "dinov2_with_registers": {**VISION, "mlp_ratio": 2, "num_register_tokens": 4},
+    "dinov3_vit": {**VISION, "num_register_tokens": 4},
+    "clip": {"vision_config": VISION, "text_config": TEXT},
+    "siglip": {"vision_config": VISION, "text_config": TEXT},
+    "ijepa": VISION,
+    "vit": VISION,
+    "videomae": {**VISION, "num_frames": 4, "tubelet_size": 2},
+    "vivit": {**VISION, "num_frames": 4, "tubelet_size": [2, 8, 8]},
+    "timesformer": {**VISION, "num_frames": 4},
+    "vjepa2": {
+        **VISION,
+        "crop_size": 32,
+        "mlp_ratio": 2,
+        "pred_hidden_size": 24,
+        "pred_num_hidden_layers": 1,
+        "pred_num_attention_heads": 2,
+    },
+    "videoprism_vision_model": {
+        **PRISM,
+        "num_spatial_layers": 2,
+        "num_temporal_layers": 1,
+        "tubelet_size": [1, 8, 8],
+        "num_frames": 4,
+    },
+}
+VIDEO = ("videomae", "vivit", "timesformer", "vjepa2", "videoprism_vision_model")
+TUBELETS = {"videomae": 2, "vivit": 2, "vjepa2": 2}
+PREFIX = {"dinov2": 1, "dinov2_with_registers": 5, "dinov3_vit": 5, "clip": 1, "vit": 1, "vivit": 1, "timesformer": 1}
+PROCESSOR = {
+    "size": {"height": 32, "width": 32},
+    "resample": 3,
+    "image_mean": [0.5, 0.4, 0.3],
+    "image_std": [0.2, 0.3, 0.4],
+}
+FRAMES, DEEPEST, PATCHES = 4, 3, 16
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Writes the random model of a family once; returns its folder."""
+    written: dict[str, Path] = {}
+
+    def write(kind: str) -> Path:
+        if kind not in written:
+            written[kind] = tmp_path_factory.mktemp(kind)
+            torch.manual_seed(0)
+            model = AutoModel.from_config(AutoConfig.for_model(kind, **CONFIGS[kind]))
+            with torch.no_grad():
+                for parameter in model.parameters():  # so that no block is near to doing nothing
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+            model.save_pretrained(written[kind])
+            (written[kind] / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+        return written[kind]
+
+    return write
+
+
+def vision_part(folder: Path, **options: Any) -> PreTrainedModel:
+    model = AutoModel.from_pretrained(folder, **options).eval()
+    return getattr(model, "vision_model", model)
+
+
+@torch.inference_mode()
+def called_directly(folder: Path, kind: str, frames: Tensor, depth: int, **options: Any) -> tuple[Tensor, Tensor, Any]:
+    """CLS or None [B, T or 1, D], patches [B, T', N, D], and the attention, by the model's own documentation."""
+    model = vision_part(folder, **options)
+    more = {"skip_predictor": True} if kind == "vjepa2" else {}
+    asked = {"output_hidden_states": True, "output_attentions": bool(options), **more}
+    output = model(frames if kind in VIDEO else frames.flatten(0, 1), **asked)
+    states = output.last_hidden_state if depth == DEEPEST else output.hidden_states[depth]
+    prefix, batch, steps = PREFIX.get(kind, 0), len(frames), FRAMES // TUBELETS.get(kind, 1)
+    body = states[:, prefix:]
+    if kind == "timesformer":
+        patches = body.reshape(batch, PATCHES, steps, -1).transpose(1, 2)
+    else:
+        patches = body.reshape(batch, steps, PATCHES, -1)
+    first = states[:, : min(prefix, 1)]
+    return first.reshape(batch, len(states) // batch, min(prefix, 1), 32), patches, output.attentions
+
+
+def clips(seed: int = 1) -> Tensor:
+    return torch.randn(2, FRAMES, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("depth", [2, DEEPEST])
+def test_tokens_are_the_models_own(folder_of: Callable[[str], Path], kind: str, depth: int) -> None:
+    folder = folder_of(kind)
+    if kind == "videoprism_vision_model" and depth != DEEPEST:
+        with pytest.raises(CheckpointError, match=r"runs whole, .* set encoder.depth to 3"):
+            load_video_encoder("hf", folder, FRAMES, depth, size=32)
+        return
+    encoder = load_video_encoder("hf", folder, FRAMES, depth, size=32)
+    tokens = encoder(clips())
+    first, patches, _ = called_directly(folder, kind, clips(), depth)
+    assert (encoder.steps, encoder.grid, encoder.width) == (FRAMES // TUBELETS.get(kind, 1), (4, 4), 32)
+    torch.testing.assert_close(tokens.patches, patches, rtol=0, atol=1e-5)
+    cls = first.mean(dim=(1, 2)) if first.shape[2] else patches.mean(dim=(1, 2))
+    torch.testing.assert_close(tokens.cls, cls, rtol=0, atol=1e-5)
+    reference = first if first.shape[2] else cls[:, None, None]
+    saliency = torch.cosine_similarity(patches, reference, dim=-1) if first.shape[2] else patches.norm(dim=-1)
+    torch.testing.assert_close(tokens.saliency, saliency, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_patch_that_changed_moves_most(folder_of: Callable[[str], Path], kind: str) -> None:
+    depth = DEEPEST if kind == "videoprism_vision_model" else 1
+    encoder = load_video_encoder("hf", folder_of(kind), FRAMES, depth, size=32)
+    frames = clips()
+    changed = frames.clone()
+    changed[0, 3, :, 8:16, 24:32] += 2.0 * torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(2))
+    moved = (encoder(changed).patches - encoder(frames).patches).norm(dim=-1)
+    assert int(moved[0].argmax()) == (3 // TUBELETS.get(kind, 1)) * PATCHES + 1 * 4 + 3
+    assert not moved[1].any()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if PREFIX.get(kind)])
+def test_saliency_from_attention(folder_of: Callable[[str], Path], kind: str) -> None:
+    folder = folder_of(kind)
+    encoder = load_video_encoder("hf", folder, FRAMES, 2, size=32, saliency="attention")
+    given = called_directly(folder, kind, clips(), 2, attn_implementation="eager")[2][1]
+    to_patches = given[:, :, 0, PREFIX[kind] :].log().mean(dim=1)
+    assert encoder(clips()).saliency.shape == (2, encoder.steps, PATCHES)
+    expected = to_patches.reshape(2, encoder.steps, PATCHES)
+    torch.testing.assert_close(encoder(clips()).saliency, expected, rtol=0, atol=1e-5)
+
+
+def test_saliency_by_length(folder_of: Callable[[str], Path]) -> None:
+    tokens = load_video_encoder("hf", folder_of("clip"), FRAMES, 2, size=32, saliency="norm")(clips())
+    torch.testing.assert_close(tokens.saliency, tokens.patches.norm(dim=-1))
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "dinov3_vit", "clip", "siglip", "timesformer"])
+def test_another_size(folder_of: Callable[[str], Path], kind: str) -> None:
+    encoder = load_video_encoder("hf", folder_of(kind), FRAMES, 2, size=48)
+    assert encoder.grid == (6, 6)
+    assert encoder(torch.zeros(1, FRAMES, 3, 48, 48)).patches.shape == (1, FRAMES, 36, 32)
+
+
+def test_bfloat16_stays_near(folder_of: Callable[[str], Path]) -> None:
+    half = load_video_encoder("hf", folder_of("dinov2"), FRAMES, 2, size=32, dtype=torch.bfloat16)(clips())
+    whole = load_video_encoder("hf", folder_of("dinov2"), FRAMES, 2, size=32)(clips())
+    assert half.patches.dtype == torch.bfloat16
+    assert (half.patches.float() - whole.patches).norm() < 0.03 * whole.patches.norm()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("dinov2", {"size": 36}, r"video.size is 36; .*, a dinov2 model, takes multiples of its 8-pixel patch"),
+        ("dinov2", {"depth": 4}, r"depth is 4; expected 1 to 3, the number of its blocks"),
+        ("vjepa2", {"size": 48}, r"video.size is 48; .*, a vjepa2 model, takes 32 alone"),
+        ("vjepa2", {"num_frames": 5}, r"video.frames is 5; .* makes one token of 2 frames: use a multiple of 2"),
+        ("videomae", {"num_frames": 8}, r"video.frames is 8; .* takes the 4 frames it was trained on"),
+        ("siglip", {"saliency": "attention"}, r"has no CLS token whose attention could be taken; expected cls or norm"),
+        ("videomae", {"size": 48}, r"this videomae model does not take 4 frames of 48 pixels"),
+    ],
+)
+def test_what_a_model_does_not_take(
+    folder_of: Callable[[str], Path], kind: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_video_encoder("hf", folder_of(kind), **{"num_frames": FRAMES, "depth": 2, "size": 32, **options})
+    assert "\n" not in str(error.value)
+
+
+def _copy(folder: Path, to: Path) -> Path:
+    to.mkdir()
+    for file in folder.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    return to
+
+
+def _no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def _pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _torn(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def _of_another(folder: Path) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "model_type": "ijepa"}))
+
+
+def _wider(folder: Path) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "hidden_size": 64}))
+
+
+def _part_missing(folder: Path) -> None:
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _of_its_own_code(folder: Path) -> None:
+    settings = {"model_type": "their_own", "auto_map": {"AutoModel": "theirs.Model", "AutoConfig": "theirs.Config"}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "theirs.py").write_text("raise SystemExit('this code was run')")
+
+
+def _naflex(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "siglip2"}))
+
+
+def _no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_no_weights, r"holds no weights; expected model.safetensors"),
+        (_pickled, r"has its weights in pytorch_model.bin, a pickle, which could run code; convert the model"),
+        (_torn, r"transformers cannot load this dinov2 model \("),
+        (_of_another, r"the weights lack .* and \d+ more; they belong to another model than config.json describes"),
+        (_wider, r"the weights have other shapes: .* and \d+ more; they belong to another model"),
+        (_part_missing, r"lacks model-00002-of-00002.safetensors, which its index names; copy the model again"),
+        (_of_its_own_code, r"transformers cannot load this their_own model"),
+        (_naflex, r"is a siglip2 model: its patches follow the shape of each image and form no fixed grid"),
+        (_no_config, r"config.json does not exist; expected the folder of a transformers model"),
+    ],
+)
+def test_bad_folders_are_one_line(
+    folder_of: Callable[[str], Path], tmp_path: Path, change: Callable[[Path], None], message: str
+) -> None:
+    folder = _copy(folder_of("dinov2"), tmp_path / "model")
+    change(folder)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_video_encoder("hf", folder, FRAMES, 2, size=32)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "bert", "distilbert", "t5"])
+def test_text_models(folder_of: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
+    folder = folder_of(kind) if kind in CONFIGS else tmp_path
+    if kind not in CONFIGS:
+        t5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4, "vocab_size": 99}
+        distilled = {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64, "vocab_size": 99}
+        config = AutoConfig.for_model(kind, **{"t5": t5, "distilbert": distilled}.get(kind, TEXT))
+        AutoModel.from_config(config).save_pretrained(folder)
+    ids = torch.randint(3, 90, (2, 6))
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+    model = AutoModel.from_pretrained(folder).eval()
+    model = getattr(model, "text_model", model)
+    model = model.get_encoder() if kind == "t5" else model
+    with torch.inference_mode():
+        output = model(ids, attention_mask=None if kind == "siglip" else mask, output_hidden_states=True)
+    for depth, expected in ((2, output.hidden_states[2]), (3, output.last_hidden_state)):
+        states = load_text_encoder("hf", folder, depth)(ids, mask)
+        torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
+    with pytest.raises(CheckpointError, match=r"depth is 4; expected 1 to 3, the number of its text layers"):
+        load_text_encoder("hf", folder, 4)
+
+
+def test_a_vision_model_is_no_text_model(folder_of: Callable[[str], Path]) -> None:
+    with pytest.raises(CheckpointError, match=r"is a dinov2 model; text.model expects a text model"):
+        load_text_encoder("hf", folder_of("dinov2"), 2)
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    rows, cols = np.mgrid[:height, :width]
+    waves = [np.sin(rows / (7 + c)) + np.cos(cols / (5 + c)) for c in range(3)]
+    return ((np.stack(waves, axis=-1) + 2) * 63).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("resample", "pillow"), [(2, Image.Resampling.BILINEAR), (3, Image.Resampling.BICUBIC)])
+@pytest.mark.parametrize("shape", [(120, 200), (200, 120), (61, 61)])
+@pytest.mark.parametrize("squeezed", [False, True])
+def test_the_processors_resizing(
+    tmp_path: Path, resample: int, pillow: Image.Resampling, shape: tuple[int, int], squeezed: bool
+) -> None:
+    cropped = {"size": {"shortest_edge": 64}, "crop_size": {"height": 56, "width": 56}, "do_center_crop": True}
+    how = {"size": {"height": 56, "width": 56}} if squeezed else cropped
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "dinov2"}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**PROCESSOR, **how, "resample": resample}))
+    pixels = picture(*shape)
+    transform = input_transform("hf", tmp_path, 56)
+    image = Image.fromarray(pixels)
+    if squeezed:
+        expected = np.asarray(image.resize((56, 56), pillow))
+    else:
+        short = min(shape)
+        resized = image.resize((int(64 * shape[1] / short), int(64 * shape[0] / short)), pillow)
+        left, top = round((resized.width - 56) / 2), round((resized.height - 56) / 2)
+        expected = np.asarray(resized.crop((left, top, left + 56, top + 56)))
+    found = crop_and_resize(pixels[None], 56, transform)[0].permute(1, 2, 0).numpy() * 255
+    assert np.abs(found - expected).max() <= 1.5  # Pillow rounds to whole numbers after each direction
+
+
+@pytest.mark.parametrize(
+    ("settings", "mean", "std"),
+    [
+        ({}, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]),
+        ({"do_normalize": False}, [0, 0, 0], [1, 1, 1]),
+        # ViViT: pixels / 127.5 - 1, then the normalisation.
+        ({"rescale_factor": 1 / 127.5, "offset": True}, [0.75, 0.7, 0.65], [0.1, 0.15, 0.2]),
+    ],
+)
+def test_the_processors_numbers(tmp_path: Path, settings: dict[str, Any], mean: list[float], std: list[float]) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**PROCESSOR, **settings}))
+    pixels = picture(32, 32)
+    found = to_input(pixels[None], 32, input_transform("hf", tmp_path, 32))[0]
+    expected = (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(
+        std
+    ).view(3, 1, 1)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"resample": 1}, r"resample is 1; expected 2 \(bilinear\) or 3 \(bicubic\)"),
+        ({"image_mean": 0.5}, r"image_mean is 0.5; expected three numbers"),
+        ({"size": {"height": 30, "width": 32}}, r"size is .*; expected a shortest_edge, or equal height and width"),
+    ],
+)
+def test_preprocessing_that_is_not_done_here(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**PROCESSOR, **settings}))
+    with pytest.raises(CheckpointError, match=message):
+        input_transform("hf", tmp_path, 32)
+
+
+def test_a_folder_without_preprocessing(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no preprocessor_config.json, which says how frames are resized"):
+        input_transform("hf", tmp_path, 32)
