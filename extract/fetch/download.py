@@ -22,6 +22,7 @@ import urllib3
 
 from egopatch.features.common.disk import free_bytes
 from egopatch.features.common.units import format_bytes
+from egopatch.features.io.files import lock_file
 
 BLOCK = 1 << 16
 ATTEMPTS = 3
@@ -220,7 +221,7 @@ def _exclusive(part: Path) -> Iterator[None]:
     part.parent.mkdir(parents=True, exist_ok=True)
     with part.open("ab") as handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB, part)
         except BlockingIOError:
             raise DownloadError(f"{part}: another process is downloading this file; wait for it to finish") from None
         try:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from egopatch.configs.schema import ConfigError
-from egopatch.features.io.files import write_file
+from egopatch.features.io.files import lock_file, write_file
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Lockfile:
         """Add the entry of a name; entries that other processes have added meanwhile stay."""
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
+            lock_file(folder, fcntl.LOCK_EX, self.path.parent)
             self._entries = self._read() | {name: entry}
             tree = {key: asdict(self._entries[key]) for key in sorted(self._entries)}
             write_file(self.path, (json.dumps(tree, indent=1) + "\n").encode())

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from egopatch.configs.schema import ConfigError
+from egopatch.configs.yaml_keys import repeated_key
 
 DEFAULT_SOURCES = Path(__file__).with_name("data_sources.yaml")
 DEFAULT_LOCK = Path("data_sources.lock.json")
@@ -89,11 +90,14 @@ def load_sources(path: Path) -> Sources:
         ConfigError: The file is missing or malformed; the message names the entry.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        tree = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
             f"sources file {path} cannot be read ({' '.join(str(error).split())}); expected YAML"
         ) from None
+    if repeated := repeated_key(text):
+        raise ConfigError(f"sources file {path}: {repeated}")
     if not isinstance(tree, dict) or set(tree) != set(SECTIONS):
         found = ", ".join(map(str, tree)) if isinstance(tree, dict) else repr(tree)
         raise ConfigError(f"sources file {path} has sections {found}; expected {', '.join(SECTIONS)}")

@@ -316,6 +316,13 @@ def test_what_nobody_publishes(
     assert not published.server.asked
 
 
+def test_a_source_that_is_listed_twice_is_refused(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = published.root / "twice.yaml"
+    sources.write_text("datasets: {}\ncheckpoints: {a: {files: [x]}, a: {files: [y]}}\ntokenizers: {}\n")
+    assert main([*published.args, "--sources", str(sources)]) == 2
+    assert f"sources file {sources}: line 2: key 'a' is used twice; expected each key once" in capsys.readouterr().err
+
+
 def test_a_damaged_lock_is_refused(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
     (published.root / "sources.lock.json").write_text("{")
     assert main(published.args) == 2
