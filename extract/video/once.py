@@ -46,7 +46,7 @@ class OncePerVideo:
             if len(self._known) > IN_MEMORY:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
-        return self._known[key]  # type: ignore[no-any-return]
+        return self._known[key]
 
     def has(self, what: str, version: FileVersion) -> bool:
         """Whether the value called `what` was found before, by this process or by one that shares the folder."""
@@ -70,7 +70,7 @@ def _shared(folder: Path, key: tuple[str, FileVersion], compute: Callable[[], Va
         file.seek(0)
         # It is empty at first, and incomplete if its writer was killed or the disk was full.
         with suppress(EOFError, pickle.UnpicklingError):
-            return pickle.loads(file.read())  # type: ignore[no-any-return]
+            return pickle.loads(file.read())
         value = compute()
         with suppress(OSError):
             file.truncate(0)
