@@ -113,7 +113,7 @@ class VideoFile:
             stop, back = again, 2 * back + 1
         with _opened(self._path) as container:
             packets = container.demux(_film(self._path, container))
-            last = self._decode(packets, 0, None, rows, found)
+            last = self._decode(packets, 0, rows, found)
         if last is None:
             return
         if last.is_damaged or self.index.sums is not None:
@@ -124,8 +124,8 @@ class VideoFile:
         """As `_decode`, from a key frame of the index."""
         pts, dts, row = self.index.keys[key].tolist()
         # The first packet needs no other one, whether its frame is marked, or is shown at all.
-        key_pts = None if pts == self.index.first_pts else pts
-        return self._decode(self._packets_from(pts, dts), row, key_pts, rows, found)
+        is_first = pts == self.index.first_pts
+        return self._decode(self._packets_from(pts, dts), row if is_first else None, rows, found)
 
     def _packets_from(self, pts: int, dts: int) -> Iterator["av.Packet[av.VideoStream]"]:
         """The packets from a key frame's on; none if the container cannot find it."""
@@ -145,42 +145,45 @@ class VideoFile:
     def _decode(
         self,
         packets: Iterable["av.Packet[av.VideoStream]"],
-        row: int,
-        key_pts: int | None,
+        first_row: int | None,
         rows: NDArray[np.int64],
         found: dict[int, NDArray[np.uint8]],
     ) -> _Stop | None:
         """Decode `packets`, compare their frames with the index, and add those at `rows` to `found`.
 
         Args:
-            packets: Packets from those of a key frame, or from the file's first.
-            row: First row that is shown from there.
-            key_pts: pts of the key frame; None for the file's first packet.
-            rows: Rows to add.
+            packets: Packets from the file's first, or from one that is marked as a key frame.
+            first_row: First row that the file's first packet leads to. None: the first frame that the decoder calls a
+                key frame too.
+            rows: Rows to add, rising.
             found: Frames of each row.
 
         Returns:
             Where decoding was not exact; None if all rows were added.
         """
-        index, last, wanted = self.index, int(rows[-1]), set(rows.tolist())
-        leading = index.leading if key_pts is None else None
-        first_pts = int(index.pts[row]) if key_pts is None else key_pts
-        started = False
+        index, wanted = self.index, set(rows.tolist())
+        key_rows = {} if first_row is not None else dict(index.keys[:, [0, 2]].tolist())
+        leading = index.leading or 0
+        row: int | None = None
         for packet in packets:
             frames = decode(packet)
-            if frames is None and started and index.sums is None:
+            if frames is None and row is not None and index.sums is None:
                 return _Stop(row, is_damaged=True)
             for frame in frames or ():
-                if not started and leading:
-                    leading -= 1
-                    continue
-                # From the group before, or removed by an edit list.
-                if not started and leading is None and pts_of(frame) < first_pts:
-                    continue
-                if not started and key_pts is not None and not frame.key_frame:
-                    return _Stop(row, is_damaged=False)
-                started = True
-                if pts_of(frame) != index.pts[row]:
+                pts = pts_of(frame)
+                if row is None and first_row is None:
+                    row = key_rows.get(pts) if frame.key_frame else None
+                    if row is None and pts < index.pts[rows[0]]:
+                        continue
+                    if row is None or row > rows[0]:
+                        return _Stop(int(rows[0]), is_damaged=False)
+                elif row is None:
+                    # Frames that depend on something that was cut off, or that an edit list removes.
+                    if leading or (index.leading is None and pts < index.pts[first_row]):
+                        leading -= 1
+                        continue
+                    row = first_row
+                if pts != index.pts[row]:
                     return _Stop(row, is_damaged=False)
                 if frame.is_corrupt and not index.damaged[row]:
                     return _Stop(row, is_damaged=True)
@@ -188,10 +191,10 @@ class VideoFile:
                     if index.sums is not None and checksum(frame) != index.sums[row]:
                         return _Stop(row, is_damaged=False)
                     found[row] = upright(self._path, frame)
-                row += 1
-                if row > last:
+                if row == rows[-1]:
                     return None
-        return _Stop(row, is_damaged=False)
+                row += 1
+        return _Stop(int(rows[0]) if row is None else row, is_damaged=False)
 
     def _damaged(self, row: int) -> VideoError:
         index = self.index

@@ -7,7 +7,7 @@ or are not one frame each (fields, packed B-frames), every frame is decoded once
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -137,22 +137,30 @@ def index_of_frames(
     packets: dict[int, tuple[int, int, bool]] = {}  # of each pts: number, dts, and whether it is a key frame
     frames: list[_Shown] = []
     broken_at: int | None = None  # number of the last packet that could not be decoded
+    key_pts, broken_before = NO_PTS, NO_PTS
     damage = ""
     try:
         for number, packet in enumerate(container.demux(stream)):
             if packet.pts is not None:
                 dts = packet.pts if packet.dts is None else packet.dts
                 packets.setdefault(packet.pts, (number, dts, packet.is_keyframe))
+                key_pts = packet.pts if packet.is_keyframe else key_pts
             complaints = len(logged)
             decoded = decode(packet)
-            if decoded is None or packet.is_corrupt or len(logged) > complaints:
-                broken_at = number
+            complained = len(logged) > complaints
+            if complained and packet.is_keyframe and stream.codec_context.name == "h264":
+                complained = False  # about frames before the key frame; if it is damaged itself, it is marked so
+            if decoded is None or packet.is_corrupt or complained:
+                if packet.pts is not None and packet.pts < key_pts:
+                    broken_before = key_pts  # nothing from the key frame on depends on what is shown before it
+                else:
+                    broken_at = number
             for frame in decoded or ():
                 sent_at = packets[frame.pts][0] if frame.pts in packets else -1
                 # The decoder returns frames some packets late: only a key frame from after the damage ends it.
                 if broken_at is not None and frame.key_frame and not frame.is_corrupt and sent_at > broken_at:
                     broken_at = None
-                is_damaged = broken_at is not None or frame.is_corrupt
+                is_damaged = broken_at is not None or frame.is_corrupt or pts_of(frame) < broken_before
                 is_key = frame.key_frame and not is_damaged
                 frames.append(_Shown(frame.pts, frame.dts, frame.duration, is_key, is_damaged, checksum(frame)))
     except av.error.MemoryError:
@@ -209,12 +217,14 @@ def checksum(frame: "av.VideoFrame") -> int:
 
 
 def _times_of(path: Path, frames: Sequence[_Shown]) -> list[int]:
-    """Time at which each frame appears: its pts where that fits the order, else its dts, or one frame later."""
+    """Time at which each frame appears, which is its pts, or its dts if those go back; one frame later without any."""
+    pts = [pts_of(frame) for frame in frames if frame.pts is not None]
+    goes_back = any(later <= earlier for earlier, later in pairwise(pts))
     times: list[int] = []
-    later_pts = list(accumulate((pts_of(frame) for frame in reversed(frames[1:])), _earlier, initial=NO_PTS))[::-1]
-    for frame, later in zip(frames, later_pts, strict=True):
-        in_order = (not times or pts_of(frame) > times[-1]) and (later == NO_PTS or pts_of(frame) < later)
-        time = frame.pts if in_order else frame.dts
+    for frame in frames:
+        time = frame.dts if goes_back else frame.pts
+        if not times and frame.pts is not None:
+            time = frame.pts if time is None else min(time, frame.pts)
         if time is None and times:
             gap = int(np.median(np.diff(times))) if len(times) > 1 else frame.duration
             time = times[-1] + gap
@@ -229,10 +239,6 @@ def _times_of(path: Path, frames: Sequence[_Shown]) -> list[int]:
             )
         times.append(time)
     return times
-
-
-def _earlier(one: int, other: int) -> int:
-    return max(one, other) if NO_PTS in (one, other) else min(one, other)
 
 
 def _complaint(container: "av.container.InputContainer", logged: Sequence[LogLine]) -> str:

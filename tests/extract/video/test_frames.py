@@ -66,6 +66,21 @@ def test_a_stretch_past_the_end_is_refused(tmp_path: Path) -> None:
         read_frames(clip, VideoConfig(frames=4))
 
 
+def test_a_stretch_between_two_frames_shows_the_one_on_screen(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "a.mp4")
+    decoded = read_frames(Clip("a", video, 1.001, 1.02), VideoConfig(frames=2))
+    assert frame_numbers(decoded.frames) == [15, 15]
+    np.testing.assert_allclose(decoded.times_s, [1.0, 1.0])
+    last = read_frames(Clip("a", video, 1.99, 1.995), VideoConfig(frames=1))
+    assert frame_numbers(last.frames) == [29]
+
+
+def test_a_relative_path_with_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_video(tmp_path / "a.mp4").rename(tmp_path / "12:30:00.mp4")
+    monkeypatch.chdir(tmp_path)
+    assert frame_numbers(read_frames(Clip("a", Path("12:30:00.mp4")), VideoConfig(frames=1)).frames) == [14]
+
+
 @pytest.fixture
 def readings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the videos whose packets are read, one for each time."""

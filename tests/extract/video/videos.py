@@ -41,6 +41,7 @@ def write_video(
     container: Mapping[str, str] = MappingProxyType({}),
     draw: Callable[[int, tuple[int, int]], np.ndarray] = grey,
     first: int = 0,
+    pix_fmt: str | None = None,
 ) -> Path:
     """A video of `frames` frames.
 
@@ -55,11 +56,12 @@ def write_video(
         container: options of the container.
         draw: [H, W, 3] uint8 of a frame.
         first: frames of nothing before the first one.
+        pix_fmt: FFmpeg's name of the pixel format; by default one that the size allows.
     """
     with av.open(str(path), "w", options=dict(container)) as file:
         stream = file.add_stream(codec, rate=fps, options=dict(options))
         stream.width, stream.height = size
-        stream.pix_fmt = "yuv444p" if size[0] % 2 or size[1] % 2 else "yuv420p"
+        stream.pix_fmt = pix_fmt or ("yuv444p" if size[0] % 2 or size[1] % 2 else "yuv420p")
         time_base = Fraction(1, 1000) if pts else Fraction(1, fps)
         stream.codec_context.time_base = time_base
         for index in range(frames):

@@ -1,0 +1,72 @@
+"""Videos that break a rule which nearly all others keep: the frames of a full decode, or a reason."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from egopatch.configs.schema import VideoConfig
+from egopatch.extract.datasets import Clip
+from egopatch.extract.video.container import VideoFile, open_video
+from egopatch.extract.video.frames import read_frames
+from egopatch.extract.video.index import VideoError
+from egopatch.extract.video.once import OncePerVideo
+from tests.extract.video.odd_videos import ODD, REFUSED, full_decode, moving, without_ts_packet
+from tests.extract.video.videos import B_FRAMES, write_video
+
+
+def assert_shown(
+    clip: Clip, frames: int, times_s: np.ndarray, shown: list[np.ndarray], once: OncePerVideo | None = None
+) -> None:
+    """Each frame of `clip` is the one that a full decode shows at its time."""
+    decoded = read_frames(clip, VideoConfig(frames=frames), once)
+    rows = np.abs(times_s[None] - decoded.times_s[:, None]).argmin(1)
+    np.testing.assert_allclose(decoded.times_s, times_s[rows], atol=2e-3)
+    for row, frame in zip(rows.tolist(), decoded.frames, strict=True):
+        assert np.array_equal(frame, shown[row]), f"frame {row}"
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_frames_are_those_of_a_full_decode(name: str, tmp_path: Path) -> None:
+    odd = ODD[name]
+    path = odd.make(tmp_path)
+    times_s, shown = full_decode(path)
+    if odd.times_s is not None:
+        times_s = np.array(odd.times_s)
+    once = OncePerVideo()
+    assert_shown(Clip("all", path), len(shown), times_s, shown, once)
+    span_s = float(times_s[-1])
+    for start in (0.0, 0.3, 0.6):
+        for frames in (1, 4):
+            part = Clip("part", path, start * span_s, (start + 0.4) * span_s + 0.001)
+            assert_shown(part, frames, times_s, shown, once)
+
+
+def test_a_lost_packet_costs_only_the_frames_that_depend_on_it(tmp_path: Path) -> None:
+    path = without_ts_packet(write_video(tmp_path / "a.ts", options=B_FRAMES, draw=moving), 0.5)
+    times_s, shown = full_decode(path)
+    assert_shown(Clip("before", path, 0.0, 0.7), 4, times_s, shown)
+    assert_shown(Clip("after", path, 1.6, 9.0), 4, times_s, shown)
+    with pytest.raises(VideoError, match=r"cannot be decoded at \d\.\d+ s: .* damaged"):
+        read_frames(Clip("at", path, 0.5, 1.6), VideoConfig(frames=16))
+
+
+def test_wrong_marks_cost_a_few_key_frames_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every packet is marked, decoding starts 1, 3, 7 packets earlier until there is a true key frame."""
+    path = ODD["every packet marked, mpeg4"].make(tmp_path)
+    keys: list[int] = []
+    decode_from = VideoFile._decode_from
+    monkeypatch.setattr(
+        VideoFile, "_decode_from", lambda file, key, *rest: keys.append(key) or decode_from(file, key, *rest)
+    )
+    with open_video(path) as file:
+        file.pixels(np.array([24, 28]))
+    assert keys == [24, 23, 21, 17]  # the true key frames are 0, 10 and 20
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_read_says_why(name: str, tmp_path: Path) -> None:
+    make, reason = REFUSED[name]
+    with pytest.raises(VideoError, match=reason) as caught:
+        read_frames(Clip("a", make(tmp_path)), VideoConfig(frames=4))
+    assert "\n" not in str(caught.value)
