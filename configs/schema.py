@@ -327,6 +327,11 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    def __post_init__(self) -> None:
+        # The models of transformers have patches of their own sizes, which only their folders know.
+        if self.encoder.arch != "hf" and self.video.size % 16:
+            raise ConfigError(f"video.size is {self.video.size}; expected a positive multiple of 16")
+
 
 def option_names() -> list[str]:
     """Every `section.field` of `Config`, in the order of the definitions above."""
@@ -408,9 +413,10 @@ def parse_config(parser: jsonargparse.ArgumentParser, args: Sequence[str]) -> tu
     namespace = parser.parse_args(list(args))
     try:
         sections = parser.instantiate(namespace)
+        config = Config(**{name: sections[name] for name in _sections()})
     except ValueError as error:
         parser.error(str(error))
-    return Config(**{name: sections[name] for name in _sections()}), namespace
+    return config, namespace
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

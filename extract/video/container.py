@@ -183,6 +183,7 @@ class VideoFile:
                         leading -= 1
                         continue
                     row = first_row
+                assert row is not None
                 if pts != index.pts[row]:
                     return _Stop(row, is_damaged=False)
                 if frame.is_corrupt and not index.damaged[row]:

@@ -11,6 +11,7 @@ they hold a shard's lease lose nothing: the second is refused, reads what the fi
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -74,10 +75,11 @@ def commit_shard(
             try:
                 staged = target.file_format.stage(folder, target.spec, shard, slots, _with_checksums(blocks, sums))
                 files = {name: size_and_crc_of_file(path) for name, path in staged.items()}
-            except FileNotFoundError:
-                if folder.exists():
+            except FileNotFoundError as error:
+                if folder.exists() and not Path(error.filename or "").is_relative_to(folder):
                     raise
-                raise write_conflict(f"shard {shard} of {storage.location}") from None  # it took this writer for dead
+                # Another writer took this one for dead and is removing, or has removed, its files.
+                raise write_conflict(f"shard {shard} of {storage.location}") from None
             locked.enter_context(storage.committing(shard))
             if storage.in_place:
                 if replaced:

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,6 +86,8 @@ def fork(action: Callable[[], object]) -> Child:
         try:
             action()
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     return Child(child)

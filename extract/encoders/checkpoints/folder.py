@@ -38,7 +38,7 @@ def open_folder(path: Path) -> FolderCheckpoint:
     """Read what the folder at `path` holds, without its tensors.
 
     Raises:
-        CheckpointError: There is no such folder, it has no config, or its safetensors files are missing or incomplete.
+        CheckpointError: The folder is missing or has no config, or its safetensors files are missing or incomplete.
     """
     if not path.is_dir():
         raise CheckpointError(
@@ -119,12 +119,13 @@ def _normalisation(settings: dict[str, Any], refuse: Any) -> tuple[tuple[float, 
     """Mean and deviation of pixels in [0, 1], with the processor's own rescaling included."""
     factor = float(settings.get("rescale_factor", 1 / 255)) * 255 if settings.get("do_rescale", True) else 255.0
     shift = 1.0 if settings.get("do_rescale", True) and settings.get("offset", False) else 0.0
-    mean, std = [0.0] * 3, [1.0] * 3
+    numbers = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
     if settings.get("do_normalize", True):
-        mean, std = settings.get("image_mean"), settings.get("image_std")
-        for name, value in (("image_mean", mean), ("image_std", std)):
-            if not isinstance(value, list) or len(value) != 3:
+        for name in numbers:
+            if not isinstance(settings.get(name), list) or len(settings[name]) != 3:
                 raise refuse(name, "three numbers, for R, G and B")
+            numbers[name] = settings[name]
+    mean, std = numbers.values()
     return tuple((m + shift) / factor for m in mean), tuple(s / factor for s in std)
 
 

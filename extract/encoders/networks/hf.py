@@ -22,7 +22,7 @@ def model_folder(model: Path | str) -> Path:
     """The folder of `model`: itself, or a copy of the hub's model of that name in the hub's cache.
 
     Raises:
-        CheckpointError: There is no such folder, and the hub has no such model or cannot be reached.
+        CheckpointError: The folder is missing, and the hub lacks the model or cannot be reached.
     """
     folder = Path(model)
     if folder.exists():
