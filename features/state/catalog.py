@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from egopatch.features.state.ids import RowPlan, ids_journal
-from egopatch.features.state.ledger import ClipRecord, Commit, Entry, Ledger, ledger_journal
+from egopatch.features.state.ledger import ClipRecord, Commit, Entry, Ledger, RowVersion, ledger_journal
 from egopatch.features.storage.interface import ReadableFiles, Storage
 from egopatch.features.storage.journal import Contents, Position, require_intact
 from egopatch.features.values.dtypes import spec_row_bytes
@@ -123,7 +123,7 @@ class Catalog:
             raise AbsentClip(absent, f"store {self.root}")
         return [self.ledger.clips[name].clip(name) for name in ids]
 
-    def unchanged(self, records: Mapping[str, ClipRecord]) -> list[str]:
-        """Those ids of `records` of which the ledger still has the same record."""
-        clips = self.ledger.clips
-        return [name for name, record in records.items() if name in clips and clips[name].clip(name) == record]
+    def unchanged(self, versions: Mapping[str, RowVersion]) -> list[str]:
+        """Those ids of `versions` whose row is still the same."""
+        now = self.ledger.versions(versions)
+        return [name for name, version in versions.items() if now.get(name) == version]

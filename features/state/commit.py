@@ -18,7 +18,7 @@ import numpy as np
 from egopatch.features.formats.interface import Blocks, Format
 from egopatch.features.io.files import crc32c, size_and_crc_of_file
 from egopatch.features.state.ledger import ClipRecord, announce_record, commit_record, drop_record, ledger_journal
-from egopatch.features.state.origin import Origin
+from egopatch.features.state.origin import Origin, encode_origins
 from egopatch.features.storage.interface import Storage
 from egopatch.features.storage.journal import Position
 from egopatch.features.values.dtypes import row_bytes
@@ -56,7 +56,7 @@ def commit_shard(
         rows: Id -> row of the store, in rising order.
         blocks: Rows of each array, in the order of `rows`.
         sources: Id -> hash of the video (or text) that was encoded.
-        origins: Id -> stretch of video that was encoded; None where it is not known.
+        origins: Id -> stretch of video that was encoded, in the order of `rows`; None where it is not known.
         errors: Array -> reconstruction error that quantisation caused.
         after: How far the ledger had been read when `rows` was determined.
         replaced: Ids of committed rows that `blocks` gives other values. Where files are replaced in place, these rows
@@ -88,8 +88,17 @@ def commit_shard(
             write_id = storage.publish(shard, staged, files)
         if storage.in_place:
             _read_back(target, shard, rows, sums)
-        clips = {name: ClipRecord(row, sums[name], sources[name], origins[name]) for name, row in rows.items()}
-        commit = commit_record(shard, clips, files, target.fingerprint, errors, target.row_bytes, write_id)
+        clips = {name: ClipRecord(row, sums[name], sources[name]) for name, row in rows.items()}
+        commit = commit_record(
+            shard,
+            clips,
+            files,
+            target.fingerprint,
+            errors,
+            target.row_bytes,
+            write_id,
+            encode_origins(list(origins.values())),
+        )
         ledger.append(commit, after)
 
 

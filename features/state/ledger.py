@@ -5,7 +5,7 @@ removes damaged or stale clips. Unknown fields are ignored, since a later versio
 refused.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from egopatch.features.io.fields import (
@@ -18,7 +18,7 @@ from egopatch.features.io.fields import (
     get_file_sums,
     get_list,
 )
-from egopatch.features.state.origin import Origin, OriginColumns, origins_record, parse_origins
+from egopatch.features.state.origin import Origin, decode_origins
 from egopatch.features.storage.interface import Journal, Storage
 from egopatch.features.storage.journal import Contents, validating
 
@@ -34,13 +34,19 @@ class ClipRecord:
         row: Row in every array of the store.
         checksums: CRC-32C of the row's bytes before compression, by array.
         source: Hash of the video (or text) that was encoded.
-        origin: The stretch of video that was encoded; None for texts, and for clips that an earlier version stored.
     """
 
     row: int
     checksums: Mapping[str, int]
     source: str
-    origin: Origin | None = None
+
+
+@dataclass(frozen=True)
+class RowVersion:
+    """A committed row, and what it was made of: a row that replaces it differs in one of them."""
+
+    record: ClipRecord
+    origin: Origin | None
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class Commit:
         errors: Reconstruction error that quantisation caused, by array.
         row_bytes: Bytes in one row of every array together, before compression.
         write_id: Id of the write that these files come from, where every write has its own file names; else empty.
-        origins: Origins of the clips as in `ClipRecord`; None where none was recorded.
+        origins: What the clips were made of, as `encode_origins` gives it.
     """
 
     shard: int
@@ -79,17 +85,17 @@ class Commit:
     errors: Mapping[str, float]
     row_bytes: int
     write_id: str = ""
-    origins: OriginColumns | None = None
+    origins: str = ""
 
     def clip(self, name: str) -> ClipRecord:
         """The record of the clip `name`, one of `ids`."""
         index = self.ids.index(name)
         sums = {array: int.from_bytes(column[4 * index : 4 * index + 4]) for array, column in self.checksums.items()}
-        return ClipRecord(self.rows[index], sums, self.sources[index], self.origin_at(index))
+        return ClipRecord(self.rows[index], sums, self.sources[index])
 
-    def origin_at(self, index: int) -> Origin | None:
-        """The origin of the clip at `index` in `ids`."""
-        return None if self.origins is None else self.origins.at(index)
+    def origins_by_id(self) -> dict[str, Origin | None]:
+        """Id -> origin of each clip; None for texts, and for clips that an earlier version stored."""
+        return dict(zip(self.ids, decode_origins(self.origins, len(self.ids)), strict=True))
 
 
 @dataclass(frozen=True)
@@ -131,15 +137,20 @@ class Ledger:
         """Id of the committed write of `shard`; empty where files are replaced in place, or nothing is committed."""
         return self.write_ids.get(shard, "")
 
-    def origins(self) -> dict[str, Origin | None]:
-        """Id -> origin of every committed clip, as in `ClipRecord`."""
-        commits = {id(commit): commit for commit in self.clips.values()}
-        return {
-            name: commit.origin_at(index)
-            for commit in commits.values()
-            for index, name in enumerate(commit.ids)
-            if self.clips.get(name) is commit
-        }
+    def origins(self, names: Collection[str] | None = None) -> dict[str, Origin | None]:
+        """Id -> origin, as in `Commit.origins_by_id`, of the committed clips `names`; by default of all.
+
+        Raises:
+            DamagedStore: Another program wrote the ledger.
+        """
+        of = self.clips if names is None else {name: self.clips[name] for name in names}
+        by_commit = {number: commit.origins_by_id() for number, commit in {id(c): c for c in of.values()}.items()}
+        return {name: by_commit[id(commit)][name] for name, commit in of.items()}
+
+    def versions(self, names: Iterable[str]) -> dict[str, RowVersion]:
+        """Id -> row, of those of `names` that are committed. Errors as in `origins`."""
+        origins = self.origins([name for name in names if name in self.clips])
+        return {name: RowVersion(self.clips[name].clip(name), origin) for name, origin in origins.items()}
 
     def add_all(self, contents: Contents[Entry]) -> None:
         """Apply lines that were read."""
@@ -191,6 +202,7 @@ def commit_record(
     errors: Mapping[str, float],
     row_bytes: int,
     write_id: str = "",
+    origins: str = "",
 ) -> Record:
     """The line that commits `clips`, in the order of their rows; the other arguments are as in `Commit`."""
     records = list(clips.values())
@@ -206,9 +218,7 @@ def commit_record(
         "fingerprint": fingerprint,
         "errors": dict(errors),
     }
-    origins = [clip.origin for clip in records]
-    if any(origin is not None for origin in origins):
-        record["origins"] = origins_record(origins)
+    record |= {"origins": origins} if origins else {}
     return record | {"attempt": write_id} if write_id else record
 
 
@@ -241,7 +251,7 @@ def parse_entry(record: Record) -> Entry:
             _parse_errors(get_field(record, "errors", dict)),
             get_count(record, "row_bytes"),
             _parse_write_id(record),
-            parse_origins(get_field(record, "origins", dict), len(ids)) if "origins" in record else None,
+            get_field(record, "origins", str) if "origins" in record else "",
         )
     raise MalformedRecord(f"'kind' is {kind[:40]!r}; expected announce, commit or drop")
 

@@ -75,7 +75,9 @@ class RowReader:
         with self._refreshing:
             if catalog.ledger.commits.get(shard) == commit:  # else another thread has refreshed it meanwhile
                 catalog.refresh(shard)
-            return catalog.ledger.commits.get(shard) != commit or not catalog.unchanged({name: record})
+            clips = catalog.ledger.clips
+            changed = name not in clips or clips[name].clip(name) != record
+            return changed or catalog.ledger.commits.get(shard) != commit
 
     def _read_committed(self, target: np.ndarray, name: str, record: ClipRecord, array: ArraySpec) -> None:
         root, spec = self._catalog.root, self._catalog.spec

@@ -25,7 +25,7 @@ from egopatch.features.state.header import (
     read_header,
 )
 from egopatch.features.state.ids import RowPlan, add_rows, ids_journal, ids_without_row
-from egopatch.features.state.ledger import ClipRecord, ledger_journal
+from egopatch.features.state.ledger import RowVersion, ledger_journal
 from egopatch.features.state.origin import Origin
 from egopatch.features.state.quarantine import Failure, Quarantine, QuarantineRecord, quarantine_journal
 from egopatch.features.storage.interface import Storage, file_matches
@@ -48,12 +48,12 @@ class ShardWork:
     Attributes:
         shard: Number of the shard.
         ids: The clips.
-        replaces: Id -> record of the committed row that is to be replaced, for those of `ids` that have one.
+        replaces: Id -> the committed row that is to be replaced, for those of `ids` that have one.
     """
 
     shard: int
     ids: tuple[str, ...]
-    replaces: Mapping[str, ClipRecord] = field(default_factory=dict)
+    replaces: Mapping[str, RowVersion] = field(default_factory=dict)
 
 
 def create_store(
@@ -237,11 +237,8 @@ class Store:
         for name, row in self.catalog.rows.items():
             if name in replace or (name not in self.catalog.ledger.clips and name not in skip):
                 work.setdefault(self.catalog.shard_of(row), []).append(name)
-        return [ShardWork(shard, tuple(ids), self._records(ids)) for shard, ids in sorted(work.items())]
-
-    def _records(self, ids: Sequence[str]) -> dict[str, ClipRecord]:
-        clips = self.catalog.ledger.clips
-        return {name: clips[name].clip(name) for name in ids if name in clips}
+        versions = self.catalog.ledger.versions
+        return [ShardWork(shard, tuple(ids), versions(ids)) for shard, ids in sorted(work.items())]
 
     # Reading
 
@@ -346,7 +343,7 @@ class Store:
         sources: Mapping[str, str],
         failures: Mapping[str, Failure] = MappingProxyType({}),
         origins: Mapping[str, Origin] = MappingProxyType({}),
-        replaces: Mapping[str, ClipRecord] = MappingProxyType({}),
+        replaces: Mapping[str, RowVersion] = MappingProxyType({}),
     ) -> None:
         """Commit clips of one shard: all of them, or none if anything fails. The shard's other rows do not change.
 
@@ -356,7 +353,7 @@ class Store:
             sources: Id -> hash of the video (or text) that was encoded.
             failures: Clips that could not be encoded; they go to quarantine.
             origins: Id -> stretch of video that was encoded.
-            replaces: Id -> record of a committed row, as in `ShardWork`. A clip in `rows` replaces that row, and a clip
+            replaces: Id -> a committed row, as in `ShardWork`. A clip in `rows` replaces that row, and a clip
                 in `failures` removes it; if another process has replaced the row already, its row stays.
 
         Raises:

@@ -9,7 +9,7 @@ from egopatch.features.formats.interface import Format
 from egopatch.features.io.files import write_errors_explained
 from egopatch.features.state.catalog import Catalog
 from egopatch.features.state.commit import CommitTarget, commit_shard
-from egopatch.features.state.ledger import ClipRecord, announce_record, drop_record, ledger_journal
+from egopatch.features.state.ledger import RowVersion, announce_record, drop_record, ledger_journal
 from egopatch.features.state.origin import Origin
 from egopatch.features.state.quarantine import Failure, add_failures, quarantine_journal
 from egopatch.features.store.reader import RowReader
@@ -38,7 +38,7 @@ class ShardWriter:
         sources: Mapping[str, str],
         failures: Mapping[str, Failure],
         origins: Mapping[str, Origin],
-        replaces: Mapping[str, ClipRecord],
+        replaces: Mapping[str, RowVersion],
     ) -> None:
         """Commit new clips; arguments and errors as in `Store.write_shard`."""
         catalog = self._catalog
@@ -91,7 +91,7 @@ class ShardWriter:
         rows: Rows,
         sources: Mapping[str, str],
         failures: Mapping[str, Failure],
-        replaces: Mapping[str, ClipRecord],
+        replaces: Mapping[str, RowVersion],
     ) -> None:
         catalog = self._catalog
         for name in [*rows, *failures]:
@@ -115,7 +115,7 @@ class ShardWriter:
         new: Rows,
         sources: Mapping[str, str],
         origins: Mapping[str, Origin],
-        replaces: Mapping[str, ClipRecord],
+        replaces: Mapping[str, RowVersion],
     ) -> None:
         """Commit `new` rows, except those that another writer has committed in the meantime."""
         catalog = self._catalog
@@ -142,7 +142,8 @@ class ShardWriter:
         kept = {name: catalog.ledger.clips[name].clip(name) for name in former if name not in new}
         rows = {name: catalog.rows[name] for name in sorted([*kept, *new], key=catalog.rows.__getitem__)}
         all_sources = {name: kept[name].source if name in kept else sources[name] for name in rows}
-        all_origins = {name: kept[name].origin if name in kept else origins.get(name) for name in rows}
+        kept_origins = catalog.ledger.origins(kept)
+        all_origins = {name: kept_origins[name] if name in kept else origins.get(name) for name in rows}
         errors = dict(catalog.ledger.errors.get(shard, {})) if kept else {}
         for tensors in new.values():
             error = reconstruction_error(tensors, catalog.spec)

@@ -291,22 +291,28 @@ def test_any_bounds_and_names_come_back_exactly(make_local: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    "text",
     [
-        {"names": []},
-        {"sizes": ["7"]},
-        {"files": [0, 0, 0]},
-        {"files": [0, 0, 0, 10**30]},
-        {"start_s": [0.0, 1.0, 2.0, "3"]},
-        {"end_s": [0.0]},
-        {"end_s": None},
+        "{",
+        "[]",
+        '{"files":[["a.mp4",7]],"clips":[[0,null,null]]}',  # too few clips
+        '{"files":[["a.mp4",7]],"clips":[[1,0.0,1.0],null,null,null]}',
+        '{"files":[["a.mp4","7"]],"clips":[null,null,null,null]}',
+        '{"files":[["a.mp4",7]],"clips":[[0,0.0,"1"],null,null,null]}',
+        '{"files":[["a.mp4",7]],"clips":[[0],[0,1.0,2.0,3.0],null,null]}',
     ],
 )
-def test_columns_that_no_ledger_has_are_refused(make_local: Make, change: dict) -> None:
+def test_origins_that_no_ledger_has_are_refused(
+    make_local: Make, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     store = filled(make_local)
     journal = raw_ledger_journal(storage_at(store.path))
     *others, last = [line.entry for line in journal.read().lines]
-    journal.rewrite([*others, last | {"origins": last["origins"] | change}])
+    journal.rewrite([*others, last | {"origins": text}])
+    assert main(["info", str(store.path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "'origins' of a commit is" in line
+    journal.rewrite([*others, last | {"origins": {}}])
     with pytest.raises(DamagedStore, match="does not belong there"):
         open_store(store.path)
 
