@@ -99,6 +99,21 @@ def test_same_seed_same_losses_and_weights(tiny: Config) -> None:
     assert losses(third.run.dir) != losses(tiny.run.dir)
 
 
+def test_threads_do_not_change_losses_of_large_batches(tiny: Config) -> None:
+    # From 32,768 numbers on, here 256 questions x 8 heads x 32 channels, torch's threads add up in any order.
+    large = with_run(tiny, "large", train_batch=256, head_heads=8, train_epochs=4)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        traces = []
+        for number in range(2):
+            fit(config := with_run(large, f"large{number}"), "x")
+            traces.append(losses(config.run.dir))
+    finally:
+        torch.set_num_threads(threads)
+    assert traces[0] == traces[1]
+
+
 @pytest.mark.parametrize(("step", "accumulate"), [(1, 1), (12, 1), (16, 1), (23, 1), (7, 3)])
 def test_killed_and_resumed_gives_the_same_trace(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, step: int, accumulate: int
@@ -298,17 +313,24 @@ def test_sigkill_of_the_process_and_resume(tiny: Config, tmp_path: Path) -> None
     assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
 
 
-@pytest.mark.parametrize("mask", [0o022, 0o027])
-def test_a_runs_files_follow_the_umask(tiny: Config, mask: int) -> None:
+@pytest.mark.parametrize("mask", [0o002, 0o027])
+def test_the_files_of_runs_and_sweeps_follow_the_umask(tiny: Config, mask: int) -> None:
     former = os.umask(mask)
     try:
         fit(tiny, "x")
+        run_sweep(tiny, ratios=[0.5])
     finally:
         os.umask(former)
-    files = [path for path in tiny.run.dir.iterdir() if path.is_file()]
-    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {
-        path.name: oct(0o666 & ~mask) for path in files
+    files = [path for path in tiny.run.dir.parent.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {
+        "best.safetensors",
+        "last.pt",
+        "sweep.json",
+        "sweep.csv",
+        "sweep.png",
+        "lock",
     }
+    assert {path: oct(path.stat().st_mode & 0o777) for path in files} == {path: oct(0o666 & ~mask) for path in files}
 
 
 def test_another_setting_in_the_folder_is_refused(tiny: Config) -> None:

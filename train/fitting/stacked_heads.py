@@ -271,10 +271,13 @@ class _Caller(nn.Module):
 
 @contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
-    """Inside the block, refuse operations whose results vary from run to run."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(before or enabled)
+    """Inside the block, use no operation whose results vary from run to run; one without an alternative is refused."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(before[0] or enabled)
+    # Filling memory that is about to be written takes time and helps only to find mistakes.
+    torch.utils.deterministic.fill_uninitialized_memory = before[0] and before[1]
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
