@@ -99,19 +99,20 @@ def test_same_seed_same_losses_and_weights(tiny: Config) -> None:
     assert losses(third.run.dir) != losses(tiny.run.dir)
 
 
-def test_threads_do_not_change_losses_of_large_batches(tiny: Config) -> None:
-    # From 32,768 numbers on, here 256 questions x 8 heads x 32 channels, torch's threads add up in any order.
-    large = with_run(tiny, "large", train_batch=256, head_heads=8, train_epochs=4)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        traces = []
-        for number in range(2):
-            fit(config := with_run(large, f"large{number}"), "x")
-            traces.append(losses(config.run.dir))
-    finally:
-        torch.set_num_threads(threads)
-    assert traces[0] == traces[1]
+def test_a_cpu_uses_no_operation_that_depends_on_the_order_of_threads(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without this mode, threads add up the gradients of indexed tensors in any order, from 32,768 numbers on.
+    real, modes = RunGroup.learn, []
+
+    def learn(self: RunGroup, batch: Batch, last: bool) -> None:
+        modes.append(torch.are_deterministic_algorithms_enabled())
+        real(self, batch, last)
+
+    monkeypatch.setattr(RunGroup, "learn", learn)
+    fit(with_run(tiny, "psa", train_epochs=1), "x")
+    assert modes == [True] * 8
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize(("step", "accumulate"), [(1, 1), (12, 1), (16, 1), (23, 1), (7, 3)])

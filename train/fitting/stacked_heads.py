@@ -272,12 +272,13 @@ class _Caller(nn.Module):
 @contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
     """Inside the block, use no operation whose results vary from run to run; one without an alternative is refused."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(before[0] or enabled)
-    # Filling memory that is about to be written takes time and helps only to find mistakes.
-    torch.utils.deterministic.fill_uninitialized_memory = before[0] and before[1]
+    settings: Any = torch.utils.deterministic
+    before, filled = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(before or enabled)
+    # torch would also fill all memory that is about to be written, which takes time and helps only to find mistakes.
+    settings.fill_uninitialized_memory = before and filled
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        torch.use_deterministic_algorithms(before)
+        settings.fill_uninitialized_memory = filled
