@@ -13,6 +13,7 @@ from egopatch.extract.datasets import Clip
 from egopatch.extract.video.decode import prepare_clip
 from egopatch.extract.video.frames import read_frames
 from egopatch.extract.video.transforms import to_input
+from tests.extract.video.odd_videos import FILES
 from tests.extract.video.videos import FPS, frame_numbers, write_video
 
 
@@ -68,3 +69,12 @@ def test_what_cannot_be_done_is_one_line(
     assert reason in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out.npz").exists()
+
+
+def test_frames_of_several_sizes_go_into_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    video = FILES / "size_changes.mp4"
+    assert main(["frames", str(video), "--video.frames", "4", "--out", str(tmp_path / "a.npz")]) == 1
+    assert "several sizes, 256x128 and 128x128, and one array holds only one; give --out a" in capsys.readouterr().err
+    assert main(["frames", str(video), "--video.frames", "4", "--out", str(tmp_path / "png")]) == 0
+    sizes = [Image.open(path).size for path in sorted((tmp_path / "png").iterdir())]
+    assert sizes == [(256, 128), (256, 128), (128, 128), (128, 128)]

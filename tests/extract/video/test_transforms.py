@@ -43,3 +43,10 @@ def test_crop_stays_in_the_unit_range() -> None:
     assert pixels.shape == (1, 3, 112, 112)
     assert pixels.dtype == torch.float32
     assert 0 <= pixels.min() < pixels.max() <= 1
+
+
+def test_frames_of_several_sizes_are_resized_each_on_its_own() -> None:
+    rng = np.random.default_rng(0)
+    frames = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((97, 131), (131, 97), (97, 131))]
+    alone = torch.cat([to_input([frame], 64) for frame in frames])
+    assert torch.equal(to_input(frames, 64), alone)
