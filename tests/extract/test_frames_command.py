@@ -76,5 +76,8 @@ def test_frames_of_several_sizes_go_into_a_folder(tmp_path: Path, capsys: pytest
     assert main(["frames", str(video), "--video.frames", "4", "--out", str(tmp_path / "a.npz")]) == 1
     assert "several sizes, 256x128 and 128x128, and one array holds only one; give --out a" in capsys.readouterr().err
     assert main(["frames", str(video), "--video.frames", "4", "--out", str(tmp_path / "png")]) == 0
-    sizes = [Image.open(path).size for path in sorted((tmp_path / "png").iterdir())]
+    sizes = []
+    for path in sorted((tmp_path / "png").iterdir()):
+        with Image.open(path) as image:
+            sizes.append(image.size)
     assert sizes == [(256, 128), (256, 128), (128, 128), (128, 128)]
