@@ -1,6 +1,13 @@
-"""How the tests are shared among the processes of pytest-xdist."""
+"""What holds for all tests: they hear Ctrl-C, and they are shared among the processes of pytest-xdist by files."""
+
+import signal
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """Undo what a shell does to a job in the background, which ignores Ctrl-C, and whose children do so too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

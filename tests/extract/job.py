@@ -38,18 +38,13 @@ def videos(root: Path) -> list[Path]:
 
 def start_job(args: list[str], command: str = "run") -> "subprocess.Popen[str]":
     """A job in a process, and a process group, of its own."""
-    # A background job of a shell ignores Ctrl-C, and so would its children.
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return subprocess.Popen(
-            [sys.executable, "-m", "extract", command, *args],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-    finally:
-        signal.signal(signal.SIGINT, former)
+    return subprocess.Popen(
+        [sys.executable, "-m", "extract", command, *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def signal_all(job: "subprocess.Popen[str]", number: signal.Signals) -> None:

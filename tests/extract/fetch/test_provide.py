@@ -273,12 +273,7 @@ def test_ctrl_c_half_way_and_again(published: Published) -> None:
     gate = threading.Event()
     published.server.files["/Net.pth"] = Served(published.contents["/Net.pth"], gate=gate)
     command = [sys.executable, "-m", "extract", *published.args]
-    # A background job of a shell is deaf to Ctrl-C, and so would be its child.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     part = published.root / "weights/Net.pth.part"
     deadline = time.monotonic() + 60
     while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
