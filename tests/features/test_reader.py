@@ -90,7 +90,7 @@ def test_rows_are_read_while_another_thread_looks_for_a_later_commit(
 def test_a_row_that_another_process_has_replaced_is_read_as_it_is_now(make: Callable[..., Store]) -> None:
     fill(make())
     store, later = open_store(make().path), open_store(make().path)
-    (replaced,) = later.catalog.clip_records([IDS[0]])
-    later.write_shard(0, {IDS[0]: clip(50)}, {IDS[0]: "sha256:50"}, replaces={IDS[0]: replaced})
+    replaces = later.catalog.ledger.versions([IDS[0]])
+    later.write_shard(0, {IDS[0]: clip(50)}, {IDS[0]: "sha256:50"}, replaces=replaces)
     assert np.array_equal(store.read([IDS[0]]).patches[0], clip(50)["patches"].half())
     assert np.array_equal(store.read([IDS[1]]).patches[0], clip(1)["patches"].half())
