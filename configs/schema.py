@@ -18,7 +18,6 @@ import jsonargparse
 from egopatch.configs.yaml_keys import repeated_key
 
 ComputeDtype = Literal["float32", "bfloat16"]
-HeadName = Literal["majority", "question-only", "pooled", "egovlp", "egovlpv2", "mfas", "psa"]
 Score = Literal["question", "saliency", "prior", "random", "all"]
 Level = Literal["patch", "frame", "video"]
 
@@ -37,14 +36,15 @@ class DataConfig:
     """The data set.
 
     Args:
-        name: Layout of the data set: `egotaskqa` (the released files) or `jsonl` (your own videos).
+        name: Layout of the data set: `egotaskqa` (the released files), `jsonl` (your own videos), or one that a
+            package or a call registers.
         root: Folder with the annotations and the videos.
         split: EgoTaskQA's split by reference type, which is also the tag that the published "All" counts.
         clips: `jsonl` only: file in `root` with one clip a line: clip_id, video, start_s, end_s.
         questions: `jsonl` only: file in `root` with one question a line: question_id, clip_id, question, answer, part.
     """
 
-    name: Literal["egotaskqa", "jsonl"] = "egotaskqa"
+    name: str = "egotaskqa"
     root: Path = Path("data/egotaskqa")
     split: Literal["direct", "indirect"] = "direct"
     clips: str = "clips.jsonl"
@@ -84,8 +84,8 @@ class EncoderConfig:
     """The frozen video network of stage one.
 
     Args:
-        arch: Network: egovlp, egovlpv2, mfas (published; they need a checkpoint), lite (weights from a package), or hf
-            (a vision or video model of transformers).
+        arch: Network: egovlp, egovlpv2, mfas (published; they need a checkpoint), lite (weights from a package), hf (a
+            vision or video model of transformers), or one that a package or a call registers.
         checkpoint: File with the weights, in a published format or safetensors; `null` takes those of the package; for
             hf, the model's folder or its name on the hub.
         depth: Number of blocks before the tokens are taken; tokens of the last block have the final norm applied.
@@ -201,7 +201,9 @@ class HeadConfig:
     """The head that stage two trains; only `name`, `checkpoint`, `heads`, `width` and `dropout` matter beyond `psa`.
 
     Args:
-        name: Head: a blind baseline, a published system, or `psa` (ours).
+        name: Head: a blind baseline (majority, question-only), a published system (pooled or egovlp, egovlpv2, mfas),
+            psa (ours), or one that a package or a call registers.
+        options: Options of a registered head, by name; `--head.options.NAME VALUE` sets one.
         checkpoint: `egovlpv2` and `mfas` only: a fine-tuned file to evaluate unchanged or to continue training from;
             `null` starts from `encoder.checkpoint`.
         ratio: Selection ratio rho; each frame keeps k = ceil(rho N) patches.
@@ -225,7 +227,8 @@ class HeadConfig:
         implementation: Implementation of `select_attend`: `auto` is Triton on CUDA, else the reference.
     """
 
-    name: HeadName = "psa"
+    name: str = "psa"
+    options: dict[str, Any] | None = None
     checkpoint: Path | None = None
     ratio: float = 0.25
     scores: tuple[Score, ...] = ("question", "saliency", "prior")

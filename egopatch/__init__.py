@@ -9,9 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from egopatch.extract.datasets import register_dataset
+    from egopatch.extract.encoders import register_encoder
     from egopatch.features import create_store, open_store
+    from egopatch.train.heads import register_head
 
-__all__ = ["create_store", "open_store"]
+__all__ = ["create_store", "open_store", "register_dataset", "register_encoder", "register_head"]
+
+_ROOMS = {
+    "register_dataset": "egopatch.extract.datasets",
+    "register_encoder": "egopatch.extract.encoders",
+    "register_head": "egopatch.train.heads",
+}
 
 if not TYPE_CHECKING:  # mypy would believe in any name
 
@@ -19,4 +28,4 @@ if not TYPE_CHECKING:  # mypy would believe in any name
         # torch takes seconds to import, and the command line has no use for it before it knows its command.
         if name not in __all__:
             raise AttributeError(f"module 'egopatch' has no attribute {name!r}")
-        return getattr(import_module("egopatch.features"), name)
+        return getattr(import_module(_ROOMS.get(name, "egopatch.features")), name)

@@ -23,6 +23,7 @@ def video_fingerprint(
             **configured(config),
             "checkpoint": checkpoint_sha256,
             **({"package": network.package.version} if packaged and network.package else {}),
+            **({} if network.plugin is None else {"plugin": network.plugin}),
             **encoder.identity,
             "transform": transform.name,
             "stored_dtype": config.store.dtype,

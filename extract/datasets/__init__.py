@@ -1,11 +1,11 @@
 """Data sets: annotation files in, clips and questions out.
 
 `records` defines the dataclasses, `parsing` reads files and reports faults by line, each adapter (`egotaskqa`, `jsonl`)
-reads one layout, and `registry` picks the adapter by `data.name`. `egosynth` renders the synthetic set. Other packages
-use the names below, and the answer vocabulary in `records`.
+reads one layout, and `registry` picks the adapter by `data.name`, from this package or another. `egosynth` renders the
+synthetic set. Other packages use the names below, and the answer vocabulary in `records`.
 """
 
 from egopatch.extract.datasets.records import PARTS, Clip, Dataset, DatasetError, Question
-from egopatch.extract.datasets.registry import load_dataset
+from egopatch.extract.datasets.registry import load_dataset, register_dataset
 
-__all__ = ["PARTS", "Clip", "Dataset", "DatasetError", "Question", "load_dataset"]
+__all__ = ["PARTS", "Clip", "Dataset", "DatasetError", "Question", "load_dataset", "register_dataset"]

@@ -1,8 +1,44 @@
-"""The adapters of data sets by name, one file each."""
+"""The adapters of data sets by name, one file each.
 
-from egopatch.configs.schema import DataConfig
+Others come from the entry points `egopatch.datasets` of installed packages, each a function as `register_dataset` takes
+it, and from `register_dataset`.
+"""
+
+from collections.abc import Callable
+
+from egopatch.configs.plugins import Plugins
+from egopatch.configs.schema import ConfigError, DataConfig
 from egopatch.extract.datasets import egotaskqa, jsonl
 from egopatch.extract.datasets.records import Dataset
+
+Loader = Callable[[DataConfig], Dataset]
+
+LOADERS: dict[str, Loader] = {
+    "egotaskqa": lambda data: egotaskqa.load(data.root, data.split),
+    "jsonl": lambda data: jsonl.load(data.root / data.clips, data.root / data.questions, data.root, data.split),
+}
+
+
+def _fault(name: str, load: object) -> str | None:
+    return None if callable(load) else f"is a {type(load).__name__}; expected a function from DataConfig to Dataset"
+
+
+_PLUGINS: Plugins[Loader] = Plugins("data.name", "egopatch.datasets", LOADERS.keys(), _fault)
+
+
+def register_dataset(name: str, load: Loader, replace: bool = False) -> None:
+    """Let `data.name` name a data set in this process.
+
+    Args:
+        name: Value of the option.
+        load: Reads clips, questions and answer vocabulary, and opens no video. It raises `DatasetError` for annotations
+            that cannot be used.
+        replace: Whether to replace what an earlier call registered under the name.
+
+    Raises:
+        ConfigError: The name is taken.
+    """
+    _PLUGINS.register(name, load, replace)
 
 
 def load_dataset(data: DataConfig) -> Dataset:
@@ -10,7 +46,13 @@ def load_dataset(data: DataConfig) -> Dataset:
 
     Raises:
         DatasetError: Annotation files are missing or malformed; one line per fault, with file and position.
+        ConfigError: `data.name` is unknown, or what registers it is broken.
     """
-    if data.name == "jsonl":
-        return jsonl.load(data.root / data.clips, data.root / data.questions, data.root, data.split)
-    return egotaskqa.load(data.root, data.split)
+    dataset = (_PLUGINS.find(data.name) or LOADERS[data.name])(data)
+    if not isinstance(dataset, Dataset):
+        owner = _PLUGINS.package_of(data.name) or "this process"
+        raise ConfigError(
+            f"data.name is {data.name!r}, but its function, which {owner} registers, returns a "
+            f"{type(dataset).__name__}; expected an extract.datasets.Dataset"
+        )
+    return dataset

@@ -2,12 +2,16 @@
 
 `checkpoints` reads weight files, `layers` holds the parts that networks share, `networks` has one file a network,
 `registry` finds a network by `encoder.arch` and loads it, and `inspection` reports what a checkpoint contains. Other
-packages use the names below, `inspection`, and the names that each room's docstring lists.
+packages use the names below, `inspection`, and the names that each room's docstring lists. The sentence network is the
+text half for encoders that have none of their own.
 """
 
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from egopatch.extract.encoders.layers.text_encoder import TextEncoder, Tokenizer
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
+from egopatch.extract.encoders.networks.lite import build_text as build_sentence_text
+from egopatch.extract.encoders.networks.lite import text_weights as sentence_text_weights
+from egopatch.extract.encoders.networks.network import Network, VideoOptions
 from egopatch.extract.encoders.registry import (
     NETWORKS,
     find_network,
@@ -17,6 +21,7 @@ from egopatch.extract.encoders.registry import (
     load_video_encoder,
     open_checkpoint,
     open_text_checkpoint,
+    register_encoder,
     weights_path,
 )
 
@@ -24,9 +29,12 @@ __all__ = [
     "NETWORKS",
     "Checkpoint",
     "CheckpointError",
+    "Network",
     "TextEncoder",
     "Tokenizer",
     "VideoEncoder",
+    "VideoOptions",
+    "build_sentence_text",
     "find_network",
     "input_transform",
     "load_checkpoint",
@@ -35,5 +43,7 @@ __all__ = [
     "load_video_encoder",
     "open_checkpoint",
     "open_text_checkpoint",
+    "register_encoder",
+    "sentence_text_weights",
     "weights_path",
 ]

@@ -1,10 +1,16 @@
-"""Finds a network by its name, `encoder.arch`, and loads its encoders. `NETWORKS` lists every network."""
+"""Finds a network by its name, `encoder.arch`, and loads its encoders.
 
+`NETWORKS` lists the networks of this package. Others come from the entry points `egopatch.encoders` of installed
+packages, each a `Network`, and from `register_encoder`.
+"""
+
+import dataclasses
 from pathlib import Path
 from typing import get_args
 
 import torch
 
+from egopatch.configs.plugins import Plugins
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
 from egopatch.extract.encoders.layers.compiling import compile_encoder
@@ -23,15 +29,38 @@ NETWORKS: dict[str, Network] = {
 }
 
 
+def _fault(name: str, network: object) -> str | None:
+    if not isinstance(network, Network):
+        return f"is a {type(network).__name__}; expected an extract.encoders.Network"
+    return None if network.name == name else f"is a Network called {network.name!r}; expected the same name"
+
+
+_PLUGINS: Plugins[Network] = Plugins("encoder.arch", "egopatch.encoders", NETWORKS.keys(), _fault)
+
+
+def register_encoder(network: Network, replace: bool = False) -> None:
+    """Let `encoder.arch` name `network` in this process and in the workers that it starts.
+
+    Args:
+        network: The network; its functions reach worker processes, also if a notebook defines them.
+        replace: Whether to replace what an earlier call registered under the name.
+
+    Raises:
+        ConfigError: The name is taken.
+    """
+    _PLUGINS.register(network.name, network, replace)
+
+
 def find_network(arch: str) -> Network:
     """The network called `arch`.
 
     Raises:
-        ConfigError: No network has that name.
+        ConfigError: No network has that name, or a package that registers it is broken.
     """
-    if arch not in NETWORKS:
-        raise ConfigError(f"encoder.arch is {arch!r}; expected one of {', '.join(NETWORKS)}")
-    return NETWORKS[arch]
+    network = _PLUGINS.find(arch)
+    if network is None:
+        return NETWORKS[arch]
+    return dataclasses.replace(network, plugin=_PLUGINS.package_of(arch))
 
 
 def weights_path(arch: str | Network, path: Path | None) -> Path:

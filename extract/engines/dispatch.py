@@ -44,7 +44,7 @@ def encode_with_engine(
     for _ in range(1 + RESTARTS):
         try:
             with _LedgerProgress(store, on_progress):
-                stats += run_workers(config, works, clips)
+                stats += run_workers(config, job.network, works, clips)
             store.catalog.refresh()
             # A shard that one worker skipped may have been finished by its holder, or by a third worker.
             return stats if still_missing(works, store) else dataclasses.replace(stats, skipped=())

@@ -16,6 +16,7 @@ from typing import Any
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets import Clip
+from egopatch.extract.encoders import Network
 from egopatch.extract.engines.sharing import WorkersDied, run_worker
 from egopatch.extract.worker.job_stats import JobStats
 from egopatch.features import ShardWork
@@ -24,7 +25,7 @@ REACH_S = 5.0
 POLL_S = 1.0
 
 
-def run_workers(config: Config, works: Sequence[ShardWork], clips: Mapping[str, Clip]) -> JobStats:
+def run_workers(config: Config, network: Network, works: Sequence[ShardWork], clips: Mapping[str, Clip]) -> JobStats:
     """Encode `works` on the cluster at `engine.address`.
 
     Raises:
@@ -37,7 +38,7 @@ def run_workers(config: Config, works: Sequence[ShardWork], clips: Mapping[str, 
         workers, needs = _fit(config, ray.cluster_resources(), nodes, len(works))
         remote = ray.remote(**needs, scheduling_strategy="SPREAD")(_Worker)
         actors = [remote.remote(str(Path.cwd())) for _ in range(workers)]
-        shared = ray.put((config, list(works), dict(clips), math.ceil(workers / nodes)))
+        shared = ray.put((config, network, list(works), dict(clips), math.ceil(workers / nodes)))
         try:
             return _gather(ray, [actor.work.remote(rank, workers, shared) for rank, actor in enumerate(actors)])
         finally:
@@ -51,9 +52,11 @@ class _Worker:
     def __init__(self, folder: str) -> None:
         os.chdir(folder)
 
-    def work(self, rank: int, workers: int, shared: tuple[Config, list[ShardWork], dict[str, Clip], int]) -> JobStats:
-        config, works, clips, neighbours = shared
-        return run_worker(config, rank, workers, works, clips, config.encoder.device, neighbours)
+    def work(
+        self, rank: int, workers: int, shared: tuple[Config, Network, list[ShardWork], dict[str, Clip], int]
+    ) -> JobStats:
+        config, network, works, clips, neighbours = shared
+        return run_worker(config, network, rank, workers, works, clips, config.encoder.device, neighbours)
 
 
 def _gather(ray: Any, waiting: list[Any]) -> JobStats:

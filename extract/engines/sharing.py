@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Clip
+from egopatch.extract.encoders import Network
 from egopatch.extract.engines.interrupts import start_trackers
 from egopatch.extract.worker.device import EVERY_GPU
 from egopatch.extract.worker.job import resolve_job
@@ -22,6 +23,7 @@ class WorkersDied(RuntimeError):
 @sendable_errors()
 def run_worker(
     config: Config,
+    network: Network,
     rank: int,
     workers: int,
     works: Sequence[ShardWork],
@@ -35,6 +37,7 @@ def run_worker(
     own takes them, in reverse order, because their first holder reaches the last ones last.
 
     Args: as for `extract.worker.pipeline.encode_shards`, and
+        network: The network that `encoder.arch` names.
         device: Device of this worker, which replaces `encoder.device`.
         neighbours: Number of the job's workers on this machine, this one among them.
 
@@ -45,7 +48,7 @@ def run_worker(
     start_trackers()
     limit_threads(neighbours)
     decoders = decoder_count(config, neighbours)
-    job = resolve_job(config, device)
+    job = resolve_job(config, device, network)
     store = open_store(config.store.path)
     stats = encode_shards(job, store, works[rank::workers], clips, decoders, lambda clips, nbytes: None)
     store.catalog.refresh()

@@ -71,19 +71,21 @@ class ExtractionJob:
         return DecodePool(self.config.video, count, partial(prepare_clip, transform=self.transform))
 
 
-def resolve_job(config: Config, device: str | None = None) -> ExtractionJob:
+def resolve_job(config: Config, device: str | None = None, network: Network | None = None) -> ExtractionJob:
     """Look up what `config` names and load the video encoder.
 
     Args:
         config: The experiment.
         device: Device to use instead of `encoder.device`.
+        network: The network that `encoder.arch` names, where it is known already: a worker process receives it, because
+            a call may have registered it in the process that started the job.
 
     Raises:
         CheckpointError: The file is not a checkpoint of `encoder.arch`, or was trained on another `video.size`.
         ConfigError: The network or the device does not exist, or `encoder.compile` finds no compiler.
     """
     # The cheap look-ups come first: a misspelled name is reported before any file is read.
-    network = find_network(config.encoder.arch)
+    network = network or find_network(config.encoder.arch)
     torch_device = device_of(device or config.encoder.device)
     checkpoint = open_checkpoint(network, config.encoder.checkpoint)
     encoder = load_video_encoder(

@@ -26,6 +26,8 @@ from egopatch.train.fitting.answers import Answers, PartScorer, score_part
 from egopatch.train.fitting.experiment import open_experiment
 from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.run_group import RunGroup
+from egopatch.train.heads import Head, Sizes
+from egopatch.train.heads.registry import _PLUGINS as HEADS
 from egopatch.train.processes.stopping import Stopped
 from egopatch.train.rundir import lease
 from egopatch.train.rundir.card import RunError, plain
@@ -179,6 +181,45 @@ def test_signal_between_accumulated_batches_loses_none(tiny: Config, monkeypatch
     assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
     here, there = (load_file(c.run.dir / "best.safetensors") for c in (tiny, undisturbed))
     assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+class _Dropped(torch.nn.Module):
+    """A head from outside with torch's own dropout and a batch norm."""
+
+    def __init__(self, _: None, sizes: Sizes) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.BatchNorm1d(sizes.width), torch.nn.Dropout(0.5), torch.nn.Linear(sizes.width, sizes.answers)
+        )
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        return self.layers(batch.tokens.patches.float().mean((1, 2)))[batch.clip_index]
+
+
+def test_a_head_from_outside_resumes_with_the_losses_of_an_undisturbed_run(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(HEADS._registered, "dropped", Head("dropped", _Dropped))
+    tiny = with_run(tiny, "dropped", head_name="dropped")
+    undisturbed = with_run(tiny, "undisturbed")
+    fit(undisturbed, "x")
+    real = RunGroup.learn
+
+    def interrupted(self: RunGroup, batch: Batch, last: bool) -> None:
+        real(self, batch, last)
+        if self.heads.step == 11:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(RunGroup, "learn", interrupted)
+    with pytest.raises(Stopped):
+        fit(tiny, "x")
+    monkeypatch.setattr(RunGroup, "learn", real)
+    torch.manual_seed(1)
+    fit(tiny, "x")
+    assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
+    here, there = (load_file(c.run.dir / "best.safetensors") for c in (tiny, undisturbed))
+    assert all(torch.equal(here[name], there[name]) for name in here)
+    assert here["layers.0.running_mean"].any()
 
 
 def test_training_stops_when_val_has_not_improved_for_so_long(tiny: Config) -> None:

@@ -16,10 +16,9 @@ from egopatch.features.store.text_substore import TEXT_FOLDER, require_same_netw
 from egopatch.features.values.location import parse_location
 from egopatch.train.data.features import Features
 from egopatch.train.data.question_table import FORMS, QuestionTable
-from egopatch.train.heads import Sizes
+from egopatch.train.heads import Sizes, reads_video
 from egopatch.train.processes.distributed import ALONE, Distributed
 from egopatch.train.rundir.card import Card, RunError
-from egopatch.train.rundir.results import BLIND
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
     name = config.head.name
     expect_clips, expect_texts = (None, None) if card is None else (card.fingerprint, card.text_fingerprint)
     text_store = None if name == "majority" else _open(config, "text", expect_texts)
-    store = None if name in BLIND else _open(config, "patches", expect_clips)
+    store = None if not reads_video(name) else _open(config, "patches", expect_clips)
     if store is not None and text_store is not None:
         require_same_network(store, text_store)
     questions = [question for part in PARTS for question in dataset.questions[part]]

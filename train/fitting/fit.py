@@ -20,6 +20,7 @@ from egopatch.train.fitting.published import evaluate_published, has_run
 from egopatch.train.fitting.run import TrainingRun
 from egopatch.train.fitting.run_group import RunGroup, build_stacked_heads
 from egopatch.train.fitting.stacked_heads import deterministic
+from egopatch.train.heads import check_head
 from egopatch.train.processes.distributed import ALONE, Distributed
 from egopatch.train.processes.stopping import Stopped, stop_signals
 from egopatch.train.rundir import card as run_folder
@@ -50,6 +51,7 @@ def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
         RankLost: another rank is gone.
     """
     folder = config.run.dir
+    check_head(config.head)
     # Only the first rank looks at the folder. Another setting in it is refused at once, not after a wait.
     ranks.broadcast(lambda: run_folder.require_same_settings(folder, config))
     with hold_when_free(folder, ranks), shortage_explained(config.train, folder):

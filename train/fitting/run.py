@@ -13,6 +13,7 @@ from egopatch.extract.encoders.checkpoints.checkpoint import PUBLISHED_NETWORKS
 from egopatch.features import Fingerprint
 from egopatch.train.fitting.answers import Answers, score_part
 from egopatch.train.fitting.experiment import Experiment
+from egopatch.train.heads import package_versions
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import Card
 from egopatch.train.rundir.log import RunLog
@@ -140,7 +141,7 @@ class TrainingRun:
             seed=self.config.train.seed,
             best_epoch=self.best["epoch"],
             val={name: self.best[name] for name in ("open", "binary", "all")},
-            versions=run_folder.versions(),
+            versions=run_folder.versions() | package_versions(self.config.head.name),
             command=command,
             parameters=parameters,
         ).write(self.config.run.dir)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from egopatch.configs.schema import Config
+from egopatch.features import PatchTokens
 from egopatch.train.data.batch import Batch
 from egopatch.train.data.features import Features
 from egopatch.train.data.question_table import QuestionTable, plan_batches
@@ -21,7 +22,7 @@ from egopatch.train.fitting.experiment import Experiment
 from egopatch.train.fitting.optim import learning_rate
 from egopatch.train.fitting.run import TrainingRun
 from egopatch.train.fitting.stacked_heads import StackedHeads
-from egopatch.train.heads import PSA, Majority, Pooled, build_head
+from egopatch.train.heads import PSA, Majority, build_head
 from egopatch.train.heads.common.question import QuestionReader
 from egopatch.train.heads.psa.selection import implementation_in_use
 from egopatch.train.rundir import card as run_folder
@@ -208,8 +209,8 @@ def build_stacked_heads(configs: Sequence[Config], experiment: Experiment, order
 
 def measure_inputs(heads: Sequence[nn.Module], features: Features, table: QuestionTable) -> None:
     """Measure on the training questions, for heads of one shape: answer counts and the input whitening."""
-    tokens = None
-    if isinstance(heads[0], PSA | Pooled):
+    tokens: PatchTokens | None = None
+    if hasattr(heads[0], "measure"):
         stride = max(1, len(table.clips) // MEASURED_CLIPS)
         tokens = features.tokens(table.clips[::stride][:MEASURED_CLIPS])
     for head in heads:
@@ -222,6 +223,6 @@ def measure_inputs(heads: Sequence[nn.Module], features: Features, table: Questi
         for module in head.modules():
             if isinstance(module, QuestionReader):
                 module.whiten.measure(features.text_tokens(table))
-        if isinstance(head, PSA | Pooled):
-            assert tokens is not None
+        if tokens is not None:
+            assert callable(head.measure)
             head.measure(tokens)

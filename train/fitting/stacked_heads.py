@@ -235,6 +235,8 @@ class StackedHeads:
         for place, noise in enumerate(self._noises):
             noise.keys = tuple(mix(seed, place, *numbers) for seed in dict.fromkeys(self.seeds))
             noise.part = None if batch.rank_slice is None else getattr(batch.rank_slice, noise.over)
+        # Heads from outside may draw from torch's own generator, as nn.Dropout does: a resumed run draws the same.
+        torch.manual_seed(mix(self.seeds[0], *numbers))
 
     @torch.no_grad()
     def _clip_gradients(self, batches: int) -> Tensor:

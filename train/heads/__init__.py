@@ -2,7 +2,7 @@
 
 `psa` is our head, `fused` the upper halves of the published networks, `common` holds the small baselines and the parts
 that heads share. `build_head` builds the head that a config names; `load_head` loads a published one; `BLIND` names the
-heads that read no video.
+heads of this package that read no video. `Head` and `register_head` bring in heads from outside.
 """
 
 from egopatch.train.heads.common.blind import Majority, QuestionOnly
@@ -10,7 +10,30 @@ from egopatch.train.heads.common.pooled import Pooled
 from egopatch.train.heads.common.question import Sizes
 from egopatch.train.heads.fused.fused import load_head
 from egopatch.train.heads.psa.psa import PSA
-from egopatch.train.heads.registry import build_head
+from egopatch.train.heads.registry import (
+    Head,
+    build_head,
+    can_stack,
+    check_head,
+    package_versions,
+    reads_video,
+    register_head,
+)
 from egopatch.train.rundir.results import BLIND
 
-__all__ = ["BLIND", "PSA", "Majority", "Pooled", "QuestionOnly", "Sizes", "build_head", "load_head"]
+__all__ = [
+    "BLIND",
+    "PSA",
+    "Head",
+    "Majority",
+    "Pooled",
+    "QuestionOnly",
+    "Sizes",
+    "build_head",
+    "can_stack",
+    "check_head",
+    "load_head",
+    "package_versions",
+    "reads_video",
+    "register_head",
+]

@@ -1,14 +1,126 @@
-"""Builds the head that a config names."""
+"""Builds the head that a config names.
 
+Heads from outside come from the entry points `egopatch.heads` of installed packages, each a `Head`, and from
+`register_head`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal
+
+import jsonargparse
 from torch import nn
 
-from egopatch.configs.schema import Config, ConfigError
+from egopatch.configs.plugins import Plugins
+from egopatch.configs.schema import Config, ConfigError, HeadConfig
 from egopatch.extract.encoders import open_checkpoint
 from egopatch.train.heads.common.blind import Majority, QuestionOnly
 from egopatch.train.heads.common.pooled import Pooled
 from egopatch.train.heads.common.question import Sizes
 from egopatch.train.heads.fused.fused import FusedSystem, load_head
 from egopatch.train.heads.psa.psa import PSA
+from egopatch.train.rundir.results import BLIND
+
+HEADS = ("majority", "question-only", "pooled", "egovlp", "egovlpv2", "mfas", "psa")
+# Heads that train alone: those of the published networks fill a machine, and the majority learns nothing.
+_UNSTACKED = ("majority", "egovlpv2", "mfas")
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head from outside this package.
+
+    Attributes:
+        name: Value of `head.name` that selects it.
+        build: From its options and the sizes of features and answers to the untrained module. `forward(batch)` of the
+            module takes a `train.data.batch.Batch` and returns logits `[B, A]`. If it has a method `measure(tokens)`,
+            that is called once before training, with `PatchTokens` of up to 64 training clips, to set its buffers.
+        options: Dataclass of its options, which `head.options` fills and whose types are checked; None if it has none.
+        reads_video: Whether it reads patch tokens; a head that does not needs no store of clips.
+        stacks: Whether `torch.vmap` can run it, so that a sweep trains several of them as one; then random numbers
+            must come from `train.heads.common.noise`.
+    """
+
+    name: str
+    build: Callable[[Any, Sizes], nn.Module]
+    options: type | None = None
+    reads_video: bool = True
+    stacks: bool = False
+
+
+def _fault(name: str, head: object) -> str | None:
+    if not isinstance(head, Head):
+        return f"is a {type(head).__name__}; expected a train.heads.Head"
+    if head.options is not None and not is_dataclass(head.options):
+        return f"has options {head.options!r}; expected a dataclass or None"
+    return None if head.name == name else f"is a Head called {head.name!r}; expected the same name"
+
+
+_PLUGINS: Plugins[Head] = Plugins("head.name", "egopatch.heads", HEADS, _fault)
+
+
+def register_head(head: Head, replace: bool = False) -> None:
+    """Let `head.name` name `head` in this process.
+
+    Args:
+        head: The head.
+        replace: Whether to replace what an earlier call registered under the name.
+
+    Raises:
+        ConfigError: The name is taken.
+    """
+    _PLUGINS.register(head.name, head, replace)
+
+
+def check_head(config: HeadConfig) -> None:
+    """Check the head's name and the options of a registered head, before any data is read.
+
+    Raises:
+        ConfigError: The name is unknown, what registers it is broken, or an option is unknown or of another type.
+    """
+    head = _PLUGINS.find(config.name)
+    if head is not None:
+        _options_of(head, config)
+    elif config.options is not None:
+        raise ConfigError(
+            f"head.options is {config.options!r}, but {config.name} is no registered head: its options are "
+            "those of the section head itself"
+        )
+
+
+def reads_video(name: str) -> bool:
+    """Whether the head called `name` reads patch tokens."""
+    head = _PLUGINS.find(name)
+    return name not in BLIND if head is None else head.reads_video
+
+
+def can_stack(name: str) -> bool:
+    """Whether several heads called `name` can train as stacked heads."""
+    head = _PLUGINS.find(name)
+    return name not in _UNSTACKED if head is None else head.stacks
+
+
+def package_versions(name: str) -> dict[str, str]:
+    """Version by name of the package that registers the head; empty if none does."""
+    package = _PLUGINS.package_of(name)
+    return {} if package is None else dict([package.rsplit(" ", 1)])
+
+
+def _options_of(head: Head, config: HeadConfig) -> Any:
+    """The head's options as its dataclass."""
+    given: Mapping[str, Any] = config.options or {}
+    if head.options is None:
+        if given:
+            raise ConfigError(f"head.options is {given!r}, but the head {head.name} has no options; remove them")
+        return None
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(head.options, "head.options")
+    try:
+        return parser.instantiate(parser.parse_object({"head": {"options": given}}))["head"]["options"]
+    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+        known = ", ".join(field.name for field in fields(head.options))
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"head.options of the head {head.name}: {reason}; its options are {known}") from error
 
 
 def build_head(config: Config, sizes: Sizes) -> nn.Module:
@@ -21,6 +133,7 @@ def build_head(config: Config, sizes: Sizes) -> nn.Module:
         CheckpointError: The checkpoint of a fused head is missing or another network's.
     """
     head = config.head
+    registered = _PLUGINS.find(head.name)
     if head.name in ("egovlpv2", "mfas"):
         return _build_fused(config, sizes)
     if head.checkpoint is not None:
@@ -28,6 +141,8 @@ def build_head(config: Config, sizes: Sizes) -> nn.Module:
             f"head.checkpoint is {head.checkpoint}, but a {head.name} head has no checkpoint; set it to null, or "
             "head.name to egovlpv2 or mfas"
         )
+    if registered is not None:
+        return _checked(registered, registered.build(_options_of(registered, head), sizes))
     if head.name == "majority":
         return Majority(sizes.answers)
     if head.name == "question-only":
@@ -38,8 +153,7 @@ def build_head(config: Config, sizes: Sizes) -> nn.Module:
 
 
 def _build_fused(config: Config, sizes: Sizes) -> FusedSystem:
-    name = config.head.name
-    assert name in ("egovlpv2", "mfas")
+    name: Literal["egovlpv2", "mfas"] = "egovlpv2" if config.head.name == "egovlpv2" else "mfas"
     if sizes.patches < sizes.grid[0] * sizes.grid[1]:
         raise ConfigError(
             f"head.name is {name}, which reads whole frames, but the store has {sizes.patches} of "
@@ -52,3 +166,9 @@ def _build_fused(config: Config, sizes: Sizes) -> FusedSystem:
         )
     checkpoint = open_checkpoint(name, config.head.checkpoint or config.encoder.checkpoint)
     return FusedSystem(load_head(name, checkpoint, sizes.answers, config.encoder.variant))
+
+
+def _checked(head: Head, module: object) -> nn.Module:
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"the head {head.name} builds a {type(module).__name__}; expected a torch.nn.Module")
+    return module

@@ -73,14 +73,15 @@ class Run:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The resolved config as `section.field: value`, without the options in which seeds may differ."""
+        """The resolved config as `section.field: value`, without nulls and options in which seeds may differ."""
         config = self.card.get("config") or {}
         return {
             f"{section}.{name}": value
             for section, fields in sorted(config.items())
             if isinstance(fields, Mapping) and section != "engine"
             for name, value in sorted(fields.items())
-            if f"{section}.{name}" not in _DIFFER_BETWEEN_SEEDS
+            # Cards of earlier versions lack the options that were added since, whose default is null.
+            if f"{section}.{name}" not in _DIFFER_BETWEEN_SEEDS and value is not None
         }
 
 

@@ -32,6 +32,7 @@ from egopatch.train.fitting.experiment import Experiment, open_experiment
 from egopatch.train.fitting.explained import shortage_explained
 from egopatch.train.fitting.fit import test_groups, train_together
 from egopatch.train.fitting.run_group import RunGroup
+from egopatch.train.heads import can_stack, check_head
 from egopatch.train.processes.process_pool import call_in_processes, can_fork
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import RunError
@@ -41,13 +42,13 @@ from egopatch.train.sweeps.sweep_results import write_results
 
 # Options that all runs of a sweep share.
 SHARED = (
-    "head.name", "head.checkpoint", "train.batch", "train.epochs", "train.accumulate", "train.residency",
-    "train.device", "train.deterministic",
+    "head.name", "head.options", "head.checkpoint", "train.batch", "train.epochs", "train.accumulate",
+    "train.residency", "train.device", "train.deterministic",
 )  # fmt: skip
+# What the names of a registered head's own options start with; the head checks their names and values.
+HEAD_OPTIONS = "head.options."
 # Options in which stacked heads may differ.
 STACKED = ("head.ratio", "train.seed")
-# Heads that train alone: those of the published networks fill a machine, and the majority learns nothing.
-UNSTACKED = ("majority", "egovlpv2", "mfas")
 # Largest number of stacked heads. On a GPU more heads gain little speed, and all their activations are held at once. On
 # a CPU, twelve stacked heads take a fifth less time than twice six if the store is small; with tokens of the published
 # size their activations leave the cache, and they take a sixth more.
@@ -102,6 +103,7 @@ def run_sweep(
     typed = {(option, json.dumps(value)): _checked(option, value) for option in axes for value in axes[option]}
     runs = [(overrides, run_config(config, overrides, typed, out)) for overrides in combinations(axes)]
     for _, run in runs:
+        check_head(run.head)
         run_folder.require_same_settings(run.run.dir, run)
     configs = [run for _, run in runs]
     before = sum(map(_finished, configs))
@@ -143,7 +145,7 @@ def _train_all(
     """Train every run that no other process trains to its end; returns as `_train`."""
     trained, told, failed = 0, False, dict[str, str]()
     on_disk = experiment.features.residency == "disk"
-    fork = experiment.device.type == "cpu" and config.head.name not in UNSTACKED and not on_disk and can_fork()
+    fork = experiment.device.type == "cpu" and can_stack(config.head.name) and not on_disk and can_fork()
     cores = torch.get_num_threads() if fork else 1
     train = partial(_train, experiment=experiment, order_seed=config.train.seed, command=command)
     while unfinished := [run for run in configs if not _finished(run) and run.run.dir.name not in failed]:
@@ -244,7 +246,7 @@ def plan_groups(configs: Sequence[Config], groups_folder: Path, device: torch.de
 def _shape(config: Config) -> str:
     """Equal for runs that can train as stacked heads."""
     plain = run_folder.plain(config)
-    if config.head.name in UNSTACKED:
+    if not can_stack(config.head.name):
         return config.run.dir.name
     return json.dumps(
         [
@@ -283,7 +285,7 @@ def read_axes(
     axes |= {option: v for option, v in (("head.ratio", ratios), ("train.seed", seeds)) if v is not None}
     allowed = [o for o in option_names() if o.split(".")[0] in ("head", "train") and o not in SHARED]
     for option, values in axes.items():
-        if option not in allowed:
+        if option not in allowed and not option.startswith(HEAD_OPTIONS):
             raise ConfigError(f"{option} cannot vary in a sweep; expected one of {', '.join(allowed)}")
         if len({json.dumps(value) for value in values}) < len(values):
             raise ConfigError(f"{option} has a value twice in {list(values)}; list each value once")
@@ -299,12 +301,17 @@ def combinations(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 def run_config(config: Config, overrides: Overrides, typed: Mapping[tuple[str, str], Any], out: Path) -> Config:
     """`config` with `overrides`, in a folder named after them; `typed` holds the values, parsed."""
-    slug = "_".join(f"{option.split('.')[1]}-{_slug(value)}" for option, value in overrides.items())
+    slug = "_".join(f"{option.split('.')[-1]}-{_slug(value)}" for option, value in overrides.items())
     sections: dict[str, Any] = {"run": replace(config.run, dir=out / slug)}
     changes: dict[str, dict[str, Any]] = {}
     for option, value in overrides.items():
-        section, field = option.split(".")
-        changes.setdefault(section, {})[field] = typed[option, json.dumps(value)]
+        section, field = option.split(".", 1)
+        fields = changes.setdefault(section, {})
+        if option.startswith(HEAD_OPTIONS):
+            own = fields.setdefault("options", dict(config.head.options or {}))
+            own[option.removeprefix(HEAD_OPTIONS)] = typed[option, json.dumps(value)]
+        else:
+            fields[field] = typed[option, json.dumps(value)]
     # All options of a section at once: an option may be valid only together with another.
     sections |= {section: replace(getattr(config, section), **fields) for section, fields in changes.items()}
     return replace(config, **sections)
@@ -317,7 +324,7 @@ def _slug(value: Any) -> str:
 
 def _checked(option: str, value: Any) -> Any:
     """The value in the type of the schema."""
-    section, field = option.split(".")
+    section, field = option.split(".", 1)
     parser = ConfigParser(prog="sweep", exit_on_error=False)
     add_config_arguments(parser)
     try:
@@ -325,4 +332,6 @@ def _checked(option: str, value: Any) -> Any:
         config, _ = parse_config(parser, [f"--{option}={text}"])
     except SystemExit:
         raise ConfigError(f"{option} is {value!r} in the sweep; see the line above") from None
+    if option.startswith(HEAD_OPTIONS):
+        return (config.head.options or {})[option.removeprefix(HEAD_OPTIONS)]
     return getattr(getattr(config, section), field)

@@ -113,6 +113,7 @@ class VideoEncoder(nn.Module):
     coarse: int | None = None
     coarse_width: int | None = None
     identity: Mapping[str, Scalar] = {}
+    _packed = False
 
     def __init__(self, trunk: SpaceTimeTransformer, sizes: VideoSizes, projection: nn.Module | None) -> None:
         super().__init__()
@@ -123,7 +124,6 @@ class VideoEncoder(nn.Module):
         self.depth = len(trunk.blocks)
         self.num_frames = trunk.frames
         self.size = sizes.grid[0] * sizes.patch
-        self._packed = False
         self.eval().requires_grad_(False)
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> "VideoEncoder":

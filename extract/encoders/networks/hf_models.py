@@ -109,7 +109,6 @@ class HfEncoder(VideoEncoder):
             self._options["output_attentions"] = True
         if size != _trained_size(config) and "interpolate_pos_encoding" in signature(model.forward).parameters:
             self._options["interpolate_pos_encoding"] = True
-        self._packed = False
         self.eval().requires_grad_(False)
 
     @property

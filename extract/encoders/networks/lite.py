@@ -104,7 +104,6 @@ class LiteEncoder(VideoEncoder):
         assert isinstance(last, Block)
         self.width = last.project.out_channels
         self.depth, self.num_frames, self.size = depth, num_frames, size
-        self._packed = False
         self.eval().requires_grad_(False)
 
     @torch.inference_mode()
@@ -229,7 +228,7 @@ def text_weights(model: str) -> Path:
     weights = Path(text_folder(model)) / "model.safetensors"
     if not weights.is_file() or not weights.with_name("config.json").is_file():
         raise ConfigError(
-            f"text.model is {model!r}; encoder.arch lite takes {MINILM.name} (an installed package), or a folder "
+            f"text.model is {model!r}; expected {MINILM.name} (an installed package), or a folder "
             "with a BERT network: config.json, model.safetensors and a tokenizer"
         )
     return weights

@@ -44,6 +44,7 @@ class Network:
         package: Installed package with the video weights; None if the user has them as a file.
         text_weights: Finds the file of the text weights by `text.model`; None if the video checkpoint has them too.
         open_checkpoint: Reads the video weights, and those of `text_weights`.
+        plugin: Name and version of the installed package that registers it; None if it is not from a package.
     """
 
     name: str
@@ -53,3 +54,4 @@ class Network:
     package: Package | None = None
     text_weights: Callable[[str], Path] | None = None
     open_checkpoint: Callable[[Path], Checkpoint] = load_checkpoint
+    plugin: str | None = None

@@ -236,7 +236,7 @@ def test_other_weights_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> No
     odd = {**checkpoint.tensors, "_conv_stem.weight": torch.ones(3)}
     with pytest.raises(CheckpointError, match=r"wrong shape: _conv_stem\.weight is \(3,\), expected \(32, 3, 3, 3\)"):
         load_video_encoder("lite", Checkpoint(checkpoint.path, "bare", odd), depth=11)
-    with pytest.raises(ConfigError, match=f"text.model is 'roberta-base'; encoder.arch lite takes {MINILM.name}"):
+    with pytest.raises(ConfigError, match=f"text.model is 'roberta-base'; expected {MINILM.name}"):
         open_text_checkpoint("lite", checkpoint, "roberta-base")
     tokens = load_video_encoder("lite", checkpoint, 1, 11, size=32)
     with pytest.raises(ValueError, match="project has no meaning for lite"):

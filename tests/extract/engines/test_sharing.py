@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from egopatch.configs.schema import Config, EncoderConfig, load_config
+from egopatch.extract.encoders import Network, find_network
 from egopatch.extract.engines import joblib_engine, sharing
 from egopatch.extract.engines.sharing import decoder_count, worker_count
 from egopatch.features.common.child_errors import ChildError
@@ -49,7 +50,7 @@ def test_worker_processes_use_the_configured_device(
     seen: list[str] = []
 
     def run_worker(
-        config: Config, rank: int, workers: int, works: object, clips: object, device: str, **_: int
+        config: Config, network: Network, rank: int, workers: int, works: object, clips: object, device: str, **_: int
     ) -> None:
         seen.append(device)
 
@@ -58,7 +59,7 @@ def test_worker_processes_use_the_configured_device(
         monkeypatch.setattr(f"egopatch.extract.engines.joblib_engine.{patched}", lambda *_, **__: None)
     monkeypatch.setattr(joblib_engine, "exit_with_parent", lambda: None)
     for rank in range(2):
-        joblib_engine._run_worker(Config(encoder=EncoderConfig(device=device)), rank, 2, [], {})
+        joblib_engine._run_worker(Config(encoder=EncoderConfig(device=device)), find_network("lite"), rank, 2, [], {})
     assert seen == used
 
 
@@ -78,5 +79,5 @@ def test_an_error_of_a_worker_reaches_the_job(
 
     monkeypatch.setattr(sharing, "start_trackers", fail)
     with pytest.raises(sent, match="no driver") as caught:
-        sharing.run_worker(Config(), 0, 1, [], {}, "cpu", 1)
+        sharing.run_worker(Config(), find_network("lite"), 0, 1, [], {}, "cpu", 1)
     assert (caught.value is error) == (sent is not ChildError)

@@ -1,0 +1,107 @@
+"""Encoders, data sets and heads from outside this package, which a config names like those inside it.
+
+An installed package offers one as an entry point; a script or a notebook registers one by a call. Entry points are
+looked up by name, so a package is imported only if a config names what it offers.
+"""
+
+import difflib
+from collections.abc import Callable, Collection
+from importlib.metadata import EntryPoint, entry_points
+from typing import Generic, TypeVar
+
+from egopatch.configs.schema import ConfigError
+
+T = TypeVar("T")
+EGOPATCH, CALL = "egopatch", "an earlier call"
+
+
+class Plugins(Generic[T]):
+    """What one option may name beyond this package.
+
+    Args:
+        option: The option, such as `encoder.arch`.
+        group: Group of the entry points, such as `egopatch.encoders`.
+        taken: Names that this package has.
+        fault: What is wrong with an object that is to be registered under a name; None if nothing is.
+    """
+
+    def __init__(
+        self, option: str, group: str, taken: Collection[str], fault: Callable[[str, object], str | None]
+    ) -> None:
+        self.option, self.group = option, group
+        self._taken, self._fault = taken, fault
+        self._registered: dict[str, T] = {}
+
+    def register(self, name: str, plugin: T, replace: bool = False) -> None:
+        """Let `option` name `plugin` in this process and in the workers that it starts.
+
+        Args:
+            name: Value of the option.
+            plugin: What it selects.
+            replace: Whether to replace what an earlier call registered, as when a notebook's cell runs again.
+
+        Raises:
+            ConfigError: The name is taken, or `plugin` is of the wrong kind.
+        """
+        if owners := self._owners(name, called=not replace):
+            again = ", or pass replace=True" if owners == [CALL] else ""
+            raise ConfigError(f"{self.option} {name!r} is already registered by {owners[0]}; use another name{again}")
+        if fault := self._fault(name, plugin):
+            raise ConfigError(f"{self.option} {name!r} cannot be registered: it {fault}")
+        self._registered[name] = plugin
+
+    def find(self, name: str) -> T | None:
+        """What `name` selects; None if it is a name of this package.
+
+        Raises:
+            ConfigError: The name is unknown, or several packages offer it; or the package that offers it cannot be
+                imported, or offers something else. The message names the package.
+        """
+        owners = self._owners(name)
+        if len(owners) > 1:
+            raise ConfigError(
+                f"{self.option} {name!r} is registered by {' and by '.join(owners)}; uninstall one, or rename it"
+            )
+        if name in self._taken:
+            return None
+        if name in self._registered:
+            return self._registered[name]
+        if owners:
+            return self._load(self._points(name)[0])
+        names = sorted({*self._taken, *self._registered, *(point.name for point in entry_points(group=self.group))})
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"{self.option} is {name!r}; expected one of {', '.join(names)}{hint}")
+
+    def package_of(self, name: str) -> str | None:
+        """Name and version of the package that offers `name`; None if none does."""
+        return next((_named(point) for point in self._points(name)), None)
+
+    def _owners(self, name: str, called: bool = True) -> list[str]:
+        """Who has registered `name`; calls are left out unless `called`."""
+        here = [EGOPATCH] if name in self._taken else [CALL] if called and name in self._registered else []
+        return here + [_named(point) for point in self._points(name)]
+
+    def _points(self, name: str) -> list[EntryPoint]:
+        # A package that is installed twice, such as editable and in a folder on PYTHONPATH, offers the same twice.
+        found = {(point.value, _named(point)): point for point in entry_points(group=self.group, name=name)}
+        return list(found.values())
+
+    def _load(self, point: EntryPoint) -> T:
+        try:
+            plugin = point.load()
+        except (Exception, SystemExit) as error:  # whatever the package's own code raises
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise ConfigError(
+                f"{self.option} is {point.name!r}, but the package {_named(point)} that registers it cannot be imported"
+                f" ({reason}); mend or uninstall it"
+            ) from error
+        if fault := self._fault(point.name, plugin):
+            raise ConfigError(
+                f"{self.option} is {point.name!r}, but {point.value} in the package {_named(point)} {fault}"
+            )
+        return plugin
+
+
+def _named(point: EntryPoint) -> str:
+    return "an unknown package" if point.dist is None else f"{point.dist.name} {point.dist.version}"

@@ -1,0 +1,153 @@
+"""Names from outside: whose they are, and what is said about a broken package, in one line that names it."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from egopatch.configs.plugins import Plugins
+from egopatch.configs.schema import ConfigError, DataConfig, HeadConfig
+from egopatch.extract.datasets import load_dataset, register_dataset
+from egopatch.extract.datasets.registry import _PLUGINS as DATASETS
+from egopatch.extract.encoders import find_network, register_encoder
+from egopatch.extract.encoders.networks import lite
+from egopatch.train.heads import Head, check_head
+from egopatch.train.heads.registry import _PLUGINS as HEADS
+
+GROUP = "egopatch.tests"
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Installs a package as pip does: a module and its metadata."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def installed(package: str, module: str, code: str, group: str = GROUP, **points: str) -> None:
+        (tmp_path / f"{module}.py").write_text(code)
+        info = tmp_path / f"{package.replace('-', '_')}-1.2.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.2\n")
+        lines = [f"{name} = {module}:{value}" for name, value in points.items()]
+        (info / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines, ""]))
+
+    return installed
+
+
+@pytest.fixture
+def plugins() -> Plugins[str]:
+    def fault(_: str, plugin: object) -> str | None:
+        return None if isinstance(plugin, str) else f"is a {type(plugin).__name__}; expected a str"
+
+    return Plugins("thing.name", GROUP, ("own",), fault)
+
+
+def test_a_package_is_imported_only_when_its_name_is_used(plugins: Plugins[str], install: Install) -> None:
+    install("pkg-a", "pkg_a", "A = 'of a'", first="A")
+    install("pkg-b", "pkg_b", "B = 'of b'", second="B")
+    assert plugins.find("second") == "of b"
+    assert plugins.package_of("second") == "pkg-b 1.2"
+    assert "pkg_a" not in sys.modules
+    assert plugins.find("own") is None
+    assert plugins.package_of("own") is None
+
+
+def test_an_unknown_name_lists_all_and_the_nearest(plugins: Plugins[str], install: Install) -> None:
+    install("pkg-c", "pkg_c", "C = 'of c'", third="C")
+    plugins.register("called", "by a call")
+    with pytest.raises(ConfigError, match=r"thing\.name is 'thrid'; expected one of called, own, third; did you mean"):
+        plugins.find("thrid")
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("raise RuntimeError('no GPU,\\nno work')", r"cannot be imported \(RuntimeError: no GPU, no work\)"),
+        ("import missing_module", r"cannot be imported \(ModuleNotFoundError: No module named 'missing_module'\)"),
+        ("import sys; sys.exit('bye')", r"cannot be imported \(SystemExit: bye\)"),
+        ("D = 5", "is a int; expected a str"),
+        ("", r"cannot be imported \(AttributeError: "),
+    ],
+)
+def test_a_broken_package_is_one_line_with_its_name(
+    code: str, why: str, plugins: Plugins[str], install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("pkg-d", "pkg_d", code, fourth="D")
+    monkeypatch.delitem(sys.modules, "pkg_d", raising=False)
+    with pytest.raises(ConfigError, match=f"thing.name is 'fourth', but .*pkg-d 1.2.*{why}") as caught:
+        plugins.find("fourth")
+    assert "\n" not in str(caught.value)
+
+
+def test_taken_names_are_refused(plugins: Plugins[str], install: Install) -> None:
+    install("pkg-e", "pkg_e", "E = 'of e'", own="E", fifth="E", sixth="E")
+    install("pkg-f", "pkg_f", "F = 'of f'", sixth="F")
+    with pytest.raises(ConfigError, match=r"'own' is registered by egopatch and by pkg-e 1\.2; uninstall one"):
+        plugins.find("own")
+    with pytest.raises(ConfigError, match=r"'sixth' is registered by pkg-. 1.2 and by pkg-. 1.2"):
+        plugins.find("sixth")
+    with pytest.raises(ConfigError, match="'own' is already registered by egopatch; use another name"):
+        plugins.register("own", "mine")
+    with pytest.raises(ConfigError, match=r"'fifth' is already registered by pkg-e 1\.2; use another name"):
+        plugins.register("fifth", "mine", replace=True)
+    plugins.register("seventh", "first")
+    with pytest.raises(ConfigError, match=r"'seventh' is already registered by an earlier call; .* replace=True"):
+        plugins.register("seventh", "second")
+    plugins.register("seventh", "second", replace=True)
+    assert plugins.find("seventh") == "second"
+    with pytest.raises(ConfigError, match="'eighth' cannot be registered: it is a int; expected a str"):
+        plugins.register("eighth", 8)  # type: ignore[arg-type]
+
+
+def test_published_names_cannot_be_taken_by_a_call() -> None:
+    with pytest.raises(ConfigError, match=r"encoder\.arch 'lite' is already registered by egopatch"):
+        register_encoder(lite.NETWORK)
+    with pytest.raises(ConfigError, match=r"data\.name 'jsonl' is already registered by egopatch"):
+        register_dataset("jsonl", lambda _: None)  # type: ignore[arg-type, return-value]
+
+
+def test_the_network_of_a_package_carries_its_version(install: Install) -> None:
+    code = "import dataclasses\nfrom egopatch.extract.encoders.networks import lite\n"
+    code += "N = dataclasses.replace(lite.NETWORK, name='light')"
+    install("pkg-g", "pkg_g", code, "egopatch.encoders", light="N", other="N")
+    assert find_network("light").plugin == "pkg-g 1.2"
+    assert find_network("lite").plugin is None
+    with pytest.raises(ConfigError, match=r"pkg_g:N in the package pkg-g 1\.2 is a Network called 'light'"):
+        find_network("other")
+
+
+def test_a_data_set_that_returns_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DATASETS._registered, "mine", lambda _: [1, 2])
+    with pytest.raises(ConfigError, match=r"data\.name is 'mine', but its function, .* returns a list; expected"):
+        load_dataset(DataConfig(name="mine"))
+
+
+@dataclass(frozen=True)
+class Options:
+    hidden: int = 16
+    kind: str = "a"
+
+    def __post_init__(self) -> None:
+        if self.hidden < 1:
+            raise ValueError(f"hidden is {self.hidden}; expected at least 1")
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"hiden": 3}, "hiden.*its options are hidden, kind"),
+        ({"hidden": "many"}, "hidden.*its options are hidden, kind"),
+        ({"hidden": 0}, "hidden is 0; expected at least 1"),
+    ],
+)
+def test_options_of_a_head_are_typed(options: dict[str, object], why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(HEADS._registered, "mine", Head("mine", lambda _, __: nn.Identity(), Options))
+    check_head(HeadConfig(name="mine", options={"hidden": 3}))
+    with pytest.raises(ConfigError, match=f"head.options of the head mine: .*{why}") as caught:
+        check_head(HeadConfig(name="mine", options=options))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"head\.options is .*, but psa is no registered head"):
+        check_head(HeadConfig(name="psa", options=options))
