@@ -20,8 +20,10 @@ from egopatch.features.values.errors import (
 from egopatch.features.values.spec import ArraySpec, Fingerprint, PatchTokens, StoreSpec, TextStates
 
 if TYPE_CHECKING:
+    from egopatch.features.store.pixels import to_pixels
     from egopatch.features.store.read_ahead import read_ahead
     from egopatch.features.store.store import ShardWork, Store, create_store, open_store, store_exists
+    from egopatch.features.store.torch_dataset import torch_dataset
 
 __all__ = [
     "AbsentClip",
@@ -44,6 +46,8 @@ __all__ = [
     "open_store",
     "read_ahead",
     "store_exists",
+    "to_pixels",
+    "torch_dataset",
 ]
 
 # torch and Zarr take seconds to import, and counting clips needs neither: these names are imported on first use.
@@ -54,6 +58,8 @@ _LATER = {
     "open_store": "egopatch.features.store.store",
     "read_ahead": "egopatch.features.store.read_ahead",
     "store_exists": "egopatch.features.store.store",
+    "to_pixels": "egopatch.features.store.pixels",
+    "torch_dataset": "egopatch.features.store.torch_dataset",
 }
 
 if not TYPE_CHECKING:  # with this function, mypy would accept any name

@@ -59,10 +59,7 @@ def crop_and_resize(frames: Sequence[NDArray[np.uint8]], size: int, transform: T
     pixels_tchw = torch.from_numpy(np.ascontiguousarray(np.stack(frames).transpose(0, 3, 1, 2))).float().div_(255)
     height, width = pixels_tchw.shape[-2:]
     if transform.short_side is not None:
-        # The short side is exact and the long side is rounded down, as in torchvision's Resize(int).
-        short = transform.short_side
-        target = (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
-        pixels_tchw = _resize(pixels_tchw, target, transform)
+        pixels_tchw = _resize(pixels_tchw, _short_side(height, width, transform.short_side), transform)
     if transform.share is not None:
         side = round(transform.share * min(pixels_tchw.shape[-2:]))
         # Rounds half to even, as torchvision's CenterCrop.
@@ -71,11 +68,32 @@ def crop_and_resize(frames: Sequence[NDArray[np.uint8]], size: int, transform: T
     return _resize(pixels_tchw, (size, size), transform)
 
 
+def covered_box(height: int, width: int, transform: Transform = EGOVLP_TRANSFORM) -> tuple[float, float, float, float]:
+    """The part of a frame that reaches the network: top, left, height, width in pixels of the frame.
+
+    `features.to_pixels` lays values of patches over it.
+    """
+    target_height, target_width = height, width
+    if transform.short_side is not None:
+        target_height, target_width = _short_side(height, width, transform.short_side)
+    if transform.share is None:
+        return 0.0, 0.0, float(height), float(width)
+    side = round(transform.share * min(target_height, target_width))
+    down, across = height / target_height, width / target_width
+    top, left = round((target_height - side) / 2.0), round((target_width - side) / 2.0)
+    return top * down, left * across, side * down, side * across
+
+
 def to_input(frames: Sequence[NDArray[np.uint8]], size: int, transform: Transform = EGOVLP_TRANSFORM) -> Tensor:
     """T frames, each [H, W, 3] uint8 -> normalised float32 [T, 3, size, size]."""
     mean = torch.tensor(transform.mean).view(3, 1, 1)
     std = torch.tensor(transform.std).view(3, 1, 1)
     return crop_and_resize(frames, size, transform).sub_(mean).div_(std)
+
+
+def _short_side(height: int, width: int, short: int) -> tuple[int, int]:
+    """Height and width once the short side is `short`; the long one is rounded down, as in torchvision's Resize."""
+    return (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
 
 
 def _resize(pixels_tchw: Tensor, target: tuple[int, int], transform: Transform) -> Tensor:

@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType, TracebackType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -303,6 +304,38 @@ class Store:
                 for _ in pool.map(read_clip, range(len(ids))):
                     pass
         return tensors if dtype is None else _in_dtype(tensors, dtype)
+
+    def to_numpy(
+        self, ids: Sequence[str], dtype: torch.dtype = torch.float32, threads: int = 1
+    ) -> dict[str, np.ndarray]:
+        """Read every array by name into NumPy, the batch first; tokens in `dtype`. Arguments and errors as in `read`.
+
+        Raises:
+            ValueError: NumPy has no such dtype (bfloat16, float8).
+        """
+        if dtype not in (torch.float16, torch.float32, torch.float64):
+            raise ValueError(f"dtype is {dtype}; expected one that NumPy has: torch.float16, float32 or float64")
+        return {name: tensor.numpy() for name, tensor in self.read_arrays(ids, dtype, threads=threads).items()}
+
+    def video_times(self, ids: Sequence[str]) -> Tensor:
+        """[B, T] seconds from the start of the video file to each encoded frame; `timestamps` start with the clip.
+
+        Where a position in time covers several frames, it has the mean of theirs. Errors as in `read`.
+
+        Raises:
+            StoreError: An earlier version stored a clip without its stretch of video.
+        """
+        origins = self.origins()
+        timestamps = self.read(ids).timestamps
+        if unknown := [name for name in ids if origins[name] is None]:
+            raise StoreError(
+                f"store {self.path} does not record the stretch of {len(unknown)} clips, such as {unknown[0]!r}, which "
+                "an earlier version encoded; use timestamps, which start with the clip"
+            )
+        if timestamps is None:
+            raise StoreError(f"store {self.path} has no timestamps; only stores of videos have")
+        starts = [origin.start_s or 0.0 for name in ids if (origin := origins[name]) is not None]
+        return timestamps.double() + torch.tensor(starts, dtype=torch.float64)[:, None]
 
     def buffers(self, rows: int, pin: bool = False) -> PatchTokens:
         """Memory that `read(out=...)` can fill again and again; pinned for copies to a GPU if requested."""

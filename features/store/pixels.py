@@ -1,0 +1,57 @@
+"""Values of patches, such as saliency, as a map over the pixels of a frame."""
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional
+
+Box = tuple[float, float, float, float]  # top, left, height, width in pixels
+
+
+def to_pixels(
+    values: Tensor,
+    grid: tuple[int, int],
+    height: int,
+    width: int,
+    box: Box | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """Spread values of patches over the pixels of a frame, bilinearly between the patches' centres.
+
+    Args:
+        values: [..., N], such as `PatchTokens.saliency`.
+        grid: (rows, cols) of the patches of a whole frame, `store.spec.grid`.
+        height: Height of the frame in pixels.
+        width: Width of the frame in pixels.
+        box: The part of the frame that the patches cover, `extract.video.transforms.covered_box`; None: all of it.
+        positions: [..., N], index of each patch in the grid, in a derived store that keeps only some of them.
+
+    Returns:
+        float32 [..., height, width]; NaN where the encoder saw nothing, and where most of the weight would be that of
+        patches which a derived store does not keep.
+
+    Raises:
+        ValueError: The number of values differs from the grid's, or the box lies outside the frame.
+    """
+    rows, cols = grid
+    values = values.float()
+    kept = torch.ones_like(values)
+    if positions is not None:
+        whole, index = values.new_zeros(*values.shape[:-1], rows * cols), positions.long()
+        values, kept = whole.scatter(-1, index, values), whole.scatter(-1, index, kept)
+    if values.shape[-1] != rows * cols:
+        raise ValueError(f"values has {values.shape[-1]} patches a frame; expected {rows * cols} of the grid {grid}")
+    top, left, box_height, box_width = (0.0, 0.0, height, width) if box is None else box
+    if min(top, left) < -0.5 or top + box_height > height + 0.5 or left + box_width > width + 0.5:
+        raise ValueError(f"box is {box}; expected one inside the frame of {height} x {width} pixels")
+    # Centres of the pixels, in a box from -1 to 1.
+    y = (torch.arange(height) + 0.5 - top) / box_height * 2 - 1
+    x = (torch.arange(width) + 0.5 - left) / box_width * 2 - 1
+    where = torch.stack(torch.broadcast_tensors(x[None], y[:, None]), dim=-1).to(values.device)
+    maps = rearrange([values * kept, kept], "two ... (rows cols) -> (...) two rows cols", rows=rows)
+    spread = functional.grid_sample(
+        maps, where.expand(len(maps), -1, -1, -1), "bilinear", "border", align_corners=False
+    )
+    total, weight = spread.unbind(dim=1)
+    unseen = (where.abs() > 1).any(dim=-1) | (weight < 0.5)
+    return (total / weight).masked_fill(unseen, torch.nan).view(*values.shape[:-1], height, width)

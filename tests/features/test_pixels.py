@@ -1,0 +1,55 @@
+"""Values of patches lie over the pixels that the patches cover."""
+
+import numpy as np
+import pytest
+import torch
+
+from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform, covered_box, crop_and_resize
+from egopatch.features import to_pixels
+
+WHOLE = Transform("whole", None, None, (0.0,) * 3, (1.0,) * 3)
+CENTRE = Transform("centre", None, 0.875, (0.0,) * 3, (1.0,) * 3)
+ANTIALIASED = Transform("resize, crop", 72, 0.9, (0.0,) * 3, (1.0,) * 3, "bicubic", antialias=True)
+
+
+@pytest.mark.parametrize("transform", [EGOVLP_TRANSFORM, WHOLE, CENTRE, ANTIALIASED])
+@pytest.mark.parametrize(("height", "width"), [(120, 160), (160, 90), (96, 96)])
+def test_a_patch_lies_where_its_pixels_came_from(transform: Transform, height: int, width: int) -> None:
+    # A frame whose colours are the coordinates of its pixels: a patch's mean colour says where it lies.
+    y, x = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    frame = np.stack([y, x, 0 * x], axis=-1).astype(np.uint8)
+    seen = crop_and_resize([frame], 64, transform) * 255
+    means = torch.nn.functional.avg_pool2d(seen, 16)[0]  # [3, 4, 4]
+    spread = to_pixels(means[:2].flatten(1), (4, 4), height, width, covered_box(height, width, transform))
+    top, left, box_height, box_width = covered_box(height, width, transform)
+    for row in range(1, 3):  # inner patches, between whose centres the map is linear
+        for col in range(1, 3):
+            place = int(top + (row + 0.5) * box_height / 4), int(left + (col + 0.5) * box_width / 4)
+            assert abs(float(spread[0][place]) - place[0]) < 1.5
+            assert abs(float(spread[1][place]) - place[1]) < 1.5
+
+
+def test_outside_the_crop_there_is_nothing() -> None:
+    saliency = torch.rand(3, 16)
+    spread = to_pixels(saliency, (4, 4), 20, 40, box=(0, 10, 20, 20))
+    assert spread.shape == (3, 20, 40)
+    assert spread[:, :, :10].isnan().all()
+    assert spread[:, :, 30:].isnan().all()
+    assert not spread[:, :, 10:30].isnan().any()
+    # The centre of each patch of 5 x 5 pixels, and a corner.
+    assert torch.allclose(spread[:, 2::5, 12:30:5].flatten(1), saliency, atol=1e-6)
+    assert torch.equal(spread[:, 0, 10], saliency[:, 0])
+
+
+def test_a_derived_store_shows_only_what_it_keeps() -> None:
+    spread = to_pixels(torch.tensor([[1.0, 2.0]]), (2, 2), 8, 8, positions=torch.tensor([[0, 3]], dtype=torch.int16))
+    assert spread[0, 1, 1] == 1
+    assert spread[0, 6, 6] == 2
+    assert spread[0, 1, 6].isnan()
+
+
+def test_wrong_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"values has 5 patches a frame; expected 4 of the grid \(2, 2\)"):
+        to_pixels(torch.rand(5), (2, 2), 8, 8)
+    with pytest.raises(ValueError, match="expected one inside the frame of 8 x 8 pixels"):
+        to_pixels(torch.rand(4), (2, 2), 8, 8, box=(0, 4, 8, 8))

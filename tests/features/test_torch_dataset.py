@@ -1,0 +1,147 @@
+"""Items and batches are what `Store.read` gives, in any kind of worker, and memory in use is never filled again."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from egopatch.features import AbsentClip, DamagedStore, Store, StoreError, StoreSpec, create_store, torch_dataset
+from egopatch.features.state.origin import Origin
+from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
+from tests.features.test_read_ahead import damage
+
+
+@pytest.fixture
+def store(tmp_path: Path, format: str) -> Store:
+    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS, format)
+    fill(store)
+    return store
+
+
+def check(store: Store, batch: dict[str, Any], dtype: torch.dtype | None = None) -> None:
+    expected = store.read(batch["clip_id"], dtype).tensors()
+    assert batch.keys() == {"clip_id", *expected}
+    for name, tensor in expected.items():
+        assert batch[name].dtype == tensor.dtype
+        assert torch.equal(batch[name], tensor), name
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_items_and_batches_without_workers(store: Store, dtype: torch.dtype | None) -> None:
+    clips = torch_dataset(store, dtype=dtype)
+    assert len(clips) == len(IDS)
+    assert clips[3]["clip_id"] == IDS[3]
+    assert torch.equal(clips[3]["patches"], store.read([IDS[3]], dtype).patches[0])
+    for loader in (DataLoader(clips, 4, collate_fn=clips.collate), DataLoader(clips, 4)):
+        batches = list(loader)
+        assert [name for batch in batches for name in batch["clip_id"]] == list(IDS)
+        for batch in batches:
+            check(store, batch, dtype)
+    first, second = clips.__getitems__([7, 2])
+    assert (first["clip_id"], second["clip_id"]) == (IDS[7], IDS[2])
+
+
+def test_a_part_of_the_clips_in_an_order(store: Store) -> None:
+    clips = torch_dataset(store, IDS[5:2:-1])
+    assert clips.clip_ids == IDS[5:2:-1]
+    with pytest.raises(AbsentClip, match="nothing"):
+        torch_dataset(store, ["nothing"])
+
+
+def test_a_quantised_store(tmp_path: Path) -> None:
+    spec = StoreSpec.for_patches(2, (2, 3), 8, "int8", 4)
+    store = create_store(tmp_path / "store", spec, FINGERPRINT, IDS)
+    for work in store.missing_shards():
+        rows = {name: clip(n, spec) for n, name in enumerate(work.ids)}
+        for row in rows.values():
+            row.pop("scale")  # the store computes it
+        store.write_shard(work.shard, rows, dict.fromkeys(rows, "sha"))
+    check(store, next(iter(DataLoader(torch_dataset(store), 4))))
+    clips = torch_dataset(store, dtype=torch.float16)
+    batch = next(iter(DataLoader(clips, 4, num_workers=1, collate_fn=clips.collate, multiprocessing_context="fork")))
+    assert "scale" not in batch
+    check(store, batch, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_forked_workers_and_memory_that_is_used_again(store: Store, dtype: torch.dtype | None) -> None:
+    clips = torch_dataset(store, dtype=dtype)
+    store.read(IDS)  # the parent has open files and locks
+    loader = DataLoader(
+        clips, 3, shuffle=True, num_workers=2, collate_fn=clips.collate, multiprocessing_context="fork",
+        persistent_workers=True,
+    )  # fmt: skip
+    kept, copies, places = [], [], set()
+    for epoch in range(6):
+        seen = []
+        for number, batch in enumerate(loader):
+            check(store, batch, dtype)
+            seen += batch["clip_id"]
+            places.add(batch["cls"].data_ptr())
+            if number == epoch % 4:  # only one small tensor, of all that lie in the same memory
+                kept.append(batch["cls"][1:])
+                copies.append(batch["cls"][1:].clone())
+        assert sorted(seen) == sorted(IDS)
+    assert all(torch.equal(tensor, copied) for tensor, copied in zip(kept, copies, strict=True))
+    assert len(places) < 6 * 4  # else nothing was used again
+    assert sum(int(memory[0]) for memory in clips._mapped.values()) >= 6  # in use
+    del batch, kept, loader
+    gc.collect()
+    assert not any(memory[0] for memory in clips._mapped.values())
+
+
+@pytest.mark.slow
+def test_spawned_workers(tmp_path: Path) -> None:
+    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS, "hdf5")
+    fill(store)
+    clips = torch_dataset(store)
+    loader = DataLoader(clips, 4, num_workers=1, collate_fn=clips.collate, multiprocessing_context="spawn")
+    batches = list(loader)  # all are held at once
+    assert [name for batch in batches for name in batch["clip_id"]] == list(IDS)
+    for batch in batches:
+        check(store, batch)
+
+
+def test_the_memory_of_workers_that_have_ended_is_dropped(store: Store) -> None:
+    clips = torch_dataset(store)
+    for _ in range(3):
+        for batch in DataLoader(clips, 3, num_workers=1, collate_fn=clips.collate, multiprocessing_context="fork"):
+            check(store, batch)
+    assert len({worker for worker, _ in clips._mapped}) <= 2
+
+
+def test_a_damaged_clip_raises_in_the_process_that_trains(store: Store) -> None:
+    damage(store, IDS[4])
+    clips = torch_dataset(store)
+    loader = DataLoader(clips, 2, num_workers=1, collate_fn=clips.collate, multiprocessing_context="fork")
+    with pytest.raises(DamagedStore, match="bytes of"):
+        list(loader)
+
+
+def test_numpy(store: Store) -> None:
+    arrays = store.to_numpy(IDS[:3])
+    expected = store.read(IDS[:3], torch.float32).tensors()
+    assert arrays.keys() == expected.keys()
+    assert all(np.array_equal(arrays[name], tensor.numpy()) for name, tensor in expected.items())
+    assert store.to_numpy(IDS[:3], torch.float16)["patches"].dtype == np.float16
+    with pytest.raises(ValueError, match=r"dtype is torch\.bfloat16; expected one that NumPy has"):
+        store.to_numpy(IDS[:3], torch.bfloat16)
+
+
+def test_times_in_the_video(tmp_path: Path) -> None:
+    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS[:4])
+    rows = {name: clip(n) | {"timestamps": torch.tensor([0.5, 1.5])} for n, name in enumerate(IDS[:4])}
+    origins = {
+        IDS[0]: Origin("a.mp4", 1, 12.0, 20.0),
+        IDS[1]: Origin("a.mp4", 1),
+        IDS[2]: Origin("a.mp4", 1, 0.25, 2.0),
+    }
+    store.write_shard(0, rows, dict.fromkeys(rows, "sha"), origins=origins)
+    times = store.video_times(IDS[2::-1])
+    assert times.tolist() == [[0.75, 1.75], [0.5, 1.5], [12.5, 13.5]]
+    with pytest.raises(StoreError, match="does not record the stretch of 1 clips"):
+        store.video_times(IDS[:4])
