@@ -4,8 +4,8 @@
     python benchmarks/egosynth.py --set hard --parts table ratios ablation
 
 A set is rendered and encoded once, then every system trains with every seed, by the commands and configs that a user
-has. What is finished is not done again, so that the same command goes on after any interruption. Intervals are 95%
-bootstraps over seeds and clips, comparisons are paired by question (train/statistics.py). Checkpoints are chosen on
+has. What is finished is not done again, so that the same command goes on after any interruption. Intervals are over
+seeds and clips, comparisons are paired by question (train/scores/statistics.py). Checkpoints are chosen on
 val; nothing is chosen on test. Writes benchmarks/results/egosynth.json or egosynth_hard.json, for the ratios a picture
 beside it, and prints the tables of docs/egosynth.md.
 """
@@ -23,7 +23,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from egopatch.configs.schema import Config, ConfigParser, add_config_arguments, parse_config
@@ -151,7 +150,7 @@ class Bench:
         done = len(result["members"]) == len(self.seeds)
         return {**result["points"][0], "members": result["members"], "name": name} if done else None
 
-    def against(self, ours: Mapping[str, Any], theirs: Mapping[str, Any], split: str) -> dict[str, float]:
+    def against(self, ours: Mapping[str, Any], theirs: Mapping[str, Any], split: str) -> dict[str, Any]:
         """The paired difference of two points, in points of accuracy over all questions."""
         questions = load_dataset(self.config("lite", split).data).questions["test"]
         right = []
@@ -159,9 +158,10 @@ class Bench:
             folder = self.root / "sweeps" / point["name"]
             said = [read_predictions(folder / m["dir"] / "predictions.jsonl", questions) for m in point["members"]]
             right.append([[same_lower_cased(q, answers[q.question_id]) for q in questions] for answers in said])
-        result = compare(*(100 * np.array(rows) for rows in right), [question.clip_id for question in questions])
+        result = compare(*right, [question.clip_id for question in questions])
         difference = result.difference
-        return rounded({"difference": difference.mean, "low": difference.low, "high": difference.high, "p": result.p})
+        found = {"difference": difference.mean, "low": difference.low, "high": difference.high, "p": result.p}
+        return {**rounded(found), "verdict": result.verdict}
 
 
 def command(*words: str) -> None:
@@ -281,11 +281,11 @@ def markdown(found: Mapping[str, Any]) -> str:
     for split in SPLITS:
         rows = [row for row in found["ablation"] if row["split"] == split]
         if rows:
-            lines += ["", f"| {split}: psa (lite) | all | against the whole | p |", "|:--|--:|--:|--:|"]
+            lines += ["", f"| {split}: psa (lite) | all | against the whole | verdict |", "|:--|--:|--:|:--|"]
         for row in rows:
             gap = row["against_whole"]
             text = f"{gap['difference']:+.1f} [{gap['low']:+.1f}, {gap['high']:+.1f}]"
-            lines.append(f"| {row['part']} | {interval(row['all'])} | {text} | {gap['p']:.4f} |")
+            lines.append(f"| {row['part']} | {interval(row['all'])} | {text} | {gap['verdict']} |")
     for split in SPLITS:
         rows = [row for row in found["ratios"] if row["split"] == split]
         if rows:

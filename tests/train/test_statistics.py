@@ -1,100 +1,181 @@
-"""Bootstrap intervals over seeds and clips, and the paired permutation test."""
-
-import itertools
+"""Intervals over seeds and clips: their coverage on made-up experiments, and known cases."""
 
 import numpy as np
 import pytest
 
-from egopatch.train.scores.statistics import bootstrap, compare
+from egopatch.train.scores.statistics import accuracy, compare, measure_power
+
+CLIPS, TRUTH = 80, 50.0
+# Standard deviation between seeds, in points, and that of each seed on each clip besides.
+EXPERIMENTS = {
+    "seeds alike": (0.5, 0.0),
+    "seeds 2 points apart": (2.0, 0.0),
+    "seeds 5 points apart": (5.0, 0.0),
+    "seeds 10 points apart": (10.0, 0.0),
+    "seeds differ by clip": (2.0, 15.0),
+}
 
 
-def test_equal_values_have_no_spread() -> None:
-    found = bootstrap(np.full((3, 8), 60.0), list("aabbccdd"))
-    assert (found.mean, found.low, found.high) == (60.0, 60.0, 60.0)
+class MadeUp:
+    """Experiments of which the truth is known: clips of 1 to 9 questions with a difficulty each, and seeds."""
+
+    def __init__(self, seed_sd: float, both_sd: float, generator: np.random.Generator) -> None:
+        self.seed_sd, self.both_sd, self.generator = seed_sd, both_sd, generator
+        self.index = np.repeat(np.arange(CLIPS), generator.integers(1, 10, size=CLIPS))
+        self.clips = self.index.tolist()
+        self.easy = generator.uniform(-18, 18, CLIPS)
+
+    def system(self, seeds: int, above: float = 0.0) -> np.ndarray:
+        """The answers of a system [S, Q], right in `TRUTH` percent of all cases, or `above` that."""
+        draw = self.generator.normal
+        share = TRUTH + above + self.easy + draw(scale=self.seed_sd, size=(seeds, 1))
+        share = share + draw(scale=self.both_sd, size=(seeds, CLIPS))
+        return 100 * self.generator.random((seeds, len(self.index))) < share[:, self.index]
 
 
-def test_clips_are_drawn_and_not_questions() -> None:
-    right = np.array([[100.0] * 4 + [0.0] * 4])
-    alone, together = bootstrap(right, list("abcdefgh")), bootstrap(right, list("aaaabbbb"))
-    assert (together.low, together.high) == (0.0, 100.0)
-    assert 0 < alone.low < 50 < alone.high < 100
+def resampled(right: np.ndarray, index: np.ndarray, generator: np.random.Generator) -> tuple[float, float]:
+    """The interval of a bootstrap that draws seeds and clips, written out."""
+    counts = np.bincount(index).astype(float)
+    sums = np.stack([np.bincount(index, weights=row) for row in right])
+    drawn = generator.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=400)
+    means = (drawn @ sums.T) / (drawn @ counts)[:, None]
+    seeds = generator.integers(len(right), size=(400, len(right)))
+    low, high = np.percentile(100 * np.take_along_axis(means, seeds, axis=1).mean(axis=1), [2.5, 97.5])
+    return low, high
 
 
-def test_seeds_widen_the_interval() -> None:
-    clips = [str(i) for i in range(200)]
-    apart = np.stack([np.full(200, 40.0), np.full(200, 50.0), np.full(200, 60.0)])
-    found = bootstrap(apart, clips)
-    assert found.mean == 50
-    assert found.low < 45
-    assert found.high > 55
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", EXPERIMENTS)
+def test_intervals_of_three_seeds_hold_the_truth_as_often_as_they_say(kind: str) -> None:
+    generator = np.random.default_rng(7)
+    held, p = 0, []
+    for _ in range(1000):
+        experiment = MadeUp(*EXPERIMENTS[kind], generator)
+        ours, theirs = experiment.system(3), experiment.system(3)
+        found = accuracy(ours, experiment.clips)
+        held += found.low <= TRUTH <= found.high
+        p.append(compare(ours, theirs, experiment.clips).p)
+    assert 920 <= held <= 970
+    # Uniform: the largest distance between the shares of p-values and p; 0.0515 would be one in a hundred.
+    assert np.abs(np.sort(p) - (np.arange(1000) + 0.5) / 1000).max() < 0.08
+    assert 0.02 < np.mean(np.array(p) < 0.05) < 0.065
 
 
-def test_interval_covers_the_truth() -> None:
-    generator = np.random.default_rng(1)
-    hits = 0
-    for trial in range(60):
-        found = bootstrap(generator.random((1, 400)) < 0.3, [str(i) for i in range(400)], seed=trial)
-        hits += found.low <= 0.3 <= found.high
-    assert 51 <= hits <= 60  # 95% of 60 is 57; under 51 or so would be one in a thousand
+def test_a_bootstrap_over_three_seeds_does_not() -> None:
+    """Why this module does not resample."""
+    generator = np.random.default_rng(3)
+    held = 0
+    for _ in range(150):
+        experiment = MadeUp(*EXPERIMENTS["seeds 10 points apart"], generator)
+        low, high = resampled(experiment.system(3), experiment.index, generator)
+        held += low <= TRUTH <= high
+    assert held < 0.87 * 150
 
 
-def test_interval_is_that_of_drawing_seeds_and_clips_one_by_one() -> None:
-    """The same resampling written out, with loops over what was drawn, and other random numbers."""
-    generator = np.random.default_rng(4)
-    clips = [f"c{i}" for i in range(30) for _ in range(1 + i % 4)]
-    right = 100.0 * (generator.random((3, len(clips))) < np.linspace(0.2, 0.8, len(clips)))
-    questions = {name: [q for q, clip in enumerate(clips) if clip == name] for name in set(clips)}
-    names, means = sorted(questions), []
-    for _ in range(3000):
-        drawn = [q for i in generator.integers(len(names), size=len(names)) for q in questions[names[i]]]
-        means.append(np.mean([right[seed, drawn].mean() for seed in generator.integers(3, size=3)]))
-    low, high = np.percentile(means, [2.5, 97.5])
-    found = bootstrap(right, clips)
-    assert found.mean == pytest.approx(right.mean())
-    # The ends of 2,000 and of 3,000 draws vary by about 3% of the width each.
-    assert found.low == pytest.approx(low, abs=0.12 * (high - low))
-    assert found.high == pytest.approx(high, abs=0.12 * (high - low))
+def test_with_many_seeds_the_interval_is_that_of_a_bootstrap() -> None:
+    generator = np.random.default_rng(5)
+    experiment = MadeUp(4.0, 0.0, generator)
+    right = experiment.system(40)
+    low, high = resampled(right, experiment.index, generator)
+    found = accuracy(right, experiment.clips)
+    assert found.mean == pytest.approx(100 * right.mean())
+    assert found.low == pytest.approx(low, abs=0.2 * (high - low))
+    assert found.high == pytest.approx(high, abs=0.2 * (high - low))
 
 
-def test_the_permutation_test_is_that_of_all_arrangements() -> None:
-    """Against every one of the 2^10 ways to swap the two systems, clip by clip."""
-    generator = np.random.default_rng(6)
-    clips = [f"c{i // 2}" for i in range(20)]
-    ours, theirs = (100.0 * (generator.random((1, 20)) < share) for share in (0.75, 0.4))
-    each = (ours - theirs)[0].reshape(10, 2).sum(axis=1)
-    ways = [sum(sign * part for sign, part in zip(signs, each)) for signs in itertools.product((-1, 1), repeat=10)]
-    exact = np.mean([abs(way) >= abs(each.sum()) - 1e-9 for way in ways])
-    assert 0.005 < exact < 0.5
-    found = np.mean([compare(ours, theirs, clips, seed).p for seed in range(20)])
-    # Three standard deviations of a share of 40,000 draws, and the arrangement seen that is counted in.
-    assert found == pytest.approx(exact, abs=3 * np.sqrt(exact / 40_000) + 1 / 2000)
+def test_equal_answers_have_no_spread() -> None:
+    found = accuracy(np.ones((3, 8)), list("aabbccdd"))
+    assert (found.mean, found.low, found.high) == (100, 100, 100)
 
 
-def test_comparison_finds_what_is_there_and_nothing_else() -> None:
-    generator = np.random.default_rng(0)
-    clips = [str(i // 2) for i in range(600)]
-    base = (generator.random((3, 600)) < 0.4).astype(float)
-    better = np.maximum(base, generator.random((3, 600)) < 0.1)
-    found = compare(better, base, clips)
-    assert found.p < 0.01
-    assert 0 < found.difference.low < found.difference.mean < found.difference.high
-    assert compare(base, base, clips).p == 1.0
-    swapped = compare(base, better, clips)
-    assert swapped.difference.mean == pytest.approx(-found.difference.mean)
-    assert swapped.p == found.p
+def test_clips_count_and_not_questions() -> None:
+    right = np.array([[1, 0] * 50])
+    alone = accuracy(right, list(range(100)))
+    together = accuracy(np.sort(right), [q // 10 for q in range(100)])
+    assert together.high - together.low > 2.5 * (alone.high - alone.low)
+    # A proportion's textbook interval: 1.984 is Student's quantile at 99 degrees of freedom.
+    assert alone.high - 50 == pytest.approx(100 * 1.984 * np.sqrt(0.25 / 99), rel=1e-3)
 
 
-def test_chance_is_called_significant_as_often_as_it_says() -> None:
+def test_seeds_widen_the_interval_by_students_quantile() -> None:
+    right = np.stack([np.arange(1000) % 10 < share for share in (4, 5, 6)])
+    found = accuracy(right, [q // 10 for q in range(1000)])  # clips are all alike, seeds are not
+    half = 4.3027 * 10 / np.sqrt(3)
+    assert (found.low, found.high) == pytest.approx((50 - half, 50 + half), rel=1e-3)
+
+
+def test_intervals_stay_within_what_is_possible() -> None:
+    right = np.stack([np.zeros(40), np.ones(40), np.ones(40)])
+    assert accuracy(right, list(range(40))).high == 100
+    assert compare(right, np.zeros((1, 40)), list(range(40))).difference.high == 100
+
+
+def test_one_clip_tells_nothing_about_others() -> None:
+    found = accuracy(np.array([[1, 0], [1, 1]]), ["a", "a"])
+    assert (found.mean, found.low, found.high) == (75, 0, 100)
+    compared = compare(np.ones((1, 3)), np.zeros((1, 3)), ["a"] * 3)
+    assert (compared.p, compared.verdict) == (1, "cannot be told apart")
+
+
+def test_the_p_value_and_the_interval_agree() -> None:
     generator = np.random.default_rng(2)
-    clips = [str(i) for i in range(100)]
-    small = sum(
-        compare(*(generator.random((2, 1, 100)) < 0.5).astype(float), clips, seed=trial).p < 0.1 for trial in range(100)
-    )
-    assert 1 <= small <= 22  # 10 are expected; the bounds are three standard deviations away
+    for points in np.linspace(0, 14, 30):
+        experiment = MadeUp(2.0, 0.0, generator)
+        found = compare(experiment.system(3, above=points), experiment.system(2), experiment.clips)
+        assert (found.p < 0.05) == (found.verdict != "cannot be told apart")
+
+
+def test_comparison_has_a_sign_and_finds_no_difference_in_none() -> None:
+    experiment = MadeUp(1.0, 0.0, np.random.default_rng(0))
+    better, base = experiment.system(3, above=20), experiment.system(3)
+    found, swapped = (compare(*pair, experiment.clips) for pair in ((better, base), (base, better)))
+    assert (found.verdict, swapped.verdict) == ("above", "below")
+    assert swapped.difference.mean == pytest.approx(-found.difference.mean)
+    assert swapped.p == found.p < 0.05
+    same = compare(base, base, experiment.clips)
+    assert (same.p, same.verdict) == (1, "cannot be told apart")
+
+
+def test_questions_are_paired() -> None:
+    """A system that is right wherever another is, and sometimes besides, is above it on far fewer questions."""
+    generator = np.random.default_rng(1)
+    clips = [q // 4 for q in range(400)]
+    base = generator.random((1, 400)) < 0.5
+    better = base | (generator.random((1, 400)) < 0.1)
+    assert compare(better, base, clips).p < 0.01
+    assert compare(np.roll(better, 200, axis=1), base, clips).p > 0.05
+
+
+def test_power_is_the_share_of_differences_found() -> None:
+    generator = np.random.default_rng(11)
+    experiment = MadeUp(3.0, 0.0, generator)
+    power = measure_power([experiment.system(20) for _ in range(3)], experiment.clips)
+    assert power is not None
+    seeds = power.seeds_needed(5.0)
+    assert seeds is not None
+    assert 5 <= seeds <= 14
+    found = [
+        compare(experiment.system(seeds, above=5.0), experiment.system(seeds), experiment.clips).verdict == "above"
+        for _ in range(150)
+    ]
+    assert 0.68 <= np.mean(found) <= 0.92
+    assert power.seeds_needed(3.0) > seeds  # type: ignore[operator]
+
+
+def test_too_few_clips_are_not_made_up_for_by_seeds() -> None:
+    generator = np.random.default_rng(12)
+    clips = list(range(50))
+    # Each system has its own opinion on each clip, which all its seeds share.
+    systems = [np.tile(generator.random((1, 50)) < 0.5, (3, 1)) for _ in range(2)]
+    power = measure_power(systems, clips)
+    assert power is not None
+    assert power.seeds_needed(5.0) is None
+    assert measure_power(systems[:1], clips) is None
+    assert measure_power([system[:1] for system in systems], clips) is None
 
 
 def test_other_questions_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected the same seeds and questions"):
-        compare(np.zeros((1, 2)), np.zeros((2, 2)), ["a", "b"])
+    with pytest.raises(ValueError, match="expected the same questions"):
+        compare(np.zeros((1, 2)), np.zeros((1, 3)), ["a", "b"])
     with pytest.raises(ValueError, match=r"expected \[seeds, 0\], not empty"):
-        bootstrap(np.zeros((1, 0)), [])
+        accuracy(np.zeros((1, 0)), [])

@@ -241,6 +241,8 @@ def test_results_have_intervals_and_comparisons(tiny: Config) -> None:
     (pair,) = result["comparisons"]
     assert pair["difference"] == pytest.approx(result["points"][1]["all"]["mean"] - result["points"][0]["all"]["mean"])
     assert 0 < pair["p"] <= 1
+    assert pair["verdict"] in ("above", "below", "cannot be told apart")
+    assert result["seeds_needed"].keys() == {"1", "3", "5"}
     with (path.parent / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["head.ratio"], row["seeds"], row["all_n"]) for row in rows] == [

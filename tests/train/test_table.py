@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from egopatch.configs.schema import Config, DataConfig
+from egopatch.train.report.answers import correctness, load_questions
 from egopatch.train.report.table import notices, write_table
 from egopatch.train.rundir.results import TableError, gather
-from tests.train.fake_runs import write_run, write_sweep
+from egopatch.train.scores.statistics import accuracy
+from tests.train.fake_runs import guesses, write_dataset, write_run, write_sweep
 
 ROOT = Path(__file__).parents[2]
+NO_ANNOTATIONS = Config(data=DataConfig(root=Path("nowhere")))
 KEYS = ["model", "split", "open", "binary", "all", "n", "checkpoint", "log"]
 
 
@@ -19,7 +23,7 @@ def test_rows_are_blind_then_published_then_ours_and_direct_first(tmp_path: Path
     for split in ("indirect", "direct"):
         for model in ("psa", "egovlpv2", "majority", "mfas", "question-only", "egovlp"):
             write_run(tmp_path, f"{split}_{model}", model=model, split=split)
-    records = write_table(tmp_path)
+    records = write_table(tmp_path, NO_ANNOTATIONS)
     order = ["majority", "question-only", "egovlp", "egovlpv2", "mfas", "psa"]
     assert [(r["split"], r["model"]) for r in records] == [(s, m) for s in ("direct", "indirect") for m in order]
     text = (tmp_path / "table.md").read_text()
@@ -28,7 +32,7 @@ def test_rows_are_blind_then_published_then_ours_and_direct_first(tmp_path: Path
 
 def test_json_has_exactly_the_published_keys_and_relative_paths(tmp_path: Path) -> None:
     write_run(tmp_path, "a/psa", all_=48.6949, open_=38.951, binary=75.86)
-    records = write_table(tmp_path)
+    records = write_table(tmp_path, NO_ANNOTATIONS)
     assert json.loads((tmp_path / "table.json").read_text()) == records
     (record,) = records
     assert list(record) == KEYS
@@ -40,7 +44,7 @@ def test_json_has_exactly_the_published_keys_and_relative_paths(tmp_path: Path) 
 
 def test_markdown_has_the_published_columns_and_two_decimals(tmp_path: Path) -> None:
     write_run(tmp_path, "psa", all_=48.6, open_=39, binary=75.864)
-    write_table(tmp_path)
+    write_table(tmp_path, NO_ANNOTATIONS)
     text = (tmp_path / "table.md").read_text()
     assert "| System | Open | Binary | All | Checkpoint | Log |" in text
     row = "| psa | 39.00 | 75.86 | 48.60 | [best.safetensors](<psa/best.safetensors>) | [log.jsonl](<psa/log.jsonl>) |"
@@ -50,20 +54,40 @@ def test_markdown_has_the_published_columns_and_two_decimals(tmp_path: Path) -> 
 
 
 def test_seeds_are_averaged_and_the_seed_best_on_val_is_named(tmp_path: Path) -> None:
-    for seed, (accuracy, val) in enumerate([(50.0, 40.0), (52.0, 45.0), (54.0, 41.0)]):
-        write_run(tmp_path, f"psa_{seed}", seed=seed, all_=accuracy, val=val)
-    (record,) = write_table(tmp_path)
+    for seed, (all_, val) in enumerate([(50.0, 40.0), (52.0, 45.0), (54.0, 41.0)]):
+        write_run(tmp_path, f"psa_{seed}", seed=seed, all_=all_, val=val)
+    (record,) = write_table(tmp_path, NO_ANNOTATIONS)
     assert record["all"] == 52.0
     assert record["checkpoint"] == "psa_1/best.safetensors"
     text = (tmp_path / "table.md").read_text()
-    assert "52.00 ± 2.00" in text
+    assert "| 52.00 |" in text
     assert "over 3 seeds" in text
+    assert "no intervals and no examples: data.root nowhere" in text
+
+
+def test_cells_have_the_intervals_of_the_statistics(tmp_path: Path) -> None:
+    config = write_dataset(tmp_path / "data", videos=False)
+    for seed, every in enumerate((2, 3, 4)):
+        run = write_run(tmp_path / "runs", f"psa_{seed}", seed=seed, predictions=guesses(every), all_=100 / every)
+    (run / "predictions.jsonl").rename(run / "gone")
+    write_table(tmp_path / "runs", config)
+    text = (tmp_path / "runs" / "table.md").read_text()
+    assert "| 36.11 |" in text
+    assert "predictions.jsonl" in text
+    (run / "gone").rename(run / "predictions.jsonl")
+    write_table(tmp_path / "runs", config)
+    (row,) = gather(tmp_path / "runs").rows
+    questions = load_questions(config, "direct")
+    expected = accuracy(correctness(row, questions).by_seed, questions.clip_ids)
+    text = (tmp_path / "runs" / "table.md").read_text()
+    assert f"| 36.11 [{expected.low:.1f}, {expected.high:.1f}] |" in text
+    assert "In brackets: 95% intervals over seeds and clips" in text
 
 
 def test_unlike_settings_are_not_averaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path, "a", all_=50)
     write_run(tmp_path, "b", all_=60, config={"head": {"ratio": 0.5}})
-    records = write_table(tmp_path)
+    records = write_table(tmp_path, NO_ANNOTATIONS)
     assert [(r["model"], r["all"]) for r in records] == [("psa", 50.0), ("psa (head.ratio 0.5)", 60.0)]
     assert "psa (head.ratio 0.5) has a separate row" in capsys.readouterr().err
 
@@ -71,7 +95,7 @@ def test_unlike_settings_are_not_averaged(tmp_path: Path, capsys: pytest.Capture
 def test_a_repeated_seed_is_counted_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path, "a", all_=50)
     write_run(tmp_path, "b", all_=60)
-    (record,) = write_table(tmp_path)
+    (record,) = write_table(tmp_path, NO_ANNOTATIONS)
     assert record["all"] == 50.0
     assert "b: repeats seed 0 of a" in capsys.readouterr().err
 
@@ -80,12 +104,12 @@ def test_runs_of_a_sweep_are_no_rows(tmp_path: Path) -> None:
     write_run(tmp_path, "psa")
     write_sweep(tmp_path)
     write_run(tmp_path, "sweeps/ratio_direct/r0.1_s0", config={"head": {"ratio": 0.1}})
-    assert len(write_table(tmp_path)) == 1
+    assert len(write_table(tmp_path, NO_ANNOTATIONS)) == 1
 
 
 def test_a_part_without_questions_has_no_number(tmp_path: Path) -> None:
     write_run(tmp_path, "psa", binary=None, n=(600, 0))  # type: ignore[arg-type]
-    (record,) = write_table(tmp_path)
+    (record,) = write_table(tmp_path, NO_ANNOTATIONS)
     assert record["binary"] is None
     assert "| psa | 40.00 | – | 50.00 |" in (tmp_path / "table.md").read_text()
 
@@ -104,7 +128,7 @@ def test_a_part_without_questions_has_no_number(tmp_path: Path) -> None:
 def test_damaged_runs_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage, message: str) -> None:
     write_run(tmp_path, "good", model="egovlp")
     damage(write_run(tmp_path, "bad"))
-    assert [record["model"] for record in write_table(tmp_path)] == ["egovlp"]
+    assert [record["model"] for record in write_table(tmp_path, NO_ANNOTATIONS)] == ["egovlp"]
     (line,) = [line for line in capsys.readouterr().err.splitlines() if message in line]
     assert line.startswith("table: ")
     assert message in (tmp_path / "table.md").read_text()
@@ -121,7 +145,7 @@ def test_impossible_accuracy_is_refused(tmp_path: Path) -> None:
 def test_no_runs_says_which_command_makes_them(tmp_path: Path, make) -> None:
     make(tmp_path)
     with pytest.raises(TableError, match=r"holds no finished run.*python -m train fit --config CONFIG"):
-        write_table(tmp_path)
+        write_table(tmp_path, NO_ANNOTATIONS)
     assert not (tmp_path / "table.json").exists()
 
 
@@ -130,13 +154,13 @@ def test_notices_come_from_the_cards(tmp_path: Path) -> None:
     data.mkdir()
     options = {"encoder": {"checkpoint": "weights/EgoVLPv2.pth"}, "data": {"root": str(data)}}
     write_run(tmp_path, "psa", config=options)
-    write_table(tmp_path)
+    write_table(tmp_path, NO_ANNOTATIONS)
     assert "random stand-ins" not in (tmp_path / "table.md").read_text()
     assert "synthetic" not in (tmp_path / "table.md").read_text()
     (data / "events.jsonl").touch()
     options["encoder"] = {"checkpoint": "weights/egovlp-random.pth"}
     write_run(tmp_path, "egovlp", model="egovlp", config=options)
-    write_table(tmp_path)
+    write_table(tmp_path, NO_ANNOTATIONS)
     text = (tmp_path / "table.md").read_text()
     assert "are random stand-ins" in text
     assert "synthetic (EgoSynth)" in text
@@ -150,23 +174,23 @@ def test_a_card_may_state_a_notice(tmp_path: Path) -> None:
 def test_uneven_question_counts_are_said(tmp_path: Path) -> None:
     write_run(tmp_path, "a", model="egovlp", n=(500, 400))
     write_run(tmp_path, "b", n=(600, 400))
-    write_table(tmp_path)
+    write_table(tmp_path, NO_ANNOTATIONS)
     assert "Rows count different questions: egovlp n = 900" in (tmp_path / "table.md").read_text()
 
 
 def test_model_names_cannot_break_the_table(tmp_path: Path) -> None:
     write_run(tmp_path, "a", model="x|<b>")
-    write_table(tmp_path)
+    write_table(tmp_path, NO_ANNOTATIONS)
     assert "| x\\|&lt;b> |" in (tmp_path / "table.md").read_text()
 
 
 def test_questions_about_quarantined_clips_are_counted(tmp_path: Path) -> None:
     run = write_run(tmp_path, "psa")
-    write_table(tmp_path)
+    write_table(tmp_path, NO_ANNOTATIONS)
     assert "quarantined" not in (tmp_path / "table.md").read_text()
     test = json.loads((run / "test.json").read_text()) | {"unseen": 7}
     (run / "test.json").write_text(json.dumps(test))
-    write_table(tmp_path)
+    write_table(tmp_path, NO_ANNOTATIONS)
     assert "Up to 7 test questions are about quarantined clips" in (tmp_path / "table.md").read_text()
 
 

@@ -12,6 +12,6 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     add_config_arguments(parser)
     config, _ = parse_config(parser, args)
     folder = table_folder(config)
-    write_table(folder)
+    write_table(folder, config)
     print((folder / "table.md").read_text(encoding="utf-8"))
     return 0

@@ -1,22 +1,20 @@
-"""Analysis of one split for the report: correctness per question, paired differences with intervals, tags, examples."""
+"""Analysis of one split for the report: the better blind baseline, tags, selections, examples."""
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from egopatch.configs.schema import Config
-from egopatch.extract.datasets import Clip, DatasetError, Question, load_dataset
+from egopatch.extract.datasets import Question
 from egopatch.extract.encoders import input_transform
 from egopatch.train.report import examples
+from egopatch.train.report.answers import Correctness, Questions, read_answers
 from egopatch.train.report.sources import Selection, SourceError, Sweep, read_selection
-from egopatch.train.rundir.results import BLIND, SPLITS, Row
-from egopatch.train.scores.metrics import PredictionError, read_predictions, same_lower_cased
+from egopatch.train.rundir.results import BLIND, Row
+from egopatch.train.scores.metrics import same_lower_cased
 
 EXAMPLES_OF_A_KIND = 4
-_DRAWS = 2000
 # The families of EgoTaskQA's reasoning tags, in the order of its paper.
 TAG_FAMILIES = {
     "scope": ("world", "intent", "multi-agent"),
@@ -28,46 +26,6 @@ TAG_FAMILIES = {
 
 
 @dataclass(frozen=True)
-class Questions:
-    """Test questions and clips of one split, by id."""
-
-    by_id: Mapping[str, Question]
-    clips: Mapping[str, Clip]
-
-
-@dataclass(frozen=True)
-class Correctness:
-    """Right and wrong answers of one row of the table, by question id.
-
-    Attributes:
-        share: Share of the seeds whose answer is right.
-        right: Whether the answer of the seed best on val is right.
-        answers: Answers of the seed best on val.
-    """
-
-    share: Mapping[str, float]
-    right: Mapping[str, bool]
-    answers: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Gain:
-    """How far one system is above another, in points of accuracy over all questions.
-
-    Attributes:
-        other: Label of the system compared with.
-        points: Difference in points.
-        low: Lower end of the 95% interval; None if predictions are missing.
-        high: Upper end.
-    """
-
-    other: str
-    points: float
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
 class TagLine:
     """One tag of the breakdown: its number of questions, and the accuracy in percent by row label."""
 
@@ -75,107 +33,6 @@ class TagLine:
     tag: str
     n: int
     accuracy: Mapping[str, float]
-
-
-def load_questions(config: Config, split: str) -> Questions:
-    """Load the test questions of `split`.
-
-    Raises:
-        SourceError: the annotations cannot be read.
-    """
-    try:
-        known = next((name for name in SPLITS if name == split), config.data.split)
-        dataset = load_dataset(dataclasses.replace(config.data, split=known))
-    except (DatasetError, OSError) as error:
-        first, *more = str(error).splitlines() or [type(error).__name__]
-        rest = f" (and {len(more)} more)" if more else ""
-        raise SourceError(f"data.root {config.data.root}: {first}{rest}") from error
-    return Questions(
-        {question.question_id: question for question in dataset.questions["test"]},
-        {clip.clip_id: clip for clip in dataset.clips},
-    )
-
-
-def correctness(row: Row, questions: Questions) -> Correctness:
-    """Compare the predictions of a row's seeds with the annotated answers.
-
-    Raises:
-        SourceError: predictions are missing, damaged or about other questions.
-    """
-    seeds = []
-    for run in row.runs:
-        answers = read_answers(run.dir, questions)
-        seeds.append((answers, {q: same_lower_cased(questions.by_id[q], a) for q, a in answers.items()}))
-    answers, right = seeds[0]
-    share = {q: float(np.mean([seed.get(q, False) for _, seed in seeds])) for q in right}
-    return Correctness(share, right, answers)
-
-
-def accuracy_mismatch(row: Row, right: Correctness) -> str:
-    """One line if a row's predictions do not give its recorded accuracy; empty if they do."""
-    recorded = row.best.scores["all"].accuracy
-    counted = 100 * sum(right.right.values()) / max(len(right.right), 1)
-    if recorded is None or abs(recorded - counted) < 0.005:
-        return ""
-    return (
-        f"{row.best.dir}: predictions.jsonl gives {counted:.2f} but test.json has {recorded:.2f}; "
-        "the annotations or the files have changed since; evaluate the run again"
-    )
-
-
-def read_answers(folder: Path, questions: Questions) -> dict[str, str]:
-    """Read the answers of a run, by question id.
-
-    Raises:
-        SourceError: predictions are missing, damaged or about other questions.
-    """
-    try:
-        return read_predictions(folder / "predictions.jsonl", tuple(questions.by_id.values()))
-    except PredictionError as error:
-        first, *more = str(error).splitlines()
-        rest = f" (and {len(more)} more)" if more else ""
-        raise SourceError(f"{first}{rest}; give the report the config of these runs") from error
-
-
-def gain(
-    ours: tuple[Row, Correctness | None], other: tuple[Row, Correctness | None], questions: Questions | None
-) -> Gain | None:
-    """Difference of two rows with its paired bootstrap interval over clips; None if one has no accuracy."""
-    mean, base = ours[0].mean("all"), other[0].mean("all")
-    if mean is None or base is None:
-        return None
-    interval = None
-    if questions and ours[1] and other[1]:
-        shared = sorted(ours[1].share.keys() & other[1].share.keys())
-        difference = np.array([ours[1].share[q] - other[1].share[q] for q in shared])
-        interval = paired_clip_interval(difference, [questions.by_id[q].clip_id for q in shared])
-    low, high = interval or (None, None)
-    return Gain(other[0].label, mean - base, low, high)
-
-
-def paired_clip_interval(difference: np.ndarray, clips: Sequence[str], seed: int = 0) -> tuple[float, float] | None:
-    """95% bootstrap interval, in points, of the mean of `difference` over questions.
-
-    Clips are drawn rather than questions, because questions about one clip are not independent. Unlike
-    `train.scores.statistics.bootstrap` it does not draw seeds.
-
-    Args:
-        difference: [Q] in [-1, 1].
-        clips: Clip of each question.
-        seed: Seed of the draws.
-    """
-    if len(difference) == 0:
-        return None
-    _, clip_index = np.unique(np.asarray(clips), return_inverse=True)
-    sums = np.bincount(clip_index, weights=difference)
-    counts = np.bincount(clip_index).astype(float)
-    generator = np.random.default_rng(seed)
-    means = np.empty(_DRAWS)
-    for draw in range(_DRAWS):
-        weights = np.bincount(generator.integers(len(sums), size=len(sums)), minlength=len(sums))
-        means[draw] = (weights @ sums) / (weights @ counts)
-    low, high = np.percentile(100 * means, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def best_blind_row(rows: Iterable[Row]) -> Row | None:

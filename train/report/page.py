@@ -18,12 +18,15 @@ from matplotlib.figure import Figure
 from egopatch.configs.schema import Config
 from egopatch.features.common.units import format_bytes
 from egopatch.train.report import analysis as report_analysis
+from egopatch.train.report import answers as report_answers
 from egopatch.train.report import integrity as report_integrity
 from egopatch.train.report import plots, table
-from egopatch.train.report.analysis import Correctness, Gain, Questions, TagLine
+from egopatch.train.report.analysis import TagLine
+from egopatch.train.report.answers import Correctness, Questions
 from egopatch.train.report.examples import Example
 from egopatch.train.report.sources import SourceError, Sweep, TrainingLog, read_log, read_selection, read_sweep
 from egopatch.train.rundir.results import COLUMNS, PUBLISHED, SPLITS, Results, Row, gather
+from egopatch.train.scores.statistics import Comparison, Interval
 
 TEMPLATES = Path(__file__).parent / "templates"
 _OURS = "psa"
@@ -40,6 +43,14 @@ class Plot:
 
 
 @dataclass(frozen=True)
+class Gain:
+    """How far our head is above the row labelled `other`."""
+
+    other: str
+    comparison: Comparison
+
+
+@dataclass(frozen=True)
 class SplitPage:
     """Content of the page about one split.
 
@@ -51,6 +62,7 @@ class SplitPage:
         gains: Gains of our head over the better blind baseline, then over the published systems.
         tags: Breakdown by reasoning tag.
         examples: Wins, losses and random questions.
+        intervals: Interval of each accuracy, by label and column; a row whose predictions cannot be read has none.
         best: Highest accuracy of a row, by column.
         grid: Rows and columns of patches.
         ratios: Selection ratios at which the examples can be shown, rising.
@@ -66,6 +78,7 @@ class SplitPage:
     gains: tuple[Gain, ...]
     tags: tuple[TagLine, ...]
     examples: tuple[Example, ...]
+    intervals: Mapping[str, Mapping[str, Interval]]
     best: Mapping[str, float]
     grid: tuple[int, int]
     ratios: tuple[str, ...]
@@ -129,7 +142,7 @@ def _split_page(
     rows = results.split(split)
     # Rows of other settings have longer labels; the row labelled just `psa` is the system of the table.
     ours = next((row for row in rows if row.label == _OURS), None)
-    questions, right = _correctness_by_row(config, split, rows, problems)
+    questions, right = report_answers.rows_correctness(config, split, rows, problems)
     examples: list[Example] = []
     shared, kept_share, patches = None, 0.0, grid[0] * grid[1]
     if ours is not None and questions is not None and (correct := right.get(ours.label)) is not None:
@@ -150,6 +163,7 @@ def _split_page(
         tuple(_gains(rows, ours, right, questions)),
         tuple(report_analysis.tag_lines(rows)),
         tuple(examples),
+        {label: report_answers.intervals(correct, questions) for label, correct in right.items()} if questions else {},
         {part: max((row.mean(part) or 0.0 for row in rows), default=0.0) for part in COLUMNS},
         grid,
         tuple(sorted({step.label for example in examples for step in example.steps}, key=float)),
@@ -159,36 +173,18 @@ def _split_page(
     )
 
 
-def _correctness_by_row(
-    config: Config, split: str, rows: Sequence[Row], problems: list[str]
-) -> tuple[Questions | None, dict[str, Correctness]]:
-    """Correctness of every row, by label. Rows whose predictions cannot be read are omitted and added to `problems`."""
-    try:
-        questions = report_analysis.load_questions(config, split)
-    except SourceError as error:
-        problems.append(f"{split}: no examples and no intervals: {error}")
-        return None, {}
-    right = {}
-    for row in rows:
-        try:
-            right[row.label] = report_analysis.correctness(row, questions)
-            if fault := report_analysis.accuracy_mismatch(row, right[row.label]):
-                problems.append(fault)
-        except SourceError as error:
-            problems.append(str(error))
-    return questions, right
-
-
 def _gains(
     rows: Sequence[Row], ours: Row | None, right: Mapping[str, Correctness], questions: Questions | None
 ) -> list[Gain]:
-    if ours is None:
+    if ours is None or questions is None or ours.label not in right:
         return []
     blind = report_analysis.best_blind_row(rows)
     others = [row for row in rows if row is blind or (row.system in PUBLISHED and row.label == row.system)]
-    pairs = ((row, right.get(row.label)) for row in others)
-    gains = (report_analysis.gain((ours, right.get(ours.label)), pair, questions) for pair in pairs)
-    return [gain for gain in gains if gain is not None]
+    return [
+        Gain(row.label, report_answers.difference(right[ours.label], right[row.label], questions))
+        for row in others
+        if row.label in right
+    ]
 
 
 def _sweeps(folder: Path, problems: list[str]) -> list[Sweep]:

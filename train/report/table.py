@@ -3,16 +3,28 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from egopatch.configs.schema import Config
+from egopatch.train.report import answers as report_answers
 from egopatch.train.rundir.results import COLUMNS, Results, Row, gather
+from egopatch.train.scores.statistics import Interval
+
+# Intervals of a row by column, and of a split's rows by label.
+RowIntervals = Mapping[str, Interval]
+Intervals = Mapping[str, Mapping[str, RowIntervals]]
 
 
-def write_table(folder: Path) -> list[dict[str, Any]]:
+def write_table(folder: Path, config: Config) -> list[dict[str, Any]]:
     """Write `table.md` and `table.json` into `folder` from the runs below it.
 
     Incomplete and damaged runs are listed below the table and on stderr, one line each.
+
+    Args:
+        folder: Folder of the runs.
+        config: Config of one of the runs, whose annotations the intervals need.
 
     Returns:
         The rows of `table.json`: `model` (label of the row), `split`, `open`, `binary`, `all` (percent, two decimals,
@@ -24,10 +36,20 @@ def write_table(folder: Path) -> list[dict[str, Any]]:
     results = gather(folder)
     records = [record(row, folder) for row in results.rows]
     (folder / "table.json").write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
-    (folder / "table.md").write_text(markdown(results), encoding="utf-8")
+    problems = list(results.problems)
+    intervals = {split: _intervals(config, split, results, problems) for split in results.splits}
+    results = replace(results, problems=tuple(dict.fromkeys(problems)))
+    (folder / "table.md").write_text(markdown(results, intervals), encoding="utf-8")
     for problem in results.problems:
         print(f"table: {problem}", file=sys.stderr)
     return records
+
+
+def _intervals(config: Config, split: str, results: Results, problems: list[str]) -> dict[str, RowIntervals]:
+    questions, right = report_answers.rows_correctness(config, split, results.split(split), problems)
+    if questions is None:
+        return {}
+    return {label: report_answers.intervals(correct, questions) for label, correct in right.items()}
 
 
 def record(row: Row, folder: Path) -> dict[str, Any]:
@@ -43,7 +65,7 @@ def record(row: Row, folder: Path) -> dict[str, Any]:
     }
 
 
-def markdown(results: Results) -> str:
+def markdown(results: Results, intervals: Intervals) -> str:
     """`table.md`: a section for each split, then the origin of the numbers."""
     lines = ["# Results", "", "Accuracy on the test questions, in percent.", ""]
     for split in results.splits:
@@ -51,13 +73,15 @@ def markdown(results: Results) -> str:
         lines += [f"## {split.capitalize()}", "", question_counts(rows), ""]
         lines += ["| System | Open | Binary | All | Checkpoint | Log |", "|:--|--:|--:|--:|:--|:--|"]
         for row in rows:
-            cells = [cell(row, part) for part in COLUMNS]
+            cells = [cell(row, part, intervals[split].get(row.label, {})) for part in COLUMNS]
             links = [
                 f"[{path.name}](<{_relative(path, results.folder)}>)" if path else "–"
                 for path in (row.best.checkpoint, row.best.log)
             ]
             lines.append("| " + " | ".join([_escape(row.label), *cells, *links]) + " |")
-        tagged = [f"{_escape(row.label)} {cell(row, 'split_tag')}" for row in rows if row.mean("split_tag") is not None]
+        tagged = [
+            f"{_escape(row.label)} {cell(row, 'split_tag', {})}" for row in rows if row.mean("split_tag") is not None
+        ]
         if tagged:
             n = rows[0].n("split_tag")
             lines += ["", f"All, over only the {n:,} questions tagged `{split}`: {', '.join(tagged)}."]
@@ -68,12 +92,13 @@ def markdown(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def cell(row: Row, part: str) -> str:
-    """A cell of the table: the mean with two decimals, and the standard deviation if there are several seeds."""
-    mean, sd = row.mean(part), row.sd(part)
+def cell(row: Row, part: str, intervals: RowIntervals) -> str:
+    """A cell of the table: the mean over seeds with two decimals, and its interval if there is one."""
+    mean = row.mean(part)
     if mean is None:
         return "–"
-    return f"{mean:.2f}" if sd is None else f"{mean:.2f} ± {sd:.2f}"
+    interval = intervals.get(part)
+    return f"{mean:.2f}" + ("" if interval is None else f" [{interval.low:.1f}, {interval.high:.1f}]")
 
 
 def question_counts(rows: Sequence[Row]) -> str:
@@ -126,12 +151,14 @@ def is_synthetic(card: Mapping[str, Any]) -> bool:
 def origin(results: Results) -> list[str]:
     """The origin of the numbers, one statement per item."""
     seeds = sorted({len(row.runs) for row in results.rows})
-    spread = "one seed per row" if seeds == [1] else f"mean ± standard deviation over {_span(seeds)} seeds per row"
+    mean = "one seed per row" if seeds == [1] else f"mean over {_span(seeds)} seeds per row"
+    alone = "; a row of one seed leaves out the spread between seeds" if 1 in seeds else ""
     count = max(run.quarantined for row in results.rows for run in row.runs)
     quarantined = f"Up to {count:,} test questions are about quarantined clips; they got the majority answer."
     return [
-        f"{spread[0].upper()}{spread[1:]}; checkpoint and log are those of the seed best on val. "
+        f"{mean[0].upper()}{mean[1:]}; checkpoint and log are those of the seed best on val. "
         "Nothing is chosen on test.",
+        f"In brackets: 95% intervals over seeds and clips (`train.scores.statistics`){alone}.",
         "Each row is the mean over `test.json` of its runs; `card.json` beside it has the command and versions.",
         "`majority` and `question-only` never see the video. All other systems read cached features of uniformly "
         "sampled frames.",

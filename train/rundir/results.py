@@ -110,11 +110,6 @@ class Row:
         values = self.values(part)
         return statistics.fmean(values) if values else None
 
-    def sd(self, part: str) -> float | None:
-        """Sample standard deviation over seeds, in points; None for a single seed."""
-        values = self.values(part)
-        return statistics.stdev(values) if len(values) > 1 else None
-
     def values(self, part: str) -> list[float]:
         """Accuracy of each run that has one."""
         scores = [run.scores[part].accuracy for run in self.runs if part in run.scores]

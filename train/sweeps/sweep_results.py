@@ -18,9 +18,11 @@ from egopatch.train.report.sources import read_sweep, value_text
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.results import COLUMNS
 from egopatch.train.scores.metrics import read_predictions, same_lower_cased
-from egopatch.train.scores.statistics import Matrix, bootstrap, compare
+from egopatch.train.scores.statistics import Matrix, accuracy, compare, measure_power
 
 SEED = "train.seed"
+# Differences, in points, for which a sweep says how many seeds would show them.
+DIFFERENCES = (1, 3, 5)
 FinishedRun = tuple[Mapping[str, Any], Config]
 
 
@@ -40,6 +42,7 @@ def write_results(facts: Mapping[str, Any], runs: Sequence[FinishedRun], config:
         "members": [_record(overrides, run, out) for overrides, run in runs],
         "points": [summary for summary, _ in points],
         "comparisons": compare_points(points, questions),
+        "seeds_needed": seeds_needed(points, questions),
     }
     run_folder.write_whole(out / "sweep.json", json.dumps(result, indent=2) + "\n")
     run_folder.write_whole(out / "sweep.csv", as_csv(result["points"]))
@@ -71,7 +74,7 @@ def gather_points(runs: Sequence[FinishedRun], questions: Sequence[Question]) ->
             counted = np.ones(len(forms), dtype=bool) if column == "all" else forms == column
             summary[column] = None
             if counted.any():
-                interval = bootstrap(100 * right[:, counted], clips[counted].tolist())
+                interval = accuracy(right[:, counted], clips[counted].tolist())
                 numbers = {"mean": interval.mean, "low": interval.low, "high": interval.high}
                 summary[column] = {**numbers, "n": int(counted.sum())}
         points.append((summary, right))
@@ -79,14 +82,12 @@ def gather_points(runs: Sequence[FinishedRun], questions: Sequence[Question]) ->
 
 
 def compare_points(points: Sequence[tuple[dict[str, Any], Matrix]], questions: Sequence[Question]) -> list[Any]:
-    """Differences of later points with the same seeds from the first, in points of accuracy over all questions."""
+    """Differences of later points from the first, in points of accuracy over all questions."""
     clips = [question.clip_id for question in questions]
     comparisons = []
     for summary, right in points[1:]:
         first, base = points[0]
-        if summary["seeds"] != first["seeds"]:
-            continue
-        result = compare(100 * right, 100 * base, clips)
+        result = compare(right, base, clips)
         difference = result.difference
         comparisons.append(
             {
@@ -96,9 +97,20 @@ def compare_points(points: Sequence[tuple[dict[str, Any], Matrix]], questions: S
                 "low": difference.low,
                 "high": difference.high,
                 "p": result.p,
+                "verdict": result.verdict,
             }
         )
     return comparisons
+
+
+def seeds_needed(
+    points: Sequence[tuple[dict[str, Any], Matrix]], questions: Sequence[Question]
+) -> dict[str, int | None] | None:
+    """Seeds of each point with which a difference of 1, 3 and 5 points is found in 80% of cases; None for a difference
+    that these questions are too few for. None altogether without two points of at least two seeds.
+    """
+    power = measure_power([right for _, right in points], [question.clip_id for question in questions])
+    return None if power is None else {str(points): power.seeds_needed(points) for points in DIFFERENCES}
 
 
 def as_csv(points: Sequence[Mapping[str, Any]]) -> str:
@@ -119,7 +131,7 @@ def as_csv(points: Sequence[Mapping[str, Any]]) -> str:
 
 
 def describe(result: Mapping[str, Any]) -> list[str]:
-    """One line per point, then one line per comparison."""
+    """One line per point, one per comparison, and one on the number of seeds that comparisons need."""
     lines = []
     for point in result["points"]:
         accuracies = [
@@ -128,11 +140,15 @@ def describe(result: Mapping[str, Any]) -> list[str]:
             if point[column]
         ]
         lines.append(f"  {_name(point['setting'])}: {', '.join(accuracies)}, {len(point['seeds'])} seeds")
-    return lines + [
+    lines += [
         f"  {_name(pair['setting'])} against {_name(pair['against'])}: {pair['difference']:+.2f} "
-        f"[{pair['low']:+.2f}, {pair['high']:+.2f}], p {pair['p']:.4f}"
+        f"[{pair['low']:+.2f}, {pair['high']:+.2f}], {pair['verdict']} (p {pair['p']:.4f})"
         for pair in result["comparisons"]
     ]
+    if needed := result["seeds_needed"]:
+        parts = [f"{points}: {'more clips' if seeds is None else seeds}" for points, seeds in needed.items()]
+        lines.append(f"  seeds needed to find a difference, in points, 4 times in 5: {', '.join(parts)}")
+    return lines
 
 
 def _right(run: Config, questions: Sequence[Question]) -> list[bool]:

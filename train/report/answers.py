@@ -1,0 +1,135 @@
+"""Right and wrong answers of the rows of the table, and the intervals that follow from them."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from egopatch.configs.schema import Config
+from egopatch.extract.datasets import Clip, DatasetError, Question, load_dataset
+from egopatch.train.report.sources import SourceError
+from egopatch.train.rundir.results import COLUMNS, SPLITS, Row
+from egopatch.train.scores.metrics import PredictionError, read_predictions, same_lower_cased
+from egopatch.train.scores.statistics import Comparison, Interval, accuracy, compare
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Test questions and clips of one split, by id."""
+
+    by_id: Mapping[str, Question]
+    clips: Mapping[str, Clip]
+
+    @property
+    def clip_ids(self) -> list[str]:
+        """Clip of each question, in order."""
+        return [question.clip_id for question in self.by_id.values()]
+
+
+@dataclass(frozen=True)
+class Correctness:
+    """Right and wrong answers of one row of the table.
+
+    Attributes:
+        by_seed: [S, Q] bool, whether each seed answers each question right; questions in the order of `Questions`.
+        right: Whether the answer of the seed best on val is right, by question id.
+        answers: Answers of the seed best on val, by question id.
+    """
+
+    by_seed: np.ndarray
+    right: Mapping[str, bool]
+    answers: Mapping[str, str]
+
+
+def load_questions(config: Config, split: str) -> Questions:
+    """Load the test questions of `split`.
+
+    Raises:
+        SourceError: the annotations cannot be read.
+    """
+    try:
+        known = next((name for name in SPLITS if name == split), config.data.split)
+        dataset = load_dataset(dataclasses.replace(config.data, split=known))
+    except (DatasetError, OSError) as error:
+        first, *more = str(error).splitlines() or [type(error).__name__]
+        rest = f" (and {len(more)} more)" if more else ""
+        raise SourceError(f"data.root {config.data.root}: {first}{rest}") from error
+    return Questions(
+        {question.question_id: question for question in dataset.questions["test"]},
+        {clip.clip_id: clip for clip in dataset.clips},
+    )
+
+
+def rows_correctness(
+    config: Config, split: str, rows: Sequence[Row], problems: list[str]
+) -> tuple[Questions | None, dict[str, Correctness]]:
+    """Correctness of every row, by label. Rows whose predictions cannot be read are omitted and added to `problems`."""
+    try:
+        questions = load_questions(config, split)
+    except SourceError as error:
+        problems.append(f"{split}: no intervals and no examples: {error}")
+        return None, {}
+    right = {}
+    for row in rows:
+        try:
+            right[row.label] = correctness(row, questions)
+            if fault := accuracy_mismatch(row, right[row.label]):
+                problems.append(fault)
+        except SourceError as error:
+            problems.append(str(error))
+    return questions, right
+
+
+def correctness(row: Row, questions: Questions) -> Correctness:
+    """Compare the predictions of a row's seeds with the annotated answers.
+
+    Raises:
+        SourceError: predictions are missing, damaged or about other questions.
+    """
+    answers = [read_answers(run.dir, questions) for run in row.runs]
+    right = [{q: same_lower_cased(question, one[q]) for q, question in questions.by_id.items()} for one in answers]
+    return Correctness(np.array([list(one.values()) for one in right], dtype=bool), right[0], answers[0])
+
+
+def accuracy_mismatch(row: Row, right: Correctness) -> str:
+    """One line if a row's predictions do not give its recorded accuracy; empty if they do."""
+    recorded = row.best.scores["all"].accuracy
+    counted = 100 * sum(right.right.values()) / max(len(right.right), 1)
+    if recorded is None or abs(recorded - counted) < 0.005:
+        return ""
+    return (
+        f"{row.best.dir}: predictions.jsonl gives {counted:.2f} but test.json has {recorded:.2f}; "
+        "the annotations or the files have changed since; evaluate the run again"
+    )
+
+
+def read_answers(folder: Path, questions: Questions) -> dict[str, str]:
+    """Read the answers of a run, by question id.
+
+    Raises:
+        SourceError: predictions are missing, damaged or about other questions.
+    """
+    try:
+        return read_predictions(folder / "predictions.jsonl", tuple(questions.by_id.values()))
+    except PredictionError as error:
+        first, *more = str(error).splitlines()
+        rest = f" (and {len(more)} more)" if more else ""
+        raise SourceError(f"{first}{rest}; give the report the config of these runs") from error
+
+
+def intervals(correct: Correctness, questions: Questions) -> dict[str, Interval]:
+    """The interval of each accuracy of a row, by column; only columns with questions."""
+    clips, found = np.array(questions.clip_ids), {}
+    forms = np.array([question.form for question in questions.by_id.values()])
+    for column in COLUMNS:
+        counted = np.ones(len(forms), dtype=bool) if column == "all" else forms == column
+        if counted.any():
+            found[column] = accuracy(correct.by_seed[:, counted], clips[counted].tolist())
+    return found
+
+
+def difference(ours: Correctness, other: Correctness, questions: Questions) -> Comparison:
+    """How far one row is above another, over all questions."""
+    return compare(ours.by_seed, other.by_seed, questions.clip_ids)
