@@ -4,12 +4,17 @@ Frames are decoded from the key frame before them and must come out one by one a
 key frame for the decoder too, whatever the file's marks say. Where that fails, decoding starts from earlier key frames,
 and in the end from the file's first packet. So a wrong frame count or duration in the header, a wrong mark, a damaged
 frame or an inexact seek can never return one frame in place of another, or a picture that the video never shows.
+
+First only what the wanted frames need is decoded: frames that nothing refers to are left out, and after the last wanted
+one's packet the decoder returns what it holds back. If anything is unexpected then, every packet is decoded as above.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import dropwhile
 from pathlib import Path
 
 import av
@@ -32,6 +37,7 @@ from egopatch.extract.video.limits import reading_through
 from egopatch.extract.video.once import FileVersion, OncePerVideo, version_of
 from egopatch.extract.video.orientation import upright
 
+KEPT_BYTES = 32 * 2**20  # smaller files are read once, for the index and for the decoder
 NOT_THE_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
 
 
@@ -68,6 +74,7 @@ class VideoFile:
         self._logged = logged
         self._version = version
         self._once = once
+        self._packets: list[av.Packet[av.VideoStream]] = []
         index = None
         if not once.has("index of frames", version):
             index = once.find("index of packets", version, self._read_packets)
@@ -123,12 +130,18 @@ class VideoFile:
     def _decode_from(self, key: int, rows: NDArray[np.int64], found: dict[int, NDArray[np.uint8]]) -> _Stop | None:
         """As `_decode`, from a key frame of the index."""
         pts, dts, row = self.index.keys[key].tolist()
+        if self.index.disposable is not None and self._decode_needed(pts, dts, row, rows, found):
+            return None
         # The first packet needs no other one, whether its frame is marked, or is shown at all.
         is_first = pts == self.index.first_pts
         return self._decode(self._packets_from(pts, dts), row if is_first else None, rows, found)
 
     def _packets_from(self, pts: int, dts: int) -> Iterator["av.Packet[av.VideoStream]"]:
         """The packets from a key frame's on; none if the container cannot find it."""
+        if self._packets:
+            self._stream.codec_context.flush_buffers()  # as a seek does
+            yield from dropwhile(lambda packet: not packet.is_keyframe or packet.pts != pts, self._packets)
+            return
         # Some containers seek by dts, and not all can seek to the key frame itself.
         for target in dict.fromkeys((pts, dts, int(self.index.keys[0, 1]))):
             self._container.seek(target, stream=self._stream)
@@ -140,6 +153,58 @@ class VideoFile:
                 elif packet.dts is not None and packet.dts > dts:
                     break
             if started:
+                return
+
+    def _decode_needed(
+        self, pts: int, dts: int, first_row: int, rows: NDArray[np.int64], found: dict[int, NDArray[np.uint8]]
+    ) -> bool:
+        """Add the frames at `rows` to `found`, decoded from a key frame without the packets that they do not need.
+
+        Returns:
+            Whether each packet led to its frame, in the order of the index. If not, `found` may have some frames.
+        """
+        index, is_first = self.index, pts == self.index.first_pts
+        missing, sent, last = set(rows.tolist()), list[int](), -1
+        for row, packet in self._needed(self._packets_from(pts, dts), rows):
+            if row is not None and row >= first_row:
+                heappush(sent, row)
+            frames = decode(packet)
+            if frames is None:
+                return False
+            for frame in frames:
+                # Fields may have packets of their own, which the index takes for frames.
+                if frame.is_corrupt or frame.interlaced_frame:
+                    return False
+                if last < 0 and pts_of(frame) < pts:
+                    continue  # depends on something before the key frame, or an edit list removes it
+                shown = index.row_of(frame.pts)
+                if not sent or shown != heappop(sent) or shown <= last:
+                    return False
+                if last < 0 and (shown != first_row or not (is_first or frame.key_frame)):
+                    return False
+                last = shown
+                if shown in missing:
+                    found[shown] = upright(self._path, frame)
+                    missing.remove(shown)
+                if not missing:
+                    return True
+        return False
+
+    def _needed(
+        self, packets: Iterable["av.Packet[av.VideoStream]"], rows: NDArray[np.int64]
+    ) -> Iterator[tuple[int | None, "av.Packet[av.VideoStream]"]]:
+        """Rows and packets that the frames at `rows` need, and a last packet that makes the decoder return them all."""
+        index, unsent = self.index, set(rows.tolist())
+        assert index.disposable is not None
+        for packet in packets:
+            row = index.row_of(packet.pts)
+            if row is None or row in unsent or not index.disposable[row]:
+                yield row, packet
+                unsent.discard(row)
+            if not unsent:
+                end: av.Packet[av.VideoStream] = av.Packet()
+                end.stream = self._stream
+                yield None, end
                 return
 
     def _decode(
@@ -214,7 +279,16 @@ class VideoFile:
 
     def _read_packets(self) -> FrameIndex | None:
         with reading_through(self._version[1]):
-            return index_of_packets(self._path, self._container, self._stream, self._logged)
+            index = index_of_packets(self._path, self._container, self._stream, self._demuxed(), self._logged)
+        if index is None or index.damage:
+            self._packets.clear()
+        return index
+
+    def _demuxed(self) -> Iterator["av.Packet[av.VideoStream]"]:
+        for packet in self._container.demux(self._stream):
+            if self._version[1] <= KEPT_BYTES:
+                self._packets.append(packet)
+            yield packet
 
     def _read_frames(self) -> FrameIndex:
         # Opened again: not every container can seek back to its first packet.

@@ -5,7 +5,7 @@ or are not one frame each (fields, packed B-frames), every frame is decoded once
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +13,8 @@ from pathlib import Path
 import av
 import numpy as np
 from numpy.typing import NDArray
+
+from egopatch.extract.video.disposable import ALWAYS_DECODED, layer_reader
 
 LogLine = tuple[int, str, str]  # level, part of FFmpeg, message
 
@@ -36,6 +38,7 @@ class FrameIndex:
         first_pts: pts of the file's first packet; the decoder needs nothing before it.
         damaged: bool [count], whether a frame depends on damaged data.
         damage: Damage that ended the file early; empty if the file is whole.
+        disposable: bool [count], whether no other frame refers to a frame; None where that is not known.
         leading: Number of frames that the decoder returns before the first row; None: those with an earlier pts.
         sums: uint32 [count], checksums of the frames as decoded from the first packet; None if none was decoded.
     """
@@ -47,6 +50,7 @@ class FrameIndex:
     first_pts: int
     damaged: NDArray[np.bool_]
     damage: str
+    disposable: NDArray[np.bool_] | None = None
     leading: int | None = None
     sums: NDArray[np.uint32] | None = None
 
@@ -54,24 +58,37 @@ class FrameIndex:
         """int64 [len(rows)], position in `keys` of the last one that is not after each row; -1 if there is none."""
         return np.searchsorted(self.keys[:, 2], rows, side="right") - 1
 
+    def row_of(self, pts: int | None) -> int | None:
+        """The row with this pts; None if there is none. Where no frame was decoded, pts rise."""
+        if pts is None:
+            return None
+        row = int(self.pts.searchsorted(pts))
+        return row if row < len(self.pts) and self.pts[row] == pts else None
+
 
 def index_of_packets(
-    path: Path, container: "av.container.InputContainer", stream: "av.VideoStream", logged: Sequence[LogLine]
+    path: Path,
+    container: "av.container.InputContainer",
+    stream: "av.VideoStream",
+    packets: "Iterable[av.Packet[av.VideoStream]]",
+    logged: Sequence[LogLine],
 ) -> FrameIndex | None:
-    """Read a video packet by packet, without decoding; None if its packets do not tell which frames it shows.
+    """Read a video's `packets`, without decoding; None if they do not tell which frames it shows.
 
     Raises:
         VideoError: The file ends before the first frame that can be decoded.
     """
-    shown: list[tuple[int, int, bool]] = []  # pts, duration, whether it depends on damaged data; in the file's order
+    # In the file's order: pts, duration, whether it depends on damaged data, and its layer (see `layer_reader`).
+    shown: list[tuple[int, int, bool, int, bool]] = []
     intact = 0  # number of `shown` up to the last one whose own packet is whole
     keys: list[tuple[int, int]] = []  # pts, dts
     first_pts: int | None = None
     broken, healed_pts = False, NO_PTS  # damage lasts until a key frame, also for frames that are shown before it
     has_hidden_frames = stream.codec_context.name == "vp8"
+    layer_of = layer_reader(stream)
     damage = ""
     try:
-        for packet in container.demux(stream):
+        for packet in packets:
             if not packet.size:
                 continue
             if packet.pts is None:
@@ -87,7 +104,11 @@ def index_of_packets(
             # Frames before the first key frame cannot be decoded, as at the start of a file that was cut from another
             # one. Frames that an edit list removes are only there to decode others.
             if keys and not packet.is_discard and not (has_hidden_frames and not _first_byte(packet) & VP8_SHOWN):
-                shown.append((packet.pts, packet.duration or 0, broken or packet.pts < healed_pts))
+                layer = layer_of(packet) if layer_of else None
+                if layer is None:
+                    layer_of = None
+                is_broken = broken or packet.pts < healed_pts
+                shown.append((packet.pts, packet.duration or 0, is_broken, *(layer or ALWAYS_DECODED)))
                 if not packet.is_corrupt:
                     intact = len(shown)
     except av.error.MemoryError:
@@ -98,7 +119,7 @@ def index_of_packets(
     frames = sorted(frame for frame in shown[:intact] if frame[0] >= min(keys)[0])
     if not frames and damage:
         raise VideoError(f"video {path} has no frame that can be decoded ({damage}); download it again")
-    pts, durations, damaged = np.array(frames, np.int64).reshape(-1, 3).T
+    pts, durations, damaged, layers, disposable = np.array(frames, np.int64).reshape(-1, 5).T
     if first_pts is None or len(pts) == 0 or (np.diff(pts) == 0).any():
         return None
     keys_k2 = np.unique(np.array(keys, np.int64), axis=0)
@@ -111,6 +132,7 @@ def index_of_packets(
         first_pts=first_pts,
         damaged=damaged.astype(bool),
         damage=damage,
+        disposable=disposable.astype(bool) & (layers == max(frame[3] for frame in shown)) if layer_of else None,
     )
 
 

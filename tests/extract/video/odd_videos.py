@@ -49,10 +49,12 @@ def moving(index: int, size: tuple[int, int]) -> np.ndarray:
 
 
 def rewrite(
-    path: Path, change: Callable[[int, "av.Packet[av.VideoStream]"], Iterable["av.Packet[av.VideoStream]"]]
+    path: Path,
+    change: Callable[[int, "av.Packet[av.VideoStream]"], Iterable["av.Packet[av.VideoStream]"]],
+    ending: str | None = None,
 ) -> Path:
     """The same video with the packets that `change(number, packet)` returns for each of its own."""
-    target = path.with_name(f"changed-{path.name}")
+    target = path.with_name(f"changed-{path.name}").with_suffix(ending or path.suffix)
     with av.open(str(path)) as source, av.open(str(target), "w") as file:
         stream = file.add_stream_from_template(source.streams.video[0])
         for number, packet in enumerate(source.demux(source.streams.video[0])):
@@ -71,6 +73,11 @@ def all_marked(path: Path) -> Path:
         return [packet]
 
     return rewrite(path, mark)
+
+
+def one_by_one(_: int, packet: "av.Packet[av.VideoStream]") -> list["av.Packet[av.VideoStream]"]:
+    """Change nothing but the container."""
+    return [packet]
 
 
 def without_ts_packet(path: Path, share: float) -> Path:
