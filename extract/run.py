@@ -117,7 +117,7 @@ def extract_features(
     clips_left = _count(still_missing(works, store))
     if works:
         stats = stats if clips_left else dataclasses.replace(stats, skipped=())
-        record_job(config.store.path, stats, config.engine.name, config.engine.workers)
+        record_job(config.store.path, stats, config.engine.name, config.engine.workers, config.video.decoder)
     mine = [clip for clip in dataset.clips if job_slice.has(store.catalog.shard_of(store.catalog.rows[clip.clip_id]))]
     return ExtractionResult(
         stats=stats,

@@ -57,6 +57,7 @@ class VideoFile:
     """An open video; see `open_video`.
 
     Attributes:
+        path: Path of the video.
         index: Frame index of the video.
     """
 
@@ -68,7 +69,7 @@ class VideoFile:
         version: FileVersion,
         once: OncePerVideo,
     ) -> None:
-        self._path = path
+        self.path = path
         self._container = container
         self._stream = _film(path, container)
         self._logged = logged
@@ -118,14 +119,14 @@ class VideoFile:
             if again == stop and stop.is_damaged:
                 raise self._damaged(stop.row)
             stop, back = again, 2 * back + 1
-        with _opened(self._path) as container:
-            packets = container.demux(_film(self._path, container))
+        with _opened(self.path) as container:
+            packets = container.demux(_film(self.path, container))
             last = self._decode(packets, 0, rows, found)
         if last is None:
             return
         if last.is_damaged or self.index.sums is not None:
             raise self._damaged(last.row)
-        raise UnclearPackets(f"video {self._path} shows other frames than its packets promise; convert it to mp4")
+        raise UnclearPackets(f"video {self.path} shows other frames than its packets promise; convert it to mp4")
 
     def _decode_from(self, key: int, rows: NDArray[np.int64], found: dict[int, NDArray[np.uint8]]) -> _Stop | None:
         """As `_decode`, from a key frame of the index."""
@@ -184,7 +185,7 @@ class VideoFile:
                     return False
                 last = shown
                 if shown in missing:
-                    found[shown] = upright(self._path, frame)
+                    found[shown] = upright(self.path, frame)
                     missing.remove(shown)
                 if not missing:
                     return True
@@ -256,7 +257,7 @@ class VideoFile:
                 if row in wanted:
                     if index.sums is not None and checksum(frame) != index.sums[row]:
                         return _Stop(row, is_damaged=False)
-                    found[row] = upright(self._path, frame)
+                    found[row] = upright(self.path, frame)
                 if row == rows[-1]:
                     return None
                 row += 1
@@ -273,13 +274,13 @@ class VideoFile:
             reason = f"the file is damaged from {start_s:.3f} to {end_s:.3f} s"
         cause = f" ({self._logged[-1][2].strip()})" if self._logged else ""
         return VideoError(
-            f"video {self._path} cannot be decoded at {index.starts_s[row]:.3f} s: {reason}{cause}; download it again,"
+            f"video {self.path} cannot be decoded at {index.starts_s[row]:.3f} s: {reason}{cause}; download it again,"
             " or convert it to mp4"
         )
 
     def _read_packets(self) -> FrameIndex | None:
         with reading_through(self._version[1]):
-            index = index_of_packets(self._path, self._container, self._stream, self._demuxed(), self._logged)
+            index = index_of_packets(self.path, self._container, self._stream, self._demuxed(), self._logged)
         if index is None or index.damage:
             self._packets.clear()
         return index
@@ -292,8 +293,8 @@ class VideoFile:
 
     def _read_frames(self) -> FrameIndex:
         # Opened again: not every container can seek back to its first packet.
-        with reading_through(self._version[1]), _opened(self._path) as container:
-            return index_of_frames(self._path, container, _film(self._path, container), self._logged)
+        with reading_through(self._version[1]), _opened(self.path) as container:
+            return index_of_frames(self.path, container, _film(self.path, container), self._logged)
 
 
 @contextmanager

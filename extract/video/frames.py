@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
 from egopatch.extract.video.container import UnclearPackets, VideoFile, open_video
+from egopatch.extract.video.decord_frames import decord_pixels
 from egopatch.extract.video.index import FrameIndex, VideoError
 from egopatch.extract.video.once import OncePerVideo
 
@@ -89,7 +90,7 @@ def _read(clip: Clip, video: VideoConfig, file: VideoFile) -> DecodedClip:
     index = file.index
     rows = _rows_within(clip, index)
     chosen = rows[_positions(clip, index, rows, video)]
-    frames = file.pixels(chosen)
+    frames = decord_pixels(file, chosen) if video.decoder == "decord" else file.pixels(chosen)
     start_s = index.starts_s[rows[0]] if clip.start_s is None else clip.start_s
     times_s = index.starts_s[chosen]
     missing = video.frames - len(chosen)

@@ -85,13 +85,14 @@ def jobs_path(store: Path | str) -> Location:
     return location.with_name(location.name + ".jobs.jsonl") if isinstance(location, Path) else location / _JOBS
 
 
-def record_job(store: Path | str, stats: JobStats, engine: str, workers: int | str) -> None:
+def record_job(store: Path | str, stats: JobStats, engine: str, workers: int | str, decoder: str) -> None:
     """Append one line to `jobs_path(store)`."""
     line = {
         "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
         "engine": engine,
         "workers": workers,
+        "decoder": decoder,
         "committed": stats.committed,
         "quarantined": stats.quarantined,
         "skipped": list(stats.skipped),

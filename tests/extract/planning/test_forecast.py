@@ -62,7 +62,7 @@ def test_costs_are_the_mean_over_all_jobs(tmp_path: Path) -> None:
     assert measured_cost(store) is None
     for clips, seconds in ((30, 60.0), (10, 20.0)):
         stages = Stages(total_s=seconds, encode_s=seconds, decode_s=seconds / 2, write_s=seconds / 4)
-        record_job(store, JobStats(committed=clips, stages=stages), engine="joblib", workers=2)
+        record_job(store, JobStats(committed=clips, stages=stages), engine="joblib", workers=2, decoder="pyav")
     found = measured_cost(store)
     assert found is not None
     assert (found.encode_s, found.decode_s, found.write_s) == (2.0, 1.0, 0.5)
@@ -74,12 +74,12 @@ def test_costs_are_the_mean_over_all_jobs(tmp_path: Path) -> None:
 
 def test_a_line_that_a_full_disk_cut_short_is_skipped(tmp_path: Path) -> None:
     store = tmp_path / "store"
-    record_job(store, JobStats(committed=30), engine="joblib", workers=2)
+    record_job(store, JobStats(committed=30), engine="joblib", workers=2, decoder="pyav")
     with jobs_path(store).open("r+b") as file:
         whole = file.read()
         file.write(whole[: len(whole) // 2])
     assert [job["committed"] for job in read_jobs(store)] == [30]
-    record_job(store, JobStats(committed=10), engine="joblib", workers=2)
+    record_job(store, JobStats(committed=10), engine="joblib", workers=2, decoder="pyav")
     assert [job["committed"] for job in read_jobs(store)] == [30, 10]
 
 

@@ -86,7 +86,7 @@ def readings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the videos whose packets are read, one for each time."""
     names: list[str] = []
     read = VideoFile._read_packets
-    monkeypatch.setattr(VideoFile, "_read_packets", lambda file: names.append(file._path.stem) or read(file))
+    monkeypatch.setattr(VideoFile, "_read_packets", lambda file: names.append(file.path.stem) or read(file))
     return names
 
 

@@ -1,0 +1,43 @@
+"""Frames decoded by decord, each held to the index and to the pixels that PyAV decodes.
+
+decord 3.4 silently returns other frames where groups are open, key frames are marked wrongly, the size changes, or data
+is damaged, and it counts frames that an edit list removes. Nothing that it reports about a file tells all of these, so
+a clip is decoded by both, and a file on which they differ is refused. PyAV can then decode it into the same store.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from egopatch.extract.video.container import VideoFile
+from egopatch.extract.video.index import VideoError
+
+SAME_TIME_S = 2e-3  # decord counts in float32, some containers in milliseconds
+
+
+def decord_pixels(file: VideoFile, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+    """As `VideoFile.pixels`.
+
+    Raises:
+        VideoError: decord counts other frames than the index, or decodes them to other pixels than PyAV.
+    """
+    import decord  # only where it is chosen: its libraries have 70 MB
+
+    expected = file.pixels(rows)
+    try:
+        reader = decord.VideoReader(str(file.path), ctx=decord.cpu(0), num_threads=1)
+        times_s = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0]
+        if len(times_s) != len(file.index.pts):
+            raise _refused(file, f"it counts {len(times_s)} frames and the file shows {len(file.index.pts)}")
+        if np.abs(times_s - file.index.starts_s).max() > SAME_TIME_S:
+            raise _refused(file, "it reads other times")
+        decoded = list(reader.get_batch(rows).asnumpy())
+    except decord.DECORDError as error:
+        raise _refused(file, str(error).strip().splitlines()[-1]) from error
+    for row, frame, same in zip(rows.tolist(), decoded, expected, strict=True):
+        if not np.array_equal(frame, same):
+            raise _refused(file, f"it decodes other pixels at {file.index.starts_s[row]:.3f} s")
+    return decoded
+
+
+def _refused(file: VideoFile, what: str) -> VideoError:
+    return VideoError(f"video {file.path} cannot be decoded by decord: {what}; take video.decoder pyav for it")
