@@ -7,19 +7,26 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from egopatch.configs.schema import Config, load_config
+from egopatch.extract import run as run_module
 from egopatch.extract.__main__ import main as extract
+from egopatch.extract.datasets import load_dataset
+from egopatch.extract.datasets.origins import origin_of
 from egopatch.features import AbsentClip, open_store
 from egopatch.features.__main__ import main as features
+from egopatch.features.io import file_lease
 from egopatch.features.state.ledger import raw_ledger_journal
 from egopatch.features.storage.pick import storage_at
 from egopatch.train.__main__ import main as train
 from egopatch.train.fitting.experiment import open_experiment
+from tests.extract.job import start_job
 from tests.extract.video.videos import write_video
 
 Records = list[dict]
@@ -305,3 +312,111 @@ def test_status_without_the_annotations_says_that_it_did_not_look(
     assert "stale clips were not looked for" in capsys.readouterr().out
     assert extract(["status", *options(root, "--json")]) == 0
     assert json.loads(capsys.readouterr().out)["stale"] is None
+
+
+def encode_again(root: Path, name: str) -> None:
+    """What `extract run --refresh` does to the row of one clip, without its decoders, which take seconds to start."""
+    store = open_store(root / "store")
+    (clip,) = (clip for clip in load_dataset(config_of(root).data).clips if clip.clip_id == name)
+    (work,) = store.missing_shards(replace=[name])
+    row = {array: tensor[0] + 1 for array, tensor in store.read([name]).tensors().items()}
+    origin = origin_of(clip, root / "data", clip.video.stat().st_size)
+    store.write_shard(work.shard, {name: row}, store.sources([name]), {}, {name: origin}, work.replaces)
+
+
+def errors(capsys: pytest.CaptureFixture[str]) -> str:
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_run_whose_clips_were_encoded_again_is_neither_resumed_nor_evaluated(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(["fit", *options(root)]) == 0
+    assert train(["fit", *options(root, "--run.dir", str(root / "blind"), "--head.name", "question-only")]) == 0
+    change(root, lambda clips: clips[4].update(start_s=0.25))  # of a clip of test, on which nothing was trained
+    encode_again(root, "c4")
+    assert train(["evaluate", *options(root)]) == 0
+    move(root)
+    assert train(["report", *options(root, "--run.table", str(root))]) == 0
+    page = (root / "report.html").read_text()
+    assert "1 clips are stale: c1 (stretch is 0.5 s to 1.5 s now" in page
+    assert "encoded again or removed" not in page
+
+    encode_again(root, "c1")
+    capsys.readouterr()
+    refusal = f"{root / 'run'}: 1 clips of {root / 'store'} were encoded again or removed after this run had been "
+    for command in ("evaluate", "fit"):
+        assert train([command, *options(root)]) == 1
+        said = errors(capsys)
+        assert refusal in said
+        assert "'c1'; train again in another folder (python -m train fit --config CONFIG --run.dir FOLDER" in said
+    assert train(["report", *options(root, "--run.table", str(root))]) == 0
+    page = (root / "report.html").read_text()
+    assert f"{root / 'run'}: 1 clips were encoded again or removed" in page
+    assert "clips are stale" not in page
+    capsys.readouterr()
+
+    (root / "run" / "test.json").unlink()  # as if it had been interrupted
+    assert train(["fit", *options(root)]) == 1
+    assert refusal in errors(capsys)
+    for folder, head in (("anew", "egovlp"), ("blind", "question-only")):
+        assert train(["fit", *options(root, "--run.dir", str(root / folder), "--head.name", head)]) == 0
+
+
+def test_a_run_of_the_version_before_is_evaluated_as_it_was(root: Path) -> None:
+    assert train(["fit", *options(root)]) == 0
+    (root / "run" / "clips.json").unlink()
+    move(root)
+    encode_again(root, "c1")
+    assert train(["evaluate", *options(root)]) == 0
+
+
+def test_a_sweep_does_not_mix_runs_from_before_and_after_a_refresh(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = ["sweep", *options(root, "--head.name", "pooled", "--run.table", str(root / "runs")), "--name", "s"]
+    assert train([*sweep, "--seeds", "0"]) == 0
+    move(root)
+    encode_again(root, "c1")
+    capsys.readouterr()
+    assert train([*sweep, "--seeds", "0", "1"]) == 1
+    assert "or a sweep with another --name" in errors(capsys)
+
+
+def same_rows(root: Path, other: str) -> None:
+    """Whether the store holds what a job on an empty store makes of the present annotations."""
+    assert extract(["run", *options(root, "--store.path", str(root / other))]) == 0
+    refreshed, anew = open_store(root / "store"), open_store(root / other)
+    assert refreshed.origins() == anew.origins()
+    for name, tensor in anew.read(sorted(ALL)).tensors().items():
+        assert torch.equal(refreshed.read(sorted(ALL)).tensors()[name], tensor), name
+
+
+@pytest.mark.slow
+def test_two_jobs_refresh_one_store_at_once_one_of_them_with_two_workers(root: Path) -> None:
+    another_set(root)
+    change(root, lambda clips: clips.pop())  # the clip that has no row yet
+    job = start_job(options(root, "--refresh", "--wait", "--engine.workers", "2"))
+    assert extract(["run", *options(root, "--refresh", "--wait")]) == 0
+    out, error = job.communicate(timeout=300)
+    assert job.returncode == 0, error
+    assert "6/6 clips" in out
+    assert features(["verify", str(root / "store")]) == 0
+    same_rows(root, "anew")
+
+
+@pytest.mark.slow
+def test_a_refreshing_job_waits_for_a_held_shard_and_encodes_what_is_left(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move(root)  # c1, in shard 0
+    change(root, lambda clips: clips[2].update(start_s=0.25))  # c2, in shard 1
+    with ExitStack() as held:
+        held.enter_context(file_lease.hold(root / "store", 0))
+        monkeypatch.setattr(run_module, "time", SimpleNamespace(sleep=lambda seconds: held.close()))
+        assert extract(["run", *options(root, "--refresh", "--wait")]) == 0
+    out = capsys.readouterr().out
+    assert "waiting for 1 clips in shards that other processes hold" in out
+    assert "this run encoded 2 clips" in out
+    same_rows(root, "anew")

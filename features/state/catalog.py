@@ -59,6 +59,14 @@ class Catalog:
         Raises:
             DamagedStore: A file that describes the store is damaged; the message names the line.
         """
+        self._read(shard)
+        # Rows that are being replaced are absent from the ledger while their files change. A writer that was killed
+        # meanwhile holds no lock any more: its rows are absent until they are encoded again.
+        for replacing in sorted(self.ledger.replacing):
+            if self.storage.wait_for_commit(replacing):
+                self._read(replacing)
+
+    def _read(self, shard: int | None) -> None:
         # The ledger is read first: ids are written before any of their clips can be committed.
         committed = ledger_journal(self.storage).read(self.position, shard)
         require_intact(committed, self.root)

@@ -60,7 +60,7 @@ def commit_shard(
         errors: Array -> reconstruction error that quantisation caused.
         after: How far the ledger had been read when `rows` was determined.
         replaced: Ids of committed rows that `blocks` gives other values. Where files are replaced in place, these rows
-            are absent from the ledger until the new ones are read back.
+            are absent from the ledger until the new ones are read back; readers wait for that.
 
     Raises:
         WriteConflict: Another writer has committed clips of the shard since; nothing was committed here.
@@ -83,7 +83,7 @@ def commit_shard(
             locked.enter_context(storage.committing(shard))
             if storage.in_place:
                 if replaced:
-                    after = ledger.append(drop_record(shard, replaced, emptied=False), after)
+                    after = ledger.append(drop_record(shard, replaced, emptied=False, replaced=True), after)
                 after = ledger.append(announce_record(shard, files), after)
             write_id = storage.publish(shard, staged, files)
         if storage.in_place:

@@ -100,11 +100,19 @@ class Commit:
 
 @dataclass(frozen=True)
 class Drop:
-    """Damaged or stale clips that are removed; `emptied` where the shard has no others."""
+    """Damaged or stale clips that are removed.
+
+    Attributes:
+        shard: Number of the shard.
+        ids: The clips.
+        emptied: Whether the shard has no others.
+        replaced: Whether the process that removes them is about to commit their new rows.
+    """
 
     shard: int
     ids: tuple[str, ...]
     emptied: bool
+    replaced: bool = False
 
 
 Entry = Announce | Commit | Drop
@@ -123,6 +131,7 @@ class Ledger:
             same committed rows.
         fingerprints: Digests of the fingerprints that the clips were encoded with; an intact store has one.
         errors: Shard -> reconstruction error that quantisation caused, by array.
+        replacing: Shards with removed rows whose new ones are not committed yet.
     """
 
     clips: dict[str, Commit] = field(default_factory=dict)
@@ -132,6 +141,7 @@ class Ledger:
     announced: dict[int, list[FileSums]] = field(default_factory=dict)
     fingerprints: set[str] = field(default_factory=set)
     errors: dict[int, Mapping[str, float]] = field(default_factory=dict)
+    replacing: set[int] = field(default_factory=set)
 
     def write_id(self, shard: int) -> str:
         """Id of the committed write of `shard`; empty where files are replaced in place, or nothing is committed."""
@@ -164,6 +174,7 @@ class Ledger:
                 self.announced.setdefault(shard, []).append(entry.files)
             case Commit():
                 self.announced.pop(shard, None)
+                self.replacing.discard(shard)
                 self.commits[shard] = number
                 self.files[shard] = entry.files
                 self.write_ids[shard] = entry.write_id
@@ -173,6 +184,8 @@ class Ledger:
             case Drop():
                 for name in entry.ids:
                     self.clips.pop(name, None)
+                if entry.replaced:
+                    self.replacing.add(shard)
                 if entry.emptied:
                     self.announced.pop(shard, None)
                     self.files.pop(shard, None)
@@ -222,9 +235,10 @@ def commit_record(
     return record | {"attempt": write_id} if write_id else record
 
 
-def drop_record(shard: int, ids: Sequence[str], emptied: bool) -> Record:
+def drop_record(shard: int, ids: Sequence[str], emptied: bool, replaced: bool = False) -> Record:
     """The line that removes damaged or stale clips; arguments are as in `Drop`."""
-    return {"kind": "drop", "shard": shard, "ids": list(ids), "emptied": emptied}
+    record = {"kind": "drop", "shard": shard, "ids": list(ids), "emptied": emptied}
+    return record | {"replaced": True} if replaced else record
 
 
 def parse_entry(record: Record) -> Entry:
@@ -237,7 +251,8 @@ def parse_entry(record: Record) -> Entry:
     if kind == "announce":
         return Announce(shard, get_file_sums(record, "files"))
     if kind == "drop":
-        return Drop(shard, tuple(get_list(record, "ids", str)), get_field(record, "emptied", bool))
+        replaced = get_field(record, "replaced", bool) if "replaced" in record else False
+        return Drop(shard, tuple(get_list(record, "ids", str)), get_field(record, "emptied", bool), replaced)
     if kind == "commit":
         ids = tuple(get_list(record, "ids", str))
         return Commit(

@@ -1,5 +1,6 @@
 """A store in a folder: renames, locks and syncs make every change atomic and durable."""
 
+import fcntl
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from egopatch.features.io import file_lease
 from egopatch.features.io.fields import FileSum, FileSums, Record
 from egopatch.features.io.files import (
     crc32c,
+    lock_file,
     locked,
     make_folder,
     remove_folder,
@@ -151,13 +153,26 @@ class LocalStorage:
     @contextmanager
     def committing(self, shard: int) -> Iterator[None]:
         """See `interface.Storage`."""
-        path = self.location / "commits" / f"{shard:08d}.lock"
+        path = self._commit_lock(shard)
         make_folder(path.parent)
         with locked(path):
             try:
                 yield
             finally:
                 path.unlink(missing_ok=True)
+
+    def wait_for_commit(self, shard: int) -> bool:
+        """See `interface.Storage`; needs no permission to write."""
+        path = self._commit_lock(shard)
+        try:
+            with path.open("rb") as file:
+                lock_file(file.fileno(), fcntl.LOCK_SH, path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _commit_lock(self, shard: int) -> Path:
+        return self.location / "commits" / f"{shard:08d}.lock"
 
     def publish(self, shard: int, staged: Mapping[str, Path], sums: FileSums) -> str:
         """See `interface.Storage`."""

@@ -46,11 +46,12 @@ class ShardWriter:
         for name, tensors in rows.items():
             check_names(name, tensors, catalog.spec)
         with write_errors_explained(f"writing shard {shard} of {catalog.root}"):
+            # The quarantine comes first: a reader must not find a clip neither there nor committed.
+            add_failures(quarantine_journal(catalog.storage), shard, failures)
             if failed := [name for name in catalog.unchanged(replaces) if name in failures]:
                 self.rewrite(shard, failed)
             if rows:
                 self._commit_new(shard, rows, sources, origins, replaces)
-            add_failures(quarantine_journal(catalog.storage), shard, failures)
         catalog.refresh(shard)
 
     def rewrite(self, shard: int, without: Sequence[str]) -> None:

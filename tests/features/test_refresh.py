@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 import shutil
 import signal
 import threading
@@ -188,31 +189,78 @@ def test_a_kill_at_any_moment_loses_no_other_row(tmp_path: Path, format: str) ->
     assert ends == {"old", "absent", "new"}
 
 
-def test_the_old_row_is_read_until_the_moment_of_the_change(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader that opens the store at each step of a commit; in a folder the clip is absent at the last ones."""
+@pytest.mark.parametrize("opened", ["before", "meanwhile"])
+def test_a_reader_at_any_step_of_a_commit_finds_the_clip(
+    make: Make, monkeypatch: pytest.MonkeyPatch, opened: str
+) -> None:
+    """A reader looks at each step of a commit. In a folder, one that comes while files change waits for the commit."""
     store = filled(make)
     storage = type(store.catalog.storage)
-    seen = []
+    before, seen, readers = open_store(store.path), dict[str, str](), list[threading.Thread]()
+    # Readers are on their way to the lock, or past it, when the files change.
+    reached = {name: threading.Event() for name in ("staging", "committing", "publish", "end")}
 
-    def look() -> None:
-        found = open_store(store.path)
-        if FIRST[0] in found.clip_ids:
+    def look(step: str) -> None:
+        reached[step].set()
+        found = before if opened == "before" else open_store(store.path)
+        with found:  # it opens the files anew each time
             row = found.read([FIRST[0]]).patches[0]
-            seen.append("new" if torch.equal(row, patches(90)) else "old" if torch.equal(row, patches(0)) else "mixed")
-        else:
-            seen.append("absent")
+        seen[step] = "new" if torch.equal(row, patches(90)) else "old" if torch.equal(row, patches(0)) else "mixed"
 
-    for name in ("staging", "publish", "committing"):
+    def start(step: str) -> None:
+        readers.append(threading.Thread(target=look, args=(step,)))
+        readers[-1].start()
+        reached[step].wait(60)
+
+    for name in ("staging", "committing", "publish"):
         original = getattr(storage, name)
 
-        def looking(self: object, *args: object, original: Callable = original) -> object:
-            look()
+        def looking(self: object, *args: object, original: Callable = original, step: str = name) -> object:
+            start(step)
+            if step != "publish":
+                readers[-1].join(60)
             return original(self, *args)
 
         monkeypatch.setattr(storage, name, looking)
     refresh(store)
-    look()
-    assert seen == (["old", "old", "absent", "new"] if store.catalog.storage.in_place else ["old", "old", "old", "new"])
+    start("end")
+    for reader in readers:
+        reader.join(60)
+    assert (seen["staging"], seen["committing"], seen["end"]) == ("old", "old", "new")
+    assert seen["publish"] in ("old", "new")
+
+
+def test_a_reader_does_not_wait_for_a_killed_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = filled(lambda ids: create_store(tmp_path / "store", SPEC, FINGERPRINT, ids))
+
+    def dies() -> None:
+        monkeypatch.setattr(LocalStorage, "publish", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+        refresh(open_store(store.path))
+
+    assert fork(dies).wait() == -signal.SIGKILL
+    assert open_store(store.path).clip_ids == FIRST[1:]
+    refresh(open_store(store.path), work=ShardWork(0, FIRST[:1]))
+    check(store.path, OLD | {FIRST[0]: 90})
+
+
+def test_a_clip_that_cannot_be_encoded_again_is_always_committed_or_in_quarantine(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = filled(make)
+    seen = list[bool]()
+
+    def looking(self: object, record: dict, after: object = None) -> object:
+        position = original(self, record, after)
+        found = open_store(store.path)
+        seen.append(FIRST[0] in found.clip_ids or FIRST[0] in found.quarantine)
+        return position
+
+    journal = type(raw_ledger_journal(store.catalog.storage))
+    original = journal.append
+    monkeypatch.setattr(journal, "append", looking)
+    store.write_shard(0, {}, {}, {FIRST[0]: Failure("truncated")}, {}, work_on(store, FIRST[0]).replaces)
+    assert len(seen) > 1
+    assert all(seen)
 
 
 def test_two_live_writers_refresh_one_clip_and_add_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

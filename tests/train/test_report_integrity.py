@@ -15,7 +15,7 @@ __all__ = ["bucket", "environment", "server"]
 
 def facts_of(store: str, folder: Path) -> StoreFacts:
     write_run(folder, "psa", config={"store": {"path": store}}, card={"fingerprint": FINGERPRINT.fields})
-    (facts,) = store_facts(gather(folder))
+    (facts,) = store_facts(gather(folder), (), Path())
     return facts
 
 

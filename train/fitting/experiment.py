@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 
 import torch
 
@@ -19,6 +20,7 @@ from egopatch.train.data.question_table import FORMS, QuestionTable
 from egopatch.train.heads import Sizes, reads_video
 from egopatch.train.processes.distributed import ALONE, Distributed
 from egopatch.train.rundir.card import Card, RunError
+from egopatch.train.rundir.trained_on import require_same_clips
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,17 @@ class Experiment:
         """Log lines on where the features are kept, and on what is unknown about them."""
         note = [f"note: {unrecorded_line(self.unrecorded)}"] if self.unrecorded else []
         return [self.features.residency_line, *note]
+
+    @property
+    def learned_clips(self) -> list[str]:
+        """The encoded clips that decide the weights: those of *train* are learned, those of *val* choose the epoch."""
+        return list(dict.fromkeys([*self.train_table.clips, *self.encoded["val"].clips]))
+
+    def require_trained_on(self, run: Path) -> None:
+        """Refuse a run that was trained on rows which have been replaced since, as `require_same_clips` does."""
+        store = self.features.store
+        if store is not None:
+            self.ranks.broadcast(lambda: require_same_clips(run, store))
 
     @cached_property
     def majority_answers(self) -> Mapping[str, str]:

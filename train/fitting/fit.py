@@ -44,8 +44,8 @@ def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
 
     Raises:
         ConfigError: the run's folder holds another setting, or cannot be written.
-        RunError: there is nothing to train or validate on, a file in the folder is damaged, the loss is not finite, or
-            the GPU's memory is too small.
+        RunError: there is nothing to train or validate on, a file in the folder is damaged, the loss is not finite, the
+            GPU's memory is too small, or clips were encoded again after the run had been trained on them.
         StoreError, DatasetError: features or annotations are missing or damaged.
         Stopped: SIGINT or SIGTERM interrupted training.
         RankLost: another rank is gone.
@@ -153,7 +153,8 @@ def evaluate(config: Config, command: str = "python -m train evaluate", ranks: D
     and `head.checkpoint` is set, that checkpoint is evaluated: see `train.fitting.published`.
 
     Raises:
-        RunError: there is no checkpoint, or it belongs to another head.
+        RunError: there is no checkpoint, it belongs to another head, or clips were encoded again after it had been
+            trained on them.
         FingerprintMismatch: the store holds other features than the head was trained on.
     """
     if config.head.checkpoint is not None and not ranks.broadcast(lambda: has_run(config)):
@@ -172,6 +173,7 @@ def _evaluate(config: Config, ranks: Distributed) -> Metrics:
     train = replace(config.train, seed=card.seed, ema=0.0)
     config = replace(config, head=_head_of(card, config.head), train=train)
     experiment = open_experiment(config, card, ranks)
+    experiment.require_trained_on(out)
     heads = build_stacked_heads([config], experiment, order_seed=card.seed)
     try:
         heads.load_weights(0, ranks.broadcast(lambda: run_folder.load_weights(out, card.best_epoch)))

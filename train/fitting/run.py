@@ -18,6 +18,7 @@ from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import Card
 from egopatch.train.rundir.log import RunLog
 from egopatch.train.rundir.results import BLIND
+from egopatch.train.rundir.trained_on import write_clips
 from egopatch.train.scores.metrics import Metrics
 
 
@@ -62,6 +63,12 @@ class TrainingRun:
         if step == 0:
             (self.config.run.dir / run_folder.LOG).unlink(missing_ok=True)
         self._log = RunLog(self.config.run.dir, step)
+
+    def record_clips(self) -> None:
+        """Write what the clips are made of that the run is about to be trained on."""
+        store = self.experiment.features.store
+        if self._writes and store is not None:
+            write_clips(self.config.run.dir, store, self.experiment.learned_clips)
 
     def log(self, event: str, step: int, **values: Any) -> None:
         """Write one line of the log."""

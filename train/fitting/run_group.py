@@ -53,7 +53,8 @@ class RunGroup:
 
     Raises:
         ConfigError: `head.implementation` cannot run here.
-        RunError: the file is damaged, or was saved with other features, another order or other runs.
+        RunError: the file is damaged, or was saved with other features, another order or other runs; or clips that the
+            runs were trained on have been encoded again.
     """
 
     def __init__(self, configs: Sequence[Config], experiment: Experiment, order_seed: int, path: Path) -> None:
@@ -67,6 +68,11 @@ class RunGroup:
         stores = ("" if stored is None else stored.digest for stored in fingerprints)
         self._origin = (str(order_seed), *stores, *(config.run.dir.name for config in configs))
         saved = experiment.ranks.broadcast(lambda: ResumeState.read(path))
+        for run in self.runs:
+            if saved is None:
+                run.record_clips()
+            else:
+                experiment.require_trained_on(run.config.run.dir)
         if saved is not None:
             self._resume(saved)
         self.selection = choose_selection(configs, experiment)

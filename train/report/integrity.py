@@ -1,11 +1,14 @@
 """Provenance of the report: the stores that the runs read, whether they still match, and versions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from egopatch.extract.datasets import Clip
+from egopatch.extract.datasets.origins import OriginCheck, compare_origins
 from egopatch.features import Fingerprint, open_store
 from egopatch.train.rundir.results import Results, Run
+from egopatch.train.rundir.trained_on import changed_clips
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class StoreFacts:
         digest: Digest of the fingerprint.
         fields: Fields of the fingerprint.
         differences: One line for each field of a card's fingerprint that differs from the store's.
+        check: Its clips, compared with the annotations; None if these cannot be read.
+        outdated: One line for each run that was trained on rows which have been replaced since.
     """
 
     path: str
@@ -35,17 +40,25 @@ class StoreFacts:
     digest: str = ""
     fields: Mapping[str, object] | None = None
     differences: tuple[str, ...] = ()
+    check: OriginCheck | None = None
+    outdated: tuple[str, ...] = ()
 
 
-def store_facts(results: Results) -> list[StoreFacts]:
-    """Facts of every store that the cards name, in the order of the table."""
+def store_facts(results: Results, clips: Collection[Clip], root: Path) -> list[StoreFacts]:
+    """Facts of every store that the cards name, in the order of the table.
+
+    Args:
+        results: The runs.
+        clips: Clips of the annotations; none if these cannot be read.
+        root: `data.root`.
+    """
     cards: dict[str, list[Run]] = {}
     for row in results.rows:
         for run in row.runs:
             path = ((run.card.get("config") or {}).get("store") or {}).get("path")
             if path and run.card.get("fingerprint"):
                 cards.setdefault(str(path), []).append(run)
-    return [_facts(path, runs) for path, runs in cards.items()]
+    return [_facts(path, runs, clips, root) for path, runs in cards.items()]
 
 
 def versions(results: Results) -> dict[str, list[str]]:
@@ -72,9 +85,11 @@ def grid_of(paths: Sequence[Path | str], size: int) -> tuple[int, int]:
     return size // 16, size // 16
 
 
-def _facts(path: str, runs: Sequence[Run]) -> StoreFacts:
+def _facts(path: str, runs: Sequence[Run], clips: Collection[Clip], root: Path) -> StoreFacts:
     try:
         store = open_store(path)
+        check = compare_origins(clips, root, store.origins()) if clips else None
+        changed = {run.dir: len(changed_clips(run.dir, store)) for run in runs}
     except (OSError, ValueError) as error:
         return StoreFacts(path, problem=" ".join(str(error).split()))
     fingerprint = store.fingerprint
@@ -94,4 +109,10 @@ def _facts(path: str, runs: Sequence[Run]) -> StoreFacts:
         digest=fingerprint.digest,
         fields=dict(fingerprint.fields),
         differences=tuple(differences),
+        check=check,
+        outdated=tuple(
+            f"{folder}: {count} clips were encoded again or removed after this run had been trained on them"
+            for folder, count in changed.items()
+            if count
+        ),
     )

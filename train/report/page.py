@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from egopatch.configs.schema import Config
+from egopatch.extract.datasets import Clip
 from egopatch.features.common.units import format_bytes
 from egopatch.train.report import analysis as report_analysis
 from egopatch.train.report import answers as report_answers
@@ -25,6 +26,7 @@ from egopatch.train.report.analysis import TagLine
 from egopatch.train.report.answers import Correctness, Questions
 from egopatch.train.report.examples import Example
 from egopatch.train.report.sources import SourceError, Sweep, TrainingLog, read_log, read_selection, read_sweep
+from egopatch.train.rundir.card import write_whole
 from egopatch.train.rundir.results import COLUMNS, PUBLISHED, SPLITS, Results, Row, gather
 from egopatch.train.scores.statistics import Comparison, Interval
 
@@ -69,6 +71,7 @@ class SplitPage:
         table_ratio: Selection ratio of the head in the table.
         shared: Share of kept patches that two questions about one clip have in common; None if unknown.
         kept_share: Share of patches kept.
+        clips: Clips of the annotations; none if these cannot be read.
     """
 
     name: str
@@ -85,6 +88,7 @@ class SplitPage:
     table_ratio: str
     shared: float | None
     kept_share: float
+    clips: Mapping[str, Clip]
 
 
 def write_report(config: Config, folder: Path) -> Path:
@@ -107,7 +111,8 @@ def write_report(config: Config, folder: Path) -> Path:
     sweeps = _sweeps(folder, problems)
     grid = report_integrity.grid_of([config.store.path], config.video.size)
     splits = [_split_page(config, results, split, sweeps, grid, problems) for split in results.splits]
-    stores = report_integrity.store_facts(results)
+    clips = {clip_id: clip for split in splits for clip_id, clip in split.clips.items()}
+    stores = report_integrity.store_facts(results, clips.values(), config.data.root)
     figures = _figures(folder, results, sweeps, grid, problems)
     problems = list(dict.fromkeys(problems))
     page = _render(
@@ -123,7 +128,7 @@ def write_report(config: Config, folder: Path) -> Path:
         problems=problems,
     )
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page)
     for problem in problems[:_MOST_PROBLEMS]:
         print(f"report: {problem}", file=sys.stderr)
     if len(problems) > _MOST_PROBLEMS:
@@ -170,6 +175,7 @@ def _split_page(
         report_analysis.ratio_label(ours) if ours else "",
         shared,
         kept_share,
+        {} if questions is None else questions.clips,
     )
 
 

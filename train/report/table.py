@@ -9,6 +9,7 @@ from typing import Any
 
 from egopatch.configs.schema import Config
 from egopatch.train.report import answers as report_answers
+from egopatch.train.rundir.card import write_whole
 from egopatch.train.rundir.results import COLUMNS, Results, Row, gather
 from egopatch.train.scores.statistics import Interval
 
@@ -35,11 +36,11 @@ def write_table(folder: Path, config: Config) -> list[dict[str, Any]]:
     """
     results = gather(folder)
     records = [record(row, folder) for row in results.rows]
-    (folder / "table.json").write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "table.json", json.dumps(records, indent=2) + "\n")
     problems = list(results.problems)
     intervals = {split: _intervals(config, split, results, problems) for split in results.splits}
     results = replace(results, problems=tuple(dict.fromkeys(problems)))
-    (folder / "table.md").write_text(markdown(results, intervals), encoding="utf-8")
+    write_whole(folder / "table.md", markdown(results, intervals))
     for problem in results.problems:
         print(f"table: {problem}", file=sys.stderr)
     return records

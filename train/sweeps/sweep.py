@@ -92,7 +92,8 @@ def run_sweep(
     Raises:
         ConfigError: the grid names an option that all runs share, or an invalid value, or the folder holds runs with
             other settings or cannot be written.
-        RunError: the loss of a run is not finite; the results of the others are written.
+        RunError: the loss of a run is not finite, and the results of the others are written; or clips were encoded
+            again after finished runs had been trained on them.
         Stopped: SIGINT or SIGTERM interrupted training; the same command resumes it.
     """
     name = f"{config.data.split}-{config.run.dir.name}" if name is None else name
@@ -113,6 +114,8 @@ def run_sweep(
     if before < len(runs):
         experiment = open_experiment(config)
         print("\n".join(experiment.data_lines), flush=True)
+        for run in filter(_finished, configs):
+            experiment.require_trained_on(run.run.dir)
         # The name of the folder is older than the name of the class.
         groups_folder = out / "crews"
         with writable("run.dir" if config.run.table is None else "run.table", groups_folder):

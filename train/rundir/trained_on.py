@@ -1,0 +1,76 @@
+"""What the clips of a run were made of when it was trained: `clips.json` in the run's folder.
+
+`extract run --refresh` gives a clip another row. A run that was trained on the former one is neither resumed, which
+would mix the two, nor evaluated, as if its head had been trained on what the annotations say.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from egopatch.features import Store
+from egopatch.train.rundir.card import RunError, write_whole
+
+CLIPS = "clips.json"
+_DIGITS = 16
+
+
+def clip_versions(store: Store, names: Collection[str]) -> dict[str, str]:
+    """Id -> digest of video and stretch, for those of `names` that are encoded.
+
+    Values are left out: the same clips, encoded on another machine, may differ in their last bits.
+    """
+    ledger = store.catalog.ledger
+    origins = ledger.origins([name for name in names if name in ledger.clips])
+    versions = {}
+    for name, origin in origins.items():
+        stretch = (None, None) if origin is None else (origin.start_s, origin.end_s)
+        made_of = json.dumps([ledger.clips[name].clip(name).source, *stretch])
+        versions[name] = hashlib.sha256(made_of.encode()).hexdigest()[:_DIGITS]
+    return versions
+
+
+def write_clips(folder: Path, store: Store, names: Collection[str]) -> None:
+    """Write `clips.json` of a run that starts to train on the clips `names`."""
+    write_whole(folder / CLIPS, json.dumps(clip_versions(store, names), indent=0) + "\n")
+
+
+def changed_clips(folder: Path, store: Store) -> list[str]:
+    """The clips that were encoded again, or removed, since the run in `folder` started to train on them.
+
+    Empty also for runs of earlier versions, which wrote no `clips.json`.
+
+    Raises:
+        RunError: `clips.json` is damaged.
+    """
+    recorded = _read(folder)
+    now = clip_versions(store, recorded)
+    return [name for name, version in recorded.items() if now.get(name) != version]
+
+
+def require_same_clips(folder: Path, store: Store) -> None:
+    """Refuse a run that was trained on rows which have been replaced since.
+
+    Raises:
+        RunError: `changed_clips` finds some, or `clips.json` is damaged.
+    """
+    if changed := changed_clips(folder, store):
+        raise RunError(
+            f"{folder}: {len(changed)} clips of {store.path} were encoded again or removed after this run had been "
+            f"trained on them, such as {changed[0]!r}; train again in another folder (python -m train fit --config "
+            "CONFIG --run.dir FOLDER, or a sweep with another --name), or delete this one"
+        )
+
+
+def _read(folder: Path) -> Mapping[str, str]:
+    path = folder / CLIPS
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}); delete the folder and train again") from None
+    if not isinstance(recorded, dict):
+        raise RunError(f"{path} is damaged (not a JSON object); delete the folder and train again")
+    return recorded
