@@ -27,6 +27,7 @@ from benchmarks.store import machine  # noqa: E402
 from egopatch.configs.schema import Config, ConfigParser, add_config_arguments, parse_config  # noqa: E402
 from egopatch.extract.worker.job import resolve_job  # noqa: E402
 from egopatch.features import StoreSpec, create_store, open_store  # noqa: E402
+from egopatch.features.state.origin import Origin  # noqa: E402
 
 SPEC = StoreSpec.for_patches(frames=1, grid=(1, 1), width=1, shard=64)
 ROW = {"patches": torch.ones(1, 1, 1), "cls": torch.ones(1), "saliency": torch.ones(1, 1), "timestamps": torch.ones(1)}
@@ -92,6 +93,10 @@ def command(name: str, config: Path, *options: str) -> tuple[str, dict[str, floa
 def fill(config: Config, ids: list[str]) -> dict[str, object]:
     """Create the store and commit every shard, lease by lease; milliseconds a shard and MB, segment by segment."""
     fingerprint = resolve_job(config).fingerprint
+    origins = {
+        clip_id: Origin(f"videos/video{n // CLIPS_TO_A_VIDEO:07d}.mp4", 0, float(n), n + 5.0)
+        for n, clip_id in enumerate(ids)
+    }
     started = time.perf_counter()
     store = create_store(config.store.path, SPEC, fingerprint, ids)
     created = time.perf_counter() - started
@@ -103,7 +108,8 @@ def fill(config: Config, ids: list[str]) -> dict[str, object]:
         for shard in numbers:
             with store.lease(shard) as uncommitted:
                 rows = dict.fromkeys(uncommitted, ROW)
-                store.write_shard(shard, rows, {clip_id: f"{hash(clip_id[:12]):064x}" for clip_id in rows})
+                sources = {clip_id: f"{hash(clip_id[:12]):064x}" for clip_id in rows}
+                store.write_shard(shard, rows, sources, {}, {clip_id: origins[clip_id] for clip_id in rows})
         ms.append(1000 * (time.perf_counter() - started) / len(numbers))
         mb.append(psutil.Process().memory_info().rss / 1e6)
     return {"create_s": created, "shards": shards, "lease_and_commit_ms": ms, "writer_mb": mb}

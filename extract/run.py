@@ -25,13 +25,14 @@ from egopatch.extract.engines.job_slice import ALL_SHARDS, Slice
 from egopatch.extract.engines.sharing import still_missing
 from egopatch.extract.fingerprints import text_depth, text_fingerprint
 from egopatch.extract.planning.plan import disk_refusal
+from egopatch.extract.worker.device import describe_machine
 from egopatch.extract.worker.job import ExtractionJob, resolve_job
 from egopatch.extract.worker.job_stats import JobStats, record_job
 from egopatch.extract.worker.shard_writer import ShardWriter
 from egopatch.features import ShardOwned, ShardWork, Store, StoreError, StoreSpec, create_store
 from egopatch.features.common.machine import limit_threads
 from egopatch.features.common.progress import ProgressDisplay
-from egopatch.features.state.counts import read_origins
+from egopatch.features.state.counts import read_ledger
 from egopatch.features.store.text_substore import TEXT_FOLDER
 from egopatch.features.values.location import parse_location
 from egopatch.features.values.spec import unscaled_dtype
@@ -53,6 +54,7 @@ class ExtractionResult:
         errors: Reconstruction error by quantised array, as `Store.reconstruction_error`.
         check: The stored clips of this job's shards, compared with the annotations. Those that are still stale are
             held by another job, or were encoded by one with other annotations.
+        machines: As `Store.machines`.
         clips_left, texts_left: Number of clips and texts of this job in shards that other processes hold.
     """
 
@@ -63,6 +65,7 @@ class ExtractionResult:
     texts: int
     errors: dict[str, float]
     check: OriginCheck
+    machines: dict[str, int]
     clips_left: int
     texts_left: int
 
@@ -90,7 +93,7 @@ def extract_features(
     root = config.data.root
     if not refresh:
         # Before the store gets rows for the new clips of what may be another data set.
-        _refuse_stale(config, compare_origins(dataset.clips, root, read_origins(config.store.path)))
+        _refuse_stale(config, compare_origins(dataset.clips, root, read_ledger(config.store.path).origins()))
     ids = [clip.clip_id for clip in dataset.clips]
     network = _load_text_network(job)  # before the store is created: a wrong text.model leaves nothing behind
     store = create_store(config.store.path, job.spec, job.fingerprint, ids, format=config.store.format)
@@ -127,6 +130,7 @@ def extract_features(
         texts=len(texts.clip_ids),
         errors=dict(store.reconstruction_error),
         check=compare_origins(mine, root, store.origins()),
+        machines=store.machines(),
         clips_left=clips_left,
         texts_left=_count(still_missing(text_works, texts)),
     )
@@ -197,6 +201,7 @@ def _create_text_store(job: ExtractionJob, network: _TextNetwork, texts: Sequenc
 def _encode_texts(job: ExtractionJob, network: _TextNetwork, store: Store, works: Sequence[ShardWork]) -> None:
     """Encode question texts, except those in shards that other processes hold."""
     dtype = getattr(torch, unscaled_dtype(job.config.store.dtype))
+    machine = describe_machine(job.device)
     with (
         ProgressDisplay("questions", _count(works), "questions") as display,
         ShardWriter(store, max_errors=0) as writer,
@@ -208,7 +213,7 @@ def _encode_texts(job: ExtractionJob, network: _TextNetwork, store: Store, works
                 rows |= _encode_text_batch(network.encoder, network.tokenizer, batch, job.device, dtype)
                 display.advance(len(batch))
             sources = {text: hashlib.sha256(text.encode()).hexdigest() for text in rows}
-            writer.write(work, rows, sources, {}, {})
+            writer.write(work, rows, sources, {}, {}, machine)
         writer.wait()
 
 

@@ -16,6 +16,7 @@ from egopatch.features.common.os_errors import with_remedy
 from egopatch.features.common.progress import BYTES, ProgressDisplay
 from egopatch.features.common.units import format_bytes
 from egopatch.features.formats.registry import FORMATS
+from egopatch.features.state.counts import machines_line
 from egopatch.features.storage.pick import storage_at
 from egopatch.features.store.store import Store, open_store
 from egopatch.features.store.text_substore import TEXT_FOLDER, network_differences, substores
@@ -116,7 +117,7 @@ def _info(options: argparse.Namespace) -> Outcome:
     for store in texts:
         result[TEXT_FOLDER] = _facts(store)
         result["halves_differ"] = network_differences(clips, store)
-    return 0, result, "\n".join(_lines(result))
+    return 0, result, "\n".join([*_lines(result), *filter(None, [machines_line(clips.machines())])])
 
 
 def _facts(store: Store) -> Result:
@@ -137,6 +138,7 @@ def _facts(store: Store) -> Result:
         "digest": store.fingerprint.digest,
         "reconstruction_error": dict(store.reconstruction_error),
         "unrecorded": sum(origin is None for origin in store.origins().values()) if store.spec.kind == "patches" else 0,
+        "machines": {name or "not recorded": clips for name, clips in store.machines().items()},
         "quarantine": quarantine,
     }
 

@@ -19,6 +19,7 @@ from egopatch.extract import run as run_module
 from egopatch.extract.__main__ import main as extract
 from egopatch.extract.datasets import load_dataset
 from egopatch.extract.datasets.origins import origin_of
+from egopatch.extract.worker.device import describe_machine
 from egopatch.features import AbsentClip, open_store
 from egopatch.features.__main__ import main as features
 from egopatch.features.io import file_lease
@@ -303,6 +304,22 @@ def test_a_store_of_the_version_before_says_what_it_does_not_know(
     assert "unrecorded: 6" in capsys.readouterr().out
 
 
+def test_a_store_of_unlike_machines_says_so(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here = describe_machine(torch.device("cpu"))
+    assert open_store(root / "store").machines() == {here: 6}
+    assert open_store(root / "store" / "text").machines() == {here: 2}
+    capsys.readouterr()
+    assert extract(["status", *options(root)]) == 0
+    assert "unlike machines" not in capsys.readouterr().out
+    encode_again(root, "c4")
+    note = f"note: unlike machines computed these clips, so their last bits may differ: 5 by {here}; 1 by another"
+    for command in ("status", "run"):
+        assert extract([command, *options(root)]) == 0
+        assert capsys.readouterr().out.count(note) == 1
+    assert extract(["status", *options(root, "--json")]) == 0
+    assert json.loads(capsys.readouterr().out)["machines"] == {here: 5, "another": 1}
+
+
 def test_status_without_the_annotations_says_that_it_did_not_look(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -321,7 +338,9 @@ def encode_again(root: Path, name: str) -> None:
     (work,) = store.missing_shards(replace=[name])
     row = {array: tensor[0] + 1 for array, tensor in store.read([name]).tensors().items()}
     origin = origin_of(clip, root / "data", clip.video.stat().st_size)
-    store.write_shard(work.shard, {name: row}, store.sources([name]), {}, {name: origin}, work.replaces)
+    store.write_shard(
+        work.shard, {name: row}, store.sources([name]), {}, {name: origin}, work.replaces, {name: "another"}
+    )
 
 
 def errors(capsys: pytest.CaptureFixture[str]) -> str:

@@ -10,6 +10,7 @@ from egopatch.extract.engines.job_slice import Slice
 from egopatch.extract.run import ExtractionResult, extract_features
 from egopatch.extract.worker.device import arithmetic_advice, device_of
 from egopatch.extract.worker.shard_writer import TooManyErrors
+from egopatch.features.state.counts import machines_line
 
 HELD = 3  # exit code of a job that has done its part, while other processes are still encoding shards of it
 
@@ -69,5 +70,5 @@ def _report(config: Config, result: ExtractionResult) -> None:
         print(f"skipped: {line}")
     for clip_id, reason in result.quarantine.items():
         print(f"quarantined {clip_id}: {reason}")
-    for line in result.check.lines():
+    for line in [*result.check.lines(), *filter(None, [machines_line(result.machines)])]:
         print(line)

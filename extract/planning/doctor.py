@@ -16,7 +16,7 @@ from egopatch.extract.datasets.origins import REFRESH, compare_origins
 from egopatch.extract.encoders import load_tokenizer
 from egopatch.extract.worker.device import arithmetic_advice, device_of
 from egopatch.features import StoreError
-from egopatch.features.state.counts import read_origins
+from egopatch.features.state.counts import read_ledger
 from egopatch.features.state.origin import Origin
 
 VERIFY_ANSWERS = ("yes", "no")
@@ -122,7 +122,7 @@ def _of_clips(config: Config, dataset: Dataset) -> Iterator[Finding]:
 
     data, origins, unreadable = config.data, dict[str, Origin | None](), []
     try:
-        origins = read_origins(config.store.path)
+        origins = read_ledger(config.store.path).origins()
     except (StoreError, OSError) as error:
         unreadable.append(str(error))
     check = compare_origins(dataset.clips, data.root, origins)

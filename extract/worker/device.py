@@ -1,5 +1,7 @@
 """The device that the encoder runs on, and advice where the configured arithmetic is slow on it."""
 
+import platform
+
 import torch
 
 from egopatch.configs.schema import Config, ConfigError
@@ -24,6 +26,16 @@ def device_of_worker(name: str, rank: int) -> str:
     """Name of the device of worker `rank` of this machine, where `encoder.device` is `name`."""
     gpus = usable_gpus() if name in EVERY_GPU else 0
     return f"cuda:{rank % gpus}" if gpus else name
+
+
+def describe_machine(device: torch.device) -> str:
+    """What decides the last bits of the tokens that `device` computes: its name or instructions, and torch."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        bfloat16 = " with bfloat16" if has_bfloat16() else ""
+        name = f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}{bfloat16}"
+    return f"{name}, torch {torch.__version__}"
 
 
 def has_bfloat16() -> bool:

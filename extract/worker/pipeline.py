@@ -14,6 +14,7 @@ from egopatch.extract.datasets import Clip
 from egopatch.extract.datasets.origins import origin_of
 from egopatch.extract.video.decode import PreparedClip, UndecodedClip
 from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
+from egopatch.extract.worker.device import describe_machine
 from egopatch.extract.worker.job import ExtractionJob
 from egopatch.extract.worker.job_stats import JobStats, Stages
 from egopatch.extract.worker.shard_writer import ShardWriter
@@ -92,6 +93,7 @@ def encode_shards(
     started = time.perf_counter()
     config = job.config
     underway: deque[_Shard] = deque()
+    machine = describe_machine(job.device)
     with (
         job.open_decoders(decoders) as pool,
         ShardWriter(store, config.engine.max_errors) as writer,
@@ -109,7 +111,7 @@ def encode_shards(
             size = sum(tensor.nbytes for row in rows.values() for tensor in row.values())
             on_progress(len(rows) + (len(shard.failures) if batch.last else 0), size)
             if batch.last:
-                writer.write(shard.work, shard.rows, shard.sources, shard.failures, shard.origins)
+                writer.write(shard.work, shard.rows, shard.sources, shard.failures, shard.origins, machine)
         writer.wait()
     return JobStats(
         committed=writer.committed,

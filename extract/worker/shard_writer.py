@@ -89,6 +89,7 @@ class ShardWriter:
         sources: Mapping[str, str],
         failures: Mapping[str, Failure],
         origins: Mapping[str, Origin],
+        machine: str,
     ) -> None:
         """Begin to write a leased shard, whose lease is released afterwards. Waits for the previous shard.
 
@@ -96,7 +97,7 @@ class ShardWriter:
             TooManyErrors, StoreError: Raised by the previous shard.
         """
         self.wait()
-        self._writing = self._thread.submit(self._write, work, rows, sources, failures, origins)
+        self._writing = self._thread.submit(self._write, work, rows, sources, failures, origins, machine)
 
     def wait(self) -> None:
         """Wait until the shard in progress is written. Errors as in `write`."""
@@ -121,9 +122,11 @@ class ShardWriter:
         sources: Mapping[str, str],
         failures: Mapping[str, Failure],
         origins: Mapping[str, Origin],
+        machine: str,
     ) -> None:
         started = time.perf_counter()
-        self._store.write_shard(work.shard, rows, sources, failures, origins, work.replaces)
+        machines = dict.fromkeys(rows, machine)
+        self._store.write_shard(work.shard, rows, sources, failures, origins, work.replaces, machines)
         self._release(work.shard)
         self.write_s += time.perf_counter() - started
         self.committed += len(rows)

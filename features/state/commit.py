@@ -44,6 +44,7 @@ def commit_shard(
     blocks: Blocks,
     sources: Mapping[str, str],
     origins: Mapping[str, Origin | None],
+    machines: Mapping[str, str],
     errors: Mapping[str, float],
     after: Position | None,
     replaced: Sequence[str] = (),
@@ -57,6 +58,7 @@ def commit_shard(
         blocks: Rows of each array, in the order of `rows`.
         sources: Id -> hash of the video (or text) that was encoded.
         origins: Id -> stretch of video that was encoded, in the order of `rows`; None where it is not known.
+        machines: Id -> machine that computed the row, in the order of `rows`; empty where it is not known.
         errors: Array -> reconstruction error that quantisation caused.
         after: How far the ledger had been read when `rows` was determined.
         replaced: Ids of committed rows that `blocks` gives other values. Where files are replaced in place, these rows
@@ -98,6 +100,7 @@ def commit_shard(
             target.row_bytes,
             write_id,
             encode_origins(list(origins.values())),
+            list(machines.values()),
         )
         ledger.append(commit, after)
 

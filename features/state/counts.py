@@ -1,13 +1,12 @@
-"""The number of clips in a store, and what they were made of, without opening the store."""
+"""The number of clips in a store, what they were made of and by which machine, without opening the store."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from egopatch.features.io.fields import Record, get_count, get_field, get_list
 from egopatch.features.state.header import HEADER, parse_header, read_header
 from egopatch.features.state.ids import RowsAdded, ids_journal
 from egopatch.features.state.ledger import LEDGER, Drop, Entry, Ledger, ledger_journal, parse_entry
-from egopatch.features.state.origin import Origin
 from egopatch.features.state.quarantine import Quarantine
 from egopatch.features.storage.journal import require_intact
 from egopatch.features.storage.pick import storage_at
@@ -78,19 +77,31 @@ def count_clips(path: Location | str) -> StoreCounts:
     )
 
 
-def read_origins(path: Location | str) -> dict[str, Origin | None]:
-    """What an open `Store.origins` would give; empty where there is no store.
+def machines_line(machines: Mapping[str, int]) -> str | None:
+    """A line about a store whose clips unlike `machines` have computed; None where all are alike or unknown.
+
+    Args:
+        machines: Machine -> number of clips, as `Store.machines` gives it.
+    """
+    known = {name: clips for name, clips in machines.items() if name}
+    if len(known) < 2:
+        return None
+    parts = "; ".join(f"{clips} by {name}" for name, clips in known.items())
+    return f"note: unlike machines computed these clips, so their last bits may differ: {parts}"
+
+
+def read_ledger(path: Location | str) -> Ledger:
+    """The ledger of the store at `path`; an empty one where there is no store.
 
     Raises:
         DamagedStore: The ledger is damaged.
     """
-    storage = storage_at(parse_location(path))
-    if not storage.exists(HEADER):
-        return {}
-    contents, ledger = ledger_journal(storage).read(), Ledger()
-    require_intact(contents, storage.location)
-    ledger.add_all(contents)
-    return ledger.origins()
+    storage, ledger = storage_at(parse_location(path)), Ledger()
+    if storage.exists(HEADER):
+        contents = ledger_journal(storage).read()
+        require_intact(contents, storage.location)
+        ledger.add_all(contents)
+    return ledger
 
 
 def _parse(record: Record) -> _CommitCounts | Entry | None:

@@ -5,6 +5,8 @@ removes damaged or stale clips. Unknown fields are ignored, since a later versio
 refused.
 """
 
+import sys
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -73,6 +75,7 @@ class Commit:
         row_bytes: Bytes in one row of every array together, before compression.
         write_id: Id of the write that these files come from, where every write has its own file names; else empty.
         origins: What the clips were made of, as `encode_origins` gives it.
+        machines: The machine that computed each clip; empty where an earlier version stored them.
     """
 
     shard: int
@@ -86,6 +89,7 @@ class Commit:
     row_bytes: int
     write_id: str = ""
     origins: str = ""
+    machines: tuple[str, ...] = ()
 
     def clip(self, name: str) -> ClipRecord:
         """The record of the clip `name`, one of `ids`."""
@@ -96,6 +100,10 @@ class Commit:
     def origins_by_id(self) -> dict[str, Origin | None]:
         """Id -> origin of each clip; None for texts, and for clips that an earlier version stored."""
         return dict(zip(self.ids, decode_origins(self.origins, len(self.ids)), strict=True))
+
+    def machine_of(self, name: str) -> str:
+        """The machine that computed the clip `name`, one of `ids`; empty where it is not known."""
+        return self.machines[self.ids.index(name)] if self.machines else ""
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,14 @@ class Ledger:
         by_commit = {number: commit.origins_by_id() for number, commit in {id(c): c for c in of.values()}.items()}
         return {name: by_commit[id(commit)][name] for name, commit in of.items()}
 
+    def machines(self) -> dict[str, int]:
+        """Machine -> number of the committed clips that it computed; the empty name is that of unknown ones."""
+        count: Counter[str] = Counter()
+        for commit in {id(commit): commit for commit in self.clips.values()}.values():
+            machines = commit.machines or ("",) * len(commit.ids)
+            count.update(m for name, m in zip(commit.ids, machines, strict=True) if self.clips.get(name) is commit)
+        return dict(count)
+
     def versions(self, names: Iterable[str]) -> dict[str, RowVersion]:
         """Id -> row, of those of `names` that are committed. Errors as in `origins`."""
         origins = self.origins([name for name in names if name in self.clips])
@@ -216,6 +232,7 @@ def commit_record(
     row_bytes: int,
     write_id: str = "",
     origins: str = "",
+    machines: Sequence[str] = (),
 ) -> Record:
     """The line that commits `clips`, in the order of their rows; the other arguments are as in `Commit`."""
     records = list(clips.values())
@@ -232,6 +249,9 @@ def commit_record(
         "errors": dict(errors),
     }
     record |= {"origins": origins} if origins else {}
+    if any(machines):
+        names = list(dict.fromkeys(machines))
+        record["machines"] = {"names": names, "clips": [names.index(name) for name in machines]}
     return record | {"attempt": write_id} if write_id else record
 
 
@@ -267,6 +287,7 @@ def parse_entry(record: Record) -> Entry:
             get_count(record, "row_bytes"),
             _parse_write_id(record),
             get_field(record, "origins", str) if "origins" in record else "",
+            _parse_machines(get_field(record, "machines", dict), len(ids)) if "machines" in record else (),
         )
     raise MalformedRecord(f"'kind' is {kind[:40]!r}; expected announce, commit or drop")
 
@@ -297,6 +318,14 @@ def _parse_sources(record: Record, clips: int) -> tuple[str, ...]:
         raise MalformedRecord(f"'sources' has {len(sources)} entries; expected one for each of {clips} clips")
     shared = {source: source for source in sources}  # one object for the many clips of one video
     return tuple(map(shared.__getitem__, sources))
+
+
+def _parse_machines(machines: Record, clips: int) -> tuple[str, ...]:
+    names, indexes = get_list(machines, "names", str), get_list(machines, "clips", int)
+    if len(indexes) != clips or not set(indexes) <= set(range(len(names))):
+        raise MalformedRecord(f"'machines' is {machines!r:.60}; expected the machine of each of {clips} clips")
+    names = [sys.intern(name) for name in names]  # the same few in every commit
+    return tuple(names[index] for index in indexes)
 
 
 def _parse_write_id(record: Record) -> str:

@@ -349,6 +349,10 @@ class Store:
         """Id -> stretch of video that was encoded, of every committed clip; None where an earlier version stored it."""
         return self.catalog.ledger.origins()
 
+    def machines(self) -> dict[str, int]:
+        """Machine -> number of committed clips that it computed; the empty name is that of unknown ones."""
+        return self.catalog.ledger.machines()
+
     # Writing
 
     @contextmanager
@@ -377,6 +381,7 @@ class Store:
         failures: Mapping[str, Failure] = MappingProxyType({}),
         origins: Mapping[str, Origin] = MappingProxyType({}),
         replaces: Mapping[str, RowVersion] = MappingProxyType({}),
+        machines: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Commit clips of one shard: all of them, or none if anything fails. The shard's other rows do not change.
 
@@ -388,6 +393,7 @@ class Store:
             origins: Id -> stretch of video that was encoded.
             replaces: Id -> a committed row, as in `ShardWork`. A clip in `rows` replaces that row, and a clip
                 in `failures` removes it; if another process has replaced the row already, its row stays.
+            machines: Id -> machine that computed the row, in words: on another one its last bits may differ.
 
         Raises:
             ShardOwned: Another running process holds the shard's lease.
@@ -395,7 +401,7 @@ class Store:
                 infinity; or the disk is full. The message names id and array.
         """
         with nullcontext() if shard in self._leased else self.lease(shard):
-            self._writer.write(shard, rows, sources, failures, origins, replaces)
+            self._writer.write(shard, rows, sources, failures, origins, replaces, machines)
 
     def rewrite_shard(self, shard: int, without: Sequence[str]) -> None:
         """Write a shard's files again with its committed rows, except for the damaged ones named in `without`.

@@ -39,6 +39,7 @@ class ShardWriter:
         failures: Mapping[str, Failure],
         origins: Mapping[str, Origin],
         replaces: Mapping[str, RowVersion],
+        machines: Mapping[str, str],
     ) -> None:
         """Commit new clips; arguments and errors as in `Store.write_shard`."""
         catalog = self._catalog
@@ -51,7 +52,7 @@ class ShardWriter:
             if failed := [name for name in catalog.unchanged(replaces) if name in failures]:
                 self.rewrite(shard, failed)
             if rows:
-                self._commit_new(shard, rows, sources, origins, replaces)
+                self._commit_new(shard, rows, sources, origins, replaces, machines)
         catalog.refresh(shard)
 
     def rewrite(self, shard: int, without: Sequence[str]) -> None:
@@ -64,7 +65,7 @@ class ShardWriter:
                 ledger_journal(catalog.storage).append(drop_record(shard, without, emptied=not kept), catalog.position)
                 catalog.refresh(shard)
             if kept:
-                self._commit(shard, {}, {}, {})
+                self._commit(shard, {}, {}, {}, {})
             else:
                 self._discard(shard, former)
             catalog.refresh(shard)
@@ -117,6 +118,7 @@ class ShardWriter:
         sources: Mapping[str, str],
         origins: Mapping[str, Origin],
         replaces: Mapping[str, RowVersion],
+        machines: Mapping[str, str],
     ) -> None:
         """Commit `new` rows, except those that another writer has committed in the meantime."""
         catalog = self._catalog
@@ -126,7 +128,7 @@ class ShardWriter:
             new = {name: row for name, row in new.items() if name not in catalog.ledger.clips or name in to_replace}
             try:
                 if new:
-                    self._commit(shard, new, sources, origins)
+                    self._commit(shard, new, sources, origins, machines)
                 break
             except WriteConflict:
                 if conflicts == _TRIES - 1:
@@ -136,7 +138,14 @@ class ShardWriter:
             catalog.refresh(shard)
             self.clear_leftovers(shard)  # the files of this process's refused commits
 
-    def _commit(self, shard: int, new: Rows, sources: Mapping[str, str], origins: Mapping[str, Origin]) -> None:
+    def _commit(
+        self,
+        shard: int,
+        new: Rows,
+        sources: Mapping[str, str],
+        origins: Mapping[str, Origin],
+        machines: Mapping[str, str],
+    ) -> None:
         """Commit the `new` rows, and the shard's other rows unchanged."""
         catalog = self._catalog
         former = catalog.committed_of(shard)
@@ -145,6 +154,8 @@ class ShardWriter:
         all_sources = {name: kept[name].source if name in kept else sources[name] for name in rows}
         kept_origins = catalog.ledger.origins(kept)
         all_origins = {name: kept_origins[name] if name in kept else origins.get(name) for name in rows}
+        clips = catalog.ledger.clips
+        all_machines = {n: clips[n].machine_of(n) if n in kept else machines.get(n, "") for n in rows}
         errors = dict(catalog.ledger.errors.get(shard, {})) if kept else {}
         for tensors in new.values():
             error = reconstruction_error(tensors, catalog.spec)
@@ -154,7 +165,8 @@ class ShardWriter:
         blocks = ((array, self._encoded(array, rows, new)) for array in catalog.spec.arrays)
         write_id = catalog.ledger.write_id(shard)
         replaced = [name for name in former if name in new]
-        commit_shard(target, shard, rows, blocks, all_sources, all_origins, errors, catalog.position, replaced)
+        after = catalog.position
+        commit_shard(target, shard, rows, blocks, all_sources, all_origins, all_machines, errors, after, replaced)
         if write_id:
             self._discard(shard, write_id)
 

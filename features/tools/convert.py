@@ -79,7 +79,8 @@ def copy_clips(
             if name in quarantined
         }
         known = {name: origin for name in ids if (origin := origins[name]) is not None}
-        target.write_shard(work.shard, rows, source.sources(ids), failures, known, work.replaces)
+        machines = {name: source.catalog.ledger.clips[name].machine_of(name) for name in ids}
+        target.write_shard(work.shard, rows, source.sources(ids), failures, known, work.replaces, machines)
         if on_clips is not None:
             done += len(ids)
             on_clips(done, len(origins))

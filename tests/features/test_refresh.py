@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ import torch
 
 from egopatch.features import AbsentClip, ArraySpec, DamagedStore, Failure, ShardWork, Store, create_store, open_store
 from egopatch.features.__main__ import main
-from egopatch.features.state.counts import count_clips, read_origins
+from egopatch.features.state.counts import count_clips, read_ledger
 from egopatch.features.state.ledger import raw_ledger_journal
 from egopatch.features.state.origin import Origin
 from egopatch.features.storage.folder import LocalStorage
@@ -76,7 +77,7 @@ def test_a_row_is_replaced_with_what_it_was_made_of(make: Make) -> None:
     refresh(store)
     check(store.path, OLD | {FIRST[0]: 90})
     found = open_store(store.path)
-    assert found.origins() == read_origins(store.path) == ORIGINS | {FIRST[0]: MOVED}
+    assert found.origins() == read_ledger(store.path).origins() == ORIGINS | {FIRST[0]: MOVED}
     assert found.sources(FIRST[:2]) == {FIRST[0]: "new", FIRST[1]: "hash"}
 
 
@@ -394,3 +395,49 @@ def test_sources_are_hashed_on_request(tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit) as usage:
         main(["verify", str(store.path), "--sources", str(tmp_path / "nowhere")])
     assert usage.value.code == 2
+
+
+ONE, TWO = "x86_64 CPU, AVX2, torch 1", "NVIDIA H100, torch 2"
+
+
+def test_a_store_says_which_machines_computed_it(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = make(FIRST)
+    store.write_shard(0, {FIRST[3]: clip(3)}, {FIRST[3]: "hash"})  # as by an earlier version
+    store.write_shard(
+        0, {n: clip(0) for n in FIRST[:2]}, dict.fromkeys(FIRST, "hash"), machines={FIRST[0]: ONE, FIRST[1]: ONE}
+    )
+    assert open_store(store.path).machines() == read_ledger(store.path).machines() == {"": 1, ONE: 2}
+    assert main(["info", str(store.path)]) == 0
+    said = capsys.readouterr().out
+    assert f"  {ONE}: 2" in said
+    assert "  not recorded: 1" in said
+    assert "unlike machines" not in said
+
+    store.write_shard(0, {FIRST[2]: clip(2)}, {FIRST[2]: "hash"}, machines={FIRST[2]: TWO})
+    refresh(open_store(store.path))
+    assert open_store(store.path).machines() == {"": 2, ONE: 1, TWO: 1}
+    assert main(["info", str(store.path)]) == 0
+    assert (
+        f"unlike machines computed these clips, so their last bits may differ: 1 by {ONE}; 1 by {TWO}"
+        in capsys.readouterr().out
+    )
+    assert main(["info", str(store.path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["machines"] == {"not recorded": 2, ONE: 1, TWO: 1}
+    assert convert(store.path, tmp_path / "copy", shard=3).machines() == {"": 2, ONE: 1, TWO: 1}
+    store.rewrite_shard(0, without=[FIRST[1]])
+    assert open_store(store.path).machines() == {"": 2, TWO: 1}
+
+
+@pytest.mark.parametrize(
+    "machines",
+    [[], {}, {"names": [ONE], "clips": [0]}, {"names": [ONE], "clips": [0, 0, 0, 1]}, {"names": ONE, "clips": []}],
+)
+def test_machines_that_no_ledger_has_are_refused(make_local: Make, machines: object) -> None:
+    store = filled(make_local)
+    journal = raw_ledger_journal(storage_at(store.path))
+    *others, last = [line.entry for line in journal.read().lines]
+    journal.rewrite([*others, last | {"machines": machines}])
+    with pytest.raises(DamagedStore, match="does not belong there"):
+        open_store(store.path)

@@ -1,10 +1,12 @@
 """Devices that are not there are refused by name, before anything is loaded."""
 
+import platform
+
 import pytest
 import torch
 
 from egopatch.configs.schema import ConfigError
-from egopatch.extract.worker.device import device_of, device_of_worker
+from egopatch.extract.worker.device import describe_machine, device_of, device_of_worker
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,3 +40,11 @@ def test_workers_take_the_gpus_in_turn_unless_the_config_names_a_device(monkeypa
         assert [device_of_worker(name, rank) for rank in range(3)] == [name] * 3
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device_of_worker("auto", 1) == "auto"
+
+
+def test_a_machine_is_described_by_what_decides_the_last_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("egopatch.extract.worker.device.has_bfloat16", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU of {device}")
+    cpu = describe_machine(torch.device("cpu"))
+    assert cpu.startswith(f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()} with bfloat16, torch ")
+    assert describe_machine(torch.device("cuda:1")) == f"GPU of cuda:1, torch {torch.__version__}"
