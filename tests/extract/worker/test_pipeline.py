@@ -93,7 +93,9 @@ def run(store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[..., JobStats
         )
         clips = {name: Clip(name, Path(name)) for name in IDS}
         works = store.missing_shards()
-        job = SimpleNamespace(config=config, encoder=encoder, open_decoders=lambda count: decoders)
+        job = SimpleNamespace(
+            config=config, device=torch.device("cpu"), encoder=encoder, open_decoders=lambda count: decoders
+        )
         return encode_shards(job, store, works, clips, 1, on_progress)  # type: ignore[arg-type]
 
     return run
