@@ -17,8 +17,8 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_config_arguments(parser)
     config, options = parse_config(parser, args)
-    counts, ledger = count_clips(config.store.path), read_ledger(config.store.path)
-    check, machines = _check(config, ledger), ledger.machines()
+    ledger = read_ledger(config.store.path)
+    counts, check, machines = count_clips(config.store.path, ledger), _check(config, ledger), ledger.machines()
     if options.json:
         checked = {"stale": None, "unrecorded": None} if check is None else dataclasses.asdict(check)
         print(json.dumps(dataclasses.asdict(counts) | checked | {"machines": machines}, indent=1))

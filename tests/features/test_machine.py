@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from egopatch.features import AbsentClip, Failure, Fingerprint, FingerprintMismatch, Store, create_store, open_store
-from egopatch.features.state.counts import StoreCounts, count_clips
+from egopatch.features.state.counts import StoreCounts, count_clips, read_ledger
 from egopatch.features.tools.convert import convert
 from egopatch.features.tools.repair import repair
 from egopatch.features.tools.verify import verify
@@ -128,7 +128,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert {name: record.attempts for name, record in store.quarantine.items()} == self.failed
         assert set(store.missing()) == set(self.planned) - self.values.keys() - self.failed.keys()
         counts = (len(self.planned), len(self.values), len(self.failed), len(store.missing()))
-        assert count_clips(self.root) == StoreCounts(*counts, store.nbytes, FINGERPRINT.digest)
+        assert count_clips(self.root, read_ledger(self.root)) == StoreCounts(*counts, store.nbytes, FINGERPRINT.digest)
         ids = sorted(self.values)
         if ids:
             tokens = store.read(ids)
