@@ -45,7 +45,7 @@ def test_order_follows_from_seed_and_epoch() -> None:
     assert order(None, 0) == list(range(40))
 
 
-@pytest.mark.parametrize("head", ["psa", "egovlp"])
+@pytest.mark.parametrize("head", ["psa", "egovlp", "attention"])
 def test_disk_and_memory_give_the_same_training(tiny: Config, capsys: pytest.CaptureFixture[str], head: str) -> None:
     on_disk = with_run(tiny, f"{head}-disk", head_name=head, train_residency="disk")
     in_memory = with_run(tiny, f"{head}-ram", head_name=head, train_residency="ram")

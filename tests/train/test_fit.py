@@ -56,7 +56,11 @@ def test_run_folder_is_complete(tiny: Config) -> None:
     vals = [event for event in events if event["event"] == "val"]
     assert card["val"]["all"] == max(event["all"] for event in vals)
     assert card["best_epoch"] == next(e["epoch"] for e in vals if e["all"] == card["val"]["all"])
+    (converged,) = [event for event in events if event["event"] == "converged"]
+    assert converged["steps"] == next(e["step"] for e in vals if e["all"] >= 0.95 * card["val"]["all"])
+    assert 0 < converged["seconds"] < 60
     test = json.loads((run / "test.json").read_text())
+    assert 0 <= test["wrong_form"] <= test["all"]["n"]
     assert (test["model"], test["split"], test["seed"]) == ("psa", "direct", 0)
     assert test["all"] == metrics.all.as_json()
     assert test["all"]["n"] == len((run / "predictions.jsonl").read_text().splitlines())

@@ -44,6 +44,17 @@ def test_metrics_agree_with_an_independent_count() -> None:
     assert metrics["all"]["n"] == 1000
 
 
+def test_answers_of_the_wrong_form_are_counted() -> None:
+    questions, answers = made_up()
+    forms = {q.question_id: q.form for q in questions}
+    independent = sum((a.strip().lower() in ("yes", "no")) != (forms[q] == "binary") for q, a in answers.items())
+    assert independent > 100
+    assert score(questions, answers, None).wrong_form == independent
+    # An answer that open questions have too is of no form.
+    either = Question("o", "c", "is it red or no colour?", "no", "open", ())
+    assert score([either, questions[0]], {"o": "no", "q0": questions[0].answer}, None).wrong_form == 0
+
+
 def test_groups_without_questions_have_no_accuracy() -> None:
     question = Question("1", "c", "?", "yes", "binary", ())
     metrics = score([question], {"1": "YES"}, "direct")

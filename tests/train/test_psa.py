@@ -12,6 +12,7 @@ from egopatch.features import PatchTokens
 from egopatch.train.data.batch import Batch
 from egopatch.train.fitting.stacked_heads import StackedHeads
 from egopatch.train.heads import PSA, Pooled, QuestionOnly, Sizes
+from egopatch.train.heads.common.attention import Attention
 from egopatch.train.heads.common.question import QuestionReader, Whitening, absorb_key
 from egopatch.train.heads.psa.coarse import CoarseLevel
 from egopatch.train.heads.psa.prior import spatial_prior
@@ -244,7 +245,7 @@ def test_padding_of_the_text_changes_nothing() -> None:
     assert torch.equal(reader(states, mask), reader(other, mask))
 
 
-@pytest.mark.parametrize("make_head", [PSA, Pooled, QuestionOnly])
+@pytest.mark.parametrize("make_head", [PSA, Attention, Pooled, QuestionOnly])
 def test_a_question_is_answered_alike_alone_and_in_a_batch(make_head: type[nn.Module]) -> None:
     torch.manual_seed(0)
     head = make_head(CONFIG, SIZES).eval()

@@ -46,11 +46,23 @@ def test_markdown_has_the_published_columns_and_two_decimals(tmp_path: Path) -> 
     write_run(tmp_path, "psa", all_=48.6, open_=39, binary=75.864)
     write_table(tmp_path, NO_ANNOTATIONS)
     text = (tmp_path / "table.md").read_text()
-    assert "| System | Open | Binary | All | Checkpoint | Log |" in text
-    row = "| psa | 39.00 | 75.86 | 48.60 | [best.safetensors](<psa/best.safetensors>) | [log.jsonl](<psa/log.jsonl>) |"
+    assert "| System | Open | Binary | All | Wrong form | Time to 95% | Checkpoint | Log |" in text
+    links = "[best.safetensors](<psa/best.safetensors>) | [log.jsonl](<psa/log.jsonl>)"
+    row = f"| psa | 39.00 | 75.86 | 48.60 | – | – | {links} |"
     assert row in text
     assert "n = 1,000 questions: 600 open, 400 binary." in text
     assert "tagged `direct`: psa 49.60" in text
+
+
+def test_answers_of_the_wrong_form_and_the_time_of_training_are_shown(tmp_path: Path) -> None:
+    for seed, (wrong, seconds) in enumerate([(10, 4.0), (20, 30.0), (30, 5.0)]):
+        run = write_run(tmp_path, f"psa_{seed}", seed=seed)
+        test = json.loads((run / "test.json").read_text()) | {"wrong_form": wrong}
+        (run / "test.json").write_text(json.dumps(test))
+        with (run / "log.jsonl").open("a") as log:
+            log.write(json.dumps({"event": "converged", "step": 8, "steps": 3, "seconds": seconds}) + "\n")
+    write_table(tmp_path, NO_ANNOTATIONS)
+    assert "| 2.0% | 5 s |" in (tmp_path / "table.md").read_text()
 
 
 def test_seeds_are_averaged_and_the_seed_best_on_val_is_named(tmp_path: Path) -> None:

@@ -11,7 +11,14 @@ from typing import Literal
 from egopatch.configs.schema import ConfigError, ConfigParser
 from egopatch.extract.datasets import Question, egotaskqa, jsonl
 from egopatch.extract.datasets.records import Part, answer_vocabulary
-from egopatch.train.scores.metrics import difference, lines, read_predictions, same_as_released, score
+from egopatch.train.scores.metrics import (
+    difference,
+    lines,
+    read_predictions,
+    same_as_released,
+    score,
+    wrong_form_line,
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,9 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     if options.json:
         chosen = released if options.compare == "released" and released is not None else metrics
         print(json.dumps(chosen.as_json(), indent=2))
-        if released is not None:  # on standard error, because the layout of the JSON is fixed
+        # On standard error, because the layout of the JSON is fixed.
+        print(f"train score: {wrong_form_line(metrics)}", file=sys.stderr)
+        if released is not None:
             print(f"train score: {difference(metrics, released)}", file=sys.stderr)
     else:
         print("\n".join(lines(metrics, released)))

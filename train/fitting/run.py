@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,9 @@ from egopatch.train.rundir.results import BLIND
 from egopatch.train.rundir.trained_on import write_clips
 from egopatch.train.scores.metrics import Metrics
 
+# Share of the best accuracy on *val* at which a run counts as converged.
+CONVERGED = 0.95
+
 
 class TrainingRun:
     """The log, the best epoch so far, and the results of one run; only the first rank writes.
@@ -32,6 +36,7 @@ class TrainingRun:
     Attributes:
         best: Epoch and accuracies of the best epoch on *val* so far.
         epochs_since_best: Number of epochs after the best one.
+        curve: Step, seconds of training and accuracy on *val* at the end of each epoch.
         failed: Why the run cannot be trained to its end; None if it can.
     """
 
@@ -40,6 +45,8 @@ class TrainingRun:
         self.experiment = experiment
         self.best: dict[str, Any] | None = None
         self.epochs_since_best = 0
+        self.curve: list[tuple[int, float, float]] = []
+        self._started = time.monotonic()
         self.failed: str | None = None
         self._best_weights: dict[str, Tensor] | None = None
         self._log: RunLog | None = None
@@ -87,6 +94,7 @@ class TrainingRun:
     ) -> None:
         """Log the `accuracies` on *val* after `epoch` (from 1), and keep `weights` if they are the best so far."""
         self.log("val", step, epoch=epoch, **accuracies)
+        self.curve.append((step, self._seconds(), accuracies["all"] or 0.0))
         self.epochs_since_best += 1
         if self.best is None or (accuracies["all"] or 0.0) > (self.best["all"] or 0.0):
             self.best, self.epochs_since_best = {"epoch": epoch, **accuracies}, 0
@@ -103,6 +111,8 @@ class TrainingRun:
         """State from which a later process resumes."""
         return {
             "best": self.best,
+            "curve": self.curve,
+            "seconds": self._seconds(),
             "waited": self.epochs_since_best,
             "failed": self.failed,
             "weights": self._best_weights,
@@ -115,6 +125,9 @@ class TrainingRun:
             RunError: an earlier version saved `state`, and the weights in the folder do not belong to it.
         """
         self.best, self.epochs_since_best, self.failed = state["best"], state["waited"], state.get("failed")
+        # Earlier versions saved neither.
+        self.curve = [tuple(point) for point in state.get("curve", [])]
+        self._started = time.monotonic() - state.get("seconds", 0.0)
         if self._writes and self.best is not None:
             self._restore_weights(self.best["epoch"], state.get("weights"))
 
@@ -133,6 +146,22 @@ class TrainingRun:
                 flush=True,
             )
             run_folder.save_weights(folder, weights, epoch)
+
+    def log_convergence(self) -> None:
+        """Log when the accuracy on *val* first reached 95% of its best: `steps` and `seconds` of training, with all
+        runs that trained as one stack.
+        """
+        if self.best is None:
+            return
+        enough = CONVERGED * (self.best["all"] or 0.0)
+        for step, seconds, accuracy in self.curve:
+            if accuracy >= enough:
+                self.log("converged", self.curve[-1][0], steps=step, seconds=round(seconds, 3))
+                return
+
+    def _seconds(self) -> float:
+        """Seconds of training so far, without those between interruptions."""
+        return time.monotonic() - self._started
 
     def write_card(self, command: str, parameters: int) -> None:
         """Write the model card of the best epoch."""
@@ -169,7 +198,11 @@ class TrainingRun:
             run_folder.write_whole(out / run_folder.SELECTION, content.getvalue())
         config = self.config
         result = {"model": system_name(config), "split": config.data.split, "seed": config.train.seed}
-        result |= {**metrics.as_json(), "unseen": len(experiment.tables["test"]) - len(table)}
+        result |= {
+            **metrics.as_json(),
+            "wrong_form": metrics.wrong_form,
+            "unseen": len(experiment.tables["test"]) - len(table),
+        }
         run_folder.write_whole(out / run_folder.TEST, json.dumps(result, indent=2) + "\n")
         return metrics
 

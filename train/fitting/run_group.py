@@ -147,6 +147,7 @@ class RunGroup:
             load = partial(run_folder.load_weights, run.config.run.dir, run.best["epoch"])
             weights = self.heads.ranks.broadcast(load)
             self.heads.load_weights(number, weights)
+            run.log_convergence()
             run.write_card(command, sum(tensor.numel() for tensor in weights.values()))
 
     def write_results(self, answers: Sequence[Answers]) -> list[Metrics]:

@@ -14,6 +14,7 @@ from torch import nn
 from egopatch.configs.plugins import Plugins
 from egopatch.configs.schema import Config, ConfigError, HeadConfig
 from egopatch.extract.encoders import open_checkpoint
+from egopatch.train.heads.common.attention import Attention
 from egopatch.train.heads.common.blind import Majority, QuestionOnly
 from egopatch.train.heads.common.pooled import Pooled
 from egopatch.train.heads.common.question import Sizes
@@ -21,9 +22,9 @@ from egopatch.train.heads.fused.fused import FusedSystem, load_head
 from egopatch.train.heads.psa.psa import PSA
 from egopatch.train.rundir.results import BLIND
 
-HEADS = ("majority", "question-only", "pooled", "egovlp", "egovlpv2", "mfas", "psa")
-# Heads that train alone: those of the published networks fill a machine, and the majority learns nothing.
-_UNSTACKED = ("majority", "egovlpv2", "mfas")
+HEADS = ("majority", "question-only", "pooled", "attention", "egovlp", "egovlpv2", "mfas", "psa")
+# Heads that train alone: those that read every patch fill a machine, and the majority learns nothing.
+_UNSTACKED = ("majority", "attention", "egovlpv2", "mfas")
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,8 @@ def build_head(config: Config, sizes: Sizes) -> nn.Module:
         return QuestionOnly(head, sizes)
     if head.name in ("pooled", "egovlp"):  # one head; the second name is that of the published system
         return Pooled(head, sizes)
+    if head.name == "attention":
+        return Attention(head, sizes)
     return PSA(head, sizes)
 
 

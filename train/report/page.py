@@ -268,7 +268,11 @@ def _render(**content: object) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"bytes": format_bytes, "number": "{:.2f}".format, "signed": _signed, "coded": _coded}
-    environment.globals |= {"cell": table.cell, "colour": lambda system: plots.style(system)[0]}
+    environment.globals |= {
+        "cell": table.cell,
+        "training_cells": table.training_cells,
+        "colour": lambda system: plots.style(system)[0],
+    }
     css, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     policy = (
         f"default-src 'none'; img-src data:; style-src '{_hash(css)}'; script-src '{_hash(script)}'; "

@@ -25,6 +25,8 @@ STYLES = {
     "mfas": ("#cc79a7", "P"),
     "psa": ("#0072b2", "o"),
     "pooled": ("#56b4e9", "p"),
+    "attention": ("#f0e442", "*"),
+    "attention (lite)": ("#a6761d", "*"),
     "pooled (lite)": ("#8c564b", "h"),
     "psa (lite)": ("#d55e00", "d"),
 }

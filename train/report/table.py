@@ -72,14 +72,15 @@ def markdown(results: Results, intervals: Intervals) -> str:
     for split in results.splits:
         rows = results.split(split)
         lines += [f"## {split.capitalize()}", "", question_counts(rows), ""]
-        lines += ["| System | Open | Binary | All | Checkpoint | Log |", "|:--|--:|--:|--:|:--|:--|"]
+        lines += ["| System | Open | Binary | All | Wrong form | Time to 95% | Checkpoint | Log |"]
+        lines += ["|:--|--:|--:|--:|--:|--:|:--|:--|"]
         for row in rows:
             cells = [cell(row, part, intervals[split].get(row.label, {})) for part in COLUMNS]
             links = [
                 f"[{path.name}](<{_relative(path, results.folder)}>)" if path else "–"
                 for path in (row.best.checkpoint, row.best.log)
             ]
-            lines.append("| " + " | ".join([_escape(row.label), *cells, *links]) + " |")
+            lines.append("| " + " | ".join([_escape(row.label), *cells, *training_cells(row), *links]) + " |")
         tagged = [
             f"{_escape(row.label)} {cell(row, 'split_tag', {})}" for row in rows if row.mean("split_tag") is not None
         ]
@@ -100,6 +101,12 @@ def cell(row: Row, part: str, intervals: RowIntervals) -> str:
         return "–"
     interval = intervals.get(part)
     return f"{mean:.2f}" + ("" if interval is None else f" [{interval.low:.1f}, {interval.high:.1f}]")
+
+
+def training_cells(row: Row) -> tuple[str, str]:
+    """The share of answers of the wrong form, and the time of training until val reached 95% of its best."""
+    wrong, seconds = row.wrong_form, row.seconds_to_converge
+    return "–" if wrong is None else f"{wrong:.1f}%", "–" if seconds is None else f"{seconds:.0f} s"
 
 
 def question_counts(rows: Sequence[Row]) -> str:
@@ -160,6 +167,8 @@ def origin(results: Results) -> list[str]:
         f"{mean[0].upper()}{mean[1:]}; checkpoint and log are those of the seed best on val. "
         "Nothing is chosen on test.",
         f"In brackets: 95% intervals over seeds and clips (`train.scores.statistics`){alone}.",
+        "Wrong form: share of answers such as `cup` to a yes/no question. Time to 95%: training until val first "
+        "reached 95% of its best, median over seeds.",
         "Each row is the mean over `test.json` of its runs; `card.json` beside it has the command and versions.",
         "`majority` and `question-only` never see the video. All other systems read cached features of uniformly "
         "sampled frames.",

@@ -48,6 +48,8 @@ class Run:
         val: Accuracy of the kept checkpoint over all questions of *val*, in percent; None if not recorded.
         card: The model card as written.
         quarantined: Number of test questions about quarantined clips, which got the majority answer.
+        wrong_form: Number of test questions with an answer of the wrong form; None if an earlier version scored it.
+        seconds_to_converge: Seconds of training until val first reached 95% of its best; None if not logged.
     """
 
     dir: Path
@@ -59,6 +61,8 @@ class Run:
     val: float | None
     card: Mapping[str, Any]
     quarantined: int = 0
+    wrong_form: int | None = None
+    seconds_to_converge: float | None = None
 
     @property
     def checkpoint(self) -> Path | None:
@@ -114,6 +118,18 @@ class Row:
         """Accuracy of each run that has one."""
         scores = [run.scores[part].accuracy for run in self.runs if part in run.scores]
         return [value for value in scores if value is not None]
+
+    @property
+    def wrong_form(self) -> float | None:
+        """Percentage of test questions with an answer of the wrong form, mean over seeds; None if not counted."""
+        counts = [run.wrong_form for run in self.runs if run.wrong_form is not None]
+        return 100 * statistics.fmean(counts) / self.n("all") if counts and self.n("all") else None
+
+    @property
+    def seconds_to_converge(self) -> float | None:
+        """Median over seeds of the seconds of training until val first reached 95% of its best."""
+        seconds = [run.seconds_to_converge for run in self.runs if run.seconds_to_converge is not None]
+        return statistics.median(seconds) if seconds else None
 
     def n(self, part: str) -> int:
         """Number of questions in the accuracy."""
@@ -186,9 +202,12 @@ def read_run(path: Path) -> Run:
         tags = {str(tag): _score(value) for tag, value in (test.get("tags") or {}).items()}
         system, split, seed = str(test["model"]), str(test["split"]), int(test.get("seed", card.get("seed", 0)))
         quarantined = int(test.get("unseen", 0))
+        wrong_form = None if test.get("wrong_form") is None else int(test["wrong_form"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"test.json is damaged ({type(error).__name__}: {error}); evaluate the run again") from error
-    return Run(path, system, split, seed, scores, tags, _val(card.get("val")), card, quarantined)
+    return Run(
+        path, system, split, seed, scores, tags, _val(card.get("val")), card, quarantined, wrong_form, _seconds(path)
+    )
 
 
 def _run_folders(folder: Path) -> list[Path]:
@@ -242,6 +261,19 @@ def _val(val: object) -> float | None:
     value = val.get("all") if isinstance(val, Mapping) else val
     value = value.get("accuracy") if isinstance(value, Mapping) else value
     return float(value) if isinstance(value, int | float) and not math.isnan(value) else None
+
+
+def _seconds(run: Path) -> float | None:
+    """Seconds until a run converged, from its log; None if they are not there."""
+    path = run / "log.jsonl"
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for line in reversed(lines):
+        if '"converged"' in line:
+            try:
+                return float(json.loads(line)["seconds"])
+            except (ValueError, KeyError, TypeError):
+                return None
+    return None
 
 
 def _read_object(path: Path) -> dict[str, Any]:

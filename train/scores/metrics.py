@@ -52,6 +52,7 @@ class Metrics:
         all: Every question.
         split_tag: Questions tagged with the name of the split (`direct` or `indirect`); None without a split.
         tags: Score of each reasoning tag, in alphabetical order. A question counts under each of its tags.
+        wrong_form: Number of questions with an answer of the other form, such as `cup` to a yes/no question.
     """
 
     open: Score
@@ -59,9 +60,10 @@ class Metrics:
     all: Score
     split_tag: Score | None
     tags: Mapping[str, Score]
+    wrong_form: int
 
     def as_json(self) -> dict[str, Any]:
-        """The layout of `test.json` and of `train score --json`."""
+        """The layout of `train score --json`, which has no `wrong_form`, and of most of `test.json`."""
         return {
             "open": self.open.as_json(),
             "binary": self.binary.as_json(),
@@ -87,11 +89,14 @@ def headline(metrics: Metrics) -> str:
 
 
 def lines(metrics: Metrics, released: Metrics | None = None) -> list[str]:
-    """One line per score; with `released`, also the scores under that rule and the difference."""
+    """One line per score, and one on answers of the wrong form; with `released`, also the scores under that rule and
+    the difference.
+    """
     rows = metrics.rows()
     width = max(len(name) for name, _ in rows)
+    wrong_form = wrong_form_line(metrics)
     if released is None:
-        return [f"{name:<{width}}  {_percent(one.accuracy):>6}  n {one.n}" for name, one in rows]
+        return [*(f"{name:<{width}}  {_percent(one.accuracy):>6}  n {one.n}" for name, one in rows), wrong_form]
     head = f"{'':<{width}}  lower-cased  released  difference"
     return [
         head,
@@ -100,7 +105,13 @@ def lines(metrics: Metrics, released: Metrics | None = None) -> list[str]:
             f"  n {one.n}"
             for (name, one), (_, other) in zip(rows, released.rows(), strict=True)
         ),
+        wrong_form,
     ]
+
+
+def wrong_form_line(metrics: Metrics) -> str:
+    """One line on how many answers have the wrong form."""
+    return f"answers of the wrong form: {metrics.wrong_form} of {metrics.all.n}"
 
 
 def difference(metrics: Metrics, released: Metrics) -> str:
@@ -185,6 +196,22 @@ def score(
         all=accuracy("all"),
         split_tag=None if split is None else accuracy(f"tag:{split}"),
         tags={tag: accuracy(f"tag:{tag}") for tag in tags},
+        wrong_form=count_wrong_form(questions, answers),
+    )
+
+
+def count_wrong_form(questions: Sequence[Question], answers: Mapping[str, str]) -> int:
+    """Number of questions with an answer of the other form: to a binary question, one that is neither yes or no nor
+    annotated to a binary question; to an open question, one that is annotated to binary questions alone.
+    """
+    annotated: dict[str, set[str]] = {"open": set(), "binary": {"yes", "no"}}
+    for question in questions:
+        annotated[question.form].add(normalise(question.answer))
+    only_binary = annotated["binary"] - annotated["open"]
+    return sum(
+        (given not in annotated["binary"]) if question.form == "binary" else given in only_binary
+        for question in questions
+        for given in [normalise(answers[question.question_id])]
     )
 
 
