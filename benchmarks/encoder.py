@@ -36,8 +36,8 @@ from egopatch.extract.datasets import Clip  # noqa: E402
 from egopatch.extract.encoders import load_video_encoder  # noqa: E402
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint  # noqa: E402
 from egopatch.extract.encoders.checkpoints.standin import published_shapes, random_weight  # noqa: E402
-from egopatch.extract.video.decode import PreparedClip  # noqa: E402
-from egopatch.extract.worker.batch_encoder import BatchEncoder  # noqa: E402
+from egopatch.extract.feed.clips import PreparedClip  # noqa: E402
+from egopatch.extract.worker.on_cores import CoreEncoder  # noqa: E402
 from tests.extract.encoders import reference  # noqa: E402
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -102,8 +102,14 @@ def make(variant: str, work: Work, device: str) -> Callable[[], object]:
             PreparedClip(Clip(str(number), Path("none")), frames[0].numpy(), times, "made up", 1, 0.0)
             for number in range(at_once(variant, work))
         ]
-        batches = BatchEncoder(encoder, len(clips), "bfloat16")
-        return lambda: batches.start(clips)()
+        batches = CoreEncoder(encoder, len(clips), "bfloat16")
+
+        def run() -> object:
+            for clip in clips:
+                batches.add(clip)
+            return batches.start()()
+
+        return run
     frames = frames.to(dtype)
     return lambda: encoder(frames)
 

@@ -14,7 +14,8 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,10 +29,10 @@ sys.path.insert(0, str(ROOT))  # runs without being installed
 from benchmarks.encoder import GRID, PATCH, Work, checkpoint, stamp  # noqa: E402
 from egopatch.configs.schema import Config, EncoderConfig, EngineConfig, StoreConfig, VideoConfig  # noqa: E402
 from egopatch.extract.datasets import Clip  # noqa: E402
-from egopatch.extract.encoders import VideoEncoder, find_network, load_video_encoder  # noqa: E402
+from egopatch.extract.encoders import find_network, load_video_encoder  # noqa: E402
 from egopatch.extract.engines.sharing import decoder_count  # noqa: E402
-from egopatch.extract.video.decode import PreparedClip  # noqa: E402
-from egopatch.extract.worker.batch_encoder import BatchEncoder  # noqa: E402
+from egopatch.extract.feed.clips import PreparedClip  # noqa: E402
+from egopatch.extract.video.transforms import EGOVLP_TRANSFORM  # noqa: E402
 from egopatch.extract.worker.device import device_of, has_bfloat16  # noqa: E402
 from egopatch.extract.worker.job import ExtractionJob  # noqa: E402
 from egopatch.extract.worker.pipeline import encode_shards  # noqa: E402
@@ -55,16 +56,21 @@ def write_video(path: Path, seconds: float, seed: int) -> Path:
     return path
 
 
-def encoder_alone(config: Config, encoder: VideoEncoder, prepared: list[PreparedClip], clips: int) -> float:
+def encoder_alone(job: ExtractionJob, prepared: list[PreparedClip], clips: int) -> float:
     """Clips a second over `clips` clips, in the pipeline's own batches, the next queued behind each."""
-    with BatchEncoder(encoder, config.encoder.batch, config.store.dtype) as batches:
-        batch = [prepared[i % len(prepared)] for i in range(batches.size)]
-        batches.start(batch)()
+    with job.open_batches() as batches:
+
+        def start() -> Callable[[], object]:
+            for i in range(batches.size):
+                batches.add(prepared[i % len(prepared)])
+            return batches.start()
+
+        start()()
         rounds = max(clips // batches.size, 1)
         started = time.perf_counter()
-        finish = batches.start(batch)
+        finish = start()
         for _ in range(rounds - 1):
-            following = batches.start(batch)
+            following = start()
             finish()
             finish = following
         finish()
@@ -77,17 +83,18 @@ def measure(config: Config, root: Path, clips: int, seconds: float) -> dict[str,
     network, device = find_network(config.encoder.arch), device_of(config.encoder.device)
     dtype = getattr(torch, config.encoder.dtype)
     encoder = load_video_encoder(network, weights, config.video.frames, config.encoder.depth, dtype=dtype)
-    job = ExtractionJob(config, network, device, weights, encoder.to(device).eval())
+    job = ExtractionJob(config, network, device, weights, encoder.eval(), EGOVLP_TRANSFORM)
     videos = [Clip(f"clip{i}", write_video(root / f"{i}.mp4", seconds, i)) for i in range(clips)]
     decoders = decoder_count(config, 1)
-    with job.open_decoders(decoders) as pool:
-        prepared = [one for one in pool.map(videos[:4]) if isinstance(one, PreparedClip)]
+    with job.open_decoders(decoders, 2 * decoders + 4) as pool:
+        # Not to be released: each is encoded several times.
+        prepared = [replace(one, release=list) for one in pool.map(videos[:4]) if isinstance(one, PreparedClip)]
     spec = StoreSpec.for_patches(
         config.video.frames, encoder.grid, encoder.width, config.store.dtype, config.store.shard
     )
     ids = [clip.clip_id for clip in videos]
     store = create_store(config.store.path, spec, Fingerprint({"benchmark": "pipeline"}), ids, config.store.format)
-    before = encoder_alone(config, encoder, prepared, clips // 2)
+    before = encoder_alone(job, prepared, clips // 2)
     stats = encode_shards(
         job,
         store,
@@ -96,7 +103,7 @@ def measure(config: Config, root: Path, clips: int, seconds: float) -> dict[str,
         decoders,
         lambda done, _: print(f"{done} more", file=sys.stderr, flush=True),
     )
-    after = encoder_alone(config, encoder, prepared, clips // 2)
+    after = encoder_alone(job, prepared, clips // 2)
     assert stats.committed == clips
     stages = stats.stages
     alone, whole = (before + after) / 2, clips / (stages.total_s - stages.start_s)

@@ -111,6 +111,7 @@ def extract_features(
         raise StoreError(refusal)
     for free in _until_done(texts, text_works, wait, "questions"):
         _encode_texts(job, network, texts, free)
+    del network  # the device's memory is for clips from now on
     stats = JobStats()
     for free in _until_done(store, works, wait, "clips"):
         with ProgressDisplay("encode", _count(free), "clips") as display:

@@ -1,8 +1,13 @@
-"""What holds for all tests: they hear Ctrl-C, and they are shared among the processes of pytest-xdist by files."""
+"""What holds for all tests: they hear Ctrl-C, pytest-xdist shares them by files, and a GPU's do not skip unseen."""
 
+import os
 import signal
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
 
 
 def pytest_configure() -> None:
@@ -15,3 +20,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         full_size = isinstance(item, pytest.Function) and hasattr(item.module, "formula_checkpoint")
         item.add_marker(pytest.mark.xdist_group("full-size networks" if full_size else str(item.path)))
+
+
+@pytest.fixture
+def cuda() -> "torch.device":
+    """The CUDA device; skips where there is none, or fails there when FAIL_WITHOUT_CUDA=1."""
+    import torch
+
+    if not torch.cuda.is_available():
+        if os.environ.get("FAIL_WITHOUT_CUDA") == "1":
+            pytest.fail("FAIL_WITHOUT_CUDA=1 and torch.cuda.is_available() is false")
+        pytest.skip("no CUDA device")
+    return torch.device("cuda")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> "torch.device":
+    """The CPU, as a stand-in that runs the same code, and the CUDA device."""
+    import torch
+
+    return torch.device("cpu") if request.param == "cpu" else request.getfixturevalue("cuda")

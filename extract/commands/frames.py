@@ -9,7 +9,7 @@ from PIL import Image
 
 from egopatch.configs.schema import ConfigParser, VideoConfig
 from egopatch.extract.datasets import Clip
-from egopatch.extract.video.decode import DecodePool, UndecodedClip
+from egopatch.extract.feed.pool import DecodePool, UndecodedClip
 from egopatch.extract.video.frames import DecodedClip, read_frames
 
 

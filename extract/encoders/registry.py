@@ -136,7 +136,7 @@ def load_video_encoder(
     dtype: torch.dtype = torch.float32,
     variant: Variant = "paper",
     size: int | None = None,
-    compile: bool = False,
+    compile: torch.device | None = None,
     saliency: SaliencyKind = "auto",
 ) -> VideoEncoder:
     """Load a video network, frozen and in evaluation mode, on the CPU.
@@ -151,7 +151,8 @@ def load_video_encoder(
         variant: MFAS only: `paper`, or `released` with the quirks of the released code; see
             `extract.encoders.networks.mfas`.
         size: Side of the input in pixels; None uses the size that the network was trained on.
-        compile: Compile the network with `torch.compile`; the first clips then take minutes longer.
+        compile: Device to compile the network for with `torch.compile`, whose first clips then take minutes longer;
+            None does not compile.
         saliency: hf only: `cls`, `norm` or `attention`; see `extract.encoders.networks.hf_models`.
 
     Raises:
@@ -172,7 +173,7 @@ def load_video_encoder(
         raise CheckpointError(
             f"video.size is {size}; {loaded.path} was trained on {encoder.size}: set video.size to {encoder.size}"
         )
-    return compile_encoder(encoder) if compile else encoder
+    return encoder if compile is None else compile_encoder(encoder, compile)
 
 
 def load_text_encoder(arch: str | Network, checkpoint: Path | str | Checkpoint, depth: int = 6) -> TextEncoder:

@@ -40,6 +40,7 @@ def encode_with_engine(
         from egopatch.extract.engines.joblib_engine import run_workers
     else:
         from egopatch.extract.engines.ray_engine import run_workers
+    job.encoder.to("meta")  # the workers load their own; this process keeps none
     stats = JobStats()
     for _ in range(1 + RESTARTS):
         try:

@@ -4,16 +4,15 @@ import functools
 import itertools
 import time
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets import Clip, load_dataset
 from egopatch.extract.datasets.origins import compare_origins, unrecorded_line
 from egopatch.extract.engines.sharing import decoder_count, worker_count
+from egopatch.extract.feed.clips import PreparedClip
 from egopatch.extract.planning.forecast import Forecast, forecast, given_cost, measured_cost
-from egopatch.extract.video.decode import PreparedClip
-from egopatch.extract.worker.batch_encoder import BatchEncoder
 from egopatch.extract.worker.device import arithmetic_advice
 from egopatch.extract.worker.job import ExtractionJob, resolve_job
 from egopatch.features import StoreSpec, open_store, store_exists
@@ -221,17 +220,25 @@ def _bytes_free(path: Path | str) -> int | None:
 def _probe(job: ExtractionJob, sample: list[Clip]) -> float:
     """Seconds per clip: the slower of decoding (by all children together) and encoding, because the two overlap."""
     config = job.config
-    with job.open_decoders(decoder_count(config, worker_count(config))) as pool:
-        for _ in pool.map(sample):  # the time to start the children does not count
-            pass
+    decoders = decoder_count(config, worker_count(config))
+    with job.open_decoders(decoders, 2 * decoders + len(sample)) as pool:
+        for result in pool.map(sample):  # the time to start the children does not count
+            if isinstance(result, PreparedClip):
+                result.release()
         decode_started = time.perf_counter()
         prepared = [result for result in pool.map(sample) if isinstance(result, PreparedClip)]
         decode = (time.perf_counter() - decode_started) / len(sample)
     if not prepared:
         return decode
-    with BatchEncoder(job.encoder, config.encoder.batch, config.store.dtype) as batches:
-        batch = [prepared[i % len(prepared)] for i in range(batches.size)]
-        batches.start(batch)()  # the first batch is slower than the following ones
-        warm = batches.seconds
-        batches.start(batch)()
-    return max(decode, (batches.seconds - warm) / len(batch))
+    kept = [replace(clip, release=_keep) for clip in prepared]  # each is encoded several times
+    with job.open_batches() as batches:
+        for _ in range(2):  # the first batch is slower than the following ones
+            warm = batches.seconds
+            for i in range(batches.size):
+                batches.add(kept[i % len(kept)])
+            batches.start()()
+    return max(decode, (batches.seconds - warm) / batches.size)
+
+
+def _keep() -> None:
+    """Release nothing."""

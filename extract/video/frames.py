@@ -72,7 +72,7 @@ def read_frames(clip: Clip, video: VideoConfig, once: OncePerVideo | None = None
     """Decode the frames of `clip`; `once` remembers the frame index of its video for other clips.
 
     FFmpeg runs in this process, where a damaged file may make it hang; jobs therefore call this function in a child
-    process that can be killed (`extract.video.decode`).
+    process that can be killed (`extract.feed.pool`).
 
     Raises:
         VideoError: The file is missing, unreadable, empty, not a video, damaged or truncated within the clip, has no

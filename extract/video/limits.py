@@ -41,9 +41,8 @@ def limits(video: VideoConfig) -> Iterator[None]:
     most = _memory_at_start() + int(video.memory_gb * GIB)
 
     def watch() -> None:
-        process = psutil.Process()
         while not done.wait(MEMORY_POLL_S):
-            if process.memory_info().rss > most:
+            if _memory_in_use() > most:
                 with ending:
                     if not done.is_set():
                         os._exit(OUT_OF_MEMORY)
@@ -61,7 +60,7 @@ def limits(video: VideoConfig) -> Iterator[None]:
 @contextmanager
 def reading_through(nbytes: int) -> Iterator[None]:
     """A block that reads a whole file: the clip's time stands still, and the time for the block grows with the file."""
-    with _clock_stopped() as left_s:
+    with clock_stopped() as left_s:
         if left_s:
             signal.setitimer(signal.ITIMER_REAL, left_s + nbytes / SLOWEST_BYTES_PER_S)
         yield
@@ -70,13 +69,13 @@ def reading_through(nbytes: int) -> Iterator[None]:
 @contextmanager
 def waiting_for_another_child() -> Iterator[None]:
     """A block that waits while another child works, which has limits of its own: the clip's time stands still."""
-    with _clock_stopped():
+    with clock_stopped():
         yield
 
 
 @contextmanager
-def _clock_stopped() -> Iterator[float]:
-    """Yields the time that the clip has left; 0 outside of `limits`, where there is none."""
+def clock_stopped() -> Iterator[float]:
+    """A block that does not count for the clip's time; yields the time that is left, 0 outside of `limits`."""
     left_s, _ = signal.setitimer(signal.ITIMER_REAL, 0)
     try:
         yield left_s
@@ -86,4 +85,10 @@ def _clock_stopped() -> Iterator[float]:
 
 @functools.cache
 def _memory_at_start() -> int:
-    return psutil.Process().memory_info().rss
+    return _memory_in_use()
+
+
+def _memory_in_use() -> int:
+    """Bytes of this process alone: frames in memory that it shares with its parent, and libraries, are not its own."""
+    memory = psutil.Process().memory_info()
+    return memory.rss - getattr(memory, "shared", 0)

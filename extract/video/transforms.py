@@ -1,16 +1,15 @@
-"""Frames -> the normalised tensor that a network expects, without torchvision."""
+"""How frames are resized, cropped and normalised for a network: the rule, and where in a frame it looks.
 
-from collections.abc import Sequence
+The arithmetic is in `extract.feed.on_host` and `extract.feed.on_device`; this module needs no torch, so that a process
+that only decodes starts fast.
+"""
+
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional as F
-
 Resampling = Literal["bilinear", "bicubic"]
+_REACH = {"bilinear": 1, "bicubic": 2}  # pixels to each side that a resampled pixel is made of
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,50 @@ class Transform:
     resampling: Resampling = "bilinear"
     antialias: bool = False
 
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of a frame after the first resizing."""
+        if self.short_side is None:
+            return height, width
+        # The short side is exact and the long side is rounded down, as in torchvision's Resize(int).
+        short = self.short_side
+        return (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
+
+    def crop(self, height: int, width: int) -> "Window":
+        """The part of a resized frame of that size that is cropped, which is then resized to the network's input."""
+        if self.share is None:
+            return Window(0, 0, height, width)
+        side = round(self.share * min(height, width))
+        # Rounds half to even, as torchvision's CenterCrop.
+        top, left = (round((extent - side) / 2.0) for extent in (height, width))
+        return Window(top, left, side, side)
+
+    def looks_at(self, height: int, width: int) -> "Window":
+        """The part of a decoded frame of that size, perhaps a few pixels more, that the network's input depends on."""
+        resized = self.resized(height, width)
+        crop = self.crop(*resized)
+        rows = self._source(height, resized[0], crop.top, crop.height)
+        columns = self._source(width, resized[1], crop.left, crop.width)
+        return Window(rows[0], columns[0], rows[1] - rows[0], columns[1] - columns[0])
+
+    def _source(self, extent: int, target: int, first: int, count: int) -> tuple[int, int]:
+        """First and last + 1 of the pixels that pixels `first` to `first + count` of the resized axis are made of."""
+        if target == extent:
+            return first, first + count
+        step = extent / target
+        reach = _REACH[self.resampling] * (max(step, 1.0) if self.antialias else 1.0) + 1
+        low, high = ((place + 0.5) * step - 0.5 for place in (first, first + count - 1))
+        return max(math.floor(low - reach), 0), min(math.ceil(high + reach) + 1, extent)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A rectangle of pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
 
 # The evaluation transform of EgoVLP and EgoVLPv2.
 EGOVLP_TRANSFORM = Transform(
@@ -42,63 +85,12 @@ EGOVLP_TRANSFORM = Transform(
 )
 
 
-def crop_and_resize(frames: Sequence[NDArray[np.uint8]], size: int, transform: Transform = EGOVLP_TRANSFORM) -> Tensor:
-    """Resize and crop frames, without normalisation.
-
-    Args:
-        frames: T frames, each [H, W, 3] uint8. Those of another size than others are resized on their own.
-        size: Side of the result in pixels.
-        transform: Transform of the network.
-
-    Returns:
-        float32 [T, 3, size, size] in [0, 1].
-    """
-    if len({frame.shape for frame in frames}) > 1:
-        return torch.cat([crop_and_resize([frame], size, transform) for frame in frames])
-    # Copied to channel-first order first, because interpolation is several times slower on a strided view.
-    pixels_tchw = torch.from_numpy(np.ascontiguousarray(np.stack(frames).transpose(0, 3, 1, 2))).float().div_(255)
-    height, width = pixels_tchw.shape[-2:]
-    if transform.short_side is not None:
-        pixels_tchw = _resize(pixels_tchw, _short_side(height, width, transform.short_side), transform)
-    if transform.share is not None:
-        side = round(transform.share * min(pixels_tchw.shape[-2:]))
-        # Rounds half to even, as torchvision's CenterCrop.
-        top, left = (round((extent - side) / 2.0) for extent in pixels_tchw.shape[-2:])
-        pixels_tchw = pixels_tchw[..., top : top + side, left : left + side]
-    return _resize(pixels_tchw, (size, size), transform)
-
-
 def covered_box(height: int, width: int, transform: Transform = EGOVLP_TRANSFORM) -> tuple[float, float, float, float]:
     """The part of a frame that reaches the network: top, left, height, width in pixels of the frame.
 
     `features.to_pixels` lays values of patches over it.
     """
-    target_height, target_width = height, width
-    if transform.short_side is not None:
-        target_height, target_width = _short_side(height, width, transform.short_side)
-    if transform.share is None:
-        return 0.0, 0.0, float(height), float(width)
-    side = round(transform.share * min(target_height, target_width))
-    down, across = height / target_height, width / target_width
-    top, left = round((target_height - side) / 2.0), round((target_width - side) / 2.0)
-    return top * down, left * across, side * down, side * across
-
-
-def to_input(frames: Sequence[NDArray[np.uint8]], size: int, transform: Transform = EGOVLP_TRANSFORM) -> Tensor:
-    """T frames, each [H, W, 3] uint8 -> normalised float32 [T, 3, size, size]."""
-    mean = torch.tensor(transform.mean).view(3, 1, 1)
-    std = torch.tensor(transform.std).view(3, 1, 1)
-    return crop_and_resize(frames, size, transform).sub_(mean).div_(std)
-
-
-def _short_side(height: int, width: int, short: int) -> tuple[int, int]:
-    """Height and width once the short side is `short`; the long one is rounded down, as in torchvision's Resize."""
-    return (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
-
-
-def _resize(pixels_tchw: Tensor, target: tuple[int, int], transform: Transform) -> Tensor:
-    if tuple(pixels_tchw.shape[-2:]) == target:
-        return pixels_tchw
-    mode, antialias = transform.resampling, transform.antialias
-    resized = F.interpolate(pixels_tchw, size=target, mode=mode, align_corners=False, antialias=antialias)
-    return resized.clamp_(0, 1) if mode == "bicubic" else resized  # cubic weights overshoot at edges
+    resized = transform.resized(height, width)
+    crop = transform.crop(*resized)
+    down, across = height / resized[0], width / resized[1]
+    return crop.top * down, crop.left * across, crop.height * down, crop.width * across

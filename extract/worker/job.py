@@ -5,7 +5,7 @@ on their side, because an encoder is loaded faster from its file than it is sent
 """
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 
@@ -19,10 +19,15 @@ from egopatch.extract.encoders import (
     open_checkpoint,
 )
 from egopatch.extract.encoders.networks.network import Network
+from egopatch.extract.feed.clips import PreparedClip
+from egopatch.extract.feed.decoders import open_decoders
+from egopatch.extract.feed.pool import DecodePool
 from egopatch.extract.fingerprints import video_fingerprint
-from egopatch.extract.video.decode import DecodePool, PreparedClip, prepare_clip
 from egopatch.extract.video.transforms import Transform
+from egopatch.extract.worker.batch_encoder import BatchEncoder
 from egopatch.extract.worker.device import device_of
+from egopatch.extract.worker.on_cores import CoreEncoder
+from egopatch.extract.worker.on_device import DeviceEncoder
 from egopatch.features import Fingerprint, StoreSpec
 
 
@@ -35,7 +40,7 @@ class ExtractionJob:
         network: The network that `encoder.arch` names.
         device: Device of the encoders.
         checkpoint: Weights of the video network.
-        encoder: Frozen video encoder on `device`, in evaluation mode.
+        encoder: Frozen video encoder in evaluation mode, on the CPU until `open_batches` moves it.
         transform: Turns decoded frames into the encoder's input.
     """
 
@@ -66,9 +71,24 @@ class ExtractionJob:
         """Fingerprint of that store."""
         return video_fingerprint(self.config, self.network, self.encoder, self.transform, self.checkpoint.sha256)
 
-    def open_decoders(self, count: int) -> DecodePool[PreparedClip]:
-        """`count` child processes that decode clips and apply the transform that the network was trained with."""
-        return DecodePool(self.config.video, count, partial(prepare_clip, transform=self.transform))
+    @property
+    def encodes_on_device(self) -> bool:
+        """Whether clips go to a device as pixels, rather than to this machine's cores as finished input."""
+        return self.device.type != "cpu"
+
+    def open_batches(self) -> BatchEncoder:
+        """The encoder, on its device from now on, in batches of `encoder.batch`."""
+        encoder, config = self.encoder.to(self.device), self.config
+        if self.encodes_on_device:
+            return DeviceEncoder(encoder, config.encoder.batch, config.store.dtype, self.transform)
+        return CoreEncoder(encoder, config.encoder.batch, config.store.dtype)
+
+    def open_decoders(self, count: int, clips: int) -> DecodePool[PreparedClip]:
+        """`count` child processes that decode clips for the encoder, at most `clips` of which are not yet released.
+
+        Where this machine's cores encode, the children also apply the network's transform.
+        """
+        return open_decoders(self.config.video, self.transform, count, clips, self.encodes_on_device)
 
 
 def resolve_job(config: Config, device: str | None = None, network: Network | None = None) -> ExtractionJob:
@@ -95,10 +115,10 @@ def resolve_job(config: Config, device: str | None = None, network: Network | No
         depth=config.encoder.depth,
         path=config.encoder.path,
         size=config.video.size,
-        compile=config.encoder.compile,
         dtype=getattr(torch, config.encoder.dtype),
+        compile=torch_device if config.encoder.compile else None,
         variant=config.encoder.variant,
         saliency=config.encoder.saliency,
     )
     transform = input_transform(network, config.encoder.checkpoint, config.video.size)
-    return ExtractionJob(config, network, torch_device, checkpoint, encoder.to(torch_device).eval(), transform)
+    return ExtractionJob(config, network, torch_device, checkpoint, encoder.eval(), transform)

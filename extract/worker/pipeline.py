@@ -8,11 +8,13 @@ memory does not depend on the number of clips, and the encoder waits only for a 
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from egopatch.extract.datasets import Clip
 from egopatch.extract.datasets.origins import origin_of
-from egopatch.extract.video.decode import PreparedClip, UndecodedClip
+from egopatch.extract.feed.clips import PreparedClip
+from egopatch.extract.feed.pool import UndecodedClip
 from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
 from egopatch.extract.worker.device import describe_machine
 from egopatch.extract.worker.job import ExtractionJob
@@ -94,15 +96,15 @@ def encode_shards(
     config = job.config
     underway: deque[_Shard] = deque()
     machine = describe_machine(job.device)
-    with (
-        job.open_decoders(decoders) as pool,
-        ShardWriter(store, config.engine.max_errors) as writer,
-        BatchEncoder(job.encoder, config.encoder.batch, config.store.dtype) as batches,
-    ):
+    with ExitStack() as stack:
+        batches = job.open_batches()
         # Decoding runs ahead by the next batch, and by two clips for each child: one in progress and one waiting.
-        leased = _leased(works, clips, writer, underway)
-        results = _TimedResults(pool.map(leased, ahead=batches.size + 2 * decoders))
-        for batch, rows in _encoded(batches, _batches(results, underway, batches.size)):
+        ahead = batches.size + 2 * decoders
+        pool = stack.enter_context(job.open_decoders(decoders, ahead + batches.held))
+        writer = stack.enter_context(ShardWriter(store, config.engine.max_errors))
+        stack.enter_context(batches)  # ends first: it uses the decoders' memory
+        results = _TimedResults(pool.map(_leased(works, clips, writer, underway), ahead=ahead))
+        for batch, rows in _encoded(batches, _batches(results, underway, batches)):
             shard = batch.shard
             shard.rows |= rows
             for clip in batch.clips:
@@ -143,7 +145,9 @@ def _leased(
             writer.release(work.shard)
 
 
-def _batches(results: Iterator[PreparedClip | UndecodedClip], underway: deque[_Shard], size: int) -> Iterator[_Batch]:
+def _batches(
+    results: Iterator[PreparedClip | UndecodedClip], underway: deque[_Shard], batches: BatchEncoder
+) -> Iterator[_Batch]:
     """Batches end where shards do, so that the batches of a shard do not depend on the shard before it."""
     waiting: list[PreparedClip] = []
     for result in results:
@@ -152,9 +156,10 @@ def _batches(results: Iterator[PreparedClip | UndecodedClip], underway: deque[_S
         if isinstance(result, UndecodedClip):
             shard.failures[result.clip.clip_id] = Failure(result.reason, result.traceback)
         else:
+            batches.add(result)
             waiting.append(result)
         last = shard.decoded == shard.expected
-        if last or len(waiting) == size:
+        if last or len(waiting) == batches.size:
             yield _Batch(shard, waiting, last)
             waiting = []
         if last:
@@ -165,7 +170,7 @@ def _encoded(batches: BatchEncoder, groups: Iterator[_Batch]) -> Iterator[tuple[
     """Rows of each batch, one batch late, so that the encoder computes while the next batch is gathered."""
     behind: tuple[_Batch, Callable[[], dict[str, Row]]] | None = None
     for batch in groups:
-        finish = batches.start(batch.clips)
+        finish = batches.start()
         if behind:
             yield behind[0], behind[1]()
         behind = batch, finish

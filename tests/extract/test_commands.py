@@ -20,7 +20,7 @@ from tests.extract.job import CLIPS, config_of, options, videos
 
 
 def test_the_store_holds_what_the_encoder_says(made: Path) -> None:
-    from egopatch.extract.video.decode import prepare_clip
+    from egopatch.extract.feed.on_host import prepare_clip
 
     config = config_of(made)
     dataset = load_dataset(config.data)

@@ -10,9 +10,8 @@ from PIL import Image
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.__main__ import main
 from egopatch.extract.datasets import Clip
-from egopatch.extract.video.decode import prepare_clip
+from egopatch.extract.feed.on_host import prepare_clip, to_input
 from egopatch.extract.video.frames import read_frames
-from egopatch.extract.video.transforms import to_input
 from tests.extract.video.odd_videos import FILES
 from tests.extract.video.videos import FPS, frame_numbers, write_video
 

@@ -11,8 +11,8 @@ import torch
 
 from egopatch.extract.__main__ import main
 from egopatch.extract.encoders import load_video_encoder
+from egopatch.extract.feed.on_host import to_input
 from egopatch.extract.video.frames import read_frames, uniform_indices
-from egopatch.extract.video.transforms import to_input
 from egopatch.features import open_store
 from egopatch.features.tools.verify import verify
 from tests.extract.job import config_of, contents, ledger_lines, options
@@ -108,7 +108,9 @@ def test_a_job_meets_every_hard_video(hard: Path) -> None:
 
 def test_children_and_this_process_decode_the_same_frames(tmp_path: Path) -> None:
     from egopatch.extract.datasets import Clip
-    from egopatch.extract.video.decode import DecodePool, PreparedClip, prepare_clip
+    from egopatch.extract.feed.clips import PreparedClip
+    from egopatch.extract.feed.on_host import prepare_clip
+    from egopatch.extract.feed.pool import DecodePool
     from tests.extract.video.test_hard_videos import VideoConfig
 
     clip = Clip("a", READABLE["b-frames"].make(tmp_path))

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform, covered_box, crop_and_resize
+from egopatch.extract.feed.on_host import crop_and_resize
+from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform, covered_box
 from egopatch.features import to_pixels
 
 WHOLE = Transform("whole", None, None, (0.0,) * 3, (1.0,) * 3)

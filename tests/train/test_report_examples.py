@@ -32,9 +32,10 @@ def test_long_clips_show_eight_frames_spread_evenly() -> None:
 def test_pictures_are_cropped_as_for_the_encoder(tmp_path: Path) -> None:
     from egopatch.extract.datasets import load_dataset
     from egopatch.extract.encoders.networks.lite import TRANSFORM
+    from egopatch.extract.feed.on_host import crop_and_resize
     from egopatch.extract.video.frames import read_frames
     from egopatch.extract.video.once import OncePerVideo
-    from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, crop_and_resize
+    from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 
     config = write_dataset(tmp_path / "data", clips=1, questions=3)
     clip = load_dataset(config.data).clips[0]

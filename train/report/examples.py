@@ -22,7 +22,7 @@ from egopatch.extract.datasets import Clip, Question
 
 # Decoding is imported only when pictures are drawn: it takes long to load, and reading results never needs it.
 if TYPE_CHECKING:
-    from egopatch.extract.video.decode import PreparedClip
+    from egopatch.extract.feed.clips import PreparedClip
     from egopatch.extract.video.once import OncePerVideo
     from egopatch.extract.video.transforms import Transform
 
@@ -164,9 +164,9 @@ def prepare_picture(clip: Clip, video: VideoConfig, once: "OncePerVideo", transf
     Raises:
         VideoError: as `extract.video.frames.read_frames`.
     """
-    from egopatch.extract.video.decode import PreparedClip
+    from egopatch.extract.feed.clips import PreparedClip
+    from egopatch.extract.feed.on_host import crop_and_resize
     from egopatch.extract.video.frames import read_frames
-    from egopatch.extract.video.transforms import crop_and_resize
 
     started = time.perf_counter()
     decoded = read_frames(clip, video, once)
@@ -184,7 +184,7 @@ def pictures(
         video: How their frames were chosen.
         transform: The encoder's transform.
     """
-    from egopatch.extract.video.decode import DecodePool, UndecodedClip
+    from egopatch.extract.feed.pool import DecodePool, UndecodedClip
 
     if not clips:
         return
@@ -193,7 +193,9 @@ def pictures(
             if isinstance(result, UndecodedClip):
                 yield (), result.reason
             else:
-                yield tuple(data_uri(result.frames[t]) for t in shown_frames(len(result.frames))), ""
+                frames = result.frames
+                assert isinstance(frames, np.ndarray)
+                yield tuple(data_uri(frames[t]) for t in shown_frames(len(frames))), ""
 
 
 def data_uri(pixels_chw: NDArray[np.float32]) -> str:

@@ -17,23 +17,23 @@ class Unpacked(Linear):
         """Do nothing."""
 
 
-def compile_encoder(encoder: VideoEncoder) -> VideoEncoder:
-    """Mark `encoder` for compilation, which happens at the first batch and again for each other batch size.
+def compile_encoder(encoder: VideoEncoder, device: torch.device) -> VideoEncoder:
+    """Mark `encoder` for compilation at its first batch, on `device`, and again for each other batch size.
 
     The blocks of a `ModuleList` are compiled one by one and share one program, because they are equal; a network
     without such a list is compiled as a whole.
 
     Raises:
-        ConfigError: `torch.compile` does not work on this machine.
+        ConfigError: `torch.compile` does not work on this machine for `device`.
     """
     try:
         # A new length each time, because a cached program would load without a compiler.
-        torch.compile(_try, dynamic=False)(torch.zeros(1000 + time.time_ns() % 100_003))
+        torch.compile(_try, dynamic=False)(torch.zeros(1000 + time.time_ns() % 100_003, device=device))
     except Exception as error:  # the compiler's layers raise many types, all with this meaning
         reason = " ".join(str(error).split()).partition(" Set TORCHDYNAMO")[0][:160]
         raise ConfigError(
-            f"encoder.compile is true, but torch.compile cannot build code here ({reason}); install a C++ compiler, "
-            "or set encoder.compile to false"
+            f"encoder.compile is true, but torch.compile cannot build code for {device.type} here ({reason}); install "
+            "a C++ compiler, or set encoder.compile to false"
         ) from error
     for module in encoder.modules():
         if isinstance(module, Linear):

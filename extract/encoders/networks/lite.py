@@ -124,7 +124,10 @@ class LiteEncoder(VideoEncoder):
         self.check(frames)
         weight = self.frames_to_maps.stem.weight
         flat = frames.flatten(0, 1).to(weight.dtype)
-        step = FRAMES if flat.device.type == "cpu" else len(flat)
+        step = FRAMES
+        if flat.device.type != "cpu":
+            # A GPU convolves in this layout anyway, and would change every layer's input to it.
+            step, flat = len(flat), flat.contiguous(memory_format=torch.channels_last)
         parts = [self.frames_to_maps(part) for part in flat.split(step)]
         fine, coarse = (torch.cat(maps) for maps in zip(*parts, strict=True))
         length = coarse.float().norm(dim=1, keepdim=True)

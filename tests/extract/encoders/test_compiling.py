@@ -22,7 +22,7 @@ def test_tokens_are_those_of_the_eager_network(tmp_path: Path, arch: str) -> Non
     depth = 6 if arch == "lite" else 2
     video = torch.randn(2, 3, 3, 64, 64)
     plain = load_video_encoder(arch, checkpoint, 3, depth, size=64)(video)
-    encoder = load_video_encoder(arch, checkpoint, 3, depth, size=64, compile=True)
+    encoder = load_video_encoder(arch, checkpoint, 3, depth, size=64, compile=torch.device("cpu"))
     fused = encoder(video)
     # float32: sums of some hundred terms in another order, over a few layers.
     assert 0 <= relative(sequence(fused), sequence(plain)) < 1e-5
@@ -36,13 +36,14 @@ def test_no_compiler_is_one_line(tmp_path: Path) -> None:
     code = (
         "from egopatch.extract.encoders import load_video_encoder\n"
         "from egopatch.configs.schema import ConfigError\n"
-        f"try: load_video_encoder('egovlpv2', {str(tmp_path / 'egovlpv2.pth')!r}, 3, 2, compile=True)\n"
+        "from torch import device\n"
+        f"try: load_video_encoder('egovlpv2', {str(tmp_path / 'egovlpv2.pth')!r}, 3, 2, compile=device('cpu'))\n"
         "except ConfigError as error: print(error)\n"
     )
     environment = os.environ | {"CXX": "no-such-compiler"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     (line,) = done.stdout.strip().splitlines()
-    assert line.startswith("encoder.compile is true, but torch.compile cannot build code here (")
+    assert line.startswith("encoder.compile is true, but torch.compile cannot build code for cpu here (")
     assert line.endswith("install a C++ compiler, or set encoder.compile to false")
 
 

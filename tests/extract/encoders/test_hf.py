@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from egopatch.extract.encoders import CheckpointError, input_transform, load_text_encoder, load_video_encoder
-from egopatch.extract.video.transforms import crop_and_resize, to_input
+from egopatch.extract.feed.on_host import crop_and_resize, to_input
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 3}
 VISION = {**SIZES, "image_size": 32, "patch_size": 8}

@@ -26,8 +26,9 @@ from egopatch.extract.encoders import (
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
 from egopatch.extract.encoders.checkpoints.package import LITE0, MINILM, Package, text_folder
 from egopatch.extract.encoders.networks.lite import STAGES, TRANSFORM
+from egopatch.extract.feed.on_host import to_input
 from egopatch.extract.fingerprints import text_fingerprint, video_fingerprint
-from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform, to_input
+from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform
 from egopatch.features import open_store
 from tests.extract.encoders.networks import relative, tiny
 
@@ -280,7 +281,7 @@ def test_a_store_of_lite_tokens(
 ) -> None:
     """The commands of stage one, and what they leave: what the encoder says of what the transform shows it."""
     from egopatch.extract.datasets import load_dataset
-    from egopatch.extract.video.decode import prepare_clip
+    from egopatch.extract.feed.on_host import prepare_clip
 
     store = tmp_path / "store"
     options = [*LITE, "--data.root", str(data), "--store.path", str(store)]

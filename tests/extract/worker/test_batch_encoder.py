@@ -1,6 +1,7 @@
 """Clips side by side on the cores of a CPU."""
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ from torch import Tensor
 from egopatch.extract.datasets import Clip
 from egopatch.extract.encoders import load_video_encoder
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
-from egopatch.extract.video.decode import PreparedClip
-from egopatch.extract.worker.batch_encoder import BatchEncoder
+from egopatch.extract.feed.clips import PreparedClip
+from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
+from egopatch.extract.worker.on_cores import CoreEncoder
 from egopatch.features import PatchTokens
 from tests.extract.encoders.networks import tiny
 
@@ -31,12 +33,19 @@ def clips(encoder: VideoEncoder, count: int) -> list[PreparedClip]:
     ]
 
 
-def test_a_clips_bits_do_not_depend_on_its_neighbours(encoder: VideoEncoder) -> None:
-    asked = clips(encoder, 5)
-    with BatchEncoder(encoder, 2, "float32") as batches:
-        together = batches.start(asked)()
-        alone = {name: row for one in asked for name, row in batches.start([one])().items()}
-        assert batches.start([])() == {}
+def encoded(batches: BatchEncoder, clips: Sequence[PreparedClip]) -> dict[str, Row]:
+    for clip in clips:
+        batches.add(clip)
+    return batches.start()()
+
+
+def test_a_clips_bits_do_not_depend_on_its_neighbours(encoder: VideoEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # on any machine
+    asked = clips(encoder, 2)
+    with CoreEncoder(encoder, 2, "float32") as batches:
+        together = encoded(batches, asked)
+        alone = {name: row for one in asked for name, row in encoded(batches, [one]).items()}
+        assert encoded(batches, []) == {}
     assert list(together) == [one.clip.clip_id for one in asked]
     for name, row in together.items():
         assert row.keys() == {"cls", "patches", "saliency", "timestamps"}
@@ -59,9 +68,8 @@ def test_cores_work_side_by_side_and_are_given_back(encoder: VideoEncoder, monke
         return forward(frames)
 
     monkeypatch.setattr(encoder, "forward", meet)
-    with BatchEncoder(encoder, 2, "float32") as batches:
-        finish = batches.start(clips(encoder, 2))
-        assert len(finish()) == 2
+    with CoreEncoder(encoder, 2, "float32") as batches:
+        assert len(encoded(batches, clips(encoder, 2))) == 2
     assert seen == [cores // 2] * 2
     assert torch.get_num_threads() == cores
     found: list[int] = []
@@ -74,5 +82,5 @@ def test_cores_work_side_by_side_and_are_given_back(encoder: VideoEncoder, monke
 def test_an_error_in_a_core_is_raised(encoder: VideoEncoder) -> None:
     (bad,) = clips(encoder, 1)
     small = PreparedClip(bad.clip, bad.frames[:, :, :8], bad.timestamps, bad.source, bad.size, 0.0)
-    with BatchEncoder(encoder, 2, "float32") as batches, pytest.raises(ValueError, match="frames has shape"):
-        batches.start([small])()
+    with CoreEncoder(encoder, 2, "float32") as batches, pytest.raises(ValueError, match="frames has shape"):
+        encoded(batches, [small])

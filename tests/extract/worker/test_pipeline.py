@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from egopatch.configs.schema import Config, EncoderConfig, EngineConfig, StoreConfig, VideoConfig
 from egopatch.extract.datasets import Clip
-from egopatch.extract.video.decode import PreparedClip, UndecodedClip
+from egopatch.extract.feed.clips import PreparedClip
+from egopatch.extract.feed.pool import UndecodedClip
 from egopatch.extract.worker.job_stats import JobStats, Stages
+from egopatch.extract.worker.on_cores import CoreEncoder
 from egopatch.extract.worker.pipeline import encode_shards
 from egopatch.extract.worker.shard_writer import TooManyErrors
 from egopatch.features import Fingerprint, PatchTokens, ShardOwned, Store, StoreError, StoreSpec, create_store
@@ -94,7 +96,10 @@ def run(store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[..., JobStats
         clips = {name: Clip(name, Path(name)) for name in IDS}
         works = store.missing_shards()
         job = SimpleNamespace(
-            config=config, device=torch.device("cpu"), encoder=encoder, open_decoders=lambda count: decoders
+            config=config,
+            device=torch.device("cpu"),
+            open_decoders=lambda count, clips: decoders,
+            open_batches=lambda: CoreEncoder(encoder, BATCH, "float32"),  # type: ignore[arg-type]
         )
         return encode_shards(job, store, works, clips, 1, on_progress)  # type: ignore[arg-type]
 

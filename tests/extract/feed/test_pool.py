@@ -10,9 +10,11 @@ import pytest
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
-from egopatch.extract.video import decode
+from egopatch.extract.feed import clips as feed_clips
+from egopatch.extract.feed.clips import PreparedClip
+from egopatch.extract.feed.on_host import prepare_clip
+from egopatch.extract.feed.pool import DecodePool, UndecodedClip
 from egopatch.extract.video.container import VideoError
-from egopatch.extract.video.decode import DecodePool, PreparedClip, UndecodedClip, prepare_clip
 from egopatch.extract.video.once import OncePerVideo
 from tests.extract.video.videos import write_video
 
@@ -138,7 +140,7 @@ def test_a_file_that_goes_or_changes_meanwhile_is_that_clips_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clip = Clip("a", write_video(tmp_path / "a.mp4"))
-    read = decode.read_frames
+    read = feed_clips.read_frames
 
     def then(change: Callable[[Path], object]) -> None:
         def reading(*args: object) -> object:
@@ -146,7 +148,7 @@ def test_a_file_that_goes_or_changes_meanwhile_is_that_clips_failure(
             change(clip.video)
             return decoded
 
-        monkeypatch.setattr(decode, "read_frames", reading)
+        monkeypatch.setattr(feed_clips, "read_frames", reading)
 
     then(lambda path: path.write_bytes(path.read_bytes() + b"0"))
     with pytest.raises(VideoError, match=r"a\.mp4 was changed while it was read"):

@@ -1,64 +1,46 @@
 """Decoding in child processes that can be killed, because a damaged video may hang its decoder or exhaust memory.
 
-Each child decodes and transforms one clip at a time, under a time limit and a memory limit. It returns only the
-finished tensor, so that resizing is spread over the children too. Whatever goes wrong with a clip comes back as text in
-an `UndecodedClip`: an error itself might not survive the way through the pipe.
+Each child works on one clip at a time, under a time limit and a memory limit, and leaves its frames in a ring of shared
+memory. Whatever goes wrong with a clip comes back as text in an `UndecodedClip`: an error itself might not survive the
+way through the pipe.
 """
 
 import errno
+import fcntl
 import functools
-import hashlib
 import multiprocessing
+import os
+import shutil
 import signal
+import sys
 import tempfile
-import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Generic, TypeVar
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
-from egopatch.extract.video.frames import read_frames
+from egopatch.extract.feed.clips import LeftClip, PreparedClip
+from egopatch.extract.feed.ring import Ring
 from egopatch.extract.video.index import VideoError
-from egopatch.extract.video.limits import OUT_OF_MEMORY, OUT_OF_TIME, limits, prepare_child, reading_through
-from egopatch.extract.video.once import FileVersion, OncePerVideo, version_of
-from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform, to_input
+from egopatch.extract.video.limits import OUT_OF_MEMORY, OUT_OF_TIME, limits, prepare_child
+from egopatch.extract.video.once import OncePerVideo
 from egopatch.features.common.disk import require_semaphores
 from egopatch.features.common.parent import exit_with_parent
 
 Prepared = TypeVar("Prepared")
 Prepare = Callable[[Clip, VideoConfig, OncePerVideo], Prepared]
 
-
-@dataclass(frozen=True)
-class PreparedClip:
-    """A clip ready for the encoder.
-
-    Attributes:
-        clip: The clip.
-        frames: [T, 3, S, S] float32, normalised.
-        timestamps: [T] float32, seconds from the clip's start.
-        source: SHA-256 of the video file.
-        size: Size of the video file in bytes.
-        seconds: Time that the child spent on the clip.
-    """
-
-    clip: Clip
-    frames: NDArray[np.float32]
-    timestamps: NDArray[np.float32]
-    source: str
-    size: int
-    seconds: float
+_PREFIX = "egopatch-decoders-"  # whatever has this name is removed when its owner is dead
 
 
 @dataclass(frozen=True)
@@ -71,25 +53,28 @@ class UndecodedClip:
 
 
 class DecodePool(Generic[Prepared]):
-    """Child processes that turn clips into something else, such as tensors; use it as a context manager.
+    """Child processes that turn clips into something else, such as frames; use it as a context manager.
 
     Args:
         video: Number and size of frames, and limits.
         workers: Number of child processes.
         prepare: Function that a child calls for each clip, and with what the children know about videos.
+        ring: Memory for the frames of every `PreparedClip`, with a slot for each clip that is decoded ahead and for
+            each that the caller has not yet released; None sends results through a pipe, which is slow for frames.
     """
 
-    def __init__(self, video: VideoConfig, workers: int, prepare: Prepare[Prepared]) -> None:
+    def __init__(self, video: VideoConfig, workers: int, prepare: Prepare[Prepared], ring: Ring | None = None) -> None:
         self._video = video
         self._workers = workers
         self._prepare = prepare
+        self._ring = ring
         require_semaphores("decoding in child processes")
-        self._shared = tempfile.TemporaryDirectory(prefix="egopatch-", ignore_cleanup_errors=True)
+        self._shared = SharedFolder()
         # spawn, because a forked child would inherit torch's and CUDA's threads and locks in an unknown state.
         self._pool = ProcessPool(
             max_workers=workers,
             initializer=_start_child,
-            initargs=(video.memory_gb,),
+            initargs=(video.memory_gb, ring, prepare),  # a child imports what `prepare` needs before its first clip
             context=multiprocessing.get_context("spawn"),
         )
 
@@ -99,26 +84,38 @@ class DecodePool(Generic[Prepared]):
     def __exit__(self, *_: object) -> None:
         self._pool.stop()
         self._pool.join()
-        self._shared.cleanup()
+        self._shared.remove()
+        if self._ring:
+            self._ring.close()
 
     def map(self, clips: Iterable[Clip], ahead: int | None = None) -> Iterator[Prepared | UndecodedClip]:
         """Decode `clips` in order, at most `ahead` clips before the caller needs them, so that memory stays flat."""
-        waiting: deque[tuple[Clip, ProcessFuture]] = deque()
+        waiting: deque[_Scheduled] = deque()
         upcoming = iter(clips)
         # By default two for each child: one in progress, and one finished or waiting.
         for clip in islice(upcoming, ahead or 2 * self._workers):
-            waiting.append((clip, self._submit(clip)))
+            waiting.append(self._submit(clip))
         while waiting:
-            clip, future = waiting.popleft()
-            result = self._result(clip, future)
+            result = self._result(waiting.popleft())
             for following in islice(upcoming, 1):
-                waiting.append((following, self._submit(following)))
+                waiting.append(self._submit(following))
             yield result
 
-    def _submit(self, clip: Clip) -> ProcessFuture:
-        return self._pool.schedule(_attempt, args=(self._prepare, clip, self._video, Path(self._shared.name)))
+    def _submit(self, clip: Clip) -> "_Scheduled":
+        slot = self._ring.take() if self._ring else None
+        args = (self._prepare, clip, self._video, self._shared.path, slot)
+        return _Scheduled(clip, slot, self._pool.schedule(_attempt, args=args))
 
-    def _result(self, clip: Clip, future: ProcessFuture) -> Prepared | UndecodedClip:
+    def _result(self, scheduled: "_Scheduled") -> Prepared | UndecodedClip:
+        slot, ring = scheduled.slot, self._ring
+        result = self._outcome(scheduled.clip, scheduled.future)
+        if ring is not None and slot is not None:
+            if isinstance(result, LeftClip):
+                return result.pick_up(ring.memory(slot), partial(ring.give_back, slot))  # type: ignore[return-value]
+            ring.give_back(slot)  # the child has ended or has reported its error: it does not write any more
+        return result  # type: ignore[return-value]
+
+    def _outcome(self, clip: Clip, future: ProcessFuture) -> Prepared | LeftClip | UndecodedClip:
         try:
             return future.result()
         except ProcessExpired as error:
@@ -137,11 +134,51 @@ class DecodePool(Generic[Prepared]):
             ) from error
 
 
-def _attempt(prepare: Prepare[Prepared], clip: Clip, video: VideoConfig, shared: Path) -> Prepared | UndecodedClip:
+@dataclass(frozen=True)
+class _Scheduled:
+    """A clip that a child has or will get, and the slot for its frames."""
+
+    clip: Clip
+    slot: int | None
+    future: ProcessFuture
+
+
+class SharedFolder:
+    """A temporary folder for the children of one process; those of killed processes are removed by the next."""
+
+    def __init__(self) -> None:
+        self._remove_abandoned()
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        self._lock = os.open(self.path, os.O_RDONLY)
+        fcntl.flock(self._lock, fcntl.LOCK_SH)  # the system ends the lock with this process, however it ends
+
+    def remove(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+    @staticmethod
+    def _remove_abandoned() -> None:
+        for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+            with suppress(OSError):  # another user's, or being removed
+                handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+                finally:
+                    os.close(handle)
+
+
+def _attempt(
+    prepare: Prepare[Prepared], clip: Clip, video: VideoConfig, shared: Path, slot: int | None
+) -> Prepared | LeftClip | UndecodedClip:
     """Prepare one clip in a child, within the limits."""
     try:
         with limits(video):
-            return prepare(clip, video, _once(shared))
+            result = prepare(clip, video, _once(shared))
+            if slot is not None and isinstance(result, PreparedClip):
+                return LeftClip.leave(result, _rings[0].memory(slot))
+            return result
     except BaseException as error:  # this clip's, whatever it is
         return UndecodedClip(clip, _reason(error, clip, video), traceback.format_exc())
 
@@ -164,42 +201,23 @@ def _too_large(clip: Clip, video: VideoConfig) -> str:
     return f"video {clip.video} took over {video.memory_gb:g} GB of memory to decode (video.memory_gb)"
 
 
-def prepare_clip(
-    clip: Clip, video: VideoConfig, once: OncePerVideo | None = None, transform: Transform = EGOVLP_TRANSFORM
-) -> PreparedClip:
-    """Decode and transform one clip in this process; `once` remembers what serves other clips of its video.
-
-    Raises:
-        VideoError: As `extract.video.frames.read_frames`, or the file was changed meanwhile.
-        OSError: The file cannot be read any more.
-    """
-    started = time.perf_counter()
-    once = OncePerVideo() if once is None else once
-    before = version_of(clip.video) if clip.video.exists() else None
-    decoded = read_frames(clip, video, once)
-    frames = to_input(decoded.frames, video.size, transform)
-    version = version_of(clip.video)
-    source = once.find("sha256", version, lambda: _file_sha256(version))
-    if not before == version == version_of(clip.video):
-        raise VideoError(f"video {clip.video} was changed while it was read; run `extract retry` when it is complete")
-    return PreparedClip(clip, frames.numpy(), decoded.timestamps, source, version[1], time.perf_counter() - started)
-
-
-def _file_sha256(version: FileVersion) -> str:
-    path, size, _ = version
-    with reading_through(size), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # A child works for one pool only.
 @functools.cache
 def _once(shared: Path) -> OncePerVideo:
     return OncePerVideo(shared)
 
 
-def _start_child(memory_gb: float) -> None:
+_rings: list[Ring] = []  # in a child, its pool's: set once, when it starts
+
+
+def _start_child(memory_gb: float, ring: Ring | None, _: object) -> None:
     exit_with_parent()
     for number in (signal.SIGINT, signal.SIGUSR1):  # the parent handles them; it ends a child with SIGTERM
         signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    # One thread a child, whether torch is imported already or later.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    if ring is not None:
+        _rings.append(ring)
     prepare_child(memory_gb)

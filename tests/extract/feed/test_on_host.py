@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, crop_and_resize, to_input
+from egopatch.extract.feed.on_host import crop_and_resize, to_input
+from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 
 # Two resamplings with float32 coordinates: 2 x 256 pixels x 2^-23, times the steepest step of noise, 1 / 0.224.
 ROUNDING = 2 * 256 * 2**-23 / 0.224

@@ -1,0 +1,194 @@
+"""Stage one whole on a GPU node: does it keep up with the slower of its encoder alone and bare decoding on all cores?
+
+    python benchmarks/gpu_stage_one.py [--clips 1536] [--depth 6] [--batch 32] [--store FOLDER] [--out FILE] [--quick]
+
+Videos are 320x240 H.264 of 2 s, a file a clip; the network has its published size and random weights, which do not
+change the work. The store is written to /dev/shm unless --store names another folder; the same job is run once more
+with a store that forgets what it gets, so that a disk which binds is told apart. GPU use is sampled by nvidia-smi.
+Without a GPU (--quick, to see that it runs) a stand-in takes the same way on the CPU.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # runs without being installed
+
+from benchmarks.feed_videos import KINDS, decode_many, wanted, write_video  # noqa: E402
+
+# Decoder children import this file too, so whatever needs torch is imported where it is used.
+if TYPE_CHECKING:
+    from egopatch.extract.feed.clips import PreparedClip
+    from egopatch.extract.worker.job import ExtractionJob
+
+KIND = KINDS[0]
+SAMPLE_MS = 200
+
+
+class GpuUse:
+    """Samples of (seconds, GPU use in percent) while the block runs."""
+
+    def __init__(self) -> None:
+        self.samples: list[tuple[float, int]] = []
+
+    def __enter__(self) -> "GpuUse":
+        query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", f"-lms={SAMPLE_MS}"]
+        found = shutil.which(query[0])
+        self._child = subprocess.Popen(query, stdout=subprocess.PIPE, text=True) if found else None
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._child:
+            self._child.terminate()
+            lines = self._child.communicate()[0].splitlines()
+            self.samples = [(round(i * SAMPLE_MS / 1e3, 1), int(line)) for i, line in enumerate(lines) if line.strip()]
+
+
+def decoding_rate(paths: list[Path], frames: int, cores: int) -> float:
+    """Clips a second of bare decoding, a process a core."""
+    times = wanted(paths[0], frames)
+    parts = [paths[i :: 4 * cores] for i in range(4 * cores)]
+    with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
+        list(pool.map(decode_many, [paths[:1]] * (2 * cores), [times] * (2 * cores)))  # the children have started
+        started = time.perf_counter()
+        done = sum(pool.map(decode_many, parts, [times] * len(parts)))
+        return done / (time.perf_counter() - started)
+
+
+def encoding_rate(job: "ExtractionJob", prepared: "list[PreparedClip]", seconds: float) -> float:
+    """Clips a second of the encoder alone, pixels in shared memory to rows in pinned memory, the next batch queued."""
+    with job.open_batches() as batches:
+
+        def start() -> Callable[[], object]:
+            for i in range(batches.size):
+                batches.add(prepared[i % len(prepared)])
+            return batches.start()
+
+        for _ in range(3):
+            start()()
+        started, done, finish = time.perf_counter(), 0, start()
+        while not done or time.perf_counter() - started < seconds:
+            following = start()
+            finish()
+            finish, done = following, done + batches.size
+        elapsed = time.perf_counter() - started
+        finish()
+        return done / elapsed
+
+
+def run_job(job: "ExtractionJob", paths: list[Path], root: Path, decoders: int, forget: bool) -> dict[str, Any]:
+    """The whole pipeline; its rate counts from the first decoded clip to the last commit."""
+    from egopatch.extract.datasets import Clip
+    from egopatch.extract.worker.pipeline import encode_shards
+    from egopatch.features import Fingerprint, create_store
+
+    clips = {f"clip{i:05d}": Clip(f"clip{i:05d}", path) for i, path in enumerate(paths)}
+    store = create_store(root / "store", job.spec, Fingerprint({"benchmark": "gpu_stage_one"}), list(clips))
+    if forget:
+        store.write_shard = lambda *_: None  # type: ignore[method-assign]
+    cpu = time.process_time()
+    with GpuUse() as use:
+        stats = encode_shards(job, store, store.missing_shards(), clips, decoders, lambda *_: None)
+    shutil.rmtree(root / "store")
+    assert stats.committed == len(clips), stats
+    stages = stats.stages
+    return {
+        "clips_per_s": len(clips) / (stages.total_s - stages.start_s),
+        "parent_cpu_ms_per_clip": 1e3 * (time.process_time() - cpu) / len(clips),
+        "stages_s": asdict(stages),
+        "gpu_use_percent": use.samples,
+    }
+
+
+def make_job(options: argparse.Namespace, root: Path) -> "ExtractionJob":
+    import torch
+
+    from benchmarks.encoder import GRID, PATCH, Work, checkpoint
+    from egopatch.configs.schema import Config, EncoderConfig, StoreConfig, VideoConfig
+    from egopatch.extract.encoders import find_network, load_video_encoder
+    from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
+    from egopatch.extract.worker.device import device_of
+    from egopatch.extract.worker.job import ExtractionJob
+
+    config = Config(
+        video=VideoConfig(frames=options.frames, size=GRID * PATCH),
+        encoder=EncoderConfig(depth=options.depth, dtype="bfloat16", batch=options.batch),
+        store=StoreConfig(path=root / "store", shard=options.shard),
+    )
+    weights = checkpoint(Work(options.frames, options.depth, 1))
+    encoder = load_video_encoder("egovlpv2", weights, options.frames, options.depth, dtype=torch.bfloat16)
+    device = device_of("auto")
+    if device.type == "cpu":
+        assert options.quick, "torch sees no CUDA device here; --quick runs a stand-in on the CPU"
+        ExtractionJob.encodes_on_device = True  # type: ignore[assignment, method-assign]
+    return ExtractionJob(config, find_network("egovlpv2"), device, weights, encoder, EGOVLP_TRANSFORM)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=int, default=1536)
+    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--depth", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--shard", type=int, default=64)
+    parser.add_argument("--store", type=Path, default=Path("/dev/shm"), help="folder to write the store in")
+    parser.add_argument("--quick", action="store_true", help="eight clips, one block, a GPU or none: does it run")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file to write beside printing")
+    options = parser.parse_args()
+    if options.quick:
+        options = argparse.Namespace(**vars(options) | {"clips": 8, "frames": 2, "depth": 1, "batch": 2, "shard": 4})
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as videos, tempfile.TemporaryDirectory(dir=options.store) as stores:
+        with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
+            count = min(64, options.clips)
+            made = [Path(videos) / f"made{i}.mp4" for i in range(count)]
+            list(pool.map(write_video, made, [KIND] * count, range(count)))
+        paths = [Path(shutil.copy(made[i % count], Path(videos) / f"{i}.mp4")) for i in range(options.clips)]
+        decoding = decoding_rate(paths, options.frames, cores)
+
+        from benchmarks.encoder import stamp
+        from egopatch.extract.datasets import Clip
+        from egopatch.extract.feed.clips import PreparedClip
+
+        job = make_job(options, Path(stores))
+        with job.open_decoders(cores, 2 * cores + 8) as pool:
+            found = pool.map([Clip(str(i), path) for i, path in enumerate(paths[:8])])
+            prepared = [replace(one, release=list) for one in found if isinstance(one, PreparedClip)]
+            encoding = encoding_rate(job, prepared, 0.1 if options.quick else 4.0)
+        forgetting = run_job(job, paths, Path(stores), cores, forget=True)
+        storing = run_job(job, paths, Path(stores), cores, forget=False)
+    least = min(decoding, encoding)
+    result = {
+        "encoder_alone_clips_per_s": encoding,
+        "bare_decoding_clips_per_s": decoding,
+        "share_of_the_slower": {
+            "with a store in memory": storing["clips_per_s"] / least,
+            "without a store": forgetting["clips_per_s"] / least,
+        },
+        "pipeline": storing,
+        "pipeline_without_store": forgetting,
+        "work": {key: str(value) for key, value in vars(options).items()} | asdict(KIND),
+        "machine": stamp() | {"cores": cores},
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

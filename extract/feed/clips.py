@@ -1,0 +1,144 @@
+"""A clip as a child leaves it for the encoder, and how it is left in shared memory and picked up from there."""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from egopatch.configs.schema import VideoConfig
+from egopatch.extract.datasets import Clip
+from egopatch.extract.video.frames import DecodedClip, read_frames
+from egopatch.extract.video.index import VideoError
+from egopatch.extract.video.limits import reading_through
+from egopatch.extract.video.once import FileVersion, OncePerVideo, version_of
+from egopatch.extract.video.transforms import Window
+
+ALIGNMENT = 64  # bytes; copies from other addresses are slower
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Frames of one size, cut to the part that the transform looks at.
+
+    Attributes:
+        frames: [h, w, 3] uint8 each; in the parent one array [F, h, w, 3].
+        whole: (H, W) of the frames before they were cut.
+        window: The part that is left.
+    """
+
+    frames: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]
+    whole: tuple[int, int]
+    window: Window
+
+
+Frames = NDArray[np.float32] | tuple[Pixels, ...]
+
+
+def _nothing() -> None:
+    """The memory belongs to the clip."""
+
+
+@dataclass(frozen=True)
+class PreparedClip:
+    """A clip ready for the encoder.
+
+    Attributes:
+        clip: The clip.
+        frames: [T, 3, S, S] float32, normalised; or pixels that a device will transform, in the order of the frames.
+        timestamps: [T] float32, seconds from the clip's start.
+        source: SHA-256 of the video file.
+        size: Size of the video file in bytes.
+        seconds: Time that the child spent on the clip.
+        release: To be called once `frames` are not needed any more: their memory is used for another clip then.
+        memory: The slot of shared memory that `frames` lie in, from its start; None if they have memory of their own.
+        memory_used: Bytes of the slot up to the end of the frames.
+    """
+
+    clip: Clip
+    frames: Frames
+    timestamps: NDArray[np.float32]
+    source: str
+    size: int
+    seconds: float
+    release: Callable[[], None] = _nothing
+    memory: NDArray[np.uint8] | None = None
+    memory_used: int = 0
+
+
+def read_clip(
+    clip: Clip,
+    video: VideoConfig,
+    once: OncePerVideo | None,
+    finish: Callable[[DecodedClip], Frames],
+) -> PreparedClip:
+    """Decode one clip, and let `finish` make of it what the encoder gets; see `on_host.prepare_clip`."""
+    started = time.perf_counter()
+    once = OncePerVideo() if once is None else once
+    before = version_of(clip.video) if clip.video.exists() else None
+    decoded = read_frames(clip, video, once)
+    frames = finish(decoded)
+    version = version_of(clip.video)
+    source = once.find("sha256", version, lambda: _file_sha256(version))
+    if not before == version == version_of(clip.video):
+        raise VideoError(f"video {clip.video} was changed while it was read; run `extract retry` when it is complete")
+    return PreparedClip(clip, frames, decoded.timestamps, source, version[1], time.perf_counter() - started)
+
+
+def _file_sha256(version: FileVersion) -> str:
+    path, size, _ = version
+    with reading_through(size), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where in a slot an array was left: its first byte, shape and dtype."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def end(self) -> int:
+        return self.offset + math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def within(self, memory: NDArray[np.uint8]) -> NDArray:
+        return memory[self.offset : self.end].view(self.dtype).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class LeftClip:
+    """A prepared clip whose frames were left in shared memory: small enough to be sent through a pipe."""
+
+    prepared: PreparedClip
+    places: tuple[_Place, ...]
+
+    @classmethod
+    def leave(cls, prepared: PreparedClip, memory: NDArray[np.uint8]) -> "LeftClip":
+        """Copy the frames of `prepared` into `memory`, which is large enough; the only copy on their way."""
+        frames = prepared.frames
+        runs: list[Sequence[NDArray]] = (
+            [list(frames)] if isinstance(frames, np.ndarray) else [list(run.frames) for run in frames]
+        )
+        places: list[_Place] = []
+        for run in runs:
+            start = -(-places[-1].end // ALIGNMENT) * ALIGNMENT if places else 0
+            places.append(_Place(start, (len(run), *run[0].shape), run[0].dtype.str))
+            np.stack(run, out=places[-1].within(memory))
+        left = frames[:0] if isinstance(frames, np.ndarray) else tuple(replace(run, frames=()) for run in frames)
+        return cls(replace(prepared, frames=left), tuple(places))
+
+    def pick_up(self, memory: NDArray[np.uint8], release: Callable[[], None]) -> PreparedClip:
+        """The clip with its frames in `memory`, not copied."""
+        arrays = [place.within(memory) for place in self.places]
+        frames = self.prepared.frames
+        found = (
+            arrays[0]
+            if isinstance(frames, np.ndarray)
+            else tuple(replace(run, frames=array) for run, array in zip(frames, arrays, strict=True))
+        )
+        return replace(self.prepared, frames=found, release=release, memory=memory, memory_used=self.places[-1].end)

@@ -1,0 +1,44 @@
+"""Decoded frames cut to what the transform looks at, for a device that transforms them.
+
+Children that do this need no torch, which would take each of them a second and 200 MB.
+"""
+
+from egopatch.configs.schema import VideoConfig
+from egopatch.extract.datasets import Clip
+from egopatch.extract.feed.clips import Frames, Pixels, PreparedClip, read_clip
+from egopatch.extract.video.frames import DecodedClip
+from egopatch.extract.video.limits import clock_stopped
+from egopatch.extract.video.once import OncePerVideo
+from egopatch.extract.video.transforms import Transform
+
+
+def cut_clip(
+    clip: Clip, video: VideoConfig, once: OncePerVideo | None = None, *, transform: Transform, most: int
+) -> PreparedClip:
+    """Decode one clip in this process and cut its frames to what `transform` looks at; see `on_host.prepare_clip`.
+
+    Frames of more than `most` bytes are transformed here, which makes them small.
+    """
+
+    def finish(decoded: DecodedClip) -> Frames:
+        runs = _cut(decoded, transform)
+        if sum(frame.nbytes for run in runs for frame in run.frames) <= most:
+            return runs
+        with clock_stopped():  # torch is no part of the clip
+            from egopatch.extract.feed.on_host import to_input
+        return to_input(decoded.frames, video.size, transform).numpy()
+
+    return read_clip(clip, video, once, finish)
+
+
+def _cut(decoded: DecodedClip, transform: Transform) -> tuple[Pixels, ...]:
+    """The frames in runs of equal size; nothing is copied."""
+    runs: list[Pixels] = []
+    for frame in decoded.frames:
+        whole = frame.shape[:2]
+        if not runs or runs[-1].whole != whole:
+            runs.append(Pixels([], whole, transform.looks_at(*whole)))
+        part = runs[-1].window
+        assert isinstance(runs[-1].frames, list)
+        runs[-1].frames.append(frame[part.top : part.top + part.height, part.left : part.left + part.width])
+    return tuple(runs)

@@ -1,0 +1,82 @@
+"""The transform of `on_host` where a device encodes: the same resampling weights, applied as matrix products.
+
+A device's own interpolation rounds the positions of pixels in another way than the CPU's, which on noise makes
+differences of 1e-4. So the weights are taken from the CPU: resampling is linear in the pixels and works on rows and
+columns independently, and what it makes of a unit matrix are its weights.
+
+Shape legend: F frames of one size, H x W pixels of a whole frame, h x w of the part that was cut out, S the input.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from egopatch.extract.video.transforms import Transform, Window
+
+_SIZES = 64  # of frames whose weights are kept: 2 MB each at 1920x1080
+
+
+class DeviceTransform:
+    """Turns pixels on `device` into a network's input, within 1e-5 of what `on_host.to_input` gives.
+
+    Args:
+        transform: Transform of the network.
+        size: Side of the input, S.
+        device: Where the pixels are.
+    """
+
+    def __init__(self, transform: Transform, size: int, device: torch.device) -> None:
+        self._transform = transform
+        self._size = size
+        self._device = device
+        self._mean = torch.tensor(transform.mean, device=device).view(3, 1, 1)
+        self._std = torch.tensor(transform.std, device=device).view(3, 1, 1)
+        self._stages = functools.lru_cache(_SIZES)(self._find_stages)
+
+    @torch.inference_mode()
+    def fill(self, out: Tensor, pixels: Tensor, whole: tuple[int, int], window: Window) -> None:
+        """Transform frames of one size.
+
+        Args:
+            out: [F, 3, S, S], any floating type, filled with the normalised input.
+            pixels: uint8 [F, h, w, 3], the part `window` of each frame.
+            whole: (H, W).
+            window: As `Transform.looks_at(H, W)`.
+        """
+        x = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+        for rows, columns in self._stages(whole, window):
+            x = rows @ x @ columns.T
+            if self._transform.resampling == "bicubic":
+                x = x.clamp_(0, 1)
+        out.copy_(x.sub_(self._mean).div_(self._std))
+
+    def _find_stages(self, whole: tuple[int, int], window: Window) -> tuple[tuple[Tensor, Tensor], ...]:
+        """(weights of rows, weights of columns) of each resizing; cubic ones are clamped in between, others merged."""
+        resized = self._transform.resized(*whole)
+        crop = self._transform.crop(*resized)
+        rows = self._weights(whole[0], resized[0], crop.top, crop.height, window.top, window.height)
+        columns = self._weights(whole[1], resized[1], crop.left, crop.width, window.left, window.width)
+        if self._transform.resampling != "bicubic":
+            rows, columns = [rows[1] @ rows[0]], [columns[1] @ columns[0]]
+        return tuple(
+            (row.float().to(self._device), column.float().to(self._device))
+            for row, column in zip(rows, columns, strict=True)
+        )
+
+    def _weights(self, extent: int, target: int, first: int, count: int, start: int, seen: int) -> list[Tensor]:
+        """Weights [count, seen] of the first resizing and [S, count] of the second, along one axis, in float64."""
+        whole = self._resampling(extent, target)[first : first + count]
+        assert not whole[:, :start].any(), "the transform looks at pixels that were cut off"
+        assert not whole[:, start + seen :].any(), "the transform looks at pixels that were cut off"
+        return [whole[:, start : start + seen], self._resampling(count, self._size)]
+
+    def _resampling(self, extent: int, target: int) -> Tensor:
+        """[target, extent] float64: what each resampled pixel takes of every pixel."""
+        unit = torch.eye(extent)
+        if target == extent:
+            return unit.double()
+        mode, antialias = self._transform.resampling, self._transform.antialias
+        size = (target, extent)
+        return F.interpolate(unit[None, None], size, mode=mode, align_corners=False, antialias=antialias)[0, 0].double()

@@ -1,0 +1,65 @@
+"""Frames -> the normalised tensor that a network expects, on the CPU and without torchvision."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from egopatch.configs.schema import VideoConfig
+from egopatch.extract.datasets import Clip
+from egopatch.extract.feed.clips import PreparedClip, read_clip
+from egopatch.extract.video.once import OncePerVideo
+from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform
+
+
+def prepare_clip(
+    clip: Clip, video: VideoConfig, once: OncePerVideo | None = None, transform: Transform = EGOVLP_TRANSFORM
+) -> PreparedClip:
+    """Decode and transform one clip in this process; `once` remembers what serves other clips of its video.
+
+    Raises:
+        VideoError: As `extract.video.frames.read_frames`, or the file was changed meanwhile.
+        OSError: The file cannot be read any more.
+    """
+    return read_clip(clip, video, once, lambda decoded: to_input(decoded.frames, video.size, transform).numpy())
+
+
+def crop_and_resize(frames: Sequence[NDArray[np.uint8]], size: int, transform: Transform = EGOVLP_TRANSFORM) -> Tensor:
+    """Resize and crop frames, without normalisation.
+
+    Args:
+        frames: T frames, each [H, W, 3] uint8. Those of another size than others are resized on their own.
+        size: Side of the result in pixels.
+        transform: Transform of the network.
+
+    Returns:
+        float32 [T, 3, size, size] in [0, 1].
+    """
+    if len({frame.shape for frame in frames}) > 1:
+        return torch.cat([crop_and_resize([frame], size, transform) for frame in frames])
+    # Copied to channel-first order first, because interpolation is several times slower on a strided view.
+    pixels_tchw = torch.from_numpy(np.ascontiguousarray(np.stack(frames).transpose(0, 3, 1, 2))).float().div_(255)
+    height, width = pixels_tchw.shape[-2:]
+    pixels_tchw = resize(pixels_tchw, transform.resized(height, width), transform)
+    crop = transform.crop(*pixels_tchw.shape[-2:])
+    pixels_tchw = pixels_tchw[..., crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    return resize(pixels_tchw, (size, size), transform)
+
+
+def to_input(frames: Sequence[NDArray[np.uint8]], size: int, transform: Transform = EGOVLP_TRANSFORM) -> Tensor:
+    """T frames, each [H, W, 3] uint8 -> normalised float32 [T, 3, size, size]."""
+    mean = torch.tensor(transform.mean).view(3, 1, 1)
+    std = torch.tensor(transform.std).view(3, 1, 1)
+    return crop_and_resize(frames, size, transform).sub_(mean).div_(std)
+
+
+def resize(pixels_tchw: Tensor, target: tuple[int, int], transform: Transform) -> Tensor:
+    """Resize float32 [T, C, H, W] to `target`, (height, width)."""
+    if tuple(pixels_tchw.shape[-2:]) == target:
+        return pixels_tchw
+    mode, antialias = transform.resampling, transform.antialias
+    resized = F.interpolate(pixels_tchw, size=target, mode=mode, align_corners=False, antialias=antialias)
+    return resized.clamp_(0, 1) if mode == "bicubic" else resized  # cubic weights overshoot at edges

@@ -1,0 +1,49 @@
+"""Encoding on a CPU: one clip per core."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+
+import numpy as np
+import torch
+
+from egopatch.extract.encoders import VideoEncoder
+from egopatch.extract.feed.clips import PreparedClip
+from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
+from egopatch.features.values.spec import StoredDtype
+
+
+class CoreEncoder(BatchEncoder):
+    """See `BatchEncoder`; `batch` is cut to the number of cores. Clips come as finished input."""
+
+    def __init__(self, encoder: VideoEncoder, batch: int, dtype: StoredDtype) -> None:
+        self._threads = torch.get_num_threads()
+        super().__init__(encoder, min(batch, self._threads), dtype)
+        self.held = 2 * self.size  # one batch is gathered while another one is encoded
+        # Cores that share every operation wait for one another; with one clip per core they do not.
+        self._cores = ThreadPoolExecutor(
+            self.size, "encoder", initializer=torch.set_num_threads, initargs=(max(self._threads // self.size, 1),)
+        )
+        encoder.pack()  # otherwise each thread would, at its first clip
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._cores.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._threads)  # new threads inherit the number that was set last, in any thread
+
+    def _receive(self, clip: PreparedClip) -> None:
+        assert isinstance(clip.frames, np.ndarray)
+
+    def _launch(self, clips: Sequence[PreparedClip]) -> Callable[[], list[Row]]:
+        """Queue the clips; each goes to the next free core."""
+
+        @torch.inference_mode()
+        def encode(clip: PreparedClip) -> Row:
+            assert isinstance(clip.frames, np.ndarray)
+            try:
+                tokens = self._converted(self._encoder(torch.from_numpy(clip.frames)[None]))
+            finally:
+                clip.release()
+            return {name: tensor[0] for name, tensor in tokens.items()}
+
+        queued = [self._cores.submit(encode, clip) for clip in clips]
+        return lambda: [row.result() for row in queued]

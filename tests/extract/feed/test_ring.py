@@ -1,0 +1,171 @@
+"""Frames cross from children to their parent through shared memory that nobody's death can leak."""
+
+import errno
+import gc
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from egopatch.configs.schema import VideoConfig
+from egopatch.extract.datasets import Clip
+from egopatch.extract.feed import decoders, ring
+from egopatch.extract.feed.clips import LeftClip, PreparedClip
+from egopatch.extract.feed.cut import _cut
+from egopatch.extract.feed.decoders import open_decoders
+from egopatch.extract.feed.on_host import prepare_clip, to_input
+from egopatch.extract.feed.pool import _PREFIX, DecodePool, SharedFolder, UndecodedClip
+from egopatch.extract.feed.ring import Ring
+from egopatch.extract.video.frames import DecodedClip, read_frames
+from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
+from tests.extract.feed.children import die_or_prepare
+from tests.extract.video.videos import write_video
+
+SMALL = VideoConfig(frames=2, size=32)
+
+
+def rings() -> int:
+    """Number of rings whose memory this process still has."""
+    inodes = set()
+    for path in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the folder's own handle
+            if str(path.readlink()).startswith("/memfd:egopatch"):
+                inodes.add(path.stat().st_ino)
+    return len(inodes)
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> Path:
+    return write_video(tmp_path / "a.mp4")
+
+
+def test_finished_input_is_what_this_process_computes(video: Path) -> None:
+    expected = prepare_clip(Clip("a", video), SMALL)
+    with open_decoders(SMALL, EGOVLP_TRANSFORM, 1, 3, cut=False) as pool:
+        for number, result in enumerate(pool.map([Clip(str(i), video) for i in range(7)])):
+            assert isinstance(result, PreparedClip)
+            assert result.clip.clip_id == str(number)
+            np.testing.assert_allclose(result.frames, expected.frames, rtol=0, atol=1e-6)
+            assert result.source == expected.source
+            result.release()
+
+
+def test_cut_pixels_are_the_frames_own(video: Path) -> None:
+    decoded = read_frames(Clip("a", video), SMALL)
+    with open_decoders(SMALL, EGOVLP_TRANSFORM, 1, 3, cut=True) as pool:
+        (result,) = pool.map([Clip("a", video)])
+    assert isinstance(result, PreparedClip)
+    (run,) = result.frames
+    part = EGOVLP_TRANSFORM.looks_at(*run.whole)
+    assert run.window == part
+    rows, columns = slice(part.top, part.top + part.height), slice(part.left, part.left + part.width)
+    assert np.array_equal(run.frames, np.stack(decoded.frames)[:, rows, columns])
+
+
+def test_frames_that_do_not_fit_come_transformed(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoders, "LARGEST_SIDE", 8)
+    with open_decoders(SMALL, EGOVLP_TRANSFORM, 1, 3, cut=True) as pool:
+        (result,) = pool.map([Clip("a", video)])
+    assert isinstance(result, PreparedClip)
+    expected = to_input(read_frames(Clip("a", video), SMALL).frames, 32)
+    np.testing.assert_allclose(result.frames, expected, rtol=0, atol=1e-6)
+
+
+def test_runs_of_several_sizes_lie_behind_one_another() -> None:
+    rng = np.random.default_rng(0)
+    frames = [rng.integers(0, 256, (*size, 3), np.uint8) for size in ((5, 7), (5, 7), (9, 3), (5, 7))]
+    times = np.zeros(4)
+    runs = _cut(DecodedClip(tuple(frames), times.astype(np.float32), times), EGOVLP_TRANSFORM)
+    memory = np.zeros(4096, np.uint8)
+    clip = PreparedClip(Clip("a", Path("a")), runs, times.astype(np.float32), "", 1, 0.0)
+    found = LeftClip.leave(clip, memory).pick_up(memory, lambda: None).frames
+    assert [len(run.frames) for run in found] == [2, 1, 1]
+    for mine, run in zip(runs, found, strict=True):
+        assert np.array_equal(np.stack(mine.frames), run.frames)
+
+
+@pytest.mark.slow
+def test_a_killed_childs_slot_comes_back(video: Path) -> None:
+    names = ["killed", "a", "killed", "killed", "b", "c"]
+    with DecodePool(SMALL, 1, die_or_prepare, Ring(3, 1 << 20)) as pool:
+        for name, result in zip(names, pool.map([Clip(name, video) for name in names]), strict=True):
+            if name == "killed":
+                assert isinstance(result, UndecodedClip)
+                assert "died with exit code -9" in result.reason
+            else:
+                assert isinstance(result, PreparedClip), result
+                result.release()
+        assert len(pool._ring._free) == 3
+
+
+def test_nothing_is_left_open(video: Path) -> None:
+    gc.collect()
+    files, before = open_files(), rings()
+    for _ in range(2):
+        with open_decoders(SMALL, EGOVLP_TRANSFORM, 1, 2, cut=True) as pool:
+            for result in pool.map([Clip("a", video)]):
+                assert rings() == before + 1
+                assert isinstance(result, PreparedClip)
+                result.release()
+        del result
+        assert rings() == before
+    assert open_files() <= files + 2  # what multiprocessing keeps for the next pool
+
+
+def test_more_clips_than_slots_is_a_fault_of_the_caller() -> None:
+    full = Ring(1, 10)
+    full.take()
+    with pytest.raises(AssertionError, match="all 1 slots of the ring are in use"):
+        full.take()
+    full.close()
+
+
+def test_without_unnamed_shared_memory_a_file_is_used(
+    video: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_: str) -> int:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(ring.os, "memfd_create", refuse)
+    before, files = rings(), set(Path(tempfile.gettempdir()).iterdir())
+    with open_decoders(SMALL, EGOVLP_TRANSFORM, 1, 2, cut=True) as pool:
+        assert rings() == before
+        (result,) = pool.map([Clip("a", video)])
+        assert isinstance(result, PreparedClip)
+        (run,) = result.frames
+        assert run.frames.any()
+        new = set(Path(tempfile.gettempdir()).iterdir()) - files
+        assert not [path for path in new if path.is_file()]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"note: frames are handed over through a file in {tempfile.gettempdir()} of up to 0.0 GB")
+
+
+def test_folders_of_killed_jobs_are_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / f"{_PREFIX}dead").mkdir()
+    (tmp_path / "other").mkdir()
+    first = SharedFolder()
+    second = SharedFolder()
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "other", first.path, second.path])
+    first.remove()
+    second.remove()
+    assert list(tmp_path.iterdir()) == [tmp_path / "other"]
+
+
+def test_children_that_only_decode_are_small_and_fast(video: Path) -> None:
+    """They import no torch; the job's own script, which a child imports too, must not either."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.extract.feed.children", str(video)], capture_output=True, text=True, check=True
+    )
+    seconds, memory, *heavy = done.stdout.split()
+    assert not heavy
+    assert float(seconds) < 1.5
+    assert int(memory) < 150e6

@@ -1,0 +1,172 @@
+"""Encoding on a device: copies, transform and results; the CPU runs the same code in place of a GPU."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from egopatch.configs.schema import Config, EncoderConfig, EngineConfig, StoreConfig, VideoConfig
+from egopatch.extract.datasets import Clip
+from egopatch.extract.encoders import find_network, load_video_encoder
+from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
+from egopatch.extract.feed.clips import LeftClip, Pixels, PreparedClip
+from egopatch.extract.feed.on_host import to_input
+from egopatch.extract.feed.ring import Ring
+from egopatch.extract.video.frames import read_frames
+from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
+from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
+from egopatch.extract.worker.job import ExtractionJob
+from egopatch.extract.worker.on_device import DeviceEncoder
+from egopatch.extract.worker.pipeline import encode_shards
+from egopatch.features import Fingerprint, create_store
+from tests.extract.encoders.networks import relative, tiny
+from tests.extract.video.videos import write_video
+
+FRAMES, BATCH = 2, 3
+VIDEO = VideoConfig(frames=FRAMES, size=32)
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> VideoEncoder:
+    return load_video_encoder("egovlpv2", tiny(tmp_path), num_frames=FRAMES, depth=2)
+
+
+class Slots:
+    """Pixels of clips in a ring's memory, and which of them were released."""
+
+    def __init__(self, side: int) -> None:
+        self.side = side
+        self.ring = Ring(16, 1 << 18)
+        self.released: list[str] = []
+        self.frames: dict[str, list[np.ndarray]] = {}
+
+    def clip(self, name: str, sizes: list[tuple[int, int]]) -> PreparedClip:
+        rng = np.random.default_rng(len(self.frames))
+        frames = self.frames[name] = [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+        runs = []
+        for frame in frames:
+            window = EGOVLP_TRANSFORM.looks_at(*frame.shape[:2])
+            part = frame[window.top : window.top + window.height, window.left : window.left + window.width]
+            runs.append(Pixels([part], frame.shape[:2], window))
+        if len(set(sizes)) == 1:
+            runs = [Pixels([run.frames[0] for run in runs], runs[0].whole, runs[0].window)]
+        return self._left(name, tuple(runs))
+
+    def finished(self, name: str, size: tuple[int, int]) -> PreparedClip:
+        """A clip whose frames the child had to transform."""
+        frames = self.frames[name] = [np.full((*size, 3), 7 * len(self.frames), np.uint8)] * FRAMES
+        return self._left(name, to_input(frames, self.side).numpy())
+
+    def _left(self, name: str, frames: np.ndarray | tuple[Pixels, ...]) -> PreparedClip:
+        slot = self.ring.take()
+        memory = self.ring.memory(slot)
+        times = np.arange(FRAMES, dtype=np.float32)
+        left = LeftClip.leave(PreparedClip(Clip(name, Path("a")), frames, times, "hash", 1, 0.0), memory)
+
+        def release() -> None:
+            memory[:] = 255  # another child writes there now
+            self.released.append(name)
+
+        return left.pick_up(memory, release)
+
+
+def run(batches: BatchEncoder, clips: list[PreparedClip]) -> dict[str, Row]:
+    for clip in clips:
+        batches.add(clip)
+    return batches.start()()
+
+
+def test_rows_are_those_of_the_encoder_whatever_their_batch(encoder: VideoEncoder, device: torch.device) -> None:
+    slots = Slots(encoder.size)
+    encoder = encoder.to(device)
+    groups = [
+        [slots.clip("a", [(60, 80)] * 2), slots.clip("b", [(33, 21)] * 2), slots.clip("c", [(60, 80)] * 2)],
+        [slots.clip("d", [(40, 30), (30, 40)])],
+        [slots.finished("e", (50, 70)), slots.clip("f", [(100, 90)] * 2)],
+    ]
+    with DeviceEncoder(encoder, BATCH, "float16", EGOVLP_TRANSFORM) as batches:
+        found: dict[str, Row] = {}
+        behind: Callable[[], dict[str, Row]] = dict
+        for group in groups:  # as the pipeline does: each batch is waited for after the next one was started
+            for clip in group:
+                batches.add(clip)
+            finish = batches.start()
+            found |= behind()
+            behind = finish
+        found |= behind()
+        assert batches.start()() == {}
+        assert batches.seconds > 0
+    assert list(found) == list("abcdef")
+    for name, frames in slots.frames.items():
+        expected = encoder(to_input(frames, encoder.size)[None].to(device))
+        for key, tensor in expected.tensors().items():
+            row = found[name][key]
+            assert row.device.type == "cpu"
+            assert row.dtype == (torch.float16 if key == "patches" else torch.float32)
+            assert relative(row.float(), tensor[0].float().cpu()) < 2e-3, (name, key)
+        assert found[name]["timestamps"].tolist() == [0, 1]
+    assert sorted(slots.released) == list("abcdef")
+
+
+def test_slots_are_released_while_the_batch_is_gathered(encoder: VideoEncoder, device: torch.device) -> None:
+    slots = Slots(encoder.size)
+    with DeviceEncoder(encoder.to(device), 12, "float32", EGOVLP_TRANSFORM) as batches:
+        for number in range(12):
+            batches.add(slots.clip(str(number), [(20, 20)] * 2))
+            assert len(slots.released) >= number + 1 - batches.held
+        batches.start()()
+
+
+def test_a_clip_of_another_number_of_frames_is_refused(encoder: VideoEncoder, device: torch.device) -> None:
+    slots = Slots(encoder.size)
+    with (
+        DeviceEncoder(encoder.to(device), BATCH, "float32", EGOVLP_TRANSFORM) as batches,
+        pytest.raises(ValueError, match="a clip has 3 frames; this encoder takes 2"),
+    ):
+        run(batches, [slots.clip("a", [(20, 20)] * 3)])
+
+
+def test_a_whole_job(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children that cut, a ring, copies, batches that end with shards, and a store that verifies."""
+    videos = [write_video(tmp_path / f"{i}.mp4", frames=20 + 7 * i) for i in range(2)]
+    clips = {name: Clip(name, videos[i % 2]) for i, name in enumerate("abcdefg")} | {"bad": Clip("bad", tmp_path)}
+    network, checkpoint = find_network("egovlpv2"), tiny(tmp_path)
+    encoder = load_video_encoder(network, checkpoint, num_frames=FRAMES, depth=2)
+    config = Config(
+        video=VideoConfig(frames=FRAMES, size=encoder.size),
+        encoder=EncoderConfig(batch=BATCH),
+        store=StoreConfig(path=tmp_path / "store", dtype="float16", shard=4),
+        engine=EngineConfig(max_errors=1),
+    )
+    job = ExtractionJob(config, network, device, checkpoint, encoder, EGOVLP_TRANSFORM)
+    if device.type == "cpu":  # the stand-in
+        monkeypatch.setattr(ExtractionJob, "encodes_on_device", True)
+    store = create_store(config.store.path, job.spec, Fingerprint({"x": 1}), list(clips))
+    stats = encode_shards(job, store, store.missing_shards(), clips, 1, lambda *_: None)
+    assert (stats.committed, stats.quarantined) == (7, 1)
+    assert store.quarantine.keys() == {"bad"}
+    tokens = store.read(list("abcdefg"))
+    for i, name in enumerate("abcdefg"):
+        frames = read_frames(clips[name], config.video).frames
+        expected = encoder(to_input(frames, encoder.size)[None].to(device))
+        assert relative(tokens.patches[i].float(), expected.patches[0].float().cpu()) < 2e-3, name
+
+
+@pytest.mark.cuda
+def test_a_compiled_encoder_is_compiled_for_its_device(tmp_path: Path, cuda: torch.device) -> None:
+    checkpoint = tiny(tmp_path)
+    plain = load_video_encoder("egovlpv2", checkpoint, num_frames=FRAMES, depth=2).to(cuda)
+    fused = load_video_encoder("egovlpv2", checkpoint, num_frames=FRAMES, depth=2, compile=cuda).to(cuda)
+    frames = torch.randn(2, FRAMES, 3, plain.size, plain.size, device=cuda)
+    assert relative(fused(frames).patches, plain(frames).patches) < 1e-4
+
+
+@pytest.mark.cuda
+def test_lite_in_its_fast_layout(cuda: torch.device) -> None:
+    plain = load_video_encoder("lite", None, num_frames=FRAMES, size=64)
+    frames = torch.randn(2, FRAMES, 3, 64, 64)
+    expected = plain(frames)
+    found = plain.to(cuda)(frames.to(cuda))
+    assert relative(found.patches.cpu(), expected.patches) < 1e-3
