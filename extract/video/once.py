@@ -1,6 +1,7 @@
 """What is found out about a video once and then serves all of its clips: the index of its frames, and its hash.
 
-The decoders of a worker share it through files, because the clips of one long video are spread over all of them.
+The decoders of a worker share it through files, because the clips of one long video are spread over all of them. What
+goes wrong with a video is shared as well: a file that cannot be indexed is read through once, not once a clip.
 """
 
 import fcntl
@@ -9,9 +10,11 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
+from egopatch.extract.video.index import VideoError
 from egopatch.extract.video.limits import waiting_for_another_child
 
 Value = TypeVar("Value")
@@ -19,6 +22,7 @@ FileVersion = tuple[Path, int, int]  # path, bytes, time of the last change in n
 
 IN_MEMORY = 16
 IN_FILES = 64  # an hour of video has an index of 3 MB
+MOST_DEATHS = 2  # one may have been killed for another reason
 
 
 def version_of(path: Path) -> FileVersion:
@@ -39,14 +43,22 @@ class OncePerVideo:
         self._known: OrderedDict[tuple[str, FileVersion], Any] = OrderedDict()
 
     def find(self, what: str, version: FileVersion, compute: Callable[[], Value]) -> Value:
-        """The value called `what` of a version of a file; `compute` finds it unless this was done before."""
+        """The value called `what` of a version of a file; `compute` finds it unless this was done before.
+
+        Raises:
+            VideoError: `compute` raised it, now or before; or two processes have died while they computed it.
+        """
         key = what, version
         if key not in self._known:
-            self._known[key] = compute() if self._folder is None else _shared(self._folder, key, compute)
+            found = _try(compute) if self._folder is None else _shared(self._folder, key, compute)
+            self._known[key] = found
             if len(self._known) > IN_MEMORY:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
-        return self._known[key]
+        value = self._known[key]
+        if isinstance(value, _Fault):
+            raise VideoError(value.message)
+        return value
 
     def has(self, what: str, version: FileVersion) -> bool:
         """Whether the value called `what` was found before, by this process or by one that shares the folder."""
@@ -56,6 +68,27 @@ class OncePerVideo:
 
 def _file_of(folder: Path, key: tuple[str, FileVersion]) -> Path:
     return folder / hashlib.sha256(repr(key).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """In place of a value: why there is none."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class _Started:
+    """In place of a value: so many processes have begun to compute it, and the last one has not ended properly."""
+
+    times: int
+
+
+def _try(compute: Callable[[], Any]) -> Any:
+    try:
+        return compute()
+    except VideoError as error:
+        return _Fault(str(error))
 
 
 def _shared(folder: Path, key: tuple[str, FileVersion], compute: Callable[[], Value]) -> Value:
@@ -68,15 +101,31 @@ def _shared(folder: Path, key: tuple[str, FileVersion], compute: Callable[[], Va
         with waiting_for_another_child():
             fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        # It is empty at first, and incomplete if its writer was killed or the disk was full.
+        found: Any = None
+        # It is empty at first, and incomplete if the disk was full.
         with suppress(EOFError, pickle.UnpicklingError):
-            return pickle.loads(file.read())
-        value = compute()
-        with suppress(OSError):
-            file.truncate(0)
-            file.write(pickle.dumps(value))
-            _keep_newest(folder)
+            found = pickle.loads(file.read())
+        if found is not None and not isinstance(found, _Started):
+            return found
+        deaths = found.times if isinstance(found, _Started) else 0
+        if deaths == MOST_DEATHS:
+            what, (path, *_) = key
+            return _Fault(f"video {path} cannot be read through ({what}): {deaths} decoders were killed over it")
+        _write(file, _Started(deaths + 1))
+        try:
+            value = _try(compute)
+        except BaseException:
+            _write(file, _Started(deaths))  # this process lives: the cause, such as a lost connection, may pass
+            raise
+        _write(file, value)
+        _keep_newest(folder)
         return value
+
+
+def _write(file: BinaryIO, value: object) -> None:
+    with suppress(OSError):
+        file.truncate(0)
+        file.write(pickle.dumps(value))
 
 
 def _keep_newest(folder: Path) -> None:

@@ -7,9 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import zip_longest
 
-from egopatch.features import Failure, ShardOwned, ShardWork, Store
+from egopatch.features import Failure, ShardOwned, ShardWork, Store, StoreError
 from egopatch.features.state.origin import Origin
 from egopatch.features.store.writer import Rows
+from egopatch.features.values.encoding import array_not_finite
 
 
 class TooManyErrors(RuntimeError):
@@ -125,6 +126,9 @@ class ShardWriter:
         machine: str,
     ) -> None:
         started = time.perf_counter()
+        if unstorable := self._unstorable(work.shard, rows):
+            rows = {name: row for name, row in rows.items() if name not in unstorable}
+            failures = {**failures, **unstorable}
         machines = dict.fromkeys(rows, machine)
         self._store.write_shard(work.shard, rows, sources, failures, origins, work.replaces, machines)
         self._release(work.shard)
@@ -132,6 +136,29 @@ class ShardWriter:
         self.committed += len(rows)
         self.quarantined += len(failures)
         self._check_errors()
+
+    def _unstorable(self, shard: int, rows: Rows) -> dict[str, Failure]:
+        """The clips whose tokens hold NaN or infinity.
+
+        Raises:
+            StoreError: All clips of the shard do: the clips are not the cause.
+        """
+        if self._store.spec.kind != "patches":
+            return {}  # a question has no quarantine; the store refuses it by name
+        arrays = {name: array for name, row in rows.items() if (array := array_not_finite(row))}
+        if len(arrays) == len(rows) > 1:
+            raise StoreError(
+                f"all {len(rows)} clips of shard {shard} of {self._store.path} have NaN or infinity in their tokens, "
+                "so the encoder or its arithmetic is at fault, and none is stored: check encoder.checkpoint, or use "
+                "--encoder.dtype float32 and another --store.path"
+            )
+        return {
+            name: Failure(
+                f"{array} of its tokens holds NaN or infinity, as those of other clips do not; look at its frames "
+                "(python -m extract frames), or encode all clips in float32 (encoder.dtype) into another store"
+            )
+            for name, array in arrays.items()
+        }
 
     def _check_errors(self) -> None:
         limit = self._max_errors

@@ -86,6 +86,12 @@ def _checked(clip: str, tensor: Tensor, array: ArraySpec) -> Tensor:
     return tensor
 
 
+def array_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of an array of one clip that holds NaN or infinity; None if no array does."""
+    floating = (name for name, tensor in tensors.items() if tensor.is_floating_point() and not _all_finite(tensor))
+    return next(floating, None)
+
+
 def _all_finite(tensor: Tensor) -> bool:
     """Whether every number is finite; checking the minimum and maximum is many times faster than `isfinite().all()`."""
     if tensor.dtype == torch.float8_e4m3fn:

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-import yaml
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.features.io import file_lease
@@ -23,9 +21,9 @@ from egopatch.train.data.batch import Batch
 from egopatch.train.fitting.fit import fit
 from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.processes.stopping import Stopped
-from egopatch.train.rundir.card import plain
 from egopatch.train.sweeps import sweep
 from egopatch.train.sweeps.sweep import read_axes, run_sweep
+from tests.features.faults import fork
 from tests.train.tiny import clock, losses, with_run
 
 ROOT = Path(__file__).parents[2]
@@ -80,13 +78,18 @@ def test_stopped_sweep_goes_on_and_a_finished_one_trains_nothing(tiny: Config, m
 def test_signal_stops_every_crew_at_its_place(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     path = run_sweep(tiny, ratios=[0.25, 0.5], name="whole")
-    real = RunGroup.learn
+    real, told = RunGroup.learn, dict[int, int]()
 
     def asks(self: RunGroup, batch: Batch, last: bool) -> None:
+        if os.getpid() not in told:
+            told[os.getpid()], signalled = os.pipe()
+            os.set_blocking(signalled, False)
+            signal.set_wakeup_fd(signalled)
         real(self, batch, last)
-        if self.heads.step == 11 and self.config.head.ratio == 0.25:
-            os.kill(os.getppid(), signal.SIGTERM)
-        time.sleep(0.05)  # no crew ends before it is told
+        if self.heads.step == 11:
+            if self.config.head.ratio == 0.25:
+                os.kill(os.getppid(), signal.SIGTERM)
+            os.read(told[os.getpid()], 1)  # no group ends before it is told
 
     monkeypatch.setattr(RunGroup, "learn", asks)
     with pytest.raises(Stopped, match="run the same command again to resume"):
@@ -100,25 +103,31 @@ def test_signal_stops_every_crew_at_its_place(tiny: Config, monkeypatch: pytest.
 
 
 @pytest.mark.slow
-def test_killed_sweep_leaves_no_process_and_goes_on(tiny: Config, tmp_path: Path) -> None:
-    path = tmp_path / "c.yaml"
-    path.write_text(yaml.safe_dump(plain(with_run(tiny, "psa", train_epochs=12))))
-    command = [sys.executable, "-m", "train", "sweep", "--config", str(path), "--ratios", "0.25", "0.5"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-    out = tiny.run.dir.parent / "sweeps" / "direct-psa"
-    logs = [out / name / "log.jsonl" for name in ("ratio-0.25", "ratio-0.5")]
-    while process.poll() is None and not all(log.exists() and len(log.read_text().splitlines()) > 12 for log in logs):
-        time.sleep(0.01)
+def test_killed_sweep_leaves_no_process_and_goes_on(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, (there, arrives) = RunGroup.learn, os.pipe()
+
+    def stays(self: RunGroup, batch: Batch, last: bool) -> None:
+        real(self, batch, last)
+        if self.heads.step == 12:
+            os.write(arrives, b".")
+            signal.pause()
+
+    def sweep() -> None:
+        monkeypatch.setattr(RunGroup, "learn", stays)
+        run_sweep(tiny, ratios=[0.25, 0.5])
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    process = fork(sweep)
+    assert os.read(there, 1) + os.read(there, 1) == b".."
     forks = psutil.Process(process.pid).children()
-    process.kill()
-    process.wait()
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
     _, alive = psutil.wait_procs(forks, timeout=10)
     assert len(forks) == 2
     assert not alive
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
-    assert json.loads((out / "sweep.json").read_text())["trained"] == 2
-    assert [len(losses(log.parent)) for log in logs] == [96, 96]
+    out = run_sweep(tiny, ratios=[0.25, 0.5])
+    assert json.loads(out.read_text())["trained"] == 2
+    assert [len(losses(out.parent / name)) for name in ("ratio-0.25", "ratio-0.5")] == [24, 24]
 
 
 def test_grid_file_varies_any_field_of_the_head(tiny: Config, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What one child has found out about a video, the others know; reading a long file does not use up a clip's time."""
 
+import os
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,8 +10,10 @@ import pytest
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.video import once
+from egopatch.extract.video.index import VideoError
 from egopatch.extract.video.limits import SLOWEST_BYTES_PER_S, limits, reading_through, waiting_for_another_child
 from egopatch.extract.video.once import FileVersion, OncePerVideo
+from tests.features.faults import fork
 
 VERSION = Path("a.mp4"), 1000, 1
 
@@ -98,3 +101,52 @@ def test_time_stands_still_while_a_file_is_read_through_or_another_child_works()
         assert 900 < left() <= 1000
     with reading_through(1), waiting_for_another_child():
         assert left() == 0
+
+
+def test_a_video_that_cannot_be_indexed_is_read_through_once(tmp_path: Path) -> None:
+    read: list[int] = []
+
+    def compute() -> int:
+        read.append(1)
+        raise VideoError("video a.mp4 has no frame")
+
+    same = OncePerVideo(tmp_path)
+    for known in (same, same, OncePerVideo(tmp_path)):
+        with pytest.raises(VideoError, match=r"video a\.mp4 has no frame"):
+            known.find("index", VERSION, compute)
+    assert len(read) == 1
+    assert find(tmp_path, 7, (Path("a.mp4"), 1000, 2)) == 7  # the file was replaced
+
+
+def test_an_error_that_may_pass_is_not_remembered(tmp_path: Path) -> None:
+    def lost() -> int:
+        raise OSError(5, "Input/output error")
+
+    for _ in range(3):
+        with pytest.raises(OSError, match="Input/output error"):
+            OncePerVideo(tmp_path).find("index", VERSION, lost)
+    assert find(tmp_path, 7) == 7
+
+
+def test_a_video_that_kills_its_decoder_is_tried_twice_and_no_more(tmp_path: Path) -> None:
+    def die() -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+    def attempt() -> None:
+        OncePerVideo(tmp_path).find("index", VERSION, die)
+
+    for _ in range(2):
+        assert fork(attempt).wait() == -signal.SIGKILL
+    with pytest.raises(VideoError, match=r"a\.mp4 cannot be read through \(index\): 2 decoders were killed over it"):
+        find(tmp_path, 7)
+
+
+def test_one_killed_decoder_condemns_no_video(tmp_path: Path) -> None:
+    assert fork(lambda: find_and_die(tmp_path)).wait() == -signal.SIGKILL
+    assert find(tmp_path, 7) == 7
+    assert find(tmp_path, 8) == 7
+
+
+def find_and_die(folder: Path) -> None:
+    OncePerVideo(folder).find("index", VERSION, lambda: os.kill(os.getpid(), signal.SIGKILL))

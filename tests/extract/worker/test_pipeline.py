@@ -1,10 +1,9 @@
 """Decoding, encoding and writing overlap, with a fake decoder, a fake encoder and a controlled disk."""
 
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from egopatch.extract.feed.pool import UndecodedClip
 from egopatch.extract.worker.job_stats import JobStats, Stages
 from egopatch.extract.worker.on_cores import CoreEncoder
 from egopatch.extract.worker.pipeline import encode_shards
-from egopatch.extract.worker.shard_writer import TooManyErrors
+from egopatch.extract.worker.shard_writer import ShardWriter, TooManyErrors
 from egopatch.features import Fingerprint, PatchTokens, ShardOwned, Store, StoreError, StoreSpec, create_store
 from egopatch.features.io import file_lease as lease
 
@@ -28,12 +27,13 @@ BATCH = 2
 
 
 class Encoder(nn.Module):
-    """Gives each clip tokens of its first pixel; remembers the shapes that it saw."""
+    """Gives each clip tokens of its first pixel, and those in `not_finite` NaN in an array; remembers the shapes."""
 
     steps = 2
 
-    def __init__(self) -> None:
+    def __init__(self, not_finite: Mapping[str, str] = MappingProxyType({})) -> None:
         super().__init__()
+        self.not_finite = {IDS.index(name): array for name, array in not_finite.items()}
         self.weight = nn.Parameter(torch.ones(()))
         self.shapes: list[tuple[int, ...]] = []
 
@@ -44,11 +44,15 @@ class Encoder(nn.Module):
         self.shapes.append(tuple(frames.shape))
         mark = frames[:, 0, 0, 0, 0]
         rows = len(mark)
-        return PatchTokens(
-            cls=mark[:, None].expand(rows, 2),
-            patches=mark[:, None, None, None].expand(rows, 2, 1, 2),
-            saliency=torch.zeros(rows, 2, 1),
-        )
+        tokens = {
+            "cls": mark[:, None].repeat(1, 2),
+            "patches": mark[:, None, None, None].repeat(1, 2, 1, 2),
+            "saliency": torch.zeros(rows, 2, 1),
+        }
+        for row, number in enumerate(mark.int().tolist()):
+            if number in self.not_finite:
+                tokens[self.not_finite[number]][row] = torch.nan
+        return PatchTokens(**tokens)
 
 
 class Decoders:
@@ -142,27 +146,51 @@ def test_one_bad_clip_too_many_stops_the_job(store: Store, run: Callable[..., Jo
 def test_a_slow_disk_is_overlapped_and_then_waited_for(
     store: Store, run: Callable[..., JobStats], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk, write = threading.Event(), store.write_shard
+    disk, waits, write, wait = threading.Event(), threading.Event(), store.write_shard, ShardWriter.wait
 
     def slow(*args: object) -> None:
-        disk.wait(30)
+        assert disk.wait(60)
         write(*args)  # type: ignore[arg-type]
 
+    def waiting(writer: ShardWriter) -> None:
+        if writer._writing:
+            waits.set()  # from here on the job's thread does nothing until the disk is free
+        wait(writer)
+
     monkeypatch.setattr(store, "write_shard", slow)
+    monkeypatch.setattr(ShardWriter, "wait", waiting)
     encoder, decoders = Encoder(), Decoders()
     job = threading.Thread(target=run, args=(encoder, decoders))
     job.start()
-    deadline = time.monotonic() + 20
-    while len(encoder.shapes) < 3 * BATCH and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.2)
-    # Shard 0 is being written, 1 waits for the disk and 2 has just been encoded: no further.
-    assert len(encoder.shapes) == 3 * BATCH
+    assert waits.wait(60)
+    # Shard 0 is being written, 1 waits for the disk and 2 has been decoded and given to the encoder: no further.
     assert len(decoders.decoded) == 3 * BATCH
     assert not store.clip_ids
     disk.set()
-    job.join(30)
+    job.join(60)
     assert store.clip_ids == IDS
+    assert len(encoder.shapes) == len(IDS)
+
+
+@pytest.mark.parametrize("array", ["cls", "patches", "saliency"])
+def test_a_clip_whose_tokens_are_not_finite_is_one_quarantined_clip(
+    store: Store, run: Callable[..., JobStats], array: str
+) -> None:
+    stats = run(Encoder({"clip3": array}), Decoders(frozenset({"clip6"})))
+    assert set(store.clip_ids) == set(IDS) - {"clip3", "clip6"}
+    assert store.quarantine.keys() == {"clip3", "clip6"}
+    assert store.quarantine["clip3"].reason.startswith(
+        f"{array} of its tokens holds NaN or infinity, as those of other"
+    )
+    assert (stats.committed, stats.quarantined) == (10, 2)
+
+
+def test_where_no_clip_is_finite_the_encoder_is_at_fault(store: Store, run: Callable[..., JobStats]) -> None:
+    with pytest.raises(StoreError, match=r"all 2 clips of shard 0 of .* so the encoder or its arithmetic is at fault"):
+        run(Encoder(dict.fromkeys(IDS, "patches")), Decoders())
+    store.catalog.refresh()
+    assert not store.clip_ids
+    assert not store.quarantine
 
 
 def test_decoding_is_asked_to_be_a_batch_ahead(run: Callable[..., JobStats]) -> None:
