@@ -19,7 +19,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import av
-import decord
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +27,8 @@ sys.path.insert(0, str(ROOT))  # runs without being installed
 from benchmarks.encoder import stamp  # noqa: E402
 from egopatch.configs.schema import VideoConfig  # noqa: E402
 from egopatch.extract.datasets import Clip  # noqa: E402
-from egopatch.extract.video import container, frames  # noqa: E402
+from egopatch.extract.video import frames  # noqa: E402
+from egopatch.extract.video.files import container  # noqa: E402
 
 Reader = Callable[[Path], list[np.ndarray]]
 
@@ -83,6 +83,8 @@ def needed(path: Path) -> list[np.ndarray]:
 
 def decord_alone(path: Path) -> list[np.ndarray]:
     """decord as it is used elsewhere, without an index and trusted in everything."""
+    import decord
+
     reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
     return list(reader.get_batch(frames.uniform_indices(len(reader), VideoConfig().frames)).asnumpy())
 
@@ -134,7 +136,7 @@ def main() -> int:
     result = {
         "kinds": kinds,
         "rounds": options.rounds,
-        "machine": stamp() | {"av": version("av"), "decord": decord.__version__},
+        "machine": stamp() | {"av": version("av"), "decord2": version("decord2")},
     }
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")

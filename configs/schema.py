@@ -61,7 +61,8 @@ class VideoConfig:
         sampling: `uniform` takes the middle frame of T equal spans (the published evaluation rule).
         short: Clips with fewer than T frames repeat their nearest frames, are filled up with zeros, or are quarantined.
         decoder: `pyav`, or `decord`, whose frames are compared with PyAV's: a clip takes the time of both, and is
-            quarantined where they differ. The values are the same, so a store may have clips of either.
+            quarantined where they differ. The values are the same, so a store may have clips of either. `nvdec` decodes
+            on the GPU, for large videos, and is part of the fingerprint.
         timeout_s: Seconds of decoding after which a decoder process is killed and its clip quarantined. Reading a long
             file through, once for all its clips, may take longer: a second more for every 4 MB.
         memory_gb: Memory growth in GB at which a decoder process is killed and its clip quarantined.
@@ -71,7 +72,7 @@ class VideoConfig:
     size: int = 224
     sampling: Literal["uniform"] = "uniform"
     short: Literal["repeat", "zeros", "quarantine"] = "repeat"
-    decoder: Literal["pyav", "decord"] = "pyav"
+    decoder: Literal["pyav", "decord", "nvdec"] = "pyav"
     timeout_s: float = 60.0
     memory_gb: float = 4.0
 

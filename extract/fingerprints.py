@@ -27,7 +27,7 @@ def video_fingerprint(
             **encoder.identity,
             "transform": transform.name,
             "stored_dtype": config.store.dtype,
-            "decoder": f"pyav {version('av')}",
+            "decoder": f"{'nvdec, ' if config.video.decoder == 'nvdec' else ''}pyav {version('av')}",
         }
     )
 

@@ -10,6 +10,7 @@ from PIL import Image
 from egopatch.configs.schema import ConfigParser, VideoConfig
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.pool import DecodePool, UndecodedClip
+from egopatch.extract.video.files.nvdec import require_gpu_decoder
 from egopatch.extract.video.frames import DecodedClip, read_frames
 
 
@@ -33,6 +34,8 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         clip = Clip(options.file.name, options.file, options.start, options.end)
     except ValueError as error:
         parser.error(str(error))
+    if video.decoder == "nvdec":
+        require_gpu_decoder()
     with DecodePool(video, 1, read_frames) as pool:
         (decoded,) = pool.map([clip])
     if isinstance(decoded, UndecodedClip):

@@ -7,9 +7,9 @@ from numpy.typing import NDArray
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
-from egopatch.extract.video.container import UnclearPackets, VideoFile, open_video
-from egopatch.extract.video.decord_frames import decord_pixels
-from egopatch.extract.video.index import FrameIndex, VideoError
+from egopatch.extract.video.files.container import UnclearPackets, VideoFile, open_video
+from egopatch.extract.video.files.decord import decord_pixels
+from egopatch.extract.video.files.index import FrameIndex, VideoError
 from egopatch.extract.video.once import OncePerVideo
 
 # A frame rate is constant if its gaps differ by less than this share of a frame; containers round timestamps.
@@ -78,7 +78,7 @@ def read_frames(clip: Clip, video: VideoConfig, once: OncePerVideo | None = None
         VideoError: The file is missing, unreadable, empty, not a video, damaged or truncated within the clip, has no
             frame there, or has fewer than `video.frames` and `video.short` is `quarantine`.
     """
-    with open_video(clip.video, once) as file:
+    with open_video(clip.video, once, on_gpu=video.decoder == "nvdec") as file:
         try:
             return _read(clip, video, file)
         except UnclearPackets:

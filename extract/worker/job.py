@@ -23,6 +23,7 @@ from egopatch.extract.feed.clips import PreparedClip
 from egopatch.extract.feed.decoders import open_decoders
 from egopatch.extract.feed.pool import DecodePool
 from egopatch.extract.fingerprints import video_fingerprint
+from egopatch.extract.video.files.nvdec import require_gpu_decoder
 from egopatch.extract.video.transforms import Transform
 from egopatch.extract.worker.batch_encoder import BatchEncoder
 from egopatch.extract.worker.device import device_of
@@ -107,6 +108,8 @@ def resolve_job(config: Config, device: str | None = None, network: Network | No
     # The cheap look-ups come first: a misspelled name is reported before any file is read.
     network = network or find_network(config.encoder.arch)
     torch_device = device_of(device or config.encoder.device)
+    if config.video.decoder == "nvdec":
+        require_gpu_decoder()
     checkpoint = open_checkpoint(network, config.encoder.checkpoint)
     encoder = load_video_encoder(
         network,

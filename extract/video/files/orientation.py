@@ -7,7 +7,8 @@ import av.filter
 import numpy as np
 from numpy.typing import NDArray
 
-from egopatch.extract.video.index import VideoError
+from egopatch.extract.video.files.index import VideoError
+from egopatch.extract.video.files.nvdec import downloaded
 
 
 def upright(path: Path, frame: "av.VideoFrame") -> NDArray[np.uint8]:
@@ -16,7 +17,7 @@ def upright(path: Path, frame: "av.VideoFrame") -> NDArray[np.uint8]:
     Raises:
         VideoError: The display matrix turns the frame by an angle that is no multiple of 90 degrees.
     """
-    pixels = frame.to_ndarray(format="rgb24", threads=1)
+    pixels = downloaded(frame).to_ndarray(format="rgb24", threads=1)
     matrix = _display_matrix(frame)
     if matrix is None:
         return pixels

@@ -23,7 +23,7 @@ import numpy as np
 from av.stream import Disposition
 from numpy.typing import NDArray
 
-from egopatch.extract.video.index import (
+from egopatch.extract.video.files.index import (
     FrameIndex,
     LogLine,
     VideoError,
@@ -33,9 +33,10 @@ from egopatch.extract.video.index import (
     index_of_packets,
     pts_of,
 )
+from egopatch.extract.video.files.nvdec import accelerator
+from egopatch.extract.video.files.orientation import upright
 from egopatch.extract.video.limits import reading_through
 from egopatch.extract.video.once import FileVersion, OncePerVideo, version_of
-from egopatch.extract.video.orientation import upright
 
 KEPT_BYTES = 32 * 2**20  # smaller files are read once, for the index and for the decoder
 NOT_THE_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
@@ -68,8 +69,10 @@ class VideoFile:
         logged: Sequence[LogLine],
         version: FileVersion,
         once: OncePerVideo,
+        on_gpu: bool,
     ) -> None:
         self.path = path
+        self._on_gpu = on_gpu
         self._container = container
         self._stream = _film(path, container)
         self._logged = logged
@@ -95,6 +98,8 @@ class VideoFile:
         """
         for row in rows[self.index.damaged[rows]].tolist():
             raise self._damaged(row)
+        if self._on_gpu:
+            self._require_gpu_decoding()
         found: dict[int, NDArray[np.uint8]] = {}
         missing = np.unique(rows)
         while len(missing):
@@ -119,7 +124,7 @@ class VideoFile:
             if again == stop and stop.is_damaged:
                 raise self._damaged(stop.row)
             stop, back = again, 2 * back + 1
-        with _opened(self.path) as container:
+        with _opened(self.path, self._on_gpu) as container:
             packets = container.demux(_film(self.path, container))
             last = self._decode(packets, 0, rows, found)
         if last is None:
@@ -263,6 +268,24 @@ class VideoFile:
                 row += 1
         return _Stop(int(rows[0]) if row is None else row, is_damaged=False)
 
+    def _require_gpu_decoding(self) -> None:
+        """Decode the first key frame: a unit that does not know a codec or a format refuses every frame of it."""
+        codec = self._stream.codec_context
+        if self.index.sums is not None:
+            raise self._not_on_gpu("its packets are not one frame each")
+        if not codec.is_hwaccel:
+            raise self._not_on_gpu(f"FFmpeg has no decoder for {codec.name} that uses it")
+        pts, dts, row = self.index.keys[0].tolist()
+        for _, packet in self._needed(self._packets_from(pts, dts), np.array([row])):
+            frames = decode(packet)
+            if frames:
+                return
+        profile = f" {codec.profile}" if codec.profile else ""
+        raise self._not_on_gpu(f"the GPU does not decode {codec.name}{profile} of {codec.width}x{codec.height}")
+
+    def _not_on_gpu(self, cause: str) -> VideoError:
+        return VideoError(f"video {self.path} cannot be decoded by nvdec: {cause}; take video.decoder pyav for it")
+
     def _damaged(self, row: int) -> VideoError:
         index = self.index
         reason = "that frame is damaged or has a wrong time"
@@ -298,12 +321,13 @@ class VideoFile:
 
 
 @contextmanager
-def open_video(path: Path, once: OncePerVideo | None = None) -> Iterator[VideoFile]:
+def open_video(path: Path, once: OncePerVideo | None = None, on_gpu: bool = False) -> Iterator[VideoFile]:
     """Open `path` while the block runs. FFmpeg's errors in the block become `VideoError` too.
 
     Args:
         path: Path of the video.
         once: Remembers the video's index.
+        on_gpu: Whether a GPU decodes; see `extract.video.files.nvdec`.
 
     Raises:
         VideoError: The file is missing, unreadable or empty, or has no frame that can be decoded.
@@ -316,8 +340,8 @@ def open_video(path: Path, once: OncePerVideo | None = None) -> Iterator[VideoFi
     av.logging.set_level(av.logging.ERROR)  # otherwise nothing is logged
     av.logging.set_skip_repeated(False)  # otherwise a second damaged file logs nothing
     try:
-        with av.logging.Capture() as logged, _opened(path) as container:
-            yield VideoFile(path, container, logged, version, once or OncePerVideo())
+        with av.logging.Capture() as logged, _opened(path, on_gpu) as container:
+            yield VideoFile(path, container, logged, version, once or OncePerVideo(), on_gpu)
     except av.error.MemoryError as error:
         raise MemoryError(error.strerror) from error
     except av.FFmpegError as error:
@@ -328,10 +352,11 @@ def open_video(path: Path, once: OncePerVideo | None = None) -> Iterator[VideoFi
         av.logging.set_skip_repeated(terse)
 
 
-def _opened(path: Path) -> "av.container.InputContainer":
+def _opened(path: Path, on_gpu: bool = False) -> "av.container.InputContainer":
     # `file:`, because FFmpeg takes what precedes a colon for a protocol. Titles and the like, which may be in any
     # encoding, are not used.
-    return av.open(f"file:{path.absolute()}", metadata_errors="replace")
+    hwaccel = accelerator() if on_gpu else None
+    return av.open(f"file:{path.absolute()}", metadata_errors="replace", hwaccel=hwaccel)
 
 
 def _film(path: Path, container: "av.container.InputContainer") -> "av.VideoStream":
