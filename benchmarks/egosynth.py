@@ -7,7 +7,7 @@ A set is rendered and encoded once, then every system trains with every seed, by
 has. What is finished is not done again, so that the same command goes on after any interruption. Intervals are over
 seeds and clips, comparisons are paired by question (train/scores/statistics.py). Checkpoints are chosen on
 val; nothing is chosen on test. Writes benchmarks/results/egosynth.json or egosynth_hard.json, for the ratios a picture
-beside it, and prints the tables of docs/egosynth.md.
+beside it, and the tables and findings of docs/egosynth.md between its markers.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from egopatch.configs.schema import Config, ConfigParser, add_config_arguments, parse_config
@@ -34,6 +35,7 @@ from egopatch.train.scores.statistics import compare
 from egopatch.train.sweeps.sweep import run_sweep
 
 RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parents[1] / "docs" / "egosynth.md"
 SPLITS = ("direct", "indirect")
 NUMBERS = ("open", "binary", "all")
 RATIOS = (0.1, 0.25, 0.5, 1.0)
@@ -49,12 +51,15 @@ class System:
     options: tuple[str, ...]
 
 
+# Found by `--parts search`, with the same budget as psa.
+ATTENTION = ("--train.lr", "5e-4")
 SYSTEMS = {
     "majority": System("lite", ("--head.name", "majority")),
     "question-only": System("lite", ("--head.name", "question-only")),
     "egovlp": System("egovlp", ()),
     "egovlpv2": System("egovlpv2", ("--head.name", "egovlpv2", "--train.epochs", "6")),
     "pooled (lite)": System("lite", ("--head.name", "pooled")),
+    "attention (lite)": System("lite", ("--head.name", "attention", *ATTENTION)),
     "psa": System("egovlpv2", ()),
     REFERENCE: System("lite", ()),
 }
@@ -160,8 +165,30 @@ class Bench:
             right.append([[same_lower_cased(q, answers[q.question_id]) for q in questions] for answers in said])
         result = compare(*right, [question.clip_id for question in questions])
         difference = result.difference
-        found = {"difference": difference.mean, "low": difference.low, "high": difference.high, "p": result.p}
+        found: dict[str, Any] = {
+            "difference": difference.mean,
+            "low": difference.low,
+            "high": difference.high,
+            "p": result.p,
+        }
         return {**rounded(found), "verdict": result.verdict}
+
+    def training(self, point: Mapping[str, Any]) -> dict[str, Any]:
+        """Over the seeds of a point: the percentage of answers of the wrong form, the median of the steps until val
+        reached 95% of its best, and the seconds a step, with all seeds of a stack together.
+        """
+        folders = [self.root / "sweeps" / point["name"] / member["dir"] for member in point["members"]]
+        tests = [json.loads((folder / "test.json").read_text()) for folder in folders]
+        logs = [json.loads(line) for folder in folders for line in (folder / "log.jsonl").read_text().splitlines()]
+        reached = [event for event in logs if event["event"] == "converged"]
+        wrong = float(np.mean([100 * test["wrong_form"] / test["all"]["n"] for test in tests]))
+        found = {"wrong_form": round(wrong, 2)}
+        if reached and reached[0]["steps"]:
+            found["steps_to_95"] = float(np.median([event["steps"] for event in reached]))
+            found["seconds_a_step"] = round(
+                float(np.median([event["seconds"] / event["steps"] for event in reached])), 4
+            )
+        return found
 
 
 def command(*words: str) -> None:
@@ -226,6 +253,7 @@ def gather(bench: Bench) -> dict[str, Any]:
         for label, system in SYSTEMS.items():
             if point := bench.found(f"{split}-{slug(label)}"):
                 row = {"split": split, "system": label, "encoder": ENCODERS[system.encoder], **numbers(point)}
+                row |= bench.training(point)
                 if whole and label != REFERENCE:
                     row["psa_lite_above"] = bench.against(whole, point, split)
                 table.append(row)
@@ -263,21 +291,74 @@ def interval(number: Mapping[str, float]) -> str:
     return f"{number['mean']:.1f} [{number['low']:.1f}, {number['high']:.1f}]"
 
 
+def findings(found: Mapping[str, Any]) -> list[str]:
+    """What the intervals say, in sentences; nothing else about differences is said in docs/egosynth.md."""
+    lines = []
+    for split in SPLITS:
+        rows = [row for row in found["table"] if row["split"] == split]
+        compared = {row["system"]: row["psa_lite_above"]["verdict"] for row in rows if "psa_lite_above" in row}
+        if compared:
+            lines.append(f"- **{split.capitalize()}, systems.** " + sentence(REFERENCE, compared))
+        majority = next((row for row in rows if row["system"] == "majority"), None)
+        for row in rows if majority else ():
+            below = [part for part in NUMBERS if row[part]["high"] < majority[part]["mean"]]
+            if below:
+                lines.append(f"- **{split.capitalize()}.** {row['system']} is below majority on {listed(below)}.")
+        parts = {row["part"]: row["against_whole"]["verdict"] for row in found["ablation"] if row["split"] == split}
+        if parts:
+            opposite = {"above": "below", "below": "above"}
+            whole = {part: opposite.get(verdict, verdict) for part, verdict in parts.items()}
+            lines.append(f"- **{split.capitalize()}, parts.** " + sentence("The whole", whole))
+    return lines
+
+
+def sentence(subject: str, verdicts: Mapping[str, str]) -> str:
+    """`SUBJECT is above A and B; it cannot be told apart from C.`"""
+    said = {"above": "is above", "below": "is below", "cannot be told apart": "cannot be told apart from"}
+    clauses = []
+    for verdict, verb in said.items():
+        names = [name for name, found in verdicts.items() if found == verdict]
+        if names:
+            clauses.append(f"{'it' if clauses else subject} {verb} {listed(names)}")
+    return "; ".join(clauses) + "."
+
+
+def listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def markers(name: str) -> tuple[str, str]:
+    """The first and the last line of a set's part of docs/egosynth.md."""
+    return f"<!-- results of the {name} set, by benchmarks/egosynth.py -->", f"<!-- end of the {name} set -->"
+
+
+def write_docs(name: str, found: Mapping[str, Any], path: Path = DOCS) -> None:
+    """Replace the tables and findings of a set in the docs, if it has a part there."""
+    text, (first, last) = path.read_text(encoding="utf-8"), markers(name)
+    if first in text:
+        before, rest = text.split(first)
+        path.write_text(f"{before}{first}\n{markdown(found)}\n\n{last}{rest.split(last)[1]}", encoding="utf-8")
+
+
 def markdown(found: Mapping[str, Any]) -> str:
-    """The tables of docs/egosynth.md."""
+    """The tables and findings of docs/egosynth.md."""
     lines = []
     for split in SPLITS:
         rows = [row for row in found["table"] if row["split"] == split]
         if rows:
             lines += [
                 "",
-                f"| {split}: system | open | binary | all | psa (lite) is above by |",
-                "|:--|--:|--:|--:|--:|",
+                f"| {split}: system | open | binary | all | psa (lite) is above by | wrong form | steps to 95% | "
+                "ms a step |",
+                "|:--|--:|--:|--:|--:|--:|--:|--:|",
             ]
         for row in rows:
             above = row.get("psa_lite_above")
             text = "" if above is None else f"{above['difference']:+.1f} [{above['low']:+.1f}, {above['high']:+.1f}]"
-            lines.append(f"| {row['system']} | {' | '.join(interval(row[part]) for part in NUMBERS)} | {text} |")
+            cells = [*(interval(row[part]) for part in NUMBERS), text, f"{row['wrong_form']:.1f}%"]
+            learned = "steps_to_95" in row
+            cells += [f"{row['steps_to_95']:.0f}", f"{1000 * row['seconds_a_step']:.0f}"] if learned else ["", ""]
+            lines.append(f"| {row['system']} | {' | '.join(cells)} |")
     for split in SPLITS:
         rows = [row for row in found["ablation"] if row["split"] == split]
         if rows:
@@ -300,7 +381,7 @@ def markdown(found: Mapping[str, Any]) -> str:
             options = list(rows[0]["setting"])
             lines += ["", f"| {split}: " + " | ".join(options) + " | val |", "|" + "--:|" * (len(options) + 1)]
         lines += [f"| {' | '.join(map(str, row['setting'].values()))} | {row['val']:.1f} |" for row in rows]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *findings(found)]).strip()
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -328,6 +409,7 @@ def main(args: Sequence[str] | None = None) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(bench, RESULTS / f"{name}_ratios.png", found["table"])
+    write_docs(options.set, found)
     print(markdown(found))
 
 

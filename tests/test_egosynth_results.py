@@ -1,0 +1,73 @@
+"""docs/egosynth.md says what the results say: its tables and its sentences about differences are the script's own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import egosynth as bench
+
+
+def row(system: str, mean: float, verdict: str | None) -> dict[str, Any]:
+    number = {"mean": mean, "low": mean - 3, "high": mean + 3, "n": 100}
+    found: dict[str, Any] = {"split": "direct", "system": system, "open": number, "binary": number, "all": number}
+    if verdict:
+        found["psa_lite_above"] = {"difference": 60 - mean, "low": 1.0, "high": 9.0, "p": 0.01, "verdict": verdict}
+    return found | {"wrong_form": 1.5}
+
+
+def found() -> dict[str, Any]:
+    table = [
+        row("majority", 20, "above"),
+        row("egovlp", 10, "above"),
+        row("pooled (lite)", 58, "cannot be told apart"),
+        row("attention (lite)", 80, "below"),
+        row("psa (lite)", 60, None),
+    ]
+    return {"table": table, "ablation": [], "ratios": [], "search": []}
+
+
+def test_sentences_follow_the_verdicts() -> None:
+    assert bench.findings(found()) == [
+        "- **Direct, systems.** psa (lite) is above majority and egovlp; it is below attention (lite); it cannot be "
+        "told apart from pooled (lite).",
+        "- **Direct.** egovlp is below majority on open, binary and all.",
+    ]
+
+
+def test_the_whole_is_below_what_is_above_it() -> None:
+    parts = {"two frames": "below", "dropout 0": "above", "without times": "cannot be told apart"}
+    number = {"mean": 50, "low": 40, "high": 60}
+    ablation = [
+        {"split": "direct", "part": part, "all": number, "against_whole": {"verdict": verdict}}
+        for part, verdict in parts.items()
+    ]
+    assert bench.findings({"table": [], "ablation": ablation}) == [
+        "- **Direct, parts.** The whole is above two frames; it is below dropout 0; it cannot be told apart from "
+        "without times."
+    ]
+
+
+def test_only_the_part_of_the_set_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "egosynth.md"
+    first, last = bench.markers("hard")
+    path.write_text(f"before\n\n{first}\nearlier results\n{last}\n\nafter\n")
+    bench.write_docs("hard", found(), path)
+    bench.write_docs("demo", found(), path)
+    text = path.read_text()
+    assert text.startswith(f"before\n\n{first}\n")
+    assert text.endswith(f"{last}\n\nafter\n")
+    assert "| direct: system |" in text
+    assert "earlier results" not in text
+
+
+@pytest.mark.parametrize("name", ["demo", "hard"])
+def test_the_docs_are_those_of_the_results(name: str) -> None:
+    text = bench.DOCS.read_text()
+    first, last = bench.markers(name)
+    if first not in text:
+        pytest.skip(f"docs/egosynth.md has no part of the {name} set")
+    file = bench.RESULTS / ("egosynth.json" if name == "demo" else f"egosynth_{name}.json")
+    written = text.split(first)[1].split(last)[0].strip()
+    assert written == bench.markdown(json.loads(file.read_text()))
