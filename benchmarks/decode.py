@@ -27,8 +27,7 @@ sys.path.insert(0, str(ROOT))  # runs without being installed
 from benchmarks.encoder import stamp  # noqa: E402
 from egopatch.configs.schema import VideoConfig  # noqa: E402
 from egopatch.extract.datasets import Clip  # noqa: E402
-from egopatch.extract.video import frames  # noqa: E402
-from egopatch.extract.video.files import container  # noqa: E402
+from egopatch.extract.video import container, frames  # noqa: E402
 
 Reader = Callable[[Path], list[np.ndarray]]
 

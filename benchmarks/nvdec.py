@@ -30,8 +30,8 @@ from benchmarks.decode import KINDS, Kind, write_video  # noqa: E402
 from benchmarks.encoder import stamp  # noqa: E402
 from egopatch.configs.schema import ConfigError, VideoConfig  # noqa: E402
 from egopatch.extract.datasets import Clip  # noqa: E402
-from egopatch.extract.video.files.nvdec import require_gpu_decoder  # noqa: E402
 from egopatch.extract.video.frames import VideoError, read_frames  # noqa: E402
+from egopatch.extract.video.nvdec import require_gpu_decoder  # noqa: E402
 from egopatch.extract.video.once import OncePerVideo  # noqa: E402
 
 ALL_KINDS = {**KINDS, "full hd": Kind(1920, 1080, 10)}

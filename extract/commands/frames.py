@@ -10,8 +10,8 @@ from PIL import Image
 from egopatch.configs.schema import ConfigParser, VideoConfig
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.pool import DecodePool, UndecodedClip
-from egopatch.extract.video.files.nvdec import require_gpu_decoder
 from egopatch.extract.video.frames import DecodedClip, read_frames
+from egopatch.extract.video.nvdec import require_gpu_decoder
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:

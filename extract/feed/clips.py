@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
-from egopatch.extract.video.files.index import VideoError
 from egopatch.extract.video.frames import DecodedClip, read_frames
+from egopatch.extract.video.index import VideoError
 from egopatch.extract.video.limits import reading_through
 from egopatch.extract.video.once import FileVersion, OncePerVideo, version_of
 from egopatch.extract.video.transforms import Window

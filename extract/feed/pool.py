@@ -31,7 +31,7 @@ from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.clips import LeftClip, PreparedClip
 from egopatch.extract.feed.ring import Ring
-from egopatch.extract.video.files.index import VideoError
+from egopatch.extract.video.index import VideoError
 from egopatch.extract.video.limits import OUT_OF_MEMORY, OUT_OF_TIME, limits, prepare_child
 from egopatch.extract.video.once import OncePerVideo
 from egopatch.features.common.disk import require_semaphores

@@ -7,9 +7,9 @@ from numpy.typing import NDArray
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
-from egopatch.extract.video.files.container import UnclearPackets, VideoFile, open_video
-from egopatch.extract.video.files.decord import decord_pixels
-from egopatch.extract.video.files.index import FrameIndex, VideoError
+from egopatch.extract.video.container import UnclearPackets, VideoFile, open_video
+from egopatch.extract.video.decord_frames import decord_pixels
+from egopatch.extract.video.index import FrameIndex, VideoError
 from egopatch.extract.video.once import OncePerVideo
 
 # A frame rate is constant if its gaps differ by less than this share of a frame; containers round timestamps.

@@ -23,7 +23,7 @@ from egopatch.extract.feed.clips import PreparedClip
 from egopatch.extract.feed.decoders import open_decoders
 from egopatch.extract.feed.pool import DecodePool
 from egopatch.extract.fingerprints import video_fingerprint
-from egopatch.extract.video.files.nvdec import require_gpu_decoder
+from egopatch.extract.video.nvdec import require_gpu_decoder
 from egopatch.extract.video.transforms import Transform
 from egopatch.extract.worker.batch_encoder import BatchEncoder
 from egopatch.extract.worker.device import device_of

@@ -14,7 +14,7 @@ from egopatch.extract.feed import clips as feed_clips
 from egopatch.extract.feed.clips import PreparedClip
 from egopatch.extract.feed.on_host import prepare_clip
 from egopatch.extract.feed.pool import DecodePool, UndecodedClip
-from egopatch.extract.video.files.container import VideoError
+from egopatch.extract.video.container import VideoError
 from egopatch.extract.video.once import OncePerVideo
 from tests.extract.video.videos import write_video
 

@@ -6,7 +6,7 @@ import pytest
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
-from egopatch.extract.video.files.container import VideoFile
+from egopatch.extract.video.container import VideoFile
 from egopatch.extract.video.frames import VideoError, read_frames, uniform_by_time, uniform_indices
 from egopatch.extract.video.once import OncePerVideo
 from tests.extract.video.videos import B_FRAMES, frame_numbers, write_video

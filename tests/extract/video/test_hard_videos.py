@@ -11,7 +11,7 @@ import pytest
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
-from egopatch.extract.video.files.container import open_video
+from egopatch.extract.video.container import open_video
 from egopatch.extract.video.frames import DecodedClip, VideoError, read_frames, uniform_indices
 from tests.extract.video.videos import (
     B_FRAMES,

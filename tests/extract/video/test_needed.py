@@ -10,8 +10,8 @@ import pytest
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
-from egopatch.extract.video.files import container
-from egopatch.extract.video.files.container import VideoFile, open_video
+from egopatch.extract.video import container
+from egopatch.extract.video.container import VideoFile, open_video
 from egopatch.extract.video.frames import read_frames, uniform_indices
 from tests.extract.video.odd_videos import coded, full_decode, kept, moving, one_by_one, rewrite
 from tests.extract.video.videos import B_FRAMES, start_at, write_video

@@ -12,8 +12,8 @@ import pytest
 from egopatch.configs.schema import ConfigError, VideoConfig
 from egopatch.extract.__main__ import main
 from egopatch.extract.datasets import Clip
-from egopatch.extract.video.files import container, nvdec
-from egopatch.extract.video.files.container import open_video
+from egopatch.extract.video import container, nvdec
+from egopatch.extract.video.container import open_video
 from egopatch.extract.video.frames import VideoError, read_frames
 from egopatch.extract.worker.job import resolve_job
 from tests.extract.job import config_of

@@ -7,9 +7,9 @@ import pytest
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
-from egopatch.extract.video.files.container import VideoFile, open_video
-from egopatch.extract.video.files.index import VideoError
+from egopatch.extract.video.container import VideoFile, open_video
 from egopatch.extract.video.frames import read_frames
+from egopatch.extract.video.index import VideoError
 from egopatch.extract.video.once import OncePerVideo
 from tests.extract.video.odd_videos import ODD, REFUSED, full_decode, moving, without_ts_packet
 from tests.extract.video.videos import B_FRAMES, write_video

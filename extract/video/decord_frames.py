@@ -8,8 +8,8 @@ a clip is decoded by both, and a file on which they differ is refused. PyAV can 
 import numpy as np
 from numpy.typing import NDArray
 
-from egopatch.extract.video.files.container import VideoFile
-from egopatch.extract.video.files.index import VideoError
+from egopatch.extract.video.container import VideoFile
+from egopatch.extract.video.index import VideoError
 
 SAME_TIME_S = 2e-3  # decord counts in float32, some containers in milliseconds
 

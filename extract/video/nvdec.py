@@ -11,7 +11,7 @@ from av.codec import Codec
 from av.codec.hwaccel import HWAccel
 
 from egopatch.configs.schema import ConfigError
-from egopatch.extract.video.files.index import VideoError
+from egopatch.extract.video.index import VideoError
 
 # Formats in which the unit returns frames, and those in which the CPU decodes the same videos.
 AS_ON_CPU = {"nv12": "yuv420p", "p010le": "yuv420p10le"}

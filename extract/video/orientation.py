@@ -7,8 +7,8 @@ import av.filter
 import numpy as np
 from numpy.typing import NDArray
 
-from egopatch.extract.video.files.index import VideoError
-from egopatch.extract.video.files.nvdec import downloaded
+from egopatch.extract.video.index import VideoError
+from egopatch.extract.video.nvdec import downloaded
 
 
 def upright(path: Path, frame: "av.VideoFrame") -> NDArray[np.uint8]:

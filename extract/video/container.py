@@ -23,7 +23,7 @@ import numpy as np
 from av.stream import Disposition
 from numpy.typing import NDArray
 
-from egopatch.extract.video.files.index import (
+from egopatch.extract.video.index import (
     FrameIndex,
     LogLine,
     VideoError,
@@ -33,10 +33,10 @@ from egopatch.extract.video.files.index import (
     index_of_packets,
     pts_of,
 )
-from egopatch.extract.video.files.nvdec import accelerator
-from egopatch.extract.video.files.orientation import upright
 from egopatch.extract.video.limits import reading_through
+from egopatch.extract.video.nvdec import accelerator
 from egopatch.extract.video.once import FileVersion, OncePerVideo, version_of
+from egopatch.extract.video.orientation import upright
 
 KEPT_BYTES = 32 * 2**20  # smaller files are read once, for the index and for the decoder
 NOT_THE_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
@@ -327,7 +327,7 @@ def open_video(path: Path, once: OncePerVideo | None = None, on_gpu: bool = Fals
     Args:
         path: Path of the video.
         once: Remembers the video's index.
-        on_gpu: Whether a GPU decodes; see `extract.video.files.nvdec`.
+        on_gpu: Whether a GPU decodes; see `extract.video.nvdec`.
 
     Raises:
         VideoError: The file is missing, unreadable or empty, or has no frame that can be decoded.
