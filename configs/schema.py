@@ -89,7 +89,8 @@ class EncoderConfig:
 
     Args:
         arch: Network: egovlp, egovlpv2, mfas (published; they need a checkpoint), lite (weights from a package), hf (a
-            vision or video model of transformers), or one that a package or a call registers.
+            vision or video model of transformers), imported (a store of `features import`), or one that a package or a
+            call registers.
         checkpoint: File with the weights, in a published format or safetensors; `null` takes those of the package; for
             hf, the model's folder or its name on the hub.
         depth: Number of blocks before the tokens are taken; tokens of the last block have the final norm applied.

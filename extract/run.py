@@ -9,27 +9,30 @@ from dataclasses import dataclass
 
 import torch
 
-from egopatch.configs.schema import Config
+from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets import load_dataset
 from egopatch.extract.datasets.origins import OriginCheck, compare_origins
 from egopatch.extract.encoders import (
     Checkpoint,
+    Network,
     TextEncoder,
     Tokenizer,
+    find_network,
     load_text_encoder,
     load_tokenizer,
     open_text_checkpoint,
 )
+from egopatch.extract.encoders.networks import imported
 from egopatch.extract.engines.dispatch import encode_with_engine
 from egopatch.extract.engines.job_slice import ALL_SHARDS, Slice
 from egopatch.extract.engines.sharing import still_missing
 from egopatch.extract.fingerprints import text_depth, text_fingerprint
 from egopatch.extract.planning.plan import disk_refusal
-from egopatch.extract.worker.device import describe_machine
-from egopatch.extract.worker.job import ExtractionJob, resolve_job
+from egopatch.extract.worker.device import describe_machine, device_of
+from egopatch.extract.worker.job import resolve_job
 from egopatch.extract.worker.job_stats import JobStats, record_job
 from egopatch.extract.worker.shard_writer import ShardWriter
-from egopatch.features import ShardOwned, ShardWork, Store, StoreError, StoreSpec, create_store
+from egopatch.features import ShardOwned, ShardWork, Store, StoreError, StoreSpec, create_store, open_store
 from egopatch.features.common.machine import limit_threads
 from egopatch.features.common.progress import ProgressDisplay
 from egopatch.features.state.counts import read_ledger
@@ -88,6 +91,8 @@ def extract_features(
         WorkersKilled: Workers were killed after every restart; committed shards stay.
     """
     limit_threads()
+    if config.encoder.arch == imported.NETWORK.name:
+        return _encode_questions_of_imported(config, job_slice, wait)
     job = resolve_job(config)
     dataset = load_dataset(config.data)
     root = config.data.root
@@ -95,9 +100,10 @@ def extract_features(
         # Before the store gets rows for the new clips of what may be another data set.
         _refuse_stale(config, compare_origins(dataset.clips, root, read_ledger(config.store.path).origins()))
     ids = [clip.clip_id for clip in dataset.clips]
-    network = _load_text_network(job)  # before the store is created: a wrong text.model leaves nothing behind
+    # Before the store is created: a wrong text.model leaves nothing behind.
+    network = _load_text_network(config, job.network, job.device, job.checkpoint)
     store = create_store(config.store.path, job.spec, job.fingerprint, ids, format=config.store.format)
-    texts = _create_text_store(job, network, dataset.texts)
+    texts = _create_text_store(network, dataset.texts)
     text_works = job_slice.of(texts.missing_shards())
     clips = {clip.clip_id: clip for clip in dataset.clips}
     stale = compare_origins(dataset.clips, root, store.origins()).stale if refresh else {}
@@ -110,7 +116,7 @@ def extract_features(
     if refusal := disk_refusal(config.store.path, job.spec, _count(works)):
         raise StoreError(refusal)
     for free in _until_done(texts, text_works, wait, "questions"):
-        _encode_texts(job, network, texts, free)
+        _encode_texts(network, texts, free)
     del network  # the device's memory is for clips from now on
     stats = JobStats()
     for free in _until_done(store, works, wait, "clips"):
@@ -171,38 +177,75 @@ def _wait_for_a_lease(store: Store, works: list[ShardWork], unit: str) -> list[S
         time.sleep(WAIT_POLL_S)
 
 
+def _encode_questions_of_imported(config: Config, job_slice: Slice, wait: bool) -> ExtractionResult:
+    """Encode the questions for a store of `python -m features import`, which must have all clips of the data set."""
+    dataset = load_dataset(config.data)
+    store = open_store(config.store.path)
+    if store.fingerprint.fields.get("origin") != "imported":
+        raise ConfigError(
+            f"encoder.arch is imported, but the store {store.path} was encoded; use its arch, or another store.path"
+        )
+    if missing := {clip.clip_id for clip in dataset.clips}.difference(store.clip_ids):
+        raise StoreError(
+            f"{len(missing)} of {len(dataset.clips)} clips are missing from the imported store {store.path}, such as "
+            f"{min(missing)!r}; import features of all clips"
+        )
+    device = device_of(config.encoder.device)
+    network = _load_text_network(config, find_network(config.encoder.arch), device, None)
+    texts = _create_text_store(network, dataset.texts)
+    works = job_slice.of(texts.missing_shards())
+    for free in _until_done(texts, works, wait, "questions"):
+        _encode_texts(network, texts, free)
+    texts.catalog.refresh()
+    return ExtractionResult(
+        stats=JobStats(),
+        clips=len(store.clip_ids),
+        planned=len(store.planned_ids),
+        quarantine={},
+        texts=len(texts.clip_ids),
+        errors={},
+        check=compare_origins((), config.data.root, {}),
+        clips_left=0,
+        texts_left=_count(still_missing(works, texts)),
+    )
+
+
 @dataclass(frozen=True)
 class _TextNetwork:
-    """The frozen text network on the job's device, with its checkpoint and tokenizer."""
+    """The frozen text network on its device, with its checkpoint and tokenizer."""
 
+    config: Config
+    network: Network
+    device: torch.device
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     encoder: TextEncoder
 
 
-def _load_text_network(job: ExtractionJob) -> _TextNetwork:
-    text = job.config.text
-    checkpoint = open_text_checkpoint(job.network, job.checkpoint, text.model)
-    tokenizer = load_tokenizer(text.model, text.max_length)
-    encoder = load_text_encoder(job.network, checkpoint, depth=text_depth(job.config)).to(job.device).eval()
-    return _TextNetwork(checkpoint, tokenizer, encoder)
+def _load_text_network(
+    config: Config, network: Network, device: torch.device, video: Checkpoint | None
+) -> _TextNetwork:
+    checkpoint = open_text_checkpoint(network, video, config.text.model)
+    tokenizer = load_tokenizer(config.text.model, config.text.max_length)
+    encoder = load_text_encoder(network, checkpoint, depth=text_depth(config)).to(device).eval()
+    return _TextNetwork(config, network, device, checkpoint, tokenizer, encoder)
 
 
-def _create_text_store(job: ExtractionJob, network: _TextNetwork, texts: Sequence[str]) -> Store:
+def _create_text_store(network: _TextNetwork, texts: Sequence[str]) -> Store:
     """The text substore, with a row for each of `texts`."""
-    config = job.config
+    config = network.config
     spec = StoreSpec.for_text(
         config.text.max_length, network.encoder.width, config.store.dtype, codec=config.store.codec
     )
-    fingerprint = text_fingerprint(config, job.network, network.checkpoint.sha256)
+    fingerprint = text_fingerprint(config, network.network, network.checkpoint.sha256)
     path = parse_location(config.store.path) / TEXT_FOLDER
     return create_store(path, spec, fingerprint, texts, format=config.store.format)
 
 
-def _encode_texts(job: ExtractionJob, network: _TextNetwork, store: Store, works: Sequence[ShardWork]) -> None:
+def _encode_texts(network: _TextNetwork, store: Store, works: Sequence[ShardWork]) -> None:
     """Encode question texts, except those in shards that other processes hold."""
-    dtype = getattr(torch, unscaled_dtype(job.config.store.dtype))
-    machine = describe_machine(job.device)
+    dtype = getattr(torch, unscaled_dtype(network.config.store.dtype))
+    machine = describe_machine(network.device)
     with (
         ProgressDisplay("questions", _count(works), "questions") as display,
         ShardWriter(store, max_errors=0) as writer,
@@ -211,7 +254,7 @@ def _encode_texts(job: ExtractionJob, network: _TextNetwork, store: Store, works
             rows: dict[str, dict[str, torch.Tensor]] = {}
             for start in range(0, len(uncommitted), TEXT_BATCH):
                 batch = uncommitted[start : start + TEXT_BATCH]
-                rows |= _encode_text_batch(network.encoder, network.tokenizer, batch, job.device, dtype)
+                rows |= _encode_text_batch(network.encoder, network.tokenizer, batch, network.device, dtype)
                 display.advance(len(batch))
             sources = {text: hashlib.sha256(text.encode()).hexdigest() for text in rows}
             writer.write(work, rows, sources, {}, {}, machine)

@@ -20,14 +20,22 @@ from egopatch.features.state.counts import machines_line
 from egopatch.features.storage.pick import storage_at
 from egopatch.features.store.store import Store, open_store
 from egopatch.features.store.text_substore import TEXT_FOLDER, network_differences, substores
+from egopatch.features.tools.compare import CLIPS, compare
 from egopatch.features.tools.convert import convert
 from egopatch.features.tools.derive import derive
+from egopatch.features.tools.export import export
+from egopatch.features.tools.feature_files import WRITERS
+from egopatch.features.tools.importing import import_features
 from egopatch.features.tools.repair import repair
 from egopatch.features.tools.sources import SourceReport, check_sources
 from egopatch.features.tools.verify import VerifyReport, verify
 from egopatch.features.values.errors import BadLocation, StoreError
 from egopatch.features.values.location import Location, parse_location
 from egopatch.features.values.spec import Codec, StoredDtype
+
+# Commands whose first place need not be a store: its name and help.
+FILES = "store, or features in files: a folder or an HDF5 file"
+PLACES = {"compare": ("A", FILES), "import": ("SOURCE", "folder or HDF5 file of features")}
 
 Result = dict[str, Any]
 Outcome = tuple[int, Result, str]  # exit code, the result as JSON values, the result as text
@@ -36,8 +44,8 @@ Outcome = tuple[int, Result, str]  # exit code, the result as JSON values, the r
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     options = _parser().parse_args(args)
-    if isinstance(options.store, Path) and not options.store.is_dir():
-        print(f"features: STORE is {str(options.store)!r}; expected the folder of a store", file=sys.stderr)
+    if fault := _missing(options):
+        print(f"features: {fault}", file=sys.stderr)
         return 2
     run, _ = COMMANDS[options.command]
     try:
@@ -61,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     added = {name: commands.add_parser(name, help=about, description=about) for name, (_, about) in COMMANDS.items()}
     for name, command in added.items():
-        command.add_argument("store", type=_location, metavar="STORE", help="folder or URL of the store")
+        metavar, help = PLACES.get(name, ("STORE", "folder or URL of the store"))
+        command.add_argument("store", type=_location, metavar=metavar, help=help)
         command.add_argument("--json", action="store_true", help="print the result as JSON")
         if name in ("convert", "derive"):
             command.add_argument(
@@ -79,9 +88,43 @@ def _parser() -> argparse.ArgumentParser:
             metavar="FOLDER",
             help=f"also hash the videos in the data set's folder (data.root), and {then} that have changed",
         )
+    added["compare"].add_argument("other", type=_location, metavar="B", help="likewise")
+    added["compare"].add_argument("--clips", type=_count, default=CLIPS, metavar="N", help="clips to compare at most")
+    added["export"].add_argument("--to", choices=list(WRITERS), required=True, help="kind of files")
+    added["export"].add_argument("--out", type=Path, metavar="FOLDER", help="by default beside STORE")
+    added["export"].add_argument("--pooled", action="store_true", help="the mean over the patches of each frame")
+    added["export"].add_argument("--by", choices=["clip", "video"], default="clip", help="what a file or key holds")
+    added["import"].add_argument("--to", type=_location, required=True, metavar="STORE", help="store to create")
+    added["import"].add_argument(
+        "--dtype", choices=["float16", "bfloat16", "float32"], default="float16", help="dtype of the patches on disk"
+    )
+    added["import"].add_argument("--grid", type=_grid, metavar="ROWSxCOLS", help="by default a square, where N is one")
+    added["import"].add_argument("--shard", type=_count, default=64, metavar="N", help="number of clips in a shard")
+    added["import"].add_argument("--format", choices=list(FORMATS), default="zarr", help="file format of the store")
     added["derive"].add_argument("--keep", type=_share, required=True, metavar="SHARE", help="share of patches to keep")
     added["derive"].add_argument("--by", choices=["saliency"], default="saliency", help="what ranks the patches")
     return parser
+
+
+def _missing(options: argparse.Namespace) -> str | None:
+    """What is wrong with the places that a command reads; None if nothing is."""
+    metavar, _ = PLACES.get(options.command, ("STORE", ""))
+    places = {metavar: options.store} | ({"B": options.other} if options.command == "compare" else {})
+    for name, place in places.items():
+        if not isinstance(place, Path):
+            continue
+        if options.command in PLACES and not place.exists():
+            return f"{name} is {str(place)!r}, which does not exist; expected a store or features in files"
+        if options.command not in PLACES and not place.is_dir():
+            return f"{name} is {str(place)!r}; expected the folder of a store"
+    return None
+
+
+def _grid(text: str) -> tuple[int, int]:
+    rows, _, cols = text.partition("x")
+    if not (rows.isdecimal() and cols.isdecimal() and int(rows) and int(cols)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no grid; expected rows and columns, such as 14x14")
+    return int(rows), int(cols)
 
 
 def _location(text: str) -> Location:
@@ -254,6 +297,43 @@ def _derive(options: argparse.Namespace) -> Outcome:
     return 0, _facts(store), _copied(store, options.store)
 
 
+def _compare(options: argparse.Namespace) -> Outcome:
+    with _progress("compare", "clips", options) as on_clips:
+        found = compare(options.store, options.other, options.clips, on_clips)
+    lines = [
+        found.verdict,
+        f"clips: {found.clips} compared of {found.common} common, {found.only_a} only in A, {found.only_b} only in B",
+        f"cosine {found.cosine:.6f}, relative error {found.error:.3g}",
+    ]
+    if found.times_differ_s is not None:
+        lines.append(f"times of frames differ by at most {found.times_differ_s:.3g} s")
+    lines += [
+        f"  {measure.name}: cosine {measure.cosine:.6f}, relative error {measure.error:.3g}"
+        for measure in (*found.worst_clips, *found.worst_tokens, *found.worst_channels)
+        if measure.error
+    ]
+    lines += [f"fingerprint: {line}" for line in found.fields]
+    return 0 if found.agree else 1, asdict(found), "\n".join(lines)
+
+
+def _export(options: argparse.Namespace) -> Outcome:
+    out = options.out or Path(f"{Path(str(options.store)).name}_{options.to}")
+    if options.out is None and isinstance(options.store, Path):
+        out = options.store.with_name(out.name)
+    with _progress("export", "clips", options) as on_clips:
+        clips = export(options.store, out, options.to, options.pooled, options.by == "video", on_clips)
+    return 0, {"out": str(out), "clips": clips}, f"{out}: {clips} clips as {options.to}, from {options.store}"
+
+
+def _import(options: argparse.Namespace) -> Outcome:
+    with _progress("import", "clips, read twice", options) as on_clips:
+        store = import_features(
+            options.store, options.to, options.dtype, options.grid, options.shard, options.format, on_clips
+        )
+    hint = "encoder.arch imported names such features: `python -m extract run --config CONFIG` encodes the questions"
+    return 0, _facts(store), f"{_copied(store, options.store)}\n{hint}"
+
+
 def _copied(store: Store, source: Location) -> str:
     lines = [f"{store.path}: {len(store.clip_ids)} clips, {format_bytes(store.nbytes)}, from {source}"]
     lines += [
@@ -280,6 +360,12 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Outcome], str]] = {
         _unlock,
         "remove the leases of machines that are gone for good; refuses those of running processes",
     ),
+    "compare": (
+        _compare,
+        "say whether two stores agree, or features in files; exits with 1 and the likely cause if not",
+    ),
+    "export": (_export, "write a store as files for other programs"),
+    "import": (_import, "make a store of features that another program wrote"),
     "derive": (_derive, "copy a store with only the highest-ranked patches of each frame"),
 }
 

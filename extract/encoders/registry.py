@@ -16,7 +16,7 @@ from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, Checkpo
 from egopatch.extract.encoders.layers.compiling import compile_encoder
 from egopatch.extract.encoders.layers.text_encoder import TextEncoder, Tokenizer
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
-from egopatch.extract.encoders.networks import egovlp, egovlpv2, hf, lite, mfas
+from egopatch.extract.encoders.networks import egovlp, egovlpv2, hf, imported, lite, mfas
 from egopatch.extract.encoders.networks.network import Network, SaliencyKind, Variant, VideoOptions, VideoPath
 from egopatch.extract.video.transforms import Transform
 
@@ -24,6 +24,7 @@ NETWORKS: dict[str, Network] = {
     "egovlp": egovlp.NETWORK,
     "egovlpv2": egovlpv2.NETWORK,
     "hf": hf.NETWORK,
+    "imported": imported.NETWORK,
     "lite": lite.NETWORK,
     "mfas": mfas.NETWORK,
 }
@@ -95,19 +96,22 @@ def open_checkpoint(arch: str | Network, path: Path | None) -> Checkpoint:
     return network.open_checkpoint(weights_path(network, path))
 
 
-def open_text_checkpoint(arch: str | Network, video: Checkpoint, model: str) -> Checkpoint:
+def open_text_checkpoint(arch: str | Network, video: Checkpoint | None, model: str) -> Checkpoint:
     """Read the weights of the text network that goes with `arch`.
 
     Args:
         arch: Name of the network, or what `find_network` returned for it.
-        video: Checkpoint of the video network, returned if it holds the text network too.
+        video: Checkpoint of the video network, returned if it holds the text network too; None if there is none.
         model: Value of `text.model`.
 
     Raises:
         CheckpointError, ConfigError: As for `open_checkpoint`.
     """
     network = _network_of(arch)
-    return video if network.text_weights is None else network.open_checkpoint(network.text_weights(model))
+    if network.text_weights is None:
+        assert video is not None
+        return video
+    return network.open_checkpoint(network.text_weights(model))
 
 
 def input_transform(arch: str | Network, path: Path | None, size: int) -> Transform:

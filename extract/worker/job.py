@@ -18,6 +18,7 @@ from egopatch.extract.encoders import (
     load_video_encoder,
     open_checkpoint,
 )
+from egopatch.extract.encoders.networks import imported
 from egopatch.extract.encoders.networks.network import Network
 from egopatch.extract.feed.clips import PreparedClip
 from egopatch.extract.feed.decoders import open_decoders
@@ -107,6 +108,8 @@ def resolve_job(config: Config, device: str | None = None, network: Network | No
     """
     # The cheap look-ups come first: a misspelled name is reported before any file is read.
     network = network or find_network(config.encoder.arch)
+    if network is imported.NETWORK:
+        imported.no_video()
     torch_device = device_of(device or config.encoder.device)
     if config.video.decoder == "nvdec":
         require_gpu_decoder()

@@ -68,7 +68,9 @@ def test_a_new_network_goes_all_the_way(
 
 def test_an_unknown_network_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--config", "configs/demo/lite.yaml", "--encoder.arch", "lyte"]) == 2
-    assert "encoder.arch is 'lyte'; expected one of egovlp, egovlpv2, hf, lite, mfas" in capsys.readouterr().err
+    assert (
+        "encoder.arch is 'lyte'; expected one of egovlp, egovlpv2, hf, imported, lite, mfas" in capsys.readouterr().err
+    )
     with pytest.raises(ConfigError, match=r"encoder\.arch is 'lyte'"):
         find_network("lyte")
 

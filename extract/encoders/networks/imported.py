@@ -1,0 +1,26 @@
+"""`encoder.arch: imported`: features that another program wrote, in a store of `python -m features import`.
+
+There is no video network. Questions are read by any text model of transformers, or the packaged sentence network, as
+with `hf`.
+"""
+
+from egopatch.configs.schema import ConfigError
+from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint
+from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
+from egopatch.extract.encoders.networks import hf
+from egopatch.extract.encoders.networks.network import Network, VideoOptions
+
+
+def no_video(checkpoint: Checkpoint | None = None, options: VideoOptions | None = None) -> VideoEncoder:
+    """Refuse to load a video network.
+
+    Raises:
+        ConfigError: Always.
+    """
+    raise ConfigError(
+        "encoder.arch is imported: the clips come from `python -m features import`, and no video network encodes more; "
+        "`python -m extract run` encodes the questions"
+    )
+
+
+NETWORK = Network("imported", no_video, hf.build_text, text_weights=hf.text_weights, open_checkpoint=hf.open_model)

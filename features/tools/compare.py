@@ -1,0 +1,358 @@
+"""Whether two sets of features agree, by how much they differ, and what probably makes them differ.
+
+Shape legend: C clips, T frames, N patches a frame, D channels.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from egopatch.features.store.store import Store, open_store
+from egopatch.features.tools.feature_files import find_clips
+from egopatch.features.tools.importing import as_patches
+from egopatch.features.values.errors import StoreError
+from egopatch.features.values.location import Location
+
+# Fields of a fingerprint by the cause that they name, the most telling first.
+CAUSES = {
+    "weights": ("arch", "variant", "path", "checkpoint", "package", "plugin", "model_type"),
+    "depth": ("depth",),
+    "frames": ("frames", "sampling", "short", "tubelet"),
+    "transform": ("transform", "size"),
+    "precision": ("compute_dtype", "compile", "stored_dtype", "converted_from"),
+}
+ADVICE = {
+    "weights": "another network, checkpoint or path through it",
+    "depth": "tokens of another block",
+    "frames": "other frames of the video",
+    "transform": "frames that are resized, cropped or normalised otherwise",
+    "precision": "rounding in another dtype",
+    "shift": "the clips are in another order",
+    "scale": "the same tokens, multiplied by a number",
+    "shape": "tokens of another shape",
+    "unknown": "other frames, transform, depth or weights; nothing tells which",
+}
+# Relative error up to which features agree: twice the rounding of float16 and of bfloat16.
+TOLERANCES = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-18, "float8_e4m3": 0.06, "int8": 0.03}
+# Relative errors that arithmetic in bfloat16 explains, through all blocks: where nothing is known, and at most.
+ROUNDING, MOST_ROUNDING = 0.03, 0.3
+CLIPS = 64
+RUN = 16  # clips that follow one another among those that are compared, so that a shift shows
+CLOSEST = 3  # tokens and channels that are named
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How close the vectors of A and B are.
+
+    Attributes:
+        name: The clip, the token (frame and patch) or the channel.
+        cosine: Of the two vectors.
+        error: Length of their difference, over the length of B's.
+    """
+
+    name: str
+    cosine: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How A and B compare.
+
+    Attributes:
+        agree: Whether they differ by no more than rounding to the coarser of their stored dtypes.
+        cause: What probably makes them differ, a key of `ADVICE`; None if all bits are equal.
+        verdict: One sentence.
+        clips: Number of clips that were compared.
+        common, only_a, only_b: Number of clips in both, in A alone and in B alone.
+        cosine, error: Over all clips, as in `Measure`.
+        worst_clips, worst_tokens, worst_channels: Those that differ most.
+        times_differ_s: Largest difference of the frames' times in seconds; None if A or B has no times.
+        fields: One line for each field of the fingerprints that differs.
+    """
+
+    agree: bool
+    cause: str | None
+    verdict: str
+    clips: int
+    common: int
+    only_a: int
+    only_b: int
+    cosine: float
+    error: float
+    worst_clips: tuple[Measure, ...]
+    worst_tokens: tuple[Measure, ...]
+    worst_channels: tuple[Measure, ...]
+    times_differ_s: float | None
+    fields: tuple[str, ...]
+
+
+class Side:
+    """One of the two: a store, or features in files of another program.
+
+    Attributes:
+        ids: Ids of the clips, in order.
+        dtype: Name of the dtype that the patches are stored in.
+        fingerprint: Fields of the store's fingerprint; empty for files.
+    """
+
+    def __init__(self, place: Location | str) -> None:
+        self._store: Store | None = None
+        self.fingerprint: Mapping[str, object] = {}
+        if isinstance(place, Path) and not (place / "store.json").exists():
+            self._files = dict(find_clips(place))
+            self.ids = tuple(sorted(self._files))
+            first = self._read_file(self.ids[0])["patches"]
+            self.dtype = str(first.dtype).removeprefix("torch.")
+        else:
+            self._store = open_store(place)
+            if self._store.spec.kind != "patches":
+                raise StoreError(f"store {place} holds {self._store.spec.kind} rows; expected clips")
+            self.ids, self.dtype = self._store.clip_ids, self._store.spec.array("patches").dtype
+            self.fingerprint = self._store.fingerprint.fields
+
+    def read(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Patches [T, N, D] in float32 and times [T], None if unknown, of one clip."""
+        if self._store is not None:
+            tokens = self._store.read([name], torch.float32)
+            return tokens.patches[0], None if tokens.timestamps is None else tokens.timestamps[0]
+        arrays = self._read_file(name)
+        return as_patches(arrays["patches"]).float(), arrays.get("timestamps")
+
+    def _read_file(self, name: str) -> dict[str, Tensor]:
+        try:
+            return self._files[name]()
+        except (ValueError, OSError) as error:
+            raise StoreError(f"clip {name!r}: {error}") from None
+
+
+def compare(
+    a: Location | str, b: Location | str, clips: int = CLIPS, on_clips: Callable[[int, int], None] | None = None
+) -> Comparison:
+    """Compare the clips that A and B have in common.
+
+    Patches are averaged over each frame, or over the clip, where only one of A and B has them that way.
+
+    Args:
+        a: A store, or a folder or HDF5 file of features as `import_features` takes them.
+        b: Likewise.
+        clips: Largest number of clips to compare, in runs that are spread evenly over the common ones.
+        on_clips: Called with the number of clips done, and of all clips.
+
+    Raises:
+        StoreError: A or B cannot be read, or they have no clip in common.
+    """
+    left, right = Side(a), Side(b)
+    both = set(left.ids) & set(right.ids)
+    common = [name for name in left.ids if name in both]
+    if not common:
+        raise StoreError(f"{a} and {b} have no clip in common: {left.ids[0]!r} in one, {right.ids[0]!r} in the other")
+    runs = [common[start : start + RUN] for start in range(0, len(common), RUN)]
+    picked = [name for run in runs[:: -(-len(common) // clips)] for name in run][:clips]
+    sums = _Sums()
+    for number, name in enumerate(picked, start=1):
+        sums.add(name, left.read(name), right.read(name))
+        if on_clips is not None:
+            on_clips(number, len(picked))
+    fields = tuple(
+        f"{name}: A has {left.fingerprint.get(name)!r}, B has {right.fingerprint.get(name)!r}"
+        for name in sorted(left.fingerprint.keys() | right.fingerprint.keys())
+        if left.fingerprint.get(name) != right.fingerprint.get(name)
+    )
+    tolerance = max(TOLERANCES.get(side.dtype, TOLERANCES["float32"]) for side in (left, right))
+    compared = sums.measured()
+    cause, detail = _cause(left, right, sums, compared, tolerance)
+    agree = sums.shapes is None and compared.error <= tolerance and cause in (None, "precision")
+    verdict = _verdict(agree, cause, detail, left, right)
+    return Comparison(
+        agree,
+        cause,
+        verdict,
+        len(picked),
+        len(common),
+        len(left.ids) - len(common),
+        len(right.ids) - len(common),
+        compared.cosine,
+        compared.error,
+        sums.worst_clips(),
+        sums.worst_tokens(),
+        sums.worst_channels(),
+        sums.times,
+        fields,
+    )
+
+
+def _verdict(agree: bool, cause: str | None, detail: str, left: Side, right: Side) -> str:
+    if cause is None:
+        return "A and B agree in every bit"
+    dtypes = f" ({left.dtype} and {right.dtype})" if cause == "precision" and left.dtype != right.dtype else ""
+    why = f"{ADVICE[cause]}{dtypes}{f': {detail}' if detail else ''}"
+    return f"A and B agree up to {why}" if agree else f"A and B differ; likely cause: {cause}, {why}"
+
+
+def _cause(left: Side, right: Side, sums: "_Sums", compared: Measure, tolerance: float) -> tuple[str | None, str]:
+    """Key in `ADVICE` and what supports it."""
+    if sums.shapes is not None:
+        (one, other), named = sums.shapes, _field_cause(left, right, ("frames", "transform", "weights"))
+        return named or "shape", f"{one} in A, {other} in B"
+    if compared.error == 0 and not sums.times:
+        return None, ""
+    if compared.error <= tolerance and not (sums.times or 0) > 1e-3:
+        return "precision", ""
+    if (shift := sums.clip_shift()) is not None:
+        return "shift", f"clip i of A is clip i + {shift} of B" if shift else "each clip of A is another clip of B"
+    if (sums.times or 0) > 1e-3:
+        return "frames", f"their times differ by up to {sums.times:.3g} s"
+    if (factor := sums.factor(tolerance)) is not None:
+        return "scale", f"A is {factor:.4g} times B"
+    if (offset := sums.frame_shift()) is not None:
+        return "frames", f"frame t of A is frame t + {offset} of B"
+    # Rounding cannot explain a large error, whatever dtype a fingerprint names.
+    named = _field_cause(left, right, tuple(CAUSES) if compared.error <= MOST_ROUNDING else tuple(CAUSES)[:-1])
+    if named is not None:
+        return named, ", ".join(
+            name for name in CAUSES[named] if left.fingerprint.get(name) != right.fingerprint.get(name)
+        )
+    return ("precision", "") if compared.error <= ROUNDING else ("unknown", "")
+
+
+def _field_cause(left: Side, right: Side, order: tuple[str, ...]) -> str | None:
+    """The first cause of `order` that a differing field of the fingerprints names; None if a side has no such field."""
+    known = all(side.fingerprint and side.fingerprint.get("origin") != "imported" for side in (left, right))
+    for cause in order:
+        for name in CAUSES[cause]:
+            if known and left.fingerprint.get(name) != right.fingerprint.get(name):
+                return cause
+    return None
+
+
+class _Sums:
+    """What a comparison needs of its clips, which are read one after the other.
+
+    Attributes:
+        shapes: The first two shapes that cannot be compared; None if all can.
+        times: Largest difference of the frames' times; None if unknown.
+    """
+
+    def __init__(self) -> None:
+        self.shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+        self.times: float | None = None
+        self._clips: list[Measure] = []
+        self._tokens: Tensor | None = None  # [3, T, N] of <a, b>, <a, a>, <b, b>; and the squared difference, [4, ...]
+        self._channels: Tensor | None = None  # [4, D]
+        self._means: list[tuple[Tensor, Tensor]] = []  # [T, D] of each clip
+
+    def add(self, name: str, a: tuple[Tensor, Tensor | None], b: tuple[Tensor, Tensor | None]) -> None:
+        """Add a clip: patches and times of A and B."""
+        (x, x_times), (y, y_times) = a, b
+        if x_times is not None and y_times is not None and x_times.shape == y_times.shape:
+            self.times = max(self.times or 0.0, float((x_times - y_times).abs().max()))
+        x, y = _pooled_alike(x, y)
+        if x.shape != y.shape:
+            self.shapes = self.shapes or (tuple(x.shape), tuple(y.shape))
+            return
+        products = torch.stack([x * y, x * x, y * y, (x - y).square()]).double()
+        self._clips.append(_measure(name, products.sum(dim=(1, 2, 3))))
+        tokens, channels = products.sum(dim=3), products.sum(dim=(1, 2))
+        self._tokens = tokens if self._tokens is None else self._tokens + tokens
+        self._channels = channels if self._channels is None else self._channels + channels
+        self._means.append((x.mean(dim=1), y.mean(dim=1)))
+
+    def measured(self) -> Measure:
+        """Over all clips."""
+        if self._channels is None:
+            return Measure("all", 0.0, float("inf"))
+        return _measure("all", self._channels.sum(dim=1))
+
+    def worst_clips(self) -> tuple[Measure, ...]:
+        """The clips that differ most."""
+        return _worst(self._clips)
+
+    def worst_tokens(self) -> tuple[Measure, ...]:
+        """The places in frame and grid that differ most, over all clips."""
+        if self._tokens is None:
+            return ()
+        _, frames, patches = self._tokens.shape
+        places = [(t, n) for t in range(frames) for n in range(patches)]
+        return _worst([_measure(f"frame {t} patch {n}", self._tokens[:, t, n]) for t, n in places])
+
+    def worst_channels(self) -> tuple[Measure, ...]:
+        """The channels that differ most, over all clips."""
+        if self._channels is None:
+            return ()
+        return _worst([_measure(f"channel {d}", self._channels[:, d]) for d in range(self._channels.shape[1])])
+
+    def factor(self, tolerance: float) -> float | None:
+        """The number that A is B's multiple by; None if it is not."""
+        if self._channels is None:
+            return None
+        dot, xx, yy, _ = self._channels.sum(dim=1).tolist()
+        if not dot or not yy:
+            return None
+        factor = dot / yy
+        rest = max(xx - factor * dot, 0.0) ** 0.5 / max(xx, 1e-30) ** 0.5
+        return factor if rest <= 2 * tolerance and abs(factor - 1) > tolerance else None
+
+    def clip_shift(self) -> int | None:
+        """How many clips later in B most clips of A are found; 0 if in no common distance; None if in their places."""
+        if len(self._means) < 3:
+            return None
+        similar = _similarity(*(torch.stack([pair[side].mean(dim=0) for pair in self._means]) for side in (0, 1)))
+        return _shift(similar, among=True)
+
+    def frame_shift(self) -> int | None:
+        """How many frames later in B most frames of A are found; None if in their places."""
+        if not self._means or len(self._means[0][0]) < 3:
+            return None
+        similar = torch.stack([_similarity(x, y) for x, y in self._means]).mean(dim=0)
+        return _shift(similar, among=False)
+
+
+def _pooled_alike(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with one patch a frame, or one frame, if one of them has only that."""
+    if 1 in (x.shape[1], y.shape[1]) and x.shape[1] != y.shape[1]:
+        x, y = x.mean(dim=1, keepdim=True), y.mean(dim=1, keepdim=True)
+    if 1 in (len(x), len(y)) and len(x) != len(y):
+        x, y = x.mean(dim=0, keepdim=True), y.mean(dim=0, keepdim=True)
+    return x, y
+
+
+def _similarity(x: Tensor, y: Tensor) -> Tensor:
+    """[n, n] minus the distance between each of `x` [n, D] and each of `y` [n, D]."""
+    return -torch.cdist(x.double(), y.double())
+
+
+def _shift(similar: Tensor, among: bool) -> int | None:
+    """The distance at which most rows find their nearest column; None if most find it in their own place.
+
+    With `among`, rows whose nearest column is another in no common distance give 0. A nearest column counts only if it
+    is far nearer than the row's own: features that differ all over are not shifted.
+    """
+    nearest = similar.argmax(dim=1)
+    rows = torch.arange(len(similar))
+    own = -similar.diagonal()
+    clear = -similar.max(dim=1).values < 0.1 * own
+    moved = clear & (nearest != rows)
+    if moved.float().mean() < 0.5:
+        return None
+    distances = (nearest - rows)[moved]
+    common = int(distances.mode().values)
+    if (distances == common).float().mean() >= 0.5:
+        return common
+    return 0 if among else None
+
+
+def _measure(name: str, sums: Tensor) -> Measure:
+    """Of <a, b>, <a, a>, <b, b> and the squared difference."""
+    dot, xx, yy, difference = sums.tolist()
+    cosine = dot / (xx * yy) ** 0.5 if xx and yy else float(xx == yy)
+    error = 0.0 if not difference else (difference / yy) ** 0.5 if yy else float("inf")
+    return Measure(name, cosine, error)
+
+
+def _worst(measures: list[Measure]) -> tuple[Measure, ...]:
+    return tuple(sorted(measures, key=lambda measure: -measure.error)[:CLOSEST])

@@ -1,0 +1,108 @@
+"""Writing a store as files that other programs read."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from shutil import rmtree
+
+import torch
+from torch import Tensor
+
+from egopatch.features.io.files import make_folder, rename_into_place
+from egopatch.features.store.store import Store, open_store
+from egopatch.features.tools.feature_files import WRITERS, Clip
+from egopatch.features.values.errors import StoreError
+from egopatch.features.values.location import Location
+from egopatch.features.values.spec import QUANTISED, TOKEN_ARRAYS
+from egopatch.features.values.tensors import torch_dtype
+
+READ_CLIPS = 16
+
+
+def export(
+    path: Location | str,
+    to: Path,
+    kind: str,
+    pooled: bool = False,
+    by_video: bool = False,
+    on_clips: Callable[[int, int], None] | None = None,
+) -> int:
+    """Write the committed clips of a store as files; `tools.feature_files` lists the layouts.
+
+    Tokens keep their stored dtype; quantised ones are multiplied by their scale, in float32.
+
+    Args:
+        path: The store.
+        to: Folder to create; it appears once it is complete.
+        kind: Layout.
+        pooled: Write the mean over the patches of each frame, [T, 1, D], instead of the patches.
+        by_video: Join the clips of each video, in the order of their starts: [sum of T, N, D], with `timestamps` from
+            the start of the file, and one CLS a clip, [clips, D].
+        on_clips: Called with the number of clips done, and of all clips.
+
+    Returns:
+        The number of clips written.
+
+    Raises:
+        StoreError: `to` exists, the store holds texts, or `by_video` is requested of clips whose video is not recorded.
+    """
+    if to.exists():
+        raise StoreError(f"--out is {str(to)!r}, which exists; expected a folder that is to be created")
+    store = open_store(path)
+    if store.spec.kind != "patches":
+        raise StoreError(f"store {path} holds {store.spec.kind} rows; expected clips")
+    groups = _by_video(store) if by_video else {name: [name] for name in store.clip_ids}
+    partial = to.with_name(f"{to.name}.part")
+    rmtree(partial, ignore_errors=True)  # of an export that was interrupted
+    make_folder(partial)
+    WRITERS[kind](partial, _clips(store, groups, pooled, by_video, on_clips))
+    rename_into_place(partial, to)
+    return sum(map(len, groups.values()))
+
+
+def _clips(
+    store: Store,
+    groups: dict[str, list[str]],
+    pooled: bool,
+    by_video: bool,
+    on_clips: Callable[[int, int], None] | None,
+) -> Iterator[Clip]:
+    stored = store.spec.array("patches").dtype
+    dtype = torch.float32 if stored in QUANTISED else torch_dtype(stored)
+    done, total = 0, sum(map(len, groups.values()))
+    for name, ids in groups.items():
+        parts: list[dict[str, Tensor]] = []
+        for start in range(0, len(ids), READ_CLIPS):
+            read = store.read_arrays(ids[start : start + READ_CLIPS], dtype)
+            if by_video:
+                read["timestamps"] = store.video_times(ids[start : start + READ_CLIPS]).float()
+            if pooled:
+                read = {key: value for key, value in read.items() if "saliency" not in key and key != "positions"}
+                for key in TOKEN_ARRAYS & read.keys():
+                    read[key] = read[key].float().mean(dim=2, keepdim=True).to(dtype)
+            parts.append(read)
+        joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        if by_video:
+            yield name, {key: value if key == "cls" else value.flatten(0, 1) for key, value in joined.items()}
+        else:
+            yield name, {key: value[0] for key, value in joined.items()}
+        done += len(ids)
+        if on_clips is not None:
+            on_clips(done, total)
+
+
+def _by_video(store: Store) -> dict[str, list[str]]:
+    """The clips of each video by a name that a file can have, in the order of their starts."""
+    origins = store.origins()
+    if unknown := [name for name, origin in origins.items() if origin is None]:
+        raise StoreError(
+            f"store {store.path} does not record the video of {len(unknown)} clips, such as {unknown[0]!r}; "
+            "use --by clip"
+        )
+    videos: dict[str, list[tuple[float, str]]] = {}
+    for name, origin in origins.items():
+        assert origin is not None
+        videos.setdefault(origin.file.replace("/", "_"), []).append((origin.start_s or 0.0, name))
+    files = {origin.file for origin in origins.values() if origin is not None}
+    if len(videos) < len(files):
+        raise StoreError(f"store {store.path} has videos whose names differ only by / and _; use --by clip")
+    return {video: [name for _, name in sorted(clips)] for video, clips in sorted(videos.items())}

@@ -1,0 +1,264 @@
+"""Features as files of other programs: written from stores by `export`, read by `import` and `compare`.
+
+A clip is a dict of arrays without the batch: `patches` [T, N, D], and what else it has of `cls` [D], `saliency` [T, N]
+and `timestamps` [T]. The layouts, by `--to`:
+
+    npy         FOLDER/ID.npy: the patches alone
+    pt          FOLDER/ID.pt: a dict of tensors, for torch.load
+    hdf5        FOLDER/ID.h5: one dataset an array
+    webdataset  FOLDER/00000.tar, ...: ID as json and one npy an array, for each sample
+    lmdb        FOLDER: one key a clip; its value is what numpy.savez writes
+"""
+
+import io
+import json
+import pickle
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from egopatch.features.values.errors import StoreError
+
+Arrays = Mapping[str, Tensor]
+Clip = tuple[str, Arrays]
+# A clip that is still to be read: its id, and what reads it. A fault raises a ValueError that says what is wrong.
+Unread = tuple[str, Callable[[], dict[str, Tensor]]]
+TAR_CLIPS = 64  # in one file of a webdataset
+LMDB_BYTES = 2**40  # of address space; the file grows with its content
+_POINTER = b"version https://git-lfs"
+_SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".h5", ".hdf5")
+
+
+def write_npy(folder: Path, clips: Iterable[Clip]) -> None:
+    """One file a clip, with its patches."""
+    for name, arrays in clips:
+        np.save(folder / f"{name}.npy", as_numpy(arrays["patches"]))
+
+
+def write_pt(folder: Path, clips: Iterable[Clip]) -> None:
+    """One file a clip, with all its tensors."""
+    for name, arrays in clips:
+        torch.save({key: value.clone() for key, value in arrays.items()}, folder / f"{name}.pt")
+
+
+def write_hdf5(folder: Path, clips: Iterable[Clip]) -> None:
+    """One file a clip, with a dataset for each array."""
+    for name, arrays in clips:
+        with h5py.File(folder / f"{name}.h5", "w") as file:
+            for key, value in arrays.items():
+                file.create_dataset(key, data=as_numpy(value))
+
+
+def write_webdataset(folder: Path, clips: Iterable[Clip]) -> None:
+    """Tar files of up to 64 clips. A sample's key is its number, because keys may hold no dots; `json` has its id."""
+    numbered = enumerate(clips)
+    for shard in range(2**31):
+        samples = list(islice(numbered, TAR_CLIPS))
+        if not samples:
+            return
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for number, (name, arrays) in samples:
+                _add(tar, f"{number:08d}.json", json.dumps({"clip_id": name}).encode())
+                for key, value in arrays.items():
+                    _add(tar, f"{number:08d}.{key}.npy", _npy(value))
+
+
+def write_lmdb(folder: Path, clips: Iterable[Clip]) -> None:
+    """One key a clip.
+
+    Raises:
+        StoreError: The package lmdb is not installed.
+    """
+    with _lmdb().open(str(folder), map_size=LMDB_BYTES) as env:
+        for name, arrays in clips:
+            content = io.BytesIO()
+            np.savez(content, **{key: as_numpy(value) for key, value in arrays.items()})  # type: ignore[arg-type]
+            with env.begin(write=True) as transaction:
+                transaction.put(name.encode(), content.getvalue())
+
+
+WRITERS = {
+    "npy": write_npy,
+    "pt": write_pt,
+    "hdf5": write_hdf5,
+    "webdataset": write_webdataset,
+    "lmdb": write_lmdb,
+}
+
+
+def find_clips(path: Path) -> Iterator[Unread]:
+    """The clips of a folder in one of the layouts above, or of an HDF5 file with one dataset or group a clip.
+
+    Raises:
+        StoreError: There is nothing of the kind at `path`.
+    """
+    if path.is_file() and path.suffix in (".h5", ".hdf5"):
+        with _open_hdf5(path) as file:
+            names = list(file)
+        yield from ((name, lambda name=name: _read_hdf5(path, name)) for name in names)
+        return
+    if not path.is_dir():
+        raise StoreError(f"{path} is neither a folder nor an HDF5 file; expected features: {_expected()}")
+    if (path / "data.mdb").exists():
+        yield from _find_lmdb(path)
+        return
+    files = sorted(file for file in path.iterdir() if file.suffix in (*_SUFFIXES, ".tar"))
+    if not files:
+        raise StoreError(f"{path} holds no features; expected {_expected()}")
+    for file in files:
+        if file.suffix == ".tar":
+            yield from _find_tar(file)
+        else:
+            yield file.stem, lambda file=file: _read_file(file)  # type: ignore[misc]
+
+
+def _expected() -> str:
+    return f"one file a clip ({', '.join(_SUFFIXES)}), tar files of a webdataset, or an lmdb folder"
+
+
+def _read_file(file: Path) -> dict[str, Tensor]:
+    with file.open("rb") as opened:
+        start = opened.read(len(_POINTER))
+    if not start:
+        raise ValueError("the file is empty")
+    if start == _POINTER:
+        raise ValueError("a pointer of Git LFS, not the file itself; run `git lfs pull`")
+    if file.suffix in (".h5", ".hdf5"):
+        return _read_hdf5(file, None)
+    if file.suffix in (".pt", ".pth"):
+        try:
+            return _named(torch.load(file, map_location="cpu", weights_only=True))
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"not a file of plain tensors ({reason[:120]}); save a tensor or a dict of them") from None
+    return _named(_load_numpy(file))
+
+
+def _load_numpy(file: Path | io.BytesIO) -> Any:
+    try:
+        loaded = np.load(file, allow_pickle=False)
+        return loaded if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in loaded.files}
+    except (ValueError, EOFError, OSError, BadZipFile) as error:
+        raise ValueError(f"not an array of numbers ({str(error).splitlines()[0][:120]})") from None
+
+
+def _open_hdf5(path: Path) -> Any:
+    try:
+        return h5py.File(path, "r", locking=False)
+    except OSError as error:
+        raise ValueError(f"not an HDF5 file ({str(error).splitlines()[0][:120]})") from None
+
+
+def _read_hdf5(path: Path, name: str | None) -> dict[str, Tensor]:
+    """The datasets of the file, or of its member `name`."""
+    with _open_hdf5(path) as file:
+        found = file if name is None else file[name]
+        datasets = {"patches": found} if isinstance(found, h5py.Dataset) else dict(found)
+        for key, dataset in datasets.items():
+            if not isinstance(dataset, h5py.Dataset):
+                raise ValueError(f"{key!r} is a group; expected datasets")
+            if dataset.size and not dataset.id.get_storage_size():
+                raise ValueError(f"dataset {key!r} was created but never written")
+        return _named({key: dataset[()] for key, dataset in datasets.items()})
+
+
+def _find_tar(path: Path) -> Iterator[Unread]:
+    samples: dict[str, dict[str, str]] = {}
+    with tarfile.open(path) as tar:
+        for member in tar.getnames():
+            key, _, kind = member.partition(".")
+            samples.setdefault(key, {})[kind] = member
+        names = {key: _tar_id(tar, key, members) for key, members in samples.items()}
+
+    def read(members: Mapping[str, str]) -> dict[str, Tensor]:
+        with tarfile.open(path) as tar:
+            return _named(
+                {
+                    kind.removesuffix(".npy").removesuffix("npy") or "patches": _load_numpy(
+                        io.BytesIO(_get(tar, member))
+                    )
+                    for kind, member in members.items()
+                    if kind.endswith("npy")
+                }
+            )
+
+    for key, members in samples.items():
+        yield names[key], lambda members=members: read(members)  # type: ignore[misc]
+
+
+def _tar_id(tar: tarfile.TarFile, key: str, members: Mapping[str, str]) -> str:
+    """The clip's id: from the sample's json, else its key."""
+    return str(json.loads(_get(tar, members["json"])).get("clip_id", key)) if "json" in members else key
+
+
+def _find_lmdb(path: Path) -> Iterator[Unread]:
+    def open_env() -> Any:
+        return _lmdb().open(str(path), readonly=True, lock=False)
+
+    def read(name: bytes) -> dict[str, Tensor]:
+        with open_env() as env, env.begin() as transaction:
+            return _named(_load_numpy(io.BytesIO(transaction.get(name))))
+
+    with open_env() as env, env.begin() as transaction:
+        names = [bytes(key) for key, _ in transaction.cursor()]
+    for name in names:
+        yield name.decode(), lambda name=name: read(name)  # type: ignore[misc]
+
+
+def _named(content: Any) -> dict[str, Tensor]:
+    """Arrays by name; the only one, and one called `features`, are the patches."""
+    arrays = content if isinstance(content, Mapping) else {"patches": content}
+    tensors = {}
+    for key, value in arrays.items():
+        if isinstance(value, np.ndarray):
+            if value.dtype.kind not in "fiub":
+                raise ValueError(f"{key} has dtype {value.dtype}; expected numbers")
+            value = torch.from_numpy(np.ascontiguousarray(value))
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{key} is a {type(value).__name__}; expected tensors or arrays")
+        tensors[str(key)] = value
+    if "patches" not in tensors and ("features" in tensors or len(tensors) == 1):
+        name = "features" if "features" in tensors else next(iter(tensors))
+        tensors["patches"] = tensors.pop(name)
+    if "patches" not in tensors:
+        raise ValueError(f"holds {', '.join(tensors) or 'nothing'}; expected an array called patches or features")
+    return tensors
+
+
+def as_numpy(tensor: Tensor) -> np.ndarray:
+    """The tensor as an array; bfloat16, which NumPy does not have, as float32, which holds the same values."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy()
+
+
+def _npy(tensor: Tensor) -> bytes:
+    content = io.BytesIO()
+    np.save(content, as_numpy(tensor))
+    return content.getvalue()
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def _get(tar: tarfile.TarFile, name: str) -> bytes:
+    member = tar.extractfile(name)
+    assert member is not None
+    return member.read()
+
+
+def _lmdb() -> Any:
+    try:
+        import lmdb
+    except ImportError:
+        raise StoreError("the package lmdb is not installed; run: pip install 'egopatch[lmdb]'") from None
+    return lmdb

@@ -1,0 +1,190 @@
+"""Features that another program wrote, as a store: heads train on them as on any other."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+from torch import Tensor
+
+from egopatch.features.store.store import Store, create_store
+from egopatch.features.tools.feature_files import Unread, find_clips
+from egopatch.features.values.errors import StoreError
+from egopatch.features.values.location import Location
+from egopatch.features.values.spec import ArraySpec, Fingerprint, Scalar, StoreSpec
+from egopatch.features.values.tensors import bytes_of, torch_dtype
+
+SHOWN_FAULTS = 10
+# What may come beside the patches; the store computes the first two where they are missing.
+BESIDE = ("cls", "saliency", "timestamps")
+
+
+def import_features(
+    source: Path,
+    to: Location | str,
+    dtype: str = "float16",
+    grid: tuple[int, int] | None = None,
+    shard: int = 64,
+    format: str = "zarr",
+    on_clips: Callable[[int, int], None] | None = None,
+) -> Store:
+    """Create a store of the clips in `source`; `tools.feature_files` lists the layouts.
+
+    Patches may be [T, N, D], [T, rows, cols, D], [T, D] or [D]; the last two become one patch a frame. Without `cls`,
+    CLS is the mean of the patches; without `saliency`, that is the length of each patch. The fingerprint says `origin:
+    imported` and has a hash of the content. All is checked before the store is created, so files are read twice.
+
+    Args:
+        source: Folder or HDF5 file.
+        to: Folder or URL of the store; an interrupted import resumes.
+        dtype: Dtype of the patches on disk: float16, bfloat16 or float32.
+        grid: Rows and columns of the patches; None: those of [T, rows, cols, D], else a square if N is one, else 1 x N.
+        shard: Number of clips in a shard.
+        format: File format of the store.
+        on_clips: Called with the number of clips done, and of all clips; each clip counts twice.
+
+    Raises:
+        StoreError: Files are missing, empty or damaged, hold NaN, or differ in shape; one line a clip.
+    """
+    unread = sorted(_distinct(find_clips(source), source).items())
+    total, done = 2 * len(unread), 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if on_clips is not None:
+            on_clips(done, total)
+
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    faults: dict[str, str] = {}
+    digest = hashlib.sha256()
+    for name, read in unread:
+        try:
+            arrays = _row(read(), dtype, grid)
+        except (ValueError, OSError) as error:
+            faults[name] = str(error)
+            continue
+        shapes[name] = {key: tuple(value.shape) for key, value in arrays.items()}
+        digest.update(_content(name, arrays).digest())
+        tick()
+    faults |= _odd_shapes(shapes)
+    if faults:
+        lines = [f"{source}: {name!r}: {fault}" for name, fault in islice(faults.items(), SHOWN_FAULTS)]
+        rest = len(faults) - len(lines)
+        raise StoreError("; ".join([*lines, *([f"and {rest} more"] if rest else [])]) + ": nothing was imported")
+    first = _row(unread[0][1](), dtype, grid)
+    side = _grid(unread[0][1]()["patches"], first["patches"].shape[1], grid)
+    fields: dict[str, Scalar] = {
+        "origin": "imported",
+        "arch": "imported",
+        "content": digest.hexdigest(),
+        "stored_dtype": dtype,
+    }
+    spec = StoreSpec(
+        "patches",
+        tuple(
+            ArraySpec(key, tuple(value.shape), dtype if key == "patches" else "float32") for key, value in first.items()
+        ),
+        shard,
+        side,
+    )
+    store = create_store(to, spec, Fingerprint(fields), [name for name, _ in unread], format)
+    readers = dict(unread)
+    for work in store.missing_shards():
+        rows = {name: _row(readers[name](), dtype, grid) for name in work.ids}
+        sources = {name: _content(name, row).hexdigest() for name, row in rows.items()}
+        store.write_shard(work.shard, rows, sources)
+        for _ in rows:
+            tick()
+    return store
+
+
+def _distinct(unread: Iterator[Unread], source: Path) -> dict[str, Callable[[], dict[str, Tensor]]]:
+    found: dict[str, Callable[[], dict[str, Tensor]]] = {}
+    for name, read in unread:
+        if name in found:
+            raise StoreError(f"{source} has the clip {name!r} twice; expected each id once: nothing was imported")
+        found[name] = read
+    return found
+
+
+def _row(arrays: dict[str, Tensor], dtype: str, grid: tuple[int, int] | None) -> dict[str, Tensor]:
+    """The arrays of one clip as they are stored."""
+    given = arrays["patches"]
+    if not given.numel():
+        raise ValueError(f"patches have shape {tuple(given.shape)}, without a value")
+    patches = as_patches(given)
+    if not patches.isfinite().all():
+        raise ValueError("patches hold NaN or infinity")
+    patches = patches.to(torch_dtype(dtype))
+    if not patches.isfinite().all():
+        raise ValueError(f"patches exceed the range of {dtype}; use another --dtype")
+    _grid(given, patches.shape[1], grid)
+    row = {"patches": patches, "cls": patches.float().mean(dim=(0, 1)), "saliency": patches.float().norm(dim=-1)}
+    row |= {key: arrays[key].float() for key in BESIDE if key in arrays}
+    frames, count, width = patches.shape
+    expected = {"cls": (width,), "saliency": (frames, count), "timestamps": (frames,)}
+    for key in BESIDE:
+        if key in row and tuple(row[key].shape) != expected[key]:
+            raise ValueError(f"{key} has shape {tuple(row[key].shape)}; expected {expected[key]} beside the patches")
+        if key in row and not row[key].isfinite().all():
+            raise ValueError(f"{key} holds NaN or infinity")
+    return row
+
+
+def as_patches(given: Tensor) -> Tensor:
+    """[T, N, D] of tokens in any of the shapes that `import_features` takes.
+
+    Raises:
+        ValueError: They have another number of dimensions.
+    """
+    if given.ndim == 1:
+        return given[None, None]
+    if given.ndim == 2:
+        return given[:, None]
+    if given.ndim == 4:
+        return given.flatten(1, 2)
+    if given.ndim != 3:
+        raise ValueError(
+            f"patches have shape {tuple(given.shape)}; expected [T, N, D], [T, rows, cols, D], [T, D] or [D]"
+        )
+    return given
+
+
+def _grid(given: Tensor, patches: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+    """Rows and columns of the patches."""
+    if grid is None and given.ndim == 4:
+        return given.shape[1], given.shape[2]
+    if grid is None:
+        side = int(patches**0.5)
+        return (side, side) if side * side == patches else (1, patches)
+    if grid[0] * grid[1] != patches:
+        raise ValueError(f"has {patches} patches a frame; --grid {grid[0]}x{grid[1]} expects {grid[0] * grid[1]}")
+    return grid
+
+
+def _odd_shapes(shapes: dict[str, dict[str, tuple[int, ...]]]) -> dict[str, str]:
+    """The clips whose arrays differ from those of most clips, each with what is wrong."""
+    kinds = Counter(tuple(sorted(arrays.items())) for arrays in shapes.values())
+    if len(kinds) < 2:
+        return {}
+    usual = dict(kinds.most_common(1)[0][0])
+    odd = {}
+    for name, arrays in shapes.items():
+        if arrays == usual:
+            continue
+        key = next(key for key in (*arrays, *usual) if arrays.get(key) != usual.get(key))
+        odd[name] = (
+            f"{key} has shape {arrays[key]}" if key in arrays else f"{key} is missing"
+        ) + f"; expected {usual.get(key, 'none')} as in most clips: all clips of a store have one shape"
+    return odd
+
+
+def _content(name: str, arrays: dict[str, Tensor]) -> "hashlib._Hash":
+    """Hash of a clip's arrays as they are stored."""
+    digest = hashlib.sha256(name.encode())
+    for key in sorted(arrays):
+        digest.update(f"\0{key} {arrays[key].dtype} {tuple(arrays[key].shape)}\0".encode())
+        digest.update(bytes_of(arrays[key].contiguous()).data)
+    return digest

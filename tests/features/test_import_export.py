@@ -1,0 +1,259 @@
+"""Features in files of other programs: out and in again without a bit lost, and files that cannot be used."""
+
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from egopatch.features import Fingerprint, Store, StoreError, StoreSpec, create_store, open_store
+from egopatch.features.__main__ import main
+from egopatch.features.state.origin import Origin
+from egopatch.features.tools.export import export
+from egopatch.features.tools.feature_files import WRITERS, find_clips
+from egopatch.features.tools.importing import import_features
+from egopatch.features.tools.verify import verify
+from tests.extract.job import contents
+from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
+
+NAMES = tuple(f"cut 3.5|P{n}" for n in range(6))
+
+
+def write(folder: Path, shape: tuple[int, ...] = (2, 4, 8), names: tuple[str, ...] = NAMES) -> Path:
+    """A folder of npy files, as another program leaves it."""
+    folder.mkdir()
+    for number, name in enumerate(names):
+        np.save(folder / f"{name}.npy", np.random.default_rng(number).normal(size=shape).astype(np.float32))
+    return folder
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_import_export_and_import_again_give_equal_bytes(kind: str, dtype: str, tmp_path: Path) -> None:
+    files = write(tmp_path / "files")
+    first = import_features(files, tmp_path / "first", dtype)
+    assert export(first.path, tmp_path / "exported", kind) == len(NAMES)
+    second = import_features(tmp_path / "exported", tmp_path / "second", dtype)
+    assert first.clip_ids == second.clip_ids == NAMES
+    assert first.fingerprint == second.fingerprint
+    assert contents(tmp_path / "first") == contents(tmp_path / "second")
+    assert first.sources(NAMES) == second.sources(NAMES)
+    assert verify(second.path).ok
+
+
+def test_what_a_store_computes_of_imported_patches(tmp_path: Path) -> None:
+    files = write(tmp_path / "files")
+    store = import_features(files, tmp_path / "store", "float32")
+    tokens = store.read(NAMES)
+    given = torch.stack([torch.from_numpy(np.load(files / f"{name}.npy")) for name in NAMES])
+    assert torch.equal(tokens.patches, given)
+    assert torch.allclose(tokens.cls, given.mean((1, 2)))
+    assert torch.allclose(tokens.saliency, given.norm(dim=-1))
+    assert tokens.timestamps is None
+    assert store.spec.grid == (2, 2)
+    assert store.fingerprint.fields["origin"] == "imported"
+    np.save(files / f"{NAMES[3]}.npy", np.ones((2, 4, 8), np.float32))
+    with pytest.raises(StoreError, match=r"different settings.*content"):
+        import_features(files, tmp_path / "store", "float32")
+
+
+@pytest.mark.parametrize(
+    ("shape", "grid", "stored", "expected"),
+    [
+        ((8,), None, (1, 1, 8), (1, 1)),
+        ((3, 8), None, (3, 1, 8), (1, 1)),
+        ((3, 6, 8), None, (3, 6, 8), (1, 6)),
+        ((3, 6, 8), (2, 3), (3, 6, 8), (2, 3)),
+        ((3, 3, 2, 8), None, (3, 6, 8), (3, 2)),
+    ],
+)
+def test_shapes(
+    shape: tuple[int, ...], grid: tuple[int, int] | None, stored: object, expected: object, tmp_path: Path
+) -> None:
+    store = import_features(write(tmp_path / "files", shape), tmp_path / "store", grid=grid)
+    assert store.spec.array("patches").shape == stored
+    assert store.spec.grid == expected
+
+
+@pytest.mark.parametrize("kind", ["pt", "hdf5", "webdataset", "lmdb"])
+def test_everything_that_a_store_holds(kind: str, tmp_path: Path) -> None:
+    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS)
+    fill(store)
+    export(store.path, tmp_path / "files", kind)
+    again = import_features(tmp_path / "files", tmp_path / "again")
+    assert set(again.clip_ids) == set(IDS)
+    for name, tensor in store.read(IDS).tensors().items():
+        assert torch.equal(again.read(IDS).tensors()[name], tensor), name
+
+
+def test_quantised_and_pooled(tmp_path: Path) -> None:
+    store = create_store(tmp_path / "store", StoreSpec.for_patches(2, (2, 3), 8, "int8", 4), FINGERPRINT, IDS)
+    for work in store.missing_shards():
+        rows = {name: clip(n) for n, name in enumerate(work.ids)}
+        store.write_shard(work.shard, rows, dict.fromkeys(rows, "sha"))
+    whole = store.read(IDS, torch.float32).patches
+    export(store.path, tmp_path / "whole", "npy")
+    assert np.array_equal(np.load(tmp_path / "whole" / f"{IDS[3]}.npy"), whole[3].numpy())
+    export(store.path, tmp_path / "pooled", "pt", pooled=True)
+    pooled = torch.load(tmp_path / "pooled" / f"{IDS[3]}.pt", weights_only=True)
+    assert torch.allclose(pooled["patches"], whole[3].mean(1, keepdim=True))
+    assert pooled.keys() == {"patches", "cls", "timestamps"}
+
+
+def test_by_video(tmp_path: Path) -> None:
+    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS[:4])
+    rows = {name: clip(n) | {"timestamps": torch.tensor([0.5, 1.5])} for n, name in enumerate(IDS[:4])}
+    starts = {IDS[0]: ("a/x.mp4", 4.0), IDS[1]: ("b.mp4", 0.0), IDS[2]: ("a/x.mp4", 2.0), IDS[3]: ("a/x.mp4", 8.0)}
+    origins = {name: Origin(file, 1, start, start + 2) for name, (file, start) in starts.items()}
+    store.write_shard(0, rows, dict.fromkeys(rows, "sha"), origins=origins)
+    assert export(store.path, tmp_path / "videos", "hdf5", by_video=True) == 4
+    assert sorted(path.name for path in (tmp_path / "videos").iterdir()) == ["a_x.mp4.h5", "b.mp4.h5"]
+    with h5py.File(tmp_path / "videos" / "a_x.mp4.h5") as file:
+        assert file["timestamps"][()].tolist() == [2.5, 3.5, 4.5, 5.5, 8.5, 9.5]
+        order = [IDS[2], IDS[0], IDS[3]]
+        assert np.array_equal(file["patches"][()], store.read(order).patches.flatten(0, 1).numpy())
+        assert np.array_equal(file["cls"][()], store.read(order).cls.numpy())
+    nameless = create_store(tmp_path / "nameless", SPEC, FINGERPRINT, IDS[:4])
+    fill(nameless)
+    with pytest.raises(StoreError, match="does not record the video of 4 clips, such as"):
+        export(nameless.path, tmp_path / "none", "npy", by_video=True)
+
+
+def test_a_webdataset_has_one_sample_a_clip(tmp_path: Path) -> None:
+    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS)
+    fill(store)
+    export(store.path, tmp_path / "tars", "webdataset")
+    with tarfile.open(tmp_path / "tars" / "00000.tar") as tar:
+        names = tar.getnames()
+        assert json.load(tar.extractfile("00000003.json")) == {"clip_id": IDS[3]}  # type: ignore[arg-type]
+    # A reader takes what has the same name up to the first dot, in a row, for one sample.
+    assert [name.split(".", 1)[0] for name in names] == [f"{n:08d}" for n in range(len(IDS)) for _ in range(5)]
+    assert {name.split(".", 1)[1] for name in names} >= {"json", "patches.npy", "cls.npy"}
+
+
+def test_one_hdf5_file_with_a_dataset_a_clip(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "all.h5", "w") as file:
+        for number, name in enumerate(NAMES):
+            file[name] = np.full((2, 4, 8), number, np.float32)
+    store = import_features(tmp_path / "all.h5", tmp_path / "store")
+    assert store.read(NAMES).patches[:, 0, 0, 0].tolist() == list(range(len(NAMES)))
+
+
+Spoil = Callable[[Path], None]
+
+
+def _save(path: Path, value: object) -> None:
+    path.unlink()
+    np.save(path, value, allow_pickle=True)  # type: ignore[arg-type]
+
+
+def _hdf5(path: Path) -> None:
+    path.unlink()
+    with h5py.File(path.with_suffix(".h5"), "w") as file:
+        file.create_dataset("patches", (2, 4, 8), "f4", chunks=True)
+
+
+def _pickle(path: Path) -> None:
+    path.unlink()
+    torch.save({"patches": Path("x")}, path.with_suffix(".pt"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda path: path.write_bytes(b""), "the file is empty"),
+        (lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "a pointer of Git LFS"),
+        (lambda path: path.write_bytes(path.read_bytes()[:200]), "not an array of numbers"),
+        (lambda path: _save(path, np.array([{"lazy": 1}], dtype=object)), "not an array of numbers .*allow_pickle"),
+        (lambda path: _save(path, np.array(["text"])), "has dtype <U4; expected numbers"),
+        (lambda path: _save(path, np.zeros((0, 4, 8), np.float32)), "have shape .0, 4, 8., without a value"),
+        (lambda path: _save(path, np.full((2, 4, 8), np.nan)), "hold NaN or infinity"),
+        (lambda path: _save(path, np.full((2, 4, 8), 1e6)), "exceed the range of float16; use another --dtype"),
+        (
+            lambda path: _save(path, np.ones((3, 4, 8))),
+            "patches has shape .3, 4, 8.; expected .2, 4, 8. as in most clips",
+        ),
+        (lambda path: _save(path, np.ones((1, 2, 3, 4, 5))), r"expected \[T, N, D\]"),
+        (_hdf5, "dataset 'patches' was created but never written"),
+        (_pickle, "not a file of plain tensors"),
+    ],
+)
+def test_a_file_that_cannot_be_used(spoil: Spoil, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = write(tmp_path / "files")
+    spoil(files / f"{NAMES[2]}.npy")
+    with pytest.raises(StoreError, match=why):
+        import_features(files, tmp_path / "store")
+    assert main(["import", str(files), "--to", str(tmp_path / "store")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"features: {files}: '{NAMES[2]}': ")
+    assert said.endswith(": nothing was imported\n")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "store").exists()
+
+
+def test_many_faults_are_counted(tmp_path: Path) -> None:
+    files = write(tmp_path / "files", names=tuple(f"c{n:02d}" for n in range(30)))
+    for number in range(14):
+        (files / f"c{number:02d}.npy").write_bytes(b"")
+    with pytest.raises(StoreError, match="'c09': the file is empty; and 4 more: nothing was imported"):
+        import_features(files, tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "why"),
+    [
+        (
+            ["import", "{files}", "--to", "{root}/store", "--grid", "3x3"],
+            1,
+            "has 4 patches a frame; --grid 3x3 expects 9",
+        ),
+        (["import", "{root}/none", "--to", "{root}/store"], 2, "which does not exist; expected a store or features"),
+        (
+            ["export", "{root}/files", "--to", "npy", "--out", "{root}/files"],
+            1,
+            "which exists; expected a folder that is",
+        ),
+        (["export", "{root}/none", "--to", "npy"], 2, "expected the folder of a store"),
+    ],
+)
+def test_wrong_usage_is_one_line(
+    args: list[str], code: int, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = write(tmp_path / "files")
+    assert main([arg.format(files=files, root=tmp_path) for arg in args]) == code
+    said = capsys.readouterr().err
+    assert why in said
+    assert said.count("\n") == 1
+
+
+def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = write(tmp_path / "files")
+    assert main(["import", str(files), "--to", str(tmp_path / "store"), "--shard", "4"]) == 0
+    assert "6 clips" in capsys.readouterr().out
+    assert main(["export", str(tmp_path / "store"), "--to", "pt", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"out": str(tmp_path / "store_pt"), "clips": 6}
+    assert len(list(find_clips(tmp_path / "store_pt"))) == 6
+    assert main(["import", str(files), "--to", str(tmp_path / "store"), "--shard", "4"]) == 0  # again, all is done
+
+
+def test_an_interrupted_export_leaves_nothing_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = import_features(write(tmp_path / "files"), tmp_path / "store")
+    read = Store.read_arrays
+
+    def dies(self: Store, ids: list[str], *args: object, **options: object) -> object:
+        if NAMES[4] in ids:
+            raise KeyboardInterrupt
+        return read(self, ids, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Store, "read_arrays", dies)
+    with pytest.raises(KeyboardInterrupt):
+        export(store.path, tmp_path / "out", "npy")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert export(store.path, tmp_path / "out", "npy") == 6
+    assert len(list((tmp_path / "out").iterdir())) == 6
+    assert Fingerprint(dict(open_store(store.path).fingerprint.fields)) == store.fingerprint
