@@ -205,6 +205,7 @@ def _encode_questions_of_imported(config: Config, job_slice: Slice, wait: bool) 
         texts=len(texts.clip_ids),
         errors={},
         check=compare_origins((), config.data.root, {}),
+        machines={},
         clips_left=0,
         texts_left=_count(still_missing(works, texts)),
     )
