@@ -370,6 +370,13 @@ class ConfigParser(jsonargparse.ArgumentParser):
             self.error(f"--config {path}: {repeated}")
         return super().parse_path(path, *args, **kwargs)
 
+    def parse_string(self, *args: Any, **kwargs: Any) -> jsonargparse.Namespace:
+        """Read a config as jsonargparse does, and refuse one in the command line that uses a key twice."""
+        # `parse_path` has looked at the text of a file, which comes by a keyword whose name depends on the version.
+        if args and (repeated := repeated_key(args[0])):
+            self.error(f"--config: {repeated}")
+        return super().parse_string(*args, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print `message` with the nearest valid option or file and exit with code 2."""
         line = " ".join(message.split())

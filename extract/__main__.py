@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -36,6 +37,8 @@ def main(args: Sequence[str] | None = None) -> int:
     )
     if isinstance(name, int):
         return name
+    # Without semaphores, joblib warns when it is imported; what needs them says so in a line of its own.
+    warnings.filterwarnings("ignore", message=".*joblib will operate in serial mode")
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     parser = ConfigParser(prog=f"extract {name}", description=COMMANDS[name])
     try:

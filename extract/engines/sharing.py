@@ -61,11 +61,17 @@ def run_worker(
 
 def still_missing(works: Sequence[ShardWork], store: Store) -> list[ShardWork]:
     """Those of `works`, and of their clips, that `store`, which has just been refreshed, still needs."""
-    missing, left = set(store.missing()), []
+    missing, quarantine, left = set(store.missing()), store.quarantine, []
     for work in works:
         replaces = {name: work.replaces[name] for name in store.catalog.unchanged(work.replaces)}
-        if ids := tuple(name for name in work.ids if name in missing or name in replaces):
-            left.append(ShardWork(work.shard, ids, replaces))
+        # One that has failed again since has one attempt more.
+        untried = {
+            name: attempts
+            for name, attempts in work.retries.items()
+            if name in quarantine and quarantine[name].attempts == attempts
+        }
+        if ids := tuple(name for name in work.ids if name in missing or name in replaces or name in untried):
+            left.append(ShardWork(work.shard, ids, replaces, untried))
     return left
 
 

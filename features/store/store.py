@@ -50,11 +50,13 @@ class ShardWork:
         shard: Number of the shard.
         ids: The clips.
         replaces: Id -> the committed row that is to be replaced, for those of `ids` that have one.
+        retries: Id -> number of attempts so far, for those of `ids` that are in quarantine.
     """
 
     shard: int
     ids: tuple[str, ...]
     replaces: Mapping[str, RowVersion] = field(default_factory=dict)
+    retries: Mapping[str, int] = field(default_factory=dict)
 
 
 def create_store(
@@ -233,13 +235,22 @@ class Store:
             retry_quarantined: Include the clips in quarantine.
             replace: Committed clips to encode again.
         """
-        skip = {} if retry_quarantined else self.quarantine
+        quarantine = self.quarantine
+        skip = {} if retry_quarantined else quarantine
         work: dict[int, list[str]] = {}
         for name, row in self.catalog.rows.items():
             if name in replace or (name not in self.catalog.ledger.clips and name not in skip):
                 work.setdefault(self.catalog.shard_of(row), []).append(name)
         versions = self.catalog.ledger.versions
-        return [ShardWork(shard, tuple(ids), versions(ids)) for shard, ids in sorted(work.items())]
+        return [
+            ShardWork(
+                shard,
+                tuple(ids),
+                versions(ids),
+                {name: quarantine[name].attempts for name in ids if name in quarantine},
+            )
+            for shard, ids in sorted(work.items())
+        ]
 
     # Reading
 

@@ -111,3 +111,14 @@ def test_print_config_shows_every_option(capsys: pytest.CaptureFixture[str]) -> 
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     assert all(f"{name.split('.')[1]}:" in shown for name in option_names())
+
+
+@pytest.mark.parametrize("text", ["{video: {frames: 4, frames: 8}}", "{video: {frames: 4}, video: {size: 64}}"])
+def test_a_key_that_stands_twice_in_the_command_line_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as usage:
+        parse("--config", text)
+    assert usage.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--config: line 1: key '" in line
+    assert "is used twice; expected each key once" in line
+    assert parse("--config", "{video: {frames: 4}}").video.frames == 4

@@ -117,6 +117,45 @@ def test_shards_that_others_hold_are_an_exit_code(begun: Path, capsys: pytest.Ca
     assert f"{CLIPS}/{CLIPS} clips and {texts} questions stored" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_a_machine_without_semaphores_is_one_line(bare: Path) -> None:
+    refuse = (
+        "import sys\n"
+        "from multiprocessing import synchronize\n"
+        "def refuse(*args, **kwargs): raise OSError(30, 'Read-only file system')\n"
+        "synchronize.SemLock.__init__ = refuse\n"
+        "from egopatch.extract.__main__ import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", refuse, "run", *options(bare)]
+    job = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert job.returncode == 1
+    assert job.stderr.startswith("extract run: failed: /dev/shm: Read-only file system; decoding in child processes")
+    assert job.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_retry_reports_and_waits_for_the_shards_of_other_jobs(
+    made: Path, bare: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (bad,) = videos(bare)[:1]
+    bad.write_bytes(b"no video")
+    assert main(["run", *options(bare)]) == 0
+    assert main(["retry", *options(bare)]) == 0  # it fails again, and is not left to anybody
+    shutil.copy(made / bad.relative_to(bare), bad)
+    with ExitStack() as held:
+        held.enter_context(file_lease.hold(bare / "store", 0))
+        capsys.readouterr()
+        assert main(["retry", *options(bare)]) == HELD
+        assert capsys.readouterr().err.startswith(
+            "extract retry: 1 clips and 0 questions are left, in shards that other"
+        )
+        monkeypatch.setattr(run, "time", SimpleNamespace(sleep=lambda seconds: held.close()))
+        assert main(["retry", *options(bare), "--wait"]) == 0
+    assert "waiting for 1 clips in shards that other processes hold" in capsys.readouterr().out
+    assert not open_store(bare / "store").quarantine
+
+
 def test_a_job_that_waits_encodes_what_others_leave(
     made: Path, begun: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

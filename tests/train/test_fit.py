@@ -406,6 +406,14 @@ def test_resuming_on_other_features_is_refused(tiny: Config, tmp_path: Path, mon
         fit(with_run(tiny, "psa", store_path=other.store.path), "x")
 
 
+@pytest.mark.parametrize("content", [b"head: [", b"\xff\xfe", b"- head\n", b"head: psa\n"])
+def test_a_damaged_config_of_a_run_is_one_line(tiny: Config, content: bytes) -> None:
+    tiny.run.dir.mkdir(parents=True)
+    (tiny.run.dir / "config.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"^.*/config\.yaml (is damaged|does not hold) .*; use another --run\.dir.*$"):
+        fit(tiny, "x")
+
+
 def test_damaged_and_missing_run_files(tiny: Config) -> None:
     with pytest.raises(RunError, match=r"card\.json: no such file; train the head first"):
         evaluate(tiny)

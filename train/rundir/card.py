@@ -155,12 +155,21 @@ def require_same_settings(folder: Path, config: Config) -> None:
     """Check that the folder's `config.yaml`, if there is one, has the same settings.
 
     Raises:
-        ConfigError: The folder holds a run with other settings; the message names the differing options.
+        ConfigError: The folder holds a run with other settings, and the message names the differing options; or its
+            `config.yaml` is damaged.
     """
+    path = folder / CONFIG
     try:
-        existing = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")) or {}
+        existing = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (FileNotFoundError, NotADirectoryError):
         return
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} is damaged ({reason}); use another --run.dir, or delete the folder") from None
+    if not isinstance(existing, dict) or not all(isinstance(section, dict | None) for section in existing.values()):
+        raise ConfigError(
+            f"{path} does not hold the sections of an experiment; use another --run.dir, or delete the folder"
+        )
     requested = plain(config)
     different = [
         f"{section}.{name}: folder has {(existing.get(section) or {}).get(name)!r}, requested {value!r}"
