@@ -84,14 +84,14 @@ class _Started:
     times: int
 
 
-def _try(compute: Callable[[], Any]) -> Any:
+def _try(compute: Callable[[], Value]) -> Value | _Fault:
     try:
         return compute()
     except VideoError as error:
         return _Fault(str(error))
 
 
-def _shared(folder: Path, key: tuple[str, FileVersion], compute: Callable[[], Value]) -> Value:
+def _shared(folder: Path, key: tuple[str, FileVersion], compute: Callable[[], Value]) -> Value | _Fault:
     """The value in the file of `key`; while one process computes it, the others wait."""
     try:
         file = _file_of(folder, key).open("a+b", buffering=0)
