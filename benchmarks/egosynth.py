@@ -28,8 +28,11 @@ import yaml
 
 from egopatch.configs.schema import Config, ConfigParser, add_config_arguments, parse_config
 from egopatch.extract.datasets import load_dataset
+from egopatch.features import open_store
 from egopatch.train.report import plots
-from egopatch.train.report.sources import read_sweep
+from egopatch.train.report.agreement import agreement
+from egopatch.train.report.answers import load_questions
+from egopatch.train.report.sources import read_selection, read_sweep
 from egopatch.train.scores.metrics import read_predictions, same_lower_cased
 from egopatch.train.scores.statistics import compare
 from egopatch.train.sweeps.sweep import run_sweep
@@ -173,6 +176,16 @@ class Bench:
         }
         return {**rounded(found), "verdict": result.verdict}
 
+    def agreement(self, point: Mapping[str, Any], split: str) -> dict[str, float] | None:
+        """Whether the kept patches are where the objects stand that are asked about: percentages, mean over seeds."""
+        config = self.config("lite", split)
+        questions, grid = load_questions(config, split), open_store(config.store.path).spec.grid
+        assert grid is not None
+        folders = [self.root / "sweeps" / point["name"] / member["dir"] for member in point["members"]]
+        found = [agreement(read_selection(folder / "selection.npz"), questions, grid) for folder in folders]
+        known = [vars(one) for one in found if one is not None]
+        return {name: round(float(np.mean([one[name] for one in known])), 2) for name in known[0]} if known else None
+
     def training(self, point: Mapping[str, Any]) -> dict[str, Any]:
         """Over the seeds of a point: the percentage of answers of the wrong form, the median of the steps until val
         reached 95% of its best, and the seconds a step, with all seeds of a stack together.
@@ -247,9 +260,11 @@ PARTS = {"search": train_search, "table": train_table, "ratios": train_ratios, "
 
 def gather(bench: Bench) -> dict[str, Any]:
     """Everything that is finished."""
-    table, ablation, ratios = [], [], []
+    table, ablation, ratios, looks = [], [], [], []
     for split in SPLITS:
         whole = bench.found(f"{split}-{slug(REFERENCE)}")
+        if whole and (found := bench.agreement(whole, split)):
+            looks.append({"split": split, "scores": "question, saliency, prior", **found})
         for label, system in SYSTEMS.items():
             if point := bench.found(f"{split}-{slug(label)}"):
                 row = {"split": split, "system": label, "encoder": ENCODERS[system.encoder], **numbers(point)}
@@ -263,12 +278,14 @@ def gather(bench: Bench) -> dict[str, Any]:
                 if whole:
                     row["against_whole"] = bench.against(point, whole, split)
                 ablation.append(row)
+                if "head.scores" in setting and (found := bench.agreement(point, split)):
+                    looks.append({"split": split, "scores": ", ".join(setting["head.scores"]), **found})
         path = bench.root / "sweeps" / f"{split}-ratios" / "sweep.json"
         if path.exists():
             points = json.loads(path.read_text())["points"]
             ratios += [{"split": split, "ratio": point["ratio"], **numbers(point)} for point in points]
     search = [row for split in SPLITS for row in searched(bench, split)]
-    return {"table": table, "ablation": ablation, "ratios": ratios, "search": search}
+    return {"table": table, "ablation": ablation, "ratios": ratios, "search": search, "looks": looks}
 
 
 def numbers(point: Mapping[str, Any]) -> dict[str, Any]:
@@ -375,6 +392,14 @@ def markdown(found: Mapping[str, Any]) -> str:
                 "|:--|" + "--:|" * len(rows),
                 "| all | " + " | ".join(interval(row["all"]) for row in rows) + " |",
             ]
+    for split in SPLITS:
+        rows = [row for row in found["looks"] if row["split"] == split]
+        if rows:
+            lines += ["", f"| {split}: selected by | asked about | other objects | at random | precision |"]
+            lines += ["|:--|--:|--:|--:|--:|"]
+        for row in rows:
+            percents = [f"{row[name]:.1f}" for name in ("asked", "others", "chance", "precision")]
+            lines.append(f"| {row['scores']} | {' | '.join(percents)} |")
     for split in SPLITS:
         rows = [row for row in found["search"] if row["split"] == split]
         if rows:

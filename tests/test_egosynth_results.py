@@ -25,7 +25,7 @@ def found() -> dict[str, Any]:
         row("attention (lite)", 80, "below"),
         row("psa (lite)", 60, None),
     ]
-    return {"table": table, "ablation": [], "ratios": [], "search": []}
+    return {"table": table, "ablation": [], "ratios": [], "looks": [], "search": []}
 
 
 def test_sentences_follow_the_verdicts() -> None:

@@ -22,6 +22,7 @@ from egopatch.train.report import analysis as report_analysis
 from egopatch.train.report import answers as report_answers
 from egopatch.train.report import integrity as report_integrity
 from egopatch.train.report import plots, table
+from egopatch.train.report.agreement import Agreement, agreement
 from egopatch.train.report.analysis import TagLine
 from egopatch.train.report.answers import Correctness, Questions
 from egopatch.train.report.examples import Example
@@ -71,6 +72,7 @@ class SplitPage:
         table_ratio: Selection ratio of the head in the table.
         shared: Share of kept patches that two questions about one clip have in common; None if unknown.
         kept_share: Share of patches kept.
+        agreement: Agreement of the kept patches with known places of the objects asked about; None if none are known.
         clips: Clips of the annotations; none if these cannot be read.
     """
 
@@ -88,6 +90,7 @@ class SplitPage:
     table_ratio: str
     shared: float | None
     kept_share: float
+    agreement: Agreement | None
     clips: Mapping[str, Clip]
 
 
@@ -149,12 +152,13 @@ def _split_page(
     ours = next((row for row in rows if row.label == _OURS), None)
     questions, right = report_answers.rows_correctness(config, split, rows, problems)
     examples: list[Example] = []
-    shared, kept_share, patches = None, 0.0, grid[0] * grid[1]
+    shared, kept_share, patches, agreed = None, 0.0, grid[0] * grid[1], None
     if ours is not None and questions is not None and (correct := right.get(ours.label)) is not None:
         kept, faults = report_analysis.selections_by_ratio(ours, sweeps, questions)
         problems.extend(faults)
         if chosen := kept.get(report_analysis.ratio_label(ours)):
             kept_share = chosen[0].kept.shape[2] / patches
+            agreed = agreement(chosen[0], questions, grid)
             shared = chosen[0].shared({q: question.clip_id for q, question in questions.by_id.items()}, patches)
         others = [(row, right[row.label]) for row in rows if row is not ours and row.label in right]
         examples = report_analysis.build_examples(config, questions, (ours, correct), others, kept, grid)
@@ -175,6 +179,7 @@ def _split_page(
         report_analysis.ratio_label(ours) if ours else "",
         shared,
         kept_share,
+        agreed,
         {} if questions is None else questions.clips,
     )
 

@@ -1,0 +1,68 @@
+"""Kept patches against the places that EgoSynth knows."""
+
+import numpy as np
+
+from egopatch.extract.datasets import Question
+from egopatch.extract.datasets.egosynth.places import places_of, scene_of
+from egopatch.extract.datasets.egosynth.render import interval_of
+from egopatch.extract.datasets.egosynth.scene import draw_scene
+from egopatch.train.report.agreement import agreement
+from egopatch.train.report.answers import Questions
+from egopatch.train.report.sources import Selection
+
+GRID, FRAMES = (7, 7), 4
+SCENE = draw_scene(3, 12, "hard")
+CLIP = interval_of(SCENE)
+
+
+def cell(name: str, time: float) -> int:
+    thing = SCENE.things_at(time)[name]
+    return 7 * int(thing.y) + int(thing.x)
+
+
+def selection(kept: np.ndarray, text: str) -> tuple[Selection, Questions]:
+    question = Question("q", CLIP, text, "x", "open", ())
+    return Selection({"q": 0}, kept[None].astype(np.int16)), Questions({"q": question}, {})
+
+
+def test_a_clips_name_gives_its_scene() -> None:
+    assert scene_of(CLIP) == SCENE
+    assert scene_of(interval_of(draw_scene(0, 5))) == draw_scene(0, 5)
+    assert scene_of("k1|P1|10|95") is None
+
+
+def test_named_objects_are_asked_about_throughout_and_described_ones_while_they_are_touched() -> None:
+    name = SCENE.event("other").name
+    named = places_of(SCENE, f"Where is the {name} at the end?", FRAMES, GRID)
+    assert named.asked == tuple(frozenset({cell(name, (2 * t + 1) / 8)}) for t in range(FRAMES))
+    second = places_of(SCENE, "Which is the object that the person touches second?", FRAMES, GRID)
+    assert [len(patches) for patches in second.asked] == [0, 0, 1, 0]
+    assert second.asked[2] == {cell(SCENE.event("second").name, 0.625)}
+    assert all(len(patches) == 5 for patches in second.others)
+
+
+def test_what_follows_an_object_is_asked_about_too() -> None:
+    first, second = SCENE.event("first").name, SCENE.event("second").name
+    found = places_of(SCENE, f"Which object does the person go to after the {first}?", FRAMES, GRID)
+    assert found.asked[2] == {cell(first, 0.625), cell(second, 0.625)}
+    assert found.asked[3] == {cell(first, 0.875)}
+
+
+def test_agreement_of_a_perfect_and_of_a_blind_selection() -> None:
+    text = f"where is the {SCENE.event('first').name} at the end?"
+    places = places_of(SCENE, text, FRAMES, GRID)
+    perfect = np.array([[*patches, 48] for patches in places.asked])
+    found = agreement(*selection(perfect, text), GRID)
+    assert found is not None
+    assert (found.asked, found.others, found.precision) == (100, 0, 50)
+    assert found.chance == 100 * 2 / 49
+    everything = agreement(*selection(np.tile(np.arange(49), (FRAMES, 1)), text), GRID)
+    assert everything is not None
+    assert (everything.asked, everything.others, everything.chance) == (100, 100, 100)
+
+
+def test_other_data_sets_have_no_known_places() -> None:
+    kept, questions = selection(np.zeros((FRAMES, 2)), "what?")
+    other = Questions({"q": Question("q", "k1|P1|10|95", "what?", "x", "open", ())}, {})
+    assert agreement(kept, other, GRID) is None
+    assert agreement(kept, questions, GRID) is None
