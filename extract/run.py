@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from egopatch.configs.schema import Config, ConfigError
-from egopatch.extract.datasets import load_dataset
+from egopatch.extract.datasets import Dataset, load_dataset
 from egopatch.extract.datasets.origins import OriginCheck, compare_origins
 from egopatch.extract.encoders import (
     Checkpoint,
@@ -25,12 +25,13 @@ from egopatch.extract.encoders import (
 from egopatch.extract.encoders.networks import imported
 from egopatch.extract.engines.dispatch import encode_with_engine
 from egopatch.extract.engines.job_slice import ALL_SHARDS, Slice
-from egopatch.extract.engines.sharing import still_missing
+from egopatch.extract.engines.sharing import decoder_count, still_missing, worker_count
 from egopatch.extract.fingerprints import text_depth, text_fingerprint
 from egopatch.extract.planning.plan import disk_refusal
 from egopatch.extract.worker.device import describe_machine, device_of
-from egopatch.extract.worker.job import resolve_job
+from egopatch.extract.worker.job import ExtractionJob, resolve_job
 from egopatch.extract.worker.job_stats import JobStats, record_job
+from egopatch.extract.worker.pipeline import Target, fill_stores
 from egopatch.extract.worker.shard_writer import ShardWriter
 from egopatch.features import ShardOwned, ShardWork, Store, StoreError, StoreSpec, create_store, open_store
 from egopatch.features.common.machine import limit_threads
@@ -76,10 +77,21 @@ class ExtractionResult:
 def extract_features(
     config: Config, retry: bool = False, job_slice: Slice = ALL_SHARDS, refresh: bool = False, wait: bool = False
 ) -> ExtractionResult:
-    """Encode everything that is missing from the store.
+    """Encode everything that is missing from the store; arguments and errors as in `extract_together`."""
+    return extract_together([config], retry, job_slice, refresh, wait)[0]
+
+
+def extract_together(
+    configs: Sequence[Config],
+    retry: bool = False,
+    job_slice: Slice = ALL_SHARDS,
+    refresh: bool = False,
+    wait: bool = False,
+) -> list[ExtractionResult]:
+    """Encode everything that is missing from the store of each config, with one decode of each clip for all of them.
 
     Args:
-        config: The experiment.
+        configs: The experiments; several must have the same data, frames and engine, with one worker.
         retry: Whether to try the quarantined clips again.
         job_slice: The shards of this job, where several jobs divide them.
         refresh: Whether to encode stale clips again; without it, a store with stale clips is refused.
@@ -87,14 +99,115 @@ def extract_features(
 
     Raises:
         DatasetError, CheckpointError, StoreError: The input is wrong or the disk is full; no clip was written.
+        ConfigError: The configs cannot share a decode.
         TooManyErrors: More clips failed than `engine.max_errors`; committed shards stay.
         WorkersKilled: Workers were killed after every restart; committed shards stay.
     """
     limit_threads()
-    if config.encoder.arch == imported.NETWORK.name:
-        return _encode_questions_of_imported(config, job_slice, wait)
-    job = resolve_job(config)
-    dataset = load_dataset(config.data)
+    require_one_decode(configs)
+    if configs[0].encoder.arch == imported.NETWORK.name:
+        return [_encode_questions_of_imported(configs[0], job_slice, wait)]
+    jobs = [resolve_job(config) for config in configs]
+    dataset = load_dataset(configs[0].data)
+    clips = {clip.clip_id: clip for clip in dataset.clips}
+    opened = [_open(job, dataset, retry, job_slice, refresh) for job in jobs]
+    for one in opened:
+        one.encode_texts(wait)
+    stats = [JobStats() for _ in opened]
+    together = [number for number, one in enumerate(opened) if one.works] if len(opened) > 1 else []
+    if together:
+        targets = [Target(opened[n].job, opened[n].store, opened[n].works) for n in together]
+        with ProgressDisplay("encode", sum(_count(one.works) for one in opened), "clips") as display:
+            filled = fill_stores(targets, clips, decoder_count(configs[0], 1), display.advance)
+        for number, done in zip(together, filled, strict=True):
+            stats[number] = done
+    for number, one in enumerate(opened):
+        for free in _until_done(one.store, one.works, wait, "clips", begun=len(opened) > 1):
+            with ProgressDisplay("encode", _count(free), "clips") as display:
+                stats[number] += encode_with_engine(one.job, one.store, free, clips, display.advance)
+    return [one.result(done, dataset, job_slice) for one, done in zip(opened, stats, strict=True)]
+
+
+def require_one_decode(configs: Sequence[Config]) -> None:
+    """Check that one decode of each clip serves all `configs`.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    first = configs[0]
+    for other in configs[1:]:
+        pairs = {
+            "data": (first.data, other.data),
+            "video": (first.video, dataclasses.replace(other.video, size=first.video.size)),
+            "engine": (first.engine, other.engine),
+        }
+        for section, (one, two) in pairs.items():
+            for field in dataclasses.fields(one):
+                values = getattr(one, field.name), getattr(two, field.name)
+                if values[0] != values[1]:
+                    raise ConfigError(
+                        f"{section}.{field.name} is {values[0]!r} for store {first.store.path} and {values[1]!r} for"
+                        f" {other.store.path}; configs that share a decode need the same data, engine and video but for"
+                        " video.size: run them one after the other"
+                    )
+    if len(configs) > 1 and imported.NETWORK.name in (config.encoder.arch for config in configs):
+        raise ConfigError(
+            f"encoder.arch is {imported.NETWORK.name}, whose clips are not decoded; run that config alone"
+        )
+    paths = [str(config.store.path) for config in configs]
+    if twice := {path for path in paths if paths.count(path) > 1}:
+        raise ConfigError(f"store.path is {twice.pop()} in two configs; each needs a store of its own")
+    if len(configs) > 1 and (first.engine.name != "joblib" or worker_count(first) != 1):
+        raise ConfigError(
+            f"engine is {first.engine.name} with {worker_count(first)} workers; configs that share a decode need joblib"
+            " and engine.workers 1: start a job for each GPU, with --shard i/N and CUDA_VISIBLE_DEVICES"
+        )
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A config's store and what is missing from it."""
+
+    job: ExtractionJob
+    network: "_TextNetwork"
+    store: Store
+    works: list[ShardWork]
+    texts: Store
+    text_works: list[ShardWork]
+
+    def encode_texts(self, wait: bool) -> None:
+        for free in _until_done(self.texts, self.text_works, wait, "questions"):
+            _encode_texts(self.network, self.texts, free)
+        self.network.encoder.to("meta")  # the device's memory is for clips from now on
+
+    def result(self, stats: JobStats, dataset: Dataset, job_slice: Slice) -> ExtractionResult:
+        """Record the job, and look at what it leaves."""
+        store, texts, config = self.store, self.texts, self.job.config
+        store.catalog.refresh()
+        texts.catalog.refresh()
+        clips_left = _count(still_missing(self.works, store))
+        if self.works:
+            stats = stats if clips_left else dataclasses.replace(stats, skipped=())
+            record_job(config.store.path, stats, config.engine.name, config.engine.workers, config.video.decoder)
+        catalog = store.catalog
+        mine = [clip for clip in dataset.clips if job_slice.has(catalog.shard_of(catalog.rows[clip.clip_id]))]
+        return ExtractionResult(
+            stats=stats,
+            clips=len(store.clip_ids),
+            planned=len(store.planned_ids),
+            quarantine={clip_id: record.reason for clip_id, record in store.quarantine.items()},
+            texts=len(texts.clip_ids),
+            errors=dict(store.reconstruction_error),
+            check=compare_origins(mine, config.data.root, store.origins()),
+            machines=store.machines(),
+            clips_left=clips_left,
+            texts_left=_count(still_missing(self.text_works, texts)),
+        )
+
+
+def _open(job: ExtractionJob, dataset: Dataset, retry: bool, job_slice: Slice, refresh: bool) -> _Opened:
+    """Open or create a config's store."""
+    config = job.config
     root = config.data.root
     if not refresh:
         # Before the store gets rows for the new clips of what may be another data set.
@@ -105,9 +218,9 @@ def extract_features(
     store = create_store(config.store.path, job.spec, job.fingerprint, ids, format=config.store.format)
     texts = _create_text_store(network, dataset.texts)
     text_works = job_slice.of(texts.missing_shards())
-    clips = {clip.clip_id: clip for clip in dataset.clips}
     stale = compare_origins(dataset.clips, root, store.origins()).stale if refresh else {}
     # A store may hold clips of a larger data set; only those of this one have videos to encode.
+    clips = set(ids)
     works = [
         dataclasses.replace(work, ids=known)
         for work in job_slice.of(store.missing_shards(retry_quarantined=retry, replace=stale))
@@ -115,32 +228,7 @@ def extract_features(
     ]
     if refusal := disk_refusal(config.store.path, job.spec, _count(works)):
         raise StoreError(refusal)
-    for free in _until_done(texts, text_works, wait, "questions"):
-        _encode_texts(network, texts, free)
-    del network  # the device's memory is for clips from now on
-    stats = JobStats()
-    for free in _until_done(store, works, wait, "clips"):
-        with ProgressDisplay("encode", _count(free), "clips") as display:
-            stats += encode_with_engine(job, store, free, clips, display.advance)
-    store.catalog.refresh()
-    texts.catalog.refresh()
-    clips_left = _count(still_missing(works, store))
-    if works:
-        stats = stats if clips_left else dataclasses.replace(stats, skipped=())
-        record_job(config.store.path, stats, config.engine.name, config.engine.workers, config.video.decoder)
-    mine = [clip for clip in dataset.clips if job_slice.has(store.catalog.shard_of(store.catalog.rows[clip.clip_id]))]
-    return ExtractionResult(
-        stats=stats,
-        clips=len(store.clip_ids),
-        planned=len(store.planned_ids),
-        quarantine={clip_id: record.reason for clip_id, record in store.quarantine.items()},
-        texts=len(texts.clip_ids),
-        errors=dict(store.reconstruction_error),
-        check=compare_origins(mine, root, store.origins()),
-        machines=store.machines(),
-        clips_left=clips_left,
-        texts_left=_count(still_missing(text_works, texts)),
-    )
+    return _Opened(job, network, store, works, texts, text_works)
 
 
 def _refuse_stale(config: Config, check: OriginCheck) -> None:
@@ -152,9 +240,11 @@ def _count(works: Sequence[ShardWork]) -> int:
     return sum(len(work.ids) for work in works)
 
 
-def _until_done(store: Store, works: list[ShardWork], wait: bool, unit: str) -> Iterator[list[ShardWork]]:
-    """Yield `works`; if requested, wait for the processes that hold some of them, and yield what they leave."""
-    if works:
+def _until_done(
+    store: Store, works: list[ShardWork], wait: bool, unit: str, begun: bool = False
+) -> Iterator[list[ShardWork]]:
+    """Yield `works`, unless `begun`; if requested, wait for the processes that hold some, and yield what they leave."""
+    if works and not begun:
         yield works
     while wait and (works := _wait_for_a_lease(store, works, unit)):
         yield works

@@ -1,5 +1,6 @@
 """`extract run`: encode every clip and question that is missing from the store."""
 
+import itertools
 import sys
 from collections.abc import Sequence
 
@@ -7,7 +8,7 @@ from egopatch.configs.schema import Config, ConfigError, ConfigParser, add_confi
 from egopatch.extract.engines.dispatch import WorkersKilled
 from egopatch.extract.engines.interrupts import REQUEUE, Requeue, requeue_on_signals
 from egopatch.extract.engines.job_slice import Slice
-from egopatch.extract.run import ExtractionResult, extract_features
+from egopatch.extract.run import ExtractionResult, extract_together
 from egopatch.extract.worker.device import arithmetic_advice, device_of
 from egopatch.extract.worker.shard_writer import TooManyErrors
 from egopatch.features.state.counts import machines_line
@@ -18,7 +19,8 @@ HELD = 3  # exit code of a job that has done its part, while other processes are
 def main(parser: ConfigParser, args: Sequence[str], retry: bool = False) -> int:
     """Encode; returns 1 if the work failed, `HELD` if shards are left, and `REQUEUE` after a scheduler's signal."""
     parser.epilog = (
-        f"Exit codes: 0 all clips and questions are stored or quarantined; 1 the work failed; 2 wrong usage or config;"
+        "--config A.yaml B.yaml fills the stores of both from one decode of each clip; other options hold for both."
+        f" Exit codes: 0 all clips and questions are stored or quarantined; 1 the work failed; 2 wrong usage or config;"
         f" {HELD} other processes hold the shards that are left; {REQUEUE} interrupted by a scheduler's signal."
     )
     parser.add_argument(
@@ -29,31 +31,47 @@ def main(parser: ConfigParser, args: Sequence[str], retry: bool = False) -> int:
         "--refresh", action="store_true", help="encode clips again whose stretch, video file or its size has changed"
     )
     add_config_arguments(parser)
-    config, options = parse_config(parser, args)
+    parsed = [parse_config(parser, one) for one in split_configs(args)]
+    configs, (_, options) = [config for config, _ in parsed], parsed[0]
     try:
         job_slice = Slice.parse(options.shard)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if advice := arithmetic_advice(config, device_of(config.encoder.device)):
-        print(f"advice: {advice}", flush=True)
+    for config in configs:
+        if advice := arithmetic_advice(config, device_of(config.encoder.device)):
+            print(f"advice: {advice}", flush=True)
     try:
         with requeue_on_signals():
-            result = extract_features(config, retry, job_slice, options.refresh, options.wait)
+            results = extract_together(configs, retry, job_slice, options.refresh, options.wait)
     except (TooManyErrors, WorkersKilled) as error:
         print(f"{parser.prog}: failed: {error}. Committed shards are kept.", file=sys.stderr)
         return 1
     except Requeue as notice:
         print(f"{parser.prog}: interrupted by {notice}; run the same command again to resume", file=sys.stderr)
         return REQUEUE
-    _report(config, result)
-    if result.clips_left or result.texts_left:
+    for config, result in zip(configs, results, strict=True):
+        _report(config, result)
+    clips_left, texts_left = (sum(getattr(one, name) for one in results) for name in ("clips_left", "texts_left"))
+    if clips_left or texts_left:
         print(
-            f"{parser.prog}: {result.clips_left} clips and {result.texts_left} questions are left, in shards that other"
+            f"{parser.prog}: {clips_left} clips and {texts_left} questions are left, in shards that other"
             " processes hold; run the same command with --wait, or again when those processes have ended",
             file=sys.stderr,
         )
         return HELD
-    return 1 if (result.quarantine and not result.clips) or result.check.stale else 0
+    return int(any((one.quarantine and not one.clips) or one.check.stale for one in results))
+
+
+def split_configs(args: Sequence[str]) -> list[list[str]]:
+    """A command line for each of the files in `--config A.yaml B.yaml`; other options are in all of them."""
+    args = list(args)
+    if "--config" not in args:
+        return [args]
+    first = args.index("--config") + 1
+    files = list(itertools.takewhile(lambda one: not one.startswith("--"), args[first:]))
+    if len(files) < 2:
+        return [args]
+    return [[*args[:first], file, *args[first + len(files) :]] for file in files]
 
 
 def _report(config: Config, result: ExtractionResult) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -142,3 +143,65 @@ class LeftClip:
             else tuple(replace(run, frames=array) for run, array in zip(frames, arrays, strict=True))
         )
         return replace(self.prepared, frames=found, release=release, memory=memory, memory_used=self.places[-1].end)
+
+
+@dataclass(frozen=True)
+class PreparedTogether:
+    """One clip, decoded once and prepared in several ways.
+
+    Attributes:
+        parts: The clip in each way.
+        ways: Number of the part that each encoder takes.
+    """
+
+    parts: tuple[PreparedClip, ...]
+    ways: tuple[int, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Time that the child spent on the clip."""
+        return self.parts[0].seconds
+
+    def shared(self, encoders: Sequence[int]) -> list[PreparedClip]:
+        """What each of the `encoders` gets; the memory is released with the last of them."""
+        release = _AfterAll(len(encoders), self.parts[0].release)
+        # Each device would register the shared memory for itself, which CUDA refuses; so it is no longer named.
+        return [replace(self.parts[self.ways[n]], release=release, memory=None) for n in encoders]
+
+
+class _AfterAll:
+    """Calls `action` at its last call of `count`, from whatever thread."""
+
+    def __init__(self, count: int, action: Callable[[], None]) -> None:
+        self._left = count
+        self._action = action
+        self._lock = threading.Lock()
+
+    def __call__(self) -> None:
+        with self._lock:
+            self._left -= 1
+            if self._left:
+                return
+        self._action()
+
+
+@dataclass(frozen=True)
+class LeftTogether:
+    """As `LeftClip`, one part behind another: each with its first byte in the memory."""
+
+    parts: tuple[tuple[int, LeftClip], ...]
+    ways: tuple[int, ...]
+
+    @classmethod
+    def leave(cls, prepared: PreparedTogether, memory: NDArray[np.uint8]) -> "LeftTogether":
+        """Copy the frames of all parts into `memory`."""
+        parts: list[tuple[int, LeftClip]] = []
+        start = 0
+        for part in prepared.parts:
+            parts.append((start, LeftClip.leave(part, memory[start:])))
+            start += -(-parts[-1][1].places[-1].end // ALIGNMENT) * ALIGNMENT
+        return cls(tuple(parts), prepared.ways)
+
+    def pick_up(self, memory: NDArray[np.uint8], release: Callable[[], None]) -> PreparedTogether:
+        """The clip with its frames in `memory`, not copied."""
+        return PreparedTogether(tuple(left.pick_up(memory[start:], release) for start, left in self.parts), self.ways)

@@ -3,6 +3,8 @@
 Children that do this need no torch, which would take each of them a second and 200 MB.
 """
 
+from functools import partial
+
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.clips import Frames, Pixels, PreparedClip, read_clip
@@ -20,15 +22,17 @@ def cut_clip(
     Frames of more than `most` bytes are transformed here, which makes them small.
     """
 
-    def finish(decoded: DecodedClip) -> Frames:
-        runs = _cut(decoded, transform)
-        if sum(frame.nbytes for run in runs for frame in run.frames) <= most:
-            return runs
-        with clock_stopped():  # torch is no part of the clip
-            from egopatch.extract.feed.on_host import to_input
-        return to_input(decoded.frames, video.size, transform).numpy()
+    return read_clip(clip, video, once, partial(finish_cut, size=video.size, transform=transform, most=most))
 
-    return read_clip(clip, video, once, finish)
+
+def finish_cut(decoded: DecodedClip, size: int, transform: Transform, most: int) -> Frames:
+    """Frames cut to what `transform` looks at, or the network's input where that has more than `most` bytes."""
+    runs = _cut(decoded, transform)
+    if sum(frame.nbytes for run in runs for frame in run.frames) <= most:
+        return runs
+    with clock_stopped():  # torch is no part of the clip
+        from egopatch.extract.feed.on_host import finish_on_host
+    return finish_on_host(decoded, size, transform)
 
 
 def _cut(decoded: DecodedClip, transform: Transform) -> tuple[Pixels, ...]:

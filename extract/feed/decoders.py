@@ -1,15 +1,18 @@
 """The children of a job: what they leave in shared memory, and how much of it they get."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import psutil
 
 from egopatch.configs.schema import VideoConfig
-from egopatch.extract.feed.clips import ALIGNMENT, PreparedClip
-from egopatch.extract.feed.cut import cut_clip
-from egopatch.extract.feed.on_host import prepare_clip
+from egopatch.extract.feed.clips import ALIGNMENT, PreparedClip, PreparedTogether
+from egopatch.extract.feed.cut import cut_clip, finish_cut
+from egopatch.extract.feed.on_host import finish_on_host, prepare_clip
 from egopatch.extract.feed.pool import DecodePool
 from egopatch.extract.feed.ring import Ring
+from egopatch.extract.feed.together import Finish, prepare_together
 from egopatch.extract.video.transforms import Transform
 
 LARGEST_SIDE = 1080  # of a square of pixels that fits a slot
@@ -29,9 +32,33 @@ def open_decoders(
             that are too many for a slot, which may have at most a quarter of the free memory together, are transformed
             nevertheless.
     """
+    most, slot_bytes = _sizes(video, clips, cut)
+    if not cut:
+        return DecodePool(video, workers, partial(prepare_clip, transform=transform), Ring(clips, slot_bytes))
+    return DecodePool(video, workers, partial(cut_clip, transform=transform, most=most), Ring(clips, slot_bytes))
+
+
+def open_decoders_of_several(
+    encoders: Sequence[tuple[VideoConfig, Transform, bool]], workers: int, clips: int
+) -> DecodePool[PreparedTogether]:
+    """As `open_decoders`, for several encoders with the same frames but for their size: each with its `cut`."""
+    finishes: list[Finish] = []
+    slot_bytes = 0
+    distinct = list(dict.fromkeys((video.size, transform, cut) for video, transform, cut in encoders))
+    video = encoders[0][0]
+    for size, transform, cut in distinct:
+        most, needed = _sizes(replace(video, size=size), clips * len(distinct), cut)
+        slot_bytes += -(-needed // ALIGNMENT) * ALIGNMENT
+        finish = partial(finish_cut, most=most) if cut else finish_on_host
+        finishes.append(partial(finish, size=size, transform=transform))
+    ways = [distinct.index((video.size, transform, cut)) for video, transform, cut in encoders]
+    return DecodePool(video, workers, partial(prepare_together, finishes=finishes, ways=ways), Ring(clips, slot_bytes))
+
+
+def _sizes(video: VideoConfig, clips: int, cut: bool) -> tuple[int, int]:
+    """Bytes of pixels that a clip may have before they are transformed, and bytes of its slot."""
     finished = 4 * video.frames * 3 * video.size**2
     if not cut:
-        return DecodePool(video, workers, partial(prepare_clip, transform=transform), Ring(clips, finished))
+        return 0, finished
     most = min(video.frames * 3 * LARGEST_SIDE**2, psutil.virtual_memory().available // 4 // clips)
-    ring = Ring(clips, max(finished, most) + ALIGNMENT * video.frames)
-    return DecodePool(video, workers, partial(cut_clip, transform=transform, most=most), ring)
+    return most, max(finished, most) + ALIGNMENT * video.frames

@@ -1,6 +1,7 @@
 """Frames -> the normalised tensor that a network expects, on the CPU and without torchvision."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.clips import PreparedClip, read_clip
+from egopatch.extract.video.frames import DecodedClip
 from egopatch.extract.video.once import OncePerVideo
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform
 
@@ -24,7 +26,12 @@ def prepare_clip(
         VideoError: As `extract.video.frames.read_frames`, or the file was changed meanwhile.
         OSError: The file cannot be read any more.
     """
-    return read_clip(clip, video, once, lambda decoded: to_input(decoded.frames, video.size, transform).numpy())
+    return read_clip(clip, video, once, partial(finish_on_host, size=video.size, transform=transform))
+
+
+def finish_on_host(decoded: DecodedClip, size: int, transform: Transform) -> NDArray[np.float32]:
+    """[T, 3, size, size], the network's input."""
+    return to_input(decoded.frames, size, transform).numpy()
 
 
 def crop_and_resize(frames: Sequence[NDArray[np.uint8]], size: int, transform: Transform = EGOVLP_TRANSFORM) -> Tensor:

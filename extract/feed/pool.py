@@ -29,7 +29,7 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
-from egopatch.extract.feed.clips import LeftClip, PreparedClip
+from egopatch.extract.feed.clips import LeftClip, LeftTogether, PreparedClip, PreparedTogether
 from egopatch.extract.feed.ring import Ring
 from egopatch.extract.video.index import VideoError
 from egopatch.extract.video.limits import OUT_OF_MEMORY, OUT_OF_TIME, limits, prepare_child
@@ -110,12 +110,12 @@ class DecodePool(Generic[Prepared]):
         slot, ring = scheduled.slot, self._ring
         result = self._outcome(scheduled.clip, scheduled.future)
         if ring is not None and slot is not None:
-            if isinstance(result, LeftClip):
+            if isinstance(result, LeftClip | LeftTogether):
                 return result.pick_up(ring.memory(slot), partial(ring.give_back, slot))  # type: ignore[return-value]
             ring.give_back(slot)  # the child has ended or has reported its error: it does not write any more
         return result  # type: ignore[return-value]
 
-    def _outcome(self, clip: Clip, future: ProcessFuture) -> Prepared | LeftClip | UndecodedClip:
+    def _outcome(self, clip: Clip, future: ProcessFuture) -> Prepared | LeftClip | LeftTogether | UndecodedClip:
         try:
             return future.result()
         except ProcessExpired as error:
@@ -171,13 +171,15 @@ class SharedFolder:
 
 def _attempt(
     prepare: Prepare[Prepared], clip: Clip, video: VideoConfig, shared: Path, slot: int | None
-) -> Prepared | LeftClip | UndecodedClip:
+) -> Prepared | LeftClip | LeftTogether | UndecodedClip:
     """Prepare one clip in a child, within the limits."""
     try:
         with limits(video):
             result = prepare(clip, video, _once(shared))
             if slot is not None and isinstance(result, PreparedClip):
                 return LeftClip.leave(result, _rings[0].memory(slot))
+            if slot is not None and isinstance(result, PreparedTogether):
+                return LeftTogether.leave(result, _rings[0].memory(slot))
             return result
     except BaseException as error:  # this clip's, whatever it is
         return UndecodedClip(clip, _reason(error, clip, video), traceback.format_exc())

@@ -1,5 +1,7 @@
 """The shards of one worker: decoding, encoding and writing overlap, with bounded queues between them.
 
+One decode of a clip can serve several stores. Each has its own encoder, leases, ledger and thread for writing.
+
 Child processes decode a little ahead of the encoder, across the ends of shards. A separate thread uses the store: it
 leases the next shard and writes the previous one. At most one shard waits for the disk, then encoding waits too. So
 memory does not depend on the number of clips, and the encoder waits only for a stage that is slower than itself.
@@ -13,8 +15,9 @@ from dataclasses import dataclass, field
 
 from egopatch.extract.datasets import Clip
 from egopatch.extract.datasets.origins import origin_of
-from egopatch.extract.feed.clips import PreparedClip
-from egopatch.extract.feed.pool import UndecodedClip
+from egopatch.extract.feed.clips import PreparedClip, PreparedTogether
+from egopatch.extract.feed.decoders import open_decoders_of_several
+from egopatch.extract.feed.pool import DecodePool, UndecodedClip
 from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
 from egopatch.extract.worker.device import describe_machine
 from egopatch.extract.worker.job import ExtractionJob
@@ -46,19 +49,22 @@ class _Batch:
     last: bool
 
 
+Result = PreparedClip | PreparedTogether | UndecodedClip
+
+
 class _TimedResults:
     """The decoders' results, and how long the caller waited: for the first result, and for all others."""
 
-    def __init__(self, results: Iterator[PreparedClip | UndecodedClip]) -> None:
+    def __init__(self, results: Iterator[Result]) -> None:
         self._results = results
         self.first_s: float | None = None
         self.others_s = 0.0
         self.decode_s = 0.0
 
-    def __iter__(self) -> Iterator[PreparedClip | UndecodedClip]:
+    def __iter__(self) -> Iterator[Result]:
         return self
 
-    def __next__(self) -> PreparedClip | UndecodedClip:
+    def __next__(self) -> Result:
         started = time.perf_counter()
         result = next(self._results)
         waited = time.perf_counter() - started
@@ -66,8 +72,23 @@ class _TimedResults:
             self.first_s = waited
         else:
             self.others_s += waited
-        self.decode_s += result.seconds if isinstance(result, PreparedClip) else 0.0
+        self.decode_s += 0.0 if isinstance(result, UndecodedClip) else result.seconds
         return result
+
+
+@dataclass(frozen=True)
+class Target:
+    """A store to fill.
+
+    Attributes:
+        job: The resolved config.
+        store: Store that is open for writing.
+        works: Shards, with the ids of their missing clips.
+    """
+
+    job: ExtractionJob
+    store: Store
+    works: Sequence[ShardWork]
 
 
 def encode_shards(
@@ -78,101 +99,175 @@ def encode_shards(
     decoders: int,
     on_progress: Callable[[int, int], None],
 ) -> JobStats:
-    """Encode `works` into `store`.
+    """Encode `works` into `store`; as `fill_stores` with one target."""
+    return fill_stores([Target(job, store, works)], clips, decoders, on_progress)[0]
+
+
+def fill_stores(
+    targets: Sequence[Target],
+    clips: Mapping[str, Clip],
+    decoders: int,
+    on_progress: Callable[[int, int], None],
+) -> list[JobStats]:
+    """Encode the shards of each target, with one decode of each clip for all targets that lack it.
 
     Args:
-        job: The resolved config.
-        store: Store that is open for writing.
-        works: Shards, with the ids of their missing clips.
+        targets: Their configs must have the same data, and the same frames but for their size.
         clips: Clip of each id.
         decoders: Number of child processes that decode.
         on_progress: Called with (clips, bytes) after each batch.
+
+    Returns:
+        What was done for each target.
 
     Raises:
         TooManyErrors: Checked after each shard is committed.
         StoreError: A shard cannot be written.
     """
     started = time.perf_counter()
-    config = job.config
-    underway: deque[_Shard] = deque()
-    machine = describe_machine(job.device)
     with ExitStack() as stack:
-        batches = job.open_batches()
+        batches = [target.job.open_batches() for target in targets]
         # Decoding runs ahead by the next batch, and by two clips for each child: one in progress and one waiting.
-        ahead = batches.size + 2 * decoders
-        pool = stack.enter_context(job.open_decoders(decoders, ahead + batches.held))
-        writer = stack.enter_context(ShardWriter(store, config.engine.max_errors))
-        stack.enter_context(batches)  # ends first: it uses the decoders' memory
-        results = _TimedResults(pool.map(_leased(works, clips, writer, underway), ahead=ahead))
-        for batch, rows in _encoded(batches, _batches(results, underway, batches)):
-            shard = batch.shard
-            shard.rows |= rows
-            for clip in batch.clips:
-                shard.sources[clip.clip.clip_id] = clip.source
-                shard.origins[clip.clip.clip_id] = origin_of(clip.clip, config.data.root, clip.size)
-            size = sum(tensor.nbytes for row in rows.values() for tensor in row.values())
-            on_progress(len(rows) + (len(shard.failures) if batch.last else 0), size)
-            if batch.last:
-                writer.write(shard.work, shard.rows, shard.sources, shard.failures, shard.origins, machine)
-        writer.wait()
-    return JobStats(
-        committed=writer.committed,
-        quarantined=writer.quarantined,
-        skipped=tuple(writer.skipped),
-        stages=Stages(
-            total_s=time.perf_counter() - started,
-            start_s=results.first_s or 0.0,
-            decode_s=results.decode_s,
-            wait_decode_s=results.others_s,
-            encode_s=batches.seconds,
-            write_s=writer.write_s,
-            wait_write_s=writer.wait_s,
-        ),
-    )
+        ahead = max(one.size for one in batches) + 2 * decoders
+        slots = ahead + sum(one.held for one in batches)
+        pool = stack.enter_context(_open_decoders([target.job for target in targets], decoders, slots))
+        fillings = []
+        for target, one in zip(targets, batches, strict=True):
+            writer = stack.enter_context(ShardWriter(target.store, target.job.config.engine.max_errors))
+            stack.enter_context(one)  # ends first: it uses the decoders' memory
+            fillings.append(_Filling(target, one, writer, clips, on_progress))
+        requested: deque[list[int]] = deque()  # of each clip that is being decoded, the targets that lack it
+        results = _TimedResults(pool.map(_merged(fillings, clips, requested), ahead=ahead))
+        for result in results:
+            lacking = requested.popleft()
+            for number, share in zip(lacking, _shares(result, lacking), strict=True):
+                fillings[number].add(share)
+        for filling in fillings:
+            filling.finish()
+    total_s = time.perf_counter() - started
+    return [filling.stats(total_s, results) for filling in fillings]
 
 
-def _leased(
-    works: Sequence[ShardWork], clips: Mapping[str, Clip], writer: ShardWriter, underway: deque[_Shard]
-) -> Iterator[Clip]:
-    """The clips to decode, shard by shard; a shard is added to `underway` when its first clip is requested."""
-    for work, to_encode in writer.leases(works):
-        # Another job may have committed some of them since the work was listed.
-        ids = [clip_id for clip_id in work.ids if clip_id in to_encode]
-        if ids:
-            underway.append(_Shard(work, len(ids)))
-            yield from (clips[clip_id] for clip_id in ids)
-        else:
-            writer.release(work.shard)
+def _open_decoders(jobs: Sequence[ExtractionJob], decoders: int, slots: int) -> DecodePool:
+    if len(jobs) == 1:
+        return jobs[0].open_decoders(decoders, slots)
+    ways = [(job.config.video, job.transform, job.encodes_on_device) for job in jobs]
+    return open_decoders_of_several(ways, decoders, slots)
 
 
-def _batches(
-    results: Iterator[PreparedClip | UndecodedClip], underway: deque[_Shard], batches: BatchEncoder
-) -> Iterator[_Batch]:
-    """Batches end where shards do, so that the batches of a shard do not depend on the shard before it."""
-    waiting: list[PreparedClip] = []
-    for result in results:
-        shard = underway[0]
+def _merged(fillings: Sequence["_Filling"], clips: Mapping[str, Clip], requested: deque[list[int]]) -> Iterator[Clip]:
+    """The clips to decode, in the order of `clips`; the targets that lack one are appended to `requested`.
+
+    A store whose rows are in another order gets its clips in that order, some of which are then decoded once more.
+    """
+    if len(fillings) == 1:
+        for clip in fillings[0].wanted():
+            requested.append([0])
+            yield clip
+        return
+    place = {clip_id: number for number, clip_id in enumerate(clips)}
+    wanted = [filling.wanted() for filling in fillings]
+    heads = [next(one, None) for one in wanted]
+    while waiting := [head for head in heads if head is not None]:
+        first = min(waiting, key=lambda clip: place[clip.clip_id])
+        lacking = [number for number, head in enumerate(heads) if head is not None and head.clip_id == first.clip_id]
+        requested.append(lacking)
+        yield first
+        for number in lacking:
+            heads[number] = next(wanted[number], None)
+
+
+def _shares(result: Result, lacking: Sequence[int]) -> Sequence[PreparedClip | UndecodedClip]:
+    """What each of the targets `lacking` gets of a decoded clip."""
+    return result.shared(lacking) if isinstance(result, PreparedTogether) else [result] * len(lacking)
+
+
+class _Filling:
+    """A store that is being filled from clips that arrive in the order in which it `wanted` them."""
+
+    def __init__(
+        self,
+        target: Target,
+        batches: BatchEncoder,
+        writer: ShardWriter,
+        clips: Mapping[str, Clip],
+        on_progress: Callable[[int, int], None],
+    ) -> None:
+        self._root = target.job.config.data.root
+        self._machine = describe_machine(target.job.device)
+        self._works = target.works
+        self._batches = batches
+        self._writer = writer
+        self._clips = clips
+        self._on_progress = on_progress
+        self._underway: deque[_Shard] = deque()
+        self._waiting: list[PreparedClip] = []
+        self._behind: tuple[_Batch, Callable[[], dict[str, Row]]] | None = None
+
+    def wanted(self) -> Iterator[Clip]:
+        """The clips to decode, shard by shard; a shard is leased before its first clip."""
+        for work, to_encode in self._writer.leases(self._works):
+            # Another job may have committed some of them since the work was listed.
+            ids = [clip_id for clip_id in work.ids if clip_id in to_encode]
+            if ids:
+                self._underway.append(_Shard(work, len(ids)))
+                yield from (self._clips[clip_id] for clip_id in ids)
+            else:
+                self._writer.release(work.shard)
+
+    def add(self, result: PreparedClip | UndecodedClip) -> None:
+        """Take the next clip; batches end where shards do, so that they do not depend on the shard before."""
+        shard = self._underway[0]
         shard.decoded += 1
         if isinstance(result, UndecodedClip):
             shard.failures[result.clip.clip_id] = Failure(result.reason, result.traceback)
         else:
-            batches.add(result)
-            waiting.append(result)
+            self._batches.add(result)
+            self._waiting.append(result)
         last = shard.decoded == shard.expected
-        if last or len(waiting) == batches.size:
-            yield _Batch(shard, waiting, last)
-            waiting = []
+        if last or len(self._waiting) == self._batches.size:
+            # Rows are taken one batch late, so that the encoder computes while the next batch is gathered.
+            batch, self._waiting = _Batch(shard, self._waiting, last), []
+            following = batch, self._batches.start()
+            self._take_rows()
+            self._behind = following
         if last:
-            underway.popleft()
+            self._underway.popleft()
 
+    def finish(self) -> None:
+        """Wait until all is written."""
+        self._take_rows()
+        self._writer.wait()
 
-def _encoded(batches: BatchEncoder, groups: Iterator[_Batch]) -> Iterator[tuple[_Batch, dict[str, Row]]]:
-    """Rows of each batch, one batch late, so that the encoder computes while the next batch is gathered."""
-    behind: tuple[_Batch, Callable[[], dict[str, Row]]] | None = None
-    for batch in groups:
-        finish = batches.start()
-        if behind:
-            yield behind[0], behind[1]()
-        behind = batch, finish
-    if behind:
-        yield behind[0], behind[1]()
+    def stats(self, total_s: float, results: _TimedResults) -> JobStats:
+        """What was done."""
+        writer = self._writer
+        return JobStats(
+            committed=writer.committed,
+            quarantined=writer.quarantined,
+            skipped=tuple(writer.skipped),
+            stages=Stages(
+                total_s=total_s,
+                start_s=results.first_s or 0.0,
+                decode_s=results.decode_s,
+                wait_decode_s=results.others_s,
+                encode_s=self._batches.seconds,
+                write_s=writer.write_s,
+                wait_write_s=writer.wait_s,
+            ),
+        )
+
+    def _take_rows(self) -> None:
+        """Take the rows of the batch behind, and write its shard if they are the last ones."""
+        if self._behind is None:
+            return
+        (batch, rows_of), self._behind = self._behind, None
+        shard, rows = batch.shard, rows_of()
+        shard.rows |= rows
+        for clip in batch.clips:
+            shard.sources[clip.clip.clip_id] = clip.source
+            shard.origins[clip.clip.clip_id] = origin_of(clip.clip, self._root, clip.size)
+        size = sum(tensor.nbytes for row in rows.values() for tensor in row.values())
+        self._on_progress(len(rows) + (len(shard.failures) if batch.last else 0), size)
+        if batch.last:
+            self._writer.write(shard.work, shard.rows, shard.sources, shard.failures, shard.origins, self._machine)

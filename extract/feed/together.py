@@ -1,0 +1,28 @@
+"""Decoding once for several encoders: a clip is left in shared memory in each way that one of them needs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from egopatch.configs.schema import VideoConfig
+from egopatch.extract.datasets import Clip
+from egopatch.extract.feed.clips import Frames, PreparedTogether, read_clip
+from egopatch.extract.video.frames import DecodedClip
+from egopatch.extract.video.once import OncePerVideo
+
+Finish = Callable[[DecodedClip], Frames]
+
+
+def prepare_together(
+    clip: Clip, video: VideoConfig, once: OncePerVideo | None = None, *, finishes: Sequence[Finish], ways: Sequence[int]
+) -> PreparedTogether:
+    """Decode one clip in this process and prepare it by each of `finishes`; encoder n takes the one `ways[n]`."""
+    others: list[Frames] = []
+
+    def finish(decoded: DecodedClip) -> Frames:
+        first, *rest = (one(decoded) for one in finishes)
+        others.extend(rest)
+        return first
+
+    prepared = read_clip(clip, video, once, finish)
+    parts = (prepared, *(replace(prepared, frames=frames) for frames in others))
+    return PreparedTogether(parts, tuple(ways))
