@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from egopatch.configs.schema import Config, ConfigError
+from egopatch.configs.schema import Config, ConfigError, DataConfig, EngineConfig, VideoConfig
 from egopatch.extract.datasets import Dataset, load_dataset
 from egopatch.extract.datasets.origins import OriginCheck, compare_origins
 from egopatch.extract.encoders import (
@@ -136,12 +136,13 @@ def require_one_decode(configs: Sequence[Config]) -> None:
     """
     first = configs[0]
     for other in configs[1:]:
-        pairs = {
-            "data": (first.data, other.data),
-            "video": (first.video, dataclasses.replace(other.video, size=first.video.size)),
-            "engine": (first.engine, other.engine),
-        }
-        for section, (one, two) in pairs.items():
+        video = dataclasses.replace(other.video, size=first.video.size)
+        pairs: list[tuple[str, DataConfig | VideoConfig | EngineConfig, DataConfig | VideoConfig | EngineConfig]] = [
+            ("data", first.data, other.data),
+            ("video", first.video, video),
+            ("engine", first.engine, other.engine),
+        ]
+        for section, one, two in pairs:
             for field in dataclasses.fields(one):
                 values = getattr(one, field.name), getattr(two, field.name)
                 if values[0] != values[1]:
