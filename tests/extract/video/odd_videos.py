@@ -180,6 +180,8 @@ ODD = {
     "mpeg4 with b-frames": Odd(coded("mp4", "mpeg4", b="4000000", bf="2")),
     "msmpeg4": Odd(coded("avi", "msmpeg4", b="4000000")),
     "flv": Odd(coded("flv", "flv", b="4000000")),
+    "realvideo 1": Odd(coded("rm", "rv10", b="4000000")),
+    "realvideo 2": Odd(coded("rm", "rv20", b="4000000")),
 }
 
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
