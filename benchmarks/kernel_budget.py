@@ -1,9 +1,10 @@
 """Compile the kernels of `select_attend` ahead of time, without a GPU, and print the resources that they use.
 
-    python benchmarks/kernel_budget.py [--json] [--quick]
+    python benchmarks/kernel_budget.py [--json] [--quick | --main] [--triton FOLDER]
 
-Every shipped configuration is compiled for sm_80 and sm_90a. Exit code 1 if one spills registers or needs more shared
-memory than the GPU has, 2 if this machine cannot compile.
+Every shipped configuration is compiled for sm_80, sm_90a and sm_100a. Exit code 1 if one spills registers or needs more
+shared memory than the GPU has, 2 if this machine cannot compile. `--triton` compiles with another version than the
+environment's, from a folder of its own (pip install --no-deps --target FOLDER triton==3.6.0).
 """
 
 import argparse
@@ -13,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -23,8 +25,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block can have, CUDA programming guide, table of capabilities
-TARGET = {80: "sm_80", 90: "sm_90a"}
+# Bytes a block can have, CUDA programming guide, table of capabilities.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TARGET = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
+KERNELS = ("forward", "logits", "queries")
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -35,21 +39,20 @@ DTYPES = {
 # N, D, H: each size of block that the kernels are cut for, and the limits of the supported range.
 SHAPES = (
     (49, 768, 4), (128, 768, 4), (196, 768, 4), (512, 768, 4), (1000, 768, 4),
-    (196, 768, 12), (196, 1024, 12), (1024, 1024, 12), (33, 80, 1),
+    (196, 768, 12), (196, 1024, 12), (256, 1152, 4), (196, 1536, 4), (1024, 1536, 12), (33, 80, 1),
 )  # fmt: skip
-WIDE = ((49, 768, 4), (196, 768, 4), (1000, 768, 4))  # also compiled with 64-bit offsets
+MAIN = ((196, 768, 4),)
 QUICK = ((196, 768, 4), (1000, 768, 4))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel to compile: `kernel` is forward or backward, shape is N, D, H; `wide` compiles 64-bit offsets."""
+    """One kernel to compile: `kernel` is one of `KERNELS`, shape is N, D, H."""
 
     kernel: str
     arch: int
     shape: tuple[int, int, int]
     dtype: str
-    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Usage:
     arch: str
     shape: tuple[int, int, int]
     dtype: str
-    wide: bool
+    warps: int
     registers: int
     spill_bytes: int
     shared_bytes: int
@@ -72,17 +75,21 @@ class Usage:
     def fits(self) -> bool:
         return self.spill_bytes == 0 and self.shared_bytes <= self.shared_limit
 
+    @property
+    def programs(self) -> int:
+        """Programs that a multiprocessor runs at a time, by registers (65,536, in units of 8 a thread) and memory."""
+        by_registers = 65536 // (32 * self.warps * -(-self.registers // 8) * 8)
+        return min(by_registers, (self.shared_limit + 1024) // (self.shared_bytes + 1024))
 
-def shipped(quick: bool) -> list[Case]:
-    """Every kernel, architecture, shape and dtype; `quick` keeps one shape of each forward kernel in float16."""
-    shapes = [(shape, False) for shape in (QUICK if quick else SHAPES)]
-    shapes += [(shape, True) for shape in (() if quick else WIDE)]
+
+def shipped(shapes: Sequence[tuple[int, int, int]], dtypes: Sequence[str]) -> list[Case]:
+    """Every kernel, architecture, shape and dtype."""
     return [
-        Case(kernel, arch, shape, dtype, wide)
-        for shape, wide in shapes
-        for dtype in (("float16",) if quick else DTYPES)
+        Case(kernel, arch, shape, dtype)
+        for shape in shapes
+        for dtype in dtypes
         for arch in TARGET
-        for kernel in ("forward", "backward")
+        for kernel in KERNELS
     ]
 
 
@@ -92,34 +99,46 @@ def measure(case: Case) -> Usage:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from egopatch.train.ops.select_attend import backward as triton_backward
-    from egopatch.train.ops.select_attend import forward as triton_forward
-    from egopatch.train.ops.select_attend import kernels
-    from egopatch.train.ops.select_attend.plan import plan_launch
+    from egopatch.train.ops.select_attend import backward, forward, kernels
+    from egopatch.train.ops.select_attend.plan import QUESTIONS, plan_launch
 
     patches, width, heads = case.shape
     dtype = DTYPES[case.dtype]
-    backward = case.kernel == "backward"
-    stored = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}.get(case.dtype, "i8")
-    scaled = dtype.itemsize == 1
     tokens = torch.empty(1, 1, patches, width, dtype=dtype, device="meta")
-    if case.wide:
-        tokens = tokens.as_strided(tokens.shape, (0, 0, 2**31 // patches + 1, 1))
     queries = torch.empty(1, heads, width, device="meta")
-    launch = plan_launch(tokens, queries)
-    scale = tokens if scaled else None
-    if backward:
-        function = triton_backward.backward_kernel
-        constants = kernels.backward_constants(tokens, queries, scale, launch)
+    scale = tokens if dtype.itemsize == 1 else None
+    launch = plan_launch(patches, width, heads, dtype.itemsize, case.arch // 10)
+    arithmetic = "fp16" if dtype.itemsize == 1 else {"float16": "fp16", "bfloat16": "bf16"}.get(case.dtype, "fp32")
+    stored = "i8" if dtype.itemsize == 1 else arithmetic
+    if case.kernel == "queries":
+        function, product = backward.queries_kernel, launch.product
+        constants = kernels.product_constants(tokens, queries, launch)
+        block, box = (product.patches, product.channels), (product.rows, product.patches)
+        descriptors = {"weights": box}
     else:
-        several = launch.forward.several
-        function = triton_forward.forward_blocks_kernel if several else triton_forward.forward_kernel
-        constants = kernels.forward_constants(tokens, queries, scale, launch)
-    options = {"num_warps": constants.pop("num_warps"), "num_stages": constants.pop("num_stages")}
-    if scale is None:
+        blocks = launch.forward if case.kernel == "forward" else launch.backward
+        if case.kernel == "logits":
+            function = backward.logits_kernel
+            constants = kernels.backward_constants(tokens, queries, scale, blocks) | {"PADDED": patches}
+        else:
+            several = patches > blocks.block
+            function = forward.forward_blocks_kernel if several else forward.forward_kernel
+            constants = kernels.forward_constants(tokens, queries, scale, blocks)
+        block = (blocks.block, blocks.channels)
+        descriptors = {
+            "columns": (blocks.heads * QUESTIONS, blocks.channels), "selectors": (QUESTIONS, blocks.channels)
+        }  # fmt: skip
+    warps = constants.pop("num_warps")
+    limit = constants.pop("maxnreg", 0)
+    if "HAS_SCALE" in constants and scale is None:
         constants["scale"] = None
-    types = {"tokens": f"*{stored}", "kept": "*i64", "mask": "*i8", "order": "*i32", "tiles": "*i32"}
-    integers = ("k", "frames", "questions", "span", "stride_c", "stride_t", "stride_n")
+    types = {name: f"tensordesc<{arithmetic}[{rows},{columns}]>" for name, (rows, columns) in descriptors.items()}
+    types |= {"cuts": "*i32", "mask": "*i8", "order": "*i32", "tiles": "*i32"}
+    types["tokens"] = f"tensordesc<{stored}[1,1,{block[0]},{block[1]}]>"
+    if case.kernel == "forward":
+        types["tokens_again"] = f"tensordesc<{stored}[1,1,{block[0]},{blocks.pool_channels}]>"
+    types |= {"weights": f"*{arithmetic}"} if case.kernel == "logits" else {}
+    integers = ("k", "frames", "questions", "first_tile")
     signature: dict[str, str] = {}
     aligned: dict[tuple[int], list[list[object]]] = {}
     for place, name in enumerate(function.arg_names):
@@ -127,9 +146,9 @@ def measure(case: Case) -> Usage:
             signature[name] = "constexpr"
             continue
         signature[name] = "i32" if name in integers else types.get(name, "*fp32")
-        # At run time Triton sees the alignment of pointers and strides itself; without it registers overflow.
-        if signature[name].startswith("*") or name.startswith("stride"):
+        if signature[name].startswith("*"):  # at run time Triton sees the alignment of pointers itself
             aligned[(place,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": warps} | ({"maxnreg": limit} if limit else {})
     source = ASTSource(
         fn=function,
         signature=signature,
@@ -139,17 +158,18 @@ def measure(case: Case) -> Usage:
     compiled = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
     ptx = compiled.asm["ptx"]
     registers, spilled = assemble(ptx, case.arch)
+    instructions = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
     return Usage(
         case.kernel,
         TARGET[case.arch],
         case.shape,
         case.dtype,
-        case.wide,
+        warps,
         registers,
         spilled,
         compiled.metadata.shared,
         SHARED_LIMIT[case.arch],
-        "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "fma",
+        next((name for name, text in instructions.items() if text in ptx), "fma"),
         triton.__version__,
     )
 
@@ -173,11 +193,12 @@ def assemble(ptx: str, arch: int) -> tuple[int, int]:
 def line(usage: Usage) -> str:
     """A row of the printed table."""
     patches, width, heads = usage.shape
-    offsets = "64-bit" if usage.wide else "32-bit"
     return (
-        f"{usage.kernel:8} {usage.arch:6} N={patches:<4} D={width:<4} H={heads:<2} {usage.dtype:11} {offsets} "
-        f"{usage.matrix_instruction:5} {usage.registers:3} registers {usage.spill_bytes:5} B spilled "
-        f"{usage.shared_bytes:6} of {usage.shared_limit} B shared {'ok' if usage.fits else 'DOES NOT FIT'}"
+        f"{usage.kernel:8} {usage.arch:7} N={patches:<4} D={width:<4} H={heads:<2} {usage.dtype:11} "
+        f"{usage.matrix_instruction:7} {usage.warps:2} warps {usage.registers:3} registers "
+        f"{usage.spill_bytes:5} B spilled "
+        f"{usage.shared_bytes:6} of {usage.shared_limit} B shared, {usage.programs} at a time "
+        f"{'ok' if usage.fits else 'DOES NOT FIT'}"
     )
 
 
@@ -185,8 +206,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Registers, spills and shared memory of the select_attend kernels.")
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     parser.add_argument("--quick", action="store_true", help="only two shapes, in float16")
+    parser.add_argument("--main", action="store_true", help="only the main shape, in every dtype")
+    parser.add_argument("--triton", type=Path, metavar="FOLDER", help="folder of another version of Triton")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of parallel compilations")
     args = parser.parse_args()
+    if args.triton:
+        # The processes that compile inherit it, and it comes before the environment's own packages.
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(args.triton), os.environ.get("PYTHONPATH", "")])
+        sys.path.insert(0, str(args.triton))
     try:
         import triton
     except ImportError:
@@ -197,14 +224,17 @@ def main() -> int:
             "kernel_budget: TRITON_INTERPRET is set; unset it, since the interpreter compiles nothing", file=sys.stderr
         )
         return 2
+    shapes = MAIN if args.main else QUICK if args.quick else SHAPES
+    cases = shipped(shapes, ("float16",) if args.quick else tuple(DTYPES))
     usages = []
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        for usage in pool.map(measure, shipped(args.quick)):
+        for usage in pool.map(measure, cases):
             usages.append(usage)
             if not args.json:
                 print(line(usage), flush=True)
     if args.json:
-        print(json.dumps([{**asdict(usage), "fits": usage.fits} for usage in usages], indent=1))
+        rows = [{**asdict(usage), "programs": usage.programs, "fits": usage.fits} for usage in usages]
+        print(json.dumps(rows, indent=1))
     return 0 if all(usage.fits for usage in usages) else 1
 
 

@@ -155,7 +155,10 @@ def measure(problem: Problem, device: str, rounds: int, copy: float, flush: Tens
     calls = variants(problem, device)
     if "eager" in calls:
         for ours, theirs in zip(problem.ours(*problem.leaves), problem.eager(*problem.leaves), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
+            # Scores that float32 cannot tell apart may be selected differently.
+            wrong = (~torch.isclose(ours, theirs, rtol=1e-2, atol=1e-2)).double().mean().item()
+            if wrong > 1e-4:
+                raise AssertionError(f"a share of {wrong:.1e} of the results differs from eager's")
     steps: dict[tuple[str, str], Callable[[], object]] = {}
     peaks: dict[str, int] = {}
     for name, call in calls.items():

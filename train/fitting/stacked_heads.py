@@ -194,7 +194,8 @@ class StackedHeads:
         caller = _Caller(self._head, call)
         named = {f"head.{name}": tensor for name, tensor in {**tensors, **self._key_index}.items()}
         if len(self) == 1:
-            out = functional_call(caller, {name: tensor[0] for name, tensor in named.items()}, ())
+            # A view, whose gradient is one too: indexing would fill and copy a gradient for every weight.
+            out = functional_call(caller, {name: tensor.squeeze(0) for name, tensor in named.items()}, ())
             return tuple(tensor[None] for tensor in out) if isinstance(out, tuple) else out[None]
         # "same": the noise of all seeds is drawn as one tensor, and each head takes the rows of its seed.
         return torch.vmap(lambda tensors: functional_call(caller, tensors, ()), randomness="same")(named)

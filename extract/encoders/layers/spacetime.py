@@ -4,6 +4,7 @@ Shape legend: B clips, T frames, N patches a frame, S = 1 + T*N tokens (CLS firs
 H heads of 64. Parameter names are those of the published checkpoints below `video_model.`.
 """
 
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -18,6 +19,9 @@ HEAD_WIDTH = 64
 ROWS = 1600
 # Attention logits that a CPU computes at a time: 2 MB in bfloat16.
 LOGITS = 2**20
+# The kernel for GPUs keeps the logits of a group and CLS, at most 256 tokens, in registers.
+MOST_TOKENS = 256
+HAS_TRITON = find_spec("triton") is not None
 
 Axis = Literal["time", "space"]
 
@@ -57,6 +61,8 @@ class Attention(nn.Module):
         Returns:
             [B, S, D] after the output projection, and CLS's logits [B, S] as `attend_cls` gives them.
         """
+        if keep is None and _fits_kernel(x, frames, axis):
+            return self._attend_whole(x, frames, axis, tap, residual)
         cls, logits = self.attend_cls(x, keep, tap)
         width = x.shape[2]
         cls_kv = F.linear(x[:, 0], self.qkv.weight[width:], self.qkv.bias[width:])
@@ -83,6 +89,24 @@ class Attention(nn.Module):
             target[:, part] = attend_slice(part)
         return result, logits
 
+    def _attend_whole(
+        self, x: Tensor, frames: int, axis: Axis, tap: bool, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`forward` on a GPU: one product for all tokens, and attention that reads it in place."""
+        # Imported here, because a CPU needs no Triton.
+        from egopatch.extract.encoders.layers.divided_attention import divided_attention
+
+        qkv = self.qkv(x)
+        query, key, value = rearrange(qkv, "b s (qkv h d) -> qkv b h s d", qkv=3, d=HEAD_WIDTH)
+        attended = divided_attention(qkv, frames, axis)
+        attended[:, 0] = F.scaled_dot_product_attention(query[:, :, :1], key, value).flatten(1)
+        logits = None
+        if tap:
+            # The products of all heads add up to one over all channels.
+            query, key, _ = qkv.chunk(3, dim=2)
+            logits = torch.linalg.vecdot(key.float(), query[:, :1].float()) * (HEAD_WIDTH**-0.5 / self.heads)
+        return self.proj(attended, residual=residual), logits
+
     def attend_cls(self, x: Tensor, keep: Tensor | None = None, tap: bool = False) -> tuple[Tensor, Tensor | None]:
         """CLS over all tokens, before the output projection.
 
@@ -106,6 +130,14 @@ class Attention(nn.Module):
         pooled = weights.transpose(1, 2) @ x  # [B, H, D]
         out = torch.einsum("bhd,hkd->bhk", pooled, w_value.unflatten(0, by_head)).flatten(1) + b_value
         return out, logits.mean(dim=2) if tap else None
+
+
+def _fits_kernel(x: Tensor, frames: int, axis: Axis) -> bool:
+    """Whether the kernel for GPUs computes this."""
+    if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling() or not HAS_TRITON:
+        return False
+    longest = (x.shape[1] - 1) // frames if axis == "space" else frames
+    return x.dtype in (torch.float16, torch.bfloat16) and longest < MOST_TOKENS
 
 
 def by_group(x: Tensor, frames: int, axis: Axis) -> Tensor:

@@ -101,15 +101,17 @@ def error(actual: Tensor, exact: Tensor) -> float:
     return float(torch.where(actual.double() == exact.double(), 0.0, difference).square().mean().sqrt())
 
 
-def assert_as_exact_as(actual: Tensor, eager: Tensor, exact: Tensor, name: str) -> None:
+def assert_as_exact_as(actual: Tensor, eager: Tensor, exact: Tensor, name: str, times: int = 1) -> None:
     """Fail unless `actual`'s error is at most twice that of `eager` and one rounding of its values.
+
+    `times` is how much coarser `actual`'s products are rounded than those of `eager`.
 
     The rounding allows for results that the eager form happens to compute exactly.
     """
     assert actual.shape == exact.shape, f"{name}: {tuple(actual.shape)} against {tuple(exact.shape)}"
     assert not actual.isnan().any(), f"{name} holds NaN"
     size = torch.where(exact.isfinite(), exact.detach().double(), 0.0).square().mean().sqrt()
-    bound = 2 * error(eager, exact) + torch.finfo(actual.dtype).eps * float(size)
+    bound = 2 * times * error(eager, exact) + torch.finfo(actual.dtype).eps * float(size)
     assert error(actual, exact) <= bound, f"{name}: error {error(actual, exact):.3e}, bound {bound:.3e}"
 
 

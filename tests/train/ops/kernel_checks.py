@@ -11,6 +11,8 @@ from tests.train.ops.cases import Case, assert_as_exact_as, assert_same_selectio
 
 INTERPRETED = not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
+# A GPU multiplies float32 as three products of tf32 halves, which keep 22 of 24 bits.
+TF32_PARTS = 1 if INTERPRETED else 4
 NAMES = ["pooled", "lse", "grad queries", "grad selector", "grad bias"]
 
 
@@ -46,7 +48,7 @@ def check(case: Case, k: int, size: float = 1.0) -> SelectAttendOutput:
     eager_all = [*eager, *gradients(*eager, eager_leaves)]
     actual_all = [out.pooled, out.lse, *gradients(out.pooled, out.lse, leaves, size)]
     for name, a, e, x in zip(NAMES, actual_all, eager_all, exact_all, strict=True):
-        assert_as_exact_as(a, e, x, name)
+        assert_as_exact_as(a, e, x, name, times=TF32_PARTS if case.tokens.dtype == torch.float32 else 1)
     return out
 
 

@@ -1,4 +1,4 @@
-"""The entry point: checks its arguments, makes the plan, and calls the implementation.
+"""The entry point: checks its arguments, chooses the implementation and calls the implementation.
 
 Shape legend: C clips, S clips that `tokens` holds, B questions, T frames, N patches a frame, D channels, H attention
 heads, k kept patches a frame.
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from egopatch.train.ops.select_attend import library
-from egopatch.train.ops.select_attend.plan import Implementation, make_plan
+from egopatch.train.ops.select_attend.plan import Implementation, choose_implementation
 
 TOKEN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int8)
 
@@ -82,14 +82,12 @@ def select_attend(
     for name, tensor in {**floats, **indices}.items():
         if tensor.device != tokens.device:
             raise ValueError(f"{name} is on {tensor.device}; expected {tokens.device}, where tokens is")
-    plan = make_plan(tokens, queries, implementation)
-    if plan.launch is not None:
-        pooled, lse, kept, *_ = library.triton_forward(
-            tokens, clip_index, queries, selector, bias, k, scale, clip_rows, plan.launch.as_numbers()
-        )
+    chosen, reason = choose_implementation(tokens, queries.dtype, implementation)
+    if chosen == "triton":
+        pooled, lse, kept, *_ = library.triton_forward(tokens, clip_index, queries, selector, bias, k, scale, clip_rows)
     else:
         if implementation == "auto" and tokens.is_cuda and not torch.compiler.is_compiling():
-            warnings.warn(f"select_attend runs its slower reference on a GPU: {plan.reason}", stacklevel=2)
+            warnings.warn(f"select_attend runs its slower reference on a GPU: {reason}", stacklevel=2)
         pooled, lse, kept, _ = library.reference_forward(
             tokens, clip_index, queries, selector, bias, k, scale, clip_rows
         )

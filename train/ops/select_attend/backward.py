@@ -1,4 +1,4 @@
-"""Backward kernels of `select_attend`.
+"""Backward kernels of `select_attend`: gradients of the logits, and from them those of queries, selector and bias.
 
 Legend in `kernels.py`.
 """
@@ -13,121 +13,150 @@ from egopatch.train.ops.select_attend import parts
 
 @triton.jit
 def _weigh(
-    grad_pooled, frame, scale, queries, selector, bias, lse, mask, question, head, live, grad_top, n, offsets,
-    clip, row, t, frames,
+    tokens, columns, column_scale, grad_pooled, grad_top, out, live, lse, mask, scale_row, bias_row, scale, bias,
+    tile, group, row, t, start,
     N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr, FLOAT8: tl.constexpr,
-    ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
+    ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """First read of a block of patches: softmax weights and products with the pooled gradient, both [BN, R]."""
-    out = (question * frames + t) * H + head
-    a = tl.zeros((BN, R), tl.float32)
-    products = tl.zeros((BN, R), tl.float32)
-    for d0 in range(0, D, BD):
+    """Softmax weights of a block of patches and products with the pooled gradient, both [BN, R]."""
+    n = start + tl.arange(0, BN)
+    a = tl.zeros((BN, HG * QB), tl.float32)
+    products = tl.zeros((BN, HG * QB), tl.float32)
+    for d0 in tl.range(0, D, BD, num_stages=STAGES):
+        x = parts.patch_block(tokens, row, t, start, d0, BN, BD, FLOAT8, ARITHMETIC)
+        a = parts.add_logits(a, x, columns, tile, group, d0, H, QB, HG, PRECISION)
         d = d0 + tl.arange(0, BD)
-        x = tl.load(frame + (offsets[:, None] + d[None, :]), mask=(n < N)[:, None], other=0)
-        x = parts.decode(x, ARITHMETIC, FLOAT8)
-        q = parts.queries(queries, selector, question, head, live, d, D, H)
-        a = tl.dot(x, q.to(ARITHMETIC), a, input_precision=PRECISION)
-        g = tl.load(grad_pooled + ((out * D)[None, :] + d[:, None]), mask=live[None, :], other=0.0)
-        g = g.to(tl.float32) * (1.0 / grad_top)[None, :]
-        products = tl.dot(x, g.to(ARITHMETIC), products, input_precision=PRECISION)
-
-    shift = parts.by_patch(bias, (clip * frames + t) * N, n, N, float("-inf"))
+        g = tl.load(grad_pooled + (out * D)[:, None] + d[None, :], mask=live[:, None], other=0.0)
+        g = (g.to(tl.float32) * (1.0 / grad_top)[:, None]).to(ARITHMETIC)
+        products = tl.dot(x, g.T, products, input_precision=PRECISION)
+    a *= parts.by_column(column_scale, tile, group, H, QB, HG)[None, :]
     products *= grad_top[None, :]
     if HAS_SCALE:
-        factor = parts.by_patch(scale, (row * frames + t) * N, n, N, 0.0)
+        factor = parts.by_patch(scale, scale_row, n, N, 0.0)
         a *= factor[:, None]
         products *= factor[:, None]
-    chosen = parts.chosen(mask, question, frames, t, n, live, N)
+    shift = parts.by_patch(bias, bias_row, n, N, float("-inf"))
     log_total = tl.load(lse + out, mask=live, other=0.0)
     log_total = tl.where(log_total == float("-inf"), 0.0, log_total)
-    return tl.where(chosen, tl.exp(a + shift[:, None] - log_total[None, :]), 0.0), products
+    kept = parts.chosen(mask, out, n, live, N, H)
+    return tl.where(kept, tl.exp(a + shift[:, None] - log_total[None, :]), 0.0), products
 
 
-@triton.jit(do_not_specialize=["frames", "questions", "span"])
-def backward_kernel(
-    grad_pooled, grad_lse, tokens, scale, queries, selector, bias, order, tiles, lse, mask, grad_queries, grad_bias,
-    frames, questions, span, stride_c, stride_t, stride_n,
-    N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr, WIDE: tl.constexpr,
-    FLOAT8: tl.constexpr, ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr,
+@triton.jit(do_not_specialize=["frames", "first_tile"])
+def logits_kernel(
+    tokens, columns, column_scale, grad_pooled, grad_tops, grad_lse, scale, bias, order, tiles, lse, mask,
+    weights, tops, grad_bias, frames, first_tile,
+    N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr, FLOAT8: tl.constexpr,
+    ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, QB: tl.constexpr,
+    HG: tl.constexpr, STAGES: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of several frames. A program computes up to QB questions of a clip and HG heads."""
+    """Gradients of the logits of a frame, for up to QB questions of a clip and HG heads.
+
+    Writes them as factors of the tokens to weights [tiles, T, groups, R, PADDED], each block of a column divided by its
+    largest value, which goes to tops [tiles, T, groups, blocks, R]; and their sum over the columns to grad_bias
+    [G, groups, T, N].
+    """
     groups: tl.constexpr = (H + HG - 1) // HG
     R: tl.constexpr = HG * QB
     blocks: tl.constexpr = (N + BN - 1) // BN
     passes: tl.constexpr = 1 if blocks == 1 else 2
-    group = tl.program_id(0) % groups
-    split = tl.program_id(1)
-    clip, first, count, row = parts.tile_of(tiles, tl.program_id(0) // groups)
+    t = tl.program_id(0) % frames
+    group = (tl.program_id(0) // frames) % groups
+    local = tl.program_id(0) // (frames * groups)
+    tile = first_tile + local
+    clip, first, count, row = parts.tile_of(tiles, tile)
     if count == 0:
         return
+    out, live = parts.outputs(order, first, count, group, t, frames, H, QB, HG)
+    scale_row = (row.to(tl.int64) * frames + t) * N
+    bias_row = (clip * frames + t) * N
 
-    question, head, live = parts.columns(order, first, count, group, H, QB, R, WIDE)
-    first_frame = split * span
-    for i in range(0, tl.minimum(span, frames - first_frame)):
-        t = first_frame + i
-        if WIDE:
-            t = t.to(tl.int64)
-        frame = tokens + row * stride_c + t.to(tl.int64) * stride_t
-        out = (question * frames + t) * H + head
+    grad_top = tl.load(grad_tops + out, mask=live, other=1.0)
+    direct = tl.load(grad_lse + out, mask=live, other=0.0).to(tl.float32)
 
-        grad_top = tl.zeros((R,), tl.float32)
-        for d0 in range(0, D, BD):
-            d = d0 + tl.arange(0, BD)
-            g = tl.load(grad_pooled + ((out * D)[None, :] + d[:, None]), mask=live[None, :], other=0.0)
-            grad_top = tl.maximum(grad_top, tl.max(tl.abs(g.to(tl.float32)), axis=0))
-        grad_top = tl.where(grad_top == 0.0, 1.0, grad_top)
+    # Several blocks take two passes, the first for the mean of the (rounded) products over all of them.
+    # <grad_pooled, pooled> equals that mean too, but does not cancel their rounding, nor lse that of the weights.
+    mean = tl.zeros((R,), tl.float32)
+    total = tl.zeros((R,), tl.float32)
+    frame = (local.to(tl.int64) * frames + t) * groups + group
+    column = tl.arange(0, R)
+    for step in range(0, blocks * passes):
+        block = step % blocks
+        start = block * BN
+        n = start + tl.arange(0, BN)
+        p, products = _weigh(
+            tokens, columns, column_scale, grad_pooled, grad_top, out, live, lse, mask, scale_row, bias_row,
+            scale, bias, tile, group, row, t, start,
+            N, D, H, HAS_SCALE, FLOAT8, ARITHMETIC, PRECISION, BN, BD, QB, HG, STAGES,
+        )  # fmt: skip
+        if passes == 1:
+            total = tl.sum(p, axis=0)
+            p *= (1.0 / tl.where(total == 0.0, 1.0, total))[None, :]
+            products -= tl.sum(p * products, axis=0)[None, :]
+        elif step < blocks:
+            total += tl.sum(p, axis=0)
+            mean += tl.sum(p * products, axis=0)
+        if passes == 1 or step >= blocks:
+            if passes > 1:
+                share = 1.0 / tl.where(total == 0.0, 1.0, total)
+                p *= share[None, :]
+                products -= (mean * share)[None, :]
+            # Where p is 0 the gradient is 0, even if an infinite lse made grad_lse infinite or NaN.
+            grad = tl.where(p > 0.0, p * (products + direct[None, :]), 0.0)
+            partial = ((tile.to(tl.int64) * groups + group) * frames + t) * N
+            tl.store(grad_bias + partial + n, tl.sum(grad, axis=1), mask=n < N)
+            if HAS_SCALE:
+                grad *= parts.by_patch(scale, scale_row, n, N, 0.0)[:, None]
+            top = tl.max(tl.abs(grad), axis=0)
+            tl.store(tops + (frame * blocks + block) * R + column, top)
+            top = tl.where(top == 0.0, 1.0, top)
+            rounded = (grad * (1.0 / top)[None, :]).to(ARITHMETIC)
+            pointers = weights + ((frame * R + column) * PADDED)[None, :] + n[:, None]
+            tl.store(pointers, rounded, mask=(n < PADDED)[:, None])
 
-        # Several blocks take two passes, the first for the mean of the (rounded) products over all of them.
-        # <grad_pooled, pooled> equals that mean too, but does not cancel their rounding, nor lse that of the weights.
-        mean = tl.zeros((R,), tl.float32)
-        total = tl.zeros((R,), tl.float32)
-        for step in range(0, blocks * passes):
-            start = (step % blocks) * BN
-            n, offsets = parts.patches(start, stride_n, BN, WIDE)
-            p, products = _weigh(
-                grad_pooled, frame, scale, queries, selector, bias, lse, mask, question, head, live, grad_top,
-                n, offsets, clip, row, t, frames,
-                N, D, H, HAS_SCALE, FLOAT8, ARITHMETIC, PRECISION, BN, BD, R,
-            )  # fmt: skip
-            if passes == 1:
-                total = tl.sum(p, axis=0)
-                p = p / tl.where(total == 0.0, 1.0, total)[None, :]
-                mean = tl.sum(p * products, axis=0)
-            elif step < blocks:
-                total += tl.sum(p, axis=0)
-                mean += tl.sum(p * products, axis=0)
-            if passes == 1 or step >= blocks:
-                if passes > 1:
-                    share = 1.0 / tl.where(total == 0.0, 1.0, total)
-                    p *= share[None, :]
-                    products -= (mean * share)[None, :]
-                else:
-                    products -= mean[None, :]
-                direct = tl.load(grad_lse + out, mask=live, other=0.0).to(tl.float32)
-                # Where p is 0 the gradient is 0, even if an infinite lse made grad_lse infinite or NaN.
-                grad = tl.where(p > 0.0, p * (products + direct[None, :]), 0.0)
-                partial = (tl.program_id(0).to(tl.int64) * frames + t) * N
-                tl.store(grad_bias + partial + n, tl.sum(grad, axis=1), mask=n < N)
 
-                if HAS_SCALE:
-                    grad *= parts.by_patch(scale, (row * frames + t) * N, n, N, 0.0)[:, None]
-                top = tl.max(tl.abs(grad), axis=0)
-                top = tl.where(top == 0.0, 1.0, top)
-                weights = (grad * (1.0 / top)[None, :]).to(ARITHMETIC)
+@triton.jit(do_not_specialize=["frames", "first_tile"])
+def queries_kernel(
+    tokens, weights, tops, order, tiles, grad_queries, frames, first_tile,
+    N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, FLOAT8: tl.constexpr, ARITHMETIC: tl.constexpr,
+    PRECISION: tl.constexpr, BN: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr,
+    ROWS: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """BD channels of the query gradients of ROWS columns of a tile: what `logits_kernel` wrote times the tokens.
 
-                # Second read, from the L2 cache. Blocks and frames add up in order, so that repeats are bit-equal.
-                target = ((split * questions + question) * H + head) * D
-                written = live & (tl.zeros((R,), tl.int32) + i + start > 0)
-                for d0 in range(0, D, BD):
-                    d = d0 + tl.arange(0, BD)
-                    x = tl.load(frame + (offsets[None, :] + d[:, None]), mask=(n < N)[None, :], other=0)
-                    pointers = grad_queries + (target[None, :] + d[:, None])
-                    o = tl.dot(parts.decode(x, ARITHMETIC, FLOAT8), weights, input_precision=PRECISION) * top[None, :]
-                    o += tl.load(pointers, mask=written[None, :], other=0.0)
-                    tl.store(pointers, o, mask=live[None, :])
-                tl.debug_barrier()  # the next iteration loads values that other threads stored here
+    One product over the patches of all frames, in order, so that repeats are bit-equal.
+    """
+    groups: tl.constexpr = (H + HG - 1) // HG
+    R: tl.constexpr = HG * QB
+    blocks: tl.constexpr = (N + BN - 1) // BN
+    chunks: tl.constexpr = (D + BD - 1) // BD
+    spans: tl.constexpr = groups * R // ROWS
+    steps: tl.constexpr = (N + BK - 1) // BK
+    d0 = (tl.program_id(0) % chunks) * BD
+    span = (tl.program_id(0) // chunks) % spans
+    local = tl.program_id(0) // (chunks * spans)
+    _clip, first, count, row = parts.tile_of(tiles, first_tile + local)
+    if count == 0:
+        return
+    column = span * ROWS + tl.arange(0, ROWS)
+    group = column // R
+    total = tl.zeros((ROWS, BD), tl.float32)
+    for step in tl.range(0, frames * steps, num_stages=STAGES):
+        t = step // steps
+        start = (step % steps) * BK
+        x = parts.patch_block(tokens, row, t, start, d0, BK, BD, FLOAT8, ARITHMETIC)
+        frame = local * frames + t
+        w = weights.load([frame * (groups * R) + span * ROWS, start])
+        at = ((frame.to(tl.int64) * groups + group) * blocks + start // BN) * R + column % R
+        total += tl.dot(w, x, input_precision=PRECISION) * tl.load(tops + at)[:, None]
+    slot = column % QB
+    head = column // QB
+    live = (slot < count) & (head < H)
+    question = tl.load(order + first + slot, mask=slot < count, other=0).to(tl.int64)
+    d = d0 + tl.arange(0, BD)
+    pointers = grad_queries + ((question * H + head) * D)[:, None] + d[None, :]
+    tl.store(pointers, total, mask=live[:, None] & (d < D)[None, :])
 
 
 @triton.jit

@@ -11,60 +11,66 @@ import triton.language as tl
 from egopatch.train.ops.select_attend import parts
 
 
-@triton.jit(do_not_specialize=["k", "frames"])
+@triton.jit(do_not_specialize=["k", "frames", "questions"])
 def forward_kernel(
-    tokens, scale, queries, selector, bias, order, tiles, pooled, lse, kept, mask,
-    k, frames, stride_c, stride_t, stride_n,
-    N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr, WIDE: tl.constexpr,
-    FLOAT8: tl.constexpr, ARITHMETIC: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr,
+    tokens, tokens_again, columns, selectors, column_scale, selector_scale, scale, bias, order, tiles,
+    pooled, lse, scores, cuts, k, frames, questions,
+    N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr, FLOAT8: tl.constexpr,
+    ARITHMETIC: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    POOL_BD: tl.constexpr, POOL_STAGES: tl.constexpr,
 ):  # fmt: skip
     """A frame in one block of patches. A program computes up to QB questions of a clip and HG heads."""
     groups: tl.constexpr = (H + HG - 1) // HG
     R: tl.constexpr = HG * QB
-    group = tl.program_id(0) % groups
-    t = tl.program_id(1)
-    if WIDE:
-        t = t.to(tl.int64)
-    clip, first, count, row = parts.tile_of(tiles, tl.program_id(0) // groups)
+    # Frames first, so that the tiles of a clip, which read the same frames, run at about the same time.
+    t = tl.program_id(0) % frames
+    group = (tl.program_id(0) // frames) % groups
+    tile = tl.program_id(0) // (frames * groups)
+    clip, first, count, row = parts.tile_of(tiles, tile)
     if count == 0:
         return
 
-    n, offsets = parts.patches(0, stride_n, BN, WIDE)
-    frame = tokens + row * stride_c + t.to(tl.int64) * stride_t
-    b, _b_head, b_live = parts.columns(order, first, count, 0, H, QB, QB, WIDE)
-    question, head, live = parts.columns(order, first, count, group, H, QB, R, WIDE)
-
     # First read of the frame: scores [BN, QB] and logits [BN, R].
+    n = tl.arange(0, BN)
     s = tl.zeros((BN, QB), tl.float32)
     a = tl.zeros((BN, R), tl.float32)
-    for d0 in range(0, D, BD):
-        d = d0 + tl.arange(0, BD)
-        x = tl.load(frame + (offsets[:, None] + d[None, :]), mask=(n < N)[:, None], other=0)
-        x = parts.decode(x, ARITHMETIC, FLOAT8)
-        s = parts.add_scores(s, x, selector, b, b_live, d, D, ARITHMETIC, PARTS, PRECISION)
-        q = parts.queries(queries, selector, question, head, live, d, D, H)
-        a = tl.dot(x, q.to(ARITHMETIC), a, input_precision=PRECISION)
+    for d0 in tl.range(0, D, BD, num_stages=STAGES):
+        x = parts.patch_block(tokens, row, t, 0, d0, BN, BD, FLOAT8, ARITHMETIC)
+        a = parts.add_logits(a, x, columns, tile, group, d0, H, QB, HG, PRECISION)
+        s = parts.add_scores(s, x, selectors, tile, d0, PARTS, QB, BD, PRECISION)
 
     shift = parts.by_patch(bias, (clip * frames + t) * N, n, N, float("-inf"))
+    slot = tl.arange(0, QB)
+    s *= tl.load(selector_scale + tile * QB + slot)[None, :]
     if HAS_SCALE:
-        factor = parts.by_patch(scale, (row * frames + t) * N, n, N, 0.0)
+        factor = parts.by_patch(scale, (row.to(tl.int64) * frames + t) * N, n, N, 0.0)
         s *= factor[:, None]
-        a *= factor[:, None]
-    ranks, needed = parts.rank(s + shift[:, None], n, k, N)
-    keep = parts.keep(ranks, needed)
-    if group == 0:
-        parts.store_selection(kept, mask, keep, 0, n, b * frames + t, b_live, k, N, BN, QB)
+    s += shift[:, None]
+    asked = slot < count
+    question = tl.load(order + first + slot, mask=asked, other=0).to(tl.int64)
+    row_of = question * frames + t
+    # Every group selects for itself, in a place of its own; all of them find the same.
+    score_rows = group.to(tl.int64) * questions * frames + row_of
+    tl.store(scores + (score_rows * N)[None, :] + n[:, None], s, mask=(n < N)[:, None] & asked[None, :])
+    tl.debug_barrier()  # the code below reads scores that other threads wrote
+    threshold, last = parts.cut(scores, score_rows, asked, k, N, CHUNK, QB)
+    told = slot < tl.where(group == 0, count, 0)
+    tl.store(cuts + row_of * 2, threshold, mask=told)
+    tl.store(cuts + row_of * 2 + 1, last, mask=told)
+    keep = parts.of_heads(parts.kept_by_cut(s, n, threshold, last, N), BN, QB, HG)
 
-    chosen = tl.reshape(tl.broadcast_to(keep[:, None, :], (BN, HG, QB)), (BN, R))
-    a = tl.where(chosen > 0, a + shift[:, None], float("-inf"))
+    a *= parts.by_column(column_scale, tile, group, H, QB, HG)[None, :]
+    if HAS_SCALE:
+        a *= factor[:, None]
+    a = tl.where(keep, a + shift[:, None], float("-inf"))
     top = tl.max(a, axis=0)
     top = tl.where(top == float("-inf"), 0.0, top)
     p = tl.exp(a - top[None, :])
     total = tl.sum(p, axis=0)
-    out = (question * frames + t) * H + head
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
+    out, live = parts.outputs(order, first, count, group, t, frames, H, QB, HG)
     tl.store(lse + out, tl.where(empty, float("-inf"), top + tl.log(total)), mask=live)
     p *= (1.0 / total)[None, :]
     largest = 1.0
@@ -74,99 +80,78 @@ def forward_kernel(
         p *= (factor / largest)[:, None]
     weights = p.to(ARITHMETIC)
 
-    # Second read, from the L2 cache: pooled [BD, R].
-    for d0 in range(0, D, BD):
-        d = d0 + tl.arange(0, BD)
-        x = tl.load(frame + (offsets[None, :] + d[:, None]), mask=(n < N)[None, :], other=0)
-        o = tl.dot(parts.decode(x, ARITHMETIC, FLOAT8), weights, input_precision=PRECISION) * largest
-        tl.store(pooled + ((out * D)[None, :] + d[:, None]), o.to(pooled.dtype.element_ty), mask=live[None, :])
+    # Second read: pooled [POOL_BD, R]. The tokens come first in both products, as rows for Hopper's `wgmma`.
+    for d0 in tl.range(0, D, POOL_BD, num_stages=POOL_STAGES):
+        x = parts.patch_block(tokens_again, row, t, 0, d0, BN, POOL_BD, FLOAT8, ARITHMETIC)
+        o = tl.dot(x.T, weights, input_precision=PRECISION) * largest
+        d = d0 + tl.arange(0, POOL_BD)
+        tl.store(pooled + (out * D)[None, :] + d[:, None], o.to(pooled.dtype.element_ty), mask=live[None, :])
 
 
-@triton.jit
-def _select(
-    frame, scale, selector, bias, order, kept, mask, first, count, bias_row, scale_row, t, k, frames, stride_n,
-    N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr, WIDE: tl.constexpr,
-    FLOAT8: tl.constexpr, ARITHMETIC: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr, COUNT_BN: tl.constexpr, QB: tl.constexpr,
-):  # fmt: skip
-    """Score all patches of a frame at once and write which are kept."""
-    n, offsets = parts.patches(0, stride_n, BN, WIDE)
-    question, _head, live = parts.columns(order, first, count, 0, H, QB, QB, WIDE)
-    s = tl.zeros((BN, QB), tl.float32)
-    for d0 in range(0, D, BD):
-        d = d0 + tl.arange(0, BD)
-        x = tl.load(frame + (offsets[:, None] + d[None, :]), mask=(n < N)[:, None], other=0)
-        x = parts.decode(x, ARITHMETIC, FLOAT8)
-        s = parts.add_scores(s, x, selector, question, live, d, D, ARITHMETIC, PARTS, PRECISION)
-    if HAS_SCALE:
-        s *= parts.by_patch(scale, scale_row, n, N, 0.0)[:, None]
-    s += parts.by_patch(bias, bias_row, n, N, float("-inf"))[:, None]
-    ranks, needed = parts.rank(s, n, k, N)
-    out = question * frames + t
-    pointers = mask + (out * N)[None, :]
-    tl.store(pointers + n[:, None], ranks.to(tl.int8), mask=(n < N)[:, None] & live[None, :])
-    tl.debug_barrier()  # the code below reads ranks that other threads wrote
-
-    # Ties and places are counted block by block: over the whole frame the counts need too many registers.
-    before = tl.zeros((QB,), tl.int32)
-    for start in range(0, N, COUNT_BN):
-        m = start + tl.arange(0, COUNT_BN)
-        ranks_block = tl.load(pointers + m[:, None], mask=(m < N)[:, None] & live[None, :], other=0).to(tl.int32)
-        keep = parts.keep(ranks_block, needed)
-        tl.debug_barrier()  # every thread has read the ranks before the mask overwrites them
-        parts.store_selection(kept, mask, keep, before[None, :], m, out, live, k, N, COUNT_BN, QB)
-        before += tl.sum(keep, axis=0)
-        needed -= tl.sum((ranks_block == 1).to(tl.int32), axis=0)
-    tl.debug_barrier()  # the code below reads a mask that other threads wrote
-
-
-@triton.jit(do_not_specialize=["k", "frames"])
+@triton.jit(do_not_specialize=["k", "frames", "questions"])
 def forward_blocks_kernel(
-    tokens, scale, queries, selector, bias, order, tiles, pooled, lse, kept, mask,
-    k, frames, stride_c, stride_t, stride_n,
-    N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr, WIDE: tl.constexpr,
-    FLOAT8: tl.constexpr, ARITHMETIC: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr,
-    SELECT_BN: tl.constexpr, SELECT_BD: tl.constexpr,
+    tokens, tokens_again, columns, selectors, column_scale, selector_scale, scale, bias, order, tiles,
+    pooled, lse, scores, cuts, k, frames, questions,
+    N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr, FLOAT8: tl.constexpr,
+    ARITHMETIC: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    POOL_BD: tl.constexpr, POOL_STAGES: tl.constexpr,
 ):  # fmt: skip
     """A frame in several blocks of patches. A program computes up to QB questions of a clip and all heads.
 
-    The scores of the whole frame fit in registers, the logits do not: the program selects first, then processes the
-    blocks with a running maximum and sum, and pooled (float32) in memory is always the result of the blocks so far.
+    The program scores the whole frame and selects, and then processes the blocks with a running maximum and sum;
+    pooled (float32) in memory is always the result of the blocks so far.
     """
-    R: tl.constexpr = HG * QB
-    t = tl.program_id(1)
-    if WIDE:
-        t = t.to(tl.int64)
-    clip, first, count, row = parts.tile_of(tiles, tl.program_id(0))
+    t = tl.program_id(0) % frames
+    tile = tl.program_id(0) // frames
+    clip, first, count, row = parts.tile_of(tiles, tile)
     if count == 0:
         return
-    frame = tokens + row * stride_c + t.to(tl.int64) * stride_t
     bias_row = (clip * frames + t) * N
-    scale_row = (row * frames + t) * N
+    scale_row = (row.to(tl.int64) * frames + t) * N
+    slot = tl.arange(0, QB)
+    asked = slot < count
+    question = tl.load(order + first + slot, mask=asked, other=0).to(tl.int64)
+    row_of = question * frames + t
 
-    _select(
-        frame, scale, selector, bias, order, kept, mask, first, count, bias_row, scale_row, t, k, frames, stride_n,
-        N, D, H, HAS_SCALE, WIDE, FLOAT8, ARITHMETIC, PARTS, PRECISION, SELECT_BN, SELECT_BD, BN, QB,
-    )  # fmt: skip
+    factor = tl.load(selector_scale + tile * QB + slot)
+    for start in range(0, N, BN):
+        n = start + tl.arange(0, BN)
+        s = tl.zeros((BN, QB), tl.float32)
+        for d0 in tl.range(0, D, BD, num_stages=STAGES):
+            x = parts.patch_block(tokens, row, t, start, d0, BN, BD, FLOAT8, ARITHMETIC)
+            s = parts.add_scores(s, x, selectors, tile, d0, PARTS, QB, BD, PRECISION)
+        s *= factor[None, :]
+        if HAS_SCALE:
+            s *= parts.by_patch(scale, scale_row, n, N, 0.0)[:, None]
+        s += parts.by_patch(bias, bias_row, n, N, float("-inf"))[:, None]
+        tl.store(scores + (row_of * N)[None, :] + n[:, None], s, mask=(n < N)[:, None] & asked[None, :])
+    tl.debug_barrier()  # the code below reads scores that other threads wrote
+    threshold, last = parts.cut(scores, row_of, asked, k, N, CHUNK, QB)
+    tl.store(cuts + row_of * 2, threshold, mask=asked)
+    tl.store(cuts + row_of * 2 + 1, last, mask=asked)
+
+    R: tl.constexpr = HG * QB
     for group in range((H + HG - 1) // HG):
-        question, head, live = parts.columns(order, first, count, group, H, QB, R, WIDE)
-        out = (question * frames + t) * H + head
+        out, live = parts.outputs(order, first, count, group, t, frames, H, QB, HG)
+        column = parts.by_column(column_scale, tile, group, H, QB, HG)
         top = tl.full((R,), float("-inf"), tl.float32)
         total = tl.zeros((R,), tl.float32)
         for start in range(0, N, BN):
-            n, offsets = parts.patches(start, stride_n, BN, WIDE)
+            n = start + tl.arange(0, BN)
             a = tl.zeros((BN, R), tl.float32)
-            for d0 in range(0, D, BD):
-                d = d0 + tl.arange(0, BD)
-                x = tl.load(frame + (offsets[:, None] + d[None, :]), mask=(n < N)[:, None], other=0)
-                q = parts.queries(queries, selector, question, head, live, d, D, H)
-                a = tl.dot(parts.decode(x, ARITHMETIC, FLOAT8), q.to(ARITHMETIC), a, input_precision=PRECISION)
+            for d0 in tl.range(0, D, BD, num_stages=STAGES):
+                x = parts.patch_block(tokens, row, t, start, d0, BN, BD, FLOAT8, ARITHMETIC)
+                a = parts.add_logits(a, x, columns, tile, group, d0, H, QB, HG, PRECISION)
+            a *= column[None, :]
             if HAS_SCALE:
-                factor = parts.by_patch(scale, scale_row, n, N, 0.0)
-                a *= factor[:, None]
-            chosen = parts.chosen(mask, question, frames, t, n, live, N)
-            a = tl.where(chosen, a + parts.by_patch(bias, bias_row, n, N, float("-inf"))[:, None], float("-inf"))
+                by_patch = parts.by_patch(scale, scale_row, n, N, 0.0)
+                a *= by_patch[:, None]
+            shift = parts.by_patch(bias, bias_row, n, N, float("-inf"))
+            inside = (n < N)[:, None] & asked[None, :]
+            s = tl.load(scores + (row_of * N)[None, :] + n[:, None], mask=inside, other=0.0)
+            keep = parts.of_heads(parts.kept_by_cut(s, n, threshold, last, N), BN, QB, HG)
+            a = tl.where(keep, a + shift[:, None], float("-inf"))
 
             # Weights of this block, and the reduced weight of the earlier blocks.
             higher = tl.maximum(top, tl.max(a, axis=0))
@@ -180,19 +165,34 @@ def forward_blocks_kernel(
             earlier *= share
             largest = 1.0
             if HAS_SCALE:
-                largest = tl.max(tl.abs(factor), axis=0)
+                largest = tl.max(tl.abs(by_patch), axis=0)
                 largest = tl.where(largest == 0.0, 1.0, largest)
-                p *= (factor / largest)[:, None]
+                p *= (by_patch / largest)[:, None]
             weights = p.to(ARITHMETIC)
 
             written = live & (tl.zeros((R,), tl.int32) + start > 0)
-            for d0 in range(0, D, BD):
-                d = d0 + tl.arange(0, BD)
-                x = tl.load(frame + (offsets[None, :] + d[:, None]), mask=(n < N)[None, :], other=0)
-                pointers = pooled + ((out * D)[None, :] + d[:, None])
-                o = tl.dot(parts.decode(x, ARITHMETIC, FLOAT8), weights, input_precision=PRECISION) * largest
+            for d0 in tl.range(0, D, POOL_BD, num_stages=POOL_STAGES):
+                x = parts.patch_block(tokens_again, row, t, start, d0, BN, POOL_BD, FLOAT8, ARITHMETIC)
+                o = tl.dot(x.T, weights, input_precision=PRECISION) * largest
+                pointers = pooled + (out * D)[None, :] + (d0 + tl.arange(0, POOL_BD))[:, None]
                 o += tl.load(pointers, mask=written[None, :], other=0.0) * earlier[None, :]
                 tl.store(pointers, o, mask=live[None, :])
             tl.debug_barrier()  # the next block loads values that other threads stored here
         empty = total == 0.0
         tl.store(lse + out, tl.where(empty, float("-inf"), top + tl.log(tl.where(empty, 1.0, total))), mask=live)
+
+
+@triton.jit(do_not_specialize=["k", "rows"])
+def kept_kernel(scores, cuts, kept, mask, k, rows, N: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr):
+    """What the cuts keep of ROWS frames of questions: their patches in rising order, and the mask."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    n = tl.arange(0, BN)
+    live = row < rows
+    inside = live[:, None] & (n < N)[None, :]
+    ordered = parts.key(tl.load(scores + (row * N)[:, None] + n[None, :], mask=inside, other=0.0), inside)
+    threshold = tl.load(cuts + row * 2, mask=live, other=0)[:, None]
+    last = tl.load(cuts + row * 2 + 1, mask=live, other=0)[:, None]
+    keep = inside & ((ordered > threshold) | ((ordered == threshold) & (n[None, :] <= last)))
+    place = tl.cumsum(keep.to(tl.int32), axis=1) - 1
+    tl.store(kept + (row * k)[:, None] + place, tl.broadcast_to(n.to(tl.int64)[None, :], (ROWS, BN)), mask=keep)
+    tl.store(mask + (row * N)[:, None] + n[None, :], keep.to(tl.int8), mask=inside)

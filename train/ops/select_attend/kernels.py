@@ -11,27 +11,34 @@ scores. Weights and gradients are divided by their column's largest value before
 product, so that neither small gradients nor small scales underflow.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from egopatch.train.ops.select_attend.backward import backward_kernel, bias_kernel
-from egopatch.train.ops.select_attend.forward import forward_blocks_kernel, forward_kernel
-from egopatch.train.ops.select_attend.plan import QUESTIONS, Blocks, Launch, schedule
+from egopatch.train.ops.select_attend.backward import bias_kernel, logits_kernel, queries_kernel
+from egopatch.train.ops.select_attend.columns import columns_kernel
+from egopatch.train.ops.select_attend.forward import forward_blocks_kernel, forward_kernel, kept_kernel
+from egopatch.train.ops.select_attend.plan import ALIGNMENT, QUESTIONS, Blocks, Launch, plan_launch, schedule
 
 ARITHMETIC = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float8_e4m3fn: tl.float16,
-    torch.int8: tl.float16,
+    torch.float16: torch.float16,
+    torch.bfloat16: torch.bfloat16,
+    torch.float32: torch.float32,
+    torch.float8_e4m3fn: torch.float16,
+    torch.int8: torch.float16,
 }
+IN_TRITON = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 # Parts of the selector: 11 bits each in float16, 8 in bfloat16, 24 in float32.
-PARTS = {tl.float16: 2, tl.bfloat16: 3, tl.float32: 1}
-# Backward splits the frames until there are about this many programs, one for each multiprocessor of a large GPU.
-PROGRAMS = 128
+PARTS = {torch.float16: 2, torch.bfloat16: 3, torch.float32: 1}
+# Backward keeps the gradients of the logits of as many tiles at a time as fit in this.
+SCRATCH_BYTES = 64 * 2**20
+# Scores that a program turns into kept patches.
+KEPT_SCORES = 2048
 
 
 def forward(
@@ -43,7 +50,6 @@ def forward(
     k: int,
     scale: Tensor | None,
     clip_rows: Tensor | None,
-    launch: Launch,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Outputs of `select_attend`, and the tensors that `backward` needs.
 
@@ -57,23 +63,35 @@ def forward(
     if clip_rows is not None:
         _assert_below(clip_rows, len(tokens), "clip_rows")
     order, tiles, clip_tiles = schedule(clip_index, len(bias), clip_rows)
-    blocks = launch.forward
+    blocks, device = launch_of(tokens, queries).forward, tokens.device
+    several, groups = patches > blocks.block, triton.cdiv(heads, blocks.heads)
     # Several blocks add up in pooled itself, which must then be float32.
-    dtype = torch.float32 if blocks.several else queries.dtype
-    pooled = torch.empty(questions, frames, heads, width, dtype=dtype, device=tokens.device)
-    lse = torch.empty(questions, frames, heads, dtype=torch.float32, device=tokens.device)
-    kept = torch.empty(questions, frames, k, dtype=torch.int64, device=tokens.device)
-    mask = torch.empty(questions, frames, patches, dtype=torch.int8, device=tokens.device)
+    dtype = torch.float32 if several else queries.dtype
+    pooled = torch.empty(questions, frames, heads, width, dtype=dtype, device=device)
+    lse = torch.empty(questions, frames, heads, dtype=torch.float32, device=device)
+    kept = torch.empty(questions, frames, k, dtype=torch.int64, device=device)
+    mask = torch.empty(questions, frames, patches, dtype=torch.int8, device=device)
     if pooled.numel():
+        made = make_columns(tokens, queries, selector, order, tiles, PARTS[arithmetic_of(tokens)])
+        columns, column_scale, selectors, selector_scale = made
+        selects = 1 if several else groups
+        scores = torch.empty(selects, questions, frames, patches, dtype=torch.float32, device=device)
+        cuts = torch.empty(questions, frames, 2, dtype=torch.int32, device=device)
         arguments = (
-            *_inputs(tokens, scale, queries, selector, bias), order, tiles, pooled, lse, kept, mask,
-            k, frames, *tokens.stride()[:3],
+            describe_tokens(tokens, blocks.block, blocks.channels),
+            describe_tokens(tokens, blocks.block, blocks.pool_channels),
+            TensorDescriptor.from_tensor(columns, [blocks.heads * QUESTIONS, blocks.channels]),
+            TensorDescriptor.from_tensor(selectors, [QUESTIONS, blocks.channels]),
+            column_scale, selector_scale, None if scale is None else scale.contiguous(), bias.contiguous(),
+            order, tiles, pooled, lse, scores, cuts, k, frames, questions,
         )  # fmt: skip
-        fixed = forward_constants(tokens, queries, scale, launch)
-        if blocks.several:
-            forward_blocks_kernel[(len(tiles), frames)](*arguments, **fixed)
-        else:
-            forward_kernel[(len(tiles) * triton.cdiv(heads, blocks.heads), frames)](*arguments, **fixed)
+        kernel = forward_blocks_kernel if several else forward_kernel
+        kernel[(len(tiles) * frames * selects,)](*arguments, **forward_constants(tokens, queries, scale, blocks))
+        whole = triton.next_power_of_2(patches)
+        rows = max(1, KEPT_SCORES // whole)
+        kept_kernel[(triton.cdiv(questions * frames, rows),)](
+            scores, cuts, kept, mask, k, questions * frames, N=patches, BN=whole, ROWS=rows, num_warps=4
+        )
     return pooled.to(queries.dtype), lse, kept, mask, order, tiles, clip_tiles
 
 
@@ -90,30 +108,89 @@ def backward(
     order: Tensor,
     tiles: Tensor,
     clip_tiles: Tensor,
-    launch: Launch,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries [B, H, D], selector [B, D] and bias [C, T, N], all float32."""
     _, frames, patches, width = tokens.shape
     questions, heads, _ = queries.shape
-    programs = len(tiles) * triton.cdiv(heads, launch.backward.heads)
-    splits = max(1, min(frames, PROGRAMS // max(1, programs)))
-    span = triton.cdiv(frames, splits)
-    splits = triton.cdiv(frames, span) if span else 0
-    grad_bias = torch.zeros(bias.shape, dtype=torch.float32, device=tokens.device)
-    grad_queries = torch.empty(splits, questions, heads, width, dtype=torch.float32, device=tokens.device)
-    if grad_pooled.numel():
-        partials = torch.empty(programs, frames, patches, dtype=torch.float32, device=tokens.device)
-        backward_kernel[(programs, splits)](
-            grad_pooled.contiguous(), grad_lse.contiguous(), *_inputs(tokens, scale, queries, selector, bias),
-            order, tiles, lse, mask, grad_queries, partials,
-            frames, questions, span, *tokens.stride()[:3], **backward_constants(tokens, queries, scale, launch),
-        )  # fmt: skip
-        bias_kernel[(len(bias), frames)](
-            partials, clip_tiles, grad_bias, frames,
-            N=patches, GROUPS=programs // len(tiles), BN=launch.backward.select_block, num_warps=4,
-        )  # fmt: skip
-    total = grad_queries[0] if splits == 1 else grad_queries.sum(dim=0)
-    return total, total.sum(dim=1), grad_bias
+    launch, device = launch_of(tokens, queries), tokens.device
+    blocks, product = launch.backward, launch.product
+    grad_bias = torch.zeros(bias.shape, dtype=torch.float32, device=device)
+    if not grad_pooled.numel():
+        return torch.zeros(queries.shape, device=device), torch.zeros(selector.shape, device=device), grad_bias
+    groups, columns_of_group = triton.cdiv(heads, blocks.heads), blocks.heads * QUESTIONS
+    columns, column_scale, _, _ = make_columns(tokens, queries, selector, order, tiles, parts=0)
+    arithmetic = arithmetic_of(tokens)
+    padded = triton.cdiv(patches, ALIGNMENT // arithmetic.itemsize) * (ALIGNMENT // arithmetic.itemsize)
+    tile_bytes = frames * groups * columns_of_group * padded * arithmetic.itemsize
+    at_once = min(len(tiles), max(1, SCRATCH_BYTES // tile_bytes))
+    weights = torch.empty(at_once * frames * groups * columns_of_group, padded, dtype=arithmetic, device=device)
+    tops_shape = (at_once, frames, groups, triton.cdiv(patches, blocks.block), columns_of_group)
+    tops = torch.empty(*tops_shape, dtype=torch.float32, device=device)
+    partials = torch.empty(len(tiles), groups, frames, patches, dtype=torch.float32, device=device)
+    grad_queries = torch.empty(questions, heads, width, dtype=torch.float32, device=device)
+    # Infinite norm: the largest size of each row, which is divided out before the gradient is rounded.
+    grad_tops = torch.linalg.vector_norm(grad_pooled, math.inf, dim=3, dtype=torch.float32)
+    grad_tops = grad_tops.masked_fill_(grad_tops == 0, 1)
+    inputs = (
+        describe_tokens(tokens, blocks.block, blocks.channels),
+        TensorDescriptor.from_tensor(columns, [columns_of_group, blocks.channels]),
+        column_scale, grad_pooled.contiguous(), grad_tops, grad_lse.contiguous(),
+        None if scale is None else scale.contiguous(), bias.contiguous(), order, tiles, lse, mask,
+        weights, tops, partials, frames,
+    )  # fmt: skip
+    products = (
+        describe_tokens(tokens, product.patches, product.channels),
+        TensorDescriptor.from_tensor(weights, [product.rows, product.patches]),
+        tops, order, tiles, grad_queries, frames,
+    )  # fmt: skip
+    spans = triton.cdiv(width, product.channels) * (groups * columns_of_group // product.rows)
+    for first in range(0, len(tiles), at_once):
+        count = min(at_once, len(tiles) - first)
+        logits_constants = backward_constants(tokens, queries, scale, blocks) | {"PADDED": padded}
+        logits_kernel[(count * frames * groups,)](*inputs, first, **logits_constants)
+        queries_kernel[(count * spans,)](*products, first, **product_constants(tokens, queries, launch))
+    bias_kernel[(len(bias), frames)](
+        partials, clip_tiles, grad_bias, frames,
+        N=patches, GROUPS=groups, BN=triton.next_power_of_2(patches), num_warps=4,
+    )  # fmt: skip
+    return grad_queries, grad_queries.sum(dim=1), grad_bias
+
+
+def launch_of(tokens: Tensor, queries: Tensor) -> Launch:
+    """How the kernels are cut for these arguments on their device."""
+    # The interpreter runs what an H100 would.
+    generation = torch.cuda.get_device_capability(tokens.device)[0] if tokens.is_cuda else 9
+    return plan_launch(tokens.shape[2], tokens.shape[3], queries.shape[1], tokens.element_size(), generation)
+
+
+def make_columns(
+    tokens: Tensor, queries: Tensor, selector: Tensor, order: Tensor, tiles: Tensor, parts: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Columns [G * H * 16, D], their scale [G * H * 16], selectors [G * parts * 16, D] and their scale [G * 16].
+
+    As `columns_kernel` describes them.
+    """
+    _, heads, width = queries.shape
+    arithmetic, device = arithmetic_of(tokens), tokens.device
+    slots = len(tiles) * QUESTIONS
+    columns = torch.empty(slots * heads, width, dtype=arithmetic, device=device)
+    column_scale = torch.empty(slots * heads, dtype=torch.float32, device=device)
+    selectors = torch.empty(slots * parts, width, dtype=arithmetic, device=device)
+    selector_scale = torch.empty(slots, dtype=torch.float32, device=device)
+    columns_kernel[(len(tiles), QUESTIONS)](
+        queries.contiguous(), selector.contiguous(), order, tiles, columns, column_scale, selectors, selector_scale,
+        D=width, H=heads, PARTS=parts, QB=QUESTIONS, WIDTH=triton.next_power_of_2(width), num_warps=4,
+    )  # fmt: skip
+    return columns, column_scale, selectors, selector_scale
+
+
+def describe_tokens(tokens: Tensor, patches: int, channels: int) -> TensorDescriptor:
+    """The descriptor by which the GPU's copy engine reads [patches, channels] of a frame; float8 tokens as bits."""
+    bits = tokens.view(torch.int8) if tokens.dtype == torch.float8_e4m3fn else tokens
+    width = tokens.shape[3]
+    # A dimension of one row may have any stride, which the engine would refuse.
+    strides = [stride if size > 1 else width for stride, size in zip(bits.stride()[:3], bits.shape, strict=False)]
+    return TensorDescriptor(bits, list(bits.shape), [*strides, 1], [1, 1, patches, channels])
 
 
 def _assert_below(index: Tensor, end: int, name: str) -> None:
@@ -121,54 +198,65 @@ def _assert_below(index: Tensor, end: int, name: str) -> None:
     torch._assert_async(((index >= 0) & (index < end)).all(), f"{name} is not within 0 to {end - 1}")
 
 
-def _inputs(
-    tokens: Tensor, scale: Tensor | None, queries: Tensor, selector: Tensor, bias: Tensor
-) -> tuple[Tensor | None, ...]:
-    """The kernels' inputs: tokens with any strides, float8 ones as their bits, and everything else contiguous."""
-    bits = tokens.view(torch.int8) if tokens.dtype == torch.float8_e4m3fn else tokens
-    factors = None if scale is None else scale.contiguous()
-    return bits, factors, queries.contiguous(), selector.contiguous(), bias.contiguous()
-
-
-def _arithmetic(tokens: Tensor) -> tl.dtype:
+def arithmetic_of(tokens: Tensor) -> torch.dtype:
+    """Dtype of the products."""
     # Triton's interpreter computes wrong results in bfloat16; float32 represents it exactly.
     if knobs.runtime.interpret and tokens.dtype == torch.bfloat16:
-        return tl.float32
+        return torch.float32
     return ARITHMETIC[tokens.dtype]
 
 
-def forward_constants(tokens: Tensor, queries: Tensor, scale: Tensor | None, launch: Launch) -> dict[str, object]:
-    """Compile-time arguments of the forward kernel."""
-    blocks = launch.forward
-    fixed = {**_constants(tokens, queries, scale, launch, blocks), "PARTS": PARTS[_arithmetic(tokens)]}
-    if blocks.several:
-        fixed |= {"SELECT_BN": blocks.select_block, "SELECT_BD": blocks.select_channels}
-    return fixed
+def forward_constants(tokens: Tensor, queries: Tensor, scale: Tensor | None, blocks: Blocks) -> dict[str, object]:
+    """Compile-time arguments of the forward kernels."""
+    return _constants(tokens, queries, scale, blocks) | {
+        "PARTS": PARTS[arithmetic_of(tokens)],
+        "CHUNK": blocks.chunk,
+        "POOL_BD": blocks.pool_channels,
+        "POOL_STAGES": blocks.pool_stages,
+    }
 
 
-def backward_constants(tokens: Tensor, queries: Tensor, scale: Tensor | None, launch: Launch) -> dict[str, object]:
-    """Compile-time arguments of the backward kernel."""
-    return _constants(tokens, queries, scale, launch, launch.backward)
+def backward_constants(tokens: Tensor, queries: Tensor, scale: Tensor | None, blocks: Blocks) -> dict[str, object]:
+    """Compile-time arguments of `logits_kernel`, but for PADDED."""
+    return _constants(tokens, queries, scale, blocks)
 
 
-def _constants(
-    tokens: Tensor, queries: Tensor, scale: Tensor | None, launch: Launch, blocks: Blocks
-) -> dict[str, object]:
-    """Compile-time arguments of both kernels, and their warps and stages."""
+def product_constants(tokens: Tensor, queries: Tensor, launch: Launch) -> dict[str, object]:
+    """Compile-time arguments of `queries_kernel`."""
+    product = launch.product
+    return _shared(tokens, queries, launch.backward) | {
+        "ROWS": product.rows,
+        "BK": product.patches,
+        "BD": product.channels,
+        "STAGES": product.stages,
+        "num_warps": product.warps,
+    }
+
+
+def _constants(tokens: Tensor, queries: Tensor, scale: Tensor | None, blocks: Blocks) -> dict[str, object]:
+    limit = {"maxnreg": blocks.registers} if blocks.registers else {}
+    return (
+        _shared(tokens, queries, blocks)
+        | limit
+        | {
+            "HAS_SCALE": scale is not None,
+            "BD": blocks.channels,
+            "STAGES": blocks.stages,
+            "num_warps": blocks.warps,
+        }
+    )
+
+
+def _shared(tokens: Tensor, queries: Tensor, blocks: Blocks) -> dict[str, object]:
     patches, width = tokens.shape[2:]
     return {
         "N": patches,
         "D": width,
         "H": queries.shape[1],
-        "HAS_SCALE": scale is not None,
-        "WIDE": launch.wide,
         "FLOAT8": tokens.dtype == torch.float8_e4m3fn,
-        "ARITHMETIC": _arithmetic(tokens),
+        "ARITHMETIC": IN_TRITON[arithmetic_of(tokens)],
         "PRECISION": "tf32x3",
         "BN": blocks.block,
-        "BD": blocks.channels,
         "QB": QUESTIONS,
         "HG": blocks.heads,
-        "num_warps": blocks.warps,
-        "num_stages": blocks.stages,
     }

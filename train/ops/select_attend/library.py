@@ -1,17 +1,16 @@
 """Both implementations as operators that autograd and `torch.compile` know.
 
 Each forward returns pooled, lse, kept and the tensors for its backward: the softmax weights [B, T, H, k] for the
-reference; the mask of kept patches [B, T, N] and the schedule for Triton. The plan's `Launch` is passed as numbers.
+reference; the mask of kept patches [B, T, N] and the schedule for Triton.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from egopatch.train.ops.select_attend import reference
-from egopatch.train.ops.select_attend.plan import Launch, tile_bound
+from egopatch.train.ops.select_attend.plan import tile_bound
 
 
 @torch.library.custom_op("egopatch::select_attend_reference", mutates_args=())
@@ -94,15 +93,13 @@ def triton_forward(
     k: int,
     scale: Tensor | None,
     clip_rows: Tensor | None,
-    launch: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`kernels.forward` as an operator."""
     # Imported here, so that the reference runs without Triton.
     from egopatch.train.ops.select_attend import kernels
 
-    plan = Launch.from_numbers(launch)
     with torch.cuda.device_of(tokens):  # Triton launches on the current device, whatever its arguments are on
-        return kernels.forward(tokens, clip_index, queries, selector, bias, k, scale, clip_rows, plan)
+        return kernels.forward(tokens, clip_index, queries, selector, bias, k, scale, clip_rows)
 
 
 @triton_forward.register_fake
@@ -134,16 +131,14 @@ def triton_backward(
     order: Tensor,
     tiles: Tensor,
     clip_tiles: Tensor,
-    launch: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`kernels.backward` as an operator."""
     # Imported here, so that the reference runs without Triton.
     from egopatch.train.ops.select_attend import kernels
 
-    plan = Launch.from_numbers(launch)
     with torch.cuda.device_of(tokens):
         return kernels.backward(
-            grad_pooled, grad_lse, tokens, queries, selector, bias, scale, lse, mask, order, tiles, clip_tiles, plan
+            grad_pooled, grad_lse, tokens, queries, selector, bias, scale, lse, mask, order, tiles, clip_tiles
         )
 
 
@@ -155,7 +150,7 @@ def _(
 
 
 def _triton_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tokens, _, queries, selector, bias, _, scale, _, ctx.launch = inputs
+    tokens, _, queries, selector, bias, _, scale, _ = inputs
     _, lse, kept, *saved = output
     ctx.mark_non_differentiable(kept, *saved)
     ctx.set_materialize_grads(False)
@@ -167,8 +162,8 @@ def _triton_gradients(
 ) -> tuple[Tensor | None, ...]:
     tokens, queries, selector, bias, scale, lse, *saved = ctx.saved_tensors
     incoming = _incoming(grad_pooled, grad_lse, queries, lse)
-    grads = triton_backward(*incoming, tokens, queries, selector, bias, scale, lse, *saved, ctx.launch)
-    return *_outgoing(grads, queries, selector, bias), None
+    grads = triton_backward(*incoming, tokens, queries, selector, bias, scale, lse, *saved)
+    return _outgoing(grads, queries, selector, bias)
 
 
 triton_forward.register_autograd(_triton_gradients, setup_context=_triton_save)

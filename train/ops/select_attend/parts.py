@@ -15,43 +15,29 @@ def tile_of(tiles, tile):
     clip = tl.load(tiles + tile * 4).to(tl.int64)
     first = tl.load(tiles + tile * 4 + 1)
     count = tl.load(tiles + tile * 4 + 2)
-    row = tl.load(tiles + tile * 4 + 3).to(tl.int64)
+    row = tl.load(tiles + tile * 4 + 3)
     return clip, first, count, row
 
 
 @triton.jit
-def columns(order, first, count, group, H: tl.constexpr, QB: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr):
-    """Question and head of each of the R columns of a head group, and whether the column is used."""
-    column = tl.arange(0, R)
+def outputs(order, first, count, group, t, frames, H: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr):
+    """The row of outputs [B, T, H] of each column of a head group, and whether the column is used.
+
+    64 bits: outputs may have more than 2^31 elements.
+    """
+    column = tl.arange(0, HG * QB)
     slot = column % QB
-    head = group * (R // QB) + column // QB
-    live = (slot < count) & (head < H)
-    question = tl.load(order + first + slot, mask=slot < count, other=0)
-    if WIDE:
-        question = question.to(tl.int64)
-    return question, head, live
+    head = group * HG + column // QB
+    question = tl.load(order + first + slot, mask=slot < count, other=0).to(tl.int64)
+    return (question * frames + t) * H + head, (slot < count) & (head < H)
 
 
 @triton.jit
-def patches(start, stride_n, BN: tl.constexpr, WIDE: tl.constexpr):
-    """Patch numbers [BN] from `start` on, and their offsets in a frame."""
-    n = start + tl.arange(0, BN)
-    wide = n
-    if WIDE:
-        wide = n.to(tl.int64)
-    return n, wide * stride_n
-
-
-@triton.jit
-def add_scores(s, x, selector, b, b_live, d, D: tl.constexpr, ARITHMETIC: tl.constexpr, PARTS: tl.constexpr,
-               PRECISION: tl.constexpr):  # fmt: skip
-    """s [BN, QB] and the product of tokens x [BN, BD] with these channels of the selector, in parts."""
-    left = tl.load(selector + ((b * D)[None, :] + d[:, None]), mask=b_live[None, :], other=0.0).to(tl.float32)
-    for _ in tl.static_range(PARTS):
-        part = left.to(ARITHMETIC)
-        s = tl.dot(x, part, s, input_precision=PRECISION)
-        left -= part.to(tl.float32)
-    return s
+def patch_block(tokens, row, t, start, d0, BN: tl.constexpr, BD: tl.constexpr, FLOAT8: tl.constexpr,
+                ARITHMETIC: tl.constexpr):  # fmt: skip
+    """BN patches of a frame, BD of their channels, in the arithmetic's dtype; zeros beyond the frame."""
+    x = tl.reshape(tokens.load([row, t, start, d0]), (BN, BD))
+    return decode(x, ARITHMETIC, FLOAT8)
 
 
 @triton.jit
@@ -69,47 +55,29 @@ def decode(x, ARITHMETIC: tl.constexpr, FLOAT8: tl.constexpr):
 
 
 @triton.jit
-def queries(queries, selector, question, head, live, d, D: tl.constexpr, H: tl.constexpr):
-    """queries + selector [BD, R] float32; the product of their sum with a token is the logit without its bias."""
-    q = tl.load(queries + (((question * H + head) * D)[None, :] + d[:, None]), mask=live[None, :], other=0.0)
-    s = tl.load(selector + ((question * D)[None, :] + d[:, None]), mask=live[None, :], other=0.0)
-    return q.to(tl.float32) + s.to(tl.float32)
+def add_scores(s, x, selectors, tile, d0, PARTS: tl.constexpr, QB: tl.constexpr, BD: tl.constexpr,
+               PRECISION: tl.constexpr):  # fmt: skip
+    """s [BN, QB] and the product of tokens x [BN, BD] with these channels of the selectors' parts."""
+    for i in tl.static_range(PARTS):
+        part = selectors.load([(tile * PARTS + i) * QB, d0])
+        s = tl.dot(x, part.T, s, input_precision=PRECISION)
+    return s
 
 
 @triton.jit
-def rank(scores, n, k, N: tl.constexpr):
-    """Compare scores [BN, QB] with the k-th largest of their column: 2 above it, 1 equal, 0 below; and the number of
-    equal ones that are among the k [QB].
-
-    Floats are mapped to integers of the same order, and the k-th largest is found bit by bit from the highest.
-    """
-    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)  # one zero: -0.0 ties with 0.0
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    lowest = -2147483648
-    key = tl.where((n < N)[:, None], key, lowest)
-    threshold = tl.where(tl.sum((key >= 0).to(tl.int32), axis=0) >= k, 0, lowest)
-    for i in range(31):
-        higher = threshold | (1 << (30 - i))
-        enough = tl.sum((key >= higher[None, :]).to(tl.int32), axis=0) >= k
-        threshold = tl.where(enough, higher, threshold)
-    above = (key > threshold[None, :]).to(tl.int32)
-    return above + (key >= threshold[None, :]).to(tl.int32), k - tl.sum(above, axis=0)
+def add_logits(a, x, columns, tile, group, d0, H: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr,
+               PRECISION: tl.constexpr):  # fmt: skip
+    """a [BN, HG * QB] and the product of tokens x [BN, BD] with these channels of a head group's columns."""
+    q = columns.load([(tile * H + group * HG) * QB, d0])
+    return tl.dot(x, q.T, a, input_precision=PRECISION)
 
 
 @triton.jit
-def keep(ranks, needed):
-    """Kept patches of ranks [BN, QB], int32: those above the threshold, and the first `needed` of those at it."""
-    first = tl.cumsum((ranks == 1).to(tl.int32), axis=0) <= needed[None, :]
-    return ((ranks == 2) | ((ranks == 1) & first)).to(tl.int32)
-
-
-@triton.jit
-def store_selection(kept, mask, keep, before, n, out, live, k, N: tl.constexpr, BN: tl.constexpr, QB: tl.constexpr):
-    """Write keep [BN, QB] as indices in rising order, after the `before` indices of earlier blocks, and as the mask."""
-    place = before + tl.cumsum(keep, axis=0) - 1
-    chosen = (keep > 0) & live[None, :]
-    tl.store(kept + ((out * k)[None, :] + place), tl.broadcast_to(n.to(tl.int64)[:, None], (BN, QB)), mask=chosen)
-    tl.store(mask + ((out * N)[None, :] + n[:, None]), keep.to(tl.int8), mask=(n < N)[:, None] & live[None, :])
+def by_column(scales, tile, group, H: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr):
+    """The factors of a head group's columns, which `columns_kernel` took out; 0 for heads that there are not."""
+    column = tl.arange(0, HG * QB)
+    live = group * HG + column // QB < H
+    return tl.load(scales + (tile * H + group * HG) * QB + column, mask=live, other=0.0)
 
 
 @triton.jit
@@ -119,7 +87,74 @@ def by_patch(values, row, n, N: tl.constexpr, other):
 
 
 @triton.jit
-def chosen(mask, question, frames, t, n, live, N: tl.constexpr):
-    """Whether the question of each column keeps each of the patches n [BN]: [BN, R]."""
-    pointers = mask + (((question * frames + t) * N)[None, :] + n[:, None])
-    return tl.load(pointers, mask=(n < N)[:, None] & live[None, :], other=0) > 0
+def chosen(mask, out, n, live, N: tl.constexpr, H: tl.constexpr):
+    """Whether the question of each column, whose row of outputs is `out`, keeps each of the patches n [BN]: [BN, R]."""
+    kept = tl.load(mask + (out // H * N)[None, :] + n[:, None], mask=(n < N)[:, None] & live[None, :], other=0)
+    return kept > 0
+
+
+@triton.jit
+def key(scores, inside):
+    """Integers of the same order as the scores; the lowest one outside the frame. Both zeros are one number."""
+    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(inside, ordered, -2147483648)
+
+
+@triton.jit
+def cut(scores, rows, live, k, N: tl.constexpr, CHUNK: tl.constexpr, QB: tl.constexpr):
+    """Where each question [QB] cuts its scores: the key of its k-th largest, and the last patch kept among equal ones.
+
+    The scores of a question are read as a row of one warp, in one or two chunks, so that a count over a row needs no
+    barrier: sm_80 and newer add up a warp's integers in one instruction. Both numbers are found bit by bit, from the
+    highest.
+    """
+    two: tl.constexpr = N > CHUNK
+    m = tl.arange(0, CHUNK)
+    far = m + CHUNK
+    used = live[:, None]
+    at = scores + (rows * N)[:, None]
+    a = key(tl.load(at + m[None, :], mask=used & (m < N)[None, :], other=0.0), (m < N)[None, :])
+    b = a
+    if two:
+        b = key(tl.load(at + far[None, :], mask=used & (far < N)[None, :], other=0.0), (far < N)[None, :])
+
+    reach = (a >= 0).to(tl.int32)
+    if two:
+        reach += (b >= 0).to(tl.int32)
+    threshold = tl.where(tl.sum(reach, axis=1) >= k, 0, -2147483648)
+    rounds = tl.where(k == N, 0, 31)  # all are kept: any threshold below will do
+    for i in range(rounds):
+        higher = threshold | (1 << (30 - i))
+        reach = (a >= higher[:, None]).to(tl.int32)
+        if two:
+            reach += (b >= higher[:, None]).to(tl.int32)
+        threshold = tl.where(tl.sum(reach, axis=1) >= k, higher, threshold)
+
+    above = (a > threshold[:, None]).to(tl.int32)
+    if two:
+        above += (b > threshold[:, None]).to(tl.int32)
+    needed = k - tl.sum(above, axis=1)
+    last = tl.zeros((QB,), tl.int32)
+    for i in range(10):  # N is at most 1,024
+        later = last + (512 >> i)
+        ties = ((a == threshold[:, None]) & (m[None, :] < later[:, None])).to(tl.int32)
+        if two:
+            ties += ((b == threshold[:, None]) & (far[None, :] < later[:, None])).to(tl.int32)
+        last = tl.where(tl.sum(ties, axis=1) < needed, later, last)
+    return threshold, last
+
+
+@triton.jit
+def kept_by_cut(scores, n, threshold, last, N: tl.constexpr):
+    """Which patches n [BN] are kept, for scores [BN, QB]: those above the cut, and the first ones at it."""
+    ordered = key(scores, (n < N)[:, None])
+    tied = (ordered == threshold[None, :]) & (n[:, None] <= last[None, :]) & (n < N)[:, None]
+    return (ordered > threshold[None, :]) | tied
+
+
+@triton.jit
+def of_heads(keep, BN: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr):
+    """keep [BN, QB] for each head: [BN, HG * QB]."""
+    each = tl.broadcast_to(keep.to(tl.int8)[:, None, :], (BN, HG, QB))
+    return tl.reshape(each, (BN, HG * QB)) > 0

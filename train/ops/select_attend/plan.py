@@ -1,15 +1,15 @@
 """The launch plan: which implementation runs, how its kernels are cut, and how questions are grouped into programs.
 
-`make_plan` decides everything that follows from the shapes once, before anything runs. `schedule` groups the questions
-by clip, on the device, since that follows from their values.
+`choose_implementation` and `plan_launch` decide what follows from the shapes, dtypes and the device. `schedule` groups
+the questions by clip, on the device, since that follows from their values.
 
 Shape legend: C clips, B questions, T frames, N patches a frame, D channels, H attention heads.
 """
 
-import importlib.util
 import os
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -17,41 +17,64 @@ from torch import Tensor
 
 Implementation = Literal["auto", "reference", "triton"]
 
+HAS_TRITON = find_spec("triton") is not None  # asked once, since torch.compile cannot trace the question
+
 MAX_PATCHES = 1024
-MAX_WIDTH = 1024
+MAX_WIDTH = 1536
 # Up to this many patches a frame is one block, whose scores and logits stay in registers between the two reads.
 ONE_BLOCK = 256
 ONE_BLOCK_FLOAT32 = 128
+# Bytes.
+ALIGNMENT = 16
 # Questions of one clip in a program; tensor-core products with fewer rows are wrong or slow.
 QUESTIONS = 16
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Block sizes of a kernel.
+    """Block sizes of a kernel that scores a frame.
 
     Attributes:
         block: Patches at a time, a power of two.
         heads: Heads at a time in a program; each adds 16 columns.
-        channels: Channels at a time.
-        warps: Warps of a program.
+        channels: Channels at a time, a divisor of D.
         stages: Stages of the pipelined loads.
-        select_block: Patches at a time during selection, which reads all patches at once.
-        select_channels: Channels at a time during selection.
+        warps: Warps of a program.
+        registers: Most registers of a thread, so that two programs share a multiprocessor; 0 leaves
+            it to the compiler.
+        chunk: Scores of a frame that the selection holds in one tensor.
+        pool_channels: Channels at a time while pooling.
+        pool_stages: Stages of the pipelined loads while pooling.
     """
 
     block: int
     heads: int
     channels: int
+    stages: int
+    warps: int
+    registers: int
+    chunk: int
+    pool_channels: int
+    pool_stages: int
+
+
+@dataclass(frozen=True)
+class Product:
+    """Block sizes of the product that gives the gradient of the queries.
+
+    Attributes:
+        rows: Columns of a tile at a time.
+        patches: Patches at a time, at most a block of the backward kernel.
+        channels: Channels of a program.
+        warps: Warps of a program.
+        stages: Stages of the pipelined loads.
+    """
+
+    rows: int
+    patches: int
+    channels: int
     warps: int
     stages: int
-    select_block: int
-    select_channels: int
-
-    @property
-    def several(self) -> bool:
-        """Whether a frame takes several blocks."""
-        return self.block < self.select_block
 
 
 @dataclass(frozen=True)
@@ -59,50 +82,14 @@ class Launch:
     """How the kernels are cut.
 
     Attributes:
-        wide: Whether offsets in a frame or in the outputs need 64 bits, which cost registers; clips' always have them.
         forward: Block sizes of the forward kernel.
-        backward: Block sizes of the backward kernel.
+        backward: Block sizes of the kernel that computes the gradients of the logits.
+        product: Block sizes of the kernel that computes the gradient of the queries from them.
     """
 
-    wide: bool
     forward: Blocks
     backward: Blocks
-
-    def as_numbers(self) -> list[int]:
-        """The launch as integers, because registered operators accept only tensors and numbers."""
-        return [int(self.wide), *astuple(self.forward), *astuple(self.backward)]
-
-    @classmethod
-    def from_numbers(cls, numbers: Sequence[int]) -> "Launch":
-        """The launch that `as_numbers` wrote."""
-        wide, *sizes = numbers
-        half = len(sizes) // 2
-        return cls(bool(wide), Blocks(*sizes[:half]), Blocks(*sizes[half:]))
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything about a call that its shapes, dtypes and devices decide.
-
-    Attributes:
-        implementation: `reference` or `triton`.
-        reason: Why this implementation runs, for a log.
-        launch: How the kernels are cut; None for the reference.
-    """
-
-    implementation: Literal["reference", "triton"]
-    reason: str
-    launch: Launch | None
-
-
-def make_plan(tokens: Tensor, queries: Tensor, implementation: Implementation) -> Plan:
-    """The plan of a call with these tokens and queries.
-
-    Raises:
-        ValueError: As for `choose_implementation`.
-    """
-    chosen, reason = choose_implementation(tokens, queries.dtype, implementation)
-    return Plan(chosen, reason, plan_launch(tokens, queries) if chosen == "triton" else None)
+    product: Product
 
 
 def choose_implementation(
@@ -129,7 +116,7 @@ def choose_implementation(
 
 def _obstacle(tokens: Tensor, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run here, and what they expect; None if they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "Triton is not installed; expected it (pip install triton)"
     if not tokens.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"tokens is on {tokens.device}; expected a CUDA device"
@@ -141,45 +128,62 @@ def _obstacle(tokens: Tensor, dtype: torch.dtype) -> str | None:
         return f"tokens has {tokens.shape[3]} channels; expected a multiple of 16 up to {MAX_WIDTH}"
     if tokens.stride(3) != 1:
         return f"tokens has strides {tokens.stride()}; expected 1 last, as .contiguous() gives"
+    # The GPU's copy engine reads rows that begin at multiples of 16 bytes. A dimension of one row may have any stride,
+    # and torch.compile cannot trace an offset.
+    offset = 0 if torch.compiler.is_compiling() else tokens.storage_offset()
+    strides = [stride for stride, size in zip(tokens.stride()[:3], tokens.shape, strict=False) if size > 1]
+    if any(start * tokens.element_size() % ALIGNMENT for start in (offset, *strides)):
+        return (
+            f"tokens has offset {offset} and strides {tokens.stride()}; expected multiples of {ALIGNMENT} bytes, as "
+            ".contiguous() gives"
+        )
     return None
 
 
-def plan_launch(tokens: Tensor, queries: Tensor) -> Launch:
-    """How the kernels are cut for these arguments."""
-    frames, patches, width = tokens.shape[1:]
-    questions, heads = queries.shape[:2]
-    wide = max(patches * tokens.stride(2), questions * frames * max(patches, heads * width)) >= 2**31
-    forward, backward = (
-        _blocks(int(patches), int(width), int(heads), tokens.element_size(), backward, wide)
-        for backward in (False, True)
-    )
-    return Launch(wide, forward, backward)
+@cache
+def plan_launch(patches: int, width: int, heads: int, token_bytes: int, generation: int) -> Launch:
+    """How the kernels are cut; `benchmarks/kernel_budget.py` checks each for spills and memory.
 
-
-def _blocks(patches: int, width: int, heads: int, token_bytes: int, backward: bool, wide: bool) -> Blocks:
-    """The shipped block sizes; `benchmarks/kernel_budget.py` checks each for spills and shared memory."""
+    Args:
+        patches: N.
+        width: D.
+        heads: H.
+        token_bytes: Bytes of a token's channel.
+        generation: First number of the GPU's compute capability: 8 (A100), 9 (H100, H200), 10 (B200).
+    """
+    forward, backward = (_blocks(patches, width, heads, token_bytes, generation, back) for back in (False, True))
+    columns = -(-heads // backward.heads) * backward.heads * QUESTIONS
     float32 = token_bytes == 4
+    product = Product(
+        rows=next(rows for rows in (64, 32, 16) if columns % rows == 0),
+        patches=min(backward.block, 32 if float32 else 64),
+        channels=64 if float32 or generation == 8 else 128,
+        warps=4,
+        stages=3,
+    )
+    return Launch(forward, backward, product)
+
+
+def _blocks(patches: int, width: int, heads: int, token_bytes: int, generation: int, backward: bool) -> Blocks:
+    """Block sizes of the forward or the backward kernel."""
+    float32, hopper = token_bytes == 4, generation == 9
     whole = max(16, _power_of_two(patches))
     several = whole > (ONE_BLOCK_FLOAT32 if float32 else ONE_BLOCK)
     block = (64 if float32 else 128) if several else whole
-    # These cost registers: one-byte tokens, which are widened; float32, multiplied in three parts; 64-bit offsets; and
-    # the addresses of a backward program that reads its blocks twice, or many channels.
-    channels = {1: 32 if block > 128 else 64, 2: 64, 4: 16}[token_bytes]
-    together = 2 if backward or wide or (several and float32) else 4
-    if float32 and (wide or (several and backward)):
-        together = 1
-    if wide:
-        channels = 16
-    elif (backward and (several or width > 768)) or (several and token_bytes == 1):
-        channels = min(channels, 32)
+    # Measured on an H100 (docs/kernels.md). Elsewhere as many heads and stages as compile without spills.
+    tuned = hopper and token_bytes == 2
+    together = 1 if float32 else 2 if several or generation == 10 or (backward and not tuned) else 4
     return Blocks(
         block=block,
         heads=min(together, _power_of_two(heads)),
-        channels=_divisor(width, channels),
-        warps=4 if block <= 64 and not float32 else 8,
-        stages=2,
-        select_block=whole,
-        select_channels=8 if float32 else 16,
+        channels=_divisor(width, 16 if float32 and generation == 8 else 32 if tuned or float32 else 64),
+        stages=2 if float32 else 4 if tuned and not backward else 3,
+        # Two warpgroups need 128 rows: with fewer, Triton 3.6 addresses float32 columns wrongly (seen on an H100).
+        warps=4 if block <= 64 else 8,
+        registers=128 if tuned and not backward and not several and heads <= together else 0,
+        chunk=whole if whole > ONE_BLOCK else min(whole, 128),
+        pool_channels=_divisor(width, 32 if float32 else 64),
+        pool_stages=2,
     )
 
 

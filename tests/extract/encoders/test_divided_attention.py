@@ -1,0 +1,56 @@
+"""Divided attention on a GPU: its kernel in Triton's interpreter, and encoders on a GPU."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from egopatch.extract.encoders import load_video_encoder
+from egopatch.extract.encoders.layers import spacetime
+from tests.extract.encoders.networks import dev_frames, formula_checkpoint, recorded, relative, sequence
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def run(**environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    result = subprocess.run(
+        [*command, "tests/extract/encoders/interpreted_divided_attention.py"],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert "9 passed" in result.stdout
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_in_the_interpreter() -> None:
+    run(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+
+
+@pytest.mark.cuda
+def test_on_a_gpu(cuda: torch.device) -> None:
+    run()
+
+
+@pytest.mark.cuda
+def test_an_encoder_on_a_gpu_gives_the_recordings(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    whole = spacetime.Attention._attend_whole
+    monkeypatch.setattr(spacetime.Attention, "_attend_whole", lambda *call: calls.append(call[3]) or whole(*call))
+    encoder = load_video_encoder("egovlpv2", formula_checkpoint("egovlpv2"), 16, 6, "fused", dtype=torch.bfloat16)
+    encoder = encoder.to(cuda)
+    tokens = encoder(dev_frames(16).to(cuda))
+    assert calls == ["time", "space"] * 6
+    expected = recorded("egovlpv2")
+    assert relative(sequence(tokens).cpu()[:, expected["positions"]], expected["fused6"]) < 1e-2
+    # Two clips at a time give the same tokens.
+    both = encoder(dev_frames(16).to(cuda).expand(2, -1, -1, -1, -1))
+    assert relative(both.patches[1:].float(), tokens.patches.float()) < 5e-3
