@@ -1,7 +1,7 @@
 """The kernel of divided attention against the plain form, in float32.
 
-`test_divided_attention.py` runs these in Triton's interpreter, in a process of their own since the interpreter is chosen
-when the kernel is imported, and on a GPU.
+`test_divided_attention.py` runs these on a GPU, and in Triton's interpreter, in a process of their own since the
+interpreter is chosen when the kernel is imported.
 """
 
 import pytest
