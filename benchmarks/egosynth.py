@@ -17,7 +17,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +44,7 @@ NUMBERS = ("open", "binary", "all")
 RATIOS = (0.1, 0.25, 0.5, 1.0)
 REFERENCE = "psa (lite)"
 SEARCH = Path(__file__).parent / "egosynth_search.yaml"
+SEARCHED = ("question-only", "pooled (lite)", "attention (lite)", REFERENCE)
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,15 @@ class System:
     options: tuple[str, ...]
 
 
-# Found by `--parts search`, with the same budget as psa.
-ATTENTION = ("--train.lr", "5e-4")
+# The decay of psa's config, with which it converges, is not the baselines'.
+LITTLE_DECAY = ("--train.weight_decay", "0.05")
 SYSTEMS = {
     "majority": System("lite", ("--head.name", "majority")),
-    "question-only": System("lite", ("--head.name", "question-only")),
+    "question-only": System("lite", ("--head.name", "question-only", *LITTLE_DECAY)),
     "egovlp": System("egovlp", ()),
-    "egovlpv2": System("egovlpv2", ("--head.name", "egovlpv2", "--train.epochs", "6")),
-    "pooled (lite)": System("lite", ("--head.name", "pooled")),
-    "attention (lite)": System("lite", ("--head.name", "attention", *ATTENTION)),
+    "egovlpv2": System("egovlpv2", ("--head.name", "egovlpv2", "--train.epochs", "6", *LITTLE_DECAY)),
+    "pooled (lite)": System("lite", ("--head.name", "pooled", *LITTLE_DECAY)),
+    "attention (lite)": System("lite", ("--head.name", "attention", "--train.lr", "5e-4", *LITTLE_DECAY)),
     "psa": System("egovlpv2", ()),
     REFERENCE: System("lite", ()),
 }
@@ -105,9 +106,12 @@ ABLATION: dict[str, dict[str, Any]] = {
 class Bench:
     """One set: where it lies, its configs, and what has been trained on it."""
 
-    def __init__(self, name: str, clips: int, seeds: Sequence[int]) -> None:
-        self.name, self.clips, self.seeds = name, clips, list(seeds)
-        self.root = Path("runs") / f"egosynth_{name}"
+    def __init__(
+        self, name: str, clips: int, seeds: Sequence[int], set_seed: int = 0, systems: Collection[str] = ()
+    ) -> None:
+        self.name, self.clips, self.seeds, self.set_seed = name, clips, list(seeds), set_seed
+        self.systems = [label for label in SYSTEMS if label in systems or not systems]
+        self.root = Path("runs") / (f"egosynth_{name}" + (f"_{set_seed}" if set_seed else ""))
 
     def config(self, encoder: str, split: str, *options: str) -> Config:
         """As the command line would read it, with everything below the set's own folder."""
@@ -125,12 +129,12 @@ class Bench:
             own += ["--text.model", weights / f"{encoder}-tokenizer"]
         return list(map(str, own))
 
-    def encode(self) -> None:
-        """Render the set, and make every store; what is there stays."""
+    def encode(self, encoders: Collection[str]) -> None:
+        """Render the set, and make the stores of these encoders; what is there stays."""
         if not (self.root / "data" / "events.jsonl").exists():
-            hard = ["--hard"] if self.name == "hard" else []
-            command("extract", "synth", "--out", str(self.root / "data"), "--clips", str(self.clips), *hard)
-        for encoder in ENCODERS:
+            hard, seed = ["--hard"] if self.name == "hard" else [], ["--seed", str(self.set_seed)]
+            command("extract", "synth", "--out", str(self.root / "data"), "--clips", str(self.clips), *hard, *seed)
+        for encoder in encoders:
             done = self.root / "stores" / f"{encoder}.done"
             if done.exists():
                 continue
@@ -218,7 +222,8 @@ def slug(text: str) -> str:
 
 def train_table(bench: Bench, splits: Sequence[str]) -> None:
     for split in splits:
-        for label, system in SYSTEMS.items():
+        for label in bench.systems:
+            system = SYSTEMS[label]
             bench.sweep(f"{split}-{slug(label)}", system.encoder, split, system.options, {})
 
 
@@ -234,24 +239,22 @@ def train_ablation(bench: Bench, splits: Sequence[str]) -> None:
 
 
 def train_search(bench: Bench, splits: Sequence[str]) -> None:
+    """The same grid for every head on the lite features, one seed; the systems above take what is best on val."""
     for split in splits:
-        run_sweep(
-            bench.config("lite", split, "--train.epochs", "8"),
-            seeds=bench.seeds[:1],
-            grid=SEARCH,
-            name=f"{split}-search",
-        )
+        for label in [label for label in SEARCHED if label in bench.systems]:
+            config = bench.config("lite", split, *SYSTEMS[label].options)
+            run_sweep(config, seeds=bench.seeds[:1], grid=SEARCH, name=f"{split}-search-{slug(label)}")
 
 
-def searched(bench: Bench, split: str) -> list[dict[str, Any]]:
-    """What each point of the search scores on val, best first."""
-    folder = bench.root / "sweeps" / f"{split}-search"
+def searched(bench: Bench, split: str, label: str) -> list[dict[str, Any]]:
+    """What each point of a head's search scores on val, best first."""
+    folder = bench.root / "sweeps" / f"{split}-search-{slug(label)}"
     options = [option.split(".") for option in yaml.safe_load(SEARCH.read_text())]
     rows = []
     for card in sorted(folder.glob("*/card.json")):
         read = json.loads(card.read_text())
         setting = {f"{part}.{name}": read["config"][part][name] for part, name in options}
-        rows.append({"split": split, "setting": setting, "val": round(read["val"]["all"], 2)})
+        rows.append({"split": split, "system": label, "setting": setting, "val": round(read["val"]["all"], 2)})
     return sorted(rows, key=lambda row: -row["val"])
 
 
@@ -284,7 +287,7 @@ def gather(bench: Bench) -> dict[str, Any]:
         if path.exists():
             points = json.loads(path.read_text())["points"]
             ratios += [{"split": split, "ratio": point["ratio"], **numbers(point)} for point in points]
-    search = [row for split in SPLITS for row in searched(bench, split)]
+    search = [row for split in SPLITS for label in SEARCHED for row in searched(bench, split, label)]
     return {"table": table, "ablation": ablation, "ratios": ratios, "search": search, "looks": looks}
 
 
@@ -404,8 +407,10 @@ def markdown(found: Mapping[str, Any]) -> str:
         rows = [row for row in found["search"] if row["split"] == split]
         if rows:
             options = list(rows[0]["setting"])
-            lines += ["", f"| {split}: " + " | ".join(options) + " | val |", "|" + "--:|" * (len(options) + 1)]
-        lines += [f"| {' | '.join(map(str, row['setting'].values()))} | {row['val']:.1f} |" for row in rows]
+            lines += ["", f"| {split}: searched | " + " | ".join([*options, "val"]) + " |"]
+            lines += ["|:--|" + "--:|" * (len(options) + 1)]
+        for row in rows:
+            lines.append(f"| {row['system']} | {' | '.join(map(str, row['setting'].values()))} | {row['val']:.1f} |")
     return "\n".join([*lines, "", *findings(found)]).strip()
 
 
@@ -416,9 +421,13 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--splits", choices=SPLITS, nargs="+", default=list(SPLITS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--clips", type=int, default=1000)
+    parser.add_argument(
+        "--set-seed", type=int, default=0, help="renders another set of clips, whose results print only"
+    )
+    parser.add_argument("--systems", choices=list(SYSTEMS), nargs="+", default=list(SYSTEMS), help="rows to train")
     options = parser.parse_args(args)
-    bench = Bench(options.set, options.clips, options.seeds)
-    bench.encode()
+    bench = Bench(options.set, options.clips, options.seeds, options.set_seed, options.systems)
+    bench.encode(dict.fromkeys(SYSTEMS[label].encoder for label in bench.systems))
     for part in options.parts:
         PARTS[part](bench, options.splits)
     found = gather(bench)
@@ -431,11 +440,13 @@ def main(args: Sequence[str] | None = None) -> None:
         "versions": {package: version(package) for package in ("torch", "numpy", "av")},
         **found,
     }
+    print(markdown(found))
+    if options.set_seed:
+        return
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(bench, RESULTS / f"{name}_ratios.png", found["table"])
     write_docs(options.set, found)
-    print(markdown(found))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ from egopatch.train.heads.psa.selection import PatchSelection
 
 # Range of the random scores: small, because they enter the attention logits too and should only rank the patches.
 RANDOM_SPAN = 1e-3
-SHRINKAGE = 2.0
+# Of 2, 0.3 and 0.1, 0.3 had the best mean on val of EgoSynth's hard set (docs/egosynth.md).
+SHRINKAGE = 0.3
 # Patches of a frame that may join the growing region, as in the paper of MFAS.
 GROWTH = 3
 # Several heads attend over the frames, so that the head can separate what precedes an event from what follows it.
