@@ -16,8 +16,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from egopatch.features.formats.interface import Blocks, Chunk
+from egopatch.features.formats.interface import Blocks, Chunk, StagedFile
 from egopatch.features.io.fields import Record
+from egopatch.features.io.files import size_and_crc
 from egopatch.features.storage.interface import ReadableFiles, Storage
 from egopatch.features.values.dtypes import disk_dtype, row_bytes
 from egopatch.features.values.errors import DamagedStore
@@ -71,7 +72,9 @@ class Hdf5Format:
         """One file for all arrays."""
         return (_shard_file(shard),)
 
-    def stage(self, folder: Path, spec: StoreSpec, shard: int, slots: Sequence[int], blocks: Blocks) -> dict[str, Path]:
+    def stage(
+        self, folder: Path, spec: StoreSpec, shard: int, slots: Sequence[int], blocks: Blocks
+    ) -> dict[str, StagedFile]:
         """Rows that are not in `slots` get no chunk, so other tools read NaN there."""
         # The file is created in memory, because the HDF5 library may crash the whole process when the disk is full.
         image = io.BytesIO()
@@ -89,10 +92,10 @@ class Hdf5Format:
                 )
                 dataset.attrs["dtype"] = array.dtype
                 for slot, row in zip(slots, rows, strict=True):
-                    dataset[slot] = row
+                    dataset[slot] = row.content
         path = folder / "shard.h5"
         path.write_bytes(image.getbuffer())
-        return {_shard_file(shard): path}
+        return {_shard_file(shard): StagedFile(path, size_and_crc(image.getbuffer()))}
 
     def open(self, files: ReadableFiles, spec: StoreSpec, shard: int, index: object = None) -> "Hdf5Shard":
         """Open the file and read its chunk offsets, which takes longer than reading a row."""

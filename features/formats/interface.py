@@ -7,13 +7,55 @@ from typing import Protocol
 
 import numpy as np
 
-from egopatch.features.io.fields import Record
-from egopatch.features.io.files import crc32c
+from egopatch.features.io.fields import FileSum, Record
+from egopatch.features.io.files import crc32, crc32c
 from egopatch.features.storage.interface import OpenFile, ReadableFiles, Storage
+from egopatch.features.values.dtypes import are_finite
 from egopatch.features.values.errors import DamagedStore
 from egopatch.features.values.spec import ArraySpec, StoreSpec
 
-Blocks = Iterable[tuple[ArraySpec, Iterable[np.ndarray]]]  # for each array, its rows in the disk dtype
+_BLOCK = 1 << 19
+
+
+@dataclass(frozen=True)
+class SummedRow:
+    """A row in the disk dtype, with the CRC-32C and the CRC-32 of its bytes."""
+
+    content: np.ndarray
+    crc32c: int
+    crc32: int
+
+    @classmethod
+    def of(cls, content: np.ndarray, dtype: str = "") -> "SummedRow":
+        """The row with its checksums.
+
+        Args:
+            content: The row.
+            dtype: Name of the dtype if its numbers have to be finite.
+
+        Raises:
+            FloatingPointError: They are not.
+        """
+        flat = content.reshape(-1).view(np.uint8)
+        castagnoli = ethernet = 0
+        # One block at a time, so that only the first of the three passes reads from memory.
+        for start in range(0, flat.size, _BLOCK):
+            block = flat[start : start + _BLOCK]
+            if not are_finite(block, dtype):
+                raise FloatingPointError(f"{dtype} holds NaN or infinity")
+            castagnoli, ethernet = crc32c(block, castagnoli), crc32(block, ethernet)
+        return cls(content, castagnoli, ethernet)
+
+
+@dataclass(frozen=True)
+class StagedFile:
+    """A file that was written, not yet synced: its path, and its size and CRC-32."""
+
+    path: Path
+    sum: FileSum
+
+
+Blocks = Iterable[tuple[ArraySpec, Iterable[SummedRow]]]  # for each array, its rows
 
 
 @dataclass(frozen=True)
@@ -85,11 +127,13 @@ class Format(Protocol):
     def file_names(self, spec: StoreSpec, shard: int) -> tuple[str, ...]:
         """Names of the files of `shard`, as paths inside the store."""
 
-    def stage(self, folder: Path, spec: StoreSpec, shard: int, slots: Sequence[int], blocks: Blocks) -> dict[str, Path]:
+    def stage(
+        self, folder: Path, spec: StoreSpec, shard: int, slots: Sequence[int], blocks: Blocks
+    ) -> dict[str, StagedFile]:
         """Write the files of `shard` into `folder`: an array's i-th row goes to slots[i].
 
         Returns:
-            Name, as in `file_names(spec, shard)`, -> path of the file in `folder`.
+            Name, as in `file_names(spec, shard)`, -> the file in `folder`.
         """
 
     def open(self, files: ReadableFiles, spec: StoreSpec, shard: int, index: object = None) -> OpenShard:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import numcodecs
 import numpy as np
@@ -19,9 +18,9 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.core.chunk_key_encodings import ChunkKeyEncodingParams
 from zarr.storage import MemoryStore
 
-from egopatch.features.formats.interface import Blocks, Chunk
+from egopatch.features.formats.interface import Blocks, Chunk, StagedFile, SummedRow
 from egopatch.features.io.fields import Record
-from egopatch.features.io.files import crc32c
+from egopatch.features.io.files import SummedFile, crc32c
 from egopatch.features.storage.interface import OpenFile, ReadableFiles, Storage
 from egopatch.features.values.dtypes import disk_dtype, row_bytes
 from egopatch.features.values.errors import DamagedStore
@@ -61,21 +60,25 @@ class ZarrFormat:
         """One file for each array."""
         return tuple(_shard_file(array, shard) for array in spec.arrays)
 
-    def stage(self, folder: Path, spec: StoreSpec, shard: int, slots: Sequence[int], blocks: Blocks) -> dict[str, Path]:
+    def stage(
+        self, folder: Path, spec: StoreSpec, shard: int, slots: Sequence[int], blocks: Blocks
+    ) -> dict[str, StagedFile]:
         """Each file is row, checksum, padding, row, checksum, ..., index, checksum; the index has each row's offset."""
         staged = {}
         for array, rows in blocks:
             compressor = _compressor(array, spec)
             index = np.full((spec.shard, 2), _EMPTY, "<u8")
-            path = staged[_shard_file(array, shard)] = folder / array.name
-            with path.open("wb") as file:
+            path = folder / array.name
+            with SummedFile(path) as file:
                 for slot, row in zip(slots, rows, strict=True):
-                    content = row if compressor is None else np.frombuffer(compressor.python.encode(row), np.uint8)
-                    if content.nbytes >= _PAGE:
-                        file.write(bytes(-file.tell() % _ALIGN))
-                    index[slot] = file.tell(), content.nbytes + _CRC
-                    _write_checked(file, content)
-                _write_checked(file, index)
+                    if compressor is not None:
+                        row = SummedRow.of(np.frombuffer(compressor.python.encode(row.content), np.uint8))
+                    if row.content.nbytes >= _PAGE:
+                        file.write(bytes(-file.size % _ALIGN))
+                    index[slot] = file.size, row.content.nbytes + _CRC
+                    _write_checked(file, row)
+                _write_checked(file, SummedRow.of(index))
+            staged[_shard_file(array, shard)] = StagedFile(path, file.sum)
         return staged
 
     def open(self, files: ReadableFiles, spec: StoreSpec, shard: int, index: object = None) -> "ZarrShard":
@@ -109,9 +112,9 @@ def _shard_file(array: ArraySpec, shard: int) -> str:
     return f"{array.name}/{'.'.join(['c', str(shard), *['0'] * len(array.shape)])}"
 
 
-def _write_checked(file: BinaryIO, content: np.ndarray) -> None:
-    file.write(content.data)
-    file.write(crc32c(content).to_bytes(_CRC, "little"))
+def _write_checked(file: SummedFile, row: SummedRow) -> None:
+    file.write(row.content.reshape(-1).view(np.uint8), row.crc32)
+    file.write(row.crc32c.to_bytes(_CRC, "little"))
 
 
 @dataclass(frozen=True)

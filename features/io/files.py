@@ -24,6 +24,7 @@ from egopatch.features.values.errors import StoreError
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _BLOCK = 1 << 20
+_SMALL = 1 << 13
 
 
 def sync_folder(folder: Path) -> None:
@@ -187,9 +188,47 @@ def crc32c(content: np.ndarray | bytes, value: int = 0) -> int:
     return checksums.crc32c(content, value)
 
 
-def size_and_crc(content: bytes) -> FileSum:
+def crc32(content: np.ndarray | bytes | memoryview, value: int = 0) -> int:
+    """CRC-32 of contiguous bytes, continued from `value`; releases the interpreter's lock."""
+    return isal_zlib.crc32(content, value)
+
+
+def size_and_crc(content: bytes | memoryview) -> FileSum:
     """Size in bytes and CRC-32 of a file's future content; see `size_and_crc_of_file` for the choice of checksum."""
     return len(content), isal_zlib.crc32(content)
+
+
+class SummedFile:
+    """A new file that is written from start to end, and whose checksum is known without reading it again.
+
+    Attributes:
+        size: Bytes so far.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        # Rows are larger than any buffer, and the few small pieces between them are not worth a second copy of rows.
+        self._file = path.open("wb", buffering=_SMALL)
+        self.size = 0
+        self._crc32 = 0
+
+    def __enter__(self) -> "SummedFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, content: np.ndarray | bytes, crc: int | None = None) -> None:
+        """Append contiguous bytes; `crc` is their CRC-32 where it is known."""
+        data = memoryview(content).cast("B")
+        self._file.write(data)
+        self._crc32 = isal_zlib.crc32_combine(self._crc32, crc32(data) if crc is None else crc, len(data))
+        self.size += len(data)
+
+    @property
+    def sum(self) -> FileSum:
+        """As `size_and_crc_of_file`."""
+        return self.size, self._crc32
 
 
 def size_and_crc_of_file(path: Path) -> FileSum:

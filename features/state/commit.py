@@ -8,15 +8,18 @@ ledger, and in a folder one process at a time goes from the first record to the 
 they hold a shard's lease lose nothing: the second is refused, reads what the first has committed, and commits both.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from egopatch.features.formats.interface import Blocks, Format
-from egopatch.features.io.files import crc32c, size_and_crc_of_file
+from egopatch.features.common.machine import usable_cores
+from egopatch.features.formats.interface import Blocks, Format, SummedRow
 from egopatch.features.state.ledger import ClipRecord, announce_record, commit_record, drop_record, ledger_journal
 from egopatch.features.state.origin import Origin, encode_origins
 from egopatch.features.storage.interface import Storage
@@ -24,6 +27,11 @@ from egopatch.features.storage.journal import Position
 from egopatch.features.values.dtypes import row_bytes
 from egopatch.features.values.errors import DamagedStore, write_conflict
 from egopatch.features.values.spec import ArraySpec, StoreSpec
+
+EncodedRows = Iterable[tuple[ArraySpec, Iterable[Callable[[], SummedRow]]]]  # for each array, what gives its rows
+
+# They check, sum and read rows beside the one that writes; more would wait for the disk.
+_THREADS = min(4, usable_cores())
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ def commit_shard(
     target: CommitTarget,
     shard: int,
     rows: Mapping[str, int],
-    blocks: Blocks,
+    blocks: EncodedRows,
     sources: Mapping[str, str],
     origins: Mapping[str, Origin | None],
     machines: Mapping[str, str],
@@ -55,7 +63,7 @@ def commit_shard(
         target: Store that receives the shard.
         shard: Number of the shard.
         rows: Id -> row of the store, in rising order.
-        blocks: Rows of each array, in the order of `rows`.
+        blocks: For each array what gives its rows, in the order of `rows`; called in threads.
         sources: Id -> hash of the video (or text) that was encoded.
         origins: Id -> stretch of video that was encoded, in the order of `rows`; None where it is not known.
         machines: Id -> machine that computed the row, in the order of `rows`; empty where it is not known.
@@ -72,11 +80,13 @@ def commit_shard(
     storage, ledger = target.storage, ledger_journal(target.storage)
     slots = [row % target.spec.shard for row in rows.values()]
     sums: dict[str, dict[str, int]] = {name: {} for name in rows}
-    with ExitStack() as locked:
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="rows") as threads, ExitStack() as locked:
         with storage.staging(shard) as folder:
             try:
-                staged = target.file_format.stage(folder, target.spec, shard, slots, _with_checksums(blocks, sums))
-                files = {name: size_and_crc_of_file(path) for name, path in staged.items()}
+                staged = target.file_format.stage(
+                    folder, target.spec, shard, slots, _with_checksums(blocks, sums, threads)
+                )
+                files = {name: file.sum for name, file in staged.items()}
             except FileNotFoundError as error:
                 if folder.exists() and not Path(error.filename or "").is_relative_to(folder):
                     raise
@@ -87,9 +97,9 @@ def commit_shard(
                 if replaced:
                     after = ledger.append(drop_record(shard, replaced, emptied=False, replaced=True), after)
                 after = ledger.append(announce_record(shard, files), after)
-            write_id = storage.publish(shard, staged, files)
+            write_id = storage.publish(shard, {name: file.path for name, file in staged.items()}, files)
         if storage.in_place:
-            _read_back(target, shard, rows, sums)
+            _read_back(target, shard, rows, sums, threads)
         clips = {name: ClipRecord(row, sums[name], sources[name]) for name, row in rows.items()}
         commit = commit_record(
             shard,
@@ -105,28 +115,44 @@ def commit_shard(
         ledger.append(commit, after)
 
 
-def _with_checksums(blocks: Blocks, sums: Mapping[str, dict[str, int]]) -> Blocks:
-    """`blocks` unchanged; the checksum of each row is added to `sums` while the row is in memory."""
+def _with_checksums(
+    rows_of_arrays: EncodedRows, sums: Mapping[str, dict[str, int]], threads: ThreadPoolExecutor
+) -> Blocks:
+    """The rows, encoded and summed by `threads` a little ahead of the one that is written, and their sums in `sums`."""
 
-    def rows_of(array: ArraySpec, rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        for row, checksums in zip(rows, sums.values(), strict=True):
-            checksums[array.name] = crc32c(row)
+    def rows_of(array: ArraySpec, rows: Iterable[Callable[[], SummedRow]]) -> Iterator[SummedRow]:
+        upcoming: deque[Future[SummedRow]] = deque()
+        waiting = iter(rows)
+        for checksums in sums.values():
+            upcoming += (threads.submit(row) for row in islice(waiting, 2 * _THREADS - len(upcoming)))
+            row = upcoming.popleft().result()
+            checksums[array.name] = row.crc32c
             yield row
 
-    for array, rows in blocks:
+    for array, rows in rows_of_arrays:
         yield array, rows_of(array, rows)
 
 
 def _read_back(
-    target: CommitTarget, shard: int, rows: Mapping[str, int], sums: Mapping[str, Mapping[str, int]]
+    target: CommitTarget,
+    shard: int,
+    rows: Mapping[str, int],
+    sums: Mapping[str, Mapping[str, int]],
+    threads: ThreadPoolExecutor,
 ) -> None:
     opened = target.file_format.open(target.storage.shard_files(shard, ""), target.spec, shard)
-    for array in target.spec.arrays:
+
+    def compare(array: ArraySpec, names: Sequence[str]) -> None:
         buffer = np.empty(row_bytes(array), np.uint8)
-        for name, row in rows.items():
-            chunk = opened.find_row(array, row % target.spec.shard)
+        for name in names:
+            chunk = opened.find_row(array, rows[name] % target.spec.shard)
             if chunk.read_into(buffer) != sums[name][array.name]:
                 raise DamagedStore(
                     f"{chunk.file.path}: {array.name} of clip {name!r} reads back differently from what was written; "
                     "nothing was committed: check the disk"
                 )
+
+    names = list(rows)
+    parts = [(array, names[i::_THREADS]) for array in target.spec.arrays for i in range(_THREADS)]
+    for compared in [threads.submit(compare, array, part) for array, part in parts]:
+        compared.result()

@@ -4,6 +4,7 @@ import fcntl
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -177,8 +178,8 @@ class LocalStorage:
     def publish(self, shard: int, staged: Mapping[str, Path], sums: FileSums) -> str:
         """See `interface.Storage`."""
         try:
-            for path in staged.values():
-                sync_file(path)
+            with ThreadPoolExecutor(len(staged)) as threads:  # the disk makes one wait of them
+                list(threads.map(sync_file, staged.values()))
             for name, path in staged.items():
                 rename_into_place(path, self.location / name)
         except FileNotFoundError:

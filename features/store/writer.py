@@ -1,11 +1,11 @@
 """Writing shards whose lease is held: checks, encoding, and the commit protocol with its retries."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
-import numpy as np
 from torch import Tensor
 
-from egopatch.features.formats.interface import Format
+from egopatch.features.formats.interface import Format, SummedRow
 from egopatch.features.io.files import write_errors_explained
 from egopatch.features.state.catalog import Catalog
 from egopatch.features.state.commit import CommitTarget, commit_shard
@@ -13,7 +13,7 @@ from egopatch.features.state.ledger import RowVersion, announce_record, drop_rec
 from egopatch.features.state.origin import Origin
 from egopatch.features.state.quarantine import Failure, add_failures, quarantine_journal
 from egopatch.features.store.reader import RowReader
-from egopatch.features.values.encoding import check_names, encode_row, reconstruction_error
+from egopatch.features.values.encoding import check_names, encode_row, not_finite, reconstruction_error
 from egopatch.features.values.errors import StoreError, WriteConflict
 from egopatch.features.values.spec import ArraySpec
 
@@ -173,11 +173,16 @@ class ShardWriter:
     def _discard(self, shard: int, write_id: str) -> None:
         self._catalog.storage.discard(shard, write_id, self._file_format.file_names(self._catalog.spec, shard))
 
-    def _encoded(self, array: ArraySpec, rows: Mapping[str, int], new: Rows) -> Iterator[np.ndarray]:
-        """One array's `rows` as they are written, one at a time: new ones are encoded, the others are read."""
+    def _encoded(self, array: ArraySpec, rows: Mapping[str, int], new: Rows) -> Iterator[Callable[[], SummedRow]]:
+        """What gives one array's `rows` as they are written: new ones are encoded, the others are read."""
         for name in rows:
-            yield (
-                encode_row(name, new[name], array, self._catalog.spec)
-                if name in new
-                else self._reader.read_row(name, array)
-            )
+            yield (partial(self._encode, name, new[name], array) if name in new else partial(self._read, name, array))
+
+    def _encode(self, name: str, tensors: Mapping[str, Tensor], array: ArraySpec) -> SummedRow:
+        try:
+            return SummedRow.of(encode_row(name, tensors, array, self._catalog.spec), array.dtype)
+        except FloatingPointError:
+            raise not_finite(name, tensors, array) from None
+
+    def _read(self, name: str, array: ArraySpec) -> SummedRow:
+        return SummedRow.of(self._reader.read_row(name, array))

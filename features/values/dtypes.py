@@ -34,6 +34,30 @@ DISK_DTYPES = {
 }
 
 
+# Bits of infinity, and bytes of a number; float8_e4m3 has no infinity, and NaN in its place.
+_INFINITIES = {
+    "float64": (0x7FF0000000000000, 8),
+    "float32": (0x7F800000, 4),
+    "float16": (0x7C00, 2),
+    "bfloat16": (0x7F80, 2),
+    "float8_e4m3": (0x7F, 1),
+}
+
+
+def are_finite(content: np.ndarray, dtype: str) -> bool:
+    """Whether all numbers of `dtype` in contiguous bytes are finite; always true for integers.
+
+    Seen as integers, numbers that are not finite are the largest of each sign, and the largest integer is found at the
+    speed of memory; torch takes 50 times longer to find the largest float16.
+    """
+    if dtype not in _INFINITIES or not content.size:
+        return True
+    infinity, width = _INFINITIES[dtype]
+    content = content.reshape(-1)
+    positive, negative = content.view(f"i{width}").max(), content.view(f"u{width}").max()
+    return int(positive) < infinity and int(negative) < infinity + (1 << 8 * width - 1)
+
+
 def disk_dtype(dtype: str) -> DiskDtype:
     """The form of `dtype` on disk.
 

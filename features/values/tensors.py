@@ -21,6 +21,11 @@ def torch_dtype(dtype: str) -> torch.dtype:
     return _TORCH[dtype]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a torch dtype, as in `features.values.dtypes` where a store can have it."""
+    return next((name for name, found in _TORCH.items() if found == dtype), str(dtype).removeprefix("torch."))
+
+
 def to_disk(tensor: torch.Tensor, dtype: str) -> np.ndarray:
     """The array to write, with the bits of `tensor`, which has the stored dtype already."""
     flat = tensor.detach().cpu().contiguous()
