@@ -113,7 +113,7 @@ def _shard_file(array: ArraySpec, shard: int) -> str:
 
 
 def _write_checked(file: SummedFile, row: SummedRow) -> None:
-    file.write(row.content.reshape(-1).view(np.uint8), row.crc32)
+    file.write(row.content, row.crc32)
     file.write(row.crc32c.to_bytes(_CRC, "little"))
 
 

@@ -220,10 +220,10 @@ class SummedFile:
 
     def write(self, content: np.ndarray | bytes, crc: int | None = None) -> None:
         """Append contiguous bytes; `crc` is their CRC-32 where it is known."""
-        data = memoryview(content).cast("B")
-        self._file.write(data)
-        self._crc32 = isal_zlib.crc32_combine(self._crc32, crc32(data) if crc is None else crc, len(data))
-        self.size += len(data)
+        data = np.frombuffer(content, np.uint8)
+        self._file.write(data.data)
+        self._crc32 = isal_zlib.crc32_combine(self._crc32, crc32(data) if crc is None else crc, data.size)
+        self.size += data.size
 
     @property
     def sum(self) -> FileSum:

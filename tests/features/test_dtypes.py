@@ -8,7 +8,7 @@ import torch
 
 from egopatch.features import FingerprintMismatch, Store, StoreError, StoreSpec, create_store, open_store
 from egopatch.features.__main__ import main
-from egopatch.features.values.dtypes import DISK_DTYPES
+from egopatch.features.values.dtypes import DISK_DTYPES, are_finite
 from egopatch.features.values.encoding import dequantise, quantise, scale_of
 from egopatch.features.values.tensors import torch_dtype
 from tests.features.conftest import FINGERPRINT, FORMATS, IDS, clip, fill
@@ -29,6 +29,20 @@ def floats(n: int, store: Store) -> dict[str, torch.Tensor]:
 def test_torch_has_every_stored_dtype_in_the_same_bits(dtype: str) -> None:
     assert torch_dtype(dtype).itemsize == np.dtype(DISK_DTYPES[dtype].numpy).itemsize
     assert str(torch_dtype(dtype)).startswith(f"torch.{dtype}")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "float8_e4m3"])
+def test_every_bit_pattern_that_is_not_finite_is_found(dtype: str) -> None:
+    kind = torch.float64 if dtype == "float64" else torch_dtype(dtype)
+    bits = 8 * kind.itemsize
+    near = [top + step for top in (0, 0x7C00, 0x7F80, 0x7FF0, 0x7FFF, 0xFC00, 0xFF80, 0xFFF0) for step in (-1, 0, 1)]
+    leading = [*range(0, 1 << 16, 97), *near] if bits > 8 else range(256)
+    for pattern in (number % (1 << 16) << max(bits - 16, 0) for number in leading):
+        row = np.zeros(9, f"u{kind.itemsize}")
+        row[3] = pattern
+        finite = bool(torch.from_numpy(row.view(np.uint8)).view(kind).double().isfinite().all())
+        assert are_finite(row.view(np.uint8), dtype) == finite, hex(int(pattern))
+    assert are_finite(np.zeros(0, np.uint8), dtype)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from egopatch.features import Store, StoreError, open_store
-from egopatch.features.io.files import crc32c, locked, replacing, size_and_crc, size_and_crc_of_file
+from egopatch.features.io.files import SummedFile, crc32c, locked, replacing, size_and_crc, size_and_crc_of_file
 from egopatch.features.tools.verify import verify
 from tests.features.conftest import IDS, clip, fill
 
@@ -21,6 +21,11 @@ def test_sums_of_a_file(tmp_path: Path, size: int) -> None:
     content = np.random.default_rng(size).bytes(size)
     (tmp_path / "file").write_bytes(content)
     assert size_and_crc_of_file(tmp_path / "file") == size_and_crc(content) == (size, zlib.crc32(content))
+    with SummedFile(tmp_path / "parts") as file:
+        file.write(np.frombuffer(content[: size // 3], np.uint8), zlib.crc32(content[: size // 3]))
+        file.write(content[size // 3 :])
+        file.write(b"")
+    assert file.sum == size_and_crc_of_file(tmp_path / "parts") == (size, zlib.crc32(content))
 
 
 def test_crc32c_of_the_check_string() -> None:
