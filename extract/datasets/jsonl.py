@@ -6,18 +6,30 @@ to the data root; without `start_s` and `end_s` the clip is the whole video.
 Questions: `{"question_id": "1", "clip_id": "kitchen-01", "question": "what is opened?", "answer": "fridge",
 "part": "train"}`. `part` is train, val or test. Optional: `form` (`open` or `binary`; by default a question is binary
 if its answer is yes or no) and `tags`, a list of strings by which results are reported too.
+
+Multiple choice: `{"options": ["fridge", "door", "jar"], "answer_index": 0}` in place of `answer`, in all questions or
+none. Options have the text of answers; two to 26 of them, all different.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from egopatch.extract.datasets import parsing
-from egopatch.extract.datasets.records import PARTS, Clip, Dataset, DatasetError, Part, Question, answer_vocabulary
+from egopatch.extract.datasets.records import (
+    PARTS,
+    Clip,
+    Dataset,
+    DatasetError,
+    Part,
+    Question,
+    answer_vocabulary,
+    texts_of,
+)
 
 CLIP_KEYS = ("clip_id", "video", "start_s", "end_s")
-QUESTION_KEYS = ("question_id", "clip_id", "question", "answer", "part", "form", "tags")
+QUESTION_KEYS = ("question_id", "clip_id", "question", "answer", "part", "form", "tags", "options", "answer_index")
 
 
 def load(clips_file: Path, questions_file: Path, root: Path, split: str) -> Dataset:
@@ -62,8 +74,8 @@ def load(clips_file: Path, questions_file: Path, root: Path, split: str) -> Data
     return Dataset(
         clips=tuple(clips[clip_id] for clip_id in sorted(clips)),
         questions={part: tuple(members) for part, members in questions.items()},
-        answers=answer_vocabulary([question.spelling for question in questions["train"]]),
-        texts=tuple(sorted({question.text for members in questions.values() for question in members})),
+        answers=answer_vocabulary([question.spelling for question in questions["train"] if not question.options]),
+        texts=texts_of(question for members in questions.values() for question in members),
         split=split,
     )
 
@@ -116,9 +128,12 @@ def _clip(record: object, video: Callable[[str], Path]) -> Clip:
 def _question(record: object) -> tuple[Part, Question]:
     fields = parsing.as_object(record, QUESTION_KEYS)
     part = _one_of(fields, "part", PARTS)
-    written = parsing.text_field(fields, "answer").strip()
+    options = parsing.texts_field(fields, "options")
+    if "answer_index" in fields and not options:
+        raise ValueError("'answer_index' is given without options; give both, or 'answer'")
+    written = _right_option(fields, options) if options else parsing.text_field(fields, "answer").strip()
     answer = written.lower()
-    form: Literal["open", "binary"] = "binary" if answer in ("yes", "no") else "open"
+    form: Literal["open", "binary"] = "binary" if answer in ("yes", "no") and not options else "open"
     if "form" in fields:
         form = _one_of(fields, "form", ("open", "binary"))
     question = Question(
@@ -129,8 +144,20 @@ def _question(record: object) -> tuple[Part, Question]:
         form=form,
         tags=parsing.texts_field(fields, "tags"),
         written=written,
+        options=options,
     )
     return part, question
+
+
+def _right_option(fields: Mapping[str, Any], options: tuple[str, ...]) -> str:
+    index = fields.get("answer_index")
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(options):
+        raise ValueError(
+            f"'answer_index' is {index!r}; expected 0 to {len(options) - 1}, the index of the right option"
+        )
+    if "answer" in fields and fields["answer"] != options[index]:
+        raise ValueError(f"'answer' is {fields['answer']!r}, but option {index} is {options[index]!r}; remove one")
+    return options[index].strip()
 
 
 def _one_of(fields: Any, key: str, choices: tuple[Any, ...]) -> Any:

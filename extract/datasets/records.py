@@ -13,6 +13,7 @@ PARTS: tuple[Part, ...] = ("train", "val", "test")
 # The released answer set starts with two unknown answers; an answer outside the set is scored as the second one.
 UNKNOWN_ANSWERS = ("<UNK0>", "<UNK1>")
 MAX_ANSWERS = 4000
+MIN_OPTIONS, MAX_OPTIONS = 2, 26
 
 
 class DatasetError(ValueError):
@@ -71,6 +72,11 @@ class Question:
         encoded: Class of the answer in the annotation file, if it has one. The released files encode some answers of
             val and test as unknown only because they contain capital letters.
         written: The answer in the file's own spelling, without surrounding spaces; None if that equals `answer`.
+        options: Answers to choose from, if it is a multiple-choice question; `answer` is one of them, or empty where
+            the right one is not published.
+
+    Raises:
+        ValueError: There are too few or too many options, two are the same, or none is the answer.
     """
 
     question_id: str
@@ -81,6 +87,25 @@ class Question:
     tags: tuple[str, ...]
     encoded: int | None = None
     written: str | None = None
+    options: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.options:
+            return
+        if not MIN_OPTIONS <= len(self.options) <= MAX_OPTIONS:
+            raise ValueError(f"has {len(self.options)} options; expected {MIN_OPTIONS} to {MAX_OPTIONS}")
+        compared = [option.strip().lower() for option in self.options]
+        if twice := next((option for place, option in enumerate(compared) if option in compared[:place]), None):
+            raise ValueError(f"has the option {twice!r} twice; expected different ones")
+        if self.answer and self.answer not in compared:
+            raise ValueError(f"has the answer {self.answer!r}, which is none of its options {', '.join(compared)}")
+
+    @property
+    def answer_index(self) -> int | None:
+        """Index of the right option; None if there are no options, or the right one is not published."""
+        if not self.options or not self.answer:
+            return None
+        return [option.strip().lower() for option in self.options].index(self.answer)
 
     @property
     def spelling(self) -> str:
@@ -96,8 +121,11 @@ class Dataset:
         clips: Clips of every split that is present, sorted by clip_id, so that one store serves all splits.
         questions: Questions of the configured split, by part.
         answers: Answer vocabulary; the index is the class.
-        texts: Unique question texts of every split that is present, sorted.
+        texts: Unique texts of questions and options of every split that is present, sorted.
         split: The configured split.
+
+    Raises:
+        DatasetError: Only some of the questions have options.
     """
 
     clips: tuple[Clip, ...]
@@ -106,6 +134,18 @@ class Dataset:
     texts: tuple[str, ...]
     split: str
 
+    def __post_init__(self) -> None:
+        everything = [question for questions in self.questions.values() for question in questions]
+        without = [question.question_id for question in everything if not question.options]
+        if 0 < len(without) < len(everything):
+            some = f"question {without[0]!r} and {len(without) - 1} others have no options"
+            raise DatasetError([f"{some}; expected options for all questions or none"])
+
+    @cached_property
+    def choices(self) -> int:
+        """Largest number of options of a question; 0 if the questions have none."""
+        return max((len(q.options) for questions in self.questions.values() for q in questions), default=0)
+
     @cached_property
     def _classes(self) -> dict[str, int]:
         return {answer: index for index, answer in enumerate(self.answers)}
@@ -113,6 +153,11 @@ class Dataset:
     def class_of(self, answer: str) -> int:
         """Class of an answer in any spelling; an answer outside the vocabulary has the class of `<UNK1>`."""
         return self._classes.get(answer.strip().lower(), self._classes[UNKNOWN_ANSWERS[1]])
+
+
+def texts_of(questions: Iterable[Question]) -> tuple[str, ...]:
+    """Unique texts of the questions and their options, sorted."""
+    return tuple(sorted({text for question in questions for text in (question.text, *question.options)}))
 
 
 def answer_vocabulary(train_answers: Sequence[str], limit: int = MAX_ANSWERS) -> tuple[str, ...]:

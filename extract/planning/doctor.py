@@ -199,7 +199,7 @@ def _of_questions(split: str, dataset: Dataset) -> Iterator[Finding]:
     )
     yield _note(
         f"{split}val and test questions whose answer is not in the answer set, so that no system can answer them",
-        [shown(p, q) for p, q in everything if p != "train" and q.answer not in answers],
+        [shown(p, q) for p, q in everything if p != "train" and q.answer not in answers and not q.options],
     )
     yield _note(
         f"{split}questions that the released files encode as unknown because of a capital letter; here they count",

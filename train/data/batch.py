@@ -15,6 +15,23 @@ from egopatch.train.processes.rank_slice import RankSlice
 
 
 @dataclass(frozen=True)
+class Options:
+    """The options of B multiple-choice questions, at most K each.
+
+    Attributes:
+        states: [V, L, D] text states of the unique options.
+        mask: [V, L] bool, true on tokens.
+        index: [B, K] long, row of `states` of each option; -1 where a question has fewer options.
+        lengths: [B, K] long, number of characters of each option; -1 likewise.
+    """
+
+    states: Tensor
+    mask: Tensor
+    index: Tensor
+    lengths: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """B questions about C clips. Its memory may be reused as soon as the next batch is requested.
 
@@ -28,6 +45,7 @@ class Batch:
         text_index: [B] long, row of `states` of each question.
         forms: [B] long, index into `FORMS`.
         answers: [B] long, class or `NO_CLASS`.
+        options: The options of multiple-choice questions, whose classes are their indices; None for other questions.
         rows: [B] positions of the questions in their table.
         rank_slice: Position of these rows in the whole batch, whose other rows other ranks have; None: the whole batch.
     """
@@ -42,6 +60,7 @@ class Batch:
     answers: Tensor
     rows: Tensor
     rank_slice: RankSlice | None = None
+    options: Options | None = None
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from egopatch.features import AbsentClip, PatchTokens, Store, StoreError, read_ahead
 from egopatch.features.values.dtypes import spec_row_bytes
-from egopatch.train.data.batch import Batch
-from egopatch.train.data.question_table import QuestionTable
+from egopatch.train.data.batch import Batch, Options
+from egopatch.train.data.question_table import NO_OPTION, QuestionTable
 from egopatch.train.data.residency import Residency, choose_residency
 from egopatch.train.processes.distributed import ALONE, Distributed
 from egopatch.train.processes.rank_slice import RankSlice
@@ -138,6 +138,12 @@ class Features:
         texts = table.text.unique().to(self.device)
         return self._states[texts][self._mask[texts]]
 
+    def option_tokens(self, table: QuestionTable) -> Tensor:
+        """[W, D] text states of every token of the questions' unique options."""
+        assert table.options is not None
+        texts = table.options[table.options != NO_OPTION].unique().to(self.device)
+        return self._states[texts][self._mask[texts]]
+
     def batch(self, table: QuestionTable, rows: np.ndarray, rank_clips: Tensor | None = None) -> Batch:
         """The batch of these rows of `table`, or the rows of this rank: `rank_clips` [C] bool marks its clips."""
         index = _BatchIndex.of(table, rows, rank_clips)
@@ -164,7 +170,17 @@ class Features:
             answers=table.answer[index.rows].to(self.device),
             rows=index.rows,
             rank_slice=index.rank_slice,
+            options=self._options(table, index.rows),
         )
+
+    def _options(self, table: QuestionTable, rows: Tensor) -> Options | None:
+        if table.options is None or table.lengths is None:
+            return None
+        texts, index = table.options[rows].unique(return_inverse=True)
+        absent = int(texts[0] == NO_OPTION) if len(texts) else 0
+        texts = texts[absent:].to(self.device)
+        index = (index - absent).to(self.device)
+        return Options(self._states[texts], self._mask[texts], index, table.lengths[rows].to(self.device))
 
     def stream(self, table: QuestionTable, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
         """The batches of `plan` in order; of each, the rows of this rank, which may be none.

@@ -3,7 +3,7 @@
 Shape legend: Q questions.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,8 @@ from egopatch.extract.datasets import Dataset, Question
 FORMS = ("open", "binary")
 # Class of an answer outside the training vocabulary: never trained on, always counted wrong.
 NO_CLASS = -1
+# Takes the place of an option where a question has fewer than others.
+NO_OPTION = -1
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ class QuestionTable:
         clip: [Q] index into `clips`.
         text: [Q] index into the texts that the table was created with.
         form: [Q] index into `FORMS`.
-        answer: [Q] class or `NO_CLASS`.
+        answer: [Q] class or `NO_CLASS`; the class of a multiple-choice question is the index of the right option.
+        options: [Q, K] index of each option into those texts, -1 where a question has fewer; None without options.
+        lengths: [Q, K] number of characters of each option, -1 likewise; None without options.
     """
 
     questions: tuple[Question, ...]
@@ -36,6 +40,8 @@ class QuestionTable:
     text: Tensor
     form: Tensor
     answer: Tensor
+    options: Tensor | None = None
+    lengths: Tensor | None = None
 
     @classmethod
     def from_questions(
@@ -43,6 +49,17 @@ class QuestionTable:
     ) -> "QuestionTable":
         """Table of `questions`; `text_rows` maps each text to its row."""
         classes = {answer: index for index, answer in enumerate(dataset.answers)}
+        choices = dataset.choices
+
+        def class_of(question: Question) -> int:
+            if question.options:
+                return NO_CLASS if question.answer_index is None else question.answer_index
+            return classes.get(question.answer, NO_CLASS)
+
+        def of_options(number: Callable[[str], int]) -> Tensor | None:
+            rows = [[*map(number, q.options), *[NO_OPTION] * (choices - len(q.options))] for q in questions]
+            return torch.tensor(rows, dtype=torch.long).view(-1, choices) if choices else None
+
         clips = {name: index for index, name in enumerate(dict.fromkeys(q.clip_id for q in questions))}
         return cls(
             questions=tuple(questions),
@@ -50,7 +67,9 @@ class QuestionTable:
             clip=torch.tensor([clips[q.clip_id] for q in questions], dtype=torch.long),
             text=torch.tensor([text_rows[q.text] for q in questions], dtype=torch.long),
             form=torch.tensor([FORMS.index(q.form) for q in questions], dtype=torch.long),
-            answer=torch.tensor([classes.get(q.answer, NO_CLASS) for q in questions], dtype=torch.long),
+            answer=torch.tensor([class_of(q) for q in questions], dtype=torch.long),
+            options=of_options(text_rows.__getitem__),
+            lengths=of_options(len),
         )
 
     def __len__(self) -> int:
@@ -77,6 +96,8 @@ class QuestionTable:
             text=self.text[kept],
             form=self.form[kept],
             answer=self.answer[kept],
+            options=None if self.options is None else self.options[kept],
+            lengths=None if self.lengths is None else self.lengths[kept],
         )
 
 

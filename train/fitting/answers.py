@@ -79,17 +79,20 @@ class PartScorer:
 
     def __init__(self, experiment: Experiment, part: str) -> None:
         vocabulary, table, encoded = experiment.dataset.answers, experiment.tables[part], experiment.encoded[part]
-        first: dict[str, int] = {}
-        # Classes that compare as equal share a number.
-        self._canonical = torch.tensor([first.setdefault(normalise(a), index) for index, a in enumerate(vocabulary)])
-        truth = [first.get(normalise(question.answer), NO_CLASS) for question in encoded.questions]
-        self._truth = torch.tensor(truth, dtype=torch.long)
+        if encoded.options is not None:
+            self._canonical, self._truth = torch.arange(encoded.options.shape[1]), encoded.answer
+        else:
+            first: dict[str, int] = {}
+            # Classes that compare as equal share a number.
+            numbers = [first.setdefault(normalise(answer), index) for index, answer in enumerate(vocabulary)]
+            self._canonical = torch.tensor(numbers)
+            truth = [first.get(normalise(question.answer), NO_CLASS) for question in encoded.questions]
+            self._truth = torch.tensor(truth, dtype=torch.long)
         self._form = encoded.form
         encoded_ids = {question.question_id for question in encoded.questions}
-        fallback = experiment.majority_answers
         others = [q for q in table.questions if q.question_id not in encoded_ids]
         self._fallback_hits = [
-            sum(same_lower_cased(q, fallback[q.form]) for q in others if q.form == form) for form in FORMS
+            sum(same_lower_cased(q, experiment.fallback_answer(q)) for q in others if q.form == form) for form in FORMS
         ]
         self._count = [int((table.form == index).sum()) for index in range(len(FORMS))]
 
@@ -103,11 +106,10 @@ class PartScorer:
 
 def score_part(experiment: Experiment, part: str, answers: Answers) -> tuple[Metrics, dict[str, str]]:
     """Metrics over all questions of `part`, and the answers as text; quarantined clips get the majority answer."""
-    vocabulary, table = experiment.dataset.answers, experiment.tables[part]
+    table = experiment.tables[part]
     predicted = {
-        question.question_id: vocabulary[answer]
+        question.question_id: experiment.answer_of(question, answer)
         for question, answer in zip(experiment.encoded[part].questions, answers.classes.tolist(), strict=True)
     }
-    fallback = experiment.majority_answers
-    texts = {q.question_id: predicted.get(q.question_id, fallback[q.form]) for q in table.questions}
+    texts = {q.question_id: predicted.get(q.question_id) or experiment.fallback_answer(q) for q in table.questions}
     return score(table.questions, texts, experiment.dataset.split), texts

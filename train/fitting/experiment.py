@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from egopatch.configs.schema import Config
-from egopatch.extract.datasets import PARTS, Dataset, load_dataset
+from egopatch.extract.datasets import PARTS, Dataset, Question, load_dataset
 from egopatch.extract.datasets.origins import compare_origins, unrecorded_line
 from egopatch.extract.fingerprints import configured
 from egopatch.features import Fingerprint, FingerprintMismatch, Store, StoreError, open_store
@@ -70,14 +70,27 @@ class Experiment:
         if store is not None:
             self.ranks.broadcast(lambda: require_same_clips(run, store))
 
+    def answer_of(self, question: Question, answer: int) -> str:
+        """The answer of a class: a word of the vocabulary, or one of the question's options."""
+        return question.options[answer] if question.options else self.dataset.answers[answer]
+
+    def fallback_answer(self, question: Question) -> str:
+        """The answer that stands in for a head's where a clip is quarantined: the most frequent one in training.
+
+        Of the question's form, or of all forms together where the form has no training question; of a multiple-choice
+        question, the option at the index that is right most often.
+        """
+        if question.options:
+            return question.options[min(self._majority[question.form], len(question.options) - 1)]
+        return self.dataset.answers[self._majority[question.form]]
+
     @cached_property
-    def majority_answers(self) -> Mapping[str, str]:
-        """The most frequent training answer by form; of all forms together where a form has no training question."""
+    def _majority(self) -> Mapping[str, int]:
+        """The most frequent training class by form."""
         table, most = self.train_table, {}
         for index, form in enumerate(FORMS):
             answers = table.answer[table.form == index]
-            counts = torch.bincount(answers if len(answers) else table.answer)
-            most[form] = self.dataset.answers[int(counts.argmax())]
+            most[form] = int(torch.bincount(answers if len(answers) else table.answer).argmax())
         return most
 
 
@@ -101,7 +114,7 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
         )
     name = config.head.name
     expect_clips, expect_texts = (None, None) if card is None else (card.fingerprint, card.text_fingerprint)
-    text_store = None if name == "majority" else _open(config, "text", expect_texts)
+    text_store = None if name in ("majority", "longest-option") else _open(config, "text", expect_texts)
     store = None if not reads_video(name) else _open(config, "patches", expect_clips)
     if store is not None and text_store is not None:
         require_same_network(store, text_store)
@@ -112,7 +125,7 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
         store,
         text_store,
         clip_ids=clip_ids,
-        texts=list(dict.fromkeys(question.text for question in questions)),
+        texts=list(dict.fromkeys([*(q.text for q in questions), *(o for q in questions for o in q.options)])),
         residency=config.train.residency,
         device=device,
         ranks=ranks,
@@ -132,7 +145,7 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
         tables=tables,
         encoded=encoded,
         train_table=train_table,
-        sizes=_sizes(store, text_store, len(dataset.answers)),
+        sizes=_sizes(store, text_store, dataset),
         fingerprint=None if store is None else store.fingerprint,
         text_fingerprint=None if text_store is None else text_store.fingerprint,
         unrecorded=unrecorded,
@@ -195,7 +208,7 @@ def _refuse_stale(store: Store, dataset: Dataset, config: Config, clip_ids: Coll
     return 0 if store.fingerprint.fields.get("origin") == "imported" else check.unrecorded
 
 
-def _sizes(store: Store | None, text_store: Store | None, answers: int) -> Sizes:
+def _sizes(store: Store | None, text_store: Store | None, dataset: Dataset) -> Sizes:
     frames, grid, patches, width, text_width = 1, (1, 1), 1, 1, 1
     if store is not None:
         frames, patches, width = store.spec.array("patches").shape
@@ -203,7 +216,7 @@ def _sizes(store: Store | None, text_store: Store | None, answers: int) -> Sizes
         grid = store.spec.grid
     if text_store is not None:
         text_width = text_store.spec.array("states").shape[-1]
-    return Sizes(frames, grid, patches, width, text_width, answers)
+    return Sizes(frames, grid, patches, width, text_width, len(dataset.answers), dataset.choices)
 
 
 def _first_difference(head: tuple[str, ...], data: tuple[str, ...]) -> str:

@@ -12,17 +12,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from egopatch.configs.schema import Config
+from egopatch.configs.schema import Config, ConfigError
 from egopatch.features import PatchTokens
 from egopatch.train.data.batch import Batch
 from egopatch.train.data.features import Features
-from egopatch.train.data.question_table import QuestionTable, plan_batches
+from egopatch.train.data.question_table import NO_OPTION, QuestionTable, plan_batches
 from egopatch.train.fitting.answers import Answers, PartScorer
 from egopatch.train.fitting.experiment import Experiment
 from egopatch.train.fitting.optim import learning_rate
 from egopatch.train.fitting.run import TrainingRun
 from egopatch.train.fitting.stacked_heads import StackedHeads
-from egopatch.train.heads import PSA, Majority, build_head
+from egopatch.train.heads import PSA, Choice, Majority, build_head, unwrapped
 from egopatch.train.heads.common.question import QuestionReader
 from egopatch.train.heads.psa.selection import implementation_in_use
 from egopatch.train.rundir import card as run_folder
@@ -198,7 +198,16 @@ def choose_selection(configs: Sequence[Config], experiment: Experiment) -> tuple
 
 
 def build_stacked_heads(configs: Sequence[Config], experiment: Experiment, order_seed: int) -> StackedHeads:
-    """Untrained heads with their optimiser, ready for the first step."""
+    """Untrained heads with their optimiser, ready for the first step.
+
+    Raises:
+        ConfigError: `train.label_smoothing` would reward options that a question does not have.
+    """
+    options, smoothing = experiment.train_table.options, configs[0].train.label_smoothing
+    if smoothing and options is not None and bool((options == NO_OPTION).any()):
+        raise ConfigError(
+            f"train.label_smoothing is {smoothing}, but some questions have fewer than {options.shape[1]} options; use 0"
+        )
     heads = []
     for config in configs:
         with torch.random.fork_rng(devices=[]):
@@ -217,12 +226,13 @@ def build_stacked_heads(configs: Sequence[Config], experiment: Experiment, order
 def measure_inputs(heads: Sequence[nn.Module], features: Features, table: QuestionTable) -> None:
     """Measure on the training questions, for heads of one shape: answer counts and the input whitening."""
     tokens: PatchTokens | None = None
-    if hasattr(heads[0], "measure"):
+    if hasattr(unwrapped(heads[0]), "measure"):
         stride = max(1, len(table.clips) // MEASURED_CLIPS)
         tokens = features.tokens(table.clips[::stride][:MEASURED_CLIPS])
-    for head in heads:
-        if head is not heads[0] and not (isinstance(head, PSA) and head.measures_kept_patches):
-            for buffer, measured in zip(head.buffers(), heads[0].buffers(), strict=True):
+    for whole in heads:
+        head = unwrapped(whole)
+        if whole is not heads[0] and not (isinstance(head, PSA) and head.measures_kept_patches):
+            for buffer, measured in zip(whole.buffers(), heads[0].buffers(), strict=True):
                 buffer.copy_(measured)
             continue
         if isinstance(head, Majority):
@@ -230,6 +240,8 @@ def measure_inputs(heads: Sequence[nn.Module], features: Features, table: Questi
         for module in head.modules():
             if isinstance(module, QuestionReader):
                 module.whiten.measure(features.text_tokens(table))
+        if isinstance(whole, Choice):
+            whole.read.whiten.measure(features.option_tokens(table))
         if tokens is not None:
             assert callable(head.measure)
             head.measure(tokens)

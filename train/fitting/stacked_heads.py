@@ -19,7 +19,7 @@ from torch.nn import functional
 from egopatch.configs.schema import TrainConfig
 from egopatch.train.data.batch import Batch
 from egopatch.train.fitting.optim import build_optimiser, learning_rate
-from egopatch.train.heads import PSA
+from egopatch.train.heads import PSA, Choice, unwrapped
 from egopatch.train.heads.common.noise import Noise, mix
 from egopatch.train.heads.psa.selection import PatchSelection
 from egopatch.train.processes.distributed import ALONE, Distributed
@@ -118,8 +118,8 @@ class StackedHeads:
         self._set_noise(batch, EVALUATION, number)
         tensors = {**self.tensors, **self._average}
         with self._autocast():
-            if isinstance(self._head, PSA):
-                logits, kept = self._map_heads(lambda head: head.answer(batch), tensors)
+            if isinstance(unwrapped(self._head), PSA):
+                logits, kept = self._map_heads(lambda head: _logits_and_kept(head, batch), tensors)
                 return logits.argmax(dim=-1).cpu(), kept.cpu()
             return self._map_heads(lambda head: head(batch), tensors).argmax(dim=-1).cpu(), None
 
@@ -258,6 +258,14 @@ class StackedHeads:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision)
+
+
+def _logits_and_kept(head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of psa, alone or in a `Choice`: logits and the kept patches, as `PSA.answer`."""
+    psa = unwrapped(head)
+    assert isinstance(psa, PSA)
+    logits, kept = psa.answer(batch)
+    return (head.choose(logits, batch) if isinstance(head, Choice) else logits), kept
 
 
 class _Caller(nn.Module):

@@ -6,6 +6,7 @@ heads of this package that read no video. `Head` and `register_head` bring in he
 """
 
 from egopatch.train.heads.common.blind import Majority, QuestionOnly
+from egopatch.train.heads.common.choice import Choice, unwrapped
 from egopatch.train.heads.common.pooled import Pooled
 from egopatch.train.heads.common.question import Sizes
 from egopatch.train.heads.fused.fused import load_head
@@ -24,6 +25,7 @@ from egopatch.train.rundir.results import BLIND
 __all__ = [
     "BLIND",
     "PSA",
+    "Choice",
     "Head",
     "Majority",
     "Pooled",
@@ -36,4 +38,5 @@ __all__ = [
     "package_versions",
     "reads_video",
     "register_head",
+    "unwrapped",
 ]

@@ -5,7 +5,7 @@ Heads from outside come from the entry points `egopatch.heads` of installed pack
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
 import jsonargparse
@@ -16,15 +16,16 @@ from egopatch.configs.schema import Config, ConfigError, HeadConfig
 from egopatch.extract.encoders import open_checkpoint
 from egopatch.train.heads.common.attention import Attention
 from egopatch.train.heads.common.blind import Majority, QuestionOnly
+from egopatch.train.heads.common.choice import Choice, LongestOption
 from egopatch.train.heads.common.pooled import Pooled
 from egopatch.train.heads.common.question import Sizes
 from egopatch.train.heads.fused.fused import FusedSystem, load_head
 from egopatch.train.heads.psa.psa import PSA
 from egopatch.train.rundir.results import BLIND
 
-HEADS = ("majority", "question-only", "pooled", "attention", "egovlp", "egovlpv2", "mfas", "psa")
+HEADS = ("majority", "longest-option", "question-only", "pooled", "attention", "egovlp", "egovlpv2", "mfas", "psa")
 # Heads that train alone: those that read every patch fill a machine, and the majority learns nothing.
-_UNSTACKED = ("majority", "attention", "egovlpv2", "mfas")
+_UNSTACKED = ("majority", "longest-option", "attention", "egovlpv2", "mfas")
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _options_of(head: Head, config: HeadConfig) -> Any:
 
 
 def build_head(config: Config, sizes: Sizes) -> nn.Module:
-    """The untrained head named `head.name`.
+    """The untrained head named `head.name`; of multiple-choice questions (`sizes.choices`), it scores the options.
 
     `egovlpv2` and `mfas` start from `head.checkpoint`, or from `encoder.checkpoint` if that is null.
 
@@ -133,6 +134,19 @@ def build_head(config: Config, sizes: Sizes) -> nn.Module:
         ConfigError: The store does not fit the head, or `head.checkpoint` is set for a head without one.
         CheckpointError: The checkpoint of a fused head is missing or another network's.
     """
+    name = config.head.name
+    if name == "longest-option" and not sizes.choices:
+        raise ConfigError("head.name is longest-option, but the questions have no options; use majority")
+    if not sizes.choices:
+        return _build(config, sizes)
+    if name == "longest-option":
+        return LongestOption()
+    if name == "majority":
+        return Majority(sizes.choices)
+    return Choice(_build(config, replace(sizes, answers=config.head.width)), config.head, sizes)
+
+
+def _build(config: Config, sizes: Sizes) -> nn.Module:
     head = config.head
     registered = _PLUGINS.find(head.name)
     if head.name in ("egovlpv2", "mfas"):

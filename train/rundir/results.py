@@ -15,7 +15,7 @@ from typing import Any, Literal
 from egopatch.configs.schema import Config
 from egopatch.train.scores.metrics import Score
 
-BLIND = ("majority", "question-only")
+BLIND = ("majority", "longest-option", "question-only")
 PUBLISHED = ("egovlp", "egovlpv2", "mfas")
 OURS = ("psa",)
 ORDER = (*BLIND, *PUBLISHED, *OURS)

@@ -55,6 +55,8 @@ CHANGES = {
 FOLLOWS: tuple[tuple[Slot, Slot], ...] = (("first", "second"), ("second", "next"))
 HOI_PROGRAM = "query([hoi], iterate_until("
 
+OPTIONS = 5  # of a multiple-choice question
+
 Record = dict[str, Any]
 
 
@@ -114,6 +116,33 @@ def split_indirect(records: Sequence[Record], rng: np.random.Generator) -> dict[
 
     parts = _divide([r for r in records if not trains(r)], {"val": 1, "test": 1}, rng)
     return {"train": [record for record in records if trains(record)], **parts}
+
+
+def multiple_choice(records: Sequence[Record], part: Part, rng: np.random.Generator) -> list[Record]:
+    """The questions that ask for an object, as lines of `jsonl` with five options each.
+
+    Objects are uniform given the text, the wrong options are drawn uniformly from those that the text does not name,
+    and each index is right equally often: without the video nothing tells the options apart.
+    """
+    chosen = [record for record in records if record["answer"] in OBJECTS]
+    lines = []
+    for place, index in enumerate(rng.permutation(len(chosen)).tolist()):
+        record, right = chosen[index], place % OPTIONS
+        wrong = [name for name in OBJECTS if name != record["answer"] and name not in record["question"]]
+        options = [str(name) for name in rng.permutation(wrong)[: OPTIONS - 1]]
+        options.insert(right, record["answer"])
+        lines.append(
+            {
+                "question_id": record["question_id"],
+                "clip_id": record["interval"],
+                "question": record["question"],
+                "options": options,
+                "answer_index": right,
+                "part": part,
+                "tags": record["reasoning_type"].split("$"),
+            }
+        )
+    return sorted(lines, key=lambda line: line["question_id"])
 
 
 def _divide(records: Sequence[Record], ratios: dict[Part, int], rng: np.random.Generator) -> dict[Part, list[Record]]:

@@ -1,8 +1,9 @@
 """EgoSynth: a procedurally rendered data set in EgoTaskQA's file layout, to run the whole pipeline without any data.
 
 `render` writes what the `egotaskqa` adapter reads: `qa/{direct,indirect}/formatted_{train,val,test}_qas_encode.json`,
-`answer_set.txt`, `all_reasoning_types.txt` and real H.264 files `qa_videos/INTERVAL.mp4`; and beside them the
-generator's own event log, `events.jsonl`. The same arguments give the same bytes.
+`answer_set.txt`, `all_reasoning_types.txt` and real H.264 files `qa_videos/INTERVAL.mp4`; beside them a multiple-choice
+set, `choice/{clips,questions}.jsonl`, and the generator's own event log, `events.jsonl`. The same arguments give the
+same bytes.
 
 `scene` draws what happens, `frames` draws the pictures, and `questions` writes the questions and both splits. The set
 is synthetic and small: results on it show that a pipeline works, not how well a system answers questions about real
@@ -21,10 +22,10 @@ import joblib
 import numpy as np
 
 from egopatch.extract.datasets.egosynth.frames import frames
-from egopatch.extract.datasets.egosynth.questions import drafts, split_direct, split_indirect
+from egopatch.extract.datasets.egosynth.questions import drafts, multiple_choice, split_direct, split_indirect
 from egopatch.extract.datasets.egosynth.scene import SETTINGS, Difficulty, Scene, draw_scene, rng_of
 from egopatch.extract.datasets.egotaskqa import ANNOTATION_FOLDERS, ANSWER_SET, FILE_NAMES, VIDEO_FOLDER
-from egopatch.extract.datasets.records import Part, answer_vocabulary
+from egopatch.extract.datasets.records import PARTS, Part, answer_vocabulary
 
 FPS = 12
 SECONDS = 2
@@ -33,6 +34,7 @@ QUESTIONS_PER_CLIP = 7.5
 MIN_CLIPS = 20
 TAGS_FILE = "all_reasoning_types.txt"
 EVENTS_FILE = "events.jsonl"
+CHOICE_FOLDER = "choice"  # the multiple-choice set, in the layout `jsonl`
 
 Record = dict[str, Any]
 
@@ -135,7 +137,20 @@ def _write_annotations(root: Path, scenes: Sequence[Scene], questions: int, seed
     }
     for split, parts in splits.items():
         _write_split(root / ANNOTATION_FOLDERS[0] / split, parts)
+    _write_choices(root, splits["direct"], scenes, rng_of(seed, 0, 5))
     _write(root / EVENTS_FILE, "".join(f"{json.dumps(_events(scene))}\n" for scene in scenes))
+
+
+def _write_choices(
+    root: Path, parts: Mapping[Part, Sequence[Record]], scenes: Sequence[Scene], rng: np.random.Generator
+) -> None:
+    folder = root / CHOICE_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [interval_of(scene) for scene in scenes]
+    clips = [{"clip_id": name, "video": f"{VIDEO_FOLDER}/{name}.mp4"} for name in names]
+    questions = [line for part in PARTS for line in multiple_choice(parts[part], part, rng)]
+    for file, lines in (("clips.jsonl", clips), ("questions.jsonl", questions)):
+        _write(folder / file, "".join(f"{json.dumps(line)}\n" for line in lines))
 
 
 def _write_split(folder: Path, parts: Mapping[Part, Sequence[Record]]) -> None:

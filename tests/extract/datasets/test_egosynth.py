@@ -224,3 +224,20 @@ def test_arguments_out_of_range(tmp_path: Path, argument: dict[str, object], mes
     with pytest.raises(ValueError, match=message):
         render(tmp_path, **argument)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+
+
+def test_the_multiple_choice_set_reveals_nothing_without_the_video(root: Path) -> None:
+    dataset = load_dataset(DataConfig("jsonl", root, clips="choice/clips.jsonl", questions="choice/questions.jsonl"))
+    assert len(dataset.clips) == CLIPS
+    assert all(clip.video.is_file() for clip in dataset.clips)
+    for part in ("train", "test"):
+        questions = dataset.questions[part]  # type: ignore[index]
+        counts = Counter(question.answer_index for question in questions)
+        assert max(counts.values()) - min(counts.values()) <= 1
+        for question in questions:
+            assert len(question.options) == 5
+            assert not any(option in question.text for option in question.options)
+    ids = {part: {q.question_id for q in qs} for part, qs in dataset.questions.items()}
+    direct = load_dataset(DataConfig(root=root, split="direct"))
+    for part, questions in direct.questions.items():
+        assert ids[part] == {q.question_id for q in questions if q.answer in OBJECTS}

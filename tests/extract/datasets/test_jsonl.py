@@ -163,3 +163,48 @@ def test_all_faults_of_both_files_come_at_once(tmp_path: Path) -> None:
         "ROOT/clips.jsonl:5:",
         "ROOT/questions.jsonl:4:",
     ]
+
+
+CHOICE = {"question_id": 1, "clip_id": "a", "question": "What?", "part": "train"}
+
+
+def test_multiple_choice(tmp_path: Path) -> None:
+    line = {**CHOICE, "options": ["Yes", "a  Cup ", "jar"], "answer_index": 1}
+    dataset = load(tmp_path, CLIPS, json.dumps(line))
+    (question,) = dataset.questions["train"]
+    assert question.options == ("Yes", "a  Cup ", "jar")
+    assert (question.answer, question.answer_index, question.form) == ("a  cup", 1, "open")
+    assert (dataset.choices, dataset.answers) == (3, ("<UNK0>", "<UNK1>"))
+    assert dataset.texts == ("What?", "Yes", "a  Cup ", "jar")
+    assert load(tmp_path, CLIPS, json.dumps({**line, "answer": "jar", "answer_index": 2})).choices == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"options": ["cup"], "answer_index": 0}, "has 1 options; expected 2 to 26"),
+        ({"options": [str(n) for n in range(100)], "answer_index": 0}, "has 100 options; expected 2 to 26"),
+        ({"options": ["cup", "jar", " CUP"], "answer_index": 0}, "has the option 'cup' twice; expected different ones"),
+        (
+            {"options": ["cup", "jar"], "answer_index": 2},
+            "'answer_index' is 2; expected 0 to 1, the index of the right",
+        ),
+        ({"options": ["cup", "jar"], "answer_index": -1}, "'answer_index' is -1; expected 0 to 1"),
+        ({"options": ["cup", "jar"], "answer_index": True}, "'answer_index' is True; expected 0 to 1"),
+        ({"options": ["cup", "jar"]}, "'answer_index' is None; expected 0 to 1"),
+        ({"options": ["cup", ""], "answer_index": 0}, "'options' is ['cup', '']; expected a list of strings"),
+        ({"options": ["cup", "jar"], "answer_index": 0, "answer": "jar"}, "'answer' is 'jar', but option 0 is 'cup'"),
+        ({"options": [], "answer_index": 0}, "'answer_index' is given without options"),
+    ],
+)
+def test_bad_options_are_a_fault_of_their_line(more: dict[str, object], why: str, tmp_path: Path) -> None:
+    (fault,) = faults(tmp_path, CLIPS, json.dumps({**CHOICE, **more}))
+    assert fault.startswith("ROOT/questions.jsonl:1: ")
+    assert why in fault
+
+
+def test_options_for_some_questions_only(tmp_path: Path) -> None:
+    lines = [{**CHOICE, "options": ["cup", "jar"], "answer_index": 0}, {**CHOICE, "question_id": 2, "answer": "cup"}]
+    assert faults(tmp_path, CLIPS, "\n".join(map(json.dumps, lines))) == [
+        "question '2' and 0 others have no options; expected options for all questions or none"
+    ]

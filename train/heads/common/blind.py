@@ -10,7 +10,9 @@ from egopatch.train.heads.common.question import Classifier, QuestionReader, Siz
 
 
 class Majority(nn.Module):
-    """The most frequent training answer of the question's form, open or binary. It has no trainable parameters."""
+    """The most frequent training answer of the question's form, open or binary, or the most frequent index of the right
+    option. It has no trainable parameters.
+    """
 
     counts: Tensor
 
@@ -28,7 +30,8 @@ class Majority(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Counts [B, A] as logits; the first of equally frequent answers wins."""
-        return self.counts[batch.forms]
+        counts = self.counts[batch.forms]
+        return counts if batch.options is None else counts.masked_fill(batch.options.lengths < 0, -1)
 
 
 class QuestionOnly(nn.Module):

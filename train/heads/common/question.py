@@ -30,6 +30,7 @@ class Sizes:
         width: Channels of the patch tokens.
         text_width: Channels of the text states.
         answers: A, number of classes.
+        choices: K, largest number of options of multiple-choice questions; 0 for other questions.
     """
 
     frames: int
@@ -38,6 +39,7 @@ class Sizes:
     width: int
     text_width: int
     answers: int
+    choices: int = 0
 
 
 def absorb_key(queries: Tensor, key: nn.Linear, heads: int) -> Tensor:

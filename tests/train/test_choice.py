@@ -1,0 +1,172 @@
+"""Multiple choice: every head scores the options of its questions."""
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from egopatch.configs.schema import Config, ConfigError, HeadConfig
+from egopatch.train.data.batch import Batch, Options
+from egopatch.train.fitting.experiment import open_experiment
+from egopatch.train.fitting.fit import evaluate, fit
+from egopatch.train.fitting.run_group import build_stacked_heads
+from egopatch.train.heads.common.choice import ABSENT, Choice, LongestOption
+from egopatch.train.heads.common.question import Sizes
+from egopatch.train.sweeps.sweep import run_sweep
+from tests.train import tiny as miniature
+from tests.train.tiny import COLOURS, FIELDS, PLACES, with_run, write_stores, write_tiny
+
+CLIPS = 60
+BAD = "clip|P59|0|60"
+
+
+@pytest.fixture
+def choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """The miniature as a multiple-choice set: four options, each index right equally often, of different lengths."""
+    rng = random.Random(1)
+    names = [f"clip|P{i}|0|{i + 1}" for i in range(CLIPS)]
+    planted = {name: {place: rng.choice(COLOURS) for place in PLACES} for name in names}
+    texts = [f"what colour is the {place} thing?" for place in PLACES]
+    monkeypatch.setattr(miniature, "questions_texts", lambda: [*texts, *COLOURS])
+    write_stores(tmp_path / "store", planted, (BAD,), FIELDS)
+    data, lines = tmp_path / "data", []
+    data.mkdir()
+    for number, name in enumerate(names):
+        for place, text in zip(PLACES, texts, strict=True):
+            right = len(lines) % len(COLOURS)
+            options = [colour for colour in COLOURS if colour != planted[name][place]]
+            rng.shuffle(options)
+            options.insert(right, planted[name][place])
+            part = "train" if number < 40 else ("val", "test")[number % 2]
+            question = {"question_id": len(lines), "clip_id": name, "question": text, "part": part, "tags": [place]}
+            lines.append(json.dumps({**question, "options": options, "answer_index": right}))
+    (data / "questions.jsonl").write_text("\n".join(lines))
+    (data / "clips.jsonl").write_text("\n".join(json.dumps({"clip_id": n, "video": "x.mp4"}) for n in names))
+    config = write_tiny(tmp_path / "unused")
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, name="jsonl", root=data),
+        store=dataclasses.replace(config.store, path=tmp_path / "store"),
+        run=dataclasses.replace(config.run, dir=tmp_path / "runs" / "psa"),
+    )
+
+
+def result(config: Config) -> dict:
+    return json.loads((config.run.dir / "test.json").read_text())
+
+
+@pytest.mark.slow
+def test_psa_learns_what_the_blind_head_cannot(choice: Config) -> None:
+    psa = with_run(choice, "psa", train_epochs=20, train_lr=5e-3)
+    blind = with_run(psa, "blind", head_name="question-only")
+    fit(psa, "x")
+    fit(blind, "x")
+    assert result(psa)["all"]["accuracy"] > result(blind)["all"]["accuracy"] + 20
+    assert result(psa)["tags"].keys() == set(PLACES)
+    again = evaluate(psa)
+    assert again.all.accuracy == result(psa)["all"]["accuracy"]
+
+
+@pytest.mark.parametrize("name", ["majority", "longest-option", "question-only", "pooled", "attention", "psa"])
+def test_every_head_answers_with_options(name: str, choice: Config) -> None:
+    config = with_run(choice, name, head_name=name, train_epochs=1)
+    fit(config, "x")
+    lines = [json.loads(line) for line in (choice.data.root / "questions.jsonl").read_text().splitlines()]
+    options = {str(line["question_id"]): line["options"] for line in lines if line["part"] == "test"}
+    answers = {}
+    for line in (config.run.dir / "predictions.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        answers[record["question_id"]] = record["answer"]
+        assert record["answer"] in options[record["question_id"]]
+    assert answers.keys() == options.keys()
+    seen = {q: o for q, o in options.items() if lines[int(q)]["clip_id"] != BAD}
+    if name == "longest-option":
+        assert all(answers[q] == max(o, key=len) for q, o in seen.items())
+    if name == "majority":
+        assert len({o.index(answers[q]) for q, o in options.items()}) == 1
+
+
+def test_quarantined_clips_get_the_index_that_is_right_most_often(choice: Config) -> None:
+    path = choice.data.root / "questions.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        if line["part"] == "train" and line["question_id"] % 5:
+            right = line["options"].pop(line["answer_index"])
+            line["options"].insert(2, right)
+            line["answer_index"] = 2
+    path.write_text("\n".join(map(json.dumps, lines)))
+    config = with_run(choice, "psa", train_epochs=1)
+    fit(config, "x")
+    given = [json.loads(line) for line in (config.run.dir / "predictions.jsonl").read_text().splitlines()]
+    asked = {str(line["question_id"]): line for line in lines if line["clip_id"] == BAD}
+    assert asked
+    for record in given:
+        if record["question_id"] in asked:
+            assert record["answer"] == asked[record["question_id"]]["options"][2]
+    assert result(config)["unseen"] == len(asked)
+
+
+@pytest.mark.slow
+def test_stacked_heads_give_what_a_lone_head_gives(choice: Config) -> None:
+    config = with_run(choice, "psa", train_epochs=2)
+    fit(config, "x")
+    path = run_sweep(config, ratios=[0.25, 0.5], seeds=[0])
+    stacked = json.loads((path.parent / "ratio-0.5_seed-0" / "test.json").read_text())
+    assert stacked["all"] == result(config)["all"]
+
+
+class _Constant(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.sought = nn.Parameter(torch.randn(width))
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.sought.expand(len(batch), -1)
+
+
+def batch_of(index: Tensor) -> Batch:
+    rows = torch.arange(len(index))
+    states, mask = torch.randn(6, 5, 16, generator=torch.Generator().manual_seed(0)), torch.ones(6, 5, dtype=torch.bool)
+    options = Options(states, mask, index, torch.where(index < 0, -1, index + 3))
+    none = torch.zeros(len(index), dtype=torch.long)
+    return Batch(None, None, none, states[:1], mask[:1], none, none, none, rows, options=options)
+
+
+def test_scores_follow_the_options() -> None:
+    torch.manual_seed(0)
+    config = HeadConfig(width=8, heads=2)
+    head = Choice(_Constant(8), config, Sizes(1, (1, 1), 1, 16, 16, 8, 4)).eval()
+    index = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0], [4, 5, -1, -1]])
+    logits = head(batch_of(index))
+    assert torch.allclose(logits[0], logits[1].flip(0))
+    assert logits[0].unique().numel() == 4
+    assert (logits[2, 2:] == ABSENT).all()
+    assert (logits[2, :2] > ABSENT / 2).all()
+    assert LongestOption()(batch_of(index)).argmax(dim=1).tolist() == [3, 0, 1]
+
+
+def test_what_does_not_fit_multiple_choice(choice: Config, tmp_path: Path) -> None:
+    lines = (choice.data.root / "questions.jsonl").read_text().splitlines()
+    record = json.loads(lines[0])
+    record["options"] = [record["options"][record["answer_index"]], "another"]
+    (choice.data.root / "questions.jsonl").write_text("\n".join([json.dumps(record | {"answer_index": 0}), *lines[1:]]))
+    smooth = with_run(choice, "smooth", train_label_smoothing=0.1)
+    with pytest.raises(Exception, match="question texts are missing"):
+        fit(smooth, "x")  # `another` has not been read
+    record["options"][1] = next(colour for colour in COLOURS if colour not in record["options"])
+    (choice.data.root / "questions.jsonl").write_text("\n".join([json.dumps(record | {"answer_index": 0}), *lines[1:]]))
+    experiment = open_experiment(smooth)
+    with pytest.raises(
+        ConfigError, match=r"label_smoothing is 0\.1, but some questions have fewer than 4 options; use 0"
+    ):
+        build_stacked_heads([smooth], experiment, 0)
+    fit(with_run(choice, "sharp", train_epochs=1), "x")
+    other = with_run(write_tiny(tmp_path / "open"), "open", head_name="longest-option")
+    with pytest.raises(
+        ConfigError, match=r"head\.name is longest-option, but the questions have no options; use majority"
+    ):
+        fit(other, "x")
