@@ -40,6 +40,7 @@ from egopatch.features.common.parent import exit_with_parent
 Prepared = TypeVar("Prepared")
 Prepare = Callable[[Clip, VideoConfig, OncePerVideo], Prepared]
 
+_NEW_PREFIX = "egopatch-new-"
 _PREFIX = "egopatch-decoders-"  # whatever has this name is removed when its owner is dead
 
 
@@ -148,9 +149,11 @@ class SharedFolder:
 
     def __init__(self) -> None:
         self._remove_abandoned()
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
-        self._lock = os.open(self.path, os.O_RDONLY)
+        unnamed = Path(tempfile.mkdtemp(prefix=_NEW_PREFIX))
+        self._lock = os.open(unnamed, os.O_RDONLY)
         fcntl.flock(self._lock, fcntl.LOCK_SH)  # the system ends the lock with this process, however it ends
+        # It is locked before it gets the name by which others look for folders without a lock.
+        self.path = unnamed.rename(unnamed.with_name(_PREFIX + unnamed.name.removeprefix(_NEW_PREFIX)))
 
     def remove(self) -> None:
         """Remove the folder."""

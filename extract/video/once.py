@@ -129,7 +129,7 @@ def _write(file: BinaryIO, value: object) -> None:
 
 
 def _keep_newest(folder: Path) -> None:
-    files = list(folder.iterdir())
-    if len(files) > IN_FILES:
-        oldest = min(files, key=lambda path: path.stat().st_mtime_ns)
-        oldest.unlink(missing_ok=True)
+    with suppress(OSError):  # the folder may be cleaned up too
+        files = list(folder.iterdir())
+        if len(files) > IN_FILES:
+            min(files, key=lambda path: path.stat().st_mtime_ns).unlink()

@@ -1,6 +1,7 @@
 """Frames cross from children to their parent through shared memory that nobody's death can leak."""
 
 import errno
+import fcntl
 import gc
 import subprocess
 import sys
@@ -152,8 +153,18 @@ def test_folders_of_killed_jobs_are_removed_by_the_next(tmp_path: Path, monkeypa
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / f"{_PREFIX}dead").mkdir()
     (tmp_path / "other").mkdir()
+    sweeping, lock = [], fcntl.flock
+
+    def locks(handle: int, how: int) -> None:
+        if how == fcntl.LOCK_SH and not sweeping:  # another job starts before this one has locked its folder
+            sweeping.append(handle)
+            SharedFolder._remove_abandoned()
+        lock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", locks)
     first = SharedFolder()
     second = SharedFolder()
+    assert sweeping
     assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "other", first.path, second.path])
     first.remove()
     second.remove()
