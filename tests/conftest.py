@@ -18,8 +18,19 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep each file in one process; files that need the full-size networks, 1.6 GB of tensors, share a process."""
     for item in items:
-        full_size = isinstance(item, pytest.Function) and hasattr(item.module, "formula_checkpoint")
-        item.add_marker(pytest.mark.xdist_group("full-size networks" if full_size else str(item.path)))
+        item.add_marker(pytest.mark.xdist_group("full-size networks" if _is_full_size(item) else str(item.path)))
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Free those networks after the last test that needs them."""
+    if _is_full_size(item) and not _is_full_size(nextitem):
+        from tests.extract.encoders.networks import forget_full_size
+
+        forget_full_size()
+
+
+def _is_full_size(item: pytest.Item | None) -> bool:
+    return isinstance(item, pytest.Function) and hasattr(item.module, "formula_checkpoint")
 
 
 @pytest.fixture

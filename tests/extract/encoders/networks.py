@@ -69,6 +69,12 @@ def published_fused6() -> PatchTokens:
     return load_video_encoder("egovlpv2", formula_checkpoint("egovlpv2"), 16, 6, "fused")(dev_frames(16))
 
 
+def forget_full_size() -> None:
+    """Free the tensors of the full-size networks, 1.6 GB, once no test needs them any more."""
+    for cached in (_formula_tensor, formula_checkpoint, published_fused6):
+        cached.cache_clear()
+
+
 def sequence(tokens: PatchTokens) -> Tensor:
     """[B, 1 + T*N, D], CLS first."""
     return torch.cat([tokens.cls[:, None], tokens.patches.flatten(1, 2)], dim=1)

@@ -43,11 +43,14 @@ def test_video_only_path_after_six_blocks_and_to_the_end() -> None:
 
 
 def test_bfloat16_stays_near_float32() -> None:
-    encoder = load_video_encoder("egovlpv2", formula_checkpoint("egovlpv2"), 16, 6, "fused", dtype=torch.bfloat16)
-    tokens = encoder(dev_frames(16))
+    # Four frames of the sixteen: without instructions for it, a CPU takes ten times as long for bfloat16.
+    tokens, expected = (
+        load_video_encoder("egovlpv2", formula_checkpoint("egovlpv2"), 4, 6, "fused", dtype=dtype)(dev_frames(4))
+        for dtype in (torch.bfloat16, torch.float32)
+    )
     assert tokens.patches.dtype == torch.bfloat16
-    assert relative(sequence(tokens), sequence(published_fused6())) < 1e-2
-    assert relative(tokens.saliency, published_fused6().saliency) < 2e-2
+    assert relative(sequence(tokens), sequence(expected)) < 1e-2
+    assert relative(tokens.saliency, expected.saliency) < 2e-2
 
 
 def _text(network: str, depth: int) -> tuple[Tensor, Tensor]:
