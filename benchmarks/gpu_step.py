@@ -1,0 +1,135 @@
+"""A training step of psa on a GPU: time, launches, and how busy the GPU is, for one head and for a sweep of 24.
+
+    python benchmarks/gpu_step.py [--clips 120] [--questions 17] [--steps 20] [--out FILE.json] [--quick]
+
+Features are made up (`sweep_cost.py` writes them) and kept where `train.residency` says, on the GPU if they fit. A step
+is one batch of about --batch questions: forward, backward, clipping and AdamW, as `train fit` makes it. The GPU's busy
+share is the profiler's sum of kernel times over the wall time of the same steps without the profiler; launches are
+counted by the profiler. `--quick` and machines without a GPU take tiny sizes on the CPU.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.encoder import stamp
+from benchmarks.sweep_cost import RATIOS, SEEDS, write_config, write_data
+from egopatch.configs import load_config
+from egopatch.configs.schema import Config
+from egopatch.train.data.question_table import plan_batches
+from egopatch.train.fitting.experiment import Experiment, open_experiment
+from egopatch.train.fitting.run_group import RunGroup
+from egopatch.train.rundir import card as run_folder
+from egopatch.train.rundir.resume import LAST
+
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
+PROFILED = 5
+
+
+def member(config: Config, ratio: float, seed: int) -> Config:
+    """The run of one ratio and seed."""
+    from dataclasses import replace
+
+    folder = config.run.dir.parent / f"ratio{ratio:g}_seed{seed}"
+    return replace(
+        config,
+        head=replace(config.head, ratio=ratio),
+        train=replace(config.train, seed=seed),
+        run=replace(config.run, dir=folder),
+    )
+
+
+class Steps:
+    """Steps of a group of runs, one after another, over as many epochs as it takes."""
+
+    def __init__(self, configs: list[Config], experiment: Experiment) -> None:
+        for config in configs:
+            run_folder.claim(config.run.dir, config)
+        self.experiment = experiment
+        self.group = RunGroup(configs, experiment, 0, configs[0].run.dir / LAST)
+        self.batch = configs[0].train.batch
+
+    def take(self, steps: int) -> None:
+        """Learn from `steps` batches, and wait until the device has done them."""
+        table = self.experiment.train_table
+        while steps:
+            plan = plan_batches(table, self.batch, 0)[:steps]
+            for batch in self.experiment.features.stream(table, plan):
+                self.group.learn(batch, last=False)
+            steps -= len(plan)
+        if self.experiment.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def measure(configs: list[Config], experiment: Experiment, steps: int) -> dict[str, Any]:
+    """Milliseconds, launches and busy share of a step."""
+    run = Steps(configs, experiment)
+    run.take(3)
+    started = time.perf_counter()
+    run.take(steps)
+    wall = (time.perf_counter() - started) / steps
+    cuda = experiment.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities) as profiler:
+        run.take(PROFILED)
+    events = profiler.key_averages()
+    run.group.close()
+    found = {"heads": len(configs), "milliseconds": wall * 1e3}
+    if not cuda:
+        return found | {"operators": sum(event.count for event in events if event.key.startswith("aten::")) / PROFILED}
+    busy = sum(event.self_device_time_total for event in events) / PROFILED / 1e6
+    waits = sum(event.count for event in events if event.key == "cudaStreamSynchronize")
+    return found | {
+        "gpu_milliseconds": busy * 1e3,
+        "busy_share": busy / wall,
+        "launches": sum(event.count for event in events if event.key in LAUNCHES) / PROFILED,
+        "waits": waits / PROFILED,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=int, default=120)
+    parser.add_argument("--questions", type=int, default=17, help="questions of each clip")
+    parser.add_argument("--batch", type=int, default=1088, help="questions of a step")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes on the CPU, to see that it runs")
+    args = parser.parse_args()
+    cuda = torch.cuda.is_available() and not args.quick
+    args.frames, args.side, args.width = (16, 14, 768) if cuda else (4, 6, 32)
+    if not cuda:
+        args.clips, args.batch, args.steps = 12, 64, 2
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_data(root, args)
+        path = write_config(root, args, args.batch, 1000)
+        text = yaml.safe_load(path.read_text())
+        text["train"]["device"] = "cuda" if cuda else "cpu"
+        text["head"]["width"] = 256 if cuda else 32
+        path.write_text(yaml.safe_dump(text))
+        config = load_config(path)
+        experiment = open_experiment(config)
+        sweep = [member(config, ratio, seed) for ratio in RATIOS for seed in SEEDS]
+        results = [measure(configs, experiment, args.steps) for configs in ([config], sweep)]
+    for row in results:
+        print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+    result = {"settings": {k: v for k, v in vars(args).items() if k != "out"}, "steps": results, "machine": stamp()}
+    if args.out:
+        args.out.write_text(json.dumps(result | {"cores": os.cpu_count()}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
