@@ -13,12 +13,13 @@ from egopatch.features.common.command_line import find_command
 from egopatch.features.common.os_errors import with_remedy
 from egopatch.features.values.errors import BadLocation, FingerprintMismatch, StoreError
 
-# Each command is the module of the same name in `extract.commands`.
+# Each command is the module of the same name in `extract.commands`; `retry` is `run` as well.
 COMMANDS = {
     "plan": "show what a run would do: clips, bytes, duration, and why it would be refused",
     "run": "encode every clip and question that is missing from the store",
     "status": "show how many clips are stored, quarantined and missing",
     "retry": "run, and try the quarantined clips again",
+    "transcode": "write small copies of all clips with a key frame each second, which decode several times as fast",
     "doctor": "check the annotations and look for every video; exits with 1 if there are faults",
     "data": "download the archives, checkpoints and tokenizers that the config needs",
     "standin": "write a tiny random-weight checkpoint and tokenizer to the config's paths",
@@ -43,7 +44,8 @@ def main(args: Sequence[str] | None = None) -> int:
     parser = ConfigParser(prog=f"extract {name}", description=COMMANDS[name])
     try:
         # Imported here to save start-up time: most commands need torch, which takes seconds to import.
-        return int(import_module(f"egopatch.extract.commands.{name}").main(parser, args[1:]))
+        command = import_module(f"egopatch.extract.commands.{'run' if name == 'retry' else name}")
+        return int(command.main(parser, args[1:], retry=True) if name == "retry" else command.main(parser, args[1:]))
     except (DatasetError, CheckpointError, ConfigError, BadLocation, FingerprintMismatch) as error:
         print(f"extract {name}: error: {error}", file=sys.stderr)
         return 2

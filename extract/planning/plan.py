@@ -13,6 +13,7 @@ from egopatch.extract.datasets.origins import compare_origins, unrecorded_line
 from egopatch.extract.engines.sharing import decoder_count, worker_count
 from egopatch.extract.feed.clips import PreparedClip
 from egopatch.extract.planning.forecast import Forecast, forecast, given_cost, measured_cost
+from egopatch.extract.transcoding.hint import gpu_decoder_hint, long_groups_hint
 from egopatch.extract.worker.device import arithmetic_advice
 from egopatch.extract.worker.job import ExtractionJob, resolve_job
 from egopatch.features import StoreSpec, open_store, store_exists
@@ -86,9 +87,12 @@ def make_plan(config: Config, probe: int) -> Plan:
     refusals = [check.stale_line()] if check.stale else []
     if refusal := disk_refusal(config.store.path, job.spec, len(todo)):
         refusals.append(refusal)
-    advice = arithmetic_advice(config, job.device)
     sample = present[:: max(len(present) // probe, 1)][:probe] if probe else []
     seconds = _probe(job, sample) if sample else None
+    advice = [arithmetic_advice(config, job.device)]
+    if sample:
+        advice.append(long_groups_hint(sample, config.video))
+        advice.append(gpu_decoder_hint(sample, config.video, decoder_count(config, worker_count(config))))
     return Plan(
         clips=len(dataset.clips),
         done=len(stored.origins),
@@ -104,7 +108,7 @@ def make_plan(config: Config, probe: int) -> Plan:
         probed=len(sample),
         seconds_per_clip=seconds,
         hours=None if seconds is None else seconds * len(present) / worker_count(config) / 3600,
-        advice=(advice,) if advice else (),
+        advice=tuple(filter(None, advice)),
         refusals=tuple(refusals),
     )
 

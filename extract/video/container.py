@@ -10,7 +10,7 @@ one's packet the decoder returns what it holds back. If anything is unexpected t
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -39,6 +39,7 @@ from egopatch.extract.video.once import FileVersion, OncePerVideo, version_of
 from egopatch.extract.video.orientation import upright
 
 KEPT_BYTES = 32 * 2**20  # smaller files are read once, for the index and for the decoder
+Shrink = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 NOT_THE_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
 
 
@@ -78,6 +79,7 @@ class VideoFile:
         self._logged = logged
         self._version = version
         self._once = once
+        self._shrink: Shrink | None = None
         self._packets: list[av.Packet[av.VideoStream]] = []
         index = None
         if not once.has("index of frames", version):
@@ -89,8 +91,12 @@ class VideoFile:
         self.index = self._once.find("index of frames", self._version, self._read_frames)
         return self.index
 
-    def pixels(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+    def pixels(self, rows: NDArray[np.int64], shrink: Shrink | None = None) -> list[NDArray[np.uint8]]:
         """The upright frames at `rows` of the index, each uint8 [H, W, 3]; a row may occur twice.
+
+        Args:
+            rows: Rows of the index.
+            shrink: Makes each frame smaller as soon as it is decoded.
 
         Raises:
             UnclearPackets: The packets did not tell which frames the video shows.
@@ -100,6 +106,7 @@ class VideoFile:
             raise self._damaged(row)
         if self._on_gpu:
             self._require_gpu_decoding()
+        self._shrink = shrink
         found: dict[int, NDArray[np.uint8]] = {}
         missing = np.unique(rows)
         while len(missing):
@@ -190,7 +197,7 @@ class VideoFile:
                     return False
                 last = shown
                 if shown in missing:
-                    found[shown] = upright(self.path, frame)
+                    found[shown] = self._finished(frame)
                     missing.remove(shown)
                 if not missing:
                     return True
@@ -262,11 +269,15 @@ class VideoFile:
                 if row in wanted:
                     if index.sums is not None and checksum(frame) != index.sums[row]:
                         return _Stop(row, is_damaged=False)
-                    found[row] = upright(self.path, frame)
+                    found[row] = self._finished(frame)
                 if row == rows[-1]:
                     return None
                 row += 1
         return _Stop(int(rows[0]) if row is None else row, is_damaged=False)
+
+    def _finished(self, frame: "av.VideoFrame") -> NDArray[np.uint8]:
+        pixels = upright(self.path, frame)
+        return self._shrink(pixels) if self._shrink else pixels
 
     def _require_gpu_decoding(self) -> None:
         """Decode the first key frame: a unit that does not know a codec or a format refuses every frame of it."""

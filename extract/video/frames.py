@@ -68,6 +68,12 @@ def uniform_by_time(starts_s: NDArray[np.float64], end_s: float, frames: int) ->
     return np.clip(np.searchsorted(starts_s, centres, side="right") - 1, 0, len(starts_s) - 1)
 
 
+def has_varying_rate(starts_s: NDArray[np.float64]) -> bool:
+    """Whether frames that appear at these times, [count] and rising, are sampled by time."""
+    gaps = np.diff(starts_s)
+    return len(gaps) > 0 and bool(np.ptp(gaps) > CONSTANT_RATE_TOLERANCE * np.median(gaps))
+
+
 def read_frames(clip: Clip, video: VideoConfig, once: OncePerVideo | None = None) -> DecodedClip:
     """Decode the frames of `clip`; `once` remembers the frame index of its video for other clips.
 
@@ -88,8 +94,8 @@ def read_frames(clip: Clip, video: VideoConfig, once: OncePerVideo | None = None
 
 def _read(clip: Clip, video: VideoConfig, file: VideoFile) -> DecodedClip:
     index = file.index
-    rows = _rows_within(clip, index)
-    chosen = rows[_positions(clip, index, rows, video)]
+    rows = rows_within(clip, index)
+    chosen = rows[positions(clip, index, rows, video)]
     frames = decord_pixels(file, chosen) if video.decoder == "decord" else file.pixels(chosen)
     start_s = index.starts_s[rows[0]] if clip.start_s is None else clip.start_s
     times_s = index.starts_s[chosen]
@@ -100,7 +106,12 @@ def _read(clip: Clip, video: VideoConfig, file: VideoFile) -> DecodedClip:
     return DecodedClip(tuple(frames), (times_s - start_s).astype(np.float32), times_s)
 
 
-def _rows_within(clip: Clip, index: FrameIndex) -> NDArray[np.int64]:
+def rows_within(clip: Clip, index: FrameIndex) -> NDArray[np.int64]:
+    """Rows of all frames that `clip` shows: int64 [count], consecutive.
+
+    Raises:
+        VideoError: There is none, or the file is truncated before the clip's end.
+    """
     start = -np.inf if clip.start_s is None else clip.start_s
     end = np.inf if clip.end_s is None else clip.end_s
     if index.damage and end > index.end_s:
@@ -120,8 +131,12 @@ def _rows_within(clip: Clip, index: FrameIndex) -> NDArray[np.int64]:
     return rows
 
 
-def _positions(clip: Clip, index: FrameIndex, rows: NDArray[np.int64], video: VideoConfig) -> NDArray[np.int64]:
-    """Positions in `rows`, the clip's frames, of the frames to decode."""
+def positions(clip: Clip, index: FrameIndex, rows: NDArray[np.int64], video: VideoConfig) -> NDArray[np.int64]:
+    """Positions in `rows`, the clip's frames, of the frames to decode: int64 [T], or fewer.
+
+    Raises:
+        VideoError: There are fewer than `video.frames`, and `video.short` is `quarantine`.
+    """
     count = len(rows)
     if count < video.frames:
         if video.short == "quarantine":
@@ -130,8 +145,7 @@ def _positions(clip: Clip, index: FrameIndex, rows: NDArray[np.int64], video: Vi
             return np.arange(count)
         return uniform_indices(count, video.frames)
     starts_s = index.starts_s[rows]
-    gaps = np.diff(starts_s)
-    if len(gaps) and np.ptp(gaps) > CONSTANT_RATE_TOLERANCE * np.median(gaps):
+    if has_varying_rate(starts_s):
         end_s = float(index.starts_s[rows[-1] + 1]) if rows[-1] + 1 < len(index.pts) else index.end_s
         return uniform_by_time(starts_s, end_s, video.frames)
     return uniform_indices(count, video.frames)

@@ -1,0 +1,127 @@
+"""A copy of a data set whose clips are small files of their own; an interrupted job resumes where it stopped.
+
+The journal `transcoded.jsonl` names each copy that was verified, with the video, size and stretch that it was made of.
+A copy is made again where one of these has changed, or where its own file is gone or has another size.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from egopatch.configs.schema import Config, ConfigError
+from egopatch.extract.datasets import Clip, load_dataset
+from egopatch.extract.datasets.egotaskqa import ANNOTATION_FOLDERS, VIDEO_FOLDER
+from egopatch.extract.engines.sharing import decoder_count
+from egopatch.extract.feed.pool import DecodePool, UndecodedClip
+from egopatch.extract.transcoding.segment import SETTINGS, Segment, write_segment
+from egopatch.features.common.progress import ProgressDisplay
+from egopatch.features.io.files import append_synced, locked, make_folder, write_file
+
+JOURNAL = "transcoded.jsonl"
+JSONL_VIDEOS = "videos"
+SLOWER = 30  # times `video.timeout_s` for a clip, all of whose frames are decoded and encoded
+
+
+@dataclass(frozen=True)
+class Transcoded:
+    """What a job did.
+
+    Attributes:
+        made: Copies of this job.
+        kept: Number of copies that were there.
+        failed: Reason by id of each clip that has no copy.
+    """
+
+    made: tuple[Segment, ...]
+    kept: int
+    failed: dict[str, str]
+
+
+def transcode(config: Config, out: Path) -> Transcoded:
+    """Write a copy of each clip, and the annotations, to `out`: then `--data.root OUT` is the same data set.
+
+    Raises:
+        DatasetError: As `extract.datasets.load_dataset`.
+        ConfigError: The data set is of a registered kind, whose layout is not known; or `out` is the data set itself.
+    """
+    data = config.data
+    if data.name not in ("egotaskqa", "jsonl"):
+        raise ConfigError(f"data.name is {data.name}; transcode knows the layouts of egotaskqa and jsonl")
+    if out.resolve() == data.root.resolve():
+        raise ConfigError(f"--out is {out}, which is data.root; give another folder")
+    clips = load_dataset(data).clips
+    folder = out / (VIDEO_FOLDER if data.name == "egotaskqa" else JSONL_VIDEOS)
+    make_folder(folder)
+    made: list[Segment] = []
+    failed: dict[str, str] = {}
+    with locked(out / JOURNAL) as journal:
+        known = _read(journal)
+        todo = [clip for clip in clips if not _is_copied(clip, known.get(clip.clip_id), folder)]
+        # Killed jobs leave what they had begun; names of clips do not begin with a dot and end so.
+        for unfinished in folder.glob(".*.mp4.*"):
+            unfinished.unlink()
+        video = replace(config.video, decoder="pyav", timeout_s=SLOWER * config.video.timeout_s)
+        with (
+            DecodePool(video, decoder_count(config, 1), partial(write_segment, folder=folder)) as pool,
+            ProgressDisplay("transcode", len(todo), "clips") as display,
+        ):
+            for clip, result in zip(todo, pool.map(todo), strict=True):
+                if isinstance(result, UndecodedClip):
+                    failed[result.clip.clip_id] = result.reason
+                else:
+                    made.append(result)
+                    append_synced(journal, json.dumps(_made_of(clip) | asdict(result)).encode() + b"\n")
+                display.advance(1)
+    _write_annotations(config, out, clips)
+    return Transcoded(tuple(made), len(clips) - len(todo), failed)
+
+
+def _made_of(clip: Clip) -> dict[str, object]:
+    size = clip.video.stat().st_size if clip.video.is_file() else None
+    return {
+        "video": str(clip.video.absolute()), "video_size": size, "start_s": clip.start_s, "end_s": clip.end_s,
+        "settings": SETTINGS,
+    }  # fmt: skip
+
+
+def _is_copied(clip: Clip, record: dict[str, object] | None, folder: Path) -> bool:
+    copy = folder / f"{clip.clip_id}.mp4"
+    if record is None or not copy.is_file() or copy.stat().st_size != record.get("size"):
+        return False
+    now = _made_of(clip)
+    if now["video_size"] is None:  # a video that is gone is no fault of its copy
+        now["video_size"] = record.get("video_size")
+    return all(record.get(name) == value for name, value in now.items())
+
+
+def _read(journal: int) -> dict[str, dict[str, object]]:
+    """The last record of each clip; a line that a crash cut short is ended, and counts as none."""
+    content = os.pread(journal, os.fstat(journal).st_size, 0)
+    if content and not content.endswith(b"\n"):
+        append_synced(journal, b"\n")
+    records = {}
+    for line in content.splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        records[record["clip_id"]] = record
+    return records
+
+
+def _write_annotations(config: Config, out: Path, clips: Sequence[Clip]) -> None:
+    data = config.data
+    if data.name == "egotaskqa":
+        for name in ANNOTATION_FOLDERS:
+            if (data.root / name).is_dir():
+                shutil.copytree(data.root / name, out / name, dirs_exist_ok=True)
+        return
+    lines = [json.dumps({"clip_id": c.clip_id, "video": f"{JSONL_VIDEOS}/{c.clip_id}.mp4"}) for c in clips]
+    for name in (data.clips, data.questions):
+        make_folder((out / name).parent)
+    write_file(out / data.clips, "".join(f"{line}\n" for line in lines).encode())
+    write_file(out / data.questions, (data.root / data.questions).read_bytes())

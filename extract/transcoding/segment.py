@@ -1,0 +1,158 @@
+"""The copy of one clip: every frame that the clip shows, at its time, but smaller and with a key frame each second."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.frame import PictureType
+from numpy.typing import NDArray
+
+from egopatch.configs.schema import VideoConfig
+from egopatch.extract.datasets import Clip
+from egopatch.extract.video.container import UnclearPackets, VideoFile, open_video
+from egopatch.extract.video.frames import has_varying_rate, rows_within
+from egopatch.extract.video.index import VideoError
+from egopatch.extract.video.once import OncePerVideo, version_of
+from egopatch.features.io.files import replacing
+
+SHORT_SIDE = 288
+KEY_FRAME_S = 1.0
+UNITS_PER_S = 90_000
+# One encoder a process, because every core runs a process of its own; key frames come only where they are asked for.
+X264 = {"crf": "18", "preset": "veryfast", "forced-idr": "1", "g": "100000", "sc_threshold": "0", "threads": "1"}
+SETTINGS = f"short side {SHORT_SIDE}, a key frame every {KEY_FRAME_S:g} s, x264 {X264['preset']} crf {X264['crf']}"
+MOST_ROWS = 512  # small frames in memory at a time: 230 MB
+SAME_TIME_S = 1e-3
+SAME_MEAN = 4.0  # of the levels of a frame, 0 to 255; another frame of a moving picture differs by more, as a rule
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A copy that was written and verified.
+
+    Attributes:
+        clip_id: The clip.
+        frames: Number of its frames.
+        seconds: Its duration.
+        size: Bytes of the file.
+    """
+
+    clip_id: str
+    frames: int
+    seconds: float
+    size: int
+
+
+def write_segment(clip: Clip, video: VideoConfig, once: OncePerVideo | None = None, *, folder: Path) -> Segment:
+    """Write `folder/CLIP_ID.mp4`, verify it, and only then let it take its name.
+
+    Raises:
+        VideoError: As `extract.video.frames.read_frames`; or the copy does not hold the clip's frames.
+    """
+    target = folder / f"{clip.clip_id}.mp4"
+    before = version_of(clip.video) if clip.video.exists() else None
+    with open_video(clip.video, once) as file, replacing(target) as temporary:
+        try:
+            times_s, means = _write(clip, file, temporary)
+        except UnclearPackets:
+            file.decode_through()
+            times_s, means = _write(clip, file, temporary)
+        _verify(temporary, times_s, means)
+        if before != version_of(clip.video):
+            raise VideoError(f"video {clip.video} was changed while it was read; run the same command again")
+        size = temporary.stat().st_size
+    return Segment(clip.clip_id, len(times_s), float(times_s[-1]), size)
+
+
+def _write(clip: Clip, file: VideoFile, path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Encode the clip's frames; returns their times [count] from the first one, and their mean colours [count, 3]."""
+    index = file.index
+    rows = rows_within(clip, index)
+    times_s = index.starts_s[rows] - index.starts_s[rows[0]]
+    end_s = index.starts_s[rows[-1] + 1] if rows[-1] + 1 < len(index.pts) else index.end_s
+    units = np.round(np.append(times_s, end_s - index.starts_s[rows[0]]) * UNITS_PER_S).astype(int).tolist()
+    durations = {start: end - start for start, end in pairwise(units)}
+    means = np.empty((len(rows), 3))
+    rate = Fraction(1 / max(float(np.median(np.diff(times_s))), 1e-3)).limit_denominator(1000) if len(rows) > 1 else 1
+    with av.open(str(path), "w", format="mp4") as out:
+        # With B-frames, mp4 does not keep the end of the last frame, which counts where the rate varies.
+        options = X264 | {"bf": "0"} if has_varying_rate(times_s) else X264
+        stream = out.add_stream("libx264", rate=rate, options=options)
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = stream.time_base = Fraction(1, UNITS_PER_S)
+        second = -1
+        for number, pixels in enumerate(_small(file, rows)):
+            if number == 0:
+                stream.height, stream.width = pixels.shape[:2]
+            if pixels.shape[:2] != (stream.height, stream.width):
+                raise VideoError(
+                    f"video {clip.video} changes its size within clip {clip.clip_id}; use the video itself"
+                )
+            means[number] = pixels.mean((0, 1))
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = units[number], stream.codec_context.time_base
+            # Times may be a little short of a second.
+            if (now := math.floor(times_s[number] / KEY_FRAME_S + SAME_TIME_S)) > second:
+                frame.pict_type, second = PictureType.I, now
+            _mux(out, stream.encode(frame), durations)
+        _mux(out, stream.encode(), durations)
+    return times_s, means
+
+
+def _mux(
+    out: "av.container.OutputContainer", packets: "list[av.Packet[av.VideoStream]]", durations: dict[int, int]
+) -> None:
+    for packet in packets:
+        packet.duration = durations[packet.pts]
+        out.mux(packet)
+
+
+def _small(file: VideoFile, rows: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
+    """The frames at `rows`, which are consecutive, with an even width and height and a short side of `SHORT_SIDE`."""
+    start = 0
+    while start < len(rows):
+        # From key frame to key frame, so that few groups are begun twice.
+        keys = np.flatnonzero(np.isin(rows[start + 1 : start + MOST_ROWS], file.index.keys[:, 2]))
+        end = start + 1 + int(keys[-1]) if len(keys) and start + MOST_ROWS < len(rows) else start + MOST_ROWS
+        yield from file.pixels(rows[start:end], _shrunk)
+        start = end
+
+
+def _shrunk(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    height, width = pixels.shape[:2]
+    scale = min(SHORT_SIDE / min(height, width), 1.0)
+    small = [max(round(extent * scale / 2) * 2, 2) for extent in (width, height)]
+    frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+    return frame.reformat(*small, format="rgb24", interpolation="AREA", threads=1).to_ndarray()
+
+
+def _verify(path: Path, times_s: NDArray[np.float64], means: NDArray[np.float64]) -> None:
+    """Compare the copy with what it was made of: number, times and mean colours of frames, and its key frames."""
+    with open_video(path) as copy:
+        index = copy.index
+        if len(index.pts) != len(times_s) or index.damage:
+            raise _wrong(
+                path, f"it has {len(index.pts)} frames, expected {len(times_s)}{index.damage and '; '}{index.damage}"
+            )
+        if np.abs(index.starts_s - index.starts_s[0] - times_s).max() > SAME_TIME_S:
+            raise _wrong(path, "its frames have other times")
+        longest_s = np.diff(times_s).max(initial=0.0)
+        if (
+            np.diff([*index.starts_s[index.keys[:, 2]], index.starts_s[-1]]).max()
+            > KEY_FRAME_S + longest_s + SAME_TIME_S
+        ):
+            raise _wrong(path, f"its key frames are over {KEY_FRAME_S:g} s apart")
+        rows = np.arange(len(index.pts))
+        for start in range(0, len(rows), MOST_ROWS):
+            for row, pixels in enumerate(copy.pixels(rows[start : start + MOST_ROWS]), start):
+                if np.abs(pixels.mean((0, 1)) - means[row]).max() > SAME_MEAN:
+                    raise _wrong(path, f"its frame at {times_s[row]:.3f} s has other colours")
+
+
+def _wrong(path: Path, what: str) -> VideoError:
+    return VideoError(f"the copy {path} cannot be used: {what}; use the video itself, and report this")
