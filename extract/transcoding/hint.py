@@ -61,9 +61,9 @@ def long_groups_hint(clips: Sequence[Clip], video: VideoConfig) -> str | None:
         return None
     group_s = sum(one.group_s for one in needed) / len(needed)
     return (
-        f"key frames are {group_s:.1f} s apart, so a clip of {video.frames} frames costs {now / len(needed):.0f}; of small"
-        " copies, which `python -m extract transcode --config CONFIG --out DIR` writes, it would cost"
-        f" {copied / len(needed):.0f}"
+        f"key frames are {group_s:.1f} s apart, so a clip of {video.frames} frames costs {now / len(needed):.0f}; it would"
+        f" cost {copied / len(needed):.0f} of the small copies that `python -m extract transcode --config CONFIG --out DIR`"
+        " writes"
     )
 
 
