@@ -36,8 +36,8 @@ class DataConfig:
     """The data set.
 
     Args:
-        name: Layout of the data set: `egotaskqa` (the released files), `jsonl` (your own videos), or one that a
-            package or a call registers.
+        name: Layout of the data set: `egotaskqa`, `qaego4d`, `qaego4d-close`, `nextqa`, `egoschema` (the released
+            files), `jsonl` (your own videos), or one that a package or a call registers.
         root: Folder with the annotations and the videos.
         split: EgoTaskQA's split by reference type, which is also the tag that the published "All" counts.
         clips: `jsonl` only: file in `root` with one clip a line: clip_id, video, start_s, end_s.

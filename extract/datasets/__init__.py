@@ -1,6 +1,6 @@
 """Data sets: annotation files in, clips and questions out.
 
-`records` defines the dataclasses, `parsing` reads files and reports faults by line, each adapter (`egotaskqa`, `jsonl`)
+`records` defines the dataclasses, `parsing` reads files and reports faults by line, each adapter (such as `egotaskqa`)
 reads one layout, and `registry` picks the adapter by `data.name`, from this package or another. `egosynth` renders the
 synthetic set. Other packages use the names below, and the answer vocabulary in `records`.
 """

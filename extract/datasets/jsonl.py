@@ -150,6 +150,9 @@ def _question(record: object) -> tuple[Part, Question]:
 
 
 def _right_option(fields: Mapping[str, Any], options: tuple[str, ...]) -> str:
+    compared = [option.strip().lower() for option in options]
+    if twice := next((option for place, option in enumerate(compared) if option in compared[:place]), None):
+        raise ValueError(f"has the option {twice!r} twice; expected different ones")
     index = fields.get("answer_index")
     if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(options):
         raise ValueError(

@@ -76,7 +76,7 @@ class Question:
             the right one is not published.
 
     Raises:
-        ValueError: There are too few or too many options, two are the same, or none is the answer.
+        ValueError: There are too few or too many options, or none is the answer.
     """
 
     question_id: str
@@ -95,8 +95,6 @@ class Question:
         if not MIN_OPTIONS <= len(self.options) <= MAX_OPTIONS:
             raise ValueError(f"has {len(self.options)} options; expected {MIN_OPTIONS} to {MAX_OPTIONS}")
         compared = [option.strip().lower() for option in self.options]
-        if twice := next((option for place, option in enumerate(compared) if option in compared[:place]), None):
-            raise ValueError(f"has the option {twice!r} twice; expected different ones")
         if self.answer and self.answer not in compared:
             raise ValueError(f"has the answer {self.answer!r}, which is none of its options {', '.join(compared)}")
 

@@ -8,14 +8,18 @@ from collections.abc import Callable
 
 from egopatch.configs.plugins import Plugins
 from egopatch.configs.schema import ConfigError, DataConfig
-from egopatch.extract.datasets import egotaskqa, jsonl
+from egopatch.extract.datasets import egoschema, egotaskqa, jsonl, nextqa, qaego4d
 from egopatch.extract.datasets.records import Dataset
 
 Loader = Callable[[DataConfig], Dataset]
 
 LOADERS: dict[str, Loader] = {
+    "egoschema": lambda data: egoschema.load(data.root, data.split),
     "egotaskqa": lambda data: egotaskqa.load(data.root, data.split),
     "jsonl": lambda data: jsonl.load(data.root / data.clips, data.root / data.questions, data.root, data.split),
+    "nextqa": lambda data: nextqa.load(data.root, data.split),
+    "qaego4d": lambda data: qaego4d.load(data.root, data.split, close=False),
+    "qaego4d-close": lambda data: qaego4d.load(data.root, data.split, close=True),
 }
 
 

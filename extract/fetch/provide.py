@@ -132,6 +132,9 @@ def _dataset(config: Config, sources: Sources) -> Iterator[RequiredFile]:
             yield RequiredFile(str(root / name), root / name)
         return
     for file, folders in source.files.items():
+        if not folders:
+            yield RequiredFile(f"{source.name}/{file}", root / file, source, source.link(file))
+            continue
         contents = tuple(root / folder for folder in folders)
         yield RequiredFile(f"{source.name}/{file}", root / "archives" / file, source, source.link(file), contents, root)
 

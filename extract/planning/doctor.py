@@ -166,7 +166,7 @@ def _of_questions(split: str, dataset: Dataset) -> Iterator[Finding]:
     """Faults and notes within one split."""
     everything = [(part, question) for part, questions in dataset.questions.items() for question in questions]
     yield _note(
-        f"{split}parts without a question; training needs all three",
+        f"{split}parts without a question; training needs all three, `train evaluate --from` test alone",
         [part for part in PARTS if not dataset.questions[part]],
     )
     part_of: dict[str, str] = {}
@@ -187,6 +187,18 @@ def _of_questions(split: str, dataset: Dataset) -> Iterator[Finding]:
     yield _fault(
         f"{split}verify questions whose answer is neither yes nor no",
         [shown(p, q) for p, q in everything if q.form == "binary" and q.answer not in VERIFY_ANSWERS],
+    )
+    yield _note(
+        f"{split}questions with the same option twice",
+        [
+            f"{q.question_id} in {p}"
+            for p, q in everything
+            if len({o.strip().lower() for o in q.options}) < len(q.options)
+        ],
+    )
+    yield _note(
+        f"{split}test questions whose right option is not published; they count nowhere",
+        [f"{q.question_id} in {p}" for p, q in everything if q.options and not q.answer],
     )
     answers = set(dataset.answers)
     yield _fault(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from egopatch.configs.schema import Config, ConfigError, HeadConfig
+from egopatch.features import create_store, open_store
 from egopatch.train.data.batch import Batch, Options
 from egopatch.train.fitting.experiment import open_experiment
 from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.run_group import build_stacked_heads
 from egopatch.train.heads.common.choice import ABSENT, Choice, LongestOption
 from egopatch.train.heads.common.question import Sizes
+from egopatch.train.rundir.card import RunError
 from egopatch.train.sweeps.sweep import run_sweep
 from tests.train import tiny as miniature
 from tests.train.tiny import COLOURS, FIELDS, PLACES, with_run, write_stores, write_tiny
@@ -170,3 +173,51 @@ def test_what_does_not_fit_multiple_choice(choice: Config, tmp_path: Path) -> No
         ConfigError, match=r"head\.name is longest-option, but the questions have no options; use majority"
     ):
         fit(other, "x")
+
+
+def test_a_head_that_was_trained_elsewhere(choice: Config, tmp_path: Path) -> None:
+    """As on EgoSchema: there is no training part, and most answers are not published."""
+    trained = with_run(choice, "trained", train_epochs=1)
+    fit(trained, "x")
+    root = tmp_path / "egoschema"
+    root.mkdir()
+    lines = [json.loads(line) for line in (choice.data.root / "questions.jsonl").read_text().splitlines()]
+    asked = {line["clip_id"].replace("|", "_"): line for line in lines if line["clip_id"] != BAD}
+    records = [
+        {
+            "q_uid": uid,
+            "question": line["question"],
+            **{f"option {n}": o for n, o in enumerate([*line["options"], "red"])},
+        }
+        for uid, line in asked.items()
+    ]
+    (root / "questions.json").write_text(json.dumps(records))
+    (root / "subset_answers.json").write_text(
+        json.dumps({uid: line["answer_index"] for uid, line in [*asked.items()][:9]})
+    )
+    store = open_store(choice.store.path)
+    copy = create_store(tmp_path / "store2", store.spec, store.fingerprint, list(asked))
+    for work in copy.missing_shards():
+        arrays = store.read_arrays([asked[uid]["clip_id"] for uid in work.ids])
+        rows = {uid: {name: rows[n] for name, rows in arrays.items()} for n, uid in enumerate(work.ids)}
+        copy.write_shard(work.shard, rows, dict.fromkeys(rows, "sha"))
+    shutil.copytree(tmp_path / "store" / "text", tmp_path / "store2" / "text")
+    there = dataclasses.replace(
+        with_run(trained, "there"),
+        data=dataclasses.replace(trained.data, name="egoschema", root=root),
+        store=dataclasses.replace(trained.store, path=tmp_path / "store2"),
+    )
+    metrics = evaluate(there, "the command", source=trained.run.dir)
+    assert metrics.all.n == 9
+    assert result(there)["all"]["n"] == 9
+    indices = json.loads((there.run.dir / "submission.json").read_text())
+    assert indices.keys() == asked.keys()
+    assert set(indices.values()) <= set(range(5))
+    rows = (there.run.dir / "submission.csv").read_text().splitlines()
+    assert rows[0] == "q_uid,answer"
+    assert len(rows) == 1 + len(asked)
+    assert json.loads((there.run.dir / "card.json").read_text())["command"] == "the command"
+    with pytest.raises(RunError, match=r"holds a head that was trained there; use another --run.dir"):
+        evaluate(trained, source=there.run.dir)
+    with pytest.raises(RunError, match=r"0 train, 0 val, 5[0-9] test questions; expected some of each"):
+        fit(with_run(there, "untrained"), "x")

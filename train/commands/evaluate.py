@@ -1,14 +1,18 @@
 """`train evaluate`: evaluate a trained head, or a published checkpoint, on test."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from egopatch.configs.schema import ConfigParser, add_config_arguments, parse_config
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Evaluate and print the accuracies on test."""
+    parser.add_argument(
+        "--from", type=Path, metavar="RUN", help="folder of a run whose head is evaluated on this config's data set"
+    )
     add_config_arguments(parser)
-    config, _ = parse_config(parser, args)
+    config, options = parse_config(parser, args)
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
     from egopatch.train.fitting.experiment import pick_device
     from egopatch.train.fitting.fit import evaluate
@@ -16,7 +20,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     from egopatch.train.scores.metrics import headline
 
     with join(cuda=pick_device(config.train.device).type == "cuda") as ranks:
-        metrics = evaluate(config, " ".join(["python -m train evaluate", *args]), ranks)
+        metrics = evaluate(config, " ".join(["python -m train evaluate", *args]), ranks, options["from"])
         name, split = config.head.name, config.data.split
         ranks.print_once(f"{config.run.dir}: {name} on the {split} test questions: {headline(metrics)}")
     return 0

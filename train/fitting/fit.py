@@ -57,7 +57,7 @@ def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
     with hold_when_free(folder, ranks), shortage_explained(config.train, folder):
         if ranks.broadcast(lambda: run_folder.is_finished(folder)):
             ranks.print_once(f"{folder} is already trained; evaluating its checkpoint")
-            return _evaluate(config, ranks)
+            return _evaluate(config, ranks, folder)
         started = time.monotonic()
         ranks.broadcast(lambda: run_folder.claim(folder, config))
         experiment = open_experiment(config, ranks=ranks)
@@ -146,41 +146,68 @@ def test_groups(groups: Sequence[RunGroup], experiment: Experiment, command: str
     return [metrics for group, group_answers in pairs for metrics in group.write_results(group_answers)]
 
 
-def evaluate(config: Config, command: str = "python -m train evaluate", ranks: Distributed = ALONE) -> Metrics:
+def evaluate(
+    config: Config,
+    command: str = "python -m train evaluate",
+    ranks: Distributed = ALONE,
+    source: Path | None = None,
+) -> Metrics:
     """Evaluate the checkpoint in `config.run.dir` on *test* and write `test.json` and its companions.
 
     The card decides which head it is; `config` says where data and features are. If nothing was trained in the folder
     and `head.checkpoint` is set, that checkpoint is evaluated: see `train.fitting.published`.
 
+    Args:
+        config: The experiment.
+        command: Command line, for the model card.
+        ranks: Processes that answer together.
+        source: Folder of a run on another data set, whose head is evaluated on this one; results and a card are
+            written to `config.run.dir`.
+
     Raises:
-        RunError: there is no checkpoint, it belongs to another head, or clips were encoded again after it had been
-            trained on them.
+        RunError: there is no checkpoint, it belongs to another head, clips were encoded again after it had been
+            trained on them, or `source` is given and a head was trained in `config.run.dir`.
         FingerprintMismatch: the store holds other features than the head was trained on.
     """
+    if source is not None:
+        return _evaluate_elsewhere(config, command, ranks, source)
     if config.head.checkpoint is not None and not ranks.broadcast(lambda: has_run(config)):
         return evaluate_published(config, command, ranks)
     # A folder without a card is refused before it is created.
     ranks.broadcast(lambda: Card.read(config.run.dir))
     with hold_when_free(config.run.dir, ranks), shortage_explained(config.train, config.run.dir):
-        return _evaluate(config, ranks)
+        return _evaluate(config, ranks, config.run.dir)
 
 
-def _evaluate(config: Config, ranks: Distributed) -> Metrics:
-    """Evaluate the checkpoint in `config.run.dir`, whose lease the caller holds."""
-    out, card = config.run.dir, ranks.broadcast(lambda: Card.read(config.run.dir))
+def _evaluate_elsewhere(config: Config, command: str, ranks: Distributed, source: Path) -> Metrics:
+    """Evaluate the head in `source` on the data set of `config`, into `config.run.dir`."""
+    out, card = config.run.dir, ranks.broadcast(lambda: Card.read(source))
+    if ranks.broadcast(lambda: (out / run_folder.WEIGHTS).exists()):
+        raise RunError(f"run.dir {out} holds a head that was trained there; use another --run.dir")
+    with hold_when_free(out, ranks), shortage_explained(config.train, out):
+        metrics = _evaluate(config, ranks, source)
+        if ranks.first:
+            replace(card, config=run_folder.plain(config), command=command).write(out)
+        return metrics
+
+
+def _evaluate(config: Config, ranks: Distributed, source: Path) -> Metrics:
+    """Evaluate the checkpoint in `source`; the caller holds the lease of `config.run.dir`."""
+    card = ranks.broadcast(lambda: Card.read(source))
     if card.model != config.head.name:
-        raise RunError(f"{out} holds a {card.model} head but head.name is {config.head.name!r}; check run.dir")
+        raise RunError(f"{source} holds a {card.model} head but head.name is {config.head.name!r}; check run.dir")
     train = replace(config.train, seed=card.seed, ema=0.0)
     config = replace(config, head=_head_of(card, config.head), train=train)
     experiment = open_experiment(config, card, ranks)
-    experiment.require_trained_on(out)
+    if source == config.run.dir:
+        experiment.require_trained_on(source)
     heads = build_stacked_heads([config], experiment, order_seed=card.seed)
     try:
-        heads.load_weights(0, ranks.broadcast(lambda: run_folder.load_weights(out, card.best_epoch)))
+        heads.load_weights(0, ranks.broadcast(lambda: run_folder.load_weights(source, card.best_epoch)))
     except ValueError as error:
         if isinstance(error, RunError):
             raise
-        raise RunError(f"{out / run_folder.WEIGHTS} does not fit a {card.model} head: {error}") from None
+        raise RunError(f"{source / run_folder.WEIGHTS} does not fit a {card.model} head: {error}") from None
     ((answers,),) = answer_table([heads], experiment.features, experiment.encoded["test"], config.train.batch)
     return TrainingRun(config, experiment).write_results(answers)
 

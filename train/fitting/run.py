@@ -3,13 +3,15 @@
 import io
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from egopatch.configs.schema import Config
+from egopatch.extract.datasets import Question
 from egopatch.extract.encoders.checkpoints.checkpoint import PUBLISHED_NETWORKS
 from egopatch.features import Fingerprint
 from egopatch.train.fitting.answers import Answers, score_part
@@ -190,6 +192,7 @@ class TrainingRun:
             return metrics
         lines = [json.dumps({"question_id": name, "answer": answer}) + "\n" for name, answer in texts.items()]
         run_folder.write_whole(out / run_folder.PREDICTIONS, "".join(lines))
+        _write_submission(out, experiment.tables["test"].questions, texts)
         table = experiment.encoded["test"]
         if answers.kept is not None:
             content = io.BytesIO()
@@ -211,6 +214,19 @@ class TrainingRun:
         if self.best is None:
             return "no val yet"
         return f"best val all {self.best['all']:.2f} (epoch {self.best['epoch']})"
+
+
+def _write_submission(out: Path, questions: Sequence[Question], answers: Mapping[str, str]) -> None:
+    """Write the options' indices for the server of a benchmark, where it keeps right answers to itself.
+
+    `submission.json` is `{question_id: index}`, `submission.csv` has the columns `q_uid,answer`.
+    """
+    if all(question.answer for question in questions):
+        return
+    indices = {q.question_id: q.options.index(answers[q.question_id]) for q in questions}
+    run_folder.write_whole(out / "submission.json", json.dumps(indices, indent=0) + "\n")
+    rows = "".join(f"{name},{index}\n" for name, index in indices.items())
+    run_folder.write_whole(out / "submission.csv", f"q_uid,answer\n{rows}")
 
 
 def system_name(config: Config) -> str:

@@ -206,7 +206,8 @@ def build_stacked_heads(configs: Sequence[Config], experiment: Experiment, order
     options, smoothing = experiment.train_table.options, configs[0].train.label_smoothing
     if smoothing and options is not None and bool((options == NO_OPTION).any()):
         raise ConfigError(
-            f"train.label_smoothing is {smoothing}, but some questions have fewer than {options.shape[1]} options; use 0"
+            f"train.label_smoothing is {smoothing}, but some questions have fewer than {options.shape[1]} options; "
+            "use 0"
         )
     heads = []
     for config in configs:
@@ -214,7 +215,7 @@ def build_stacked_heads(configs: Sequence[Config], experiment: Experiment, order
             torch.manual_seed(config.train.seed)
             heads.append(build_head(config, experiment.sizes).to(experiment.device))
     ranks, train = experiment.ranks, configs[0].train
-    if ranks.first:
+    if ranks.first and len(experiment.train_table):
         measure_inputs(heads, experiment.features, experiment.train_table)
     ranks.broadcast_tensors([tensor for head in heads for tensor in head.state_dict().values()])
     learns = any(parameter.requires_grad for parameter in heads[0].parameters())

@@ -375,3 +375,13 @@ def test_the_packaged_links_lock_in_the_current_directory(tmp_path: Path, monkey
     own = tmp_path / "own.yaml"
     shutil.copy(DEFAULT_SOURCES, own)
     assert load_sources(own).lock_path == tmp_path / "own.lock.json"
+
+
+def test_files_of_a_data_set_that_are_no_archives(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
+    published.server.files |= {"/train.csv": Served(b"a,b\n"), "/map.json": Served(b"{}")}
+    tree = yaml.safe_load((published.root / "sources.yaml").read_text())
+    tree["datasets"]["nextqa"] = published._source(["train.csv", "map.json"])
+    (published.root / "sources.yaml").write_text(yaml.safe_dump(tree))
+    assert main([*published.args, "--data.name", "nextqa"]) == 0
+    assert (published.root / "data" / "train.csv").read_bytes() == b"a,b\n"
+    assert {"nextqa/train.csv", "nextqa/map.json"} <= published.lock.keys()

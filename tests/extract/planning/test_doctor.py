@@ -8,6 +8,7 @@ import pytest
 
 from egopatch.extract.__main__ import main
 from egopatch.extract.encoders.checkpoints.package import MINILM
+from tests.extract.datasets.test_released import egoschema, nextqa, qaego4d
 
 ANSWERS = "<UNK0>\n<UNK1>\ncup\nyes\nno\n"
 SPLITS = ("direct", "indirect")
@@ -180,9 +181,31 @@ def test_questions_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert code == 1
     assert findings["clips without a video file"] == ("fault", [f"b: {tmp_path / 'b.mp4'}"])
     assert findings["verify questions whose answer is neither yes nor no"] == ("fault", ["2 in test: 'maybe'"])
-    assert findings["parts without a question; training needs all three"] == ("note", ["val"])
+    without = "parts without a question; training needs all three, `train evaluate --from` test alone"
+    assert findings[without] == ("note", ["val"])
     assert (counts["clips"], counts["train questions"], counts["test binary"]) == (2, 1, 1)
     (tmp_path / "b.mp4").write_bytes(b"video")
     asked[1]["answer"] = "no"
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
     assert doctor(tmp_path, capsys, "--data.name", "jsonl")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["qaego4d", "qaego4d-close", "nextqa", "egoschema"])
+def test_released_sets(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    {"qaego4d": qaego4d, "nextqa": nextqa, "egoschema": egoschema}[name.removesuffix("-close")](tmp_path)
+    code, counts, findings = doctor(tmp_path, capsys, "--data.name", name)
+    assert code == 1
+    assert findings.keys() - {"clips without a video file"} == (
+        {
+            "parts without a question; training needs all three, `train evaluate --from` test alone",
+            "test questions whose right option is not published; they count nowhere",
+        }
+        if name == "egoschema"
+        else set()
+    )
+    for line in findings["clips without a video file"][1]:
+        video = Path(line.partition(": ")[2])
+        video.parent.mkdir(parents=True, exist_ok=True)
+        video.write_bytes(b"video")
+    assert counts["clips"] == (2 if name == "nextqa" else 3)
+    assert doctor(tmp_path, capsys, "--data.name", name)[0] == 0

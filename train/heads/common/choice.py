@@ -19,9 +19,9 @@ ABSENT = -1e4
 class Choice(nn.Module):
     """Scores of (question, option): options are read like questions, and compared with what the head looks for.
 
-    The head gives W numbers for each question in place of a logit for each answer. The score of an option is their scaled
-    product with the option's own W numbers, plus a number that depends on the option alone. So a head reads question and
-    video once, however many options there are.
+    The head gives W numbers for each question in place of a logit for each answer. The score of an option is their
+    scaled product with the option's own W numbers, plus a number that depends on the option alone. So a head reads
+    question and video once, however many options there are.
 
     Args:
         head: Head that was built for W answers.

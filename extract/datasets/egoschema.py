@@ -1,0 +1,95 @@
+"""EgoSchema as released: `questions.json`, `subset_answers.json`, and `videos/{q_uid}.mp4`.
+
+All questions are of the part test: a head that was trained elsewhere is evaluated. Answers to 500 questions are
+published; accuracies are over those, and the answers to all questions are written for the benchmark's server.
+
+Source: Mangalam et al., "EgoSchema: A diagnostic benchmark for very long-form video language understanding", NeurIPS
+2023.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+
+from egopatch.extract.datasets import parsing
+from egopatch.extract.datasets.records import (
+    Clip,
+    Dataset,
+    DatasetError,
+    Question,
+    answer_vocabulary,
+    texts_of,
+)
+
+VIDEO_FOLDER = "videos"
+QUESTIONS, ANSWERS = "questions.json", "subset_answers.json"
+OPTIONS = 5
+
+
+def load(root: Path, split: str) -> Dataset:
+    """Clips and questions below `root`.
+
+    Raises:
+        DatasetError: A file is missing, or a record is malformed or repeats an id; one line a fault.
+    """
+    problems: list[str] = []
+    answers: dict[str, object] = {}
+    found: dict[str, Question] = {}
+    try:
+        answers = _answers(root / ANSWERS)
+    except ValueError as error:
+        problems.append(str(error))
+    path = root / QUESTIONS
+    try:
+        records = parsing.read_json_records(path, "EgoSchema's questions")
+    except ValueError as error:
+        raise DatasetError([*problems, str(error)]) from None
+    positions = ((f"{path}:record {number}", record) for number, record in enumerate(records, start=1))
+    for position, question in parsing.collect(positions, partial(_question, answers=answers), problems):
+        if question.question_id in found:
+            problems.append(f"{position}: q_uid {question.question_id!r} is used twice; expected unique ids")
+        found[question.question_id] = question
+    if not problems and (unknown := answers.keys() - found.keys()):
+        problems.append(f"{root / ANSWERS}: answers {min(unknown)!r}, which is no question of {path}")
+    if problems:
+        raise DatasetError(problems)
+    return Dataset(
+        clips=tuple(Clip(name, root / VIDEO_FOLDER / f"{name}.mp4") for name in sorted(found)),
+        questions={"train": (), "val": (), "test": tuple(found.values())},
+        answers=answer_vocabulary([]),
+        texts=texts_of(found.values()),
+        split=split,
+    )
+
+
+def _answers(path: Path) -> dict[str, object]:
+    """Index of the right option by q_uid."""
+    try:
+        found = json.loads(parsing.read_text(path, "EgoSchema's published answers"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:line {error.lineno}: not valid JSON ({error.msg}); download it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: contains a JSON {parsing.kind(found)}; expected an object of indices by q_uid")
+    return found
+
+
+def _question(record: object, answers: dict[str, object]) -> Question:
+    fields = parsing.as_object(record)
+    name = parsing.clip_id_field(fields, "q_uid")
+    options = tuple(parsing.text_field(fields, f"option {number}").strip() for number in range(OPTIONS))
+    right = ""
+    if name in answers:
+        index = answers[name]
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < OPTIONS:
+            raise ValueError(f"its answer in {ANSWERS} is {index!r}; expected 0 to {OPTIONS - 1}")
+        right = options[index]
+    return Question(
+        question_id=name,
+        clip_id=name,
+        text=parsing.text_field(fields, "question"),
+        answer=right.lower(),
+        form="open",
+        tags=(),
+        written=right,
+        options=options,
+    )

@@ -1,0 +1,91 @@
+"""QAEgo4D as released: `annotations.{train,val,test}.json`, and Ego4D's clips as `clips/{video_id}.mp4`.
+
+`qaego4d` is the open set: answers are classes of the training answers. `qaego4d-close` is the 4-way choice, whose
+records have three `wrong_answers`. `video_id` is the uid of an Ego4D clip, which a question is asked of as a whole.
+
+Source: Barmann and Waibel, "Where did I leave my keys?", CVPR workshops 2022; QAEgo4D-Close: Di and Xie, "Grounded
+question-answering in long egocentric videos", CVPR 2024.
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+from egopatch.extract.datasets import parsing
+from egopatch.extract.datasets.records import (
+    PARTS,
+    Clip,
+    Dataset,
+    DatasetError,
+    Part,
+    Question,
+    answer_vocabulary,
+    texts_of,
+)
+
+CLIP_FOLDER = "clips"
+WRONG = 3
+
+
+def load(root: Path, split: str, close: bool) -> Dataset:
+    """Clips and questions below `root`.
+
+    Args:
+        root: Folder with the annotation files and `clips`.
+        split: Copied into the result.
+        close: Whether to read the 4-way choice. The place of the right answer follows from the question's id.
+
+    Raises:
+        DatasetError: A file is missing, or a record is malformed or repeats an id; one line a fault.
+    """
+    problems: list[str] = []
+    questions: dict[Part, list[Question]] = {part: [] for part in PARTS}
+    for part in PARTS:
+        path = root / f"annotations.{part}.json"
+        seen: set[str] = set()
+        try:
+            records = parsing.read_json_records(path, f"QAEgo4D's questions of {part}")
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        positions = ((f"{path}:record {number}", record) for number, record in enumerate(records, start=1))
+        for position, question in parsing.collect(positions, lambda record: _question(record, close), problems):
+            if question.question_id in seen:
+                problems.append(f"{position}: sample_id {question.question_id!r} is used twice; expected unique ids")
+            seen.add(question.question_id)
+            questions[part].append(question)
+    if problems:
+        raise DatasetError(problems)
+    everything = [question for part in PARTS for question in questions[part]]
+    return Dataset(
+        clips=tuple(Clip(name, root / CLIP_FOLDER / f"{name}.mp4") for name in sorted({q.clip_id for q in everything})),
+        questions={part: tuple(members) for part, members in questions.items()},
+        answers=answer_vocabulary([] if close else [question.spelling for question in questions["train"]]),
+        texts=texts_of(everything),
+        split=split,
+    )
+
+
+def _question(record: object, close: bool) -> Question:
+    fields = parsing.as_object(record)
+    written = parsing.text_field(fields, "answer").strip()
+    name = parsing.id_field(fields, "sample_id")
+    return Question(
+        question_id=name,
+        clip_id=parsing.clip_id_field(fields, "video_id"),
+        text=parsing.text_field(fields, "question"),
+        answer=written.lower(),
+        form="binary" if written.lower() in ("yes", "no") and not close else "open",
+        tags=(),
+        written=written,
+        options=_options(fields, name, written) if close else (),
+    )
+
+
+def _options(fields: Any, name: str, right: str) -> tuple[str, ...]:
+    wrong = parsing.texts_field(fields, "wrong_answers")
+    if len(wrong) != WRONG:
+        raise ValueError(f"'wrong_answers' has {len(wrong)} answers; expected {WRONG}, as in QAEgo4D-Close")
+    options = [right, *wrong]
+    random.Random(name).shuffle(options)
+    return tuple(options)
