@@ -185,7 +185,7 @@ class EngineConfig:
         workers: Number of encoder processes; `auto` is one for each GPU that the job may use and `encoder.device`
             allows, or one on a machine (or Ray node) without GPU.
         decoders: Number of decoder processes for each worker; `auto` divides the cores that the job may use between
-            the workers, at most 8 each.
+            the workers.
         max_errors: Stop with exit code 1 once more clips than this are quarantined: a count, or a share below 1.
     """
 

@@ -9,6 +9,7 @@ from egopatch.extract.engines.dispatch import WorkersKilled
 from egopatch.extract.engines.interrupts import REQUEUE, Requeue, requeue_on_signals
 from egopatch.extract.engines.job_slice import Slice
 from egopatch.extract.run import ExtractionResult, extract_together
+from egopatch.extract.worker.bounds import bound_line, ceilings
 from egopatch.extract.worker.device import arithmetic_advice, device_of
 from egopatch.extract.worker.shard_writer import TooManyErrors
 from egopatch.features.state.counts import machines_line
@@ -82,6 +83,8 @@ def _report(config: Config, result: ExtractionResult) -> None:
     )
     if stats.stages.total_s:
         print(f"time: {stats.stages}")
+    if line := bound_line(ceilings(stats)):
+        print(line)
     for array, error in result.errors.items():
         print(f"{array} in {config.store.dtype}: reconstruction error {error:.2%} of their size (worst clip)")
     for line in stats.skipped:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from egopatch.configs.schema import Config, ConfigParser, add_config_arguments, parse_config
 from egopatch.extract.datasets import DatasetError, load_dataset
 from egopatch.extract.datasets.origins import OriginCheck, compare_origins
+from egopatch.extract.worker.bounds import bound_line, ceilings
+from egopatch.extract.worker.job_stats import read_jobs, stats_of
 from egopatch.features.common.units import format_bytes
 from egopatch.features.state.counts import count_clips, machines_line, read_ledger
 from egopatch.features.state.ledger import Ledger
@@ -19,18 +21,25 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     config, options = parse_config(parser, args)
     ledger = read_ledger(config.store.path)
     counts, check, machines = count_clips(config.store.path, ledger), _check(config, ledger), ledger.machines()
+    jobs = [stats_of(job) for job in read_jobs(config.store.path) if job["committed"]]
+    rates = ceilings(jobs[-1]) if jobs else {}
     if options.json:
         checked = {"stale": None, "unrecorded": None} if check is None else dataclasses.asdict(check)
-        print(json.dumps(dataclasses.asdict(counts) | checked | {"machines": machines}, indent=1))
+        print(json.dumps(dataclasses.asdict(counts) | checked | {"machines": machines, "ceilings": rates}, indent=1))
         return 0
     print(
         f"{config.store.path}: {counts.committed}/{counts.planned} clips committed,"
         f" {counts.quarantined} quarantined, {counts.missing} missing, {format_bytes(counts.bytes)}"
     )
     lines = ["the annotations cannot be read, so stale clips were not looked for"] if check is None else check.lines()
-    for line in [*lines, *filter(None, [machines_line(machines)])]:
+    for line in [*lines, *filter(None, [machines_line(machines), _bound_of_last(rates)])]:
         print(line)
     return 0
+
+
+def _bound_of_last(rates: dict[str, float]) -> str | None:
+    line = bound_line(rates)
+    return None if line is None else f"the last job was {line}"
 
 
 def _check(config: Config, ledger: Ledger) -> OriginCheck | None:

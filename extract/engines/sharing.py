@@ -83,7 +83,7 @@ def worker_count(config: Config) -> int:
 
 
 def decoder_count(config: Config, workers: int) -> int:
-    """Number of decoders for each worker; `auto` divides the usable cores between `workers` here, at most 8 each."""
+    """Number of decoders for each worker; `auto` divides the usable cores between `workers` here."""
     if config.engine.decoders == "auto":
-        return max(min(usable_cores() // workers, 8), 1)
+        return max(usable_cores() // workers, 1)
     return config.engine.decoders

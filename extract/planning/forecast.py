@@ -67,7 +67,7 @@ def measured_cost(store: Path | str) -> ClipCost | None:
         return None
     spent = sum((Stages(**job["stages"]) for job in jobs), Stages())
     return ClipCost(
-        encode_s=spent.encode_s / clips,
+        encode_s=(spent.busy_s or spent.encode_s) / clips,
         decode_s=spent.decode_s / clips,
         write_s=spent.write_s / clips,
         source=f"{clips} clips in {jobs_path(store)}",

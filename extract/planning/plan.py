@@ -14,6 +14,7 @@ from egopatch.extract.engines.sharing import decoder_count, worker_count
 from egopatch.extract.feed.clips import PreparedClip
 from egopatch.extract.planning.forecast import Forecast, forecast, given_cost, measured_cost
 from egopatch.extract.transcoding.hint import gpu_decoder_hint, long_groups_hint
+from egopatch.extract.worker.bounds import bound_line
 from egopatch.extract.worker.device import arithmetic_advice
 from egopatch.extract.worker.job import ExtractionJob, resolve_job
 from egopatch.features import StoreSpec, open_store, store_exists
@@ -43,8 +44,9 @@ class Plan:
         bytes_to_write: Size of these files.
         bytes_free: Free space on the store's disk; None in object storage, which does not fill up.
         probed: Number of clips that were decoded and encoded to measure the time.
-        seconds_per_clip: Time of one worker to decode and encode one clip; None if no clip was probed.
+        seconds_per_clip: Time of one worker for one clip in its slowest stage; None if no clip was probed.
         hours: Duration of the job with the configured workers; None if no clip was probed.
+        ceilings: Clips a second that each stage of a worker could do, as probed; the disk as measured by earlier jobs.
         advice: Changes that would make the job faster, one line each.
         refusals: Reasons why the job would not start, one line each.
     """
@@ -63,6 +65,7 @@ class Plan:
     probed: int
     seconds_per_clip: float | None
     hours: float | None
+    ceilings: Mapping[str, float]
     advice: tuple[str, ...]
     refusals: tuple[str, ...]
 
@@ -88,7 +91,8 @@ def make_plan(config: Config, probe: int) -> Plan:
     if refusal := disk_refusal(config.store.path, job.spec, len(todo)):
         refusals.append(refusal)
     sample = present[:: max(len(present) // probe, 1)][:probe] if probe else []
-    seconds = _probe(job, sample) if sample else None
+    rates = _probe(job, sample) if sample else {}
+    seconds = 1 / min(rates.values()) if rates else None
     advice = [arithmetic_advice(config, job.device)]
     if sample:
         advice.append(long_groups_hint(sample, config.video))
@@ -107,6 +111,7 @@ def make_plan(config: Config, probe: int) -> Plan:
         bytes_free=_bytes_free(config.store.path),
         probed=len(sample),
         seconds_per_clip=seconds,
+        ceilings=rates,
         hours=None if seconds is None else seconds * len(present) / worker_count(config) / 3600,
         advice=tuple(filter(None, advice)),
         refusals=tuple(refusals),
@@ -162,6 +167,8 @@ def format_plan(plan: Plan) -> str:
         lines.append(
             f"time       about {_duration(plan.hours)}: {plan.seconds_per_clip:.3f} s a clip, measured on {plan.probed}"
         )
+    if line := bound_line(plan.ceilings):
+        lines.append(f"bound      {line.removeprefix('bound by ')}")
     if plan.unrecorded:
         lines.append(f"note       {unrecorded_line(plan.unrecorded)}")
     lines += [f"advice     {line}" for line in plan.advice]
@@ -221,8 +228,8 @@ def _bytes_free(path: Path | str) -> int | None:
     return free_bytes(location) if isinstance(location, Path) else None
 
 
-def _probe(job: ExtractionJob, sample: list[Clip]) -> float:
-    """Seconds per clip: the slower of decoding (by all children together) and encoding, because the two overlap."""
+def _probe(job: ExtractionJob, sample: list[Clip]) -> dict[str, float]:
+    """Clips a second of decoding (by all children together), of the encoder, and of the disk where it was measured."""
     config = job.config
     decoders = decoder_count(config, worker_count(config))
     with job.open_decoders(decoders, 2 * decoders + len(sample)) as pool:
@@ -231,17 +238,20 @@ def _probe(job: ExtractionJob, sample: list[Clip]) -> float:
                 result.release()
         decode_started = time.perf_counter()
         prepared = [result for result in pool.map(sample) if isinstance(result, PreparedClip)]
-        decode = (time.perf_counter() - decode_started) / len(sample)
+        rates = {"decoding": len(sample) / (time.perf_counter() - decode_started)}
     if not prepared:
-        return decode
+        return rates
     kept = [replace(clip, release=_keep) for clip in prepared]  # each is encoded several times
     with job.open_batches() as batches:
         for _ in range(2):  # the first batch is slower than the following ones
-            warm = batches.seconds
+            warm = batches.seconds + batches.handover_s
             for i in range(batches.size):
                 batches.add(kept[i % len(kept)])
             batches.start()()
-    return max(decode, (batches.seconds - warm) / batches.size)
+    rates["encoder"] = batches.size / (batches.seconds + batches.handover_s - warm)
+    if (measured := measured_cost(config.store.path)) and measured.write_s:
+        rates["disk"] = 1 / measured.write_s
+    return rates
 
 
 def _keep() -> None:

@@ -33,7 +33,9 @@ class BatchEncoder(ABC):
     Attributes:
         size: See above.
         held: Number of clips whose frames it may use at a time; each is released as soon as possible.
-        seconds: Time that this process has spent on encoding so far.
+        seconds: Time that this process has spent on starting batches and on waiting for them so far.
+        handover_s: Time that it has spent on taking clips.
+        busy_s: Time for which the encoder has computed.
     """
 
     held: int
@@ -46,6 +48,8 @@ class BatchEncoder(ABC):
         self._taken: list[PreparedClip] = []
         self.size = size
         self.seconds = 0.0
+        self.handover_s = 0.0
+        self.busy_s = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -59,7 +63,7 @@ class BatchEncoder(ABC):
         started = time.perf_counter()
         self._taken.append(clip)
         self._receive(clip)
-        self.seconds += time.perf_counter() - started
+        self.handover_s += time.perf_counter() - started
 
     def start(self) -> Callable[[], dict[str, Row]]:
         """Begin to encode the clips that were added; the returned function waits for their rows, by clip id.

@@ -29,6 +29,9 @@ class Stages:
         encode_s: Encoding time.
         write_s: Writing time of the store's thread, in parallel with the encoder.
         wait_write_s: Time for which the encoder waited for the disk.
+        decoders_s: `decode_s` divided by the number of children.
+        handover_s: Time that the worker's main thread spent on taking frames from the children.
+        busy_s: Time for which the encoder computed, which is less than `encode_s` where that is spent on waiting.
     """
 
     total_s: float = 0.0
@@ -38,6 +41,9 @@ class Stages:
     encode_s: float = 0.0
     write_s: float = 0.0
     wait_write_s: float = 0.0
+    decoders_s: float = 0.0
+    handover_s: float = 0.0
+    busy_s: float = 0.0
 
     def __add__(self, other: "Stages") -> "Stages":
         mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
@@ -77,6 +83,11 @@ class JobStats:
             self.skipped + other.skipped,
             self.stages + other.stages,
         )
+
+
+def stats_of(job: dict[str, Any]) -> JobStats:
+    """The statistics in a line of `read_jobs`; what an earlier version did not record is 0."""
+    return JobStats(job["committed"], job["quarantined"], tuple(job["skipped"]), Stages(**job["stages"]))
 
 
 def jobs_path(store: Path | str) -> Location:

@@ -1,5 +1,6 @@
 """Encoding on a CPU: one clip per core."""
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
@@ -37,13 +38,20 @@ class CoreEncoder(BatchEncoder):
         """Queue the clips; each goes to the next free core."""
 
         @torch.inference_mode()
-        def encode(clip: PreparedClip) -> Row:
+        def encode(clip: PreparedClip) -> tuple[Row, float]:
             assert isinstance(clip.frames, np.ndarray)
+            started = time.perf_counter()
             try:
                 tokens = self._converted(self._encoder(torch.from_numpy(clip.frames)[None]))
             finally:
                 clip.release()
-            return {name: tensor[0] for name, tensor in tokens.items()}
+            return {name: tensor[0] for name, tensor in tokens.items()}, time.perf_counter() - started
 
         queued = [self._cores.submit(encode, clip) for clip in clips]
-        return lambda: [row.result() for row in queued]
+
+        def wait() -> list[Row]:
+            results = [future.result() for future in queued]
+            self.busy_s += sum(seconds for _, seconds in results) / self.size
+            return [row for row, _ in results]
+
+        return wait

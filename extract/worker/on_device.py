@@ -4,6 +4,7 @@ A clip's pixels are copied to the device as soon as it is decoded, from memory t
 so a batch is there when it is complete. On the CPU, whose streams do nothing, the same code runs in tests.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -85,8 +86,10 @@ class DeviceEncoder(BatchEncoder):
         """Queue the transform and the encoding behind the copies in, and the copies out behind the encoding."""
         received, self._received = self._received, []
         self._compute.wait_stream(self._in)
+        clock = _Clock(self._compute, self._on_cuda)
         # The tensors of `received` belong to the other stream's memory; `wait` below keeps them until it is unused.
         tokens = self._converted(self._encoder(self._transformed(received)))
+        clock.stop()
         self._out.wait_stream(self._compute)
         done = self._streams.Event()
         with self._streams.stream(self._out):
@@ -99,6 +102,7 @@ class DeviceEncoder(BatchEncoder):
 
         def wait() -> list[Row]:
             done.synchronize()
+            self.busy_s += clock.seconds()
             keep.clear()
             return [{name: tensor[i] for name, tensor in outputs.items()} for i in range(len(clips))]
 
@@ -122,6 +126,32 @@ class DeviceEncoder(BatchEncoder):
                 first += len(tensor)
         frames_btchw[len(received) :] = frames_btchw[len(received) - 1]
         return frames_btchw
+
+
+class _Clock:
+    """Time between two places in a stream of work; on the CPU, where work is done at once, between two calls."""
+
+    def __init__(self, stream: Any, on_cuda: bool) -> None:
+        self._stream = stream
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_cuda else []
+        self._times: list[float] = []
+        self._mark(0)
+
+    def stop(self) -> None:
+        """Mark the second place."""
+        self._mark(1)
+
+    def seconds(self) -> float:
+        """The time, once the work is done."""
+        if self._events:
+            return self._events[0].elapsed_time(self._events[1]) / 1e3
+        return self._times[1] - self._times[0]
+
+    def _mark(self, number: int) -> None:
+        if self._events:
+            self._events[number].record(self._stream)
+        else:
+            self._times.append(time.perf_counter())
 
 
 class _PinnedMemory:

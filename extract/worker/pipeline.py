@@ -145,7 +145,7 @@ def fill_stores(
         for filling in fillings:
             filling.finish()
     total_s = time.perf_counter() - started
-    return [filling.stats(total_s, results) for filling in fillings]
+    return [filling.stats(total_s, results, decoders) for filling in fillings]
 
 
 def _open_decoders(jobs: Sequence[ExtractionJob], decoders: int, slots: int) -> DecodePool:
@@ -239,7 +239,7 @@ class _Filling:
         self._take_rows()
         self._writer.wait()
 
-    def stats(self, total_s: float, results: _TimedResults) -> JobStats:
+    def stats(self, total_s: float, results: _TimedResults, decoders: int) -> JobStats:
         """What was done."""
         writer = self._writer
         return JobStats(
@@ -254,6 +254,9 @@ class _Filling:
                 encode_s=self._batches.seconds,
                 write_s=writer.write_s,
                 wait_write_s=writer.wait_s,
+                decoders_s=results.decode_s / decoders,
+                handover_s=self._batches.handover_s,
+                busy_s=self._batches.busy_s,
             ),
         )
 

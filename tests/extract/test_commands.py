@@ -151,7 +151,7 @@ def test_status_does_without_torch(made: Path) -> None:
         "from egopatch.extract.__main__ import main; import sys; code = main(sys.argv[1:]); print(code, *sys.modules)"
     )
     command = [sys.executable, "-c", program, "status", *options(made)]
-    line, modules = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    line, *_, modules = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     assert f"{CLIPS}/{CLIPS} clips committed" in line
     code, *names = modules.split()
     assert code == "0"

@@ -33,7 +33,7 @@ def test_auto_workers_without_a_gpu() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cores", "workers", "decoders"), [(1, 1, 1), (6, 1, 6), (6, 2, 3), (6, 4, 1), (64, 2, 8), (2, 4, 1)]
+    ("cores", "workers", "decoders"), [(1, 1, 1), (6, 1, 6), (6, 2, 3), (6, 4, 1), (64, 2, 32), (2, 4, 1)]
 )
 def test_auto_decoders(cores: int, workers: int, decoders: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharing, "usable_cores", lambda: cores)

@@ -1,0 +1,44 @@
+"""What binds a job: the most clips a second that each stage of a worker could do, and the option that moves the least.
+
+The stages overlap, so a worker is as fast as its slowest one.
+"""
+
+from collections.abc import Mapping
+
+from egopatch.extract.worker.job_stats import JobStats
+
+REMEDIES = {
+    "decoding": "add cores, or raise engine.decoders where cores are idle; `python -m extract plan` says whether small"
+    " copies of the videos (`extract transcode`) decode faster",
+    "hand-over": "raise engine.workers, each of which has a process of its own for it",
+    "encoder": "add GPUs (engine.workers), or try encoder.dtype bfloat16, encoder.compile or a smaller encoder.depth",
+    "disk": "use a faster disk for store.path, or store.dtype float8_e4m3, which halves what is written",
+}
+
+
+def ceilings(stats: JobStats) -> dict[str, float]:
+    """Clips a second that each stage of one worker could do, as measured; stages that took no time are left out."""
+    stages = stats.stages
+    # Earlier versions did not record all of them.
+    seconds = {
+        "decoding": stages.decoders_s,
+        "hand-over": stages.handover_s,
+        "encoder": stages.busy_s or stages.encode_s,
+        "disk": stages.write_s,
+    }
+    return {name: stats.committed / spent for name, spent in seconds.items() if spent > 0 and stats.committed}
+
+
+def bound_line(found: Mapping[str, float]) -> str | None:
+    """One line: the slowest stage, its ceiling, what moves it, and the other ceilings; None where nothing is known."""
+    if not found:
+        return None
+    first, *others = sorted(found, key=found.__getitem__)
+    rest = ", ".join(
+        f"{name} {found[name]:.0f}" if found[name] >= 10 else f"{name} {found[name]:.1f}" for name in others
+    )
+    return (
+        f"bound by {first}, at most {found[first]:.1f} clips/s a worker"
+        + (f" (the others: {rest})" if rest else "")
+        + f"; {REMEDIES[first]}"
+    )

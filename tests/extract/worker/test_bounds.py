@@ -1,0 +1,34 @@
+"""What binds a job is named, with the most that each stage could do."""
+
+from egopatch.extract.worker.bounds import REMEDIES, bound_line, ceilings
+from egopatch.extract.worker.job_stats import JobStats, Stages, stats_of
+
+STAGES = Stages(total_s=10, decode_s=32, decoders_s=8, handover_s=0.5, encode_s=9, busy_s=4, write_s=2)
+
+
+def test_the_slowest_stage_is_named_with_its_remedy() -> None:
+    found = ceilings(JobStats(committed=400, stages=STAGES))
+    assert found == {"decoding": 50, "hand-over": 800, "encoder": 100, "disk": 200}
+    line = bound_line(found)
+    assert line is not None
+    assert line.startswith(
+        "bound by decoding, at most 50.0 clips/s a worker (the others: encoder 100, disk 200, hand-over 800); "
+    )
+    assert line.endswith(REMEDIES["decoding"])
+
+
+def test_waiting_is_not_computing() -> None:
+    """The encoder waits nine seconds, mostly for clips: it is not what binds."""
+    assert ceilings(JobStats(committed=400, stages=STAGES))["encoder"] == 100
+
+
+def test_jobs_of_earlier_versions_tell_what_they_know() -> None:
+    stages = {"total_s": 10.0, "start_s": 1.0, "decode_s": 32.0, "wait_decode_s": 0.0, "encode_s": 8.0}
+    stages |= {"write_s": 2.0, "wait_write_s": 0.0}
+    line = {"committed": 400, "quarantined": 0, "skipped": [], "stages": stages}
+    assert ceilings(stats_of(line)) == {"encoder": 50, "disk": 200}
+
+
+def test_nothing_is_said_of_a_job_without_clips() -> None:
+    assert ceilings(JobStats(stages=STAGES)) == {}
+    assert bound_line({}) is None
