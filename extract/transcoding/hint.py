@@ -2,20 +2,20 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 
 from egopatch.configs.schema import ConfigError, VideoConfig
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.pool import DecodePool, UndecodedClip
-from egopatch.extract.transcoding.segment import KEY_FRAME_S
+from egopatch.extract.transcoding.segment import KEY_FRAME_S, SHORT_SIDE
 from egopatch.extract.video.container import open_video
 from egopatch.extract.video.frames import positions, read_frames, rows_within
 from egopatch.extract.video.nvdec import require_gpu_decoder
 from egopatch.extract.video.once import OncePerVideo
 
-WORTH = 2.0  # times fewer frames to decode
+WORTH = 2.0  # times fewer pixels to decode
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,19 @@ class Needed:
         now: Of the video.
         copied: Of a copy with a key frame every `KEY_FRAME_S`.
         group_s: Mean time between key frames of the video.
+        share: Pixels of a copy's frame, as a share of those of the video's.
     """
 
     now: int
     copied: int
     group_s: float
+    share: float
 
 
 def needed_frames(clip: Clip, video: VideoConfig, once: OncePerVideo | None = None) -> Needed:
     """Count what one clip needs, without decoding it. Errors as in `extract.video.frames.read_frames`."""
     with open_video(clip.video, once) as file:
-        index = file.index
+        index, (width, height) = file.index, file.size
     rows = rows_within(clip, index)
     wanted = np.unique(rows[positions(clip, index, rows, video)])
     seconds = np.floor((index.starts_s - index.starts_s[rows[0]]) / KEY_FRAME_S)
@@ -49,21 +51,23 @@ def needed_frames(clip: Clip, video: VideoConfig, once: OncePerVideo | None = No
         group = np.arange(index.keys[key, 2] if key >= 0 else 0, wanted[keys == key].max() + 1)
         left_out = 0 if index.disposable is None else int(index.disposable[np.setdiff1d(group, wanted)].sum())
         now += len(group) - left_out
-    return Needed(now, copied, (index.end_s - float(index.starts_s[0])) / max(len(index.keys), 1))
+    group_s = (index.end_s - float(index.starts_s[0])) / max(len(index.keys), 1)
+    return Needed(now, copied, group_s, min(SHORT_SIDE / min(width, height), 1.0) ** 2)
 
 
 def long_groups_hint(clips: Sequence[Clip], video: VideoConfig) -> str | None:
-    """A line that advises to transcode, if copies of `clips` would need far fewer frames."""
+    """A line that advises to transcode, if far fewer pixels of copies of `clips` would be decoded."""
     with DecodePool(video, 1, needed_frames) as pool:
         needed = [one for one in pool.map(clips) if not isinstance(one, UndecodedClip)]
-    now, copied = (sum(getattr(one, name) for one in needed) for name in ("now", "copied"))
-    if not needed or now < WORTH * copied:
+    if not needed:
         return None
-    group_s = sum(one.group_s for one in needed) / len(needed)
+    now, copied, group_s, share = (float(np.mean(values)) for values in zip(*map(astuple, needed), strict=True))
+    if now < WORTH * copied * share:
+        return None
     return (
-        f"key frames are {group_s:.1f} s apart, so a clip of {video.frames} frames costs {now / len(needed):.0f}; it would"
-        f" cost {copied / len(needed):.0f} of the small copies that `python -m extract transcode --config CONFIG --out DIR`"
-        " writes"
+        f"key frames are {group_s:.1f} s apart, so {now:.0f} frames are decoded for {video.frames} of a clip; of the copies"
+        f" that `python -m extract transcode --config CONFIG --out DIR` writes it would be {copied:.0f}, with"
+        f" {share:.0%} of the pixels"
     )
 
 

@@ -86,6 +86,11 @@ class VideoFile:
             index = once.find("index of packets", version, self._read_packets)
         self.index = index or self.decode_through()
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of a frame as it is stored, by the file's header."""
+        return self._stream.codec_context.width, self._stream.codec_context.height
+
     def decode_through(self) -> FrameIndex:
         """Replace the index, which is that of the packets, by that of the frames that the decoder shows."""
         self.index = self._once.find("index of frames", self._version, self._read_frames)
