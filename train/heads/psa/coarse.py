@@ -19,8 +19,10 @@ from egopatch.train.heads.psa.selection import PatchSelection
 MERGE = 2
 # Sines and cosines of row and column at 4 frequencies; a multiple of 16, as the kernels require.
 POSITION_WIDTH = 16
-# Clips whose patches are converted to float32 and merged at a time.
-MERGE_CLIPS = 4
+# Clips whose patches are converted to float32 and merged at a time: a CPU's cache is small, a GPU's launches cost time.
+MERGE_CLIPS = {"cpu": 4, "cuda": 32}
+# The kernels read this many channels at a time.
+KERNEL_CHANNELS = 64
 
 
 class CoarseLevel(nn.Module):
@@ -47,19 +49,28 @@ class CoarseLevel(nn.Module):
     def forward(self, whiten: Whitening, batch: Batch, question: Tensor) -> Tensor:
         """Questions [U, W] to [B, T, W]."""
         # In chunks: all clips in float32 would take several times the memory of the stored tokens.
-        coarse = torch.cat([self.merge(scaled_patches(tokens)) for tokens in batch.token_chunks(MERGE_CLIPS)])
-        positions = self.positions.expand(*coarse.shape[:3], -1)
+        chunks = batch.token_chunks(MERGE_CLIPS[question.device.type])
+        coarse = torch.cat([self.merge(scaled_patches(tokens)) for tokens in chunks])
+        tokens = torch.cat([coarse, self.positions.expand(*coarse.shape[:3], -1)], dim=-1)
         queries = absorb_key(self.query(question), self.key, self.heads)
         content, position = queries.split([self.width, POSITION_WIDTH], dim=-1)
         queries = torch.cat([whiten.absorb(content), position], dim=-1)[batch.text_index].float()
+        if tokens.is_cuda:
+            # The kernels multiply float16 at many times float32's rate; a mean loses no more in it than its tokens did.
+            assert batch.stored is not None
+            bfloat16 = batch.stored.patches.dtype == torch.bfloat16
+            padding = (0, -tokens.shape[-1] % KERNEL_CHANNELS)
+            tokens = functional.pad(tokens.to(torch.bfloat16 if bfloat16 else torch.float16), padding)
+            queries = functional.pad(queries, padding)
         pooled, _, _ = self.select(
-            torch.cat([coarse, positions], dim=-1),
+            tokens,
             batch.clip_index,
             queries,
             torch.zeros_like(queries[:, 0]),
             coarse.new_zeros(coarse.shape[:3]),
             None,
         )
+        pooled = pooled[..., : self.width + POSITION_WIDTH]
         content, position = self.value.weight.split([self.width, POSITION_WIDTH], dim=1)
         content = content @ whiten.matrix
         by_head = rearrange(torch.cat([content, position], dim=1), "(h e) d -> h e d", h=self.heads)
