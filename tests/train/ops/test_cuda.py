@@ -79,7 +79,7 @@ def test_compiled_by_inductor(cuda: torch.device) -> None:
 
 
 def test_extra_memory_is_small(cuda: torch.device) -> None:
-    """Beyond inputs, outputs and gradients: the gradients of the logits, and at most 5% of the tokens' bytes."""
+    """Beyond inputs, outputs and gradients: the columns, the gradients of the logits, and 1% of the tokens' bytes."""
     from egopatch.train.ops.select_attend.kernels import SCRATCH_BYTES  # imports Triton
 
     questions, clips, frames, patches, heads = 272, 16, 16, 196, 4
@@ -90,13 +90,15 @@ def test_extra_memory_is_small(cuda: torch.device) -> None:
     grad = torch.ones_like(out.pooled)
     gradients = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
     padded = -(-patches // 8) * 8
-    logits = min(tile_bound(questions, clips) * frames * heads * QUESTIONS * padded * 2, SCRATCH_BYTES)
+    slots = tile_bound(questions, clips) * heads * QUESTIONS
+    logits = min(slots * frames * padded * 2, SCRATCH_BYTES)
+    columns = slots * 768 * 2
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     torch.autograd.grad(out.pooled, leaves, grad)
     torch.cuda.synchronize()
-    assert torch.cuda.max_memory_allocated() - before - gradients - logits <= 0.05 * tokens
+    assert torch.cuda.max_memory_allocated() - before - gradients - logits - columns <= 0.01 * tokens
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
