@@ -15,6 +15,7 @@ from egopatch.extract.video.frames import positions, read_frames, rows_within
 from egopatch.extract.video.nvdec import require_gpu_decoder
 from egopatch.extract.video.once import OncePerVideo
 
+DECODED = 0.6  # of a copy's frames before a wanted one; the others are B-frames that nothing refers to
 WORTH = 2.0  # times fewer pixels to decode
 
 
@@ -52,7 +53,7 @@ def needed_frames(clip: Clip, video: VideoConfig, once: OncePerVideo | None = No
         left_out = 0 if index.disposable is None else int(index.disposable[np.setdiff1d(group, wanted)].sum())
         now += len(group) - left_out
     group_s = (index.end_s - float(index.starts_s[0])) / max(len(index.keys), 1)
-    return Needed(now, copied, group_s, min(SHORT_SIDE / min(width, height), 1.0) ** 2)
+    return Needed(now, round(DECODED * copied), group_s, min(SHORT_SIDE / min(width, height), 1.0) ** 2)
 
 
 def long_groups_hint(clips: Sequence[Clip], video: VideoConfig) -> str | None:
@@ -65,9 +66,9 @@ def long_groups_hint(clips: Sequence[Clip], video: VideoConfig) -> str | None:
     if now < WORTH * copied * share:
         return None
     return (
-        f"key frames are {group_s:.1f} s apart, so {now:.0f} frames are decoded for {video.frames} of a clip; of the copies"
-        f" that `python -m extract transcode --config CONFIG --out DIR` writes it would be {copied:.0f}, with"
-        f" {share:.0%} of the pixels"
+        f"of each clip {now:.0f} frames are decoded for {video.frames}, as key frames are {group_s:.1f} s apart;"
+        f" in copies by `python -m extract transcode --config CONFIG --out DIR` about {copied:.0f},"
+        f" with {share:.0%} of the pixels"
     )
 
 
