@@ -23,6 +23,7 @@ from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.processes.stopping import Stopped
 from egopatch.train.sweeps import sweep
 from egopatch.train.sweeps.sweep import read_axes, run_sweep
+from egopatch.train.sweeps.sweep_results import describe
 from tests.features.faults import fork
 from tests.train.tiny import clock, losses, with_run
 
@@ -236,6 +237,20 @@ def test_disk_residency_reads_once_for_crews_of_other_shapes(tiny: Config, tmp_p
     # Each head measures its inputs on the same few clips; what it trains on is read once for both.
     assert two["trained"] == 2
     assert two["bytes_read"] < 1.6 * one["bytes_read"]
+
+
+def test_lines_say_what_cannot_be_told_apart_and_how_many_seeds_it_would_take() -> None:
+    number = {"mean": 50.0, "low": 45.0, "high": 55.0}
+    points = [
+        {"setting": {"head.ratio": r}, "seeds": [0, 1], "open": None, "binary": None, "all": number} for r in (0.1, 1)
+    ]
+    pair = {"setting": points[1]["setting"], "against": points[0]["setting"], "difference": 1.0, "low": -4.0}
+    pair |= {"high": 6.0, "p": 0.6, "verdict": "cannot be told apart"}
+    needed = {"1": None, "3": 21, "5": 8}
+    lines = describe({"points": points, "comparisons": [pair], "seeds_needed": needed})
+    assert lines[-2] == ("  head.ratio 1 against head.ratio 0.1: +1.00 [-4.00, +6.00], cannot be told apart (p 0.6000)")
+    assert lines[-1] == "  seeds needed to find a difference, in points, 4 times in 5: 1: more clips, 3: 21, 5: 8"
+    assert len(describe({"points": points, "comparisons": [], "seeds_needed": None})) == 2
 
 
 def test_results_have_intervals_and_comparisons(tiny: Config) -> None:
