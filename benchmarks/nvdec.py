@@ -4,8 +4,8 @@
 
 The three kinds of `benchmarks/decode.py`, and 1920x1080; 16 frames a clip. First the pixels of both decoders are
 compared, and what the unit refuses is listed. Then processes read clips for some seconds, as the children of a job do:
-one a core with PyAV, and several numbers of them with nvdec. Exit code 1 where pixels differ. Under 90 seconds; without
-a GPU it says so and ends with exit code 2.
+one a core with PyAV, and several numbers of them with nvdec. Exit code 1 where pixels differ, but for MPEG-4, whose
+standard leaves the rounding open. Under 90 seconds; without a GPU it says so and ends with exit code 2.
 """
 
 import argparse
@@ -129,7 +129,7 @@ def main() -> int:
     result = {"pixels": pixels, "rates": rates, "machine": stamp() | {"cores": cores, "av": version("av")}}
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
-    return int(any(value.startswith("differ") for value in pixels.values()))
+    return int(any(value.startswith("differ") for name, value in pixels.items() if name != "mpeg4"))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from egopatch.extract.video.index import (
     pts_of,
 )
 from egopatch.extract.video.limits import reading_through
-from egopatch.extract.video.nvdec import accelerator
+from egopatch.extract.video.nvdec import accelerator, uses_gpu
 from egopatch.extract.video.once import FileVersion, OncePerVideo, version_of
 from egopatch.extract.video.orientation import upright
 
@@ -213,10 +213,10 @@ class VideoFile:
     ) -> Iterator[tuple[int | None, "av.Packet[av.VideoStream]"]]:
         """Rows and packets that the frames at `rows` need, and a last packet that makes the decoder return them all."""
         index, unsent = self.index, set(rows.tolist())
-        assert index.disposable is not None
+        disposable = np.zeros(len(index.pts), bool) if index.disposable is None else index.disposable
         for packet in packets:
             row = index.row_of(packet.pts)
-            if row is None or row in unsent or not index.disposable[row]:
+            if row is None or row in unsent or not disposable[row]:
                 yield row, packet
                 unsent.discard(row)
             if not unsent:
@@ -289,7 +289,7 @@ class VideoFile:
         codec = self._stream.codec_context
         if self.index.sums is not None:
             raise self._not_on_gpu("its packets are not one frame each")
-        if not codec.is_hwaccel:
+        if not uses_gpu(self._stream):
             raise self._not_on_gpu(f"FFmpeg has no decoder for {codec.name} that uses it")
         pts, dts, row = self.index.keys[0].tolist()
         for _, packet in self._needed(self._packets_from(pts, dts), np.array([row])):

@@ -1,12 +1,14 @@
 """Decoding on a GPU's video unit (NVDEC), through FFmpeg; it never falls back to the CPU.
 
 Frames stay in the GPU's memory and only the wanted ones are copied. The unit returns the standard's values in another
-order of bytes (NV12), which is put back before the colours are converted, so that 8-bit videos have PyAV's pixels.
+order of bytes (NV12), which is put back before the colours are converted, so that the pixels of H.264, HEVC and VP9 are
+PyAV's. Of older codecs, whose standards leave the rounding open, they may differ a little.
 """
 
 import functools
 
 import av
+import av.logging
 from av.codec import Codec
 from av.codec.hwaccel import HWAccel
 
@@ -19,33 +21,34 @@ AS_ON_CPU = {"nv12": "yuv420p", "p010le": "yuv420p10le"}
 
 def accelerator() -> HWAccel:
     """Settings with which `av.open` decodes on the first GPU that this process sees."""
-    _context()
-    return _settings()
+    return _settings(primary=_held_context() is not None)
 
 
-def _settings() -> HWAccel:
-    return HWAccel("cuda", allow_software_fallback=False, is_hw_owned=True)
-
-
-@functools.cache
-def _context() -> HWAccel:
-    """Holds the GPU's context while this process lives; otherwise each video would start it anew."""
-    return _settings().create(Codec("h264", "r"))
+def uses_gpu(stream: "av.VideoStream") -> bool:
+    """Whether FFmpeg has a decoder for the codec that runs on the GPU."""
+    return stream.codec_context.is_hwaccel
 
 
 def require_gpu_decoder() -> None:
-    """Check that there is a driver.
+    """Check that FFmpeg can use a GPU.
 
     Raises:
-        ConfigError: There is none, or it does not start.
+        ConfigError: It cannot, such as without a driver.
     """
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.ERROR)  # otherwise nothing is logged
     try:
-        _settings().create(Codec("h264", "r"))
+        with av.logging.Capture() as logged:
+            # Not the primary context, which torch may have started in this process with flags that FFmpeg refuses.
+            _settings(primary=False).create(Codec("h264", "r"))
     except (av.FFmpegError, NotImplementedError) as error:
+        cause = "; ".join(message.strip() for _, _, message in logged) or str(error)
         raise ConfigError(
-            f"video.decoder is nvdec, but FFmpeg cannot use an NVIDIA GPU here ({error}); check nvidia-smi, or take"
+            f"video.decoder is nvdec, but FFmpeg cannot use an NVIDIA GPU here ({cause}); check nvidia-smi, or take"
             " pyav, which decodes on the CPU"
         ) from error
+    finally:
+        av.logging.set_level(level)
 
 
 def downloaded(frame: "av.VideoFrame") -> "av.VideoFrame":
@@ -56,3 +59,20 @@ def downloaded(frame: "av.VideoFrame") -> "av.VideoFrame":
     if name not in AS_ON_CPU:
         raise VideoError(f"nvdec returns frames as {name}; expected {' or '.join(AS_ON_CPU)}; take video.decoder pyav")
     return frame.reformat(format=AS_ON_CPU[name], threads=1)
+
+
+def _settings(primary: bool) -> HWAccel:
+    options: dict[str, object] = {"primary_ctx": str(int(primary))}
+    return HWAccel("cuda", allow_software_fallback=False, is_hw_owned=True, options=options)
+
+
+@functools.cache
+def _held_context() -> HWAccel | None:
+    """The GPU's primary context, held while this process lives; otherwise each video would start one anew.
+
+    None where another library has started it with other flags: then each video has a context of its own.
+    """
+    try:
+        return _settings(primary=True).create(Codec("h264", "r"))
+    except av.FFmpegError:
+        return None
