@@ -1,9 +1,11 @@
 """What children do in tests of the pool; run as a program, what a child that only decodes is like."""
 
 import os
+import resource
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -13,6 +15,7 @@ from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.clips import PreparedClip
 from egopatch.extract.feed.cut import cut_clip
 from egopatch.extract.feed.pool import DecodePool
+from egopatch.extract.feed.ring import Ring
 from egopatch.extract.video.once import OncePerVideo
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 
@@ -32,11 +35,45 @@ def about_this_child(clip: Clip, video: VideoConfig, once: OncePerVideo) -> tupl
     return time.process_time(), psutil.Process().memory_info().rss, [name for name in HEAVY if name in sys.modules]
 
 
-if __name__ == "__main__":
+def describe(video: Path) -> None:
+    """Print what a child that only decodes is like."""
     from tests.extract.feed import children  # by its full name, which the child knows
 
     with DecodePool(VideoConfig(), 1, children.about_this_child) as pool:
-        (result,) = pool.map([Clip("a", Path(sys.argv[1]))])
+        (result,) = pool.map([Clip("a", video)])
     assert isinstance(result, tuple), result
     seconds, memory, heavy = result
     print(seconds, memory, *heavy)
+
+
+def decode_many(video: Path) -> None:
+    """A thousand clips with few open files; print how many files and how much memory that took after the first ones."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+    config = VideoConfig(frames=2, size=32)
+    prepare = partial(cut_clip, transform=EGOVLP_TRANSFORM, most=1 << 20)
+    before = (0, 0)
+    with DecodePool(config, 2, prepare, Ring(5, 1 << 20)) as pool:
+        for number, result in enumerate(pool.map([Clip(str(i), video) for i in range(1000)])):
+            assert isinstance(result, PreparedClip), result
+            result.release()
+            if number == 100:
+                before = _open_files(), psutil.Process().memory_info().rss
+        print(_open_files() - before[0], psutil.Process().memory_info().rss - before[1])
+
+
+def _open_files() -> int:
+    return psutil.Process().num_fds()
+
+
+def wait_for_the_end(video: Path) -> None:
+    """Have children with a ring, print their numbers, and wait to be killed."""
+    prepare = partial(cut_clip, transform=EGOVLP_TRANSFORM, most=1 << 20)
+    with DecodePool(VideoConfig(frames=2, size=32), 2, prepare, Ring(5, 1 << 20)) as pool:
+        results = list(pool.map([Clip(str(i), video) for i in range(4)]))
+        assert all(isinstance(result, PreparedClip) for result in results), results
+        print(pool._shared.path, *(child.pid for child in psutil.Process().children(recursive=True)), flush=True)
+        signal.pause()
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](Path(sys.argv[2]))

@@ -3,6 +3,8 @@
 import errno
 import fcntl
 import gc
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -10,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from egopatch.configs.schema import VideoConfig
@@ -26,6 +29,7 @@ from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 from tests.extract.feed.children import die_or_prepare
 from tests.extract.video.videos import write_video
 
+CHILDREN = (sys.executable, "-m", "tests.extract.feed.children")
 SMALL = VideoConfig(frames=2, size=32)
 
 
@@ -173,10 +177,39 @@ def test_folders_of_killed_jobs_are_removed_by_the_next(tmp_path: Path, monkeypa
 
 def test_children_that_only_decode_are_small_and_fast(video: Path) -> None:
     """They import no torch; the job's own script, which a child imports too, must not either."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.extract.feed.children", str(video)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([*CHILDREN, "describe", str(video)], capture_output=True, text=True, check=True)
     seconds, memory, *heavy = done.stdout.split()
     assert not heavy
     assert float(seconds) < 1.5
     assert int(memory) < 150e6
+
+
+@pytest.mark.slow
+def test_a_thousand_clips_take_no_more_files_or_memory_than_the_first(video: Path) -> None:
+    done = subprocess.run([*CHILDREN, "decode_many", str(video)], capture_output=True, text=True, check=True)
+    files, memory = map(int, done.stdout.split())
+    assert files <= 0
+    assert memory < 8e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True], ids=["the parent", "all of them"])
+def test_nothing_is_left_when_somebody_kills(whole: bool, video: Path) -> None:
+    job = subprocess.Popen(
+        [*CHILDREN, "wait_for_the_end", str(video)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert job.stdout is not None
+    folder, *numbers = job.stdout.readline().split()
+    children = [psutil.Process(int(number)) for number in numbers]
+    assert len(children) >= 2
+    assert Path(folder).is_dir()
+    if whole:
+        os.killpg(job.pid, signal.SIGKILL)
+    else:
+        job.kill()
+    _, alive = psutil.wait_procs(children, timeout=30)  # with the last one the ring's memory is gone: it has no name
+    assert not alive
+    job.wait()
+    job.stdout.close()
+    SharedFolder().remove()  # what the next job does
+    assert not Path(folder).exists()
