@@ -70,7 +70,7 @@ def taker(rate: float | None) -> "BatchEncoder":
         held = 1
 
         def __init__(self) -> None:
-            self.size, self.seconds, self._taken = BATCH, 0.0, []
+            self.size, self.seconds, self.handover_s, self.busy_s, self._taken = BATCH, 0.0, 0.0, 0.0, []
             self._device = np.empty(1 << 26, np.uint8)
             self._busy_until = 0.0
 
