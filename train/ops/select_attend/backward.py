@@ -23,12 +23,13 @@ def _weigh(
     n = start + tl.arange(0, BN)
     a = tl.zeros((BN, HG * QB), tl.float32)
     products = tl.zeros((BN, HG * QB), tl.float32)
+    pointers = grad_pooled + (out * D)[:, None] + tl.arange(0, BD)[None, :]
+    unit = (1.0 / grad_top)[:, None]
     for d0 in tl.range(0, D, BD, num_stages=STAGES):
         x = parts.patch_block(tokens, row, t, start, d0, BN, BD, FLOAT8, ARITHMETIC)
         a = parts.add_logits(a, x, columns, tile, group, d0, H, QB, HG, PRECISION)
-        d = d0 + tl.arange(0, BD)
-        g = tl.load(grad_pooled + (out * D)[:, None] + d[None, :], mask=live[:, None], other=0.0)
-        g = (g.to(tl.float32) * (1.0 / grad_top)[:, None]).to(ARITHMETIC)
+        g = tl.load(pointers + d0, mask=live[:, None], other=0.0)
+        g = (g.to(tl.float32) * unit).to(ARITHMETIC)
         products = tl.dot(x, g.T, products, input_precision=PRECISION)
     a *= parts.by_column(column_scale, tile, group, H, QB, HG)[None, :]
     products *= grad_top[None, :]

@@ -166,23 +166,31 @@ def plan_launch(patches: int, width: int, heads: int, token_bytes: int, generati
 
 def _blocks(patches: int, width: int, heads: int, token_bytes: int, generation: int, backward: bool) -> Blocks:
     """Block sizes of the forward or the backward kernel."""
-    float32, hopper = token_bytes == 4, generation == 9
+    float32, ampere = token_bytes == 4, generation == 8
     whole = max(16, _power_of_two(patches))
     several = whole > (ONE_BLOCK_FLOAT32 if float32 else ONE_BLOCK)
     block = (64 if float32 else 128) if several else whole
-    # Measured on an H100 (docs/kernels.md). Elsewhere as many heads and stages as compile without spills.
-    tuned = hopper and token_bytes == 2
-    together = 1 if float32 else 2 if several or generation == 10 or (backward and not tuned) else 4
+    # Measured on an H100 (docs/kernels.md). Elsewhere as many heads, channels and stages as compile without spills.
+    tuned = generation == 9 and token_bytes == 2
+    together, channels, pool_channels = 4, 64, 64
+    if float32:
+        together, channels, pool_channels = 1, 16 if ampere else 32, 32
+    elif several or generation == 10 or (backward and not tuned):
+        together = 2
+    elif tuned and not backward:
+        channels = 32
+    if ampere and several and not backward:
+        together, channels, pool_channels = 1, min(channels, 32), 16
     return Blocks(
         block=block,
         heads=min(together, _power_of_two(heads)),
-        channels=_divisor(width, 16 if float32 and generation == 8 else 32 if tuned or float32 else 64),
+        channels=_divisor(width, channels),
         stages=2 if float32 else 4 if tuned and not backward else 3,
         # Two warpgroups need 128 rows: with fewer, Triton 3.6 addresses float32 columns wrongly (seen on an H100).
-        warps=4 if block <= 64 else 8,
+        warps=4 if block <= 64 and not (ampere and float32) else 8,
         registers=128 if tuned and not backward and not several and heads <= together else 0,
         chunk=whole if whole > ONE_BLOCK else min(whole, 128),
-        pool_channels=_divisor(width, 32 if float32 else 64),
+        pool_channels=_divisor(width, pool_channels),
         pool_stages=2,
     )
 
