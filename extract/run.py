@@ -99,12 +99,13 @@ def extract_together(
 
     Raises:
         DatasetError, CheckpointError, StoreError: The input is wrong or the disk is full; no clip was written.
-        ConfigError: The configs cannot share a decode.
+        ConfigError: The configs cannot share a decode, or several workers one GPU's decoder.
         TooManyErrors: More clips failed than `engine.max_errors`; committed shards stay.
         WorkersKilled: Workers were killed after every restart; committed shards stay.
     """
     limit_threads()
     require_one_decode(configs)
+    _require_one_gpu(configs[0])
     if configs[0].encoder.arch == imported.NETWORK.name:
         return [_encode_questions_of_imported(configs[0], job_slice, wait)]
     jobs = [resolve_job(config) for config in configs]
@@ -126,6 +127,14 @@ def extract_together(
             with ProgressDisplay("encode", _count(free), "clips") as display:
                 stats[number] += encode_with_engine(one.job, one.store, free, clips, display.advance)
     return [one.result(done, dataset, job_slice) for one, done in zip(opened, stats, strict=True)]
+
+
+def _require_one_gpu(config: Config) -> None:
+    if config.video.decoder == "nvdec" and worker_count(config) > 1:
+        raise ConfigError(
+            f"video.decoder is nvdec with {worker_count(config)} workers, whose children would all decode on the first"
+            " GPU; start a job for each GPU, with engine.workers 1, --shard i/N and CUDA_VISIBLE_DEVICES"
+        )
 
 
 def require_one_decode(configs: Sequence[Config]) -> None:

@@ -62,6 +62,7 @@ def other_network(root: Path, name: str = "lite") -> str:
     return config_file(root, name, encoder=lite, text=text, video={"size": 128})
 
 
+@pytest.mark.slow
 def test_one_decode_fills_stores_of_another_depth_format_and_shard(bare: Path, decoded: "Counter[str]") -> None:
     assert main(["run", "--config", config_file(bare, "store"), shallow(bare)]) == 0
     assert sorted(decoded.values()) == [1] * CLIPS
@@ -80,6 +81,7 @@ def test_stores_are_those_of_separate_jobs(made: Path, bare: Path, decoded: "Cou
     assert verify(bare / "lite").ok
 
 
+@pytest.mark.slow
 def test_a_clip_in_one_store_is_decoded_for_the_other_only(
     fresh: Path, decoded: "Counter[str]", capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -102,6 +102,7 @@ def data_set(root: Path) -> list[str]:
     return ["--data.name", "jsonl", "--data.root", str(root), "--engine.decoders", "1"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_job_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options, out = data_set(tmp_path / "data"), tmp_path / "out"
     command = ["transcode", *options, "--out", str(out)]

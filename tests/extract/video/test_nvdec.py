@@ -16,7 +16,7 @@ from egopatch.extract.video import container, nvdec
 from egopatch.extract.video.container import open_video
 from egopatch.extract.video.frames import VideoError, read_frames
 from egopatch.extract.worker.job import resolve_job
-from tests.extract.job import config_of
+from tests.extract.job import config_of, options
 from tests.extract.video.odd_videos import ODD, coded, moving
 from tests.extract.video.test_needed import CODED, x265
 from tests.extract.video.videos import show_turned, write_video
@@ -138,3 +138,8 @@ def test_it_is_part_of_the_fingerprint(made: Path, monkeypatch: pytest.MonkeyPat
     plain, other = (resolve_job(config_of(made, "--video.decoder", one)).fingerprint for one in ("decord", "nvdec"))
     assert plain == resolve_job(config_of(made)).fingerprint
     assert plain != other
+
+
+def test_several_workers_do_not_share_a_gpu_decoder(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", *options(made, "--video.decoder", "nvdec", "--engine.workers", "2")]) == 2
+    assert "with 2 workers, whose children would all decode on the first GPU" in capsys.readouterr().err
