@@ -125,7 +125,7 @@ BROKEN = {
     "extract run --encoder.arch no-network": "package egopatch-colours 1.2 is a type; expected an extract.encoders.Net",
     "extract run --encoder.arch lite": "'lite' is registered by egopatch and by egopatch-colours 1.2",
     "train fit --head.name raises": "cannot be imported (RuntimeError: no GPU here, so nothing works)",
-    "train fit --head.name gatde": "expected one of egovlp, egovlpv2, gated",
+    "train fit --head.name gatde": "did you mean gated?",
     "train fit --head.options.hidden 0": "hidden is 0; expected at least 1",
 }
 

@@ -8,6 +8,8 @@ question-answering in long egocentric videos", CVPR 2024.
 """
 
 import random
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from egopatch.extract.datasets.records import (
 )
 
 CLIP_FOLDER = "clips"
+FILE_NAME = re.compile(r"annotations\.(train|val|test)\.json")
 WRONG = 3
 
 
@@ -39,31 +42,44 @@ def load(root: Path, split: str, close: bool) -> Dataset:
         DatasetError: A file is missing, or a record is malformed or repeats an id; one line a fault.
     """
     problems: list[str] = []
-    questions: dict[Part, list[Question]] = {part: [] for part in PARTS}
+    questions: dict[Part, tuple[Question, ...]] = {}
     for part in PARTS:
-        path = root / f"annotations.{part}.json"
-        seen: set[str] = set()
         try:
-            records = parsing.read_json_records(path, f"QAEgo4D's questions of {part}")
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        positions = ((f"{path}:record {number}", record) for number, record in enumerate(records, start=1))
-        for position, question in parsing.collect(positions, lambda record: _question(record, close), problems):
-            if question.question_id in seen:
-                problems.append(f"{position}: sample_id {question.question_id!r} is used twice; expected unique ids")
-            seen.add(question.question_id)
-            questions[part].append(question)
+            questions[part] = read_questions(root / f"annotations.{part}.json", close)
+        except DatasetError as error:
+            problems += error.problems
     if problems:
         raise DatasetError(problems)
     everything = [question for part in PARTS for question in questions[part]]
     return Dataset(
         clips=tuple(Clip(name, root / CLIP_FOLDER / f"{name}.mp4") for name in sorted({q.clip_id for q in everything})),
-        questions={part: tuple(members) for part, members in questions.items()},
+        questions=questions,
         answers=answer_vocabulary([] if close else [question.spelling for question in questions["train"]]),
         texts=texts_of(everything),
         split=split,
     )
+
+
+def read_questions(path: Path, close: bool = False) -> tuple[Question, ...]:
+    """The questions of one part.
+
+    Raises:
+        DatasetError: As `load`.
+    """
+    problems: list[str] = []
+    questions: dict[str, Question] = {}
+    try:
+        records = parsing.read_json_records(path, "QAEgo4D's questions of one part")
+    except ValueError as error:
+        raise DatasetError([str(error)]) from None
+    positions = ((f"{path}:record {number}", record) for number, record in enumerate(records, start=1))
+    for position, question in parsing.collect(positions, partial(_question, close=close), problems):
+        if question.question_id in questions:
+            problems.append(f"{position}: sample_id {question.question_id!r} is used twice; expected unique ids")
+        questions[question.question_id] = question
+    if problems:
+        raise DatasetError(problems)
+    return tuple(questions.values())
 
 
 def _question(record: object, close: bool) -> Question:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from egopatch.configs.schema import ConfigError, ConfigParser
-from egopatch.extract.datasets import Question, egotaskqa, jsonl
+from egopatch.extract.datasets import Question, egotaskqa, jsonl, qaego4d
 from egopatch.extract.datasets.records import Part, answer_vocabulary
 from egopatch.train.scores.metrics import (
     difference,
@@ -19,6 +19,7 @@ from egopatch.train.scores.metrics import (
     score,
     wrong_form_line,
 )
+from egopatch.train.scores.text_metrics import text_metrics
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,10 @@ class QuestionFile:
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Score the answers and print the metrics."""
     parser.add_argument(
-        "--questions", type=Path, required=True, help="EgoTaskQA annotation file, or .jsonl file of your own questions"
+        "--questions",
+        type=Path,
+        required=True,
+        help="annotation file of EgoTaskQA or QAEgo4D, or .jsonl file of your own questions",
     )
     parser.add_argument(
         "--predictions", type=Path, required=True, help='JSON lines, one per question: {"question_id", "answer"}'
@@ -60,12 +64,16 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         default="lower-cased",
         help="matching rule of the JSON output; the difference under the other rule goes to standard error",
     )
+    parser.add_argument(
+        "--text", action="store_true", help="also BLEU-4, METEOR and ROUGE-L (pip install 'egopatch[text-metrics]')"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(list(args))
     file = read_question_file(options.questions, options.part)
     split = options.split or file.split
     answers = read_predictions(options.predictions, file.questions)
     metrics = score(file.questions, answers, split)
+    texts = text_metrics(file.questions, answers) if options.text else {}
     if file.vocabulary is None and any(question.encoded is None for question in file.questions):
         released = None
         missing = f"{options.questions.parent} has neither answer_set.txt nor training questions"
@@ -76,13 +84,13 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         released = score(file.questions, answers, split, same_as_released(file.vocabulary or ()))
     if options.json:
         chosen = released if options.compare == "released" and released is not None else metrics
-        print(json.dumps(chosen.as_json(), indent=2))
+        print(json.dumps(chosen.as_json() | ({"text": texts} if texts else {}), indent=2))
         # On standard error, because the layout of the JSON is fixed.
         print(f"train score: {wrong_form_line(metrics)}", file=sys.stderr)
         if released is not None:
             print(f"train score: {difference(metrics, released)}", file=sys.stderr)
     else:
-        print("\n".join(lines(metrics, released)))
+        print("\n".join([*lines(metrics, released), *(f"{name} {value:.2f}" for name, value in texts.items())]))
     return 0
 
 
@@ -92,6 +100,8 @@ def read_question_file(path: Path, part: Part) -> QuestionFile:
         parts = jsonl.read_questions(path)
         vocabulary = answer_vocabulary([question.spelling for question in parts["train"]])
         return QuestionFile(parts[part], vocabulary, None)
+    if qaego4d.FILE_NAME.fullmatch(path.name):
+        return QuestionFile(qaego4d.read_questions(path), None, None)
     folder = path.resolve().parent
     words = re.split("[^a-z]+", f"{folder.name} {path.stem}")
     split = next((word for word in words if word in egotaskqa.SPLITS), None)
