@@ -206,8 +206,8 @@ class HeadConfig:
     """The head that stage two trains; only `name`, `checkpoint`, `heads`, `width` and `dropout` matter beyond `psa`.
 
     Args:
-        name: Head: a blind baseline (majority, question-only), a published system (pooled or egovlp, egovlpv2, mfas),
-            attention (over all patches), psa (ours), or one that a package or a call registers.
+        name: Head: a blind baseline (majority, question-only, longest-option), a published system (pooled or egovlp,
+            egovlpv2, mfas), attention (over all patches), psa (ours), or one that a package or a call registers.
         options: Options of a registered head, by name; `--head.options.NAME VALUE` sets one.
         checkpoint: `egovlpv2` and `mfas` only: a fine-tuned file to evaluate unchanged or to continue training from;
             `null` starts from `encoder.checkpoint`.

@@ -64,7 +64,7 @@ def result(config: Config) -> dict:
 
 @pytest.mark.slow
 def test_psa_learns_what_the_blind_head_cannot(choice: Config) -> None:
-    psa = with_run(choice, "psa", train_epochs=20, train_lr=5e-3)
+    psa = with_run(choice, "psa", train_epochs=12, train_lr=5e-3)
     blind = with_run(psa, "blind", head_name="question-only")
     fit(psa, "x")
     fit(blind, "x")
