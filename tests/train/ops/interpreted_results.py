@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from egopatch.train.ops.select_attend.plan import QUESTIONS
-from tests.train.ops.cases import Case, make_case, oracle
+from tests.train.ops.cases import Case, assert_same_selection, make_case, oracle
 from tests.train.ops.kernel_checks import DEVICE, check, gradients, run
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int8]
@@ -152,6 +152,26 @@ def test_rows_without_a_finite_score(k: int) -> None:
     assert (grads[0][empty] == 0).all()
     assert (grads[2][1] == 0).all()
     check(case, k)
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e-4, 1e5])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_selectors_of_any_size_select_as_in_float32(dtype: torch.dtype, size: float) -> None:
+    case = make_case(2, 4, 1, 33, 32, 2, dtype, device=DEVICE)
+    scaled = Case(case.tokens, case.clip_index, case.queries, case.selector * size, case.bias * 0, None)
+    leaves = scaled.leaves()
+    out = run(scaled, leaves, 9)
+    assert_same_selection(out.kept, scaled, 9)
+    assert all(tensor.isfinite().all() for tensor in (out.pooled, *gradients(out.pooled, out.lse, leaves)))
+    if size < 1:
+        check(scaled, 9)
+
+
+@pytest.mark.parametrize(
+    "width", [pytest.param(1152, marks=pytest.mark.slow), 1408, pytest.param(1536, marks=pytest.mark.slow)]
+)
+def test_widths_of_large_encoders(width: int) -> None:
+    check(make_case(2, 3, 1, 20, width, 2, torch.float16, device=DEVICE), 5)
 
 
 def test_small_gradients_do_not_underflow() -> None:

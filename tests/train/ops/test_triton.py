@@ -62,17 +62,18 @@ def budget(*arguments: str) -> list[dict[str, object]]:
 @needs_triton
 def test_the_shipped_kernels_fit_quickly() -> None:
     usages = budget("--quick")
-    assert {(u["kernel"], u["arch"]) for u in usages} == {
-        (kernel, arch) for kernel in ("forward", "backward") for arch in ("sm_80", "sm_90a")
-    }
+    instructions = {"sm_80": "mma", "sm_90a": "wgmma", "sm_100a": "tcgen05"}
+    kernels = ("forward", "logits", "queries")
+    assert {(u["kernel"], u["arch"]) for u in usages} == {(kernel, arch) for kernel in kernels for arch in instructions}
     assert [u for u in usages if u["spill_bytes"] or u["shared_bytes"] > u["shared_limit"]] == []
-    assert all(u["matrix_instruction"] == ("wgmma" if u["arch"] == "sm_90a" else "mma") for u in usages)
+    assert all(u["matrix_instruction"] == instructions[u["arch"]] for u in usages)
 
 
 @needs_triton
 @pytest.mark.slow
-def test_every_shipped_kernel_fits() -> None:
-    assert [u for u in budget() if u["spill_bytes"] or u["shared_bytes"] > u["shared_limit"]] == []
+def test_the_main_shape_fits_in_every_dtype() -> None:
+    """The other shapes and versions of Triton are compiled by hand, with their results committed."""
+    assert [u for u in budget("--main") if u["spill_bytes"] or u["shared_bytes"] > u["shared_limit"]] == []
 
 
 @needs_triton
