@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn
 
 import jsonargparse
 
-from egopatch.configs.yaml_keys import repeated_key
+from egopatch.configs.yaml_faults import find_fault
 
 ComputeDtype = Literal["float32", "bfloat16"]
 Score = Literal["question", "saliency", "prior", "random", "all"]
@@ -351,6 +351,10 @@ def option_names() -> list[str]:
     ]
 
 
+# What jsonargparse says of `--head.scores question`.
+_LIST_EXPECTED = re.compile(r"Parser key \"([\w.]+)\": Expected a <class 'tuple'>\. Got value: (.+)")
+
+
 class ConfigParser(jsonargparse.ArgumentParser):
     """jsonargparse's parser without abbreviations, with one-line errors that name the nearest option or file."""
 
@@ -359,34 +363,35 @@ class ConfigParser(jsonargparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> jsonargparse.Namespace:
-        """Read a config file as jsonargparse does, and refuse one that is not text or uses a key twice."""
+        """Read a config file as jsonargparse does, and refuse one with a fault by its name and line."""
         try:
-            repeated = repeated_key(Path(path).read_text(encoding="utf-8"))
+            fault = find_fault(Path(path).read_text(encoding="utf-8"), _sections())
         except UnicodeDecodeError as error:
             self.error(
                 f"--config {path}: not UTF-8 text at byte {error.start}; expected the YAML file of an experiment"
             )
-        if repeated:
-            self.error(f"--config {path}: {repeated}")
+        if fault:
+            self.error(f"--config {path}: {fault}")
         return super().parse_path(path, *args, **kwargs)
 
     def parse_string(self, *args: Any, **kwargs: Any) -> jsonargparse.Namespace:
-        """Read a config as jsonargparse does, and refuse one in the command line that uses a key twice."""
+        """Read a config as jsonargparse does, and refuse one in the command line that has a fault."""
         # `parse_path` has looked at the text of a file, which comes by a keyword whose name depends on the version.
-        if args and (repeated := repeated_key(args[0])):
-            self.error(f"--config: {repeated}")
+        if args and (fault := find_fault(args[0], _sections())):
+            self.error(f"--config: {fault}")
         return super().parse_string(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print `message` with the nearest valid option or file and exit with code 2."""
-        line = " ".join(message.split())
+        line = _LIST_EXPECTED.sub(r"\1 is '\2'; expected a list in brackets: '[\2]'", " ".join(message.split()))
         print(f"{self.prog}: error: {line}{_nearest(line)}{_nearest_file(line)}", file=sys.stderr)
         raise SystemExit(2)
 
 
 def _nearest(message: str) -> str:
-    unknown = re.search(r"(?:unrecognized arguments: --|accept option '|[Kk]ey '?)([\w.\-]+)", message)
-    about_a_name = any(phrase in message for phrase in ("unrecognized", "does not accept", "not expected"))
+    unknown = re.search(r"(?:unrecognized arguments: --|accept option '|Option '|[Kk]ey '?)([\w.\-]+)", message)
+    phrases = ("unrecognized", "does not accept", "not accepted", "not expected")
+    about_a_name = any(phrase in message for phrase in phrases)
     if not about_a_name or not unknown:
         return ""
     group = re.search(r"Group '(\w+)'", message)
@@ -416,7 +421,20 @@ def add_config_arguments(parser: jsonargparse.ArgumentParser) -> None:
 
 
 def parse_config(parser: jsonargparse.ArgumentParser, args: Sequence[str]) -> tuple[Config, jsonargparse.Namespace]:
-    """Parse a command line with the options of `add_config_arguments`.
+    """Parse a command line with `--config` and the other options of `add_config_arguments`.
+
+    Returns and raises:
+        As `parse_options`; a command line with neither `--config` nor `--data.root` is refused likewise.
+    """
+    config, namespace = parse_options(parser, args)
+    if not namespace.config and config.data.root == DataConfig.root:
+        # The defaults alone are an experiment that hardly anybody means.
+        parser.error("no --config; expected --config FILE, the YAML file of an experiment; examples are in configs/")
+    return config, namespace
+
+
+def parse_options(parser: jsonargparse.ArgumentParser, args: Sequence[str]) -> tuple[Config, jsonargparse.Namespace]:
+    """Parse a command line with the options of `add_config_arguments`, with or without `--config`.
 
     Returns:
         The experiment, and the namespace with all other options of `parser`.

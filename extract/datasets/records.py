@@ -14,6 +14,8 @@ PARTS: tuple[Part, ...] = ("train", "val", "test")
 UNKNOWN_ANSWERS = ("<UNK0>", "<UNK1>")
 MAX_ANSWERS = 4000
 MIN_OPTIONS, MAX_OPTIONS = 2, 26
+# Faults that the message of a DatasetError lists.
+SHOWN_PROBLEMS = 10
 
 
 class DatasetError(ValueError):
@@ -21,12 +23,14 @@ class DatasetError(ValueError):
 
     Attributes:
         problems: One line per fault, `file:position: what is wrong`, in the order of the files. The message consists
-            of these lines.
+            of the first ten and the number of the others.
     """
 
     def __init__(self, problems: Iterable[str]):
         self.problems = tuple(problems)
-        super().__init__("\n".join(self.problems))
+        hidden = len(self.problems) - SHOWN_PROBLEMS
+        more = [f"and {hidden:,} more; `python -m extract doctor --json` lists them all"] if hidden > 0 else []
+        super().__init__("\n".join([*self.problems[:SHOWN_PROBLEMS], *more]))
 
     def __reduce__(self) -> tuple[type["DatasetError"], tuple[tuple[str, ...]]]:
         return DatasetError, (self.problems,)

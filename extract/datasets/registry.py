@@ -9,7 +9,7 @@ from collections.abc import Callable
 from egopatch.configs.plugins import Plugins
 from egopatch.configs.schema import ConfigError, DataConfig
 from egopatch.extract.datasets import egoschema, egotaskqa, jsonl, nextqa, qaego4d
-from egopatch.extract.datasets.records import Dataset
+from egopatch.extract.datasets.records import Dataset, DatasetError
 
 Loader = Callable[[DataConfig], Dataset]
 
@@ -49,10 +49,16 @@ def load_dataset(data: DataConfig) -> Dataset:
     """Read the clips, questions and answer vocabulary of a data set. No video is opened.
 
     Raises:
-        DatasetError: Annotation files are missing or malformed; one line per fault, with file and position.
+        DatasetError: `data.root` does not exist, or annotation files are missing or malformed; one line per fault, with
+            file and position.
         ConfigError: `data.name` is unknown, or what registers it is broken.
     """
-    dataset = (_PLUGINS.find(data.name) or LOADERS[data.name])(data)
+    plugin = _PLUGINS.find(data.name)
+    if plugin is None and not data.root.is_dir():
+        expected = "set --data.root to the folder of the annotations"
+        hint = "`python -m extract data` downloads EgoTaskQA, `make demo` renders EgoSynth"
+        raise DatasetError([f"data.root is '{data.root}', which does not exist; {expected} ({hint})"])
+    dataset = (plugin or LOADERS[data.name])(data)
     if not isinstance(dataset, Dataset):
         owner = _PLUGINS.package_of(data.name) or "this process"
         raise ConfigError(

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from egopatch.configs.schema import ConfigError
-from egopatch.configs.yaml_keys import repeated_key
+from egopatch.configs.yaml_faults import repeated_key
 
 DEFAULT_SOURCES = Path(__file__).with_name("data_sources.yaml")
 DEFAULT_LOCK = Path("data_sources.lock.json")

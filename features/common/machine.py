@@ -39,10 +39,13 @@ def find_device(name: str) -> "torch.device":
     gpus = usable_gpus()
     if name == "auto":
         return torch.device("cuda" if gpus else "cpu")
+    expected = "expected auto, cpu, cuda, or cuda:N with the number of a GPU"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError("expected auto, cpu, cuda, or cuda:N with the number of a GPU") from None
+        raise ValueError(expected) from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(expected)
     if device.type == "cuda" and not gpus:
         raise ValueError("torch sees no CUDA device here: use auto or cpu")
     if device.type == "cuda" and device.index is not None and device.index >= gpus:

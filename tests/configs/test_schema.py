@@ -11,6 +11,7 @@ from egopatch.configs.schema import (
     load_config,
     option_names,
     parse_config,
+    parse_options,
 )
 from egopatch.features.formats.registry import FORMATS
 from egopatch.features.values.spec import Codec
@@ -32,7 +33,7 @@ def test_the_schema_knows_the_formats_of_the_store() -> None:
 def parse(*args: str) -> Config:
     parser = ConfigParser(prog="test")
     add_config_arguments(parser)
-    return parse_config(parser, args)[0]
+    return parse_options(parser, args)[0]
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=str)
@@ -59,6 +60,12 @@ def test_file_then_overrides(tmp_path: Path) -> None:
         (["--store.shard", "1.5"], "store.shard"),
         (["--store.codec", "gzip"], "store.codec is 'gzip'; expected one of zarr's codecs: none, zstd, blosc-zstd"),
         (["--head.scores", "[qustion]"], "head.scores"),
+        (
+            ["--head.scores", "question,prior"],
+            "head.scores is 'question,prior'; expected a list in brackets: '[question,",
+        ),
+        (["--config", "{vdeo: {frames: 4}}"], "Option 'vdeo.frames' is not accepted; did you mean video.frames?"),
+        (["--config", "{bogus: 1}"], "Option 'bogus' is not accepted; the sections are data, video,"),
         (
             ["--config", "absent.yaml"],
             "; expected the YAML file of an experiment; examples are in configs/",
@@ -90,6 +97,18 @@ def test_unknown_key_in_a_file_names_the_nearest(tmp_path: Path, capsys: pytest.
     [
         (b"video: {frames: 4}\nstore:\n  shard: 8\n  shard: 9\n", "x.yaml: line 4: key 'shard' is used twice"),
         (b"video: {frames: 4}\nvideo: {frames: 8}\n", "x.yaml: line 2: key 'video' is used twice"),
+        (
+            b"head: {ratio: 0.5}\nvideo:\nrun:\n",
+            "x.yaml: line 2: section video is empty; expected `video: {OPTION: VALUE}`",
+        ),
+        (
+            b"video: 4\n",
+            "x.yaml: line 1: section video holds no options; expected `video: {OPTION: VALUE}`, or no such",
+        ),
+        (b"video: {frames: 4\nhead: {}\n", "x.yaml: line 2, column 5: not valid YAML ("),
+        (b"video: {\0}\n", "x.yaml: not valid YAML (unacceptable character #x0000"),
+        (b"# nothing yet\n", "x.yaml: holds nothing; expected sections such as `head: {ratio: 0.5}`"),
+        (b"- video\n", "x.yaml: line 1: not a mapping; expected sections such as `head: {ratio: 0.5}`"),
         (b"data: {root: a\xff}\n", "x.yaml: not UTF-8 text at byte 14; expected the YAML file of an experiment"),
     ],
 )
@@ -122,3 +141,16 @@ def test_a_key_that_stands_twice_in_the_command_line_is_refused(text: str, capsy
     assert "--config: line 1: key '" in line
     assert "is used twice; expected each key once" in line
     assert parse("--config", "{video: {frames: 4}}").video.frames == 4
+
+
+@pytest.mark.parametrize("args", [[], ["--head.ratio", "0.5"]])
+def test_an_experiment_without_a_file_is_refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    parser = ConfigParser(prog="train fit")
+    add_config_arguments(parser)
+    with pytest.raises(SystemExit) as usage:
+        parse_config(parser, args)
+    assert usage.value.code == 2
+    assert capsys.readouterr().err == (
+        "train fit: error: no --config; expected --config FILE, the YAML file of an experiment; examples are in "
+        "configs/\n"
+    )

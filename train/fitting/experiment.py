@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from egopatch.configs.schema import Config
+from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets import PARTS, Dataset, Question, load_dataset
 from egopatch.extract.datasets.origins import compare_origins, unrecorded_line
 from egopatch.extract.fingerprints import configured
@@ -162,12 +162,12 @@ def pick_device(name: str, ranks: Distributed = ALONE) -> torch.device:
     """The device that `train.device` means; with several ranks, each has its own.
 
     Raises:
-        RunError: `name` is not a device, or this machine does not have it.
+        ConfigError: `name` is not a device, or this machine does not have it.
     """
     try:
         device = find_device(name)
     except ValueError as error:
-        raise RunError(f"train.device is {name!r}; {error}") from None
+        raise ConfigError(f"train.device is {name!r}; {error}") from None
     if device.type == "cuda" and ranks.size > 1:
         return torch.device("cuda", ranks.local)
     return device

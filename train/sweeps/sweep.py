@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from egopatch.configs.schema import Config, ConfigError, ConfigParser, add_config_arguments, option_names, parse_config
-from egopatch.configs.yaml_keys import repeated_key
+from egopatch.configs.schema import Config, ConfigError, ConfigParser, add_config_arguments, option_names, parse_options
+from egopatch.configs.yaml_faults import repeated_key
 from egopatch.features import ShardOwned
 from egopatch.features.io.files import make_folder
 from egopatch.train.fitting.experiment import Experiment, open_experiment
@@ -332,7 +332,7 @@ def _checked(option: str, value: Any) -> Any:
     add_config_arguments(parser)
     try:
         text = value if isinstance(value, str) else json.dumps(value)
-        config, _ = parse_config(parser, [f"--{option}={text}"])
+        config, _ = parse_options(parser, [f"--{option}={text}"])
     except SystemExit:
         raise ConfigError(f"{option} is {value!r} in the sweep; see the line above") from None
     if option.startswith(HEAD_OPTIONS):

@@ -47,7 +47,7 @@ def load(root: Path, split: str = "direct") -> Dataset:
 def faults(root: Path, split: str = "direct") -> list[str]:
     with pytest.raises(DatasetError) as caught:
         load(root, split)
-    assert str(caught.value) == "\n".join(caught.value.problems)
+    assert str(caught.value).splitlines()[:10] == list(caught.value.problems[:10])
     return [line.replace(str(root), "ROOT") for line in caught.value.problems]
 
 

@@ -208,3 +208,19 @@ def test_options_for_some_questions_only(tmp_path: Path) -> None:
     assert faults(tmp_path, CLIPS, "\n".join(map(json.dumps, lines))) == [
         "question '2' and 0 others have no options; expected options for all questions or none"
     ]
+
+
+def test_the_message_shows_ten_faults_and_counts_the_others(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError) as caught:
+        load(tmp_path, "[]\n" * 2000)
+    lines = str(caught.value).splitlines()
+    assert lines[9] == f"{tmp_path}/clips.jsonl:10: contains a list; expected an object"
+    assert lines[10:] == ["and 1,993 more; `python -m extract doctor --json` lists them all"]
+    assert len(caught.value.problems) == 2003  # with three questions whose clips are unknown
+
+
+def test_no_folder_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(
+        DatasetError, match=r"^data\.root is '.*nowhere', which does not exist; set --data\.root to the "
+    ):
+        load_dataset(DataConfig(name="egotaskqa", root=tmp_path / "nowhere"))

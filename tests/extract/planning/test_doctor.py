@@ -166,7 +166,8 @@ def test_annotations_that_cannot_be_used(tmp_path: Path, records: Records, capsy
 
 def test_no_folder_is_a_wrong_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--data.root", str(tmp_path / "nowhere")]) == 2
-    assert "check data.root" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"data.root is '{tmp_path / 'nowhere'}', which does not exist; set --data.root" in line
 
 
 def test_questions_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

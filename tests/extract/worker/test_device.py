@@ -25,7 +25,7 @@ def test_a_number_that_no_gpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
         device_of("cuda:2")
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:x", ""])
+@pytest.mark.parametrize("name", ["gpu0", "mps", "cuda:x", ""])
 def test_a_name_that_is_no_device(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"encoder\.device is '{name}'; expected auto, cpu, cuda, or cuda:N"):
         device_of(name)

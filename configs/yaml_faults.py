@@ -1,0 +1,66 @@
+"""Faults of an experiment's YAML file that its parser reports badly, each with its line.
+
+YAML loaders keep the last of two equal keys in silence, and jsonargparse has a traceback for a section without options.
+"""
+
+from collections.abc import Collection
+
+import yaml
+
+
+def find_fault(text: str, sections: Collection[str]) -> str | None:
+    """What is wrong in the text of an experiment's file, and where; None if nothing of this kind is.
+
+    Args:
+        text: The file.
+        sections: Names of the keys whose values are mappings.
+    """
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        return f"{where}not valid YAML ({error.problem or error.context})"
+    except yaml.YAMLError as error:
+        return f"not valid YAML ({' '.join(str(error).split())})"
+    expected = "expected sections such as `head: {ratio: 0.5}`"
+    if root is None:
+        return f"holds nothing; {expected}"
+    if not isinstance(root, yaml.MappingNode):
+        return f"line {root.start_mark.line + 1}: not a mapping; {expected}"
+    return _repeated_in(root) or _section_without_options(root, sections)
+
+
+def repeated_key(text: str) -> str | None:
+    """Line and name of the first key that is used twice in one section; None if there is none.
+
+    Text that is not YAML has none; its loader reports the error.
+    """
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return None
+    return None if root is None else _repeated_in(root)
+
+
+def _repeated_in(node: yaml.Node) -> str | None:
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    seen = set()
+    for key, value in pairs:
+        if key.value in seen:
+            return f"line {key.start_mark.line + 1}: key {key.value!r} is used twice; expected each key once"
+        if isinstance(key, yaml.ScalarNode):
+            seen.add(key.value)
+        if found := _repeated_in(value):
+            return found
+    return None
+
+
+def _section_without_options(root: yaml.MappingNode, sections: Collection[str]) -> str | None:
+    for key, value in root.value:
+        if key.value in sections and not isinstance(value, yaml.MappingNode):
+            empty = isinstance(value, yaml.ScalarNode) and not value.value
+            found = "is empty" if empty else "holds no options"
+            expected = f"expected `{key.value}: {{OPTION: VALUE}}`, or no such line"
+            return f"line {key.start_mark.line + 1}: section {key.value} {found}; {expected}"
+    return None
