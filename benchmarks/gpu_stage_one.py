@@ -1,10 +1,11 @@
 """Stage one whole on a GPU node: does it keep up with the slower of its encoder alone and bare decoding on all cores?
 
-    python benchmarks/gpu_stage_one.py [--clips 1536] [--depth 6] [--batch 32] [--store FOLDER] [--out FILE] [--quick]
+    python benchmarks/gpu_stage_one.py [--clips 2048] [--depth 6] [--batch 32] [--store FOLDER] [--out FILE] [--quick]
 
 Videos are 320x240 H.264 of 2 s, a file a clip; the network has its published size and random weights, which do not
-change the work. The store is written to /dev/shm unless --store names another folder; the same job is run once more
-with a store that forgets what it gets, so that a disk which binds is told apart. GPU use is sampled by nvidia-smi.
+change the work. The store is written to /dev/shm, if there is room, unless --store names another folder; the same job
+is run once more with a store that forgets what it gets, so that a disk which binds is told apart. nvidia-smi samples
+the GPU's use.
 Without a GPU (--quick, to see that it runs) a stand-in takes the same way on the CPU.
 """
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 KIND = KINDS[0]
 SAMPLE_MS = 200
+ROW_BYTES = 5_000_000
 
 
 class GpuUse:
@@ -44,7 +46,7 @@ class GpuUse:
         self.samples: list[tuple[float, int]] = []
 
     def __enter__(self) -> "GpuUse":
-        query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", f"-lms={SAMPLE_MS}"]
+        query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", f"--loop-ms={SAMPLE_MS}"]
         found = shutil.which(query[0])
         self._child = subprocess.Popen(query, stdout=subprocess.PIPE, text=True) if found else None
         self._started = time.perf_counter()
@@ -54,7 +56,14 @@ class GpuUse:
         if self._child:
             self._child.terminate()
             lines = self._child.communicate()[0].splitlines()
-            self.samples = [(round(i * SAMPLE_MS / 1e3, 1), int(line)) for i, line in enumerate(lines) if line.strip()]
+            self.samples = [
+                (round(i * SAMPLE_MS / 1e3, 1), int(line)) for i, line in enumerate(lines) if line.strip().isdigit()
+            ]
+
+
+def say(what: str) -> None:
+    """What is known so far, should the rest fail."""
+    print(what, file=sys.stderr, flush=True)
 
 
 def decoding_rate(paths: list[Path], frames: int, cores: int) -> float:
@@ -139,43 +148,52 @@ def make_job(options: argparse.Namespace, root: Path) -> "ExtractionJob":
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=1536)
+    parser.add_argument("--clips", type=int, default=2048)
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--shard", type=int, default=64)
-    parser.add_argument("--store", type=Path, default=Path("/dev/shm"), help="folder to write the store in")
+    parser.add_argument("--store", type=Path, default=None, help="folder to write the store in")
     parser.add_argument("--quick", action="store_true", help="eight clips, one block, a GPU or none: does it run")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write beside printing")
     options = parser.parse_args()
     if options.quick:
         options = argparse.Namespace(**vars(options) | {"clips": 8, "frames": 2, "depth": 1, "batch": 2, "shard": 4})
     cores = len(os.sched_getaffinity(0))
+    if options.store is None:
+        memory = Path("/dev/shm")
+        roomy = shutil.disk_usage(memory).free > 2 * options.clips * ROW_BYTES
+        options.store = memory if roomy else Path(tempfile.gettempdir())
     with tempfile.TemporaryDirectory() as videos, tempfile.TemporaryDirectory(dir=options.store) as stores:
         with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
             count = min(64, options.clips)
             made = [Path(videos) / f"made{i}.mp4" for i in range(count)]
             list(pool.map(write_video, made, [KIND] * count, range(count)))
         paths = [Path(shutil.copy(made[i % count], Path(videos) / f"{i}.mp4")) for i in range(options.clips)]
+        say("videos written")
         decoding = decoding_rate(paths, options.frames, cores)
+        say(f"bare decoding: {decoding:.1f} clips/s on {cores} cores")
 
         from benchmarks.encoder import stamp
         from egopatch.extract.datasets import Clip
         from egopatch.extract.feed.clips import PreparedClip
 
         job = make_job(options, Path(stores))
+        say("network loaded")
         with job.open_decoders(cores, 2 * cores + 8) as pool:
             found = pool.map([Clip(str(i), path) for i, path in enumerate(paths[:8])])
             prepared = [replace(one, release=list) for one in found if isinstance(one, PreparedClip)]
             encoding = encoding_rate(job, prepared, 0.1 if options.quick else 4.0)
+        say(f"encoder alone: {encoding:.1f} clips/s")
         forgetting = run_job(job, paths, Path(stores), cores, forget=True)
+        say(f"pipeline without a store: {forgetting}")
         storing = run_job(job, paths, Path(stores), cores, forget=False)
     least = min(decoding, encoding)
     result = {
         "encoder_alone_clips_per_s": encoding,
         "bare_decoding_clips_per_s": decoding,
         "share_of_the_slower": {
-            "with a store in memory": storing["clips_per_s"] / least,
+            "with a store": storing["clips_per_s"] / least,
             "without a store": forgetting["clips_per_s"] / least,
         },
         "pipeline": storing,
