@@ -21,7 +21,7 @@ COLOURS = {"red": (200, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 200)}
 
 # Every command in one process, to start it once. The last line of output is the exit codes.
 COMMANDS = """
-import dataclasses, json, sys
+import dataclasses, json, sys, threading
 from egopatch import register_dataset, register_encoder
 from egopatch.extract.__main__ import main as extract
 from egopatch.train.__main__ import main as train
@@ -35,6 +35,12 @@ def build_video(checkpoint, options):  # defined here: worker processes cannot i
     encoder.scale.mul_(DOUBLE)
     return encoder
 
+LOCK = threading.Lock()
+
+def build_alone(checkpoint, options):
+    with LOCK:
+        return package.build_video(checkpoint, options)
+
 if __name__ == "__main__":
     args = sys.argv[1:]
     codes = [extract([name, *args]) for name in ("doctor", "run", "status")]
@@ -45,6 +51,8 @@ if __name__ == "__main__":
     register_dataset("here", load)
     other = ["--encoder.arch", "doubled", "--data.name", "here", "--store.path", args[1] + ".doubled"]
     codes += [extract(["run", *args, *other])]
+    register_encoder(dataclasses.replace(package.NETWORK, name="alone", build_video=build_alone))
+    codes += [extract(["run", *args, "--encoder.arch", "alone", "--store.path", args[1] + ".alone"])]
     print(json.dumps(codes))
 """
 
@@ -102,7 +110,8 @@ def test_every_command_works_with_a_package_of_an_encoder_a_data_set_and_a_head(
     script.write_text(COMMANDS)
     done = run(str(script), *experiment, path=installed)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [0] * 9, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [0] * 9 + [2], done.stdout + done.stderr
+    assert "encoder.arch is 'alone', which cannot be sent to worker processes" in done.stderr
     store = open_store(root / "store")
     assert len(store.clip_ids) == 18
     assert store.fingerprint.fields["plugin"] == "egopatch-colours 1.2"

@@ -10,7 +10,7 @@ from typing import Any
 from egopatch.configs.schema import Config
 from egopatch.train.report import answers as report_answers
 from egopatch.train.rundir.card import write_whole
-from egopatch.train.rundir.results import COLUMNS, Results, Row, gather
+from egopatch.train.rundir.results import BLIND, COLUMNS, Results, Row, gather
 from egopatch.train.scores.statistics import Interval
 
 # Intervals of a row by column, and of a split's rows by label.
@@ -170,8 +170,8 @@ def origin(results: Results) -> list[str]:
         "Wrong form: share of answers such as `cup` to a yes/no question. Time to 95%: training until val first "
         "reached 95% of its best, median over seeds.",
         "Each row is the mean over `test.json` of its runs; `card.json` beside it has the command and versions.",
-        "`majority` and `question-only` never see the video. All other systems read cached features of uniformly "
-        "sampled frames.",
+        f"`{'`, `'.join(BLIND[:-1])}` and `{BLIND[-1]}` never see the video. All other systems read cached features of "
+        "uniformly sampled frames.",
         *([quarantined] if count else []),
     ]
 
