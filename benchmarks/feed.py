@@ -5,7 +5,7 @@
 For three kinds of H.264 video, each clip a file of its own:
 cpu_ratio: CPU time a clip of all processes (decoding, index, hash, hand-over to an encoder that only takes the bytes,
     as a GPU's does) over that of FFmpeg decoding the same frames in a loop; cpu_ratio_host with the CPU's transform.
-serial_ms: CPU time a clip of the parent, all of its threads.
+serial_ms: CPU time a clip of the parent's main thread, without the copy to the device, which a GPU does by itself.
 handover_clips_per_s: rate at which two children that decode nothing hand over frames.
 write_share: time of bare write and fsync over that of writing a shard with its checks, reading back included.
 CPU time and ratios within a run, because the machine may be busy. `forecast` is what these figures mean for 16 cores
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import psutil
@@ -41,8 +41,6 @@ from egopatch.extract.video.once import OncePerVideo  # noqa: E402
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform  # noqa: E402
 
 # Decoder children import this file too, so whatever needs torch is imported where it is used.
-if TYPE_CHECKING:
-    from egopatch.extract.worker.batch_encoder import BatchEncoder
 
 VIDEO = VideoConfig()
 CLIPS = {"320x240, 2 s": 32, "456x256, 30 s": 4, "1280x720, 10 s": 2}  # about a second of decoding each
@@ -62,7 +60,7 @@ def decode_nothing(clip: Clip, video: VideoConfig, once: OncePerVideo, transform
     return replace(_kept(replace(clip, clip_id="any"), transform), clip=clip)
 
 
-def taker(rate: float | None) -> "BatchEncoder":
+def taker(rate: float | None) -> Any:
     """Takes the bytes of frames as a device does, in one copy; returns no rows, or these at `rate` clips a second."""
     from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
 
@@ -72,7 +70,7 @@ def taker(rate: float | None) -> "BatchEncoder":
         def __init__(self) -> None:
             self.size, self.seconds, self.handover_s, self.busy_s, self._taken = BATCH, 0.0, 0.0, 0.0, []
             self._device = np.empty(1 << 26, np.uint8)
-            self._busy_until = 0.0
+            self._busy_until = self.copy_s = 0.0
 
         def __exit__(self, *_: object) -> None:
             pass
@@ -102,8 +100,9 @@ def taker(rate: float | None) -> "BatchEncoder":
     return Taker()
 
 
-def feed(pool: DecodePool[PreparedClip], clips: Iterable[Clip], rate: float | None) -> tuple[int, int]:
-    """Bring all clips to the encoder as the pipeline does; (clips, bytes of their frames)."""
+def feed(pool: DecodePool[PreparedClip], clips: Iterable[Clip], rate: float | None) -> tuple[int, int, float]:
+    """Bring all clips to the encoder as the pipeline does; (clips, bytes of frames, CPU seconds of this thread)."""
+    started = time.thread_time()
     done = nbytes = 0
     finish: Callable[[], object] = dict
     with taker(rate) as batches:
@@ -118,7 +117,7 @@ def feed(pool: DecodePool[PreparedClip], clips: Iterable[Clip], rate: float | No
                 finish = following
         batches.start()()
         finish()
-    return done, nbytes
+    return done, nbytes, time.thread_time() - started - batches.copy_s
 
 
 def children_cpu() -> float:
@@ -138,10 +137,11 @@ def measure_feed(clips: list[Clip], rounds: int, cut: bool, rate: float | None) 
             # Other names, so that nothing is known about these files.
             fresh = [Clip(f"{number}-{i}", _link(clip.video, number)) for i, clip in enumerate(clips)]
             child, parent, started = children_cpu(), time.process_time(), time.perf_counter()
-            done, nbytes = feed(pool, fresh, rate)
+            done, nbytes, serial = feed(pool, fresh, rate)
             found = {
                 "children_ms": 1e3 * (children_cpu() - child) / done,
                 "parent_ms": 1e3 * (time.process_time() - parent) / done,
+                "serial_ms": 1e3 * serial / done,
                 "clips_per_s": done / (time.perf_counter() - started),
                 "frame_mb": nbytes / done / 1e6,
             }
@@ -170,7 +170,7 @@ def measure_handover(clip: Clip, count: int) -> float:
     with DecodePool(VIDEO, 2, partial(decode_nothing, transform=EGOVLP_TRANSFORM), ring) as pool:
         feed(pool, [replace(clip, clip_id=f"warm{i}") for i in range(8)], None)
         started = time.perf_counter()
-        done, _ = feed(pool, [replace(clip, clip_id=str(i)) for i in range(count)], None)
+        done, *_ = feed(pool, [replace(clip, clip_id=str(i)) for i in range(count)], None)
         return done / (time.perf_counter() - started)
 
 
@@ -240,7 +240,7 @@ def forecast(parts: dict[str, Any], row_mb: float) -> dict[str, Any]:
         device = part["device"]
         stages = {
             "decoding": NODE_CORES * 1e3 / (device["children_ms"] + device["parent_ms"]),
-            "hand-over": 1e3 / device["parent_ms"],
+            "hand-over": 1e3 / device["serial_ms"],
             "encoder": H100_CLIPS_PER_S,
             "disk": NODE_DISK_GB_PER_S * 1e3 / row_mb,
         }
@@ -281,7 +281,7 @@ def main() -> int:
     result = {
         "cpu_ratio": {name: ratio(part, "device") for name, part in parts.items()},
         "cpu_ratio_host": {name: ratio(part, "host") for name, part in parts.items()},
-        "serial_ms": {name: part["device"]["parent_ms"] for name, part in parts.items()},
+        "serial_ms": {name: part["device"]["serial_ms"] for name, part in parts.items()},
         "write_share": {name: found["share"] for name, found in written.items()},
         "handover_clips_per_s": {name: part["handover_clips_per_s"] for name, part in parts.items()},
         "copies": "2: from the decoder's frames to shared memory, which cuts them, and from there to the device",

@@ -21,6 +21,7 @@ Value = TypeVar("Value")
 FileVersion = tuple[Path, int, int]  # path, bytes, time of the last change in nanoseconds
 
 IN_MEMORY = 16
+CLEAN_EVERY = 16  # values of one process; looking through the folder costs as much as a short clip
 IN_FILES = 64  # an hour of video has an index of 3 MB
 MOST_DEATHS = 2  # one may have been killed for another reason
 
@@ -41,6 +42,7 @@ class OncePerVideo:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
         self._known: OrderedDict[tuple[str, FileVersion], Any] = OrderedDict()
+        self._added = 0
 
     def find(self, what: str, version: FileVersion, compute: Callable[[], Value]) -> Value:
         """The value called `what` of a version of a file; `compute` finds it unless this was done before.
@@ -52,6 +54,9 @@ class OncePerVideo:
         if key not in self._known:
             found = _try(compute) if self._folder is None else _shared(self._folder, key, compute)
             self._known[key] = found
+            self._added += 1
+            if self._folder is not None and self._added % CLEAN_EVERY == 0:
+                _keep_newest(self._folder)
             if len(self._known) > IN_MEMORY:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
@@ -118,7 +123,6 @@ def _shared(folder: Path, key: tuple[str, FileVersion], compute: Callable[[], Va
             _write(file, _Started(deaths))  # this process lives: the cause, such as a lost connection, may pass
             raise
         _write(file, value)
-        _keep_newest(folder)
         return value
 
 
@@ -129,7 +133,7 @@ def _write(file: BinaryIO, value: object) -> None:
 
 
 def _keep_newest(folder: Path) -> None:
-    with suppress(OSError):  # the folder may be cleaned up too
-        files = list(folder.iterdir())
-        if len(files) > IN_FILES:
-            min(files, key=lambda path: path.stat().st_mtime_ns).unlink()
+    with suppress(OSError):  # other processes clean up too
+        newest_last = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        for path in newest_last[:-IN_FILES]:
+            path.unlink()

@@ -11,6 +11,7 @@ from egopatch.features import Failure, ShardOwned, ShardWork, Store, StoreError
 from egopatch.features.state.origin import Origin
 from egopatch.features.store.writer import Rows
 from egopatch.features.values.encoding import array_not_finite
+from egopatch.features.values.errors import NotFinite
 
 
 class TooManyErrors(RuntimeError):
@@ -126,11 +127,20 @@ class ShardWriter:
         machine: str,
     ) -> None:
         started = time.perf_counter()
-        if unstorable := self._unstorable(work.shard, rows):
+
+        def write(rows: Rows, failures: Mapping[str, Failure]) -> None:
+            machines = dict.fromkeys(rows, machine)
+            self._store.write_shard(work.shard, rows, sources, failures, origins, work.replaces, machines)
+
+        try:
+            write(rows, failures)
+        except NotFinite:  # found while the shard was written; looking at all rows before would cost a pass over them
+            unstorable = self._unstorable(work.shard, rows)
+            if not unstorable:
+                raise
             rows = {name: row for name, row in rows.items() if name not in unstorable}
             failures = {**failures, **unstorable}
-        machines = dict.fromkeys(rows, machine)
-        self._store.write_shard(work.shard, rows, sources, failures, origins, work.replaces, machines)
+            write(rows, failures)
         self._release(work.shard)
         self.write_s += time.perf_counter() - started
         self.committed += len(rows)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from egopatch.features.values.dtypes import are_finite
-from egopatch.features.values.errors import StoreError
+from egopatch.features.values.errors import NotFinite, StoreError
 from egopatch.features.values.spec import ArraySpec, StoreSpec
 from egopatch.features.values.tensors import bytes_of, dtype_name, to_disk, torch_dtype
 
@@ -46,12 +46,12 @@ def encode_row(clip: str, tensors: Mapping[str, Tensor], array: ArraySpec, spec:
     return to_disk(tensor.to(target), array.dtype)
 
 
-def not_finite(clip: str, tensors: Mapping[str, Tensor], array: ArraySpec) -> StoreError:
+def not_finite(clip: str, tensors: Mapping[str, Tensor], array: ArraySpec) -> NotFinite:
     """The error for a row of `encode_row` that holds NaN or infinity."""
     found = tensors.get(array.name)
     converted = found is not None and found.dtype != torch_dtype(array.dtype)
     what = f"exceeds the range of {array.dtype}" if converted else "holds NaN or infinity"
-    return StoreError(f"clip {clip!r}: {array.name} {what}; it is not stored")
+    return NotFinite(f"clip {clip!r}: {array.name} {what}; it is not stored")
 
 
 def scale_of(patches: Tensor, spec: StoreSpec) -> Tensor:
@@ -88,7 +88,7 @@ def _checked(clip: str, tensor: Tensor, array: ArraySpec) -> Tensor:
     """The tensor, which is finite, on the CPU."""
     tensor = _shaped(clip, tensor, array)
     if tensor.is_floating_point() and not _is_finite(tensor):
-        raise StoreError(f"clip {clip!r}: {array.name} holds NaN or infinity; it is not stored")
+        raise NotFinite(f"clip {clip!r}: {array.name} holds NaN or infinity; it is not stored")
     return tensor
 
 

@@ -31,6 +31,10 @@ class ShardOwned(StoreError):
     """Another running process holds the shard's lease."""
 
 
+class NotFinite(StoreError):
+    """Tokens hold NaN or infinity, or numbers that the stored dtype cannot represent; nothing was written."""
+
+
 class AbsentClip(StoreError, KeyError):
     """Requested clips were never committed.
 

@@ -81,6 +81,7 @@ def test_a_folder_that_is_gone_costs_only_time(tmp_path: Path) -> None:
 
 def test_old_files_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(once, "IN_FILES", 3)
+    monkeypatch.setattr(once, "CLEAN_EVERY", 1)
     for number in range(10):
         assert find(tmp_path, number, (Path("a.mp4"), number, 1)) == number
     assert len(list(tmp_path.iterdir())) == 3
