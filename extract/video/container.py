@@ -183,11 +183,13 @@ class VideoFile:
         """
         index, is_first = self.index, pts == self.index.first_pts
         missing, sent, last = set(rows.tolist()), list[int](), -1
+        complaints = len(self._logged)
         for row, packet in self._needed(self._packets_from(pts, dts), rows):
             if row is not None and row >= first_row:
                 heappush(sent, row)
             frames = decode(packet)
-            if frames is None:
+            # What a decoder makes up for something that is missing depends on all that it was given.
+            if frames is None or len(self._logged) > complaints:
                 return False
             for frame in frames:
                 # Fields may have packets of their own, which the index takes for frames.
