@@ -92,7 +92,7 @@ class DeviceEncoder(BatchEncoder):
         clock.stop()
         self._out.wait_stream(self._compute)
         # Waiting for it takes no core from the decoders.
-        done = torch.cuda.Event(blocking=True) if self._on_cuda else torch.cpu.Event()
+        done: Any = torch.cuda.Event(blocking=True) if self._on_cuda else torch.cpu.Event()
         with self._streams.stream(self._out):
             # Pinned memory comes from torch, which uses it again once a shard is written and its rows are dropped.
             outputs = {name: torch.empty_like(t, device="cpu", pin_memory=self._on_cuda) for name, t in tokens.items()}
