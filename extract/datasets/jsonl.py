@@ -1,11 +1,12 @@
 """Your own videos: two files with one JSON object per line.
 
 Clips: `{"clip_id": "kitchen-01", "video": "videos/kitchen.mp4", "start_s": 12.0, "end_s": 17.5}`. `video` is relative
-to the data root; without `start_s` and `end_s` the clip is the whole video.
+to the data root; without `start_s` and `end_s` the clip is the whole video. A clip_id may have slashes (`P01/P01_01`).
 
 Questions: `{"question_id": "1", "clip_id": "kitchen-01", "question": "what is opened?", "answer": "fridge",
-"part": "train"}`. `part` is train, val or test. Optional: `form` (`open` or `binary`; by default a question is binary
-if its answer is yes or no) and `tags`, a list of strings by which results are reported too.
+"part": "train"}`. `part` is train, val or test; an answer may be a number. Optional: `form` (`open` or `binary`; by
+default a question is binary if its answer is yes or no) and `tags`, a list of strings by which results are reported
+too.
 
 Multiple choice: `{"options": ["fridge", "door", "jar"], "answer_index": 0}` in place of `answer`, in all questions or
 none. Options have the text of answers; two to 26 of them, all different.
@@ -118,7 +119,7 @@ def _numbered(path: Path, problems: list[str]) -> Iterator[tuple[str, Part, Ques
 def _clip(record: object, video: Callable[[str], Path]) -> Clip:
     fields = parsing.as_object(record, CLIP_KEYS)
     return Clip(
-        clip_id=parsing.clip_id_field(fields, "clip_id"),
+        clip_id=parsing.clip_path_field(fields, "clip_id"),
         video=video(parsing.path_field(fields, "video")),
         start_s=parsing.seconds_field(fields, "start_s"),
         end_s=parsing.seconds_field(fields, "end_s"),
@@ -131,14 +132,14 @@ def _question(record: object) -> tuple[Part, Question]:
     options = parsing.texts_field(fields, "options")
     if "answer_index" in fields and not options:
         raise ValueError("'answer_index' is given without options; give both, or 'answer'")
-    written = _right_option(fields, options) if options else parsing.text_field(fields, "answer").strip()
+    written = _right_option(fields, options) if options else parsing.answer_field(fields, "answer").strip()
     answer = written.lower()
     form: Literal["open", "binary"] = "binary" if answer in ("yes", "no") and not options else "open"
     if "form" in fields:
         form = _one_of(fields, "form", ("open", "binary"))
     question = Question(
         question_id=parsing.id_field(fields, "question_id"),
-        clip_id=parsing.clip_id_field(fields, "clip_id"),
+        clip_id=parsing.clip_path_field(fields, "clip_id"),
         text=parsing.text_field(fields, "question"),
         answer=answer,
         form=form,

@@ -147,6 +147,14 @@ def text_field(record: Mapping[str, Any], key: str) -> str:
     return value
 
 
+def answer_field(record: Mapping[str, Any], key: str) -> str:
+    """Text that is not blank, or a number as text: `3` is an answer like `"3"`."""
+    value = record.get(key)
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    return text_field(record, key)
+
+
 def id_field(record: Mapping[str, Any], key: str) -> str:
     """A string or a whole number, as a string."""
     value = record.get(key)
@@ -171,6 +179,16 @@ def clip_id_field(record: Mapping[str, Any], key: str) -> str:
     value = text_field(record, key)
     if "/" in value or "\\" in value or value in (".", "..") or not value.isprintable():
         raise ValueError(f"{key!r} is {value!r}; expected a name without slashes and control characters")
+    if len(value.encode()) > MAX_CLIP_ID_BYTES:
+        raise ValueError(f"{key!r} has {len(value.encode())} bytes; expected at most {MAX_CLIP_ID_BYTES}")
+    return value
+
+
+def clip_path_field(record: Mapping[str, Any], key: str) -> str:
+    """A clip id that is safe as the path of a file, such as `P01/P01_01`."""
+    value = text_field(record, key)
+    if "\\" in value or not value.isprintable() or {"", ".", ".."} & set(value.split("/")):
+        raise ValueError(f"{key!r} is {value!r}; expected names with single slashes between, as in P01/P01_01")
     if len(value.encode()) > MAX_CLIP_ID_BYTES:
         raise ValueError(f"{key!r} has {len(value.encode())} bytes; expected at most {MAX_CLIP_ID_BYTES}")
     return value

@@ -62,7 +62,7 @@ def transcode(config: Config, out: Path) -> Transcoded:
         known = _read(journal)
         todo = [clip for clip in clips if not _is_copied(clip, known.get(clip.clip_id), folder)]
         # Killed jobs leave what they had begun; names of clips do not begin with a dot and end so.
-        for unfinished in folder.glob(".*.mp4.*"):
+        for unfinished in folder.rglob(".*.mp4.*"):
             unfinished.unlink()
         video = replace(config.video, decoder="pyav", timeout_s=SLOWER * config.video.timeout_s)
         with (

@@ -18,7 +18,7 @@ from egopatch.extract.video.container import UnclearPackets, VideoFile, open_vid
 from egopatch.extract.video.frames import has_varying_rate, rows_within
 from egopatch.extract.video.index import VideoError
 from egopatch.extract.video.once import OncePerVideo, version_of
-from egopatch.features.io.files import replacing
+from egopatch.features.io.files import make_folder, replacing
 
 SHORT_SIDE = 288
 KEY_FRAME_S = 1.0
@@ -55,6 +55,7 @@ def write_segment(clip: Clip, video: VideoConfig, once: OncePerVideo | None = No
         VideoError: As `extract.video.frames.read_frames`; or the copy does not hold the clip's frames.
     """
     target = folder / f"{clip.clip_id}.mp4"
+    make_folder(target.parent)  # a clip id may have slashes
     before = version_of(clip.video) if clip.video.exists() else None
     with open_video(clip.video, once) as file, replacing(target) as temporary:
         try:

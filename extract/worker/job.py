@@ -78,6 +78,17 @@ class ExtractionJob:
         """Whether clips go to a device as pixels, rather than to this machine's cores as finished input."""
         return self.device.type != "cpu"
 
+    @property
+    def frames_line(self) -> str | None:
+        """What to know where clips have more frames than the network was trained on; None where they have not."""
+        trained, frames = self.encoder.trained_frames, self.encoder.num_frames
+        if trained is None or frames <= trained:
+            return None
+        return (
+            f"note: {self.checkpoint.path} was trained on {trained} frames and video.frames is {frames}: the positions "
+            f"of the others are filled in as its authors do; --video.frames {trained} takes them as they were trained"
+        )
+
     def open_batches(self) -> BatchEncoder:
         """The encoder, on its device from now on, in batches of `encoder.batch`."""
         encoder, config = self.encoder.to(self.device), self.config

@@ -125,7 +125,10 @@ class Catalog:
 
         Raises:
             AbsentClip: Some of them were never committed; the message names them.
+            TypeError: `ids` is one id instead of a list, which Python would take apart into letters.
         """
+        if isinstance(ids, str):
+            raise TypeError(f"ids is {ids!r}; expected a list of ids, such as [{ids!r}]")
         absent = [name for name in dict.fromkeys(ids) if name not in self.ledger.clips]
         if absent:
             raise AbsentClip(absent, f"store {self.root}")

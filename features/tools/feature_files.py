@@ -37,22 +37,29 @@ _POINTER = b"version https://git-lfs"
 _SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".h5", ".hdf5")
 
 
+def _new_file(folder: Path, name: str) -> Path:
+    """Path of a file that is to be written; a clip id with slashes makes folders."""
+    file = folder / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
+
+
 def write_npy(folder: Path, clips: Iterable[Clip]) -> None:
     """One file a clip, with its patches."""
     for name, arrays in clips:
-        np.save(folder / f"{name}.npy", as_numpy(arrays["patches"]))
+        np.save(_new_file(folder, f"{name}.npy"), as_numpy(arrays["patches"]))
 
 
 def write_pt(folder: Path, clips: Iterable[Clip]) -> None:
     """One file a clip, with all its tensors."""
     for name, arrays in clips:
-        torch.save({key: value.clone() for key, value in arrays.items()}, folder / f"{name}.pt")
+        torch.save({key: value.clone() for key, value in arrays.items()}, _new_file(folder, f"{name}.pt"))
 
 
 def write_hdf5(folder: Path, clips: Iterable[Clip]) -> None:
     """One file a clip, with a dataset for each array."""
     for name, arrays in clips:
-        with h5py.File(folder / f"{name}.h5", "w") as file:
+        with h5py.File(_new_file(folder, f"{name}.h5"), "w") as file:
             for key, value in arrays.items():
                 file.create_dataset(key, data=as_numpy(value))
 
@@ -110,14 +117,14 @@ def find_clips(path: Path) -> Iterator[Unread]:
     if (path / "data.mdb").exists():
         yield from _find_lmdb(path)
         return
-    files = sorted(file for file in path.iterdir() if file.suffix in (*_SUFFIXES, ".tar"))
+    files = sorted(file for file in path.rglob("*") if file.suffix in (*_SUFFIXES, ".tar"))
     if not files:
         raise StoreError(f"{path} holds no features; expected {_expected()}")
     for file in files:
         if file.suffix == ".tar":
             yield from _find_tar(file)
         else:
-            yield file.stem, lambda file=file: _read_file(file)  # type: ignore[misc]
+            yield file.relative_to(path).with_suffix("").as_posix(), lambda file=file: _read_file(file)  # type: ignore[misc]
 
 
 def _expected() -> str:

@@ -3,6 +3,7 @@
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,17 @@ def test_everything_is_resolved_once(bare: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(StoreSpec, "for_patches", count(StoreSpec.for_patches))
     assert extract_features(config_of(bare)).clips == CLIPS
     assert calls == dict.fromkeys([*(function.__name__ for function in looked_up), "for_patches"], 1)
+
+
+def test_more_frames_than_the_checkpoint_was_trained_on_are_said(bare: Path) -> None:
+    config = config_of(bare)
+    job = resolve_job(config)
+    trained = job.encoder.trained_frames
+    assert trained is not None
+    assert job.frames_line is None
+    more = resolve_job(replace(config, video=replace(config.video, frames=4 * trained)))
+    assert more.frames_line == (
+        f"note: {config.encoder.checkpoint} was trained on {trained} frames and video.frames is {4 * trained}: the "
+        f"positions of the others are filled in as its authors do; --video.frames {trained} takes them as they were "
+        "trained"
+    )

@@ -20,13 +20,14 @@ from egopatch.features.tools.verify import verify
 from tests.extract.job import contents
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
 
-NAMES = tuple(f"cut 3.5|P{n}" for n in range(6))
+NAMES = ("P01/P01_01", *(f"cut 3.5|P{n}" for n in range(5)))
 
 
 def write(folder: Path, shape: tuple[int, ...] = (2, 4, 8), names: tuple[str, ...] = NAMES) -> Path:
     """A folder of npy files, as another program leaves it."""
     folder.mkdir()
     for number, name in enumerate(names):
+        (folder / name).parent.mkdir(exist_ok=True)
         np.save(folder / f"{name}.npy", np.random.default_rng(number).normal(size=shape).astype(np.float32))
     return folder
 
@@ -137,10 +138,10 @@ def test_a_webdataset_has_one_sample_a_clip(tmp_path: Path) -> None:
 
 def test_one_hdf5_file_with_a_dataset_a_clip(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "all.h5", "w") as file:
-        for number, name in enumerate(NAMES):
+        for number, name in enumerate(NAMES[1:]):  # a slash would make a group
             file[name] = np.full((2, 4, 8), number, np.float32)
     store = import_features(tmp_path / "all.h5", tmp_path / "store")
-    assert store.read(NAMES).patches[:, 0, 0, 0].tolist() == list(range(len(NAMES)))
+    assert store.read(NAMES[1:]).patches[:, 0, 0, 0].tolist() == list(range(len(NAMES) - 1))
 
 
 Spoil = Callable[[Path], None]

@@ -71,6 +71,12 @@ def test_absent_clips_are_named_and_never_read_as_zeros(make: Make) -> None:
     assert pickle.loads(pickle.dumps(caught.value)).ids == caught.value.ids
 
 
+def test_one_id_instead_of_a_list_is_refused(make: Make) -> None:
+    store = make()
+    with pytest.raises(TypeError, match=r"^ids is 'vid.*'; expected a list of ids, such as \['vid.*'\]$"):
+        store.read(IDS[0])
+
+
 def test_work_goes_down_as_shards_are_written(make: Make) -> None:
     store = make()
     assert [(work.shard, work.ids) for work in store.missing_shards()] == [

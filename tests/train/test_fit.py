@@ -23,7 +23,7 @@ from egopatch.features.tools.derive import derive
 from egopatch.train.__main__ import main
 from egopatch.train.data.batch import Batch
 from egopatch.train.fitting.answers import Answers, PartScorer, score_part
-from egopatch.train.fitting.experiment import open_experiment
+from egopatch.train.fitting.experiment import open_experiment, pick_device
 from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.heads import Head, Sizes
@@ -388,13 +388,33 @@ def test_another_setting_in_the_folder_is_refused(tiny: Config) -> None:
 def test_a_store_of_another_fingerprint_is_refused(tiny: Config, tmp_path: Path) -> None:
     fit(tiny, "x")
     other = write_tiny(tmp_path / "other", fields={**FIELDS, "checkpoint": "another"})
-    with pytest.raises(FingerprintMismatch, match="checkpoint"):
+    message = r"psa was trained on other features than those of store .*other/store/text \(different: checkpoint\);"
+    with pytest.raises(FingerprintMismatch, match=message):
         evaluate(with_run(tiny, "psa", store_path=other.store.path))
 
 
 def test_a_config_that_the_store_was_not_made_by_is_refused(tiny: Config) -> None:
     with pytest.raises(FingerprintMismatch, match="depth: store has 6, requested 12"):
         fit(with_run(tiny, "psa", encoder_depth=12), "x")
+
+
+def test_answers_that_no_head_can_give_are_said(tiny: Config) -> None:
+    assert "training answers" not in "".join(open_experiment(tiny).data_lines)
+    path = tiny.data.root / "qa/direct/formatted_test_qas_encode.json"
+    records = json.loads(path.read_text())
+    path.write_text(json.dumps([{**records[0], "answer": "Violet"}, *records[1:]]))
+    line = open_experiment(tiny).data_lines[-1]
+    count, most = len(records), 100 * (1 - 1 / len(records))
+    assert line == (
+        f"note: the answers of 1 of {count} test questions, such as 'Violet', are not among the training answers, so "
+        f"no head can give them: accuracy is at most {most:.2f}"
+    )
+
+
+@pytest.mark.parametrize("device", ["mps", "gpu0"])
+def test_a_device_that_heads_cannot_use_is_a_wrong_config(device: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^train\.device is '{device}'; expected auto, cpu, cuda, or cuda:N"):
+        pick_device(device)
 
 
 def test_resuming_on_other_features_is_refused(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

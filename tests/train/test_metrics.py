@@ -78,7 +78,7 @@ def test_a_question_without_an_answer_is_refused() -> None:
         ("{", "p.jsonl:6: not valid JSON"),
         ("[1]", "p.jsonl:6: contains a list; expected an object"),
         ('{"question_id": "q4"}', "p.jsonl:6: 'answer' is missing; expected text"),
-        ('{"question_id": "q4", "answer": 3}', "p.jsonl:6: 'answer' is 3; expected text"),
+        ('{"question_id": "q4", "answer": true}', "p.jsonl:6: 'answer' is True; expected text"),
         ('{"question_id": true, "answer": "a"}', "p.jsonl:6: 'question_id' is True; expected a string"),
         ('{"question_id": "q4", "answer": "a", "answer": "b"}', "p.jsonl:6: key 'answer' is used twice in one object"),
         ('{"question_id": "q4", "answer": "\\ud800"}', "p.jsonl:6: 'answer' is .* expected text without NUL"),

@@ -84,6 +84,10 @@ class QuestionTable:
         """The questions whose answer is in the vocabulary: those that a head can learn from."""
         return self._subset(self.answer != NO_CLASS)
 
+    def without_classes(self) -> list[Question]:
+        """The questions whose answer is outside the vocabulary: no head can answer them."""
+        return [self.questions[row] for row in (self.answer == NO_CLASS).nonzero()[:, 0].tolist()]
+
     def _subset(self, keep: Tensor) -> "QuestionTable":
         if bool(keep.all()):
             return self

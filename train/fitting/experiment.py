@@ -1,6 +1,6 @@
 """The data of one config, opened once: annotations, stores, question tables, device and ranks."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from egopatch.train.data.features import Features
 from egopatch.train.data.question_table import FORMS, QuestionTable
 from egopatch.train.heads import Sizes, reads_video
 from egopatch.train.processes.distributed import ALONE, Distributed
-from egopatch.train.rundir.card import Card, RunError
+from egopatch.train.rundir.card import CONFIG, Card, RunError
 from egopatch.train.rundir.trained_on import require_same_clips
 
 
@@ -55,9 +55,23 @@ class Experiment:
 
     @property
     def data_lines(self) -> list[str]:
-        """Log lines on where the features are kept, and on what is unknown about them."""
+        """Log lines on where the features are kept, what is unknown about them, and answers that no head can give."""
         note = [f"note: {unrecorded_line(self.unrecorded)}"] if self.unrecorded else []
-        return [self.features.residency_line, *note]
+        return [self.features.residency_line, *note, *self._answer_lines()]
+
+    def _answer_lines(self) -> Iterator[str]:
+        """A line for each of *val* and *test* with answers that are not in the vocabulary."""
+        if self.dataset.choices:  # a head chooses among the question's own options
+            return
+        for part in ("val", "test"):
+            table = self.tables[part]
+            outside = [question.spelling for question in table.without_classes()]
+            if outside:
+                share = 100 * (1 - len(outside) / len(table))
+                yield (
+                    f"note: the answers of {len(outside)} of {len(table)} {part} questions, such as {outside[0]!r}, "
+                    f"are not among the training answers, so no head can give them: accuracy is at most {share:.2f}"
+                )
 
     @property
     def learned_clips(self) -> list[str]:
@@ -175,8 +189,14 @@ def pick_device(name: str, ranks: Distributed = ALONE) -> torch.device:
 
 def _open(config: Config, kind: str, expect: Mapping[str, object] | None) -> Store:
     path = parse_location(config.store.path) / ("" if kind == "patches" else TEXT_FOLDER)
-    expected = None if expect is None else Fingerprint(dict(expect))  # type: ignore[arg-type]
-    store = open_store(path, expected)
+    store = open_store(path)
+    trained_on = None if expect is None else Fingerprint(dict(expect))  # type: ignore[arg-type]
+    if trained_on is not None and (different := store.fingerprint.differences(trained_on, "store has", "head has")):
+        names = ", ".join(line.partition(":")[0] for line in different)
+        raise FingerprintMismatch(
+            f"the head in {config.run.dir} was trained on other features than those of store {path} (different: "
+            f"{names}); use the run.dir and store.path of one config, such as {config.run.dir / CONFIG}"
+        )
     if store.spec.kind != kind:
         raise StoreError(f"store {path} holds {store.spec.kind}; expected {kind}: check store.path")
     if kind == "patches":

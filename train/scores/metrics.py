@@ -256,4 +256,4 @@ def _prediction(record: object) -> tuple[str, str]:
     question_id, answer = parsing.id_field(fields, "question_id"), fields.get("answer")
     if isinstance(answer, str) and not answer.strip():
         return question_id, ""  # a system may have nothing to say
-    return question_id, parsing.text_field(fields, "answer")
+    return question_id, parsing.answer_field(fields, "answer")

@@ -103,6 +103,7 @@ class VideoEncoder(nn.Module):
         width: Channels of a token, D.
         depth: Number of blocks that run.
         num_frames: T, frames of a clip.
+        trained_frames: Frames of a clip that the network was trained on; None where it does not tell frames apart.
         steps: Positions in time of the tokens: T, unless the network makes one of several frames.
         size: Side of the input in pixels.
         identity: What decides the tokens beside the checkpoint's bytes and the config, for the store's fingerprint.
@@ -112,6 +113,7 @@ class VideoEncoder(nn.Module):
 
     coarse: int | None = None
     coarse_width: int | None = None
+    trained_frames: int | None = None
     identity: Mapping[str, Scalar] = {}
     _packed = False
 
@@ -123,6 +125,7 @@ class VideoEncoder(nn.Module):
         self.width = sizes.width
         self.depth = len(trunk.blocks)
         self.num_frames = trunk.frames
+        self.trained_frames = sizes.frames
         self.size = sizes.grid[0] * sizes.patch
         self.eval().requires_grad_(False)
 

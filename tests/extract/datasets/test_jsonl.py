@@ -109,7 +109,13 @@ def test_no_question(tmp_path: Path) -> None:
         ('{"clip_id": "c", "video": "v", "x": 1}', "unknown key 'x'; the keys are clip_id, video, start_s, end_s"),
         ('{"clip_id": "c"}', "'video' is missing; expected text"),
         ('{"clip_id": "", "video": "v"}', "'clip_id' is ''; expected text"),
-        ('{"clip_id": "a/b", "video": "v"}', "'clip_id' is 'a/b'; expected a name without slashes"),
+        (
+            '{"clip_id": "/a", "video": "v"}',
+            "'clip_id' is '/a'; expected names with single slashes between, as in P01/",
+        ),
+        ('{"clip_id": "a/../b", "video": "v"}', "'clip_id' is 'a/../b'; expected names with single slashes between"),
+        ('{"clip_id": "a/", "video": "v"}', "'clip_id' is 'a/'; expected names with single slashes between"),
+        (r'{"clip_id": "a\\b", "video": "v"}', r"'clip_id' is 'a\\b'; expected names with single slashes between"),
         ('{"clip_id": "c", "video": "v", "start_s": "1"}', "'start_s' is '1'; expected a number of seconds or null"),
         ('{"clip_id": "c", "video": "v", "start_s": NaN}', "'start_s' is nan; expected a number of seconds or null"),
         ('{"clip_id": "c", "video": "v", "end_s": true}', "'end_s' is True; expected a number of seconds or null"),
@@ -138,6 +144,8 @@ def test_malformed_clip(tmp_path: Path, line: str, reason: str) -> None:
         (('"train"', '"train", "tags": [1]'), "'tags' is [1]; expected a list of strings"),
         (('"train"', '"train", "anser": 1'), "unknown key 'anser'; did you mean 'answer'?"),
         (('"Cup"', "null"), "'answer' is None; expected text"),
+        (('"Cup"', "true"), "'answer' is True; expected text"),
+        (('"Cup"', "NaN"), "'answer' is nan; expected text"),
         (("7", r'"\ud800"'), r"'question_id' is '\ud800'; expected text without NUL and lone surrogates"),
         (
             ('"train"', r'"train", "tags": ["\udfff"]'),
@@ -224,3 +232,13 @@ def test_no_folder_is_one_line(tmp_path: Path) -> None:
         DatasetError, match=r"^data\.root is '.*nowhere', which does not exist; set --data\.root to the "
     ):
         load_dataset(DataConfig(name="egotaskqa", root=tmp_path / "nowhere"))
+
+
+def test_numbers_as_answers_and_ids_with_slashes(tmp_path: Path) -> None:
+    dataset = load(
+        tmp_path, CLIPS.replace('"a"', '"P01/P01_01"'), QUESTIONS.replace('"a"', '"P01/P01_01"').replace('"Cup"', "3")
+    )
+    assert [clip.clip_id for clip in dataset.clips] == ["P01/P01_01", "b"]
+    assert dataset.answers == ("<UNK0>", "<UNK1>", "3")
+    (question,) = dataset.questions["train"]
+    assert (question.clip_id, question.answer, question.form) == ("P01/P01_01", "3", "open")

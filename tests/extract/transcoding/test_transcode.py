@@ -29,7 +29,7 @@ def copied(clip: Clip, folder: Path) -> Path:
 
 def test_a_copy_holds_the_frames_of_its_clip_at_their_times(tmp_path: Path) -> None:
     video = write_video(tmp_path / "a.mp4", frames=38, options={**B_FRAMES, "g": "250"})
-    for clip in (Clip("whole", video), Clip("part", video, 0.5, 2.1)):
+    for clip in (Clip("whole", video), Clip("P01/part", video, 0.5, 2.1)):
         path = copied(clip, tmp_path / "out")
         for frames in (4, 16):
             expected = read_frames(clip, VideoConfig(frames=frames))
