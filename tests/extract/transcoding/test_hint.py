@@ -40,7 +40,7 @@ def test_long_groups_are_worth_a_hint(tmp_path: Path) -> None:
 
 
 def test_no_gpu_no_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("egopatch.extract.video.nvdec._settings", lambda: _NoGpu())
+    monkeypatch.setattr("egopatch.extract.video.nvdec._settings", lambda primary: _NoGpu())
     assert gpu_decoder_hint([long_clip(tmp_path)], VideoConfig(), 1) is None
 
 
