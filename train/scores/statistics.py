@@ -45,7 +45,7 @@ class Comparison:
 
     Attributes:
         difference: Difference of the accuracies, in points.
-        p: Two-sided p-value; below 0.05 exactly if the interval excludes zero.
+        p: Two-sided p-value of the same method: below 0.05 where the interval excludes zero.
     """
 
     difference: Interval
