@@ -118,11 +118,15 @@ OUT = ("--out", "{out}")
 PARTS = (
     Part("tests", PYTEST, PYTEST),
     Part("races", ("compute-sanitizer", "--tool", "racecheck", *SCRIPTS["gpu_small"]), SCRIPTS["gpu_small"]),
-    Part("memory", ("compute-sanitizer", "--tool", "memcheck", *SCRIPTS["gpu_small"]), SCRIPTS["gpu_small"]),
+    Part(
+        "memory",
+        ("compute-sanitizer", "--tool", "memcheck", *SCRIPTS["gpu_small"]),
+        (*SCRIPTS["gpu_small"], "--help"),
+    ),
     Part(
         "kernels",
         (*SCRIPTS["select_attend"], "--preset", "batch", "--ratios", "0.25", "1.0", "--rounds", "9", *OUT),
-        (*SCRIPTS["select_attend"], "--preset", "frame", "--ratios", "0.25", "--rounds", "1", *OUT),
+        (*SCRIPTS["select_attend"], "--preset", "frame", "--ratios", "0.25", "--rounds", "2", *OUT),
         kernel_goals,
     ),
     Part("encoder", (*SCRIPTS["encoder"], "--cuda-only", *OUT), (*SCRIPTS["encoder"], "--quick", *OUT), encoder_goals),

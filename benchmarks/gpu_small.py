@@ -6,6 +6,7 @@
 On the CPU in Triton's interpreter with TRITON_INTERPRET=1, to see that it runs.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ SHAPES = (
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for patches, width, heads, dtype in SHAPES:
         case = make_case(2, 5, 2, patches, width, heads, dtype, device=device)

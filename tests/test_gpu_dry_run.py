@@ -1,0 +1,32 @@
+"""`make gpu` stays alive where there is no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def gpu(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "benchmarks/gpu.py", *words]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_every_part_runs_dry(tmp_path: Path) -> None:
+    result = gpu("--dry-run", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stdout + result.stderr
+    parts = {"tests", "races", "memory", "kernels", "encoder", "step", "stage_one", "nvdec"}
+    records = [json.loads(file.read_text()) for file in tmp_path.glob("*.part.json")]
+    assert {record["part"] for record in records} == parts
+    assert {record["exit_code"] for record in records} <= {0, 5}
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    result = gpu(CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 2
+    assert "torch sees no CUDA device; expected one, or --dry-run" in result.stderr
