@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from egopatch.extract.encoders import load_video_encoder, open_checkpoint
-from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform, to_input
+from egopatch.extract.feed.on_host import to_input
+from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform
 from egopatch.features import Fingerprint, Store, StoreSpec, create_store
 from egopatch.features.__main__ import main
 from egopatch.features.tools.compare import compare
