@@ -127,12 +127,14 @@ def test_a_misspelled_variable_of_make_is_refused() -> None:
     assert "CONFIG=configs/x.yaml" in run("make", "help", cwd=ROOT).stdout
 
 
-def test_setup_makes_a_damaged_environment_again(tmp_path: Path) -> None:
+def test_setup_looks_at_an_environment_that_is_there(tmp_path: Path) -> None:
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    environment = tmp_path / "damaged"
-    environment.mkdir()
-    (environment / ".installed").touch()  # and no Python
+    kept = tmp_path / "damaged" / "kept"
+    kept.parent.mkdir()
+    kept.touch()
+    (tmp_path / "damaged" / ".installed").touch()  # and no Python
     done = run("make", "setup", "VENV=damaged", "PYTHON=false", cwd=tmp_path)
-    assert "damaged is damaged; making it again" in done.stdout
-    assert not environment.exists()
+    assert done.returncode == 2
+    assert not (tmp_path / "damaged" / ".installed").exists()  # so that it would be installed again
+    assert kept.exists()
