@@ -105,6 +105,14 @@ def test_same_seed_same_losses_and_weights(tiny: Config) -> None:
     assert losses(third.run.dir) != losses(tiny.run.dir)
 
 
+def test_deterministic_training_gives_cublas_its_workspace(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    open_experiment(tiny)
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    open_experiment(with_run(tiny, "exact", train_deterministic=True))
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
 def test_a_cpu_uses_no_operation_that_depends_on_the_order_of_threads(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

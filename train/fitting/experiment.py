@@ -1,5 +1,6 @@
 """The data of one config, opened once: annotations, stores, question tables, device and ranks."""
 
+import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -122,6 +123,9 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
     """
     limit_threads(ranks.local_size)
     device = pick_device(config.train.device, ranks)
+    if config.train.deterministic:
+        # cuBLAS reads this once, before its first product; without it torch refuses all products on a GPU.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     dataset = load_dataset(config.data)
     if card is not None and card.answers != dataset.answers:
         raise RunError(

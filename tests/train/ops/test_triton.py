@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from egopatch.train.ops.select_attend import library, select_attend
+from egopatch.train.ops.select_attend import library, plan, select_attend
 from tests.train.ops.cases import make_case
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -91,6 +91,14 @@ def test_triton_is_refused_on_a_cpu() -> None:
     case = make_case(2, 3, 1, 9, 16, 1)
     with pytest.raises(ValueError, match=message):
         select_attend(case.tokens, case.clip_index, case.queries, case.selector, case.bias, 4, implementation="triton")
+
+
+def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "TRITON", "3.5.1")
+    case = make_case(2, 3, 1, 9, 16, 1)
+    arguments = (case.tokens, case.clip_index, case.queries, case.selector, case.bias, 4)
+    with pytest.raises(ValueError, match=r"Triton 3.5.1 is installed; expected 3.6 or newer"):
+        select_attend(*arguments, implementation="triton")
 
 
 def test_the_reference_needs_no_triton() -> None:

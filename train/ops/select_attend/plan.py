@@ -9,6 +9,7 @@ Shape legend: C clips, B questions, T frames, N patches a frame, D channels, H a
 import os
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Literal
 
@@ -17,7 +18,10 @@ from torch import Tensor
 
 Implementation = Literal["auto", "reference", "triton"]
 
-HAS_TRITON = find_spec("triton") is not None  # asked once, since torch.compile cannot trace the question
+# Asked once, since torch.compile cannot trace the question.
+TRITON = version("triton") if find_spec("triton") is not None else None
+# The oldest version that compiled the kernels and ran them on a GPU; 2.10 and 2.11 of torch bring it.
+OLDEST_TRITON = (3, 6)
 
 MAX_PATCHES = 1024
 MAX_WIDTH = 1536
@@ -116,8 +120,10 @@ def choose_implementation(
 
 def _obstacle(tokens: Tensor, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run here, and what they expect; None if they can."""
-    if not HAS_TRITON:
+    if TRITON is None:
         return "Triton is not installed; expected it (pip install triton)"
+    if tuple(map(int, TRITON.split(".")[:2])) < OLDEST_TRITON:
+        return f"Triton {TRITON} is installed; expected 3.6 or newer, as torch 2.10 and newer bring it"
     if not tokens.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"tokens is on {tokens.device}; expected a CUDA device"
     if dtype == torch.float64:
