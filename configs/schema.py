@@ -4,10 +4,12 @@ Each dataclass below is a section of the file and a group of command-line option
 `--head.ratio 0.25` on the command line. Unknown keys and wrong types are refused. The docstrings are the help texts.
 """
 
+import argparse
 import dataclasses
 import difflib
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -381,11 +383,55 @@ class ConfigParser(jsonargparse.ArgumentParser):
             self.error(f"--config: {fault}")
         return super().parse_string(*args, **kwargs)
 
+    def format_help(self) -> str:
+        """The command's own options, and the names of an experiment's by section; all 300 lines are `full_help`."""
+        own = [action for action in self._actions if action.dest.partition(".")[0] not in _sections()]
+        if len(own) == len(self._actions):
+            return self.full_help()
+        shown = [action for action in own if action.help != argparse.SUPPRESS]
+        lines = [f"usage: {self.prog} --config FILE [options]", "", str(self.description), ""]
+        for action in shown:
+            name = ", ".join(action.option_strings) or str(action.metavar or action.dest)
+            if action.option_strings and action.nargs != 0:
+                name += f" {action.metavar or action.dest.upper()}"
+            lines += _item(name, " ".join((action.help or "").split()))
+        lines += ["", "Options of the experiment, as in --head.ratio 0.5, in place of those in the file:"]
+        for section in _sections():
+            names = [name.partition(".")[2] for name in option_names() if name.startswith(f"{section}.")]
+            lines += _item(f"--{section}.", ", ".join(names))
+        return "\n".join([*lines, "", "--help-all describes each of them."]) + "\n"
+
+    def full_help(self) -> str:
+        """The help of every option."""
+        return super().format_help()
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print `message` with the nearest valid option or file and exit with code 2."""
         line = _LIST_EXPECTED.sub(r"\1 is '\2'; expected a list in brackets: '[\2]'", " ".join(message.split()))
         print(f"{self.prog}: error: {line}{_nearest(line)}{_nearest_file(line)}", file=sys.stderr)
         raise SystemExit(2)
+
+
+class _FullHelp(argparse.Action):
+    """`--help-all`."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        assert isinstance(parser, ConfigParser)
+        print(parser.full_help(), end="")
+        parser.exit()
+
+
+def _item(name: str, text: str) -> list[str]:
+    """A name, and what it means beside it or, after a long name, beneath it."""
+    column, gap = 24, "  "
+    wrapped = textwrap.wrap(text, 100 - column, break_long_words=False) or [""]
+    beside = len(name) < column - 2 * len(gap)
+    first = (
+        [f"{gap}{name:<{column - len(gap)}}{wrapped[0]}".rstrip()]
+        if beside
+        else [gap + name, " " * column + wrapped[0]]
+    )
+    return [*first, *(" " * column + line for line in wrapped[1:])]
 
 
 def _nearest(message: str) -> str:
@@ -417,6 +463,10 @@ def _sections() -> list[str]:
 def add_config_arguments(parser: jsonargparse.ArgumentParser) -> None:
     """Add `--config FILE`, `--print_config` and every option of `Config` to `parser`."""
     parser.add_argument("--config", action="config", help="YAML file of an experiment")
+    parser.add_argument(
+        "--help-all", action=_FullHelp, nargs=0, dest=argparse.SUPPRESS, default=argparse.SUPPRESS,
+        help="describe every option of the experiment and exit",
+    )  # fmt: skip
     parser.add_class_arguments(Config)
 
 
@@ -424,10 +474,11 @@ def parse_config(parser: jsonargparse.ArgumentParser, args: Sequence[str]) -> tu
     """Parse a command line with `--config` and the other options of `add_config_arguments`.
 
     Returns and raises:
-        As `parse_options`; a command line with neither `--config` nor `--data.root` is refused likewise.
+        As `parse_options`; a command line with none of `--config`, `--data.root` and `--run.table` is refused
+        likewise.
     """
     config, namespace = parse_options(parser, args)
-    if not namespace.config and config.data.root == DataConfig.root:
+    if not namespace.config and config.data.root == DataConfig.root and config.run.table is None:
         # The defaults alone are an experiment that hardly anybody means.
         parser.error("no --config; expected --config FILE, the YAML file of an experiment; examples are in configs/")
     return config, namespace

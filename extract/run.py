@@ -20,6 +20,7 @@ from egopatch.extract.encoders import (
     find_network,
     load_text_encoder,
     load_tokenizer,
+    open_checkpoint,
     open_text_checkpoint,
 )
 from egopatch.extract.encoders.networks import imported
@@ -33,7 +34,7 @@ from egopatch.extract.worker.job import ExtractionJob, resolve_job
 from egopatch.extract.worker.job_stats import JobStats, record_job
 from egopatch.extract.worker.pipeline import Target, fill_stores
 from egopatch.extract.worker.shard_writer import ShardWriter
-from egopatch.features import ShardOwned, ShardWork, Store, StoreError, StoreSpec, create_store, open_store
+from egopatch.features import Fingerprint, ShardOwned, ShardWork, Store, StoreError, StoreSpec, create_store, open_store
 from egopatch.features.common.machine import limit_threads
 from egopatch.features.common.progress import ProgressDisplay
 from egopatch.features.state.counts import read_ledger
@@ -343,6 +344,20 @@ def _create_text_store(network: _TextNetwork, texts: Sequence[str]) -> Store:
     fingerprint = text_fingerprint(config, network.network, network.checkpoint.sha256)
     path = parse_location(config.store.path) / TEXT_FOLDER
     return create_store(path, spec, fingerprint, texts, format=config.store.format)
+
+
+def encode_questions(config: Config, texts: Sequence[str]) -> tuple[Fingerprint, dict[str, dict[str, torch.Tensor]]]:
+    """The rows that a run would store of `texts`, up to 64, and the fingerprint of the store that they belong to.
+
+    Raises:
+        CheckpointError, ConfigError: As for `extract_features`.
+    """
+    network = find_network(config.encoder.arch)
+    video = open_checkpoint(network, config.encoder.checkpoint) if network.text_weights is None else None
+    loaded = _load_text_network(config, network, device_of(config.encoder.device), video)
+    dtype = getattr(torch, unscaled_dtype(config.store.dtype))
+    rows = _encode_text_batch(loaded.encoder, loaded.tokenizer, texts, loaded.device, dtype)
+    return text_fingerprint(config, network, loaded.checkpoint.sha256), rows
 
 
 def _encode_texts(network: _TextNetwork, store: Store, works: Sequence[ShardWork]) -> None:

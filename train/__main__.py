@@ -17,6 +17,7 @@ from egopatch.train.processes.stopping import INTERRUPTED
 COMMANDS = {
     "fit": "train a head, keep the epoch best on val, and evaluate it on test",
     "evaluate": "evaluate the checkpoint in run.dir, or a fine-tuned --head.checkpoint, on test",
+    "ask": "answer a question about a stored clip, with the patches that the head kept",
     "score": "compute metrics of any system's answers",
     "sweep": "train many settings of a head on one reading of the features",
     "table": "write the results table of every run below run.table",

@@ -154,3 +154,17 @@ def test_an_experiment_without_a_file_is_refused(args: list[str], capsys: pytest
         "train fit: error: no --config; expected --config FILE, the YAML file of an experiment; examples are in "
         "configs/\n"
     )
+
+
+def test_help_fits_a_screen_and_help_all_describes_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        parse("--help")
+    assert done.value.code == 0
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) <= 50
+    assert all(name.partition(".")[2] in shown for name in option_names())
+    with pytest.raises(SystemExit) as done:
+        parse("--help-all")
+    assert done.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"--{name} " in shown for name in option_names())

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from egopatch.extract.encoders import find_network, input_transform, open_checkpoint
 from egopatch.extract.fingerprints import video_fingerprint
-from egopatch.extract.run import extract_features
+from egopatch.extract.run import encode_questions, extract_features
 from egopatch.extract.worker.device import device_of
 from egopatch.extract.worker.job import resolve_job
-from egopatch.features import StoreSpec
+from egopatch.features import StoreSpec, open_store
+from egopatch.features.store.text_substore import TEXT_FOLDER
 from tests.extract.job import CLIPS, config_of
 
 
@@ -50,3 +52,15 @@ def test_more_frames_than_the_checkpoint_was_trained_on_are_said(bare: Path) -> 
         f"positions of the others are filled in as its authors do; --video.frames {trained} takes them as they were "
         "trained"
     )
+
+
+def test_a_question_is_encoded_as_a_run_stores_it(bare: Path) -> None:
+    config = config_of(bare)
+    extract_features(config)
+    store = open_store(Path(config.store.path) / TEXT_FOLDER)
+    text = store.clip_ids[0]
+    fingerprint, rows = encode_questions(config, [text])
+    assert fingerprint == store.fingerprint
+    stored = store.read_text([text])
+    assert torch.equal(rows[text]["states"], stored.states[0])
+    assert torch.equal(rows[text]["attention_mask"], stored.attention_mask[0])

@@ -30,6 +30,14 @@ def test_rows_are_blind_then_published_then_ours_and_direct_first(tmp_path: Path
     assert text.index("## Direct") < text.index("## Indirect")
 
 
+def test_own_data_is_called_by_its_folder(tmp_path: Path) -> None:
+    write_run(tmp_path, "psa", config={"data": {"name": "jsonl", "root": "kitchen"}})
+    write_table(tmp_path, NO_ANNOTATIONS)
+    text = (tmp_path / "table.md").read_text()
+    assert "## kitchen\n" in text
+    assert "Direct" not in text
+
+
 def test_json_has_exactly_the_published_keys_and_relative_paths(tmp_path: Path) -> None:
     write_run(tmp_path, "a/psa", all_=48.6949, open_=38.951, binary=75.86)
     records = write_table(tmp_path, NO_ANNOTATIONS)

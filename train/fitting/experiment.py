@@ -135,8 +135,8 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
         )
     name = config.head.name
     expect_clips, expect_texts = (None, None) if card is None else (card.fingerprint, card.text_fingerprint)
-    text_store = None if name in ("majority", "longest-option") else _open(config, "text", expect_texts)
-    store = None if not reads_video(name) else _open(config, "patches", expect_clips)
+    text_store = None if name in ("majority", "longest-option") else open_features(config, "text", expect_texts)
+    store = None if not reads_video(name) else open_features(config, "patches", expect_clips)
     if store is not None and text_store is not None:
         require_same_network(store, text_store)
     questions = [question for part in PARTS for question in dataset.questions[part]]
@@ -167,7 +167,7 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
         tables=tables,
         encoded=encoded,
         train_table=train_table,
-        sizes=_sizes(store, text_store, dataset),
+        sizes=sizes_of(store, text_store, len(dataset.answers), dataset.choices),
         fingerprint=None if store is None else store.fingerprint,
         text_fingerprint=None if text_store is None else text_store.fingerprint,
         unrecorded=unrecorded,
@@ -191,7 +191,14 @@ def pick_device(name: str, ranks: Distributed = ALONE) -> torch.device:
     return device
 
 
-def _open(config: Config, kind: str, expect: Mapping[str, object] | None) -> Store:
+def open_features(config: Config, kind: str, expect: Mapping[str, object] | None) -> Store:
+    """The config's store of `patches`, or its text substore (`kind` `text`).
+
+    Raises:
+        FingerprintMismatch: The store was created with other settings than the config's, or its fingerprint is not
+            `expect`, the one of a head's features.
+        StoreError: The store is missing, damaged or of another kind.
+    """
     path = parse_location(config.store.path) / ("" if kind == "patches" else TEXT_FOLDER)
     store = open_store(path)
     trained_on = None if expect is None else Fingerprint(dict(expect))  # type: ignore[arg-type]
@@ -236,7 +243,8 @@ def _refuse_stale(store: Store, dataset: Dataset, config: Config, clip_ids: Coll
     return 0 if store.fingerprint.fields.get("origin") == "imported" else check.unrecorded
 
 
-def _sizes(store: Store | None, text_store: Store | None, dataset: Dataset) -> Sizes:
+def sizes_of(store: Store | None, text_store: Store | None, answers: int, choices: int) -> Sizes:
+    """What a head on these stores must fit; `answers` and `choices` as in `Sizes`."""
     frames, grid, patches, width, text_width = 1, (1, 1), 1, 1, 1
     if store is not None:
         frames, patches, width = store.spec.array("patches").shape
@@ -244,7 +252,7 @@ def _sizes(store: Store | None, text_store: Store | None, dataset: Dataset) -> S
         grid = store.spec.grid
     if text_store is not None:
         text_width = text_store.spec.array("states").shape[-1]
-    return Sizes(frames, grid, patches, width, text_width, len(dataset.answers), dataset.choices)
+    return Sizes(frames, grid, patches, width, text_width, answers, choices)
 
 
 def _first_difference(head: tuple[str, ...], data: tuple[str, ...]) -> str:

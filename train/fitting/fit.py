@@ -197,7 +197,7 @@ def _evaluate(config: Config, ranks: Distributed, source: Path) -> Metrics:
     if card.model != config.head.name:
         raise RunError(f"{source} holds a {card.model} head but head.name is {config.head.name!r}; check run.dir")
     train = replace(config.train, seed=card.seed, ema=0.0)
-    config = replace(config, head=_head_of(card, config.head), train=train)
+    config = replace(config, head=head_of(card, config.head), train=train)
     experiment = open_experiment(config, card, ranks)
     if source == config.run.dir:
         experiment.require_trained_on(source)
@@ -212,7 +212,7 @@ def _evaluate(config: Config, ranks: Distributed, source: Path) -> Metrics:
     return TrainingRun(config, experiment).write_results(answers)
 
 
-def _head_of(card: Card, config: HeadConfig) -> HeadConfig:
+def head_of(card: Card, config: HeadConfig) -> HeadConfig:
     """The card's options, except those of `config` that only decide how fast the head is computed."""
     options: dict[str, Any] = {}
     for field in fields(HeadConfig):

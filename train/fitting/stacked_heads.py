@@ -114,14 +114,19 @@ class StackedHeads:
 
         The averaged weights answer if there are any. Answers depend neither on the step nor on the number of ranks.
         """
+        logits, kept = self.logits(batch, number)
+        return logits.argmax(dim=-1).cpu(), None if kept is None else kept.cpu()
+
+    @torch.no_grad()
+    def logits(self, batch: Batch, number: int) -> tuple[Tensor, Tensor | None]:
+        """Logits [M, B, A] and kept patches, as `answer`, on the device."""
         self._head.eval()
         self._set_noise(batch, EVALUATION, number)
         tensors = {**self.tensors, **self._average}
         with self._autocast():
             if isinstance(unwrapped(self._head), PSA):
-                logits, kept = self._map_heads(lambda head: _logits_and_kept(head, batch), tensors)
-                return logits.argmax(dim=-1).cpu(), kept.cpu()
-            return self._map_heads(lambda head: head(batch), tensors).argmax(dim=-1).cpu(), None
+                return self._map_heads(lambda head: _logits_and_kept(head, batch), tensors)
+            return self._map_heads(lambda head: head(batch), tensors), None
 
     def finite(self) -> list[bool]:
         """Whether all weights of each head are finite."""

@@ -59,6 +59,7 @@ class SplitPage:
 
     Attributes:
         name: `direct` or `indirect`.
+        title: What the questions are called, as in `train.report.table.title`.
         rows: Rows of the table.
         counts: Sentence on the number of questions.
         ours: Row of our head; None if it was not run.
@@ -77,6 +78,7 @@ class SplitPage:
     """
 
     name: str
+    title: str
     rows: tuple[Row, ...]
     counts: str
     ours: Row | None
@@ -166,6 +168,7 @@ def _split_page(
         problems.extend(f"no picture: {reason}" for reason in missing)
     return SplitPage(
         split,
+        table.title(split, rows),
         rows,
         table.question_counts(rows),
         ours,

@@ -71,7 +71,7 @@ def markdown(results: Results, intervals: Intervals) -> str:
     lines = ["# Results", "", "Accuracy on the test questions, in percent.", ""]
     for split in results.splits:
         rows = results.split(split)
-        lines += [f"## {split.capitalize()}", "", question_counts(rows), ""]
+        lines += [f"## {_escape(title(split, rows))}", "", question_counts(rows), ""]
         lines += ["| System | Open | Binary | All | Wrong form | Time to 95% | Checkpoint | Log |"]
         lines += ["|:--|--:|--:|--:|--:|--:|:--|:--|"]
         for row in rows:
@@ -107,6 +107,13 @@ def training_cells(row: Row) -> tuple[str, str]:
     """The share of answers of the wrong form, and the time of training until val reached 95% of its best."""
     wrong, seconds = row.wrong_form, row.seconds_to_converge
     return "–" if wrong is None else f"{wrong:.1f}%", "–" if seconds is None else f"{seconds:.0f} s"
+
+
+def title(split: str, rows: Sequence[Row]) -> str:
+    """What the questions of `rows` are called: EgoTaskQA's split, or the folder of another data set."""
+    data = [(_option(row.best.card, "data", "name"), str(_option(row.best.card, "data", "root"))) for row in rows]
+    others = dict.fromkeys(root for name, root in data if name not in ("egotaskqa", ""))
+    return ", ".join(others) or split.capitalize()
 
 
 def question_counts(rows: Sequence[Row]) -> str:

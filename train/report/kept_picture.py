@@ -1,0 +1,92 @@
+"""A picture of one answer: the clip's frames, with the patches that the head kept outlined and the others dimmed."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from egopatch.configs.schema import Config, ConfigError
+from egopatch.extract.datasets import load_dataset
+from egopatch.extract.encoders import input_transform
+from egopatch.train.fitting.predict import Prediction
+from egopatch.train.report.examples import PICTURE_SIDE, prepare_picture
+
+FORMATS = (".jpg", ".jpeg", ".png")
+COLUMNS = 4
+# Pixels: of the line under a frame, of the gap between frames, of an outline.
+CAPTION, GAP, OUTLINE = 16, 4, 2
+DIMMED = 0.35
+YELLOW = (255, 214, 0)
+
+
+def draw_prediction(path: Path, prediction: Prediction, config: Config) -> None:
+    """Decode the clip's video and write the picture.
+
+    Args:
+        path: File to write.
+        prediction: The answer.
+        config: Config of the store, whose data set says where the clip's video is.
+
+    Raises:
+        ConfigError: `path` is no picture's name, or the clip's video cannot be shown.
+        DatasetError: The annotations cannot be read.
+    """
+    # Imported here, because decoding takes long to load and only pictures need it.
+    from egopatch.extract.feed.pool import DecodePool, UndecodedClip
+
+    if path.suffix.lower() not in FORMATS:
+        raise ConfigError(f"--picture is {path}; expected a name that ends in {', '.join(FORMATS)}")
+    clip = next((clip for clip in load_dataset(config.data).clips if clip.clip_id == prediction.clip_id), None)
+    if clip is None:
+        raise ConfigError(f"--picture needs the video of clip {prediction.clip_id!r}, which data.root has not")
+    transform = input_transform(config.encoder.arch, config.encoder.checkpoint, config.video.size)
+    video = dataclasses.replace(config.video, decoder="pyav")
+    with DecodePool(video, workers=1, prepare=partial(prepare_picture, transform=transform)) as pool:
+        (shown,) = pool.map([clip])
+    if isinstance(shown, UndecodedClip):
+        raise ConfigError(f"--picture: the video of clip {clip.clip_id!r} cannot be shown ({shown.reason})")
+    frames = np.asarray(shown.frames)[list(prediction.frames)]
+    cells = []
+    for place, frame in enumerate(frames):
+        kept = prediction.kept[place] if prediction.kept else None
+        caption = f"{prediction.times_s[place]:.2f} s" if prediction.times_s else f"frame {prediction.frames[place]}"
+        cells.append((frame if kept is None else mark_kept(frame, kept, prediction.grid), caption))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sheet(cells).save(path)
+
+
+def mark_kept(frame: NDArray[np.float32], kept: Sequence[int], grid: tuple[int, int]) -> NDArray[np.float32]:
+    """A frame [3, S, S] in [0, 1] with the kept patches outlined and the others dimmed.
+
+    Args:
+        frame: The frame, with the encoder's crop.
+        kept: Row-major indices of the kept patches.
+        grid: (rows, cols) of the patches.
+    """
+    side = frame.shape[-1]
+    rows, cols = (np.arange(side) * count // side for count in grid)
+    patches = np.zeros(grid[0] * grid[1], dtype=bool)
+    patches[list(kept)] = True
+    mask = patches.reshape(grid)[rows[:, None], cols]
+    around = np.pad(mask, OUTLINE)
+    steps = range(2 * OUTLINE + 1)
+    inner = np.logical_and.reduce([around[r : r + side, c : c + side] for r in steps for c in steps])
+    marked = np.where(mask, frame, DIMMED * frame)
+    return np.where(mask & ~inner, np.array(YELLOW, np.float32)[:, None, None] / 255, marked)
+
+
+def _sheet(cells: Sequence[tuple[NDArray[np.float32], str]]) -> Image.Image:
+    """The frames in rows, each with its caption beneath."""
+    columns, (width, height) = min(COLUMNS, len(cells)), (PICTURE_SIDE + GAP, PICTURE_SIDE + CAPTION)
+    sheet = Image.new("RGB", (columns * width - GAP, -(-len(cells) // columns) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (frame, caption) in enumerate(cells):
+        left, top = number % columns * width, number // columns * height
+        pixels = (np.clip(frame, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0)
+        sheet.paste(Image.fromarray(pixels), (left, top))
+        draw.text((left + 2, top + PICTURE_SIDE + 2), caption, fill="black")
+    return sheet
