@@ -383,7 +383,7 @@ class ConfigParser(jsonargparse.ArgumentParser):
             self.error(f"--config: {fault}")
         return super().parse_string(*args, **kwargs)
 
-    def format_help(self) -> str:
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
         """The command's own options, and the names of an experiment's by section; all 300 lines are `full_help`."""
         own = [action for action in self._actions if action.dest.partition(".")[0] not in _sections()]
         if len(own) == len(self._actions):

@@ -5,6 +5,7 @@ Shape legend: B texts, L tokens.
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import tokenizers
@@ -142,9 +143,12 @@ def _pretrained_tokenizer(model: str) -> PreTrainedTokenizerBase:
     local = Path(folder).is_dir()
     if not local and not is_hub_name(model):
         raise ConfigError(f"text.model is {model!r}, which does not exist; {expected}")
-    offline = None if local else why_unreachable()
+    offline = None
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=offline is not None)
+        with suppress(OSError):  # the hub's cache first, without asking the hub
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        offline = None if local else why_unreachable()
+        return AutoTokenizer.from_pretrained(folder, local_files_only=local or offline is not None)
     except Exception as error:  # the Rust tokenizers raise nothing more special
         if offline:
             raise ConfigError(

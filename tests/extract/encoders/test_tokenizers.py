@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.encoders import load_tokenizer
 from egopatch.extract.encoders.checkpoints.standin import write_standin
-from egopatch.extract.encoders.networks import hub
+from egopatch.extract.encoders.networks import hub, text
 
 NAME = "egopatch/no-such-tokenizer"
 
@@ -59,3 +59,17 @@ def test_a_hub_that_cannot_be_reached(silent: bool, monkeypatch: pytest.MonkeyPa
 def test_a_hub_that_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "in the hub's cache, and HF_HUB_OFFLINE is set; copy the tokenizer" in refused(NAME)
+
+
+def test_a_tokenizer_in_the_hubs_cache_is_read_without_asking_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the hub cannot be reached, asking it takes seconds."""
+    calls: list[bool] = []
+
+    def read(name: str, local_files_only: bool) -> str:
+        calls.append(local_files_only)
+        return f"tokenizer of {name}"
+
+    monkeypatch.setattr(text.AutoTokenizer, "from_pretrained", read)
+    monkeypatch.setattr(text, "why_unreachable", lambda: pytest.fail("the hub was asked"))
+    assert text._pretrained_tokenizer("some/model") == "tokenizer of some/model"
+    assert calls == [True]
