@@ -181,12 +181,14 @@ def _blocks(patches: int, width: int, heads: int, token_bytes: int, generation: 
     together, channels, pool_channels = 4, 64, 64
     if float32:
         together, channels, pool_channels = 1, 16 if ampere else 32, 32
+    elif ampere:
+        together, channels, pool_channels = 1 if backward and token_bytes == 1 else 2, 32, 32
     elif several or generation == 10 or (backward and not tuned):
         together = 2
-    elif tuned and not backward:
-        channels = 32
+    if not float32 and not backward and (tuned or generation == 10):
+        channels, pool_channels = 32, 64 if tuned else 32
     if ampere and several and not backward:
-        together, channels, pool_channels = 1, min(channels, 32), 16
+        together, pool_channels = 1, 16
     return Blocks(
         block=block,
         heads=min(together, _power_of_two(heads)),
