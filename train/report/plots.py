@@ -22,11 +22,11 @@ STYLES = {
     "question-only": ("#4d4d4d", "s"),
     "egovlp": ("#e69f00", "^"),
     "egovlpv2": ("#009e73", "D"),
-    "mfas": ("#cc79a7", "P"),
+    "mfas": ("#cc79a7", "<"),
     "psa": ("#0072b2", "o"),
     "pooled": ("#56b4e9", "p"),
     "attention": ("#f0e442", "*"),
-    "attention (lite)": ("#a6761d", "*"),
+    "attention (lite)": ("#a6761d", "P"),
     "pooled (lite)": ("#8c564b", "h"),
     "psa (lite)": ("#d55e00", "d"),
 }

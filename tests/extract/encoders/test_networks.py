@@ -199,7 +199,7 @@ def test_frames_of_another_shape_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"arch": "vlp"}, "arch is 'vlp'; expected one of egovlp, egovlpv2, hf, lite, mfas"),
+        ({"arch": "vlp"}, "arch is 'vlp'; expected one of egovlp, egovlpv2, hf, imported, lite, mfas"),
         ({"path": "both"}, "path is 'both'; expected fused or dual"),
         ({"num_frames": 0}, "num_frames is 0; expected at least 1"),
         ({"variant": "mine"}, "variant is 'mine'; expected paper or released"),

@@ -240,8 +240,8 @@ def test_auto_takes_the_reference_on_a_cpu() -> None:
     [
         (1024, 1024, torch.float32, "triton", "tokens are on cuda:0"),
         (1025, 16, torch.float32, "reference", "tokens has 1025 patches; expected at most 1024"),
-        (4, 1040, torch.float32, "reference", "tokens has 1040 channels; expected a multiple of 16 up to 1024"),
-        (4, 24, torch.float32, "reference", "tokens has 24 channels; expected a multiple of 16 up to 1024"),
+        (4, 1552, torch.float32, "reference", "tokens has 1552 channels; expected a multiple of 16 up to 1536"),
+        (4, 24, torch.float32, "reference", "tokens has 24 channels; expected a multiple of 16 up to 1536"),
         (4, 16, torch.float64, "reference", "queries is torch.float64; expected at most float32"),
     ],
 )

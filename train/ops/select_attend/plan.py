@@ -20,6 +20,7 @@ Implementation = Literal["auto", "reference", "triton"]
 
 # Asked once, since torch.compile cannot trace the question.
 TRITON = version("triton") if find_spec("triton") is not None else None
+SPILLING_TRITON = TRITON is not None and tuple(map(int, TRITON.split(".")[:2])) >= (3, 8)
 # The oldest version that compiled the kernels and ran them on a GPU; 2.10 and 2.11 of torch bring it.
 OLDEST_TRITON = (3, 6)
 
@@ -176,8 +177,9 @@ def _blocks(patches: int, width: int, heads: int, token_bytes: int, generation: 
     whole = max(16, _power_of_two(patches))
     several = whole > (ONE_BLOCK_FLOAT32 if float32 else ONE_BLOCK)
     block = (64 if float32 else 128) if several else whole
-    # Measured on an H100 (docs/kernels.md). Elsewhere as many heads, channels and stages as compile without spills.
-    tuned = generation == 9 and token_bytes == 2
+    # Measured on an H100 with Triton 3.6 (docs/kernels.md); from 3.8 on these sizes spill. Elsewhere as many heads,
+    # channels and stages as compile without spills.
+    tuned = generation == 9 and token_bytes == 2 and not SPILLING_TRITON
     together, channels, pool_channels = 4, 64, 64
     if float32:
         together, channels, pool_channels = 1, 16 if ampere else 32, 32
