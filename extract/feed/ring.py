@@ -73,5 +73,12 @@ def _unnamed_file(size: int) -> int:
         )
         with tempfile.TemporaryFile() as unnamed:
             file = os.dup(unnamed.fileno())
-    os.ftruncate(file, size)
+    try:
+        os.ftruncate(file, size)
+    except OSError as error:
+        os.close(file)
+        raise OSError(
+            f"no room for {size / 1e9:.2f} GB of frames between decoders and encoder ({error.strerror}); lower "
+            "engine.decoders, or raise this process's limits on memory and on the size of files"
+        ) from error
     return file

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import gc
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -95,6 +96,16 @@ def test_runs_of_several_sizes_lie_behind_one_another() -> None:
     assert [len(run.frames) for run in found] == [2, 1, 1]
     for mine, run in zip(runs, found, strict=True):
         assert np.array_equal(np.stack(mine.frames), run.frames)
+
+
+def test_memory_that_the_system_refuses_is_named() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(OSError, match=r"no room for 0.03 GB of frames .*File too large.*; lower engine.decoders"):
+            Ring(4, 1 << 23)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.slow
