@@ -15,7 +15,7 @@ from tests.train.ops.kernel_checks import DEVICE, check, gradients, run
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int8]
 
 
-@pytest.mark.parametrize("k", [1, 9, 33])
+@pytest.mark.parametrize("k", [1, 9, pytest.param(33, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=["float16", "float32"]
 )
@@ -61,8 +61,8 @@ def test_block_sizes(patches: int) -> None:
     ("patches", "dtype", "k"),
     [
         (257, torch.float16, 64),
-        (300, torch.int8, 1),
-        (129, torch.float32, 32),
+        pytest.param(300, torch.int8, 1, marks=pytest.mark.slow),
+        pytest.param(129, torch.float32, 32, marks=pytest.mark.slow),
         pytest.param(1024, torch.float16, 256, marks=pytest.mark.slow),
         pytest.param(1024, torch.float16, 1024, marks=pytest.mark.slow),
         pytest.param(1000, torch.bfloat16, 999, marks=pytest.mark.slow),
@@ -83,7 +83,7 @@ def test_the_largest_frame(dtype: torch.dtype) -> None:
     check(make_case(2, 3, 1, 1024, 1024, 4, dtype, device=DEVICE), 256)
 
 
-@pytest.mark.parametrize("k", [1, 128, 299])
+@pytest.mark.parametrize("k", [128, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 299))])
 def test_ties_across_blocks_go_to_the_lowest_patch(k: int) -> None:
     """Every score equal, and equal ones with larger ones behind them in another block."""
     case = make_case(1, 2, 1, 300, 16, 2, torch.float16, device=DEVICE)
@@ -97,7 +97,7 @@ def test_ties_across_blocks_go_to_the_lowest_patch(k: int) -> None:
     assert run(flat, flat.leaves(), k).kept.unique(dim=0).tolist() == [[expected]]
 
 
-@pytest.mark.parametrize("k", [5, 290])
+@pytest.mark.parametrize("k", [5, pytest.param(290, marks=pytest.mark.slow)])
 def test_blocks_without_a_finite_score(k: int) -> None:
     """The kept patches lie in the first block, in the last, or nowhere."""
     case = make_case(3, 3, 1, 300, 16, 2, torch.float16, device=DEVICE)
@@ -112,7 +112,7 @@ def test_blocks_without_a_finite_score(k: int) -> None:
 
 
 def test_more_questions_of_a_clip_than_a_program_takes_and_absent_clips() -> None:
-    case = make_case(6, 3 * QUESTIONS + 7, 2, 20, 32, 2, torch.float16, device=DEVICE)
+    case = make_case(6, 3 * QUESTIONS + 7, 1, 20, 16, 2, torch.float16, device=DEVICE)
     case.clip_index[:] = torch.tensor([4] * (2 * QUESTIONS + 1) + [0, 2, 2, 5] * 5 + [4, 2], device=DEVICE)
     check(case, 5)
     leaves = case.leaves()
@@ -136,7 +136,7 @@ def test_ties_at_the_threshold_and_between_zeros() -> None:
     assert run(tied, tied.leaves(), 3).kept.tolist() == [[[0, 1, 3]]]
 
 
-@pytest.mark.parametrize("k", [3, 18])
+@pytest.mark.parametrize("k", [3, pytest.param(18, marks=pytest.mark.slow)])
 def test_rows_without_a_finite_score(k: int) -> None:
     case = make_case(3, 8, 2, 20, 16, 2, torch.float16, device=DEVICE)
     case.bias[1] = -torch.inf
@@ -154,8 +154,8 @@ def test_rows_without_a_finite_score(k: int) -> None:
     check(case, k)
 
 
-@pytest.mark.parametrize("size", [1e-8, 1e-4, 1e5])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1e-8, pytest.param(1e-4, marks=pytest.mark.slow), 1e5])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 def test_selectors_of_any_size_select_as_in_float32(dtype: torch.dtype, size: float) -> None:
     case = make_case(2, 4, 1, 33, 32, 2, dtype, device=DEVICE)
     scaled = Case(case.tokens, case.clip_index, case.queries, case.selector * size, case.bias * 0, None)

@@ -39,6 +39,8 @@ def columns_kernel(
     tile = tl.program_id(0)
     slot = tl.program_id(1)
     _clip, first, count, _row = parts.tile_of(tiles, tile)
+    if count == 0:  # no program reads this tile
+        return
     d = tl.arange(0, WIDTH)
     question = tl.load(order + first + slot, mask=slot < count, other=0).to(tl.int64)
     used = d < tl.where(slot < count, D, 0)
