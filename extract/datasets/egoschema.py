@@ -7,7 +7,6 @@ Source: Mangalam et al., "EgoSchema: A diagnostic benchmark for very long-form v
 2023.
 """
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def load(root: Path, split: str) -> Dataset:
     answers: dict[str, object] = {}
     found: dict[str, Question] = {}
     try:
-        answers = _answers(root / ANSWERS)
+        answers = parsing.read_json_object(root / ANSWERS, "EgoSchema's published answers", "indices by q_uid")
     except ValueError as error:
         problems.append(str(error))
     path = root / QUESTIONS
@@ -60,17 +59,6 @@ def load(root: Path, split: str) -> Dataset:
         texts=texts_of(found.values()),
         split=split,
     )
-
-
-def _answers(path: Path) -> dict[str, object]:
-    """Index of the right option by q_uid."""
-    try:
-        found = json.loads(parsing.read_text(path, "EgoSchema's published answers"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:line {error.lineno}: not valid JSON ({error.msg}); download it again") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: contains a JSON {parsing.kind(found)}; expected an object of indices by q_uid")
-    return found
 
 
 def _question(record: object, answers: dict[str, object]) -> Question:

@@ -9,7 +9,6 @@ Source: Xiao et al., "NExT-QA: Next phase of question-answering to explaining te
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -76,12 +75,9 @@ def load(root: Path, split: str) -> Dataset:
 
 def _videos(path: Path) -> Mapping[str, str]:
     """File below the video folder, without its ending, by the name of a video."""
-    try:
-        found = json.loads(parsing.read_text(path, "NExT-QA's file of each video"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:line {error.lineno}: not valid JSON ({error.msg}); download it again") from None
-    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
-        raise ValueError(f"{path}: contains a JSON {parsing.kind(found)}; expected an object of names of files")
+    found = parsing.read_json_object(path, "NExT-QA's file of each video", "names of files")
+    if wrong := [name for name, file in found.items() if not isinstance(file, str)]:
+        raise ValueError(f"{path}: {wrong[0]!r} is a JSON {parsing.kind(found[wrong[0]])}; expected the name of a file")
     return found
 
 

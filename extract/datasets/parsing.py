@@ -66,6 +66,26 @@ def read_json_records(path: Path, purpose: str) -> list[Any]:
     return records
 
 
+def read_json_object(path: Path, purpose: str, expected: str) -> dict[str, Any]:
+    """The JSON object of a file, such as one published beside the annotations.
+
+    Args:
+        path: The file.
+        purpose: What it holds, for an error.
+        expected: What the object maps, for an error, such as "indices by q_uid".
+
+    Raises:
+        ValueError: The file is missing, unreadable, no JSON or no object; the message names it.
+    """
+    try:
+        found = json.loads(read_text(path, purpose))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:line {error.lineno}: not valid JSON ({error.msg}); download it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: contains a JSON {kind(found)}; expected an object of {expected}")
+    return found
+
+
 def json_lines(path: Path, purpose: str) -> Iterator[tuple[str, Any]]:
     """Position (`FILE:LINE`) and value of every line that is not blank; the value of a malformed line is a ValueError.
 
