@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from egopatch.configs.schema import Config, ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.schema import Config
 from egopatch.extract.datasets import load_dataset
 from egopatch.features import open_store
 from egopatch.train.report import plots

@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
 from benchmarks.store import machine  # noqa: E402
-from egopatch.configs.schema import Config, ConfigParser, add_config_arguments, parse_config  # noqa: E402
+from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config  # noqa: E402
+from egopatch.configs.schema import Config  # noqa: E402
 from egopatch.extract.worker.job import resolve_job  # noqa: E402
 from egopatch.features import StoreSpec, create_store, open_store  # noqa: E402
 from egopatch.features.state.origin import Origin  # noqa: E402

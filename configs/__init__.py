@@ -1,6 +1,7 @@
 """Experiments: one YAML file each, and the typed schema that every file is checked against."""
 
-from egopatch.configs.schema import Config, load_config
+from egopatch.configs.command_line import load_config
+from egopatch.configs.schema import Config
 
 __all__ = ["Config", "load_config"]
 

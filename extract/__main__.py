@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
-from egopatch.configs.schema import ConfigError, ConfigParser
+from egopatch.configs.command_line import ConfigParser
+from egopatch.configs.schema import ConfigError
 from egopatch.extract.datasets import DatasetError
 from egopatch.extract.errors import CheckpointError
 from egopatch.features.common.command_line import find_command

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from egopatch.configs.schema import load_config
+from egopatch.configs.command_line import load_config
 from egopatch.extract.__main__ import main as extract
 from egopatch.extract.datasets import load_dataset
 from egopatch.extract.datasets.egosynth.render import render

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from egopatch.configs.schema import Config, load_config
+from egopatch.configs.command_line import load_config
+from egopatch.configs.schema import Config
 from egopatch.extract import run as run_module
 from egopatch.extract.__main__ import main as extract
 from egopatch.extract.datasets import load_dataset

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from egopatch.configs.schema import ConfigParser
+from egopatch.configs.command_line import ConfigParser
 from egopatch.extract.encoders.inspection import convert_checkpoint, inspect_checkpoint
 
 

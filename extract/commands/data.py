@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from egopatch.configs.schema import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
 from egopatch.extract.fetch.download import DownloadError
 from egopatch.extract.fetch.lockfile import Lockfile
 from egopatch.extract.fetch.provide import files_as_json, format_files, provide, required_files

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from egopatch.configs.schema import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
 from egopatch.extract.planning.doctor import examine, format_diagnosis
 
 

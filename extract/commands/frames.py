@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from egopatch.configs.schema import ConfigParser, VideoConfig
+from egopatch.configs.command_line import ConfigParser
+from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.pool import DecodePool, UndecodedClip
 from egopatch.extract.video.frames import DecodedClip, read_frames

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from jsonargparse.typing import NonNegativeInt, PositiveFloat
 
-from egopatch.configs.schema import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
 from egopatch.extract.planning.forecast import format_forecast
 from egopatch.extract.planning.plan import format_plan, make_forecast, make_plan
 

@@ -4,7 +4,8 @@ import itertools
 import sys
 from collections.abc import Sequence
 
-from egopatch.configs.schema import Config, ConfigError, ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.engines.dispatch import WorkersKilled
 from egopatch.extract.engines.interrupts import REQUEUE, Requeue, requeue_on_signals
 from egopatch.extract.engines.job_slice import Slice

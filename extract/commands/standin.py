@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from egopatch.configs.schema import ConfigError, ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.schema import ConfigError
 from egopatch.extract.datasets import load_dataset
 from egopatch.extract.encoders.checkpoints.standin import write_standin
 

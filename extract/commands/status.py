@@ -4,7 +4,8 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from egopatch.configs.schema import Config, ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.schema import Config
 from egopatch.extract.datasets import DatasetError, load_dataset
 from egopatch.extract.datasets.origins import OriginCheck, compare_origins
 from egopatch.extract.worker.bounds import bound_line, ceilings

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from egopatch.configs.schema import ConfigParser
+from egopatch.configs.command_line import ConfigParser
 from egopatch.extract.datasets.egosynth.render import render
 from egopatch.features.common.progress import ProgressDisplay
 

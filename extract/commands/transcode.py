@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from egopatch.configs.schema import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
 from egopatch.extract.transcoding.copies import transcode
 from egopatch.extract.transcoding.segment import SETTINGS
 from egopatch.features.common.units import format_bytes

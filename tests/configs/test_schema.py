@@ -3,16 +3,15 @@ from typing import get_args
 
 import pytest
 
-from egopatch.configs.schema import (
-    Config,
+from egopatch.configs.command_line import (
     ConfigParser,
-    StoreConfig,
     add_config_arguments,
     load_config,
     option_names,
     parse_config,
     parse_options,
 )
+from egopatch.configs.schema import Config, StoreConfig
 from egopatch.features.formats.registry import FORMATS
 from egopatch.features.values.spec import Codec
 

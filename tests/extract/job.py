@@ -8,7 +8,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from egopatch.configs.schema import Config, load_config
+from egopatch.configs.command_line import load_config
+from egopatch.configs.schema import Config
 
 CLIPS = 20
 # Journals may contain the same lines in another order, and their heads follow them. Leases and locks come and go: a job

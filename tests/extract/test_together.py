@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from egopatch.configs.schema import ConfigError, load_config
+from egopatch.configs.command_line import load_config
+from egopatch.configs.schema import ConfigError
 from egopatch.extract.__main__ import main
 from egopatch.extract.commands.run import split_configs
 from egopatch.extract.run import require_one_decode

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from egopatch.configs.schema import load_config
+from egopatch.configs.command_line import load_config
 from egopatch.train.fitting.experiment import open_experiment
 from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.processes.distributed import join

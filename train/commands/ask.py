@@ -5,7 +5,8 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from egopatch.configs.schema import Config, ConfigError, ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.schema import Config, ConfigError
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:

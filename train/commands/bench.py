@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from egopatch.configs.schema import ConfigError, ConfigParser
+from egopatch.configs.command_line import ConfigParser
+from egopatch.configs.schema import ConfigError
 
 # A wheel has no such folder.
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from egopatch.configs.schema import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from egopatch.configs.schema import ConfigError, ConfigParser
+from egopatch.configs.command_line import ConfigParser
+from egopatch.configs.schema import ConfigError
 from egopatch.extract.datasets import Question, egotaskqa, jsonl, qaego4d
 from egopatch.extract.datasets.records import Part, answer_vocabulary
 from egopatch.train.scores.metrics import (

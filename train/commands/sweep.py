@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from egopatch.configs.schema import ConfigError, ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.schema import ConfigError
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:

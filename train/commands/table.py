@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from egopatch.configs.schema import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
 from egopatch.train.report.table import write_table
 from egopatch.train.rundir.results import table_folder
 

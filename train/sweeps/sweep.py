@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from egopatch.configs.schema import Config, ConfigError, ConfigParser, add_config_arguments, option_names, parse_options
+from egopatch.configs.command_line import ConfigParser, add_config_arguments, option_names, parse_options
+from egopatch.configs.schema import Config, ConfigError
 from egopatch.configs.yaml_faults import repeated_key
 from egopatch.features import ShardOwned
 from egopatch.features.io.files import make_folder

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from egopatch.configs.schema import load_config
+from egopatch.configs.command_line import load_config
 from egopatch.extract.encoders import load_video_encoder
 from egopatch.extract.fingerprints import configured
 from tests.extract.encoders.networks import relative, sequence, tiny

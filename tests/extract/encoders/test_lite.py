@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from egopatch.configs.schema import ConfigError, load_config
+from egopatch.configs.command_line import load_config
+from egopatch.configs.schema import ConfigError
 from egopatch.extract.__main__ import main
 from egopatch.extract.encoders import (
     find_network,

@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from egopatch.configs.schema import ConfigError, load_config
+from egopatch.configs.command_line import load_config
+from egopatch.configs.schema import ConfigError
 from egopatch.extract.__main__ import main
 from egopatch.extract.engines.ray_engine import _fit
 from egopatch.features.tools.verify import verify

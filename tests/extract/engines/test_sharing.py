@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from egopatch.configs.schema import Config, EncoderConfig, load_config
+from egopatch.configs.command_line import load_config
+from egopatch.configs.schema import Config, EncoderConfig
 from egopatch.extract.encoders import Network, find_network
 from egopatch.extract.engines import joblib_engine, sharing
 from egopatch.extract.engines.sharing import decoder_count, worker_count

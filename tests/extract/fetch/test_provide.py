@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
-from egopatch.configs.schema import ConfigError, load_config
+from egopatch.configs.command_line import load_config
+from egopatch.configs.schema import ConfigError
 from egopatch.extract.__main__ import main
 from egopatch.extract.fetch import download
 from egopatch.extract.fetch.provide import required_files

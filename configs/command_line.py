@@ -1,0 +1,183 @@
+"""From YAML files and options to a checked `Config`, with one-line errors and help that fits a screen."""
+
+import argparse
+import dataclasses
+import difflib
+import re
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+
+from egopatch.configs.schema import Config, DataConfig
+from egopatch.configs.yaml_faults import find_fault
+
+
+def option_names() -> list[str]:
+    """Every `section.field` of `Config`, in the order of the definitions above."""
+    default = Config()
+    return [
+        f"{section}.{option.name}"
+        for section in _sections()
+        for option in dataclasses.fields(getattr(default, section))
+    ]
+
+
+# What jsonargparse says of `--head.scores question`.
+_LIST_EXPECTED = re.compile(r"Parser key \"([\w.]+)\": Expected a <class 'tuple'>\. Got value: (.+)")
+
+
+class ConfigParser(jsonargparse.ArgumentParser):
+    """jsonargparse's parser without abbreviations, with one-line errors that name the nearest option or file."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # With abbreviations, `--train.epoch 3` would mean `--train.epochs 3`.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> jsonargparse.Namespace:
+        """Read a config file as jsonargparse does, and refuse one with a fault by its name and line."""
+        try:
+            fault = find_fault(Path(path).read_text(encoding="utf-8"), _sections())
+        except UnicodeDecodeError as error:
+            self.error(
+                f"--config {path}: not UTF-8 text at byte {error.start}; expected the YAML file of an experiment"
+            )
+        if fault:
+            self.error(f"--config {path}: {fault}")
+        return super().parse_path(path, *args, **kwargs)
+
+    def parse_string(self, *args: Any, **kwargs: Any) -> jsonargparse.Namespace:
+        """Read a config as jsonargparse does, and refuse one in the command line that has a fault."""
+        # `parse_path` has looked at the text of a file, which comes by a keyword whose name depends on the version.
+        if args and (fault := find_fault(args[0], _sections())):
+            self.error(f"--config: {fault}")
+        return super().parse_string(*args, **kwargs)
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """The command's own options, and the names of an experiment's by section; all 300 lines are `full_help`."""
+        own = [action for action in self._actions if action.dest.partition(".")[0] not in _sections()]
+        if len(own) == len(self._actions):
+            return self.full_help()
+        shown = [action for action in own if action.help != argparse.SUPPRESS]
+        lines = [f"usage: {self.prog} --config FILE [options]", "", str(self.description), ""]
+        for action in shown:
+            name = ", ".join(action.option_strings) or str(action.metavar or action.dest)
+            if action.option_strings and action.nargs != 0:
+                name += f" {action.metavar or action.dest.upper()}"
+            lines += _item(name, " ".join((action.help or "").split()))
+        lines += ["", "Options of the experiment, as in --head.ratio 0.5, in place of those in the file:"]
+        for section in _sections():
+            names = [name.partition(".")[2] for name in option_names() if name.startswith(f"{section}.")]
+            lines += _item(f"--{section}.", ", ".join(names))
+        return "\n".join([*lines, "", "--help-all describes each of them."]) + "\n"
+
+    def full_help(self) -> str:
+        """The help of every option."""
+        return super().format_help()
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print `message` with the nearest valid option or file and exit with code 2."""
+        line = _LIST_EXPECTED.sub(r"\1 is '\2'; expected a list in brackets: '[\2]'", " ".join(message.split()))
+        print(f"{self.prog}: error: {line}{_nearest(line)}{_nearest_file(line)}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class _FullHelp(argparse.Action):
+    """`--help-all`."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        assert isinstance(parser, ConfigParser)
+        print(parser.full_help(), end="")
+        parser.exit()
+
+
+def _item(name: str, text: str) -> list[str]:
+    """A name, and what it means beside it or, after a long name, beneath it."""
+    column, gap = 24, "  "
+    wrapped = textwrap.wrap(text, 100 - column, break_long_words=False) or [""]
+    beside = len(name) < column - 2 * len(gap)
+    first = (
+        [f"{gap}{name:<{column - len(gap)}}{wrapped[0]}".rstrip()]
+        if beside
+        else [gap + name, " " * column + wrapped[0]]
+    )
+    return [*first, *(" " * column + line for line in wrapped[1:])]
+
+
+def _nearest(message: str) -> str:
+    unknown = re.search(r"(?:unrecognized arguments: --|accept option '|Option '|[Kk]ey '?)([\w.\-]+)", message)
+    phrases = ("unrecognized", "does not accept", "not accepted", "not expected")
+    about_a_name = any(phrase in message for phrase in phrases)
+    if not about_a_name or not unknown:
+        return ""
+    group = re.search(r"Group '(\w+)'", message)
+    name = f"{group.group(1)}.{unknown.group(1)}" if group else unknown.group(1)
+    close = difflib.get_close_matches(name, option_names(), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; the sections are {', '.join(_sections())}"
+
+
+def _nearest_file(message: str) -> str:
+    absent = re.search(r"\"config\": (?:File does not exist|Path is not a file): '(.+)'", message)
+    if not absent:
+        return ""
+    path = Path(absent.group(1))
+    close = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.yaml")], n=1)
+    expected = "expected the YAML file of an experiment; examples are in configs/"
+    return f"; did you mean {path.parent / close[0]}?" if close else f"; {expected}"
+
+
+def _sections() -> list[str]:
+    return [section.name for section in dataclasses.fields(Config)]
+
+
+def add_config_arguments(parser: jsonargparse.ArgumentParser) -> None:
+    """Add `--config FILE`, `--print_config` and every option of `Config` to `parser`."""
+    parser.add_argument("--config", action="config", help="YAML file of an experiment")
+    parser.add_argument(
+        "--help-all", action=_FullHelp, nargs=0, dest=argparse.SUPPRESS, default=argparse.SUPPRESS,
+        help="describe every option of the experiment and exit",
+    )  # fmt: skip
+    parser.add_class_arguments(Config)
+
+
+def parse_config(parser: jsonargparse.ArgumentParser, args: Sequence[str]) -> tuple[Config, jsonargparse.Namespace]:
+    """Parse a command line with `--config` and the other options of `add_config_arguments`.
+
+    Returns and raises:
+        As `parse_options`; a command line with none of `--config`, `--data.root` and `--run.table` is refused
+        likewise.
+    """
+    config, namespace = parse_options(parser, args)
+    if not namespace.config and config.data.root == DataConfig.root and config.run.table is None:
+        # The defaults alone are an experiment that hardly anybody means.
+        parser.error("no --config; expected --config FILE, the YAML file of an experiment; examples are in configs/")
+    return config, namespace
+
+
+def parse_options(parser: jsonargparse.ArgumentParser, args: Sequence[str]) -> tuple[Config, jsonargparse.Namespace]:
+    """Parse a command line with the options of `add_config_arguments`, with or without `--config`.
+
+    Returns:
+        The experiment, and the namespace with all other options of `parser`.
+
+    Raises:
+        SystemExit: An unknown key, a wrong type, a value out of range or a missing file; the exit code is 2, and stderr
+            has one line.
+    """
+    namespace = parser.parse_args(list(args))
+    try:
+        sections = parser.instantiate(namespace)
+        config = Config(**{name: sections[name] for name in _sections()})
+    except ValueError as error:
+        parser.error(str(error))
+    return config, namespace
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read one experiment file; `overrides` are options like `["--head.ratio", "0.5"]`. Errors as in `parse_config`."""
+    parser = ConfigParser(prog="config")
+    add_config_arguments(parser)
+    return parse_config(parser, ["--config", str(path), *overrides])[0]
