@@ -1,0 +1,217 @@
+"""Runs that were killed, interrupted or left, and runs that another process holds: what resumes, and what waits."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from egopatch.configs.schema import Config, ConfigError
+from egopatch.features.io import file_lease
+from egopatch.train.__main__ import main
+from egopatch.train.data.batch import Batch
+from egopatch.train.fitting.fit import evaluate, fit
+from egopatch.train.fitting.run_group import RunGroup
+from egopatch.train.heads import Head, Sizes
+from egopatch.train.heads.registry import _PLUGINS as HEADS
+from egopatch.train.processes.stopping import Stopped
+from egopatch.train.rundir import lease
+from egopatch.train.rundir.card import RunError, plain
+from tests.train.tiny import FIELDS, clock, losses, with_run, write_tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+def stop_after(
+    monkeypatch: pytest.MonkeyPatch, config: Config, due: Callable[[RunGroup], bool], number: int = signal.SIGINT
+) -> str:
+    """Train until `due`, where a signal comes; returns what the run said."""
+    real = RunGroup.learn
+
+    def interrupted(self: RunGroup, batch: Batch, last: bool) -> None:
+        real(self, batch, last)
+        if due(self):
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(RunGroup, "learn", interrupted)
+    with pytest.raises(Stopped) as stopped:
+        fit(config, "x")
+    monkeypatch.setattr(RunGroup, "learn", real)
+    return str(stopped.value)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing of the loop gets to clean up or save."""
+
+
+@pytest.mark.parametrize(("step", "accumulate"), [(1, 1), (12, 1), (16, 1), (23, 1), (7, 3)])
+def test_killed_and_resumed_gives_the_same_trace(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, step: int, accumulate: int
+) -> None:
+    tiny = with_run(tiny, "psa", train_accumulate=accumulate, train_ema=0.8 if accumulate > 1 else 0.0)
+    undisturbed = with_run(tiny, "undisturbed")
+    fit(undisturbed, "x")
+    real = RunGroup.learn
+
+    def dies(self: RunGroup, batch: Batch, last: bool) -> None:
+        real(self, batch, last)
+        if self.heads.step == step:
+            raise Killed
+
+    monkeypatch.setattr(RunGroup, "learn", dies)
+    with pytest.raises(Killed):
+        fit(tiny, "x")
+    monkeypatch.setattr(RunGroup, "learn", real)
+    torch.manual_seed(99)  # another process has other random numbers
+    fit(tiny, "x")
+    assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
+    for name in ("predictions.jsonl", "test.json"):
+        assert (tiny.run.dir / name).read_text() == (undisturbed.run.dir / name).read_text()
+
+
+def test_signal_saves_the_place_within_an_epoch(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed = with_run(tiny, "undisturbed")
+    fit(undisturbed, "x")
+    said = stop_after(monkeypatch, tiny, lambda group: group.heads.step == 11)
+    assert said == "interrupted in epoch 2 of 3; run the same command again to resume"
+    assert torch.load(tiny.run.dir / "last.pt", weights_only=True)["stack"]["step"] == 11
+    fit(tiny, "x")
+    assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
+
+
+def test_signal_between_accumulated_batches_loses_none(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = with_run(tiny, "psa", train_accumulate=3, train_ema=0.8, head_scores=("question", "random"))
+    undisturbed = with_run(tiny, "undisturbed")
+    fit(undisturbed, "x")
+    two_after_a_step = (1, 5)
+    stop_after(monkeypatch, tiny, lambda group: group.position == two_after_a_step, signal.SIGTERM)
+    assert len(torch.load(tiny.run.dir / "last.pt", weights_only=True)["stack"]["held"]) == 2
+    fit(tiny, "x")
+    assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
+    here, there = (load_file(c.run.dir / "best.safetensors") for c in (tiny, undisturbed))
+    assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+class _Dropped(torch.nn.Module):
+    """A head from outside with torch's own dropout and a batch norm."""
+
+    def __init__(self, _: None, sizes: Sizes) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.BatchNorm1d(sizes.width), torch.nn.Dropout(0.5), torch.nn.Linear(sizes.width, sizes.answers)
+        )
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        return self.layers(batch.tokens.patches.float().mean((1, 2)))[batch.clip_index]
+
+
+def test_a_head_from_outside_resumes_with_the_losses_of_an_undisturbed_run(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(HEADS._registered, "dropped", Head("dropped", _Dropped))
+    tiny = with_run(tiny, "dropped", head_name="dropped")
+    undisturbed = with_run(tiny, "undisturbed")
+    fit(undisturbed, "x")
+    stop_after(monkeypatch, tiny, lambda group: group.heads.step == 11)
+    torch.manual_seed(1)
+    fit(tiny, "x")
+    assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
+    here, there = (load_file(c.run.dir / "best.safetensors") for c in (tiny, undisturbed))
+    assert all(torch.equal(here[name], there[name]) for name in here)
+    assert here["layers.0.running_mean"].any()
+
+
+@pytest.mark.parametrize("command", [lambda config: fit(config, "x"), evaluate])
+def test_a_run_of_another_process_is_waited_for(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: Callable
+) -> None:
+    alone = with_run(tiny, "alone")
+    expected = fit(alone, "x")
+    shutil.copytree(alone.run.dir, tiny.run.dir, ignore=shutil.ignore_patterns("test.json"))
+    waited = []
+    with ExitStack() as other:
+        other.enter_context(file_lease.hold(tiny.run.dir, 0))
+
+        def finishes(seconds: float) -> None:
+            waited.append(seconds)
+            if len(waited) == 3:
+                shutil.copy(alone.run.dir / "test.json", tiny.run.dir)
+                other.close()
+
+        monkeypatch.setattr(lease, "time", clock(finishes))
+        assert command(tiny) == expected
+    assert waited == [lease.POLL_S] * 3
+    out = capsys.readouterr().out
+    assert out.count(f"waiting: run folder {tiny.run.dir} is held by process {os.getpid()} on ") == 1
+    assert "or stop it: its lease then expires automatically" in out
+
+
+def test_a_run_that_another_process_leaves_is_resumed(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ExitStack() as other:
+        other.enter_context(file_lease.hold(tiny.run.dir, 0))
+        monkeypatch.setattr(lease, "time", clock(lambda seconds: other.close()))
+        fit(tiny, "x")
+    assert "train psa direct: 24 steps" in capsys.readouterr().out
+
+
+def test_ctrl_c_while_waiting_ends_with_one_line(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(plain(tiny)))
+    monkeypatch.setattr(lease, "time", clock(lambda seconds: signal.raise_signal(signal.SIGINT)))
+    with file_lease.hold(tiny.run.dir, 0):
+        assert main(["fit", "--config", str(path)]) == 130
+        assert [path.name for path in tiny.run.dir.iterdir()] == ["leases"]
+    assert capsys.readouterr().err == "train fit: interrupted; run the same command again to resume\n"
+
+
+def test_nothing_is_written_by_a_start_that_waits(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.run.dir.mkdir(parents=True)
+    (tiny.run.dir / "config.yaml").write_text(yaml.safe_dump(plain(tiny)) + "# another process's\n")
+    monkeypatch.setattr(lease, "time", clock(lambda seconds: signal.raise_signal(signal.SIGINT)))
+    with file_lease.hold(tiny.run.dir, 0), pytest.raises(KeyboardInterrupt):
+        fit(with_run(tiny, "psa", train_residency="ram"), "x")
+    assert "# another process's" in (tiny.run.dir / "config.yaml").read_text()
+    other = with_run(tiny, "psa", head_ratio=0.25)
+    with file_lease.hold(tiny.run.dir, 0), pytest.raises(ConfigError, match=r"with different settings \(head.ratio"):
+        fit(other, "x")  # at once
+
+
+@pytest.mark.slow
+def test_sigkill_of_the_process_and_resume(tiny: Config, tmp_path: Path) -> None:
+    """The same with a real process and a real SIGKILL, wherever that falls."""
+    tiny = with_run(tiny, "psa", train_accumulate=2, train_ema=0.9, train_epochs=6)
+    undisturbed = with_run(tiny, "undisturbed")
+    fit(undisturbed, "x")
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(plain(tiny)))
+    command = [sys.executable, "-m", "train", "fit", "--config", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    log = tiny.run.dir / "log.jsonl"
+    while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 13):
+        pass
+    process.kill()
+    process.wait()
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
+
+
+def test_resuming_on_other_features_is_refused(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("egopatch.train.fitting.fit.test_groups", lambda *_: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        fit(tiny, "x")
+    other = write_tiny(tmp_path / "other", fields={**FIELDS, "checkpoint": "another"})
+    with pytest.raises(RunError, match="was saved with different features"):
+        fit(with_run(tiny, "psa", store_path=other.store.path), "x")
