@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from benchmarks._egosynth_docs import NUMBERS, REFERENCE, SPLITS, markdown, write_docs
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import load_dataset
@@ -39,11 +40,7 @@ from egopatch.train.scores.statistics import compare
 from egopatch.train.sweeps.sweep import run_sweep
 
 RESULTS = Path(__file__).parent / "results"
-DOCS = Path(__file__).parents[1] / "docs" / "egosynth.md"
-SPLITS = ("direct", "indirect")
-NUMBERS = ("open", "binary", "all")
 RATIOS = (0.1, 0.25, 0.5, 1.0)
-REFERENCE = "psa (lite)"
 SEARCH = Path(__file__).parent / "egosynth_search.yaml"
 SEARCHED = ("question-only", "pooled (lite)", "attention (lite)", REFERENCE)
 
@@ -306,113 +303,6 @@ def draw(bench: Bench, path: Path, table: Sequence[Mapping[str, Any]]) -> None:
     curves = [read_sweep(sweep) for sweep in sweeps if sweep.exists()]
     if curves:
         plots.save(plots.draw_ratio(curves, level), path)
-
-
-def interval(number: Mapping[str, float]) -> str:
-    return f"{number['mean']:.1f} [{number['low']:.1f}, {number['high']:.1f}]"
-
-
-def findings(found: Mapping[str, Any]) -> list[str]:
-    """What the intervals say, in sentences; nothing else about differences is said in docs/egosynth.md."""
-    lines = []
-    for split in SPLITS:
-        rows = [row for row in found["table"] if row["split"] == split]
-        compared = {row["system"]: row["psa_lite_above"]["verdict"] for row in rows if "psa_lite_above" in row}
-        if compared:
-            lines.append(f"- **{split.capitalize()}, systems.** " + sentence(REFERENCE, compared))
-        majority = next((row for row in rows if row["system"] == "majority"), None)
-        for row in rows if majority else ():
-            below = [part for part in NUMBERS if row[part]["high"] < majority[part]["mean"]]
-            if below:
-                lines.append(f"- **{split.capitalize()}.** {row['system']} is below majority on {listed(below)}.")
-        parts = {row["part"]: row["against_whole"]["verdict"] for row in found["ablation"] if row["split"] == split}
-        if parts:
-            opposite = {"above": "below", "below": "above"}
-            whole = {part: opposite.get(verdict, verdict) for part, verdict in parts.items()}
-            lines.append(f"- **{split.capitalize()}, parts.** " + sentence("The whole", whole))
-    return lines
-
-
-def sentence(subject: str, verdicts: Mapping[str, str]) -> str:
-    """`SUBJECT is above A and B; it cannot be told apart from C.`"""
-    said = {"above": "is above", "below": "is below", "cannot be told apart": "cannot be told apart from"}
-    clauses = []
-    for verdict, verb in said.items():
-        names = [name for name, found in verdicts.items() if found == verdict]
-        if names:
-            clauses.append(f"{'it' if clauses else subject} {verb} {listed(names)}")
-    return "; ".join(clauses) + "."
-
-
-def listed(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-
-
-def markers(name: str) -> tuple[str, str]:
-    """The first and the last line of a set's part of docs/egosynth.md."""
-    return f"<!-- results of the {name} set, by benchmarks/egosynth.py -->", f"<!-- end of the {name} set -->"
-
-
-def write_docs(name: str, found: Mapping[str, Any], path: Path = DOCS) -> None:
-    """Replace the tables and findings of a set in the docs, if it has a part there."""
-    text, (first, last) = path.read_text(encoding="utf-8"), markers(name)
-    if first in text:
-        before, rest = text.split(first)
-        path.write_text(f"{before}{first}\n{markdown(found)}\n\n{last}{rest.split(last)[1]}", encoding="utf-8")
-
-
-def markdown(found: Mapping[str, Any]) -> str:
-    """The tables and findings of docs/egosynth.md."""
-    lines = []
-    for split in SPLITS:
-        rows = [row for row in found["table"] if row["split"] == split]
-        if rows:
-            lines += [
-                "",
-                f"| {split}: system | open | binary | all | psa (lite) is above by | wrong form | steps to 95% | "
-                "ms a step |",
-                "|:--|--:|--:|--:|--:|--:|--:|--:|",
-            ]
-        for row in rows:
-            above = row.get("psa_lite_above")
-            text = "" if above is None else f"{above['difference']:+.1f} [{above['low']:+.1f}, {above['high']:+.1f}]"
-            cells = [*(interval(row[part]) for part in NUMBERS), text, f"{row['wrong_form']:.1f}%"]
-            learned = "steps_to_95" in row
-            cells += [f"{row['steps_to_95']:.0f}", f"{1000 * row['seconds_a_step']:.0f}"] if learned else ["", ""]
-            lines.append(f"| {row['system']} | {' | '.join(cells)} |")
-    for split in SPLITS:
-        rows = [row for row in found["ablation"] if row["split"] == split]
-        if rows:
-            lines += ["", f"| {split}: psa (lite) | all | against the whole | verdict |", "|:--|--:|--:|:--|"]
-        for row in rows:
-            gap = row["against_whole"]
-            text = f"{gap['difference']:+.1f} [{gap['low']:+.1f}, {gap['high']:+.1f}]"
-            lines.append(f"| {row['part']} | {interval(row['all'])} | {text} | {gap['verdict']} |")
-    for split in SPLITS:
-        rows = [row for row in found["ratios"] if row["split"] == split]
-        if rows:
-            lines += ["", f"| {split}: ratio | " + " | ".join(f"{row['ratio']:g}" for row in rows) + " |"]
-            lines += [
-                "|:--|" + "--:|" * len(rows),
-                "| all | " + " | ".join(interval(row["all"]) for row in rows) + " |",
-            ]
-    for split in SPLITS:
-        rows = [row for row in found["looks"] if row["split"] == split]
-        if rows:
-            lines += ["", f"| {split}: selected by | asked about | other objects | at random | precision |"]
-            lines += ["|:--|--:|--:|--:|--:|"]
-        for row in rows:
-            percents = [f"{row[name]:.1f}" for name in ("asked", "others", "chance", "precision")]
-            lines.append(f"| {row['scores']} | {' | '.join(percents)} |")
-    for split in SPLITS:
-        rows = [row for row in found["search"] if row["split"] == split]
-        if rows:
-            options = list(rows[0]["setting"])
-            lines += ["", f"| {split}: searched | " + " | ".join([*options, "val"]) + " |"]
-            lines += ["|:--|" + "--:|" * (len(options) + 1)]
-        for row in rows:
-            lines.append(f"| {row['system']} | {' | '.join(map(str, row['setting'].values()))} | {row['val']:.1f} |")
-    return "\n".join([*lines, "", *findings(found)]).strip()
 
 
 def main(args: Sequence[str] | None = None) -> None:

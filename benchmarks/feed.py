@@ -30,7 +30,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
-from benchmarks.feed_videos import KINDS, Kind, decode_bare, wanted, write_video  # noqa: E402
+from benchmarks._feed_videos import KINDS, Kind, decode_bare, wanted, write_video  # noqa: E402
 from egopatch.configs.schema import VideoConfig  # noqa: E402
 from egopatch.extract.datasets import Clip  # noqa: E402
 from egopatch.extract.feed.clips import PreparedClip  # noqa: E402

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
-from benchmarks.feed_videos import KINDS, decode_many, wanted, write_video  # noqa: E402
+from benchmarks._feed_videos import KINDS, decode_many, wanted, write_video  # noqa: E402
 
 # Decoder children import this file too, so whatever needs torch is imported where it is used.
 if TYPE_CHECKING:
