@@ -21,10 +21,10 @@ endif
 # Imports that touch most packages.
 INTACT := import jinja2, joblib, matplotlib, safetensors, torch, transformers, zarr, egopatch
 
-.PHONY: help setup demo demo-direct demo-indirect test test-slow check bench gpu data features train evaluate ablate table report clean
+.PHONY: help setup demo demo-direct demo-indirect test test-slow check docs bench gpu data features train evaluate ablate table report clean
 
 help:
-	@echo "make setup | demo | test | test-slow | check | bench | gpu | clean"
+	@echo "make setup | demo | test | test-slow | check | docs | bench | gpu | clean"
 	@echo "make data | features | train | evaluate | table | report CONFIG=configs/x.yaml"
 	@echo "make ablate CONFIG=configs/x.yaml RATIOS=\"0.1 0.25 0.5 1.0\""
 	@echo "The default of CONFIG is $(CONFIG). Every target makes $(VENV) if it is missing; PYTHON picks its Python."
@@ -83,6 +83,11 @@ check: $(STAMP)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
+
+# The site in build/site, or an error where a link or an anchor leads nowhere or an option is not described.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	@echo "build/site/index.html"
 
 data: $(STAMP)
 	$(PY) -m extract data --config $(CONFIG)

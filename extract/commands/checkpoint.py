@@ -10,8 +10,8 @@ from egopatch.extract.encoders.inspection import convert_checkpoint, inspect_che
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Print what the file holds; returns 1 if tensors are missing."""
-    parser.add_argument("action", choices=["inspect", "convert"])
-    parser.add_argument("file", type=Path)
+    parser.add_argument("action", choices=["inspect", "convert"], help="identify the file, or write it as safetensors")
+    parser.add_argument("file", type=Path, help="checkpoint file, in any format that `encoder.checkpoint` takes")
     parser.add_argument("--out", type=Path, default=None, help="safetensors file that convert writes")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(list(args))
