@@ -62,12 +62,14 @@ class ConfigParser(jsonargparse.ArgumentParser):
         if len(own) == len(self._actions):
             return self.full_help()
         shown = [action for action in own if action.help != argparse.SUPPRESS]
-        lines = [f"usage: {self.prog} --config FILE [options]", "", str(self.description), ""]
+        lines = [f"usage: {self.prog} {self.usage or '--config FILE [options]'}", "", str(self.description), ""]
         for action in shown:
             name = ", ".join(action.option_strings) or str(action.metavar or action.dest)
             if action.option_strings and action.nargs != 0:
                 name += f" {action.metavar or action.dest.upper()}"
             lines += _item(name, " ".join((action.help or "").split()))
+        if self.epilog:
+            lines += ["", *textwrap.wrap(self.epilog, 100)]
         lines += ["", "Options of the experiment, as in --head.ratio 0.5, in place of those in the file:"]
         for section in _sections():
             names = [name.partition(".")[2] for name in option_names() if name.startswith(f"{section}.")]

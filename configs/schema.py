@@ -32,14 +32,15 @@ class DataConfig:
         root: Folder with the annotations and the videos.
         split: EgoTaskQA's split by reference type, which is also the tag that the published "All" counts.
         clips: `jsonl` only: file in `root` with one clip a line: clip_id, video, start_s, end_s.
-        questions: `jsonl` only: file in `root` with one question a line: question_id, clip_id, question, answer, part.
+        questions: `jsonl` only: file in `root` with one question a line: question_id, clip_id, question, answer, part;
+            `null` for none: features alone are encoded then, without a text network.
     """
 
     name: str = "egotaskqa"
     root: Path = Path("data/egotaskqa")
     split: Literal["direct", "indirect"] = "direct"
     clips: str = "clips.jsonl"
-    questions: str = "questions.jsonl"
+    questions: str | None = "questions.jsonl"
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from egopatch.features.common.command_line import find_command
 from egopatch.features.common.os_errors import with_remedy
 from egopatch.features.values.errors import BadLocation, FingerprintMismatch, StoreError
 
-# Each command is the module of the same name in `extract.commands`; `retry` is `run` as well.
+# Each command is the module of the same name in `extract.commands`, or in its room `inputs`; `retry` is `run` as well.
 COMMANDS = {
+    "videos": "encode a folder of your own videos, without annotations",
     "plan": "show what a run would do: clips, bytes, duration, and why it would be refused",
     "run": "encode every clip and question that is missing from the store",
     "status": "show how many clips are stored, quarantined and missing",
@@ -28,6 +29,7 @@ COMMANDS = {
     "synth": "render EgoSynth, a synthetic data set in EgoTaskQA's layout",
     "checkpoint": "inspect or convert a checkpoint file",
 }
+INPUTS = ("checkpoint", "data", "frames", "standin", "synth")
 INTERRUPTED = 130
 
 
@@ -45,7 +47,8 @@ def main(args: Sequence[str] | None = None) -> int:
     parser = ConfigParser(prog=f"extract {name}", description=COMMANDS[name])
     try:
         # Imported here to save start-up time: most commands need torch, which takes seconds to import.
-        command = import_module(f"egopatch.extract.commands.{'run' if name == 'retry' else name}")
+        module = "run" if name == "retry" else f"inputs.{name}" if name in INPUTS else name
+        command = import_module(f"egopatch.extract.commands.{module}")
         return int(command.main(parser, args[1:], retry=True) if name == "retry" else command.main(parser, args[1:]))
     except (DatasetError, CheckpointError, ConfigError, BadLocation, FingerprintMismatch) as error:
         print(f"extract {name}: error: {error}", file=sys.stderr)

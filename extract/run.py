@@ -115,8 +115,8 @@ def extract_together(
     dataset = load_dataset(configs[0].data)
     clips = {clip.clip_id: clip for clip in dataset.clips}
     opened = [_open(job, dataset, retry, job_slice, refresh) for job in jobs]
-    for one in opened:
-        one.encode_texts(wait)
+    for texts in filter(None, (one.texts for one in opened)):
+        texts.encode(wait)
     stats = [JobStats() for _ in opened]
     together = [number for number, one in enumerate(opened) if one.works] if len(opened) > 1 else []
     if together:
@@ -178,26 +178,35 @@ def require_one_decode(configs: Sequence[Config]) -> None:
 
 
 @dataclass(frozen=True)
-class _Opened:
-    """A config's store and what is missing from it."""
+class _Texts:
+    """The text substore, what is missing from it, and the network that encodes it."""
 
-    job: ExtractionJob
     network: "_TextNetwork"
     store: Store
     works: list[ShardWork]
-    texts: Store
-    text_works: list[ShardWork]
 
-    def encode_texts(self, wait: bool) -> None:
-        for free in _until_done(self.texts, self.text_works, wait, "questions"):
-            _encode_texts(self.network, self.texts, free)
+    def encode(self, wait: bool) -> None:
+        for free in _until_done(self.store, self.works, wait, "questions"):
+            _encode_texts(self.network, self.store, free)
         self.network.encoder.to("meta")  # the device's memory is for clips from now on
+        self.store.catalog.refresh()
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A config's store and what is missing from it; `texts` is None where the data set has no questions."""
+
+    job: ExtractionJob
+    store: Store
+    works: list[ShardWork]
+    texts: _Texts | None
 
     def result(self, stats: JobStats, dataset: Dataset, job_slice: Slice) -> ExtractionResult:
         """Record the job, and look at what it leaves."""
         store, texts, config = self.store, self.texts, self.job.config
         store.catalog.refresh()
-        texts.catalog.refresh()
+        if texts:
+            texts.store.catalog.refresh()
         clips_left = _count(still_missing(self.works, store))
         if self.works:
             stats = stats if clips_left else dataclasses.replace(stats, skipped=())
@@ -209,12 +218,12 @@ class _Opened:
             clips=len(store.clip_ids),
             planned=len(store.planned_ids),
             quarantine={clip_id: record.reason for clip_id, record in store.quarantine.items()},
-            texts=len(texts.clip_ids),
+            texts=len(texts.store.clip_ids) if texts else 0,
             errors=dict(store.reconstruction_error),
             check=compare_origins(mine, config.data.root, store.origins()),
             machines=store.machines(),
             clips_left=clips_left,
-            texts_left=_count(still_missing(self.text_works, texts)),
+            texts_left=_count(still_missing(texts.works, texts.store)) if texts else 0,
         )
 
 
@@ -227,10 +236,9 @@ def _open(job: ExtractionJob, dataset: Dataset, retry: bool, job_slice: Slice, r
         _refuse_stale(config, compare_origins(dataset.clips, root, read_ledger(config.store.path).origins()))
     ids = [clip.clip_id for clip in dataset.clips]
     # Before the store is created: a wrong text.model leaves nothing behind.
-    network = _load_text_network(config, job.network, job.device, job.checkpoint)
+    network = _load_text_network(config, job.network, job.device, job.checkpoint) if dataset.texts else None
     store = create_store(config.store.path, job.spec, job.fingerprint, ids, format=config.store.format)
-    texts = _create_text_store(network, dataset.texts)
-    text_works = job_slice.of(texts.missing_shards())
+    texts = None if network is None else _open_texts(network, dataset.texts, job_slice)
     stale = compare_origins(dataset.clips, root, store.origins()).stale if refresh else {}
     # A store may hold clips of a larger data set; only those of this one have videos to encode.
     clips = set(ids)
@@ -241,7 +249,12 @@ def _open(job: ExtractionJob, dataset: Dataset, retry: bool, job_slice: Slice, r
     ]
     if refusal := disk_refusal(config.store.path, job.spec, _count(works)):
         raise StoreError(refusal)
-    return _Opened(job, network, store, works, texts, text_works)
+    return _Opened(job, store, works, texts)
+
+
+def _open_texts(network: "_TextNetwork", texts: Sequence[str], job_slice: Slice) -> _Texts:
+    store = _create_text_store(network, texts)
+    return _Texts(network, store, job_slice.of(store.missing_shards()))
 
 
 def _refuse_stale(config: Config, check: OriginCheck) -> None:
@@ -283,6 +296,10 @@ def _wait_for_a_lease(store: Store, works: list[ShardWork], unit: str) -> list[S
 def _encode_questions_of_imported(config: Config, job_slice: Slice, wait: bool) -> ExtractionResult:
     """Encode the questions for a store of `python -m features import`, which must have all clips of the data set."""
     dataset = load_dataset(config.data)
+    if not dataset.texts:
+        raise ConfigError(
+            "encoder.arch is imported, and data.questions null, so there is nothing to encode; name a file of questions"
+        )
     store = open_store(config.store.path)
     if store.fingerprint.fields.get("origin") != "imported":
         raise ConfigError(
@@ -295,22 +312,19 @@ def _encode_questions_of_imported(config: Config, job_slice: Slice, wait: bool) 
         )
     device = device_of(config.encoder.device)
     network = _load_text_network(config, find_network(config.encoder.arch), device, None)
-    texts = _create_text_store(network, dataset.texts)
-    works = job_slice.of(texts.missing_shards())
-    for free in _until_done(texts, works, wait, "questions"):
-        _encode_texts(network, texts, free)
-    texts.catalog.refresh()
+    texts = _open_texts(network, dataset.texts, job_slice)
+    texts.encode(wait)
     return ExtractionResult(
         stats=JobStats(),
         clips=len(store.clip_ids),
         planned=len(store.planned_ids),
         quarantine={},
-        texts=len(texts.clip_ids),
+        texts=len(texts.store.clip_ids),
         errors={},
         check=compare_origins((), config.data.root, {}),
         machines={},
         clips_left=0,
-        texts_left=_count(still_missing(works, texts)),
+        texts_left=_count(still_missing(texts.works, texts.store)),
     )
 
 

@@ -8,7 +8,7 @@ from egopatch.configs.command_line import ConfigParser, add_config_arguments, pa
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.engines.dispatch import WorkersKilled
 from egopatch.extract.engines.interrupts import REQUEUE, Requeue, requeue_on_signals
-from egopatch.extract.engines.job_slice import Slice
+from egopatch.extract.engines.job_slice import ALL_SHARDS, Slice
 from egopatch.extract.run import ExtractionResult, extract_together
 from egopatch.extract.worker.bounds import bound_line, ceilings
 from egopatch.extract.worker.device import arithmetic_advice, device_of
@@ -39,24 +39,36 @@ def main(parser: ConfigParser, args: Sequence[str], retry: bool = False) -> int:
         job_slice = Slice.parse(options.shard)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    return encode(parser.prog, configs, retry, job_slice, options.refresh, options.wait)
+
+
+def encode(
+    program: str,
+    configs: Sequence[Config],
+    retry: bool = False,
+    job_slice: Slice = ALL_SHARDS,
+    refresh: bool = False,
+    wait: bool = False,
+) -> int:
+    """Encode as `extract_together` does, print what came of it, and return the exit code of `extract run`."""
     for config in configs:
         if advice := arithmetic_advice(config, device_of(config.encoder.device)):
             print(f"advice: {advice}", flush=True)
     try:
         with requeue_on_signals():
-            results = extract_together(configs, retry, job_slice, options.refresh, options.wait)
+            results = extract_together(configs, retry, job_slice, refresh, wait)
     except (TooManyErrors, WorkersKilled) as error:
-        print(f"{parser.prog}: failed: {error}. Committed shards are kept.", file=sys.stderr)
+        print(f"{program}: failed: {error}. Committed shards are kept.", file=sys.stderr)
         return 1
     except Requeue as notice:
-        print(f"{parser.prog}: interrupted by {notice}; run the same command again to resume", file=sys.stderr)
+        print(f"{program}: interrupted by {notice}; run the same command again to resume", file=sys.stderr)
         return REQUEUE
     for config, result in zip(configs, results, strict=True):
         _report(config, result)
     clips_left, texts_left = (sum(getattr(one, name) for one in results) for name in ("clips_left", "texts_left"))
     if clips_left or texts_left:
         print(
-            f"{parser.prog}: {clips_left} clips and {texts_left} questions are left, in shards that other"
+            f"{program}: {clips_left} clips and {texts_left} questions are left, in shards that other"
             " processes hold; run the same command with --wait, or again when those processes have ended",
             file=sys.stderr,
         )

@@ -8,6 +8,8 @@ Questions: `{"question_id": "1", "clip_id": "kitchen-01", "question": "what is o
 default a question is binary if its answer is yes or no) and `tags`, a list of strings by which results are reported
 too.
 
+Without questions (`data.questions: null`) the clips alone are encoded; `python -m extract videos` writes such a file.
+
 Multiple choice: `{"options": ["fridge", "door", "jar"], "answer_index": 0}` in place of `answer`, in all questions or
 none. Options have the text of answers; two to 26 of them, all different.
 """
@@ -33,12 +35,12 @@ CLIP_KEYS = ("clip_id", "video", "start_s", "end_s")
 QUESTION_KEYS = ("question_id", "clip_id", "question", "answer", "part", "form", "tags", "options", "answer_index")
 
 
-def load(clips_file: Path, questions_file: Path, root: Path, split: str) -> Dataset:
+def load(clips_file: Path, questions_file: Path | None, root: Path, split: str) -> Dataset:
     """Clips and questions of two files.
 
     Args:
         clips_file: File with one clip per line.
-        questions_file: File with one question per line, with its part.
+        questions_file: File with one question per line, with its part; None if there are no questions.
         root: Folder that relative video paths start from.
         split: Tag on which the published "All" is counted; copied into the result.
 
@@ -59,7 +61,8 @@ def load(clips_file: Path, questions_file: Path, root: Path, split: str) -> Data
         raise DatasetError([str(error)]) from None
     questions: dict[Part, list[Question]] = {part: [] for part in PARTS}
     try:
-        for position, part, question in _numbered(questions_file, problems):
+        numbered = () if questions_file is None else _numbered(questions_file, problems)
+        for position, part, question in numbered:
             # Questions of a clip whose own line is malformed are listed too, because its id is unknown.
             if question.clip_id not in clips:
                 problems.append(f"{position}: clip_id {question.clip_id!r} is not a clip of {clips_file}; add it there")
@@ -68,7 +71,7 @@ def load(clips_file: Path, questions_file: Path, root: Path, split: str) -> Data
         problems.append(str(error))
     if not clips and not problems:
         problems.append(f"{clips_file}: contains no clip; expected one JSON object per line")
-    if not any(questions.values()) and not problems:
+    if questions_file is not None and not any(questions.values()) and not problems:
         problems.append(_no_question(questions_file))
     if problems:
         raise DatasetError(problems)

@@ -5,6 +5,7 @@ it, and from `register_dataset`.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 from egopatch.configs.plugins import Plugins
 from egopatch.configs.schema import ConfigError, DataConfig
@@ -16,11 +17,15 @@ Loader = Callable[[DataConfig], Dataset]
 LOADERS: dict[str, Loader] = {
     "egoschema": lambda data: egoschema.load(data.root, data.split),
     "egotaskqa": lambda data: egotaskqa.load(data.root, data.split),
-    "jsonl": lambda data: jsonl.load(data.root / data.clips, data.root / data.questions, data.root, data.split),
+    "jsonl": lambda data: jsonl.load(data.root / data.clips, _within(data, data.questions), data.root, data.split),
     "nextqa": lambda data: nextqa.load(data.root, data.split),
     "qaego4d": lambda data: qaego4d.load(data.root, data.split, close=False),
     "qaego4d-close": lambda data: qaego4d.load(data.root, data.split, close=True),
 }
+
+
+def _within(data: DataConfig, name: str | None) -> Path | None:
+    return None if name is None else data.root / name
 
 
 def _fault(name: str, load: object) -> str | None:

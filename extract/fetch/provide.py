@@ -128,7 +128,7 @@ def _dataset(config: Config, sources: Sources) -> Iterator[RequiredFile]:
     root = config.data.root
     source = sources.datasets.get(config.data.name)
     if source is None:
-        for name in (config.data.clips, config.data.questions):
+        for name in filter(None, (config.data.clips, config.data.questions)):
             yield RequiredFile(str(root / name), root / name)
         return
     for file, folders in source.files.items():

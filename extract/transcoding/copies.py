@@ -121,7 +121,9 @@ def _write_annotations(config: Config, out: Path, clips: Sequence[Clip]) -> None
                 shutil.copytree(data.root / name, out / name, dirs_exist_ok=True)
         return
     lines = [json.dumps({"clip_id": c.clip_id, "video": f"{JSONL_VIDEOS}/{c.clip_id}.mp4"}) for c in clips]
-    for name in (data.clips, data.questions):
+    files = {data.clips: "".join(f"{line}\n" for line in lines).encode()}
+    if data.questions is not None:
+        files[data.questions] = (data.root / data.questions).read_bytes()
+    for name, content in files.items():
         make_folder((out / name).parent)
-    write_file(out / data.clips, "".join(f"{line}\n" for line in lines).encode())
-    write_file(out / data.questions, (data.root / data.questions).read_bytes())
+        write_file(out / name, content)

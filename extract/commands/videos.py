@@ -1,0 +1,63 @@
+"""`extract videos`: encode a folder of videos, without annotations."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse.typing import PositiveFloat
+
+from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.packaged import packaged_config
+from egopatch.configs.schema import ConfigError
+from egopatch.extract.commands.run import encode
+from egopatch.extract.planning.own_videos import prepare_own_videos
+
+# What `--encoder NAME` stands for.
+ENCODERS = {"lite": "own_videos_lite", "dinov2": "own_videos_dinov2", "egovlpv2": "own_videos"}
+
+
+def main(parser: ConfigParser, args: Sequence[str]) -> int:
+    """Write clips file and config, and encode; exit codes as those of `extract run`."""
+    parser.usage = "FOLDER --out STORE [--encoder NAME] [--clip-seconds SECONDS] [options]"
+    parser.epilog = (
+        f"--encoder NAME is one of {', '.join(ENCODERS)}: it stands for --config with the file that ships for this"
+        " network. lite is the default and downloads nothing. Beside STORE the command writes STORE.clips.jsonl and"
+        " STORE.yaml, a config for all other commands. Exit codes are those of `extract run`."
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder with videos, or one video")
+    parser.add_argument("--out", type=str, required=True, metavar="STORE", help="folder of the store to write")
+    parser.add_argument(
+        "--clip-seconds", type=PositiveFloat | None, default=None, metavar="SECONDS",
+        help="length of the clips that each video is cut into; by default each video is one clip",
+    )  # fmt: skip
+    add_config_arguments(parser)
+    base, options = parse_config(parser, _with_config(args))
+    if "://" in options.out:
+        raise ConfigError(
+            f"--out is {options.out}; expected a folder: to encode into object storage, use `extract run --store.path"
+            " URL` with the config that this command writes"
+        )
+    own = prepare_own_videos(options.folder, Path(options.out), base, options.clip_seconds)
+    print(f"{options.folder}: {own.videos} videos, {own.clips} clips, listed in {own.clips_file}", flush=True)
+    code = encode(parser.prog, [own.config])
+    if code == 0:
+        print(f"next: python -m extract status --config {shlex.quote(str(own.config_file))}")
+    return code
+
+
+def _with_config(args: Sequence[str]) -> list[str]:
+    """The command line with a `--config` in front: the one that `--encoder` stands for, unless it has its own."""
+    args = list(args)
+    name = "lite"
+    for place, arg in enumerate(args):
+        option, has_value, value = arg.partition("=")
+        if option == "--encoder":
+            name = value if has_value else "".join(args[place + 1 : place + 2])
+            del args[place : place + (1 if has_value else 2)]
+            if name not in ENCODERS:
+                raise ConfigError(f"--encoder is {name!r}; expected one of {', '.join(ENCODERS)}")
+            break
+    else:
+        if any(arg.partition("=")[0] in ("--config", "-h", "--help", "--help-all") for arg in args):
+            return args
+    return ["--config", str(packaged_config(ENCODERS[name])), *args]

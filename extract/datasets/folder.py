@@ -1,0 +1,75 @@
+"""Your own videos without annotations: the video files of a folder, cut into clips of about equal length."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from egopatch.extract.datasets import parsing
+from egopatch.extract.datasets.records import Clip, DatasetError
+
+SUFFIXES = (
+    ".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv",
+    ".ts", ".vob", ".webm", ".wmv",
+)  # fmt: skip
+
+
+def find_videos(folder: Path) -> dict[str, Path]:
+    """The video files in `folder` and the folders below it: name, the path from `folder` on, -> file, sorted.
+
+    Files and folders whose names begin with a dot are skipped; a video file in place of a folder is the only one.
+
+    Raises:
+        DatasetError: There is none, or the name of one cannot be part of a clip_id; one line per file.
+    """
+    if folder.is_file():
+        found = {folder.name: folder}
+    elif folder.is_dir():
+        paths = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file())
+        names = {path.relative_to(folder).as_posix(): path for path in paths}
+        found = {name: path for name, path in names.items() if not any(part[0] == "." for part in name.split("/"))}
+    else:
+        raise DatasetError([f"{folder}: no such file or folder; expected a folder with videos"])
+    if not found:
+        raise DatasetError([f"{folder}: contains no video; expected files that end in {', '.join(SUFFIXES)}"])
+    if problems := [line for name, path in found.items() for line in _problems_of(name, path)]:
+        raise DatasetError(problems)
+    return found
+
+
+def _problems_of(name: str, path: Path) -> list[str]:
+    try:
+        parsing.clip_path_field({"name": name}, "name")
+    except ValueError as error:
+        return [f"{str(path)!r}: cannot be the name of a clip ({error}); rename the file"]
+    return []
+
+
+def cut(name: str, video: Path, duration_s: float | None, clip_s: float | None) -> list[Clip]:
+    """The clips of one video.
+
+    The first clips are `clip_s` long. A rest of less than half of that belongs to the last clip, which ends with the
+    video, so that no clip is much shorter than the others.
+
+    Args:
+        name: Beginning of the clip ids; a clip that is the whole video has no other id.
+        video: The file.
+        duration_s: Its length in seconds; None if it cannot be decoded, which makes it one clip.
+        clip_s: Length of a clip in seconds; None makes each video one clip.
+    """
+    count = 1 if duration_s is None or clip_s is None else max(1, int(duration_s / clip_s + 0.5))
+    if count == 1:
+        return [Clip(name, video)]
+    assert clip_s is not None
+    edges = [round(number * clip_s, 6) for number in range(count)]
+    ends: Sequence[float | None] = [*edges[1:], None]
+    return [Clip(f"{name}@{start:.12g}s", video, start, end) for start, end in zip(edges, ends, strict=True)]
+
+
+def format_clips(clips: Iterable[Clip]) -> str:
+    """The clips as the JSON lines that `extract.datasets.jsonl` reads."""
+    return "".join(f"{json.dumps(_record(clip))}\n" for clip in clips)
+
+
+def _record(clip: Clip) -> dict[str, object]:
+    record = {"clip_id": clip.clip_id, "video": str(clip.video), "start_s": clip.start_s, "end_s": clip.end_s}
+    return {key: value for key, value in record.items() if value is not None}

@@ -1,0 +1,129 @@
+"""Your own videos without ceremony: a clips file and a config beside a store, from which the usual commands start."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from egopatch.configs.command_line import load_config
+from egopatch.configs.schema import Config, ConfigError, DataConfig, RunConfig
+from egopatch.extract.datasets.folder import cut, find_videos, format_clips
+from egopatch.extract.engines.sharing import decoder_count
+from egopatch.extract.feed.durations import durations_s
+from egopatch.extract.fingerprints import configured
+from egopatch.features.io.files import make_folder, write_file
+
+SHORTEST_CLIP_S = 0.1
+
+
+@dataclass(frozen=True)
+class OwnVideos:
+    """What the commands need to encode a folder of videos.
+
+    Attributes:
+        config: The experiment, which has no questions.
+        config_file: Its YAML file.
+        clips_file: The clips, one JSON object per line.
+        videos: Number of videos.
+        clips: Number of clips.
+    """
+
+    config: Config
+    config_file: Path
+    clips_file: Path
+    videos: int
+    clips: int
+
+
+def prepare_own_videos(folder: Path, out: Path, base: Config, clip_s: float | None) -> OwnVideos:
+    """Cut the videos of `folder` into clips, and write the clips file and the config beside the store `out`.
+
+    A config that is there already stays as it is, so that it may be edited, for instance to name questions.
+
+    Args:
+        folder: Folder with videos, or one video.
+        out: Folder of the store.
+        base: Experiment whose frames, encoder, text network, store, head and training the config takes over.
+        clip_s: Length of a clip in seconds; None makes each video one clip.
+
+    Raises:
+        DatasetError: As `find_videos`.
+        ConfigError: `clip_s` is too small, or the config that is there encodes otherwise than `base`.
+    """
+    if clip_s is not None and not clip_s >= SHORTEST_CLIP_S:
+        raise ConfigError(f"--clip-seconds is {clip_s:g}; expected at least {SHORTEST_CLIP_S:g}")
+    out = out.absolute()
+    config_file, clips_file = (out.with_name(f"{out.name}{ending}") for ending in (".yaml", ".clips.jsonl"))
+    config = dataclasses.replace(
+        base,
+        data=DataConfig(name="jsonl", root=out.parent, clips=clips_file.name, questions=None),
+        encoder=dataclasses.replace(base.encoder, checkpoint=_anchored(base.encoder.checkpoint)),
+        text=dataclasses.replace(base.text, model=str(_anchored(Path(base.text.model)))),
+        store=dataclasses.replace(base.store, path=out),
+        run=RunConfig(dir=out.with_name(f"{out.name}.runs") / base.head.name),
+    )
+    if config_file.exists():
+        existing = load_config(config_file)
+        _require_same(existing, config, config_file)
+        config = existing
+    videos = find_videos(folder.absolute())
+    lengths: list[float | None] = [None] * len(videos)
+    if clip_s is not None:
+        lengths = durations_s(list(videos.values()), config.video, decoder_count(config, 1))
+    clips = [clip for (name, path), end in zip(videos.items(), lengths) for clip in cut(name, path, end, clip_s)]
+    make_folder(out.parent)
+    write_file(clips_file, format_clips(clips).encode())
+    if not config_file.exists():
+        write_file(config_file, _yaml(config, out).encode())
+    return OwnVideos(config, config_file, clips_file, len(videos), len(clips))
+
+
+def _anchored(path: Path | None) -> Path | None:
+    """The absolute path of a file that exists, so that the config holds from any folder; other names stay."""
+    return path.absolute() if path is not None and path.exists() else path
+
+
+def _require_same(existing: Config, config: Config, file: Path) -> None:
+    """Refuse a config file that encodes otherwise than `config`."""
+    pairs = {
+        name: (value, configured(config).get(name))
+        for name, value in {**dict.fromkeys(configured(config)), **configured(existing)}.items()
+    }
+    pairs["encoder.checkpoint"] = existing.encoder.checkpoint, config.encoder.checkpoint
+    pairs["store.path"] = str(existing.store.path), str(config.store.path)
+    pairs["store.dtype"] = existing.store.dtype, config.store.dtype
+    different = [f"{name}: file has {one}, requested {two}" for name, (one, two) in pairs.items() if one != two]
+    if different:
+        raise ConfigError(
+            f"{file} is the config of this store and has different settings ({'; '.join(different)}); use another"
+            " --out, or the original settings"
+        )
+
+
+def _yaml(config: Config, out: Path) -> str:
+    """The options that differ from the defaults, a line for each section, as in the files of `configs/`."""
+    lines = [
+        f"# The clips of {out.name}.clips.jsonl, without questions. To train on them, write questions, a JSON object a",
+        f"# line (question_id, clip_id, question, answer, part), to {out.name}.questions.jsonl and put its name in place",
+        f"# of null; then `extract run --config {out.name}.yaml` encodes them, and `train fit` takes the same config.",
+    ]
+    for section in dataclasses.fields(Config):
+        value, default = getattr(config, section.name), section.default_factory()  # type: ignore[misc]
+        options = {
+            option.name: _plain(getattr(value, option.name))
+            for option in dataclasses.fields(value)
+            if section.name == "data" or getattr(value, option.name) != getattr(default, option.name)
+        }
+        if options:
+            text = yaml.safe_dump(options, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True)
+            lines.append(f"{section.name + ':':<8} {text.rstrip()}")
+    return "\n".join(lines) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """A value of a config as YAML can hold it."""
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,112 @@
+"""`extract videos`: a folder of videos becomes a store, a clips file and a config, without annotations."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from egopatch.configs.command_line import load_config
+from egopatch.extract.__main__ import main
+from egopatch.extract.commands.videos import ENCODERS
+from egopatch.extract.datasets import DatasetError
+from egopatch.extract.datasets.folder import cut, find_videos
+from egopatch.features import open_store
+from tests.extract.video.videos import write_video
+
+SMALL = ("--video.frames", "2", "--video.size", "32", "--encoder.depth", "6", "--engine.decoders", "1")
+
+
+def test_a_rest_shorter_than_half_a_clip_belongs_to_the_last_one() -> None:
+    def stretches(duration_s: float | None, clip_s: float | None) -> list[tuple[float | None, float | None]]:
+        return [(clip.start_s, clip.end_s) for clip in cut("a.mp4", Path("a.mp4"), duration_s, clip_s)]
+
+    assert stretches(34.9, 10) == [(0, 10), (10, 20), (20, None)]
+    assert stretches(35.0, 10) == [(0, 10), (10, 20), (20, 30), (30, None)]
+    assert stretches(0.5, 0.1) == [(0, 0.1), (0.1, 0.2), (0.2, 0.3), (0.3, 0.4), (0.4, None)]
+    for whole in (stretches(9, 10), stretches(None, 10), stretches(100, None)):
+        assert whole == [(None, None)]
+    names = ["a.mp4@0s", "a.mp4@7.5s", "a.mp4@15s"]
+    assert [clip.clip_id for clip in cut("a.mp4", Path("x"), 20, 7.5)] == names
+    assert [clip.clip_id for clip in cut("a.mp4", Path("x"), 3, 7.5)] == ["a.mp4"]
+
+
+def test_videos_of_a_folder(tmp_path: Path) -> None:
+    for name in ("b.MP4", "P01/a.mkv", "P01/notes.txt", ".hidden/c.mp4", "._b.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_videos(tmp_path) == {"P01/a.mkv": tmp_path / "P01" / "a.mkv", "b.MP4": tmp_path / "b.MP4"}
+    assert find_videos(tmp_path / "b.MP4") == {"b.MP4": tmp_path / "b.MP4"}
+    (tmp_path / "new\nline.mp4").touch()
+    with pytest.raises(DatasetError, match=r"cannot be the name of a clip .* rename the file"):
+        find_videos(tmp_path)
+    with pytest.raises(DatasetError, match=r"none: no such file or folder; expected a folder with videos"):
+        find_videos(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetError, match=r"contains no video; expected files that end in \.3gp"):
+        find_videos(tmp_path / "empty")
+
+
+@pytest.mark.slow
+def test_a_folder_becomes_a_store(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_text_network(*_: object) -> None:
+        raise AssertionError("there are no questions to encode")
+
+    monkeypatch.setattr("egopatch.extract.run._load_text_network", no_text_network)
+    videos = tmp_path / "videos"
+    (videos / "P01").mkdir(parents=True)
+    write_video(videos / "P01" / "a.mp4", frames=35)  # 2.3 s
+    write_video(videos / "short.mp4", frames=5)
+    (videos / "bad.mp4").write_bytes(b"no video")
+    command = ["videos", str(videos), "--out", str(tmp_path / "out" / "mine"), "--clip-seconds", "1", *SMALL]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "3 videos, 4 clips" in out
+    assert "quarantined bad.mp4: video" in out
+    assert "3/4 clips and 0 questions stored; this run encoded 3 clips" in out
+    store = open_store(tmp_path / "out" / "mine")
+    assert store.clip_ids == ("P01/a.mp4@0s", "P01/a.mp4@1s", "short.mp4")
+    timestamps = store.read(["P01/a.mp4@1s"]).timestamps
+    assert timestamps is not None
+    assert 0 <= float(timestamps[0, 0]) < float(timestamps[0, 1]) < 1.34
+
+    file = tmp_path / "out" / "mine.yaml"
+    assert main(["status", "--config", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["missing"] == 0
+    assert main([*command, "--video.frames", "3"]) == 2
+    line = capsys.readouterr().err.strip()
+    assert "mine.yaml is the config of this store and has different settings (frames: file has 2, requested 3)" in line
+
+    # The long way: questions, named in the config, which the command then leaves as it is.
+    write_video(videos / "new.mp4", frames=5)
+    question = {"question_id": "1", "clip_id": "short.mp4", "question": "What?", "answer": "cup", "part": "test"}
+    (tmp_path / "out" / "mine.questions.jsonl").write_text(json.dumps(question))
+    file.write_text(file.read_text().replace("questions: null", "questions: mine.questions.jsonl"))
+    edited = file.read_text()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)  # the config holds in any folder
+    assert main(command) == 0
+    assert "4/5 clips and 1 questions stored; this run encoded 1 clips" in capsys.readouterr().out
+    assert file.read_text() == edited
+    assert open_store(tmp_path / "out" / "mine" / "text").clip_ids == ("What?",)
+
+
+def test_wrong_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_video(tmp_path / "a.mp4", frames=2)
+    for more, expected in (
+        (["--encoder", "egovlp"], f"--encoder is 'egovlp'; expected one of {', '.join(ENCODERS)}"),
+        (["--out", "s3://bucket/x"], "--out is s3://bucket/x; expected a folder"),
+        (["--clip-seconds", "0.01"], "--clip-seconds is 0.01; expected at least 0.1"),
+    ):
+        assert main(["videos", str(tmp_path), "--out", str(tmp_path / "s"), *more]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert expected in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4"]
+
+
+@pytest.mark.parametrize("file", ENCODERS.values())
+def test_short_names_are_configs(file: str) -> None:
+    from egopatch.configs.packaged import packaged_config
+
+    assert load_config(packaged_config(file)).data.name == "jsonl"
