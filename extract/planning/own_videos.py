@@ -106,7 +106,7 @@ def _yaml(config: Config, out: Path) -> str:
     """The options that differ from the defaults, a line for each section, as in the files of `configs/`."""
     lines = [
         f"# The clips of {out.name}.clips.jsonl, without questions. To train on them, write questions, a JSON object a",
-        f"# line (question_id, clip_id, question, answer, part), to {out.name}.questions.jsonl and put its name in place",
+        f"# line (question_id, clip_id, question, answer, part), to {out.name}.questions.jsonl and name that in place",
         f"# of null; then `extract run --config {out.name}.yaml` encodes them, and `train fit` takes the same config.",
     ]
     for section in dataclasses.fields(Config):
