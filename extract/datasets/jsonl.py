@@ -30,6 +30,7 @@ from egopatch.extract.datasets.records import (
     answer_vocabulary,
     texts_of,
 )
+from egopatch.features.storage.journal import garbage_collection_paused
 
 CLIP_KEYS = ("clip_id", "video", "start_s", "end_s")
 QUESTION_KEYS = ("question_id", "clip_id", "question", "answer", "part", "form", "tags", "options", "answer_index")
@@ -53,10 +54,11 @@ def load(clips_file: Path, questions_file: Path | None, root: Path, split: str) 
     video = functools.cache(root.__truediv__)  # many clips share a video
     try:
         lines = parsing.json_lines(clips_file, "the clips, one JSON object per line (data.clips)")
-        for position, clip in parsing.collect(lines, lambda record: _clip(record, video), problems):
-            if clip.clip_id in clips:
-                problems.append(f"{position}: clip_id {clip.clip_id!r} is used twice; expected unique ids")
-            clips[clip.clip_id] = clip
+        with garbage_collection_paused():
+            for position, clip in parsing.collect(lines, lambda record: _clip(record, video), problems):
+                if clip.clip_id in clips:
+                    problems.append(f"{position}: clip_id {clip.clip_id!r} is used twice; expected unique ids")
+                clips[clip.clip_id] = clip
     except ValueError as error:
         raise DatasetError([str(error)]) from None
     questions: dict[Part, list[Question]] = {part: [] for part in PARTS}

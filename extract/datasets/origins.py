@@ -62,17 +62,20 @@ def origin_of(clip: Clip, root: Path, size: int) -> Origin:
 
 def compare_origins(clips: Iterable[Clip], root: Path, origins: Mapping[str, Origin | None]) -> OriginCheck:
     """Compare `clips` with what their rows were made of; `root` is `data.root`, and clips without a row are skipped."""
-    size_of, file_name = functools.cache(_size), functools.cache(_file_name)  # many clips share a video
+
+    @functools.cache  # many clips share a video
+    def file_now(video: Path) -> tuple[str, int | None]:
+        return _file_name(video, root), _size(video)
+
     stale: dict[str, str] = {}
     unrecorded = 0
     for clip in clips:
-        if clip.clip_id not in origins:
-            continue
-        origin = origins[clip.clip_id]
-        if origin is None:
+        origin = origins.get(clip.clip_id)
+        if origin is not None:
+            if difference := _difference(clip, origin, *file_now(clip.video)):
+                stale[clip.clip_id] = difference
+        elif clip.clip_id in origins:
             unrecorded += 1
-        elif difference := _difference(clip, origin, file_name(clip.video, root), size_of(clip.video)):
-            stale[clip.clip_id] = difference
     return OriginCheck(stale, unrecorded)
 
 
@@ -93,7 +96,8 @@ def _stretch(start_s: float | None, end_s: float | None) -> str:
 
 
 def _file_name(video: Path, root: Path) -> str:
-    return (video.relative_to(root) if video.is_relative_to(root) else video).as_posix()
+    # Ten times as fast as `Path.relative_to`; neither looks at the disk.
+    return video.as_posix().removeprefix(f"{root.as_posix().rstrip('/')}/")
 
 
 def _size(video: Path) -> int | None:

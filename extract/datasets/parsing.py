@@ -18,6 +18,7 @@ MAX_CLIP_ID_BYTES = 240
 MAX_NAME_BYTES = 255
 # Text with these can be neither a path, nor an array's value, nor UTF-8 output.
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")
+_NO_NAMES = frozenset(("", ".", ".."))  # of a file
 
 
 def read_text(path: Path, purpose: str) -> str:
@@ -94,10 +95,11 @@ def json_lines(path: Path, purpose: str) -> Iterator[tuple[str, Any]]:
     Raises:
         ValueError: The file is missing or unreadable; the message contains `purpose`.
     """
+    name = str(path)
     with _readable(path, purpose), path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield f"{path}:{number}", _json_line(line, "utf-8-sig" if number == 1 else "utf-8")
+                yield f"{name}:{number}", _json_line(line, "utf-8-sig" if number == 1 else "utf-8")
 
 
 def _json_line(line: bytes, encoding: str) -> Any:
@@ -111,17 +113,17 @@ def _json_line(line: bytes, encoding: str) -> Any:
         return ValueError(f"cannot be parsed as JSON ({error}); expected one flat object")
 
 
-def _loads(text: str) -> Any:
-    """The value of a JSON text, in which an object with a repeated key is a ValueError, for `collect` to report."""
-    return json.loads(text, object_pairs_hook=_object)
-
-
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | ValueError:
     record = dict(pairs)
     if len(record) == len(pairs):
         return record
     twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
     return ValueError(f"key {twice!r} is used twice in one object; expected each key once")
+
+
+# Gives the value of a JSON text, in which an object with a repeated key is a ValueError, for `collect` to report.
+# `json.loads` would make a decoder for every line, which takes as long as decoding it.
+_loads: Callable[[str], Any] = json.JSONDecoder(object_pairs_hook=_object).decode
 
 
 def collect(
@@ -189,6 +191,8 @@ def id_field(record: Mapping[str, Any], key: str) -> str:
 def path_field(record: Mapping[str, Any], key: str) -> str:
     """The path of a file, with names that a file system can have."""
     value = text_field(record, key)
+    if len(value.encode()) <= MAX_NAME_BYTES:
+        return value
     if (longest := max(len(name.encode()) for name in value.split("/"))) > MAX_NAME_BYTES:
         raise ValueError(f"{key!r} has a name of {longest} bytes; expected at most {MAX_NAME_BYTES}")
     return value
@@ -207,7 +211,7 @@ def clip_id_field(record: Mapping[str, Any], key: str) -> str:
 def clip_path_field(record: Mapping[str, Any], key: str) -> str:
     """A clip id that is safe as the path of a file, such as `P01/P01_01`."""
     value = text_field(record, key)
-    if "\\" in value or not value.isprintable() or {"", ".", ".."} & set(value.split("/")):
+    if "\\" in value or not value.isprintable() or not _NO_NAMES.isdisjoint(value.split("/")):
         raise ValueError(f"{key!r} is {value!r}; expected names with single slashes between, as in P01/P01_01")
     if len(value.encode()) > MAX_CLIP_ID_BYTES:
         raise ValueError(f"{key!r} has {len(value.encode())} bytes; expected at most {MAX_CLIP_ID_BYTES}")
@@ -217,8 +221,8 @@ def clip_path_field(record: Mapping[str, Any], key: str) -> str:
 def seconds_field(record: Mapping[str, Any], key: str) -> float | None:
     """A finite number of seconds; None if the key is missing or null."""
     value = record.get(key)
-    if value is None:
-        return None
+    if value is None or (type(value) is float and math.isfinite(value)):
+        return value
     try:
         seconds = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
     except OverflowError:  # a whole number of hundreds of digits
@@ -242,7 +246,7 @@ def texts_field(record: Mapping[str, Any], key: str) -> tuple[str, ...]:
 
 
 def _require_usable(record: Mapping[str, Any], key: str, text: str) -> None:
-    if _UNUSABLE.search(text):
+    if not text.isprintable() and _UNUSABLE.search(text):
         raise ValueError(f"{key!r} is {_shown(record, key)}; expected text without NUL and lone surrogates")
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from egopatch.features.values.errors import DamagedStore
 
+_SECONDS = (float, type(None))
+
 
 @dataclass(frozen=True, slots=True)  # there may be millions
 class Origin:
@@ -49,12 +51,15 @@ def decode_origins(text: str, clips: int) -> list[Origin | None]:
     try:
         columns = json.loads(text)
         files = [(_typed(name, str), _typed(size, int)) for name, size in columns["files"]]
-        origins = [
-            None
-            if clip is None
-            else Origin(*files[clip[0]], *(_typed(second, float, type(None)) for second in clip[1:]))
-            for clip in columns["clips"]
-        ]
+        origins: list[Origin | None] = []
+        for clip in columns["clips"]:
+            if clip is None:
+                origins.append(None)
+                continue
+            file, start_s, end_s = clip
+            if not (type(start_s) in _SECONDS and type(end_s) in _SECONDS):
+                raise TypeError
+            origins.append(Origin(*files[file], start_s, end_s))
     except (ValueError, TypeError, LookupError):
         origins = []
     if len(origins) != clips:
@@ -65,7 +70,7 @@ def decode_origins(text: str, clips: int) -> list[Origin | None]:
     return origins
 
 
-def _typed(value: Any, *kinds: type) -> Any:
-    if type(value) not in kinds:
+def _typed(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
         raise TypeError
     return value
