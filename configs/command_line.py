@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import jsonargparse
 
-from egopatch.configs.schema import Config, DataConfig
+from egopatch.configs.schema import Config, ConfigError, DataConfig
 from egopatch.configs.yaml_faults import find_fault
 
 
@@ -143,6 +143,31 @@ def add_config_arguments(parser: jsonargparse.ArgumentParser) -> None:
         help="describe every option of the experiment and exit",
     )  # fmt: skip
     parser.add_class_arguments(Config)
+
+
+def take_option(args: Sequence[str], option: str) -> tuple[str | None, list[str]]:
+    """The value of `option` in a command line, None if it is absent, and the command line without it.
+
+    For options such as `--run`, which jsonargparse takes for the section of that name.
+    """
+    for place, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        if name == option:
+            after = place + (1 if equals else 2)
+            if not equals and (after > len(args) or args[place + 1].startswith("--")):
+                raise ConfigError(f"{option} has no value; expected one after it")
+            return value if equals else args[place + 1], [*args[:place], *args[after:]]
+    return None, list(args)
+
+
+def overrides_in(args: Sequence[str]) -> list[str]:
+    """The options of an experiment in a command line, such as `--head.ratio 0.5`, with their values."""
+    found: list[str] = []
+    for place, arg in enumerate(args):
+        name, equals, _ = arg.partition("=")
+        if name.startswith("--") and name[2:] in option_names():
+            found += [arg] if equals else args[place : place + 2]
+    return found
 
 
 def parse_config(parser: jsonargparse.ArgumentParser, args: Sequence[str]) -> tuple[Config, jsonargparse.Namespace]:

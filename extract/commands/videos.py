@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jsonargparse.typing import PositiveFloat
 
-from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config, take_option
 from egopatch.configs.packaged import packaged_config
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.commands.run import encode
@@ -47,17 +47,10 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
 
 def _with_config(args: Sequence[str]) -> list[str]:
     """The command line with a `--config` in front: the one that `--encoder` stands for, unless it has its own."""
-    args = list(args)
-    name = "lite"
-    for place, arg in enumerate(args):
-        option, has_value, value = arg.partition("=")
-        if option == "--encoder":
-            name = value if has_value else "".join(args[place + 1 : place + 2])
-            del args[place : place + (1 if has_value else 2)]
-            if name not in ENCODERS:
-                raise ConfigError(f"--encoder is {name!r}; expected one of {', '.join(ENCODERS)}")
-            break
-    else:
-        if any(arg.partition("=")[0] in ("--config", "-h", "--help", "--help-all") for arg in args):
-            return args
-    return ["--config", str(packaged_config(ENCODERS[name])), *args]
+    name, args = take_option(args, "--encoder")
+    own = any(arg.partition("=")[0] in ("--config", "-h", "--help", "--help-all") for arg in args)
+    if name is None and own:
+        return args
+    if name not in (None, *ENCODERS):
+        raise ConfigError(f"--encoder is {name!r}; expected one of {', '.join(ENCODERS)}")
+    return ["--config", str(packaged_config(ENCODERS[name or "lite"])), *args]

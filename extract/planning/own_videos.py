@@ -54,16 +54,9 @@ def prepare_own_videos(folder: Path, out: Path, base: Config, clip_s: float | No
     """
     if clip_s is not None and not clip_s >= SHORTEST_CLIP_S:
         raise ConfigError(f"--clip-seconds is {clip_s:g}; expected at least {SHORTEST_CLIP_S:g}")
+    config = config_beside(out, base)
     out = out.absolute()
-    config_file, clips_file = (out.with_name(f"{out.name}{ending}") for ending in (".yaml", ".clips.jsonl"))
-    config = dataclasses.replace(
-        base,
-        data=DataConfig(name="jsonl", root=out.parent, clips=clips_file.name, questions=None),
-        encoder=dataclasses.replace(base.encoder, checkpoint=_anchored(base.encoder.checkpoint)),
-        text=dataclasses.replace(base.text, model=str(_anchored(Path(base.text.model)))),
-        store=dataclasses.replace(base.store, path=out),
-        run=RunConfig(dir=out.with_name(f"{out.name}.runs") / base.head.name),
-    )
+    config_file, clips_file = out.with_name(f"{out.name}.yaml"), config.data.root / config.data.clips
     if config_file.exists():
         existing = load_config(config_file)
         _require_same(existing, config, config_file)
@@ -80,8 +73,21 @@ def prepare_own_videos(folder: Path, out: Path, base: Config, clip_s: float | No
     return OwnVideos(config, config_file, clips_file, len(videos), len(clips))
 
 
+def config_beside(out: Path, base: Config) -> Config:
+    """`base` for the clips file beside the store `out`, without questions; paths hold from any folder."""
+    out = out.absolute()
+    return dataclasses.replace(
+        base,
+        data=DataConfig(name="jsonl", root=out.parent, clips=f"{out.name}.clips.jsonl", questions=None),
+        encoder=dataclasses.replace(base.encoder, checkpoint=_anchored(base.encoder.checkpoint)),
+        text=dataclasses.replace(base.text, model=str(_anchored(Path(base.text.model)))),
+        store=dataclasses.replace(base.store, path=out),
+        run=RunConfig(dir=out.with_name(f"{out.name}.runs") / base.head.name),
+    )
+
+
 def _anchored(path: Path | None) -> Path | None:
-    """The absolute path of a file that exists, so that the config holds from any folder; other names stay."""
+    """The absolute path of a file that exists; other names stay."""
     return path.absolute() if path is not None and path.exists() else path
 
 

@@ -3,18 +3,23 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from egopatch.configs.schema import Config, ConfigError
-from egopatch.features import Fingerprint, FingerprintMismatch
+from egopatch.features import Fingerprint, FingerprintMismatch, open_store
 from egopatch.train.__main__ import main
+from egopatch.train.asking.ask import ask_clips
+from egopatch.train.asking.choose import best_run
 from egopatch.train.fitting.experiment import open_experiment
 from egopatch.train.fitting.fit import fit
 from egopatch.train.fitting.predict import predict
 from egopatch.train.report.kept_picture import mark_kept
+from egopatch.train.rundir.card import RunError
+from tests.train.fake_runs import write_run
 from tests.train.tiny import with_run
 
 
@@ -63,7 +68,9 @@ def test_a_new_question_is_encoded_with_the_stores_network(trained: Config, monk
     assert prediction.answers == states
     assert prediction.unknown_words == ("zebra",)
     fields[0] = Fingerprint({**fields[0].fields, "depth": 99})
-    with pytest.raises(FingerprintMismatch, match=r"text network is not that of store .* \(depth: store has 6, config"):
+    with pytest.raises(
+        FingerprintMismatch, match=r"text network is not that of the head in .* \(depth: head has 6, config"
+    ):
         predict(trained, clip_id, f"Zebra? {known}")
 
 
@@ -82,6 +89,67 @@ def test_the_command(trained: Config, capsys: pytest.CaptureFixture[str]) -> Non
     (line,) = capsys.readouterr().err.splitlines()
     assert f"--clip is {question.clip_id[:-1]!r}, which is not in store" in line
     assert "; did you mean 'clip|" in line
+
+
+def test_clips_of_a_store_are_ranked(trained: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    question = open_experiment(trained).encoded["test"].questions[0].text
+    names = open_store(trained.store.path).clip_ids
+    asked = ask_clips(trained, None, question, answers=1)
+    assert {one.clip_id for one in asked.predictions} == set(names)
+    shares = [one.answers[0][1] for one in asked.predictions]
+    assert shares == sorted(shares, reverse=True)
+    for one in asked.predictions[:2]:
+        alone = predict(trained, one.clip_id, question, answers=1)
+        assert alone.kept == one.kept
+        assert alone.answers[0][1] == pytest.approx(one.answers[0][1], abs=1e-5)
+    assert main(["ask", "--run", str(trained.run.dir), question, "--top", "2", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [clip["clip_id"] for clip in shown["clips"]] == [one.clip_id for one in asked.predictions[:2]]
+    assert shown["run"] == str(trained.run.dir)
+
+
+def test_the_head_is_the_best_on_val_with_real_weights(tmp_path: Path) -> None:
+    def write(name: str, val: float, **more: Any) -> Path:
+        folder = write_run(
+            tmp_path / "runs", name, val=val, card={"answers": ["cup", "jar"]} | more.pop("card", {}), **more
+        )
+        (folder / "config.yaml").touch()
+        return folder
+
+    standin = {"encoder": {"checkpoint": "weights/egovlpv2-random.pth"}}
+    write("random", 90, config=standin)
+    best = write("best", 60)
+    write("worse", 50, config={"head": {"width": 8}})
+    write("blind", 95, model="question-only")
+    other = write("other", 99, split="indirect")
+    write("choice", 97, config={"head": {"width": 16}}, card={"answers": ["<UNK0>", "<UNK1>"]})
+    unfinished = write("unfinished", 98, config={"head": {"width": 32}})
+    (unfinished / "best.safetensors").unlink()
+    folders = [tmp_path / "none", tmp_path / "runs"]
+    assert best_run(folders, split="direct") == best
+    assert best_run(folders) == other
+    assert best_run(folders, "direct", Fingerprint({"depth": 6, "frames": 4})) == best
+    with pytest.raises(RunError, match=r"and was trained on the features of this store; .*`egopatch demo --small"):
+        best_run(folders, "direct", Fingerprint({"depth": 1}))
+
+
+def test_wrong_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where no head was trained
+    for args, code, expected in (
+        ([], 2, "neither --video nor --config is given"),
+        (["--video", "a.mp4", "--clip", "b"], 2, "--video and --clip are both given"),
+        (["--video"], 2, "--video has no value"),
+        (
+            ["--video", "a.mp4"],
+            1,
+            "runs/demo or runs/demo-small holds no trained head that reads video; train one with",
+        ),
+        (["--video", "a.mp4", "--run", "none"], 1, "--run is none, which holds no config.yaml"),
+        (["--video", "a.mp4", "--picture", "a.txt"], 2, "--picture is a.txt; expected a name that ends in .jpg"),
+    ):
+        assert main(["ask", "what?", *args]) == code
+        (line,) = capsys.readouterr().err.splitlines()
+        assert expected in line
 
 
 def test_heads_that_cannot_be_asked(tiny: Config) -> None:

@@ -1,66 +1,85 @@
-"""`train ask`: the answer of a trained head to any question about a stored clip."""
+"""`train ask`: the answers of a trained head to a question about a video file, or about the clips of a store."""
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
-from egopatch.configs.schema import Config, ConfigError
+import platformdirs
+from jsonargparse.typing import PositiveFloat, PositiveInt
+
+from egopatch.configs.command_line import ConfigParser, add_config_arguments, overrides_in, parse_options, take_option
+from egopatch.configs.schema import ConfigError
+from egopatch.features import open_store
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
-    """Print the answers with their probabilities, and what they are worth; write a picture if one is requested."""
-    parser.add_argument("question", help="the question, in quotes")
-    parser.add_argument("--clip", required=True, metavar="ID", help="a clip of the store")
-    parser.add_argument("--answers", type=int, default=5, help="number of answers to show")
-    parser.add_argument(
-        "--picture",
-        type=Path | None,
-        default=None,
-        metavar="FILE",
-        help="picture to write (.jpg or .png): the frames, with the kept patches outlined and their times",
+    """Print the answers with their probabilities, and what they are worth; write a picture."""
+    parser.usage = '"QUESTION" --video FILE [--run DIR] | --config FILE [--clip ID] [options]'
+    parser.epilog = (
+        "--video FILE is a video file, or a folder of videos, which is encoded once. --run DIR is the folder of a"
+        " trained head; by default it is the best one on val in the table of --config, or of `egopatch demo`. Clips are"
+        " ranked by the probability of their first answer."
     )
+    parser.add_argument("question", metavar="QUESTION", help="the question, in quotes")
+    parser.add_argument(
+        "--clip-seconds", type=PositiveFloat, default=10.0, metavar="SECONDS",
+        help="length of the clips that --video is cut into",
+    )  # fmt: skip
+    parser.add_argument(
+        "--clip", type=str | None, default=None, metavar="ID",
+        help="a clip of the config's store; by default all of its clips are ranked",
+    )  # fmt: skip
+    parser.add_argument("--top", type=PositiveInt, default=3, help="number of clips to show")
+    parser.add_argument("--answers", type=PositiveInt, default=5, help="number of answers to show of each")
+    parser.add_argument(
+        "--picture", type=Path | None, default=None, metavar="FILE",
+        help="picture of the best clip to write (.jpg or .png): the frames, with the kept patches outlined and their"
+        " times; with --video it is otherwise written beside the features",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache", type=Path | None, default=None, metavar="DIR",
+        help="folder that keeps features of videos; by default egopatch in the user's cache folder",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_config_arguments(parser)
-    config, options = parse_config(parser, args)
-    if options.answers < 1:
-        raise ConfigError(f"--answers is {options.answers}; expected at least 1")
+    run, args = take_option(args, "--run")
+    video, args = take_option(args, "--video")
+    config, options = parse_options(parser, args)
+    if video is not None and options.clip is not None:
+        raise ConfigError("--video and --clip are both given; --clip names a clip of the config's store: give one")
+    if video is None and run is None and not options.config:
+        raise ConfigError("neither --video nor --config is given; expected a video file, or the config of a store")
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
-    from egopatch.train.fitting.predict import predict
+    from egopatch.train.asking.ask import ask_clips, ask_video
+    from egopatch.train.asking.choose import DEMO_FOLDERS, best_run, config_of_run
+    from egopatch.train.report.kept_picture import draw_prediction, require_picture_name
+    from egopatch.train.rundir.results import table_folder
 
-    prediction = predict(config, options.clip, options.question, options.answers)
-    notes = list(_worth(config, prediction.unknown_words))
     if options.picture is not None:
-        from egopatch.train.report.kept_picture import draw_prediction
-
-        draw_prediction(options.picture, prediction, config)
+        require_picture_name(options.picture)
+    overrides = overrides_in(args)
+    given = config if options.config else None
+    if video is not None:
+        folders = DEMO_FOLDERS if given is None else [table_folder(given)]
+        folder = Path(run) if run else best_run(folders, split=given.data.split if given else None)
+        cache = options.cache or platformdirs.user_cache_path("egopatch") / "videos"
+        experiment = config_of_run(folder, overrides)
+        asked = ask_video(experiment, Path(video), options.question, options.clip_seconds, cache, options.answers)
+    else:
+        if run is None:
+            assert given is not None
+            store = open_store(given.store.path)
+            run = str(best_run([table_folder(given)], split=given.data.split, features=store.fingerprint))
+        of_run = config_of_run(Path(run), overrides)
+        experiment = of_run if given is None else dataclasses.replace(given, run=of_run.run)
+        asked = ask_clips(experiment, options.clip, options.question, options.answers)
+    asked = dataclasses.replace(asked, predictions=asked.predictions[: options.top])
+    picture = options.picture or asked.default_picture
+    if picture is not None:
+        draw_prediction(picture, asked.predictions[0], asked.config)
     if options.json:
-        picture = None if options.picture is None else str(options.picture)
-        print(json.dumps({**dataclasses.asdict(prediction), "notes": notes, "picture": picture}, indent=1))
-        return 0
-    for answer, probability in prediction.answers:
-        print(f"{100 * probability:5.1f}%  {answer}")
-    for place, patches in enumerate(prediction.kept):
-        when = f"{prediction.times_s[place]:.2f} s" if prediction.times_s else f"frame {prediction.frames[place]}"
-        print(f"{when}: kept {len(patches)} of {prediction.grid[0] * prediction.grid[1]} patches")
-    if options.picture is not None:
-        print(f"picture: {options.picture}")
-    for note in notes:
-        print(f"note: {note}")
+        print(json.dumps({**asked.as_dict(), "picture": None if picture is None else str(picture)}, indent=1))
+    else:
+        print("\n".join([*asked.lines(), *([] if picture is None else [f"picture: {picture}"])]))
     return 0
-
-
-def _worth(config: Config, unknown_words: Sequence[str]) -> Iterator[str]:
-    """What the answer is worth, where that is little: a line each."""
-    from egopatch.train.report.table import is_standin, is_synthetic
-    from egopatch.train.rundir.card import Card
-
-    card = dataclasses.asdict(Card.read(config.run.dir))
-    if is_standin(card):
-        yield "the encoder's weights are random stand-ins, so the answer says nothing about the video"
-    if is_synthetic(card):
-        yield "the head was trained on EgoSynth's rendered videos, so its answers mean nothing about recorded ones"
-    if unknown_words:
-        words = ", ".join(map(repr, unknown_words))
-        yield f"no stored question has the words {words}, so the head was not trained on them"

@@ -1,4 +1,4 @@
-"""The answer of a trained head to any question about one stored clip, without annotation files."""
+"""The answers of a trained head to any question about stored clips, without annotation files."""
 
 import difflib
 import re
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
-from egopatch.features import FingerprintMismatch, Store
+from egopatch.features import Fingerprint, FingerprintMismatch, Store, store_exists
+from egopatch.features.store.text_substore import TEXT_FOLDER
+from egopatch.features.values.location import parse_location
 from egopatch.train.data.batch import Batch
 from egopatch.train.data.question_table import FORMS, NO_CLASS
 from egopatch.train.fitting.experiment import open_features, pick_device, sizes_of
@@ -19,6 +21,8 @@ from egopatch.train.fitting.stacked_heads import StackedHeads
 from egopatch.train.heads import PSA, build_head, reads_video, unwrapped
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import Card, RunError
+
+CLIPS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Prediction:
         times_s: Seconds from the start of the clip to each frame that the head reads; empty if the store has none.
         kept: For each of these frames the row-major indices of the patches that psa kept; empty for other heads.
         grid: (rows, cols) of the patches.
-        unknown_words: Words of the question that are in no stored question.
+        unknown_words: Words of the question that are in no stored question; None where no questions are stored.
     """
 
     clip_id: str
@@ -43,16 +47,16 @@ class Prediction:
     times_s: tuple[float, ...]
     kept: tuple[tuple[int, ...], ...]
     grid: tuple[int, int]
-    unknown_words: tuple[str, ...]
+    unknown_words: tuple[str, ...] | None
 
 
 def predict(config: Config, clip_id: str, question: str, answers: int = 5) -> Prediction:
     """Ask the head in `config.run.dir` a question about a clip of `config.store.path`.
 
     Args:
-        config: The experiment that the head was trained with.
+        config: The experiment that the head was trained with; the store may be another one of the same settings.
         clip_id: A clip of the store.
-        question: Any question; the text network encodes it, unless the store has it already.
+        question: Any question; the text network encodes it, unless a store has it already.
         answers: Number of answers to return.
 
     Raises:
@@ -60,6 +64,11 @@ def predict(config: Config, clip_id: str, question: str, answers: int = 5) -> Pr
         ConfigError: The head reads no video, or chooses among a question's own options; or the store has no such clip.
         FingerprintMismatch: The store or the text network is not the one that the head was trained with.
     """
+    return predict_clips(config, [clip_id], question, answers)[0]
+
+
+def predict_clips(config: Config, clip_ids: Sequence[str], question: str, answers: int = 5) -> tuple[Prediction, ...]:
+    """Ask one question about several clips, in order; arguments and errors as in `predict`."""
     folder, device = config.run.dir, pick_device(config.train.device)
     card = Card.read(folder)
     if not reads_video(card.model):
@@ -68,44 +77,58 @@ def predict(config: Config, clip_id: str, question: str, answers: int = 5) -> Pr
         raise ConfigError(f"run.dir is {folder}, whose head chooses among options; expected one trained on answers")
     config = replace(config, head=head_of(card, config.head), train=replace(config.train, seed=card.seed, ema=0.0))
     store = open_features(config, "patches", card.fingerprint)
-    texts = open_features(config, "text", card.text_fingerprint)
-    if clip_id not in store.clip_ids:
-        raise ConfigError(_no_clip(store, clip_id))
-    sizes = sizes_of(store, texts, len(card.answers), 0)
-    head = build_head(config, sizes).to(device)
+    known = set(store.clip_ids)
+    if absent := next((name for name in clip_ids if name not in known), None):
+        raise ConfigError(_no_clip(store, absent))
+    texts = _text_store(config, card)
+    states, mask = (tensor.to(device) for tensor in _text_states(config, card, texts, question))
+    sizes = sizes_of(store, None, len(card.answers), 0)
+    head = build_head(config, replace(sizes, text_width=states.shape[-1])).to(device)
     heads = StackedHeads([head], [card.seed], config.train, 0, device)
     try:
         heads.load_weights(0, run_folder.load_weights(folder, card.best_epoch))
     except ValueError as error:
         raise RunError(f"{folder / run_folder.WEIGHTS} does not fit a {card.model} head: {error}") from error
-    states, mask = _text_states(config, texts, question)
-    tokens = store.read([clip_id]).to(device)
-    first = torch.zeros(1, dtype=torch.long, device=device)
-    batch = Batch(
-        stored=tokens,
-        clip_rows=None,
-        clip_index=first,
-        states=states.to(device),
-        mask=mask.to(device),
-        text_index=first,
-        forms=first + FORMS.index("open"),
-        answers=first + NO_CLASS,
-        rows=torch.zeros(1, dtype=torch.long),
-    )
-    logits, kept = heads.logits(batch, 0)
     psa = unwrapped(head)
     frames = tuple(psa.frame_indices) if isinstance(psa, PSA) else tuple(range(sizes.frames))
-    times_s = [] if tokens.timestamps is None else tokens.timestamps[0].tolist()
-    return Prediction(
-        clip_id=clip_id,
-        question=question,
-        answers=_ranked(logits[0, 0], card.answers)[:answers],
-        frames=frames,
-        times_s=tuple(times_s[frame] for frame in frames) if times_s else (),
-        kept=() if kept is None else tuple(tuple(frame.nonzero()[:, 0].tolist()) for frame in kept[0, 0].cpu()),
-        grid=sizes.grid,
-        unknown_words=_unknown_words(question, texts.clip_ids),
-    )
+    unknown = None if texts is None else _unknown_words(question, texts.clip_ids)
+    predictions: list[Prediction] = []
+    for start in range(0, len(clip_ids), CLIPS_AT_ONCE):
+        names = clip_ids[start : start + CLIPS_AT_ONCE]
+        tokens = store.read(names).to(device)
+        same = torch.zeros(len(names), dtype=torch.long, device=device)
+        each = torch.arange(len(names), device=device)
+        batch = Batch(
+            stored=tokens,
+            clip_rows=None,
+            clip_index=each,
+            states=states,
+            mask=mask,
+            text_index=same,
+            forms=same + FORMS.index("open"),
+            answers=same + NO_CLASS,
+            rows=each.cpu(),
+        )
+        logits, kept = heads.logits(batch, 0)
+        for row, name in enumerate(names):
+            times_s = [] if tokens.timestamps is None else tokens.timestamps[row].tolist()
+            prediction = Prediction(
+                clip_id=name,
+                question=question,
+                answers=_ranked(logits[0, row], card.answers)[:answers],
+                frames=frames,
+                times_s=tuple(times_s[frame] for frame in frames) if times_s else (),
+                kept=() if kept is None else _positions(kept[0, row].cpu()),
+                grid=sizes.grid,
+                unknown_words=unknown,
+            )
+            predictions.append(prediction)
+    return tuple(predictions)
+
+
+def _positions(kept: Tensor) -> tuple[tuple[int, ...], ...]:
+    """For each frame the indices of the patches that are true in `kept` [T, N]."""
+    return tuple(tuple(frame.nonzero()[:, 0].tolist()) for frame in kept)
 
 
 def _ranked(logits: Tensor, vocabulary: Sequence[str]) -> tuple[tuple[str, float], ...]:
@@ -115,19 +138,29 @@ def _ranked(logits: Tensor, vocabulary: Sequence[str]) -> tuple[tuple[str, float
     return tuple(sorted(known, key=lambda pair: -pair[1]))
 
 
-def _text_states(config: Config, store: Store, question: str) -> tuple[Tensor, Tensor]:
+def _text_store(config: Config, card: Card) -> Store | None:
+    """The text substore of the config's store, or else that of the store that the head was trained on, if it exists."""
+    for path in (config.store.path, (card.config.get("store") or {}).get("path", config.store.path)):
+        if store_exists(parse_location(path) / TEXT_FOLDER):
+            store = replace(config.store, path=path)
+            return open_features(replace(config, store=store), "text", card.text_fingerprint)
+    return None
+
+
+def _text_states(config: Config, card: Card, store: Store | None, question: str) -> tuple[Tensor, Tensor]:
     """States [1, L, D] and mask [1, L] of the question, from the store if it has them."""
-    if question in store.clip_ids:
+    if store is not None and question in store.clip_ids:
         read = store.read_text([question])
         return read.states, read.attention_mask
     # Imported here, because a stored question needs no network.
     from egopatch.extract.run import encode_questions
 
     fingerprint, rows = encode_questions(config, [question])
-    if different := store.fingerprint.differences(fingerprint, "store has", "config gives"):
+    trained_on = fingerprint if card.text_fingerprint is None else Fingerprint(dict(card.text_fingerprint))
+    if different := trained_on.differences(fingerprint, "head has", "config gives"):
         raise FingerprintMismatch(
-            f"the config's text network is not that of store {store.path} ({'; '.join(different)}); use the config "
-            "that the store was encoded with"
+            f"the config's text network is not that of the head in {config.run.dir} ({'; '.join(different)}); use the"
+            f" config that it was trained with, {config.run.dir / run_folder.CONFIG}"
         )
     return rows[question]["states"][None], rows[question]["attention_mask"][None]
 

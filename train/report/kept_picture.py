@@ -38,8 +38,7 @@ def draw_prediction(path: Path, prediction: Prediction, config: Config) -> None:
     # Imported here, because decoding takes long to load and only pictures need it.
     from egopatch.extract.feed.pool import DecodePool, UndecodedClip
 
-    if path.suffix.lower() not in FORMATS:
-        raise ConfigError(f"--picture is {path}; expected a name that ends in {', '.join(FORMATS)}")
+    require_picture_name(path)
     clip = next((clip for clip in load_dataset(config.data).clips if clip.clip_id == prediction.clip_id), None)
     if clip is None:
         raise ConfigError(f"--picture needs the video of clip {prediction.clip_id!r}, which data.root has not")
@@ -57,6 +56,16 @@ def draw_prediction(path: Path, prediction: Prediction, config: Config) -> None:
         cells.append((frame if kept is None else mark_kept(frame, kept, prediction.grid), caption))
     path.parent.mkdir(parents=True, exist_ok=True)
     _sheet(cells).save(path)
+
+
+def require_picture_name(path: Path) -> None:
+    """Check that `path` is the name of a picture.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise ConfigError(f"--picture is {path}; expected a name that ends in {', '.join(FORMATS)}")
 
 
 def mark_kept(frame: NDArray[np.float32], kept: Sequence[int], grid: tuple[int, int]) -> NDArray[np.float32]:

@@ -1,0 +1,73 @@
+"""Which trained head answers a question, where the command line names none."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from egopatch.configs.command_line import load_config
+from egopatch.configs.schema import Config
+from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
+from egopatch.features import Fingerprint
+from egopatch.train.heads import reads_video
+from egopatch.train.report.table import is_standin
+from egopatch.train.rundir.card import CONFIG, WEIGHTS, RunError
+from egopatch.train.rundir.results import Run, TableError, gather
+
+# Where `egopatch demo` and `egopatch demo --small` train, from the current directory on.
+DEMO_FOLDERS = (Path("runs/demo"), Path("runs/demo-small"))
+
+
+def best_run(folders: Sequence[Path], split: str | None = None, features: Fingerprint | None = None) -> Path:
+    """The folder of the best trained head below the first of `folders` that has one.
+
+    A head on an encoder with real weights comes before any on random ones; then accuracy on *val* decides.
+
+    Args:
+        folders: Folders of runs, as the results table gathers them.
+        split: The split that the head was trained on; None for any.
+        features: Fingerprint of the store that the head was trained on; None for any.
+
+    Raises:
+        RunError: There is none that reads video and has an answer vocabulary.
+    """
+    for folder in folders:
+        if runs := [run for run in _runs(folder) if _can_answer(run, split, features)]:
+            return max(runs, key=lambda run: (not is_standin(run.card), -math.inf if run.val is None else run.val)).dir
+    names = " or ".join(map(str, folders))
+    about = "" if features is None else " and was trained on the features of this store"
+    raise RunError(
+        f"{names} holds no trained head that reads video{about}; train one with `python -m train fit --config CONFIG`, "
+        "or on EgoSynth with `egopatch demo --small`, or name its folder with --run"
+    )
+
+
+def config_of_run(run: Path, overrides: Sequence[str] = ()) -> Config:
+    """The experiment in a run's folder, with options of the command line.
+
+    Raises:
+        RunError: `run` is no folder of a run.
+    """
+    if not (run / CONFIG).is_file():
+        raise RunError(f"--run is {run}, which holds no {CONFIG}; expected the folder of a trained head (run.dir)")
+    config = load_config(run / CONFIG, overrides)
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=run))
+
+
+def _runs(folder: Path) -> list[Run]:
+    try:
+        return [run for row in gather(folder).rows for run in row.runs]
+    except TableError:
+        return []
+
+
+def _can_answer(run: Run, split: str | None, features: Fingerprint | None) -> bool:
+    answers, trained_on = run.card.get("answers") or (), run.card.get("fingerprint")
+    return (
+        reads_video(str(run.card.get("model")))
+        and (run.dir / WEIGHTS).is_file()
+        and (run.dir / CONFIG).is_file()
+        and not set(answers) <= set(UNKNOWN_ANSWERS)
+        and split in (None, run.split)
+        and (features is None or (trained_on is not None and not features.differences(Fingerprint(trained_on), "", "")))
+    )

@@ -1,0 +1,87 @@
+"""Features of a video that is asked about: encoded once, in the user's cache, as the head's own store was."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from egopatch.configs.schema import Config
+from egopatch.extract.datasets import Clip, load_dataset
+from egopatch.extract.datasets.folder import find_videos
+from egopatch.extract.planning.own_videos import config_beside, prepare_own_videos
+from egopatch.extract.run import extract_features
+from egopatch.features import StoreError, open_store
+from egopatch.train.rundir.card import Card, RunError
+
+FINISHED = "finished.json"  # written once every clip is encoded or quarantined
+
+
+@dataclass(frozen=True)
+class EncodedVideo:
+    """The clips of one video or folder of videos.
+
+    Attributes:
+        config: Experiment of their store.
+        folder: Folder of the store and what belongs to it.
+        clips: Clips in the store, by id.
+        quarantined: Reason by id of those that could not be encoded.
+        encoded: Number of clips that this call encoded.
+    """
+
+    config: Config
+    folder: Path
+    clips: Mapping[str, Clip]
+    quarantined: Mapping[str, str]
+    encoded: int
+
+
+def encode_video(video: Path, experiment: Config, card: Card, clip_s: float | None, cache: Path) -> EncodedVideo:
+    """Encode a video, or a folder of videos, for the head of `card`, unless `cache` holds its features.
+
+    Progress goes to standard error.
+
+    Args:
+        video: The file or folder.
+        experiment: Config that the head was trained with.
+        card: The head's card.
+        clip_s: Length of the clips in seconds; None makes each video one clip.
+        cache: Folder of all cached features.
+
+    Raises:
+        DatasetError: There is no video.
+        StoreError: None of its clips can be decoded; the message gives the first reason.
+        CheckpointError, ConfigError: As `extract.run.extract_features`.
+        RunError: The head reads no video.
+    """
+    if card.fingerprint is None:
+        raise RunError(
+            f"run.dir is {experiment.run.dir}, whose {card.model} head reads no video; expected one that does"
+        )
+    folder = cache.absolute() / _key(video, card.fingerprint, clip_s)
+    config = dataclasses.replace(config_beside(folder / "store", experiment), run=experiment.run)
+    encoded = 0
+    if not (folder / FINISHED).exists():
+        with contextlib.redirect_stdout(sys.stderr):
+            prepare_own_videos(video, folder / "store", experiment, clip_s)
+            encoded = extract_features(config, wait=True).stats.committed
+    clips = {clip.clip_id: clip for clip in load_dataset(config.data).clips}
+    with open_store(config.store.path) as store:
+        quarantined = {name: record.reason for name, record in store.quarantine.items()}
+        stored = {name: clips[name] for name in store.clip_ids}
+    if not stored:
+        raise StoreError(f"--video is {video}, of which nothing can be decoded: {next(iter(quarantined.values()))}")
+    (folder / FINISHED).write_text(json.dumps({"video": str(video.absolute())}) + "\n")
+    return EncodedVideo(config, folder, stored, quarantined, encoded)
+
+
+def _key(video: Path, fingerprint: Mapping[str, object], clip_s: float | None) -> str:
+    """A name for the features of these very files, cut so, with these settings."""
+    files = [
+        (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in find_videos(video).values()
+    ]
+    made_of = json.dumps([files, dict(fingerprint), clip_s], sort_keys=True)
+    return hashlib.sha256(made_of.encode()).hexdigest()[:16]
