@@ -5,7 +5,8 @@
 For three kinds of H.264 video, each clip a file of its own:
 cpu_ratio: CPU time a clip of all processes (decoding, index, hash, hand-over to an encoder that only takes the bytes,
     as a GPU's does) over that of FFmpeg decoding the same frames in a loop; cpu_ratio_host with the CPU's transform.
-serial_ms: CPU time a clip of the parent's main thread, without the copy to the device, which a GPU does by itself.
+serial_ms: CPU time a clip of the parent's main thread, without the copy to the device, which a GPU does by itself;
+    copy_ms is that of the copy.
 handover_clips_per_s: rate at which two children that decode nothing hand over frames.
 write_share: time of bare write and fsync over that of writing a shard with its checks, reading back included.
 CPU time and ratios within a run, because the machine may be busy. `forecast` is what these figures mean for 16 cores
@@ -79,8 +80,10 @@ def taker(rate: float | None) -> Any:
             parts = (
                 [clip.frames] if isinstance(clip.frames, np.ndarray) else [np.asarray(r.frames) for r in clip.frames]
             )
+            started = time.thread_time()
             for part in parts:
                 np.copyto(self._device[: part.nbytes], part.reshape(-1).view(np.uint8))
+            self.copy_s += time.thread_time() - started
             clip.release()
 
         def _launch(self, clips: Sequence[PreparedClip]) -> Callable[[], list[Row]]:
@@ -100,8 +103,12 @@ def taker(rate: float | None) -> Any:
     return Taker()
 
 
-def feed(pool: DecodePool[PreparedClip], clips: Iterable[Clip], rate: float | None) -> tuple[int, int, float]:
-    """Bring all clips to the encoder as the pipeline does; (clips, bytes of frames, CPU seconds of this thread)."""
+def feed(pool: DecodePool[PreparedClip], clips: Iterable[Clip], rate: float | None) -> tuple[int, int, float, float]:
+    """Bring all clips to the encoder as the pipeline does.
+
+    Returns:
+        Clips, bytes of frames, and this thread's CPU seconds: without the copies to the device, and of these.
+    """
     started = time.thread_time()
     done = nbytes = 0
     finish: Callable[[], object] = dict
@@ -117,7 +124,7 @@ def feed(pool: DecodePool[PreparedClip], clips: Iterable[Clip], rate: float | No
                 finish = following
         batches.start()()
         finish()
-    return done, nbytes, time.thread_time() - started - batches.copy_s
+    return done, nbytes, time.thread_time() - started - batches.copy_s, batches.copy_s
 
 
 def children_cpu() -> float:
@@ -137,11 +144,12 @@ def measure_feed(clips: list[Clip], rounds: int, cut: bool, rate: float | None) 
             # Other names, so that nothing is known about these files.
             fresh = [Clip(f"{number}-{i}", _link(clip.video, number)) for i, clip in enumerate(clips)]
             child, parent, started = children_cpu(), time.process_time(), time.perf_counter()
-            done, nbytes, serial = feed(pool, fresh, rate)
+            done, nbytes, serial, copy = feed(pool, fresh, rate)
             found = {
                 "children_ms": 1e3 * (children_cpu() - child) / done,
                 "parent_ms": 1e3 * (time.process_time() - parent) / done,
                 "serial_ms": 1e3 * serial / done,
+                "copy_ms": 1e3 * copy / done,
                 "clips_per_s": done / (time.perf_counter() - started),
                 "frame_mb": nbytes / done / 1e6,
             }

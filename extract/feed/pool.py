@@ -6,19 +6,15 @@ way through the pipe.
 """
 
 import errno
-import fcntl
 import functools
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -31,6 +27,7 @@ from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.clips import LeftClip, LeftTogether, PreparedClip, PreparedTogether
 from egopatch.extract.feed.ring import Ring
+from egopatch.extract.feed.shared_folder import SharedFolder
 from egopatch.extract.video.index import VideoError
 from egopatch.extract.video.limits import OUT_OF_MEMORY, OUT_OF_TIME, limits, prepare_child
 from egopatch.extract.video.once import OncePerVideo
@@ -39,9 +36,6 @@ from egopatch.features.common.parent import exit_with_parent
 
 Prepared = TypeVar("Prepared")
 Prepare = Callable[[Clip, VideoConfig, OncePerVideo], Prepared]
-
-_NEW_PREFIX = "egopatch-new-"
-_PREFIX = "egopatch-decoders-"  # whatever has this name is removed when its owner is dead
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ class DecodePool(Generic[Prepared]):
         self._prepare = prepare
         self._ring = ring
         require_semaphores("decoding in child processes")
-        self._shared = SharedFolder()
+        self._shared = SharedFolder(video)
         # spawn, because a forked child would inherit torch's and CUDA's threads and locks in an unknown state.
         self._pool = ProcessPool(
             max_workers=workers,
@@ -142,34 +136,6 @@ class _Scheduled:
     clip: Clip
     slot: int | None
     future: ProcessFuture
-
-
-class SharedFolder:
-    """A temporary folder for the children of one process; those of killed processes are removed by the next."""
-
-    def __init__(self) -> None:
-        self._remove_abandoned()
-        unnamed = Path(tempfile.mkdtemp(prefix=_NEW_PREFIX))
-        self._lock = os.open(unnamed, os.O_RDONLY)
-        fcntl.flock(self._lock, fcntl.LOCK_SH)  # the system ends the lock with this process, however it ends
-        # It is locked before it gets the name by which others look for folders without a lock.
-        self.path = unnamed.rename(unnamed.with_name(_PREFIX + unnamed.name.removeprefix(_NEW_PREFIX)))
-
-    def remove(self) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
-
-    @staticmethod
-    def _remove_abandoned() -> None:
-        for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-            with suppress(OSError):  # another user's, or being removed
-                handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(folder, ignore_errors=True)
-                finally:
-                    os.close(handle)
 
 
 def _attempt(

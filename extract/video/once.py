@@ -1,21 +1,26 @@
 """What is found out about a video once and then serves all of its clips: the index of its frames, and its hash.
 
-The decoders of a worker share it through files, because the clips of one long video are spread over all of them. What
-goes wrong with a video is shared as well: a file that cannot be indexed is read through once, not once a clip.
+The decoders of all workers on a machine share it through files, because the clips of one long video are spread over all
+of them. What goes wrong with a video is shared as well: a file that cannot be indexed is read through once, not once a
+clip.
 """
 
 import fcntl
+import functools
 import hashlib
+import os
 import pickle
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from egopatch.extract.video.index import VideoError
-from egopatch.extract.video.limits import waiting_for_another_child
+from egopatch.extract.video.limits import SLOWEST_BYTES_PER_S, waiting_for_another_child
+from egopatch.features.io.process import Owner, start_ticks
 
 Value = TypeVar("Value")
 FileVersion = tuple[Path, int, int]  # path, bytes, time of the last change in nanoseconds
@@ -24,6 +29,8 @@ IN_MEMORY = 16
 CLEAN_EVERY = 16  # values of one process; looking through the folder costs as much as a short clip
 IN_FILES = 64  # an hour of video has an index of 3 MB
 MOST_DEATHS = 2  # one may have been killed for another reason
+PATIENCE_S = 60.0  # and the time to read the file through; the process that computes may have been stopped
+WAIT_POLL_S = 0.01
 
 
 def version_of(path: Path) -> FileVersion:
@@ -72,7 +79,8 @@ class OncePerVideo:
 
 
 def _file_of(folder: Path, key: tuple[str, FileVersion]) -> Path:
-    return folder / hashlib.sha256(repr(key).encode()).hexdigest()
+    what, (path, *version) = key
+    return folder / hashlib.sha256(repr((what, path.absolute(), version)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -84,9 +92,19 @@ class _Fault:
 
 @dataclass(frozen=True)
 class _Started:
-    """In place of a value: so many processes have begun to compute it, and the last one has not ended properly."""
+    """In place of a value: a process has begun to compute it, or was interrupted.
 
-    times: int
+    Attributes:
+        deaths: Number of processes that died over it before.
+        worker: The worker whose child has begun; None where it was interrupted.
+    """
+
+    deaths: int
+    worker: Owner | None
+
+    def all_deaths(self) -> int:
+        """`deaths`, and that of the child; where its worker has ended too, the whole job was killed."""
+        return self.deaths + (self.worker is not None and self.worker.may_be_alive())
 
 
 def _try(compute: Callable[[], Value]) -> Value | _Fault:
@@ -97,14 +115,16 @@ def _try(compute: Callable[[], Value]) -> Value | _Fault:
 
 
 def _shared(folder: Path, key: tuple[str, FileVersion], compute: Callable[[], Value]) -> Value | _Fault:
-    """The value in the file of `key`; while one process computes it, the others wait."""
+    """The value in the file of `key`; while one process computes it, the others wait, but not forever."""
     try:
         file = _file_of(folder, key).open("a+b", buffering=0)
     except OSError:  # files that are not used for days may be cleaned up; sharing only saves time
         return compute()
     with file:
         with waiting_for_another_child():
-            fcntl.flock(file, fcntl.LOCK_EX)
+            locked = _locked(file, PATIENCE_S + key[1][1] / SLOWEST_BYTES_PER_S)
+        if not locked:
+            return _try(compute)
         file.seek(0)
         found: Any = None
         # It is empty at first, and incomplete if the disk was full.
@@ -112,18 +132,37 @@ def _shared(folder: Path, key: tuple[str, FileVersion], compute: Callable[[], Va
             found = pickle.loads(file.read())
         if found is not None and not isinstance(found, _Started):
             return found
-        deaths = found.times if isinstance(found, _Started) else 0
+        deaths = found.all_deaths() if isinstance(found, _Started) else 0
         if deaths == MOST_DEATHS:
             what, (path, *_) = key
             return _Fault(f"video {path} cannot be read through ({what}): {deaths} decoders were killed over it")
-        _write(file, _Started(deaths + 1))
+        _write(file, _Started(deaths, _worker(os.getppid())))
         try:
             value = _try(compute)
         except BaseException:
-            _write(file, _Started(deaths))  # this process lives: the cause, such as a lost connection, may pass
+            _write(file, _Started(deaths, None))  # this process lives: the cause, such as a lost connection, may pass
             raise
         _write(file, value)
         return value
+
+
+def _locked(file: BinaryIO, patience_s: float) -> bool:
+    """Lock the file; False if another process still holds it after `patience_s`."""
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(WAIT_POLL_S)
+
+
+@functools.cache
+def _worker(pid: int) -> Owner:
+    """The process `pid` of this machine."""
+    return replace(Owner.this_process(), pid=pid, ticks=start_ticks(pid) or 0)
 
 
 def _write(file: BinaryIO, value: object) -> None:

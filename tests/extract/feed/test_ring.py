@@ -1,7 +1,6 @@
 """Frames cross from children to their parent through shared memory that nobody's death can leak."""
 
 import errno
-import fcntl
 import gc
 import os
 import resource
@@ -23,8 +22,9 @@ from egopatch.extract.feed.clips import LeftClip, PreparedClip
 from egopatch.extract.feed.cut import _cut
 from egopatch.extract.feed.decoders import open_decoders
 from egopatch.extract.feed.on_host import prepare_clip, to_input
-from egopatch.extract.feed.pool import _PREFIX, DecodePool, SharedFolder, UndecodedClip
+from egopatch.extract.feed.pool import DecodePool, UndecodedClip
 from egopatch.extract.feed.ring import Ring
+from egopatch.extract.feed.shared_folder import SharedFolder
 from egopatch.extract.video.frames import DecodedClip, read_frames
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 from tests.extract.feed.children import die_or_prepare
@@ -164,28 +164,6 @@ def test_without_unnamed_shared_memory_a_file_is_used(
     assert line.startswith(f"note: frames are handed over through a file in {tempfile.gettempdir()} of up to 0.0 GB")
 
 
-def test_folders_of_killed_jobs_are_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    (tmp_path / f"{_PREFIX}dead").mkdir()
-    (tmp_path / "other").mkdir()
-    sweeping, lock = [], fcntl.flock
-
-    def locks(handle: int, how: int) -> None:
-        if how == fcntl.LOCK_SH and not sweeping:  # another job starts before this one has locked its folder
-            sweeping.append(handle)
-            SharedFolder._remove_abandoned()
-        lock(handle, how)
-
-    monkeypatch.setattr(fcntl, "flock", locks)
-    first = SharedFolder()
-    second = SharedFolder()
-    assert sweeping
-    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "other", first.path, second.path])
-    first.remove()
-    second.remove()
-    assert list(tmp_path.iterdir()) == [tmp_path / "other"]
-
-
 def test_children_that_only_decode_are_small_and_fast(video: Path) -> None:
     """They import no torch; the job's own script, which a child imports too, must not either."""
     done = subprocess.run([*CHILDREN, "describe", str(video)], capture_output=True, text=True, check=True)
@@ -222,5 +200,5 @@ def test_nothing_is_left_when_somebody_kills(whole: bool, video: Path) -> None:
     assert not alive
     job.wait()
     job.stdout.close()
-    SharedFolder().remove()  # what the next job does
+    SharedFolder(SMALL).remove()  # what the next job does
     assert not Path(folder).exists()

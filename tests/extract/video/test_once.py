@@ -53,11 +53,13 @@ def test_the_others_wait_for_the_child_that_computes(tmp_path: Path) -> None:
         assert [first.result(30), *(other.result(30) for other in others)] == [5] * 4
 
 
-def test_another_file_version_or_question_is_computed_anew(tmp_path: Path) -> None:
+def test_another_file_version_or_question_is_computed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find(tmp_path, 1) == 1
     assert find(tmp_path, 2) == 1
     assert find(tmp_path, 3, (Path("a.mp4"), 1000, 2)) == 3
     assert find(tmp_path, 4, (Path("b.mp4"), 1000, 1)) == 4
+    monkeypatch.chdir(tmp_path)
+    assert find(tmp_path, 6) == 6  # a.mp4 of another folder
     assert find(tmp_path, 5, what="sha256") == 5
 
 
@@ -147,6 +149,26 @@ def test_one_killed_decoder_condemns_no_video(tmp_path: Path) -> None:
     assert fork(lambda: find_and_die(tmp_path)).wait() == -signal.SIGKILL
     assert find(tmp_path, 7) == 7
     assert find(tmp_path, 8) == 7
+
+
+def test_a_child_that_is_killed_with_its_worker_condemns_no_video(tmp_path: Path) -> None:
+    def worker() -> None:
+        fork(lambda: find_and_die(tmp_path)).wait()
+
+    for _ in range(3):
+        assert fork(worker).wait() == 0
+    assert find(tmp_path, 7) == 7
+
+
+def test_nobody_waits_forever_for_a_child_that_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(once, "PATIENCE_S", 0.0)
+
+    def compute() -> int:
+        assert find(tmp_path, 6, (Path("a.mp4"), 0, 1)) == 6
+        return 5
+
+    assert OncePerVideo(tmp_path).find("index", (Path("a.mp4"), 0, 1), compute) == 5
+    assert find(tmp_path, 7, (Path("a.mp4"), 0, 1)) == 5
 
 
 def find_and_die(folder: Path) -> None:

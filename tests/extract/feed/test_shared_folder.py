@@ -1,0 +1,98 @@
+"""Workers on one machine share a folder, in which their decoders find what others have found out about a video."""
+
+import fcntl
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from egopatch.configs.schema import VideoConfig
+from egopatch.extract.feed import shared_folder
+from egopatch.extract.feed.pool import DecodePool
+from egopatch.extract.feed.shared_folder import SharedFolder
+from tests.features.faults import fork
+
+VIDEO = VideoConfig()
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_workers_share_it_until_the_last_one_ends(folder: Path) -> None:
+    first, second = SharedFolder(VIDEO), SharedFolder(VIDEO)
+    assert first.path == second.path
+    assert first.path.stat().st_mode & 0o777 == 0o700
+    first.remove()
+    assert second.path.is_dir()
+    second.remove()
+    assert list(folder.iterdir()) == []
+
+
+def test_pools_of_two_workers_share_it() -> None:
+    with DecodePool(VIDEO, 1, print) as one, DecodePool(VIDEO, 1, print) as other:
+        assert one._shared.path == other._shared.path
+
+
+def test_workers_with_other_limits_have_another_one() -> None:
+    first, second = SharedFolder(VIDEO), SharedFolder(replace(VIDEO, memory_gb=VIDEO.memory_gb + 1))
+    assert first.path != second.path
+    first.remove()
+    second.remove()
+
+
+def test_what_killed_workers_left_is_not_used(folder: Path) -> None:
+    def killed() -> None:
+        (SharedFolder(VIDEO).path / "index").touch()
+        os._exit(9)
+
+    fork(killed).wait()
+    (left,) = folder.iterdir()
+    assert list(left.iterdir())
+    other = SharedFolder(replace(VIDEO, memory_gb=VIDEO.memory_gb + 1))
+    assert list(folder.iterdir()) == [other.path]
+    fork(killed).wait()
+    again = SharedFolder(VIDEO)
+    assert again.path == left
+    assert list(again.path.iterdir()) == []
+    other.remove()
+    again.remove()
+
+
+def test_a_folder_that_others_may_write_to_is_not_trusted(folder: Path) -> None:
+    first = SharedFolder(VIDEO)
+    first.path.chmod(0o777)
+    second = SharedFolder(VIDEO)
+    assert second.path != first.path
+    assert second.path.stat().st_mode & 0o777 == 0o700
+    first.remove()
+    assert list(folder.iterdir()) == [second.path]
+    second.remove()
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "private"])
+def test_a_start_between_making_and_locking_it_does_no_harm(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    (folder / "other").mkdir()
+    sweeping, lock = [], fcntl.flock
+    if not shared:
+        monkeypatch.setattr(shared_folder, "_TRIES", 0)
+
+    def locks(handle: int, how: int) -> None:
+        if how & fcntl.LOCK_SH and not sweeping:
+            sweeping.append(handle)
+            shared_folder._remove_abandoned()
+        lock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", locks)
+    one = SharedFolder(VIDEO)
+    assert sweeping
+    assert sorted(folder.iterdir()) == sorted([folder / "other", one.path])
+    one.remove()
+    assert list(folder.iterdir()) == [folder / "other"]
