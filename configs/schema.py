@@ -34,6 +34,8 @@ class DataConfig:
         clips: `jsonl` only: file in `root` with one clip a line: clip_id, video, start_s, end_s.
         questions: `jsonl` only: file in `root` with one question a line: question_id, clip_id, question, answer, part;
             `null` for none: features alone are encoded then, without a text network.
+        paraphrases: Whether training questions come with a paraphrase and a counterfactual (`text_pos`, `text_neg` of
+            EgoTaskQA's `encode4` files), which `extract run` then encodes for `train.contrast`.
     """
 
     name: str = "egotaskqa"
@@ -41,6 +43,7 @@ class DataConfig:
     split: Literal["direct", "indirect"] = "direct"
     clips: str = "clips.jsonl"
     questions: str | None = "questions.jsonl"
+    paraphrases: bool = False
 
 
 @dataclass(frozen=True)
@@ -265,6 +268,8 @@ class TrainConfig:
         weight_decay: Weight decay of AdamW, applied to matrices only.
         accumulate: Number of batches whose gradients are averaged into one optimiser step.
         label_smoothing: Label smoothing of the cross-entropy over answers.
+        contrast: Weight of a second loss: the answer to a question should be nearer to that of its paraphrase than to
+            that of its counterfactual. It needs `data.paraphrases`, and a step takes three times as long; 0 is none.
         ema: Decay of the averaged weights that are evaluated and saved, such as 0.99; 0 uses the weights themselves.
         patience: Epochs without a better result on val before training stops; `null` trains all epochs.
         seed: Seed of the initialisation, the order of clips and dropout.
@@ -281,6 +286,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     accumulate: int = 1
     label_smoothing: float = 0.0
+    contrast: float = 0.0
     ema: float = 0.0
     patience: int | None = None
     seed: int = 0
@@ -298,6 +304,7 @@ class TrainConfig:
         _require(0 <= self.ema < 1, "train.ema", self.ema, "a decay in [0, 1)")
         _require(self.patience is None or self.patience >= 1, "train.patience", self.patience, "null or at least 1")
         _require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "a share in [0, 1)")
+        _require(self.contrast >= 0, "train.contrast", self.contrast, "a weight of at least 0")
 
 
 @dataclass(frozen=True)
@@ -331,3 +338,8 @@ class Config:
         # The models of transformers have patches of their own sizes, which only their folders know.
         if self.encoder.arch != "hf" and self.video.size % 16:
             raise ConfigError(f"video.size is {self.video.size}; expected a positive multiple of 16")
+        if self.train.contrast and not self.data.paraphrases:
+            raise ConfigError(
+                f"train.contrast is {self.train.contrast:g}, but data.paraphrases is false; set it to true and run "
+                "`python -m extract run`, or train.contrast to 0"
+            )

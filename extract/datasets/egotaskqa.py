@@ -3,13 +3,16 @@
 As released: `ROOT/qa/{direct,indirect}/formatted_{train,val,test}_qas_encode.json`, `answer_set.txt` beside them, and
 videos `ROOT/qa_videos/INTERVAL.mp4`, where INTERVAL is like `vid|P1|start|end` (the pipes are part of the file name)
 and is the clip's id. `qa_ori/` is read in place of `qa/`, and both below `Data/`, as packed by EgoVLPv2's authors.
-The files of earlier steps of the released preprocessing are read too: `{part}_qas_encode.json` and `{part}_qas.json`.
+The files of earlier steps of the released preprocessing are read too: `{part}_qas_encode.json` and `{part}_qas.json`;
+and `formatted_{part}_qas_encode4.json`, which adds a paraphrase (`text_pos`) and a counterfactual (`text_neg`) of each
+question and is preferred where `data.paraphrases` asks for these.
 Without `answer_set.txt` the answer set is built from the training answers by the released rule.
 
 Source: EgoTaskQA (Jia et al., NeurIPS 2022), `baselines/preprocess`.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,22 +26,25 @@ from egopatch.extract.datasets.records import (
     Part,
     Question,
     answer_vocabulary,
+    texts_of,
 )
 
 SPLITS = ("direct", "indirect")
 ANNOTATION_FOLDERS = ("qa", "qa_ori", "Data/qa", "Data/qa_ori")
 FILE_NAMES = ("formatted_{part}_qas_encode.json", "{part}_qas_encode.json", "{part}_qas.json")
+PARAPHRASED = "formatted_{part}_qas_encode4.json"
 ANSWER_SET = "answer_set.txt"
 VIDEO_FOLDER = "qa_videos"
 
 
-def load(root: Path, split: str) -> Dataset:
+def load(root: Path, split: str, paraphrases: bool = False) -> Dataset:
     """Every clip under `root` and the questions of one split.
 
     Args:
         root: Folder with `qa` (or `qa_ori`) and `qa_videos`.
         split: `direct` or `indirect`. Its three parts must be present; the other split is read if it is present, so
             that its clips and texts are part of the same store.
+        paraphrases: Whether to read the variants of the training questions.
 
     Raises:
         DatasetError: Files are missing or records are malformed; one line per fault.
@@ -48,21 +54,21 @@ def load(root: Path, split: str) -> Dataset:
     for name in SPLITS:
         questions[name] = {}
         for part in PARTS:
-            path = annotation_file(root, name, part)
+            path = annotation_file(root, name, part, paraphrases)
             if path is None:
                 if name == split:
                     problems.append(_missing(root, name, part))
                 continue
             try:
-                questions[name][part] = read_questions(path)
+                questions[name][part] = read_questions(path, variants=paraphrases and part == "train")
             except DatasetError as error:
                 problems.extend(error.problems)
     if problems:
         raise DatasetError(problems)
-    train = annotation_file(root, split, "train")
+    train = annotation_file(root, split, "train", paraphrases)
     assert train is not None
     answers = _answers(train.parent, questions[split]["train"])
-    _check_encoded(root, split, questions[split], len(answers))
+    _check_encoded(root, split, questions[split], len(answers), paraphrases)
     everything = [question for parts in questions.values() for part in parts.values() for question in part]
     return Dataset(
         clips=tuple(
@@ -70,23 +76,22 @@ def load(root: Path, split: str) -> Dataset:
         ),
         questions=questions[split],
         answers=answers,
-        texts=tuple(sorted({question.text for question in everything})),
+        texts=texts_of(everything),
         split=split,
     )
 
 
-def annotation_file(root: Path, split: str, part: Part) -> Path | None:
+def annotation_file(root: Path, split: str, part: Part, paraphrases: bool = False) -> Path | None:
     """File with the questions of a part, in the first layout that has it; None if no layout does."""
-    for folder in ANNOTATION_FOLDERS:
-        for name in FILE_NAMES:
-            path = root / folder / split / name.format(part=part)
-            if path.is_file():
-                return path
-    return None
+    usual = [(folder, name) for folder in ANNOTATION_FOLDERS for name in FILE_NAMES]
+    paraphrased = [(folder, PARAPHRASED) for folder in ANNOTATION_FOLDERS]
+    layouts = [*paraphrased, *usual] if paraphrases else [*usual, *paraphrased]
+    paths = (root / folder / split / name.format(part=part) for folder, name in layouts)
+    return next((path for path in paths if path.is_file()), None)
 
 
-def read_questions(path: Path) -> tuple[Question, ...]:
-    """The questions of one annotation file, in its order.
+def read_questions(path: Path, variants: bool = False) -> tuple[Question, ...]:
+    """The questions of one annotation file, in its order; with their `variants`, which the records must have then.
 
     Raises:
         DatasetError: The file is missing or truncated, or records are malformed or repeat a question_id.
@@ -97,7 +102,16 @@ def read_questions(path: Path) -> tuple[Question, ...]:
         records = parsing.read_json_records(path, "an EgoTaskQA annotation file, a JSON list of questions")
     except ValueError as error:
         raise DatasetError([str(error)]) from None
-    for position, question in parsing.collect(_numbered(path, records), _question, problems):
+    if variants and not any(isinstance(record, dict) and "text_pos" in record for record in records):
+        raise DatasetError(
+            [
+                f"{path}: no record has 'text_pos' and 'text_neg', which data.paraphrases needs; expected them in "
+                f"{PARAPHRASED.format(part='train')} (EgoSynth has them if it was rendered by this version)"
+            ]
+        )
+    for position, question in parsing.collect(
+        _numbered(path, records), partial(_question, variants=variants), problems
+    ):
         if question.question_id in questions:
             problems.append(f"{position}: question_id {question.question_id!r} is used twice; expected unique ids")
         questions[question.question_id] = question
@@ -119,7 +133,8 @@ def read_answers(folder: Path) -> tuple[str, ...] | None:
     """
     if (folder / ANSWER_SET).is_file():
         return _answers(folder, ())
-    train = next((path for name in FILE_NAMES if (path := folder / name.format(part="train")).is_file()), None)
+    names = (*FILE_NAMES, PARAPHRASED)
+    train = next((path for name in names if (path := folder / name.format(part="train")).is_file()), None)
     return None if train is None else _answers(folder, read_questions(train))
 
 
@@ -128,7 +143,7 @@ def _numbered(path: Path, records: list[Any]) -> Iterator[tuple[str, Any]]:
         yield f"{path}:record {index}", record
 
 
-def _question(record: object) -> Question:
+def _question(record: object, variants: bool) -> Question:
     fields = parsing.as_object(record)
     structural = parsing.text_field(fields, "structural")
     if structural not in ("query", "verify"):
@@ -144,6 +159,7 @@ def _question(record: object) -> Question:
         tags=_tags(fields),
         encoded=_encoded(fields),
         written=written,
+        variants=(parsing.text_field(fields, "text_pos"), parsing.text_field(fields, "text_neg")) if variants else None,
     )
 
 
@@ -200,9 +216,11 @@ def _answers(folder: Path, train: Sequence[Question]) -> tuple[str, ...]:
     return tuple(first)
 
 
-def _check_encoded(root: Path, split: str, questions: dict[Part, tuple[Question, ...]], classes: int) -> None:
+def _check_encoded(
+    root: Path, split: str, questions: dict[Part, tuple[Question, ...]], classes: int, paraphrases: bool
+) -> None:
     problems = [
-        f"{annotation_file(root, split, part)}:record {index}: 'answer_encode' is {question.encoded}; "
+        f"{annotation_file(root, split, part, paraphrases)}:record {index}: 'answer_encode' is {question.encoded}; "
         f"the answer set has classes 0 to {classes - 1}"
         for part, members in questions.items()
         for index, question in enumerate(members)

@@ -78,6 +78,8 @@ class Question:
         written: The answer in the file's own spelling, without surrounding spaces; None if that equals `answer`.
         options: Answers to choose from, if it is a multiple-choice question; `answer` is one of them, or empty where
             the right one is not published.
+        variants: Of a training question, if `data.paraphrases` asks for it: the question in other words (paraphrase),
+            and a question like it about something else (counterfactual).
 
     Raises:
         ValueError: There are too few or too many options, or none is the answer.
@@ -92,6 +94,7 @@ class Question:
     encoded: int | None = None
     written: str | None = None
     options: tuple[str, ...] = ()
+    variants: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         if not self.options:
@@ -127,7 +130,7 @@ class Dataset:
         split: The configured split.
 
     Raises:
-        DatasetError: Only some of the questions have options.
+        DatasetError: Only some of the questions have options, or only some of the training questions have variants.
     """
 
     clips: tuple[Clip, ...]
@@ -142,6 +145,11 @@ class Dataset:
         if 0 < len(without) < len(everything):
             some = f"question {without[0]!r} and {len(without) - 1} others have no options"
             raise DatasetError([f"{some}; expected options for all questions or none"])
+        train = self.questions.get("train", ())
+        without = [question.question_id for question in train if question.variants is None]
+        if 0 < len(without) < len(train):
+            some = f"training question {without[0]!r} and {len(without) - 1} others have no paraphrase"
+            raise DatasetError([f"{some}; expected paraphrases of all training questions or none"])
 
     @cached_property
     def choices(self) -> int:
@@ -158,8 +166,9 @@ class Dataset:
 
 
 def texts_of(questions: Iterable[Question]) -> tuple[str, ...]:
-    """Unique texts of the questions and their options, sorted."""
-    return tuple(sorted({text for question in questions for text in (question.text, *question.options)}))
+    """Unique texts of the questions, their options and their variants, sorted."""
+    texts = ((question.text, *question.options, *(question.variants or ())) for question in questions)
+    return tuple(sorted({text for of_question in texts for text in of_question}))
 
 
 def answer_vocabulary(train_answers: Sequence[str], limit: int = MAX_ANSWERS) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ Loader = Callable[[DataConfig], Dataset]
 
 LOADERS: dict[str, Loader] = {
     "egoschema": lambda data: egoschema.load(data.root, data.split),
-    "egotaskqa": lambda data: egotaskqa.load(data.root, data.split),
+    "egotaskqa": lambda data: egotaskqa.load(data.root, data.split, data.paraphrases),
     "jsonl": lambda data: jsonl.load(data.root / data.clips, _within(data, data.questions), data.root, data.split),
     "nextqa": lambda data: nextqa.load(data.root, data.split),
     "qaego4d": lambda data: qaego4d.load(data.root, data.split, close=False),
@@ -70,4 +70,6 @@ def load_dataset(data: DataConfig) -> Dataset:
             f"data.name is {data.name!r}, but its function, which {owner} registers, returns a "
             f"{type(dataset).__name__}; expected an extract.datasets.Dataset"
         )
+    if data.paraphrases and any(question.variants is None for question in dataset.questions.get("train", ())):
+        raise ConfigError(f"data.paraphrases is true, but the data set {data.name} has no paraphrases; set it to false")
     return dataset

@@ -71,6 +71,8 @@ def test_file_then_overrides(tmp_path: Path) -> None:
         ),
         (["--config", "configs"], "; expected the YAML file of an experiment; examples are in configs/"),
         (["--config", "configs/own_video.yaml"], "configs/own_videos.yaml?"),
+        (["--train.contrast", "0.1"], "train.contrast is 0.1, but data.paraphrases is false; set it to true and run"),
+        (["--train.contrast", "-1"], "train.contrast is -1.0; expected a weight of at least 0"),
         (["--video.size", "100"], "video.size is 100; expected a positive multiple of 16"),
     ],
 )

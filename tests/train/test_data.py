@@ -83,6 +83,24 @@ def test_batches_hold_their_clips_and_move_as_little_as_they_can(
     assert (features.bytes_read > read) == (residency == "disk")
 
 
+def test_variants_are_the_same_questions_with_their_other_texts(tiny: Config) -> None:
+    experiment = open_experiment(with_run(tiny, "variants", data_paraphrases=True))
+    features, table = experiment.features, experiment.train_table
+    assert experiment.tables["val"].variants is None
+    texts = {row: text for text, row in features.text_rows.items()}
+    for batch in features.stream(table, plan_batches(table, 16, 0)):
+        assert batch.variants is not None
+        for number, variant in enumerate(batch.variants):
+            assert variant.stored is batch.stored
+            assert variant.variants is None
+            assert torch.equal(variant.answers, batch.answers)
+            rows = table.variants[batch.rows, number]
+            assert [texts[row] for row in rows.tolist()] == [table.questions[q].variants[number] for q in batch.rows]
+            assert torch.equal(variant.states[variant.text_index], features._states[rows])
+            assert torch.equal(variant.mask[variant.text_index], features._mask[rows])
+    assert next(features.stream(experiment.tables["val"], [np.arange(3)])).variants is None
+
+
 def test_memory_reads_each_clip_once(tiny: Config) -> None:
     features = open_experiment(tiny).features
     before = features.bytes_read

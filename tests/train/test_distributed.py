@@ -74,6 +74,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
         "egovlp": with_run(base, "egovlp", head_name="egovlp", train_residency="disk"),
         "question-only": with_run(base, "question-only", head_name="question-only"),
         "majority": with_run(base, "majority", head_name="majority"),
+        "contrast": with_run(base, "contrast", data_paraphrases=True, train_contrast=0.5, train_residency="disk"),
         "mfas": with_run(networks, "mfas", train_residency="ram"),
     }
 
@@ -88,7 +89,7 @@ def together(alone: dict[str, Config]) -> tuple[dict[str, Config], str]:
     return configs, out
 
 
-@pytest.mark.parametrize("name", ["psa", "uneven", "egovlp", "question-only", "majority", "mfas"])
+@pytest.mark.parametrize("name", ["psa", "uneven", "egovlp", "question-only", "majority", "contrast", "mfas"])
 def test_two_ranks_train_as_one_process_step_by_step(
     alone: dict[str, Config], together: tuple[dict[str, Config], str], name: str
 ) -> None:
@@ -110,7 +111,7 @@ def test_two_ranks_train_as_one_process_step_by_step(
     assert {path.name for path in one.run.dir.iterdir()} == {path.name for path in two.run.dir.iterdir()}
 
 
-@pytest.mark.parametrize("name", ["psa", "uneven", "egovlp", "question-only", "mfas"])
+@pytest.mark.parametrize("name", ["psa", "uneven", "egovlp", "question-only", "contrast", "mfas"])
 def test_gradients_of_the_shares_add_up_to_those_of_the_batch(alone: dict[str, Config], name: str) -> None:
     experiment = open_experiment(alone[name])
     features, table = experiment.features, experiment.train_table

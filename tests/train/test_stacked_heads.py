@@ -1,6 +1,7 @@
 """A stack of heads: its members are what they are alone; steps, averages, clipping and noise are each member's own."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -100,6 +101,48 @@ def test_dense_selection_of_a_stack_is_select_attend() -> None:
 def test_ties_go_to_the_lowest_patch() -> None:
     scores = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0], [3.0, 3.0, 3.0, 3.0, 3.0]])
     assert largest_mask(scores, 2).tolist() == [[False, True, True, False, False], [True, True, False, False, False]]
+
+
+def with_variants(batch: Batch, paraphrase: Batch, counterfactual: Batch) -> Batch:
+    """The batch with the texts of two others."""
+    variants = [
+        dataclasses.replace(batch, states=other.states, mask=other.mask, text_index=other.text_index)
+        for other in (paraphrase, counterfactual)
+    ]
+    return dataclasses.replace(batch, variants=tuple(variants))
+
+
+def test_contrast_brings_a_question_nearer_to_its_paraphrase_than_to_its_counterfactual() -> None:
+    train = dataclasses.replace(TRAIN, contrast=2.0)
+    batch = make_batch()
+    # Equal texts cannot be told apart, so the choice between them costs log 2.
+    plain = make((0.5,), (3,)).learn(batch)
+    equal = make((0.5,), (3,), train).learn(with_variants(batch, batch, batch))
+    assert plain is not None
+    assert equal is not None
+    assert equal[0]["loss"] - plain[0]["loss"] == pytest.approx(2 * math.log(2), rel=1e-4)
+    # Paraphrases are texts of their own, so that the answers have to become alike.
+    varied = with_variants(batch, make_batch(seed=1), make_batch(seed=2))
+    stack = make((0.5,), (3,), train, dropout=0.0)
+    before = stack._contrast(stack.logits(varied, 0)[0], varied).mean().item()
+    for _ in range(20):
+        stack.learn(varied)
+    assert stack._contrast(stack.logits(varied, 0)[0], varied).mean().item() < before / 2
+
+
+@pytest.mark.parametrize("kind", [PSA, Pooled])
+def test_stacked_heads_contrast_as_they_do_alone(kind: type) -> None:
+    train, seeds = dataclasses.replace(TRAIN, contrast=1.0), (3, 4)
+    batch = with_variants(make_batch(), make_batch(seed=1), make_batch(seed=2))
+    together = StackedHeads([make_head(CONFIG, seed, kind) for seed in seeds], seeds, train, 20, CPU)
+    found = [together.learn(batch) for _ in range(3)]
+    for member, seed in enumerate(seeds):
+        alone = StackedHeads([make_head(CONFIG, seed, kind)], [seed], train, 20, CPU)
+        for step in found:
+            expected = alone.learn(batch)
+            assert step is not None
+            assert expected is not None
+            assert step[member]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-4)
 
 
 def test_accumulated_batches_are_one_step() -> None:

@@ -102,6 +102,11 @@ def _write_questions(root: Path, split: str, names: list[str], planted: dict, rn
                 verdict = "yes" if asked == colour else "no"
                 records.append(_record(name, f"what colour is the {place} thing?", colour, "query", split))
                 records.append(_record(name, f"is the {place} thing {asked}?", verdict, "verify", split))
+                # Texts that the store has; what they mean does not matter.
+                following = PLACES[PLACES.index(place) - 1]
+                for record in records[-2:]:
+                    record["text_pos"] = f"is the {place} thing {COLOURS[0]}?"
+                    record["text_neg"] = record["question"].replace(place, following)
         for number, record in enumerate(records):
             record["question_id"] = f"{split}-{part}-{number}"
         (folder / f"formatted_{part}_qas_encode.json").write_text(json.dumps(records))

@@ -48,6 +48,8 @@ class Batch:
         options: The options of multiple-choice questions, whose classes are their indices; None for other questions.
         rows: [B] positions of the questions in their table.
         rank_slice: Position of these rows in the whole batch, whose other rows other ranks have; None: the whole batch.
+        variants: The batch with each question's paraphrase, and that with its counterfactual, whose answers are not
+            known; None if they were not requested.
     """
 
     stored: PatchTokens | None
@@ -61,6 +63,7 @@ class Batch:
     rows: Tensor
     rank_slice: RankSlice | None = None
     options: Options | None = None
+    variants: "tuple[Batch, Batch] | None" = None
 
     def __len__(self) -> int:
         return len(self.rows)

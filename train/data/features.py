@@ -4,7 +4,7 @@ Shape legend: C clips of a batch, B questions, D channels, W text tokens.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -157,21 +157,36 @@ class Features:
     def _batch(
         self, table: QuestionTable, index: "_BatchIndex", stored: PatchTokens | None, clip_rows: Tensor | None = None
     ) -> Batch:
-        texts, text_index = table.text[index.rows].unique(return_inverse=True)
-        texts = texts.to(self.device)
-        return Batch(
+        states, mask, text_index = self._texts(table.text[index.rows])
+        batch = Batch(
             stored=stored,
             clip_rows=clip_rows,
             clip_index=index.clip_index.to(self.device),
-            states=self._states[texts],
-            mask=self._mask[texts],
-            text_index=text_index.to(self.device),
+            states=states,
+            mask=mask,
+            text_index=text_index,
             forms=table.form[index.rows].to(self.device),
             answers=table.answer[index.rows].to(self.device),
             rows=index.rows,
             rank_slice=index.rank_slice,
             options=self._options(table, index.rows),
         )
+        if table.variants is None:
+            return batch
+        paraphrases, counterfactuals = (self._with_texts(batch, index, texts) for texts in table.variants.T)
+        return replace(batch, variants=(paraphrases, counterfactuals))
+
+    def _texts(self, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """States [U, L, D] and mask [U, L] of the unique ones of `texts` [B], and the row of each [B]."""
+        unique, index = texts.unique(return_inverse=True)
+        unique = unique.to(self.device)
+        return self._states[unique], self._mask[unique], index.to(self.device)
+
+    def _with_texts(self, batch: Batch, index: "_BatchIndex", texts: Tensor) -> Batch:
+        """The batch with other texts, given for every question of the table [Q]."""
+        states, mask, text_index = self._texts(texts[index.rows])
+        rank_slice = None if index.rank_slice is None else index.rank_slice.with_texts(texts[index.whole])
+        return replace(batch, states=states, mask=mask, text_index=text_index, rank_slice=rank_slice)
 
     def _options(self, table: QuestionTable, rows: Tensor) -> Options | None:
         if table.options is None or table.lengths is None:
@@ -207,24 +222,27 @@ class _BatchIndex:
 
     Attributes:
         rows: [B] rows of the table.
+        whole: Rows of the table of the whole batch, over all ranks.
         clips: Names of the C clips; empty where other ranks have all of them.
         clip_index: [B] index into `clips`.
         rank_slice: As in `Batch`.
     """
 
     rows: Tensor
+    whole: Tensor
     clips: tuple[str, ...]
     clip_index: Tensor
     rank_slice: RankSlice | None
 
     @classmethod
     def of(cls, table: QuestionTable, batch: np.ndarray, rank_clips: Tensor | None) -> "_BatchIndex":
-        rows, rank_slice = torch.from_numpy(batch), None
+        whole = rows = torch.from_numpy(batch)
+        rank_slice = None
         if rank_clips is not None:
             rank_slice = RankSlice.of(table.clip[rows], table.text[rows], rank_clips[table.clip[rows]])
             rows = rows[rank_slice.questions.rows]
         clips, clip_index = table.clip[rows].unique(return_inverse=True)
-        return cls(rows, tuple(table.clips[clip] for clip in clips.tolist()), clip_index, rank_slice)
+        return cls(rows, whole, tuple(table.clips[clip] for clip in clips.tolist()), clip_index, rank_slice)
 
 
 def _quarantined(store: Store, clip_ids: frozenset[str]) -> frozenset[str]:

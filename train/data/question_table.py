@@ -32,6 +32,7 @@ class QuestionTable:
         answer: [Q] class or `NO_CLASS`; the class of a multiple-choice question is the index of the right option.
         options: [Q, K] index of each option into those texts, -1 where a question has fewer; None without options.
         lengths: [Q, K] number of characters of each option, -1 likewise; None without options.
+        variants: [Q, 2] index of each question's paraphrase and counterfactual into those texts; None if not requested.
     """
 
     questions: tuple[Question, ...]
@@ -42,12 +43,13 @@ class QuestionTable:
     answer: Tensor
     options: Tensor | None = None
     lengths: Tensor | None = None
+    variants: Tensor | None = None
 
     @classmethod
     def from_questions(
-        cls, questions: Sequence[Question], dataset: Dataset, text_rows: Mapping[str, int]
+        cls, questions: Sequence[Question], dataset: Dataset, text_rows: Mapping[str, int], variants: bool = False
     ) -> "QuestionTable":
-        """Table of `questions`; `text_rows` maps each text to its row."""
+        """Table of `questions`, with the `variants` that each must have then; `text_rows` maps each text to its row."""
         classes = {answer: index for index, answer in enumerate(dataset.answers)}
         choices = dataset.choices
 
@@ -60,6 +62,10 @@ class QuestionTable:
             rows = [[*map(number, q.options), *[NO_OPTION] * (choices - len(q.options))] for q in questions]
             return torch.tensor(rows, dtype=torch.long).view(-1, choices) if choices else None
 
+        def of_variants() -> Tensor:
+            rows = [[text_rows[text] for text in question.variants or ()] for question in questions]
+            return torch.tensor(rows, dtype=torch.long).view(-1, 2)
+
         clips = {name: index for index, name in enumerate(dict.fromkeys(q.clip_id for q in questions))}
         return cls(
             questions=tuple(questions),
@@ -70,6 +76,7 @@ class QuestionTable:
             answer=torch.tensor([class_of(q) for q in questions], dtype=torch.long),
             options=of_options(text_rows.__getitem__),
             lengths=of_options(len),
+            variants=of_variants() if variants else None,
         )
 
     def __len__(self) -> int:
@@ -102,6 +109,7 @@ class QuestionTable:
             answer=self.answer[kept],
             options=None if self.options is None else self.options[kept],
             lengths=None if self.lengths is None else self.lengths[kept],
+            variants=None if self.variants is None else self.variants[kept],
         )
 
 

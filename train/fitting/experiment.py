@@ -146,13 +146,24 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
         store,
         text_store,
         clip_ids=clip_ids,
-        texts=list(dict.fromkeys([*(q.text for q in questions), *(o for q in questions for o in q.options)])),
+        texts=list(
+            dict.fromkeys(
+                [
+                    *(question.text for question in questions),
+                    *(option for question in questions for option in question.options),
+                    *(text for question in questions for text in question.variants or ()),
+                ]
+            )
+        ),
         residency=config.train.residency,
         device=device,
         ranks=ranks,
     )
     tables: dict[str, QuestionTable] = {
-        part: QuestionTable.from_questions(dataset.questions[part], dataset, features.text_rows) for part in PARTS
+        part: QuestionTable.from_questions(
+            dataset.questions[part], dataset, features.text_rows, config.data.paraphrases and part == "train"
+        )
+        for part in PARTS
     }
     encoded = {part: table.without_clips(features.quarantined) for part, table in tables.items()}
     train_table = encoded["train"].answerable()

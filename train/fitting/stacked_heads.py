@@ -27,6 +27,8 @@ from egopatch.train.processes.distributed import ALONE, Distributed
 GRADIENT_NORM = 1.0
 # Takes the place of the step in the keys of noise at evaluation.
 EVALUATION = -1
+# Difference of two cosines that counts as one in the contrast of paraphrase and counterfactual.
+CONTRAST_TEMPERATURE = 0.1
 
 
 class StackedHeads:
@@ -234,15 +236,35 @@ class StackedHeads:
             batch.answers.repeat(len(self)),
             label_smoothing=self.train.label_smoothing,
             reduction="none",
-        )
-        return loss.view(len(self), -1)
+        ).view(len(self), -1)
+        return loss + self.train.contrast * self._contrast(logits, batch) if self.train.contrast else loss
+
+    def _contrast(self, logits: Tensor, batch: Batch) -> Tensor:
+        """How far the answer to each question [M, B, A] is from nearer to its paraphrase's than its counterfactual's.
+
+        The cross-entropy of choosing the paraphrase by the cosine of the logits, [M, B]. Questions and variants have
+        the same dropout, so that they differ in words alone.
+        """
+        assert batch.variants is not None
+        cosines = []
+        for variant in batch.variants:
+            self._set_rows(variant)
+            with self._autocast():
+                found = self._map_heads(lambda head, variant=variant: head(variant), self.tensors)
+            cosines.append(functional.cosine_similarity(_centred(logits), _centred(found), dim=-1))
+        near, far = cosines
+        return functional.softplus((far - near) / CONTRAST_TEMPERATURE)
 
     def _set_noise(self, batch: Batch, *numbers: int) -> None:
         for place, noise in enumerate(self._noises):
             noise.keys = tuple(mix(seed, place, *numbers) for seed in dict.fromkeys(self.seeds))
-            noise.part = None if batch.rank_slice is None else getattr(batch.rank_slice, noise.over)
+        self._set_rows(batch)
         # Heads from outside may draw from torch's own generator, as nn.Dropout does: a resumed run draws the same.
         torch.manual_seed(mix(self.seeds[0], *numbers))
+
+    def _set_rows(self, batch: Batch) -> None:
+        for noise in self._noises:
+            noise.part = None if batch.rank_slice is None else getattr(batch.rank_slice, noise.over)
 
     @torch.no_grad()
     def _clip_gradients(self, batches: int) -> Tensor:
@@ -271,6 +293,12 @@ def _logits_and_kept(head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     assert isinstance(psa, PSA)
     logits, kept = psa.answer(batch)
     return (head.choose(logits, batch) if isinstance(head, Choice) else logits), kept
+
+
+def _centred(logits: Tensor) -> Tensor:
+    """Logits without what all answers have in common, which no probability depends on."""
+    logits = logits.float()
+    return logits - logits.mean(dim=-1, keepdim=True)
 
 
 class _Caller(nn.Module):

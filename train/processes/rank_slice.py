@@ -1,6 +1,6 @@
 """The rows of a batch that one rank works on: the questions about its own clips."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,10 @@ class RankSlice:
         """The slice of the questions where `mask` [B] bool is true, in a batch with these `clips` and `texts` [B]."""
         rows = mask.nonzero()[:, 0]
         return cls(RowSubset(rows, len(mask)), _unique_subset(clips, clips[rows]), _unique_subset(texts, texts[rows]))
+
+    def with_texts(self, texts: Tensor) -> "RankSlice":
+        """The same slice of a batch whose questions have these `texts` [B]."""
+        return replace(self, texts=_unique_subset(texts, texts[self.questions.rows]))
 
 
 def _unique_subset(whole: Tensor, selected: Tensor) -> RowSubset:

@@ -12,6 +12,7 @@ question's parts are known from training and their composition is new.
 Source of the rules: EgoTaskQA, `baselines/preprocess/split.py`.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,30 @@ CHANGES = {
 FOLLOWS: tuple[tuple[Slot, Slot], ...] = (("first", "second"), ("second", "next"))
 HOI_PROGRAM = "query([hoi], iterate_until("
 
+# Words of the questions, and those of their paraphrases.
+OTHER_WORDS = {
+    "which object": "what item",
+    "the object": "the item",
+    "an open object": "an item that stands open",
+    "the person": "the camera wearer",
+    "the other person": "somebody else",
+    "will touch": "is about to handle",
+    "touches": "handles",
+    "touch the": "handle the",
+    "will reach in": "is about to stretch out a hand",
+    "reaches in": "stretches out a hand",
+    "holds": "carries",
+    "hold": "carry",
+    "go to": "turn to",
+    "do to": "do with",
+    "where is": "in which place is",
+    "which is": "what is",
+    "open at the end": "standing open when it is over",
+    "at the end": "when it is over",
+    "change": "become different",
+}
+_PHRASES = re.compile("|".join(rf"\b{words}\b" for words in sorted(OTHER_WORDS, key=len, reverse=True)))
+
 OPTIONS = 5  # of a multiple-choice question
 
 Record = dict[str, Any]
@@ -76,7 +101,9 @@ class Draft:
     def record(self, question_id: int, video_id: int, interval: str) -> dict[str, Any]:
         """The question as a record of EgoTaskQA's files, without `answer_encode`."""
         return {
-            "question": self.text[0].upper() + self.text[1:],
+            "question": _sentence(self.text),
+            "text_pos": _sentence(paraphrase(self.text)),
+            "text_neg": _sentence(counterfactual(self.text)),
             "answer": self.answer,
             "question_id": question_id,
             "video_id": video_id,
@@ -89,6 +116,23 @@ class Draft:
             "reasoning_type": "$".join((*self.types, self.category, self.semantic, self.structural, self.reference)),
             "program": self.program,
         }
+
+
+def paraphrase(text: str) -> str:
+    """The same question in words that no question uses, with its pieces in the same order."""
+    return _PHRASES.sub(lambda found: OTHER_WORDS[found[0]], text)
+
+
+def counterfactual(text: str) -> str:
+    """The question about the touch that follows, or about the next object if the text names no touch."""
+    for slot, following in zip(SLOTS, (*SLOTS[1:], SLOTS[0]), strict=True):
+        if CLAUSES[slot] in text or ARRIVALS[slot] in text:
+            return text.replace(CLAUSES[slot], CLAUSES[following]).replace(ARRIVALS[slot], ARRIVALS[following])
+    names = list(OBJECTS)
+    name, following_name = next(
+        pair for pair in zip(names, [*names[1:], names[0]], strict=True) if f"the {pair[0]}" in text
+    )
+    return text.replace(f"the {name}", f"the {following_name}")
 
 
 def drafts(scene: Scene, count: int) -> list[Draft]:
@@ -336,6 +380,10 @@ def _when(slot: Slot) -> str:
 
 def _with_intent(slot: Slot) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*TYPES[slot], "intent")))
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _yes(value: bool) -> str:

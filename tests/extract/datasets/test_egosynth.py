@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -40,6 +41,25 @@ def test_reads_as_egotaskqa(root: Path, split: str) -> None:
     assert {tag for part in dataset.questions.values() for q in part for tag in q.tags} == TAGS
     trained = {q.answer for q in dataset.questions["train"]}
     assert {q.answer for part in dataset.questions.values() for q in part} == trained
+
+
+def test_paraphrases_and_counterfactuals_of_every_question(root: Path) -> None:
+    for split in ("direct", "indirect"):
+        dataset = load_dataset(DataConfig(root=root, split=split, paraphrases=True))  # type: ignore[arg-type]
+        asked = {question.text for part in dataset.questions.values() for question in part}
+        for question in dataset.questions["train"]:
+            assert question.variants is not None
+            reworded, other = question.variants
+            # A paraphrase that is a question of its own would give away its composition.
+            assert reworded not in asked, reworded
+            assert other != question.text
+            # What is asked about stays in the one and changes in the other.
+            names = [name for name in OBJECTS if name in question.text]
+            assert [name for name in OBJECTS if name in reworded] == names
+            words = {"first", "second", "next", "red", "blue", "green", "yellow", "purple", "cyan"}
+            pieces = [[w for w in re.findall("[a-z]+", t) if w in words] for t in (question.text, reworded, other)]
+            assert pieces[1] == pieces[0]
+            assert pieces[2] != pieces[0]
 
 
 def test_splits_follow_the_released_rules(root: Path) -> None:

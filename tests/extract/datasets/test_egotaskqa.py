@@ -70,6 +70,35 @@ def test_layouts_in_the_wild(tmp_path: Path, folder: str, name: str) -> None:
     assert load(released(tmp_path, folder=folder, name=name)).questions["test"][0].question_id == "0"
 
 
+def test_paraphrases_of_encode4_files(tmp_path: Path) -> None:
+    encode4 = "formatted_{}_qas_encode4.json"
+    released(tmp_path)
+    folder = tmp_path / "qa_ori" / "direct"
+    more = [{**record, "text_pos": f"pos {n}", "text_neg": f"neg {n}"} for n, record in enumerate((RECORD, VERIFY))]
+    for part in ("train", "val", "test"):
+        write(folder / encode4.format(part), more)
+    write(folder / "answer_set.txt", "<UNK0>\n<UNK1>\nopen fridge\nyes\n")
+    plain = load(tmp_path)
+    assert {q.variants for questions in plain.questions.values() for q in questions} == {None}
+    dataset = load_dataset(DataConfig(root=tmp_path, paraphrases=True))
+    assert [q.variants for q in dataset.questions["train"]] == [("pos 0", "neg 0"), ("pos 1", "neg 1")]
+    assert {q.variants for part in ("val", "test") for q in dataset.questions[part]} == {None}
+    assert dataset.texts == (*plain.texts, "neg 0", "neg 1", "pos 0", "pos 1")
+    # Alone, they are read like the others.
+    assert load(released(tmp_path / "alone", name=encode4)).questions["test"][0].question_id == "0"
+
+
+def test_missing_paraphrases(tmp_path: Path) -> None:
+    released(tmp_path)
+    train = tmp_path / "qa/direct/formatted_train_qas_encode.json"
+    with pytest.raises(DatasetError, match="no record has 'text_pos' and 'text_neg', which data"):
+        load_dataset(DataConfig(root=tmp_path, paraphrases=True))
+    write(train, [{**RECORD, "text_pos": "a", "text_neg": "b"}, {**VERIFY, "text_pos": "a"}])
+    with pytest.raises(DatasetError, match="record 1: 'text_neg' is missing"):
+        load_dataset(DataConfig(root=tmp_path, paraphrases=True))
+    load(tmp_path)
+
+
 def test_clips_and_texts_of_the_other_split_are_part_of_the_store(tmp_path: Path) -> None:
     released(tmp_path)
     other = {**RECORD, "interval": "k9|P1|0|5", "question": "Why?"}
