@@ -235,6 +235,7 @@ def test_stale_clips_that_no_question_asks_about_do_not_keep_others_from_trainin
     assert "c1" not in open_experiment(config_of(root)).train_table.clips
 
 
+@pytest.mark.slow
 def test_refresh_encodes_the_stale_clips_and_no_others(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old = open_store(root / "store").read(sorted(ALL)).patches
     encode_video_again(root)  # c0, c1

@@ -64,6 +64,7 @@ def test_new_clips_are_added_and_old_rows_stay(fresh: Path, capsys: pytest.Captu
     assert torch.equal(after.read(known).patches, tokens)
 
 
+@pytest.mark.slow
 def test_bad_videos_are_quarantined_and_retried(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(fresh / "store")
     absent, empty, cut = videos(fresh)[:3]
@@ -95,6 +96,7 @@ def test_two_workers_write_the_same_store(fresh: Path) -> None:
     assert torch.equal(one.read(one.clip_ids).patches, two.read(two.clip_ids).patches)
 
 
+@pytest.mark.slow
 def test_a_killed_job_leaves_no_process_behind(fresh: Path) -> None:
     shutil.rmtree(fresh / "store")
     job = subprocess.Popen([sys.executable, "-m", "extract", "run", *options(fresh, "--encoder.batch", "1")])
@@ -129,6 +131,7 @@ def test_plan_and_status_in_json(fresh: Path, capsys: pytest.CaptureFixture[str]
     assert (status["committed"], status["quarantined"], status["missing"]) == (CLIPS - 1, 1, 0)
 
 
+@pytest.mark.slow
 def test_plan_counts_what_is_missing_from_a_store(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Ten rows of two shards wait, five clips failed, and three new clips will be a shard of their own."""
     shutil.rmtree(fresh / "store")

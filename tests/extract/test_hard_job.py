@@ -106,6 +106,7 @@ def test_a_job_meets_every_hard_video(hard: Path) -> None:
     assert ledger_lines(hard / "store") == committed
 
 
+@pytest.mark.slow
 def test_children_and_this_process_decode_the_same_frames(tmp_path: Path) -> None:
     from egopatch.extract.datasets import Clip
     from egopatch.extract.feed.clips import PreparedClip

@@ -57,6 +57,7 @@ def single(made: Path) -> Path:
     return made / "single"
 
 
+@pytest.mark.slow
 def test_slices_in_any_order_make_the_store_of_one_job(made: Path, bare: Path) -> None:
     for index, clips in ((2, 5), (0, 15), (1, 20)):
         assert main(["run", *options(bare), "--shard", f"{index}/3"]) == 0
@@ -100,6 +101,7 @@ def begun(bare: Path) -> Path:
     return bare
 
 
+@pytest.mark.slow
 def test_shards_that_others_hold_are_an_exit_code(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = begun / "store"
     texts = len(load_dataset(config_of(begun).data).texts)
@@ -157,6 +159,7 @@ def test_retry_reports_and_waits_for_the_shards_of_other_jobs(
     assert not open_store(bare / "store").quarantine
 
 
+@pytest.mark.slow
 def test_a_job_that_waits_encodes_what_others_leave(
     made: Path, begun: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +192,7 @@ def test_a_complete_store_may_be_read_only(made: Path) -> None:
     assert f"{CLIPS}/{CLIPS} clips" in job.stdout
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_job_resumes(
     made: Path, bare: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,7 +334,7 @@ def test_repair_and_run_encode_only_what_is_bad(
     assert verify(store).ok
 
 
-@pytest.mark.parametrize(("limit", "kept"), [("4", 5), ("0.25", 15)])
+@pytest.mark.parametrize(("limit", "kept"), [pytest.param("4", 5, marks=pytest.mark.slow), ("0.25", 15)])
 def test_errors_over_the_limit_stop_the_job_and_keep_the_rest(
     limit: str, kept: int, made: Path, bare: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

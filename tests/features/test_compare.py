@@ -109,6 +109,7 @@ STAGED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cause", STAGED)
 def test_the_cause_is_named(cause: str, make: Make) -> None:
     a, b = make("a"), make("b", **STAGED[cause])

@@ -75,7 +75,9 @@ def check(path: Path | str, indices: tuple[int, ...]) -> None:
     assert torch.equal(found.read(found.clip_ids).patches, expected)
 
 
-@pytest.mark.parametrize(("moment", "before"), [*FREE, *LOCKED])
+@pytest.mark.parametrize(
+    ("moment", "before"), [LOCKED[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in (*FREE, *LOCKED[1:]))]
+)
 def test_two_live_writers_of_one_shard(store: Store, moment: str, before: bool) -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(store.path), "1", moment, str(before)],

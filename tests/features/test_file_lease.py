@@ -200,6 +200,7 @@ def test_ctrl_c_gives_the_shard_back(store: Store) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.slow
 def test_writers_share_the_work_while_a_reader_reads(tmp_path: Path, format: str) -> None:
     ids = tuple(str(n) for n in range(24))
     store = create_store(tmp_path / "store", SPEC, FINGERPRINT, ids, format)

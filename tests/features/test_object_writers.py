@@ -230,6 +230,7 @@ print(sum(wrote))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work_while_a_reader_reads(bucket: str) -> None:
     url, ids = f"{bucket}/store", tuple(str(n) for n in range(40))
     store = create_store(url, SPEC, FINGERPRINT, ids)

@@ -89,6 +89,7 @@ def together(alone: dict[str, Config]) -> tuple[dict[str, Config], str]:
     return configs, out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["psa", "uneven", "egovlp", "question-only", "majority", "contrast", "mfas"])
 def test_two_ranks_train_as_one_process_step_by_step(
     alone: dict[str, Config], together: tuple[dict[str, Config], str], name: str
@@ -137,6 +138,7 @@ def test_gradients_of_the_shares_add_up_to_those_of_the_batch(alone: dict[str, C
                 torch.testing.assert_close(sum(of_parts), gradient, rtol=1e-4, atol=1e-6, msg=key)
 
 
+@pytest.mark.slow
 def test_each_clip_is_held_by_one_rank_and_it_is_said(together: tuple[dict[str, Config], str]) -> None:
     out = together[1]
     assert out.count("each of 2 ranks reads and keeps only its own clips, ") == 4  # two heads read no video

@@ -181,11 +181,13 @@ def _published_logits(network: str, variant: str, tokens: PatchTokens) -> Tensor
         return head(tokens, states, expected["am"], torch.zeros(2, dtype=torch.long))
 
 
+@pytest.mark.slow
 def test_egovlpv2_gives_the_published_logits() -> None:
     logits = _published_logits("egovlpv2", "paper", published_fused6())
     assert (logits - recorded("egovlpv2")["logits"]).abs().max() < 1e-3
 
 
+@pytest.mark.slow
 def test_mfas_as_released_gives_the_published_score_mask_and_logits() -> None:
     tokens = load_video_encoder("mfas", formula_checkpoint("mfas"), 16, 6, variant="released")(dev_frames(16))
     logits = _published_logits("mfas", "released", tokens)

@@ -59,6 +59,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_all_of_stage_two_imports_and_trains_without_video(config_file: Path) -> None:
     done = run("--config", str(config_file))
     assert done.returncode == 0, done.stdout + done.stderr

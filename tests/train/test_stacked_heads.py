@@ -2,10 +2,13 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from egopatch.configs.schema import HeadConfig, TrainConfig
 from egopatch.train.data.batch import Batch
@@ -13,10 +16,15 @@ from egopatch.train.fitting.optim import learning_rate
 from egopatch.train.fitting.stacked_heads import StackedHeads, deterministic
 from egopatch.train.heads import PSA, Pooled, QuestionOnly
 from egopatch.train.heads.common.noise import Dropout, mix
+from egopatch.train.heads.psa import selection
 from egopatch.train.heads.psa.selection import PatchSelection
 from egopatch.train.ops.largest import largest_mask
+from egopatch.train.ops.select_attend.api import SelectAttendOutput
 from tests.train.test_psa import CONFIG, SIZES, make_batch
 
+aten = torch.ops.aten
+# Operators whose results have a size that depends on values, or that return a number.
+READS_BACK = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_consecutive}
 TRAIN = TrainConfig(lr=3e-3, warmup=0.0, label_smoothing=0.1)
 CPU = torch.device("cpu")
 
@@ -40,7 +48,7 @@ def make(
 
 def trace(stack: StackedHeads, batches: int = 6) -> list[list[float]]:
     told = [stack.learn(make_batch(seed=seed)) for seed in range(batches)]
-    return [[member["loss"] for member in step] for step in told if step is not None]
+    return [step.values[0].tolist() for step in told if step is not None]
 
 
 @pytest.mark.parametrize("changes", [{}, {"scores": ("random",)}, {"growth": True}, {"coarse": False}])
@@ -156,8 +164,8 @@ def test_accumulated_batches_are_one_step() -> None:
         alone = make((0.5,), (0,), dropout=0.0)
         told = alone.learn(batch)
         assert told is not None
-        loss += told[0]["loss"] / 2
-    assert step[0]["loss"] == pytest.approx(loss, rel=1e-5)
+        loss += float(told.values[0, 0]) / 2
+    assert float(step.values[0, 0]) == pytest.approx(loss, rel=1e-5)
     assert accumulate.step == 1
     # An epoch's last batch makes a step with what there is.
     assert accumulate.learn(first, last=True) is not None
@@ -197,7 +205,7 @@ def test_state_goes_on_exactly(held: int) -> None:
     batches = [make_batch(seed=seed) for seed in range(9)]
 
     def run(stack: StackedHeads, part: list[Batch]) -> list[float]:
-        return [told[0]["loss"] for batch in part if (told := stack.learn(batch)) is not None]
+        return [float(told.values[0, 0]) for batch in part if (told := stack.learn(batch)) is not None]
 
     undisturbed = make((0.25, 0.5), (0, 1), train)
     expected = run(undisturbed, batches)
@@ -253,3 +261,49 @@ def test_weights_of_another_head_are_refused() -> None:
         stack.load_weights(0, {name: t for name, t in weights.items() if name != "prior"})
     with pytest.raises(ValueError, match=r"prior is \(3,\), expected \(35,\)"):
         stack.load_weights(0, {**weights, "prior": torch.zeros(3)})
+
+
+def attend_without_kernels(
+    tokens: Tensor, clip_index: Tensor, queries: Tensor, selector: Tensor, bias: Tensor, k: int, *_: object
+) -> SelectAttendOutput:
+    """Stand-in for the kernels in which the host waits for nothing."""
+    x = tokens[clip_index].float()
+    scores = torch.einsum("btnd,bd->btn", x, selector) + bias[clip_index]
+    kept = scores.topk(k, dim=2).indices
+    logits = torch.einsum("btnd,bhd->bthn", x, queries) + scores[:, :, None]
+    logits = logits.gather(3, kept[:, :, None].expand(*logits.shape[:3], k))
+    rows = x.gather(2, kept[..., None].expand(*kept.shape, x.shape[-1]))
+    return SelectAttendOutput(logits.softmax(dim=-1) @ rows, logits.logsumexp(dim=-1), kept)
+
+
+@pytest.mark.parametrize("ratios", [(0.5,), (0.25, 0.5)])
+def test_a_step_reads_nothing_back(ratios: tuple[float, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever returns a number or a size that depends on values makes a GPU's host wait; kernels do it for none."""
+    stack, batch = make(ratios, (0,) * len(ratios), implementation="triton"), make_batch()
+    monkeypatch.setattr(selection, "select_attend", attend_without_kernels)
+    monkeypatch.setattr(PatchSelection, "for_stacked_heads", PatchSelection.head_by_head)
+    waits = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function.overloadpacket in READS_BACK:
+                waits.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    def read(name: str) -> Callable[..., Any]:
+        real = getattr(torch.Tensor, name)
+
+        def counted(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            waits.append(name)
+            return real(self, *args, **kwargs)
+
+        return counted
+
+    for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, read(name))
+    with Watch():
+        step = stack.learn(batch)
+    assert waits == []
+    assert step is not None
+    float(step.values[0, 0])
+    assert waits == ["__float__"]

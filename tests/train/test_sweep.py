@@ -54,6 +54,7 @@ def test_members_share_one_reading(tiny: Config) -> None:
     assert {m["seed"] for m in many["members"]} == {0, 1}
 
 
+@pytest.mark.slow
 def test_stopped_sweep_goes_on_and_a_finished_one_trains_nothing(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = json.loads(run_sweep(tiny, ratios=[0.25, 0.5], name="whole").read_text())
     real = RunGroup.learn
@@ -76,6 +77,7 @@ def test_stopped_sweep_goes_on_and_a_finished_one_trains_nothing(tiny: Config, m
     assert json.loads(run_sweep(tiny, ratios=[0.25, 0.5]).read_text())["trained"] == 0
 
 
+@pytest.mark.slow
 def test_signal_stops_every_crew_at_its_place(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     path = run_sweep(tiny, ratios=[0.25, 0.5], name="whole")

@@ -21,7 +21,7 @@ from egopatch.train.fitting.answers import Answers, PartScorer
 from egopatch.train.fitting.experiment import Experiment
 from egopatch.train.fitting.optim import learning_rate
 from egopatch.train.fitting.run import TrainingRun
-from egopatch.train.fitting.stacked_heads import StackedHeads
+from egopatch.train.fitting.stacked_heads import LearnedStep, StackedHeads
 from egopatch.train.heads import PSA, Choice, Majority, build_head, unwrapped
 from egopatch.train.heads.common.question import QuestionReader
 from egopatch.train.heads.psa.selection import implementation_in_use
@@ -32,6 +32,8 @@ from egopatch.train.scores.metrics import Metrics
 
 # Number of clips that the input whitening is measured on.
 MEASURED_CLIPS = 64
+# Steps whose losses are read back from the device together: a GPU stands still while its host waits for them.
+STEPS_READ_TOGETHER = {"cpu": 1, "cuda": 16}
 # Fraction of the time that saving at the end of epochs may take.
 SAVING_SHARE = 0.05
 
@@ -62,6 +64,7 @@ class RunGroup:
         self.heads = build_stacked_heads(configs, experiment, order_seed)
         self.path = path
         self.position = (0, 0)
+        self._unread: list[LearnedStep] = []
         self._saved_at, self._saving_took = -math.inf, 0.0
         self._scorer = PartScorer(experiment, "val")
         fingerprints = (experiment.fingerprint, experiment.text_fingerprint)
@@ -104,22 +107,35 @@ class RunGroup:
         return all(run.failed is not None for run in self.runs)
 
     def learn(self, batch: Batch, last: bool) -> None:
-        """Learn from one batch and log the step; `last` marks the last batch of the epoch."""
-        for number, values in enumerate(self.heads.learn(batch, last) or ()):
-            if not math.isfinite(values["loss"]):
-                self._diverged(number, f"the loss is {values['loss']}")
-            elif not math.isfinite(values["grad_norm"]):
-                self._diverged(number, f"the norm of the gradient is {values['grad_norm']}")
-            elif self.runs[number].active:
-                self.runs[number].log("step", self.heads.step, **values)
+        """Learn from one batch; `last` marks the last batch of the epoch. Steps are logged a few at a time."""
+        step = self.heads.learn(batch, last)
+        if step is not None:
+            self._unread.append(step)
+        if last or len(self._unread) >= STEPS_READ_TOGETHER[self.heads.device.type]:
+            self._log_steps()
         self.position = (self.position[0], self.position[1] + 1)
+
+    def _log_steps(self) -> None:
+        """Log the steps since the last call, and fail the runs whose loss or gradient is not finite in one of them."""
+        steps, self._unread = self._unread, []
+        if not steps:
+            return
+        values = torch.stack([step.values for step in steps]).tolist()
+        for step, (losses, norms) in zip(steps, values, strict=True):
+            for number, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
+                if not math.isfinite(loss):
+                    self._diverged(number, f"the loss is {loss}", step.number)
+                elif not math.isfinite(norm):
+                    self._diverged(number, f"the norm of the gradient is {norm}", step.number)
+                elif self.runs[number].active:
+                    self.runs[number].log("step", step.number, loss=loss, lr=step.rate, grad_norm=norm)
 
     def end_epoch(self, answers: Sequence[Answers]) -> None:
         """Score the answers of each run to *val*, keep the best weights, and save the position."""
         epoch = self.position[0] + 1
         for number, finite in enumerate(self.heads.finite()):
             if not finite:  # the last step of the epoch made them so, and no later loss has shown it
-                self._diverged(number, "a weight is not finite")
+                self._diverged(number, "a weight is not finite", self.heads.step)
         for number, (run, run_answers) in enumerate(zip(self.runs, answers, strict=True)):
             if run.active:
                 accuracies = self._scorer.accuracies(run_answers)
@@ -130,6 +146,7 @@ class RunGroup:
 
     def save(self) -> None:
         """Write the file to resume from, on the first rank."""
+        self._log_steps()
         if not self.heads.ranks.first:
             return
         started = time.monotonic()
@@ -164,17 +181,17 @@ class RunGroup:
         """The best epoch of the first run, for the progress display."""
         return self.runs[0].summary() + (f" and {len(self.runs) - 1} more" if len(self.runs) > 1 else "")
 
-    def _diverged(self, number: int, what: str) -> None:
+    def _diverged(self, number: int, what: str, step: int) -> None:
         """Fail a run, unless its training has ended; the others of the stack continue."""
         run, heads, train = self.runs[number], self.heads, self.config.train
-        rate = learning_rate(heads.step - 1, heads.steps, train)
+        rate = learning_rate(step - 1, heads.steps, train)
         heads.reset(number)
         if not run.active:
             return
         other = ", or --train.dtype float32" if heads.low_precision else ""
-        where = f"epoch {self.position[0] + 1}, step {heads.step} of {heads.steps}, at learning rate {rate:.2g}"
+        where = f"epoch {self.position[0] + 1}, step {step} of {heads.steps}, at learning rate {rate:.2g}"
         lower = f"a lower --train.lr (such as {train.lr / 3:.1g}) or a longer --train.warmup{other}"
-        run.fail(f"{what} in {where}; try {lower}, in another --run.dir", heads.step)
+        run.fail(f"{what} in {where}; try {lower}, in another --run.dir", step)
 
     def _resume(self, saved: ResumeState) -> None:
         if saved.origin != self._origin:

@@ -9,6 +9,7 @@ Shape legend: M heads, B questions, T frames, N patches a frame, A answers.
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +30,21 @@ GRADIENT_NORM = 1.0
 EVALUATION = -1
 # Difference of two cosines that counts as one in the contrast of paraphrase and counterfactual.
 CONTRAST_TEMPERATURE = 0.1
+
+
+@dataclass(frozen=True)
+class LearnedStep:
+    """What one step reports. The values stay on the device, because reading them waits for the step to end.
+
+    Attributes:
+        number: Number of the step, from 1.
+        rate: Its learning rate.
+        values: [2, M]: loss and norm of the gradient of each head.
+    """
+
+    number: int
+    rate: float
+    values: Tensor
 
 
 class StackedHeads:
@@ -82,11 +98,10 @@ class StackedHeads:
     def __len__(self) -> int:
         return len(self.seeds)
 
-    def learn(self, batch: Batch, last: bool = False) -> list[dict[str, float]] | None:
+    def learn(self, batch: Batch, last: bool = False) -> LearnedStep | None:
         """Learn from one batch; make a step after `train.accumulate` batches and after the `last` one of an epoch.
 
-        Returns:
-            After a step, `loss`, `lr` and `grad_norm` of each head.
+        Nothing here reads a value back from the device. Returns the step if one was made.
         """
         assert self.optimiser is not None
         self._head.train()
@@ -105,10 +120,7 @@ class StackedHeads:
         losses = torch.stack(self._pending_losses).mean(dim=0)
         self._pending_losses = []
         self.step += 1
-        return [
-            {"loss": loss, "lr": rate, "grad_norm": norm}
-            for loss, norm in zip(losses.tolist(), norms.tolist(), strict=True)
-        ]
+        return LearnedStep(self.step, rate, torch.stack([losses, norms]))
 
     @torch.no_grad()
     def answer(self, batch: Batch, number: int) -> tuple[Tensor, Tensor | None]:
@@ -270,11 +282,17 @@ class StackedHeads:
     def _clip_gradients(self, batches: int) -> Tensor:
         """Turn sums over `batches` into means and clip the gradient of each head; returns the norms before, [M]."""
         gradients = [g for name in self._trainable if (g := self.tensors[name].grad) is not None]
-        norms_of_tensors = [torch.linalg.vector_norm(gradient.reshape(len(self), -1), dim=1) for gradient in gradients]
-        norms = torch.linalg.vector_norm(torch.stack(norms_of_tensors), dim=0) / batches
+        if len(self) == 1:  # one launch for all tensors on a GPU, where a step is bound by its launches
+            norms = nn.utils.get_total_norm(gradients)[None] / batches
+        else:
+            of_tensors = [torch.linalg.vector_norm(gradient.reshape(len(self), -1), dim=1) for gradient in gradients]
+            norms = torch.linalg.vector_norm(torch.stack(of_tensors), dim=0) / batches
         factor = (GRADIENT_NORM / (norms + 1e-6)).clamp(max=1) / batches
-        for gradient in gradients:
-            gradient *= factor.view(-1, *[1] * (gradient.ndim - 1))
+        if len(self) == 1:
+            torch._foreach_mul_(gradients, factor[0])
+        else:
+            for gradient in gradients:
+                gradient *= factor.view(-1, *[1] * (gradient.ndim - 1))
         return norms
 
     @property

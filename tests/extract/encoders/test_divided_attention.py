@@ -31,6 +31,7 @@ def run(**environment: str) -> None:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.slow
 def test_in_the_interpreter() -> None:
     run(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
 

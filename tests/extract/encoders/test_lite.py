@@ -277,6 +277,7 @@ def test_fingerprints_name_weights_packages_and_transform(checkpoint: Checkpoint
     assert texts["package"] == f"{MINILM.name} {importlib.metadata.version(MINILM.name)}"
 
 
+@pytest.mark.slow
 def test_a_store_of_lite_tokens(
     data: Path, tmp_path: Path, checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,10 +26,12 @@ def _close(tokens: PatchTokens, name: str, network: str = "egovlpv2") -> None:
     assert abs(got.std() - expected[f"{name}_std"]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_question_answering_path_after_six_blocks() -> None:
     _close(published_fused6(), "fused6")
 
 
+@pytest.mark.slow
 def test_video_only_path_after_six_blocks_and_to_the_end() -> None:
     encoder = load_video_encoder("egovlpv2", formula_checkpoint("egovlpv2"), 16, 12, "dual")
     after_six: list[Tensor] = []
@@ -42,6 +44,7 @@ def test_video_only_path_after_six_blocks_and_to_the_end() -> None:
     assert abs(after_six[0].mean() - expected["dual6_mean"]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32() -> None:
     # Four frames of the sixteen: without instructions for it, a CPU takes ten times as long for bfloat16.
     tokens, expected = (
@@ -60,12 +63,14 @@ def _text(network: str, depth: int) -> tuple[Tensor, Tensor]:
     return states, encoder.project(states[:, 0])
 
 
+@pytest.mark.slow
 def test_roberta_without_video() -> None:
     states, joint = _text("egovlpv2", 12)
     assert relative(states, recorded("egovlpv2")["text_hidden"]) < TOLERANCE
     assert joint.shape == (2, 4096)
 
 
+@pytest.mark.slow
 def test_egovlp_video() -> None:
     encoder = load_video_encoder("egovlp", formula_checkpoint("egovlp"), 4, 12)
     tokens = encoder(dev_frames(4))
@@ -73,6 +78,7 @@ def test_egovlp_video() -> None:
     assert relative(encoder.project(tokens.cls), recorded("egovlp")["video_embed"]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_egovlp_text() -> None:
     assert relative(_text("egovlp", 6)[1], recorded("egovlp")["text_embed"]) < TOLERANCE
 

@@ -44,6 +44,7 @@ def build(checkpoint: Checkpoint, options: VideoOptions) -> Colours:
 WHOLE = Transform("whole", None, 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
+@pytest.mark.slow
 def test_a_new_network_goes_all_the_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,6 +53,7 @@ def test_strided_inputs_read_as_their_copies(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(out, copy, strict=True))
 
 
+@pytest.mark.slow
 def test_repeats_are_bit_equal() -> None:
     case = make_case(2, 18, 1, 20, 16, 2, torch.float16, device=DEVICE)
     runs = []
@@ -63,6 +64,7 @@ def test_repeats_are_bit_equal() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.slow
 def test_gradients_of_tiles_one_by_one_are_those_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Backward keeps only as many tiles' logits as fit in its scratch memory."""
     from egopatch.train.ops.select_attend import kernels
@@ -77,6 +79,7 @@ def test_gradients_of_tiles_one_by_one_are_those_of_all_at_once(monkeypatch: pyt
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.slow
 def test_strided_tokens_read_as_their_copy() -> None:
     case = make_case(3, 6, 4, 17, 32, 2, torch.float16, device=DEVICE)
     view = torch.empty(6, 4, 19, 80, dtype=torch.float16, device=DEVICE)[::2, :, 1:18, 16:48]
@@ -112,7 +115,7 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("patches", [20, 300])
+@pytest.mark.parametrize("patches", [20, pytest.param(300, marks=pytest.mark.slow)])
 def test_nothing_of_the_device_is_read_on_the_host(patches: int) -> None:
     """The kernels' own launch code, below the operators: what a CUDA graph captures."""
     from egopatch.train.ops.select_attend import kernels

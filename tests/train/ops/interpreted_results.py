@@ -15,7 +15,7 @@ from tests.train.ops.kernel_checks import DEVICE, check, gradients, run
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int8]
 
 
-@pytest.mark.parametrize("k", [1, 9, pytest.param(33, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("k", [9, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 33))])
 @pytest.mark.parametrize(
     "dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=["float16", "float32"]
 )
@@ -29,11 +29,12 @@ def test_every_token_dtype(dtype: torch.dtype, scaled: bool) -> None:
     check(make_case(2, 5, 2, 17, 48, 2, dtype, scaled, device=DEVICE), 5)
 
 
+@pytest.mark.slow
 def test_egovlpv2_shape() -> None:
     check(make_case(2, 3, 1, 196, 768, 4, torch.float16, device=DEVICE), 49)
 
 
-@pytest.mark.parametrize("k", [13, 48])
+@pytest.mark.parametrize("k", [pytest.param(13, marks=pytest.mark.slow), 48])
 def test_seven_by_seven(k: int) -> None:
     check(make_case(2, 3, 2, 49, 64, 4, torch.float16, device=DEVICE), k)
 
@@ -97,7 +98,8 @@ def test_ties_across_blocks_go_to_the_lowest_patch(k: int) -> None:
     assert run(flat, flat.leaves(), k).kept.unique(dim=0).tolist() == [[expected]]
 
 
-@pytest.mark.parametrize("k", [5, pytest.param(290, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [5, 290])
 def test_blocks_without_a_finite_score(k: int) -> None:
     """The kept patches lie in the first block, in the last, or nowhere."""
     case = make_case(3, 3, 1, 300, 16, 2, torch.float16, device=DEVICE)
@@ -111,6 +113,7 @@ def test_blocks_without_a_finite_score(k: int) -> None:
     assert (out.lse[empty] == -torch.inf).all()
 
 
+@pytest.mark.slow
 def test_more_questions_of_a_clip_than_a_program_takes_and_absent_clips() -> None:
     case = make_case(6, 3 * QUESTIONS + 7, 1, 20, 16, 2, torch.float16, device=DEVICE)
     case.clip_index[:] = torch.tensor([4] * (2 * QUESTIONS + 1) + [0, 2, 2, 5] * 5 + [4, 2], device=DEVICE)
@@ -120,7 +123,7 @@ def test_more_questions_of_a_clip_than_a_program_takes_and_absent_clips() -> Non
     assert (gradients(out.pooled, out.lse, leaves)[2][[1, 3]] == 0).all()
 
 
-@pytest.mark.parametrize("k", [1, 6, 20])
+@pytest.mark.parametrize("k", [6, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 20))])
 def test_equal_scores_go_to_the_lowest_patch(k: int) -> None:
     case = make_case(2, 5, 2, 20, 16, 2, torch.float16, device=DEVICE)
     flat = Case(case.tokens, case.clip_index, case.queries, case.selector * 0, case.bias * 0, None)

@@ -75,12 +75,7 @@ class PatchSelection(nn.Module):
         limits the products of a clip with few questions, but not those with the questions of all heads.
         """
         if tokens.device.type != "cpu":
-            results = [
-                self.for_one_head(tokens, clip_index, queries[m], selector[m], bias[m], scale, clip_rows, k)
-                for m, k in enumerate(self.ks)
-            ]
-            pooled, lse, kept = (torch.stack(result) for result in zip(*results, strict=True))
-            return pooled, lse, kept
+            return self.head_by_head(tokens, clip_index, queries, selector, bias, scale, clip_rows)
         if _grouped_by_clip(clip_index):
             return _SelectStacked.apply(tokens, clip_index, queries, selector, bias, scale, clip_rows, self.ks)
         order = clip_index.argsort(stable=True)
@@ -89,6 +84,24 @@ class PatchSelection(nn.Module):
         )
         back = order.argsort()
         pooled, lse, kept = (result[:, back] for result in grouped)
+        return pooled, lse, kept
+
+    def head_by_head(
+        self,
+        tokens: Tensor,
+        clip_index: Tensor,
+        queries: Tensor,
+        selector: Tensor,
+        bias: Tensor,
+        scale: Tensor | None,
+        clip_rows: Tensor | None,
+    ) -> Selected:
+        """As `for_stacked_heads`, reading the tokens once for each head."""
+        results = [
+            self.for_one_head(tokens, clip_index, queries[m], selector[m], bias[m], scale, clip_rows, k)
+            for m, k in enumerate(self.ks)
+        ]
+        pooled, lse, kept = (torch.stack(result) for result in zip(*results, strict=True))
         return pooled, lse, kept
 
 
