@@ -128,7 +128,7 @@ def test_contrast_brings_a_question_nearer_to_its_paraphrase_than_to_its_counter
     equal = make((0.5,), (3,), train).learn(with_variants(batch, batch, batch))
     assert plain is not None
     assert equal is not None
-    assert equal[0]["loss"] - plain[0]["loss"] == pytest.approx(2 * math.log(2), rel=1e-4)
+    assert float(equal.values[0, 0] - plain.values[0, 0]) == pytest.approx(2 * math.log(2), rel=1e-4)
     # Paraphrases are texts of their own, so that the answers have to become alike.
     varied = with_variants(batch, make_batch(seed=1), make_batch(seed=2))
     stack = make((0.5,), (3,), train, dropout=0.0)
@@ -150,7 +150,7 @@ def test_stacked_heads_contrast_as_they_do_alone(kind: type) -> None:
             expected = alone.learn(batch)
             assert step is not None
             assert expected is not None
-            assert step[member]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-4)
+            assert float(step.values[0, member]) == pytest.approx(float(expected.values[0, 0]), rel=1e-4)
 
 
 def test_accumulated_batches_are_one_step() -> None:
