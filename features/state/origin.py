@@ -59,7 +59,8 @@ def decode_origins(text: str, clips: int) -> list[Origin | None]:
             file, start_s, end_s = clip
             if not (type(start_s) in _SECONDS and type(end_s) in _SECONDS):
                 raise TypeError
-            origins.append(Origin(*files[file], start_s, end_s))
+            name, size = files[file]
+            origins.append(Origin(name, size, start_s, end_s))
     except (ValueError, TypeError, LookupError):
         origins = []
     if len(origins) != clips:
