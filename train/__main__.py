@@ -19,6 +19,7 @@ COMMANDS = {
     "fit": "train a head, keep the epoch best on val, and evaluate it on test",
     "evaluate": "evaluate the checkpoint in run.dir, or a fine-tuned --head.checkpoint, on test",
     "ask": "answer a question about a stored clip, with the patches that the head kept",
+    "explain": "measure which patches matter to a trained head's answers: deletion and insertion curves",
     "score": "compute metrics of any system's answers",
     "sweep": "train many settings of a head on one reading of the features",
     "table": "write the results table of every run below run.table",

@@ -171,11 +171,9 @@ class PSA(nn.Module):
         assert tokens is not None
         width = tokens.patches.shape[-1]
         queries_uhd = question.new_zeros(len(question), self.heads, width)
-        selector_ud = question.new_zeros(len(question), width)
+        selector_ud = self.selectors(question)
         if "patch" in self.levels:
             queries_uhd = self.whiten.absorb(absorb_key(self.query(question), self.key, self.heads))
-        if "question" in self.scores:
-            selector_ud = self.whiten.absorb(self.selector(question) / math.sqrt(width))
         # How well the best patches fit, which the softmax alone would hide, is lse; centred like the tokens.
         centre = (queries_uhd + selector_ud[:, None]) @ self.whiten.mean
         pooled, lse, kept = self.select(
@@ -195,6 +193,38 @@ class PSA(nn.Module):
         if self.coarse is not None:
             frames = frames + self.coarse(self.whiten, batch, question)
         return self.drop(functional.gelu(frames)), kept
+
+    def selectors(self, question: Tensor) -> Tensor:
+        """Selection query of each question [U, W] for raw tokens: [U, D]."""
+        if "question" not in self.scores:
+            return question.new_zeros(len(question), self.whiten.mean.shape[0])
+        return self.whiten.absorb(self.selector(question) / math.sqrt(self.whiten.mean.shape[0]))
+
+    @torch.no_grad()
+    def patch_scores(self, batch: Batch) -> dict[str, Tensor]:
+        """Scores of the stored patches, [B, T, n] each: `selection`, whose k highest a frame keeps, and its parts.
+
+        The parts are `question`, `saliency` and `prior`, if the head has them. Random scores have no `selection`.
+        """
+        tokens = self.select_frames(batch.tokens)
+        reader = dict(self.readers).get("where", self.read)
+        selector_bd = self.selectors(reader(batch.states, batch.mask))[batch.text_index].float()
+        saliency, positions = tokens.saliency.float(), tokens.positions
+        places = None if positions is None else positions.long()
+        patches = scaled_patches(tokens)
+        of_question = torch.stack(
+            [patches[clip] @ selector for clip, selector in zip(batch.clip_index.tolist(), selector_bd, strict=True)]
+        )
+        scores = {"saliency": saliency[batch.clip_index]}
+        if "random" not in self.scores:
+            scores["selection"] = of_question + self.bias(saliency, places)[batch.clip_index]
+        if "question" in self.scores:
+            scores["question"] = of_question
+        if "prior" in self.scores:
+            prior = (self.prior if places is None else self.prior[places]).expand_as(saliency)
+            scores["prior"] = prior[batch.clip_index]
+        order = [name for name in ("selection", "question", "saliency", "prior") if name in scores]
+        return {name: scores[name] for name in order}
 
     def bias(self, saliency: Tensor, positions: Tensor | None) -> Tensor:
         """Score of each patch that is independent of the question, from saliency and grid positions: [C, T, n] each."""

@@ -1,0 +1,244 @@
+"""Explains a trained run: which patches matter to its answers, by every score that ranks them.
+
+Shape legend: C clips of a batch, B questions, T frames that the head reads, N stored patches a frame, D channels,
+S shares of the curves.
+"""
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from egopatch.configs.schema import Config, ConfigError
+from egopatch.extract.datasets import Question
+from egopatch.extract.datasets.egosynth.places import Places, places_of, scene_of
+from egopatch.features import PatchTokens
+from egopatch.train.data.batch import Batch
+from egopatch.train.data.question_table import QuestionTable, plan_batches
+from egopatch.train.explanation.agreement import agreement_of, pointing
+from egopatch.train.explanation.curves import SHARES, area, curves
+from egopatch.train.explanation.record import Explanation, Gap, Ranking
+from egopatch.train.fitting.experiment import Experiment, open_experiment
+from egopatch.train.fitting.fit import head_of
+from egopatch.train.fitting.stacked_heads import StackedHeads
+from egopatch.train.heads import PSA, build_head, reads_video, unwrapped
+from egopatch.train.heads.common.scale import scaled_patches
+from egopatch.train.heads.psa.psa import keep_count
+from egopatch.train.rundir import card as run_folder
+from egopatch.train.rundir.card import Card, RunError
+from egopatch.train.scores.statistics import compare
+
+# Questions of a batch: each has tokens of its own here, and not its clip's.
+BATCH = 32
+RANDOM, KNOWN = "random", "known places"
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One ranking on the questions of one batch.
+
+    Attributes:
+        deletion, insertion: [S, B].
+        kept: [B, T, k] the patches with the highest scores, as positions in the grid.
+        best: [B, T] the patch with the highest score.
+    """
+
+    deletion: Tensor
+    insertion: Tensor
+    kept: NDArray[np.int64]
+    best: NDArray[np.int64]
+
+
+def explain(config: Config, questions: int = 200) -> Explanation:
+    """Measure the head in `config.run.dir` on questions of *test*.
+
+    Args:
+        config: The experiment that the head was trained with.
+        questions: Number of questions at least, drawn clip by clip with a fixed seed; all if there are fewer.
+
+    Raises:
+        RunError: There is no trained head in `run.dir`.
+        ConfigError: The head reads no video, or `questions` is less than 1.
+        StoreError, DatasetError, FingerprintMismatch: As `open_experiment`.
+    """
+    if questions < 1:
+        raise ConfigError(f"--questions is {questions}; expected at least 1")
+    folder = config.run.dir
+    card = Card.read(folder)
+    if not reads_video(card.model):
+        raise ConfigError(f"run.dir is {folder}, which holds a {card.model} head; expected one that reads video")
+    config = replace(config, head=head_of(card, config.head), train=replace(config.train, seed=card.seed, ema=0.0))
+    experiment = open_experiment(config, card)
+    experiment.require_trained_on(folder)
+    head = build_head(config, experiment.sizes).to(experiment.device).eval()
+    heads = StackedHeads([head], [card.seed], config.train, 0, experiment.device)
+    weights = run_folder.load_weights(folder, card.best_epoch)
+    try:
+        heads.load_weights(0, weights)
+    except ValueError as error:
+        raise RunError(f"{folder / run_folder.WEIGHTS} does not fit a {card.model} head: {error}") from error
+    # The stack has copies of the weights, so the head itself needs them too.
+    head.load_state_dict(weights, strict=False)
+    psa = unwrapped(head)
+    return _Explainer(experiment, heads, psa if isinstance(psa, PSA) else None, config.head.ratio).run(questions)
+
+
+class _Explainer:
+    """Measures every ranking on a sample of questions."""
+
+    def __init__(self, experiment: Experiment, heads: StackedHeads, psa: PSA | None, ratio: float) -> None:
+        self.experiment, self.heads, self.psa = experiment, heads, psa
+        sizes = experiment.sizes
+        self.grid, self.k = sizes.grid, min(keep_count(ratio, sizes.grid[0] * sizes.grid[1]), sizes.patches)
+
+    @torch.no_grad()
+    def run(self, questions: int) -> Explanation:
+        table = _sample(self.experiment.encoded["test"], questions)
+        if not len(table):
+            raise RunError("no test question is about an encoded clip, so there is nothing to explain")
+        average = self._average(table)
+        found: dict[str, list[_Measured]] = {}
+        asked: list[Question] = []
+        for number, batch in enumerate(self._batches(table)):
+            asked += [table.questions[row] for row in batch.rows.tolist()]
+            for name, scores in self._scores(batch, asked[-len(batch) :], number).items():
+                found.setdefault(name, []).append(self._measure(batch, number, scores, average))
+        places = [self._places(question) for question in asked]
+        areas = {name: _areas(measured) for name, measured in found.items()}
+        clips = [question.clip_id for question in asked]
+        rankings = []
+        for name, measured in found.items():
+            deletion, insertion = (
+                torch.cat([getattr(one, kind) for one in measured], dim=1) for kind in ("deletion", "insertion")
+            )
+            kept = [row for one in measured for row in one.kept]
+            best = [row for one in measured for row in one.best]
+            known = [(row, place) for row, place in zip(kept, places, strict=True) if place is not None]
+            pointed = [(row, place) for row, place in zip(best, places, strict=True) if place is not None]
+            deletion_gap, insertion_gap = (
+                None if name == RANDOM else _gap(ours, chance, clips)
+                for ours, chance in zip(areas[name], areas[RANDOM], strict=True)
+            )
+            rankings.append(
+                Ranking(
+                    name,
+                    _percents(deletion),
+                    _percents(insertion),
+                    deletion_gap,
+                    insertion_gap,
+                    agreement_of(known, self.grid[0] * self.grid[1]),
+                    pointing(pointed),
+                )
+            )
+        return Explanation(len(asked), self.k, self.grid[0] * self.grid[1], SHARES, tuple(rankings))
+
+    def _batches(self, table: QuestionTable) -> Iterator[Batch]:
+        """Small batches with the tokens of the frames that the head reads, as numbers without a scale."""
+        for batch in self.experiment.features.stream(table, plan_batches(table, BATCH, seed=None)):
+            tokens = batch.tokens if self.psa is None else self.psa.select_frames(batch.tokens)
+            plain = {name: tensor for name, tensor in tokens.tensors().items() if name != "scale"}
+            if tokens.scale is not None:
+                plain["patches"] = scaled_patches(tokens)
+            yield batch.with_tokens(PatchTokens(**plain))
+
+    def _average(self, table: QuestionTable) -> tuple[Tensor, Tensor]:
+        """The average patch [D] and its saliency, over the clips of these questions."""
+        patches, saliency = [], []
+        for batch in self._batches(table):
+            tokens = batch.tokens
+            patches.append(tokens.patches.float().mean(dim=(1, 2)))
+            saliency.append(tokens.saliency.float().mean(dim=(1, 2)))
+        return torch.cat(patches).mean(dim=0), torch.cat(saliency).mean()
+
+    def _scores(self, batch: Batch, questions: list[Question], number: int) -> Mapping[str, Tensor]:
+        """Every score that ranks the patches, by name: [B, T, N] each."""
+        tokens = batch.tokens
+        saliency = tokens.saliency.float()[batch.clip_index]
+        scores = {"saliency": saliency} if self.psa is None else self.psa.patch_scores(batch)
+        scores.setdefault("saliency", saliency)
+        draw = torch.from_numpy(np.random.default_rng((0, number)).random(saliency.shape, dtype=np.float32))
+        scores[RANDOM] = draw.to(saliency.device)
+        places = [self._places(question) for question in questions]
+        if any(places):
+            # Only their order counts; patches of one rank are in a random order.
+            scores[KNOWN] = scores[RANDOM] + self._known(batch, places)
+        return scores
+
+    def _known(self, batch: Batch, places: list[Places | None]) -> Tensor:
+        """[B, T, N] 1 where an object stands that the question asks about."""
+        tokens = batch.tokens
+        whole = torch.zeros(len(batch), tokens.patches.shape[1], self.grid[0] * self.grid[1])
+        for row, place in enumerate(places):
+            for frame, patches in enumerate(() if place is None else place.asked):
+                whole[row, frame, list(patches)] = 1
+        whole = whole.to(tokens.patches.device)
+        return whole if tokens.positions is None else whole.gather(2, tokens.positions.long()[batch.clip_index])
+
+    def _measure(self, batch: Batch, number: int, scores: Tensor, average: tuple[Tensor, Tensor]) -> _Measured:
+        tokens = batch.tokens
+        of_questions = {name: tensor[batch.clip_index] for name, tensor in tokens.tensors().items()}
+        mean_patch = average[0].to(tokens.patches)
+        mean_saliency = average[1].to(tokens.saliency)
+
+        def logits(present: Tensor) -> Tensor:
+            replaced = {
+                "patches": torch.where(present[..., None], of_questions["patches"], mean_patch),
+                "saliency": torch.where(present, of_questions["saliency"], mean_saliency),
+            }
+            each = torch.arange(len(batch), device=batch.clip_index.device)
+            shown = replace(batch, stored=PatchTokens(**of_questions | replaced), clip_rows=None, clip_index=each)
+            return self.heads.logits(shown, number)[0][0].float()
+
+        answer = logits(torch.ones_like(scores, dtype=torch.bool)).argmax(dim=-1, keepdim=True)
+        deletion, insertion = curves(lambda present: logits(present).softmax(dim=-1).gather(1, answer)[:, 0], scores)
+        kept = scores.argsort(dim=-1, descending=True, stable=True)[..., : self.k]
+        if tokens.positions is not None:
+            kept = tokens.positions.long()[batch.clip_index].gather(2, kept)
+        grid_kept = kept.cpu().numpy()
+        return _Measured(deletion.cpu(), insertion.cpu(), grid_kept, grid_kept[..., 0])
+
+    def _places(self, question: Question) -> Places | None:
+        """Where the objects stand that a question of EgoSynth asks about; None for other data sets."""
+        scene = scene_of(question.clip_id)
+        if scene is None:
+            return None
+        frames = self.experiment.sizes.frames
+        places = places_of(scene, question.text, frames, self.grid)
+        if self.psa is None:
+            return places
+        read = self.psa.frame_indices
+        return Places(tuple(places.asked[frame] for frame in read), tuple(places.others[frame] for frame in read))
+
+
+def _sample(table: QuestionTable, questions: int) -> QuestionTable:
+    """The questions about clips that are drawn until there are enough questions."""
+    if len(table) <= questions:
+        return table
+    counts, drawn, count = np.bincount(table.clip.numpy(), minlength=len(table.clips)), set[str](), 0
+    order = list(range(len(table.clips)))
+    random.Random(0).shuffle(order)
+    for clip in order:
+        if count >= questions:
+            break
+        drawn.add(table.clips[clip])
+        count += int(counts[clip])
+    return table.without_clips([clip for clip in table.clips if clip not in drawn])
+
+
+def _areas(measured: list[_Measured]) -> tuple[Tensor, Tensor]:
+    """Area below the deletion and the insertion curve of each question, [B] each."""
+    deletion = torch.cat([area(one.deletion) for one in measured])
+    return deletion, torch.cat([area(one.insertion) for one in measured])
+
+
+def _gap(ours: Tensor, chance: Tensor, clips: list[str]) -> Gap:
+    found = compare(ours[None].numpy(), chance[None].numpy(), clips).difference
+    return Gap(found.mean, found.low, found.high)
+
+
+def _percents(curve: Tensor) -> tuple[float, ...]:
+    return tuple(round(100 * value, 3) for value in curve.double().mean(dim=1).tolist())

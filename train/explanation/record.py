@@ -1,0 +1,126 @@
+"""`explanation.json` of a run: which patches matter to its answers, by every score that ranks them."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from egopatch.train.explanation.agreement import Agreement
+from egopatch.train.rundir.card import write_whole
+
+EXPLANATION = "explanation.json"
+
+
+class ExplanationError(ValueError):
+    """The file is missing or damaged; the message names it and what to do."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """By how many points an area is above that of a random order, with its 95% interval over clips."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What is known about one score that ranks patches.
+
+    Attributes:
+        name: `selection` (what psa keeps by), `question`, `saliency` or `prior` (its parts), `known places` (those of
+            EgoSynth) or `random`.
+        deletion: Probability of the head's answer at each share of deleted patches, in percent, mean over questions.
+        insertion: The same at each share of inserted patches.
+        deletion_gap: Area below the deletion curve, compared with a random order; None for `random`.
+        insertion_gap: The same for insertion.
+        agreement: Of the k patches with the highest scores in each frame, with the known places of EgoSynth.
+        pointing: In how many percent of frames the highest score is the place of an object asked about.
+    """
+
+    name: str
+    deletion: tuple[float, ...]
+    insertion: tuple[float, ...]
+    deletion_gap: Gap | None
+    insertion_gap: Gap | None
+    agreement: Agreement | None
+    pointing: float | None
+
+    @property
+    def deletion_area(self) -> float:
+        """Mean height of the deletion curve, whose shares are evenly spaced."""
+        return _mean_height(self.deletion)
+
+    @property
+    def insertion_area(self) -> float:
+        """Mean height of the insertion curve."""
+        return _mean_height(self.insertion)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Every ranking, measured on the same questions of *test*.
+
+    Attributes:
+        questions: Number of questions.
+        k: Patches of a frame that count as chosen.
+        patches: Patches in a frame.
+        shares: Shares of the curves, evenly spaced from 0 to 1.
+    """
+
+    questions: int
+    k: int
+    patches: int
+    shares: tuple[float, ...]
+    rankings: tuple[Ranking, ...]
+
+    def write(self, folder: Path) -> Path:
+        """Write `explanation.json` into a run's folder; returns its path."""
+        path = folder / EXPLANATION
+        write_whole(path, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        return path
+
+
+def read_explanation(folder: Path) -> Explanation | None:
+    """Read the file of a run; None if the run was not explained.
+
+    Raises:
+        ExplanationError: The file is damaged.
+    """
+    path = folder / EXPLANATION
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        rankings = tuple(map(_ranking, values.pop("rankings")))
+        found = Explanation(**values | {"shares": tuple(map(float, values["shares"]))}, rankings=rankings)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ExplanationError(
+            f"{path} is damaged ({error}); delete it and run `python -m train explain` again"
+        ) from error
+    if any(len(curve) != len(found.shares) for one in rankings for curve in (one.deletion, one.insertion)):
+        raise ExplanationError(
+            f"{path} has curves of another length than its shares; run `python -m train explain` again"
+        )
+    return found
+
+
+def _ranking(values: dict[str, Any]) -> Ranking:
+    def optional(kind: type, name: str) -> Any:
+        return None if values[name] is None else kind(**values[name])
+
+    return Ranking(
+        str(values["name"]),
+        tuple(map(float, values["deletion"])),
+        tuple(map(float, values["insertion"])),
+        optional(Gap, "deletion_gap"),
+        optional(Gap, "insertion_gap"),
+        optional(Agreement, "agreement"),
+        None if values["pointing"] is None else float(values["pointing"]),
+    )
+
+
+def _mean_height(curve: tuple[float, ...]) -> float:
+    return (sum(curve) - (curve[0] + curve[-1]) / 2) / (len(curve) - 1)
