@@ -8,9 +8,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from egopatch.train.report import plots
-from egopatch.train.report.sources import TrainingLog, read_sweep
-from egopatch.train.rundir.results import gather
-from tests.train.fake_runs import write_run, write_sweep
+from egopatch.train.report.sources import read_sweep
+from tests.train.fake_runs import write_sweep
 
 
 def test_ratio_plot_has_the_mean_and_the_range_over_seeds(tmp_path: Path) -> None:
@@ -42,31 +41,6 @@ def test_settings_of_a_grid_are_lines_of_their_own(tmp_path: Path) -> None:
     assert [len(line.get_xdata()) for line in axis.lines] == [1, 2]
 
 
-def test_table_plot_has_a_bar_for_each_row(tmp_path: Path) -> None:
-    for index, model in enumerate(("majority", "egovlp", "psa")):
-        write_run(tmp_path, model, model=model, all_=30.0 + 10 * index)
-    (axis,) = plots.draw_table(gather(tmp_path)).axes
-    assert [bar.get_width() for bar in axis.patches] == [30.0, 40.0, 50.0]
-    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["majority", "egovlp", "psa"]
-    assert axis.get_xlim()[0] == 0
-
-
-def test_curves_have_loss_by_step_and_val_by_epoch() -> None:
-    log = TrainingLog((0, 10), (3.0, 1.0), (1, 2), (40.0, 45.0))
-    loss, val = plots.draw_curves({"direct": {"psa": log}}).axes
-    np.testing.assert_allclose(loss.lines[0].get_xydata(), [[0, 3.0], [10, 1.0]])
-    np.testing.assert_allclose(val.lines[0].get_xydata(), [[1, 40.0], [2, 45.0]])
-
-
-def test_selection_map_is_in_percent_and_the_right_way_up() -> None:
-    share = np.array([[0.0, 0.1], [0.2, 0.4]])
-    figure = plots.draw_selection({"direct": share}, {"direct": 0.25})
-    (image,) = figure.axes[0].images
-    np.testing.assert_allclose(image.get_array(), 100 * share)
-    assert image.origin == "upper"
-    assert image.get_clim() == (0, 40.0)
-
-
 def test_long_traces_are_averaged() -> None:
     steps, losses = plots.thin(range(1200), [float(step) for step in range(1200)])
     assert len(steps) == len(losses) == 120
@@ -75,10 +49,10 @@ def test_long_traces_are_averaged() -> None:
 
 
 def test_saved_plots_are_pictures_and_repeat_bit_for_bit(tmp_path: Path) -> None:
-    log = TrainingLog((0, 10), (3.0, 1.0), (1, 2), (40.0, 45.0))
+    sweep = read_sweep(write_sweep(tmp_path, seeds=3) / "sweep.json")
 
     def draw() -> Figure:
-        return plots.draw_curves({"direct": {"psa": log}})
+        return plots.draw_ratio([sweep], {})
 
     first, second = plots.save(draw(), tmp_path / "a.png"), plots.save(draw(), tmp_path / "b.png")
     assert first.read_bytes() == second.read_bytes()

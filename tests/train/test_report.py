@@ -16,9 +16,11 @@ import pytest
 from PIL import Image
 
 from egopatch.configs.schema import Config
+from egopatch.extract.encoders.networks.lite import TRANSFORM as LITE_TRANSFORM
+from egopatch.train.report import analysis as report_analysis
 from egopatch.train.report import examples as report_examples
 from egopatch.train.report.page import write_report
-from egopatch.train.rundir.results import TableError
+from egopatch.train.rundir.results import TableError, gather
 from tests.train.fake_runs import EVIL, guesses, kept_patches, write_dataset, write_run, write_sweep
 
 SYSTEMS = ("majority", "question-only", "egovlp", "egovlpv2", "psa")
@@ -96,8 +98,10 @@ def copy(made: tuple[Config, Path], tmp_path: Path) -> Iterator[Path]:
 def test_text_of_the_data_is_escaped(text: str, page: Page) -> None:
     assert EVIL not in text
     assert "is &lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;" in text
-    assert len(page.texts["script"]) == 1
-    assert "alert" not in page.texts["script"][0]
+    data, script = page.texts["script"]
+    assert not set("<>&") & set(data)
+    assert json.loads(data)[0]["texts"][0] == EVIL
+    assert "alert" not in script
 
 
 def test_policy_allows_only_the_pages_own_style_and_script(page: Page) -> None:
@@ -106,7 +110,7 @@ def test_policy_allows_only_the_pages_own_style_and_script(page: Page) -> None:
     assert policy["default-src"] == "'none'"
     assert policy["img-src"] == "data:"
     for tag, directive in (("script", "script-src"), ("style", "style-src")):
-        (content,) = page.texts[tag]
+        *_, content = page.texts[tag]  # data in a script element never runs, so they need no permission
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         assert policy[directive] == f"'sha256-{digest}'"
 
@@ -124,15 +128,22 @@ def test_no_inline_style_or_handler_that_the_policy_would_drop(page: Page) -> No
     assert not [(tag, name) for tag, attrs in page.elements for name in attrs if name == "style" or name[:2] == "on"]
 
 
-def test_plots_are_left_in_the_folder_and_on_the_page(made: tuple[Config, Path], page: Page) -> None:
-    for name in ("table", "ratio", "curves", "selection"):
-        png = (made[1].parent / f"{name}.png").read_bytes()
-        assert "data:image/png;base64," + base64.b64encode(png).decode() in page.all("img", "src")
+def test_every_section_with_data_has_its_charts(page: Page) -> None:
+    labels = [attrs["aria-label"] for tag, attrs in page.elements if tag == "svg" and attrs.get("class") == "chart"]
+    said = (
+        "majority 16.67",
+        "share of patches kept",
+        "training loss",
+        "accuracy on val",
+        "how often each of 7 × 7 patches",
+    )
+    assert len(labels) == len(said)
+    assert all(words in label for label, words in zip(labels, said))
 
 
 def test_at_least_a_dozen_examples_with_frames_overlays_and_answers(text: str, page: Page) -> None:
-    assert text.count('<article class="example">') == 12
-    assert [text.count(f"<h4>{kind}</h4>") for kind in ("Wins", "Losses", "Random questions")] == [1, 1, 1]
+    assert text.count('<article class="example"') == 12
+    assert [text.count(f"<h4 data-kind>{kind}</h4>") for kind in ("Wins", "Losses", "Random questions")] == [1, 1, 1]
     frames = [source for source in page.all("img", "src") if source.startswith("data:image/jpeg")]
     assert len(frames) == 12 * 4
     with Image.open(io.BytesIO(base64.b64decode(frames[0].split(",")[1]))) as image:
@@ -152,8 +163,7 @@ def test_numbers_of_the_page(text: str) -> None:
     assert "<b>+29.17</b> points over question-only" in text
     assert "95% interval" in text
     assert "n = 24 questions: 16 open, 8 binary." in text
-    words = ["python", "-m", "train", "fit", "--config", "configs/demo.yaml", "--head.name", "psa"]
-    assert " ".join(f"<span>{word}</span>" for word in words) in text
+    assert "python -m train fit --config configs/demo.yaml --head.name psa\n" in text
     assert "torch <code>2.13.0</code>" in text
 
 
@@ -231,9 +241,64 @@ def test_no_runs_no_report(tmp_path: Path) -> None:
     assert not (tmp_path / "report.html").exists()
 
 
-def test_baselines_alone_make_a_report(tmp_path: Path, made: tuple[Config, Path]) -> None:
-    write_run(tmp_path, "egovlp", model="egovlp", predictions=guesses(3))
-    assert "No psa run on this split." in write_report(made[0], tmp_path).read_text()
+@pytest.mark.usefixtures("no_decoding")
+def test_without_psa_the_page_is_about_the_best_head_on_val(tmp_path: Path, made: tuple[Config, Path]) -> None:
+    for name, val, every in (("egovlp", 40.0, 3), ("pooled", 45.0, 2), ("question-only", 60.0, 5)):
+        write_run(tmp_path, name, model=name, val=val, predictions=guesses(every))
+    page = write_report(made[0], tmp_path).read_text()
+    assert "pooled, all questions" in page
+    assert page.count('<article class="example"') >= 8
+
+
+ENCODERS = {
+    "psa": {"arch": "egovlpv2", "checkpoint": "weights/egovlpv2-random.pth"},
+    "psa (lite)": {"arch": "lite", "checkpoint": None},
+}
+
+
+@pytest.mark.parametrize("systems", [("psa", "psa (lite)"), ("psa (lite)",)])
+def test_the_headline_matches_by_head_and_prefers_real_weights(
+    tmp_path: Path, made: tuple[Config, Path], systems: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for system in systems:
+        config = {"head": {"name": "psa"}, "encoder": ENCODERS[system], "video": {"frames": 2}}
+        # The row on random weights is the better one on val.
+        val = 90.0 if system == "psa" else 10.0
+        write_run(
+            tmp_path, system, model=system, val=val, predictions=guesses(2), kept=kept_patches(frames=2), config=config
+        )
+    write_run(tmp_path, "question-only", model="question-only", predictions=guesses(6))
+    asked = []
+    monkeypatch.setattr(report_analysis, "input_transform", lambda *args: asked.append(args) or LITE_TRANSFORM)
+    text = write_report(made[0], tmp_path).read_text()
+    assert "psa (lite), all questions</span>" in text
+    assert "points over question-only" in text
+    assert not re.search("points over psa|No psa|random encoder weights", text)
+    assert asked == [("lite", None, 112)]
+    overlays = [attrs for tag, attrs in Page(text).elements if tag == "svg" and attrs.get("viewbox") == "0 0 7 7"]
+    examples = text.count('<article class="example"')
+    assert examples >= 8
+    assert len(overlays) == 2 * examples  # the frames of the run's own card, and its own selection
+
+
+def test_a_row_on_random_weights_alone_is_called_that(
+    tmp_path: Path, made: tuple[Config, Path], no_decoding: None
+) -> None:
+    write_run(tmp_path, "psa", predictions=guesses(2), config={"encoder": ENCODERS["psa"]})
+    assert "psa, all questions, on random encoder weights" in write_report(made[0], tmp_path).read_text()
+
+
+def test_pictures_of_an_unknown_encoder_are_missing_with_the_reason(tmp_path: Path, made: tuple[Config, Path]) -> None:
+    write_run(tmp_path, "psa (mine)", predictions=guesses(2), config={"encoder": {"arch": "mine"}})
+    assert write_report(made[0], tmp_path).read_text().count("No picture: encoder.arch is &#39;mine&#39;") == 4
+
+
+@pytest.mark.usefixtures("no_decoding")
+def test_a_head_that_reads_some_frames_shows_those(tmp_path: Path, made: tuple[Config, Path]) -> None:
+    config = {"head": {"name": "psa", "frames": 2}, "video": {"frames": 8}}
+    write_run(tmp_path, "psa", predictions=guesses(2), config=config)
+    (row,) = gather(tmp_path).rows
+    assert report_analysis.frames_read(row, report_analysis.config_of(row, made[0])) == [2, 6]
 
 
 def test_reading_results_never_imports_the_decoder() -> None:

@@ -1,12 +1,13 @@
 """What the report reads beside the table: logs, sweeps, selections."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from egopatch.train.report.sources import Selection, SourceError, read_log, read_selection, read_sweep
-from tests.train.fake_runs import write_sweep
+from tests.train.fake_runs import write_run, write_sweep
 
 
 def test_log_keeps_the_last_of_repeated_steps_and_passes_over_a_torn_end(tmp_path: Path) -> None:
@@ -56,3 +57,13 @@ def test_sweep_points_gather_the_seeds(tmp_path: Path) -> None:
     ]
     assert sweep.points[0].sd == pytest.approx(0.7071, abs=1e-4)
     assert sweep.varies_ratio
+
+
+def test_a_sweep_of_an_earlier_version_takes_its_system_from_its_runs(tmp_path: Path) -> None:
+    path = write_sweep(tmp_path, seeds=1)
+    assert read_sweep(path / "sweep.json").system == "psa"
+    write_run(path, "r0.25_s0", model="psa (lite)")
+    assert read_sweep(path / "sweep.json").system == "psa (lite)"
+    value = json.loads((path / "sweep.json").read_text()) | {"system": "psa (dinov2)"}
+    (path / "sweep.json").write_text(json.dumps(value))
+    assert read_sweep(path / "sweep.json").system == "psa (dinov2)"

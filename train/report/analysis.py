@@ -1,17 +1,22 @@
-"""Analysis of one split for the report: the better blind baseline, tags, selections, examples."""
+"""Analysis of one split for the report: the row it is about, its rivals, tags, selections, examples."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from egopatch.configs.schema import Config
-from egopatch.extract.datasets import Question
+from egopatch.configs.schema import Config, ConfigError, VideoConfig
+from egopatch.extract.datasets import Clip, Question
 from egopatch.extract.encoders import input_transform
+from egopatch.extract.errors import CheckpointError
 from egopatch.train.report import examples
 from egopatch.train.report.answers import Correctness, Questions, read_answers
 from egopatch.train.report.sources import Selection, SourceError, Sweep, read_selection
-from egopatch.train.rundir.results import BLIND, Row
+from egopatch.train.report.table import is_standin
+from egopatch.train.rundir.results import BLIND, OURS, Row
 from egopatch.train.scores.metrics import same_lower_cased
 
 EXAMPLES_OF_A_KIND = 4
@@ -33,6 +38,47 @@ class TagLine:
     tag: str
     n: int
     accuracy: Mapping[str, float]
+
+
+def headline_row(rows: Sequence[Row]) -> Row:
+    """The row that the page is about: psa if it was run, else the best head that reads video.
+
+    A row on real encoder weights comes before one on random stand-ins, the setting of the table before others, and then
+    the one that is best on val.
+    """
+
+    def rank(row: Row) -> tuple[bool, bool, bool, bool, float]:
+        val = [run.val for run in row.runs if run.val is not None]
+        mean = float(np.mean(val)) if val else -math.inf
+        return row.head in OURS, row.head not in BLIND, not is_standin(row.best.card), row.label == row.system, mean
+
+    return max(rows, key=rank)
+
+
+def rivals(rows: Sequence[Row], ours: Row) -> list[Row]:
+    """The rows that the headline is compared with: the better blind baseline, and every other head."""
+    blind = best_blind_row(rows)
+    heads = [row for row in rows if row.head not in (*BLIND, ours.head) and row.label == row.system]
+    return [row for row in (blind, *heads) if row is not None and row is not ours]
+
+
+def config_of(row: Row, config: Config) -> Config:
+    """`config` with the videos, the encoder and the store of the row's best run, as its card has them."""
+    card: Mapping[str, Any] = row.best.card.get("config") or {}
+    video, encoder, store = (card.get(name) or {} for name in ("video", "encoder", "store"))
+    known = {field.name: video[field.name] for field in fields(VideoConfig) if field.name in video}
+    checkpoint = encoder.get("checkpoint", config.encoder.checkpoint)
+    return replace(
+        config,
+        # All decoders give the same frames, and this one runs everywhere.
+        video=replace(config.video, **known | {"decoder": "pyav"}),
+        encoder=replace(
+            config.encoder,
+            arch=str(encoder.get("arch", config.encoder.arch)),
+            checkpoint=None if checkpoint is None else Path(checkpoint),
+        ),
+        store=replace(config.store, path=store.get("path", config.store.path)),
+    )
 
 
 def best_blind_row(rows: Iterable[Row]) -> Row | None:
@@ -111,8 +157,7 @@ def build_examples(
     )
     chosen_questions = [questions.by_id[question] for _, question in chosen]
     clips = [questions.clips[question.clip_id] for question in chosen_questions]
-    transform = input_transform(config.encoder.arch, config.encoder.checkpoint, config.video.size)
-    shown = examples.pictures(clips, config.video, transform)
+    shown = _pictures(clips, config, frames_read(row, config))
     result = []
     for (kind, _), question, (pictures, missing) in zip(chosen, chosen_questions, shown):
         answers = [
@@ -127,6 +172,21 @@ def build_examples(
         steps.sort(key=lambda step: float(step.label))
         result.append(examples.Example(kind, question, pictures, missing, tuple(steps), tuple(answers)))
     return result
+
+
+def frames_read(row: Row, config: Config) -> list[int]:
+    """Indices of the frames that a row's head reads, of those that the encoder saw."""
+    read = row.best.options.get("head.frames")
+    return examples.evenly_spaced(config.video.frames, config.video.frames if read is None else int(read))
+
+
+def _pictures(clips: Sequence[Clip], config: Config, frames: Sequence[int]) -> Iterable[tuple[tuple[str, ...], str]]:
+    """As `examples.pictures`; an encoder whose transform is not known here gives a reason for every clip."""
+    try:
+        transform = input_transform(config.encoder.arch, config.encoder.checkpoint, config.video.size)
+    except (CheckpointError, ConfigError, OSError) as error:
+        return [((), " ".join(str(error).split()))] * len(clips)
+    return examples.pictures(clips, config.video, transform, frames)
 
 
 def _step(

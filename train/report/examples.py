@@ -149,9 +149,12 @@ def overlay(kept: NDArray[np.integer], grid: tuple[int, int]) -> Overlay:
 
 def shown_frames(frames: int) -> list[int]:
     """Indices of the frames to show: all of up to eight, else eight spread evenly."""
-    if frames <= MAX_FRAMES:
-        return list(range(frames))
-    return [int((i + 0.5) * frames / MAX_FRAMES) for i in range(MAX_FRAMES)]
+    return evenly_spaced(frames, min(frames, MAX_FRAMES))
+
+
+def evenly_spaced(frames: int, wanted: int) -> list[int]:
+    """Indices of the middle frames of `wanted` equal spans of `frames` frames."""
+    return [(2 * span + 1) * frames // (2 * wanted) for span in range(wanted)]
 
 
 def prepare_picture(clip: Clip, video: VideoConfig, once: "OncePerVideo", transform: "Transform") -> "PreparedClip":
@@ -175,7 +178,7 @@ def prepare_picture(clip: Clip, video: VideoConfig, once: "OncePerVideo", transf
 
 
 def pictures(
-    clips: Sequence[Clip], video: VideoConfig, transform: "Transform"
+    clips: Sequence[Clip], video: VideoConfig, transform: "Transform", read: Sequence[int]
 ) -> Iterator[tuple[tuple[str, ...], str]]:
     """For each clip its shown frames as data URIs and "", or no pictures and the reason.
 
@@ -183,6 +186,7 @@ def pictures(
         clips: Clips to show.
         video: How their frames were chosen.
         transform: The encoder's transform.
+        read: Indices of the frames that the head reads; of these, `shown_frames` are shown.
     """
     from egopatch.extract.feed.pool import DecodePool, UndecodedClip
 
@@ -195,7 +199,7 @@ def pictures(
             else:
                 frames = result.frames
                 assert isinstance(frames, np.ndarray)
-                yield tuple(data_uri(frames[t]) for t in shown_frames(len(frames))), ""
+                yield tuple(data_uri(frames[read[t]]) for t in shown_frames(len(read))), ""
 
 
 def data_uri(pixels_chw: NDArray[np.float32]) -> str:

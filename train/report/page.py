@@ -10,47 +10,61 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
+import numpy as np
 from markupsafe import Markup, escape
-from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Clip
 from egopatch.features.common.units import format_bytes
+from egopatch.train.explanation.agreement import Agreement
+from egopatch.train.explanation.record import Explanation, ExplanationError, read_explanation
 from egopatch.train.report import analysis as report_analysis
 from egopatch.train.report import answers as report_answers
 from egopatch.train.report import integrity as report_integrity
-from egopatch.train.report import plots, table
-from egopatch.train.report.agreement import Agreement, agreement
+from egopatch.train.report import table
+from egopatch.train.report.agreement import agreement
 from egopatch.train.report.analysis import TagLine
 from egopatch.train.report.answers import Correctness, Questions
 from egopatch.train.report.examples import Example
-from egopatch.train.report.sources import SourceError, Sweep, TrainingLog, read_log, read_selection, read_sweep
+from egopatch.train.report.plots import thin
+from egopatch.train.report.sections import question_list, repeat
+from egopatch.train.report.sections.charts import COLOURS, Bar, Chart, Line, bar_chart, heat_map, line_chart
+from egopatch.train.report.sources import SourceError, Sweep, TrainingLog, read_log, read_sweep
 from egopatch.train.rundir.card import write_whole
-from egopatch.train.rundir.results import COLUMNS, PUBLISHED, SPLITS, Results, Row, gather
+from egopatch.train.rundir.results import BLIND, COLUMNS, SPLITS, Results, Row, gather
 from egopatch.train.scores.statistics import Comparison, Interval
 
 TEMPLATES = Path(__file__).parent / "templates"
-_OURS = "psa"
 _MOST_PROBLEMS = 20
-_SHOWN_PIXELS_PER_INCH = 115
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A plot as a data URI, with the width that shows its text as large as in the other plots."""
-
-    uri: str
-    width: int
 
 
 @dataclass(frozen=True)
 class Gain:
-    """How far our head is above the row labelled `other`."""
+    """How far the row of the headline is above the row `other`."""
 
-    other: str
+    other: Row
     comparison: Comparison
+
+
+@dataclass(frozen=True)
+class Look:
+    """Where the head of the headline looks.
+
+    Attributes:
+        frequency: [rows, cols] share of frames in which each patch is kept.
+        kept_share: Share of patches kept.
+        shared: Share of kept patches that two questions about one clip have in common; None if unknown.
+        agreement: Agreement of the kept patches with known places of the objects asked about; None if none are known.
+    """
+
+    frequency: NDArray[np.float64]
+    kept_share: float
+    shared: float | None
+    agreement: Agreement | None
 
 
 @dataclass(frozen=True)
@@ -62,8 +76,8 @@ class SplitPage:
         title: What the questions are called, as in `train.report.table.title`.
         rows: Rows of the table.
         counts: Sentence on the number of questions.
-        ours: Row of our head; None if it was not run.
-        gains: Gains of our head over the better blind baseline, then over the published systems.
+        ours: Row of the headline: `train.report.analysis.headline_row`.
+        gains: Gains of that row over the better blind baseline, then over the other heads.
         tags: Breakdown by reasoning tag.
         examples: Wins, losses and random questions.
         intervals: Interval of each accuracy, by label and column; a row whose predictions cannot be read has none.
@@ -71,17 +85,18 @@ class SplitPage:
         grid: Rows and columns of patches.
         ratios: Selection ratios at which the examples can be shown, rising.
         table_ratio: Selection ratio of the head in the table.
-        shared: Share of kept patches that two questions about one clip have in common; None if unknown.
-        kept_share: Share of patches kept.
-        agreement: Agreement of the kept patches with known places of the objects asked about; None if none are known.
+        look: Where the head looks; None if it recorded no selection.
+        explanation: Which patches matter to its answers; None if `train explain` was not run.
         clips: Clips of the annotations; none if these cannot be read.
+        questions: Number of questions with their digest; None if the annotations cannot be read.
+        data: All questions and pairs of systems, for the page's script.
     """
 
     name: str
     title: str
     rows: tuple[Row, ...]
     counts: str
-    ours: Row | None
+    ours: Row
     gains: tuple[Gain, ...]
     tags: tuple[TagLine, ...]
     examples: tuple[Example, ...]
@@ -90,14 +105,15 @@ class SplitPage:
     grid: tuple[int, int]
     ratios: tuple[str, ...]
     table_ratio: str
-    shared: float | None
-    kept_share: float
-    agreement: Agreement | None
+    look: Look | None
+    explanation: Explanation | None
     clips: Mapping[str, Clip]
+    questions: tuple[int, str] | None
+    data: Mapping[str, Any] | None
 
 
 def write_report(config: Config, folder: Path) -> Path:
-    """Write `report.html` and its plots (PNG) into `folder` from the runs and sweeps below it.
+    """Write `report.html` into `folder` from the runs and sweeps below it.
 
     What cannot be read, such as a missing video, is reported in its place on the page and on stderr, one line each.
 
@@ -114,11 +130,11 @@ def write_report(config: Config, folder: Path) -> Path:
     results = gather(folder)
     problems = list(results.problems)
     sweeps = _sweeps(folder, problems)
-    grid = report_integrity.grid_of([config.store.path], config.video.size)
-    splits = [_split_page(config, results, split, sweeps, grid, problems) for split in results.splits]
+    splits = [_split_page(config, results, split, sweeps, problems) for split in results.splits]
     clips = {clip_id: clip for split in splits for clip_id, clip in split.clips.items()}
     stores = report_integrity.store_facts(results, clips.values(), config.data.root)
-    figures = _figures(folder, results, sweeps, grid, problems)
+    colours = _colours(splits)
+    charts = _charts(results, splits, sweeps, colours, problems)
     problems = list(dict.fromkeys(problems))
     page = _render(
         relative=lambda path: path.relative_to(folder).as_posix() if path else "–",
@@ -126,11 +142,14 @@ def write_report(config: Config, folder: Path) -> Path:
         notices=table.notices(results),
         splits=splits,
         origin=table.origin(results),
-        figures=figures,
+        charts=charts,
+        colour=colours.__getitem__,
         sweeps=sweeps,
         stores=stores,
+        recipe=repeat.recipe(results, sweeps, config),
         versions=report_integrity.versions(results),
         problems=problems,
+        data=question_list.as_script([split.data for split in splits if split.data]),
     )
     path = folder / "report.html"
     write_whole(path, page)
@@ -142,30 +161,34 @@ def write_report(config: Config, folder: Path) -> Path:
 
 
 def _split_page(
-    config: Config,
-    results: Results,
-    split: str,
-    sweeps: Sequence[Sweep],
-    grid: tuple[int, int],
-    problems: list[str],
+    config: Config, results: Results, split: str, sweeps: Sequence[Sweep], problems: list[str]
 ) -> SplitPage:
     rows = results.split(split)
-    # Rows of other settings have longer labels; the row labelled just `psa` is the system of the table.
-    ours = next((row for row in rows if row.label == _OURS), None)
+    ours = report_analysis.headline_row(rows)
+    config = report_analysis.config_of(ours, config)
+    grid = report_integrity.grid_of([config.store.path], config.video.size)
     questions, right = report_answers.rows_correctness(config, split, rows, problems)
     examples: list[Example] = []
-    shared, kept_share, patches, agreed = None, 0.0, grid[0] * grid[1], None
-    if ours is not None and questions is not None and (correct := right.get(ours.label)) is not None:
+    look, explanation = None, None
+    if questions is not None and (correct := right.get(ours.label)) is not None:
         kept, faults = report_analysis.selections_by_ratio(ours, sweeps, questions)
         problems.extend(faults)
         if chosen := kept.get(report_analysis.ratio_label(ours)):
-            kept_share = chosen[0].kept.shape[2] / patches
-            agreed = agreement(chosen[0], questions, grid)
-            shared = chosen[0].shared({q: question.clip_id for q, question in questions.by_id.items()}, patches)
+            selection, patches = chosen[0], grid[0] * grid[1]
+            look = Look(
+                selection.frequency(patches).reshape(grid),
+                selection.kept.shape[2] / patches,
+                selection.shared({q: question.clip_id for q, question in questions.by_id.items()}, patches),
+                agreement(selection, questions, grid),
+            )
         others = [(row, right[row.label]) for row in rows if row is not ours and row.label in right]
         examples = report_analysis.build_examples(config, questions, (ours, correct), others, kept, grid)
         missing = dict.fromkeys(example.missing for example in examples if example.missing)
         problems.extend(f"no picture: {reason}" for reason in missing)
+    try:
+        explanation = read_explanation(ours.best.dir)
+    except ExplanationError as error:
+        problems.append(str(error))
     return SplitPage(
         split,
         table.title(split, rows),
@@ -179,24 +202,28 @@ def _split_page(
         {part: max((row.mean(part) or 0.0 for row in rows), default=0.0) for part in COLUMNS},
         grid,
         tuple(sorted({step.label for example in examples for step in example.steps}, key=float)),
-        report_analysis.ratio_label(ours) if ours else "",
-        shared,
-        kept_share,
-        agreed,
+        report_analysis.ratio_label(ours),
+        look,
+        explanation,
         {} if questions is None else questions.clips,
+        None if questions is None else (len(questions.by_id), repeat.digest(questions)),
+        _data(split, questions, right),
     )
 
 
-def _gains(
-    rows: Sequence[Row], ours: Row | None, right: Mapping[str, Correctness], questions: Questions | None
-) -> list[Gain]:
-    if ours is None or questions is None or ours.label not in right:
+def _data(split: str, questions: Questions | None, right: Mapping[str, Correctness]) -> dict[str, Any] | None:
+    if questions is None or not right:
+        return None
+    pairs = question_list.pairs(questions, right)
+    return {"split": split, **question_list.question_list(questions, right), "pairs": pairs}
+
+
+def _gains(rows: Sequence[Row], ours: Row, right: Mapping[str, Correctness], questions: Questions | None) -> list[Gain]:
+    if questions is None or ours.label not in right:
         return []
-    blind = report_analysis.best_blind_row(rows)
-    others = [row for row in rows if row is blind or (row.system in PUBLISHED and row.label == row.system)]
     return [
-        Gain(row.label, report_answers.difference(right[ours.label], right[row.label], questions))
-        for row in others
+        Gain(row, report_answers.difference(right[ours.label], right[row.label], questions))
+        for row in report_analysis.rivals(rows, ours)
         if row.label in right
     ]
 
@@ -212,44 +239,93 @@ def _sweeps(folder: Path, problems: list[str]) -> list[Sweep]:
     return [sweep for sweep in found if sweep.runs]
 
 
-def _figures(
-    folder: Path, results: Results, sweeps: Sequence[Sweep], grid: tuple[int, int], problems: list[str]
-) -> dict[str, Plot]:
-    """Draw every plot that has data, write it into `folder` as NAME.png, and return the plots by name."""
-    drawn: dict[str, Figure] = {"table": plots.draw_table(results)}
-    if curves := [sweep for sweep in sweeps if sweep.varies_ratio]:
-        drawn["ratio"] = plots.draw_ratio(curves, {split: _references(results, split) for split in results.splits})
-    if logs := _logs(results, problems):
-        drawn["curves"] = plots.draw_curves(logs)
-    maps, shares = {}, {}
-    for row in results.rows:
-        if row.label != _OURS:
-            continue
-        try:
-            selection = read_selection(row.best.dir / "selection.npz")
-        except SourceError as error:
-            problems.append(str(error))
-            continue
-        patches = grid[0] * grid[1]
-        maps[row.split] = selection.frequency(patches).reshape(grid)
-        shares[row.split] = selection.kept.shape[2] / patches
-    if maps:
-        drawn["selection"] = plots.draw_selection(maps, shares)
-    return {
-        name: Plot(
-            _data_uri(plots.save(figure, folder / f"{name}.png")),
-            round(figure.get_size_inches()[0] * _SHOWN_PIXELS_PER_INCH),
+def _colours(splits: Sequence[SplitPage]) -> dict[str, int]:
+    """A colour for each row, by label: the first one for the rows of the headline."""
+    labels = dict.fromkeys([split.ours.label for split in splits])
+    labels |= dict.fromkeys(row.label for split in splits for row in split.rows)
+    return {label: number % COLOURS for number, label in enumerate(labels)}
+
+
+def _charts(
+    results: Results,
+    splits: Sequence[SplitPage],
+    sweeps: Sequence[Sweep],
+    colours: Mapping[str, int],
+    problems: list[str],
+) -> dict[str, list[Chart]]:
+    """The charts of each section, by its name; sections without data are left out."""
+    charts: dict[str, list[Chart]] = {"table": [], "ratio": [], "curves": [], "selection": [], "explanation": []}
+    logs = _logs(results, problems)
+    for split in splits:
+        charts["table"].append(_table_chart(split, colours))
+        if curves := [sweep for sweep in sweeps if sweep.split == split.name and sweep.varies_ratio]:
+            charts["ratio"].append(_ratio_chart(split, curves, colours))
+        charts["curves"] += _training_charts(split, logs.get(split.name, {}), colours)
+        if split.look is not None:
+            charts["selection"].append(heat_map(split.title, split.look.frequency, split.look.kept_share))
+        if split.explanation is not None:
+            charts["explanation"] += _explanation_charts(split.title, split.explanation)
+    return {name: drawn for name, drawn in charts.items() if drawn}
+
+
+def _table_chart(split: SplitPage, colours: Mapping[str, int]) -> Chart:
+    bars = []
+    for row in split.rows:
+        if (mean := row.mean("all")) is not None:
+            interval = split.intervals.get(row.label, {}).get("all")
+            seeds = row.values("all") if len(row.runs) > 1 else []
+            ends = None if interval is None else (interval.low, interval.high)
+            bars.append(Bar(row.label, colours[row.label], mean, ends, seeds))
+    return bar_chart(split.title, bars, "accuracy, all test questions (%)")
+
+
+def _ratio_chart(split: SplitPage, sweeps: Sequence[Sweep], colours: Mapping[str, int]) -> Chart:
+    lines = []
+    settings = [(sweep, setting) for sweep in sweeps for setting in sweep.settings]
+    for number, (sweep, setting) in enumerate(settings):
+        points = sweep.curve(setting)
+        label = setting or (sweep.system if len(settings) == 1 else f"{sweep.system}, {sweep.name}")
+        bands = [point.interval or (min(point.accuracies), max(point.accuracies)) for point in points]
+        band = (
+            None
+            if all(low == high for low, high in bands)
+            else ([low for low, _ in bands], [high for _, high in bands])
         )
-        for name, figure in drawn.items()
-    }
+        colour = len(colours) + number if number else 0
+        lines.append(Line(label, colour, [point.ratio for point in points], [point.mean for point in points], band))
+    lines += [
+        Line(row.label, colours[row.label], (), [mean], level=True)
+        for row in report_analysis.rivals(split.rows, split.ours)
+        if (mean := row.mean("all")) is not None
+    ]
+    ticks = sorted({point.ratio for sweep in sweeps for point in sweep.points})
+    return line_chart(split.title, lines, "share of patches kept in each frame", "accuracy (%)", ticks)
 
 
-def _references(results: Results, split: str) -> dict[str, float]:
-    """Level lines of the ratio plot: accuracy of the better blind baseline and of the published systems."""
-    rows = results.split(split)
-    blind = report_analysis.best_blind_row(rows)
-    shown = [row for row in rows if row is blind or (row.system in PUBLISHED and row.label == row.system)]
-    return {row.label: mean for row in shown if (mean := row.mean("all")) is not None}
+def _training_charts(split: SplitPage, logs: Mapping[str, TrainingLog], colours: Mapping[str, int]) -> list[Chart]:
+    losses = [
+        Line(label, colours[label], *thin(log.steps, log.losses)) for label, log in logs.items() if len(log.steps) > 1
+    ]
+    vals = [Line(label, colours[label], log.epochs, log.val) for label, log in logs.items() if len(log.epochs) > 1]
+    drawn = []
+    if losses:
+        drawn.append(line_chart(f"{split.title}: training loss", losses, "step", "training loss"))
+    if vals:
+        drawn.append(line_chart(f"{split.title}: accuracy on val", vals, "epoch", "accuracy, all val questions (%)"))
+    return drawn
+
+
+def _explanation_charts(title: str, explanation: Explanation) -> list[Chart]:
+    percents = [100 * share for share in explanation.shares]
+    return [
+        line_chart(
+            f"{title}: {kind}",
+            [Line(one.name, number, percents, getattr(one, kind)) for number, one in enumerate(explanation.rankings)],
+            f"patches {past}, % of each frame",
+            "probability of the answer (%)",
+        )
+        for kind, past in (("deletion", "deleted"), ("insertion", "inserted"))
+    ]
 
 
 def _logs(results: Results, problems: list[str]) -> dict[str, dict[str, TrainingLog]]:
@@ -279,7 +355,9 @@ def _render(**content: object) -> str:
     environment.globals |= {
         "cell": table.cell,
         "training_cells": table.training_cells,
-        "colour": lambda system: plots.style(system)[0],
+        "blind": BLIND,
+        "is_standin": table.is_standin,
+        "anchor": question_list.anchor,
     }
     css, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     policy = (
@@ -293,10 +371,6 @@ def _render(**content: object) -> str:
 
 def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _data_uri(png: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(png.read_bytes()).decode()
 
 
 def _signed(value: float, digits: int) -> str:

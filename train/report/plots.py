@@ -9,12 +9,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
 
 from egopatch.features.io.files import replacing
-from egopatch.train.report.sources import Sweep, SweepPoint, TrainingLog
-from egopatch.train.rundir.results import Results
+from egopatch.train.report.sources import Sweep, SweepPoint
 
 # system: (colour, marker)
 STYLES = {
@@ -39,30 +36,6 @@ _LOSS_POINTS = 120
 def style(system: str) -> tuple[str, str]:
     """Colour and marker of a system, the same in every figure."""
     return STYLES.get(system, OTHER_STYLE)
-
-
-def draw_table(results: Results) -> Figure:
-    """Test accuracy over all questions: one panel per split, one row per system, one dot per seed."""
-    figure, axes = _panels(len(results.splits), 4.6, 0.9 + 0.36 * max(len(results.split(s)) for s in results.splits))
-    for axis, split in zip(axes, results.splits):
-        rows = [(row, mean) for row in results.split(split) if (mean := row.mean("all")) is not None]
-        for y, (row, mean) in enumerate(rows):
-            colour, marker = style(row.system)
-            axis.barh(y, mean, height=0.58, color=colour, alpha=0.9 if row.system == "psa" else 0.55)
-            if len(row.runs) > 1:
-                values = row.values("all")
-                axis.plot(values, [y] * len(values), marker, color=_INK, markersize=3, linestyle="none")
-            axis.annotate(
-                f"{mean:.2f}", (max(row.values("all")), y), (4, 0), textcoords="offset points", va="center", size=8
-            )
-        axis.set_yticks(range(len(rows)), [row.label for row, _ in rows])
-        axis.invert_yaxis()
-        axis.set_xlim(0, max((mean for _, mean in rows), default=1) * 1.18)
-        axis.set_xlabel("accuracy, all test questions (%)")
-        axis.set_title(split)
-        axis.grid(axis="y", visible=False)
-        axis.tick_params(axis="y", length=0)
-    return figure
 
 
 def draw_ratio(sweeps: Sequence[Sweep], references: Mapping[str, Mapping[str, float]]) -> Figure:
@@ -118,56 +91,6 @@ def draw_settings(sweep: Sweep) -> Figure:
     axis.set_title(f"{sweep.system}, {sweep.split}")
     axis.grid(axis="y", visible=False)
     axis.tick_params(axis="y", length=0)
-    return figure
-
-
-def draw_curves(logs: Mapping[str, Mapping[str, TrainingLog]]) -> Figure:
-    """Training loss against steps and val accuracy against epochs, one row per split.
-
-    Args:
-        logs: Logs by split, then system.
-    """
-    figure = Figure(figsize=(9.2, 3.0 * len(logs) + 0.2), layout="constrained", dpi=160)
-    grid = figure.subplots(len(logs), 2, squeeze=False)
-    for (left, right), (split, systems) in zip(grid, logs.items()):
-        for axis in (left, right):
-            _dress(axis)
-        for system, log in systems.items():
-            colour, marker = style(system)
-            if log.steps:
-                steps, losses = thin(log.steps, log.losses)
-                left.plot(steps, losses, color=colour, linewidth=1.5, label=system)
-            if log.epochs:
-                shown = {"marker": marker, "markersize": 4} if len(log.epochs) <= 40 else {}
-                right.plot(log.epochs, log.val, color=colour, linewidth=1.5, label=system, **shown)
-        left.set(xlabel="step", ylabel="training loss", title=f"{split}: training loss")
-        right.xaxis.set_major_locator(MaxNLocator(integer=True))
-        right.set(xlabel="epoch", ylabel="accuracy, all val questions (%)", title=f"{split}: accuracy on val")
-    _legend(figure, figure.axes)
-    return figure
-
-
-def draw_selection(maps: Mapping[str, NDArray[np.float64]], ratios: Mapping[str, float]) -> Figure:
-    """How often each patch is kept, one panel per split.
-
-    Args:
-        maps: Share of frames in which each patch is kept, [rows, cols], by split.
-        ratios: Share that a random selection would keep, by split; marked on the colour bar.
-    """
-    figure, axes = _panels(len(maps), 4.6, 3.6)
-    top = 100 * max((float(share.max()) for share in maps.values()), default=0.01)
-    for axis, (split, share) in zip(axes, maps.items()):
-        image = axis.imshow(100 * share, cmap="cividis", vmin=0, vmax=top)
-        axis.set(title=split, xticks=[], yticks=[])
-        axis.grid(visible=False)
-        for spine in axis.spines.values():
-            spine.set_visible(False)
-        bar = figure.colorbar(image, ax=axis, shrink=0.86)
-        bar.outline.set_visible(False)
-        bar.set_label("kept in % of frames", color=_INK, fontsize=8.5)
-        bar.ax.tick_params(labelsize=8, color="#8b949e", labelcolor=_INK)
-        bar.ax.axhline(100 * ratios[split], color="#ffffff", linewidth=3)
-        bar.ax.axhline(100 * ratios[split], color="#d55e00", linewidth=1.5)
     return figure
 
 

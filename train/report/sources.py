@@ -8,7 +8,7 @@ import json
 import math
 import statistics
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ class Sweep:
     """Runs of one sweep, sorted by setting, ratio and seed.
 
     The `setting` of a run names its options other than the ratio and the seed; it is empty for a plain ratio sweep.
-    `intervals` has the 95% interval of each setting and ratio.
+    `intervals` has the 95% interval of each setting and ratio, `command` what made the sweep.
     """
 
     name: str
@@ -87,6 +87,7 @@ class Sweep:
     split: str
     runs: tuple[SweepRun, ...]
     intervals: Mapping[tuple[str, float], tuple[float, float]] = field(default_factory=dict)
+    command: str = ""
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -203,7 +204,9 @@ def read_sweep(path: Path) -> Sweep:
             )
             for point in value.get("points", ())
         }
-        return Sweep(str(value["name"]), str(value["model"]), str(value["split"]), tuple(runs), intervals)
+        system = str(value.get("system") or _system_of(runs) or value["model"])
+        name, split, command = str(value["name"]), str(value["split"]), str(value.get("command") or "")
+        return Sweep(name, system, split, tuple(runs), intervals, command)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise SourceError(f"{path} is not a sweep ({type(error).__name__}: {error}); run the sweep again") from error
 
@@ -230,6 +233,16 @@ def _sweep_run(entry: Mapping[str, Any], folder: Path) -> SweepRun:
     setting = _setting(entry.get("overrides") or {})
     dir_ = _existing(entry.get("dir"), folder)
     return SweepRun(float(entry["ratio"]), int(entry["seed"]), setting, float(entry["all"]), int(entry["n"]), dir_)
+
+
+def _system_of(runs: Sequence[SweepRun]) -> str | None:
+    """System of a sweep that an earlier version wrote, which only its runs name; None if none can be read."""
+    for run in runs:
+        try:
+            return str(json.loads(_read_text((run.dir or Path()) / "test.json"))["model"])
+        except (SourceError, ValueError, KeyError, TypeError):
+            continue
+    return None
 
 
 def _setting(overrides: Mapping[str, Any]) -> str:

@@ -76,6 +76,11 @@ class Run:
         return path if path.exists() else None
 
     @property
+    def head(self) -> str:
+        """The value of `head.name`: the system without its encoder."""
+        return str(((self.card.get("config") or {}).get("head") or {}).get("name") or self.system.partition(" (")[0])
+
+    @property
     def options(self) -> dict[str, Any]:
         """The resolved config as `section.field: value`, without nulls and options in which seeds may differ."""
         config = self.card.get("config") or {}
@@ -103,6 +108,11 @@ class Row:
     system: str
     split: str
     runs: tuple[Run, ...]
+
+    @property
+    def head(self) -> str:
+        """The value of `head.name`: the system without its encoder."""
+        return self.best.head
 
     @property
     def best(self) -> Run:
@@ -179,7 +189,8 @@ def gather(folder: Path) -> Results:
             "train one first: python -m train fit --config CONFIG"
         )
     rows: list[Row] = []
-    for system, split in sorted({(run.system, run.split) for run in runs}, key=_row_key):
+    head_of = {(run.system, run.split): run.head for run in runs}
+    for system, split in sorted(head_of, key=lambda key: _row_key(head_of[key], *key)):
         selected = [run for run in runs if (run.system, run.split) == (system, split)]
         rows.extend(_rows_of(system, split, selected, folder, problems))
     return Results(folder, tuple(rows), tuple(problems))
@@ -242,9 +253,8 @@ def _rows_of(system: str, split: str, runs: list[Run], folder: Path, problems: l
     return rows
 
 
-def _row_key(key: tuple[str, str]) -> tuple[int, int, str, str]:
-    system, split = key
-    place = ORDER.index(system) if system in ORDER else len(ORDER) - len(OURS) - 0.5
+def _row_key(head: str, system: str, split: str) -> tuple[int, int, str, str]:
+    place = ORDER.index(head) if head in ORDER else len(ORDER) - len(OURS) - 0.5
     return (SPLITS.index(split) if split in SPLITS else len(SPLITS), int(2 * place), split, system)
 
 

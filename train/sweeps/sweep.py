@@ -32,6 +32,7 @@ from egopatch.features.io.files import make_folder
 from egopatch.train.fitting.experiment import Experiment, open_experiment
 from egopatch.train.fitting.explained import shortage_explained
 from egopatch.train.fitting.fit import test_groups, train_together
+from egopatch.train.fitting.run import system_name
 from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.heads import can_stack, check_head
 from egopatch.train.processes.process_pool import call_in_processes, can_fork
@@ -128,6 +129,7 @@ def run_sweep(
         "name": name,
         "split": config.data.split,
         "model": config.head.name,
+        "system": system_name(config),
         "command": command,
         "planned": len(runs),
         "trained": trained,

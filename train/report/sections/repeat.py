@@ -1,0 +1,65 @@
+"""What one needs to repeat a report: its commands in order, each system's config, and a digest of the questions."""
+
+import hashlib
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import yaml
+
+from egopatch.configs.schema import Config
+from egopatch.train.report.answers import Questions
+from egopatch.train.report.sources import Sweep
+from egopatch.train.rundir.results import Results
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What repeats the results.
+
+    Attributes:
+        commands: Lines for a shell, in order; lines that start with `#` say what follows.
+        configs: Name and resolved config, as YAML, of each row's best run.
+    """
+
+    commands: tuple[str, ...]
+    configs: tuple[tuple[str, str], ...]
+
+
+def recipe(results: Results, sweeps: Sequence[Sweep], config: Config) -> Recipe:
+    """The recipe of everything below a folder of runs.
+
+    Args:
+        results: The runs.
+        sweeps: The sweeps beside them.
+        config: Config that the report was written with.
+    """
+    stores, trained, configs = dict[str, str](), list[str](), list[tuple[str, str]]()
+    for row in results.rows:
+        for run in row.runs:
+            path = str(((run.card.get("config") or {}).get("store") or {}).get("path", ""))
+            if run.card.get("fingerprint") and path:
+                stores.setdefault(path, f"python -m extract run --config {shlex.quote(str(run.dir / 'config.yaml'))}")
+            trained.append(str(run.card.get("command") or f"# no command is recorded in {run.dir}"))
+        settings = yaml.safe_dump(dict(row.best.card.get("config") or {}), sort_keys=False, allow_unicode=True)
+        configs.append((f"{row.label}, {row.split}, seed {row.best.seed}", settings))
+    swept = [sweep.command for sweep in sweeps if sweep.command]
+    there = f"--data.root {shlex.quote(str(config.data.root))} --run.table {shlex.quote(str(results.folder))}"
+    sections = [
+        ("Encode the clips into each store. Finished shards are skipped.", list(stores.values())),
+        ("Train and evaluate every run.", trained),
+        ("Sweeps", swept),
+        ("Table and report", [f"python -m train {command} {there}" for command in ("table", "report")]),
+    ]
+    lines = [line for title, commands in sections if commands for line in (f"# {title}", *dict.fromkeys(commands))]
+    return Recipe(tuple(lines), tuple(configs))
+
+
+def digest(questions: Questions) -> str:
+    """SHA-256 of ids, clips, texts and answers: equal where two reports are about the same test questions."""
+    found = hashlib.sha256()
+    for question in questions.by_id.values():
+        row = [question.question_id, question.clip_id, question.text, question.answer, *question.options]
+        found.update(json.dumps(row).encode() + b"\n")
+    return found.hexdigest()
