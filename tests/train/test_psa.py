@@ -294,3 +294,20 @@ def test_reading_stored_tokens_in_place_gives_the_same_bits(head: dict[str, obje
     assert told == told_of_copy
     assert torch.equal(classes, classes_of_copy)
     assert torch.equal(masks, masks_of_copy)
+
+
+def test_absorbed_maps_stay_in_float32_under_autocast() -> None:
+    head, batch = make(), make_batch()
+    question = head.read(batch.states, batch.mask).detach()
+
+    def maps() -> list[torch.Tensor]:
+        queries = absorb_key(question, head.key, head.heads)
+        return [queries, head.whiten.absorb(queries), *head.whiten.then(head.value)]
+
+    expected = maps()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (question @ question.T).dtype == torch.bfloat16
+        found = maps()
+        assert head.whiten.absorb(question.bfloat16() @ head.key.weight).dtype == torch.float32
+    for here, there in zip(found, expected, strict=True):
+        assert torch.equal(here, there)

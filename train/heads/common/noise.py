@@ -47,7 +47,7 @@ class Noise(nn.Module):
         for key in self.keys:
             generator = torch.Generator(like.device).manual_seed(key)
             drawn.append(torch.rand((rows, *like.shape[1:]), generator=generator, device=like.device))
-        together = torch.stack(drawn)
+        together = torch.stack(drawn) if len(drawn) > 1 else drawn[0][None]
         return together if self.part is None else together[:, self.part.rows.to(like.device)]
 
     def _pick(self, drawn: Tensor) -> Tensor:

@@ -45,8 +45,19 @@ class Sizes:
 def absorb_key(queries: Tensor, key: nn.Linear, heads: int) -> Tensor:
     """Queries [U, W], H heads of W / H, with the key projection and the scale of dot products absorbed: [U, H, D]."""
     by_head = rearrange(key.weight, "(h e) d -> h e d", h=heads)
-    queries = rearrange(queries, "u (h e) -> u h e", h=heads) / math.sqrt(by_head.shape[1])
-    return torch.einsum("uhe,hed->uhd", queries, by_head)
+    queries = rearrange(full_precision(queries), "u (h e) -> u h e", h=heads) / math.sqrt(by_head.shape[1])
+    with without_autocast(queries):
+        return torch.einsum("uhe,hed->uhd", queries, by_head)
+
+
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    """Context for maps that are absorbed into queries: scores differ by little, which bfloat16 would round away."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """`tensor` in float32, or in float64 if it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def with_gain(linear: nn.Linear, gain: float) -> nn.Linear:
@@ -139,9 +150,11 @@ class Whitening(nn.Module):
     def absorb(self, query: Tensor) -> Tensor:
         """The query that scores raw tokens as `query` scores whitened ones, up to a constant."""
         # As one matrix: under vmap, a product with more dimensions would copy the map for each of them.
-        return (query.reshape(-1, query.shape[-1]) @ self.matrix).view(query.shape)
+        with without_autocast(query):
+            return (full_precision(query).reshape(-1, query.shape[-1]) @ self.matrix).view(query.shape)
 
     def then(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
         """Weight and bias of a layer that maps raw tokens to what `linear` makes of whitened ones."""
-        weight = linear.weight @ self.matrix
-        return weight, linear.bias - weight @ self.mean
+        with without_autocast(self.matrix):
+            weight = linear.weight @ self.matrix
+            return weight, linear.bias - weight @ self.mean

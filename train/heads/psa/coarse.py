@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from egopatch.train.data.batch import Batch
-from egopatch.train.heads.common.question import ATTENTION_GAIN, Sizes, Whitening, absorb_key, with_gain
+from egopatch.train.heads.common.question import (
+    ATTENTION_GAIN,
+    Sizes,
+    Whitening,
+    absorb_key,
+    with_gain,
+    without_autocast,
+)
 from egopatch.train.heads.common.scale import scaled_patches
 from egopatch.train.heads.psa.selection import PatchSelection
 
@@ -72,10 +79,12 @@ class CoarseLevel(nn.Module):
         )
         pooled = pooled[..., : self.width + POSITION_WIDTH]
         content, position = self.value.weight.split([self.width, POSITION_WIDTH], dim=1)
-        content = content @ whiten.matrix
+        with without_autocast(content):
+            content = content @ whiten.matrix
+            offset = content @ whiten.mean
         by_head = rearrange(torch.cat([content, position], dim=1), "(h e) d -> h e d", h=self.heads)
         values = rearrange(torch.einsum("bthd,hed->bthe", pooled, by_head), "b t h e -> b t (h e)")
-        return self.gate * (values + self.value.bias - content @ whiten.mean)
+        return self.gate * (values + self.value.bias - offset)
 
     def merge(self, x: Tensor) -> Tensor:
         """[C, T, N, D] to [C, T, M, D]: the mean of each 2x2 block, of the patches inside the grid at odd edges."""

@@ -28,7 +28,9 @@ from egopatch.train.heads.common.question import (
     Sizes,
     Whitening,
     absorb_key,
+    full_precision,
     with_gain,
+    without_autocast,
 )
 from egopatch.train.heads.common.region import grow_region
 from egopatch.train.heads.common.scale import scaled_patches
@@ -175,7 +177,8 @@ class PSA(nn.Module):
         if "patch" in self.levels:
             queries_uhd = self.whiten.absorb(absorb_key(self.query(question), self.key, self.heads))
         # How well the best patches fit, which the softmax alone would hide, is lse; centred like the tokens.
-        centre = (queries_uhd + selector_ud[:, None]) @ self.whiten.mean
+        with without_autocast(queries_uhd):
+            centre = (full_precision(queries_uhd) + selector_ud[:, None]) @ self.whiten.mean
         pooled, lse, kept = self.select(
             tokens.patches,
             batch.clip_index,
