@@ -5,9 +5,11 @@ protocol handles. Only faults make the command exit with 1.
 """
 
 import dataclasses
+import functools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from egopatch.configs.schema import Config, ConfigError, DataConfig
@@ -74,10 +76,11 @@ def examine(config: Config) -> Diagnosis:
         annotations = _fault("annotations that are missing or cannot be used", error.problems)
         return Diagnosis({}, (annotations, *_present(tokenizer)), advice)
     dataset = splits[config.data.split]
-    findings = [*tokenizer, *_of_clips(config, dataset), *_across_splits(splits)]
+    is_file = functools.cache(Path.is_file)  # many clips share a video
+    findings = [*tokenizer, *_of_clips(config, dataset, is_file), *_across_splits(splits)]
     for split, other in splits.items():
         findings += _of_questions(f"{split}: " if len(splits) > 1 else "", other)
-    return Diagnosis(_counts(splits, dataset), _present(findings), advice)
+    return Diagnosis(_counts(splits, dataset, is_file), _present(findings), advice)
 
 
 def format_diagnosis(diagnosis: Diagnosis) -> str:
@@ -100,10 +103,10 @@ def _load_splits(data: DataConfig) -> dict[str, Dataset]:
     return splits
 
 
-def _counts(splits: Mapping[str, Dataset], dataset: Dataset) -> dict[str, int]:
+def _counts(splits: Mapping[str, Dataset], dataset: Dataset, is_file: Callable[[Path], bool]) -> dict[str, int]:
     counts = {
         "clips": len(dataset.clips),
-        "clips with a video": sum(clip.video.is_file() for clip in dataset.clips),
+        "clips with a video": sum(is_file(clip.video) for clip in dataset.clips),
         "question texts": len(dataset.texts),
     }
     for split, other in splits.items():
@@ -116,7 +119,7 @@ def _counts(splits: Mapping[str, Dataset], dataset: Dataset) -> dict[str, int]:
     return counts
 
 
-def _of_clips(config: Config, dataset: Dataset) -> Iterator[Finding]:
+def _of_clips(config: Config, dataset: Dataset, is_file: Callable[[Path], bool]) -> Iterator[Finding]:
     def named(clips: Iterable[Clip]) -> list[str]:
         return [f"{clip.clip_id}: {clip.video}" for clip in clips]
 
@@ -132,12 +135,13 @@ def _of_clips(config: Config, dataset: Dataset) -> Iterator[Finding]:
         [f"{clip_id}: {difference}" for clip_id, difference in check.stale.items()],
     )
     yield Finding(UNRECORDED, "note", check.unrecorded, ())
-    present = [clip for clip in dataset.clips if clip.video.is_file()]
-    absent = [clip for clip in dataset.clips if not clip.video.is_file()]
+    present = [clip for clip in dataset.clips if is_file(clip.video)]
+    absent = [clip for clip in dataset.clips if not is_file(clip.video)]
+    is_empty = functools.cache(lambda video: not video.stat().st_size)
     stored = origins.keys() - check.stale.keys()
     yield _fault("clips without a video file", named(clip for clip in absent if clip.clip_id not in stored))
     yield _note("stored clips whose video file is gone", named(clip for clip in absent if clip.clip_id in stored))
-    yield _fault("clips with an empty video file", named(clip for clip in present if not clip.video.stat().st_size))
+    yield _fault("clips with an empty video file", named(clip for clip in present if is_empty(clip.video)))
     with_question = {question.clip_id for questions in dataset.questions.values() for question in questions}
     without = [clip.clip_id for clip in dataset.clips if clip.clip_id not in with_question]
     yield _note(f"clips without a {data.split} question", without)
