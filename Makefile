@@ -71,6 +71,7 @@ demo-direct demo-indirect: demo-%: $(STAMP)
 	$(PY) -m train fit --config configs/demo/lite.yaml --data.split $* --head.name pooled \
 	    --run.dir runs/demo/$*/pooled-lite $(BASELINE)
 	$(PY) -m train fit --config configs/demo/lite.yaml --data.split $* --run.dir runs/demo/$*/psa-lite
+	$(PY) -m train explain --config configs/demo/lite.yaml --data.split $* --run.dir runs/demo/$*/psa-lite --questions 64
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(IN_PROCESSES)

@@ -8,6 +8,13 @@ DOCS = Path(__file__).parents[1] / "docs" / "egosynth.md"
 SPLITS = ("direct", "indirect")
 NUMBERS = ("open", "binary", "all")
 REFERENCE = "psa (lite)"
+EXPLAINED = ("deletion", "insertion", "pointing", "recall", "others", "precision")
+EXPLAINED_CAPTION = (
+    "By `train explain` ([training.md](training.md#what-the-answers-depend-on)): areas below the deletion and insertion "
+    "curves, which are small and large where a ranking says what matters, and the patches with the highest scores "
+    "against the known places of the objects asked about. Percent, mean over seeds. Attention is not an explanation: "
+    "only the curves say what the answers depend on."
+)
 # What stands in a set's part until there are results.
 NOT_MEASURED = "Not measured yet."
 
@@ -113,6 +120,16 @@ def markdown(found: Mapping[str, Any]) -> str:
         for row in rows:
             percents = [f"{row[name]:.1f}" for name in ("asked", "others", "chance", "precision")]
             lines.append(f"| {row['scores']} | {' | '.join(percents)} |")
+    for split in SPLITS:
+        # Results of earlier versions have none.
+        rows = [row for row in found.get("explained", ()) if row["split"] == split]
+        if rows:
+            lines += ["", f"| {split}: psa (lite), patches ranked by | {' | '.join(EXPLAINED)} |"]
+            lines += ["|:--|" + "--:|" * len(EXPLAINED)]
+        for row in rows:
+            lines.append(f"| {row['ranked_by']} | {' | '.join(f'{row[name]:.1f}' for name in EXPLAINED)} |")
+    if found.get("explained"):
+        lines += ["", EXPLAINED_CAPTION]
     for split in SPLITS:
         rows = [row for row in found["search"] if row["split"] == split]
         if rows:

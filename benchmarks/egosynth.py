@@ -27,10 +27,12 @@ import numpy as np
 import yaml
 
 from benchmarks._egosynth_docs import NUMBERS, REFERENCE, SPLITS, markdown, write_docs
-from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.command_line import ConfigParser, add_config_arguments, load_config, parse_config
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import load_dataset
 from egopatch.features import open_store
+from egopatch.train.explanation.explain import explain
+from egopatch.train.explanation.record import read_explanation
 from egopatch.train.report import plots
 from egopatch.train.report.agreement import agreement
 from egopatch.train.report.answers import load_questions
@@ -191,6 +193,29 @@ class Bench:
         known = [vars(one) for one in found if one is not None]
         return {name: round(float(np.mean([one[name] for one in known])), 2) for name in known[0]} if known else None
 
+    def explained(self, point: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Every score that ranks patches, as `train explain` measures it: percentages, mean over seeds."""
+        found = []
+        for member in point["members"]:
+            folder = self.root / "sweeps" / point["name"] / member["dir"]
+            explanation = read_explanation(folder)
+            if explanation is None:
+                explanation = explain(load_config(folder / "config.yaml"))
+                explanation.write(folder)
+            found.append({one.name: one for one in explanation.rankings})
+        rows = []
+        for name in found[0]:
+            of_seeds = [rankings[name] for rankings in found]
+            numbers = [{"deletion": one.deletion_area, "insertion": one.insertion_area} for one in of_seeds]
+            for row, one in zip(numbers, of_seeds, strict=True):
+                if one.agreement is not None and one.pointing is not None:
+                    agreed = one.agreement
+                    row |= {"pointing": one.pointing, "recall": agreed.asked, "others": agreed.others}
+                    row["precision"] = agreed.precision
+            means = {key: round(float(np.mean([row[key] for row in numbers])), 2) for key in numbers[0]}
+            rows.append({"ranked_by": name, **means})
+        return rows
+
     def training(self, point: Mapping[str, Any]) -> dict[str, Any]:
         """Over the seeds of a point: the percentage of answers of the wrong form, the median of the steps until val
         reached 95% of its best, and the seconds a step, with all seeds of a stack together.
@@ -264,11 +289,13 @@ PARTS = {"search": train_search, "table": train_table, "ratios": train_ratios, "
 
 def gather(bench: Bench) -> dict[str, Any]:
     """Everything that is finished."""
-    table, ablation, ratios, looks = [], [], [], []
+    table, ablation, ratios, looks, explained = [], [], [], [], []
     for split in SPLITS:
         whole = bench.found(f"{split}-{slug(REFERENCE)}")
         if whole and (found := bench.agreement(whole, split)):
             looks.append({"split": split, "scores": "question, saliency, prior", **found})
+        if whole:
+            explained += [{"split": split, **row} for row in bench.explained(whole)]
         for label, system in SYSTEMS.items():
             if point := bench.found(f"{split}-{slug(label)}"):
                 row = {"split": split, "system": label, "encoder": ENCODERS[system.encoder], **numbers(point)}
@@ -289,7 +316,14 @@ def gather(bench: Bench) -> dict[str, Any]:
             points = json.loads(path.read_text())["points"]
             ratios += [{"split": split, "ratio": point["ratio"], **numbers(point)} for point in points]
     search = [row for split in SPLITS for label in SEARCHED for row in searched(bench, split, label)]
-    return {"table": table, "ablation": ablation, "ratios": ratios, "search": search, "looks": looks}
+    return {
+        "table": table,
+        "ablation": ablation,
+        "ratios": ratios,
+        "search": search,
+        "looks": looks,
+        "explained": explained,
+    }
 
 
 def numbers(point: Mapping[str, Any]) -> dict[str, Any]:

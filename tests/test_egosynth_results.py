@@ -50,6 +50,24 @@ def test_the_whole_is_below_what_is_above_it() -> None:
     ]
 
 
+def test_scores_that_rank_patches_are_a_table() -> None:
+    numbers = {
+        "deletion": 37.06,
+        "insertion": 59.4,
+        "pointing": 13.9,
+        "recall": 50.0,
+        "others": 42.5,
+        "precision": 3.85,
+    }
+    text = bench.markdown({**found(), "explained": [{"split": "direct", "ranked_by": "selection", **numbers}]})
+    assert (
+        "| direct: psa (lite), patches ranked by | deletion | insertion | pointing | recall | others | precision |"
+        in text
+    )
+    assert "| selection | 37.1 | 59.4 | 13.9 | 50.0 | 42.5 | 3.9 |" in text
+    assert "Attention is not an explanation" in text
+
+
 def test_only_the_part_of_the_set_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "egosynth.md"
     first, last = bench.markers("hard")

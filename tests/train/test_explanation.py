@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.egosynth import Bench
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets.egosynth.places import Places
 from egopatch.train.__main__ import main
@@ -116,6 +117,10 @@ def test_what_the_head_selects_matters_more_to_its_answers_than_chance(
     assert (places.pointing, places.agreement and places.agreement.asked) == (100, 100)
     assert selection.pointing is not None
     assert selection.pointing < 50
+    rows = Bench("demo", 1, [0]).explained({"name": "x", "members": [{"dir": str(trained.run.dir)}]})
+    assert [row["ranked_by"] for row in rows] == list(by_name)
+    assert rows[0]["deletion"] == pytest.approx(selection.deletion_area, abs=0.01)
+    assert (rows[-1]["pointing"], rows[-1]["recall"]) == (100, 100)
 
 
 @pytest.mark.slow
