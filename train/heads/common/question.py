@@ -57,7 +57,7 @@ def without_autocast(tensor: Tensor) -> torch.autocast:
 
 def full_precision(tensor: Tensor) -> Tensor:
     """`tensor` in float32, or in float64 if it is."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def with_gain(linear: nn.Linear, gain: float) -> nn.Linear:
