@@ -10,8 +10,8 @@ NUMBERS = ("open", "binary", "all")
 REFERENCE = "psa (lite)"
 EXPLAINED = ("deletion", "insertion", "pointing", "recall", "others", "precision")
 EXPLAINED_CAPTION = (
-    "By `train explain` ([training.md](training.md#what-the-answers-depend-on)): areas below the deletion and insertion "
-    "curves, which are small and large where a ranking says what matters, and the patches with the highest scores "
+    "By `train explain` ([training.md](training.md#what-the-answers-depend-on)): areas below the deletion and insertion"
+    " curves, which are small and large where a ranking says what matters, and the patches with the highest scores "
     "against the known places of the objects asked about. Percent, mean over seeds. Attention is not an explanation: "
     "only the curves say what the answers depend on."
 )

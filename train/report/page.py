@@ -207,15 +207,16 @@ def _split_page(
         explanation,
         {} if questions is None else questions.clips,
         None if questions is None else (len(questions.by_id), repeat.digest(questions)),
-        _data(split, questions, right),
+        _data(ours, questions, right),
     )
 
 
-def _data(split: str, questions: Questions | None, right: Mapping[str, Correctness]) -> dict[str, Any] | None:
+def _data(ours: Row, questions: Questions | None, right: Mapping[str, Correctness]) -> dict[str, Any] | None:
     if questions is None or not right:
         return None
-    pairs = question_list.pairs(questions, right)
-    return {"split": split, **question_list.question_list(questions, right), "pairs": pairs}
+    headline = list(right).index(ours.label) if ours.label in right else 0
+    found = question_list.question_list(questions, right)
+    return {"split": ours.split, "headline": headline, **found, "pairs": question_list.pairs(questions, right)}
 
 
 def _gains(rows: Sequence[Row], ours: Row, right: Mapping[str, Correctness], questions: Questions | None) -> list[Gain]:

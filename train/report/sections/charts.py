@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 COLOURS = 12
 # Units of the drawing, which are pixels where the chart is 400 pixels wide.
 WIDTH, HEIGHT = 400, 250
-LEFT, RIGHT, TOP, BOTTOM = 44, 12, 10, 44
+LEFT, RIGHT, TOP, BOTTOM = 54, 12, 10, 44
 BAR = 26
 # Letters of a bar's label beside the bar; longer ones are cut.
 LABEL_LETTERS = 19
@@ -87,7 +87,7 @@ def line_chart(
         return f"{LEFT + across * (WIDTH - LEFT - RIGHT):.1f} {HEIGHT - BOTTOM - up * (HEIGHT - BOTTOM - TOP):.1f}"
 
     parts = [_axis_y(y, at(min(xs), y).split()[1]) for y in y_ticks]
-    x_ticks = list(ticks) if ticks else _ticks(min(xs), max(xs))
+    x_ticks = list(ticks) if ticks else _ticks(min(xs), max(xs), whole=all(x == int(x) for x in xs))
     shown = [x for x in x_ticks if min(xs) <= x <= max(xs)]
     parts += [_axis_x(x, at(x, y_low).split()[0]) for x in shown]
     for line in lines:
@@ -234,10 +234,11 @@ def _x_label(text: str, height: float) -> Markup:
     )
 
 
-def _ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers that cover the range from `low` to `high`, at most `most` of them inside it."""
+def _ticks(low: float, high: float, most: int = 6, whole: bool = False) -> list[float]:
+    """Round numbers that cover the range from `low` to `high`, about `most` of them; whole ones if `whole`."""
     span = (high - low) or 1.0
     power = 10.0 ** math.floor(math.log10(span / most))
     step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= most)
+    step = max(step, 1.0) if whole else step
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(number * step, 10) for number in range(first, max(last, first + 1) + 1)]

@@ -254,8 +254,8 @@ if (comparison) {
       field(name).replaceChildren();
       options(field(name), data.systems);
     }
-    field("first").value = data.systems.length - 1;
-    field("second").value = Math.max(0, data.systems.length - 2);
+    field("first").value = data.headline;
+    field("second").value = data.headline ? data.headline - 1 : data.systems.length - 1;
     compare();
   };
   field("split").addEventListener("input", fill);

@@ -1,0 +1,115 @@
+"""Charts are SVG with the right numbers, and page data that no text can break out of."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from egopatch.extract.datasets import Question
+from egopatch.train.report.answers import Correctness, Questions
+from egopatch.train.report.sections.charts import Bar, Line, bar_chart, heat_map, line_chart
+from egopatch.train.report.sections.question_list import anchor, as_script, pairs, question_list
+
+
+def test_a_line_goes_through_its_points_and_ticks_are_round() -> None:
+    line = Line("<b>", 0, (0, 5, 10), (20.0, 40.0, 30.0), ([18.0, 38.0, 28.0], [22.0, 42.0, 32.0]))
+    level = Line("level", 1, (), [25.0], level=True)
+    svg = str(line_chart("title", [line, level], "step", "loss").svg)
+    path, flat = re.findall(r'<path class="line k\d" d="M([^"]*)"', svg)
+    points = [tuple(map(float, point.split())) for point in path.split("L")]
+    xs, ys = zip(*points)
+    assert xs == (54.0, 221.0, 388.0)
+    assert ys[0] > ys[2] > ys[1]  # up the page is down
+    # Every point is where the scale of the ticks has its value.
+    ticks = {float(text): float(y) for y, text in re.findall(r'y="([\d.]+)" dy="4" text-anchor="end">([\d.]+)<', svg)}
+    low, high = min(ticks), max(ticks)
+    for y, value in zip(ys, line.ys):
+        expected = ticks[low] + (ticks[high] - ticks[low]) * (value - low) / (high - low)
+        assert y == pytest.approx(expected, abs=0.1)
+    assert low <= 18
+    assert high >= 42
+    first, last = (point.split() for point in flat.split("L"))
+    assert (first[0], last[0], first[1]) == ("54.0", "388.0", last[1])
+    assert "<b>" not in svg
+    assert "&lt;b&gt;" in svg
+    assert re.findall(r'text-anchor="middle">(\d+)</text>', svg) == ["0", "2", "4", "6", "8", "10"]
+
+
+def test_steps_and_epochs_have_whole_ticks() -> None:
+    svg = str(line_chart("t", [Line("a", 0, (0, 1, 2), (0.0, 1.0, 2.0))], "epoch", "y").svg)
+    assert re.findall(r'text-anchor="middle">([\d.]+)</text>', svg) == ["0", "1", "2"]
+
+
+def test_ratios_are_equally_far_apart_when_doubled() -> None:
+    svg = str(line_chart("t", [Line("a", 0, (0.25, 0.5, 1.0), (1.0, 2.0, 3.0))], "ratio", "y", (0.25, 0.5, 1.0)).svg)
+    xs = [float(x) for x in re.findall(r'<circle class="k0" cx="([\d.]+)"', svg)]
+    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1])
+
+
+def test_a_line_of_one_value_and_one_point_is_drawn() -> None:
+    assert "nan" not in str(line_chart("t", [Line("a", 0, (3,), (5.0,))], "x", "y").svg)
+
+
+def test_bars_are_as_long_as_their_values() -> None:
+    bars = [Bar("a", 0, 20.0, None, []), Bar("b", 1, 40.0, (30.0, 50.0), [38.0, 42.0]), Bar("c", 2, 0.0, None, [])]
+    svg = str(bar_chart("t", bars, "accuracy").svg)
+    widths = [float(width) for width in re.findall(r'class="bar k\d" [^>]*width="([\d.]+)"', svg)]
+    assert widths[1] == pytest.approx(2 * widths[0], abs=0.1)
+    assert widths[2] == 0
+    assert svg.count("whisker") == 1
+    assert svg.count('class="dot"') == 2
+
+
+def test_heat_map_has_rows_and_columns_the_right_way_and_marks_chance() -> None:
+    svg = str(heat_map("t", np.array([[0.0, 0.1], [0.2, 0.4]]), 0.25).svg)
+    cells = re.findall(r'x="([\d.]+)" y="([\d.]+)"[^>]*fill-opacity="([\d.]+)"><title>row (\d), column (\d)', svg)
+    assert [(row, column, opacity) for _, _, opacity, row, column in cells] == [
+        ("1", "1", "0.000"), ("1", "2", "0.250"), ("2", "1", "0.500"), ("2", "2", "1.000")
+    ]  # fmt: skip
+    assert float(cells[1][0]) > float(cells[0][0])
+    assert float(cells[2][1]) > float(cells[0][1])
+    assert 'd="M237.5 ' in svg  # 50 + 300 * 0.25 / 0.4
+
+
+EVIL = "</script><script>alert(1)</script> \u2028 & <!--"
+
+
+def made_up() -> tuple[Questions, dict[str, Correctness]]:
+    asked = [
+        Question("a", "x", EVIL, "yes", "binary", ("t", "u")),
+        Question("b", "x", "what?", "cup", "open", ("t",)),
+        Question("c", "y", "what?", "box", "open", ()),
+    ]
+    by_id = {question.question_id: question for question in asked}
+
+    def answers(*given: str) -> Correctness:
+        right = {name: by_id[name].answer == answer for name, answer in zip("abc", given)}
+        return Correctness(np.array([list(right.values())]), right, dict(zip("abc", given)))
+
+    return Questions(by_id, {}), {"psa": answers("yes", "cup", "cup"), "egovlp": answers("no", "cup", "box")}
+
+
+def test_all_questions_as_data() -> None:
+    data = question_list(*made_up())
+    assert (data["systems"], data["form"], data["right"]) == (["psa", "egovlp"], "boo", ["110", "011"])
+    assert [data["texts"][number] for number in data["text"]] == [EVIL, "what?", "what?"]
+    assert len(data["texts"]) == len(data["clips"]) == 2
+    assert [[data["answers"][number] for number in row] for row in data["given"]] == [
+        ["yes", "cup", "cup"], ["no", "cup", "box"]
+    ]  # fmt: skip
+    assert [data["tag_sets"][number] for number in data["tags"]] == [("t", "u"), ("t",), ()]
+    (pair,) = pairs(*made_up())
+    assert (pair["first"], pair["second"]) == (0, 1)
+    assert (pair["all"][0], pair["open"][0], pair["binary"][0]) == (0.0, -50.0, 100.0)
+
+
+def test_data_cannot_end_its_script() -> None:
+    text = as_script([question_list(*made_up())])
+    assert not re.search("[<>&\u2028\u2029]", text)
+    assert json.loads(text)[0]["texts"][0] == EVIL
+
+
+def test_anchors_are_those_of_the_pages_script() -> None:
+    # encodeURIComponent leaves A-Z a-z 0-9 - _ . ! ~ * ' ( ) as they are.
+    assert anchor("direct", "a/b c|d'(1)!é") == "q/direct/a%2Fb%20c%7Cd'(1)!%C3%A9"
