@@ -9,14 +9,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from egopatch.configs.command_line import load_config
     from egopatch.extract.datasets import register_dataset
     from egopatch.extract.encoders import register_encoder
     from egopatch.features import create_store, open_store
     from egopatch.train.heads import register_head
+    from egopatch.train.report.kept_picture import clip_frames
 
-__all__ = ["create_store", "open_store", "register_dataset", "register_encoder", "register_head"]
+__all__ = [
+    "clip_frames",
+    "create_store",
+    "load_config",
+    "open_store",
+    "register_dataset",
+    "register_encoder",
+    "register_head",
+]
 
 _ROOMS = {
+    "clip_frames": "egopatch.train.report.kept_picture",
+    "load_config": "egopatch.configs.command_line",
     "register_dataset": "egopatch.extract.datasets",
     "register_encoder": "egopatch.extract.encoders",
     "register_head": "egopatch.train.heads",

@@ -2,5 +2,5 @@
 
 `command_line` finds the command that a command line names, `progress` shows how far a task is, `signals` installs and
 restores signal handlers, `parent` ends a child process with its parent, `units` formats sizes, `disk` measures free
-space, and `machine` counts the cores and GPUs that this process may use.
+space, `machine` counts the cores and GPUs that this process may use, and `pictures` draws frames.
 """

@@ -1,4 +1,4 @@
-"""How far a task is: a live bar on a terminal, a plain line every ten seconds in a log file."""
+"""How far a task is: a live bar on a terminal, a line that changes in a notebook, one every ten seconds in a log."""
 
 import multiprocessing
 import sys
@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from egopatch.features.common.units import format_bytes
 
 PLAIN_INTERVAL_S = 10.0
+NOTEBOOK_INTERVAL_S = 0.5
 BYTES = "bytes"
 
 
@@ -44,6 +45,9 @@ class ProgressDisplay:
         self._summary, self._silent = summary, silent
         self._before, self._nbytes, self._detail = done, 0, ""
         self._started = self._printed = time.monotonic()
+        # A notebook's stream is no terminal, but shows a line in place of the former one after a carriage return.
+        self._in_place = type(self._out).__module__ == "ipykernel.iostream"
+        self._width = 0
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
@@ -63,8 +67,10 @@ class ProgressDisplay:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+        if self._width and not (self._summary and error is None):
+            print(file=self._out, flush=True)  # what follows is not to stand behind the last line
         if self._summary and not self._silent and error is None:
-            print(self.line(), file=self._out, flush=True)
+            self._print(last=True)
 
     def advance(self, count: int, nbytes: int = 0) -> None:
         """Add `count` units, which came to `nbytes` bytes."""
@@ -78,9 +84,21 @@ class ProgressDisplay:
         if self._bar is not None and self._task is not None:
             shown = f"{self._count()}, {self._rate()}"
             self._bar.update(self._task, completed=done, total=self.total, detail=shown)
-        elif not self._silent and time.monotonic() - self._printed >= PLAIN_INTERVAL_S:
+        elif not self._silent and time.monotonic() - self._printed >= self._interval():
             self._printed = time.monotonic()
+            self._print(last=False)
+
+    def _interval(self) -> float:
+        return NOTEBOOK_INTERVAL_S if self._in_place else PLAIN_INTERVAL_S
+
+    def _print(self, last: bool) -> None:
+        if not self._in_place:
             print(self.line(), file=self._out, flush=True)
+            return
+        line = self.line()
+        # Blanks cover what is left of a longer line.
+        print(f"\r{line:<{self._width}}", end="\n" if last else "", file=self._out, flush=True)
+        self._width = len(line)
 
     def set_size(self, nbytes: int, total: int | None) -> None:
         """Set the bytes done and the total, None if unknown: a callback for transfers."""

@@ -11,6 +11,8 @@ from types import MappingProxyType, TracebackType
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from egopatch.features.formats.interface import Format
@@ -33,6 +35,7 @@ from egopatch.features.storage.interface import Storage, file_matches
 from egopatch.features.storage.journal import Position, require_intact
 from egopatch.features.storage.pick import storage_at
 from egopatch.features.store.reader import RowReader, empty_rows, first_rows
+from egopatch.features.store.summary import Summary, draw
 from egopatch.features.store.writer import Rows, ShardWriter
 from egopatch.features.values.dtypes import row_bytes
 from egopatch.features.values.encoding import dequantise
@@ -363,6 +366,39 @@ class Store:
     def machines(self) -> dict[str, int]:
         """Machine -> number of committed clips that it computed; the empty name is that of unknown ones."""
         return self.catalog.ledger.machines()
+
+    # Looking, in a notebook or at a prompt
+
+    def show(self, clip_id: str, frames: NDArray[np.float32] | None = None) -> Image.Image:
+        """A picture of a clip: its frames with their times, bright where the saliency is high.
+
+        Args:
+            clip_id: The clip.
+            frames: [F, 3, H, W] in [0, 1], the part of each frame that the encoder saw, as `egopatch.clip_frames`
+                decodes it; by default white, so that the picture is of the saliency alone.
+
+        Raises:
+            AbsentClip, DamagedStore: As in `read`.
+            StoreError: The store does not record the grid of its patches.
+            ValueError: The frames have another shape.
+        """
+        if self.spec.grid is None:
+            raise StoreError(f"store {self.path} does not record the grid of its patches; use to_pixels with a grid")
+        return draw(self.read([clip_id]), self.spec.grid, frames)
+
+    def summary(self) -> Summary:
+        """What the store is; printing the store shows it."""
+        stored, planned = len(self.catalog.ledger.clips), len(self.catalog.rows)
+        fields = self.fingerprint.fields
+        return Summary(
+            str(self.path), self.format, self.spec, fields, stored, planned, self.nbytes, self.catalog.row_bytes
+        )
+
+    def __repr__(self) -> str:
+        return self.summary().as_text()
+
+    def _repr_html_(self) -> str:
+        return self.summary().as_html()
 
     # Writing
 

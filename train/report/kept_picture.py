@@ -7,19 +7,16 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets import load_dataset
 from egopatch.extract.encoders import input_transform
+from egopatch.features.common.pictures import DIMMED, sheet
 from egopatch.train.fitting.predict import Prediction
-from egopatch.train.report.examples import PICTURE_SIDE, prepare_picture
+from egopatch.train.report.examples import prepare_picture
 
 FORMATS = (".jpg", ".jpeg", ".png")
-COLUMNS = 4
-# Pixels: of the line under a frame, of the gap between frames, of an outline.
-CAPTION, GAP, OUTLINE = 16, 4, 2
-DIMMED = 0.35
+OUTLINE = 2  # pixels
 YELLOW = (255, 214, 0)
 
 
@@ -35,27 +32,41 @@ def draw_prediction(path: Path, prediction: Prediction, config: Config) -> None:
         ConfigError: `path` is no picture's name, or the clip's video cannot be shown.
         DatasetError: The annotations cannot be read.
     """
-    # Imported here, because decoding takes long to load and only pictures need it.
-    from egopatch.extract.feed.pool import DecodePool, UndecodedClip
-
     require_picture_name(path)
-    clip = next((clip for clip in load_dataset(config.data).clips if clip.clip_id == prediction.clip_id), None)
-    if clip is None:
-        raise ConfigError(f"--picture needs the video of clip {prediction.clip_id!r}, which data.root has not")
-    transform = input_transform(config.encoder.arch, config.encoder.checkpoint, config.video.size)
-    video = dataclasses.replace(config.video, decoder="pyav")
-    with DecodePool(video, workers=1, prepare=partial(prepare_picture, transform=transform)) as pool:
-        (shown,) = pool.map([clip])
-    if isinstance(shown, UndecodedClip):
-        raise ConfigError(f"--picture: the video of clip {clip.clip_id!r} cannot be shown ({shown.reason})")
-    frames = np.asarray(shown.frames)[list(prediction.frames)]
+    frames = clip_frames(config, prediction.clip_id)[list(prediction.frames)]
     cells = []
     for place, frame in enumerate(frames):
         kept = prediction.kept[place] if prediction.kept else None
         caption = f"{prediction.times_s[place]:.2f} s" if prediction.times_s else f"frame {prediction.frames[place]}"
         cells.append((frame if kept is None else mark_kept(frame, kept, prediction.grid), caption))
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sheet(cells).save(path)
+    sheet(cells).save(path)
+
+
+def clip_frames(config: Config, clip_id: str) -> NDArray[np.float32]:
+    """The frames of a clip that its encoder was given, as pictures [T, 3, S, S] in [0, 1] with the encoder's crop.
+
+    Args:
+        config: Config of the store, whose data set says where the clip's video is.
+        clip_id: The clip.
+
+    Raises:
+        ConfigError: The data set has no such clip, or its video cannot be shown.
+        DatasetError: The annotations cannot be read.
+    """
+    # Imported here, because decoding takes long to load and only pictures need it.
+    from egopatch.extract.feed.pool import DecodePool, UndecodedClip
+
+    clip = next((clip for clip in load_dataset(config.data).clips if clip.clip_id == clip_id), None)
+    if clip is None:
+        raise ConfigError(f"clip {clip_id!r} is not in data.root, whose video the picture needs")
+    transform = input_transform(config.encoder.arch, config.encoder.checkpoint, config.video.size)
+    video = dataclasses.replace(config.video, decoder="pyav")
+    with DecodePool(video, workers=1, prepare=partial(prepare_picture, transform=transform)) as pool:
+        (shown,) = pool.map([clip])
+    if isinstance(shown, UndecodedClip):
+        raise ConfigError(f"the video of clip {clip.clip_id!r} cannot be shown ({shown.reason})")
+    return np.asarray(shown.frames)
 
 
 def require_picture_name(path: Path) -> None:
@@ -86,16 +97,3 @@ def mark_kept(frame: NDArray[np.float32], kept: Sequence[int], grid: tuple[int, 
     inner = np.logical_and.reduce([around[r : r + side, c : c + side] for r in steps for c in steps])
     marked = np.where(mask, frame, DIMMED * frame)
     return np.where(mask & ~inner, np.array(YELLOW, np.float32)[:, None, None] / 255, marked)
-
-
-def _sheet(cells: Sequence[tuple[NDArray[np.float32], str]]) -> Image.Image:
-    """The frames in rows, each with its caption beneath."""
-    columns, (width, height) = min(COLUMNS, len(cells)), (PICTURE_SIDE + GAP, PICTURE_SIDE + CAPTION)
-    sheet = Image.new("RGB", (columns * width - GAP, -(-len(cells) // columns) * height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, (frame, caption) in enumerate(cells):
-        left, top = number % columns * width, number // columns * height
-        pixels = (np.clip(frame, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0)
-        sheet.paste(Image.fromarray(pixels), (left, top))
-        draw.text((left + 2, top + PICTURE_SIDE + 2), caption, fill="black")
-    return sheet

@@ -1,0 +1,87 @@
+"""A store at a glance, for a prompt or a notebook: what it holds, what made it, how to read it, a clip's picture."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from egopatch.features.common.pictures import dim, sheet
+from egopatch.features.common.units import format_bytes
+from egopatch.features.store.pixels import to_pixels
+from egopatch.features.values.spec import PatchTokens, StoreSpec
+
+SIDE = 224  # pixels of a frame in a picture
+# Fields of a fingerprint that a reader knows the network by; hashes and versions follow in `features info`.
+_NETWORK = ("arch", "origin", "depth", "path", "variant", "frames", "size", "model", "package")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a store is.
+
+    Attributes:
+        path: Its folder or URL.
+        format: Its file format.
+        spec: Its arrays.
+        fingerprint: Fields of its fingerprint.
+        stored: Number of committed rows.
+        planned: Number of all rows.
+        nbytes: Bytes of its files.
+        row_bytes: Bytes of a row in memory.
+    """
+
+    path: str
+    format: str
+    spec: StoreSpec
+    fingerprint: Mapping[str, object]
+    stored: int
+    planned: int
+    nbytes: int
+    row_bytes: int
+
+    def as_text(self) -> str:
+        """The facts, one a line."""
+        facts = self._facts()
+        width = 2 + max(len(name) for name, _ in facts)
+        return "\n".join(f"{name:<{width}}{value}" for name, value in facts)
+
+    def as_html(self) -> str:
+        """The facts as a table."""
+        rows = (f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in self._facts())
+        return f"<table>{''.join(rows)}</table>"
+
+    def _facts(self) -> list[tuple[str, str]]:
+        clips, first = self.spec.kind == "patches", self.spec.arrays[0]
+        network = [f"{name} {self.fingerprint[name]}" for name in _NETWORK if self.fingerprint.get(name) is not None]
+        rows = min(self.stored, 8)
+        call = f"store.{'read' if clips else 'read_text'}(store.clip_ids[:{rows}])"
+        return [
+            ("store", self.path),
+            ("clips" if clips else "texts", f"{self.stored} of {self.planned} stored"),
+            ("size", f"{format_bytes(self.nbytes)}, {self.format}, {format_bytes(self.row_bytes)} a row"),
+            *((array.name, f"{array.dtype} {list(array.shape)}") for array in self.spec.arrays),
+            ("made by", ", ".join(network) or "a program that does not say"),
+            ("next", f"{call}  # {first.name} {[rows, *first.shape]}" if rows else "run `extract run` to encode clips"),
+        ]
+
+
+def draw(tokens: PatchTokens, grid: tuple[int, int], frames: NDArray[np.float32] | None) -> Image.Image:
+    """The picture of `Store.show`, of the first clip in `tokens`."""
+    saliency = tokens.saliency[0]
+    steps = len(saliency)
+    if frames is None:
+        frames = np.ones((steps, 3, SIDE, SIDE), np.float32)
+    if frames.ndim != 4 or frames.shape[1] != 3 or len(frames) < steps:
+        raise ValueError(f"frames has shape {frames.shape}; expected [{steps} or more, 3, height, width] in [0, 1]")
+    positions = None if tokens.positions is None else tokens.positions[0]
+    maps = to_pixels(saliency, grid, *frames.shape[2:], positions=positions).numpy()
+    low, high = np.nanmin(maps), np.nanmax(maps)
+    light = (maps - low) / max(float(high - low), 1e-12)
+    # A position in time may cover several frames: the one in its middle is shown.
+    shown = frames[[int((step + 0.5) * len(frames) / steps) for step in range(steps)]]
+    times = [None] * steps if tokens.timestamps is None else tokens.timestamps[0].tolist()
+    captions = [f"frame {step}" if time is None else f"{time:.2f} s" for step, time in enumerate(times)]
+    return sheet([(dim(frame, one), caption) for frame, one, caption in zip(shown, light, captions, strict=True)])
