@@ -1,0 +1,101 @@
+"""`train publish`: an upload's folder is whole, its cards are true, and unknown licences are refused."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from egopatch.configs.schema import Config
+from egopatch.features import open_store
+from egopatch.features.tools.verify import verify
+from egopatch.train.__main__ import main
+from egopatch.train.publishing.origins import origins
+from egopatch.train.rundir.card import Card
+from tests.train.fake_runs import write_run
+from tests.train.tiny import FIELDS
+
+
+@pytest.fixture
+def run(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """A finished run on the tiny store, with made-up weights that nobody loads."""
+    monkeypatch.setattr("egopatch.train.publishing.folders.load_weights", lambda *_: {})
+    data = {"name": "jsonl", "root": str(tiny.data.root)}
+    card = {"fingerprint": FIELDS, "text_fingerprint": FIELDS, "parameters": 12_345}
+    folder = write_run(tiny.run.dir.parent, "psa", config={"data": data}, card=card)
+    (folder / "config.yaml").write_text("head: {name: psa}\n")
+    return dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, name="jsonl"))
+
+
+def publish(config: Config, to: Path, *options: str) -> int:
+    places = ["--store.path", str(config.store.path), "--run.dir", str(config.run.dir)]
+    data = ["--data.name", config.data.name, "--data.root", str(config.data.root)]
+    return main(["publish", "--to", str(to), *places, *data, *options])
+
+
+def test_an_upload_is_whole(run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "upload"
+    assert publish(run, out, "--terms", "mine: CC BY 4.0") == 0
+    assert "note: card.json and config.yaml name folders of this machine: data.root" in capsys.readouterr().out
+    text = (out / "head" / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["model-index"][0]["results"][0]["metrics"][2]["value"] == 50.0
+    assert front["license"] == "other"
+    assert "- data: jsonl. Terms: mine: CC BY 4.0" in text
+    assert "- depth: `6`" in text
+    named = {line.split("`")[1] for line in text.split("## Files")[1].splitlines() if line.startswith("- ")}
+    assert named | {"README.md"} == {path.name for path in (out / "head").iterdir()}
+    assert verify(out / "store" / "features").ok
+    copy, store = open_store(out / "store" / "features"), open_store(run.store.path)
+    assert copy.clip_ids == store.clip_ids
+    assert (out / "store" / "features" / "text").is_dir()
+    card = (out / "store" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["size_categories"] == ["n<1K"]
+    assert "48 of 48 stored" in card
+    # Once more replaces the cards and copies nothing twice.
+    assert publish(run, out, "--terms", "mine: none") == 0
+    assert "Terms: mine: none" in (out / "head" / "README.md").read_text()
+
+
+def test_an_unknown_licence_is_refused(run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert publish(run, tmp_path / "upload") == 2
+    assert capsys.readouterr().err == (
+        "train publish: error: no licence is known of data: jsonl; find out whether you may publish what was made from "
+        "it, and state the terms: --terms 'NAME: LICENCE'\n"
+    )
+    assert not (tmp_path / "upload").exists()
+
+
+def test_a_store_that_the_head_was_not_trained_on_is_refused(
+    run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run.run.dir / "card.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": FIELDS | {"depth": 7}}))
+    assert publish(run, tmp_path / "upload", "--terms", "none") == 2
+    assert "depth" in capsys.readouterr().err
+    assert publish(run, tmp_path / "upload", "--terms", "none", "--head-only") == 0
+
+
+def _card(folder: Path, **card: object) -> Card:
+    return Card.read(write_run(folder, "run", card={"parameters": 1, **card}))
+
+
+def test_a_stand_in_is_called_that(run: Config, tmp_path: Path) -> None:
+    card = _card(tmp_path, config={"encoder": {"checkpoint": "w/egovlpv2-random.pth"}, "data": {"name": "jsonl"}})
+    assert "RANDOM WEIGHTS" in origins(run, card)[0].what
+
+
+def test_a_published_file_is_compared_with_the_lock(
+    run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights = ["--encoder.checkpoint", "weights/EgoVLPv2.pth", "--terms", "mine: none", "--head-only"]
+    card = run.run.dir / "card.json"
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"fingerprint": {"checkpoint": "a" * 64}}))
+    assert publish(run, tmp_path / "upload", *weights) == 0
+    assert "MIT (its repository)" in (tmp_path / "upload" / "head" / "README.md").read_text()
+    entry = {"sha256": "b" * 64, "size": 1, "origin": "by hand"}
+    Path("data_sources.lock.json").write_text(json.dumps({"egovlpv2/EgoVLPv2.pth": entry}))
+    assert publish(run, tmp_path / "upload", *weights) == 2
+    assert "give it a name of its own" in capsys.readouterr().err

@@ -1,0 +1,4 @@
+"""What an upload of a trained head and its store would hold: the files, and cards that hubs read.
+
+`origins` says where weights and data come from and under which terms, `cards` writes the texts, `folders` the folders.
+"""

@@ -1,0 +1,121 @@
+"""The `README.md` of a head and of a store, with the front matter that Hugging Face's hub reads."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from egopatch.features.common.units import format_bytes
+from egopatch.features.store.store import Store
+from egopatch.train.publishing.origins import Origin
+from egopatch.train.report.table import is_standin, is_synthetic
+from egopatch.train.rundir.card import Card
+
+TASK = "visual-question-answering"
+
+
+def head_card(card: Card, test: Mapping[str, Any], found: Sequence[Origin], files: Sequence[Path]) -> str:
+    """The card of a trained head.
+
+    Args:
+        card: The run's card.
+        test: Metrics on *test*, as in `test.json`.
+        found: Where weights and data come from.
+        files: Files that the folder holds.
+    """
+    name = f"{card.model} on {card.config['data']['name']}"
+    parts = {part: test[part] for part in ("open", "binary", "all") if test[part]["accuracy"] is not None}
+    metrics = [
+        {"type": "accuracy", "name": f"accuracy, {part} (n {score['n']})", "value": round(score["accuracy"], 2)}
+        for part, score in parts.items()
+    ]
+    dataset = {"type": card.config["data"]["name"], "name": card.config["data"]["name"], "split": "test"}
+    front = {
+        "license": "other",
+        "license_name": "see-below",
+        "library_name": "egopatch",
+        "pipeline_tag": TASK,
+        "tags": ["egocentric-video", *(["random-weight-stand-in"] if is_standin(asdict(card)) else [])],
+        "model-index": [
+            {"name": name, "results": [{"task": {"type": TASK}, "dataset": dataset, "metrics": metrics}]},
+        ],
+    }
+    scores = ", ".join(f"{part} {score['accuracy']:.2f} (n {score['n']})" for part, score in parts.items())
+    return _text(
+        front,
+        name,
+        [
+            *_warnings(card),
+            f"A head of EgoPatch with {card.parameters:,} parameters, trained on stored features of a frozen encoder. "
+            "It needs a store with the fingerprint below.",
+            f"Accuracy on test in percent: {scores}. Epoch {card.best_epoch} was chosen on val; seed {card.seed}.",
+            f"Trained by `{card.command}` with {', '.join(f'{k} {v}' for k, v in card.versions.items())}.",
+            "## Origin and terms\n\n" + _origins(found),
+            "## Fingerprint of the features\n\n" + _fields(card.fingerprint or {"none": "this head reads no video"}),
+            "## Files\n\n" + _files(files),
+        ],
+    )
+
+
+def store_card(store: Store, card: Card, found: Sequence[Origin]) -> str:
+    """The card of a store of features; arguments as in `head_card`."""
+    clips = len(store.clip_ids)
+    front = {
+        "license": "other",
+        "license_name": "see-below",
+        "pretty_name": f"Features of {card.config['data']['name']}",
+        "task_categories": [TASK],
+        "tags": ["egopatch", "features", *(["random-weight-stand-in"] if is_standin(asdict(card)) else [])],
+        "size_categories": [_size_category(clips)],
+    }
+    return _text(
+        front,
+        f"Patch features of {clips} clips",
+        [
+            *_warnings(card),
+            f"```text\n{store}\n```",
+            "The store holds names and hashes of the video files, the stretches that were encoded, and the text of "
+            "every question. It holds no video.",
+            "## Origin and terms\n\n" + _origins(found),
+            "## Fingerprint\n\n" + _fields(store.fingerprint.fields),
+            "## Files\n\nThe store is the folder `features`; its `ledger.jsonl` has the size and CRC-32 of every file "
+            "with tokens. `egopatch features verify features` reads them all.",
+        ],
+    )
+
+
+def _text(front: Mapping[str, Any], title: str, parts: Sequence[str]) -> str:
+    matter = yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True)
+    return "\n\n".join([f"---\n{matter}---", f"# {title}", *parts]) + "\n"
+
+
+def _warnings(card: Card) -> list[str]:
+    plain = asdict(card)
+    found = []
+    if is_standin(plain):
+        found.append(
+            "**The encoder is a stand-in with random weights.** Nothing here says anything about the published network."
+        )
+    if is_synthetic(plain):
+        found.append("**The videos are rendered (EgoSynth).** Nothing here says anything about recorded videos.")
+    return found
+
+
+def _origins(found: Sequence[Origin]) -> str:
+    return "\n".join(f"- {origin.what}. Terms: {origin.terms}" for origin in found)
+
+
+def _fields(fields: Mapping[str, object]) -> str:
+    return "\n".join(f"- {name}: `{value}`" for name, value in fields.items())
+
+
+def _files(files: Sequence[Path]) -> str:
+    return "\n".join(f"- `{path.name}`, {format_bytes(path.stat().st_size)}" for path in files)
+
+
+def _size_category(clips: int) -> str:
+    """The hub's own steps."""
+    steps = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
+    return next((name for limit, name in steps.items() if clips < limit), "n>10M")

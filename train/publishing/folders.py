@@ -1,0 +1,87 @@
+"""A folder with all that an upload would hold. Nothing is sent anywhere."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from egopatch.configs.schema import Config, ConfigError
+from egopatch.features import Fingerprint, open_store
+from egopatch.features.tools.convert import convert
+from egopatch.train.publishing.cards import head_card, store_card
+from egopatch.train.publishing.origins import origins
+from egopatch.train.rundir.card import CARD, CONFIG, TEST, WEIGHTS, Card, RunError, load_weights, write_whole
+
+README = "README.md"
+PUBLISHED = (WEIGHTS, CARD, CONFIG, TEST)
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What was written.
+
+    Attributes:
+        folders: One folder for each upload.
+        notes: What to look at before uploading.
+    """
+
+    folders: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+
+def publish(config: Config, to: Path, terms: str | None = None, head_only: bool = False) -> Publication:
+    """Write `to/head`, the run in `run.dir`, and unless `head_only` `to/store`, the features that it was trained on.
+
+    Args:
+        config: The experiment.
+        to: Folder to write. Files of an earlier call are replaced, and an interrupted copy of a store resumes.
+        terms: Licence of weights and data that no source names.
+        head_only: Whether to leave out the store.
+
+    Raises:
+        ConfigError: Weights or data have no known licence and `terms` is None, or are not what their name says.
+        RunError: `run.dir` has no finished run.
+        FingerprintMismatch: The store is not the one that the head was trained on.
+        StoreError: A clip of the store is damaged.
+    """
+    run = config.run.dir
+    card = Card.read(run)
+    load_weights(run, card.best_epoch)  # refuses damaged weights, and those of another epoch
+    if missing := [name for name in PUBLISHED if not (run / name).is_file()]:
+        raise RunError(f"{run} has no {', '.join(missing)}; run: python -m train evaluate --config CONFIG")
+    found = origins(config, card)
+    if terms is None and (unknown := [origin.what for origin in found if origin.terms is None]):
+        raise ConfigError(
+            f"no licence is known of {'; '.join(unknown)}; find out whether you may publish what was made from it, and "
+            "state the terms: --terms 'NAME: LICENCE'"
+        )
+    found = tuple(dataclasses.replace(origin, terms=origin.terms or terms) for origin in found)
+    head = to / "head"
+    head.mkdir(parents=True, exist_ok=True)
+    for name in PUBLISHED:
+        shutil.copyfile(run / name, head / name)
+    test = json.loads((run / TEST).read_text(encoding="utf-8"))
+    write_whole(head / README, head_card(card, test, found, [head / name for name in PUBLISHED]))
+    folders = [head]
+    if not head_only and card.fingerprint is not None:
+        open_store(config.store.path, expect=Fingerprint(card.fingerprint))
+        store = convert(config.store.path, to / "store" / "features")
+        write_whole(to / "store" / README, store_card(store, card, found))
+        folders.append(to / "store")
+    return Publication(tuple(folders), tuple(_notes(card)))
+
+
+def _notes(card: Card) -> Iterator[str]:
+    """What the files tell about this machine."""
+    config = card.config
+    paths = {
+        f"{section}.{name}": str(value)
+        for section, options in config.items()
+        for name, value in options.items()
+        if isinstance(value, str) and Path(value).is_absolute()
+    }
+    if paths:
+        named = ", ".join(f"{name} {value}" for name, value in paths.items())
+        yield f"{CARD} and {CONFIG} name folders of this machine: {named}"
