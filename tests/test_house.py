@@ -3,14 +3,25 @@
 import ast
 import re
 import runpy
+import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("features", "extract", "train")
 MODULES = 10
+
+# All that the repository holds at its top.
+TOP = {
+    *PACKAGES,
+    *("configs", "egopatch", "benchmarks", "docs", "tests", ".ci", ".github"),
+    *("README.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "SECURITY.md"),
+    *("Makefile", "pyproject.toml", "constraints.txt", "mkdocs.yml", ".gitignore"),
+}
 
 ROOMS = sorted(
     str(folder.relative_to(ROOT))
@@ -42,6 +53,23 @@ AVOIDED = {
 }
 
 
+def test_the_top_has_what_people_look_for_and_nothing_else() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a clone, so files that are not part of the repository cannot be told apart")
+    assert {name.partition("/")[0] for name in listed.stdout.splitlines()} == TOP
+
+
+def test_what_other_programs_read_at_the_top_is_current() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == version
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml"):
+        assert {"name", "description", "body"} <= set(yaml.safe_load(form.read_text(encoding="utf-8"))), form
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_is_small_and_says_what_belongs_there(room: str) -> None:
     modules = [path.name for path in (ROOT / room).glob("*.py") if path.name not in ("__init__.py", "__main__.py")]
@@ -58,7 +86,7 @@ def test_the_design_names_every_room(room: str) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_documents_name_files_that_exist(document: Path) -> None:
-    text = document.read_text(encoding="utf-8")
+    text = re.sub(r"^```.*?^```$", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     links = re.findall(r"\]\(([^)#:\s]+)[^):]*\)", text)
     paths = re.findall(r"`((?:configs|features|extract|train|tests|benchmarks|docs|egopatch)/[\w./-]+\.\w+)`", text)
     missing = [link for link in links if not (document.parent / link).exists()]
