@@ -12,7 +12,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 # Documents at the top, which the site has beside the pages of docs/.
-AT_THE_TOP = ("CONTRIBUTING.md",)
+AT_THE_TOP = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 
 
 def on_files(files: Files, config: Any) -> Files:

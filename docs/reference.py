@@ -19,6 +19,7 @@ from unittest import mock
 import docstring_parser
 
 import egopatch
+from egopatch import __main__ as egopatch_main
 from egopatch.configs.command_line import ConfigParser
 from egopatch.configs.schema import Config
 from egopatch.extract import __main__ as extract
@@ -98,15 +99,28 @@ def commands_page() -> str:
     lines = [
         "# Commands",
         "",
-        "Installed, the commands are `egopatch extract`, `egopatch features` and `egopatch train`; in a checkout "
-        "`python -m extract` and so on work as well. Exit codes: 0 done; 1 the work failed or found faults; 2 wrong "
-        "usage or config. Commands with `--config` also take every [option of a config](config.md).",
+        "In a checkout, `python -m extract`, `python -m features` and `python -m train` work as well. Exit codes: 0 "
+        "done; 1 the work failed or found faults; 2 wrong usage or config. Commands with `--config` also take every "
+        "[option of a config](config.md).",
     ]
-    for stage, parsers in command_parsers().items():
+    parsers_by_stage = command_parsers()
+    lines += ["", "## egopatch", "", "| command | what it does |", "|---|---|"]
+    lines += [f"| `egopatch {name}` | {about} |" for name, about in egopatch_main.COMMANDS.items()]
+    for name in egopatch_main.COMMANDS:
+        if name not in parsers_by_stage:
+            lines += ["", f"### egopatch {name}", "", f"```text\n{_help_of(name)}```"]
+    for stage, parsers in parsers_by_stage.items():
         lines += ["", f"## egopatch {stage}"]
         for name, parser in parsers.items():
             lines += _command(f"{stage} {name}", parser)
     return "\n".join(lines) + "\n"
+
+
+def _help_of(name: str) -> str:
+    """The help of a command of `egopatch` itself."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        egopatch_main.main([name, "--help"])
+    return out.getvalue()
 
 
 def command_parsers() -> dict[str, dict[str, argparse.ArgumentParser]]:

@@ -1,18 +1,204 @@
-"""The code of the documentation runs as it stands."""
+"""The code of the documentation runs as it stands, its commands are those of the programs, and its messages exist."""
 
+import ast
+import contextlib
+import dataclasses
+import io
+import itertools
 import json
 import os
 import re
+import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
+import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
 
-from egopatch.features import Fingerprint, StoreSpec, create_store
+from egopatch.extract.datasets.egosynth.render import render
+from egopatch.features import Fingerprint, PatchTokens, StoreSpec, create_store, open_store
+from egopatch.features.store.store import Store
+from tests.snippets import CODE, PAGES, blocks, run_page
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+# Pages with blocks that a test runs, and all of those.
+RUN = {
+    ROOT / "README.md",
+    DOCS / "notebook.md",
+    DOCS / "own_loops.md",
+    DOCS / "own_videos.md",
+    DOCS / "store.md",
+    DOCS / "tutorial.md",
+}
+LANGUAGES = {*CODE, "text", "yaml", "toml", "bibtex"}
+COMMANDS = [
+    pytest.param(command, id=f"{page.name}:{block.line}: {command}")
+    for page in PAGES
+    for block in blocks(page)
+    if block.language == "bash"
+    for command in block.commands()
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_block_has_a_language_and_is_run_or_says_why_not(page: Path) -> None:
+    found = blocks(page)
+    assert {block.language for block in found} <= LANGUAGES, [
+        block for block in found if block.language not in LANGUAGES
+    ]
+    assert any(block.runs for block in found) == (page in RUN)
+
+
+@pytest.fixture(scope="module")
+def parsers() -> dict:
+    return runpy.run_path(str(DOCS / "reference.py"))["command_parsers"]()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_one_that_the_programs_take(command: str, parsers: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(
+        re.sub(r"^(?:srun )?(?:\.venv/bin/)?python -m (?=extract|features|train)", "egopatch ", command)
+    )
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+)(?=[a-z -]*:)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert {word for word in words[1:] if "=" not in word} <= set(targets)
+    elif words[0] == "egopatch":
+        # `egopatch ask` is short for `egopatch train ask`, and so on.
+        short = next((stage for stage in parsers if words[1] in parsers[stage]), None)
+        stage, name, *options = words[1:] if short is None else (short, *words[1:])
+        # These commands take options of their own before the others are parsed.
+        for own in ("--video", "--run", "--encoder"):
+            if own in options:
+                del options[options.index(own) : options.index(own) + 2]
+        # C stands for any config, and some pages make one.
+        made = {option for option in options if option == "C" or "$" in option or not option.startswith("configs/")}
+        configs = {option for before, option in itertools.pairwise(options) if before == "--config"}
+        options = ["configs/demo/lite.yaml" if option in made & configs else option for option in options]
+        with contextlib.redirect_stderr(io.StringIO()) as fault:
+            try:
+                parsers[stage][name].parse_args(options)
+            except SystemExit:
+                pytest.fail(fault.getvalue())
+
+
+def _messages() -> list[str]:
+    """Every string of the code, with … for what is inserted."""
+    found = []
+    for path in (path for name in ("configs", "extract", "features", "train") for path in (ROOT / name).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_messages_of_troubleshooting_exist() -> None:
+    messages = _messages()
+    rows = re.findall(r"^\| (`.+?`)(?: [a-z ]+)? \| ", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.M)
+    assert len(rows) > 30
+    patterns = {row: ".*".join(map(re.escape, row[1:-1].strip("…").split("…"))) for row in rows}
+    assert not [row for row, pattern in patterns.items() if not any(re.search(pattern, one) for one in messages)]
+
+
+def _store(path: Path, dtype: str = "float16", format: str = "zarr") -> Store:
+    names = [f"clip{n}" for n in range(9)]
+    spec = StoreSpec.for_patches(2, (3, 4), 8, dtype, 4)
+    store = create_store(path, spec, Fingerprint({"made": "up"}), names, format)
+    generator = torch.Generator().manual_seed(0)
+    for work in store.missing_shards():
+        rows = {name: {a.name: torch.randn(a.shape, generator=generator) for a in spec.arrays} for name in work.ids}
+        rows.pop("clip5", None)
+        store.write_shard(work.shard, rows, dict.fromkeys(rows, "made up"))
+    return store
+
+
+def test_a_store_can_be_read_without_this_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = _store(tmp_path / "stores" / "mine")
+    store.rewrite_shard(0, ["clip2"])
+    _store(tmp_path / "stores" / "mine_hdf5", format="hdf5")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    assert all(not missing for _, missing in run_page(DOCS / "store.md", {}, names))
+    left = [name for name in open_store(store.path).clip_ids if name not in ("clip2", "clip5")]
+    assert set(names["tokens"]) == set(left)
+    assert set(names["tokens_hdf5"]) == {*left, "clip2"}
+    expected = store.read(left).patches.numpy()
+    assert all((names["tokens"][name] == row).all() for name, row in zip(left, expected))
+    assert all((names["tokens_hdf5"][name] == row).all() for name, row in zip(left, expected))
+
+
+def test_the_store_page_names_every_array() -> None:
+    text = (DOCS / "store.md").read_text(encoding="utf-8")
+    rows = "".join(re.findall(r"^\| `.*", text, re.MULTILINE))
+    assert not [field.name for field in dataclasses.fields(PatchTokens) if f"`{field.name}`" not in rows]
+
+
+def test_the_front_page_opens_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _store(tmp_path / "runs" / "demo" / "stores" / "egovlpv2")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    assert all(not missing for _, missing in run_page(ROOT / "README.md", {"[:8]": "[:4]"}, names))
+    assert names["tokens"].patches.shape == (4, 2, 12, 8)
+
+
+def _run_all(page: Path, smaller: dict[str, str]) -> None:
+    wrong = [(block.line, missing) for block, missing in run_page(page, smaller, {}) if missing]
+    assert not wrong, "the page shows lines that the commands do not print"
+
+
+@pytest.fixture(scope="module")
+def tutorial(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the tutorial was run on few clips."""
+    folder = tmp_path_factory.mktemp("tutorial")
+    with contextlib.chdir(folder):
+        _run_all(DOCS / "tutorial.md", {"--clips 600": "--clips 20", "epochs: 8": "epochs: 1", "epochs 3": "epochs 1"})
+    return folder
+
+
+@pytest.mark.slow
+def test_the_tutorial_from_top_to_bottom(tutorial: Path) -> None:
+    assert (tutorial / "runs" / "tutorial" / "report.html").is_file()
+    assert (tutorial / "runs" / "tutorial" / "ask.jpg").is_file()
+
+
+PROGRESS = """
+from egopatch.features.common.progress import ProgressDisplay
+with ProgressDisplay("encode", 2, "clips") as display:
+    display._printed = 0
+    display.advance(1)
+"""
+
+
+@pytest.mark.slow
+def test_the_notebook_page_in_a_kernel(tutorial: Path) -> None:
+    cells = [block.text for block in blocks(DOCS / "notebook.md") if block.runs]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in (*cells, PROGRESS)])
+    with mock.patch.dict(os.environ, {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}):
+        NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tutorial)}}).execute()
+    outputs = [cell.outputs for cell in notebook.cells]
+    assert "<th>made by</th><td>arch lite" in outputs[0][0].data["text/html"]
+    assert outputs[1][0].data["image/png"]
+    assert "".join(one.text for one in outputs[-1]).startswith("\rencode: 1/2 clips")
+
+
+@pytest.mark.slow
+def test_own_videos_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    render(tmp_path / "made", clips=20)
+    (tmp_path / "data" / "mine" / "videos").mkdir(parents=True)
+    for video in sorted((tmp_path / "made" / "qa_videos").iterdir())[:6]:
+        video.rename(tmp_path / "data" / "mine" / "videos" / video.name)
+    monkeypatch.chdir(tmp_path)
+    smaller = {"--clip-seconds 10": "--clip-seconds 10 --video.size 112 --video.frames 4", "epochs 2": "epochs 1"}
+    _run_all(DOCS / "own_videos.md", smaller)
 
 
 @pytest.mark.slow
