@@ -85,14 +85,15 @@ def markdown(found: Mapping[str, Any]) -> str:
         if rows:
             lines += [
                 "",
-                f"| {split}: system | open | binary | all | psa (lite) is above by | wrong form | steps to 95% | "
-                "ms a step |",
-                "|:--|--:|--:|--:|--:|--:|--:|--:|",
+                f"| {split}: system | open | binary | all | all, each seed | psa (lite) is above by | wrong form | "
+                "steps to 95% | ms a step |",
+                "|:--|--:|--:|--:|--:|--:|--:|--:|--:|",
             ]
         for row in rows:
             above = row.get("psa_lite_above")
             text = "" if above is None else f"{above['difference']:+.1f} [{above['low']:+.1f}, {above['high']:+.1f}]"
-            cells = [*(interval(row[part]) for part in NUMBERS), text, f"{row['wrong_form']:.1f}%"]
+            seeds = ", ".join(f"{accuracy:.1f}" for accuracy in row["of_seeds"])
+            cells = [*(interval(row[part]) for part in NUMBERS), seeds, text, f"{row['wrong_form']:.1f}%"]
             learned = "steps_to_95" in row
             cells += [f"{row['steps_to_95']:.0f}", f"{1000 * row['seconds_a_step']:.0f}"] if learned else ["", ""]
             lines.append(f"| {row['system']} | {' | '.join(cells)} |")

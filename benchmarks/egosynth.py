@@ -217,15 +217,16 @@ class Bench:
         return rows
 
     def training(self, point: Mapping[str, Any]) -> dict[str, Any]:
-        """Over the seeds of a point: the percentage of answers of the wrong form, the median of the steps until val
-        reached 95% of its best, and the seconds a step, with all seeds of a stack together.
+        """Over the seeds of a point: the accuracy of each, the percentage of answers of the wrong form, the median of
+        the steps until val reached 95% of its best, and the seconds a step, with all seeds of a stack together.
         """
         folders = [self.root / "sweeps" / point["name"] / member["dir"] for member in point["members"]]
         tests = [json.loads((folder / "test.json").read_text()) for folder in folders]
         logs = [json.loads(line) for folder in folders for line in (folder / "log.jsonl").read_text().splitlines()]
         reached = [event for event in logs if event["event"] == "converged"]
         wrong = float(np.mean([100 * test["wrong_form"] / test["all"]["n"] for test in tests]))
-        found = {"wrong_form": round(wrong, 2)}
+        found: dict[str, Any] = {"of_seeds": [round(test["all"]["accuracy"], 2) for test in tests]}
+        found["wrong_form"] = round(wrong, 2)
         if reached and reached[0]["steps"]:
             found["steps_to_95"] = float(np.median([event["steps"] for event in reached]))
             found["seconds_a_step"] = round(

@@ -15,7 +15,7 @@ def row(system: str, mean: float, verdict: str | None) -> dict[str, Any]:
     found: dict[str, Any] = {"split": "direct", "system": system, "open": number, "binary": number, "all": number}
     if verdict:
         found["psa_lite_above"] = {"difference": 60 - mean, "low": 1.0, "high": 9.0, "p": 0.01, "verdict": verdict}
-    return found | {"wrong_form": 1.5}
+    return found | {"of_seeds": [mean - 1, mean, mean + 1], "wrong_form": 1.5}
 
 
 def found() -> dict[str, Any]:
@@ -77,6 +77,7 @@ def test_only_the_part_of_the_set_is_replaced(tmp_path: Path) -> None:
     assert text.startswith(f"before\n\n{first}\n")
     assert text.endswith(f"{last}\n\nafter\n")
     assert "| direct: system |" in text
+    assert "| 57.0, 58.0, 59.0 |" in text
     assert "earlier results" not in text
     with pytest.raises(ValueError, match=r"has no part of the demo set; expected the lines '<!-- results of the demo"):
         bench.write_docs("demo", found(), path)
