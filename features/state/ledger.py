@@ -22,7 +22,7 @@ from egopatch.features.io.fields import (
 )
 from egopatch.features.state.origin import Origin, decode_origins
 from egopatch.features.storage.interface import Journal, Storage
-from egopatch.features.storage.journal import Contents, validating
+from egopatch.features.storage.journal import Contents, garbage_collection_paused, validating
 
 LEDGER = "ledger.jsonl"  # its name in the store
 MAX_ROWS = 10**8  # in a store; a ledger with more is damaged
@@ -162,8 +162,9 @@ class Ledger:
             DamagedStore: Another program wrote the ledger.
         """
         of = self.clips if names is None else {name: self.clips[name] for name in names}
-        by_commit = {number: commit.origins_by_id() for number, commit in {id(c): c for c in of.values()}.items()}
-        return {name: by_commit[id(commit)][name] for name, commit in of.items()}
+        with garbage_collection_paused():
+            by_commit = {number: commit.origins_by_id() for number, commit in {id(c): c for c in of.values()}.items()}
+            return {name: by_commit[id(commit)][name] for name, commit in of.items()}
 
     def machines(self) -> dict[str, int]:
         """Machine -> number of the committed clips that it computed; the empty name is that of unknown ones."""
