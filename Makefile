@@ -21,7 +21,7 @@ endif
 # Imports that touch most packages.
 INTACT := import jinja2, joblib, matplotlib, safetensors, torch, transformers, zarr, egopatch
 
-.PHONY: help setup demo demo-direct demo-indirect test test-slow check docs bench gpu data features train evaluate ablate table report clean
+.PHONY: help setup demo test test-slow check docs bench gpu data features train evaluate ablate table report clean
 
 help:
 	@echo "make setup | demo | test | test-slow | check | docs | bench | gpu | clean"
@@ -45,33 +45,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(PY) -m extract synth --out runs/demo/data --clips 800
-	for arch in egovlpv2 egovlp; do \
-	    $(PY) -m extract standin --config configs/demo/$$arch.yaml && \
-	    $(PY) -m extract run --config configs/demo/$$arch.yaml || exit; \
-	done
-	$(PY) -m extract run --config configs/demo/lite.yaml
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs 2 demo-direct demo-indirect
-	$(MAKE) --no-print-directory ablate table report CONFIG=configs/demo/egovlpv2.yaml RATIOS="0.1 0.25 1.0"
-
-# Eight heads and much weight decay are what psa converges with (docs/egosynth.md); the other heads keep what they had.
-BASELINE = --head.heads 4 --train.weight_decay 0.05
-
-# The systems on one split: five on random-weight stand-ins, two on real ImageNet weights. Small heads use a second core
-# badly, so the two splits train side by side.
-demo-direct demo-indirect: demo-%: $(STAMP)
-	for model in majority question-only; do \
-	    $(PY) -m train fit --config configs/demo/egovlpv2.yaml --data.split $* --head.name $$model \
-	        --run.dir runs/demo/$*/$$model $(BASELINE) || exit; \
-	done
-	$(PY) -m train fit --config configs/demo/egovlpv2.yaml --data.split $* --run.dir runs/demo/$*/psa
-	$(PY) -m train fit --config configs/demo/egovlpv2.yaml --data.split $* --head.name egovlpv2 \
-	    --run.dir runs/demo/$*/egovlpv2 --train.epochs 6 $(BASELINE)
-	$(PY) -m train fit --config configs/demo/egovlp.yaml --data.split $* --run.dir runs/demo/$*/egovlp
-	$(PY) -m train fit --config configs/demo/lite.yaml --data.split $* --head.name pooled \
-	    --run.dir runs/demo/$*/pooled-lite $(BASELINE)
-	$(PY) -m train fit --config configs/demo/lite.yaml --data.split $* --run.dir runs/demo/$*/psa-lite
-	$(PY) -m train explain --config configs/demo/lite.yaml --data.split $* --run.dir runs/demo/$*/psa-lite --questions 64
+	$(PY) -m egopatch demo
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(IN_PROCESSES)

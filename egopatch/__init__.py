@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from egopatch.train.heads import register_head
     from egopatch.train.report.kept_picture import clip_frames
 
+__version__ = "0.1.0"
 __all__ = [
     "clip_frames",
     "create_store",

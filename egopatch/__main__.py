@@ -1,25 +1,45 @@
-"""`egopatch extract|features|train COMMAND ...`: one name for the three command lines."""
+"""`egopatch COMMAND ...`: one name for everything; `extract`, `features` and `train` have commands of their own."""
 
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from egopatch import __version__
 from egopatch.features.common.command_line import find_command
 
+STAGES = ("extract", "features", "train")
 COMMANDS = {
+    "ask": "ask a question about a video file, or a clip of a store",
+    "demo": "run everything on rendered videos: --small takes under a minute",
+    "doctor": "check this machine and, with --config, a data set",
     "extract": "stage one: encode videos once and store their patch tokens",
     "features": "inspect, verify, repair and convert stores",
     "train": "stage two: train and evaluate heads, sweep, make tables and reports",
+    "completion": "print a script that lets bash or zsh complete commands and options",
 }
+# Commands that are another one's, by a shorter name.
+SHORT = {"ask": "train", "doctor": "extract"}
+INTERRUPTED = 130
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line; returns its exit code: 0 done, 1 the work failed, 2 wrong usage or configuration."""
     args = list(sys.argv[1:] if args is None else args)
-    name = find_command("egopatch", COMMANDS, "egopatch COMMAND ...; egopatch COMMAND --help lists its commands", args)
+    if args == ["--version"]:
+        print(f"egopatch {__version__}")
+        return 0
+    usage = "egopatch COMMAND ... | --version; egopatch COMMAND --help shows its commands or options"
+    name = find_command("egopatch", COMMANDS, usage, args)
     if isinstance(name, int):
         return name
-    return int(import_module(f"egopatch.{name}.__main__").main(args[1:]))
+    if name in SHORT:
+        return int(import_module(f"egopatch.{SHORT[name]}.__main__").main(args))
+    module = f"egopatch.{name}.__main__" if name in STAGES else f"egopatch.{name}"
+    try:
+        return int(import_module(module).main(args[1:]))
+    except KeyboardInterrupt:
+        print(f"egopatch {name}: interrupted; run the same command again to resume", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

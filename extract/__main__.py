@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 
 from egopatch.configs.command_line import ConfigParser
 from egopatch.configs.schema import ConfigError
@@ -22,7 +23,7 @@ COMMANDS = {
     "status": "show how many clips are stored, quarantined and missing",
     "retry": "run, and try the quarantined clips again",
     "transcode": "write small copies of all clips with a key frame each second, which decode several times as fast",
-    "doctor": "check the annotations and look for every video; exits with 1 if there are faults",
+    "doctor": "check this machine and, with --config, the annotations and videos; exits with 1 if there are faults",
     "data": "download the archives, checkpoints and tokenizers that the config needs",
     "standin": "write a tiny random-weight checkpoint and tokenizer to the config's paths",
     "frames": "write the very frames that a clip gives, to look at them",
@@ -47,8 +48,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser = ConfigParser(prog=f"extract {name}", description=COMMANDS[name])
     try:
         # Imported here to save start-up time: most commands need torch, which takes seconds to import.
-        module = "run" if name == "retry" else f"inputs.{name}" if name in INPUTS else name
-        command = import_module(f"egopatch.extract.commands.{module}")
+        command = load_command(name)
         return int(command.main(parser, args[1:], retry=True) if name == "retry" else command.main(parser, args[1:]))
     except (DatasetError, CheckpointError, ConfigError, BadLocation, FingerprintMismatch) as error:
         print(f"extract {name}: error: {error}", file=sys.stderr)
@@ -59,6 +59,12 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"extract {name}: interrupted; run the same command again to resume", file=sys.stderr)
         return INTERRUPTED
+
+
+def load_command(name: str) -> ModuleType:
+    """The module of a command, whose `main(parser, args)` runs it."""
+    module = "run" if name == "retry" else f"inputs.{name}" if name in INPUTS else name
+    return import_module(f"egopatch.extract.commands.{module}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """The names that the package has: `egopatch` where it is installed, short ones beside it in a checkout."""
 
+import itertools
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from egopatch import __version__ as version
 from egopatch.train.rundir.card import plain
 from tests.train.tiny import with_run, write_tiny
 
@@ -54,7 +58,7 @@ def test_an_unknown_command_names_the_choices(capsys: pytest.CaptureFixture[str]
     from egopatch.__main__ import main
 
     assert main(["fit"]) == 2
-    assert "unknown command 'fit'; choose one of extract, features, train" in capsys.readouterr().err
+    assert "unknown command 'fit'; choose one of ask, demo, doctor, extract, features, train" in capsys.readouterr().err
     assert main([]) == 2
     assert main(["--help"]) == 0
     assert main(["train", "fti"]) == 2
@@ -110,6 +114,88 @@ def test_installed_beside_files_of_the_same_names(installed: Path, tmp_path: Pat
     trained = run(egopatch, "train", "fit", "--config", "mine.yaml", cwd=tmp_path, path=installed)
     assert trained.returncode == 0, trained.stderr
     assert (config.run.dir / "best.safetensors").is_file()
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment with the wheel, and this one's packages from where they are."""
+    folder = tmp_path_factory.mktemp("environment")
+    assert run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder).returncode == 0
+    python = folder / "bin" / "python"
+    install = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", wheel)
+    done = run(*install, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (site,) = folder.glob("lib/python*/site-packages")
+    present = [path for path in sys.path if Path(path).name == "site-packages"]
+    (site / "present.pth").write_text("".join(f"{path}\n" for path in present))
+    return folder
+
+
+@pytest.mark.slow
+def test_a_wheel_answers_a_question_about_a_video_in_another_folder(environment: Path, tmp_path: Path) -> None:
+    egopatch = environment / "bin" / "egopatch"
+
+    def succeed(*args: str) -> str:
+        done = run(egopatch, *args, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr + done.stdout
+        return done.stdout
+
+    assert succeed("--version") == f"egopatch {version}\n"
+    machine = json.loads(succeed("doctor", "--json"))["machine"]
+    assert not [check for check in machine if check["state"] == "error"]
+    assert "next: egopatch ask --video FILE" in succeed("demo", "--small")
+    (video, *_) = (tmp_path / "runs" / "demo-small" / "data" / "qa_videos").iterdir()
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    shutil.copy(video, videos / "kitchen.mp4")
+    (videos / "bad.mp4").write_bytes(b"no video")
+    ask = ("ask", "--video", "videos", "what does the zebra pick up?", "--clip-seconds", "1", "--cache", "cache")
+    answer = json.loads(succeed(*ask, "--json"))
+    assert answer["encoded"] == 2
+    assert answer["run"] == "runs/demo-small/direct/psa-lite"
+    assert sorted(clip["clip_id"] for clip in answer["clips"]) == ["kitchen.mp4@0s", "kitchen.mp4@1s"]
+    assert [clip["times_s"][0] >= 1 for clip in answer["clips"]] == ["1s" in c["clip_id"] for c in answer["clips"]]
+    notes = "\n".join(answer["notes"])
+    for expected in ("EgoSynth's rendered videos", "the words 'zebra'", "cannot be decoded, such as bad.mp4"):
+        assert expected in notes
+    assert (tmp_path / answer["picture"]).stat().st_size > 1000
+    listed = {path.name for path in tmp_path.iterdir()}
+    assert listed == {"cache", "runs", "videos"}
+
+
+@pytest.mark.slow
+def test_completion_knows_commands_and_options() -> None:
+    from egopatch.completion import script
+
+    def complete(*words: str) -> list[str]:
+        line = f'COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1}; _egopatch; echo "${{COMPREPLY[@]}}"'
+        done = run("bash", "-c", f"{text}\n{line}", cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    text = script()
+    assert complete("egopatch", "tr") == ["train"]
+    assert complete("egopatch", "extract", "vi") == ["videos"]
+    assert complete("egopatch", "extract", "run", "--video.fr") == ["--video.frames"]
+    assert complete("egopatch", "ask", "--vid")[0] == "--video"
+    assert complete("egopatch", "features", "verify", "--so") == ["--sources"]
+
+
+def test_the_demos_commands_name_options_and_write_below_one_folder() -> None:
+    from egopatch.configs.command_line import option_names
+    from egopatch.demo import Recipe
+
+    recipe, own = Recipe(Path("elsewhere")), {"--out", "--clips", "--config", "--ratios", "--questions"}
+    commands = [*recipe.small(), *recipe.features(), *recipe.training("indirect"), *recipe.results()]
+    for command in commands:
+        assert {word for word in command if word.startswith("--")} <= own | {f"--{name}" for name in option_names()}
+        options = dict(itertools.pairwise(command))
+        assert "--config" not in options or Path(options["--config"]).is_file()
+        written = [options[name] for name in ("--out", "--data.root", "--store.path", "--run.dir") if name in options]
+        assert written
+        assert all(path.startswith("elsewhere/") for path in written)
+    names = {Path(command[command.index("--run.dir") + 1]).name for command in recipe.training("indirect") if "fit" in command}
+    assert names == {"majority", "question-only", "psa", "egovlpv2", "egovlp", "pooled-lite", "psa-lite"}
 
 
 def test_another_python_than_the_checkouts_is_one_line() -> None:

