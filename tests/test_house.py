@@ -4,12 +4,13 @@ import ast
 import re
 import runpy
 import subprocess
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+
+import egopatch
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("features", "extract", "train")
@@ -61,7 +62,7 @@ def test_the_top_has_what_people_look_for_and_nothing_else() -> None:
 
 
 def test_what_other_programs_read_at_the_top_is_current() -> None:
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    version = egopatch.__version__
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == version
     assert {"cff-version", "message", "title", "authors"} <= set(citation)

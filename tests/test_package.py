@@ -194,7 +194,11 @@ def test_the_demos_commands_name_options_and_write_below_one_folder() -> None:
         written = [options[name] for name in ("--out", "--data.root", "--store.path", "--run.dir") if name in options]
         assert written
         assert all(path.startswith("elsewhere/") for path in written)
-    names = {Path(command[command.index("--run.dir") + 1]).name for command in recipe.training("indirect") if "fit" in command}
+    names = {
+        Path(command[command.index("--run.dir") + 1]).name
+        for command in recipe.training("indirect")
+        if "fit" in command
+    }
     assert names == {"majority", "question-only", "psa", "egovlpv2", "egovlp", "pooled-lite", "psa-lite"}
 
 

@@ -23,8 +23,7 @@ import psutil
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.encoders.checkpoints.package import LITE0, MINILM, Package
 from egopatch.features.common.disk import require_semaphores
-from egopatch.features.common.machine import usable_cores
-from egopatch.features.common.triton import NEWEST_TRIED, OLDEST, SPILLING, release
+from egopatch.features.common.machine import NEWEST_TRITON, OLDEST_TRITON, SPILLING_TRITON, release, usable_cores
 from egopatch.features.common.units import format_bytes
 
 GB = 10**9
@@ -106,20 +105,20 @@ def check_torch(gpu: Gpu) -> Check:
 
 def check_triton(found: str | None, has_gpu: bool) -> Check:
     """Triton's version against those with which the kernels were tried."""
-    tried = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST_TRIED[0]}.{NEWEST_TRIED[1]}"
+    tried = f"{OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} to {NEWEST_TRITON[0]}.{NEWEST_TRITON[1]}"
     if found is None:
         without = "not installed, so heads use the slower reference"
-        mend = f"pip install 'triton>={OLDEST[0]}.{OLDEST[1]}'"
+        mend = f"pip install 'triton>={OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}'"
         return (
             Check("triton", "warning", without, mend) if has_gpu else Check("triton", "ok", "not needed without a GPU")
         )
     this = release(found)
-    if this < OLDEST:
-        mend = f"pip install --upgrade 'triton>={OLDEST[0]}.{OLDEST[1]}'"
+    if this < OLDEST_TRITON:
+        mend = f"pip install --upgrade 'triton>={OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}'"
         return Check("triton", "warning", f"{found} is older than {tried}, so heads use the slower reference", mend)
-    sizes = "block sizes measured on an H100" if this < SPILLING else "smaller block sizes, which do not spill"
-    if this > NEWEST_TRIED:
-        mend = f"run benchmarks/kernel_budget.py, or pip install 'triton<{NEWEST_TRIED[0]}.{NEWEST_TRIED[1] + 1}'"
+    sizes = "block sizes measured on an H100" if this < SPILLING_TRITON else "smaller block sizes, which do not spill"
+    if this > NEWEST_TRITON:
+        mend = f"run benchmarks/kernel_budget.py, or pip install 'triton<{NEWEST_TRITON[0]}.{NEWEST_TRITON[1] + 1}'"
         return Check("triton", "warning", f"{found} is newer than {tried}, which were tried; {sizes}", mend)
     return Check("triton", "ok", f"{found}, of {tried}, which were tried; {sizes}")
 

@@ -13,6 +13,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+# Versions of Triton, (major, minor): the oldest that compiled the kernels of stage two and ran them on a GPU, which
+# torch 2.10 and 2.11 bring; the first with which the sizes that were measured on an H100 spill registers, so that
+# smaller ones are used; and the newest that was tried.
+OLDEST_TRITON, SPILLING_TRITON, NEWEST_TRITON = (3, 6), (3, 8), (3, 9)
+
+
+def release(version: str) -> tuple[int, int]:
+    """(major, minor) of a version such as `3.6.0+git1234`."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
 
 def usable_cores(root: Path = Path("/")) -> int:
     """Number of cores that this process may use; `root` is where /proc and /sys are found."""

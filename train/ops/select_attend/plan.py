@@ -16,13 +16,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from egopatch.features.common import triton
+from egopatch.features.common import machine
 
 Implementation = Literal["auto", "reference", "triton"]
 
 # Asked once, since torch.compile cannot trace the question.
 TRITON = version("triton") if find_spec("triton") is not None else None
-SPILLING_TRITON = TRITON is not None and triton.release(TRITON) >= triton.SPILLING
+SPILLING_TRITON = TRITON is not None and machine.release(TRITON) >= machine.SPILLING_TRITON
 
 MAX_PATCHES = 1024
 MAX_WIDTH = 1536
@@ -123,7 +123,7 @@ def _obstacle(tokens: Tensor, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run here, and what they expect; None if they can."""
     if TRITON is None:
         return "Triton is not installed; expected it (pip install triton)"
-    if triton.release(TRITON) < triton.OLDEST:
+    if machine.release(TRITON) < machine.OLDEST_TRITON:
         return f"Triton {TRITON} is installed; expected 3.6 or newer, as torch 2.10 and newer bring it"
     if not tokens.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"tokens is on {tokens.device}; expected a CUDA device"
