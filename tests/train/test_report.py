@@ -270,6 +270,11 @@ def test_the_headline_matches_by_head_and_prefers_real_weights(
     write_run(tmp_path, "question-only", model="question-only", predictions=guesses(6))
     asked = []
     monkeypatch.setattr(report_analysis, "input_transform", lambda *args: asked.append(args) or LITE_TRANSFORM)
+
+    def drawn(clips: list, video: object, transform: object, read: list[int]) -> list[tuple[tuple[str, ...], str]]:
+        return [(("data:image/jpeg;base64,",) * len(read), "")] * len(clips)
+
+    monkeypatch.setattr(report_examples, "pictures", drawn)
     text = write_report(made[0], tmp_path).read_text()
     assert "psa (lite), all questions</span>" in text
     assert "points over question-only" in text

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome"),
 ]
 
-QUESTIONS, SYSTEMS = 20_000, ("majority", "question-only", "egovlp", "egovlpv2", "mfas", "attention", "pooled", "psa")
+QUESTIONS, SYSTEMS = 20_000, ("majority", "question-only", "egovlpv2", "pooled", "psa")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Made-up answers of eight systems to 20,000 questions, without pictures."""
+    """Made-up answers of five systems to 20,000 questions, without pictures."""
     root = tmp_path_factory.mktemp("large")
     config = write_dataset(root / "data", clips=2500, questions=QUESTIONS, videos=False)
     rng = np.random.default_rng(0)

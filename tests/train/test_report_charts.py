@@ -1,15 +1,20 @@
-"""Charts are SVG with the right numbers, and page data that no text can break out of."""
+"""Charts are SVG with the right numbers, no text breaks out of the page's data, and the commands are in order."""
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from egopatch.extract.datasets import Question
 from egopatch.train.report.answers import Correctness, Questions
+from egopatch.train.report.sections import repeat
 from egopatch.train.report.sections.charts import Bar, Line, bar_chart, heat_map, line_chart
 from egopatch.train.report.sections.question_list import anchor, as_script, pairs, question_list
+from egopatch.train.report.sources import Sweep
+from egopatch.train.rundir.results import gather
+from tests.train.fake_runs import write_run
 
 
 def test_a_line_goes_through_its_points_and_ticks_are_round() -> None:
@@ -113,3 +118,31 @@ def test_data_cannot_end_its_script() -> None:
 def test_anchors_are_those_of_the_pages_script() -> None:
     # encodeURIComponent leaves A-Z a-z 0-9 - _ . ! ~ * ' ( ) as they are.
     assert anchor("direct", "a/b c|d'(1)!é") == "q/direct/a%2Fb%20c%7Cd'(1)!%C3%A9"
+
+
+def test_the_recipe_encodes_each_store_once_and_has_every_command(tmp_path: Path) -> None:
+    stores = {"majority": "stores/a", "psa": "stores/a", "pooled (lite)": "stores/b c"}
+    for system, store in stores.items():
+        card = {"fingerprint": None} if system == "majority" else {}
+        write_run(tmp_path, system, model=system, config={"store": {"path": store}}, card=card)
+    sweep = Sweep("ratios", "psa", "direct", (), command="python -m train sweep --ratios 0.1")
+    found = repeat.recipe(gather(tmp_path), [sweep])
+    fit = "python -m train fit --config configs/demo.yaml --head.name"
+    assert [line.replace(str(tmp_path), "RUNS") for line in found.commands if not line.startswith("#")] == [
+        "python -m extract run --config 'RUNS/pooled (lite)/config.yaml'",
+        "python -m extract run --config RUNS/psa/config.yaml",
+        f"{fit} majority",
+        f"{fit} pooled (lite)",
+        f"{fit} psa",
+        "python -m train sweep --ratios 0.1",
+        "python -m train table --config RUNS/majority/config.yaml --run.table RUNS",
+        "python -m train report --config RUNS/majority/config.yaml --run.table RUNS",
+    ]
+    assert [name for name, _ in found.configs] == [f"{name}, direct, seed 0" for name in sorted(stores)]
+    assert "ratio: 0.25" in found.configs[0][1]
+
+
+def test_the_digest_is_of_the_questions() -> None:
+    questions, _ = made_up()
+    other = Questions({"a": questions.by_id["a"], "b": questions.by_id["b"]}, {})
+    assert repeat.digest(questions) == repeat.digest(made_up()[0]) != repeat.digest(other)

@@ -146,7 +146,7 @@ def write_report(config: Config, folder: Path) -> Path:
         colour=colours.__getitem__,
         sweeps=sweeps,
         stores=stores,
-        recipe=repeat.recipe(results, sweeps, config),
+        recipe=repeat.recipe(results, sweeps),
         versions=report_integrity.versions(results),
         problems=problems,
         data=question_list.as_script([split.data for split in splits if split.data]),

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from egopatch.train.rundir.results import value_text
+
 
 class SourceError(ValueError):
     """A file of a run cannot be read; the message names the file and what to do."""
@@ -256,11 +258,6 @@ def _existing(value: object, folder: Path) -> Path | None:
     if not value:
         return None
     return next((path for path in (folder / str(value), Path(str(value))) if path.is_dir()), None)
-
-
-def value_text(value: object) -> str:
-    """An option's value as people read it, such as `question + prior`."""
-    return " + ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _finite(value: object) -> bool:

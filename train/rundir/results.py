@@ -165,6 +165,11 @@ class Results:
         return tuple(dict.fromkeys(row.split for row in self.rows))
 
 
+def value_text(value: object) -> str:
+    """An option's value as people read it, such as `question + prior`."""
+    return " + ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
 def table_folder(config: Config) -> Path:
     """The folder whose runs `table` and `report` gather, and into which they write: `run.table`."""
     return config.run.dir.parent if config.run.table is None else config.run.table
@@ -247,7 +252,9 @@ def _rows_of(system: str, split: str, runs: list[Run], folder: Path, problems: l
         if group is not groups[0]:
             options = group[0].options
             differing = sorted(key for key in options.keys() | base.keys() if options.get(key) != base.get(key))
-            row = replace(row, label=f"{system} ({', '.join(f'{name} {options.get(name)}' for name in differing)})")
+            row = replace(
+                row, label=f"{system} ({', '.join(f'{name} {value_text(options.get(name))}' for name in differing)})"
+            )
             problems.append(f"{system} {split}: several settings were run; {row.label} has a separate row")
         rows.append(row)
     return rows

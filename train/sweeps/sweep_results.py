@@ -14,9 +14,9 @@ import numpy as np
 
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Question, load_dataset
-from egopatch.train.report.sources import read_sweep, value_text
+from egopatch.train.report.sources import read_sweep
 from egopatch.train.rundir import card as run_folder
-from egopatch.train.rundir.results import COLUMNS
+from egopatch.train.rundir.results import COLUMNS, value_text
 from egopatch.train.scores.metrics import read_predictions, same_lower_cased
 from egopatch.train.scores.statistics import Matrix, accuracy, compare, measure_power
 

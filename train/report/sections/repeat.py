@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import yaml
 
-from egopatch.configs.schema import Config
 from egopatch.train.report.answers import Questions
 from egopatch.train.report.sources import Sweep
 from egopatch.train.rundir.results import Results
@@ -27,13 +26,12 @@ class Recipe:
     configs: tuple[tuple[str, str], ...]
 
 
-def recipe(results: Results, sweeps: Sequence[Sweep], config: Config) -> Recipe:
+def recipe(results: Results, sweeps: Sequence[Sweep]) -> Recipe:
     """The recipe of everything below a folder of runs.
 
     Args:
         results: The runs.
         sweeps: The sweeps beside them.
-        config: Config that the report was written with.
     """
     stores, trained, configs = dict[str, str](), list[str](), list[tuple[str, str]]()
     for row in results.rows:
@@ -45,7 +43,8 @@ def recipe(results: Results, sweeps: Sequence[Sweep], config: Config) -> Recipe:
         settings = yaml.safe_dump(dict(row.best.card.get("config") or {}), sort_keys=False, allow_unicode=True)
         configs.append((f"{row.label}, {row.split}, seed {row.best.seed}", settings))
     swept = [sweep.command for sweep in sweeps if sweep.command]
-    there = f"--data.root {shlex.quote(str(config.data.root))} --run.table {shlex.quote(str(results.folder))}"
+    one = results.rows[0].best.dir / "config.yaml"
+    there = f"--config {shlex.quote(str(one))} --run.table {shlex.quote(str(results.folder))}"
     sections = [
         ("Encode the clips into each store. Finished shards are skipped.", list(stores.values())),
         ("Train and evaluate every run.", trained),
