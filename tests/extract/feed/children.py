@@ -28,6 +28,16 @@ def die_or_prepare(clip: Clip, video: VideoConfig, once: OncePerVideo) -> Prepar
     return cut_clip(clip, video, once, transform=EGOVLP_TRANSFORM, most=1 << 20)
 
 
+def count_looks(clip: Clip, video: VideoConfig, once: OncePerVideo) -> int:
+    """What the first of all children finds out about the video: how often one of them has looked, which is once."""
+
+    def look() -> int:
+        with clip.video.open("ab") as file:
+            return file.write(b".") and file.tell()
+
+    return once.find("looks", (clip.video, 0, 0), look)
+
+
 def about_this_child(clip: Clip, video: VideoConfig, once: OncePerVideo) -> tuple[float, int, list[str]]:
     """CPU seconds to the first frames, bytes of memory, modules that should not be here."""
     cut_clip(clip, video, once, transform=EGOVLP_TRANSFORM, most=1 << 30)

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from egopatch.configs.schema import VideoConfig
+from egopatch.extract.datasets import Clip
 from egopatch.extract.feed import shared_folder
 from egopatch.extract.feed.pool import DecodePool
 from egopatch.extract.feed.shared_folder import SharedFolder
+from tests.extract.feed.children import count_looks
 from tests.features.faults import fork
 
 VIDEO = VideoConfig()
@@ -33,9 +35,11 @@ def test_workers_share_it_until_the_last_one_ends(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
-def test_pools_of_two_workers_share_it() -> None:
-    with DecodePool(VIDEO, 1, print) as one, DecodePool(VIDEO, 1, print) as other:
-        assert one._shared.path == other._shared.path
+def test_the_children_of_two_workers_look_at_a_video_once(folder: Path) -> None:
+    clips = [Clip(name, folder / "video") for name in "ab"]
+    with DecodePool(VIDEO, 1, count_looks) as one, DecodePool(VIDEO, 1, count_looks) as other:
+        assert [*one.map(clips), *other.map(clips)] == [1] * 4
+    assert (folder / "video").read_bytes() == b"."
 
 
 def test_workers_with_other_limits_have_another_one() -> None:
