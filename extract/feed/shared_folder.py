@@ -27,7 +27,8 @@ class SharedFolder:
     def __init__(self, video: VideoConfig) -> None:
         _remove_abandoned()
         digest = hashlib.sha256(repr(video).encode()).hexdigest()[:16]
-        self.path, self._lock = _join(_folder(f"{_PREFIX}{os.geteuid()}-{digest}")) or _private_folder()
+        shared = Path(tempfile.gettempdir()) / f"{_PREFIX}{os.geteuid()}-{digest}"
+        self.path, self._lock = _join(shared) or _private_folder()
 
     def remove(self) -> None:
         """Leave the folder; the last one removes it."""
@@ -35,10 +36,6 @@ class SharedFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while another worker holds it
             shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
-
-
-def _folder(name: str) -> Path:
-    return Path(tempfile.gettempdir()) / name
 
 
 def _join(path: Path) -> tuple[Path, int] | None:
@@ -76,7 +73,7 @@ def _private_folder() -> tuple[Path, int]:
 
 
 def _remove_abandoned() -> None:
-    for folder in _folder("").glob(f"{_PREFIX}*"):
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with suppress(OSError):  # another user's, or being removed
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             try:
