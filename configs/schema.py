@@ -314,10 +314,12 @@ class RunConfig:
     Args:
         dir: Folder of this run, for its log, checkpoint, metrics and predictions.
         table: Folder whose runs `table` and `report` compare, and where they write; `null` is the parent of `dir`.
+        tracker: `wandb` or `mlflow` to send the numbers of the log there, too (`pip install 'egopatch[wandb]'`).
     """
 
     dir: Path = Path("runs/egotaskqa_direct_psa")
     table: Path | None = None
+    tracker: Literal["wandb", "mlflow"] | None = None
 
 
 @dataclass(frozen=True)

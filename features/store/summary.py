@@ -77,7 +77,8 @@ def draw(tokens: PatchTokens, grid: tuple[int, int], frames: NDArray[np.float32]
     if frames.ndim != 4 or frames.shape[1] != 3 or len(frames) < steps:
         raise ValueError(f"frames has shape {frames.shape}; expected [{steps} or more, 3, height, width] in [0, 1]")
     positions = None if tokens.positions is None else tokens.positions[0]
-    maps = to_pixels(saliency, grid, *frames.shape[2:], positions=positions).numpy()
+    height, width = frames.shape[2:]
+    maps = to_pixels(saliency, grid, height, width, positions=positions).numpy()
     low, high = np.nanmin(maps), np.nanmax(maps)
     light = (maps - low) / max(float(high - low), 1e-12)
     # A position in time may cover several frames: the one in its middle is shown.

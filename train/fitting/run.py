@@ -21,6 +21,7 @@ from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import Card
 from egopatch.train.rundir.log import RunLog
 from egopatch.train.rundir.results import BLIND
+from egopatch.train.rundir.tracking import RECORD, open_tracker
 from egopatch.train.rundir.trained_on import write_clips
 from egopatch.train.scores.metrics import Metrics
 
@@ -69,9 +70,12 @@ class TrainingRun:
         """Start the log after `step`; later lines of an interrupted run are dropped."""
         if not self._writes:
             return
+        folder, name = self.config.run.dir, self.config.run.tracker
         if step == 0:
-            (self.config.run.dir / run_folder.LOG).unlink(missing_ok=True)
-        self._log = RunLog(self.config.run.dir, step)
+            for former in (run_folder.LOG, RECORD):
+                (folder / former).unlink(missing_ok=True)
+        tracker = None if name is None else open_tracker(name, folder, run_folder.plain(self.config))
+        self._log = RunLog(folder, step, tracker)
 
     def record_clips(self) -> None:
         """Write what the clips are made of that the run is about to be trained on."""

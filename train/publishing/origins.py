@@ -50,10 +50,10 @@ def _weights(config: Config, card: Card) -> Iterator[Origin]:
 def _licence(package: str) -> str | None:
     """What an installed package says of its licence."""
     try:
-        found = metadata.metadata(package)
+        found = metadata.metadata(package).json
     except metadata.PackageNotFoundError:
         return None
-    stated = found.get("License-Expression") or found.get("License")
+    stated = found.get("license_expression") or found.get("license")
     return None if stated in (None, "", "UNKNOWN") else str(stated)
 
 

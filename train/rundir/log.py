@@ -1,7 +1,9 @@
-"""The log of a run: JSON lines, which results are read from, and the same numbers for TensorBoard."""
+"""The log of a run: JSON lines, which results are read from, and the same numbers for TensorBoard and a tracker."""
 
 import json
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from egopatch.train.rundir.card import write_whole
+from egopatch.train.rundir.tracking import Tracker
 
 
 class RunLog:
@@ -18,11 +21,13 @@ class RunLog:
     Args:
         folder: Folder of the run.
         step: Number of steps done; later events, which an interrupted run had written, are dropped.
+        tracker: The run in an experiment tracker, if it is wanted.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, tracker: Tracker | None = None) -> None:
         path = folder / "log.jsonl"
         _drop_after(path, step)
+        self._tracker = tracker
         self._file = path.open("a", encoding="utf-8")
         self._board = EventFileWriter(str(folder / "tb"))
         # Tells TensorBoard to forget what an interrupted run wrote from here on.
@@ -30,20 +35,30 @@ class RunLog:
         self._board.add_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def write(self, event: str, step: int, **values: Any) -> None:
-        """Write one line to `log.jsonl`, and its floats to TensorBoard."""
+        """Write one line to `log.jsonl`, and its floats to TensorBoard and to the tracker."""
         self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
         self._file.flush()
-        scalars = [
-            Summary.Value(tag=f"{event}/{name}", simple_value=value)
-            for name, value in values.items()
-            if isinstance(value, float)
-        ]
+        floats = {f"{event}/{name}": value for name, value in values.items() if isinstance(value, float)}
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in floats.items()]
         self._board.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
+        if self._tracker is not None and floats:
+            self._track(self._tracker.log, step, floats)
 
     def close(self) -> None:
         """Write pending events and close the files."""
         self._file.close()
         self._board.close()
+        if self._tracker is not None:
+            self._track(self._tracker.close)
+
+    def _track(self, call: Callable[..., None], *values: Any) -> None:
+        """Call the tracker; if its server is gone the run continues without it, because its own log is complete."""
+        try:
+            call(*values)
+        except Exception as error:  # each tracker has kinds of its own
+            reason = " ".join(str(error).split())
+            print(f"run.tracker failed, and the run continues without it: {reason:.300}", file=sys.stderr)
+            self._tracker = None
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -1,0 +1,106 @@
+"""Experiment trackers: stand-ins of their modules get the numbers of the log, and a run that resumes stays one run."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from egopatch.configs.schema import Config, ConfigError
+from egopatch.train.fitting.fit import fit
+from egopatch.train.rundir.log import RunLog
+from tests.train.tiny import with_run
+
+Calls = list[tuple[str, Any]]
+
+
+def wandb(calls: Calls) -> ModuleType:
+    """What is used of Weights & Biases."""
+
+    def init(**options: Any) -> SimpleNamespace:
+        calls.append(("init", options))
+        return SimpleNamespace(
+            id=options["id"] or "new",
+            define_metric=lambda *names, **options: calls.append(("axis", options["step_metric"])),
+            log=lambda values: calls.append(("log", values)),
+            finish=lambda: calls.append(("finish", None)),
+        )
+
+    module = ModuleType("wandb")
+    module.init = init  # type: ignore[attr-defined]
+    return module
+
+
+def mlflow(calls: Calls) -> ModuleType:
+    """What is used of MLflow."""
+    client = SimpleNamespace(
+        get_experiment_by_name=lambda name: None,
+        create_experiment=lambda name: calls.append(("experiment", name)) or "7",
+        create_run=lambda experiment, run_name: (
+            calls.append(("init", experiment)) or SimpleNamespace(info=SimpleNamespace(run_id="new"))
+        ),
+        update_run=lambda run, status: calls.append(("init", run)),
+        log_param=lambda run, name, value: calls.append(("param", (name, value))),
+        log_batch=lambda run, metrics: [calls.append(("log", {"step": m[3], m[0]: m[1]})) for m in metrics],
+        set_terminated=lambda run: calls.append(("finish", None)),
+    )
+    module = ModuleType("mlflow")
+    module.entities = SimpleNamespace(Metric=lambda *values: values)  # type: ignore[attr-defined]
+    module.MlflowClient = lambda: client  # type: ignore[attr-defined]
+    return module
+
+
+@pytest.fixture(params=[wandb, mlflow], ids=lambda make: make.__name__)
+def tracked(request: pytest.FixtureRequest, tiny: Config, monkeypatch: pytest.MonkeyPatch) -> tuple[Config, Calls]:
+    make: Callable[[Calls], ModuleType] = request.param
+    calls: Calls = []
+    monkeypatch.setitem(sys.modules, make.__name__, make(calls))
+    return with_run(tiny, "tracked", train_epochs=1, run_tracker=make.__name__), calls
+
+
+def test_the_numbers_of_the_log_arrive_and_a_run_that_resumes_is_the_same_run(tracked: tuple[Config, Calls]) -> None:
+    config, calls = tracked
+    fit(config, "train fit")
+    lines = [json.loads(line) for line in (config.run.dir / "log.jsonl").read_text().splitlines()]
+    numbers = {
+        (line["step"], f"{line['event']}/{name}", value)
+        for line in lines
+        for name, value in line.items()
+        if isinstance(value, float)
+    }
+    sent = {
+        (values["step"], name, value)
+        for kind, values in calls
+        if kind == "log"
+        for name, value in values.items()
+        if name != "step"
+    }
+    assert sent == numbers
+    assert any(name == "val/all" for _, name, _ in sent)
+    assert calls[-1][0] == "finish"
+    (config.run.dir / "test.json").unlink()
+    fit(config, "train fit")
+    first, second = (value for kind, value in calls if kind == "init")
+    assert second != first
+    assert second == "new" or second["id"] == "new"
+
+
+def test_a_tracker_that_fails_ends_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the server is gone")
+
+    log = RunLog(tmp_path, 0, SimpleNamespace(log=fail, close=fail))
+    for step in (1, 2):
+        log.write("step", step, loss=0.5)
+    log.close()
+    assert capsys.readouterr().err == "run.tracker failed, and the run continues without it: the server is gone\n"
+    assert (tmp_path / "log.jsonl").read_text().count("loss") == 2
+
+
+def test_a_tracker_that_is_not_installed_is_named(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"run.tracker is 'wandb', .* run: pip install 'egopatch\[wandb\]'"):
+        fit(with_run(tiny, "tracked", run_tracker="wandb"), "train fit")

@@ -1,0 +1,122 @@
+"""The numbers of a run in an experiment tracker, beside its own log: Weights & Biases or MLflow, off by default.
+
+The tracker's own environment variables say where and as whom it logs (`WANDB_PROJECT`, `MLFLOW_TRACKING_URI`, ...).
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from egopatch.configs.schema import ConfigError
+from egopatch.train.rundir.card import write_whole
+
+# Id of the run in the tracker, so that a run that resumes here resumes there.
+RECORD = "tracking.json"
+EXPERIMENT = "egopatch"
+PENDING = 200
+
+
+class Tracker(Protocol):
+    """One run in a tracker."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Send the values of one step."""
+
+    def close(self) -> None:
+        """Send what is pending, and end the run."""
+
+
+def open_tracker(name: str, folder: Path, config: Mapping[str, Any]) -> Tracker:
+    """The run of `folder` in the tracker `name`, created at its first call.
+
+    Args:
+        name: `wandb` or `mlflow`.
+        folder: Folder of the run.
+        config: Values of the resolved config.
+
+    Raises:
+        ConfigError: The tracker's package is not installed.
+    """
+    try:
+        module = import_module(name)
+    except ModuleNotFoundError:
+        raise ConfigError(
+            f"run.tracker is {name!r}, whose package is not installed; run: pip install 'egopatch[{name}]'"
+        ) from None
+    record = folder / RECORD
+    known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    tracker = TRACKERS[name](module, folder, _flat(config), known.get(name))
+    write_whole(record, json.dumps(known | {name: tracker.id}) + "\n")
+    return tracker
+
+
+class WandbRun:
+    """A run of Weights & Biases. Several may be open at once, as in a sweep."""
+
+    def __init__(self, wandb: ModuleType, folder: Path, config: Mapping[str, Any], id: str | None) -> None:
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", EXPERIMENT),
+            name=str(folder),
+            dir=str(folder),
+            config=dict(config),
+            id=id,
+            resume="allow",
+            reinit="create_new",
+        )
+        self.id = str(self._run.id)
+        # With an axis of its own, a run that resumes may repeat steps.
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Send the values of one step."""
+        self._run.log({"step": step, **values})
+
+    def close(self) -> None:
+        """Send what is pending, and end the run."""
+        self._run.finish()
+
+
+class MlflowRun:
+    """A run of MLflow, by its client: the module's own functions know one run at a time."""
+
+    def __init__(self, mlflow: ModuleType, folder: Path, config: Mapping[str, Any], id: str | None) -> None:
+        self._metric, self._client = mlflow.entities.Metric, mlflow.MlflowClient()
+        self._pending: list[Any] = []
+        if id is None:
+            name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+            found = self._client.get_experiment_by_name(name)
+            experiment = self._client.create_experiment(name) if found is None else found.experiment_id
+            id = self._client.create_run(experiment, run_name=str(folder)).info.run_id
+            for option, value in config.items():
+                self._client.log_param(id, option, value)
+        else:
+            self._client.update_run(id, status="RUNNING")
+        self.id = str(id)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Send the values of one step, together with those of others: each call is a request."""
+        now = int(time.time() * 1000)
+        self._pending += [self._metric(name, value, now, step) for name, value in values.items()]
+        if len(self._pending) >= PENDING:
+            self._send()
+
+    def close(self) -> None:
+        """Send what is pending, and mark the run as finished."""
+        self._send()
+        self._client.set_terminated(self.id)
+
+    def _send(self) -> None:
+        self._client.log_batch(self.id, metrics=self._pending)
+        self._pending = []
+
+
+TRACKERS: Mapping[str, Any] = {"wandb": WandbRun, "mlflow": MlflowRun}
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{name}": value for section, options in config.items() for name, value in options.items()}
