@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from egopatch.configs.schema import Config, ConfigError, HeadConfig
 from egopatch.features import create_store, open_store
 from egopatch.train.data.batch import Batch, Options
+from egopatch.train.explanation.explain import explain
 from egopatch.train.fitting.experiment import open_experiment
 from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.run_group import build_stacked_heads
@@ -221,3 +222,13 @@ def test_a_head_that_was_trained_elsewhere(choice: Config, tmp_path: Path) -> No
         evaluate(trained, source=there.run.dir)
     with pytest.raises(RunError, match=r"0 train, 0 val, 5[0-9] test questions; expected some of each"):
         fit(with_run(there, "untrained"), "x")
+
+
+@pytest.mark.slow
+def test_what_the_choice_depends_on(choice: Config) -> None:
+    config = with_run(choice, "explained", train_epochs=1)
+    fit(config, "x")
+    found = explain(config, 8)
+    assert found.questions >= 8
+    for one in found.rankings:
+        assert one.deletion[0] == pytest.approx(one.insertion[-1], abs=1e-3)

@@ -29,14 +29,14 @@ def test_curves_of_a_case_computed_by_hand() -> None:
     # One frame of four patches, which give 0.4, 0.3, 0.2 and 0.1 of the probability.
     weight = torch.tensor([0.3, 0.1, 0.4, 0.2])
     falling = weight[None, None]
-    deletion, insertion = curves(lambda present: (present * weight).sum((1, 2)), falling, QUARTERS)
+    deletion, insertion = curves(lambda present: (present * weight).sum((2, 3)), falling, QUARTERS)
     torch.testing.assert_close(deletion[:, 0], torch.tensor([1.0, 0.6, 0.3, 0.1, 0.0]))
     torch.testing.assert_close(insertion[:, 0], torch.tensor([0.0, 0.4, 0.7, 0.9, 1.0]))
     # Trapezoids: (1.0/2 + 0.6 + 0.3 + 0.1 + 0.0/2) / 4 and (0.0/2 + 0.4 + 0.7 + 0.9 + 1.0/2) / 4.
     torch.testing.assert_close(area(deletion, QUARTERS), torch.tensor([0.375]))
     torch.testing.assert_close(area(insertion, QUARTERS), torch.tensor([0.625]))
     # The worst order exchanges the two.
-    deletion, insertion = curves(lambda present: (present * weight).sum((1, 2)), -falling, QUARTERS)
+    deletion, insertion = curves(lambda present: (present * weight).sum((2, 3)), -falling, QUARTERS)
     torch.testing.assert_close(area(deletion, QUARTERS), torch.tensor([0.625]))
     torch.testing.assert_close(area(insertion, QUARTERS), torch.tensor([0.375]))
 
@@ -44,7 +44,7 @@ def test_curves_of_a_case_computed_by_hand() -> None:
 def test_every_frame_and_question_is_ranked_on_its_own_and_ties_go_to_the_lowest() -> None:
     scores = torch.tensor([[[1.0, 0.0], [5.0, 9.0]], [[2.0, 2.0], [-torch.inf, 0.0]]])
     shown: list[torch.Tensor] = []
-    curves(lambda present: shown.append(present.clone()) or torch.zeros(2), scores, (0.0, 0.5, 1.0))
+    curves(lambda present: shown.extend(present) or torch.zeros(6, 2), scores, (0.0, 0.5, 1.0))
     assert shown[1].tolist() == [[[False, True], [True, False]], [[False, True], [True, False]]]  # half deleted
     assert torch.equal(shown[4], ~shown[1])  # the same half inserted
 

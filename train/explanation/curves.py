@@ -5,7 +5,7 @@ with average patches only and puts them back in the same order. Where the score 
 the head's answer falls fast and rises fast: a small area below the deletion curve, a large one below the insertion
 curve. Source: V. Petsiuk, A. Das, K. Saenko, RISE, BMVC 2018.
 
-Shape legend: B questions, T frames, N patches a frame, S shares.
+Shape legend: B questions, T frames, N patches a frame, S shares, P sets of present patches.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ def curves(
     """The deletion and the insertion curve of each question, [S, B] each.
 
     Args:
-        probability: From the patches that are present [B, T, N] bool to the probability of each answer [B].
+        probability: From the patches that are present [P, B, T, N] bool to the probability of each answer [P, B].
         scores: [B, T, N]. Ties go to the lowest N.
         shares: Shares of the patches of each frame, rising from 0 to 1.
     """
@@ -32,8 +32,8 @@ def curves(
         -1, order, torch.arange(scores.shape[-1], device=order.device).expand_as(order)
     )
     counts = [round(share * scores.shape[-1]) for share in shares]
-    deletion = torch.stack([probability(rank >= count) for count in counts])
-    insertion = torch.stack([probability(rank < count) for count in counts])
+    present = torch.stack([rank >= count for count in counts] + [rank < count for count in counts])
+    deletion, insertion = probability(present).split(len(counts))
     return deletion, insertion
 
 

@@ -1,7 +1,7 @@
 """Explains a trained run: which patches matter to its answers, by every score that ranks them.
 
 Shape legend: C clips of a batch, B questions, T frames that the head reads, N stored patches a frame, D channels,
-S shares of the curves.
+S shares of the curves, P sets of present patches.
 """
 
 import random
@@ -34,6 +34,8 @@ from egopatch.train.scores.statistics import compare
 
 # Questions of a batch: each has tokens of its own here, and not its clip's.
 BATCH = 32
+# Bytes of tokens that a forward pass of the head reads, about.
+PASS_BYTES = 1 << 27
 RANDOM, KNOWN = "random", "known places"
 
 
@@ -180,21 +182,28 @@ class _Explainer:
 
     def _measure(self, batch: Batch, number: int, scores: Tensor, average: tuple[Tensor, Tensor]) -> _Measured:
         tokens = batch.tokens
-        of_questions = {name: tensor[batch.clip_index] for name, tensor in tokens.tensors().items()}
+        shown = {name: tensor[batch.clip_index] for name, tensor in tokens.tensors().items()}
         mean_patch = average[0].to(tokens.patches)
         mean_saliency = average[1].to(tokens.saliency)
 
-        def logits(present: Tensor) -> Tensor:
-            replaced = {
-                "patches": torch.where(present[..., None], of_questions["patches"], mean_patch),
-                "saliency": torch.where(present, of_questions["saliency"], mean_saliency),
+        def logits(present_pbtn: Tensor) -> Tensor:
+            present = present_pbtn.flatten(0, 1)
+            repeated = {
+                name: tensor.repeat(len(present_pbtn), *[1] * (tensor.ndim - 1)) for name, tensor in shown.items()
             }
-            each = torch.arange(len(batch), device=batch.clip_index.device)
-            shown = replace(batch, stored=PatchTokens(**of_questions | replaced), clip_rows=None, clip_index=each)
-            return self.heads.logits(shown, number)[0][0].float()
+            repeated["patches"] = torch.where(present[..., None], repeated["patches"], mean_patch)
+            repeated["saliency"] = torch.where(present, repeated["saliency"], mean_saliency)
+            asked = _repeat(batch, len(present_pbtn)).with_tokens(PatchTokens(**repeated))
+            return self.heads.logits(asked, number)[0][0].float().unflatten(0, present_pbtn.shape[:2])
 
-        answer = logits(torch.ones_like(scores, dtype=torch.bool)).argmax(dim=-1, keepdim=True)
-        deletion, insertion = curves(lambda present: logits(present).softmax(dim=-1).gather(1, answer)[:, 0], scores)
+        answer = logits(torch.ones_like(scores, dtype=torch.bool)[None]).argmax(dim=-1, keepdim=True)
+
+        def probability(present_pbtn: Tensor) -> Tensor:
+            sets = max(1, PASS_BYTES // (4 * shown["patches"].numel()))
+            parts = [logits(part).softmax(dim=-1) for part in present_pbtn.split(sets)]
+            return torch.cat(parts).gather(2, answer.expand(len(present_pbtn), -1, -1))[..., 0]
+
+        deletion, insertion = curves(probability, scores)
         kept = scores.argsort(dim=-1, descending=True, stable=True)[..., : self.k]
         if tokens.positions is not None:
             kept = tokens.positions.long()[batch.clip_index].gather(2, kept)
@@ -227,6 +236,16 @@ def _sample(table: QuestionTable, questions: int) -> QuestionTable:
         drawn.add(table.clips[clip])
         count += int(counts[clip])
     return table.without_clips([clip for clip in table.clips if clip not in drawn])
+
+
+def _repeat(batch: Batch, times: int) -> Batch:
+    """The questions of a batch several times over, each about a clip of its own; their texts are read once."""
+    repeated = {name: getattr(batch, name).repeat(times) for name in ("text_index", "forms", "answers", "rows")}
+    options = batch.options
+    if options is not None:
+        options = replace(options, index=options.index.repeat(times, 1), lengths=options.lengths.repeat(times, 1))
+    each = torch.arange(times * len(batch), device=batch.clip_index.device)
+    return replace(batch, clip_index=each, options=options, **repeated)
 
 
 def _areas(measured: list[_Measured]) -> tuple[Tensor, Tensor]:
