@@ -62,6 +62,7 @@ for (const data of splits) {
   options(field("tag"), tags);
   options(field("system"), data.systems);
   options(field("other"), data.systems);
+  field("system").value = data.headline;
   const texts = data.texts.map((text) => text.toLowerCase());
   const numbers = new Map(data.id.map((id, number) => [id, number]));
   const articles = [...section.querySelectorAll("article")];
@@ -124,7 +125,7 @@ for (const data of splits) {
   };
   const reset = () => {
     for (const control of section.querySelectorAll(".filters input, .filters select")) {
-      control.value = control.name === "otherverdict" || control.name === "system" ? "0" : "";
+      control.value = { otherverdict: "0", system: data.headline }[control.name] ?? "";
     }
     filter();
   };
