@@ -84,7 +84,7 @@ def explain(config: Config, questions: int = 200) -> Explanation:
     except ValueError as error:
         raise RunError(f"{folder / run_folder.WEIGHTS} does not fit a {card.model} head: {error}") from error
     # The stack has copies of the weights, so the head itself needs them too.
-    head.load_state_dict(weights, strict=False)
+    head.load_state_dict(weights)
     psa = unwrapped(head)
     return _Explainer(experiment, heads, psa if isinstance(psa, PSA) else None, config.head.ratio).run(questions)
 
@@ -161,7 +161,6 @@ class _Explainer:
         tokens = batch.tokens
         saliency = tokens.saliency.float()[batch.clip_index]
         scores = {"saliency": saliency} if self.psa is None else self.psa.patch_scores(batch)
-        scores.setdefault("saliency", saliency)
         draw = torch.from_numpy(np.random.default_rng((0, number)).random(saliency.shape, dtype=np.float32))
         scores[RANDOM] = draw.to(saliency.device)
         places = [self._places(question) for question in questions]
