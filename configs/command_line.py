@@ -83,8 +83,31 @@ class ConfigParser(jsonargparse.ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print `message` with the nearest valid option or file and exit with code 2."""
         line = _LIST_EXPECTED.sub(r"\1 is '\2'; expected a list in brackets: '[\2]'", " ".join(message.split()))
-        print(f"{self.prog}: error: {line}{_nearest(line)}{_nearest_file(line)}", file=sys.stderr)
+        print(f"{self.prog}: error: {line}{self._nearest(line)}{_nearest_file(line)}", file=sys.stderr)
         raise SystemExit(2)
+
+    def _nearest(self, message: str) -> str:
+        """The end of an error about an unknown name: the nearest known one, or the sections of an experiment."""
+        unknown = re.search(r"(?:unrecognized arguments: --|accept option '|Option '|[Kk]ey '?)([\w.\-]+)", message)
+        phrases = ("unrecognized", "does not accept", "not accepted", "not expected")
+        if not unknown or not any(phrase in message for phrase in phrases):
+            return ""
+        group = re.search(r"Group '(\w+)'", message)
+        name = f"{group.group(1)}.{unknown.group(1)}" if group else unknown.group(1)
+        takes_config = "--config" in self._option_string_actions
+        own = {
+            option.removeprefix("--"): option
+            for option in self._option_string_actions
+            if not re.search(r"\.|^-\w|^--print", option)
+        }
+        known = [*(option_names() if takes_config else ()), *(own.keys() - set(_sections()))]
+        if close := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
+            return f"; did you mean {own.get(close[0], close[0])}?"
+        return (
+            f"; the sections are {', '.join(_sections())}"
+            if takes_config
+            else f"; the options are {', '.join(own.values())}"
+        )
 
 
 class _FullHelp(argparse.Action):
@@ -107,18 +130,6 @@ def _item(name: str, text: str) -> list[str]:
         else [gap + name, " " * column + wrapped[0]]
     )
     return [*first, *(" " * column + line for line in wrapped[1:])]
-
-
-def _nearest(message: str) -> str:
-    unknown = re.search(r"(?:unrecognized arguments: --|accept option '|Option '|[Kk]ey '?)([\w.\-]+)", message)
-    phrases = ("unrecognized", "does not accept", "not accepted", "not expected")
-    about_a_name = any(phrase in message for phrase in phrases)
-    if not about_a_name or not unknown:
-        return ""
-    group = re.search(r"Group '(\w+)'", message)
-    name = f"{group.group(1)}.{unknown.group(1)}" if group else unknown.group(1)
-    close = difflib.get_close_matches(name, option_names(), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; the sections are {', '.join(_sections())}"
 
 
 def _nearest_file(message: str) -> str:

@@ -43,6 +43,12 @@ class DataConfig:
     split: Literal["direct", "indirect"] = "direct"
     clips: str = "clips.jsonl"
     questions: str | None = "questions.jsonl"
+
+    @property
+    def title(self) -> str:
+        """What its questions are called: the split of EgoTaskQA, which alone has some, or the folder of other data."""
+        return self.split if self.name == "egotaskqa" else str(self.root)
+
     paraphrases: bool = False
 
 

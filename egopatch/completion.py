@@ -51,7 +51,8 @@ def script() -> str:
     """The script for bash, which zsh runs after `bashcompinit`."""
     from egopatch.__main__ import COMMANDS, SHORT, STAGES
 
-    options, commands = {}, {}
+    options: dict[str, list[str]] = {}
+    commands: dict[str, dict[str, list[str]]] = {}
     for stage in STAGES:
         commands[stage] = dict(_commands_of(stage))
         options |= {f"'{stage} {name}'": words for name, words in commands[stage].items()}

@@ -64,7 +64,7 @@ class Recipe:
 
     def features(self) -> list[Command]:
         """Videos, checkpoints and stores."""
-        commands = [("extract", "synth", "--out", f"{self.out}/data", "--clips", "800")]
+        commands: list[Command] = [("extract", "synth", "--out", f"{self.out}/data", "--clips", "800")]
         for name in ("egovlpv2", "egovlp"):
             commands += [("extract", "standin", *self._options(name)), ("extract", "run", *self._options(name))]
         return [*commands, ("extract", "run", *self._options("lite"))]

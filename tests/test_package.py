@@ -1,5 +1,6 @@
 """The names that the package has: `egopatch` where it is installed, short ones beside it in a checkout."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -161,6 +163,20 @@ def test_a_wheel_answers_a_question_about_a_video_in_another_folder(environment:
     assert (tmp_path / answer["picture"]).stat().st_size > 1000
     listed = {path.name for path in tmp_path.iterdir()}
     assert listed == {"cache", "runs", "videos"}
+
+
+@pytest.mark.slow
+def test_every_help_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    from egopatch.__main__ import COMMANDS, STAGES, main
+
+    calls = [[name] for name in COMMANDS]
+    calls += [[stage, name] for stage in STAGES for name in import_module(f"egopatch.{stage}.__main__").COMMANDS]
+    for call in calls:
+        with contextlib.suppress(SystemExit):
+            main([*call, "--help"])
+        lines = capsys.readouterr().out.splitlines()
+        assert 0 < len(lines) <= 50, (call, len(lines))
+        assert max(map(len, lines)) <= 140, call
 
 
 @pytest.mark.slow

@@ -3,10 +3,11 @@
 import multiprocessing
 import pickle
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import as_completed
+from typing import Any, TypeVar
 
-import joblib
-from joblib.externals.loky.process_executor import TerminatedWorkerError
+from joblib.externals.loky.process_executor import ProcessPoolExecutor, TerminatedWorkerError
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets import Clip
@@ -17,6 +18,9 @@ from egopatch.extract.worker.device import device_of_worker
 from egopatch.extract.worker.job_stats import JobStats
 from egopatch.features import ShardWork
 from egopatch.features.common.parent import exit_with_parent
+from egopatch.features.common.signals import children_without_interrupts, start_trackers
+
+Result = TypeVar("Result")
 
 
 def run_workers(config: Config, network: Network, works: Sequence[ShardWork], clips: Mapping[str, Clip]) -> JobStats:
@@ -28,10 +32,9 @@ def run_workers(config: Config, network: Network, works: Sequence[ShardWork], cl
         TooManyErrors, StoreError: As `extract.worker.pipeline.encode_shards`.
     """
     workers = min(worker_count(config), len(works))
-    task = joblib.delayed(_run_worker)
     try:
-        stats = joblib.Parallel(n_jobs=workers, backend="loky")(
-            task(config, network, rank, workers, works, clips) for rank in range(workers)
+        stats = call_in_workers(
+            _run_worker, [(config, network, rank, workers, works, clips) for rank in range(workers)]
         )
     except pickle.PicklingError as error:
         raise ConfigError(
@@ -41,6 +44,20 @@ def run_workers(config: Config, network: Network, works: Sequence[ShardWork], cl
     except TerminatedWorkerError as error:
         raise WorkersDied from error
     return sum(stats, JobStats())
+
+
+def call_in_workers(function: Callable[..., Result], arguments: Sequence[tuple[Any, ...]]) -> list[Result]:
+    """Results of `function` for each of `arguments`, each in a process of its own; the first error ends all of them."""
+    start_trackers()
+    with children_without_interrupts():
+        executor = ProcessPoolExecutor(max_workers=len(arguments))
+        futures = [executor.submit(function, *args) for args in arguments]
+    try:
+        for future in as_completed(futures):
+            future.result()
+        return [future.result() for future in futures]
+    finally:
+        executor.shutdown(kill_workers=True)
 
 
 def _run_worker(

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Clip
 from egopatch.extract.encoders import Network
-from egopatch.extract.engines.interrupts import start_trackers
 from egopatch.extract.worker.device import EVERY_GPU
 from egopatch.extract.worker.job import resolve_job
 from egopatch.extract.worker.job_stats import JobStats
@@ -14,6 +13,7 @@ from egopatch.extract.worker.pipeline import encode_shards
 from egopatch.features import ShardWork, Store, open_store
 from egopatch.features.common.child_errors import sendable_errors
 from egopatch.features.common.machine import limit_threads, usable_cores, usable_gpus
+from egopatch.features.common.signals import start_trackers
 
 
 class WorkersDied(RuntimeError):

@@ -33,6 +33,7 @@ from egopatch.extract.video.limits import OUT_OF_MEMORY, OUT_OF_TIME, limits, pr
 from egopatch.extract.video.once import OncePerVideo
 from egopatch.features.common.disk import require_semaphores
 from egopatch.features.common.parent import exit_with_parent
+from egopatch.features.common.signals import children_without_interrupts
 
 Prepared = TypeVar("Prepared")
 Prepare = Callable[[Clip, VideoConfig, OncePerVideo], Prepared]
@@ -72,6 +73,10 @@ class DecodePool(Generic[Prepared]):
             initargs=(video.memory_gb, ring, prepare),  # a child imports what `prepare` needs before its first clip
             context=multiprocessing.get_context("spawn"),
         )
+        # Starts the children, and the threads that replace those that end. The tracker of semaphores, whose start would
+        # let signals in again, runs since semaphores were required above.
+        with children_without_interrupts():
+            assert self._pool.active
 
     def __enter__(self) -> "DecodePool[Prepared]":
         return self

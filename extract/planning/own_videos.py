@@ -93,7 +93,7 @@ def _anchored(path: Path | None) -> Path | None:
 
 def _require_same(existing: Config, config: Config, file: Path) -> None:
     """Refuse a config file that encodes otherwise than `config`."""
-    pairs = {
+    pairs: dict[str, tuple[object, object]] = {
         name: (value, configured(config).get(name))
         for name, value in {**dict.fromkeys(configured(config)), **configured(existing)}.items()
     }
@@ -115,8 +115,9 @@ def _yaml(config: Config, out: Path) -> str:
         f"# line (question_id, clip_id, question, answer, part), to {out.name}.questions.jsonl and name that in place",
         f"# of null; then `extract run --config {out.name}.yaml` encodes them, and `train fit` takes the same config.",
     ]
+    defaults = Config()
     for section in dataclasses.fields(Config):
-        value, default = getattr(config, section.name), section.default_factory()  # type: ignore[misc]
+        value, default = getattr(config, section.name), getattr(defaults, section.name)
         options = {
             option.name: _plain(getattr(value, option.name))
             for option in dataclasses.fields(value)

@@ -1,8 +1,11 @@
-"""Signal handlers for the length of a block."""
+"""Signal handlers and blocked signals for the length of a block."""
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 
 
@@ -21,3 +24,41 @@ def signal_handlers(
     finally:
         for number, former in before.items():
             signal.signal(number, former)
+
+
+def start_trackers() -> None:
+    """Start the resource trackers, which clean up after killed children, before any child needs one.
+
+    Otherwise they start with the first child: SIGUSR1 then kills them, and they warn about resources of killed children
+    although they free them. A process that is started while a signal is ignored ignores it too.
+    """
+    # Imported here, because joblib takes long to import and most commands start no workers.
+    from joblib.externals.loky.backend import resource_tracker as loky_tracker
+
+    handles_signals = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGUSR1, signal.SIG_IGN) if handles_signals else None
+    warnings = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
+    try:
+        resource_tracker.ensure_running()
+        loky_tracker.ensure_running()
+    finally:
+        if handles_signals:
+            signal.signal(signal.SIGUSR1, handler)
+        del os.environ["PYTHONWARNINGS"]
+        if warnings is not None:
+            os.environ["PYTHONWARNINGS"] = warnings
+
+
+@contextmanager
+def children_without_interrupts() -> Iterator[None]:
+    """Processes and threads that start within the block never get the SIGINT that a terminal sends to all of them.
+
+    It arrives in this thread after the block. A child that ignored it only once it runs would meet it while it imports,
+    with a traceback. `start_trackers`, or what else starts a tracker, comes before: its start lets signals in again.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -11,7 +11,7 @@ from egopatch.configs.command_line import (
     parse_config,
     parse_options,
 )
-from egopatch.configs.schema import Config, StoreConfig
+from egopatch.configs.schema import Config, DataConfig, StoreConfig
 from egopatch.features.formats.registry import FORMATS
 from egopatch.features.values.spec import Codec
 
@@ -169,3 +169,17 @@ def test_help_fits_a_screen_and_help_all_describes_every_option(capsys: pytest.C
     assert done.value.code == 0
     shown = capsys.readouterr().out
     assert all(f"--{name} " in shown for name in option_names())
+
+
+def test_a_wrong_option_of_a_command_without_config_names_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = ConfigParser(prog="demo")
+    parser.add_argument("--small", action="store_true")
+    for wrong, expected in (("--smal", "did you mean --small?"), ("--zzz", "the options are --help, --small")):
+        with pytest.raises(SystemExit):
+            parser.parse_args([wrong])
+        assert expected in capsys.readouterr().err
+
+
+def test_own_data_is_called_by_its_folder() -> None:
+    assert DataConfig(name="jsonl", root=Path("data/mine")).title == "data/mine"
+    assert DataConfig(split="indirect").title == "indirect"

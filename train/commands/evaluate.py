@@ -21,6 +21,6 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
 
     with join(cuda=pick_device(config.train.device).type == "cuda") as ranks:
         metrics = evaluate(config, " ".join(["python -m train evaluate", *args]), ranks, options["from"])
-        name, split = config.head.name, config.data.split
-        ranks.print_once(f"{config.run.dir}: {name} on the {split} test questions: {headline(metrics)}")
+        name, data = config.head.name, config.data.title
+        ranks.print_once(f"{config.run.dir}: {name} on the {data} test questions: {headline(metrics)}")
     return 0

@@ -24,6 +24,6 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
             if ranks.first:
                 print(f"train fit: {stopped}", file=sys.stderr)
             return INTERRUPTED
-        name, split = config.head.name, config.data.split
-        ranks.print_once(f"{config.run.dir}: {name} on the {split} test questions: {headline(metrics)}")
+        name, data = config.head.name, config.data.title
+        ranks.print_once(f"{config.run.dir}: {name} on the {data} test questions: {headline(metrics)}")
     return 0

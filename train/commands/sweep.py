@@ -8,6 +8,11 @@ from pathlib import Path
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
 from egopatch.configs.schema import ConfigError
 
+STACKED = (
+    "note: runs that differ only in ratio and seed train together and round in another order than `train fit` does, so "
+    "an accuracy here may differ by some tenths from that of the same setting in the table"
+)
+
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Train every run of the sweep and print where the results are; returns 130 after a signal."""
@@ -31,6 +36,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     command = " ".join(["python -m train sweep", *args])
     try:
         print(run_sweep(config, options.ratios, options.seeds, options.grid, options.name, command))
+        print(STACKED)
     except Stopped as stopped:
         print(f"train sweep: {stopped}", file=sys.stderr)
         return INTERRUPTED

@@ -127,6 +127,11 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
         # cuBLAS reads this once, before its first product; without it torch refuses all products on a GPU.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     dataset = load_dataset(config.data)
+    if not any(dataset.questions.values()):
+        raise ConfigError(
+            f"data.questions is {config.data.questions!r}, so {config.data.root} has clips and no questions; name a"
+            " file of questions there, and run `extract run` with the same config"
+        )
     if card is not None and card.answers != dataset.answers:
         raise RunError(
             f"the head in {config.run.dir} was trained on {len(card.answers)} answers but {config.data.root} has "

@@ -64,7 +64,7 @@ def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
         for line in experiment.data_lines:
             ranks.print_once(line)
         group = RunGroup([config], experiment, config.train.seed, folder / LAST)
-        label = f"train {config.head.name} {config.data.split}"
+        label = f"train {config.head.name} {config.data.title}"
         if group.selection is not None:
             ranks.print_once("select_attend: {} ({})".format(*group.selection))
         if group.resumed:

@@ -26,6 +26,7 @@ from egopatch.extract.datasets.egosynth.questions import drafts, multiple_choice
 from egopatch.extract.datasets.egosynth.scene import SETTINGS, Difficulty, Scene, draw_scene, rng_of
 from egopatch.extract.datasets.egotaskqa import ANNOTATION_FOLDERS, ANSWER_SET, FILE_NAMES, VIDEO_FOLDER
 from egopatch.extract.datasets.records import PARTS, Part, answer_vocabulary
+from egopatch.features.common.signals import children_without_interrupts, start_trackers
 
 FPS = 12
 SECONDS = 2
@@ -76,7 +77,10 @@ def render(
     bounds = [*range(0, clips, max(1, min(25, clips // (4 * workers)))), clips]
     jobs = (joblib.delayed(_write_clips)(videos, scenes[first:last], size) for first, last in pairwise(bounds))
     done = 0
-    for written in joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(jobs):
+    start_trackers()
+    with children_without_interrupts():
+        each_written = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(jobs)
+    for written in each_written:
         done += written
         if progress is not None:
             progress(done, clips)
