@@ -49,6 +49,7 @@ COMMANDS = [
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_block_has_a_language_and_is_run_or_says_why_not(page: Path) -> None:
     found = blocks(page)
+    assert not re.search(r"^ +```", page.read_text(encoding="utf-8"), re.MULTILINE), "an indented block is not found"
     assert {block.language for block in found} <= LANGUAGES, [
         block for block in found if block.language not in LANGUAGES
     ]
@@ -160,7 +161,9 @@ def tutorial(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which the tutorial was run on few clips."""
     folder = tmp_path_factory.mktemp("tutorial")
     with contextlib.chdir(folder):
-        _run_all(DOCS / "tutorial.md", {"--clips 600": "--clips 20", "epochs: 8": "epochs: 1", "epochs 3": "epochs 1"})
+        # A decoder imports torch, and one is enough for twenty clips.
+        smaller = {"--clips 600": "--clips 20", "epochs: 8": "epochs: 1", "epochs 3": "epochs 1"}
+        _run_all(DOCS / "tutorial.md", smaller | {"store:   {": "engine:  {decoders: 1}\nstore:   {"})
     return folder
 
 
@@ -197,8 +200,8 @@ def test_own_videos_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Monke
     for video in sorted((tmp_path / "made" / "qa_videos").iterdir())[:6]:
         video.rename(tmp_path / "data" / "mine" / "videos" / video.name)
     monkeypatch.chdir(tmp_path)
-    smaller = {"--clip-seconds 10": "--clip-seconds 10 --video.size 112 --video.frames 4", "epochs 2": "epochs 1"}
-    _run_all(DOCS / "own_videos.md", smaller)
+    less = "--clip-seconds 10 --video.size 112 --video.frames 4 --engine.decoders 1"
+    _run_all(DOCS / "own_videos.md", {"--clip-seconds 10": less, "epochs 2": "epochs 1"})
 
 
 @pytest.mark.slow
