@@ -62,7 +62,7 @@ check: $(STAMP)
 # The site in build/site, or an error where a link or an anchor leads nowhere or an option is not described.
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
-	@echo "build/site/index.html"
+	@echo "build/site/index.html; to search it: $(PY) -m http.server --bind 127.0.0.1 --directory build/site"
 
 data: $(STAMP)
 	$(PY) -m extract data --config $(CONFIG)

@@ -105,9 +105,11 @@ def commands_page() -> str:
     ]
     parsers_by_stage = command_parsers()
     lines += ["", "## egopatch", "", "| command | what it does |", "|---|---|"]
-    lines += [f"| `egopatch {name}` | {about} |" for name, about in egopatch_main.COMMANDS.items()]
+    for name, about in egopatch_main.COMMANDS.items():
+        stage = egopatch_main.SHORT.get(name)
+        lines.append(f"| `egopatch {name}` | {about}{f'; short for `egopatch {stage} {name}`' if stage else ''} |")
     for name in egopatch_main.COMMANDS:
-        if name not in parsers_by_stage:
+        if name not in (*parsers_by_stage, *egopatch_main.SHORT):
             lines += ["", f"### egopatch {name}", "", f"```text\n{_help_of(name)}```"]
     for stage, parsers in parsers_by_stage.items():
         lines += ["", f"## egopatch {stage}"]

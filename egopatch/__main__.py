@@ -15,10 +15,11 @@ COMMANDS = {
     "extract": "stage one: encode videos once and store their patch tokens",
     "features": "inspect, verify, repair and convert stores",
     "train": "stage two: train and evaluate heads, sweep, make tables and reports",
+    "publish": "write a folder with all that an upload of a head and its store would hold",
     "completion": "print a script that lets bash or zsh complete commands and options",
 }
 # Commands that are another one's, by a shorter name.
-SHORT = {"ask": "train", "doctor": "extract"}
+SHORT = {"ask": "train", "doctor": "extract", "publish": "train"}
 INTERRUPTED = 130
 
 

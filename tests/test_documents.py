@@ -20,6 +20,7 @@ import pytest
 import torch
 from nbclient import NotebookClient
 
+from egopatch.__main__ import COMMANDS as COMMANDS_OF_EGOPATCH
 from egopatch.extract.datasets.egosynth.render import render
 from egopatch.features import Fingerprint, PatchTokens, StoreSpec, create_store, open_store
 from egopatch.features.store.store import Store
@@ -73,6 +74,9 @@ def test_a_command_is_one_that_the_programs_take(command: str, parsers: dict, mo
     elif words[0] == "egopatch":
         # `egopatch ask` is short for `egopatch train ask`, and so on.
         short = next((stage for stage in parsers if words[1] in parsers[stage]), None)
+        assert words[1] in COMMANDS_OF_EGOPATCH
+        if short is None and words[1] not in parsers:
+            return  # a command of its own, with a parser of its own
         stage, name, *options = words[1:] if short is None else (short, *words[1:])
         # These commands take options of their own before the others are parsed.
         for own in ("--video", "--run", "--encoder"):
