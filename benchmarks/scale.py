@@ -4,8 +4,8 @@
 
 The store has the default 64 clips to a shard and a real job's ids, fingerprint and ledger; a clip's tensors are a few
 bytes, so that nothing but the bookkeeping is measured. FOLDER is in memory by default (/dev/shm), because a disk's
-syncs take longer than all the rest. `plan`, `status` and `doctor` are the commands, each in a process of its own,
-imports included. Exit code 1 where a figure to reach is missed.
+syncs take longer than all the rest. `plan` and `status` are the commands, each in a process of its own, imports
+included. Exit code 1 where a figure to reach is missed.
 """
 
 import argparse
@@ -163,16 +163,13 @@ def main() -> int:
         )
         assert json.loads(printed)["committed"] == results["fill"]["shards"] * SPEC.shard
         _, results["plan_after"] = command("plan", path, "--probe", "0", "--json")
-        _, results["doctor"] = command("doctor", path, "--json")
     ms, mb = results["fill"]["lease_and_commit_ms"], results["fill"]["writer_mb"]
     figures = {
         "plan of a new store, s": (results["plan_before"]["seconds"], 30),
         "plan of the full store, s": (results["plan_after"]["seconds"], 30),
-        "doctor, s": (results["doctor"]["seconds"], 30),
         "status, s": (results["status"]["seconds"], 2),
         "status without annotations, s": (results["status_without_annotations"]["seconds"], 2),
         "memory of plan, MB": (max(results[key]["max_mb"] for key in ("plan_before", "plan_after")), 1000),
-        "memory of doctor, MB": (results["doctor"]["max_mb"], 1000),
         "memory of status, MB": (results["status"]["max_mb"], 1000),
         "memory of a reader, MB": (results["reader"]["mb"], 1000),
         "memory of the writer, MB": (max(mb), 1000),
@@ -184,9 +181,7 @@ def main() -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=2) + "\n")
     print(
-        json.dumps(
-            {key: results[key] for key in ("fill", "reader", "plan_before", "status", "plan_after", "doctor")}, indent=1
-        )
+        json.dumps({key: results[key] for key in ("fill", "reader", "plan_before", "status", "plan_after")}, indent=1)
     )
     for key, entry in results["reached"].items():
         print(f"{'ok  ' if entry['ok'] else 'MISS'} {key}: {entry['reached']:.2f} (at most {entry['at_most']})")
