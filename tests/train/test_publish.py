@@ -11,6 +11,7 @@ from egopatch.configs.schema import Config
 from egopatch.features import open_store
 from egopatch.features.tools.verify import verify
 from egopatch.train.__main__ import main
+from egopatch.train.publishing.cards import head_card
 from egopatch.train.publishing.origins import origins
 from egopatch.train.rundir.card import Card
 from tests.train.fake_runs import write_run
@@ -53,6 +54,7 @@ def test_an_upload_is_whole(run: Config, tmp_path: Path, capsys: pytest.CaptureF
     card = (out / "store" / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["size_categories"] == ["n<1K"]
     assert "48 of 48 stored" in card
+    assert str(tmp_path) not in card
     # Once more replaces the cards and copies nothing twice.
     assert publish(run, out, "--terms", "mine: none") == 0
     assert "Terms: mine: none" in (out / "head" / "README.md").read_text()
@@ -75,6 +77,14 @@ def test_a_store_that_the_head_was_not_trained_on_is_refused(
     assert publish(run, tmp_path / "upload", "--terms", "none") == 2
     assert "depth" in capsys.readouterr().err
     assert publish(run, tmp_path / "upload", "--terms", "none", "--head-only") == 0
+
+
+def test_egosynth_does_not_pass_for_the_data_set_whose_layout_it_has(tmp_path: Path) -> None:
+    card = _card(tmp_path, config={"data": {"name": "egotaskqa", "root": "runs/egosynth"}})
+    test = json.loads((tmp_path / "run" / "test.json").read_text())
+    text = head_card(card, test, (), [])
+    assert "name: EgoSynth" in text
+    assert "egotaskqa" not in text.split("## Origin")[0]
 
 
 def _card(folder: Path, **card: object) -> Card:

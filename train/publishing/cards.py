@@ -1,7 +1,7 @@
 """The `README.md` of a head and of a store, with the front matter that Hugging Face's hub reads."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,13 @@ def head_card(card: Card, test: Mapping[str, Any], found: Sequence[Origin], file
         found: Where weights and data come from.
         files: Files that the folder holds.
     """
-    name = f"{card.model} on {card.config['data']['name']}"
+    name = f"{card.model} on {_data_name(card)}"
     parts = {part: test[part] for part in ("open", "binary", "all") if test[part]["accuracy"] is not None}
     metrics = [
         {"type": "accuracy", "name": f"accuracy, {part} (n {score['n']})", "value": round(score["accuracy"], 2)}
         for part, score in parts.items()
     ]
-    dataset = {"type": card.config["data"]["name"], "name": card.config["data"]["name"], "split": "test"}
+    dataset = {"type": _data_name(card).lower(), "name": _data_name(card), "split": "test"}
     front = {
         "license": "other",
         "license_name": "see-below",
@@ -65,7 +65,7 @@ def store_card(store: Store, card: Card, found: Sequence[Origin]) -> str:
     front = {
         "license": "other",
         "license_name": "see-below",
-        "pretty_name": f"Features of {card.config['data']['name']}",
+        "pretty_name": f"Features of {_data_name(card)}",
         "task_categories": [TASK],
         "tags": ["egopatch", "features", *(["random-weight-stand-in"] if is_standin(asdict(card)) else [])],
         "size_categories": [_size_category(clips)],
@@ -75,7 +75,7 @@ def store_card(store: Store, card: Card, found: Sequence[Origin]) -> str:
         f"Patch features of {clips} clips",
         [
             *_warnings(card),
-            f"```text\n{store}\n```",
+            f"```text\n{replace(store.summary(), path='features').as_text()}\n```",
             "The store holds names and hashes of the video files, the stretches that were encoded, and the text of "
             "every question. It holds no video.",
             "## Origin and terms\n\n" + _origins(found),
@@ -89,6 +89,11 @@ def store_card(store: Store, card: Card, found: Sequence[Origin]) -> str:
 def _text(front: Mapping[str, Any], title: str, parts: Sequence[str]) -> str:
     matter = yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True)
     return "\n\n".join([f"---\n{matter}---", f"# {title}", *parts]) + "\n"
+
+
+def _data_name(card: Card) -> str:
+    """The data set; EgoSynth has EgoTaskQA's layout, and must not pass for it."""
+    return "EgoSynth" if is_synthetic(asdict(card)) else str(card.config["data"]["name"])
 
 
 def _warnings(card: Card) -> list[str]:
