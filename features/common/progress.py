@@ -88,6 +88,14 @@ class ProgressDisplay:
             self._printed = time.monotonic()
             self._print(last=False)
 
+    def set_size(self, nbytes: int, total: int | None) -> None:
+        """Set the bytes done and the total, None if unknown: a callback for transfers."""
+        self.update(nbytes, total=total)
+
+    def line(self) -> str:
+        """The plain line."""
+        return f"{self.label}: {self._count()}, {self._rate()}, {self._time()}"
+
     def _interval(self) -> float:
         return NOTEBOOK_INTERVAL_S if self._in_place else PLAIN_INTERVAL_S
 
@@ -99,14 +107,6 @@ class ProgressDisplay:
         # Blanks cover what is left of a longer line.
         print(f"\r{line:<{self._width}}", end="\n" if last else "", file=self._out, flush=True)
         self._width = len(line)
-
-    def set_size(self, nbytes: int, total: int | None) -> None:
-        """Set the bytes done and the total, None if unknown: a callback for transfers."""
-        self.update(nbytes, total=total)
-
-    def line(self) -> str:
-        """The plain line."""
-        return f"{self.label}: {self._count()}, {self._rate()}, {self._time()}"
 
     def _count(self) -> str:
         if self.unit == BYTES:

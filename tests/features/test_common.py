@@ -112,6 +112,24 @@ def test_a_log_file_gets_a_line_every_ten_seconds_and_one_at_the_end(clock: Simp
     ]
 
 
+def test_a_notebook_gets_one_line_that_changes(clock: SimpleNamespace) -> None:
+    out = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
+    with ProgressDisplay("encode", 8, "clips", out=out) as display:
+        clock.seconds += 1
+        display.update(2, "a long detail")
+        clock.seconds += 1
+        display.update(8, "done")
+    assert out.getvalue() == (
+        "\rencode: 2/8 clips, a long detail, about 3 s left"
+        "\rencode: 8/8 clips, done, 2 s                    "
+        "\rencode: 8/8 clips, done, 2 s\n"
+    )
+    with ProgressDisplay("train", 1, "steps", out=out, summary=False) as display:
+        clock.seconds += 1
+        display.advance(1)
+    assert out.getvalue().endswith("\rtrain: 1/1 steps, 1.0 steps/s, 1 s\n")
+
+
 def test_what_was_done_before_does_not_count_as_speed(clock: SimpleNamespace) -> None:
     display = ProgressDisplay("train", 100, "steps", done=50)
     clock.seconds += 10
