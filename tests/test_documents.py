@@ -15,10 +15,8 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-import nbformat
 import pytest
 import torch
-from nbclient import NotebookClient
 
 from egopatch.__main__ import COMMANDS as COMMANDS_OF_EGOPATCH
 from egopatch.extract.datasets.egosynth.render import render
@@ -187,6 +185,10 @@ with ProgressDisplay("encode", 2, "clips") as display:
 
 @pytest.mark.slow
 def test_the_notebook_page_in_a_kernel(tutorial: Path) -> None:
+    # Imported here, because quick tests need neither.
+    import nbformat
+    from nbclient import NotebookClient
+
     cells = [block.text for block in blocks(DOCS / "notebook.md") if block.runs]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in (*cells, PROGRESS)])
     with mock.patch.dict(os.environ, {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}):

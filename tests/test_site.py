@@ -6,8 +6,6 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from mkdocs.commands.build import build
-from mkdocs.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a browser loads by itself; links that a reader follows are not among it.
@@ -19,6 +17,10 @@ IN_CSS = re.compile(r"(?:url\(|@import )[\"']?(?:https?:)?//")
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # Imported here, because quick tests do not need them.
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
     folder = tmp_path_factory.mktemp("site")
     with mock.patch.dict(os.environ, {"NO_MKDOCS_2_WARNING": "1"}):
         # In this process, which has imported torch already; the config makes any warning an error.
