@@ -21,6 +21,7 @@ from egopatch.train.fitting.answers import Answers, PartScorer, score_part
 from egopatch.train.fitting.experiment import open_experiment, pick_device
 from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.run_group import RunGroup
+from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir import lease
 from egopatch.train.rundir.card import RunError, plain
 from egopatch.train.sweeps.sweep import run_sweep
@@ -195,6 +196,19 @@ def test_another_setting_in_the_folder_is_refused(tiny: Config) -> None:
     fit(tiny, "x")
     with pytest.raises(ConfigError, match=r"with different settings \(head.ratio: folder has 0.5, requested 0.25\)"):
         fit(with_run(tiny, "psa", head_ratio=0.25), "x")
+
+
+def test_an_option_that_an_earlier_version_did_not_know_has_its_default(tiny: Config) -> None:
+    run_folder.claim(tiny.run.dir, tiny)
+    path = tiny.run.dir / run_folder.CONFIG
+    settings = yaml.safe_load(path.read_text())
+    del settings["train"]["contrast"]
+    path.write_text(yaml.safe_dump(settings))
+    run_folder.require_same_settings(tiny.run.dir, tiny)
+    settings["data"]["paraphrases"] = True
+    path.write_text(yaml.safe_dump(settings))
+    with pytest.raises(ConfigError, match=r"settings \(train.contrast: folder has 0.0, requested 0.5\)"):
+        run_folder.require_same_settings(tiny.run.dir, with_run(tiny, "psa", data_paraphrases=True, train_contrast=0.5))
 
 
 def test_a_store_of_another_fingerprint_is_refused(tiny: Config, tmp_path: Path) -> None:

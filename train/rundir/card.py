@@ -154,6 +154,8 @@ def claim(folder: Path, config: Config) -> None:
 def require_same_settings(folder: Path, config: Config) -> None:
     """Check that the folder's `config.yaml`, if there is one, has the same settings.
 
+    An option that an earlier version did not know had the effect of its default.
+
     Raises:
         ConfigError: The folder holds a run with other settings, and the message names the differing options; or its
             `config.yaml` is damaged.
@@ -170,12 +172,13 @@ def require_same_settings(folder: Path, config: Config) -> None:
         raise ConfigError(
             f"{path} does not hold the sections of an experiment; use another --run.dir, or delete the folder"
         )
-    requested = plain(config)
+    requested, defaults = plain(config), plain(Config())
+    held = {section: {**defaults[section], **(existing.get(section) or {})} for section in _DECISIVE}
     different = [
-        f"{section}.{name}: folder has {(existing.get(section) or {}).get(name)!r}, requested {value!r}"
+        f"{section}.{name}: folder has {held[section][name]!r}, requested {value!r}"
         for section in _DECISIVE
         for name, value in requested[section].items()
-        if f"{section}.{name}" not in _FREE_ON_RESUME and (existing.get(section) or {}).get(name) != value
+        if f"{section}.{name}" not in _FREE_ON_RESUME and held[section][name] != value
     ]
     if different:
         raise ConfigError(
