@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -364,7 +365,7 @@ def main(args: Sequence[str] | None = None) -> None:
     result = {
         "what": f"EgoSynth, {options.set} set of {options.clips} clips; percent on test with 95% intervals over seeds "
         "and clips, checkpoint chosen on val",
-        "command": " ".join(["python benchmarks/egosynth.py", *(sys.argv[1:] if args is None else args)]),
+        "command": shlex.join(["python", "benchmarks/egosynth.py", *(sys.argv[1:] if args is None else args)]),
         "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "gpu": None},
         "versions": {package: version(package) for package in ("torch", "numpy", "av")},
         **found,
