@@ -36,13 +36,14 @@ RUN = {
     DOCS / "tutorial.md",
 }
 LANGUAGES = {*CODE, "text", "yaml", "toml", "bibtex"}
-COMMANDS = [
-    pytest.param(command, id=f"{page.name}:{block.line}: {command}")
-    for page in PAGES
-    for block in blocks(page)
+# Each command once, with the first place where it stands.
+COMMANDS = {
+    command: f"{page.name}:{block.line}: {command}"
+    for page in reversed(PAGES)
+    for block in reversed(blocks(page))
     if block.language == "bash"
     for command in block.commands()
-]
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -60,7 +61,7 @@ def parsers() -> dict:
     return runpy.run_path(str(DOCS / "reference.py"))["command_parsers"]()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS, ids=COMMANDS.get)
 def test_a_command_is_one_that_the_programs_take(command: str, parsers: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     words = shlex.split(
