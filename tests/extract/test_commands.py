@@ -214,7 +214,7 @@ def test_a_hub_that_cannot_be_reached_leaves_nothing_behind(
 
 def test_unknown_command_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rnu"]) == 2
-    assert "unknown command 'rnu'; choose one of plan, run, " in capsys.readouterr().err
+    assert "unknown command 'rnu'; choose one of videos, plan, run, " in capsys.readouterr().err
     assert main([]) == 2
     assert main(["--help"]) == 0
 
