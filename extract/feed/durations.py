@@ -9,6 +9,8 @@ from egopatch.extract.feed.pool import DecodePool, UndecodedClip
 from egopatch.extract.video.container import open_video
 from egopatch.extract.video.once import OncePerVideo
 
+VIDEOS_OF_A_CHILD = 16  # a child takes longer to start than to read so many
+
 
 def durations_s(videos: Sequence[Path], video: VideoConfig, workers: int) -> list[float | None]:
     """Seconds at which each video's last frame disappears; None for one that cannot be read.
@@ -16,11 +18,12 @@ def durations_s(videos: Sequence[Path], video: VideoConfig, workers: int) -> lis
     Args:
         videos: The files.
         video: Limits of a child's time and memory.
-        workers: Number of child processes.
+        workers: Largest number of child processes.
     """
     if not videos:
         return []
-    with DecodePool(video, min(workers, len(videos)), _duration_s) as pool:
+    children = min(workers, -(-len(videos) // VIDEOS_OF_A_CHILD))
+    with DecodePool(video, children, _duration_s) as pool:
         found = pool.map([Clip(path.name, path) for path in videos])
         return [None if isinstance(end, UndecodedClip) else end for end in found]
 
