@@ -163,6 +163,9 @@ def test_a_wheel_answers_a_question_about_a_video_in_another_folder(environment:
     assert (tmp_path / answer["picture"]).stat().st_size > 1000
     listed = {path.name for path in tmp_path.iterdir()}
     assert listed == {"cache", "runs", "videos"}
+    second = json.loads(succeed("ask", "--video", "videos", "what is open?", *ask[4:], "--json"))
+    assert second["encoded"] == 0
+    assert [clip["clip_id"] for clip in second["clips"]] != []
 
 
 @pytest.mark.slow
