@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,21 @@ import torch
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.features import Fingerprint, FingerprintMismatch, open_store
+from egopatch.train import predict
 from egopatch.train.__main__ import main
 from egopatch.train.asking.ask import ask_clips
 from egopatch.train.asking.choose import best_run
 from egopatch.train.fitting.experiment import open_experiment
 from egopatch.train.fitting.fit import fit
-from egopatch.train.fitting.predict import predict
+from egopatch.train.fitting.predict import Prediction
 from egopatch.train.report.kept_picture import mark_kept
 from egopatch.train.rundir.card import RunError
 from tests.train.fake_runs import write_run
 from tests.train.tiny import with_run
+
+
+def ask(config: Config, clip_id: str, question: str, answers: int = 5) -> Prediction:
+    return predict(open_store(config.store.path), clip_id, question, config.run.dir, answers)
 
 
 @pytest.fixture
@@ -37,13 +43,29 @@ def test_answers_and_kept_patches_are_those_of_evaluation(trained: Config) -> No
     with np.load(folder / "selection.npz") as saved:
         kept = dict(zip(saved["question_ids"].tolist(), saved["kept"].tolist(), strict=True))
     for question in questions:
-        prediction = predict(trained, question.clip_id, question.text, answers=99)
+        prediction = ask(trained, question.clip_id, question.text, answers=99)
         assert prediction.answers[0][0] == predicted[question.question_id]
         assert [list(frame) for frame in prediction.kept] == kept[question.question_id]
         shares = [share for _, share in prediction.answers]
         assert shares == sorted(shares, reverse=True)
         assert 0 < sum(shares) <= 1.0001  # the two unknown answers have the rest
         assert prediction.unknown_words == ()
+
+
+def test_without_a_name_the_best_run_on_the_stores_features_answers(
+    trained: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (question, *_) = open_experiment(trained).encoded["test"].questions
+    asked = question.clip_id, question.text
+    expected = ask(trained, *asked)
+    store = open_store(trained.store.path.absolute())
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    with pytest.raises(RunError, match="runs holds no trained head that reads video and was trained on the features"):
+        predict(store, *asked)
+    shutil.copytree(trained.run.dir, here / "runs" / "mine")
+    assert predict(store, *asked) == expected
 
 
 def _lines(path: Path) -> list[dict[str, str]]:
@@ -54,7 +76,7 @@ def test_a_new_question_is_encoded_with_the_stores_network(trained: Config, monk
     experiment = open_experiment(trained)
     clip_id, known = experiment.encoded["test"].questions[0].clip_id, experiment.encoded["test"].questions[0].text
     assert experiment.text_fingerprint is not None
-    states = predict(trained, clip_id, known).answers
+    states = ask(trained, clip_id, known).answers
     fields = [experiment.text_fingerprint]
 
     def encode(config: Config, texts: list[str]) -> tuple[Fingerprint, dict[str, dict[str, torch.Tensor]]]:
@@ -64,14 +86,14 @@ def test_a_new_question_is_encoded_with_the_stores_network(trained: Config, monk
         return fields[0], {texts[0]: {"states": read.states[0], "attention_mask": read.attention_mask[0]}}
 
     monkeypatch.setattr("egopatch.extract.run.encode_questions", encode)
-    prediction = predict(trained, clip_id, f"Zebra? {known}")
+    prediction = ask(trained, clip_id, f"Zebra? {known}")
     assert prediction.answers == states
     assert prediction.unknown_words == ("zebra",)
     fields[0] = Fingerprint({**fields[0].fields, "depth": 99})
     with pytest.raises(
         FingerprintMismatch, match=r"text network is not that of the head in .* \(depth: head has 6, config"
     ):
-        predict(trained, clip_id, f"Zebra? {known}")
+        ask(trained, clip_id, f"Zebra? {known}")
 
 
 def test_the_command(trained: Config, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,7 +121,7 @@ def test_clips_of_a_store_are_ranked(trained: Config, capsys: pytest.CaptureFixt
     shares = [one.answers[0][1] for one in asked.predictions]
     assert shares == sorted(shares, reverse=True)
     for one in asked.predictions[:2]:
-        alone = predict(trained, one.clip_id, question, answers=1)
+        alone = ask(trained, one.clip_id, question, answers=1)
         assert alone.kept == one.kept
         assert alone.answers[0][1] == pytest.approx(one.answers[0][1], abs=1e-5)
     assert main(["ask", "--run", str(trained.run.dir), question, "--top", "2", "--json"]) == 0
@@ -144,7 +166,7 @@ def test_wrong_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
             1,
             "runs/demo or runs/demo-small holds no trained head that reads video; train one with",
         ),
-        (["--video", "a.mp4", "--run", "none"], 1, "--run is none, which holds no config.yaml"),
+        (["--video", "a.mp4", "--run", "none"], 1, "run folder none holds no config.yaml"),
         (["--video", "a.mp4", "--picture", "a.txt"], 2, "--picture is a.txt; expected a name that ends in .jpg"),
     ):
         assert main(["ask", "what?", *args]) == code
@@ -156,10 +178,10 @@ def test_heads_that_cannot_be_asked(tiny: Config) -> None:
     config = with_run(tiny, "majority", head_name="majority", train_epochs=1)
     fit(config, "x")
     with pytest.raises(ConfigError, match="holds a majority head; expected one that reads video"):
-        predict(config, "clip|P0|0|1", "what?")
+        ask(config, "clip|P0|0|1", "what?")
     blank = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=config.run.dir / "none"))
-    with pytest.raises(ValueError, match="train the head first"):
-        predict(blank, "clip|P0|0|1", "what?")
+    with pytest.raises(ValueError, match="expected the run.dir of a trained head"):
+        ask(blank, "clip|P0|0|1", "what?")
 
 
 def test_kept_patches_are_outlined_and_the_others_dimmed() -> None:

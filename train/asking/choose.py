@@ -49,7 +49,7 @@ def config_of_run(run: Path, overrides: Sequence[str] = ()) -> Config:
         RunError: `run` is no folder of a run.
     """
     if not (run / CONFIG).is_file():
-        raise RunError(f"--run is {run}, which holds no {CONFIG}; expected the folder of a trained head (run.dir)")
+        raise RunError(f"run folder {run} holds no {CONFIG}; expected the run.dir of a trained head")
     config = load_config(run / CONFIG, overrides)
     return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=run))
 

@@ -50,25 +50,20 @@ class Prediction:
     unknown_words: tuple[str, ...] | None
 
 
-def predict(config: Config, clip_id: str, question: str, answers: int = 5) -> Prediction:
-    """Ask the head in `config.run.dir` a question about a clip of `config.store.path`.
+def predict_clips(config: Config, clip_ids: Sequence[str], question: str, answers: int = 5) -> tuple[Prediction, ...]:
+    """Ask the head in `config.run.dir` one question about clips of `config.store.path`; the predictions are in order.
 
     Args:
         config: The experiment that the head was trained with; the store may be another one of the same settings.
-        clip_id: A clip of the store.
+        clip_ids: Clips of the store.
         question: Any question; the text network encodes it, unless a store has it already.
-        answers: Number of answers to return.
+        answers: Number of answers to return for each clip.
 
     Raises:
         RunError: There is no trained head in `run.dir`.
         ConfigError: The head reads no video, or chooses among a question's own options; or the store has no such clip.
         FingerprintMismatch: The store or the text network is not the one that the head was trained with.
     """
-    return predict_clips(config, [clip_id], question, answers)[0]
-
-
-def predict_clips(config: Config, clip_ids: Sequence[str], question: str, answers: int = 5) -> tuple[Prediction, ...]:
-    """Ask one question about several clips, in order; arguments and errors as in `predict`."""
     folder, device = config.run.dir, pick_device(config.train.device)
     card = Card.read(folder)
     if not reads_video(card.model):
