@@ -180,7 +180,7 @@ def test_heads_that_cannot_be_asked(tiny: Config) -> None:
     with pytest.raises(ConfigError, match="holds a majority head; expected one that reads video"):
         ask(config, "clip|P0|0|1", "what?")
     blank = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=config.run.dir / "none"))
-    with pytest.raises(ValueError, match="expected the run.dir of a trained head"):
+    with pytest.raises(ValueError, match=r"expected the run\.dir of a trained head"):
         ask(blank, "clip|P0|0|1", "what?")
 
 
