@@ -350,6 +350,7 @@ def errors(capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_a_run_whose_clips_were_encoded_again_is_neither_resumed_nor_evaluated(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

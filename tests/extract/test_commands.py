@@ -115,6 +115,7 @@ def test_a_killed_job_leaves_no_process_behind(fresh: Path) -> None:
     assert len(open_store(fresh / "store").clip_ids) == CLIPS
 
 
+@pytest.mark.slow
 def test_plan_and_status_in_json(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(fresh / "store")
     videos(fresh)[0].unlink()
@@ -220,6 +221,7 @@ def test_unknown_command_and_no_command(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
+@pytest.mark.slow
 def test_tokens_in_few_bits_say_what_they_lose(
     fresh: Path, made: Path, dtype: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

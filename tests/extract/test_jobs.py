@@ -334,7 +334,8 @@ def test_repair_and_run_encode_only_what_is_bad(
     assert verify(store).ok
 
 
-@pytest.mark.parametrize(("limit", "kept"), [pytest.param("4", 5, marks=pytest.mark.slow), ("0.25", 15)])
+@pytest.mark.parametrize(("limit", "kept"), [("4", 5), ("0.25", 15)])
+@pytest.mark.slow
 def test_errors_over_the_limit_stop_the_job_and_keep_the_rest(
     limit: str, kept: int, made: Path, bare: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

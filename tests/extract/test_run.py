@@ -20,6 +20,7 @@ from egopatch.features.store.text_substore import TEXT_FOLDER
 from tests.extract.job import CLIPS, config_of
 
 
+@pytest.mark.slow
 def test_everything_is_resolved_once(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: Counter[str] = Counter()
 
@@ -54,6 +55,7 @@ def test_more_frames_than_the_checkpoint_was_trained_on_are_said(bare: Path) -> 
     )
 
 
+@pytest.mark.slow
 def test_a_question_is_encoded_as_a_run_stores_it(bare: Path) -> None:
     config = config_of(bare)
     extract_features(config)

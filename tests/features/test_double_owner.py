@@ -100,6 +100,7 @@ def test_two_live_writers_of_one_shard(store: Store, moment: str, before: bool) 
     check(store.path, (0, 1))
 
 
+@pytest.mark.slow
 def test_a_killed_committer_does_not_keep_the_lock(store: Store) -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(store.path), "1", "publish", "False"],

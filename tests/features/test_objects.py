@@ -304,6 +304,7 @@ def test_repair_removes_what_dead_writers_left(store: Store) -> None:
 # Copies
 
 
+@pytest.mark.slow
 def test_there_and_back_every_file_is_the_same(bucket: str, tmp_path: Path) -> None:
     local = create_store(tmp_path / "here", SPEC, FINGERPRINT, IDS)
     local.write_shard(0, {}, {}, {BAD: Failure("broken", "Traceback")})

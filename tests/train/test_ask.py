@@ -36,6 +36,7 @@ def trained(tiny: Config) -> Config:
     return config
 
 
+@pytest.mark.slow
 def test_answers_and_kept_patches_are_those_of_evaluation(trained: Config) -> None:
     folder = trained.run.dir
     predicted = {line["question_id"]: line["answer"] for line in _lines(folder / "predictions.jsonl")}
@@ -72,6 +73,7 @@ def _lines(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_new_question_is_encoded_with_the_stores_network(trained: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = open_experiment(trained)
     clip_id, known = experiment.encoded["test"].questions[0].clip_id, experiment.encoded["test"].questions[0].text

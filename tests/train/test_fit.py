@@ -60,6 +60,7 @@ def test_run_folder_is_complete(tiny: Config) -> None:
     assert list((run / "tb").glob("events.*"))
 
 
+@pytest.mark.slow
 def test_score_of_the_predictions_is_the_test_result(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
     fit(tiny, "x")
     capsys.readouterr()
@@ -315,6 +316,7 @@ def test_blind_heads_read_no_video_and_majority_needs_no_store(tiny: Config, tmp
     assert json.loads((tiny.run.dir.parent / "blind" / "card.json").read_text())["fingerprint"] is None
 
 
+@pytest.mark.slow
 def test_training_imports_no_video_library(tiny: Config, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(plain(with_run(tiny, "imports", train_epochs=1))))

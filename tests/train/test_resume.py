@@ -52,7 +52,10 @@ class Killed(BaseException):
     """Stands for a kill: nothing of the loop gets to clean up or save."""
 
 
-@pytest.mark.parametrize(("step", "accumulate"), [(1, 1), (12, 1), (16, 1), (23, 1), (7, 3)])
+@pytest.mark.parametrize(
+    ("step", "accumulate"),
+    [(12, 1), (7, 3), *(pytest.param(step, 1, marks=pytest.mark.slow) for step in (1, 16, 23))],
+)
 def test_killed_and_resumed_gives_the_same_trace(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, step: int, accumulate: int
 ) -> None:

@@ -230,6 +230,7 @@ def test_simultaneous_starts_end_with_the_results_of_one(starts: int, tmp_path: 
     assert json.loads((tmp_path / "r.json").read_text())["passed"] == rounds
 
 
+@pytest.mark.slow
 def test_disk_residency_reads_once_for_crews_of_other_shapes(tiny: Config, tmp_path: Path) -> None:
     grid = tmp_path / "grid.yaml"
     grid.write_text("head.coarse: [true, false]\n")
@@ -241,6 +242,7 @@ def test_disk_residency_reads_once_for_crews_of_other_shapes(tiny: Config, tmp_p
     assert two["bytes_read"] < 1.6 * one["bytes_read"]
 
 
+@pytest.mark.slow
 def test_lines_say_what_cannot_be_told_apart_and_how_many_seeds_it_would_take() -> None:
     number = {"mean": 50.0, "low": 45.0, "high": 55.0}
     points = [

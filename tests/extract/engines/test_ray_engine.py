@@ -149,6 +149,7 @@ def _free_port() -> int:
         (lambda: "somewhere", "expected local, or host:port of a running Ray cluster"),
     ],
 )
+@pytest.mark.slow
 def test_a_wrong_address_is_one_line(
     address: Callable[[], str], message: str, bare: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,6 +160,7 @@ def test_a_wrong_address_is_one_line(
     assert message in line
 
 
+@pytest.mark.slow
 def test_ray_that_is_not_installed_is_one_line(
     bare: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
