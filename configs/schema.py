@@ -32,8 +32,8 @@ class DataConfig:
         root: Folder with the annotations and the videos.
         split: EgoTaskQA's split by reference type, which is also the tag that the published "All" counts.
         clips: `jsonl` only: file in `root` with one clip a line: clip_id, video, start_s, end_s.
-        questions: `jsonl` only: file in `root` with one question a line: question_id, clip_id, question, answer, part;
-            `null` for none: features alone are encoded then, without a text network.
+        questions: `jsonl` only: file in `root` with one question a line: question_id, clip_id, question, answer, part,
+            or a CSV file with these columns; `null` for none: features alone are encoded then, without a text network.
         paraphrases: Whether training questions come with a paraphrase and a counterfactual (`text_pos`, `text_neg` of
             EgoTaskQA's `encode4` files), which `extract run` then encodes for `train.contrast`.
     """

@@ -8,6 +8,10 @@ Questions: `{"question_id": "1", "clip_id": "kitchen-01", "question": "what is o
 default a question is binary if its answer is yes or no) and `tags`, a list of strings by which results are reported
 too.
 
+The questions may also be a table, `data.questions: NAME.csv`, as spreadsheets export it (UTF-8; commas, semicolons or
+tabs): a header with the same names, a question a row, and `|` between the tags or the options of one cell. An empty
+cell counts as no value.
+
 Without questions (`data.questions: null`) the clips alone are encoded; `python -m extract videos` writes such a file.
 
 Multiple choice: `{"options": ["fridge", "door", "jar"], "answer_index": 0}` in place of `answer`, in all questions or
@@ -34,6 +38,7 @@ from egopatch.features.storage.journal import garbage_collection_paused
 
 CLIP_KEYS = ("clip_id", "video", "start_s", "end_s")
 QUESTION_KEYS = ("question_id", "clip_id", "question", "answer", "part", "form", "tags", "options", "answer_index")
+REQUIRED_COLUMNS = ("question_id", "clip_id", "question", "part")
 
 
 def load(clips_file: Path, questions_file: Path | None, root: Path, split: str) -> Dataset:
@@ -107,14 +112,19 @@ def read_questions(path: Path) -> dict[Part, tuple[Question, ...]]:
 
 
 def _no_question(path: Path) -> str:
-    return f"{path}: contains no question; expected one JSON object per line"
+    return f"{path}: contains no question; expected one per line"
 
 
 def _numbered(path: Path, problems: list[str]) -> Iterator[tuple[str, Part, Question]]:
     """Position, part and question of every well-formed line; faults are added to `problems`."""
-    lines = parsing.json_lines(path, "the questions, one JSON object per line (data.questions)")
+    if path.suffix.lower() == ".csv":
+        rows = parsing.csv_rows(path, "the questions, CSV in UTF-8 with a header (data.questions)", REQUIRED_COLUMNS)
+        records = parsing.collect(rows, _question_of_row, problems)
+    else:
+        lines = parsing.json_lines(path, "the questions, one JSON object per line (data.questions)")
+        records = parsing.collect(lines, _question, problems)
     seen: set[str] = set()
-    for position, (part, question) in parsing.collect(lines, _question, problems):
+    for position, (part, question) in records:
         if question.question_id in seen:
             problems.append(f"{position}: question_id {question.question_id!r} is used twice; expected unique ids")
         seen.add(question.question_id)
@@ -153,6 +163,16 @@ def _question(record: object) -> tuple[Part, Question]:
         options=options,
     )
     return part, question
+
+
+def _question_of_row(row: object) -> tuple[Part, Question]:
+    fields: dict[str, Any] = {key: cell.strip() for key, cell in parsing.as_object(row).items() if (cell or "").strip()}
+    for key in ("tags", "options"):
+        if key in fields:
+            fields[key] = [text.strip() for text in fields[key].split("|")]
+    if (index := fields.get("answer_index", "")).isdecimal():
+        fields["answer_index"] = int(index)
+    return _question(fields)
 
 
 def _right_option(fields: Mapping[str, Any], options: tuple[str, ...]) -> str:

@@ -7,9 +7,7 @@ why) and by its group: causal, temporal, descriptive.
 Source: Xiao et al., "NExT-QA: Next phase of question-answering to explaining temporal actions", CVPR 2021.
 """
 
-import csv
-import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +47,7 @@ def load(root: Path, split: str) -> Dataset:
     for part in PARTS:
         seen: set[str] = set()
         try:
-            rows = list(_rows(root / f"{part}.csv", f"NExT-QA's questions of {part}"))
+            rows = list(parsing.csv_rows(root / f"{part}.csv", f"NExT-QA's questions of {part}", COLUMNS))
         except ValueError as error:
             problems.append(str(error))
             continue
@@ -79,14 +77,6 @@ def _videos(path: Path) -> Mapping[str, str]:
     if wrong := [name for name, file in found.items() if not isinstance(file, str)]:
         raise ValueError(f"{path}: {wrong[0]!r} is a JSON {parsing.kind(found[wrong[0]])}; expected the name of a file")
     return found
-
-
-def _rows(path: Path, purpose: str) -> Iterator[tuple[str, Any]]:
-    reader = csv.DictReader(io.StringIO(parsing.read_text(path, purpose)))
-    if missing := [column for column in COLUMNS if column not in (reader.fieldnames or ())]:
-        raise ValueError(f"{path}:1: lacks the columns {', '.join(missing)}; expected {', '.join(COLUMNS)}")
-    for row in reader:
-        yield f"{path}:{reader.line_num}", row
 
 
 def _question(row: Mapping[str, Any], videos: Mapping[str, str]) -> Question:

@@ -1,6 +1,8 @@
 """Reading annotation files, with every fault reported as one line that names its file and position."""
 
+import csv
 import difflib
+import io
 import json
 import math
 import re
@@ -19,6 +21,8 @@ MAX_NAME_BYTES = 255
 # Text with these can be neither a path, nor an array's value, nor UTF-8 output.
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")
 _NO_NAMES = frozenset(("", ".", ".."))  # of a file
+# What spreadsheets write between cells, by language; the one that the header has most of is taken.
+_DELIMITERS = ",;\t"
 
 
 def read_text(path: Path, purpose: str) -> str:
@@ -85,6 +89,28 @@ def read_json_object(path: Path, purpose: str, expected: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path}: contains a JSON {kind(found)}; expected an object of {expected}")
     return found
+
+
+def csv_rows(path: Path, purpose: str, columns: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """Position (`FILE:LINE`) and cells by column of every row of a CSV file that is not empty.
+
+    A row with more cells than the header is a ValueError. Commas, semicolons and tabs may separate cells.
+
+    Raises:
+        ValueError: As `read_text`; or the header, line 1, has not all `columns`.
+    """
+    text = read_text(path, purpose)
+    header = text.partition("\n")[0]
+    reader = csv.DictReader(io.StringIO(text), delimiter=max(_DELIMITERS, key=header.count))
+    if missing := [column for column in columns if column not in (reader.fieldnames or ())]:
+        raise ValueError(f"{path}:1: lacks the columns {', '.join(missing)}; expected {', '.join(columns)}")
+    try:
+        for row in reader:
+            more = f"has more cells than the header, which has {len(reader.fieldnames or ())}"
+            if any(row.values()):
+                yield f"{path}:{reader.line_num}", ValueError(more) if None in row else row
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num}: not valid CSV ({error}); expected {purpose}") from None
 
 
 def json_lines(path: Path, purpose: str) -> Iterator[tuple[str, Any]]:

@@ -44,7 +44,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         "--questions",
         type=Path,
         required=True,
-        help="annotation file of EgoTaskQA or QAEgo4D, or .jsonl file of your own questions",
+        help="annotation file of EgoTaskQA or QAEgo4D, or .jsonl or .csv file of your own questions",
     )
     parser.add_argument(
         "--predictions", type=Path, required=True, help='JSON lines, one per question: {"question_id", "answer"}'
@@ -57,7 +57,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         "the file is named after it",
     )
     parser.add_argument(
-        "--part", type=Literal["train", "val", "test"], default="test", help="part of a .jsonl file to score"
+        "--part", type=Literal["train", "val", "test"], default="test", help="part of a .jsonl or .csv file to score"
     )
     parser.add_argument(
         "--compare",
@@ -96,8 +96,8 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
 
 
 def read_question_file(path: Path, part: Part) -> QuestionFile:
-    """Read a file of questions; of a .jsonl file those of `part`."""
-    if path.suffix == ".jsonl":
+    """Read a file of questions; of a .jsonl or .csv file those of `part`."""
+    if path.suffix.lower() in (".jsonl", ".csv"):
         parts = jsonl.read_questions(path)
         vocabulary = answer_vocabulary([question.spelling for question in parts["train"]])
         return QuestionFile(parts[part], vocabulary, None)

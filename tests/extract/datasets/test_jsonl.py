@@ -1,3 +1,4 @@
+import csv
 import json
 import pickle
 import tracemalloc
@@ -94,7 +95,7 @@ def test_no_clip(tmp_path: Path) -> None:
 
 
 def test_no_question(tmp_path: Path) -> None:
-    line = "ROOT/questions.jsonl: contains no question; expected one JSON object per line"
+    line = "ROOT/questions.jsonl: contains no question; expected one per line"
     assert faults(tmp_path, CLIPS, "\n") == [line]
     with pytest.raises(DatasetError, match="contains no question"):
         read_questions(tmp_path / "questions.jsonl")
@@ -242,3 +243,64 @@ def test_numbers_as_answers_and_ids_with_slashes(tmp_path: Path) -> None:
     assert dataset.answers == ("<UNK0>", "<UNK1>", "3")
     (question,) = dataset.questions["train"]
     assert (question.clip_id, question.answer, question.form) == ("P01/P01_01", "3", "open")
+
+
+TABLE = (
+    ("question_id", "clip_id", "question", "answer", "part", "tags", "form"),
+    ("7", "a", "What, then?", "Cup", "train", "", ""),
+    ("8", "b", "Open?", "yes", "val", "world | room", ""),
+    ("9", "b", "What, then?", "3", "test", "", "open"),
+)
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_questions_of_a_spreadsheet(tmp_path: Path, delimiter: str, encoding: str) -> None:
+    (tmp_path / "clips.jsonl").write_text(CLIPS)
+    with (tmp_path / "q.csv").open("w", encoding=encoding, newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows([*TABLE, ("",) * len(TABLE[0])])
+    questions = load_dataset(DataConfig(name="jsonl", root=tmp_path, questions="q.csv")).questions
+    found = {
+        part: [(q.question_id, q.text, q.answer, q.form, q.tags) for q in asked] for part, asked in questions.items()
+    }
+    assert found == {
+        "train": [("7", "What, then?", "cup", "open", ())],
+        "val": [("8", "Open?", "yes", "binary", ("world", "room"))],
+        "test": [("9", "What, then?", "3", "open", ())],
+    }
+
+
+def test_options_of_a_spreadsheet(tmp_path: Path) -> None:
+    (tmp_path / "q.csv").write_text(
+        "question_id,clip_id,question,part,options,answer_index\n1,a,What?,train,cup|jar,1\n"
+    )
+    (question,) = read_questions(tmp_path / "q.csv")["train"]
+    assert (question.options, question.answer) == (("cup", "jar"), "jar")
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("question_id,clip_id,question\n", ":1: lacks the columns part; expected question_id, clip_id, question, part"),
+        (
+            "question_id,clip_id,question,part,anser\n1,a,What?,train,cup\n",
+            ":2: unknown key 'anser'; did you mean 'answer'?",
+        ),
+        (
+            "question_id,clip_id,question,answer,part\n1,a,What?,a,cup,train\n",
+            ":2: has more cells than the header, which has 5",
+        ),
+        ("question_id,clip_id,question,answer,part\n1,a,What?,,train\n", ":2: 'answer' is missing; expected text"),
+        (
+            "question_id,clip_id,question,part,options,answer_index\n1,a,W?,val,a|b,x\n",
+            ":2: 'answer_index' is 'x'; expected 0",
+        ),
+        ("question_id,clip_id,question,answer,part\n", ": contains no question; expected one per line"),
+    ],
+)
+def test_faults_of_a_spreadsheet(tmp_path: Path, text: str, fault: str) -> None:
+    (tmp_path / "q.csv").write_text(text)
+    with pytest.raises(DatasetError) as caught:
+        read_questions(tmp_path / "q.csv")
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{tmp_path / 'q.csv'}{fault}")
