@@ -92,7 +92,7 @@ def run_round(config: Path, out: Path, delays: Sequence[float], expected: dict[s
     wrong += [
         f"not the results of a lone sweep: {text}"
         for text in printed
-        if not text.endswith(f"{lines}\n{out}/sweep.json\n")
+        if f"{lines}\n{out}/sweep.json\n" not in text
     ]
     return wrong or faults(out, expected)
 
