@@ -141,7 +141,7 @@ def test_gradients_of_the_shares_add_up_to_those_of_the_batch(alone: dict[str, C
 @pytest.mark.slow
 def test_each_clip_is_held_by_one_rank_and_it_is_said(together: tuple[dict[str, Config], str]) -> None:
     out = together[1]
-    assert out.count("each of 2 ranks reads and keeps only its own clips, ") == 4  # two heads read no video
+    assert out.count("each of 2 ranks reads and keeps only its own clips, ") == 5  # two heads read no video
     assert "kept in memory (set by train.residency; " in out
     held = ast.literal_eval(out[out.index("held ") + len("held ") :])
     (first, of_first), (second, of_second) = held

@@ -12,8 +12,6 @@ from pathlib import Path
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Clip, load_dataset
 from egopatch.extract.datasets.folder import find_videos
-from egopatch.extract.planning.own_videos import config_beside, prepare_own_videos
-from egopatch.extract.run import extract_features
 from egopatch.features import StoreError, open_store
 from egopatch.train.rundir.card import Card, RunError
 
@@ -57,6 +55,10 @@ def encode_video(video: Path, experiment: Config, card: Card, clip_s: float | No
         CheckpointError, ConfigError: As `extract.run.extract_features`.
         RunError: The head reads no video.
     """
+    # Imported here, because all else of stage two works where no video library is installed.
+    from egopatch.extract.planning.own_videos import config_beside, prepare_own_videos
+    from egopatch.extract.run import extract_features
+
     if card.fingerprint is None:
         raise RunError(
             f"run.dir is {experiment.run.dir}, whose {card.model} head reads no video; expected one that does"
