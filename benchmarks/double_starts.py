@@ -90,9 +90,7 @@ def run_round(config: Path, out: Path, delays: Sequence[float], expected: dict[s
     wrong = [f"exit code {code}: {text}" for code, text in zip(codes, printed, strict=True) if code]
     lines = "\n".join(describe(expected))
     wrong += [
-        f"not the results of a lone sweep: {text}"
-        for text in printed
-        if f"{lines}\n{out}/sweep.json\n" not in text
+        f"not the results of a lone sweep: {text}" for text in printed if f"{lines}\n{out}/sweep.json\n" not in text
     ]
     return wrong or faults(out, expected)
 
