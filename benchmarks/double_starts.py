@@ -80,6 +80,17 @@ def leftovers(folder: Path) -> list[Path]:
     return [*hidden, *leases, *(folder / "crews").iterdir()]
 
 
+def _last_results(text: str) -> list[str]:
+    """The lines that a sweep ends with: its results, indented, and its file; notes may follow them."""
+    lines = text.splitlines()
+    while lines and lines[-1].startswith("note: "):
+        lines.pop()
+    first = max(0, len(lines) - 1)
+    while first > 0 and lines[first - 1].startswith("  "):
+        first -= 1
+    return lines[first:]
+
+
 def run_round(config: Path, out: Path, delays: Sequence[float], expected: dict[str, Any]) -> list[str]:
     """One round in the folder `out`; returns what was wrong, with the output of each start that went wrong."""
     logs = [out.parent / f"{out.name}-{number}.log" for number in range(len(delays))]
@@ -88,10 +99,8 @@ def run_round(config: Path, out: Path, delays: Sequence[float], expected: dict[s
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     printed = [log.read_text() for log in logs]
     wrong = [f"exit code {code}: {text}" for code, text in zip(codes, printed, strict=True) if code]
-    lines = "\n".join(describe(expected))
-    wrong += [
-        f"not the results of a lone sweep: {text}" for text in printed if f"{lines}\n{out}/sweep.json\n" not in text
-    ]
+    lines = [*describe(expected), f"{out}/sweep.json"]
+    wrong += [f"not the results of a lone sweep: {text}" for text in printed if _last_results(text) != lines]
     return wrong or faults(out, expected)
 
 

@@ -12,10 +12,6 @@ from egopatch.train.ops.select_attend.plan import QUESTIONS
 from tests.train.ops.cases import Case, assert_same_selection, make_case, oracle
 from tests.train.ops.kernel_checks import DEVICE, check, gradients, run
 
-# Columns that no question fills are products of memory that nothing wrote, and are never stored: NumPy warns of what
-# the interpreter finds there. All results are compared.
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
-
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int8]
 
 

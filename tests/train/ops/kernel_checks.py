@@ -52,11 +52,11 @@ def check(case: Case, k: int, size: float = 1.0) -> SelectAttendOutput:
     return out
 
 
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill the memory that the kernels allocate with NaN or -1 until they write it."""
+def poison(monkeypatch: pytest.MonkeyPatch, value: float = math.nan) -> None:
+    """Fill the memory that the kernels allocate with `value`, or -1 in integers, until they write it."""
     from egopatch.train.ops.select_attend import kernels
 
     def poisoned(*size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.full(size, math.nan if dtype.is_floating_point else -1, dtype=dtype, device=device)
+        return torch.full(size, value if dtype.is_floating_point else -1, dtype=dtype, device=device)
 
     monkeypatch.setattr(kernels.torch, "empty", poisoned)

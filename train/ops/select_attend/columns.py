@@ -39,7 +39,9 @@ def columns_kernel(
     tile = tl.program_id(0)
     slot = tl.program_id(1)
     _clip, first, count, _row = parts.tile_of(tiles, tile)
-    if count == 0:  # no program reads this tile
+    _clip, _first, before, _row = parts.tile_of(tiles, tl.maximum(tile - 1, 0))
+    # A group of heads that ends beyond the last head reads into the next tile, whose rows must then be numbers.
+    if (count == 0) & (before == 0):
         return
     d = tl.arange(0, WIDTH)
     question = tl.load(order + first + slot, mask=slot < count, other=0).to(tl.int64)
