@@ -1,48 +1,30 @@
 """Stage one: every clip and every question of a data set, encoded once and stored."""
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-import torch
-
 from egopatch.configs.schema import Config, ConfigError, DataConfig, EngineConfig, VideoConfig
 from egopatch.extract.datasets import Dataset, load_dataset
 from egopatch.extract.datasets.origins import OriginCheck, compare_origins
-from egopatch.extract.encoders import (
-    Checkpoint,
-    Network,
-    TextEncoder,
-    Tokenizer,
-    find_network,
-    load_text_encoder,
-    load_tokenizer,
-    open_checkpoint,
-    open_text_checkpoint,
-)
+from egopatch.extract.encoders import find_network
 from egopatch.extract.encoders.networks import imported
 from egopatch.extract.engines.dispatch import encode_with_engine
 from egopatch.extract.engines.job_slice import ALL_SHARDS, Slice
 from egopatch.extract.engines.sharing import decoder_count, still_missing, worker_count
-from egopatch.extract.fingerprints import text_depth, text_fingerprint
 from egopatch.extract.planning.plan import disk_refusal
-from egopatch.extract.worker.device import describe_machine, device_of
+from egopatch.extract.texts import TextNetwork, create_text_store, encode_texts, load_text_network
+from egopatch.extract.worker.device import device_of
 from egopatch.extract.worker.job import ExtractionJob, resolve_job
 from egopatch.extract.worker.job_stats import JobStats, record_job
 from egopatch.extract.worker.pipeline import Target, fill_stores
-from egopatch.extract.worker.shard_writer import ShardWriter
-from egopatch.features import Fingerprint, ShardOwned, ShardWork, Store, StoreError, StoreSpec, create_store, open_store
+from egopatch.features import ShardOwned, ShardWork, Store, StoreError, create_store, open_store
 from egopatch.features.common.machine import limit_threads
 from egopatch.features.common.progress import ProgressDisplay
 from egopatch.features.state.counts import read_ledger
-from egopatch.features.store.text_substore import TEXT_FOLDER
-from egopatch.features.values.location import parse_location
-from egopatch.features.values.spec import unscaled_dtype
 
-TEXT_BATCH = 64
 WAIT_POLL_S = 1.0
 
 
@@ -181,13 +163,13 @@ def require_one_decode(configs: Sequence[Config]) -> None:
 class _Texts:
     """The text substore, what is missing from it, and the network that encodes it."""
 
-    network: "_TextNetwork"
+    network: TextNetwork
     store: Store
     works: list[ShardWork]
 
     def encode(self, wait: bool) -> None:
         for free in _until_done(self.store, self.works, wait, "questions"):
-            _encode_texts(self.network, self.store, free)
+            encode_texts(self.network, self.store, free)
         self.network.encoder.to("meta")  # the device's memory is for clips from now on
         self.store.catalog.refresh()
 
@@ -236,7 +218,7 @@ def _open(job: ExtractionJob, dataset: Dataset, retry: bool, job_slice: Slice, r
         _refuse_stale(config, compare_origins(dataset.clips, root, read_ledger(config.store.path).origins()))
     ids = [clip.clip_id for clip in dataset.clips]
     # Before the store is created: a wrong text.model leaves nothing behind.
-    network = _load_text_network(config, job.network, job.device, job.checkpoint) if dataset.texts else None
+    network = load_text_network(config, job.network, job.device, job.checkpoint) if dataset.texts else None
     store = create_store(config.store.path, job.spec, job.fingerprint, ids, format=config.store.format)
     texts = None if network is None else _open_texts(network, dataset.texts, job_slice)
     stale = compare_origins(dataset.clips, root, store.origins()).stale if refresh else {}
@@ -252,8 +234,8 @@ def _open(job: ExtractionJob, dataset: Dataset, retry: bool, job_slice: Slice, r
     return _Opened(job, store, works, texts)
 
 
-def _open_texts(network: "_TextNetwork", texts: Sequence[str], job_slice: Slice) -> _Texts:
-    store = _create_text_store(network, texts)
+def _open_texts(network: TextNetwork, texts: Sequence[str], job_slice: Slice) -> _Texts:
+    store = create_text_store(network, texts)
     return _Texts(network, store, job_slice.of(store.missing_shards()))
 
 
@@ -311,7 +293,7 @@ def _encode_questions_of_imported(config: Config, job_slice: Slice, wait: bool) 
             f"{min(missing)!r}; import features of all clips"
         )
     device = device_of(config.encoder.device)
-    network = _load_text_network(config, find_network(config.encoder.arch), device, None)
+    network = load_text_network(config, find_network(config.encoder.arch), device, None)
     texts = _open_texts(network, dataset.texts, job_slice)
     texts.encode(wait)
     return ExtractionResult(
@@ -326,78 +308,3 @@ def _encode_questions_of_imported(config: Config, job_slice: Slice, wait: bool) 
         clips_left=0,
         texts_left=_count(still_missing(texts.works, texts.store)),
     )
-
-
-@dataclass(frozen=True)
-class _TextNetwork:
-    """The frozen text network on its device, with its checkpoint and tokenizer."""
-
-    config: Config
-    network: Network
-    device: torch.device
-    checkpoint: Checkpoint
-    tokenizer: Tokenizer
-    encoder: TextEncoder
-
-
-def _load_text_network(
-    config: Config, network: Network, device: torch.device, video: Checkpoint | None
-) -> _TextNetwork:
-    checkpoint = open_text_checkpoint(network, video, config.text.model)
-    tokenizer = load_tokenizer(config.text.model, config.text.max_length)
-    encoder = load_text_encoder(network, checkpoint, depth=text_depth(config)).to(device).eval()
-    return _TextNetwork(config, network, device, checkpoint, tokenizer, encoder)
-
-
-def _create_text_store(network: _TextNetwork, texts: Sequence[str]) -> Store:
-    """The text substore, with a row for each of `texts`."""
-    config = network.config
-    spec = StoreSpec.for_text(
-        config.text.max_length, network.encoder.width, config.store.dtype, codec=config.store.codec
-    )
-    fingerprint = text_fingerprint(config, network.network, network.checkpoint.sha256)
-    path = parse_location(config.store.path) / TEXT_FOLDER
-    return create_store(path, spec, fingerprint, texts, format=config.store.format)
-
-
-def encode_questions(config: Config, texts: Sequence[str]) -> tuple[Fingerprint, dict[str, dict[str, torch.Tensor]]]:
-    """The rows that a run would store of `texts`, up to 64, and the fingerprint of the store that they belong to.
-
-    Raises:
-        CheckpointError, ConfigError: As for `extract_features`.
-    """
-    network = find_network(config.encoder.arch)
-    video = open_checkpoint(network, config.encoder.checkpoint) if network.text_weights is None else None
-    loaded = _load_text_network(config, network, device_of(config.encoder.device), video)
-    dtype = getattr(torch, unscaled_dtype(config.store.dtype))
-    rows = _encode_text_batch(loaded.encoder, loaded.tokenizer, texts, loaded.device, dtype)
-    return text_fingerprint(config, network, loaded.checkpoint.sha256), rows
-
-
-def _encode_texts(network: _TextNetwork, store: Store, works: Sequence[ShardWork]) -> None:
-    """Encode question texts, except those in shards that other processes hold."""
-    dtype = getattr(torch, unscaled_dtype(network.config.store.dtype))
-    machine = describe_machine(network.device)
-    with (
-        ProgressDisplay("questions", _count(works), "questions") as display,
-        ShardWriter(store, max_errors=0) as writer,
-    ):
-        for work, uncommitted in writer.leases(works):
-            rows: dict[str, dict[str, torch.Tensor]] = {}
-            for start in range(0, len(uncommitted), TEXT_BATCH):
-                batch = uncommitted[start : start + TEXT_BATCH]
-                rows |= _encode_text_batch(network.encoder, network.tokenizer, batch, network.device, dtype)
-                display.advance(len(batch))
-            sources = {text: hashlib.sha256(text.encode()).hexdigest() for text in rows}
-            writer.write(work, rows, sources, {}, {}, machine)
-        writer.wait()
-
-
-def _encode_text_batch(
-    encoder: TextEncoder, tokenizer: Tokenizer, texts: Sequence[str], device: torch.device, dtype: torch.dtype
-) -> dict[str, dict[str, torch.Tensor]]:
-    # Always the same shape; `extract.worker.batch_encoder` gives the reason.
-    ids, mask = tokenizer([*texts, *[texts[-1]] * (TEXT_BATCH - len(texts))])
-    with torch.inference_mode():
-        states = encoder(ids.to(device), mask.to(device)).to(dtype).cpu()
-    return {text: {"states": states[i], "attention_mask": mask[i].bool()} for i, text in enumerate(texts)}

@@ -20,9 +20,10 @@ from egopatch.features.values.errors import (
 from egopatch.features.values.spec import ArraySpec, Fingerprint, PatchTokens, StoreSpec, TextStates
 
 if TYPE_CHECKING:
+    from egopatch.features.store.create import create_store
     from egopatch.features.store.pixels import to_pixels
     from egopatch.features.store.read_ahead import read_ahead
-    from egopatch.features.store.store import ShardWork, Store, create_store, open_store, store_exists
+    from egopatch.features.store.store import ShardWork, Store, open_store, store_exists
     from egopatch.features.store.torch_dataset import torch_dataset
 
 __all__ = [
@@ -54,7 +55,7 @@ __all__ = [
 _LATER = {
     "ShardWork": "egopatch.features.store.store",
     "Store": "egopatch.features.store.store",
-    "create_store": "egopatch.features.store.store",
+    "create_store": "egopatch.features.store.create",
     "open_store": "egopatch.features.store.store",
     "read_ahead": "egopatch.features.store.read_ahead",
     "store_exists": "egopatch.features.store.store",

@@ -17,31 +17,25 @@ from torch import Tensor
 
 from egopatch.features.formats.interface import Format
 from egopatch.features.formats.registry import format_named
-from egopatch.features.io.files import write_errors_explained
 from egopatch.features.state.catalog import Catalog
 from egopatch.features.state.header import (
-    HEADER,
     StoreHeader,
-    create_header,
-    header_record,
     parse_header,
     read_header,
 )
-from egopatch.features.state.ids import RowPlan, add_rows, ids_journal, ids_without_row
-from egopatch.features.state.ledger import RowVersion, ledger_journal
+from egopatch.features.state.ledger import RowVersion
 from egopatch.features.state.origin import Origin
-from egopatch.features.state.quarantine import Failure, Quarantine, QuarantineRecord, quarantine_journal
-from egopatch.features.storage.interface import Storage, file_matches
-from egopatch.features.storage.journal import Position, require_intact
+from egopatch.features.state.quarantine import Failure, Quarantine, QuarantineRecord
+from egopatch.features.storage.interface import Storage
 from egopatch.features.storage.pick import storage_at
 from egopatch.features.store.reader import RowReader, empty_rows, first_rows
 from egopatch.features.store.summary import Summary, draw
 from egopatch.features.store.writer import Rows, ShardWriter
 from egopatch.features.values.dtypes import row_bytes
 from egopatch.features.values.encoding import dequantise
-from egopatch.features.values.errors import BadLocation, FingerprintMismatch, StoreError, WriteConflict
+from egopatch.features.values.errors import FingerprintMismatch, StoreError
 from egopatch.features.values.location import Location, parse_location
-from egopatch.features.values.spec import TOKEN_ARRAYS, Fingerprint, PatchTokens, StoreSpec, TextStates
+from egopatch.features.values.spec import TOKEN_ARRAYS, Fingerprint, PatchTokens, TextStates
 from egopatch.features.values.tensors import bytes_of
 
 
@@ -60,83 +54,6 @@ class ShardWork:
     ids: tuple[str, ...]
     replaces: Mapping[str, RowVersion] = field(default_factory=dict)
     retries: Mapping[str, int] = field(default_factory=dict)
-
-
-def create_store(
-    path: Location | str, spec: StoreSpec, fingerprint: Fingerprint, ids: Sequence[str], format: str = "zarr"
-) -> "Store":
-    """Create a store with a row for each of `ids`, or open the store at `path` and add rows for new ids.
-
-    Rows never move: row r always belongs to shard r // spec.shard.
-
-    Raises:
-        FingerprintMismatch: The existing store was created with different settings; the message names them.
-        StoreError: An id is unsafe, or the existing store is damaged.
-    """
-    storage = storage_at(parse_location(path))
-    root = storage.location
-    file_format = format_named(format, spec.codec)
-    if not storage.in_place and file_format.needs_folder:
-        raise BadLocation(f"format is {format!r} and the store's location is {root}; HDF5 needs a folder: use zarr")
-    requested = StoreHeader(spec, fingerprint, format)
-    header_record(requested)  # refuse bad dtypes and ids before anything is written
-    ids_without_row((), ids, spec.kind)
-    with write_errors_explained(f"creating {root}"):
-        if storage.exists(HEADER) and _missing_rows(storage, requested, ids) is None:
-            return open_store(path)  # it may be on a disk that is not for writing
-        storage.prepare()
-        while True:
-            try:
-                _create_and_add_rows(storage, file_format, requested, ids)
-                return open_store(path)
-            except WriteConflict:
-                continue  # another process has added rows; the next round adds those that still have none
-
-
-def _create_and_add_rows(storage: Storage, file_format: Format, requested: StoreHeader, ids: Sequence[str]) -> None:
-    """Create the store where it does not exist, and add rows for those of `ids` that have none."""
-    with storage.adding_rows():
-        if not storage.exists(HEADER):
-            for journal in (ids_journal(storage), ledger_journal(storage), quarantine_journal(storage)):
-                journal.create()
-        create_header(storage, header_record(requested))
-        missing = _missing_rows(storage, requested, ids)
-        if missing is not None:
-            rows = missing.known + len(missing.ids)
-            header = read_header(storage)
-            metadata = file_format.metadata_files(header, requested.spec, rows) if storage.in_place else {}
-            add_rows(storage, missing.ids, metadata, missing.after)
-
-
-@dataclass(frozen=True)
-class _MissingRows:
-    """What `add_rows` has to add, perhaps no ids but metadata that a crash kept from being written.
-
-    Attributes:
-        ids: Ids that have no row.
-        known: Number of rows.
-        after: How far the journal of ids was read.
-    """
-
-    ids: list[str]
-    known: int
-    after: Position
-
-
-def _missing_rows(storage: Storage, requested: StoreHeader, ids: Sequence[str]) -> _MissingRows | None:
-    """Rows that the existing store lacks to be the `requested` one with `ids`; None if it is complete. Only reads."""
-    if different := parse_header(read_header(storage)).differences(requested):
-        raise FingerprintMismatch(
-            f"store {storage.location} was created with different settings ({'; '.join(different)}); use another "
-            "store.path or the original settings"
-        )
-    plan, contents = RowPlan(), ids_journal(storage).read()
-    require_intact(contents, storage.location)
-    plan.add_all(contents)
-    new_ids = ids_without_row(plan.row_ids, ids, requested.spec.kind)
-    if not new_ids and all(file_matches(storage, name, expected) for name, expected in plan.files.items()):
-        return None
-    return _MissingRows(new_ids, len(plan.row_ids), contents.position)
 
 
 def open_store(path: Location | str, expect: Fingerprint | None = None) -> "Store":

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from egopatch.features.state.quarantine import Failure
 from egopatch.features.storage.pick import storage_at
-from egopatch.features.store.store import Store, create_store, open_store
+from egopatch.features.store.create import create_store
+from egopatch.features.store.store import Store, open_store
 from egopatch.features.store.text_substore import substores
 from egopatch.features.values.dtypes import disk_dtype
 from egopatch.features.values.errors import StoreError

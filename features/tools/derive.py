@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from egopatch.features.storage.pick import storage_at
-from egopatch.features.store.store import Store, create_store, open_store
+from egopatch.features.store.create import create_store
+from egopatch.features.store.store import Store, open_store
 from egopatch.features.store.text_substore import substores
 from egopatch.features.tools.convert import OnProgress, Rows, copy_clips, require_separate
 from egopatch.features.values.errors import StoreError

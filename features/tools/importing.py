@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from egopatch.features.store.store import Store, create_store
+from egopatch.features.store.create import create_store
+from egopatch.features.store.store import Store
 from egopatch.features.tools.feature_files import Unread, find_clips
 from egopatch.features.values.errors import StoreError
 from egopatch.features.values.location import Location

@@ -15,6 +15,7 @@ from huggingface_hub import constants
 from egopatch.extract.__main__ import main
 from egopatch.extract.datasets import load_dataset
 from egopatch.extract.worker.job import resolve_job
+from egopatch.extract.worker.job_stats import jobs_path
 from egopatch.features import open_store
 from tests.extract.job import CLIPS, config_of, options, videos
 
@@ -236,3 +237,49 @@ def test_tokens_in_few_bits_say_what_they_lose(
     texts = open_store(fresh / "store" / "text")
     assert texts.spec.array("states").dtype == "float16"
     assert texts.fingerprint == open_store(made / "store" / "text").fingerprint
+
+
+def test_plan_counts_files_and_shards(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *options(bare), "--json", "--probe", "0"]) == 0
+    before = json.loads(capsys.readouterr().out)
+    assert (before["shards"], before["todo"], before["seconds_per_clip"]) == (4, CLIPS, None)
+    assert main(["run", *options(bare), "--shard", "1/4"]) == 0
+    capsys.readouterr()
+    store = open_store(bare / "store")
+    rows = [path for array in store.spec.arrays for path in (bare / "store" / array.name).glob("c*")]
+    assert before["files"] == 4 * len(rows)
+    assert main(["plan", *options(bare), "--json", "--probe", "0"]) == 0
+    after = json.loads(capsys.readouterr().out)
+    assert (after["shards"], after["todo"], after["done"]) == (3, CLIPS - 5, 5)
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_bfloat16_without_instructions_gives_advice(
+    supported: bool, bare: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("egopatch.extract.worker.device.has_bfloat16", lambda: supported)
+    bfloat16 = options(bare, "--encoder.dtype", "bfloat16", "--encoder.device", "cpu")
+    for command in (["plan", *bfloat16, "--probe", "0"], ["doctor", *bfloat16], ["run", *bfloat16, "--shard", "9/10"]):
+        main(command)
+        advice = [line for line in capsys.readouterr().out.splitlines() if "--encoder.dtype float32" in line]
+        assert len(advice) == (0 if supported else 1)
+    main(["plan", *options(bare), "--probe", "0"])
+    assert "--encoder.dtype" not in capsys.readouterr().out
+
+
+def test_time_by_stage_is_printed_and_kept(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", *options(bare)]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("time: "))
+    for stage in ("encoding", "starting", "waiting for decoders", "for the disk", "decoding", "writing"):
+        assert stage in line
+    (job,) = map(json.loads, jobs_path(bare / "store").read_text().splitlines())
+    assert job["committed"] == CLIPS
+    stages = job["stages"]
+    waits = stages["start_s"] + stages["wait_decode_s"] + stages["encode_s"] + stages["wait_write_s"]
+    assert 0.5 * stages["total_s"] < waits <= stages["total_s"] * 1.01
+    assert stages["decode_s"] > 0
+    assert stages["write_s"] > 0
+
+
+def test_the_data_set_of_the_tests_is_what_they_say(made: Path) -> None:
+    assert len(load_dataset(config_of(made).data).clips) == CLIPS

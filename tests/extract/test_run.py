@@ -12,7 +12,8 @@ import torch
 
 from egopatch.extract.encoders import find_network, input_transform, open_checkpoint
 from egopatch.extract.fingerprints import video_fingerprint
-from egopatch.extract.run import encode_questions, extract_features
+from egopatch.extract.run import extract_features
+from egopatch.extract.texts import encode_questions
 from egopatch.extract.worker.device import device_of
 from egopatch.extract.worker.job import resolve_job
 from egopatch.features import StoreSpec, open_store

@@ -87,7 +87,7 @@ def test_a_new_question_is_encoded_with_the_stores_network(trained: Config, monk
         read = open_features(config, "text", None).read_text([known])
         return fields[0], {texts[0]: {"states": read.states[0], "attention_mask": read.attention_mask[0]}}
 
-    monkeypatch.setattr("egopatch.extract.run.encode_questions", encode)
+    monkeypatch.setattr("egopatch.extract.texts.encode_questions", encode)
     prediction = ask(trained, clip_id, f"Zebra? {known}")
     assert prediction.answers == states
     assert prediction.unknown_words == ("zebra",)

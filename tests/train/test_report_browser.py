@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from egopatch.train.explanation.agreement import Agreement
-from egopatch.train.explanation.record import Explanation, Gap, Ranking
+from egopatch.train.explanation.record import Explanation, Ranking
 from egopatch.train.report.page import write_report
+from egopatch.train.scores.statistics import Interval
 from tests.train.browser import CHROMIUM, Browser, browser
 from tests.train.fake_runs import COLOURS, guesses, kept_patches, write_dataset, write_run, write_sweep
 
@@ -42,7 +43,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fall, rise = (60.0, 45.0, 35.0), (35.0, 50.0, 60.0)
     looks = Agreement(50.0, 40.0, 26.5, 4.0)
     rankings = (
-        Ranking("selection", fall, rise, Gap(-9.0, -12.0, -6.0), Gap(8.0, 5.0, 11.0), looks, 14.0),
+        Ranking("selection", fall, rise, Interval(-9.0, -12.0, -6.0), Interval(8.0, 5.0, 11.0), looks, 14.0),
         Ranking("random", rise[::-1], fall[::-1], None, None, looks, 2.0),
     )
     Explanation(200, 13, 49, (0.0, 0.5, 1.0), rankings).write(root / "runs/psa")

@@ -281,7 +281,7 @@ def test_a_step_reads_nothing_back(ratios: tuple[float, ...], monkeypatch: pytes
     """Whatever returns a number or a size that depends on values makes a GPU's host wait; kernels do it for none."""
     stack, batch = make(ratios, (0,) * len(ratios), implementation="triton"), make_batch()
     monkeypatch.setattr(selection, "select_attend", attend_without_kernels)
-    monkeypatch.setattr(PatchSelection, "for_stacked_heads", PatchSelection.head_by_head)
+    monkeypatch.setattr(selection, "_reads_once", lambda _: False)
     waits = []
 
     class Watch(TorchDispatchMode):

@@ -21,7 +21,7 @@ from egopatch.train.data.batch import Batch
 from egopatch.train.data.question_table import QuestionTable, plan_batches
 from egopatch.train.explanation.agreement import agreement_of, pointing
 from egopatch.train.explanation.curves import SHARES, area, curves
-from egopatch.train.explanation.record import Explanation, Gap, Ranking
+from egopatch.train.explanation.record import Explanation, Ranking
 from egopatch.train.fitting.experiment import Experiment, open_experiment
 from egopatch.train.fitting.fit import head_of
 from egopatch.train.fitting.stacked_heads import StackedHeads
@@ -30,7 +30,7 @@ from egopatch.train.heads.common.scale import scaled_patches
 from egopatch.train.heads.psa.psa import keep_count
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import Card, RunError
-from egopatch.train.scores.statistics import compare
+from egopatch.train.scores.statistics import Interval, compare
 
 # Questions of a batch: each has tokens of its own here, and not its clip's.
 BATCH = 32
@@ -253,9 +253,8 @@ def _areas(measured: list[_Measured]) -> tuple[Tensor, Tensor]:
     return deletion, torch.cat([area(one.insertion) for one in measured])
 
 
-def _gap(ours: Tensor, chance: Tensor, clips: list[str]) -> Gap:
-    found = compare(ours[None].numpy(), chance[None].numpy(), clips).difference
-    return Gap(found.mean, found.low, found.high)
+def _gap(ours: Tensor, chance: Tensor, clips: list[str]) -> Interval:
+    return compare(ours[None].numpy(), chance[None].numpy(), clips).difference
 
 
 def _percents(curve: Tensor) -> tuple[float, ...]:

@@ -8,21 +8,13 @@ from typing import Any
 
 from egopatch.train.explanation.agreement import Agreement
 from egopatch.train.rundir.card import write_whole
+from egopatch.train.scores.statistics import Interval
 
 EXPLANATION = "explanation.json"
 
 
 class ExplanationError(ValueError):
     """The file is missing or damaged; the message names it and what to do."""
-
-
-@dataclass(frozen=True)
-class Gap:
-    """By how many points an area is above that of a random order, with its 95% interval over clips."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -34,7 +26,8 @@ class Ranking:
             EgoSynth) or `random`.
         deletion: Probability of the head's answer at each share of deleted patches, in percent, mean over questions.
         insertion: The same at each share of inserted patches.
-        deletion_gap: Area below the deletion curve, compared with a random order; None for `random`.
+        deletion_gap: Points by which the area below the deletion curve is above that of a random order, with its 95%
+            interval over clips; None for `random`.
         insertion_gap: The same for insertion.
         agreement: Of the k patches with the highest scores in each frame, with the known places of EgoSynth.
         pointing: In how many percent of frames the highest score is the place of an object asked about.
@@ -43,8 +36,8 @@ class Ranking:
     name: str
     deletion: tuple[float, ...]
     insertion: tuple[float, ...]
-    deletion_gap: Gap | None
-    insertion_gap: Gap | None
+    deletion_gap: Interval | None
+    insertion_gap: Interval | None
     agreement: Agreement | None
     pointing: float | None
 
@@ -115,8 +108,8 @@ def _ranking(values: dict[str, Any]) -> Ranking:
         str(values["name"]),
         tuple(map(float, values["deletion"])),
         tuple(map(float, values["insertion"])),
-        optional(Gap, "deletion_gap"),
-        optional(Gap, "insertion_gap"),
+        optional(Interval, "deletion_gap"),
+        optional(Interval, "insertion_gap"),
         optional(Agreement, "agreement"),
         None if values["pointing"] is None else float(values["pointing"]),
     )

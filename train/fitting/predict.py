@@ -148,7 +148,7 @@ def _text_states(config: Config, card: Card, store: Store | None, question: str)
         read = store.read_text([question])
         return read.states, read.attention_mask
     # Imported here, because a stored question needs no network.
-    from egopatch.extract.run import encode_questions
+    from egopatch.extract.texts import encode_questions
 
     fingerprint, rows = encode_questions(config, [question])
     trained_on = fingerprint if card.text_fingerprint is None else Fingerprint(dict(card.text_fingerprint))

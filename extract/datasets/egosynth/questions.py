@@ -1,15 +1,10 @@
-"""EgoSynth's questions: generated from the event log in EgoTaskQA's vocabulary, and divided into its two splits.
+"""EgoSynth's questions, generated from the event log in EgoTaskQA's vocabulary.
 
 Every family of questions is drawn so that the text alone reveals almost nothing about the answer: objects, actions,
 places and states are uniform, and verify questions are answered yes as often as no.
 
 A *direct* question names an object ("the red box"), an *indirect* one describes it by what happens to it ("the object
-that the person touches first"). The splits follow the released rules. Direct: all questions, 3:1:1 into train, test
-and val, answer by answer. Indirect: trains on direct references and on indirect ones that ask for an action (their
-program starts with `query([hoi], iterate_until(`), tests on all other indirect ones, 1:1 into test and val; there a
-question's parts are known from training and their composition is new.
-
-Source of the rules: EgoTaskQA, `baselines/preprocess/split.py`.
+that the person touches first").
 """
 
 import re
@@ -20,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from egopatch.extract.datasets.egosynth.scene import OBJECTS, SLOTS, Event, Scene, Slot, place_of, rng_of
-from egopatch.extract.datasets.records import Part
 
 CLAUSES: dict[Slot, str] = {
     "first": "that the person touches first",
@@ -79,8 +73,6 @@ OTHER_WORDS = {
     "change": "become different",
 }
 _PHRASES = re.compile("|".join(rf"\b{words}\b" for words in sorted(OTHER_WORDS, key=len, reverse=True)))
-
-OPTIONS = 5  # of a multiple-choice question
 
 Record = dict[str, Any]
 
@@ -145,61 +137,6 @@ def drafts(scene: Scene, count: int) -> list[Draft]:
         draft = family(scene, rng)
         found.setdefault(draft.text, draft)
     return list(found.values())
-
-
-def split_direct(records: Sequence[Record], rng: np.random.Generator) -> dict[Part, list[Record]]:
-    """All questions, 3:1:1 into train, test and val, separately for each answer."""
-    return _divide(records, {"train": 3, "val": 1, "test": 1}, rng)
-
-
-def split_indirect(records: Sequence[Record], rng: np.random.Generator) -> dict[Part, list[Record]]:
-    """Direct and action questions into train; the others 1:1 into test and val, separately for each answer."""
-
-    def trains(record: Record) -> bool:
-        return record["reference"] == "direct" or record["program"].startswith(HOI_PROGRAM)
-
-    parts = _divide([r for r in records if not trains(r)], {"val": 1, "test": 1}, rng)
-    return {"train": [record for record in records if trains(record)], **parts}
-
-
-def multiple_choice(records: Sequence[Record], part: Part, rng: np.random.Generator) -> list[Record]:
-    """The questions that ask for an object, as lines of `jsonl` with five options each.
-
-    Objects are uniform given the text, the wrong options are drawn uniformly from those that the text does not name,
-    and each index is right equally often: without the video nothing tells the options apart.
-    """
-    chosen = [record for record in records if record["answer"] in OBJECTS]
-    lines = []
-    for place, index in enumerate(rng.permutation(len(chosen)).tolist()):
-        record, right = chosen[index], place % OPTIONS
-        wrong = [name for name in OBJECTS if name != record["answer"] and name not in record["question"]]
-        options = [str(name) for name in rng.permutation(wrong)[: OPTIONS - 1]]
-        options.insert(right, record["answer"])
-        lines.append(
-            {
-                "question_id": record["question_id"],
-                "clip_id": record["interval"],
-                "question": record["question"],
-                "options": options,
-                "answer_index": right,
-                "part": part,
-                "tags": record["reasoning_type"].split("$"),
-            }
-        )
-    return sorted(lines, key=lambda line: line["question_id"])
-
-
-def _divide(records: Sequence[Record], ratios: dict[Part, int], rng: np.random.Generator) -> dict[Part, list[Record]]:
-    by_answer: dict[str, list[Record]] = {}
-    for record in records:
-        by_answer.setdefault(record["answer"], []).append(record)
-    deck: list[Part] = [part for part, ratio in ratios.items() for _ in range(ratio)]
-    parts: dict[Part, list[Record]] = {part: [] for part in ratios}
-    for answer in sorted(by_answer):
-        members = by_answer[answer]
-        for place, index in enumerate(rng.permutation(len(members))):
-            parts[deck[place % len(deck)]].append(members[index])
-    return {part: sorted(members, key=lambda record: record["question_id"]) for part, members in parts.items()}
 
 
 def _any(rng: np.random.Generator, options: Sequence[Any]) -> Any:

@@ -22,8 +22,9 @@ import joblib
 import numpy as np
 
 from egopatch.extract.datasets.egosynth.frames import frames
-from egopatch.extract.datasets.egosynth.questions import drafts, multiple_choice, split_direct, split_indirect
+from egopatch.extract.datasets.egosynth.questions import drafts
 from egopatch.extract.datasets.egosynth.scene import SETTINGS, Difficulty, Scene, draw_scene, rng_of
+from egopatch.extract.datasets.egosynth.splits import multiple_choice, split_direct, split_indirect
 from egopatch.extract.datasets.egotaskqa import ANNOTATION_FOLDERS, ANSWER_SET, FILE_NAMES, VIDEO_FOLDER
 from egopatch.extract.datasets.records import PARTS, Part, answer_vocabulary
 from egopatch.features.common.signals import children_without_interrupts, start_trackers

@@ -74,8 +74,13 @@ class PatchSelection(nn.Module):
         A GPU kernel reads the tokens once for each head. A CPU reads them once for all heads, because memory bandwidth
         limits the products of a clip with few questions, but not those with the questions of all heads.
         """
-        if tokens.device.type != "cpu":
-            return self.head_by_head(tokens, clip_index, queries, selector, bias, scale, clip_rows)
+        if not _reads_once(tokens):
+            results = [
+                self.for_one_head(tokens, clip_index, queries[m], selector[m], bias[m], scale, clip_rows, k)
+                for m, k in enumerate(self.ks)
+            ]
+            pooled, lse, kept = (torch.stack(result) for result in zip(*results, strict=True))
+            return pooled, lse, kept
         if _grouped_by_clip(clip_index):
             return _SelectStacked.apply(tokens, clip_index, queries, selector, bias, scale, clip_rows, self.ks)
         order = clip_index.argsort(stable=True)
@@ -84,24 +89,6 @@ class PatchSelection(nn.Module):
         )
         back = order.argsort()
         pooled, lse, kept = (result[:, back] for result in grouped)
-        return pooled, lse, kept
-
-    def head_by_head(
-        self,
-        tokens: Tensor,
-        clip_index: Tensor,
-        queries: Tensor,
-        selector: Tensor,
-        bias: Tensor,
-        scale: Tensor | None,
-        clip_rows: Tensor | None,
-    ) -> Selected:
-        """As `for_stacked_heads`, reading the tokens once for each head."""
-        results = [
-            self.for_one_head(tokens, clip_index, queries[m], selector[m], bias[m], scale, clip_rows, k)
-            for m, k in enumerate(self.ks)
-        ]
-        pooled, lse, kept = (torch.stack(result) for result in zip(*results, strict=True))
         return pooled, lse, kept
 
 
@@ -221,6 +208,11 @@ def _clip_groups(clip_index: Tensor, clip_rows: Tensor | None) -> list[tuple[int
     ends = counts.cumsum(dim=0)
     ranges = map(slice, (ends - counts).tolist(), ends.tolist())
     return list(zip(clips.tolist(), rows.tolist(), ranges, strict=True))
+
+
+def _reads_once(tokens: Tensor) -> bool:
+    """Whether all heads are computed on one reading of the tokens."""
+    return tokens.device.type == "cpu"
 
 
 def _grouped_by_clip(clip_index: Tensor) -> bool:
