@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 
 from egopatch.extract.datasets import Clip
-from egopatch.extract.engines.sharing import WorkersDied, decoder_count, still_missing, worker_count
+from egopatch.extract.engines.sharing import WorkersDied, decoder_count, pack_network, still_missing, worker_count
 from egopatch.extract.worker.job import ExtractionJob
 from egopatch.extract.worker.job_stats import JobStats
 from egopatch.extract.worker.pipeline import encode_shards
@@ -29,7 +29,8 @@ def encode_with_engine(
     """Encode `works` with `engine.workers` workers; arguments and errors as in `extract.worker.pipeline.encode_shards`.
 
     Raises:
-        ConfigError: The engine is not installed, or cannot start that many workers.
+        ConfigError: The engine is not installed, or cannot start that many workers; or the network cannot be sent to
+            them.
         WorkersKilled: Workers were killed, and killed again after every restart.
     """
     config = job.config
@@ -40,12 +41,13 @@ def encode_with_engine(
         from egopatch.extract.engines.joblib_engine import run_workers
     else:
         from egopatch.extract.engines.ray_engine import run_workers
+    packed_network = pack_network(job.network)
     job.encoder.to("meta")  # the workers load their own; this process keeps none
     stats = JobStats()
     for _ in range(1 + RESTARTS):
         try:
             with _LedgerProgress(store, on_progress):
-                stats += run_workers(config, job.network, works, clips)
+                stats += run_workers(config, packed_network, works, clips)
             store.catalog.refresh()
             # A shard that one worker skipped may have been finished by its holder, or by a third worker.
             return stats if still_missing(works, store) else dataclasses.replace(stats, skipped=())

@@ -1,7 +1,6 @@
 """Worker processes on this machine, by joblib's loky."""
 
 import multiprocessing
-import pickle
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import as_completed
@@ -9,9 +8,8 @@ from typing import Any, TypeVar
 
 from joblib.externals.loky.process_executor import ProcessPoolExecutor, TerminatedWorkerError
 
-from egopatch.configs.schema import Config, ConfigError
+from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Clip
-from egopatch.extract.encoders import Network
 from egopatch.extract.engines.interrupts import SIGNALS
 from egopatch.extract.engines.sharing import WorkersDied, run_worker, worker_count
 from egopatch.extract.worker.device import device_of_worker
@@ -23,24 +21,21 @@ from egopatch.features.common.signals import children_without_interrupts, start_
 Result = TypeVar("Result")
 
 
-def run_workers(config: Config, network: Network, works: Sequence[ShardWork], clips: Mapping[str, Clip]) -> JobStats:
-    """Encode `works` with `engine.workers` processes.
+def run_workers(
+    config: Config, packed_network: bytes, works: Sequence[ShardWork], clips: Mapping[str, Clip]
+) -> JobStats:
+    """Encode `works` with `engine.workers` processes; the network is packed by `sharing.pack_network`.
 
     Raises:
-        ConfigError: A registered network holds something that cannot be sent to another process.
+        ConfigError: As `sharing.run_worker`.
         WorkersDied: One of them was killed, which makes loky end the others.
         TooManyErrors, StoreError: As `extract.worker.pipeline.encode_shards`.
     """
     workers = min(worker_count(config), len(works))
     try:
         stats = call_in_workers(
-            _run_worker, [(config, network, rank, workers, works, clips) for rank in range(workers)]
+            _run_worker, [(config, packed_network, rank, workers, works, clips) for rank in range(workers)]
         )
-    except pickle.PicklingError as error:
-        raise ConfigError(
-            f"encoder.arch is {network.name!r}, which cannot be sent to worker processes ({error.__cause__ or error});"
-            " let its functions hold no open files, locks and the like, or use engine.workers 1"
-        ) from error
     except TerminatedWorkerError as error:
         raise WorkersDied from error
     return sum(stats, JobStats())
@@ -62,7 +57,7 @@ def call_in_workers(function: Callable[..., Result], arguments: Sequence[tuple[A
 
 def _run_worker(
     config: Config,
-    network: Network,
+    packed_network: bytes,
     rank: int,
     workers: int,
     works: Sequence[ShardWork],
@@ -75,4 +70,4 @@ def _run_worker(
     # loky registers its own start method, which a spawned decoder process would not know.
     multiprocessing.set_start_method("spawn", force=True)
     device = device_of_worker(config.encoder.device, rank)
-    return run_worker(config, network, rank, workers, works, clips, device, neighbours=workers)
+    return run_worker(config, packed_network, rank, workers, works, clips, device, neighbours=workers)

@@ -9,14 +9,15 @@ import math
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets import Clip
-from egopatch.extract.encoders import Network
 from egopatch.extract.engines.sharing import WorkersDied, run_worker
 from egopatch.extract.worker.job_stats import JobStats
 from egopatch.features import ShardWork
@@ -25,11 +26,14 @@ REACH_S = 5.0
 POLL_S = 1.0
 
 
-def run_workers(config: Config, network: Network, works: Sequence[ShardWork], clips: Mapping[str, Clip]) -> JobStats:
-    """Encode `works` on the cluster at `engine.address`.
+def run_workers(
+    config: Config, packed_network: bytes, works: Sequence[ShardWork], clips: Mapping[str, Clip]
+) -> JobStats:
+    """Encode `works` on the cluster at `engine.address`; the network is packed by `sharing.pack_network`.
 
     Raises:
-        ConfigError: Ray is not installed, nothing answers at the address, or the cluster is too small.
+        ConfigError: Ray is not installed, nothing answers at the address, the cluster is too small, or one of its nodes
+            cannot import this program or the network.
         WorkersDied: A worker or its node died, and the others have ended.
         TooManyErrors, StoreError: As `extract.worker.pipeline.encode_shards`.
     """
@@ -37,8 +41,9 @@ def run_workers(config: Config, network: Network, works: Sequence[ShardWork], cl
         nodes = sum(node["Alive"] for node in ray.nodes())
         workers, needs = _fit(config, ray.cluster_resources(), nodes, len(works))
         remote = ray.remote(**needs, scheduling_strategy="SPREAD")(_Worker)
-        actors = [remote.remote(str(Path.cwd())) for _ in range(workers)]
-        shared = ray.put((config, network, list(works), dict(clips), math.ceil(workers / nodes)))
+        actors = [remote.remote() for _ in range(workers)]
+        job = _Job(config, packed_network, list(works), dict(clips), math.ceil(workers / nodes), Path.cwd(), sys.path)
+        shared = ray.put(job)
         try:
             return _gather(ray, [actor.work.remote(rank, workers, shared) for rank, actor in enumerate(actors)])
         finally:
@@ -46,17 +51,26 @@ def run_workers(config: Config, network: Network, works: Sequence[ShardWork], cl
                 ray.kill(actor)
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What every worker receives; `folder` and `path` are the job's working folder and `sys.path`."""
+
+    config: Config
+    packed_network: bytes
+    works: list[ShardWork]
+    clips: dict[str, Clip]
+    neighbours: int
+    folder: Path
+    path: list[str]
+
+
 class _Worker:
-    """Works in the folder in which the job was started, so that relative paths mean the same."""
-
-    def __init__(self, folder: str) -> None:
-        os.chdir(folder)
-
-    def work(
-        self, rank: int, workers: int, shared: tuple[Config, Network, list[ShardWork], dict[str, Clip], int]
-    ) -> JobStats:
-        config, network, works, clips, neighbours = shared
-        return run_worker(config, network, rank, workers, works, clips, config.encoder.device, neighbours)
+    def work(self, rank: int, workers: int, job: _Job) -> JobStats:
+        """Work where the job was started, so that relative paths and the modules beside a script are the same."""
+        os.chdir(job.folder)
+        sys.path += [place for place in job.path if place not in sys.path]
+        device = job.config.encoder.device
+        return run_worker(job.config, job.packed_network, rank, workers, job.works, job.clips, device, job.neighbours)
 
 
 def _gather(ray: Any, waiting: list[Any]) -> JobStats:
@@ -69,6 +83,12 @@ def _gather(ray: Any, waiting: list[Any]) -> JobStats:
             try:
                 stats += ray.get(task)
             except ray.exceptions.RayActorError as error:
+                if error.actor_init_failed:  # a new worker would fail in the same way
+                    reason = str(error).strip().splitlines()[-1]
+                    raise ConfigError(
+                        f"engine.name is 'ray', but a node of the cluster cannot start a worker ({reason}); install"
+                        " egopatch and what it needs on every node, in the versions that this machine has"
+                    ) from error
                 died = error
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None  # the worker's own error, without Ray's report around it

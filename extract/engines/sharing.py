@@ -1,9 +1,11 @@
 """How the workers of one job share its shards, whatever engine started them."""
 
 import dataclasses
+import pickle
+import socket
 from collections.abc import Mapping, Sequence
 
-from egopatch.configs.schema import Config
+from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets import Clip
 from egopatch.extract.encoders import Network
 from egopatch.extract.worker.device import EVERY_GPU
@@ -20,10 +22,42 @@ class WorkersDied(RuntimeError):
     """A worker was killed and the others have ended; the ledger lists what all of them committed."""
 
 
+def pack_network(network: Network) -> bytes:
+    """`network` for worker processes, which `run_worker` unpacks.
+
+    Functions of a script or a notebook are in it themselves, because no other process can import them.
+
+    Raises:
+        ConfigError: It holds something that cannot be sent to another process.
+    """
+    import cloudpickle  # imported here to save start-up time
+
+    try:
+        return bytes(cloudpickle.dumps(network))
+    except Exception as error:  # whatever the objects that its functions hold raise
+        raise ConfigError(
+            f"encoder.arch is {network.name!r}, which cannot be sent to worker processes ({error}); let its functions"
+            " hold no open files, locks and the like, or use engine.name joblib with engine.workers 1"
+        ) from error
+
+
+def _unpack_network(packed: bytes, arch: str) -> Network:
+    try:
+        network = pickle.loads(packed)
+    except Exception as error:  # whatever the modules that it needs raise while they are imported
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ConfigError(
+            f"encoder.arch is {arch!r}, which a worker on {socket.gethostname()} cannot load ({reason}); install the"
+            " package that it comes from on every node, or define its functions in the script that registers it"
+        ) from error
+    assert isinstance(network, Network)
+    return network
+
+
 @sendable_errors()
 def run_worker(
     config: Config,
-    network: Network,
+    packed_network: bytes,
     rank: int,
     workers: int,
     works: Sequence[ShardWork],
@@ -37,15 +71,17 @@ def run_worker(
     own takes them, in reverse order, because their first holder reaches the last ones last.
 
     Args: as for `extract.worker.pipeline.encode_shards`, and
-        network: The network that `encoder.arch` names.
+        packed_network: The network that `encoder.arch` names, by `pack_network`.
         device: Device of this worker, which replaces `encoder.device`.
         neighbours: Number of the job's workers on this machine, this one among them.
 
     Raises:
+        ConfigError: This process cannot load the network.
         TooManyErrors, StoreError: As `extract.worker.pipeline.encode_shards`.
         ChildError: Any other error that cannot be sent to the job's process.
     """
     start_trackers()
+    network = _unpack_network(packed_network, config.encoder.arch)
     limit_threads(neighbours)
     decoders = decoder_count(config, neighbours)
     job = resolve_job(config, device, network)

@@ -1,5 +1,6 @@
 """Stage one on a real Ray cluster of two nodes, on loopback and with token authentication on."""
 
+import json
 import os
 import secrets
 import signal
@@ -12,11 +13,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from egopatch.configs.command_line import load_config
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.__main__ import main
 from egopatch.extract.engines.ray_engine import _fit
+from egopatch.features import open_store
 from egopatch.features.tools.verify import verify
 from tests.extract.job import CLIPS, contents, ledger_lines, options, start_job
 from tests.extract.test_jobs import committed, slowly, wait_until
@@ -96,6 +99,68 @@ def test_two_nodes_make_the_store_of_one_process(cluster: Cluster, single: Path,
     assert f"this run encoded {CLIPS} clips" in out
     assert contents(bare / "store") == contents(single)
     assert ledger_lines(bare / "store") == ledger_lines(single)
+
+
+HELPER = """
+from egopatch.extract.encoders import find_network
+
+def halve(checkpoint, options):
+    encoder = find_network("egovlpv2").build_video(checkpoint, options)
+    for parameter in encoder.parameters():
+        parameter.mul_(0.5)
+    return encoder
+"""
+# The last line of output is the exit codes.
+SCRIPT = """
+import dataclasses, json, sys, types
+sys.path.append(__file__.removesuffix("script.py") + "helpers")
+from helper import halve
+from egopatch import register_dataset, register_encoder
+from egopatch.extract.__main__ import main
+from egopatch.extract.datasets.registry import LOADERS
+from egopatch.extract.encoders import find_network
+from egopatch.extract.engines import ray_engine
+
+TIMES = 2.0
+
+def build_video(checkpoint, options):  # defined here: no worker can import it
+    encoder = halve(checkpoint, options)
+    for parameter in encoder.parameters():
+        parameter.mul_(TIMES)
+    return encoder
+
+if __name__ == "__main__":
+    register_encoder(dataclasses.replace(find_network("egovlpv2"), name="mine", build_video=build_video))
+    register_dataset("here", LOADERS["egotaskqa"])
+    args = ["run", *sys.argv[1:], "--data.name", "here"]
+    codes = [main([*args, "--encoder.arch", "mine"])]
+    sys.modules["made_up"] = types.ModuleType("made_up")
+    sys.modules["made_up"]._Worker = ray_engine._Worker = type(
+        "_Worker", (), {"__module__": "made_up", "work": lambda self, *args: None}
+    )
+    codes += [main([*args, "--encoder.arch", "mine", "--store.path", "store.other"])]
+    print(json.dumps(codes))
+"""
+
+
+@pytest.mark.slow
+def test_what_a_script_registers_reaches_the_cluster(cluster: Cluster, made: Path, bare: Path, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "helpers").mkdir()
+    (tmp_path / "helpers" / "helper.py").write_text(HELPER)
+    args = options(bare, "--engine.name", "ray", "--engine.address", cluster.address)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py"), *args],
+        env=os.environ | {"PYTHONPATH": str(Path.cwd())},
+        capture_output=True,
+        text=True,
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == [0, 2], done.stdout + done.stderr
+    stored, expected = open_store(bare / "store"), open_store(made / "store")
+    assert stored.fingerprint.fields["arch"] == "mine"
+    assert torch.equal(stored.read(stored.clip_ids).patches, expected.read(stored.clip_ids).patches)
+    (line,) = (line for line in done.stderr.splitlines() if "error:" in line)
+    assert "cannot start a worker (ModuleNotFoundError: No module named 'made_up'); install egopatch and what" in line
 
 
 @pytest.mark.slow

@@ -1,13 +1,17 @@
 """`auto` workers and decoders are as many as this process may use of the machine, for the device that is configured;
 a worker's error reaches the job."""
 
+import dataclasses
+import sys
+import threading
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 from egopatch.configs.command_line import load_config
-from egopatch.configs.schema import Config, EncoderConfig
+from egopatch.configs.schema import Config, ConfigError, EncoderConfig
 from egopatch.extract.encoders import Network, find_network
 from egopatch.extract.engines import joblib_engine, sharing
 from egopatch.extract.engines.sharing import decoder_count, worker_count
@@ -51,7 +55,7 @@ def test_worker_processes_use_the_configured_device(
     seen: list[str] = []
 
     def run_worker(
-        config: Config, network: Network, rank: int, workers: int, works: object, clips: object, device: str, **_: int
+        config: Config, network: bytes, rank: int, workers: int, works: object, clips: object, device: str, **_: int
     ) -> None:
         seen.append(device)
 
@@ -60,8 +64,36 @@ def test_worker_processes_use_the_configured_device(
         monkeypatch.setattr(f"egopatch.extract.engines.joblib_engine.{patched}", lambda *_, **__: None)
     monkeypatch.setattr(joblib_engine, "exit_with_parent", lambda: None)
     for rank in range(2):
-        joblib_engine._run_worker(Config(encoder=EncoderConfig(device=device)), find_network("lite"), rank, 2, [], {})
+        joblib_engine._run_worker(Config(encoder=EncoderConfig(device=device)), b"", rank, 2, [], {})
     assert seen == used
+
+
+def network_with(build_video: object) -> Network:
+    return dataclasses.replace(find_network("lite"), name="mine", build_video=build_video)  # type: ignore[arg-type]
+
+
+def test_a_network_reaches_workers_with_the_functions_of_a_script() -> None:
+    script = types.ModuleType("__main__")
+    exec("TIMES = 2\ndef build_video(checkpoint, options): return TIMES * options", script.__dict__)
+    packed = sharing.pack_network(network_with(script.build_video))
+    assert sharing._unpack_network(packed, "mine").build_video(None, 3) == 6  # type: ignore[arg-type, comparison-overlap]
+
+
+def test_a_network_that_cannot_be_sent_is_one_line() -> None:
+    lock = threading.Lock()
+    with pytest.raises(ConfigError, match=r"'mine', which cannot be sent to worker processes \(cannot pickle.*lock"):
+        sharing.pack_network(network_with(lambda checkpoint, options: lock))
+
+
+def test_a_network_that_a_worker_cannot_import_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("only_here")
+    exec("def build_video(checkpoint, options): ...", module.__dict__)
+    monkeypatch.setitem(sys.modules, "only_here", module)
+    packed = sharing.pack_network(network_with(module.build_video))
+    monkeypatch.delitem(sys.modules, "only_here")
+    config = Config(encoder=EncoderConfig(arch="mine"))
+    with pytest.raises(ConfigError, match=r"'mine', which a worker on .* cannot load \(.*No module named 'only_here'"):
+        sharing.run_worker(config, packed, 0, 1, [], {}, "cpu", 1)
 
 
 class _Picky(ValueError):
@@ -80,5 +112,5 @@ def test_an_error_of_a_worker_reaches_the_job(
 
     monkeypatch.setattr(sharing, "start_trackers", fail)
     with pytest.raises(sent, match="no driver") as caught:
-        sharing.run_worker(Config(), find_network("lite"), 0, 1, [], {}, "cpu", 1)
+        sharing.run_worker(Config(), b"", 0, 1, [], {}, "cpu", 1)
     assert (caught.value is error) == (sent is not ChildError)
