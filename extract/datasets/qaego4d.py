@@ -57,6 +57,7 @@ def load(root: Path, split: str, close: bool) -> Dataset:
         answers=answer_vocabulary([] if close else [question.spelling for question in questions["train"]]),
         texts=texts_of(everything),
         split=split,
+        free_answers=not close,
     )
 
 

@@ -128,6 +128,8 @@ class Dataset:
         answers: Answer vocabulary; the index is the class.
         texts: Unique texts of questions and options of every split that is present, sorted.
         split: The configured split.
+        free_answers: Whether answers are free text, so that the table also shows how close wrong ones are to the
+            annotated ones, by BLEU-4, METEOR and ROUGE-L.
 
     Raises:
         DatasetError: Only some of the questions have options, or only some of the training questions have variants.
@@ -138,6 +140,7 @@ class Dataset:
     answers: tuple[str, ...]
     texts: tuple[str, ...]
     split: str
+    free_answers: bool = False
 
     def __post_init__(self) -> None:
         everything = [question for questions in self.questions.values() for question in questions]

@@ -7,10 +7,14 @@ from pathlib import Path
 import nltk.corpus
 import pytest
 
-from egopatch.extract.datasets import Question
+from egopatch.configs.schema import Config, DataConfig
+from egopatch.extract.datasets import Question, load_dataset
 from egopatch.train.__main__ import main
-from egopatch.train.scores.text_metrics import TextMetricsError, text_metrics
+from egopatch.train.report.page import write_report
+from egopatch.train.report.table import write_table
+from egopatch.train.scores.text_metrics import NAMES, TextMetricsError, text_metrics
 from tests.extract.datasets.test_released import qaego4d
+from tests.train.fake_runs import write_run
 
 ANSWERS = {"1": "on the table in the kitchen", "2": "in the drawer", "3": "yes"}
 QUESTIONS = [Question(name, "clip", "where?", answer, "open", ()) for name, answer in ANSWERS.items()]
@@ -65,6 +69,51 @@ def test_the_command_reads_qaego4d(tmp_path: Path, capsys: pytest.CaptureFixture
     assert said["text"]["exact_match"] == 50
     assert main(args) == 0
     assert "bleu" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> tuple[Config, Path]:
+    """Two seeds of one system on QAEgo4D: one right and one near answer, and one right and one empty answer."""
+    (tmp_path / "data").mkdir()
+    qaego4d(tmp_path / "data")
+    for seed, second in enumerate(("in a drawer", "")):
+        answers = {"20": "on the table", "21": second}
+        write_run(tmp_path / "runs", f"psa_{seed}", seed=seed, all_=50, n=(2, 0), predictions=answers)
+    return Config(data=DataConfig(name="qaego4d", root=tmp_path / "data")), tmp_path / "runs"
+
+
+@pytest.mark.usefixtures("no_synonyms")
+def test_open_answers_of_qaego4d_stand_in_the_table_and_the_report(runs: tuple[Config, Path]) -> None:
+    config, folder = runs
+    (record,) = write_table(folder, config)
+    questions = load_dataset(config.data).questions["test"]
+    near, empty = (text_metrics(questions, {"20": "on the table", "21": given}) for given in ("in a drawer", ""))
+    assert record["text"] == {name: round((near[name] + empty[name]) / 2, 2) for name in NAMES}
+    assert record["text"]["exact_match"] == record["all"] == 50
+    assert near["rouge_l"] > empty["rouge_l"] == 50
+    text = (folder / "table.md").read_text()
+    cells = " | ".join(f"{value:.2f}" for value in record["text"].values())
+    assert f"| System | Exact match | BLEU-4 | METEOR | ROUGE-L |\n|:--|--:|--:|--:|--:|\n| psa | {cells} |\n" in text
+    page = write_report(config, folder).read_text()
+    row = "".join(f"<td>{value:.2f}</td>" for value in record["text"].values())
+    assert f"<td>psa</td>{row}</tr>" in page
+    (folder / "psa_1" / "predictions.jsonl").unlink()
+    assert "text" not in write_table(folder, config)[0]
+
+
+def test_a_table_without_the_libraries_says_what_to_install(
+    runs: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, folder = runs
+    monkeypatch.setattr(nltk.corpus, "wordnet", _Absent())
+    (record,) = write_table(folder, config)
+    assert list(record)[-1] == "log"
+    (line,) = (line for line in (folder / "table.md").read_text().splitlines() if "METEOR" in line)
+    assert line.startswith("- Left out, or to check: no BLEU-4, METEOR and ROUGE-L: METEOR needs WordNet")
+
+
+def test_no_questions_have_no_metrics() -> None:
+    assert text_metrics([], {}) == {}
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
@@ -13,14 +14,16 @@ from egopatch.train.report.sources import SourceError
 from egopatch.train.rundir.results import COLUMNS, SPLITS, Row
 from egopatch.train.scores.metrics import PredictionError, read_predictions, same_lower_cased
 from egopatch.train.scores.statistics import Comparison, Interval, accuracy, compare
+from egopatch.train.scores.text_metrics import TextMetricsError, text_metrics
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Test questions and clips of one split, by id."""
+    """Test questions and clips of one split, by id; `free_answers` as in `extract.datasets.Dataset`."""
 
     by_id: Mapping[str, Question]
     clips: Mapping[str, Clip]
+    free_answers: bool = False
 
     @property
     def clip_ids(self) -> list[str]:
@@ -59,6 +62,7 @@ def load_questions(config: Config, split: str) -> Questions:
     return Questions(
         {question.question_id: question for question in dataset.questions["test"]},
         {clip.clip_id: clip for clip in dataset.clips},
+        dataset.free_answers,
     )
 
 
@@ -91,6 +95,25 @@ def correctness(row: Row, questions: Questions) -> Correctness:
     answers = [read_answers(run.dir, questions) for run in row.runs]
     right = [{q: same_lower_cased(question, one[q]) for q, question in questions.by_id.items()} for one in answers]
     return Correctness(np.array([list(one.values()) for one in right], dtype=bool), right[0], answers[0])
+
+
+def text_scores(rows: Sequence[Row], questions: Questions, problems: list[str]) -> dict[str, dict[str, float]]:
+    """Metrics of the answers as texts, mean over seeds, by label; none unless the data set has free answers.
+
+    A missing library is added to `problems`.
+
+    Args:
+        rows: Rows whose predictions can be read.
+    """
+    scores = {}
+    for row in rows if questions.free_answers else ():
+        try:
+            runs = [text_metrics(tuple(questions.by_id.values()), read_answers(run.dir, questions)) for run in row.runs]
+        except TextMetricsError as error:
+            problems.append(f"no BLEU-4, METEOR and ROUGE-L: {error}")
+            return {}
+        scores[row.label] = {name: fmean(run[name] for run in runs) for name in runs[0]}
+    return scores
 
 
 def accuracy_mismatch(row: Row, right: Correctness) -> str:

@@ -37,6 +37,7 @@ from egopatch.train.report.sources import SourceError, Sweep, TrainingLog, read_
 from egopatch.train.rundir.card import write_whole
 from egopatch.train.rundir.results import BLIND, COLUMNS, SPLITS, Results, Row, gather
 from egopatch.train.scores.statistics import Comparison, Interval
+from egopatch.train.scores.text_metrics import NAMES
 
 TEMPLATES = Path(__file__).parent / "templates"
 _MOST_PROBLEMS = 20
@@ -81,6 +82,7 @@ class SplitPage:
         tags: Breakdown by reasoning tag.
         examples: Wins, losses and random questions.
         intervals: Interval of each accuracy, by label and column; a row whose predictions cannot be read has none.
+        texts: Metrics of a row's answers as texts, by label and name; none unless answers are free text.
         best: Highest accuracy of a row, by column.
         grid: Rows and columns of patches.
         ratios: Selection ratios at which the examples can be shown, rising.
@@ -101,6 +103,7 @@ class SplitPage:
     tags: tuple[TagLine, ...]
     examples: tuple[Example, ...]
     intervals: Mapping[str, Mapping[str, Interval]]
+    texts: table.Texts
     best: Mapping[str, float]
     grid: tuple[int, int]
     ratios: tuple[str, ...]
@@ -199,6 +202,9 @@ def _split_page(
         tuple(report_analysis.tag_lines(rows)),
         tuple(examples),
         {label: report_answers.intervals(correct, questions) for label, correct in right.items()} if questions else {},
+        report_answers.text_scores([row for row in rows if row.label in right], questions, problems)
+        if questions
+        else {},
         {part: max((row.mean(part) or 0.0 for row in rows), default=0.0) for part in COLUMNS},
         grid,
         tuple(sorted({step.label for example in examples for step in example.steps}, key=float)),
@@ -355,6 +361,9 @@ def _render(**content: object) -> str:
     environment.filters |= {"bytes": format_bytes, "number": "{:.2f}".format, "signed": _signed, "coded": _coded}
     environment.globals |= {
         "cell": table.cell,
+        "text_cells": table.text_cells,
+        "text_note": table.TEXTS,
+        "text_names": tuple(NAMES.values()),
         "training_cells": table.training_cells,
         "blind": BLIND,
         "is_standin": table.is_standin,

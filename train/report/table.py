@@ -12,10 +12,14 @@ from egopatch.train.report import answers as report_answers
 from egopatch.train.rundir.card import write_whole
 from egopatch.train.rundir.results import BLIND, COLUMNS, Results, Row, gather
 from egopatch.train.scores.statistics import Interval
+from egopatch.train.scores.text_metrics import NAMES
 
 # Intervals of a row by column, and of a split's rows by label.
 RowIntervals = Mapping[str, Interval]
 Intervals = Mapping[str, Mapping[str, RowIntervals]]
+# Metrics of a split's answers as texts, by label and name.
+Texts = Mapping[str, Mapping[str, float]]
+TEXTS = "Answers as lower-cased texts, in percent, mean over seeds: by sacrebleu, nltk and rouge-score."
 
 
 def write_table(folder: Path, config: Config) -> list[dict[str, Any]]:
@@ -29,31 +33,39 @@ def write_table(folder: Path, config: Config) -> list[dict[str, Any]]:
 
     Returns:
         The rows of `table.json`: `model` (label of the row), `split`, `open`, `binary`, `all` (percent, two decimals,
-        None without such questions), `n` (test questions), `checkpoint`, `log` (relative to `folder`, None if missing).
+        None without such questions), `n` (test questions), `checkpoint`, `log` (relative to `folder`, None if missing);
+        where answers are free text, also `text`, with the metrics of `train.scores.text_metrics`.
 
     Raises:
         TableError: there is no readable run.
     """
     results = gather(folder)
-    records = [record(row, folder) for row in results.rows]
-    write_whole(folder / "table.json", json.dumps(records, indent=2) + "\n")
     problems = list(results.problems)
-    intervals = {split: _intervals(config, split, results, problems) for split in results.splits}
+    intervals, texts = {}, {}
+    for split in results.splits:
+        intervals[split], texts[split] = _from_predictions(config, split, results, problems)
     results = replace(results, problems=tuple(dict.fromkeys(problems)))
-    write_whole(folder / "table.md", markdown(results, intervals))
+    records = [record(row, folder, texts[row.split].get(row.label, {})) for row in results.rows]
+    write_whole(folder / "table.json", json.dumps(records, indent=2) + "\n")
+    write_whole(folder / "table.md", markdown(results, intervals, texts))
     for problem in results.problems:
         print(f"table: {problem}", file=sys.stderr)
     return records
 
 
-def _intervals(config: Config, split: str, results: Results, problems: list[str]) -> dict[str, RowIntervals]:
-    questions, right = report_answers.rows_correctness(config, split, results.split(split), problems)
+def _from_predictions(
+    config: Config, split: str, results: Results, problems: list[str]
+) -> tuple[dict[str, RowIntervals], dict[str, dict[str, float]]]:
+    """Intervals and text metrics of the rows of one split, by label."""
+    rows = results.split(split)
+    questions, right = report_answers.rows_correctness(config, split, rows, problems)
     if questions is None:
-        return {}
-    return {label: report_answers.intervals(correct, questions) for label, correct in right.items()}
+        return {}, {}
+    intervals = {label: report_answers.intervals(correct, questions) for label, correct in right.items()}
+    return intervals, report_answers.text_scores([row for row in rows if row.label in right], questions, problems)
 
 
-def record(row: Row, folder: Path) -> dict[str, Any]:
+def record(row: Row, folder: Path, texts: Mapping[str, float]) -> dict[str, Any]:
     """One entry of `table.json`."""
     numbers = {part: None if (mean := row.mean(part)) is None else round(mean, 2) for part in COLUMNS}
     return {
@@ -63,10 +75,11 @@ def record(row: Row, folder: Path) -> dict[str, Any]:
         "n": row.n("all"),
         "checkpoint": _relative(row.best.checkpoint, folder),
         "log": _relative(row.best.log, folder),
+        **({"text": {name: round(value, 2) for name, value in texts.items()}} if texts else {}),
     }
 
 
-def markdown(results: Results, intervals: Intervals) -> str:
+def markdown(results: Results, intervals: Intervals, texts: Mapping[str, Texts]) -> str:
     """`table.md`: a section for each split, then the origin of the numbers."""
     lines = ["# Results", "", "Accuracy on the test questions, in percent.", ""]
     for split in results.splits:
@@ -87,6 +100,9 @@ def markdown(results: Results, intervals: Intervals) -> str:
         if tagged:
             n = rows[0].n("split_tag")
             lines += ["", f"All, over only the {n:,} questions tagged `{split}`: {', '.join(tagged)}."]
+        if texts[split]:
+            lines += ["", TEXTS, "", f"| System | {' | '.join(NAMES.values())} |", "|:--|" + "--:|" * len(NAMES)]
+            lines += [f"| {_escape(row.label)} | {' | '.join(text_cells(row, texts[split]))} |" for row in rows]
         lines.append("")
     lines += ["## Where these numbers come from", ""]
     lines += [f"- {line}" for line in (*notices(results), *origin(results))]
@@ -101,6 +117,11 @@ def cell(row: Row, part: str, intervals: RowIntervals) -> str:
         return "–"
     interval = intervals.get(part)
     return f"{mean:.2f}" + ("" if interval is None else f" [{interval.low:.1f}, {interval.high:.1f}]")
+
+
+def text_cells(row: Row, texts: Texts) -> list[str]:
+    """The metrics of a row's answers as texts, in the order of `NAMES`."""
+    return [f"{texts[row.label][name]:.2f}" if row.label in texts else "–" for name in NAMES]
 
 
 def training_cells(row: Row) -> tuple[str, str]:

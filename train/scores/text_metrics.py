@@ -10,6 +10,7 @@ from statistics import fmean
 from egopatch.extract.datasets import Question
 from egopatch.train.scores.metrics import normalise
 
+NAMES = {"exact_match": "Exact match", "bleu_4": "BLEU-4", "meteor": "METEOR", "rouge_l": "ROUGE-L"}
 INSTALL = "pip install 'egopatch[text-metrics]'"
 WORDNET = "python -m nltk.downloader wordnet"
 
@@ -21,6 +22,8 @@ class TextMetricsError(ValueError):
 def text_metrics(questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, float]:
     """Metrics in percent, by name: `exact_match`, `bleu_4` of the corpus, `meteor` and `rouge_l`, means over questions.
 
+    Without questions there are none.
+
     Args:
         questions: Questions with annotated answers.
         answers: Answer to every question, by id.
@@ -28,6 +31,8 @@ def text_metrics(questions: Sequence[Question], answers: Mapping[str, str]) -> d
     Raises:
         TextMetricsError: A library is not installed, or WordNet, which METEOR needs.
     """
+    if not questions:
+        return {}
     try:
         from nltk.corpus import wordnet
         from nltk.translate.meteor_score import meteor_score
