@@ -45,6 +45,7 @@ VARIANTS = ("plain float32", "ours float32", "ours bfloat16")
 SIDE_BY_SIDE = "clip a core bfloat16"
 GRID, PATCH = 14, 16
 CUDA_BATCHES = (1, 8, 32)
+SQUARES, QUICK_SQUARES = (2048, 4096), (256,)
 
 
 @dataclass(frozen=True)
@@ -130,11 +131,13 @@ def timed(run: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def products(work: Work, dtype: torch.dtype, device: str) -> dict[str, tuple[Callable[[], Tensor], float]]:
+def products(
+    work: Work, dtype: torch.dtype, device: str, squares: tuple[int, ...]
+) -> dict[str, tuple[Callable[[], Tensor], float]]:
     """Matrix products whose best rate is the machine's: large squares, and the network's own two largest shapes."""
     rows = work.batch * (1 + work.frames * GRID * GRID)
     wide = 4 * work.width
-    sides = {"2048 squared": (2048, 2048, 2048), "4096 squared": (4096, 4096, 4096)}
+    sides = {f"{side} squared": (side, side, side) for side in squares}
     sides |= {"fc1": (rows, work.width, wide), "fc2": (rows, wide, work.width)}
     made = {}
     for name, (m, k, n) in sides.items():
@@ -170,10 +173,12 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(work: Work, rounds: int, device: str, variants: tuple[str, ...]) -> dict[str, Any]:
+def measure(
+    work: Work, rounds: int, device: str, variants: tuple[str, ...], squares: tuple[int, ...]
+) -> dict[str, Any]:
     """Best seconds of each variant and the best matrix rates, from interleaved rounds."""
     runs = {variant: make(variant, work, device) for variant in variants}
-    peaks = {name: products(work, dtype, device) for name, dtype in TYPES.items()}
+    peaks = {name: products(work, dtype, device, squares) for name, dtype in TYPES.items()}
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     rates: dict[str, dict[str, float]] = {name: {} for name in TYPES}
     for turn in range(rounds + 1):
@@ -279,25 +284,27 @@ def main() -> int:
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="one block, two rounds, to check that the benchmark runs")
+    parser.add_argument("--quick", action="store_true", help="two frames, one block, one round: does it run at all")
     parser.add_argument("--cuda-only", action="store_true", help="leave out what a CPU takes minutes for")
     parser.add_argument("--out", type=Path, help="results as JSON; default: benchmarks/results/encoder.json")
     parser.add_argument("--memory-of", choices=VARIANTS, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    work = Work(options.frames, 1 if options.quick else options.depth, options.batch)
+    if options.quick:
+        options.frames, options.depth, options.rounds = 2, 1, 1
+    work = Work(options.frames, options.depth, options.batch)
     if options.memory_of:
         print(_memory_of(options.memory_of, work))
         return 0
-    rounds = 2 if options.quick else options.rounds
+    rounds, squares = options.rounds, QUICK_SQUARES if options.quick else SQUARES
     result: dict[str, Any] = {}
     with torch.inference_mode():
         if not options.cuda_only:
-            result = measure(work, rounds, "cpu", (*VARIANTS, SIDE_BY_SIDE))
+            result = measure(work, rounds, "cpu", (*VARIANTS, SIDE_BY_SIDE), squares)
             for variant in VARIANTS:
                 result[variant]["memory_bytes"] = peak_memory(variant, work)
         if torch.cuda.is_available():
             result["cuda"] = {
-                batch: measure(Work(work.frames, work.depth, batch), rounds, "cuda", ("ours float32", "ours bfloat16"))
+                batch: measure(Work(work.frames, work.depth, batch), rounds, "cuda", VARIANTS[1:], squares)
                 for batch in CUDA_BATCHES
             }
     result |= {"claims": claims(result), "work": asdict(work), "gflop": work.flops() / 1e9, "machine": stamp()}

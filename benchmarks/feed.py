@@ -8,7 +8,8 @@ cpu_ratio: CPU time a clip of all processes (decoding, index, hash, hand-over to
 serial_ms: CPU time a clip of the parent's main thread, without the copy to the device, which a GPU does by itself;
     copy_ms is that of the copy.
 handover_clips_per_s: rate at which two children that decode nothing hand over frames.
-write_share: time of bare write and fsync over that of writing a shard with its checks, reading back included.
+write_share: time of bare write and fsync of some shards, one after another, over that of a worker's writing them with
+    its checks, reading back included.
 CPU time and ratios within a run, because the machine may be busy. `forecast` is what these figures mean for 16 cores
 and an H100, with its assumptions.
 """
@@ -16,6 +17,7 @@ and an H100, with its assumptions.
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -46,7 +48,7 @@ from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform  # noq
 VIDEO = VideoConfig()
 CLIPS = {"320x240, 2 s": 32, "456x256, 30 s": 4, "1280x720, 10 s": 2}  # about a second of decoding each
 BATCH = 2
-SHARD = 32
+SHARD, SHARDS = 32, 4
 HANDED = 400
 NODE_CORES, H100_CLIPS_PER_S, NODE_DISK_GB_PER_S = 16, 1000.0, 2.0
 
@@ -183,10 +185,11 @@ def measure_handover(clip: Clip, count: int) -> float:
 
 
 def measure_writing(folder: Path, rounds: int, clips: int) -> dict[str, float]:
-    """Milliseconds a clip of bare writing and of the store's, taking turns, best of each; their ratio."""
+    """Milliseconds a clip of bare writing and of a worker's, taking turns, best of each; their ratio."""
     import torch
 
-    from egopatch.features import Fingerprint, StoreSpec, create_store
+    from egopatch.extract.worker.shard_writer import ShardWriter
+    from egopatch.features import Fingerprint, ShardWork, StoreSpec, create_store
 
     spec = StoreSpec.for_patches(frames=16, grid=(14, 14), width=768, dtype="float16", shard=clips)
     shapes = {array.name: array.shape for array in spec.arrays}
@@ -195,26 +198,32 @@ def measure_writing(folder: Path, rounds: int, clips: int) -> dict[str, float]:
     rows = [{name: tensor.clone() for name, tensor in row.items()} for _ in range(clips)]
     bare = stored = cpu = float("inf")
     with tempfile.TemporaryDirectory(dir=folder) as root:
-        ids = [f"c{i}" for i in range(clips * (rounds + 1))]
-        store = create_store(Path(root) / "store", spec, Fingerprint({"benchmark": "feed"}), ids)
         for number in range(rounds + 1):
             started = time.perf_counter()
-            with (Path(root) / "bare").open("wb", buffering=0) as file:
-                for tensors in rows:
-                    file.write(tensors["patches"].numpy().data)
-                os.fsync(file.fileno())
+            for shard in range(SHARDS):
+                with (Path(root) / f"bare{shard}").open("wb", buffering=0) as file:
+                    for tensors in rows:
+                        file.write(tensors["patches"].numpy().data)
+                    os.fsync(file.fileno())
             took = time.perf_counter() - started
-            (Path(root) / "bare").unlink()
-            mine = {ids[number * clips + i]: tensors for i, tensors in enumerate(rows)}
+            for shard in range(SHARDS):
+                (Path(root) / f"bare{shard}").unlink()
+            ids = [f"c{i}" for i in range(SHARDS * clips)]
+            store = create_store(Path(root) / "store", spec, Fingerprint({"benchmark": "feed"}), ids)
             started, used = time.perf_counter(), time.process_time()
-            store.write_shard(number, mine, dict.fromkeys(mine, "sha"))
+            with ShardWriter(store, max_errors=0) as writer:
+                for work, names in writer.leases([ShardWork(i, tuple(ids)) for i in range(SHARDS)]):
+                    writer.write(work, dict(zip(names, rows, strict=True)), dict.fromkeys(names, "sha"), {}, {}, "")
+                writer.wait()
             if number:  # the first round is slower
                 bare, stored = min(bare, took), min(stored, time.perf_counter() - started)
                 cpu = min(cpu, time.process_time() - used)
+            shutil.rmtree(Path(root) / "store")
+    written = SHARDS * clips
     return {
-        "bare_ms": 1e3 * bare / clips,
-        "store_ms": 1e3 * stored / clips,
-        "cpu_ms": 1e3 * cpu / clips,
+        "bare_ms": 1e3 * bare / written,
+        "store_ms": 1e3 * stored / written,
+        "cpu_ms": 1e3 * cpu / written,
         "share": bare / stored,
     }
 

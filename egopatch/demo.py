@@ -36,8 +36,13 @@ def main(args: Sequence[str]) -> int:
         "--out", type=Path | None, default=None, metavar="DIR",
         help=f"folder to write; by default {FULL}, or {SMALL} with --small",
     )  # fmt: skip
+    parser.add_argument(
+        "--train-only", choices=SPLITS, help="only train the systems of one split, on stores that the demo has made"
+    )
     options = parser.parse_args(list(args))
     recipe = Recipe(options.out or (SMALL if options.small else FULL))
+    if options.train_only:
+        return _run_here(recipe.training(options.train_only))
     code = _run_here(recipe.small()) if options.small else _run_full(recipe)
     if code == 0:
         run = recipe.out / "direct" / "psa-lite"
@@ -111,8 +116,14 @@ def _run_full(recipe: Recipe) -> int:
     if code := _run_here(recipe.features()):
         return code
     # Small heads use a second core badly, so the two splits train side by side.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def train(split: str) -> int:
+        command = [sys.executable, "-m", "egopatch", "demo", "--out", str(recipe.out), "--train-only", split]
+        return subprocess.run(command, env=environment).returncode
+
     with ThreadPoolExecutor(max_workers=min(usable_cores(), len(SPLITS))) as pool:
-        codes = list(pool.map(lambda split: _run_in_processes(recipe.training(split)), SPLITS))
+        codes = list(pool.map(train, SPLITS))
     return next(filter(None, codes), 0) or _run_here(recipe.results())
 
 
@@ -122,15 +133,6 @@ def _run_here(commands: Sequence[Command]) -> int:
         _show((stage, *args))
         if code := import_module(f"egopatch.{stage}.__main__").main(args):
             return int(code)
-    return 0
-
-
-def _run_in_processes(commands: Sequence[Command]) -> int:
-    for command in commands:
-        _show(command)
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        if code := subprocess.run([sys.executable, "-m", "egopatch", *command], env=environment).returncode:
-            return code
     return 0
 
 

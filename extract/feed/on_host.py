@@ -38,22 +38,24 @@ def crop_and_resize(frames: Sequence[NDArray[np.uint8]], size: int, transform: T
     """Resize and crop frames, without normalisation.
 
     Args:
-        frames: T frames, each [H, W, 3] uint8. Those of another size than others are resized on their own.
+        frames: T frames, each [H, W, 3] uint8, of any sizes.
         size: Side of the result in pixels.
         transform: Transform of the network.
 
     Returns:
         float32 [T, 3, size, size] in [0, 1].
     """
-    if len({frame.shape for frame in frames}) > 1:
-        return torch.cat([crop_and_resize([frame], size, transform) for frame in frames])
-    # Copied to channel-first order first, because interpolation is several times slower on a strided view.
-    pixels_tchw = torch.from_numpy(np.ascontiguousarray(np.stack(frames).transpose(0, 3, 1, 2))).float().div_(255)
-    height, width = pixels_tchw.shape[-2:]
-    pixels_tchw = resize(pixels_tchw, transform.resized(height, width), transform)
-    crop = transform.crop(*pixels_tchw.shape[-2:])
-    pixels_tchw = pixels_tchw[..., crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-    return resize(pixels_tchw, (size, size), transform)
+    resized = torch.empty(len(frames), 3, size, size)
+    # Frame by frame: the next one uses the same few megabytes again, where all at once would need new memory.
+    for frame, target in zip(frames, resized, strict=True):
+        # Copied to channel-first order first, because interpolation is several times slower on a strided view.
+        pixels_chw = torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1)))
+        pixels_tchw = pixels_chw[None].float().div_(255)
+        pixels_tchw = resize(pixels_tchw, transform.resized(*pixels_tchw.shape[-2:]), transform)
+        crop = transform.crop(*pixels_tchw.shape[-2:])
+        pixels_tchw = pixels_tchw[..., crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+        target.copy_(resize(pixels_tchw, (size, size), transform)[0])
+    return resized
 
 
 def to_input(frames: Sequence[NDArray[np.uint8]], size: int, transform: Transform = EGOVLP_TRANSFORM) -> Tensor:

@@ -1,10 +1,10 @@
 """The shards of one worker: decoding, encoding and writing overlap, with bounded queues between them.
 
-One decode of a clip can serve several stores. Each has its own encoder, leases, ledger and thread for writing.
+One decode of a clip can serve several stores. Each has its own encoder, leases, ledger and threads for writing.
 
-Child processes decode a little ahead of the encoder, across the ends of shards. A separate thread uses the store: it
-leases the next shard and writes the previous one. At most one shard waits for the disk, then encoding waits too. So
-memory does not depend on the number of clips, and the encoder waits only for a stage that is slower than itself.
+Child processes decode a little ahead of the encoder, across the ends of shards. Separate threads lease the next shard
+and write the previous ones. If they are too many, encoding waits. So memory does not depend on the number of clips, and
+the encoder waits only for a stage that is slower than itself.
 """
 
 import time

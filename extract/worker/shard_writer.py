@@ -1,13 +1,15 @@
-"""Leasing and writing shards on a separate thread, while the encoder computes."""
+"""Leasing and writing shards on separate threads, while the encoder computes."""
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import zip_longest
 
 from egopatch.features import Failure, ShardOwned, ShardWork, Store, StoreError
+from egopatch.features.common.machine import usable_cores
 from egopatch.features.state.origin import Origin
 from egopatch.features.store.writer import Rows
 from egopatch.features.values.encoding import array_not_finite
@@ -18,10 +20,16 @@ class TooManyErrors(RuntimeError):
     """More clips are in quarantine than `engine.max_errors` allows; committed shards stay."""
 
 
+def shards_at_once() -> int:
+    """Shards that a worker writes at a time: while one is synced and read back, rows of others are checked and written.
+
+    One writer takes about 4 ms of a core's time a clip, and a large GPU encodes a clip in 1 ms.
+    """
+    return min(4, max(2, usable_cores() // 4))
+
+
 class ShardWriter:
     """Leases and writes shards; a context manager, which releases the leases at its end.
-
-    One thread makes all calls to the store, in order, because two threads must not write to the same store.
 
     Args:
         store: Store that is open for writing.
@@ -30,16 +38,20 @@ class ShardWriter:
     Attributes:
         committed, quarantined: Number of clips so far.
         skipped: One line for each shard that another process holds.
-        write_s: Seconds spent on writing.
+        write_s: Seconds during which at least one shard was being written.
         wait_s: Seconds for which the caller waited for writing.
     """
 
     def __init__(self, store: Store, max_errors: int | float) -> None:
         self._store = store
         self._max_errors = max_errors
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._leasing = ThreadPoolExecutor(1, thread_name_prefix="leases")
+        self._at_once = shards_at_once()
+        self._writing = ThreadPoolExecutor(self._at_once, thread_name_prefix="shards")
         self._leases: dict[int, ExitStack] = {}
-        self._writing: Future[None] | None = None
+        self._unfinished: deque[Future[tuple[int, int]]] = deque()
+        self._counting = threading.Lock()
+        self._now_writing, self._writing_since = 0, 0.0
         self.committed = 0
         self.quarantined = 0
         self.skipped: list[str] = []
@@ -51,7 +63,8 @@ class ShardWriter:
 
     def __exit__(self, *_: object) -> None:
         # A write that has begun is finished: completing a commit takes no longer than undoing it.
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        for threads in (self._writing, self._leasing):
+            threads.shutdown(wait=True, cancel_futures=True)
         for lease in self._leases.values():
             lease.close()
 
@@ -67,7 +80,7 @@ class ShardWriter:
         for _ in range(2):
             works, held_elsewhere = held_elsewhere, []
             self.skipped.clear()
-            upcoming = deque(self._thread.submit(self._lease, work) for work in works[:1])
+            upcoming = deque(self._leasing.submit(self._lease, work) for work in works[:1])
             for work, following in zip_longest(works, works[1:]):
                 try:
                     to_encode = upcoming.popleft().result()
@@ -76,13 +89,13 @@ class ShardWriter:
                     self.skipped.append(str(error))
                     to_encode = None
                 if following:
-                    upcoming.append(self._thread.submit(self._lease, following))
+                    upcoming.append(self._leasing.submit(self._lease, following))
                 if to_encode is not None:
                     yield work, to_encode
 
     def release(self, shard: int) -> None:
         """Release a lease without writing."""
-        self._thread.submit(self._release, shard)
+        self._leasing.submit(self._release, shard)
 
     def write(
         self,
@@ -93,20 +106,27 @@ class ShardWriter:
         origins: Mapping[str, Origin],
         machine: str,
     ) -> None:
-        """Begin to write a leased shard, whose lease is released afterwards. Waits for the previous shard.
+        """Begin to write a leased shard, whose lease is released afterwards. Waits while as many are written as may be.
 
         Raises:
-            TooManyErrors, StoreError: Raised by the previous shard.
+            TooManyErrors, StoreError: Raised by an earlier shard.
         """
-        self.wait()
-        self._writing = self._thread.submit(self._write, work, rows, sources, failures, origins, machine)
+        self._wait_for(self._at_once - 1)
+        self._unfinished.append(self._writing.submit(self._write, work, rows, sources, failures, origins, machine))
 
     def wait(self) -> None:
-        """Wait until the shard in progress is written. Errors as in `write`."""
-        if self._writing:
+        """Wait until all shards are written. Errors as in `write`."""
+        self._wait_for(0)
+
+    def _wait_for(self, unfinished: int) -> None:
+        """Wait until only so many shards are being written."""
+        while len(self._unfinished) > unfinished:
             started = time.perf_counter()
-            self._writing.result()
+            committed, quarantined = self._unfinished.popleft().result()
             self.wait_s += time.perf_counter() - started
+            self.committed += committed
+            self.quarantined += quarantined
+            self._check_errors()
 
     def _lease(self, work: ShardWork) -> tuple[str, ...]:
         lease = ExitStack()
@@ -125,27 +145,40 @@ class ShardWriter:
         failures: Mapping[str, Failure],
         origins: Mapping[str, Origin],
         machine: str,
-    ) -> None:
-        started = time.perf_counter()
+    ) -> tuple[int, int]:
+        """Write a shard; returns how many clips were committed, and how many put into quarantine."""
 
         def write(rows: Rows, failures: Mapping[str, Failure]) -> None:
             machines = dict.fromkeys(rows, machine)
             self._store.write_shard(work.shard, rows, sources, failures, origins, work.replaces, machines)
 
+        with self._timed():
+            try:
+                write(rows, failures)
+            except NotFinite:  # found while the shard was written; looking at all rows before would cost another pass
+                unstorable = self._unstorable(work.shard, rows)
+                if not unstorable:
+                    raise
+                rows = {name: row for name, row in rows.items() if name not in unstorable}
+                failures = {**failures, **unstorable}
+                write(rows, failures)
+            self._release(work.shard)
+        return len(rows), len(failures)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Count the seconds of the block in `write_s`; those of several threads at the same time once."""
+        with self._counting:
+            if not self._now_writing:
+                self._writing_since = time.perf_counter()
+            self._now_writing += 1
         try:
-            write(rows, failures)
-        except NotFinite:  # found while the shard was written; looking at all rows before would cost a pass over them
-            unstorable = self._unstorable(work.shard, rows)
-            if not unstorable:
-                raise
-            rows = {name: row for name, row in rows.items() if name not in unstorable}
-            failures = {**failures, **unstorable}
-            write(rows, failures)
-        self._release(work.shard)
-        self.write_s += time.perf_counter() - started
-        self.committed += len(rows)
-        self.quarantined += len(failures)
-        self._check_errors()
+            yield
+        finally:
+            with self._counting:
+                self._now_writing -= 1
+                if not self._now_writing:
+                    self.write_s += time.perf_counter() - self._writing_since
 
     def _unstorable(self, shard: int, rows: Rows) -> dict[str, Failure]:
         """The clips whose tokens hold NaN or infinity.

@@ -1,5 +1,6 @@
 """The current contents of a store: the rows planned by the journal of ids, and the clips committed by the ledger."""
 
+import threading
 from collections.abc import Mapping, Sequence
 
 from egopatch.features.state.ids import RowPlan, ids_journal
@@ -36,6 +37,7 @@ class Catalog:
         ledger: Committed clips and files.
         row_bytes: Bytes in one row of every array together, before compression.
         position: How far the ledger has been read.
+        lock: Held while the catalog changes; also for reading where several of its parts must belong together.
 
     Raises:
         DamagedStore: As in `refresh`.
@@ -51,6 +53,7 @@ class Catalog:
         self._plan = RowPlan()
         self._planned_to: Position | None = None
         self.position: Position | None = None
+        self.lock = threading.RLock()
         self.refresh()
 
     def refresh(self, shard: int | None = None) -> None:
@@ -59,12 +62,13 @@ class Catalog:
         Raises:
             DamagedStore: A file that describes the store is damaged; the message names the line.
         """
-        self._read(shard)
-        # Rows that are being replaced are absent from the ledger while their files change. A writer that was killed
-        # meanwhile holds no lock any more: its rows are absent until they are encoded again.
-        for replacing in sorted(self.ledger.replacing):
-            if self.storage.wait_for_commit(replacing):
-                self._read(replacing)
+        with self.lock:
+            self._read(shard)
+            # Rows that are being replaced are absent from the ledger while their files change. A writer that was killed
+            # meanwhile holds no lock any more: its rows are absent until they are encoded again.
+            for replacing in sorted(self.ledger.replacing):
+                if self.storage.wait_for_commit(replacing):
+                    self._read(replacing)
 
     def _read(self, shard: int | None) -> None:
         # The ledger is read first: ids are written before any of their clips can be committed.

@@ -12,6 +12,7 @@ from egopatch.features.state.commit import CommitTarget, commit_shard
 from egopatch.features.state.ledger import RowVersion, announce_record, drop_record, ledger_journal
 from egopatch.features.state.origin import Origin
 from egopatch.features.state.quarantine import Failure, add_failures, quarantine_journal
+from egopatch.features.storage.journal import Position
 from egopatch.features.store.reader import RowReader
 from egopatch.features.values.encoding import check_names, encode_row, not_finite, reconstruction_error
 from egopatch.features.values.errors import StoreError, WriteConflict
@@ -23,7 +24,11 @@ Rows = Mapping[str, Mapping[str, Tensor]]  # id -> array -> tensor, without the 
 
 
 class ShardWriter:
-    """Writes whole shards of one store; for each method the caller holds the shard's lease and has refreshed since."""
+    """Writes whole shards of one store; for each method the caller holds the shard's lease and has refreshed since.
+
+    Threads may write different shards at the same time. Each may refresh the catalog of all, so whatever decides what
+    is written is read after the position in the ledger that the commit is compared with, or under the catalog's lock.
+    """
 
     def __init__(self, catalog: Catalog, reader: RowReader, file_format: Format, fingerprint: str) -> None:
         self._catalog = catalog
@@ -59,13 +64,15 @@ class ShardWriter:
         """Write a shard's files again; arguments as in `Store.rewrite_shard`."""
         catalog = self._catalog
         with write_errors_explained(f"rewriting shard {shard} of {catalog.root}"):
-            kept = [name for name in catalog.committed_of(shard) if name not in without]
-            former = catalog.ledger.write_id(shard)
+            with catalog.lock:
+                after = catalog.position
+                kept = [name for name in catalog.committed_of(shard) if name not in without]
+                former = catalog.ledger.write_id(shard)
             if without:
-                ledger_journal(catalog.storage).append(drop_record(shard, without, emptied=not kept), catalog.position)
+                ledger_journal(catalog.storage).append(drop_record(shard, without, emptied=not kept), after)
                 catalog.refresh(shard)
             if kept:
-                self._commit(shard, {}, {}, {}, {})
+                self._commit(shard, {}, {}, {}, {}, catalog.position)
             else:
                 self._discard(shard, former)
             catalog.refresh(shard)
@@ -73,6 +80,7 @@ class ShardWriter:
     def clear_leftovers(self, shard: int) -> None:
         """Remove the files that killed writers of the shard left."""
         catalog = self._catalog
+        after = catalog.position
         leftovers = catalog.storage.write_ids(shard) - {catalog.ledger.write_id(shard)}
         if not leftovers:
             return
@@ -80,7 +88,7 @@ class ShardWriter:
             with catalog.storage.committing(shard):
                 # One of the writers may still be running. After this line it can no longer commit the files it has
                 # written.
-                ledger_journal(catalog.storage).append(announce_record(shard, {}), catalog.position)
+                ledger_journal(catalog.storage).append(announce_record(shard, {}), after)
                 for write_id in leftovers:
                     self._discard(shard, write_id)
         except WriteConflict:
@@ -124,11 +132,13 @@ class ShardWriter:
         catalog = self._catalog
         self.clear_leftovers(shard)
         for conflicts in range(_TRIES):
-            to_replace = catalog.unchanged(replaces)
-            new = {name: row for name, row in new.items() if name not in catalog.ledger.clips or name in to_replace}
+            with catalog.lock:
+                after = catalog.position
+                to_replace = catalog.unchanged(replaces)
+                new = {name: row for name, row in new.items() if name not in catalog.ledger.clips or name in to_replace}
             try:
                 if new:
-                    self._commit(shard, new, sources, origins, machines)
+                    self._commit(shard, new, sources, origins, machines, after)
                 break
             except WriteConflict:
                 if conflicts == _TRIES - 1:
@@ -145,27 +155,28 @@ class ShardWriter:
         sources: Mapping[str, str],
         origins: Mapping[str, Origin],
         machines: Mapping[str, str],
+        after: Position | None,
     ) -> None:
-        """Commit the `new` rows, and the shard's other rows unchanged."""
+        """Commit the `new` rows, and the shard's other rows unchanged, if it has no commit `after` that position."""
         catalog = self._catalog
-        former = catalog.committed_of(shard)
-        kept = {name: catalog.ledger.clips[name].clip(name) for name in former if name not in new}
-        rows = {name: catalog.rows[name] for name in sorted([*kept, *new], key=catalog.rows.__getitem__)}
-        all_sources = {name: kept[name].source if name in kept else sources[name] for name in rows}
-        kept_origins = catalog.ledger.origins(kept)
-        all_origins = {name: kept_origins[name] if name in kept else origins.get(name) for name in rows}
-        clips = catalog.ledger.clips
-        all_machines = {n: clips[n].machine_of(n) if n in kept else machines.get(n, "") for n in rows}
-        errors = dict(catalog.ledger.errors.get(shard, {})) if kept else {}
+        with catalog.lock:
+            former = catalog.committed_of(shard)
+            kept = {name: catalog.ledger.clips[name].clip(name) for name in former if name not in new}
+            rows = {name: catalog.rows[name] for name in sorted([*kept, *new], key=catalog.rows.__getitem__)}
+            all_sources = {name: kept[name].source if name in kept else sources[name] for name in rows}
+            kept_origins = catalog.ledger.origins(kept)
+            all_origins = {name: kept_origins[name] if name in kept else origins.get(name) for name in rows}
+            clips = catalog.ledger.clips
+            all_machines = {n: clips[n].machine_of(n) if n in kept else machines.get(n, "") for n in rows}
+            errors = dict(catalog.ledger.errors.get(shard, {})) if kept else {}
+            write_id = catalog.ledger.write_id(shard)
         for tensors in new.values():
             error = reconstruction_error(tensors, catalog.spec)
             if error is not None:
                 errors["patches"] = max(error, errors.get("patches", 0.0))
         target = CommitTarget(catalog.storage, catalog.spec, self._file_format, self._fingerprint, catalog.row_bytes)
         blocks = ((array, self._encoded(array, rows, new)) for array in catalog.spec.arrays)
-        write_id = catalog.ledger.write_id(shard)
         replaced = [name for name in former if name in new]
-        after = catalog.position
         commit_shard(target, shard, rows, blocks, all_sources, all_origins, all_machines, errors, after, replaced)
         if write_id:
             self._discard(shard, write_id)

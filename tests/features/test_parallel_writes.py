@@ -1,0 +1,82 @@
+"""Threads that write different shards of one store at the same time."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from egopatch.features import Store, create_store, open_store
+from egopatch.features.storage.folder import LocalStorage
+from egopatch.features.tools.verify import verify
+from egopatch.features.values.spec import StoreSpec
+from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip
+
+SHARDS = 24
+
+
+def write(store: Store, shard: int, *rows: int) -> None:
+    named = {store.planned_ids[row]: clip(row) for row in rows}
+    store.write_shard(shard, named, dict.fromkeys(named, "hash"))
+
+
+def test_a_shard_is_committed_while_another_is_being_written(
+    tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS, format)
+    staged, committed, publish = threading.Event(), threading.Event(), LocalStorage.publish
+
+    def held_up(self: LocalStorage, shard: int, *rest: object) -> str:
+        if shard == 0:
+            staged.set()
+            assert committed.wait(60)
+        return publish(self, shard, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LocalStorage, "publish", held_up)
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(write, store, 0, 0, 1, 2, 3)
+        assert staged.wait(60)
+        write(store, 1, 4, 5, 6, 7)
+        assert store.clip_ids == IDS[4:8]
+        committed.set()
+        first.result()
+    assert store.clip_ids == IDS[:8]
+    assert verify(store.path).ok
+
+
+def test_what_another_thread_has_read_of_the_ledger_hides_no_conflict(
+    tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process commits to a shard after this one has decided what to write to it; a thread then reads on."""
+    monkeypatch.setattr(LocalStorage, "lease", lambda self, shard: nullcontext())
+    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS, format)
+    other, staging, entered = open_store(store.path), LocalStorage.staging, threading.Event()
+
+    def interrupted(self: LocalStorage, shard: int) -> object:
+        if shard == 0 and not entered.is_set():
+            entered.set()
+            write(other, 0, 1)
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(write, store, 1, 4).result()
+        return staging(self, shard)
+
+    monkeypatch.setattr(LocalStorage, "staging", interrupted)
+    write(store, 0, 0)
+    assert store.clip_ids == (IDS[0], IDS[1], IDS[4])
+    assert verify(store.path).ok
+    expected = torch.stack([clip(row)["patches"] for row in (0, 1, 4)]).half()
+    assert torch.equal(open_store(store.path).read([IDS[0], IDS[1], IDS[4]]).patches, expected)
+
+
+def test_many_shards_by_four_threads(tmp_path: Path, format: str) -> None:
+    spec = StoreSpec.for_patches(frames=2, grid=(2, 3), width=8, dtype="float16", shard=2)
+    store = create_store(tmp_path / "store", spec, FINGERPRINT, [f"c{n}" for n in range(2 * SHARDS)], format)
+    with ThreadPoolExecutor(4) as threads:
+        # Each shard in two commits, the second of which keeps the row of the first.
+        for row in (0, 1):
+            list(threads.map(lambda shard, row=row: write(store, shard, 2 * shard + row), range(SHARDS)))
+    assert store.clip_ids == store.planned_ids
+    assert verify(store.path).ok
+    assert len(open_store(store.path).clip_ids) == 2 * SHARDS
