@@ -65,14 +65,15 @@ def find_network(arch: str) -> Network:
 
 
 def weights_path(arch: str | Network, path: Path | None) -> Path:
-    """File with the weights of `arch`: `path`, or the file in the installed package.
+    """File or folder with the weights of `arch`: what `path` names, or the file in the installed package.
 
     Raises:
+        CheckpointError: `path` is the name of a model on the hub, which does not give it.
         ConfigError: `arch` is unknown; or `path` is None and no package with the weights exists or is installed.
     """
     network = _network_of(arch)
     if path is not None:
-        return path
+        return path if network.locate is None else network.locate(path)
     if network.package is None:
         raise ConfigError(
             f"encoder.checkpoint is not set, and no package provides the weights of {network.name}; "

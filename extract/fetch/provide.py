@@ -9,7 +9,7 @@ from typing import Any, Literal, TextIO
 import pooch
 
 from egopatch.configs.schema import Config, ConfigError
-from egopatch.extract.encoders import weights_path
+from egopatch.extract.encoders import find_network, weights_path
 from egopatch.extract.fetch.archives import ArchiveError, unpack
 from egopatch.extract.fetch.download import DownloadError, fetch, part_of, remote_size
 from egopatch.extract.fetch.lockfile import LockEntry, Lockfile
@@ -87,12 +87,23 @@ def required_files(config: Config, sources: Sources) -> tuple[RequiredFile, ...]
         ConfigError: A checkpoint or tokenizer neither exists nor is published.
     """
     encoder = config.encoder
+    if find_network(encoder.arch).locate is not None:
+        models = filter(None, (encoder.checkpoint, Path(config.text.model)))
+        return (*(need for model in models for need in _model(model)), *_dataset(config, sources))
     checkpoints = {
         "encoder.checkpoint": weights_path(encoder.arch, encoder.checkpoint),
         "head.checkpoint": config.head.checkpoint,
     }
     named = (_checkpoint(option, file, sources) for option, file in checkpoints.items() if file is not None)
     return (*_tokenizer(config, sources), *named, *_dataset(config, sources))
+
+
+def _model(folder: Path) -> Iterator[RequiredFile]:
+    """The folder of a model. The hub's own client downloads and caches a model that the hub can have, on first use."""
+    from egopatch.extract.encoders.networks.hub import parse_hub_model  # imported here to save start-up time
+
+    if folder.exists() or parse_hub_model(str(folder)) is None:
+        yield RequiredFile(str(folder), folder)
 
 
 def _tokenizer(config: Config, sources: Sources) -> Iterator[RequiredFile]:

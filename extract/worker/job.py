@@ -4,7 +4,7 @@ Every command resolves its config once and hands the result on. Worker processes
 on their side, because an encoder is loaded faster from its file than it is sent to another process.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -17,6 +17,7 @@ from egopatch.extract.encoders import (
     input_transform,
     load_video_encoder,
     open_checkpoint,
+    weights_path,
 )
 from egopatch.extract.encoders.networks import imported
 from egopatch.extract.encoders.networks.network import Network
@@ -38,7 +39,7 @@ class ExtractionJob:
     """A resolved config.
 
     Attributes:
-        config: The experiment.
+        config: The experiment; `encoder.checkpoint` is a path, also where the config had a name on the hub.
         network: The network that `encoder.arch` names.
         device: Device of the encoders.
         checkpoint: Weights of the video network.
@@ -124,6 +125,10 @@ def resolve_job(config: Config, device: str | None = None, network: Network | No
     torch_device = device_of(device or config.encoder.device)
     if config.video.decoder == "nvdec":
         require_gpu_decoder()
+    if config.encoder.checkpoint is not None:
+        # A name on the hub may mean another revision by the time that a worker looks it up.
+        located = weights_path(network, config.encoder.checkpoint)
+        config = replace(config, encoder=replace(config.encoder, checkpoint=located))
     checkpoint = open_checkpoint(network, config.encoder.checkpoint)
     encoder = load_video_encoder(
         network,

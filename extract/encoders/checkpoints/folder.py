@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -66,16 +68,25 @@ def weight_files(folder: Path) -> list[Path]:
         files = [folder / "model.safetensors"]
     missing = [file.name for file in files if not file.is_file()]
     if missing and not index.is_file():
-        pickled = sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern))
-        if pickled:
-            raise CheckpointError(
-                f"{folder} has its weights in {pickled[0]}, a pickle, which could run code; convert the model to "
-                "safetensors (`model.save_pretrained(folder)` where you trust the file)"
-            )
+        if (pickled := pickled_weights(file.name for file in folder.iterdir())) is not None:
+            raise refuse_pickle(str(folder), pickled)
         raise CheckpointError(f"{folder} holds no weights; expected model.safetensors")
     if missing:
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which its index names; copy the model again")
     return files
+
+
+def pickled_weights(names: Iterable[str]) -> str | None:
+    """The first of the files `names` that holds pickled weights; None if none does."""
+    return next((name for name in sorted(names) if any(fnmatch(name, pattern) for pattern in _PICKLED)), None)
+
+
+def refuse_pickle(owner: str, file: str) -> CheckpointError:
+    """The error about a model that has its weights only in the pickled `file`."""
+    return CheckpointError(
+        f"{owner} has its weights in {file}, a pickle, which could run code; convert the model to safetensors "
+        "(`model.save_pretrained(folder)` where you trust the file)"
+    )
 
 
 def read_transform(folder: Path, size: int) -> Transform:

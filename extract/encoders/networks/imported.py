@@ -6,6 +6,7 @@ with `hf`.
 
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint
+from egopatch.extract.encoders.checkpoints.folder import open_folder
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
 from egopatch.extract.encoders.networks import hf
 from egopatch.extract.encoders.networks.network import Network, VideoOptions
@@ -23,4 +24,11 @@ def no_video(checkpoint: Checkpoint | None = None, options: VideoOptions | None 
     )
 
 
-NETWORK = Network("imported", no_video, hf.build_text, text_weights=hf.text_weights, open_checkpoint=hf.open_model)
+NETWORK = Network(
+    "imported",
+    no_video,
+    hf.build_text,
+    text_weights=hf.text_weights,
+    open_checkpoint=open_folder,
+    locate=hf.model_folder,
+)

@@ -45,6 +45,7 @@ class Network:
         text_weights: Finds the file of the text weights by `text.model`; None if the video checkpoint has them too.
         open_checkpoint: Reads the video weights, and those of `text_weights`.
         plugin: Name and version of the installed package that registers it; None if it is not from a package.
+        locate: Finds the file or folder that `encoder.checkpoint` names, where that need not be a path; None if it is.
     """
 
     name: str
@@ -55,3 +56,4 @@ class Network:
     text_weights: Callable[[str], Path] | None = None
     open_checkpoint: Callable[[Path], Checkpoint] = load_checkpoint
     plugin: str | None = None
+    locate: Callable[[Path], Path] | None = None

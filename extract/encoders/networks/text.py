@@ -30,7 +30,7 @@ from egopatch.extract.encoders.layers.projection import TEXT_LAYERS, projection_
 from egopatch.extract.encoders.layers.spacetime import HEAD_WIDTH
 from egopatch.extract.encoders.layers.text_encoder import TextEncoder, Tokenizer
 from egopatch.extract.encoders.layers.video_encoder import check_depth
-from egopatch.extract.encoders.networks.hub import is_hub_name, why_unreachable
+from egopatch.extract.encoders.networks.hub import parse_hub_model, why_unreachable
 
 
 def build_roberta(checkpoint: Checkpoint, depth: int) -> TextEncoder:
@@ -141,14 +141,16 @@ def _pretrained_tokenizer(model: str) -> PreTrainedTokenizerBase:
     folder = text_folder(model)
     expected = "expected a folder with a tokenizer or a name on the hub"
     local = Path(folder).is_dir()
-    if not local and not is_hub_name(model):
+    named = None if local else parse_hub_model(model)
+    if not local and named is None:
         raise ConfigError(f"text.model is {model!r}, which does not exist; {expected}")
+    name, revision = (folder, "main") if named is None else (named.name, named.revision or "main")
     offline = None
     try:
         with suppress(OSError):  # the hub's cache first, without asking the hub
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=True)
         offline = None if local else why_unreachable()
-        return AutoTokenizer.from_pretrained(folder, local_files_only=local or offline is not None)
+        return AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=local or offline is not None)
     except Exception as error:  # the Rust tokenizers raise nothing more special
         if offline:
             raise ConfigError(

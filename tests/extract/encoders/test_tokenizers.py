@@ -65,11 +65,12 @@ def test_a_tokenizer_in_the_hubs_cache_is_read_without_asking_the_hub(monkeypatc
     """Where the hub cannot be reached, asking it takes seconds."""
     calls: list[bool] = []
 
-    def read(name: str, local_files_only: bool) -> str:
+    def read(name: str, revision: str, local_files_only: bool) -> str:
         calls.append(local_files_only)
-        return f"tokenizer of {name}"
+        return f"tokenizer of {name} at {revision}"
 
     monkeypatch.setattr(text.AutoTokenizer, "from_pretrained", read)
     monkeypatch.setattr(text, "why_unreachable", lambda: pytest.fail("the hub was asked"))
-    assert text._pretrained_tokenizer("some/model") == "tokenizer of some/model"
-    assert calls == [True]
+    assert text._pretrained_tokenizer("some/model") == "tokenizer of some/model at main"
+    assert text._pretrained_tokenizer("some/model@v2") == "tokenizer of some/model at v2"
+    assert calls == [True, True]

