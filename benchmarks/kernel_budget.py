@@ -132,12 +132,12 @@ def measure(case: Case) -> Usage:
     if "HAS_SCALE" in constants and scale is None:
         constants["scale"] = None
     types = {name: f"tensordesc<{arithmetic}[{rows},{columns}]>" for name, (rows, columns) in descriptors.items()}
-    types |= {"cuts": "*i32", "mask": "*i8", "order": "*i32", "tiles": "*i32"}
+    types |= {"cuts": "*i32", "mask": "*i8", "order": "*i32", "tiles": "*i32", "ks": "*i32"}
     types["tokens"] = f"tensordesc<{stored}[1,1,{block[0]},{block[1]}]>"
     if case.kernel == "forward":
         types["tokens_again"] = f"tensordesc<{stored}[1,1,{block[0]},{blocks.pool_channels}]>"
     types |= {"weights": f"*{arithmetic}"} if case.kernel == "logits" else {}
-    integers = ("k", "frames", "questions", "first_tile")
+    integers = ("frames", "questions", "first_tile")
     signature: dict[str, str] = {}
     aligned: dict[tuple[int], list[list[object]]] = {}
     for place, name in enumerate(function.arg_names):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +19,11 @@ from egopatch.train.heads import PSA, Pooled, QuestionOnly
 from egopatch.train.heads.common.noise import Dropout, mix
 from egopatch.train.heads.psa import selection
 from egopatch.train.heads.psa.selection import PatchSelection
+from egopatch.train.ops import select_attend
 from egopatch.train.ops.largest import largest_mask
+from egopatch.train.ops.select_attend import plan
 from egopatch.train.ops.select_attend.api import SelectAttendOutput
+from egopatch.train.ops.select_attend.plan import tile_bound
 from tests.train.test_psa import CONFIG, SIZES, make_batch
 
 aten = torch.ops.aten
@@ -263,6 +267,73 @@ def test_weights_of_another_head_are_refused() -> None:
         stack.load_weights(0, {**weights, "prior": torch.zeros(3)})
 
 
+class Launches(TorchDispatchMode):
+    """Counts operators that launch something on a GPU: all but views and fresh memory. One of ours counts as one."""
+
+    FREE = ("detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.name().split("::")[1].split(".")[0]
+        if not (function.is_view or name in self.FREE or name.startswith("_record_function")):
+            self.counts[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+class NoKernels:
+    """Stands for the module of the kernels: results of the right shapes."""
+
+    @staticmethod
+    def forward(
+        tokens: Tensor,
+        clip_index: Tensor,
+        queries: Tensor,
+        selector: Tensor,
+        bias: Tensor,
+        ks: Tensor,
+        listed: int,
+        scale: Tensor | None,
+        clip_rows: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        (frames, patches), (questions, heads, width) = tokens.shape[1:3], queries.shape
+        pooled, lse = torch.zeros(questions, frames, heads, width), torch.zeros(questions, frames, heads)
+        mask = torch.zeros(questions, frames, patches, dtype=torch.int8)
+        integers = [(questions, frames, listed), (questions,), (tile_bound(questions, len(bias)), 4), (len(bias) + 1,)]
+        kept, *schedule = (torch.zeros(shape, dtype=torch.int32) for shape in integers)
+        return pooled, lse, kept.long(), mask, *schedule
+
+    @staticmethod
+    def backward(
+        grad_pooled: Tensor, grad_lse: Tensor, tokens: Tensor, queries: Tensor, selector: Tensor, bias: Tensor, *_: Any
+    ) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros(leaf.shape) for leaf in (queries, selector, bias))
+
+
+def launches_of_a_step(ratios: tuple[float, ...], seeds: tuple[int, ...]) -> Counter[str]:
+    """Operators of one step of psa as on a GPU, by name."""
+    stack, batch = make(ratios, seeds, implementation="triton"), make_batch()
+    stack.learn(batch)
+    with Launches() as launches:
+        stack.learn(batch)
+    return launches.counts
+
+
+def test_a_step_of_24_heads_launches_at_most_twice_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a small head's step is bound by its launches: 331 for one head, 552 for 24, with torch 2.13."""
+    monkeypatch.setattr(select_attend, "kernels", NoKernels, raising=False)
+    monkeypatch.setattr(plan, "_obstacle", lambda *_: None)
+    monkeypatch.setattr(selection, "_reads_once", lambda _: False)
+    one = launches_of_a_step((0.5,), (0,))
+    ratios = (0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 1.0)
+    many = launches_of_a_step(ratios * 3, (0,) * 8 + (1,) * 8 + (2,) * 8)
+    assert one["select_attend_triton"] == many["select_attend_triton"] == 2
+    assert one.total() <= 340, one
+    assert many.total() <= 2 * one.total(), many - one
+
+
 def attend_without_kernels(
     tokens: Tensor, clip_index: Tensor, queries: Tensor, selector: Tensor, bias: Tensor, k: int, *_: object
 ) -> SelectAttendOutput:
@@ -276,11 +347,22 @@ def attend_without_kernels(
     return SelectAttendOutput(logits.softmax(dim=-1) @ rows, logits.logsumexp(dim=-1), kept)
 
 
+def attend_stacked_without_kernels(
+    tokens: Tensor, clip_index: Tensor, queries: Tensor, selector: Tensor, bias: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for stacked heads; each keeps one patch."""
+    heads = [attend_without_kernels(tokens, clip_index, *leaves, 1) for leaves in zip(queries, selector, bias)]
+    pooled, lse, _ = (torch.stack(parts) for parts in zip(*heads, strict=True))
+    return pooled, lse, torch.ones(*pooled.shape[:3], tokens.shape[2], dtype=torch.bool)
+
+
 @pytest.mark.parametrize("ratios", [(0.5,), (0.25, 0.5)])
 def test_a_step_reads_nothing_back(ratios: tuple[float, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever returns a number or a size that depends on values makes a GPU's host wait; kernels do it for none."""
     stack, batch = make(ratios, (0,) * len(ratios), implementation="triton"), make_batch()
     monkeypatch.setattr(selection, "select_attend", attend_without_kernels)
+    monkeypatch.setattr(selection, "attend_stacked", attend_stacked_without_kernels)
+    monkeypatch.setattr(selection, "choose_implementation", lambda *_: ("triton", "as requested"))
     monkeypatch.setattr(selection, "_reads_once", lambda _: False)
     waits = []
 

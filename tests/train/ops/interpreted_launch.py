@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from egopatch.train.ops.select_attend import select_attend
+from egopatch.train.ops.select_attend import attend_stacked, select_attend
 from egopatch.train.ops.select_attend.plan import schedule, tile_bound
 from tests.train.ops.cases import Case, make_case
 from tests.train.ops.kernel_checks import DEVICE, check, gradients, poison, run
@@ -123,9 +123,9 @@ def test_nothing_of_the_device_is_read_on_the_host(patches: int) -> None:
 
     case = make_case(3, 7, 1, patches, 32, 2, torch.float16, device=DEVICE)
     rows = torch.arange(3, device=DEVICE)
-    inputs = (case.queries, case.selector, case.bias)
+    inputs, ks = (case.queries, case.selector, case.bias), torch.full((3,), 5, dtype=torch.int32, device=DEVICE)
     with HostReads():
-        pooled, lse, kept, *saved = kernels.forward(case.tokens, case.clip_index, *inputs, 5, None, rows)
+        pooled, lse, kept, *saved = kernels.forward(case.tokens, case.clip_index, *inputs, ks, 5, None, rows)
         kernels.backward(torch.ones_like(pooled), lse, case.tokens, *inputs, None, lse, *saved)
     with pytest.raises(AssertionError, match="reads the device's memory"), HostReads():
         kept.max().item()
@@ -143,6 +143,33 @@ def test_heads_beyond_the_last_read_what_was_written(heads: int, monkeypatch: py
     case = make_case(3, 2, 1, 16, 16, heads, torch.float16, device=DEVICE)
     case.clip_index[:] = 0
     check(case, 4)
+
+
+@pytest.mark.parametrize(
+    ("patches", "ks", "in_place"),
+    [(16, (16, 3), True), pytest.param(300, (40, 299), False, marks=pytest.mark.slow)],
+    ids=["one block", "blocks"],
+)
+def test_stacked_heads_in_one_launch_are_what_they_are_alone(patches: int, ks: tuple[int, ...], in_place: bool) -> None:
+    """Bit for bit, each with its own k, also if the tokens are rows of more clips."""
+    stored = make_case(3, 4, 1, patches, 16, 1, torch.int8, scaled=True, device=DEVICE)
+    rows = torch.tensor([2, 0], device=DEVICE) if in_place else None
+    clips = 2 if in_place else 3
+    heads = [make_case(clips, 4, 1, patches, 16, 1, seed=seed, device=DEVICE) for seed in range(len(ks))]
+    inputs = [torch.stack(tensors) for tensors in zip(*(head.leaves() for head in heads), strict=True)]
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    numbers = torch.tensor(ks, dtype=torch.int32, device=DEVICE)
+    shared = (stored.tokens, stored.clip_index % clips)
+    with HostReads():
+        pooled, lse, mask = attend_stacked(*shared, *leaves, numbers, stored.scale, rows)
+    grads = torch.autograd.grad(pooled.sin().sum() + lse.cos().sum(), leaves)
+    for m, (head, k) in enumerate(zip(heads, ks, strict=True)):
+        alone = head.leaves()
+        out = select_attend(*shared, *alone, k, stored.scale, implementation="triton", clip_rows=rows)
+        assert torch.equal(mask[m].nonzero()[:, -1].view(out.kept.shape), out.kept)
+        expected = torch.autograd.grad(out.pooled.sin().sum() + out.lse.cos().sum(), alone)
+        for a, b in zip((pooled, lse, *grads), (out.pooled, out.lse, *expected), strict=True):
+            assert torch.equal(a[m], b)
 
 
 @pytest.mark.parametrize("clips", [[], [0], [2] * 40, [0, 3, 3, 1, 0], list(range(4)) * 17])
@@ -165,8 +192,10 @@ def test_operators_and_full_graphs() -> None:
     from egopatch.train.ops.select_attend import library
 
     case = make_case(3, 7, 2, 33, 96, 2, torch.float16, scaled=True, device=DEVICE)
-    arguments = (case.tokens, case.clip_index, *case.leaves(), 9, case.scale, None)
-    torch.library.opcheck(library.triton_forward, arguments)
+    ks = torch.full((3,), 9, dtype=torch.int32, device=DEVICE)
+    torch.library.opcheck(
+        library.triton_forward, (case.tokens, case.clip_index, *case.leaves(), ks, 9, case.scale, None)
+    )
 
     def loss(queries: Tensor, selector: Tensor, bias: Tensor) -> Tensor:
         out = run(case, [queries, selector, bias], 9)

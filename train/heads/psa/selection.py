@@ -3,6 +3,7 @@
 Shape legend: M stacked heads, C clips, B questions, T frames, N patches a frame, D channels, H attention heads.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from egopatch.configs.schema import ConfigError
 from egopatch.train.ops.largest import largest_mask
-from egopatch.train.ops.select_attend import Implementation, choose_implementation, select_attend
+from egopatch.train.ops.select_attend import Implementation, attend_stacked, choose_implementation, select_attend
 
 Selected = tuple[Tensor, Tensor, Tensor]
 
@@ -71,10 +72,13 @@ class PatchSelection(nn.Module):
     ) -> Selected:
         """The results of M heads, [M, B, ...], for queries [M, B, H, D], selector [M, B, D] and bias [M, C, T, N].
 
-        A GPU kernel reads the tokens once for each head. A CPU reads them once for all heads, because memory bandwidth
-        limits the products of a clip with few questions, but not those with the questions of all heads.
+        One launch of the GPU's kernels computes all heads. A CPU reads the tokens once for all heads, because memory
+        bandwidth limits the products of a clip with few questions, but not those with the questions of all heads.
         """
         if not _reads_once(tokens):
+            if choose_implementation(tokens, queries.dtype, self.implementation)[0] == "triton":
+                ks = _on_device(self.ks, tokens.device)
+                return attend_stacked(tokens, clip_index, queries, selector, bias, ks, scale, clip_rows)
             results = [
                 self.for_one_head(tokens, clip_index, queries[m], selector[m], bias[m], scale, clip_rows, k)
                 for m, k in enumerate(self.ks)
@@ -208,6 +212,12 @@ def _clip_groups(clip_index: Tensor, clip_rows: Tensor | None) -> list[tuple[int
     ends = counts.cumsum(dim=0)
     ranges = map(slice, (ends - counts).tolist(), ends.tolist())
     return list(zip(clips.tolist(), rows.tolist(), ranges, strict=True))
+
+
+@cache
+def _on_device(ks: tuple[int, ...], device: torch.device) -> Tensor:
+    """`ks` as int32, copied once: a copy in every step would make the host wait for the GPU."""
+    return torch.tensor(ks, dtype=torch.int32, device=device)
 
 
 def _reads_once(tokens: Tensor) -> bool:

@@ -1,11 +1,11 @@
-"""Score, select and aggregate frozen patch tokens in one pass. Other rooms use the four names below.
+"""Score, select and aggregate frozen patch tokens in one pass. Other rooms use the five names below.
 
 `api` validates the arguments, `plan` decides which implementation runs and how, `reference` is the specification and
 the fast path on a CPU, and `kernels` launches the CUDA kernels (`forward`, `backward`; `parts` has what both share).
 `library` registers both implementations, which never import each other, with autograd and `torch.compile`.
 """
 
-from egopatch.train.ops.select_attend.api import SelectAttendOutput, select_attend
+from egopatch.train.ops.select_attend.api import SelectAttendOutput, attend_stacked, select_attend
 from egopatch.train.ops.select_attend.plan import Implementation, choose_implementation
 
-__all__ = ["Implementation", "SelectAttendOutput", "choose_implementation", "select_attend"]
+__all__ = ["Implementation", "SelectAttendOutput", "attend_stacked", "choose_implementation", "select_attend"]

@@ -1,7 +1,7 @@
 """The entry point: checks its arguments, chooses the implementation and calls the implementation.
 
 Shape legend: C clips, S clips that `tokens` holds, B questions, T frames, N patches a frame, D channels, H attention
-heads, k kept patches a frame.
+heads, k kept patches a frame, M stacked heads.
 """
 
 import warnings
@@ -84,7 +84,9 @@ def select_attend(
             raise ValueError(f"{name} is on {tensor.device}; expected {tokens.device}, where tokens is")
     chosen, reason = choose_implementation(tokens, queries.dtype, implementation)
     if chosen == "triton":
-        pooled, lse, kept, *_ = library.triton_forward(tokens, clip_index, queries, selector, bias, k, scale, clip_rows)
+        ks = torch.full((len(bias),), k, dtype=torch.int32, device=tokens.device)
+        arguments = (tokens, clip_index, queries, selector, bias, ks, k, scale, clip_rows)
+        pooled, lse, kept, *_ = library.triton_forward(*arguments)
     else:
         if implementation == "auto" and tokens.is_cuda and not torch.compiler.is_compiling():
             warnings.warn(f"select_attend runs its slower reference on a GPU: {reason}", stacklevel=2)
@@ -92,6 +94,49 @@ def select_attend(
             tokens, clip_index, queries, selector, bias, k, scale, clip_rows
         )
     return SelectAttendOutput(pooled, lse, kept)
+
+
+def attend_stacked(
+    tokens: Tensor,
+    clip_index: Tensor,
+    queries: Tensor,
+    selector: Tensor,
+    bias: Tensor,
+    ks: Tensor,
+    scale: Tensor | None = None,
+    clip_rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`select_attend` by the kernels for M stacked heads that share the tokens and the questions, in one launch.
+
+    The heads become further clips and questions: the M copies of a clip follow each other, so that the programs which
+    read a frame run at about the same time, and read it from the GPU's cache.
+
+    Args:
+        tokens, clip_index, scale, clip_rows: As in `select_attend`.
+        queries: [M, B, H, D].
+        selector: [M, B, D].
+        bias: [M, C, T, N].
+        ks: [M] int32, the number of patches that each head keeps, 1 to N.
+
+    Returns:
+        pooled [M, B, T, H, D], lse [M, B, T, H] and the mask of the kept patches [M, B, T, N] bool.
+    """
+    stacked, clips = bias.shape[:2]
+    member = torch.arange(stacked, device=tokens.device)
+    rows = torch.arange(clips, device=tokens.device) if clip_rows is None else clip_rows
+    pooled, lse, _, mask, *_ = library.triton_forward(
+        tokens,
+        (clip_index * stacked + member[:, None]).flatten(),
+        queries.flatten(0, 1),
+        selector.flatten(0, 1),
+        bias.transpose(0, 1).flatten(0, 1),
+        ks.repeat(clips),
+        0,
+        scale,
+        rows.repeat_interleave(stacked),
+    )
+    shape = (stacked, len(clip_index))
+    return pooled.unflatten(0, shape), lse.unflatten(0, shape), mask.view(torch.bool).unflatten(0, shape)
 
 
 def _given(**tensors: Tensor | None) -> dict[str, Tensor]:

@@ -11,10 +11,10 @@ import triton.language as tl
 from egopatch.train.ops.select_attend import parts
 
 
-@triton.jit(do_not_specialize=["k", "frames", "questions"])
+@triton.jit(do_not_specialize=["frames", "questions"])
 def forward_kernel(
     tokens, tokens_again, columns, selectors, column_scale, selector_scale, scale, bias, order, tiles,
-    pooled, lse, scores, cuts, k, frames, questions,
+    pooled, lse, scores, cuts, ks, frames, questions,
     N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr, FLOAT8: tl.constexpr,
     ARITHMETIC: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
@@ -54,6 +54,7 @@ def forward_kernel(
     score_rows = group.to(tl.int64) * questions * frames + row_of
     tl.store(scores + (score_rows * N)[None, :] + n[:, None], s, mask=(n < N)[:, None] & asked[None, :])
     tl.debug_barrier()  # the code below reads scores that other threads wrote
+    k = tl.load(ks + clip)
     threshold, last = parts.cut(scores, score_rows, asked, k, N, CHUNK, QB)
     told = slot < tl.where(group == 0, count, 0)
     tl.store(cuts + row_of * 2, threshold, mask=told)
@@ -88,10 +89,10 @@ def forward_kernel(
         tl.store(pooled + (out * D)[None, :] + d[:, None], o.to(pooled.dtype.element_ty), mask=live[None, :])
 
 
-@triton.jit(do_not_specialize=["k", "frames", "questions"])
+@triton.jit(do_not_specialize=["frames", "questions"])
 def forward_blocks_kernel(
     tokens, tokens_again, columns, selectors, column_scale, selector_scale, scale, bias, order, tiles,
-    pooled, lse, scores, cuts, k, frames, questions,
+    pooled, lse, scores, cuts, ks, frames, questions,
     N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr, FLOAT8: tl.constexpr,
     ARITHMETIC: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
@@ -127,6 +128,7 @@ def forward_blocks_kernel(
         s += parts.by_patch(bias, bias_row, n, N, float("-inf"))[:, None]
         tl.store(scores + (row_of * N)[None, :] + n[:, None], s, mask=(n < N)[:, None] & asked[None, :])
     tl.debug_barrier()  # the code below reads scores that other threads wrote
+    k = tl.load(ks + clip)
     threshold, last = parts.cut(scores, row_of, asked, k, N, CHUNK, QB)
     tl.store(cuts + row_of * 2, threshold, mask=asked)
     tl.store(cuts + row_of * 2 + 1, last, mask=asked)
@@ -182,9 +184,9 @@ def forward_blocks_kernel(
         tl.store(lse + out, tl.where(empty, float("-inf"), top + tl.log(tl.where(empty, 1.0, total))), mask=live)
 
 
-@triton.jit(do_not_specialize=["k", "rows"])
-def kept_kernel(scores, cuts, kept, mask, k, rows, N: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr):
-    """What the cuts keep of ROWS frames of questions: their patches in rising order, and the mask."""
+@triton.jit(do_not_specialize=["listed", "rows"])
+def kept_kernel(scores, cuts, kept, mask, listed, rows, N: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr):
+    """What the cuts keep of ROWS frames of questions: their first patches in rising order, and the mask."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     n = tl.arange(0, BN)
     live = row < rows
@@ -194,5 +196,6 @@ def kept_kernel(scores, cuts, kept, mask, k, rows, N: tl.constexpr, BN: tl.const
     last = tl.load(cuts + row * 2 + 1, mask=live, other=0)[:, None]
     keep = inside & ((ordered > threshold) | ((ordered == threshold) & (n[None, :] <= last)))
     place = tl.cumsum(keep.to(tl.int32), axis=1) - 1
-    tl.store(kept + (row * k)[:, None] + place, tl.broadcast_to(n.to(tl.int64)[None, :], (ROWS, BN)), mask=keep)
+    patches = tl.broadcast_to(n.to(tl.int64)[None, :], (ROWS, BN))
+    tl.store(kept + (row * listed)[:, None] + place, patches, mask=keep & (place < listed))
     tl.store(mask + (row * N)[:, None] + n[None, :], keep.to(tl.int8), mask=inside)

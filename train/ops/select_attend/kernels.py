@@ -1,9 +1,9 @@
 """Launches the CUDA kernels. A program scores, selects and pools a frame for up to 16 questions of a clip.
 
 Shape legend: C clips, S clips that `tokens` holds, B questions, T frames, N patches a frame, D channels, H attention
-heads, k kept patches a frame. In a kernel: BN patches at a time (a power of two), BD channels at a time, QB questions
-of one clip, HG heads and their R = HG * QB columns, head-major. Products are taken with the patches first,
-[BN, BD] x [BD, R] and [BD, BN] x [BN, R], since that order reaches Hopper's `wgmma` at so few queries.
+heads. In a kernel: BN patches at a time (a power of two), BD channels at a time, QB questions of one clip, HG heads and
+their R = HG * QB columns, head-major. Products are taken with the patches first, [BN, BD] x [BD, R] and
+[BD, BN] x [BN, R], since that order reaches Hopper's `wgmma` at so few queries.
 
 Precision: products run in the tokens' dtype (float16 for int8 and float8, which it represents exactly) and add up in
 float32. The selector is split into parts that add up to its float32 value, so that the selection is that of float32
@@ -47,15 +47,18 @@ def forward(
     queries: Tensor,
     selector: Tensor,
     bias: Tensor,
-    k: int,
+    ks: Tensor,
+    listed: int,
     scale: Tensor | None,
     clip_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Outputs of `select_attend`, and the tensors that `backward` needs.
 
+    Questions about clip c keep ks[c] patches of a frame, for ks [C] int32; `kept` lists the first `listed` of them.
+
     Returns:
-        pooled [B, T, H, D], lse [B, T, H], kept [B, T, k], mask [B, T, N] int8 of the kept patches, and the schedule:
-        order [B], tiles [G, 4] and clip_tiles [C + 1], all int32, as `schedule` gives them.
+        pooled [B, T, H, D], lse [B, T, H], kept [B, T, listed], mask [B, T, N] int8 of the kept patches, and the
+        schedule: order [B], tiles [G, 4] and clip_tiles [C + 1], all int32, as `schedule` gives them.
     """
     _, frames, patches, width = tokens.shape
     questions, heads, _ = queries.shape
@@ -69,7 +72,7 @@ def forward(
     dtype = torch.float32 if several else queries.dtype
     pooled = torch.empty(questions, frames, heads, width, dtype=dtype, device=device)
     lse = torch.empty(questions, frames, heads, dtype=torch.float32, device=device)
-    kept = torch.empty(questions, frames, k, dtype=torch.int64, device=device)
+    kept = torch.empty(questions, frames, listed, dtype=torch.int64, device=device)
     mask = torch.empty(questions, frames, patches, dtype=torch.int8, device=device)
     if pooled.numel():
         made = make_columns(tokens, queries, selector, order, tiles, PARTS[arithmetic_of(tokens)])
@@ -83,14 +86,14 @@ def forward(
             TensorDescriptor.from_tensor(columns, [blocks.heads * QUESTIONS, blocks.channels]),
             TensorDescriptor.from_tensor(selectors, [QUESTIONS, blocks.channels]),
             column_scale, selector_scale, None if scale is None else scale.contiguous(), bias.contiguous(),
-            order, tiles, pooled, lse, scores, cuts, k, frames, questions,
+            order, tiles, pooled, lse, scores, cuts, ks, frames, questions,
         )  # fmt: skip
         kernel = forward_blocks_kernel if several else forward_kernel
         kernel[(len(tiles) * frames * selects,)](*arguments, **forward_constants(tokens, queries, scale, blocks))
         whole = triton.next_power_of_2(patches)
         rows = max(1, KEPT_SCORES // whole)
         kept_kernel[(triton.cdiv(questions * frames, rows),)](
-            scores, cuts, kept, mask, k, questions * frames, N=patches, BN=whole, ROWS=rows, num_warps=4
+            scores, cuts, kept, mask, listed, questions * frames, N=patches, BN=whole, ROWS=rows, num_warps=4
         )
     return pooled.to(queries.dtype), lse, kept, mask, order, tiles, clip_tiles
 

@@ -4,6 +4,7 @@ Each forward returns pooled, lse, kept and the tensors for its backward: the sof
 reference; the mask of kept patches [B, T, N] and the schedule for Triton.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def _reference_gradients(
     tokens, clip_index, queries, selector, bias, lse, *saved = ctx.saved_tensors
     incoming = _incoming(grad_pooled, grad_lse, queries, lse)
     grads = reference_backward(*incoming, tokens, clip_index, queries, bias, *saved)
-    return _outgoing(grads, queries, selector, bias)
+    return None, None, *_outgoing(grads, queries, selector, bias), None, None, None
 
 
 reference_forward.register_autograd(_reference_gradients, setup_context=_reference_save)
@@ -90,7 +91,8 @@ def triton_forward(
     queries: Tensor,
     selector: Tensor,
     bias: Tensor,
-    k: int,
+    ks: Tensor,
+    listed: int,
     scale: Tensor | None,
     clip_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -99,17 +101,24 @@ def triton_forward(
     from egopatch.train.ops.select_attend import kernels
 
     with torch.cuda.device_of(tokens):  # Triton launches on the current device, whatever its arguments are on
-        return kernels.forward(tokens, clip_index, queries, selector, bias, k, scale, clip_rows)
+        return kernels.forward(tokens, clip_index, queries, selector, bias, ks, listed, scale, clip_rows)
 
 
 @triton_forward.register_fake
 def _(
-    tokens: Tensor, clip_index: Tensor, queries: Tensor, selector: Tensor, bias: Tensor, k: int, *_: Any
+    tokens: Tensor,
+    clip_index: Tensor,
+    queries: Tensor,
+    selector: Tensor,
+    bias: Tensor,
+    ks: Tensor,
+    listed: int,
+    *_: Any,
 ) -> tuple[Tensor, ...]:
     frames, patches = tokens.shape[1:3]
     questions, clips = len(clip_index), len(bias)
     return (
-        *_outputs(frames, clip_index, queries, k),
+        *_outputs(frames, clip_index, queries, listed),
         clip_index.new_empty(questions, frames, patches, dtype=torch.int8),
         clip_index.new_empty(questions, dtype=torch.int32),
         clip_index.new_empty(tile_bound(questions, clips), 4, dtype=torch.int32),
@@ -150,7 +159,7 @@ def _(
 
 
 def _triton_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tokens, _, queries, selector, bias, _, scale, _ = inputs
+    tokens, _, queries, selector, bias, _, _, scale, _ = inputs
     _, lse, kept, *saved = output
     ctx.mark_non_differentiable(kept, *saved)
     ctx.set_materialize_grads(False)
@@ -163,7 +172,7 @@ def _triton_gradients(
     tokens, queries, selector, bias, scale, lse, *saved = ctx.saved_tensors
     incoming = _incoming(grad_pooled, grad_lse, queries, lse)
     grads = triton_backward(*incoming, tokens, queries, selector, bias, scale, lse, *saved)
-    return _outgoing(grads, queries, selector, bias)
+    return None, None, *_outgoing(grads, queries, selector, bias), None, None, None, None
 
 
 triton_forward.register_autograd(_triton_gradients, setup_context=_triton_save)
@@ -201,7 +210,6 @@ def _incoming(
 
 def _outgoing(
     grads: tuple[Tensor, Tensor, Tensor], queries: Tensor, selector: Tensor, bias: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Gradients in the order of a forward's arguments and in the arguments' dtypes."""
-    typed = (grad.to(leaf.dtype) for grad, leaf in zip(grads, (queries, selector, bias), strict=True))
-    return None, None, *typed, None, None, None
+) -> Iterator[Tensor]:
+    """Gradients in the dtypes of the arguments that they belong to."""
+    return (grad.to(leaf.dtype) for grad, leaf in zip(grads, (queries, selector, bias), strict=True))
