@@ -11,13 +11,14 @@ import re
 import signal
 import tempfile
 from collections.abc import Iterator
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from egopatch.features import Failure, StoreError, create_store, open_store
+from egopatch.features import Failure, ShardWork, Store, StoreError, create_store, open_store
 from egopatch.features.io.file_lease import lease_path
 from egopatch.features.tools.verify import verify
 from tests.features.conftest import FINGERPRINT, FORMATS, IDS, SPEC, clip
@@ -26,14 +27,23 @@ from tests.features.faults import count_operations, fork, killed_at, report_oper
 BAD = IDS[2]
 
 
-def job(root: Path, format: str) -> None:
-    """What the child does, and what a restarted job does again: whatever is missing."""
+def job(root: Path, format: str, at_once: int = 1) -> None:
+    """What the child does, and what a restarted job does again: whatever is missing, so many shards at once."""
     for ids in (IDS[:6], IDS):
         store = create_store(root, SPEC, FINGERPRINT, ids, format)
-        for work in store.missing_shards():
-            rows = {name: clip(IDS.index(name)) for name in work.ids if name != BAD}
-            failures = {BAD: Failure("broken file", "Traceback")} if BAD in work.ids else {}
-            store.write_shard(work.shard, rows, {name: f"sha256:{name}" for name in rows}, failures)
+        works = store.missing_shards()
+        if at_once == 1:
+            for work in works:
+                write(store, work)
+        else:
+            with ThreadPoolExecutor(at_once) as threads:
+                list(threads.map(partial(write, store), works))
+
+
+def write(store: Store, work: ShardWork) -> None:
+    rows = {name: clip(IDS.index(name)) for name in work.ids if name != BAD}
+    failures = {BAD: Failure("broken file", "Traceback")} if BAD in work.ids else {}
+    store.write_shard(work.shard, rows, {name: f"sha256:{name}" for name in rows}, failures)
 
 
 def committed_files(root: Path) -> dict[str, bytes]:
@@ -111,15 +121,16 @@ def test_killed_at_random_moments(tmp_path: Path, format: str) -> None:
         root = tmp_path / str(n)
         reached, report = os.pipe()
 
-        def work(root: Path = root, report: int = report) -> None:
+        def work(root: Path = root, report: int = report, at_once: int = 1 + n % 3) -> None:
             report_operations(report)
-            job(root, format)
+            job(root, format, at_once)
+            os.close(report)  # threads may have needed fewer operations
             signal.pause()  # the kill comes in any case
 
         child = fork(work)
         os.close(report)
         for _ in range(chance.randrange(1, operations)):
-            assert os.read(reached, 1)
+            os.read(reached, 1)
         child.kill()  # while it goes on: in the middle of whatever it does now
         os.close(reached)
         check_whole_or_absent_and_finish(root, format)
