@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -62,8 +63,10 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        parts = _read_json(index).get("weight_map", {})
-        files = [folder / Path(str(name)).name for name in sorted(set(parts.values()))]
+        parts = _read_json(index).get("weight_map")
+        if not isinstance(parts, dict) or not parts or not all(isinstance(name, str) for name in parts.values()):
+            raise CheckpointError(f"{index} has no weight_map from tensors to files; copy the model again")
+        files = [folder / Path(name).name for name in sorted(set(parts.values()))]
     else:
         files = [folder / "model.safetensors"]
     missing = [file.name for file in files if not file.is_file()]
@@ -109,44 +112,62 @@ def read_transform(folder: Path, size: int) -> Transform:
         return CheckpointError(f"{path}: {name} is {settings.get(name)!r}; expected {expected}")
 
     resample = settings.get("resample", 2)
-    if resample not in _RESAMPLING:
+    if type(resample) is not int or resample not in _RESAMPLING:
         raise refuse("resample", "2 (bilinear) or 3 (bicubic)")
     mean, std = _normalisation(settings, refuse)
-    resized, short_side, share = settings.get("size") if settings.get("do_resize", True) else None, None, None
+    if not settings.get("do_resize", True):
+        raise refuse("do_resize", "true, because frames are larger than the model's input")
+    resized, short_side, share = settings.get("size"), None, None
     cropped = settings.get("do_center_crop", "crop_size" in settings)
     if isinstance(resized, int):
-        resized = {"shortest_edge": resized} if cropped else {"height": resized, "width": resized}
-    if resized is not None and "shortest_edge" in resized:
-        crop = (_side(settings.get("crop_size")) if cropped else None) or int(resized["shortest_edge"])
-        short_side = round(int(resized["shortest_edge"]) * size / crop)
+        kind = str(settings.get("image_processor_type", settings.get("feature_extractor_type")))
+        whole = not cropped or kind.startswith("DeiT")  # DeiT's processor squeezes the frame, the others keep its shape
+        resized = {"height": resized, "width": resized} if whole else {"shortest_edge": resized}
+    edge = _side(resized.get("shortest_edge")) if isinstance(resized, dict) else None
+    if edge is not None:
+        crop = _side(settings["crop_size"]) if cropped and "crop_size" in settings else edge
+        if crop is None or crop > edge:
+            raise refuse("crop_size", f"equal height and width, at most the shortest_edge, {edge}")
+        short_side = round(edge * size / crop)
         share = size / short_side
-    elif resized is not None and _side(resized) is None:
+    elif _side(resized) is None:
         raise refuse("size", "a shortest_edge, or equal height and width")
+    elif cropped and _side(settings.get("crop_size", resized)) != _side(resized):
+        raise refuse(
+            "crop_size", f"{_side(resized)}, because frames that are squeezed into a square are not cropped here"
+        )
     numbers = f"{short_side or 'whole'} {_RESAMPLING[resample]} {size} mean {mean} std {std}"
     return Transform(f"hf {numbers}", short_side, share, mean, std, _RESAMPLING[resample], antialias=True)
 
 
 def _normalisation(settings: dict[str, Any], refuse: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation of pixels in [0, 1], with the processor's own rescaling included."""
-    factor = float(settings.get("rescale_factor", 1 / 255)) * 255 if settings.get("do_rescale", True) else 255.0
+    rescale = settings.get("rescale_factor", 1 / 255)
+    if not _are_numbers([rescale]) or rescale <= 0:
+        raise refuse("rescale_factor", "a positive number")
+    factor = float(rescale) * 255 if settings.get("do_rescale", True) else 255.0
     shift = 1.0 if settings.get("do_rescale", True) and settings.get("offset", False) else 0.0
     numbers = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
     if settings.get("do_normalize", True):
         for name in numbers:
-            if not isinstance(settings.get(name), list) or len(settings[name]) != 3:
+            numbers[name] = settings.get(name)  # type: ignore[assignment]
+            if not isinstance(numbers[name], list) or len(numbers[name]) != 3 or not _are_numbers(numbers[name]):
                 raise refuse(name, "three numbers, for R, G and B")
-            numbers[name] = settings[name]
+        if min(numbers["image_std"]) <= 0:
+            raise refuse("image_std", "three positive numbers")
     mean, std = numbers.values()
     return tuple((m + shift) / factor for m in mean), tuple(s / factor for s in std)
 
 
+def _are_numbers(values: list[Any]) -> bool:
+    return all(type(value) in (int, float) and math.isfinite(value) for value in values)
+
+
 def _side(size: Any) -> int | None:
     """Side of a square size, in any of the ways that processors write it; None for anything else."""
-    if isinstance(size, int):
-        return size
-    if isinstance(size, dict) and size.get("height") == size.get("width") is not None:
-        return int(size["height"])
-    return None
+    if isinstance(size, dict) and size.get("height") == size.get("width"):
+        size = size.get("height")
+    return size if type(size) is int and size > 0 else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -194,6 +194,7 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> HfEncoder:
     if kind in REFUSED:
         raise CheckpointError(f"{checkpoint.path} is a {kind} model: {REFUSED[kind]}")
     family = FAMILIES.get(kind, Family())
+    _require_grid(checkpoint, config)
     blocks = _blocks_of(config)
     check_depth(options.depth, blocks, "the number of its blocks", checkpoint)
     if kind == "videoprism_vision_model" and options.depth != blocks:
@@ -227,7 +228,7 @@ def build_text(checkpoint: Checkpoint, depth: int) -> TextEncoder:
         model = model.text_model
     elif model.config.is_encoder_decoder:
         model = model.get_encoder()
-    if not hasattr(model.config, "vocab_size") or "pixel_values" in model.main_input_name:
+    if not hasattr(model.config, "vocab_size") or model.main_input_name != "input_ids":
         kind = model.config.model_type
         raise CheckpointError(f"{checkpoint.path} is a {kind} model; text.model expects a text model")
     layers = int(model.config.num_hidden_layers)
@@ -303,6 +304,17 @@ def _vision_part(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(part, PreTrainedModel):
             return part
     return model
+
+
+def _require_grid(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
+    """Refuse a model, such as a convolutional one or one of texts, whose config describes no blocks over patches."""
+    try:
+        int(config.hidden_size), _blocks_of(config), _patch(config), _trained_size(config)
+    except (AttributeError, IndexError, TypeError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path} is a {config.model_type} model: {_NO_GRID} ({error}); use a vision or video "
+            "transformer, such as dinov2, clip, siglip or videomae"
+        ) from error
 
 
 def _blocks_of(config: PreTrainedConfig) -> int:

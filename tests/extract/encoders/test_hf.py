@@ -27,6 +27,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "siglip": {"vision_config": VISION, "text_config": TEXT},
     "ijepa": VISION,
     "vit": VISION,
+    "deit": VISION,
     "videomae": {**VISION, "num_frames": 4, "tubelet_size": 2},
     "vivit": {**VISION, "num_frames": 4, "tubelet_size": [2, 8, 8]},
     "timesformer": {**VISION, "num_frames": 4},
@@ -48,7 +49,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 VIDEO = ("videomae", "vivit", "timesformer", "vjepa2", "videoprism_vision_model")
 TUBELETS = {"videomae": 2, "vivit": 2, "vjepa2": 2}
-PREFIX = {"dinov2": 1, "dinov2_with_registers": 5, "dinov3_vit": 5, "clip": 1, "vit": 1, "vivit": 1, "timesformer": 1}
+PREFIX = {"dinov2": 1, "dinov2_with_registers": 5, "dinov3_vit": 5, "clip": 1, "vit": 1, "deit": 2, "vivit": 1}
+PREFIX |= {"timesformer": 1}
 PROCESSOR = {
     "size": {"height": 32, "width": 32},
     "resample": 3,
@@ -223,6 +225,10 @@ def _part_missing(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def _index_of_nothing(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": ["model.safetensors"]}))
+
+
 def _of_its_own_code(folder: Path) -> None:
     settings = {"model_type": "their_own", "auto_map": {"AutoModel": "theirs.Model", "AutoConfig": "theirs.Config"}}
     (folder / "config.json").write_text(json.dumps(settings))
@@ -246,6 +252,7 @@ def _no_config(folder: Path) -> None:
         (_of_another, r"the weights lack .* and \d+ more; they belong to another model than config.json describes"),
         (_wider, r"the weights have other shapes: .* and \d+ more; they belong to another model"),
         (_part_missing, r"lacks model-00002-of-00002.safetensors, which its index names; copy the model again"),
+        (_index_of_nothing, r"index.json has no weight_map from tensors to files; copy the model again"),
         (_of_its_own_code, r"transformers cannot load this their_own model"),
         (_naflex, r"is a siglip2 model: its patches follow the shape of each image and form no fixed grid"),
         (_no_config, r"config.json does not exist; expected the folder of a transformers model"),
@@ -259,6 +266,48 @@ def test_bad_folders_are_one_line(
     with pytest.raises(CheckpointError, match=message) as error:
         load_video_encoder("hf", folder, FRAMES, 2, size=32)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["siglip2", "siglip2_vision_model", "pe_video", "pe_video_encoder"])
+def test_models_without_a_fixed_grid_are_refused_by_name(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match=rf"is a {kind} model: its (patches|tokens) .*form no (fixed )?grid"):
+        load_video_encoder("hf", tmp_path, FRAMES, 2, size=32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (
+            "bert",
+            TEXT,
+            r"is a bert model: its tokens form no grid of patches \(.*'patch_size'\); use a vision or video",
+        ),
+        ("resnet", {"depths": [1] * 4, "hidden_sizes": [8] * 4}, r"is a resnet model: its tokens form no grid"),
+        ("convnext", {"depths": [1] * 4, "hidden_sizes": [8] * 4}, r"is a convnext model: its tokens form no grid"),
+        (
+            "swin",
+            {"image_size": 32, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "window_size": 2},
+            r"this swin model gives states of shape \(1, 16, 16\); expected \(1, 65, 16\)",
+        ),
+    ],
+)
+def test_a_model_of_another_build_is_one_line(
+    tmp_path: Path, kind: str, settings: dict[str, Any], message: str
+) -> None:
+    AutoModel.from_config(AutoConfig.for_model(kind, **settings)).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_video_encoder("hf", tmp_path, FRAMES, 2, size=32)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_in_several_files(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = folder_of("dinov2")
+    AutoModel.from_pretrained(folder).save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    tokens = load_video_encoder("hf", tmp_path, FRAMES, 2, size=32)(clips())
+    assert torch.equal(tokens.patches, load_video_encoder("hf", folder, FRAMES, 2, size=32)(clips()).patches)
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "bert", "distilbert", "t5"])
@@ -283,9 +332,15 @@ def test_text_models(folder_of: Callable[[str], Path], tmp_path: Path, kind: str
         load_text_encoder("hf", folder, 4)
 
 
-def test_a_vision_model_is_no_text_model(folder_of: Callable[[str], Path]) -> None:
+def test_a_model_of_pictures_or_sounds_is_no_text_model(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is a dinov2 model; text.model expects a text model"):
         load_text_encoder("hf", folder_of("dinov2"), 2)
+    sizes = {
+        f"{half}_{name}": 1 for half in ("encoder", "decoder") for name in ("layers", "attention_heads", "ffn_dim")
+    }
+    AutoModel.from_config(AutoConfig.for_model("whisper", d_model=8, **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"is a whisper model; text.model expects a text model"):
+        load_text_encoder("hf", tmp_path, 1)
 
 
 def picture(height: int, width: int) -> np.ndarray:
@@ -341,7 +396,27 @@ def test_the_processors_numbers(tmp_path: Path, settings: dict[str, Any], mean: 
     ("settings", "message"),
     [
         ({"resample": 1}, r"resample is 1; expected 2 \(bilinear\) or 3 \(bicubic\)"),
+        ({"resample": [2]}, r"resample is \[2\]; expected 2"),
         ({"image_mean": 0.5}, r"image_mean is 0.5; expected three numbers"),
+        ({"image_mean": ["a", "b", "c"]}, r"image_mean is .*; expected three numbers"),
+        ({"image_mean": [float("nan")] * 3}, r"image_mean is .*; expected three numbers"),
+        ({"image_std": [0.2, 0, 0.2]}, r"image_std is .*; expected three positive numbers"),
+        ({"rescale_factor": "x"}, r"rescale_factor is 'x'; expected a positive number"),
+        ({"rescale_factor": 0}, r"rescale_factor is 0; expected a positive number"),
+        ({"do_resize": False}, r"do_resize is False; expected true"),
+        ({"size": None}, r"size is None; expected a shortest_edge, or equal height and width"),
+        ({"size": {"shortest_edge": "x"}}, r"size is .*; expected a shortest_edge"),
+        ({"size": {"shortest_edge": -5}}, r"size is .*; expected a shortest_edge"),
+        (
+            {"size": {"shortest_edge": 32}, "crop_size": 64},
+            r"crop_size is 64; expected .*, at most the shortest_edge, 32",
+        ),
+        ({"size": {"shortest_edge": 32}, "crop_size": {"height": 9, "width": 8}}, r"crop_size is .*; expected equal"),
+        ({"crop_size": 24}, r"crop_size is 24; expected 32, because frames that are squeezed"),
+        (
+            {"size": 256, "crop_size": 224, "image_processor_type": "DeiTImageProcessor"},
+            r"crop_size is 224; expected 256",
+        ),
         ({"size": {"height": 30, "width": 32}}, r"size is .*; expected a shortest_edge, or equal height and width"),
     ],
 )
