@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from egopatch.train.ops.select_attend import attend_stacked, select_attend
-from egopatch.train.ops.select_attend.plan import schedule, tile_bound
+from egopatch.train.ops.select_attend.plan import tile_bound
 from tests.train.ops.cases import Case, make_case
 from tests.train.ops.kernel_checks import DEVICE, check, gradients, poison, run
 
@@ -172,9 +172,11 @@ def test_stacked_heads_in_one_launch_are_what_they_are_alone(patches: int, ks: t
             assert torch.equal(a[m], b)
 
 
-@pytest.mark.parametrize("clips", [[], [0], [2] * 40, [0, 3, 3, 1, 0], list(range(4)) * 17])
+@pytest.mark.parametrize("clips", [[], [0], [2] * 40, [0, 3, 3, 1, 0], list(range(4)) * 17, [3, 1, 0] * 400])
 def test_schedule_covers_every_question_once(clips: list[int]) -> None:
     clip_index = torch.tensor(clips, dtype=torch.int64, device=DEVICE)
+    from egopatch.train.ops.select_attend.schedule import schedule
+
     order, tiles, clip_tiles = schedule(clip_index, 4)
     assert len(tiles) == tile_bound(len(clips), 4)
     seen = []
@@ -182,9 +184,20 @@ def test_schedule_covers_every_question_once(clips: list[int]) -> None:
         questions = order[first : first + count].tolist()
         assert all(clips[question] == clip for question in questions)
         assert row == clip
-        assert count == 0 or clip_tiles[clip] <= i < clip_tiles[clip + 1]
+        assert (count > 0) == (clip_tiles[clip, 0] <= i < clip_tiles[clip, 1])
         seen += questions
     assert sorted(seen) == list(range(len(clips)))
+    assert torch.equal(order, clip_index.sort(stable=True).indices.int())
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a failed assertion ends the GPU's context")
+@pytest.mark.parametrize(("clips", "rows"), [([0, 4], None), ([-1, 0], None), ([0, 3], [0, 5, 1, 1])])
+def test_a_clip_or_row_that_there_is_not_is_refused(clips: list[int], rows: list[int] | None) -> None:
+    from egopatch.train.ops.select_attend.schedule import schedule
+
+    clip_rows = None if rows is None else torch.tensor(rows)
+    with pytest.raises(RuntimeError, match="clip_index is not within 0 to 3, or clip_rows is not within 0 to 4"):
+        schedule(torch.tensor(clips), 4, clip_rows, 5)
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """Score, select and aggregate frozen patch tokens in one pass. Other rooms use the five names below.
 
 `api` validates the arguments, `plan` decides which implementation runs and how, `reference` is the specification and
-the fast path on a CPU, and `kernels` launches the CUDA kernels (`forward`, `backward`; `parts` has what both share).
+the fast path on a CPU, and `kernels` launches the CUDA kernels (`schedule`, `columns`, `forward`, `backward`; `parts`
+has what they share).
 `library` registers both implementations, which never import each other, with autograd and `torch.compile`.
 """
 

@@ -167,8 +167,8 @@ def bias_kernel(partials, clip_tiles, grad_bias, frames, N: tl.constexpr, GROUPS
     t = tl.program_id(1).to(tl.int64)
     n = tl.arange(0, BN)
     total = tl.zeros((BN,), tl.float32)
-    first = tl.load(clip_tiles + clip).to(tl.int64) * GROUPS
-    last = tl.load(clip_tiles + clip + 1).to(tl.int64) * GROUPS
+    first = tl.load(clip_tiles + clip * 2).to(tl.int64) * GROUPS
+    last = tl.load(clip_tiles + clip * 2 + 1).to(tl.int64) * GROUPS
     for i in range(0, last - first):
         total += tl.load(partials + ((first + i) * frames + t) * N + n, mask=n < N, other=0.0)
     tl.store(grad_bias + (clip.to(tl.int64) * frames + t) * N + n, total, mask=n < N)

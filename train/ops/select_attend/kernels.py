@@ -23,7 +23,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from egopatch.train.ops.select_attend.backward import bias_kernel, logits_kernel, queries_kernel
 from egopatch.train.ops.select_attend.columns import columns_kernel
 from egopatch.train.ops.select_attend.forward import forward_blocks_kernel, forward_kernel, kept_kernel
-from egopatch.train.ops.select_attend.plan import ALIGNMENT, QUESTIONS, Blocks, Launch, plan_launch, schedule
+from egopatch.train.ops.select_attend.plan import ALIGNMENT, QUESTIONS, Blocks, Launch, plan_launch
+from egopatch.train.ops.select_attend.schedule import schedule
 
 ARITHMETIC = {
     torch.float16: torch.float16,
@@ -58,14 +59,11 @@ def forward(
 
     Returns:
         pooled [B, T, H, D], lse [B, T, H], kept [B, T, listed], mask [B, T, N] int8 of the kept patches, and the
-        schedule: order [B], tiles [G, 4] and clip_tiles [C + 1], all int32, as `schedule` gives them.
+        schedule: order [B], tiles [G, 4] and clip_tiles [C, 2], as `schedule` gives them.
     """
     _, frames, patches, width = tokens.shape
     questions, heads, _ = queries.shape
-    _assert_below(clip_index, len(bias), "clip_index")
-    if clip_rows is not None:
-        _assert_below(clip_rows, len(tokens), "clip_rows")
-    order, tiles, clip_tiles = schedule(clip_index, len(bias), clip_rows)
+    order, tiles, clip_tiles = schedule(clip_index, len(bias), clip_rows, len(tokens))
     blocks, device = launch_of(tokens, queries).forward, tokens.device
     several, groups = patches > blocks.block, triton.cdiv(heads, blocks.heads)
     # Several blocks add up in pooled itself, which must then be float32.
@@ -194,11 +192,6 @@ def describe_tokens(tokens: Tensor, patches: int, channels: int) -> TensorDescri
     # A dimension of one row may have any stride, which the engine would refuse.
     strides = [stride if size > 1 else width for stride, size in zip(bits.stride()[:3], bits.shape, strict=False)]
     return TensorDescriptor(bits, list(bits.shape), [*strides, 1], [1, 1, patches, channels])
-
-
-def _assert_below(index: Tensor, end: int, name: str) -> None:
-    """Check on the device, since reading the result here would wait for it."""
-    torch._assert_async(((index >= 0) & (index < end)).all(), f"{name} is not within 0 to {end - 1}")
 
 
 def arithmetic_of(tokens: Tensor) -> torch.dtype:

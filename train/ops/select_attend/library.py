@@ -122,7 +122,7 @@ def _(
         clip_index.new_empty(questions, frames, patches, dtype=torch.int8),
         clip_index.new_empty(questions, dtype=torch.int32),
         clip_index.new_empty(tile_bound(questions, clips), 4, dtype=torch.int32),
-        clip_index.new_empty(clips + 1, dtype=torch.int32),
+        clip_index.new_empty(clips, 2, dtype=torch.int32),
     )
 
 

@@ -1,7 +1,4 @@
-"""The launch plan: which implementation runs, how its kernels are cut, and how questions are grouped into programs.
-
-`choose_implementation` and `plan_launch` decide what follows from the shapes, dtypes and the device. `schedule` groups
-the questions by clip, on the device, since that follows from their values.
+"""The launch plan: which implementation runs, and how its kernels are cut, by shapes, dtypes and the device.
 
 Shape legend: C clips, B questions, T frames, N patches a frame, D channels, H attention heads.
 """
@@ -217,35 +214,6 @@ def _divisor(width: int, channels: int) -> int:
     return channels
 
 
-def schedule(clip_index: Tensor, clips: int, clip_rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Group the questions by clip and cut each group into tiles of `QUESTIONS`, without waiting for the device.
-
-    One read of a frame then serves up to `QUESTIONS` questions.
-
-    Args:
-        clip_index: [B] clip of each question.
-        clips: Number of clips.
-        clip_rows: [C] row of the tokens of each clip; None if the rows are the clips.
-
-    Returns:
-        order [B], the questions sorted by clip; tiles [G, 4], the clip of each tile, its first place in `order`, its
-        number of questions (0 in unused tiles) and its row of the tokens; clip_tiles [C + 1], first tile of each clip.
-    """
-    device = clip_index.device
-    sorted_clips, order = torch.sort(clip_index, stable=True)
-    edges = torch.searchsorted(sorted_clips, torch.arange(clips + 1, dtype=clip_index.dtype, device=device))
-    per_clip = (edges.diff() + QUESTIONS - 1) // QUESTIONS
-    clip_tiles = torch.cat([per_clip.new_zeros(1), per_clip.cumsum(0)])
-    tile = torch.arange(tile_bound(len(clip_index), clips), device=device)
-    clip = torch.searchsorted(clip_tiles, tile, right=True) - 1
-    unused = clip >= clips
-    clip = clip.clamp_max(clips - 1)
-    first = edges[clip] + (tile - clip_tiles[clip]) * QUESTIONS
-    count = (edges[clip + 1] - first).clamp(0, QUESTIONS).masked_fill(unused, 0)
-    row = clip if clip_rows is None else clip_rows[clip]
-    return order.int(), torch.stack([clip, first, count, row], dim=1).int(), clip_tiles.int()
-
-
 def tile_bound(questions: int, clips: int) -> int:
     """G, the number of tiles that suffices for every assignment of questions to clips."""
-    return min(questions, clips + questions // QUESTIONS)
+    return clips + questions // QUESTIONS
