@@ -22,11 +22,12 @@ COLOURS = {"red": (200, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 200)}
 # Every command in one process, to start it once. The last line of output is the exit codes.
 COMMANDS = """
 import dataclasses, json, sys, threading
-from egopatch import register_dataset, register_encoder
+from egopatch import register_dataset, register_encoder, register_head
 from egopatch.extract.__main__ import main as extract
 from egopatch.train.__main__ import main as train
 import egopatch_colours.encoder as package
 from egopatch_colours.dataset import load
+from egopatch_colours.head import HEAD
 
 DOUBLE = 2.0
 
@@ -51,6 +52,8 @@ if __name__ == "__main__":
     register_dataset("here", load)
     other = ["--encoder.arch", "doubled", "--data.name", "here", "--store.path", args[1] + ".doubled"]
     codes += [extract(["run", *args, *other])]
+    register_head(dataclasses.replace(HEAD, name="mine"))
+    codes += [train(["sweep", *args, *other, "--head.name", "mine", "--run.dir", args[1] + ".runs/mine"])]
     register_encoder(dataclasses.replace(package.NETWORK, name="alone", build_video=build_alone))
     codes += [extract(["run", *args, "--encoder.arch", "alone", "--store.path", args[1] + ".alone"])]
     print(json.dumps(codes))
@@ -110,7 +113,7 @@ def test_every_command_works_with_a_package_of_an_encoder_a_data_set_and_a_head(
     script.write_text(COMMANDS)
     done = run(str(script), *experiment, path=installed)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [0] * 9 + [2], done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [0] * 10 + [2], done.stdout + done.stderr
     assert "encoder.arch is 'alone', which cannot be sent to worker processes" in done.stderr
     store = open_store(root / "store")
     assert len(store.clip_ids) == 18

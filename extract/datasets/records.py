@@ -106,6 +106,11 @@ class Question:
             raise ValueError(f"has the answer {self.answer!r}, which is none of its options {', '.join(compared)}")
 
     @property
+    def counts(self) -> bool:
+        """Whether metrics count it: benchmarks keep the answers to some multiple-choice questions for their server."""
+        return bool(self.answer or not self.options)
+
+    @property
     def answer_index(self) -> int | None:
         """Index of the right option; None if there are no options, or the right one is not published."""
         if not self.options or not self.answer:

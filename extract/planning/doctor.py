@@ -202,7 +202,7 @@ def _of_questions(split: str, dataset: Dataset) -> Iterator[Finding]:
     )
     yield _note(
         f"{split}test questions whose right option is not published; they count nowhere",
-        [f"{q.question_id} in {p}" for p, q in everything if q.options and not q.answer],
+        [f"{q.question_id} in {p}" for p, q in everything if not q.counts],
     )
     answers = set(dataset.answers)
     yield _fault(

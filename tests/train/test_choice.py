@@ -19,6 +19,7 @@ from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.run_group import build_stacked_heads
 from egopatch.train.heads.common.choice import ABSENT, Choice, LongestOption
 from egopatch.train.heads.common.question import Sizes
+from egopatch.train.report.table import write_table
 from egopatch.train.rundir.card import RunError
 from egopatch.train.sweeps.sweep import run_sweep
 from tests.train import tiny as miniature
@@ -218,6 +219,11 @@ def test_a_head_that_was_trained_elsewhere(choice: Config, tmp_path: Path) -> No
     assert rows[0] == "q_uid,answer"
     assert len(rows) == 1 + len(asked)
     assert json.loads((there.run.dir / "card.json").read_text())["command"] == "the command"
+    (record,) = write_table(there.run.dir, there)
+    assert (record["n"], record["all"]) == (9, round(metrics.all.accuracy or 0.0, 2))
+    table = (there.run.dir / "table.md").read_text()
+    assert f"| {metrics.all.accuracy:.2f} [" in table  # with its interval
+    assert "to check" not in table
     with pytest.raises(RunError, match=r"holds a head that was trained there; use another --run.dir"):
         evaluate(trained, source=there.run.dir)
     with pytest.raises(RunError, match=r"0 train, 0 val, 5[0-9] test questions; expected some of each"):

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from egopatch.configs.schema import Config, DataConfig
-from egopatch.train.report.answers import correctness, load_questions
+from egopatch.train.report.answers import correctness, intervals, load_questions
 from egopatch.train.report.table import notices, write_table
 from egopatch.train.rundir.results import TableError, gather
 from egopatch.train.scores.statistics import accuracy
+from tests.extract.datasets.test_released import nextqa
 from tests.train.fake_runs import guesses, write_dataset, write_run, write_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +103,29 @@ def test_cells_have_the_intervals_of_the_statistics(tmp_path: Path) -> None:
     text = (tmp_path / "runs" / "table.md").read_text()
     assert f"| 36.11 [{expected.low:.1f}, {expected.high:.1f}] |" in text
     assert "In brackets: 95% intervals over seeds and clips" in text
+
+
+def test_multiple_choice_is_also_counted_by_type(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    root.mkdir()
+    nextqa(root)
+    tags = {"causal": {"accuracy": 100.0, "n": 1}, "CW": {"accuracy": 100.0, "n": 1}}
+    for seed, wrong in enumerate(("option 0", "option 2")):
+        later = {tag: {"accuracy": 100.0 * seed, "n": 1} for tag in ("temporal", "TN")}
+        given = {"100_2": "option 2", "200_2": wrong}
+        write_run(
+            tmp_path / "runs", f"psa_{seed}", seed=seed, all_=50 + 49 * seed, n=(2, 0), tags=tags | later,
+            predictions=given,
+        )  # fmt: skip
+    config = Config(data=DataConfig(name="nextqa", root=root))
+    write_table(tmp_path / "runs", config)
+    lines = (tmp_path / "runs" / "table.md").read_text().splitlines()
+    start = lines.index("| Type | n | psa |")
+    (row,) = gather(tmp_path / "runs").rows
+    questions = load_questions(config, "direct")
+    found = intervals(correctness(row, questions), questions)["tag temporal"]
+    assert lines[start + 2 : start + 6][-1] == f"| temporal | 1 | 50.00 [{found.low:.1f}, {found.high:.1f}] |"
+    assert [line.split(" | ")[0] for line in lines[start + 2 : start + 6]] == ["| CW", "| TN", "| causal", "| temporal"]
 
 
 def test_unlike_settings_are_not_averaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

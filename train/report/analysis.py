@@ -94,12 +94,7 @@ def tag_lines(rows: Sequence[Row]) -> list[TagLine]:
     known = [tag for tags in TAG_FAMILIES.values() for tag in tags if tag in found]
     lines = []
     for tag in (*known, *(tag for tag in found if tag not in family_of)):
-        accuracy = {}
-        for row in rows:
-            values = [run.tags[tag].accuracy for run in row.runs if tag in run.tags]
-            present = [value for value in values if value is not None]
-            if present:
-                accuracy[row.label] = float(np.mean(present))
+        accuracy = {row.label: mean for row in rows if (mean := row.tag_mean(tag)) is not None}
         n = max(run.tags[tag].n for row in rows for run in row.runs if tag in run.tags)
         lines.append(TagLine(family_of.get(tag, "other"), tag, n, accuracy))
     return lines

@@ -19,11 +19,24 @@ from egopatch.train.scores.text_metrics import TextMetricsError, text_metrics
 
 @dataclass(frozen=True)
 class Questions:
-    """Test questions and clips of one split, by id; `free_answers` as in `extract.datasets.Dataset`."""
+    """Test questions and clips of one split.
+
+    Attributes:
+        by_id: Questions that count, by id.
+        clips: Clips, by id.
+        free_answers: As in `extract.datasets.Dataset`.
+        unpublished: Questions whose right option a benchmark keeps for its server; systems answer them too.
+    """
 
     by_id: Mapping[str, Question]
     clips: Mapping[str, Clip]
     free_answers: bool = False
+    unpublished: tuple[Question, ...] = ()
+
+    @property
+    def choices(self) -> bool:
+        """Whether the questions have options."""
+        return any(question.options for question in self.by_id.values())
 
     @property
     def clip_ids(self) -> list[str]:
@@ -59,10 +72,12 @@ def load_questions(config: Config, split: str) -> Questions:
         first, *more = str(error).splitlines() or [type(error).__name__]
         rest = f" (and {len(more)} more)" if more else ""
         raise SourceError(f"data.root {config.data.root}: {first}{rest}") from error
+    asked = dataset.questions["test"]
     return Questions(
-        {question.question_id: question for question in dataset.questions["test"]},
+        {question.question_id: question for question in asked if question.counts},
         {clip.clip_id: clip for clip in dataset.clips},
         dataset.free_answers,
+        tuple(question for question in asked if not question.counts),
     )
 
 
@@ -129,27 +144,32 @@ def accuracy_mismatch(row: Row, right: Correctness) -> str:
 
 
 def read_answers(folder: Path, questions: Questions) -> dict[str, str]:
-    """Read the answers of a run, by question id.
+    """Read the answers of a run to the questions that count, by question id.
 
     Raises:
         SourceError: predictions are missing, damaged or about other questions.
     """
     try:
-        return read_predictions(folder / "predictions.jsonl", tuple(questions.by_id.values()))
+        answers = read_predictions(folder / "predictions.jsonl", (*questions.by_id.values(), *questions.unpublished))
     except PredictionError as error:
         first, *more = str(error).splitlines()
         rest = f" (and {len(more)} more)" if more else ""
         raise SourceError(f"{first}{rest}; give the report the config of these runs") from error
+    return {question_id: answers[question_id] for question_id in questions.by_id}
 
 
 def intervals(correct: Correctness, questions: Questions) -> dict[str, Interval]:
-    """The interval of each accuracy of a row, by column; only columns with questions."""
+    """The interval of each accuracy of a row, by column, or `tag X` for the tag X; only those with questions."""
     clips, found = np.array(questions.clip_ids), {}
     forms = np.array([question.form for question in questions.by_id.values()])
     for column in COLUMNS:
         counted = np.ones(len(forms), dtype=bool) if column == "all" else forms == column
         if counted.any():
             found[column] = accuracy(correct.by_seed[:, counted], clips[counted].tolist())
+    tags = [question.tags for question in questions.by_id.values()]
+    for tag in sorted(set().union(*tags)):
+        counted = np.array([tag in one for one in tags])
+        found[f"tag {tag}"] = accuracy(correct.by_seed[:, counted], clips[counted].tolist())
     return found
 
 

@@ -361,6 +361,7 @@ def _render(**content: object) -> str:
     environment.filters |= {"bytes": format_bytes, "number": "{:.2f}".format, "signed": _signed, "coded": _coded}
     environment.globals |= {
         "cell": table.cell,
+        "tag_cell": table.tag_cell,
         "text_cells": table.text_cells,
         "text_note": table.TEXTS,
         "text_names": tuple(NAMES.values()),

@@ -2,8 +2,9 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,8 @@ from egopatch.train.rundir.results import BLIND, COLUMNS, Results, Row, gather
 from egopatch.train.scores.statistics import Interval
 from egopatch.train.scores.text_metrics import NAMES
 
-# Intervals of a row by column, and of a split's rows by label.
+# Intervals of a row, by column or `tag X`.
 RowIntervals = Mapping[str, Interval]
-Intervals = Mapping[str, Mapping[str, RowIntervals]]
 # Metrics of a split's answers as texts, by label and name.
 Texts = Mapping[str, Mapping[str, float]]
 TEXTS = "Answers as lower-cased texts, in percent, mean over seeds: by sacrebleu, nltk and rouge-score."
@@ -41,28 +41,38 @@ def write_table(folder: Path, config: Config) -> list[dict[str, Any]]:
     """
     results = gather(folder)
     problems = list(results.problems)
-    intervals, texts = {}, {}
-    for split in results.splits:
-        intervals[split], texts[split] = _from_predictions(config, split, results, problems)
+    answers = {split: _read_answers(config, split, results, problems) for split in results.splits}
     results = replace(results, problems=tuple(dict.fromkeys(problems)))
-    records = [record(row, folder, texts[row.split].get(row.label, {})) for row in results.rows]
+    records = [record(row, folder, answers[row.split].texts.get(row.label, {})) for row in results.rows]
     write_whole(folder / "table.json", json.dumps(records, indent=2) + "\n")
-    write_whole(folder / "table.md", markdown(results, intervals, texts))
+    write_whole(folder / "table.md", markdown(results, answers))
     for problem in results.problems:
         print(f"table: {problem}", file=sys.stderr)
     return records
 
 
-def _from_predictions(
-    config: Config, split: str, results: Results, problems: list[str]
-) -> tuple[dict[str, RowIntervals], dict[str, dict[str, float]]]:
-    """Intervals and text metrics of the rows of one split, by label."""
+@dataclass(frozen=True)
+class _Answers:
+    """What the answers of one split's rows give: intervals and metrics of texts by label, and the types of questions.
+
+    Questions of multiple choice are of types; other data sets have too many tags for a table.
+    """
+
+    intervals: Mapping[str, RowIntervals]
+    texts: Texts
+    types: Mapping[str, int]
+
+
+def _read_answers(config: Config, split: str, results: Results, problems: list[str]) -> _Answers:
     rows = results.split(split)
     questions, right = report_answers.rows_correctness(config, split, rows, problems)
     if questions is None:
-        return {}, {}
-    intervals = {label: report_answers.intervals(correct, questions) for label, correct in right.items()}
-    return intervals, report_answers.text_scores([row for row in rows if row.label in right], questions, problems)
+        return _Answers({}, {}, {})
+    return _Answers(
+        {label: report_answers.intervals(correct, questions) for label, correct in right.items()},
+        report_answers.text_scores([row for row in rows if row.label in right], questions, problems),
+        Counter(tag for question in questions.by_id.values() for tag in question.tags) if questions.choices else {},
+    )
 
 
 def record(row: Row, folder: Path, texts: Mapping[str, float]) -> dict[str, Any]:
@@ -79,16 +89,16 @@ def record(row: Row, folder: Path, texts: Mapping[str, float]) -> dict[str, Any]
     }
 
 
-def markdown(results: Results, intervals: Intervals, texts: Mapping[str, Texts]) -> str:
+def markdown(results: Results, answers: Mapping[str, _Answers]) -> str:
     """`table.md`: a section for each split, then the origin of the numbers."""
     lines = ["# Results", "", "Accuracy on the test questions, in percent.", ""]
     for split in results.splits:
-        rows = results.split(split)
+        rows, texts, types = results.split(split), answers[split].texts, answers[split].types
         lines += [f"## {_escape(title(split, rows))}", "", question_counts(rows), ""]
         lines += ["| System | Open | Binary | All | Wrong form | Time to 95% | Checkpoint | Log |"]
         lines += ["|:--|--:|--:|--:|--:|--:|:--|:--|"]
         for row in rows:
-            cells = [cell(row, part, intervals[split].get(row.label, {})) for part in COLUMNS]
+            cells = [cell(row, part, answers[split].intervals.get(row.label, {})) for part in COLUMNS]
             links = [
                 f"[{path.name}](<{_relative(path, results.folder)}>)" if path else "–"
                 for path in (row.best.checkpoint, row.best.log)
@@ -100,9 +110,15 @@ def markdown(results: Results, intervals: Intervals, texts: Mapping[str, Texts])
         if tagged:
             n = rows[0].n("split_tag")
             lines += ["", f"All, over only the {n:,} questions tagged `{split}`: {', '.join(tagged)}."]
-        if texts[split]:
+        if texts:
             lines += ["", TEXTS, "", f"| System | {' | '.join(NAMES.values())} |", "|:--|" + "--:|" * len(NAMES)]
-            lines += [f"| {_escape(row.label)} | {' | '.join(text_cells(row, texts[split]))} |" for row in rows]
+            lines += [f"| {_escape(row.label)} | {' | '.join(text_cells(row, texts))} |" for row in rows]
+        if types:
+            systems = " | ".join(_escape(row.label) for row in rows)
+            lines += ["", "By type of question:", "", f"| Type | n | {systems} |", "|:--|" + "--:|" * (1 + len(rows))]
+        for kind, n in sorted(types.items()):
+            cells = [tag_cell(row, kind, answers[split].intervals.get(row.label, {})) for row in rows]
+            lines.append(f"| {_escape(kind)} | {n:,} | {' | '.join(cells)} |")
         lines.append("")
     lines += ["## Where these numbers come from", ""]
     lines += [f"- {line}" for line in (*notices(results), *origin(results))]
@@ -112,10 +128,17 @@ def markdown(results: Results, intervals: Intervals, texts: Mapping[str, Texts])
 
 def cell(row: Row, part: str, intervals: RowIntervals) -> str:
     """A cell of the table: the mean over seeds with two decimals, and its interval if there is one."""
-    mean = row.mean(part)
+    return _with_interval(row.mean(part), intervals.get(part))
+
+
+def tag_cell(row: Row, tag: str, intervals: RowIntervals) -> str:
+    """As `cell`, of the questions with a tag."""
+    return _with_interval(row.tag_mean(tag), intervals.get(f"tag {tag}"))
+
+
+def _with_interval(mean: float | None, interval: Interval | None) -> str:
     if mean is None:
         return "–"
-    interval = intervals.get(part)
     return f"{mean:.2f}" + ("" if interval is None else f" [{interval.low:.1f}, {interval.high:.1f}]")
 
 

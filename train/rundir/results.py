@@ -129,6 +129,12 @@ class Row:
         scores = [run.scores[part].accuracy for run in self.runs if part in run.scores]
         return [value for value in scores if value is not None]
 
+    def tag_mean(self, tag: str) -> float | None:
+        """Mean accuracy over seeds, percent, of the questions with a tag."""
+        scores = [run.tags[tag].accuracy for run in self.runs if tag in run.tags]
+        values = [value for value in scores if value is not None]
+        return statistics.fmean(values) if values else None
+
     @property
     def wrong_form(self) -> float | None:
         """Percentage of test questions with an answer of the wrong form, mean over seeds; None if not counted."""

@@ -172,8 +172,7 @@ def score(
     Raises:
         ValueError: a question has no answer.
     """
-    # Benchmarks keep the answers to some multiple-choice questions for their server.
-    questions = [question for question in questions if question.answer or not question.options]
+    questions = [question for question in questions if question.counts]
     absent = [question.question_id for question in questions if question.question_id not in answers]
     if absent:
         raise ValueError(
