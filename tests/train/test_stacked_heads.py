@@ -322,7 +322,7 @@ def launches_of_a_step(ratios: tuple[float, ...], seeds: tuple[int, ...]) -> Cou
 
 
 def test_a_step_of_24_heads_launches_at_most_twice_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU a small head's step is bound by its launches: 331 for one head, 552 for 24, with torch 2.13."""
+    """On a GPU a small head's step is bound by its launches: 329 for one head, 546 for 24, with torch 2.13."""
     monkeypatch.setattr(select_attend, "kernels", NoKernels, raising=False)
     monkeypatch.setattr(plan, "_obstacle", lambda *_: None)
     monkeypatch.setattr(selection, "_reads_once", lambda _: False)
@@ -330,7 +330,7 @@ def test_a_step_of_24_heads_launches_at_most_twice_what_one_does(monkeypatch: py
     ratios = (0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 1.0)
     many = launches_of_a_step(ratios * 3, (0,) * 8 + (1,) * 8 + (2,) * 8)
     assert one["select_attend_triton"] == many["select_attend_triton"] == 2
-    assert one.total() <= 340, one
+    assert one.total() <= 335, one
     assert many.total() <= 2 * one.total(), many - one
 
 

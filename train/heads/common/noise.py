@@ -43,12 +43,10 @@ class Noise(nn.Module):
     def _draw(self, like: Tensor) -> Tensor:
         """[keys, *like.shape]: the numbers of every key."""
         rows = like.shape[0] if self.part is None else self.part.total
-        drawn = []
-        for key in self.keys:
-            generator = torch.Generator(like.device).manual_seed(key)
-            drawn.append(torch.rand((rows, *like.shape[1:]), generator=generator, device=like.device))
-        together = torch.stack(drawn) if len(drawn) > 1 else drawn[0][None]
-        return together if self.part is None else together[:, self.part.rows.to(like.device)]
+        drawn = torch.empty(len(self.keys), rows, *like.shape[1:], device=like.device)
+        for key, numbers in zip(self.keys, drawn, strict=True):
+            numbers.uniform_(generator=torch.Generator(like.device).manual_seed(key))
+        return drawn if self.part is None else drawn[:, self.part.rows.to(like.device)]
 
     def _pick(self, drawn: Tensor) -> Tensor:
         """The numbers of this head's key."""

@@ -150,8 +150,9 @@ class PSA(nn.Module):
         assert batch.stored is not None
         if len(self.frame_indices) < batch.stored.patches.shape[1]:
             batch = batch.with_tokens(self.select_frames(batch.tokens))
-        what = self.read(batch.states, batch.mask)
-        read = {name: reader(batch.states, batch.mask) for name, reader in self.readers.items()}
+        states = batch.states.float()  # once for all readers
+        what = self.read(states, batch.mask)
+        read = {name: reader(states, batch.mask) for name, reader in self.readers.items()}
         frames, kept = self.attend_patches(batch, read.get("where", what))
         video = self.attend_frames(frames, read.get("when", what)[batch.text_index])
         question = what[batch.text_index]
