@@ -8,6 +8,10 @@ this package holds links to them.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from egopatch.environment import require_environment
+
+require_environment()
+
 if TYPE_CHECKING:
     from egopatch.configs.command_line import load_config
     from egopatch.extract.datasets import register_dataset

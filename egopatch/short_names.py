@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec, spec_from_loader
+from importlib.util import spec_from_loader
 from types import ModuleType
 
 NAMES = ("configs", "extract", "features", "train")
@@ -41,17 +41,6 @@ class _Alias(MetaPathFinder, Loader):
 
 def alias(name: str) -> None:
     """Let the short `name`, and every module below it, be the same modules as those of `egopatch`."""
-    _require_environment()
     if not any(isinstance(finder, _Alias) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Alias())
     sys.modules[name] = import_module(f"egopatch.{name}")
-
-
-def _require_environment() -> None:
-    """End with one line where another Python than the checkout's runs: a library would fail with a traceback."""
-    python = f"{sys.executable} is Python {sys.version_info[0]}.{sys.version_info[1]}"
-    use = "use .venv/bin/python, which `make setup` makes, or activate it: source .venv/bin/activate"
-    if sys.version_info < (3, 11):  # noqa: UP036 - no installer has looked at a checkout
-        raise SystemExit(f"{python}; expected Python 3.11 or newer: {use}")
-    if find_spec("jsonargparse") is None:
-        raise SystemExit(f"{python} without the packages that egopatch needs; {use}")

@@ -1,0 +1,22 @@
+"""The Python that the package needs: looked at first, because in another one a library would fail with a traceback.
+
+This file and `egopatch/__init__.py` hold to what Python 3.8 can read.
+"""
+
+import sys
+from importlib.util import find_spec
+
+USE = "use .venv/bin/python, which `make setup` makes, or activate it: source .venv/bin/activate"
+
+
+def require_environment() -> None:
+    """End with one line where the Python is too old, or lacks the packages, as another than a checkout's own does.
+
+    Raises:
+        SystemExit: It is, or does.
+    """
+    python = f"{sys.executable} is Python {sys.version_info[0]}.{sys.version_info[1]}"
+    if sys.version_info < (3, 11):  # noqa: UP036 - no installer has looked at a checkout
+        raise SystemExit(f"{python}; expected Python 3.11 or newer: {USE}")
+    if find_spec("jsonargparse") is None:
+        raise SystemExit(f"{python} without the packages that egopatch needs; {USE}")
