@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import jsonargparse
 
 from egopatch.configs.schema import Config, ConfigError, DataConfig
+from egopatch.configs.wrong_types import reworded
 from egopatch.configs.yaml_faults import find_fault
 
 
@@ -24,10 +25,6 @@ def option_names() -> list[str]:
         for section in _sections()
         for option in dataclasses.fields(getattr(default, section))
     ]
-
-
-# What jsonargparse says of `--head.scores question`.
-_LIST_EXPECTED = re.compile(r"Parser key \"([\w.]+)\": Expected a <class 'tuple'>\. Got value: (.+)")
 
 
 class ConfigParser(jsonargparse.ArgumentParser):
@@ -82,19 +79,37 @@ class ConfigParser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print `message` with the nearest valid option or file and exit with code 2."""
-        line = _LIST_EXPECTED.sub(r"\1 is '\2'; expected a list in brackets: '[\2]'", " ".join(message.split()))
-        print(f"{self.prog}: error: {line}{self._nearest(line)}{_nearest_file(line)}", file=sys.stderr)
+        print(f"{self.prog}: error: {self.explain(message)}", file=sys.stderr)
         raise SystemExit(2)
+
+    def explain(self, message: str) -> str:
+        """An error in one line: which option, its value, what was expected, and the nearest valid option or file."""
+        line = reworded(" ".join(message.split()))
+        if absent := line.partition(" arguments are required: ")[2]:
+            names = ", ".join(self._name_of(dest) for dest in absent.split(", "))
+            return f"missing {names}; `{self.prog} --help` describes it"
+        # An option of the command itself is meant by what one types, not by its name in Python.
+        line = re.sub(r"^(\w+)(?= is )", lambda match: self._name_of(match[1]), line)
+        return f"{line}{self._nearest(line)}{_nearest_file(line)}"
+
+    def _name_of(self, dest: str) -> str:
+        """How a command line names the option or the argument that is `dest` in Python."""
+        action = next((action for action in self._actions if action.dest == dest), None)
+        if action is None:
+            return dest
+        return action.option_strings[0] if action.option_strings else str(action.metavar or dest.upper())
 
     def _nearest(self, message: str) -> str:
         """The end of an error about an unknown name: the nearest known one, or the sections of an experiment."""
+        takes_config = "--config" in self._option_string_actions
+        if takes_config and (file := re.search(r"unrecognized arguments: ([^-]\S*\.ya?ml)", message)):
+            return f"; did you mean --config {file[1]}?"
         unknown = re.search(r"(?:unrecognized arguments: --|accept option '|Option '|[Kk]ey '?)([\w.\-]+)", message)
         phrases = ("unrecognized", "does not accept", "not accepted", "not expected")
         if not unknown or not any(phrase in message for phrase in phrases):
             return ""
         group = re.search(r"Group '(\w+)'", message)
         name = f"{group.group(1)}.{unknown.group(1)}" if group else unknown.group(1)
-        takes_config = "--config" in self._option_string_actions
         own = {
             option.removeprefix("--"): option
             for option in self._option_string_actions

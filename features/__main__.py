@@ -7,10 +7,10 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 from egopatch.features.common.os_errors import with_remedy
 from egopatch.features.common.progress import BYTES, ProgressDisplay
@@ -64,8 +64,16 @@ def main(args: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m features", description="Inspect, verify, repair and copy stores.")
+class _Parser(argparse.ArgumentParser):
+    """A parser, and one for each command, whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"features: {message}; `{self.prog} --help` describes it", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="python -m features", description="Inspect, verify, repair and copy stores.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     added = {name: commands.add_parser(name, help=about, description=about) for name, (_, about) in COMMANDS.items()}
     for name, command in added.items():
@@ -141,17 +149,17 @@ def _folder(text: str) -> Path:
 
 
 def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is out of range; expected a number above 0 and at most 1")
-    return value
+    with suppress(ValueError):
+        if 0 < float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is out of range; expected a number above 0 and at most 1")
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is out of range; expected at least 1 clip")
-    return value
+    with suppress(ValueError):
+        if int(text) >= 1:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"{text} is out of range; expected at least 1 clip")
 
 
 def _info(options: argparse.Namespace) -> Outcome:

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -180,10 +181,14 @@ def as_object(record: object, allowed: Collection[str] | None = None) -> Mapping
         raise ValueError(f"contains a {kind(record)}; expected an object")
     for key in record:
         if allowed is not None and key not in allowed:
-            close = difflib.get_close_matches(key, allowed, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(allowed)}"
-            raise ValueError(f"unknown key {key!r}; {hint}")
+            raise ValueError(f"unknown key {key!r}; {_nearest_key(key, tuple(allowed))}")
     return record
+
+
+@lru_cache(maxsize=64)  # a file may have the same wrong key in each of a million lines
+def _nearest_key(key: str, allowed: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(key, allowed, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(allowed)}"
 
 
 def text_field(record: Mapping[str, Any], key: str) -> str:

@@ -4,10 +4,16 @@ import errno
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
+_OTHERS = {
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a file stands where the path has a folder: choose another path, or move the file away",
+    errno.EISDIR: "a folder stands where the path has a file: choose another path",
+    errno.EEXIST: "choose another path, or move it away",
+}
 
 
 def with_remedy(error: BaseException) -> str:
-    """The text of an error; where the system refuses a file, or more space, also what to do."""
+    """The text of an error; where the system refuses a path, or more space, also what to do."""
     if isinstance(error, OSError) and error.errno in (*NO_SPACE, *NOT_ALLOWED):
         path = error.filename or "a file"
         if error.errno in NO_SPACE:
@@ -16,4 +22,6 @@ def with_remedy(error: BaseException) -> str:
             f"{path}: {error.strerror}; mount its file system for writing, give this user permission, or choose "
             "another path"
         )
+    if isinstance(error, OSError) and error.filename and error.errno in _OTHERS:
+        return f"{error.filename}: {error.strerror}; {_OTHERS[error.errno]}"
     return str(error)

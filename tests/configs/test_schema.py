@@ -2,6 +2,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from jsonargparse.typing import PositiveInt
 
 from egopatch.configs.command_line import (
     ConfigParser,
@@ -55,10 +56,23 @@ def test_file_then_overrides(tmp_path: Path) -> None:
         (["--head.ratoi", "0.5"], "did you mean head.ratio?"),
         (["--train.epoch", "3"], "did you mean train.epochs?"),
         (["--head.ratio", "1.5"], "head.ratio is 1.5; expected a share in (0, 1]"),
-        (["--head.ratio", "many"], "head.ratio"),
-        (["--store.shard", "1.5"], "store.shard"),
+        (["--head.ratio", "many"], "error: head.ratio is 'many'; expected a number\n"),
+        (["--store.shard", "1.5"], "error: store.shard is 1.5; expected a whole number\n"),
+        (["--train.patience", "x"], "error: train.patience is 'x'; expected a whole number or null\n"),
+        (["--engine.workers", "many"], "error: engine.workers is 'many'; expected a whole number or auto\n"),
+        (["--run.tracker", "x"], "error: run.tracker is 'x'; expected one of wandb, mlflow or null\n"),
+        (["--head.coarse", "maybe"], "error: head.coarse is 'maybe'; expected true or false\n"),
+        (["--config", "{video: {frames: many}}"], "error: video.frames is 'many'; expected a whole number\n"),
+        (["configs/demo/lite.yaml"], "did you mean --config configs/demo/lite.yaml?"),
         (["--store.codec", "gzip"], "store.codec is 'gzip'; expected one of zarr's codecs: none, zstd, blosc-zstd"),
-        (["--head.scores", "[qustion]"], "head.scores"),
+        (
+            ["--head.scores", "question"],
+            "error: head.scores is 'question'; expected a list in brackets: '[question]'\n",
+        ),
+        (
+            ["--head.scores", "[qustion]"],
+            "error: head.scores is 'qustion'; expected one of question, saliency, prior, ",
+        ),
         (
             ["--head.scores", "question,prior"],
             "head.scores is 'question,prior'; expected a list in brackets: '[question,",
@@ -174,10 +188,19 @@ def test_help_fits_a_screen_and_help_all_describes_every_option(capsys: pytest.C
 def test_a_wrong_option_of_a_command_without_config_names_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     parser = ConfigParser(prog="demo")
     parser.add_argument("--small", action="store_true")
-    for wrong, expected in (("--smal", "did you mean --small?"), ("--zzz", "the options are --help, --small")):
+    parser.add_argument("--most-clips", type=PositiveInt | None, default=None)
+    parser.add_argument("file", metavar="VIDEO", type=Path)
+    for wrong, expected in (
+        (["a.mp4", "--smal"], "unrecognized arguments: --smal; did you mean --small?"),
+        (["a.mp4", "--zzz"], "the options are --help, --small, --most-clips"),
+        (["a.mp4", "--most-clips", "0"], "--most-clips is 0; expected a whole number above 0 or null"),
+        ([], "missing VIDEO; `demo --help` describes it"),
+    ):
         with pytest.raises(SystemExit):
-            parser.parse_args([wrong])
-        assert expected in capsys.readouterr().err
+            parser.parse_args(wrong)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("demo: error: ")
+        assert line.endswith(expected)
 
 
 def test_own_data_is_called_by_its_folder() -> None:

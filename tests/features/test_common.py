@@ -165,7 +165,14 @@ def test_what_the_system_refuses_comes_with_a_remedy() -> None:
         "/runs: Read-only file system; mount its file system for writing, give this user permission, or choose another "
         "path"
     )
+    assert with_remedy(NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), "a/b")) == (
+        "a/b: Not a directory; a file stands where the path has a folder: choose another path, or move the file away"
+    )
+    assert with_remedy(FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "a")) == (
+        "a: No such file or directory; check the path"
+    )
     assert with_remedy(ValueError("no")) == "no"
+    assert with_remedy(OSError("no route")) == "no route"
 
 
 def test_without_semaphores_the_message_says_who_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,6 +204,21 @@ def test_commands(whole: Store, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["derive", str(whole.path), "--keep", "0.25", "--by", "saliency", "--json"]) == 0
     assert '"derived_keep": 0.25' in capsys.readouterr().out
     assert open_store(whole.path.with_name("store_keep0.25")).spec.array("patches").shape == (2, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["derive", "x", "--keep", "7"], "argument --keep: 7 is out of range; expected a number above 0 and at most 1"),
+        (["derive", "x", "--keep", "few"], "argument --keep: few is out of range; expected a number above 0"),
+        (["convert", "x", "--shard", "many"], "argument --shard: many is out of range; expected at least 1 clip"),
+        (["export", "x", "--to", "npz"], "argument --to: invalid choice: 'npz' (choose from 'npy', 'pt',"),
+        (["verfy", "x"], "argument COMMAND: invalid choice: 'verfy' (choose from 'info', 'verify',"),
+        ([], "the following arguments are required: COMMAND; `python -m features --help` describes it"),
+    ],
+)
+def test_wrong_usage_is_one_line(args: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(["derive", str(whole.path), "--keep", "7"])
-    assert "--keep: 7 is out of range; expected a number above 0 and at most 1" in capsys.readouterr().err
+        main(args)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"features: {expected}")

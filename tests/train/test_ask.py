@@ -174,6 +174,8 @@ def test_wrong_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
         assert main(["ask", "what?", *args]) == code
         (line,) = capsys.readouterr().err.splitlines()
         assert expected in line
+    assert main(["ask", " ", "--video", "a.mp4"]) == 2
+    assert "QUESTION is empty; expected a question in quotes" in capsys.readouterr().err
 
 
 def test_heads_that_cannot_be_asked(tiny: Config) -> None:

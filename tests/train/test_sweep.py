@@ -164,7 +164,7 @@ def test_bad_grids_are_refused(tmp_path: Path, text: str, message: str) -> None:
 def test_nothing_to_vary_and_bad_values(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="nothing varies; give --ratios"):
         run_sweep(tiny)
-    with pytest.raises(ConfigError, match=r"head\.ratio is 1\.5 in the sweep"):
+    with pytest.raises(ConfigError, match=r"in the sweep, head\.ratio is 1\.5; expected a share in \(0, 1\]$"):
         run_sweep(tiny, ratios=[1.5])
     assert "head.ratio" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"--name is '\.\./x'; expected letters"):

@@ -46,6 +46,8 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     run, args = take_option(args, "--run")
     video, args = take_option(args, "--video")
     config, options = parse_options(parser, args)
+    if not options.question.strip():
+        raise ConfigError('QUESTION is empty; expected a question in quotes, such as "what is on the table?"')
     if video is not None and options.clip is not None:
         raise ConfigError("--video and --clip are both given; --clip names a clip of the config's store: give one")
     if video is None and run is None and not options.config:

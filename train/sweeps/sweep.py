@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import yaml
@@ -328,16 +328,20 @@ def _slug(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9.+-]", "_", text)
 
 
+class _ValueParser(ConfigParser):
+    """A parser of one value of a sweep, whose errors are the sweep's."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ConfigError(f"in the sweep, {self.explain(message)}")
+
+
 def _checked(option: str, value: Any) -> Any:
     """The value in the type of the schema."""
     section, field = option.split(".", 1)
-    parser = ConfigParser(prog="sweep", exit_on_error=False)
+    parser = _ValueParser(prog="sweep")
     add_config_arguments(parser)
-    try:
-        text = value if isinstance(value, str) else json.dumps(value)
-        config, _ = parse_options(parser, [f"--{option}={text}"])
-    except SystemExit:
-        raise ConfigError(f"{option} is {value!r} in the sweep; see the line above") from None
+    text = value if isinstance(value, str) else json.dumps(value)
+    config, _ = parse_options(parser, [f"--{option}={text}"])
     if option.startswith(HEAD_OPTIONS):
         return (config.head.options or {})[option.removeprefix(HEAD_OPTIONS)]
     return getattr(getattr(config, section), field)

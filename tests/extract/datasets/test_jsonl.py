@@ -1,4 +1,5 @@
 import csv
+import difflib
 import json
 import pickle
 import tracemalloc
@@ -226,6 +227,14 @@ def test_the_message_shows_ten_faults_and_counts_the_others(tmp_path: Path) -> N
     assert lines[9] == f"{tmp_path}/clips.jsonl:10: contains a list; expected an object"
     assert lines[10:] == ["and 1,993 more; `python -m extract doctor --json` lists them all"]
     assert len(caught.value.problems) == 2003  # with three questions whose clips are unknown
+
+
+def test_a_wrong_key_in_every_line_is_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up: list[str] = []
+    monkeypatch.setattr(difflib, "get_close_matches", lambda key, *_, **__: looked_up.append(key) or ["question"])
+    found = faults(tmp_path, CLIPS, '{"qestion": 1}\n' * 200)
+    assert len(found) == 200
+    assert looked_up == ["qestion"]
 
 
 def test_no_folder_is_one_line(tmp_path: Path) -> None:
