@@ -133,7 +133,18 @@ def test_unlike_settings_are_not_averaged(tmp_path: Path, capsys: pytest.Capture
     write_run(tmp_path, "b", all_=60, config={"head": {"ratio": 0.5}})
     records = write_table(tmp_path, NO_ANNOTATIONS)
     assert [(r["model"], r["all"]) for r in records] == [("psa", 50.0), ("psa (head.ratio 0.5)", 60.0)]
-    assert "psa (head.ratio 0.5) has a separate row" in capsys.readouterr().err
+    assert "psa on direct: several settings were run; psa (head.ratio 0.5) has a separate" in capsys.readouterr().err
+
+
+def test_messages_call_own_data_by_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = {"data": {"name": "jsonl", "root": "data/mine"}}
+    write_run(tmp_path, "a", config=own)
+    write_run(tmp_path, "b", config=own | {"head": {"ratio": 0.5}})
+    write_table(tmp_path, NO_ANNOTATIONS)
+    shown = capsys.readouterr().err + (tmp_path / "table.md").read_text()
+    assert "psa on data/mine: several settings were run" in shown
+    assert "data/mine: no intervals and no examples" in shown
+    assert "direct" not in shown.lower()
 
 
 def test_a_repeated_seed_is_counted_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Clip, DatasetError, Question, load_dataset
 from egopatch.train.report.sources import SourceError
-from egopatch.train.rundir.results import COLUMNS, SPLITS, Row
+from egopatch.train.rundir.results import COLUMNS, SPLITS, Row, data_title
 from egopatch.train.scores.metrics import PredictionError, read_predictions, same_lower_cased
 from egopatch.train.scores.statistics import Comparison, Interval, accuracy, compare
 from egopatch.train.scores.text_metrics import TextMetricsError, text_metrics
@@ -88,7 +88,8 @@ def rows_correctness(
     try:
         questions = load_questions(config, split)
     except SourceError as error:
-        problems.append(f"{split}: no intervals and no examples: {error}")
+        title = data_title(split, [row.best.card for row in rows])
+        problems.append(f"{title}: no intervals and no examples: {error}")
         return None, {}
     right = {}
     for row in rows:

@@ -11,7 +11,7 @@ from typing import Any
 from egopatch.configs.schema import Config
 from egopatch.train.report import answers as report_answers
 from egopatch.train.rundir.card import write_whole
-from egopatch.train.rundir.results import BLIND, COLUMNS, Results, Row, gather
+from egopatch.train.rundir.results import BLIND, COLUMNS, Results, Row, card_option, data_title, gather
 from egopatch.train.scores.statistics import Interval
 from egopatch.train.scores.text_metrics import NAMES
 
@@ -155,9 +155,8 @@ def training_cells(row: Row) -> tuple[str, str]:
 
 def title(split: str, rows: Sequence[Row]) -> str:
     """What the questions of `rows` are called: EgoTaskQA's split, or the folder of another data set."""
-    data = [(_option(row.best.card, "data", "name"), str(_option(row.best.card, "data", "root"))) for row in rows]
-    others = dict.fromkeys(root for name, root in data if name not in ("egotaskqa", ""))
-    return ", ".join(others) or split.capitalize()
+    name = data_title(split, [row.best.card for row in rows])
+    return name.capitalize() if name == split else name
 
 
 def question_counts(rows: Sequence[Row]) -> str:
@@ -182,7 +181,7 @@ def notices(results: Results) -> list[str]:
             f"The encoder weights of {', '.join(random)} are random stand-ins, not the published ones: these numbers "
             "show that the pipeline runs end to end; they say nothing about the accuracy of the published network."
         )
-    lite = dict.fromkeys(r.label for r in reading if _option(r.best.card, "encoder", "arch") == "lite")
+    lite = dict.fromkeys(r.label for r in reading if card_option(r.best.card, "encoder", "arch") == "lite")
     if lite:
         names = ", ".join(lite)
         found.append(
@@ -197,13 +196,13 @@ def notices(results: Results) -> list[str]:
 
 def is_standin(card: Mapping[str, Any]) -> bool:
     """Whether a card describes an encoder with random weights."""
-    checkpoint = Path(str(_option(card, "encoder", "checkpoint"))).name.lower()
+    checkpoint = Path(str(card_option(card, "encoder", "checkpoint"))).name.lower()
     return _stated(card, "stand-in", "standin", "random weight", "random-weight") or "random" in checkpoint
 
 
 def is_synthetic(card: Mapping[str, Any]) -> bool:
     """Whether a card describes rendered data."""
-    root = str(_option(card, "data", "root"))
+    root = str(card_option(card, "data", "root"))
     # The renderer leaves its event log beside the annotations; no recorded data set has one.
     return _stated(card, "synthetic", "egosynth") or (bool(root) and (Path(root) / "events.jsonl").exists())
 
@@ -230,10 +229,6 @@ def origin(results: Results) -> list[str]:
 
 def _span(counts: Sequence[int]) -> str:
     return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-
-
-def _option(card: Mapping[str, Any], section: str, name: str) -> object:
-    return ((card.get("config") or {}).get(section) or {}).get(name, "")
 
 
 def _stated(card: Mapping[str, Any], *words: str) -> bool:

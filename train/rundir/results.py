@@ -7,7 +7,7 @@ points of the ratio plot, not rows of the table.
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -232,6 +232,17 @@ def read_run(path: Path) -> Run:
     )
 
 
+def card_option(card: Mapping[str, Any], section: str, name: str) -> object:
+    """An option of the experiment that a card describes; empty text if the card does not say."""
+    return ((card.get("config") or {}).get(section) or {}).get(name, "")
+
+
+def data_title(split: str, cards: Iterable[Mapping[str, Any]]) -> str:
+    """What the questions of runs are called: EgoTaskQA's split, or the folder of another data set."""
+    data = [(card_option(card, "data", "name"), str(card_option(card, "data", "root"))) for card in cards]
+    return ", ".join(dict.fromkeys(root for name, root in data if name not in ("egotaskqa", ""))) or split
+
+
 def _run_folders(folder: Path) -> list[Path]:
     """Folders of finished and unfinished runs below `folder`, without those of sweeps."""
     found = {path.parent for name in ("test.json", "card.json", "log.jsonl") for path in folder.glob(f"**/{name}")}
@@ -261,7 +272,8 @@ def _rows_of(system: str, split: str, runs: list[Run], folder: Path, problems: l
             row = replace(
                 row, label=f"{system} ({', '.join(f'{name} {value_text(options.get(name))}' for name in differing)})"
             )
-            problems.append(f"{system} {split}: several settings were run; {row.label} has a separate row")
+            questions = data_title(split, [run.card for run in runs])
+            problems.append(f"{system} on {questions}: several settings were run; {row.label} has a separate row")
         rows.append(row)
     return rows
 
