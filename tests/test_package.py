@@ -1,5 +1,6 @@
 """The names that the package has: `egopatch` where it is installed, short ones beside it in a checkout."""
 
+import ast
 import contextlib
 import itertools
 import json
@@ -16,6 +17,7 @@ import pytest
 import yaml
 
 from egopatch import __version__ as version
+from egopatch.environment import require_environment
 from egopatch.train.rundir.card import plain
 from tests.train.tiny import with_run, write_tiny
 
@@ -183,6 +185,15 @@ def test_every_help_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
+def test_every_command_of_a_stage_prints_json() -> None:
+    from egopatch.__main__ import STAGES
+    from egopatch.completion import _commands_of
+
+    without = [f"{stage} {name}" for stage in STAGES for name, words in _commands_of(stage) if "--json" not in words]
+    assert without == ["train bench"]  # whose scripts have options of their own
+
+
+@pytest.mark.slow
 def test_completion_knows_commands_and_options() -> None:
     from egopatch.completion import script
 
@@ -221,11 +232,22 @@ def test_the_demos_commands_name_options_and_write_below_one_folder() -> None:
     assert names == {"majority", "question-only", "psa", "egovlpv2", "egovlp", "pooled-lite", "psa-lite"}
 
 
-def test_another_python_than_the_checkouts_is_one_line() -> None:
-    done = run(sys.executable, "-S", "-m", "train", "fit", cwd=ROOT)  # without the installed packages
+@pytest.mark.parametrize("start", [("-m", "train", "fit"), ("-m", "egopatch"), ("-c", "from features import Store")])
+def test_another_python_than_the_checkouts_is_one_line(start: tuple[str, ...]) -> None:
+    done = run(sys.executable, "-S", *start, cwd=ROOT)  # without the installed packages
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert "without the packages that egopatch needs; use .venv/bin/python, which `make setup` makes" in line
+
+
+def test_an_older_python_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = [ROOT / "egopatch" / name for name in ("__init__.py", "environment.py")]
+    first += [ROOT / name / "__init__.py" for name in ("configs", "extract", "train")]
+    for path in first:
+        ast.parse(path.read_text(), feature_version=(3, 8))
+    monkeypatch.setattr(sys, "version_info", (3, 10, 4))
+    with pytest.raises(SystemExit, match=r"is Python 3\.10; expected Python 3\.11 or newer: use \.venv/bin/python, "):
+        require_environment()
 
 
 def test_a_misspelled_variable_of_make_is_refused() -> None:

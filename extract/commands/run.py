@@ -3,6 +3,7 @@
 import itertools
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
 from egopatch.configs.schema import Config, ConfigError
@@ -13,6 +14,7 @@ from egopatch.extract.run import ExtractionResult, extract_together
 from egopatch.extract.worker.bounds import bound_line, ceilings
 from egopatch.extract.worker.device import arithmetic_advice, device_of
 from egopatch.extract.worker.shard_writer import TooManyErrors
+from egopatch.features.common.command_line import messages_apart, print_result
 from egopatch.features.state.counts import machines_line
 
 HELD = 3  # exit code of a job that has done its part, while other processes are still encoding shards of it
@@ -25,6 +27,7 @@ def main(parser: ConfigParser, args: Sequence[str], retry: bool = False) -> int:
         f" Exit codes: 0 all clips and questions are stored or quarantined; 1 the work failed; 2 wrong usage or config;"
         f" {HELD} other processes hold the shards that are left; {REQUEUE} interrupted by a scheduler's signal."
     )
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--wait", action="store_true", help="wait for shards that other processes hold, and encode what they leave"
     )
@@ -39,7 +42,11 @@ def main(parser: ConfigParser, args: Sequence[str], retry: bool = False) -> int:
         job_slice = Slice.parse(options.shard)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return encode(parser.prog, configs, retry, job_slice, options.refresh, options.wait)
+    with messages_apart(options.json):
+        code, results = encode(parser.prog, configs, retry, job_slice, options.refresh, options.wait)
+    if results:
+        print_result(options.json, {"stores": as_records(configs, results)})
+    return code
 
 
 def encode(
@@ -49,8 +56,12 @@ def encode(
     job_slice: Slice = ALL_SHARDS,
     refresh: bool = False,
     wait: bool = False,
-) -> int:
-    """Encode as `extract_together` does, print what came of it, and return the exit code of `extract run`."""
+) -> tuple[int, list[ExtractionResult]]:
+    """Encode as `extract_together` does, and print what came of it.
+
+    Returns:
+        The exit code of `extract run`, and a result for each config, none if the work failed.
+    """
     for config in configs:
         if advice := arithmetic_advice(config, device_of(config.encoder.device)):
             print(f"advice: {advice}", flush=True)
@@ -59,10 +70,10 @@ def encode(
             results = extract_together(configs, retry, job_slice, refresh, wait)
     except (TooManyErrors, WorkersKilled) as error:
         print(f"{program}: failed: {error}. Committed shards are kept.", file=sys.stderr)
-        return 1
+        return 1, []
     except Requeue as notice:
         print(f"{program}: interrupted by {notice}; run the same command again to resume", file=sys.stderr)
-        return REQUEUE
+        return REQUEUE, []
     for config, result in zip(configs, results, strict=True):
         _report(config, result)
     clips_left, texts_left = (sum(getattr(one, name) for one in results) for name in ("clips_left", "texts_left"))
@@ -72,8 +83,30 @@ def encode(
             " processes hold; run the same command with --wait, or again when those processes have ended",
             file=sys.stderr,
         )
-        return HELD
-    return int(any((one.quarantine and not one.clips) or one.check.stale for one in results))
+        return HELD, results
+    return int(any((one.quarantine and not one.clips) or one.check.stale for one in results)), results
+
+
+def as_records(configs: Sequence[Config], results: Sequence[ExtractionResult]) -> list[dict[str, Any]]:
+    """What `--json` has of each store."""
+    return [
+        {
+            "path": config.store.path,
+            "clips": one.clips,
+            "planned": one.planned,
+            "texts": one.texts,
+            "encoded": one.stats.committed,
+            "quarantine": one.quarantine,
+            "clips_left": one.clips_left,
+            "texts_left": one.texts_left,
+            "reconstruction_error": one.errors,
+            "stale": one.check.stale,
+            "unrecorded": one.check.unrecorded,
+            "machines": one.machines,
+            "ceilings": ceilings(one.stats),
+        }
+        for config, one in zip(configs, results, strict=True)
+    ]
 
 
 def split_configs(args: Sequence[str]) -> list[list[str]]:

@@ -7,20 +7,26 @@ from pathlib import Path
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
 from egopatch.extract.transcoding.copies import transcode
 from egopatch.extract.transcoding.segment import SETTINGS
+from egopatch.features.common.command_line import messages_apart, print_result
 from egopatch.features.common.units import format_bytes
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Transcode; returns 1 if clips have no copy."""
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for copies and annotations")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     add_config_arguments(parser)
     config, options = parse_config(parser, args)
-    result = transcode(config, options.out)
+    with messages_apart(options.json):
+        result = transcode(config, options.out)
     for clip_id, reason in result.failed.items():
         print(f"failed {clip_id}: {reason}", file=sys.stderr)
     size = sum(segment.size for segment in result.made)
-    print(
-        f"{options.out}: {len(result.made)} clips transcoded ({format_bytes(size)}; {SETTINGS}), {result.kept} were"
-        f" there, {len(result.failed)} failed; use them with --data.root {options.out} and another --store.path"
+    made = len(result.made)
+    print_result(
+        options.json,
+        {"out": options.out, "made": made, "bytes": size, "kept": result.kept, "failed": result.failed},
+        f"{options.out}: {made} clips transcoded ({format_bytes(size)}; {SETTINGS}), {result.kept} were"
+        f" there, {len(result.failed)} failed; use them with --data.root {options.out} and another --store.path",
     )
     return 1 if result.failed else 0

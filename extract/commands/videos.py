@@ -9,8 +9,9 @@ from jsonargparse.typing import PositiveFloat
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config, take_option
 from egopatch.configs.packaged import packaged_config
 from egopatch.configs.schema import ConfigError
-from egopatch.extract.commands.run import encode
+from egopatch.extract.commands.run import as_records, encode
 from egopatch.extract.planning.own_videos import prepare_own_videos
+from egopatch.features.common.command_line import messages_apart, print_result
 
 # What `--encoder NAME` stands for.
 ENCODERS = {"lite": "own_videos_lite", "dinov2": "own_videos_dinov2", "egovlpv2": "own_videos"}
@@ -30,6 +31,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         "--clip-seconds", type=PositiveFloat | None, default=None, metavar="SECONDS",
         help="length of the clips that each video is cut into; by default each video is one clip",
     )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON")
     add_config_arguments(parser)
     base, options = parse_config(parser, _with_config(args))
     if "://" in options.out:
@@ -37,11 +39,15 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
             f"--out is {options.out}; expected a folder: to encode into object storage, use `extract run --store.path"
             " URL` with the config that this command writes"
         )
-    own = prepare_own_videos(options.folder, Path(options.out), base, options.clip_seconds)
-    print(f"{options.folder}: {own.videos} videos, {own.clips} clips, listed in {own.clips_file}", flush=True)
-    code = encode(parser.prog, [own.config])
-    if code == 0:
-        print(f"next: python -m extract status --config {shlex.quote(str(own.config_file))}")
+    with messages_apart(options.json):
+        own = prepare_own_videos(options.folder, Path(options.out), base, options.clip_seconds)
+        print(f"{options.folder}: {own.videos} videos, {own.clips} clips, listed in {own.clips_file}", flush=True)
+        code, results = encode(parser.prog, [own.config])
+        if code == 0:
+            print(f"next: python -m extract status --config {shlex.quote(str(own.config_file))}")
+    if results:
+        files = {"videos": own.videos, "clips_file": own.clips_file, "config": own.config_file}
+        print_result(options.json, {**files, "stores": as_records([own.config], results)})
     return code
 
 

@@ -1,7 +1,10 @@
-"""Programs with several commands: which one a command line names."""
+"""Programs with several commands: which one a command line names, and how it prints its result."""
 
+import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
 
 
 def find_command(program: str, commands: Mapping[str, str], usage: str, args: Sequence[str]) -> str | int:
@@ -21,3 +24,21 @@ def find_command(program: str, commands: Mapping[str, str], usage: str, args: Se
         print(f"{program}: error: unknown command {args[0]!r}; choose one of {', '.join(commands)}", file=sys.stderr)
         return 2
     return args[0]
+
+
+@contextmanager
+def messages_apart(as_json: bool) -> Iterator[None]:
+    """With `--json`, send what the block prints to standard error, so that standard output holds the result alone."""
+    if not as_json:
+        yield
+        return
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def print_result(as_json: bool, record: Mapping[str, Any], text: str | None = None) -> None:
+    """Print the result of a command: one JSON object with `--json`, else the text, if not all has been said."""
+    if as_json:
+        print(json.dumps(record, indent=1, default=str))
+    elif text is not None:
+        print(text)

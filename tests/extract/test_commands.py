@@ -44,6 +44,11 @@ def test_the_store_holds_what_the_encoder_says(made: Path) -> None:
 def test_a_second_run_encodes_nothing(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", *options(made)]) == 0
     assert "this run encoded 0 clips" in capsys.readouterr().out
+    assert main(["run", *options(made, "--json")]) == 0
+    shown = capsys.readouterr()
+    (store,) = json.loads(shown.out)["stores"]
+    assert (store["path"], store["clips"], store["encoded"]) == (str(made / "store"), CLIPS, 0)
+    assert "this run encoded 0 clips" in shown.err
 
 
 def test_another_depth_is_refused_with_the_difference(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """`extract frames` writes what a clip gives, or the reason that quarantine gives."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,11 @@ def test_frames_and_times_are_those_of_the_clip(
     assert torch.equal(to_input(frames, 64), torch.from_numpy(prepare_clip(clip, config).frames))
 
 
-def test_a_folder_gets_pictures(video: Path, tmp_path: Path) -> None:
-    assert main(["frames", str(video), "--video.frames", "2", "--out", str(tmp_path / "png")]) == 0
+def test_a_folder_gets_pictures(video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["frames", str(video), "--video.frames", "2", "--out", str(tmp_path / "png"), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["shapes"] == [[64, 96, 3]] * 2
+    assert shown["times_s"] == pytest.approx([7 / FPS, 22 / FPS])
     paths = sorted((tmp_path / "png").iterdir())
     assert [path.name for path in paths] == ["000_0.467s.png", "001_1.467s.png"]
     assert frame_numbers(np.stack([np.asarray(Image.open(path)) for path in paths])) == [7, 22]

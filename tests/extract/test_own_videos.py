@@ -86,8 +86,13 @@ def test_a_folder_becomes_a_store(
     edited = file.read_text()
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)  # the config holds in any folder
-    assert main(command) == 0
-    assert "4/5 clips and 1 questions stored; this run encoded 1 clips" in capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
+    shown = capsys.readouterr()
+    assert "4/5 clips and 1 questions stored; this run encoded 1 clips" in shown.err
+    result = json.loads(shown.out)
+    assert (result["videos"], result["config"]) == (4, str(file))
+    (of_store,) = result["stores"]
+    assert (of_store["clips"], of_store["texts"], list(of_store["quarantine"])) == (4, 1, ["bad.mp4"])
     assert file.read_text() == edited
     assert open_store(tmp_path / "out" / "mine" / "text").clip_ids == ("What?",)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from egopatch.extract.__main__ import main
 from egopatch.extract.encoders import find_network, input_transform, open_checkpoint
 from egopatch.extract.fingerprints import video_fingerprint
 from egopatch.extract.run import extract_features
@@ -18,7 +19,7 @@ from egopatch.extract.worker.device import device_of
 from egopatch.extract.worker.job import resolve_job
 from egopatch.features import StoreSpec, open_store
 from egopatch.features.store.text_substore import TEXT_FOLDER
-from tests.extract.job import CLIPS, config_of
+from tests.extract.job import CLIPS, config_of, options
 
 
 @pytest.mark.slow
@@ -42,7 +43,9 @@ def test_everything_is_resolved_once(bare: Path, monkeypatch: pytest.MonkeyPatch
     assert calls == dict.fromkeys([*(function.__name__ for function in looked_up), "for_patches"], 1)
 
 
-def test_more_frames_than_the_checkpoint_was_trained_on_are_said(bare: Path) -> None:
+def test_more_frames_than_the_checkpoint_was_trained_on_are_said(
+    bare: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = config_of(bare)
     job = resolve_job(config)
     trained = job.encoder.trained_frames
@@ -54,6 +57,9 @@ def test_more_frames_than_the_checkpoint_was_trained_on_are_said(bare: Path) -> 
         f"positions of the others are filled in as its authors do; --video.frames {trained} takes them as they were "
         "trained"
     )
+    # Said before any data is read.
+    assert main(["run", *options(bare, "--video.frames", str(4 * trained), "--data.root", "nowhere")]) == 2
+    assert capsys.readouterr().out == f"{more.frames_line}\n"
 
 
 @pytest.mark.slow

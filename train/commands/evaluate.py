@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
+from egopatch.features.common.command_line import messages_apart, print_result
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
@@ -11,6 +12,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     parser.add_argument(
         "--from", type=Path, metavar="RUN", help="folder of a run whose head is evaluated on this config's data set"
     )
+    parser.add_argument("--json", action="store_true", help="print JSON")
     add_config_arguments(parser)
     config, options = parse_config(parser, args)
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
@@ -20,7 +22,11 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     from egopatch.train.scores.metrics import headline
 
     with join(cuda=pick_device(config.train.device).type == "cuda") as ranks:
-        metrics = evaluate(config, " ".join(["python -m train evaluate", *args]), ranks, options["from"])
-        name, data = config.head.name, config.data.title
-        ranks.print_once(f"{config.run.dir}: {name} on the {data} test questions: {headline(metrics)}")
+        with messages_apart(options.json):
+            metrics = evaluate(config, " ".join(["python -m train evaluate", *args]), ranks, options["from"])
+        if ranks.first:
+            line = (
+                f"{config.run.dir}: {config.head.name} on the {config.data.title} test questions: {headline(metrics)}"
+            )
+            print_result(options.json, {"run": config.run.dir, **metrics.as_json()}, line)
     return 0

@@ -4,12 +4,14 @@ import sys
 from collections.abc import Sequence
 
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
+from egopatch.features.common.command_line import messages_apart, print_result
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Train the head and print its accuracies on test; returns 130 after a signal."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
     add_config_arguments(parser)
-    config, _ = parse_config(parser, args)
+    config, options = parse_config(parser, args)
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
     from egopatch.train.fitting.experiment import pick_device
     from egopatch.train.fitting.fit import fit
@@ -19,11 +21,15 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
 
     with join(cuda=pick_device(config.train.device).type == "cuda") as ranks:
         try:
-            metrics = fit(config, " ".join(["python -m train fit", *args]), ranks)
+            with messages_apart(options.json):
+                metrics = fit(config, " ".join(["python -m train fit", *args]), ranks)
         except Stopped as stopped:
             if ranks.first:
                 print(f"train fit: {stopped}", file=sys.stderr)
             return INTERRUPTED
-        name, data = config.head.name, config.data.title
-        ranks.print_once(f"{config.run.dir}: {name} on the {data} test questions: {headline(metrics)}")
+        if ranks.first:
+            line = (
+                f"{config.run.dir}: {config.head.name} on the {config.data.title} test questions: {headline(metrics)}"
+            )
+            print_result(options.json, {"run": config.run.dir, **metrics.as_json()}, line)
     return 0

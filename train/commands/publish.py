@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
+from egopatch.features.common.command_line import messages_apart, print_result
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
@@ -13,15 +14,18 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     parser.add_argument(
         "--terms", type=str | None, default=None, help="licence of weights and data of which none is known here"
     )
+    parser.add_argument("--json", action="store_true", help="print JSON")
     add_config_arguments(parser)
     config, options = parse_config(parser, args)
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
     from egopatch.train.publishing.folders import publish
 
-    done = publish(config, options.to, options.terms, options.head_only)
-    for folder in done.folders:
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        print(f"{folder}: {size / 1e6:.1f} MB, with README.md as its card")
-    for note in done.notes:
-        print(f"note: {note}")
+    with messages_apart(options.json):
+        done = publish(config, options.to, options.terms, options.head_only)
+    sizes = {
+        str(folder): sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) for folder in done.folders
+    }
+    lines = [f"{folder}: {size / 1e6:.1f} MB, with README.md as its card" for folder, size in sizes.items()]
+    lines += [f"note: {note}" for note in done.notes]
+    print_result(options.json, {"folders": sizes, "notes": done.notes}, "\n".join(lines))
     return 0

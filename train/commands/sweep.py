@@ -1,5 +1,6 @@
 """`train sweep`: train many settings of a head on one reading of the features."""
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -7,9 +8,10 @@ from pathlib import Path
 
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
 from egopatch.configs.schema import ConfigError
+from egopatch.features.common.command_line import messages_apart, print_result
 
 STACKED = (
-    "note: runs that differ only in ratio and seed train together and round in another order than `train fit` does, so "
+    "runs that differ only in ratio and seed train together and round in another order than `train fit` does, so "
     "an accuracy here may differ by some tenths from that of the same setting in the table"
 )
 
@@ -22,6 +24,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         "--grid", type=Path | None, default=None, help="YAML file with lines such as head.dropout: [0.0, 0.1]"
     )
     parser.add_argument("--name", type=str | None, default=None, help="name of the sweep's folder")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     add_config_arguments(parser)
     config, options = parse_config(parser, args)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -35,9 +38,11 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
 
     command = " ".join(["python -m train sweep", *args])
     try:
-        print(run_sweep(config, options.ratios, options.seeds, options.grid, options.name, command))
-        print(STACKED)
+        with messages_apart(options.json):
+            path = run_sweep(config, options.ratios, options.seeds, options.grid, options.name, command)
     except Stopped as stopped:
         print(f"train sweep: {stopped}", file=sys.stderr)
         return INTERRUPTED
+    result = {"file": path, "note": STACKED, **json.loads(path.read_text(encoding="utf-8"))}
+    print_result(options.json, result, f"{path}\nnote: {STACKED}")
     return 0

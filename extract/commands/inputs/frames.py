@@ -13,6 +13,7 @@ from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.pool import DecodePool, UndecodedClip
 from egopatch.extract.video.frames import DecodedClip, read_frames
 from egopatch.extract.video.nvdec import require_gpu_decoder
+from egopatch.features.common.command_line import print_result
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
@@ -28,6 +29,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         "--out", type=Path, required=True, metavar="FILE.npz|FOLDER",
         help="NumPy file with frames [T, H, W, 3] uint8 and times_s [T] from the file's start; or folder for PNG files",
     )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_class_arguments(VideoConfig, "video")
     options = parser.parse_args(list(args))
     try:
@@ -52,7 +54,11 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         return 1
     _write(decoded, options.out)
     times = ", ".join(f"{time:.3f}" for time in decoded.times_s)
-    print(f"{options.out}: {len(decoded.frames)} frames of {sizes} pixels, at {times} s")
+    print_result(
+        options.json,
+        {"out": options.out, "shapes": [frame.shape for frame in decoded.frames], "times_s": [*decoded.times_s]},
+        f"{options.out}: {len(decoded.frames)} frames of {sizes} pixels, at {times} s",
+    )
     return 0
 
 

@@ -6,12 +6,14 @@ from egopatch.configs.command_line import ConfigParser, add_config_arguments, pa
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.datasets import load_dataset
 from egopatch.extract.encoders.checkpoints.standin import write_standin
+from egopatch.features.common.command_line import print_result
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Write both; returns 0."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
     add_config_arguments(parser)
-    config, _ = parse_config(parser, args)
+    config, options = parse_config(parser, args)
     arch, path = config.encoder.arch, config.encoder.checkpoint
     if arch not in ("egovlp", "egovlpv2") or path is None:
         raise ConfigError(
@@ -30,8 +32,10 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         size=config.video.size,
         tokenizer=config.text.model,
     )
-    print(
+    print_result(
+        options.json,
+        {"checkpoint": path, "tokenizer": config.text.model, "arch": arch},
         f"{path}: a stand-in with RANDOM WEIGHTS in {arch}'s file format; {config.text.model}: its tokenizer."
-        " Neither was trained."
+        " Neither was trained.",
     )
     return 0

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from egopatch.configs.command_line import ConfigParser
 from egopatch.extract.datasets.egosynth.render import render
+from egopatch.features.common.command_line import messages_apart, print_result
 from egopatch.features.common.progress import ProgressDisplay
 
 
@@ -16,8 +17,9 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     parser.add_argument(
         "--hard", action="store_true", help="smaller objects, bystanders and clutter; see docs/egosynth.md"
     )
+    parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(list(args))
-    with ProgressDisplay("render", options.clips, "clips") as display:
+    with messages_apart(options.json), ProgressDisplay("render", options.clips, "clips") as display:
         try:
             render(
                 options.out,
@@ -28,4 +30,5 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
             )
         except ValueError as error:
             parser.error(str(error))
+    print_result(options.json, {"out": options.out, "clips": options.clips})
     return 0
