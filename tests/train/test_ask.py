@@ -20,7 +20,8 @@ from egopatch.train.fitting.experiment import open_experiment
 from egopatch.train.fitting.fit import fit
 from egopatch.train.fitting.predict import Prediction
 from egopatch.train.report.kept_picture import mark_kept
-from egopatch.train.rundir.card import RunError
+from egopatch.train.report.table import is_synthetic
+from egopatch.train.rundir.card import Card, RunError
 from tests.train.fake_runs import write_run
 from tests.train.tiny import with_run
 
@@ -176,6 +177,28 @@ def test_wrong_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
         assert expected in line
     assert main(["ask", " ", "--video", "a.mp4"]) == 2
     assert "QUESTION is empty; expected a question in quotes" in capsys.readouterr().err
+
+
+def test_a_head_trained_on_rendered_videos_says_so_from_any_folder(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny.data.root, tmp_path / "data")
+    (tmp_path / "data" / "events.jsonl").touch()
+    config = with_run(tiny, "majority", head_name="majority", train_epochs=1)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=Path("data")))
+    monkeypatch.chdir(tmp_path)
+    fit(config, "x")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert is_synthetic(dataclasses.asdict(Card.read(config.run.dir)))
+    # The card of an earlier version, which only the data set's own folder can tell.
+    earlier = json.loads((config.run.dir / "card.json").read_text())
+    del earlier["synthetic"]
+    (config.run.dir / "card.json").write_text(json.dumps(earlier))
+    assert not is_synthetic(dataclasses.asdict(Card.read(config.run.dir)))
+    monkeypatch.chdir(tmp_path)
+    assert is_synthetic(dataclasses.asdict(Card.read(config.run.dir)))
 
 
 def test_heads_that_cannot_be_asked(tiny: Config) -> None:

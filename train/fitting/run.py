@@ -186,6 +186,7 @@ class TrainingRun:
             versions=run_folder.versions() | package_versions(self.config.head.name),
             command=command,
             parameters=parameters,
+            synthetic=run_folder.is_rendered(self.config.data.root),
         ).write(self.config.run.dir)
 
     def write_results(self, answers: Answers) -> Metrics:

@@ -10,7 +10,7 @@ from typing import Any
 
 from egopatch.configs.schema import Config
 from egopatch.train.report import answers as report_answers
-from egopatch.train.rundir.card import write_whole
+from egopatch.train.rundir.card import is_rendered, write_whole
 from egopatch.train.rundir.results import BLIND, COLUMNS, Results, Row, card_option, data_title, gather
 from egopatch.train.scores.statistics import Interval
 from egopatch.train.scores.text_metrics import NAMES
@@ -202,9 +202,11 @@ def is_standin(card: Mapping[str, Any]) -> bool:
 
 def is_synthetic(card: Mapping[str, Any]) -> bool:
     """Whether a card describes rendered data."""
+    if (recorded := card.get("synthetic")) is not None:
+        return bool(recorded)
+    # An earlier version's card has only the path, which may lead nowhere from here.
     root = str(card_option(card, "data", "root"))
-    # The renderer leaves its event log beside the annotations; no recorded data set has one.
-    return _stated(card, "synthetic", "egosynth") or (bool(root) and (Path(root) / "events.jsonl").exists())
+    return _stated(card, "synthetic", "egosynth") or (bool(root) and is_rendered(Path(root)))
 
 
 def origin(results: Results) -> list[str]:

@@ -47,6 +47,7 @@ class Card:
         versions: Versions of Python and the libraries that computed the weights.
         command: Command that trained the head.
         parameters: Number of learned parameters in the head.
+        synthetic: Whether the data set is rendered; None in the cards of earlier versions.
     """
 
     model: str
@@ -60,6 +61,7 @@ class Card:
     versions: Mapping[str, str]
     command: str
     parameters: int
+    synthetic: bool | None = None
 
     def write(self, folder: Path) -> None:
         """Write `card.json`."""
@@ -81,6 +83,11 @@ class Card:
             raise RunError(f"{path}: no such file; train the head first: python -m train fit --config CONFIG") from None
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path} is not a model card ({error}); delete the folder and train again") from None
+
+
+def is_rendered(root: Path) -> bool:
+    """Whether the data set at `root` is EgoSynth, whose renderer leaves an event log there; no recorded set has one."""
+    return (root / "events.jsonl").exists()
 
 
 def versions() -> dict[str, str]:
