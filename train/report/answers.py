@@ -168,7 +168,7 @@ def intervals(correct: Correctness, questions: Questions) -> dict[str, Interval]
         if counted.any():
             found[column] = accuracy(correct.by_seed[:, counted], clips[counted].tolist())
     tags = [question.tags for question in questions.by_id.values()]
-    for tag in sorted(set().union(*tags)):
+    for tag in sorted({tag for one in tags for tag in one}):
         counted = np.array([tag in one for one in tags])
         found[f"tag {tag}"] = accuracy(correct.by_seed[:, counted], clips[counted].tolist())
     return found
