@@ -48,7 +48,7 @@ from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform  # noq
 VIDEO = VideoConfig()
 CLIPS = {"320x240, 2 s": 32, "456x256, 30 s": 4, "1280x720, 10 s": 2}  # about a second of decoding each
 BATCH = 2
-SHARD, SHARDS = 32, 4
+SHARD, SHARDS = 64, 6
 HANDED = 400
 NODE_CORES, H100_CLIPS_PER_S, NODE_DISK_GB_PER_S = 16, 1000.0, 2.0
 

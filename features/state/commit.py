@@ -32,6 +32,7 @@ EncodedRows = Iterable[tuple[ArraySpec, Iterable[Callable[[], SummedRow]]]]  # f
 
 # They check, sum and read rows beside the one that writes; more would wait for the disk.
 _THREADS = min(4, usable_cores())
+_LARGE = 1 << 16  # bytes of a row for which handing it to a thread costs less than its checks
 
 
 @dataclass(frozen=True)
@@ -118,19 +119,27 @@ def commit_shard(
 def _with_checksums(
     rows_of_arrays: EncodedRows, sums: Mapping[str, dict[str, int]], threads: ThreadPoolExecutor
 ) -> Blocks:
-    """The rows, encoded and summed by `threads` a little ahead of the one that is written, and their sums in `sums`."""
+    """The rows, encoded and summed, and their sums in `sums`."""
 
     def rows_of(array: ArraySpec, rows: Iterable[Callable[[], SummedRow]]) -> Iterator[SummedRow]:
-        upcoming: deque[Future[SummedRow]] = deque()
-        waiting = iter(rows)
-        for checksums in sums.values():
-            upcoming += (threads.submit(row) for row in islice(waiting, 2 * _THREADS - len(upcoming)))
-            row = upcoming.popleft().result()
+        encoded = _ahead(rows, threads) if row_bytes(array) >= _LARGE else (row() for row in rows)
+        for checksums, row in zip(sums.values(), encoded, strict=True):
             checksums[array.name] = row.crc32c
             yield row
 
     for array, rows in rows_of_arrays:
         yield array, rows_of(array, rows)
+
+
+def _ahead(rows: Iterable[Callable[[], SummedRow]], threads: ThreadPoolExecutor) -> Iterator[SummedRow]:
+    """What `rows` give, called by `threads` a little ahead of the one that is taken."""
+    upcoming: deque[Future[SummedRow]] = deque()
+    waiting = iter(rows)
+    while True:
+        upcoming += (threads.submit(row) for row in islice(waiting, 2 * _THREADS - len(upcoming)))
+        if not upcoming:
+            return
+        yield upcoming.popleft().result()
 
 
 def _read_back(
