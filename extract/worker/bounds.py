@@ -30,10 +30,14 @@ def ceilings(stats: JobStats) -> dict[str, float]:
 
 
 def bound_line(found: Mapping[str, float]) -> str | None:
-    """One line: the slowest stage, its ceiling, what moves it, and the other ceilings; None where nothing is known."""
+    """One line: the slowest stage, its ceiling, what moves it, and the other ceilings; None where nothing is known.
+
+    A stage a thousand times as fast as the slowest, such as hand-over where a CPU encodes, is left out.
+    """
     if not found:
         return None
     first, *others = sorted(found, key=found.__getitem__)
+    others = [name for name in others if found[name] < 1000 * found[first]]
     rest = ", ".join(
         f"{name} {found[name]:.0f}" if found[name] >= 10 else f"{name} {found[name]:.1f}" for name in others
     )

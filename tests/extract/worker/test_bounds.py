@@ -17,6 +17,12 @@ def test_the_slowest_stage_is_named_with_its_remedy() -> None:
     assert line.endswith(REMEDIES["decoding"])
 
 
+def test_a_stage_that_takes_no_time_is_not_mentioned() -> None:
+    line = bound_line({"decoding": 10.6, "hand-over": 253043.4, "disk": 22.4})
+    assert line is not None
+    assert line.startswith("bound by decoding, at most 10.6 clips/s a worker (the others: disk 22); ")
+
+
 def test_waiting_is_not_computing() -> None:
     """The encoder waits nine seconds, mostly for clips: it is not what binds."""
     assert ceilings(JobStats(committed=400, stages=STAGES))["encoder"] == 100
