@@ -53,7 +53,8 @@ if __name__ == "__main__":
     other = ["--encoder.arch", "doubled", "--data.name", "here", "--store.path", args[1] + ".doubled"]
     codes += [extract(["run", *args, *other])]
     register_head(dataclasses.replace(HEAD, name="mine"))
-    codes += [train(["sweep", *args, *other, "--head.name", "mine", "--run.dir", args[1] + ".runs/mine", "--seeds", "0", "1"])]
+    mine = ["--head.name", "mine", "--run.dir", args[1] + ".runs/mine", "--seeds", "0", "1"]
+    codes += [train(["sweep", *args, *other, *mine])]
     register_encoder(dataclasses.replace(package.NETWORK, name="alone", build_video=build_alone))
     codes += [extract(["run", *args, "--encoder.arch", "alone", "--store.path", args[1] + ".alone"])]
     print(json.dumps(codes))

@@ -34,7 +34,7 @@ def devours(to: Path) -> Path:
 
 LIMITED = {
     "hangs": (hangs, r"took over 4 s to decode \(video\.timeout_s\); its decoder was killed"),
-    "devours memory": (devours, r"took over 0\.5 GB of memory to decode \(video\.memory_gb\)"),
+    "devours memory": (devours, r"took over 0\.2 GB of memory to decode \(video\.memory_gb\)"),
 }
 BAD = {**UNREADABLE, **REFUSED, **LIMITED}
 
@@ -66,7 +66,7 @@ def hard(made: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_job_meets_every_hard_video(hard: Path) -> None:
-    limits = ("--video.timeout_s", "4", "--video.memory_gb", "0.5", "--data.name", "jsonl")
+    limits = ("--video.timeout_s", "4", "--video.memory_gb", "0.2", "--data.name", "jsonl")
     assert main(["run", *options(hard, *limits)]) == 0
     store = open_store(hard / "store")
     assert set(store.clip_ids) == {*READABLE, *ODD}

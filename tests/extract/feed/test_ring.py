@@ -183,7 +183,12 @@ def test_a_thousand_clips_take_no_more_files_or_memory_than_the_first(video: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True], ids=["the parent", "all of them"])
-def test_nothing_is_left_when_somebody_kills(whole: bool, video: Path) -> None:
+def test_nothing_is_left_when_somebody_kills(
+    whole: bool, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All jobs on a machine share a folder, and the last one removes it: no other test's job may use this one.
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     job = subprocess.Popen(
         [*CHILDREN, "wait_for_the_end", str(video)], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -191,6 +196,7 @@ def test_nothing_is_left_when_somebody_kills(whole: bool, video: Path) -> None:
     folder, *numbers = job.stdout.readline().split()
     children = [psutil.Process(int(number)) for number in numbers]
     assert len(children) >= 2
+    assert Path(folder).parent == tmp_path
     assert Path(folder).is_dir()
     if whole:
         os.killpg(job.pid, signal.SIGKILL)
