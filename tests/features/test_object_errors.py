@@ -4,7 +4,6 @@ import http.server
 import json
 import logging
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from egopatch.configs.schema import StoreConfig
 from egopatch.features import BadLocation, StoreError, create_store, open_store
 from egopatch.features.__main__ import main as features
 from egopatch.features.values.location import parse_location
+from tests.extract.fetch.loopback import running
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, fill
 from tests.features.objects import KEY, SECRET, objects
 from tests.features.test_verify import clips_and_texts
@@ -50,14 +50,9 @@ class _Refusing(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def refusing(environment: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Refusing)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-    yield
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with running(http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Refusing)) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        yield
 
 
 def test_refused_credentials(refusing: None, capfd: pytest.CaptureFixture[str]) -> None:

@@ -288,15 +288,7 @@ class NoKernels:
 
     @staticmethod
     def forward(
-        tokens: Tensor,
-        clip_index: Tensor,
-        queries: Tensor,
-        selector: Tensor,
-        bias: Tensor,
-        ks: Tensor,
-        listed: int,
-        scale: Tensor | None,
-        clip_rows: Tensor | None,
+        tokens: Tensor, _: Tensor, queries: Tensor, __: Tensor, bias: Tensor, ks: Tensor, listed: int, *rest: Any
     ) -> tuple[Tensor, ...]:
         (frames, patches), (questions, heads, width) = tokens.shape[1:3], queries.shape
         pooled, lse = torch.zeros(questions, frames, heads, width), torch.zeros(questions, frames, heads)

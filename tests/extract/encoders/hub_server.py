@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+from tests.extract.fetch.loopback import running
 
 Files = dict[str, bytes]
 
@@ -102,14 +102,6 @@ def _described(name: str, commit: str, files: Files, kind: str) -> object:
     return {"id": name, "sha": commit, "siblings": [{"rfilename": path} for path in files]}
 
 
-@contextmanager
-def serving_hub() -> Iterator[HubServer]:
+def serving_hub() -> AbstractContextManager[HubServer]:
     """A running server."""
-    with HubServer() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+    return running(HubServer())
