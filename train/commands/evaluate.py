@@ -17,16 +17,12 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     config, options = parse_config(parser, args)
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
     from egopatch.train.fitting.experiment import pick_device
-    from egopatch.train.fitting.fit import evaluate
+    from egopatch.train.fitting.fit import evaluate, test_line
     from egopatch.train.processes.distributed import join
-    from egopatch.train.scores.metrics import headline
 
     with join(cuda=pick_device(config.train.device).type == "cuda") as ranks:
         with messages_apart(options.json):
             metrics = evaluate(config, " ".join(["python -m train evaluate", *args]), ranks, options["from"])
         if ranks.first:
-            line = (
-                f"{config.run.dir}: {config.head.name} on the {config.data.title} test questions: {headline(metrics)}"
-            )
-            print_result(options.json, {"run": config.run.dir, **metrics.as_json()}, line)
+            print_result(options.json, {"run": config.run.dir, **metrics.as_json()}, test_line(config, metrics))
     return 0

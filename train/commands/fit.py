@@ -14,10 +14,9 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     config, options = parse_config(parser, args)
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
     from egopatch.train.fitting.experiment import pick_device
-    from egopatch.train.fitting.fit import fit
+    from egopatch.train.fitting.fit import fit, test_line
     from egopatch.train.processes.distributed import join
     from egopatch.train.processes.stopping import INTERRUPTED, Stopped
-    from egopatch.train.scores.metrics import headline
 
     with join(cuda=pick_device(config.train.device).type == "cuda") as ranks:
         try:
@@ -28,8 +27,5 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
                 print(f"train fit: {stopped}", file=sys.stderr)
             return INTERRUPTED
         if ranks.first:
-            line = (
-                f"{config.run.dir}: {config.head.name} on the {config.data.title} test questions: {headline(metrics)}"
-            )
-            print_result(options.json, {"run": config.run.dir, **metrics.as_json()}, line)
+            print_result(options.json, {"run": config.run.dir, **metrics.as_json()}, test_line(config, metrics))
     return 0

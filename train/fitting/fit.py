@@ -27,7 +27,7 @@ from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import Card, RunError
 from egopatch.train.rundir.lease import hold_when_free
 from egopatch.train.rundir.resume import LAST
-from egopatch.train.scores.metrics import Metrics
+from egopatch.train.scores.metrics import Metrics, headline
 
 
 def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
@@ -177,6 +177,11 @@ def evaluate(
     ranks.broadcast(lambda: Card.read(config.run.dir))
     with hold_when_free(config.run.dir, ranks), shortage_explained(config.train, config.run.dir):
         return _evaluate(config, ranks, config.run.dir)
+
+
+def test_line(config: Config, metrics: Metrics) -> str:
+    """One line for people: the run, its head and data set, and the accuracies on test in percent."""
+    return f"{config.run.dir}: {config.head.name} on the {config.data.title} test questions: {headline(metrics)}"
 
 
 def _evaluate_elsewhere(config: Config, command: str, ranks: Distributed, source: Path) -> Metrics:
