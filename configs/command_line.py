@@ -90,7 +90,7 @@ class ConfigParser(jsonargparse.ArgumentParser):
             return f"missing {names}; `{self.prog} --help` describes it"
         # An option of the command itself is meant by what one types, not by its name in Python.
         line = re.sub(r"^(\w+)(?= is )", lambda match: self._name_of(match[1]), line)
-        return f"{line}{self._nearest(line)}{_nearest_file(line)}"
+        return _absent_file(line) or f"{line}{self._nearest(line)}"
 
     def _name_of(self, dest: str) -> str:
         """How a command line names the option or the argument that is `dest` in Python."""
@@ -147,14 +147,18 @@ def _item(name: str, text: str) -> list[str]:
     return [*first, *(" " * column + line for line in wrapped[1:])]
 
 
-def _nearest_file(message: str) -> str:
-    absent = re.search(r"\"config\": (?:File does not exist|Path is not a file): '(.+)'", message)
+def _absent_file(message: str) -> str | None:
+    """What is wrong with `--config`, and the nearest file; None where the message is about something else."""
+    absent = re.search(r"\"config\": (File does not exist|Path is not a file): '(.+)'", message)
     if not absent:
-        return ""
-    path = Path(absent.group(1))
+        return None
+    path = Path(absent[2])
+    fault = "does not exist" if absent[1] == "File does not exist" else "is no file"
     close = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.yaml")], n=1)
     expected = "expected the YAML file of an experiment; examples are in configs/"
-    return f"; did you mean {path.parent / close[0]}?" if close else f"; {expected}"
+    return f"--config is {str(path)!r}, which {fault}; " + (
+        f"did you mean {path.parent / close[0]}?" if close else expected
+    )
 
 
 def _sections() -> list[str]:

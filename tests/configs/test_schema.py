@@ -81,9 +81,13 @@ def test_file_then_overrides(tmp_path: Path) -> None:
         (["--config", "{bogus: 1}"], "Option 'bogus' is not accepted; the sections are data, video,"),
         (
             ["--config", "absent.yaml"],
-            "; expected the YAML file of an experiment; examples are in configs/",
+            "absent.yaml', which does not exist; expected the YAML file of an experiment; examples are in configs/",
         ),
-        (["--config", "configs"], "; expected the YAML file of an experiment; examples are in configs/"),
+        (
+            ["--config", "configs"],
+            "configs', which is no file; expected the YAML file of an experiment; examples are in configs/",
+        ),
+        (["--config", "configs/own_video.yaml"], "error: --config is '"),
         (["--config", "configs/own_video.yaml"], "configs/own_videos.yaml?"),
         (["--train.contrast", "0.1"], "train.contrast is 0.1, but data.paraphrases is false; set it to true and run"),
         (["--train.contrast", "-1"], "train.contrast is -1.0; expected a weight of at least 0"),
