@@ -85,7 +85,7 @@ def test_file_then_overrides(tmp_path: Path) -> None:
         ),
         (
             ["--config", "configs"],
-            "configs', which is no file; expected the YAML file of an experiment; examples are in configs/",
+            "configs', which is no file; expected the YAML file of an experiment",
         ),
         (["--config", "configs/own_video.yaml"], "error: --config is '"),
         (["--config", "configs/own_video.yaml"], "configs/own_videos.yaml?"),
