@@ -50,6 +50,7 @@ class ShardWriter:
         self._writing = ThreadPoolExecutor(self._at_once, thread_name_prefix="shards")
         self._leases: dict[int, ExitStack] = {}
         self._unfinished: deque[Future[tuple[int, int]]] = deque()
+        self._failed: set[str] = set()
         self._counting = threading.Lock()
         self._now_writing, self._writing_since = 0, 0.0
         self.committed = 0
@@ -113,6 +114,9 @@ class ShardWriter:
         """
         self._wait_for(self._at_once - 1)
         self._unfinished.append(self._writing.submit(self._write, work, rows, sources, failures, origins, machine))
+        self._failed |= failures.keys()
+        if failures and self._too_many(len(self._store.quarantine.keys() | self._failed)):
+            self.wait()  # before another shard is begun, which a job over its limit would only keep by chance
 
     def wait(self) -> None:
         """Wait until all shards are written. Errors as in `write`."""
@@ -203,13 +207,16 @@ class ShardWriter:
             for name, array in arrays.items()
         }
 
-    def _check_errors(self) -> None:
+    def _too_many(self, quarantined: int) -> bool:
         limit = self._max_errors
         share = isinstance(limit, float) and limit < 1
+        return quarantined > (limit * len(self._store.planned_ids) if share else limit)
+
+    def _check_errors(self) -> None:
         bad = self._store.quarantine
-        if len(bad) > (limit * len(self._store.planned_ids) if share else limit):
+        if self._too_many(len(bad)):
             clip_id, record = next(iter(bad.items()))
             raise TooManyErrors(
-                f"clips in quarantine: {len(bad)}, engine.max_errors allows {limit:g}; the first is {clip_id}:"
+                f"clips in quarantine: {len(bad)}, engine.max_errors allows {self._max_errors:g}; the first is {clip_id}:"
                 f" {record.reason}"
             )
