@@ -217,6 +217,6 @@ class ShardWriter:
         if self._too_many(len(bad)):
             clip_id, record = next(iter(bad.items()))
             raise TooManyErrors(
-                f"clips in quarantine: {len(bad)}, engine.max_errors allows {self._max_errors:g}; the first is {clip_id}:"
-                f" {record.reason}"
+                f"clips in quarantine: {len(bad)}, engine.max_errors allows {self._max_errors:g}; the first is"
+                f" {clip_id}: {record.reason}"
             )
