@@ -14,11 +14,16 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+import yaml
+
 from egopatch.configs.command_line import ConfigParser
 from egopatch.configs.packaged import packaged_config
 from egopatch.features.common.machine import usable_cores
+from egopatch.features.common.os_errors import with_remedy
+from egopatch.features.io.files import replacing
 
 SPLITS = ("direct", "indirect")
+ENCODERS = ("egovlpv2", "egovlp", "lite")
 FULL, SMALL = Path("runs/demo"), Path("runs/demo-small")
 # Eight heads and much weight decay are what psa converges with (docs/egosynth.md); the other heads keep what they had.
 BASELINE = ("--head.heads", "4", "--train.weight_decay", "0.05")
@@ -43,6 +48,11 @@ def main(args: Sequence[str]) -> int:
     recipe = Recipe(options.out or (SMALL if options.small else FULL))
     if options.train_only:
         return _run_here(recipe.training(options.train_only))
+    try:
+        recipe.write_configs()
+    except OSError as error:
+        print(f"egopatch demo: failed: {with_remedy(error)}", file=sys.stderr)
+        return 1
     code = _run_here(recipe.small()) if options.small else _run_full(recipe)
     if code == 0:
         run = recipe.out / "direct" / "psa-lite"
@@ -56,6 +66,21 @@ class Recipe:
 
     out: Path
 
+    def write_configs(self) -> None:
+        """Write the demo's packaged experiments with paths below `out`."""
+        for name in ENCODERS:
+            packaged = yaml.safe_load(packaged_config(f"demo/{name}").read_text(encoding="utf-8"))
+            experiment = {
+                section: {option: self._below_out(value) for option, value in options.items()}
+                for section, options in packaged.items()
+            }
+            with replacing(self._config(name)) as file:
+                file.write_text(yaml.safe_dump(experiment, sort_keys=False, default_flow_style=None), encoding="utf-8")
+
+    def _below_out(self, value: object) -> object:
+        is_path = isinstance(value, str) and Path(value).is_relative_to(FULL)
+        return str(self.out / Path(value).relative_to(FULL)) if is_path else value
+
     def small(self) -> list[Command]:
         """One store, two systems and a table."""
         lite, epochs = self._options("lite"), ("--train.epochs", "2")
@@ -68,11 +93,10 @@ class Recipe:
         ]
 
     def features(self) -> list[Command]:
-        """Videos, checkpoints and stores."""
+        """Videos, checkpoints, and the stores of all encoders from one decode of each video."""
         commands: list[Command] = [("extract", "synth", "--out", f"{self.out}/data", "--clips", "800")]
-        for name in ("egovlpv2", "egovlp"):
-            commands += [("extract", "standin", *self._options(name)), ("extract", "run", *self._options(name))]
-        return [*commands, ("extract", "run", *self._options("lite"))]
+        commands += [("extract", "standin", *self._options(name)) for name in ("egovlpv2", "egovlp")]
+        return [*commands, ("extract", "run", "--config", *(str(self._config(name)) for name in ENCODERS))]
 
     def training(self, split: str) -> list[Command]:
         """The systems on one split: five on random-weight stand-ins, two on real ImageNet weights."""
@@ -97,16 +121,10 @@ class Recipe:
         return [sweep, ("train", "table", *options), ("train", "report", *options)]
 
     def _options(self, name: str, split: str = "direct") -> Command:
-        file = packaged_config(f"demo/{name}")
-        here = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
-        paths = {"--data.root": "data", "--store.path": f"stores/{name}"}
-        if name != "lite":
-            paths |= {
-                "--encoder.checkpoint": f"weights/{name}-random.pth",
-                "--text.model": f"weights/{name}-tokenizer",
-            }
-        at = [part for option, path in paths.items() for part in (option, f"{self.out}/{path}")]
-        return ("--config", str(here), "--data.split", split, *at, "--run.table", str(self.out))
+        return ("--config", str(self._config(name)), "--data.split", split)
+
+    def _config(self, name: str) -> Path:
+        return self.out / "configs" / f"{name}.yaml"
 
     def _run(self, name: str) -> Command:
         return ("--run.dir", f"{self.out}/{name}")

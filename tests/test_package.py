@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -211,19 +212,22 @@ def test_completion_knows_commands_and_options() -> None:
     assert complete("egopatch", "features", "verify", "--so") == ["--sources"]
 
 
-def test_the_demos_commands_name_options_and_write_below_one_folder() -> None:
-    from egopatch.configs.command_line import option_names
-    from egopatch.demo import Recipe
+def test_the_demos_commands_name_options_and_write_below_one_folder(tmp_path: Path) -> None:
+    from egopatch.configs.command_line import load_config, option_names
+    from egopatch.demo import FULL, Recipe
 
-    recipe, own = Recipe(Path("elsewhere")), {"--out", "--clips", "--config", "--ratios", "--questions"}
-    commands = [*recipe.small(), *recipe.features(), *recipe.training("indirect"), *recipe.results()]
-    for command in commands:
+    recipe, own = Recipe(tmp_path / "else where"), {"--out", "--clips", "--config", "--ratios", "--questions"}
+    recipe.write_configs()
+    for command in [*recipe.small(), *recipe.features(), *recipe.training("indirect"), *recipe.results()]:
         assert {word for word in command if word.startswith("--")} <= own | {f"--{name}" for name in option_names()}
         options = dict(itertools.pairwise(command))
-        assert "--config" not in options or Path(options["--config"]).is_file()
-        written = [options[name] for name in ("--out", "--data.root", "--store.path", "--run.dir") if name in options]
-        assert written
-        assert all(path.startswith("elsewhere/") for path in written)
+        for name in {"--out", "--run.dir"} & options.keys():
+            assert Path(options[name]).is_relative_to(recipe.out)
+        for file in [Path(word) for word in command if word.endswith(".yaml")]:
+            moved, packaged = load_config(file, []), load_config(ROOT / "configs" / "demo" / file.name, [])
+            here = json.dumps(dataclasses.asdict(moved), default=str)
+            assert str(FULL) not in here
+            assert here.replace(str(recipe.out), str(FULL)) == json.dumps(dataclasses.asdict(packaged), default=str)
     names = {
         Path(command[command.index("--run.dir") + 1]).name
         for command in recipe.training("indirect")
