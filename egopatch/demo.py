@@ -78,8 +78,9 @@ class Recipe:
                 file.write_text(yaml.safe_dump(experiment, sort_keys=False, default_flow_style=None), encoding="utf-8")
 
     def _below_out(self, value: object) -> object:
-        is_path = isinstance(value, str) and Path(value).is_relative_to(FULL)
-        return str(self.out / Path(value).relative_to(FULL)) if is_path else value
+        if isinstance(value, str) and Path(value).is_relative_to(FULL):
+            return str(self.out / Path(value).relative_to(FULL))
+        return value
 
     def small(self) -> list[Command]:
         """One store, two systems and a table."""
