@@ -30,9 +30,8 @@ STAGES = ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3)
           (6, 320, 1, 1, 3))  # fmt: skip
 STEM = 32
 BATCH_NORM_EPS = 1e-3
-# Depths at which a token covers 16x16 pixels, and the number of blocks.
+# Depths at which a token covers 16x16 pixels.
 FINE = range(6, 12)
-BLOCKS = 16
 SIZE = 224
 # Frames that a CPU runs at a time; a whole batch would take gigabytes.
 FRAMES = 16
