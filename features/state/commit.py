@@ -20,8 +20,15 @@ import numpy as np
 
 from egopatch.features.common.machine import usable_cores
 from egopatch.features.formats.interface import Blocks, Format, SummedRow
-from egopatch.features.state.ledger import ClipRecord, announce_record, commit_record, drop_record, ledger_journal
-from egopatch.features.state.origin import Origin, encode_origins
+from egopatch.features.state.ledger import (
+    ClipRecord,
+    Provenance,
+    announce_record,
+    commit_record,
+    drop_record,
+    ledger_journal,
+)
+from egopatch.features.state.origin import encode_origins
 from egopatch.features.storage.interface import Storage
 from egopatch.features.storage.journal import Position
 from egopatch.features.values.dtypes import row_bytes
@@ -51,9 +58,7 @@ def commit_shard(
     shard: int,
     rows: Mapping[str, int],
     blocks: EncodedRows,
-    sources: Mapping[str, str],
-    origins: Mapping[str, Origin | None],
-    machines: Mapping[str, str],
+    provenance: Mapping[str, Provenance],
     errors: Mapping[str, float],
     after: Position | None,
     replaced: Sequence[str] = (),
@@ -65,9 +70,7 @@ def commit_shard(
         shard: Number of the shard.
         rows: Id -> row of the store, in rising order.
         blocks: For each array what gives its rows, in the order of `rows`; called in threads.
-        sources: Id -> hash of the video (or text) that was encoded.
-        origins: Id -> stretch of video that was encoded, in the order of `rows`; None where it is not known.
-        machines: Id -> machine that computed the row, in the order of `rows`; empty where it is not known.
+        provenance: Id -> what the row was made of.
         errors: Array -> reconstruction error that quantisation caused.
         after: How far the ledger had been read when `rows` was determined.
         replaced: Ids of committed rows that `blocks` gives other values. Where files are replaced in place, these rows
@@ -101,7 +104,7 @@ def commit_shard(
             write_id = storage.publish(shard, {name: file.path for name, file in staged.items()}, files)
         if storage.in_place:
             _read_back(target, shard, rows, sums, threads)
-        clips = {name: ClipRecord(row, sums[name], sources[name]) for name, row in rows.items()}
+        clips = {name: ClipRecord(row, sums[name], provenance[name].source) for name, row in rows.items()}
         commit = commit_record(
             shard,
             clips,
@@ -110,8 +113,8 @@ def commit_shard(
             errors,
             target.row_bytes,
             write_id,
-            encode_origins(list(origins.values())),
-            list(machines.values()),
+            encode_origins([provenance[name].origin for name in rows]),
+            [provenance[name].machine for name in rows],
         )
         ledger.append(commit, after)
 

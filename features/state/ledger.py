@@ -44,6 +44,21 @@ class ClipRecord:
 
 
 @dataclass(frozen=True)
+class Provenance:
+    """What a row was made of, and on which machine.
+
+    Attributes:
+        source: As in `ClipRecord`.
+        origin: Stretch of video that was encoded; None where it is not known.
+        machine: Machine that computed the row; empty where it is not known.
+    """
+
+    source: str
+    origin: Origin | None = None
+    machine: str = ""
+
+
+@dataclass(frozen=True)
 class RowVersion:
     """A committed row, and what it was made of: a row that replaces it differs in one of them."""
 
@@ -173,6 +188,13 @@ class Ledger:
             machines = commit.machines or ("",) * len(commit.ids)
             count.update(m for name, m in zip(commit.ids, machines, strict=True) if self.clips.get(name) is commit)
         return dict(count)
+
+    def provenance(self, names: Iterable[str]) -> dict[str, Provenance]:
+        """Id -> what its row was made of, of committed clips. Errors as in `origins`."""
+        return {
+            name: Provenance(self.clips[name].clip(name).source, origin, self.clips[name].machine_of(name))
+            for name, origin in self.origins(list(names)).items()
+        }
 
     def versions(self, names: Iterable[str]) -> dict[str, RowVersion]:
         """Id -> row, of those of `names` that are committed. Errors as in `origins`."""

@@ -9,7 +9,7 @@ from egopatch.features.formats.interface import Format, SummedRow
 from egopatch.features.io.files import write_errors_explained
 from egopatch.features.state.catalog import Catalog
 from egopatch.features.state.commit import CommitTarget, commit_shard
-from egopatch.features.state.ledger import RowVersion, announce_record, drop_record, ledger_journal
+from egopatch.features.state.ledger import Provenance, RowVersion, announce_record, drop_record, ledger_journal
 from egopatch.features.state.origin import Origin
 from egopatch.features.state.quarantine import Failure, add_failures, quarantine_journal
 from egopatch.features.storage.journal import Position
@@ -57,7 +57,8 @@ class ShardWriter:
             if failed := [name for name in catalog.unchanged(replaces) if name in failures]:
                 self.rewrite(shard, failed)
             if rows:
-                self._commit_new(shard, rows, sources, origins, replaces, machines)
+                provenance = {n: Provenance(sources[n], origins.get(n), machines.get(n, "")) for n in rows}
+                self._commit_new(shard, rows, provenance, replaces)
         catalog.refresh(shard)
 
     def rewrite(self, shard: int, without: Sequence[str]) -> None:
@@ -72,7 +73,7 @@ class ShardWriter:
                 ledger_journal(catalog.storage).append(drop_record(shard, without, emptied=not kept), after)
                 catalog.refresh(shard)
             if kept:
-                self._commit(shard, {}, {}, {}, {}, catalog.position)
+                self._commit(shard, {}, {}, catalog.position)
             else:
                 self._discard(shard, former)
             catalog.refresh(shard)
@@ -123,10 +124,8 @@ class ShardWriter:
         self,
         shard: int,
         new: Rows,
-        sources: Mapping[str, str],
-        origins: Mapping[str, Origin],
+        provenance: Mapping[str, Provenance],
         replaces: Mapping[str, RowVersion],
-        machines: Mapping[str, str],
     ) -> None:
         """Commit `new` rows, except those that another writer has committed in the meantime."""
         catalog = self._catalog
@@ -138,7 +137,7 @@ class ShardWriter:
                 new = {name: row for name, row in new.items() if name not in catalog.ledger.clips or name in to_replace}
             try:
                 if new:
-                    self._commit(shard, new, sources, origins, machines, after)
+                    self._commit(shard, new, provenance, after)
                 break
             except WriteConflict:
                 if conflicts == _TRIES - 1:
@@ -152,22 +151,16 @@ class ShardWriter:
         self,
         shard: int,
         new: Rows,
-        sources: Mapping[str, str],
-        origins: Mapping[str, Origin],
-        machines: Mapping[str, str],
+        provenance: Mapping[str, Provenance],
         after: Position | None,
     ) -> None:
         """Commit the `new` rows, and the shard's other rows unchanged, if it has no commit `after` that position."""
         catalog = self._catalog
         with catalog.lock:
             former = catalog.committed_of(shard)
-            kept = {name: catalog.ledger.clips[name].clip(name) for name in former if name not in new}
+            kept = [name for name in former if name not in new]
             rows = {name: catalog.rows[name] for name in sorted([*kept, *new], key=catalog.rows.__getitem__)}
-            all_sources = {name: kept[name].source if name in kept else sources[name] for name in rows}
-            kept_origins = catalog.ledger.origins(kept)
-            all_origins = {name: kept_origins[name] if name in kept else origins.get(name) for name in rows}
-            clips = catalog.ledger.clips
-            all_machines = {n: clips[n].machine_of(n) if n in kept else machines.get(n, "") for n in rows}
+            provenance = {**provenance, **catalog.ledger.provenance(kept)}
             errors = dict(catalog.ledger.errors.get(shard, {})) if kept else {}
             write_id = catalog.ledger.write_id(shard)
         for tensors in new.values():
@@ -177,7 +170,7 @@ class ShardWriter:
         target = CommitTarget(catalog.storage, catalog.spec, self._file_format, self._fingerprint, catalog.row_bytes)
         blocks = ((array, self._encoded(array, rows, new)) for array in catalog.spec.arrays)
         replaced = [name for name in former if name in new]
-        commit_shard(target, shard, rows, blocks, all_sources, all_origins, all_machines, errors, after, replaced)
+        commit_shard(target, shard, rows, blocks, provenance, errors, after, replaced)
         if write_id:
             self._discard(shard, write_id)
 
