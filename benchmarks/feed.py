@@ -188,7 +188,7 @@ def measure_writing(folder: Path, rounds: int, clips: int) -> dict[str, float]:
     """Milliseconds a clip of bare writing and of a worker's, taking turns, best of each; their ratio."""
     import torch
 
-    from egopatch.extract.worker.shard_writer import ShardWriter
+    from egopatch.extract.worker.shard_writer import EncodedShard, ShardWriter
     from egopatch.features import Fingerprint, ShardWork, StoreSpec, create_store
 
     spec = StoreSpec.for_patches(frames=16, grid=(14, 14), width=768, dtype="float16", shard=clips)
@@ -213,7 +213,8 @@ def measure_writing(folder: Path, rounds: int, clips: int) -> dict[str, float]:
             started, used = time.perf_counter(), time.process_time()
             with ShardWriter(store, max_errors=0) as writer:
                 for work, names in writer.leases([ShardWork(i, tuple(ids)) for i in range(SHARDS)]):
-                    writer.write(work, dict(zip(names, rows, strict=True)), dict.fromkeys(names, "sha"), {}, {}, "")
+                    named = dict(zip(names, rows, strict=True))
+                    writer.write(EncodedShard(work, "", named, dict.fromkeys(names, "sha")))
                 writer.wait()
             if number:  # the first round is slower
                 bare, stored = min(bare, took), min(stored, time.perf_counter() - started)

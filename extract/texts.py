@@ -20,7 +20,7 @@ from egopatch.extract.encoders import (
 )
 from egopatch.extract.fingerprints import text_depth, text_fingerprint
 from egopatch.extract.worker.device import describe_machine, device_of
-from egopatch.extract.worker.shard_writer import ShardWriter
+from egopatch.extract.worker.shard_writer import EncodedShard, ShardWriter
 from egopatch.features import Fingerprint, ShardWork, Store, StoreSpec, create_store
 from egopatch.features.common.progress import ProgressDisplay
 from egopatch.features.store.text_substore import TEXT_FOLDER
@@ -94,7 +94,7 @@ def encode_texts(network: TextNetwork, store: Store, works: Sequence[ShardWork])
                 rows |= _encode_text_batch(network.encoder, network.tokenizer, batch, network.device, dtype)
                 display.advance(len(batch))
             sources = {text: hashlib.sha256(text.encode()).hexdigest() for text in rows}
-            writer.write(work, rows, sources, {}, {}, machine)
+            writer.write(EncodedShard(work, machine, rows, sources))
         writer.wait()
 
 

@@ -22,7 +22,7 @@ from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
 from egopatch.extract.worker.device import describe_machine
 from egopatch.extract.worker.job import ExtractionJob
 from egopatch.extract.worker.job_stats import JobStats, Stages
-from egopatch.extract.worker.shard_writer import ShardWriter
+from egopatch.extract.worker.shard_writer import EncodedShard, ShardWriter
 from egopatch.features import Failure, ShardWork, Store
 from egopatch.features.state.origin import Origin
 
@@ -273,4 +273,6 @@ class _Filling:
         size = sum(tensor.nbytes for row in rows.values() for tensor in row.values())
         self._on_progress(len(rows) + (len(shard.failures) if batch.last else 0), size)
         if batch.last:
-            self._writer.write(shard.work, shard.rows, shard.sources, shard.failures, shard.origins, self._machine)
+            self._writer.write(
+                EncodedShard(shard.work, self._machine, shard.rows, shard.sources, shard.origins, shard.failures)
+            )

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
 from egopatch.features import Failure, ShardOwned, ShardWork, Store, StoreError
@@ -14,6 +15,24 @@ from egopatch.features.state.origin import Origin
 from egopatch.features.store.writer import Rows
 from egopatch.features.values.encoding import array_not_finite
 from egopatch.features.values.errors import NotFinite
+
+
+@dataclass(frozen=True)
+class EncodedShard:
+    """What has come of a shard's clips.
+
+    Attributes:
+        work: The shard.
+        machine: Machine that computed the rows.
+        rows, sources, origins, failures: As `Store.write_shard` takes them.
+    """
+
+    work: ShardWork
+    machine: str
+    rows: Rows
+    sources: Mapping[str, str]
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+    failures: Mapping[str, Failure] = field(default_factory=dict)
 
 
 class TooManyErrors(RuntimeError):
@@ -98,24 +117,16 @@ class ShardWriter:
         """Release a lease without writing."""
         self._leasing.submit(self._release, shard)
 
-    def write(
-        self,
-        work: ShardWork,
-        rows: Rows,
-        sources: Mapping[str, str],
-        failures: Mapping[str, Failure],
-        origins: Mapping[str, Origin],
-        machine: str,
-    ) -> None:
+    def write(self, shard: EncodedShard) -> None:
         """Begin to write a leased shard, whose lease is released afterwards. Waits while as many are written as may be.
 
         Raises:
             TooManyErrors, StoreError: Raised by an earlier shard.
         """
         self._wait_for(self._at_once - 1)
-        self._unfinished.append(self._writing.submit(self._write, work, rows, sources, failures, origins, machine))
-        self._failed |= failures.keys()
-        if failures and self._too_many(len(self._store.quarantine.keys() | self._failed)):
+        self._unfinished.append(self._writing.submit(self._write, shard))
+        self._failed |= shard.failures.keys()
+        if shard.failures and self._too_many(len(self._store.quarantine.keys() | self._failed)):
             self.wait()  # before another shard is begun, which a job over its limit would only keep by chance
 
     def wait(self) -> None:
@@ -141,33 +152,26 @@ class ShardWriter:
     def _release(self, shard: int) -> None:
         self._leases.pop(shard).close()
 
-    def _write(
-        self,
-        work: ShardWork,
-        rows: Rows,
-        sources: Mapping[str, str],
-        failures: Mapping[str, Failure],
-        origins: Mapping[str, Origin],
-        machine: str,
-    ) -> tuple[int, int]:
+    def _write(self, shard: EncodedShard) -> tuple[int, int]:
         """Write a shard; returns how many clips were committed, and how many put into quarantine."""
-
-        def write(rows: Rows, failures: Mapping[str, Failure]) -> None:
-            machines = dict.fromkeys(rows, machine)
-            self._store.write_shard(work.shard, rows, sources, failures, origins, work.replaces, machines)
-
         with self._timed():
             try:
-                write(rows, failures)
+                self._write_shard(shard)
             except NotFinite:  # found while the shard was written; looking at all rows before would cost another pass
-                unstorable = self._unstorable(work.shard, rows)
+                unstorable = self._unstorable(shard.work.shard, shard.rows)
                 if not unstorable:
                     raise
-                rows = {name: row for name, row in rows.items() if name not in unstorable}
-                failures = {**failures, **unstorable}
-                write(rows, failures)
-            self._release(work.shard)
-        return len(rows), len(failures)
+                rows = {name: row for name, row in shard.rows.items() if name not in unstorable}
+                shard = replace(shard, rows=rows, failures={**shard.failures, **unstorable})
+                self._write_shard(shard)
+            self._release(shard.work.shard)
+        return len(shard.rows), len(shard.failures)
+
+    def _write_shard(self, shard: EncodedShard) -> None:
+        work, machines = shard.work, dict.fromkeys(shard.rows, shard.machine)
+        self._store.write_shard(
+            work.shard, shard.rows, shard.sources, shard.failures, shard.origins, work.replaces, machines
+        )
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
