@@ -57,7 +57,7 @@ def script() -> str:
         commands[stage] = dict(_commands_of(stage))
         options |= {f"'{stage} {name}'": words for name, words in commands[stage].items()}
     options |= {f"'{name} '*": commands[stage][name] for name, stage in SHORT.items()}
-    options |= {"'demo '*": ["--small", "--out"], "'completion '*": list(SHELLS)}
+    options |= {"'demo '*": ["--small", "--out", "--json"], "'completion '*": list(SHELLS)}
     cases = [f"        {pattern}) words='{' '.join(words)}' ;;" for pattern, words in options.items()]
     second = [f"            {stage}) words='{' '.join(names)}' ;;" for stage, names in commands.items()]
     return SCRIPT % ("\n".join(cases), " ".join(COMMANDS), "\n".join(second))

@@ -4,6 +4,7 @@ EgoVLP's and EgoVLPv2's weights are random here, and the videos are rendered: th
 to end, and says nothing about the published networks.
 """
 
+import json
 import os
 import shlex
 import subprocess
@@ -13,11 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import TextIO
 
 import yaml
 
 from egopatch.configs.command_line import ConfigParser
 from egopatch.configs.packaged import packaged_config
+from egopatch.features.common.command_line import messages_apart, print_result
 from egopatch.features.common.machine import usable_cores
 from egopatch.features.common.os_errors import with_remedy
 from egopatch.features.io.files import replacing
@@ -44,19 +47,26 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument(
         "--train-only", choices=SPLITS, help="only train the systems of one split, on stores that the demo has made"
     )
+    parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(list(args))
     recipe = Recipe(options.out or (SMALL if options.small else FULL))
-    if options.train_only:
-        return _run_here(recipe.training(options.train_only))
-    try:
-        recipe.write_configs()
-    except OSError as error:
-        print(f"egopatch demo: failed: {with_remedy(error)}", file=sys.stderr)
-        return 1
-    code = _run_here(recipe.small()) if options.small else _run_full(recipe)
+    with messages_apart(options.json):
+        if options.train_only:
+            return _run_here(recipe.training(options.train_only))
+        try:
+            recipe.write_configs()
+        except OSError as error:
+            print(f"egopatch demo: failed: {with_remedy(error)}", file=sys.stderr)
+            return 1
+        code = _run_here(recipe.small()) if options.small else _run_full(recipe, sys.stderr if options.json else None)
     if code == 0:
-        run = recipe.out / "direct" / "psa-lite"
-        print(f'next: egopatch ask --video FILE "what does the person pick up?" --run {shlex.quote(str(run))}')
+        run, rows = recipe.out / "direct" / "psa-lite", json.loads((recipe.out / "table.json").read_text())
+        report = None if options.small else recipe.out / "report.html"
+        print_result(
+            options.json,
+            {"file": recipe.out / "table.md", "rows": rows, "report": report, "run": run},
+            f'next: egopatch ask --video FILE "what does the person pick up?" --run {shlex.quote(str(run))}',
+        )
     return code
 
 
@@ -131,7 +141,8 @@ class Recipe:
         return ("--run.dir", f"{self.out}/{name}")
 
 
-def _run_full(recipe: Recipe) -> int:
+def _run_full(recipe: Recipe, stdout: TextIO | None) -> int:
+    """Run the whole demo; `stdout` is that of its processes."""
     if code := _run_here(recipe.features()):
         return code
     # Small heads use a second core badly, so the two splits train side by side.
@@ -139,7 +150,7 @@ def _run_full(recipe: Recipe) -> int:
 
     def train(split: str) -> int:
         command = [sys.executable, "-m", "egopatch", "demo", "--out", str(recipe.out), "--train-only", split]
-        return subprocess.run(command, env=environment).returncode
+        return subprocess.run(command, env=environment, stdout=stdout).returncode
 
     with ThreadPoolExecutor(max_workers=min(usable_cores(), len(SPLITS))) as pool:
         codes = list(pool.map(train, SPLITS))

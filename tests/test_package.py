@@ -20,6 +20,7 @@ import yaml
 from egopatch import __version__ as version
 from egopatch.environment import require_environment
 from egopatch.train.rundir.card import plain
+from tests.json_keys import documented_keys
 from tests.train.tiny import with_run, write_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -191,7 +192,7 @@ def test_every_command_of_a_stage_prints_json() -> None:
     from egopatch.completion import _commands_of
 
     without = [f"{stage} {name}" for stage in STAGES for name, words in _commands_of(stage) if "--json" not in words]
-    assert without == ["train bench"]  # whose scripts have options of their own
+    assert without == []
 
 
 @pytest.mark.slow
@@ -210,6 +211,31 @@ def test_completion_knows_commands_and_options() -> None:
     assert complete("egopatch", "extract", "run", "--video.fr") == ["--video.frames"]
     assert complete("egopatch", "ask", "--vid")[0] == "--video"
     assert complete("egopatch", "features", "verify", "--so") == ["--sources"]
+
+
+def test_the_demo_ends_with_its_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from egopatch import demo
+
+    def run_here(commands: list[tuple[str, ...]]) -> int:
+        print(f"$ {len(commands)} commands")
+        (tmp_path / "table.json").write_text('[{"model": "psa (lite)"}]')
+        return 0
+
+    monkeypatch.setattr(demo, "_run_here", run_here)
+    args = ["--small", "--out", str(tmp_path)]
+    assert demo.main([*args, "--json"]) == 0
+    shown = capsys.readouterr()
+    result = json.loads(shown.out)
+    assert result.keys() == documented_keys("demo")
+    assert (result["rows"], result["report"]) == ([{"model": "psa (lite)"}], None)
+    assert shown.err == "$ 5 commands\n"
+    assert demo.main(args) == 0
+    assert f"--run {result['run']}" in capsys.readouterr().out
+    monkeypatch.setattr(demo, "_run_here", lambda commands: 130)
+    assert demo.main([*args, "--json"]) == 130
+    assert capsys.readouterr().out == ""
 
 
 def test_the_demos_commands_name_options_and_write_below_one_folder(tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from egopatch.extract.__main__ import main
+from egopatch.extract.__main__ import COMMANDS, main
 from egopatch.extract.datasets import load_dataset
 from egopatch.extract.worker.job import resolve_job
 from egopatch.extract.worker.job_stats import jobs_path
 from egopatch.features import open_store
 from tests.extract.job import CLIPS, config_of, options, videos
+from tests.json_keys import documented_keys
 
 
 def test_the_store_holds_what_the_encoder_says(made: Path) -> None:
@@ -49,6 +50,41 @@ def test_a_second_run_encodes_nothing(made: Path, capsys: pytest.CaptureFixture[
     (store,) = json.loads(shown.out)["stores"]
     assert (store["path"], store["clips"], store["encoded"]) == (str(made / "store"), CLIPS, 0)
     assert "this run encoded 0 clips" in shown.err
+
+
+@pytest.mark.slow
+def test_every_command_prints_its_documented_keys_in_json(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("egopatch.extract.commands.inputs.synth.render", lambda *_, **__: None)  # it takes seconds
+    config, video = options(made), videos(made)[0]
+    shutil.copy(video, tmp_path / "a.mp4")
+    (tmp_path / "clips.jsonl").write_text(json.dumps({"clip_id": "a", "video": "a.mp4"}))
+    own = ["--data.name", "jsonl", "--data.root", str(tmp_path), "--data.questions", "null"]
+    new = ["--encoder.checkpoint", str(tmp_path / "w.pth"), "--text.model", str(tmp_path / "tokenizer")]
+    commands = {
+        "plan": [*config, "--probe", "0"],
+        "plan --clips": [*config, "--clips", "9", "--clips-per-second", "2"],
+        "run": config,
+        "retry": config,
+        "status": config,
+        "doctor": config,
+        "transcode": [*config, *own, "--out", str(tmp_path / "copies")],
+        "standin": [*config, *new],
+        "frames": [str(video), "--out", str(tmp_path / "f.npz"), "--video.frames", "2"],
+        "synth": ["--out", str(tmp_path / "synth"), "--clips", "20"],
+        "checkpoint": ["inspect", str(made / "weights.pth")],
+    }
+    # The tests of these two are in test_provide.py and test_own_videos.py.
+    assert {*commands, "data", "videos"} == {*COMMANDS, "plan --clips"}
+    for command, args in commands.items():
+        name = command.split()[0]
+        assert main([name, *args, "--json"]) == 0, command
+        result = json.loads(capsys.readouterr().out)
+        expected = documented_keys("doctor" if name == "doctor" else f"extract {command}", also=name == "doctor")
+        assert result.keys() == expected, command
+        for store in result.get("stores", []):
+            assert store.keys() == documented_keys("extract run", each=True)
 
 
 def test_another_depth_is_refused_with_the_difference(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from egopatch.extract.datasets import DatasetError
 from egopatch.extract.datasets.folder import cut, find_videos
 from egopatch.features import open_store
 from tests.extract.video.videos import write_video
+from tests.json_keys import documented_keys
 
 SMALL = ("--video.frames", "2", "--video.size", "32", "--encoder.depth", "6", "--engine.decoders", "1")
 
@@ -91,6 +92,7 @@ def test_a_folder_becomes_a_store(
     assert "4/5 clips and 1 questions stored; this run encoded 1 clips" in shown.err
     result = json.loads(shown.out)
     assert (result["videos"], result["config"]) == (4, str(file))
+    assert result.keys() == documented_keys("extract videos")
     (of_store,) = result["stores"]
     assert (of_store["clips"], of_store["texts"], list(of_store["quarantine"])) == (4, 1, ["bad.mp4"])
     assert file.read_text() == edited

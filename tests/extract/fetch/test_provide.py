@@ -26,6 +26,7 @@ from egopatch.extract.fetch.provide import required_files
 from egopatch.extract.fetch.sources import DEFAULT_SOURCES, load_sources
 from tests.extract.fetch.loopback import Served, Server, serving
 from tests.extract.fetch.test_archives import tar
+from tests.json_keys import documented_keys
 
 TOKENIZER = ("config.json", "tokenizer.json")
 
@@ -89,8 +90,9 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Publi
 def states(published: Published, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, dict[str, str]]:
     capsys.readouterr()
     code = main([*published.args, "--json", *more])
-    out = capsys.readouterr().out
-    return code, {one["name"]: one["state"] for one in json.loads(out)["files"]}
+    result = json.loads(capsys.readouterr().out)
+    assert result.keys() == documented_keys("extract data")
+    return code, {one["name"]: one["state"] for one in result["files"]}
 
 
 def test_everything_is_fetched_unpacked_and_locked(published: Published, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,39 @@
+"""`--json` of every command on stores: one object on standard output, with the keys that docs/usage.md names."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from egopatch.features import create_store
+from egopatch.features.__main__ import COMMANDS, main
+from egopatch.features.storage.pick import storage_at
+from tests.features.conftest import FINGERPRINT, IDS, SPEC, fill
+from tests.features.test_verify import TEXT_SPEC, TEXTS
+from tests.json_keys import documented_keys
+
+
+def test_every_command_prints_the_documented_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, copy = str(tmp_path / "store"), str(tmp_path / "copy")
+    fill(create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS))
+    fill(create_store(tmp_path / "store" / "text", TEXT_SPEC, FINGERPRINT, TEXTS))
+    (tmp_path / "videos").mkdir()
+    commands = {
+        "info": [store],
+        "verify": [store, "--sources", str(tmp_path / "videos")],
+        "repair": [store],
+        "unlock": [store],
+        "convert": [store, "--to", copy],
+        "compare": [store, copy],
+        "derive": [store, "--keep", "0.5"],
+        "export": [store, "--to", "npy", "--out", str(tmp_path / "files")],
+        "import": [str(tmp_path / "files"), "--to", str(tmp_path / "imported"), "--grid", "2x3"],
+    }
+    assert commands.keys() == COMMANDS.keys()
+    for name, args in commands.items():
+        assert main([name, *args, "--json"]) == 0, name
+        shown = capsys.readouterr()
+        also = name in ("info", "verify")
+        assert json.loads(shown.out).keys() == documented_keys(f"features {name}", also), name
+        assert shown.err == ""
+    assert not storage_at(tmp_path / "imported").exists("text")
