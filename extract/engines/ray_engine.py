@@ -7,6 +7,7 @@ committed, and the others take its remaining shards.
 
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -21,7 +22,9 @@ from egopatch.extract.datasets import Clip
 from egopatch.extract.engines.sharing import WorkersDied, run_worker
 from egopatch.extract.worker.job_stats import JobStats
 from egopatch.features import ShardWork
+from egopatch.features.common.child_errors import ChildTraceback
 
+COLOUR = re.compile(r"\x1b\[\d*m")  # in Ray's reports
 REACH_S = 5.0
 POLL_S = 1.0
 
@@ -91,7 +94,8 @@ def _gather(ray: Any, waiting: list[Any]) -> JobStats:
                     ) from error
                 died = error
             except ray.exceptions.RayTaskError as error:
-                raise error.cause from None  # the worker's own error, without Ray's report around it
+                # The worker's own error; Ray's report, with the worker's traceback, is shown where an error is no line.
+                raise error.cause from ChildTraceback(COLOUR.sub("", str(error)))
     if died is not None:
         raise WorkersDied from died
     return stats

@@ -75,13 +75,20 @@ class DecodePool(Generic[Prepared]):
         )
         # Starts the children, and the threads that replace those that end. The tracker of semaphores, whose start would
         # let signals in again, runs since semaphores were required above.
-        with children_without_interrupts():
-            assert self._pool.active
+        try:
+            with children_without_interrupts():
+                assert self._pool.active
+        except BaseException:  # such as a Ctrl-C that came meanwhile, which is raised at the end of the block
+            self._close()
+            raise
 
     def __enter__(self) -> "DecodePool[Prepared]":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
         self._pool.stop()
         self._pool.join()
         self._shared.remove()

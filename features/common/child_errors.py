@@ -23,10 +23,21 @@ def sendable(error: BaseException) -> BaseException:
     return ChildError(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
+class ChildTraceback(Exception):
+    """The traceback of a child process as text: the cause of the error that came from it."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
 @contextmanager
 def sendable_errors() -> Iterator[None]:
-    """Raise the errors of the block, or of the function that this decorates, as `sendable` returns them."""
+    """Raise the errors of the block, or of the function that this decorates, as `sendable` returns them.
+
+    What formats the traceback of a `ChildError` finds that of the error itself above it.
+    """
     try:
         yield
     except Exception as error:
-        raise sendable(error) from error.__cause__
+        sent = sendable(error)
+        raise sent from (error.__cause__ if sent is error else error)

@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 from egopatch.configs.command_line import load_config
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.__main__ import main
-from egopatch.extract.engines.ray_engine import _fit
+from egopatch.extract.engines.ray_engine import _fit, _gather
 from egopatch.features import open_store
 from egopatch.features.tools.verify import verify
 from tests.extract.job import CLIPS, contents, ledger_lines, options, start_job
@@ -200,6 +202,22 @@ def test_more_gpus_than_there_are_are_refused() -> None:
         _fit(load_config(demo, ["--encoder.device", "cuda:1"]), cluster, nodes=2, shards=100)
     with pytest.raises(ConfigError, match="has no GPU"):
         _fit(load_config(demo, ["--encoder.device", "cuda"]), {"CPU": 8.0}, nodes=1, shards=100)
+
+
+def test_an_error_of_a_worker_comes_with_its_traceback() -> None:
+    class RayTaskError(Exception):
+        cause = RuntimeError("no driver")
+
+    def get(_: str) -> None:
+        raise RayTaskError('\x1b[36mray::_Worker.work()\x1b[39m (pid=7)\n  File "mine.py", line 3, in encode')
+
+    exceptions = types.SimpleNamespace(RayActorError=type("RayActorError", (Exception,), {}), RayTaskError=RayTaskError)
+    ray = types.SimpleNamespace(exceptions=exceptions, get=get, wait=lambda tasks, timeout: (tasks, []))
+    with pytest.raises(RuntimeError, match="no driver") as caught:
+        _gather(ray, ["task"])
+    shown = "".join(traceback.format_exception(caught.value))
+    assert 'ray::_Worker.work() (pid=7)\n  File "mine.py", line 3, in encode\n' in shown
+    assert "RayTaskError" not in shown
 
 
 def _free_port() -> int:

@@ -4,6 +4,7 @@ a worker's error reaches the job."""
 import dataclasses
 import sys
 import threading
+import traceback
 import types
 from pathlib import Path
 from typing import Any
@@ -116,3 +117,5 @@ def test_an_error_of_a_worker_reaches_the_job(
     with pytest.raises(sent, match="no driver") as caught:
         sharing.run_worker(Config(), b"", 0, 1, [], {}, "cpu", 1)
     assert (caught.value is error) == (sent is not ChildError)
+    # An engine sends the traceback as text: it leads to the place where the error was raised.
+    assert "in fail" in "".join(traceback.format_exception(caught.value))

@@ -1,12 +1,15 @@
 import errno
+import multiprocessing
 import os
 import re
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pebble import ProcessPool
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
@@ -126,6 +129,20 @@ def test_a_child_that(reasons: dict[Callable[[], None], str], tmp_path: Path) ->
         assert re.search(reason, bad.reason), bad.reason
         assert "\n" not in bad.reason
         assert bad.traceback.startswith("Traceback") or reasons is KILLED  # a killed child has none to give
+
+
+def test_an_interrupt_while_children_start_stops_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(ProcessPool):
+        @property
+        def active(self) -> bool:
+            started = bool(super().active)
+            signal.raise_signal(signal.SIGINT)
+            return started
+
+    monkeypatch.setattr("egopatch.extract.feed.pool.ProcessPool", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        DecodePool(SMALL, 2, prepare_clip)
+    assert not [child for child in multiprocessing.active_children() if child.name == "pebble_pool_worker"]
 
 
 def test_a_bad_file_comes_back_with_reason_and_traceback(tmp_path: Path) -> None:
