@@ -18,6 +18,9 @@ ifneq ($(UNKNOWN),)
 $(error no target uses $(UNKNOWN); the variables are $(VARIABLES), as in make train CONFIG=configs/demo/lite.yaml)
 endif
 
+# Hundreds of processes import the code, which then need not compile it, and pytest need not rewrite its tests.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Imports that touch most packages.
 INTACT := import jinja2, joblib, matplotlib, safetensors, torch, transformers, zarr, egopatch
 
