@@ -1,6 +1,7 @@
 """Small stores, and what was put into them."""
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,17 @@ def fill(store: Store, skip: tuple[str, ...] = ()) -> dict[str, dict[str, Tensor
             store.write_shard(work.shard, rows, {name: f"sha256:{name}" for name in rows})
         written |= rows
     return written
+
+
+@pytest.fixture
+def in_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where temporary files are in memory, if it has a folder: there an fsync, thousands in some tests, takes no time.
+
+    A killed process loses as little there as on a disk: what it has written is the system's.
+    """
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
 
 
 @pytest.fixture(params=FORMATS)

@@ -102,23 +102,23 @@ def crash_at_every(points: Iterator[int], root: Path, format: str) -> int:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_killed_at_some_file_operations(tmp_path: Path, format: str) -> None:
-    assert crash_at_every(iter(range(1, 1000, 29)), tmp_path, format) >= 4
+def test_killed_at_some_file_operations(in_memory: Path, format: str) -> None:
+    assert crash_at_every(iter(range(1, 1000, 29)), in_memory, format) >= 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
-def test_killed_at_every_file_operation(tmp_path: Path, format: str) -> None:
-    assert crash_at_every(iter(range(1000)), tmp_path, format) >= 120
+def test_killed_at_every_file_operation(in_memory: Path, format: str) -> None:
+    assert crash_at_every(iter(range(1000)), in_memory, format) >= 120
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
-def test_killed_at_random_moments(tmp_path: Path, format: str) -> None:
-    operations = count_operations(lambda: job(tmp_path / "whole", format))
+def test_killed_at_random_moments(in_memory: Path, format: str) -> None:
+    operations = count_operations(lambda: job(in_memory / "whole", format))
     chance = random.Random(0)
     for n in range(30):
-        root = tmp_path / str(n)
+        root = in_memory / str(n)
         reached, report = os.pipe()
 
         def work(root: Path = root, report: int = report, at_once: int = 1 + n % 3) -> None:

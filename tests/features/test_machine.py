@@ -160,12 +160,14 @@ def run(format: str, examples: int, steps: int) -> None:
     )
 
 
+@pytest.mark.usefixtures("in_memory")
 @pytest.mark.parametrize("format", FORMATS)
 def test_store_against_a_dict(format: str) -> None:
     run(format, examples=6, steps=12)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_memory")
 @pytest.mark.parametrize("format", FORMATS)
 def test_store_against_a_dict_for_long(format: str) -> None:
     run(format, examples=80, steps=25)
