@@ -5,14 +5,17 @@ import sys
 from pathlib import Path
 
 import nltk.corpus
+import numpy as np
 import pytest
+from sacrebleu.metrics.bleu import BLEU
 
 from egopatch.configs.schema import Config, DataConfig
 from egopatch.extract.datasets import Question, load_dataset
 from egopatch.train.__main__ import main
 from egopatch.train.report.page import write_report
 from egopatch.train.report.table import write_table
-from egopatch.train.scores.text_metrics import NAMES, TextMetricsError, text_metrics
+from egopatch.train.scores.statistics import Interval
+from egopatch.train.scores.text_metrics import NAMES, TextMetricsError, text_intervals, text_metrics
 from tests.extract.datasets.test_released import qaego4d
 from tests.train.fake_runs import write_run
 
@@ -92,10 +95,12 @@ def test_open_answers_of_qaego4d_stand_in_the_table_and_the_report(runs: tuple[C
     assert record["text"]["exact_match"] == record["all"] == 50
     assert near["rouge_l"] > empty["rouge_l"] == 50
     text = (folder / "table.md").read_text()
-    cells = " | ".join(f"{value:.2f}" for value in record["text"].values())
+    answers = [{"20": "on the table", "21": given} for given in ("in a drawer", "")]
+    found = text_intervals(questions, answers)
+    cells = " | ".join(f"{one.mean:.2f} [{one.low:.1f}, {one.high:.1f}]" for one in found.values())
     assert f"| System | Exact match | BLEU-4 | METEOR | ROUGE-L |\n|:--|--:|--:|--:|--:|\n| psa | {cells} |\n" in text
     page = write_report(config, folder).read_text()
-    row = "".join(f"<td>{value:.2f}</td>" for value in record["text"].values())
+    row = "".join(f"<td>{cell}</td>" for cell in cells.split(" | "))
     assert f"<td>psa</td>{row}</tr>" in page
     (folder / "psa_1" / "predictions.jsonl").unlink()
     assert "text" not in write_table(folder, config)[0]
@@ -114,6 +119,62 @@ def test_a_table_without_the_libraries_says_what_to_install(
 
 def test_no_questions_have_no_metrics() -> None:
     assert text_metrics([], {}) == {}
+    assert text_intervals([], [{}]) == {}
+
+
+WORDS = ("the", "cup", "is", "on", "a", "table")
+CLIPS = 60
+
+
+def made_up(generator: np.random.Generator) -> tuple[list[Question], list[dict[str, str]]]:
+    """Questions on clips of one to four, and answers of two seeds that are right more often on some clips."""
+    questions: list[Question] = []
+    answers: list[dict[str, str]] = [{}, {}]
+    for clip, count in enumerate(generator.integers(1, 5, size=CLIPS)):
+        share = generator.uniform(0.3, 1)
+        for _ in range(count):
+            right = generator.choice(WORDS, size=generator.integers(3, 9))
+            questions.append(Question(str(len(questions)), f"clip {clip}", "?", " ".join(right), "open", ()))
+            for one in answers:
+                words = np.where(generator.random(len(right)) < share, right, generator.choice(WORDS, len(right)))
+                one[questions[-1].question_id] = " ".join(words[: generator.integers(2, len(right) + 1)])
+    return questions, answers
+
+
+@pytest.mark.usefixtures("no_synonyms")
+def test_intervals_are_as_wide_as_those_of_a_plain_bootstrap() -> None:
+    generator = np.random.default_rng(3)
+    questions, (answers, _) = made_up(generator)
+    found, means = text_intervals(questions, [answers]), text_metrics(questions, answers)
+    assert {name: one.mean for name, one in found.items()} == pytest.approx(means)
+    of_clip = [[question for question in questions if question.clip_id == f"clip {clip}"] for clip in range(CLIPS)]
+    bleu = BLEU(lowercase=True, smooth_method="none")
+    drawn = []
+    for _ in range(400):
+        asked = [question for clip in generator.integers(CLIPS, size=CLIPS) for question in of_clip[clip]]
+        said, right = [answers[one.question_id] for one in asked], [one.answer for one in asked]
+        exact = 100 * np.mean([one == other for one, other in zip(said, right)])
+        drawn.append((bleu.corpus_score(said, [right]).score, exact))
+    for name, resampled in zip(("bleu_4", "exact_match"), np.array(drawn).T):
+        low, high = np.percentile(resampled, [2.5, 97.5])
+        assert found[name].high - found[name].low == pytest.approx(high - low, rel=0.15)
+        assert (found[name].low, found[name].high) == pytest.approx((low, high), abs=0.1 * (high - low))
+
+
+@pytest.mark.usefixtures("no_synonyms")
+def test_seeds_widen_the_interval_of_bleu() -> None:
+    questions, answers = made_up(np.random.default_rng(4))
+    one, both = text_intervals(questions, answers[:1])["bleu_4"], text_intervals(questions, answers)["bleu_4"]
+    assert both.mean == pytest.approx(np.mean([text_metrics(questions, seed)["bleu_4"] for seed in answers]))
+    far = answers[0] | {question.question_id: question.answer for question in questions[:40]}
+    apart = text_intervals(questions, [answers[0], far])["bleu_4"]
+    assert apart.high - apart.low > 2 * (one.high - one.low)
+
+
+@pytest.mark.usefixtures("no_synonyms")
+def test_a_bleu_of_zero_tells_nothing() -> None:
+    found = text_intervals(QUESTIONS, [dict.fromkeys(ANSWERS, "no"), ANSWERS])
+    assert found["bleu_4"] == Interval(pytest.approx(50), 0.0, 100.0)
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from egopatch.train.report.sources import SourceError
 from egopatch.train.rundir.results import COLUMNS, SPLITS, Row, data_title
 from egopatch.train.scores.metrics import PredictionError, read_predictions, same_lower_cased
 from egopatch.train.scores.statistics import Comparison, Interval, accuracy, compare
-from egopatch.train.scores.text_metrics import TextMetricsError, text_metrics
+from egopatch.train.scores.text_metrics import TextMetricsError, text_intervals
 
 
 @dataclass(frozen=True)
@@ -113,8 +112,8 @@ def correctness(row: Row, questions: Questions) -> Correctness:
     return Correctness(np.array([list(one.values()) for one in right], dtype=bool), right[0], answers[0])
 
 
-def text_scores(rows: Sequence[Row], questions: Questions, problems: list[str]) -> dict[str, dict[str, float]]:
-    """Metrics of the answers as texts, mean over seeds, by label; none unless the data set has free answers.
+def text_scores(rows: Sequence[Row], questions: Questions, problems: list[str]) -> dict[str, dict[str, Interval]]:
+    """Metrics of the answers as texts by label, mean over seeds; none unless the data set has free answers.
 
     A missing library is added to `problems`.
 
@@ -124,11 +123,11 @@ def text_scores(rows: Sequence[Row], questions: Questions, problems: list[str]) 
     scores = {}
     for row in rows if questions.free_answers else ():
         try:
-            runs = [text_metrics(tuple(questions.by_id.values()), read_answers(run.dir, questions)) for run in row.runs]
+            answers = [read_answers(run.dir, questions) for run in row.runs]
+            scores[row.label] = text_intervals(tuple(questions.by_id.values()), answers)
         except TextMetricsError as error:
             problems.append(f"no BLEU-4, METEOR and ROUGE-L: {error}")
             return {}
-        scores[row.label] = {name: fmean(run[name] for run in runs) for name in runs[0]}
     return scores
 
 

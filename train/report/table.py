@@ -18,7 +18,7 @@ from egopatch.train.scores.text_metrics import NAMES
 # Intervals of a row, by column or `tag X`.
 RowIntervals = Mapping[str, Interval]
 # Metrics of a split's answers as texts, by label and name.
-Texts = Mapping[str, Mapping[str, float]]
+Texts = Mapping[str, Mapping[str, Interval]]
 TEXTS = "Answers as lower-cased texts, in percent, mean over seeds: by sacrebleu, nltk and rouge-score."
 
 
@@ -75,7 +75,7 @@ def _read_answers(config: Config, split: str, results: Results, problems: list[s
     )
 
 
-def record(row: Row, folder: Path, texts: Mapping[str, float]) -> dict[str, Any]:
+def record(row: Row, folder: Path, texts: Mapping[str, Interval]) -> dict[str, Any]:
     """One entry of `table.json`."""
     numbers = {part: None if (mean := row.mean(part)) is None else round(mean, 2) for part in COLUMNS}
     return {
@@ -85,7 +85,7 @@ def record(row: Row, folder: Path, texts: Mapping[str, float]) -> dict[str, Any]
         "n": row.n("all"),
         "checkpoint": _relative(row.best.checkpoint, folder),
         "log": _relative(row.best.log, folder),
-        **({"text": {name: round(value, 2) for name, value in texts.items()}} if texts else {}),
+        **({"text": {name: round(found.mean, 2) for name, found in texts.items()}} if texts else {}),
     }
 
 
@@ -144,7 +144,8 @@ def _with_interval(mean: float | None, interval: Interval | None) -> str:
 
 def text_cells(row: Row, texts: Texts) -> list[str]:
     """The metrics of a row's answers as texts, in the order of `NAMES`."""
-    return [f"{texts[row.label][name]:.2f}" if row.label in texts else "–" for name in NAMES]
+    found = texts.get(row.label)
+    return ["–" if found is None else _with_interval(found[name].mean, found[name]) for name in NAMES]
 
 
 def training_cells(row: Row) -> tuple[str, str]:

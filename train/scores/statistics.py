@@ -103,6 +103,26 @@ def accuracy(right: ArrayLike, clips: Sequence[str] | Sequence[int]) -> Interval
     return _interval(parts.mean, parts.spread(parts.clip_effects), bounds=(0, 100))
 
 
+def interval(scores: ArrayLike, effects: ArrayLike) -> Interval:
+    """The mean of any score with its interval, such as that of all answers together.
+
+    Args:
+        scores: [S] score of each seed, in percent.
+        effects: [S, C] by how much each clip shifts a seed's score, times C, to first order; a row sums to zero.
+    """
+    parts = _Parts.of_effects(np.asarray(scores, dtype=float), np.asarray(effects, dtype=float))
+    return _interval(parts.mean, parts.spread(parts.clip_effects), bounds=(0, 100))
+
+
+def clip_sums(values: ArrayLike, clips: Sequence[str] | Sequence[int]) -> Matrix:
+    """Sums [..., C] over the questions of each clip, of values [..., Q]."""
+    values = np.asarray(values, dtype=float)
+    _, index = np.unique(np.asarray(clips), return_inverse=True)
+    rows = values.reshape(-1, values.shape[-1])
+    sums = np.array([np.bincount(index, weights=row) for row in rows], dtype=float)
+    return sums.reshape(*values.shape[:-1], -1)
+
+
 def compare(ours: ArrayLike, theirs: ArrayLike, clips: Sequence[str] | Sequence[int]) -> Comparison:
     """How far `ours` [S, Q] is above `theirs` [R, Q] on the same questions.
 
@@ -188,20 +208,22 @@ class _Parts:
         values = 100 * np.asarray(right, dtype=float)
         if not values.size or values.ndim != 2 or values.shape[1] != len(clips):
             raise ValueError(f"values have shape {values.shape}; expected [seeds, {len(clips)}], not empty")
-        seeds = len(values)
-        _, index = np.unique(np.asarray(clips), return_inverse=True)
-        counts = np.bincount(index).astype(float)
-        sums = np.stack([np.bincount(index, weights=row, minlength=len(counts)) for row in values])
+        counts = clip_sums(np.ones(len(clips)), clips)
         means = values.mean(axis=1)
         # Clips have different numbers of questions, so the mean is a ratio of sums; these are its linear terms.
-        effects = (sums - means[:, None] * counts) / counts.mean()  # [S, C]
+        return cls.of_effects(means, (clip_sums(values, clips) - means[:, None] * counts) / counts.mean())
+
+    @classmethod
+    def of_effects(cls, means: Matrix, effects: Matrix) -> "_Parts":
+        """Those of the means [S] of the seeds, which the clips shift by `effects` [S, C] / C."""
+        seeds, count = effects.shape
         of_clip = effects.mean(axis=0)
         of_seeds = of_both = 0.0
         if seeds > 1:
             of_seeds = float(means.var(ddof=1)) / seeds
-            if len(counts) > 1:
-                squares = float(((effects - of_clip) ** 2).sum()) / ((seeds - 1) * (len(counts) - 1))
-                of_both = squares / (seeds * len(counts))
+            if count > 1:
+                squares = float(((effects - of_clip) ** 2).sum()) / ((seeds - 1) * (count - 1))
+                of_both = squares / (seeds * count)
         return cls(seeds, float(means.mean()), of_clip, of_seeds, of_both)
 
     def spread(self, clip_effects: Matrix, other: "_Parts | None" = None) -> _Spread:

@@ -2,13 +2,19 @@
 
 All but exact match are computed by libraries: BLEU by sacrebleu, METEOR by nltk, ROUGE by rouge-score. `pip install
 'egopatch[text-metrics]'` installs them.
+
+BLEU is one of all answers together: a product of powers of sums over them. By how much a clip shifts it, to first
+order, is what the clip adds to the logarithms of these sums, and its interval follows as that of a mean does.
 """
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from dataclasses import dataclass
+
+import numpy as np
 
 from egopatch.extract.datasets import Question
 from egopatch.train.scores.metrics import normalise
+from egopatch.train.scores.statistics import Interval, Matrix, accuracy, clip_sums, interval
 
 NAMES = {"exact_match": "Exact match", "bleu_4": "BLEU-4", "meteor": "METEOR", "rouge_l": "ROUGE-L"}
 INSTALL = "pip install 'egopatch[text-metrics]'"
@@ -17,6 +23,44 @@ WORDNET = "python -m nltk.downloader wordnet"
 
 class TextMetricsError(ValueError):
     """A library or its data are missing; the message names the command that installs them."""
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """The answers of one system, Q of them.
+
+    Attributes:
+        values: [Q] from 0 to 1 of each metric that is a mean over answers.
+        correct, total: [4, Q] n-grams of n = 1 to 4 words that are also in the annotated answer, and all.
+        lengths, right_lengths: [Q] words of the answer and of the annotated one.
+    """
+
+    values: Mapping[str, Matrix]
+    correct: Matrix
+    total: Matrix
+    lengths: Matrix
+    right_lengths: Matrix
+
+    def bleu(self) -> float:
+        """BLEU-4 of all answers, in percent."""
+        from sacrebleu.metrics.bleu import BLEU
+
+        counts = [[int(n) for n in sums] for sums in (self.correct.sum(axis=1), self.total.sum(axis=1))]
+        return float(BLEU.compute_bleu(*counts, int(self.lengths.sum()), int(self.right_lengths.sum())).score)
+
+    def bleu_effects(self, clips: Sequence[str]) -> Matrix | None:
+        """[C] by how much each clip shifts BLEU, times C; None where BLEU is 0, and so without a slope."""
+        if not self.correct.sum(axis=1).all():
+            return None
+
+        def share(counts: Matrix) -> Matrix:
+            return clip_sums(counts, clips) / counts.sum(axis=-1, keepdims=True)
+
+        logarithm = (share(self.correct) - share(self.total)).mean(axis=0)
+        length, right = self.lengths.sum(), self.right_lengths.sum()
+        if length < right:  # the penalty for brevity, exp(1 - right / length)
+            logarithm += right / length * (share(self.lengths) - share(self.right_lengths))
+        return np.asarray(self.bleu() * logarithm * len(logarithm))
 
 
 def text_metrics(questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, float]:
@@ -33,6 +77,36 @@ def text_metrics(questions: Sequence[Question], answers: Mapping[str, str]) -> d
     """
     if not questions:
         return {}
+    texts = _compare(questions, answers)
+    means = {name: 100 * float(values.mean()) for name, values in texts.values.items()} | {"bleu_4": texts.bleu()}
+    return {name: means[name] for name in NAMES}
+
+
+def text_intervals(questions: Sequence[Question], answers: Sequence[Mapping[str, str]]) -> dict[str, Interval]:
+    """The metrics of a system, mean over its seeds, with their intervals over seeds and clips.
+
+    Where a seed's BLEU is 0, nothing is known about that of other clips: its interval is from 0 to 100.
+
+    Args:
+        questions: As for `text_metrics`.
+        answers: Those of each seed.
+
+    Raises:
+        TextMetricsError: As `text_metrics`.
+    """
+    if not questions:
+        return {}
+    clips = [question.clip_id for question in questions]
+    seeds = [_compare(questions, one) for one in answers]
+    found = {name: accuracy([seed.values[name] for seed in seeds], clips) for name in seeds[0].values}
+    scores, effects = [seed.bleu() for seed in seeds], [seed.bleu_effects(clips) for seed in seeds]
+    known = [one for one in effects if one is not None]
+    unknown = Interval(float(np.mean(scores)), 0.0, 100.0)
+    found["bleu_4"] = interval(scores, known) if len(known) == len(seeds) else unknown
+    return {name: found[name] for name in NAMES}
+
+
+def _compare(questions: Sequence[Question], answers: Mapping[str, str]) -> _Texts:
     try:
         from nltk.corpus import wordnet
         from nltk.translate.meteor_score import meteor_score
@@ -47,13 +121,19 @@ def text_metrics(questions: Sequence[Question], answers: Mapping[str, str]) -> d
     pairs = [(normalise(question.answer), normalise(answers[question.question_id])) for question in questions]
     words = [(right.split(), given.split()) for right, given in pairs]
     rouge = RougeScorer(["rougeL"])
-    # nltk's BLEU counts a missing 4-gram for every answer of fewer than four words, also for a right one.
-    bleu = BLEU(lowercase=True, smooth_method="none").corpus_score(
-        [given for _, given in pairs], [[r for r, _ in pairs]]
-    )
-    return {
-        "exact_match": 100 * fmean(right == given for right, given in pairs),
-        "bleu_4": float(bleu.score),
-        "meteor": 100 * fmean(meteor_score([right], given, wordnet=wordnet) for right, given in words),
-        "rouge_l": 100 * fmean(rouge.score(right, given)["rougeL"].fmeasure for right, given in pairs),
+    # Of each answer only the counts are used: nltk's BLEU counts a missing 4-gram for every answer of fewer than four
+    # words, also for a right one. `effective_order` keeps sacrebleu from warning about that.
+    bleu = BLEU(lowercase=True, smooth_method="none", effective_order=True)
+    counted = [bleu.sentence_score(given, [right]) for right, given in pairs]
+    values = {
+        "exact_match": [right == given for right, given in pairs],
+        "meteor": [meteor_score([right], given, wordnet=wordnet) for right, given in words],
+        "rouge_l": [rouge.score(right, given)["rougeL"].fmeasure for right, given in pairs],
     }
+    return _Texts(
+        {name: np.array(of_all, dtype=float) for name, of_all in values.items()},
+        np.array([one.counts for one in counted], dtype=float).T,
+        np.array([one.totals for one in counted], dtype=float).T,
+        np.array([one.sys_len for one in counted], dtype=float),
+        np.array([one.ref_len for one in counted], dtype=float),
+    )
