@@ -167,7 +167,7 @@ def _info(options: argparse.Namespace) -> Outcome:
     result = _facts(clips)
     for store in texts:
         result[TEXT_FOLDER] = _facts(store)
-        result["halves_differ"] = network_differences(clips, store)
+        result["network_differences"] = network_differences(clips, store)
     return 0, result, "\n".join([*_lines(result), *filter(None, [machines_line(clips.machines())])])
 
 

@@ -40,7 +40,7 @@ def test_one_network(tmp_path: Path, fields: dict, capsys: pytest.CaptureFixture
     assert substores(storage_at(texts.path)) == [""]
     assert main(["info", str(clips.path), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert shown["halves_differ"] == []
+    assert shown["network_differences"] == []
     assert shown["text"]["fingerprint"] == fields
 
 
@@ -52,4 +52,4 @@ def test_two_networks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     ):
         require_same_network(clips, texts)
     assert main(["info", str(clips.path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["halves_differ"] == network_differences(clips, texts)
+    assert json.loads(capsys.readouterr().out)["network_differences"] == network_differences(clips, texts)
