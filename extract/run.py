@@ -93,7 +93,7 @@ def extract_together(
         return [_encode_questions_of_imported(configs[0], job_slice, wait)]
     jobs = [resolve_job(config) for config in configs]
     for line in filter(None, (job.frames_line for job in jobs)):
-        print(line, flush=True)
+        print(f"note: {line}", flush=True)
     dataset = load_dataset(configs[0].data)
     clips = {clip.clip_id: clip for clip in dataset.clips}
     opened = [_open(job, dataset, retry, job_slice, refresh) for job in jobs]

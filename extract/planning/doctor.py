@@ -16,7 +16,9 @@ from egopatch.configs.schema import Config, ConfigError, DataConfig
 from egopatch.extract.datasets import PARTS, Clip, Dataset, DatasetError, Question, egotaskqa, load_dataset
 from egopatch.extract.datasets.origins import REFRESH, compare_origins
 from egopatch.extract.encoders import load_tokenizer
+from egopatch.extract.errors import CheckpointError
 from egopatch.extract.worker.device import arithmetic_advice, device_of
+from egopatch.extract.worker.job import resolve_job
 from egopatch.features import StoreError
 from egopatch.features.state.counts import read_ledger
 from egopatch.features.state.origin import Origin
@@ -58,26 +60,31 @@ class Diagnosis:
 
 
 def examine(config: Config) -> Diagnosis:
-    """Read the annotations of every split that is present, and check videos, store, tokenizer and machine.
+    """Read the annotations of every split that is present, and check videos, store, networks and machine.
 
+    A checkpoint that is not there yet is no fault: `extract data` may download it.
     Annotations that cannot be read are a fault, one item per line or record; then nothing else is checked.
 
     Raises:
         DatasetError: The folder `data.root` does not exist.
     """
-    line = arithmetic_advice(config, device_of(config.encoder.device))
-    advice = () if line is None else (line,)
-    tokenizer = [_fault("tokenizer that cannot be loaded", _faults_of_tokenizer(config))]
+    arithmetic = arithmetic_advice(config, device_of(config.encoder.device))
+    frames, faults = _checkpoint(config)
+    advice = tuple(line for line in (arithmetic, frames) if line is not None)
+    networks = [
+        _fault("tokenizer that cannot be loaded", _faults_of_tokenizer(config)),
+        _fault("checkpoint that cannot be used", faults),
+    ]
     try:
         splits = _load_splits(config.data)
     except DatasetError as error:
         if not config.data.root.is_dir():
             raise
         annotations = _fault("annotations that are missing or cannot be used", error.problems)
-        return Diagnosis({}, (annotations, *_present(tokenizer)), advice)
+        return Diagnosis({}, (annotations, *_present(networks)), advice)
     dataset = splits[config.data.split]
     is_file = functools.cache(Path.is_file)  # many clips share a video
-    findings = [*tokenizer, *_of_clips(config, dataset, is_file), *_across_splits(splits)]
+    findings = [*networks, *_of_clips(config, dataset, is_file), *_across_splits(splits)]
     for split, other in splits.items():
         findings += _of_questions(f"{split}: " if len(splits) > 1 else "", other)
     return Diagnosis(_counts(splits, dataset, is_file), _present(findings), advice)
@@ -234,6 +241,16 @@ def _across_splits(splits: Mapping[str, Dataset]) -> Iterator[Finding]:
             if known != split and content != (same.clip_id, same.text, same.answer):
                 other.append(f"{question.question_id}: {same.text!r} in {known}, {question.text!r} in {split}")
     yield _fault("question ids that belong to another question in the other split", other)
+
+
+def _checkpoint(config: Config) -> tuple[str | None, list[str]]:
+    """What to know about the checkpoint and `video.frames`, and what is wrong with it; nothing if it is not there."""
+    if config.encoder.checkpoint is None or not Path(config.encoder.checkpoint).exists():
+        return None, []
+    try:
+        return resolve_job(config).frames_line, []
+    except (CheckpointError, ConfigError) as error:
+        return None, [str(error)]
 
 
 def _faults_of_tokenizer(config: Config) -> list[str]:

@@ -47,7 +47,7 @@ class Plan:
         seconds_per_clip: Time of one worker for one clip in its slowest stage; None if no clip was probed.
         hours: Duration of the job with the configured workers; None if no clip was probed.
         ceilings: Clips a second that each stage of a worker could do, as probed; the disk as measured by earlier jobs.
-        advice: Changes that would make the job faster, one line each.
+        advice: Changes that would make the job faster or its tokens better, one line each.
         refusals: Reasons why the job would not start, one line each.
     """
 
@@ -93,7 +93,7 @@ def make_plan(config: Config, probe: int) -> Plan:
     sample = present[:: max(len(present) // probe, 1)][:probe] if probe else []
     rates = _probe(job, sample) if sample else {}
     seconds = 1 / min(rates.values()) if rates else None
-    advice = [arithmetic_advice(config, job.device)]
+    advice = [arithmetic_advice(config, job.device), job.frames_line]
     if sample:
         advice.append(long_groups_hint(sample, config.video))
         advice.append(gpu_decoder_hint(sample, config.video, decoder_count(config, worker_count(config))))

@@ -86,7 +86,7 @@ class ExtractionJob:
         if trained is None or frames <= trained:
             return None
         return (
-            f"note: {self.checkpoint.path} was trained on {trained} frames and video.frames is {frames}: the positions "
+            f"{self.checkpoint.path} was trained on {trained} frames and video.frames is {frames}: the positions "
             f"of the others are filled in as its authors do; --video.frames {trained} takes them as they were trained"
         )
 

@@ -1,5 +1,6 @@
 """`extract_features` looks up everything that its config names once and hands it on."""
 
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -53,13 +54,17 @@ def test_more_frames_than_the_checkpoint_was_trained_on_are_said(
     assert job.frames_line is None
     more = resolve_job(replace(config, video=replace(config.video, frames=4 * trained)))
     assert more.frames_line == (
-        f"note: {config.encoder.checkpoint} was trained on {trained} frames and video.frames is {4 * trained}: the "
+        f"{config.encoder.checkpoint} was trained on {trained} frames and video.frames is {4 * trained}: the "
         f"positions of the others are filled in as its authors do; --video.frames {trained} takes them as they were "
         "trained"
     )
     # Said before any data is read.
-    assert main(["run", *options(bare, "--video.frames", str(4 * trained), "--data.root", "nowhere")]) == 2
-    assert capsys.readouterr().out == f"{more.frames_line}\n"
+    changed = options(bare, "--video.frames", str(4 * trained))
+    assert main(["run", *changed, "--data.root", "nowhere"]) == 2
+    assert capsys.readouterr().out == f"note: {more.frames_line}\n"
+    for command in (["plan", "--probe", "0"], ["doctor"]):
+        assert main([*command, *changed, "--json"]) == 0
+        assert more.frames_line in json.loads(capsys.readouterr().out)["advice"]
 
 
 @pytest.mark.slow

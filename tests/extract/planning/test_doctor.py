@@ -210,3 +210,13 @@ def test_released_sets(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[
         video.write_bytes(b"video")
     assert counts["clips"] == (2 if name == "nextqa" else 3)
     assert doctor(tmp_path, capsys, "--data.name", name)[0] == 0
+
+
+def test_a_checkpoint_that_cannot_be_used(tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "weights.pth"
+    file.write_bytes(b"no checkpoint")
+    code, _, findings = doctor(write(tmp_path, records), capsys, "--encoder.checkpoint", str(file))
+    assert code == 1
+    severity, (line,) = findings["checkpoint that cannot be used"]
+    assert severity == "fault"
+    assert str(file) in line
