@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import itertools
 import re
 import sys
 import textwrap
@@ -33,6 +34,14 @@ class ConfigParser(jsonargparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # With abbreviations, `--train.epoch 3` would mean `--train.epochs 3`.
         super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args: Sequence[str], *more: Any, **options: Any) -> jsonargparse.Namespace:  # type: ignore[override]
+        """Parse as jsonargparse does, and refuse an option with empty text, which as a path would be this folder."""
+        for before, arg in itertools.pairwise(["", *args]):
+            name, _, value = arg.partition("=") if arg.startswith("--") else (before, "", arg)
+            if name.startswith("--") and not value and (arg.endswith("=") or not arg):
+                self.error(f"{name} is empty; expected a value")
+        return super().parse_args(args, *more, **options)
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> jsonargparse.Namespace:
         """Read a config file as jsonargparse does, and refuse one with a fault by its name and line."""

@@ -1,6 +1,7 @@
 """Faults of an experiment's YAML file that its parser reports badly, each with its line.
 
 YAML loaders keep the last of two equal keys in silence, and jsonargparse has a traceback for a section without options.
+Empty text would be taken for the current folder where a path is expected.
 """
 
 from collections.abc import Collection
@@ -28,7 +29,7 @@ def find_fault(text: str, sections: Collection[str]) -> str | None:
         return f"holds nothing; {expected}"
     if not isinstance(root, yaml.MappingNode):
         return f"line {root.start_mark.line + 1}: not a mapping; {expected}"
-    return _repeated_in(root) or _section_without_options(root, sections)
+    return _repeated_in(root) or _section_without_options(root, sections) or _empty_text(root)
 
 
 def repeated_key(text: str) -> str | None:
@@ -63,4 +64,14 @@ def _section_without_options(root: yaml.MappingNode, sections: Collection[str]) 
             found = "is empty" if empty else "holds no options"
             expected = f"expected `{key.value}: {{OPTION: VALUE}}`, or no such line"
             return f"line {key.start_mark.line + 1}: section {key.value} {found}; {expected}"
+    return None
+
+
+def _empty_text(root: yaml.MappingNode) -> str | None:
+    """As a path it would be the current folder."""
+    for section, options in root.value:
+        for key, value in options.value if isinstance(options, yaml.MappingNode) else ():
+            if isinstance(value, yaml.ScalarNode) and value.tag.endswith(":str") and not value.value.strip():
+                where = f"line {key.start_mark.line + 1}: {section.value}.{key.value}"
+                return f"{where} is empty text; expected a value, or no such line"
     return None

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from egopatch import __version__
-from egopatch.features.common.command_line import find_command
+from egopatch.features.common.command_line import describe_failure, find_command
 
 STAGES = ("extract", "features", "train")
 COMMANDS = {
@@ -37,7 +37,14 @@ def main(args: Sequence[str] | None = None) -> int:
         return int(import_module(f"egopatch.{SHORT[name]}.__main__").main(args))
     module = f"egopatch.{name}.__main__" if name in STAGES else f"egopatch.{name}"
     try:
-        return int(import_module(module).main(args[1:]))
+        code = int(import_module(module).main(args[1:]))
+        sys.stdout.flush()
+        return code
+    except OSError as error:
+        if (failure := describe_failure(error)) is None:
+            return 0
+        print(f"egopatch {name}: failed: {failure}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"egopatch {name}: interrupted; run the same command again to resume", file=sys.stderr)
         return INTERRUPTED

@@ -11,8 +11,7 @@ from egopatch.configs.command_line import ConfigParser
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.datasets import DatasetError
 from egopatch.extract.errors import CheckpointError
-from egopatch.features.common.command_line import find_command
-from egopatch.features.common.os_errors import with_remedy
+from egopatch.features.common.command_line import describe_failure, find_command
 from egopatch.features.values.errors import BadLocation, FingerprintMismatch, StoreError
 
 # Each command is the module of the same name in `extract.commands`, or in its room `inputs`; `retry` is `run` as well.
@@ -49,12 +48,17 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         # Imported here to save start-up time: most commands need torch, which takes seconds to import.
         command = load_command(name)
-        return int(command.main(parser, args[1:], retry=True) if name == "retry" else command.main(parser, args[1:]))
+        retry = {"retry": True} if name == "retry" else {}
+        code = int(command.main(parser, args[1:], **retry))
+        sys.stdout.flush()
+        return code
     except (DatasetError, CheckpointError, ConfigError, BadLocation, FingerprintMismatch) as error:
         print(f"extract {name}: error: {error}", file=sys.stderr)
         return 2
     except (StoreError, OSError) as error:
-        print(f"extract {name}: failed: {with_remedy(error)}", file=sys.stderr)
+        if (failure := describe_failure(error)) is None:
+            return 0
+        print(f"extract {name}: failed: {failure}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"extract {name}: interrupted; run the same command again to resume", file=sys.stderr)

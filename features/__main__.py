@@ -1,6 +1,6 @@
 """`python -m features COMMAND STORE [--json]`: inspect, verify, repair and copy stores.
 
-Exit codes: 0 done; 1 the work failed or found faults; 2 wrong usage.
+Exit codes: 0 done; 1 the work failed or found faults; 2 wrong usage; 130 interrupted.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from egopatch.features.common.os_errors import with_remedy
+from egopatch.features.common.command_line import describe_failure
 from egopatch.features.common.progress import BYTES, ProgressDisplay
 from egopatch.features.common.units import format_bytes
 from egopatch.features.formats.registry import FORMATS
@@ -50,18 +50,19 @@ def main(args: Sequence[str] | None = None) -> int:
     run, _ = COMMANDS[options.command]
     try:
         code, result, text = run(options)
+        print(json.dumps(result, indent=2) if options.json else text, flush=True)
+        return code
     except BadLocation as error:
         print(f"features: {error}", file=sys.stderr)
         return 2
     except (StoreError, OSError) as error:
-        message = " ".join(with_remedy(error).split())
+        if (message := describe_failure(error)) is None:
+            return 0
         print(json.dumps({"error": message}) if options.json else f"features: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("features: interrupted; the store is intact: run the same command again", file=sys.stderr)
-        return 1
-    print(json.dumps(result, indent=2) if options.json else text)
-    return code
+        return 130
 
 
 class _Parser(argparse.ArgumentParser):

@@ -10,8 +10,7 @@ from egopatch.configs.command_line import ConfigParser
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.datasets import DatasetError
 from egopatch.extract.errors import CheckpointError
-from egopatch.features.common.command_line import find_command
-from egopatch.features.common.os_errors import with_remedy
+from egopatch.features.common.command_line import describe_failure, find_command
 from egopatch.features.values.errors import BadLocation, FingerprintMismatch, StoreError
 from egopatch.train.processes.stopping import INTERRUPTED
 
@@ -43,15 +42,13 @@ def main(args: Sequence[str] | None = None) -> int:
         code = int(load_command(name).main(parser, args[1:]))
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
-        # The reader of standard output, such as `head`, has exited. What is still buffered must go somewhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (DatasetError, CheckpointError, ConfigError, BadLocation, FingerprintMismatch) as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except (StoreError, ValueError, OSError) as error:
-        print(f"{program}: failed: {with_remedy(error)}", file=sys.stderr)
+        if (failure := describe_failure(error)) is None:
+            return 0
+        print(f"{program}: failed: {failure}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{program}: interrupted; run the same command again to resume", file=sys.stderr)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from jsonargparse.typing import NonNegativeInt, PositiveFloat
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
 from egopatch.extract.planning.forecast import format_forecast
@@ -17,9 +17,16 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     parser.add_argument(
         "--probe", type=NonNegativeInt, default=4, help="number of clips to decode and encode to estimate the duration"
     )
-    parser.add_argument("--clips", type=int | None, help="forecast a job of this many clips, without reading any data")
-    parser.add_argument("--gpus", type=int, default=1, help="number of GPUs in the forecast")
-    parser.add_argument("--cores", type=int, default=8, help="number of cores per GPU in the forecast, for decoding")
+    parser.add_argument(
+        "--clips",
+        type=PositiveInt | None,
+        default=None,
+        help="forecast a job of this many clips, without reading any data",
+    )
+    parser.add_argument("--gpus", type=PositiveInt, default=1, help="number of GPUs in the forecast")
+    parser.add_argument(
+        "--cores", type=PositiveInt, default=8, help="number of cores per GPU in the forecast, for decoding"
+    )
     parser.add_argument(
         "--clips-per-second",
         type=PositiveFloat | None,

@@ -35,6 +35,10 @@ from egopatch.features.common.disk import require_semaphores
 from egopatch.features.common.parent import exit_with_parent
 from egopatch.features.common.signals import children_without_interrupts
 
+NO_CHILDREN = (
+    "the decoder processes cannot be started, or were killed before they had a clip; check the machine's free memory"
+    " and its limit of processes, and run the same command again to resume"
+)
 Prepared = TypeVar("Prepared")
 Prepare = Callable[[Clip, VideoConfig, OncePerVideo], Prepared]
 
@@ -78,6 +82,9 @@ class DecodePool(Generic[Prepared]):
         try:
             with children_without_interrupts():
                 assert self._pool.active
+        except BrokenProcessPool as error:
+            self._close()
+            raise ChildProcessError(NO_CHILDREN) from error
         except BaseException:  # such as a Ctrl-C that came meanwhile, which is raised at the end of the block
             self._close()
             raise
@@ -135,10 +142,7 @@ class DecodePool(Generic[Prepared]):
                 reason = f"the decoder of video {clip.video} died with exit code {error.exitcode}"
             return UndecodedClip(clip, reason)
         except BrokenProcessPool as error:
-            raise ChildProcessError(
-                "the decoder processes cannot be started, or were killed before they had a clip; check the machine's"
-                " free memory and its limit of processes, and run the same command again to resume"
-            ) from error
+            raise ChildProcessError(NO_CHILDREN) from error
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,14 @@
 """Programs with several commands: which one a command line names, and how it prints its result."""
 
 import json
+import os
+import select
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
+
+from egopatch.features.common.os_errors import with_remedy
 
 
 def find_command(program: str, commands: Mapping[str, str], usage: str, args: Sequence[str]) -> str | int:
@@ -42,3 +46,30 @@ def print_result(as_json: bool, record: Mapping[str, Any], text: str | None = No
         print(json.dumps(record, indent=1, default=str))
     elif text is not None:
         print(text)
+
+
+def describe_failure(error: BaseException) -> str | None:
+    """Why a command failed, in one line; None if only the reader of its standard output, such as `head`, has exited.
+
+    What is still buffered for standard output is written; where that fails, it is dropped with all that follows, since
+    Python would try again when it exits, and print the error in lines of its own.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as lost:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        lost.filename = "standard output"
+        error = lost
+    # Not every broken pipe is this one: others lead to child processes.
+    if isinstance(error, BrokenPipeError) and (error.filename or _reader_has_exited()):
+        return None
+    return " ".join(with_remedy(error).split())
+
+
+def _reader_has_exited() -> bool:
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout, select.POLLERR)
+    except (OSError, ValueError):  # a notebook's is no file
+        return False
+    return bool(poll.poll(0))

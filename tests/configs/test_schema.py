@@ -126,6 +126,7 @@ def test_unknown_key_in_a_file_names_the_nearest(tmp_path: Path, capsys: pytest.
         ),
         (b"video: {frames: 4\nhead: {}\n", "x.yaml: line 2, column 5: not valid YAML ("),
         (b"video: {\0}\n", "x.yaml: not valid YAML (unacceptable character #x0000"),
+        (b"head: {}\nrun:\n  dir: ''\n", "x.yaml: line 3: run.dir is empty text; expected a value, or no such line"),
         (b"# nothing yet\n", "x.yaml: holds nothing; expected sections such as `head: {ratio: 0.5}`"),
         (b"- video\n", "x.yaml: line 1: not a mapping; expected sections such as `head: {ratio: 0.5}`"),
         (b"data: {root: a\xff}\n", "x.yaml: not UTF-8 text at byte 14; expected the YAML file of an experiment"),
@@ -173,6 +174,15 @@ def test_an_experiment_without_a_file_is_refused(args: list[str], capsys: pytest
         "train fit: error: no --config; expected --config FILE, the YAML file of an experiment; examples are in "
         "configs/\n"
     )
+
+
+@pytest.mark.parametrize("args", [["--run.dir", ""], ["--run.dir="], ["--head.ratio", "0.5", "--run.dir", "", "x"]])
+def test_an_empty_value_is_not_the_current_folder(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as usage:
+        parse(*args)
+    assert usage.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("error: --run.dir is empty; expected a value")
 
 
 def test_help_fits_a_screen_and_help_all_describes_every_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,19 +5,24 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from multiprocessing import synchronize
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TextIO
 
 import pytest
 
-from egopatch.features import AbsentClip
+from egopatch.features import AbsentClip, create_store
+from egopatch.features.__main__ import main
 from egopatch.features.common import disk, progress
 from egopatch.features.common.child_errors import ChildError, sendable
+from egopatch.features.common.command_line import describe_failure
 from egopatch.features.common.os_errors import with_remedy
 from egopatch.features.common.progress import BYTES, ProgressDisplay
 from egopatch.features.common.signals import signal_handlers
 from egopatch.features.common.units import format_bytes
+from tests.features.conftest import FINGERPRINT, IDS, SPEC
 
 
 @pytest.mark.parametrize(
@@ -210,3 +215,33 @@ def test_an_error_that_cannot_be_sent_is_told_as_text() -> None:
         sent = sendable(error)
         assert isinstance(sent, ChildError)
         assert str(sent) == f"{type(error).__name__}: error 3: the disk"
+
+
+def _full_disk() -> TextIO:
+    return Path("/dev/full").open("w")
+
+
+def _no_reader() -> TextIO:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "said"),
+    [(_full_disk, 1, "features: standard output: No space left on device; free some space"), (_no_reader, 0, "")],
+)
+def test_output_that_cannot_be_written_is_one_line_at_most(
+    output: Callable[[], TextIO], code: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS)
+    with monkeypatch.context() as patched, output() as stdout:
+        patched.setattr(sys, "stdout", stdout)
+        assert main(["info", str(tmp_path / "store")]) == code  # the block flushes once more, into nothing
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.startswith(said) for line in lines] == [True] * bool(said)
+
+
+def test_another_broken_pipe_is_a_failure(capfd: pytest.CaptureFixture[str]) -> None:
+    assert describe_failure(BrokenPipeError(errno.EPIPE, "Broken pipe")) == "[Errno 32] Broken pipe"

@@ -145,6 +145,15 @@ def test_an_interrupt_while_children_start_stops_them(monkeypatch: pytest.Monkey
     assert not [child for child in multiprocessing.active_children() if child.name == "pebble_pool_worker"]
 
 
+def test_children_that_cannot_be_started_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("pebble.pool.process.launch_process", refuse)
+    with pytest.raises(ChildProcessError, match=r"cannot be started.*; check the machine's free memory and its limit"):
+        DecodePool(SMALL, 2, prepare_clip)
+
+
 def test_a_bad_file_comes_back_with_reason_and_traceback(tmp_path: Path) -> None:
     with DecodePool(SMALL, 1, prepare_clip) as pool:
         (result,) = pool.map([Clip("x", tmp_path / "none.mp4")])
