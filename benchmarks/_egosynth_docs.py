@@ -86,8 +86,8 @@ def markdown(found: Mapping[str, Any]) -> str:
             lines += [
                 "",
                 f"| {split}: system | open | binary | all | all, each seed | psa (lite) is above by | wrong form | "
-                "steps to 95% | ms a step |",
-                "|:--|--:|--:|--:|--:|--:|--:|--:|--:|",
+                "steps to 95% | CPU ms a step | kB a clip |",
+                "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
             ]
         for row in rows:
             above = row.get("psa_lite_above")
@@ -95,7 +95,8 @@ def markdown(found: Mapping[str, Any]) -> str:
             seeds = ", ".join(f"{accuracy:.1f}" for accuracy in row["of_seeds"])
             cells = [*(interval(row[part]) for part in NUMBERS), seeds, text, f"{row['wrong_form']:.1f}%"]
             learned = "steps_to_95" in row
-            cells += [f"{row['steps_to_95']:.0f}", f"{1000 * row['seconds_a_step']:.0f}"] if learned else ["", ""]
+            costs = ("steps_to_95", "cpu_ms_a_step", "kb_a_clip")
+            cells += [f"{row[name]:.0f}" if learned else "" for name in costs]
             lines.append(f"| {row['system']} | {' | '.join(cells)} |")
     for split in SPLITS:
         rows = [row for row in found["ablation"] if row["split"] == split]

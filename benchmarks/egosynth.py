@@ -18,6 +18,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
 from benchmarks._egosynth_docs import NUMBERS, REFERENCE, SPLITS, markdown, write_docs
@@ -32,8 +34,12 @@ from egopatch.configs.command_line import ConfigParser, add_config_arguments, lo
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import load_dataset
 from egopatch.features import open_store
+from egopatch.features.values.dtypes import spec_row_bytes
+from egopatch.train.data.question_table import plan_batches
 from egopatch.train.explanation.explain import explain
 from egopatch.train.explanation.record import read_explanation
+from egopatch.train.fitting.experiment import open_experiment
+from egopatch.train.fitting.run_group import build_stacked_heads
 from egopatch.train.report import plots
 from egopatch.train.report.agreement import agreement
 from egopatch.train.report.answers import load_questions
@@ -45,6 +51,8 @@ from egopatch.train.sweeps.sweep import run_sweep
 RESULTS = Path(__file__).parent / "results"
 RATIOS = (0.1, 0.25, 0.5, 1.0)
 SEARCH = Path(__file__).parent / "egosynth_search.yaml"
+# Training steps that a system's cost is the median of.
+TIMED_STEPS = 40
 SEARCHED = ("question-only", "pooled (lite)", "attention (lite)", REFERENCE)
 
 
@@ -56,17 +64,18 @@ class System:
     options: tuple[str, ...]
 
 
-# The decay of psa's config, with which it converges, is not the baselines'.
-LITTLE_DECAY = ("--train.weight_decay", "0.05")
+# The rate and the decay of psa's config, with which it converges, are not the baselines'.
+BASELINE = ("--train.lr", "1e-3", "--train.weight_decay", "0.05")
 # Without video, val is highest before the last of these.
 BLIND_EPOCHS = ("--train.epochs", "12")
 SYSTEMS = {
     "majority": System("lite", ("--head.name", "majority")),
-    "question-only": System("lite", ("--head.name", "question-only", *BLIND_EPOCHS, *LITTLE_DECAY)),
+    "question-only": System("lite", ("--head.name", "question-only", *BLIND_EPOCHS, *BASELINE)),
     "egovlp": System("egovlp", ()),
-    "egovlpv2": System("egovlpv2", ("--head.name", "egovlpv2", "--train.epochs", "6", *LITTLE_DECAY)),
-    "pooled (lite)": System("lite", ("--head.name", "pooled", *LITTLE_DECAY)),
-    "attention (lite)": System("lite", ("--head.name", "attention", "--train.lr", "5e-4", *LITTLE_DECAY)),
+    "egovlpv2": System("egovlpv2", ("--head.name", "egovlpv2", *BASELINE)),
+    "pooled (lite)": System("lite", ("--head.name", "pooled", *BASELINE)),
+    "attention (lite)": System("lite", ("--head.name", "attention", *BASELINE, "--train.lr", "5e-4")),
+    "mfas": System("mfas", ()),
     "psa": System("egovlpv2", ()),
     REFERENCE: System("lite", ()),
 }
@@ -74,6 +83,7 @@ SYSTEMS = {
 ENCODERS = {
     "egovlp": "random-weight stand-in of EgoVLP",
     "egovlpv2": "random-weight stand-in of EgoVLPv2",
+    "mfas": "random-weight stand-in of MFAS, 8 x 8 patches a frame instead of 7 x 7",
     "lite": "EfficientNet-Lite0 (ImageNet) and MiniLM, real weights",
 }
 
@@ -116,15 +126,20 @@ class Bench:
         self, name: str, clips: int, seeds: Sequence[int], set_seed: int = 0, systems: Collection[str] = ()
     ) -> None:
         self.name, self.clips, self.seeds, self.set_seed = name, clips, list(seeds), set_seed
-        self.systems = [label for label in SYSTEMS if label in systems or not systems]
         self.root = Path("runs") / (f"egosynth_{name}" + (f"_{set_seed}" if set_seed else ""))
+        chosen = [label for label in SYSTEMS if label in systems or not systems]
+        # The demo has no MFAS.
+        self.systems = [label for label in chosen if self.file(SYSTEMS[label].encoder).exists()]
+
+    def file(self, encoder: str) -> Path:
+        """The config of an encoder."""
+        return Path("configs") / (f"demo/{encoder}.yaml" if self.name == "demo" else f"egosynth_hard_{encoder}.yaml")
 
     def config(self, encoder: str, split: str, *options: str) -> Config:
         """As the command line would read it, with everything below the set's own folder."""
-        file = {"demo": f"configs/demo/{encoder}.yaml", "hard": f"configs/egosynth_hard_{encoder}.yaml"}[self.name]
         parser = ConfigParser(prog="egosynth")
         add_config_arguments(parser)
-        return parse_config(parser, ["--config", file, *self.places(encoder, split), *options])[0]
+        return parse_config(parser, ["--config", str(self.file(encoder)), *self.places(encoder, split), *options])[0]
 
     def places(self, encoder: str, split: str) -> list[str]:
         weights = self.root / "weights"
@@ -144,10 +159,11 @@ class Bench:
             done = self.root / "stores" / f"{encoder}.done"
             if done.exists():
                 continue
-            file = {"demo": f"configs/demo/{encoder}.yaml", "hard": f"configs/egosynth_hard_{encoder}.yaml"}[self.name]
-            given = ["--config", file, *self.places(encoder, "direct"), *PARAPHRASES]
+            given = ["--config", str(self.file(encoder)), *self.places(encoder, "direct"), *PARAPHRASES]
             if encoder != "lite":
-                command("extract", "standin", *given)
+                # MFAS starts from a checkpoint of EgoVLPv2.
+                arch = "egovlpv2" if encoder == "mfas" else encoder
+                command("extract", "standin", *given, "--encoder.arch", arch)
             command("extract", "run", *given)
             done.touch()
 
@@ -220,8 +236,8 @@ class Bench:
         return rows
 
     def training(self, point: Mapping[str, Any]) -> dict[str, Any]:
-        """Over the seeds of a point: the accuracy of each, the percentage of answers of the wrong form, the median of
-        the steps until val reached 95% of its best, and the seconds a step, with all seeds of a stack together.
+        """Over the seeds of a point: the accuracy of each, the percentage of answers of the wrong form, and the median
+        of the steps until val reached 95% of its best.
         """
         folders = [self.root / "sweeps" / point["name"] / member["dir"] for member in point["members"]]
         tests = [json.loads((folder / "test.json").read_text()) for folder in folders]
@@ -232,10 +248,27 @@ class Bench:
         found["wrong_form"] = round(wrong, 2)
         if reached and reached[0]["steps"]:
             found["steps_to_95"] = float(np.median([event["steps"] for event in reached]))
-            found["seconds_a_step"] = round(
-                float(np.median([event["seconds"] / event["steps"] for event in reached])), 4
-            )
         return found
+
+    def cost(self, config: Config) -> dict[str, float]:
+        """What a lone seed costs: median CPU time of a training step on one core, which does not depend on the
+        machine's other work, and the bytes that the head reads of a clip. Empty for a head that learns nothing.
+        """
+        experiment = open_experiment(config)
+        head = build_stacked_heads([config], experiment, config.train.seed)
+        if not head.steps:
+            return {}
+        plan = plan_batches(experiment.train_table, config.train.batch, config.train.seed, 0)[:TIMED_STEPS]
+        took, threads = [], torch.get_num_threads()
+        torch.set_num_threads(1)
+        for batch in experiment.features.stream(experiment.train_table, plan):
+            start = time.process_time()
+            head.learn(batch)
+            took.append(time.process_time() - start)
+        torch.set_num_threads(threads)
+        store = experiment.features.store
+        read = 0 if store is None else spec_row_bytes(store.spec)
+        return {"cpu_ms_a_step": round(1000 * float(np.median(took)), 1), "kb_a_clip": round(read / 1000, 1)}
 
 
 def command(*words: str) -> None:
@@ -303,7 +336,7 @@ def gather(bench: Bench) -> dict[str, Any]:
         for label, system in SYSTEMS.items():
             if point := bench.found(f"{split}-{slug(label)}"):
                 row = {"split": split, "system": label, "encoder": ENCODERS[system.encoder], **numbers(point)}
-                row |= bench.training(point)
+                row |= bench.training(point) | bench.cost(bench.config(system.encoder, split, *system.options))
                 if whole and label != REFERENCE:
                     row["psa_lite_above"] = bench.against(whole, point, split)
                 table.append(row)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks import _egosynth_docs as bench
-from benchmarks.egosynth import RESULTS
+from benchmarks.egosynth import RESULTS, SYSTEMS, Bench
 
 
 def row(system: str, mean: float, verdict: str | None) -> dict[str, Any]:
@@ -15,7 +15,9 @@ def row(system: str, mean: float, verdict: str | None) -> dict[str, Any]:
     found: dict[str, Any] = {"split": "direct", "system": system, "open": number, "binary": number, "all": number}
     if verdict:
         found["psa_lite_above"] = {"difference": 60 - mean, "low": 1.0, "high": 9.0, "p": 0.01, "verdict": verdict}
-    return found | {"of_seeds": [mean - 1, mean, mean + 1], "wrong_form": 1.5}
+    found |= {"of_seeds": [mean - 1, mean, mean + 1], "wrong_form": 1.5}
+    learned = {"steps_to_95": 1504.0, "cpu_ms_a_step": 68.6, "kb_a_clip": 86.4}
+    return found if system == "majority" else found | learned
 
 
 def found() -> dict[str, Any]:
@@ -78,9 +80,16 @@ def test_only_the_part_of_the_set_is_replaced(tmp_path: Path) -> None:
     assert text.endswith(f"{last}\n\nafter\n")
     assert "| direct: system |" in text
     assert "| 57.0, 58.0, 59.0 |" in text
+    assert "| 1.5% | 1504 | 69 | 86 |" in text
+    assert "| 1.5% |  |  |  |" in text
     assert "earlier results" not in text
     with pytest.raises(ValueError, match=r"has no part of the demo set; expected the lines '<!-- results of the demo"):
         bench.write_docs("demo", found(), path)
+
+
+def test_a_set_has_the_systems_that_it_has_configs_for() -> None:
+    assert "mfas" in Bench("hard", 1000, [0]).systems
+    assert Bench("demo", 1000, [0]).systems == [label for label in SYSTEMS if label != "mfas"]
 
 
 @pytest.mark.parametrize("name", ["demo", "hard"])
