@@ -104,13 +104,28 @@ def run_page(page: Path, smaller: Mapping[str, str], names: dict[str, Any]) -> I
 
 def _run(command: str) -> str:
     """What a command of a page prints; `egopatch` runs in this process, which saves its start-up."""
-    words = shlex.split(command.replace("python -m extract", "egopatch extract"))
+    if command.startswith("make "):
+        return "".join(map(_run, made_by(command)))
+    words = shlex.split(re.sub(r"^python -m (?=extract|features|train)", "egopatch ", command))
     if words[0] != "egopatch":
         return subprocess.run(command, shell=True, check=True, capture_output=True, text=True).stdout
     with contextlib.redirect_stdout(io.StringIO()) as out:
         code = egopatch(words[1:])
     assert code == 0, f"{command}: exit code {code}"
     return out.getvalue()
+
+
+def made_by(command: str) -> list[str]:
+    """The commands that `make TARGETS NAME=VALUE...` runs, by the rules of the Makefile."""
+    words = shlex.split(command)[1:]
+    values = {"PY": "python"} | dict(word.split("=", 1) for word in words if "=" in word)
+    rules = (ROOT / "Makefile").read_text(encoding="utf-8")
+    found = []
+    for target in (word for word in words if "=" not in word):
+        rule = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", rules, re.MULTILINE)
+        assert rule is not None, f"the Makefile has no rule for {target}"
+        found += [re.sub(r"\$\((\w+)\)", lambda name: values[name[1]], line.strip()) for line in rule[1].splitlines()]
+    return found
 
 
 def _skeleton(line: str) -> str:

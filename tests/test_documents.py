@@ -17,23 +17,37 @@ from unittest import mock
 
 import pytest
 import torch
+import yaml
 
 from egopatch.__main__ import COMMANDS as COMMANDS_OF_EGOPATCH
+from egopatch.configs.schema import Config, RunConfig
 from egopatch.extract.datasets.egosynth.render import render
 from egopatch.features import Fingerprint, PatchTokens, StoreSpec, create_store, open_store
 from egopatch.features.store.store import Store
+from egopatch.features.tools.convert import convert
+from egopatch.train.fitting.fit import fit
+from egopatch.train.rundir.card import plain
+from tests.extract.video.videos import write_video
+from tests.features.objects import bucket, environment, server
 from tests.snippets import CODE, PAGES, blocks, run_page
+from tests.train.tiny import write_tiny
+
+__all__ = ["bucket", "environment", "server"]
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 # Pages with blocks that a test runs, and all of those.
 RUN = {
     ROOT / "README.md",
+    DOCS / "egotaskqa.md",
+    DOCS / "howto.md",
     DOCS / "notebook.md",
     DOCS / "own_loops.md",
     DOCS / "own_videos.md",
     DOCS / "store.md",
+    DOCS / "training.md",
     DOCS / "tutorial.md",
+    DOCS / "usage.md",
 }
 LANGUAGES = {*CODE, "text", "yaml", "toml", "bibtex"}
 # Each command once, with the first place where it stands.
@@ -159,6 +173,47 @@ def _run_all(page: Path, smaller: dict[str, str]) -> None:
     assert not wrong, "the page shows lines that the commands do not print"
 
 
+# What stands for the experiment on each page.
+EXPERIMENTS = {
+    "egotaskqa.md": {"configs/egotaskqa_direct.yaml": "small.yaml"},
+    "training.md": {"--config C": "--config small.yaml"},
+    "usage.md": {"configs/demo/egovlpv2.yaml": "small.yaml", "configs/demo/lite.yaml": "small.yaml"},
+}
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """An experiment in `small.yaml` of the current folder, with made-up features, one of them quarantined."""
+    monkeypatch.chdir(tmp_path)
+    demo = Path("runs", "demo")
+    config = write_tiny(demo, clips=24, bad=("clip|P0|0|1",))
+    config = dataclasses.replace(config, run=RunConfig(demo / "direct" / "psa", table=demo))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=1))
+    Path("small.yaml").write_text(yaml.safe_dump(plain(config)))
+    return config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", EXPERIMENTS)
+def test_commands_of_a_page_on_a_small_experiment(page: str, small: Config) -> None:
+    fit(small, "a test")
+    _run_all(DOCS / page, EXPERIMENTS[page])
+    assert small.run.table is not None
+    assert page == "training.md" or (small.run.table / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_commands_about_a_bucket_and_a_bad_video(small: Config, bucket: str) -> None:
+    convert(small.store.path, f"{bucket}/x")
+    write_video(Path("a.mp4"), frames=4)
+    places = {"STORE": "stores/x", "VIDEO": "a.mp4", "--config C": "--config small.yaml"}
+    _run_all(
+        DOCS / "howto.md", places | {"s3://bucket/features": bucket, "--out frames/": "--out frames --video.frames 2"}
+    )
+    assert len(open_store("stores/x").clip_ids) == 23
+    assert len(list(Path("frames").iterdir())) == 2
+
+
 @pytest.fixture(scope="module")
 def tutorial(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which the tutorial was run on few clips."""
@@ -208,7 +263,10 @@ def test_own_videos_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Monke
         video.rename(tmp_path / "data" / "mine" / "videos" / video.name)
     monkeypatch.chdir(tmp_path)
     less = "--clip-seconds 10 --video.size 112 --video.frames 4 --engine.decoders 1"
-    _run_all(DOCS / "own_videos.md", {"--clip-seconds 10": less, "epochs 2": "epochs 1"})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked = {"CLIP_ID": shlex.quote(video.name), "NEW.mp4": shlex.quote(f"data/mine/videos/{video.name}")}
+    _run_all(DOCS / "own_videos.md", {"--clip-seconds 10": less, "epochs 2": "epochs 1", **asked})
+    assert Path("answer.jpg").is_file()
 
 
 @pytest.mark.slow
