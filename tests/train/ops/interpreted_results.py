@@ -49,7 +49,9 @@ def test_every_k(k: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("k", [1, 10, 98, 196])
 def test_egovlpv2_shape_every_ratio(dtype: torch.dtype, k: int) -> None:
-    check(make_case(3, 5, 2, 196, 768, 12, dtype, scaled=True, device=DEVICE), k)
+    # A frame is selected by itself, so one k has a second frame; two clips, one of them with more questions.
+    frames = 2 if k == 98 else 1
+    check(make_case(2, 3, frames, 196, 768, 12, dtype, scaled=True, device=DEVICE), k)
 
 
 @pytest.mark.slow
@@ -81,7 +83,7 @@ def test_frames_of_several_blocks(patches: int, dtype: torch.dtype, k: int) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_the_largest_frame(dtype: torch.dtype) -> None:
-    check(make_case(2, 3, 1, 1024, 1024, 4, dtype, device=DEVICE), 256)
+    check(make_case(1, 3, 1, 1024, 1024, 2, dtype, device=DEVICE), 256)
 
 
 @pytest.mark.parametrize("k", [128, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 299))])

@@ -33,8 +33,8 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
 
 def run_interpreted(*selection: str) -> int:
     """Run the selected tests of the kernels in the interpreter, on the CPU; returns how many passed."""
-    command = ["-m", "pytest", *INTERPRETED, "-q", "-p", "no:cacheprovider", *selection]
-    result = run(command, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    command = ["-m", "pytest", *INTERPRETED, "-q", "-p", "no:cacheprovider", "-p", "tests.train.ops.interpreter"]
+    result = run([*command, *selection], TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     passed = re.search(r"(\d+) passed", result.stdout)
     assert passed is not None, result.stdout[-2000:]
