@@ -1,6 +1,6 @@
 """Time the frozen video encoder, compared with the published attention code and with the machine's matrix rate.
 
-    python benchmarks/encoder.py [--frames 16] [--depth 6] [--batch 1] [--rounds 5] [--quick] [--out FILE]
+    python benchmarks/encoder.py [--frames 16] [--depth 6] [--batch 1] [--width 768] [--rounds 5] [--quick] [--out FILE]
 
 Variants take turns in one process, so that a busy machine slows all of them; the best round of each counts. Peak memory
 is measured in a separate process for each. Weights and frames are random, which does not change the work. On a CPU one
@@ -148,7 +148,7 @@ def products(
 
 def peak_memory(variant: str, work: Work) -> int:
     """Bytes that a process grows by while it encodes once, weights and frames excluded."""
-    options = [f"--{name}={getattr(work, name)}" for name in ("frames", "depth", "batch")]
+    options = [f"--{name}={getattr(work, name)}" for name in ("frames", "depth", "batch", "width")]
     command = [sys.executable, str(Path(__file__).resolve()), *options, "--memory-of", variant]
     # A fixed threshold gives every large block back at once, so that the peak is what is alive, not what malloc keeps.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
@@ -283,15 +283,16 @@ def main() -> int:
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="two frames, one block, one round: does it run at all")
+    parser.add_argument("--quick", action="store_true", help="two frames, one narrow block, one round: does it run")
     parser.add_argument("--cuda-only", action="store_true", help="leave out what a CPU takes minutes for")
     parser.add_argument("--out", type=Path, help="results as JSON; default: benchmarks/results/encoder.json")
     parser.add_argument("--memory-of", choices=VARIANTS, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
-        options.frames, options.depth, options.rounds = 2, 1, 1
-    work = Work(options.frames, options.depth, options.batch)
+        options.frames, options.depth, options.width, options.rounds = 2, 1, 192, 1
+    work = Work(options.frames, options.depth, options.batch, options.width)
     if options.memory_of:
         print(_memory_of(options.memory_of, work))
         return 0
