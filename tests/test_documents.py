@@ -177,7 +177,11 @@ def _run_all(page: Path, smaller: dict[str, str]) -> None:
 EXPERIMENTS = {
     "egotaskqa.md": {"configs/egotaskqa_direct.yaml": "small.yaml"},
     "training.md": {"--config C": "--config small.yaml"},
-    "usage.md": {"configs/demo/egovlpv2.yaml": "small.yaml", "configs/demo/lite.yaml": "small.yaml"},
+    "usage.md": {
+        "configs/demo/egovlpv2.yaml": "small.yaml",
+        "configs/demo/lite.yaml": "small.yaml",
+        "publish --config C": "publish --config small.yaml --terms 'made up: CC0'",
+    },
 }
 
 
