@@ -11,12 +11,14 @@ import sys
 from pathlib import Path
 
 import torch
+from triton import knobs
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from egopatch.extract.encoders.layers.divided_attention import divided_attention
 from egopatch.train.ops.select_attend import select_attend
 from tests.train.ops.cases import make_case
+from tests.train.ops.interpreter import skip_idle_work
 
 # N, D, H, dtype: one block and several, wide and narrow programs, tokens that are multiplied as they are or decoded.
 SHAPES = (
@@ -28,6 +30,8 @@ SHAPES = (
 def main() -> int:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if knobs.runtime.interpret:
+        skip_idle_work()
     for patches, width, heads, dtype in SHAPES:
         case = make_case(2, 5, 2, patches, width, heads, dtype, device=device)
         leaves = case.leaves()
