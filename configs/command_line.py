@@ -163,11 +163,11 @@ def _absent_file(message: str) -> str | None:
         return None
     path = Path(absent[2])
     fault = "does not exist" if absent[1] == "File does not exist" else "is no file"
-    close = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.yaml")], n=1)
+    # Compared without their suffix, which alone makes short names alike.
+    files = {file.stem: file for file in path.parent.glob("*.yaml") if file.is_file()}
+    close = difflib.get_close_matches(path.stem, files, n=1)
     expected = "expected the YAML file of an experiment; examples are in configs/"
-    return f"--config is {str(path)!r}, which {fault}; " + (
-        f"did you mean {path.parent / close[0]}?" if close else expected
-    )
+    return f"--config is {str(path)!r}, which {fault}; " + (f"did you mean {files[close[0]]}?" if close else expected)
 
 
 def _sections() -> list[str]:

@@ -93,9 +93,8 @@ def load_sources(path: Path) -> Sources:
         text = path.read_text(encoding="utf-8")
         tree = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"sources file {path} cannot be read ({' '.join(str(error).split())}); expected YAML"
-        ) from None
+        fault = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise ConfigError(f"sources file {path} cannot be read ({fault}); expected YAML") from None
     if repeated := repeated_key(text):
         raise ConfigError(f"sources file {path}: {repeated}")
     if not isinstance(tree, dict) or set(tree) != set(SECTIONS):

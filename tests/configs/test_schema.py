@@ -144,6 +144,20 @@ def test_a_file_that_cannot_be_meant_is_refused(
     assert error.count("\n") == 1
 
 
+def test_a_near_file_is_named_and_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "kitchen.yaml").write_text("head: {ratio: 0.5}\n")
+    (tmp_path / "dir.yaml").mkdir()
+    expected = "expected the YAML file of an experiment; examples are in configs/\n"
+    for name, end in {
+        "kitchn.yaml": f"did you mean {tmp_path / 'kitchen.yaml'}?\n",
+        "n.yaml": expected,
+        "dir.yaml": f"which is no file; {expected}",
+    }.items():
+        with pytest.raises(SystemExit):
+            parse("--config", str(tmp_path / name))
+        assert capsys.readouterr().err.endswith(end)
+
+
 def test_print_config_shows_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse("--print_config")

@@ -282,7 +282,8 @@ def read_axes(
             text = grid.read_text(encoding="utf-8")
             read = yaml.safe_load(text)
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"--grid {grid}: {' '.join(str(error).split())}; expected a YAML file") from None
+            fault = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+            raise ConfigError(f"--grid {grid}: {fault}; expected a YAML file") from None
         if repeated := repeated_key(text):
             raise ConfigError(f"--grid {grid}: {repeated}")
         if not isinstance(read, dict) or not all(isinstance(values, list) and values for values in read.values()):
