@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import _egosynth_docs as bench
 from benchmarks.egosynth import RESULTS, SYSTEMS, Bench
+from egopatch.configs.command_line import load_config
 
 
 def row(system: str, mean: float, verdict: str | None) -> dict[str, Any]:
@@ -107,3 +108,12 @@ def test_the_seeds_of_psa_on_the_hard_set_agree(split: str, goal: float) -> None
     assert len(psa["of_seeds"]) >= 3
     assert max(psa["of_seeds"]) - min(psa["of_seeds"]) <= 6
     assert psa["all"]["mean"] >= goal
+
+
+@pytest.mark.parametrize("split", ["direct", "indirect"])
+def test_the_seeds_of_the_demo_agree_at_the_rate_of_its_config(split: str) -> None:
+    rate = load_config(Path("configs/demo/egovlpv2.yaml")).train.lr
+    rows = json.loads((RESULTS / "egosynth_demo_seeds.json").read_text())["rows"]
+    (psa,) = [row for row in rows if (row["split"], row["lr"]) == (split, rate)]
+    assert len(psa["test"]) >= 5
+    assert max(psa["test"]) - min(psa["test"]) <= 6
