@@ -158,9 +158,11 @@ def plan_launch(patches: int, width: int, heads: int, token_bytes: int, generati
     forward, backward = (_blocks(patches, width, heads, token_bytes, generation, back) for back in (False, True))
     columns = -(-heads // backward.heads) * backward.heads * QUESTIONS
     float32 = token_bytes == 4
+    # The most that spills with no version of Triton.
+    patches = 16 if float32 and generation == 10 else 32 if float32 or generation == 8 else 64
     product = Product(
         rows=next(rows for rows in (64, 32, 16) if columns % rows == 0),
-        patches=min(backward.block, 32 if float32 else 64),
+        patches=min(backward.block, patches),
         channels=64 if float32 or generation == 8 else 128,
         warps=4,
         stages=2 if float32 and generation == 10 else 3,  # three spill with Triton 3.9
@@ -184,17 +186,19 @@ def _blocks(patches: int, width: int, heads: int, token_bytes: int, generation: 
         together, channels, pool_channels = 1 if backward and token_bytes == 1 else 2, 32, 32
     elif several or generation == 10 or (backward and not tuned):
         together = 2
-    if not float32 and not backward and (tuned or generation == 10):
-        channels, pool_channels = 32, 64 if tuned else 32
+    if not float32 and not ampere and not backward and (tuned or generation == 10 or (several and token_bytes == 1)):
+        channels, pool_channels = 32, 32 if generation == 10 else 64
     if ampere and several and not backward:
         together, pool_channels = 1, 16
+    # Two warpgroups need 128 rows: with fewer, Triton 3.6 addresses float32 columns wrongly (seen on an H100). On
+    # Ampere, eight warps spill where a frame is one small block, and four where it is several.
+    four_warps = block <= (128 if ampere and backward else 64) and not (ampere and several)
     return Blocks(
         block=block,
         heads=min(together, _power_of_two(heads)),
         channels=_divisor(width, channels),
         stages=2 if float32 else 4 if tuned and not backward else 3,
-        # Two warpgroups need 128 rows: with fewer, Triton 3.6 addresses float32 columns wrongly (seen on an H100).
-        warps=4 if block <= 64 and not (ampere and float32) else 8,
+        warps=4 if four_warps else 8,
         registers=128 if tuned and not backward and not several and heads <= together else 0,
         chunk=whole if whole > ONE_BLOCK else min(whole, 128),
         pool_channels=_divisor(width, pool_channels),
