@@ -22,7 +22,6 @@ from egopatch.configs.command_line import ConfigParser
 from egopatch.configs.packaged import packaged_config
 from egopatch.features.common.command_line import messages_apart, print_result
 from egopatch.features.common.machine import usable_cores
-from egopatch.features.common.os_errors import with_remedy
 from egopatch.features.io.files import replacing
 
 SPLITS = ("direct", "indirect")
@@ -54,11 +53,7 @@ def main(args: Sequence[str]) -> int:
     with messages_apart(options.json):
         if options.train_only:
             return _run_here(recipe.training(options.train_only))
-        try:
-            recipe.write_configs()
-        except OSError as error:
-            print(f"egopatch demo: failed: {with_remedy(error)}", file=sys.stderr)
-            return 1
+        recipe.write_configs()
         code = _run_here(recipe.small()) if options.small else _run_full(recipe, sys.stderr if options.json else None)
     if code == 0:
         run, rows = recipe.out / "direct" / "psa-lite", json.loads((recipe.out / "table.json").read_text())
