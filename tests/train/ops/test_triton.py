@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.kernel_budget import MAIN, SHAPES
 from egopatch.train.ops.select_attend import library, plan, select_attend
 from tests.train.ops.cases import make_case
 
 ROOT = Path(__file__).resolve().parents[3]
 INTERPRETED = ["tests/train/ops/interpreted_results.py", "tests/train/ops/interpreted_launch.py"]
+VERSIONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
@@ -75,6 +77,14 @@ def test_the_shipped_kernels_fit_quickly() -> None:
 def test_the_main_shape_fits_in_every_dtype() -> None:
     """The other shapes and versions of Triton are compiled by hand, with their results committed."""
     assert [u for u in budget("--main") if u["spill_bytes"] or u["shared_bytes"] > u["shared_limit"]] == []
+
+
+def test_no_kernel_of_the_committed_budget_spills() -> None:
+    usages = json.loads((ROOT / "benchmarks" / "results" / "kernel_budget.json").read_text())
+    assert all(usage["fits"] for usage in usages)
+    shapes = {version: {tuple(u["shape"]) for u in usages if u["triton"] == version} for version in VERSIONS}
+    assert shapes["3.9.0"] == set(SHAPES)
+    assert all(set(MAIN) <= compiled for compiled in shapes.values())
 
 
 @needs_triton
