@@ -18,7 +18,6 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,20 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 
+from benchmarks._egosynth_cost import cost_of
 from benchmarks._egosynth_docs import NUMBERS, REFERENCE, SPLITS, markdown, write_docs
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, load_config, parse_config
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import load_dataset
 from egopatch.features import open_store
-from egopatch.features.values.dtypes import spec_row_bytes
-from egopatch.train.data.question_table import plan_batches
 from egopatch.train.explanation.explain import explain
 from egopatch.train.explanation.record import read_explanation
-from egopatch.train.fitting.experiment import open_experiment
-from egopatch.train.fitting.run_group import build_stacked_heads
 from egopatch.train.report import plots
 from egopatch.train.report.agreement import agreement
 from egopatch.train.report.answers import load_questions
@@ -51,8 +46,6 @@ from egopatch.train.sweeps.sweep import run_sweep
 RESULTS = Path(__file__).parent / "results"
 RATIOS = (0.1, 0.25, 0.5, 1.0)
 SEARCH = Path(__file__).parent / "egosynth_search.yaml"
-# Training steps that a system's cost is the median of.
-TIMED_STEPS = 40
 SEARCHED = ("question-only", "pooled (lite)", "attention (lite)", REFERENCE)
 
 
@@ -250,26 +243,6 @@ class Bench:
             found["steps_to_95"] = float(np.median([event["steps"] for event in reached]))
         return found
 
-    def cost(self, config: Config) -> dict[str, float]:
-        """What a lone seed costs: median CPU time of a training step on one core, which does not depend on the
-        machine's other work, and the bytes that the head reads of a clip. Empty for a head that learns nothing.
-        """
-        experiment = open_experiment(config)
-        head = build_stacked_heads([config], experiment, config.train.seed)
-        if not head.steps:
-            return {}
-        plan = plan_batches(experiment.train_table, config.train.batch, config.train.seed, 0)[:TIMED_STEPS]
-        took, threads = [], torch.get_num_threads()
-        torch.set_num_threads(1)
-        for batch in experiment.features.stream(experiment.train_table, plan):
-            start = time.process_time()
-            head.learn(batch)
-            took.append(time.process_time() - start)
-        torch.set_num_threads(threads)
-        store = experiment.features.store
-        read = 0 if store is None else spec_row_bytes(store.spec)
-        return {"cpu_ms_a_step": round(1000 * float(np.median(took)), 1), "kb_a_clip": round(read / 1000, 1)}
-
 
 def command(*words: str) -> None:
     subprocess.run([sys.executable, "-m", *words], check=True)
@@ -336,7 +309,7 @@ def gather(bench: Bench) -> dict[str, Any]:
         for label, system in SYSTEMS.items():
             if point := bench.found(f"{split}-{slug(label)}"):
                 row = {"split": split, "system": label, "encoder": ENCODERS[system.encoder], **numbers(point)}
-                row |= bench.training(point) | bench.cost(bench.config(system.encoder, split, *system.options))
+                row |= bench.training(point) | cost_of(bench.config(system.encoder, split, *system.options))
                 if whole and label != REFERENCE:
                     row["psa_lite_above"] = bench.against(whole, point, split)
                 table.append(row)

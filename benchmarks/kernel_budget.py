@@ -233,7 +233,7 @@ def main() -> int:
                 print(line(usage), flush=True)
     if args.json:
         rows = [{**asdict(usage), "programs": usage.programs, "fits": usage.fits} for usage in usages]
-        print(json.dumps(rows, indent=1))
+        print("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]")
     return 0 if all(usage.fits for usage in usages) else 1
 
 

@@ -41,7 +41,7 @@ def require_gpu_decoder() -> None:
         with av.logging.Capture() as logged:
             # Not the primary context, which torch may have started in this process with flags that FFmpeg refuses.
             _settings(primary=False).create(Codec("h264", "r"))
-    except (av.FFmpegError, NotImplementedError) as error:
+    except (av.FFmpegError, NotImplementedError) as error:  # the second where FFmpeg was built without its support
         cause = "; ".join(message.strip() for _, _, message in logged) or str(error)
         raise ConfigError(
             f"video.decoder is nvdec, but FFmpeg cannot use an NVIDIA GPU here ({cause}); check nvidia-smi, or take"

@@ -1,9 +1,7 @@
 """`python -m extract data`, against a server on loopback."""
 
-import dataclasses
 import hashlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -11,80 +9,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from egopatch.configs.command_line import load_config
-from egopatch.configs.schema import ConfigError
 from egopatch.extract.__main__ import main
-from egopatch.extract.fetch import download
-from egopatch.extract.fetch.provide import required_files
-from egopatch.extract.fetch.sources import DEFAULT_SOURCES, load_sources
-from tests.extract.fetch.loopback import Served, Server, serving
+from tests.extract.fetch.loopback import Served
+from tests.extract.fetch.published import TOKENIZER, Published
 from tests.extract.fetch.test_archives import tar
 from tests.json_keys import documented_keys
-
-TOKENIZER = ("config.json", "tokenizer.json")
-
-
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """A data set, a checkpoint and a tokenizer on a server, and where a config wants them."""
-
-    root: Path
-    server: Server
-    contents: dict[str, bytes]
-
-    @property
-    def args(self) -> list[str]:
-        return [
-            *("data", "--sources", str(self.root / "sources.yaml"), "--data.root", str(self.root / "data")),
-            *(
-                "--encoder.checkpoint",
-                str(self.root / "weights/Net.pth"),
-                "--text.model",
-                str(self.root / "weights/tok"),
-            ),
-        ]
-
-    @property
-    def lock(self) -> dict[str, Any]:
-        return json.loads((self.root / "sources.lock.json").read_text())
-
-    def write_sources(self, **changes: Any) -> None:
-        tree = {
-            "datasets": {"egotaskqa": self._source({"Data.tgz": ["Data/qa", "qa"], "qa_videos.tgz": ["qa_videos"]})},
-            "checkpoints": {"net": self._source(["Net.pth"]) | changes},
-            "tokenizers": {"tok": self._source(list(TOKENIZER))},
-        }
-        (self.root / "sources.yaml").write_text(yaml.safe_dump(tree))
-
-    def _source(self, files: Any) -> dict[str, Any]:
-        common = {"purpose": "made up", "terms": "none", "page": self.server.link("/page")}
-        return {**common, "url": self.server.link(), "files": files}
-
-
-@pytest.fixture
-def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Published]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(download, "WAIT_S", 0.0)
-    with serving() as server:
-        made = tmp_path / "made"
-        made.mkdir()
-        contents = {
-            "/Data.tgz": tar(made / "a", {"Data/qa/direct/answer_set.txt": b"<UNK0>\n<UNK1>\n"}).read_bytes(),
-            "/qa_videos.tgz": tar(made / "b", {"qa_videos/k1|P1|10|95.mp4": b"video" * 9999}).read_bytes(),
-            "/Net.pth": os.urandom(300_000),
-            **{f"/{file}": b'{"a": 1}' for file in TOKENIZER},
-        }
-        server.files = {path: Served(content) for path, content in contents.items()}
-        one = Published(tmp_path, server, contents)
-        one.write_sources()
-        yield one
 
 
 def states(published: Published, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, dict[str, str]]:
@@ -314,34 +247,10 @@ def test_what_nobody_publishes(
     assert not published.server.asked
 
 
-def test_a_source_that_is_listed_twice_is_refused(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
-    sources = published.root / "twice.yaml"
-    sources.write_text("datasets: {}\ncheckpoints: {a: {files: [x]}, a: {files: [y]}}\ntokenizers: {}\n")
-    assert main([*published.args, "--sources", str(sources)]) == 2
-    assert f"sources file {sources}: line 2: key 'a' is used twice; expected each key once" in capsys.readouterr().err
-
-
 def test_a_damaged_lock_is_refused(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
     (published.root / "sources.lock.json").write_text("{")
     assert main(published.args) == 2
     assert "restore it from version control" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"url": None}, "expected one of the two"),
-        ({"url": "ftp://x"}, "expected an http or https link"),
-        ({"files": ["../x"]}, "expected names without"),
-        ({"files": []}, "expected files"),
-        ({"terms": None}, "terms is None; expected a line of text"),
-        ({"surprise": 1}, "has files, page, purpose, surprise, terms, url; expected files"),
-    ],
-)
-def test_malformed_sources(published: Published, change: dict[str, Any], message: str) -> None:
-    published.write_sources(**change)
-    with pytest.raises(ConfigError, match=message):
-        load_sources(published.root / "sources.yaml")
 
 
 def test_own_videos_need_only_their_own_files(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
@@ -367,32 +276,6 @@ def test_a_model_of_transformers_is_a_folder_or_on_the_hub(
         assert (code, found) == (0, dict.fromkeys([*map(str, there), str(clips)], "there"))
     code, found = states(published, capsys, *args, str(model / "absent"), "--text.model", "some/text@v2")
     assert (code, found[str(model / "absent")]) == (1, "missing")
-
-
-def test_the_published_links_and_every_config() -> None:
-    """Every shipped config's needs are published, by https or with a step by hand."""
-    sources = load_sources(DEFAULT_SOURCES)
-    every = [*sources.datasets.values(), *sources.checkpoints.values(), *sources.tokenizers.values()]
-    assert all(source.by_hand or str(source.url).startswith("https://") for source in every)
-    configs = sorted(Path("configs").glob("egotaskqa*.yaml"))
-    assert len(configs) >= 4
-    for path in configs:
-        config = load_config(path)
-        # Two slashes make it no name on the hub, where anybody could publish under it.
-        assert config.text.model.count("/") == 2, path
-        wanted = required_files(config, sources)
-        assert all(need.source is not None for need in wanted), path
-        assert {need.file.name for need in wanted} >= {"Data.tgz", "qa_videos.tgz", "tokenizer.json"}, path
-
-
-def test_the_packaged_links_lock_in_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package's own folder may be read-only."""
-    monkeypatch.chdir(DEFAULT_SOURCES.parent)
-    for path in (DEFAULT_SOURCES, Path("data_sources.yaml")):
-        assert load_sources(path).lock_path == Path("data_sources.lock.json")
-    own = tmp_path / "own.yaml"
-    shutil.copy(DEFAULT_SOURCES, own)
-    assert load_sources(own).lock_path == tmp_path / "own.lock.json"
 
 
 def test_files_of_a_data_set_that_are_no_archives(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
