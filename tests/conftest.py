@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -31,6 +33,16 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 def _is_full_size(item: pytest.Item | None) -> bool:
     return isinstance(item, pytest.Function) and hasattr(item.module, "formula_checkpoint")
+
+
+@pytest.fixture(autouse=True)
+def torch_threads_stay() -> Iterator[None]:
+    """What a test computes on is not what all later ones do: two processes of two threads each slow it tenfold."""
+    torch = sys.modules.get("torch")
+    threads = torch and torch.get_num_threads()
+    yield
+    if torch:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture
