@@ -194,16 +194,16 @@ def rank_of(process: psutil.Process) -> str | None:
 
 def interrupted(config: Config, steps: int, number: int, whom: str) -> str:
     """Train on two ranks, send the launcher or rank 1 a signal after so many steps; returns its standard error."""
-    process = start(["-m", "train", "fit", "--config", written(config)])
     log = config.run.dir / "log.jsonl"
-    while process.poll() is None and (not log.exists() or log.read_text().count('"step", "step"') < steps):
-        time.sleep(0.01)  # so that the test leaves the cores to those it waits for
-    if whom == "rank 1":
-        (rank,) = [child for child in psutil.Process(process.pid).children() if rank_of(child) == "1"]
-        rank.send_signal(number)
-    else:
-        process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    with start(["-m", "train", "fit", "--config", written(config)]) as process:
+        ranks: dict[str | None, psutil.Process] = {}
+        while process.poll() is None and "1" not in ranks:  # sought before the steps, which pass quickly
+            time.sleep(0.05)
+            ranks = {rank_of(child): child for child in psutil.Process(process.pid).children()}
+        while process.poll() is None and (not log.exists() or log.read_text().count('"step", "step"') < steps):
+            time.sleep(0.01)  # so that the test leaves the cores to those it waits for
+        (ranks["1"] if whom == "rank 1" else process).send_signal(number)
+        out, err = process.communicate(timeout=60)
     assert process.returncode != 0, out
     assert not (config.run.dir / "test.json").exists()
     return err
@@ -213,7 +213,7 @@ def interrupted(config: Config, steps: int, number: int, whom: str) -> str:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A run on two ranks that nothing disturbs, with half steps at the end of its epochs."""
     base = write_tiny(tmp_path_factory.mktemp("undisturbed"))
-    config = with_run(base, "undisturbed", train_epochs=12, train_accumulate=3, train_ema=0.8)
+    config = with_run(base, "undisturbed", train_epochs=24, train_accumulate=3, train_ema=0.8)
     out, err = (process := start(["-m", "train", "fit", "--config", written(config)])).communicate()
     assert process.returncode == 0, out + err
     return config

@@ -3,13 +3,13 @@
 import json
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
 import traceback
 import types
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,28 @@ class Cluster:
         assert self.process.stdout is not None
         print("remove", file=self.process.stdin, flush=True)
         assert self.process.stdout.readline() == "removed\n"
+
+    def workers(self) -> list[psutil.Process]:
+        """Those of this cluster, of all that tests run at once, that have begun to work."""
+        family = {process.pid for process in psutil.Process(self.process.pid).children(recursive=True)}
+        return [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if any(part.startswith("ray::_Worker.work") for part in process.info["cmdline"] or ())
+            if process.pid in family
+        ]
+
+    def suspended(self) -> list[psutil.Process]:
+        """Suspend its workers."""
+        found = self.workers()
+        for worker in found:
+            worker.suspend()
+        return found
+
+    def resume(self) -> None:
+        for worker in self.workers():
+            with suppress(psutil.NoSuchProcess):  # the one that was killed
+                worker.resume()
 
 
 @pytest.fixture
@@ -84,19 +106,11 @@ def finish(job: "subprocess.Popen[str]") -> str:
     return out
 
 
-def actors() -> list[psutil.Process]:
-    """The workers that have come up."""
-    return [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if any(part.startswith("ray::_Worker.work") for part in process.info["cmdline"] or ())
-    ]
-
-
 @pytest.mark.slow
 def test_two_nodes_make_the_store_of_one_process(cluster: Cluster, single: Path, bare: Path) -> None:
     job = start_job(on(cluster, bare))
-    wait_until(lambda: len(actors()) == 2)
+    wait_until(lambda: len(cluster.suspended()) == 2)
+    cluster.resume()
     out = finish(job)
     assert f"this run encoded {CLIPS} clips" in out
     assert contents(bare / "store") == contents(single)
@@ -169,12 +183,17 @@ def test_what_a_script_registers_reaches_the_cluster(cluster: Cluster, made: Pat
 @pytest.mark.parametrize("lost", ["worker", "node"])
 def test_what_is_lost_is_done_by_the_others(lost: str, cluster: Cluster, single: Path, bare: Path) -> None:
     job = start_job(on(cluster, bare))
-    wait_until(lambda: committed(bare / "store") >= 2 and len(actors()) == 2)
+    # However fast one worker is, the other is there in time, and both are in the middle when one is lost.
+    wait_until(lambda: len(cluster.suspended()) == 2)
+    cluster.resume()
+    wait_until(lambda: committed(bare / "store") >= 2)
+    workers = cluster.suspended()
+    assert committed(bare / "store") < CLIPS
     if lost == "worker":
-        os.kill(actors()[0].pid, signal.SIGKILL)
+        workers[0].kill()
     else:
         cluster.remove_node()
-    assert committed(bare / "store") < CLIPS
+    cluster.resume()
     assert f"this run encoded {CLIPS} clips" in finish(job)
     assert contents(bare / "store") == contents(single)
     assert verify(bare / "store").ok
