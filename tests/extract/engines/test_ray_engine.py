@@ -36,8 +36,11 @@ class Cluster:
         """As if its machine were gone: the node manager and its workers are killed."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
+        workers = self.workers()
         print("remove", file=self.process.stdin, flush=True)
         assert self.process.stdout.readline() == "removed\n"
+        (orphan,) = set(workers) - set(self.workers())
+        orphan.kill()  # it would end by itself, but perhaps after the job
 
     def workers(self) -> list[psutil.Process]:
         """Those of this cluster, of all that tests run at once, that have begun to work."""
