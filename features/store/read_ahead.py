@@ -15,20 +15,25 @@ from egopatch.features.values.spec import PatchTokens
 
 
 def read_ahead(
-    store: Store, batches: Iterable[Sequence[str]], depth: int = 2, threads: int = 2, pin: bool = False
+    store: Store,
+    batches: Iterable[Sequence[str]],
+    depth: int = 2,
+    threads: int = 2,
+    device: "torch.device | str" = "cpu",
 ) -> Iterator[PatchTokens]:
     """The patch tokens of each list of ids in `batches`, in order, as `Store.read` gives them.
 
     Memory is bounded by depth + 1 of the longest batches. A batch's memory is refilled after the consumer asks for the
-    next batch, and after copies to a GPU that were started on the current stream by then. Leaving the loop early stops
-    the reading.
+    next batch, and after copies to `device` that were started on its current stream by then. Leaving the loop early
+    stops the reading.
 
     Args:
         store: Store of clips.
         batches: Lists of clip ids; a generator is advanced only as needed.
         depth: Number of batches that are read ahead.
         threads: Number of threads that read the clips of one batch.
-        pin: Read into pinned memory, from which copies to a GPU overlap with other work.
+        device: Device that the consumer copies to. For a GPU the memory is pinned, so that copies overlap with other
+            work.
 
     Raises:
         ValueError: `depth` is below 1.
@@ -36,13 +41,13 @@ def read_ahead(
     """
     if depth < 1:
         raise ValueError(f"depth is {depth}; expected at least 1 batch")
-    return _read_ahead(store, iter(batches), depth, threads, pin)
+    return _read_ahead(store, iter(batches), depth, threads, torch.device(device))
 
 
 def _read_ahead(
-    store: Store, batches: Iterator[Sequence[str]], depth: int, threads: int, pin: bool
+    store: Store, batches: Iterator[Sequence[str]], depth: int, threads: int, device: torch.device
 ) -> Iterator[PatchTokens]:
-    free = deque(_Buffer(store, threads, pin) for _ in range(depth + 1))
+    free = deque(_Buffer(store, threads, device) for _ in range(depth + 1))
     reading: deque[tuple[Future[PatchTokens], _Buffer]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
         try:
@@ -79,10 +84,10 @@ def _start(
 class _Buffer:
     """Memory for one batch, which grows to the longest batch so far."""
 
-    def __init__(self, store: Store, threads: int, pin: bool) -> None:
+    def __init__(self, store: Store, threads: int, device: torch.device) -> None:
         self._store = store
         self._threads = threads
-        self._pin = pin
+        self._device = device
         self._memory: PatchTokens | None = None
         self._copied: torch.cuda.Event | None = None
 
@@ -91,11 +96,12 @@ class _Buffer:
         if self._copied is not None:
             self._copied.synchronize()
         if self._memory is None or len(self._memory.cls) < len(ids):
-            self._memory = self._store.buffers(len(ids), self._pin)
+            self._memory = self._store.buffers(len(ids), pin=self._device.type == "cuda")
         return self._store.read(ids, out=self._memory, threads=self._threads)
 
     def release(self) -> None:
         """End the consumer's use of the buffer: all copies that it started are on the stream by now."""
-        if self._pin:
+        if self._device.type == "cuda":
             self._copied = torch.cuda.Event()
-            self._copied.record()
+            # Without a stream it would be recorded on the current device, where no copy may be running.
+            self._copied.record(torch.cuda.current_stream(self._device))

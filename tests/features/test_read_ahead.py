@@ -132,6 +132,47 @@ def test_a_depth_that_is_none(store: Store) -> None:
         read_ahead(store, BATCHES, depth=0)
 
 
+class FakeEvent:
+    """Stands for an event of CUDA: notes the stream that it is recorded on, and who waits for it."""
+
+    made: "list[FakeEvent]"
+
+    def __init__(self) -> None:
+        self.stream: object = "that of the current device"
+        self.waits = 0
+        self.made.append(self)
+
+    def record(self, stream: object = None) -> None:
+        self.stream = stream or self.stream
+
+    def synchronize(self) -> None:
+        self.waits += 1
+
+
+def test_memory_waits_for_the_copies_to_the_device_that_was_named(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that never calls `set_device` may use the second GPU, whose copies no event of the first waits for."""
+    events: list[FakeEvent] = []
+    buffers, pinned = Store.buffers, []
+    monkeypatch.setattr(FakeEvent, "made", events, raising=False)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"that of {device}")
+    monkeypatch.setattr(Store, "buffers", lambda self, rows, pin=False: pinned.append(pin) or buffers(self, rows))
+    for _ in read_ahead(store, BATCHES, depth=1, device="cuda:1"):
+        pass
+    assert {event.stream for event in events} == {"that of cuda:1"}
+    # Two buffers serve the six batches: each but the first two of them waits for the copies of the one before.
+    assert [event.waits for event in events] == [1, 1, 1, 1, 0, 0]
+    assert set(pinned) == {True}
+    events.clear()
+    pinned.clear()
+    for _ in read_ahead(store, BATCHES):
+        pass
+    assert events == []
+    assert set(pinned) == {False}
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(
     not torch.cuda.is_available() and os.environ.get("FAIL_WITHOUT_CUDA") != "1", reason="needs a CUDA device"
@@ -139,9 +180,23 @@ def test_a_depth_that_is_none(store: Store) -> None:
 def test_pinned_memory_is_not_filled_before_the_gpu_has_it(store: Store) -> None:
     lists = [IDS[n % 7 : n % 7 + 3] for n in range(200)]
     copies = []
-    for tokens in read_ahead(store, lists, pin=True):
+    for tokens in read_ahead(store, lists, device="cuda"):
         assert tokens.patches.is_pinned()
         torch.cuda._sleep(1_000_000)  # the copy waits in line while the loop goes on
         copies.append(tokens.to("cuda", non_blocking=True))
+    for ids, copy in zip(lists, copies, strict=True):
+        assert torch.equal(copy.patches.cpu(), store.read(ids).patches)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_copies_to_the_second_gpu_are_awaited_too(store: Store) -> None:
+    lists = [IDS[n % 7 : n % 7 + 3] for n in range(200)]
+    copies = []
+    assert torch.cuda.current_device() == 0
+    for tokens in read_ahead(store, lists, device="cuda:1"):
+        with torch.cuda.device(1):
+            torch.cuda._sleep(1_000_000)
+        copies.append(tokens.to("cuda:1", non_blocking=True))
     for ids, copy in zip(lists, copies, strict=True):
         assert torch.equal(copy.patches.cpu(), store.read(ids).patches)

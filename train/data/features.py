@@ -116,7 +116,7 @@ class Features:
         """Tokens of each batch on the device. On a CPU their memory is reused once the next batch is requested."""
         assert self.store is not None
         cuda = self.device.type == "cuda"
-        for tokens in read_ahead(self.store, batches, threads=READ_THREADS, pin=cuda):
+        for tokens in read_ahead(self.store, batches, threads=READ_THREADS, device=self.device):
             yield self._count(tokens).to(self.device, non_blocking=cuda)
 
     def _count(self, tokens: PatchTokens) -> PatchTokens:
