@@ -162,7 +162,7 @@ def _absent_file(message: str) -> str | None:
     if not absent:
         return None
     path = Path(absent[2])
-    fault = "does not exist" if absent[1] == "File does not exist" else "is no file"
+    fault = "does not exist" if absent[1] == "File does not exist" else "is not a file"
     # Compared without their suffix, which alone makes short names alike.
     files = {file.stem: file for file in path.parent.glob("*.yaml") if file.is_file()}
     close = difflib.get_close_matches(path.stem, files, n=1)

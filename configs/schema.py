@@ -66,7 +66,7 @@ class VideoConfig:
             on the GPU, for large videos, and is part of the fingerprint.
         timeout_s: Seconds of decoding after which a decoder process is killed and its clip quarantined. Reading a long
             file through, once for all its clips, may take longer: a second more for every 4 MB.
-        memory_gb: Memory growth in GB at which a decoder process is killed and its clip quarantined.
+        memory_gb: Memory growth in GiB at which a decoder process is killed and its clip quarantined.
     """
 
     frames: int = 16
@@ -81,7 +81,7 @@ class VideoConfig:
         _require(self.frames >= 1, "video.frames", self.frames, "at least 1")
         _require(self.size >= 1, "video.size", self.size, "at least 1")
         _require(self.timeout_s > 0, "video.timeout_s", self.timeout_s, "a positive number of seconds")
-        _require(self.memory_gb > 0, "video.memory_gb", self.memory_gb, "a positive number of gigabytes")
+        _require(self.memory_gb > 0, "video.memory_gb", self.memory_gb, "a positive number of GiB")
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class StoreConfig:
             precision, which `extract run` and `features info` report.
         shard: Number of clips in a shard, the unit that is written, committed and retried.
         codec: Lossless compression of each clip: `zstd`, `blosc-zstd` (zarr), `gzip` (hdf5). Only bfloat16 benefits:
-            files are 1.3 to 1.4 times smaller, but several times slower to read.
+            files are 1.25 (`zstd`) to 1.4 times smaller, but several times slower to read.
     """
 
     path: str | Path = "stores/egotaskqa_egovlpv2_d6"

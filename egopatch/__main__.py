@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from egopatch import __version__
-from egopatch.features.common.command_line import describe_failure, find_command
+from egopatch.features.common.command_line import find_command, run_command
 
 STAGES = ("extract", "features", "train")
 COMMANDS = {
@@ -20,7 +20,6 @@ COMMANDS = {
 }
 # Commands that are another one's, by a shorter name.
 SHORT = {"ask": "train", "doctor": "extract", "publish": "train"}
-INTERRUPTED = 130
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -36,18 +35,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if name in SHORT:
         return int(import_module(f"egopatch.{SHORT[name]}.__main__").main(args))
     module = f"egopatch.{name}.__main__" if name in STAGES else f"egopatch.{name}"
-    try:
-        code = int(import_module(module).main(args[1:]))
-        sys.stdout.flush()
-        return code
-    except OSError as error:
-        if (failure := describe_failure(error)) is None:
-            return 0
-        print(f"egopatch {name}: failed: {failure}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"egopatch {name}: interrupted; run the same command again to resume", file=sys.stderr)
-        return INTERRUPTED
+    return run_command(f"egopatch {name}", lambda: import_module(module).main(args[1:]))
 
 
 if __name__ == "__main__":

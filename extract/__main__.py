@@ -10,8 +10,8 @@ from types import ModuleType
 from egopatch.configs.command_line import ConfigParser
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.datasets import DatasetError
-from egopatch.extract.errors import CheckpointError
-from egopatch.features.common.command_line import describe_failure, find_command
+from egopatch.extract.errors import CheckpointError, JobFailed
+from egopatch.features.common.command_line import find_command, run_command
 from egopatch.features.values.errors import BadLocation, FingerprintMismatch, StoreError
 
 # Each command is the module of the same name in `extract.commands`, or in its room `inputs`; `retry` is `run` as well.
@@ -30,7 +30,6 @@ COMMANDS = {
     "checkpoint": "inspect or convert a checkpoint file",
 }
 INPUTS = ("checkpoint", "data", "frames", "standin", "synth")
-INTERRUPTED = 130
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -45,24 +44,14 @@ def main(args: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*joblib will operate in serial mode")
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     parser = ConfigParser(prog=f"extract {name}", description=COMMANDS[name])
-    try:
-        # Imported here to save start-up time: most commands need torch, which takes seconds to import.
-        command = load_command(name)
-        retry = {"retry": True} if name == "retry" else {}
-        code = int(command.main(parser, args[1:], **retry))
-        sys.stdout.flush()
-        return code
-    except (DatasetError, CheckpointError, ConfigError, BadLocation, FingerprintMismatch) as error:
-        print(f"extract {name}: error: {error}", file=sys.stderr)
-        return 2
-    except (StoreError, OSError) as error:
-        if (failure := describe_failure(error)) is None:
-            return 0
-        print(f"extract {name}: failed: {failure}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"extract {name}: interrupted; run the same command again to resume", file=sys.stderr)
-        return INTERRUPTED
+    retry = {"retry": True} if name == "retry" else {}
+    return run_command(
+        f"extract {name}",
+        # Imported when it is called, to save start-up time: most commands need torch, which takes seconds to import.
+        lambda: load_command(name).main(parser, args[1:], **retry),
+        wrong_usage=(DatasetError, CheckpointError, ConfigError, BadLocation, FingerprintMismatch),
+        failures=(StoreError, OSError, JobFailed),
+    )
 
 
 def load_command(name: str) -> ModuleType:

@@ -16,7 +16,7 @@ from egopatch.extract.engines.job_slice import ALL_SHARDS, Slice
 from egopatch.extract.engines.sharing import decoder_count, still_missing, worker_count
 from egopatch.extract.planning.plan import disk_refusal
 from egopatch.extract.texts import TextNetwork, create_text_store, encode_texts, load_text_network
-from egopatch.extract.worker.device import device_of
+from egopatch.extract.worker.device import device_of, shortage_explained
 from egopatch.extract.worker.job import ExtractionJob, resolve_job
 from egopatch.extract.worker.job_stats import JobStats, record_job
 from egopatch.extract.worker.pipeline import Target, fill_stores
@@ -85,6 +85,7 @@ def extract_together(
         ConfigError: The configs cannot share a decode, or several workers one GPU's decoder.
         TooManyErrors: More clips failed than `engine.max_errors`; committed shards stay.
         WorkersKilled: Workers were killed after every restart; committed shards stay.
+        JobFailed: A GPU has too little memory for `encoder.batch` clips.
     """
     limit_threads()
     require_one_decode(configs)
@@ -103,13 +104,15 @@ def extract_together(
     together = [number for number, one in enumerate(opened) if one.works] if len(opened) > 1 else []
     if together:
         targets = [Target(opened[n].job, opened[n].store, opened[n].works) for n in together]
-        with ProgressDisplay("encode", sum(_count(one.works) for one in opened), "clips") as display:
+        display = ProgressDisplay("encode", sum(_count(one.works) for one in opened), "clips")
+        with shortage_explained(configs[0].encoder), display:
             filled = fill_stores(targets, clips, decoder_count(configs[0], 1), display.advance)
         for number, done in zip(together, filled, strict=True):
             stats[number] = done
     for number, one in enumerate(opened):
         for free in _until_done(one.store, one.works, wait, "clips", begun=len(opened) > 1):
-            with ProgressDisplay("encode", _count(free), "clips") as display:
+            display = ProgressDisplay("encode", _count(free), "clips")
+            with shortage_explained(one.job.config.encoder), display:
                 stats[number] += encode_with_engine(one.job, one.store, free, clips, display.advance)
     return [one.result(done, dataset, job_slice) for one, done in zip(opened, stats, strict=True)]
 

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from egopatch.features.common.command_line import describe_failure
+from egopatch.features.common.command_line import INTERRUPTED, describe_failure
 from egopatch.features.common.progress import BYTES, ProgressDisplay
 from egopatch.features.common.units import format_bytes
 from egopatch.features.formats.registry import FORMATS
@@ -62,7 +62,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("features: interrupted; the store is intact: run the same command again", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 class _Parser(argparse.ArgumentParser):
@@ -132,7 +132,7 @@ def _missing(options: argparse.Namespace) -> str | None:
 def _grid(text: str) -> tuple[int, int]:
     rows, _, cols = text.partition("x")
     if not (rows.isdecimal() and cols.isdecimal() and int(rows) and int(cols)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no grid; expected rows and columns, such as 14x14")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a grid; expected rows and columns, such as 14x14")
     return int(rows), int(cols)
 
 

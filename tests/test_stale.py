@@ -312,9 +312,12 @@ def test_a_store_of_unlike_machines_says_so(root: Path, capsys: pytest.CaptureFi
     assert open_store(root / "store" / "text").machines() == {here: 2}
     capsys.readouterr()
     assert extract(["status", *options(root)]) == 0
-    assert "unlike machines" not in capsys.readouterr().out
+    assert "machines of different kinds" not in capsys.readouterr().out
     encode_again(root, "c4")
-    note = f"note: unlike machines computed these clips, so their last bits may differ: 5 by {here}; 1 by another"
+    note = (
+        "note: machines of different kinds computed these clips, so their last bits may differ:"
+        f" 5 by {here}; 1 by another"
+    )
     for command in ("status", "run"):
         assert extract([command, *options(root)]) == 0
         assert capsys.readouterr().out.count(note) == 1

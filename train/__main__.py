@@ -9,10 +9,9 @@ from types import ModuleType
 from egopatch.configs.command_line import ConfigParser
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.datasets import DatasetError
-from egopatch.extract.errors import CheckpointError
-from egopatch.features.common.command_line import describe_failure, find_command
+from egopatch.extract.errors import CheckpointError, JobFailed
+from egopatch.features.common.command_line import find_command, run_command
 from egopatch.features.values.errors import BadLocation, FingerprintMismatch, StoreError
-from egopatch.train.processes.stopping import INTERRUPTED
 
 # Each command is the module of the same name in `train.commands`.
 COMMANDS = {
@@ -37,22 +36,13 @@ def main(args: Sequence[str] | None = None) -> int:
         return name
     program = f"train {name} (rank {os.environ['RANK']})" if "RANK" in os.environ else f"train {name}"
     parser = ConfigParser(prog=f"train {name}", description=COMMANDS[name])
-    try:
-        # Imported here to save start-up time: most commands need torch, which takes seconds to import.
-        code = int(load_command(name).main(parser, args[1:]))
-        sys.stdout.flush()
-        return code
-    except (DatasetError, CheckpointError, ConfigError, BadLocation, FingerprintMismatch) as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return 2
-    except (StoreError, ValueError, OSError) as error:
-        if (failure := describe_failure(error)) is None:
-            return 0
-        print(f"{program}: failed: {failure}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted; run the same command again to resume", file=sys.stderr)
-        return INTERRUPTED
+    return run_command(
+        program,
+        # Imported when it is called, to save start-up time: most commands need torch, which takes seconds to import.
+        lambda: load_command(name).main(parser, args[1:]),
+        wrong_usage=(DatasetError, CheckpointError, ConfigError, BadLocation, FingerprintMismatch),
+        failures=(StoreError, ValueError, OSError, JobFailed),
+    )
 
 
 def load_command(name: str) -> ModuleType:

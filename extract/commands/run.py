@@ -7,13 +7,12 @@ from typing import Any
 
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
 from egopatch.configs.schema import Config, ConfigError
-from egopatch.extract.engines.dispatch import WorkersKilled
 from egopatch.extract.engines.interrupts import REQUEUE, Requeue, requeue_on_signals
 from egopatch.extract.engines.job_slice import ALL_SHARDS, Slice
+from egopatch.extract.errors import JobFailed
 from egopatch.extract.run import ExtractionResult, extract_together
 from egopatch.extract.worker.bounds import bound_line, ceilings
 from egopatch.extract.worker.device import arithmetic_advice, device_of
-from egopatch.extract.worker.shard_writer import TooManyErrors
 from egopatch.features.common.command_line import messages_apart, print_result
 from egopatch.features.state.counts import machines_line
 
@@ -68,7 +67,7 @@ def encode(
     try:
         with requeue_on_signals():
             results = extract_together(configs, retry, job_slice, refresh, wait)
-    except (TooManyErrors, WorkersKilled) as error:
+    except JobFailed as error:
         print(f"{program}: failed: {error}. Committed shards are kept.", file=sys.stderr)
         return 1, []
     except Requeue as notice:

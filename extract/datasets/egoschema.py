@@ -49,7 +49,7 @@ def load(root: Path, split: str) -> Dataset:
             problems.append(f"{position}: q_uid {question.question_id!r} is used twice; expected unique ids")
         found[question.question_id] = question
     if not problems and (unknown := answers.keys() - found.keys()):
-        problems.append(f"{root / ANSWERS}: answers {min(unknown)!r}, which is no question of {path}")
+        problems.append(f"{root / ANSWERS}: answers {min(unknown)!r}, which is not a question of {path}")
     if problems:
         raise DatasetError(problems)
     return Dataset(

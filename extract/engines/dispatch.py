@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from egopatch.extract.datasets import Clip
 from egopatch.extract.engines.sharing import WorkersDied, decoder_count, pack_network, still_missing, worker_count
+from egopatch.extract.errors import JobFailed
 from egopatch.extract.worker.job import ExtractionJob
 from egopatch.extract.worker.job_stats import JobStats
 from egopatch.extract.worker.pipeline import encode_shards
@@ -15,7 +16,7 @@ POLL_S = 2.0
 RESTARTS = 3
 
 
-class WorkersKilled(RuntimeError):
+class WorkersKilled(JobFailed):
     """Workers were killed again after every restart; committed shards stay."""
 
 
@@ -34,7 +35,7 @@ def encode_with_engine(
         WorkersKilled: Workers were killed, and killed again after every restart.
     """
     config = job.config
-    if config.engine.name == "joblib" and min(worker_count(config), len(works)) == 1:
+    if config.engine.name == "joblib" and worker_count(config) == 1:
         return encode_shards(job, store, works, clips, decoder_count(config, 1), on_progress)
     # Imported here to save start-up time: each engine's library takes a second or more.
     if config.engine.name == "joblib":

@@ -41,11 +41,12 @@ def run_workers(
         TooManyErrors, StoreError: As `extract.worker.pipeline.encode_shards`.
     """
     with _connected(config.engine.address) as ray:
-        nodes = sum(node["Alive"] for node in ray.nodes())
-        workers, needs = _fit(config, ray.cluster_resources(), nodes, len(works))
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        workers, needs = _fit(config, nodes, len(works))
+        used = sum(cores > 0 for cores in _cores(nodes))
         remote = ray.remote(**needs, scheduling_strategy="SPREAD")(_Worker)
         actors = [remote.remote() for _ in range(workers)]
-        job = _Job(config, packed_network, list(works), dict(clips), math.ceil(workers / nodes), Path.cwd(), sys.path)
+        job = _Job(config, packed_network, list(works), dict(clips), math.ceil(workers / used), Path.cwd(), sys.path)
         shared = ray.put(job)
         try:
             return _gather(ray, [actor.work.remote(rank, workers, shared) for rank, actor in enumerate(actors)])
@@ -101,27 +102,36 @@ def _gather(ray: Any, waiting: list[Any]) -> JobStats:
     return stats
 
 
-def _fit(config: Config, resources: Mapping[str, float], nodes: int, shards: int) -> tuple[int, dict[str, float]]:
-    """Number of workers, and the resources that Ray reserves for each.
+def _fit(config: Config, nodes: Sequence[Mapping[str, float]], shards: int) -> tuple[int, dict[str, float]]:
+    """Number of workers, and the resources that Ray reserves for each on one of `nodes`, given by their resources.
 
     Raises:
         ConfigError: The whole cluster has too few GPUs or cores; Ray itself would wait for them forever.
     """
-    requested, device, gpus = config.engine.workers, config.encoder.device, resources.get("GPU", 0)
-    if device.startswith("cuda") and not gpus:
+    requested, device = config.engine.workers, config.encoder.device
+    gpus = [int(node.get("GPU", 0)) for node in nodes]
+    if device.startswith("cuda") and not any(gpus):
         raise ConfigError(f"encoder.device is {device!r} but the Ray cluster has no GPU; use auto or cpu")
     if device.startswith("cuda:"):
         raise ConfigError(f"encoder.device is {device!r} but Ray gives each worker a GPU of its own; use cuda or auto")
-    kind, available = ("GPU", gpus) if gpus and device != "cpu" else ("CPU", resources.get("CPU", 0))
-    workers = requested if requested != "auto" else int(gpus) if kind == "GPU" else nodes
-    if workers > available:
+    kind, places = ("GPU", gpus) if any(gpus) and device != "cpu" else ("CPU", _cores(nodes))
+    workers = requested if requested != "auto" else sum(gpus) if kind == "GPU" else max(sum(map(bool, places)), 1)
+    if workers > sum(places):
         raise ConfigError(
-            f"engine.workers is {workers} but the Ray cluster has {available:g} {kind}s, one for each worker; request"
-            f" at most {available:g}, or add nodes"
+            f"engine.workers is {requested} but the Ray cluster has {sum(places)} {kind}s, one for each worker; request"
+            f" at most {sum(places)}, or add nodes"
         )
-    cores = max(int(resources.get("CPU", 0)) // workers, 1)
     workers = min(workers, shards)
-    return workers, {"num_gpus": 1.0, "num_cpus": 1.0} if kind == "GPU" else {"num_cpus": float(cores)}
+    if kind == "GPU":
+        return workers, {"num_gpus": 1.0, "num_cpus": 1.0}
+    # As many cores for each as leave a place for all: a worker is on one node, and nodes differ.
+    shares = (share for share in range(max(places), 0, -1) if sum(cores // share for cores in places) >= workers)
+    return workers, {"num_cpus": float(next(shares))}
+
+
+def _cores(nodes: Sequence[Mapping[str, float]]) -> list[int]:
+    """Cores of each node that may be used; a head node is often started with none."""
+    return [int(node.get("CPU", 0)) for node in nodes]
 
 
 @contextmanager

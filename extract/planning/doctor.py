@@ -71,10 +71,7 @@ def examine(config: Config) -> Diagnosis:
     arithmetic = arithmetic_advice(config, device_of(config.encoder.device))
     frames, faults = _checkpoint(config)
     advice = tuple(line for line in (arithmetic, frames) if line is not None)
-    networks = [
-        _fault("tokenizer that cannot be loaded", _faults_of_tokenizer(config)),
-        _fault("checkpoint that cannot be used", faults),
-    ]
+    networks = [_fault("checkpoint that cannot be used", faults)]
     try:
         splits = _load_splits(config.data)
     except DatasetError as error:
@@ -84,6 +81,8 @@ def examine(config: Config) -> Diagnosis:
         return Diagnosis({}, (annotations, *_present(networks)), advice)
     dataset = splits[config.data.split]
     is_file = functools.cache(Path.is_file)  # many clips share a video
+    if dataset.texts:  # without questions, no text network is loaded
+        networks.append(_fault("tokenizer that cannot be loaded", _faults_of_tokenizer(config)))
     findings = [*networks, *_of_clips(config, dataset, is_file), *_across_splits(splits)]
     for split, other in splits.items():
         findings += _of_questions(f"{split}: " if len(splits) > 1 else "", other)

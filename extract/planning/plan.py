@@ -15,7 +15,7 @@ from egopatch.extract.feed.clips import PreparedClip
 from egopatch.extract.planning.forecast import Forecast, forecast, given_cost, measured_cost
 from egopatch.extract.transcoding.hint import gpu_decoder_hint, long_groups_hint
 from egopatch.extract.worker.bounds import bound_line
-from egopatch.extract.worker.device import arithmetic_advice
+from egopatch.extract.worker.device import arithmetic_advice, shortage_explained
 from egopatch.extract.worker.job import ExtractionJob, resolve_job
 from egopatch.features import StoreSpec, open_store, store_exists
 from egopatch.features.common.disk import free_bytes
@@ -242,7 +242,7 @@ def _probe(job: ExtractionJob, sample: list[Clip]) -> dict[str, float]:
     if not prepared:
         return rates
     kept = [replace(clip, release=_keep) for clip in prepared]  # each is encoded several times
-    with job.open_batches() as batches:
+    with shortage_explained(config.encoder), job.open_batches() as batches:
         for _ in range(2):  # the first batch is slower than the following ones
             warm = batches.seconds + batches.handover_s
             for i in range(batches.size):

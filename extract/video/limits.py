@@ -30,8 +30,10 @@ def prepare_child(memory_gb: float) -> None:
     _memory_at_start()
     # The system's own limit catches growth that is faster than the polling. FFmpeg fails there without naming the
     # cause, so it is the wider of the two; it counts data, not the address space of idle threads.
-    hard = psutil.Process().memory_info().data + 2 * int(memory_gb * GIB)
-    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+    limit = psutil.Process().memory_info().data + 2 * int(memory_gb * GIB)
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard == resource.RLIM_INFINITY or limit < hard:  # a scheduler's own limit may be lower, and cannot be raised
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 @contextmanager

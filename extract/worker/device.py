@@ -1,11 +1,15 @@
 """The device that the encoder runs on, and advice where the configured arithmetic is slow on it."""
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-from egopatch.configs.schema import Config, ConfigError
+from egopatch.configs.schema import Config, ConfigError, EncoderConfig
+from egopatch.extract.errors import JobFailed
 from egopatch.features.common.machine import find_device, usable_gpus
+from egopatch.features.common.os_errors import gpu_shortage
 
 EVERY_GPU = ("auto", "cuda")  # values of `encoder.device` that let workers take the GPUs in turn
 
@@ -41,6 +45,18 @@ def describe_machine(device: torch.device) -> str:
 def has_bfloat16() -> bool:
     """Whether torch's matrix products use instructions of this CPU for bfloat16."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@contextmanager
+def shortage_explained(encoder: EncoderConfig) -> Iterator[None]:
+    """Turn a GPU's lack of memory into a JobFailed that names the batch size to try."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        smaller = f"--encoder.batch {encoder.batch // 2}" if encoder.batch > 1 else "a smaller --encoder.depth"
+        raise JobFailed(
+            f"{gpu_shortage(error)}, with encoder.batch {encoder.batch}; try {smaller}, or free some of its memory"
+        ) from error
 
 
 def arithmetic_advice(config: Config, device: torch.device) -> str | None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from egopatch.extract.encoders import VideoEncoder
+from egopatch.extract.errors import JobFailed
 from egopatch.extract.feed.clips import Pixels, PreparedClip
 from egopatch.extract.feed.on_device import DeviceTransform
 from egopatch.extract.video.transforms import Transform
@@ -168,7 +169,7 @@ class _PinnedMemory:
         """Register the first `used` bytes of a slot, unless this was done before.
 
         Raises:
-            RuntimeError: CUDA refuses.
+            JobFailed: CUDA refuses.
         """
         address = memory.ctypes.data
         known = self._sizes.get(address, 0)
@@ -192,4 +193,4 @@ class _PinnedMemory:
     @staticmethod
     def _require(result: Any, what: str) -> None:
         if result != torch.cuda.cudart().cudaError.success:
-            raise RuntimeError(f"CUDA cannot {what} (error {int(result)}); free some memory and run the command again")
+            raise JobFailed(f"CUDA cannot {what} (error {int(result)}); free some memory and run the command again")

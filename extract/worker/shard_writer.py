@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
+from egopatch.extract.errors import JobFailed
 from egopatch.features import Failure, ShardOwned, ShardWork, Store, StoreError
 from egopatch.features.common.machine import usable_cores
 from egopatch.features.state.origin import Origin
@@ -35,7 +36,7 @@ class EncodedShard:
     failures: Mapping[str, Failure] = field(default_factory=dict)
 
 
-class TooManyErrors(RuntimeError):
+class TooManyErrors(JobFailed):
     """More clips are in quarantine than `engine.max_errors` allows; committed shards stay."""
 
 

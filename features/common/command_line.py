@@ -4,11 +4,13 @@ import json
 import os
 import select
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from egopatch.features.common.os_errors import with_remedy
+
+INTERRUPTED = 130  # exit code of a command that a signal interrupted
 
 
 def find_command(program: str, commands: Mapping[str, str], usage: str, args: Sequence[str]) -> str | int:
@@ -28,6 +30,36 @@ def find_command(program: str, commands: Mapping[str, str], usage: str, args: Se
         print(f"{program}: error: unknown command {args[0]!r}; choose one of {', '.join(commands)}", file=sys.stderr)
         return 2
     return args[0]
+
+
+def run_command(
+    program: str,
+    command: Callable[[], int],
+    wrong_usage: tuple[type[Exception], ...] = (),
+    failures: tuple[type[Exception], ...] = (OSError,),
+) -> int:
+    """Run `command`; returns its exit code, or 1, 2 or 130 once an error or an interrupt has been printed in one line.
+
+    Args:
+        program: Name of the program and of its command, for errors.
+        wrong_usage: Errors that mean exit code 2.
+        failures: Errors that mean exit code 1.
+    """
+    try:
+        code = int(command())
+        sys.stdout.flush()
+        return code
+    except wrong_usage as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 2
+    except failures as error:
+        if (failure := describe_failure(error)) is None:
+            return 0
+        print(f"{program}: failed: {failure}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; run the same command again to resume", file=sys.stderr)
+        return INTERRUPTED
 
 
 @contextmanager
@@ -70,6 +102,6 @@ def _reader_has_exited() -> bool:
     poll = select.poll()
     try:
         poll.register(sys.stdout, select.POLLERR)
-    except (OSError, ValueError):  # a notebook's is no file
+    except (OSError, ValueError):  # a notebook's is not a file
         return False
     return bool(poll.poll(0))

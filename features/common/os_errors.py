@@ -12,6 +12,15 @@ _OTHERS = {
 }
 
 
+def gpu_shortage(error: BaseException) -> str:
+    """What torch says of a GPU's lack of memory: how much was wanted, and how much there is.
+
+    Its whole text is "CUDA out of memory. Tried to allocate ... . GPU 0 has a total capacity of ... of which ... is
+    free. ..."
+    """
+    return ". ".join(str(error).split(". ")[:3])
+
+
 def with_remedy(error: BaseException) -> str:
     """The text of an error; where the system refuses a path, or more space, also what to do."""
     if isinstance(error, OSError) and error.errno in (*NO_SPACE, *NOT_ALLOWED):

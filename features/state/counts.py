@@ -58,7 +58,7 @@ def machines_line(machines: Mapping[str, int]) -> str | None:
     if len(known) < 2:
         return None
     parts = "; ".join(f"{clips} by {name}" for name, clips in known.items())
-    return f"note: unlike machines computed these clips, so their last bits may differ: {parts}"
+    return f"note: machines of different kinds computed these clips, so their last bits may differ: {parts}"
 
 
 def read_ledger(path: Location | str) -> Ledger:

@@ -1,6 +1,5 @@
 """Copying a store with only the highest-ranked patches of every frame."""
 
-import math
 from dataclasses import replace
 
 import torch
@@ -13,7 +12,7 @@ from egopatch.features.store.text_substore import substores
 from egopatch.features.tools.convert import OnProgress, Rows, copy_clips, require_separate
 from egopatch.features.values.errors import StoreError
 from egopatch.features.values.location import Location, parse_location
-from egopatch.features.values.spec import ArraySpec, Fingerprint, Scalar, StoreSpec
+from egopatch.features.values.spec import ArraySpec, Fingerprint, Scalar, StoreSpec, keep_count
 
 _RANKINGS = ("saliency",)
 _MOST_PATCHES = 2**15
@@ -42,7 +41,7 @@ def derive(
     patches = parent.spec.array("patches").shape[1]
     if patches > _MOST_PATCHES:
         raise StoreError(f"store {source} has {patches} patches a frame; expected at most {_MOST_PATCHES} to derive")
-    count = math.ceil(keep * patches)
+    count = keep_count(keep, patches)
     origin: dict[str, Scalar] = {"parent": parent.fingerprint.digest, "derived_keep": keep, "derived_by": by}
     fingerprint = Fingerprint({**parent.fingerprint.fields, **origin})
     smaller = create_store(target, _smaller(parent.spec, count), fingerprint, parent.planned_ids, parent.format)

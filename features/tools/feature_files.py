@@ -15,6 +15,7 @@ import json
 import pickle
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -105,10 +106,10 @@ def find_clips(path: Path) -> Iterator[Unread]:
     """The clips of a folder in one of the layouts above, or of an HDF5 file with one dataset or group a clip.
 
     Raises:
-        StoreError: There is nothing of the kind at `path`.
+        StoreError: There is nothing of the kind at `path`, or a file of many clips is damaged.
     """
     if path.is_file() and path.suffix in (".h5", ".hdf5"):
-        with _open_hdf5(path) as file:
+        with _named_if_damaged(path), _open_hdf5(path) as file:
             names = list(file)
         yield from ((name, lambda name=name: _read_hdf5(path, name)) for name in names)
         return
@@ -177,9 +178,21 @@ def _read_hdf5(path: Path, name: str | None) -> dict[str, Tensor]:
         return _named({key: dataset[()] for key, dataset in datasets.items()})
 
 
+@contextmanager
+def _named_if_damaged(path: Path) -> Iterator[None]:
+    """Turn what a library raises while it looks for the clips of a file into a StoreError that names the file."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except Exception as error:  # of h5py, tarfile, json or lmdb
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise StoreError(f"{path} cannot be read ({reason:.120}); copy or export it again") from error
+
+
 def _find_tar(path: Path) -> Iterator[Unread]:
     samples: dict[str, dict[str, str]] = {}
-    with tarfile.open(path) as tar:
+    with _named_if_damaged(path), tarfile.open(path) as tar:
         for member in tar.getnames():
             key, _, kind = member.partition(".")
             samples.setdefault(key, {})[kind] = member
@@ -214,7 +227,7 @@ def _find_lmdb(path: Path) -> Iterator[Unread]:
         with open_env() as env, env.begin() as transaction:
             return _named(_load_numpy(io.BytesIO(transaction.get(name))))
 
-    with open_env() as env, env.begin() as transaction:
+    with _named_if_damaged(path), open_env() as env, env.begin() as transaction:
         names = [bytes(key) for key, _ in transaction.cursor()]
     for name in names:
         yield name.decode(), lambda name=name: read(name)  # type: ignore[misc]

@@ -6,6 +6,7 @@ L text tokens.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal, get_args
@@ -24,6 +25,11 @@ QUANTISED = ("int8", "float8_e4m3")  # dtypes that need a scale for each patch
 def unscaled_dtype(dtype: StoredDtype) -> StoredDtype:
     """The dtype of tokens without a scale, in a store whose patches have `dtype`."""
     return "float16" if dtype in QUANTISED else dtype
+
+
+def keep_count(ratio: float, patches: int) -> int:
+    """k = ceil(ratio * N), at least 1, unaffected by the rounding error of a ratio such as 0.07."""
+    return max(1, min(patches, math.ceil(round(ratio * patches, 6))))
 
 
 @dataclass(frozen=True)

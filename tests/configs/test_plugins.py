@@ -149,5 +149,5 @@ def test_options_of_a_head_are_typed(options: dict[str, object], why: str, monke
     with pytest.raises(ConfigError, match=f"head.options of the head mine: .*{why}") as caught:
         check_head(HeadConfig(name="mine", options=options))
     assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match=r"head\.options is .*, but psa is no registered head"):
+    with pytest.raises(ConfigError, match=r"head\.options is .*, but psa is not a registered head"):
         check_head(HeadConfig(name="psa", options=options))

@@ -85,7 +85,7 @@ def test_file_then_overrides(tmp_path: Path) -> None:
         ),
         (
             ["--config", "configs"],
-            "configs', which is no file; expected the YAML file of an experiment",
+            "configs', which is not a file; expected the YAML file of an experiment",
         ),
         (["--config", "configs/own_video.yaml"], "error: --config is '"),
         (["--config", "configs/own_video.yaml"], "configs/own_videos.yaml?"),
@@ -151,7 +151,7 @@ def test_a_near_file_is_named_and_no_folder(tmp_path: Path, capsys: pytest.Captu
     for name, end in {
         "kitchn.yaml": f"did you mean {tmp_path / 'kitchen.yaml'}?\n",
         "n.yaml": expected,
-        "dir.yaml": f"which is no file; {expected}",
+        "dir.yaml": f"which is not a file; {expected}",
     }.items():
         with pytest.raises(SystemExit):
             parse("--config", str(tmp_path / name))

@@ -160,8 +160,9 @@ def test_retry_reports_and_waits_for_the_shards_of_other_jobs(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_job_that_waits_encodes_what_others_leave(
-    made: Path, begun: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    workers: str, made: Path, begun: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = begun / "store"
     with ExitStack() as clips, ExitStack() as texts:
@@ -169,7 +170,7 @@ def test_a_job_that_waits_encodes_what_others_leave(
         texts.enter_context(file_lease.hold(store / "text", 0))
         releases = iter([texts.close, clips.close])
         monkeypatch.setattr(run, "time", SimpleNamespace(sleep=lambda seconds: next(releases)()))
-        assert main(["run", *options(begun), "--wait"]) == 0
+        assert main(["run", *options(begun, "--engine.workers", workers), "--wait"]) == 0
     waits = [line for line in capsys.readouterr().out.splitlines() if line.startswith("waiting for")]
     assert [line.split()[3] for line in waits] == ["questions", "clips"]
     assert waits[1] == "waiting for 5 clips in shards that other processes hold"

@@ -78,3 +78,20 @@ def test_a_question_is_encoded_as_a_run_stores_it(bare: Path) -> None:
     stored = store.read_text([text])
     assert torch.equal(rows[text]["states"], stored.states[0])
     assert torch.equal(rows[text]["attention_mask"], stored.attention_mask[0])
+
+
+def test_a_gpu_with_too_little_memory_is_one_line(
+    bare: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_big(*_: Any) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 4.25 MiB"
+            " is free. Including non-PyTorch memory, this process has 79.00 GiB memory in use.\nSee documentation"
+        )
+
+    monkeypatch.setattr("egopatch.extract.run.encode_with_engine", too_big)
+    for batch, tried in (("4", "--encoder.batch 2"), ("1", "a smaller --encoder.depth")):
+        assert main(["run", *options(bare, "--encoder.batch", batch)]) == 1
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if "failed" in line)
+        assert line.startswith("extract run: failed: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total")
+        assert f"is free, with encoder.batch {batch}; try {tried}, or free" in line

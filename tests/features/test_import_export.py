@@ -196,6 +196,23 @@ def test_a_file_that_cannot_be_used(spoil: Spoil, why: str, tmp_path: Path, caps
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize("name", ["all.h5", "0.tar", "data.mdb"])
+@pytest.mark.parametrize("command", ["import", "compare"])
+def test_a_damaged_file_of_many_clips_is_named(
+    command: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / name).write_text("not what the name says")
+    place = folder / name if name == "all.h5" else folder
+    other = ["--to", str(tmp_path / "store")] if command == "import" else [str(place)]
+    assert main([command, str(place), *other]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"features: {folder if name == 'data.mdb' else folder / name} cannot be read (")
+    assert said.endswith("); copy or export it again\n")
+    assert said.count("\n") == 1
+
+
 def test_many_faults_are_counted(tmp_path: Path) -> None:
     files = write(tmp_path / "files", names=tuple(f"c{n:02d}" for n in range(30)))
     for number in range(14):

@@ -142,14 +142,14 @@ def test_a_store_says_which_machines_computed_it(
     said = capsys.readouterr().out
     assert f"  {ONE}: 2" in said
     assert "  not recorded: 1" in said
-    assert "unlike machines" not in said
+    assert "machines of different kinds" not in said
 
     store.write_shard(0, {FIRST[2]: clip(2)}, {FIRST[2]: "hash"}, machines={FIRST[2]: TWO})
     refresh(open_store(store.path))
     assert open_store(store.path).machines() == {"": 2, ONE: 1, TWO: 1}
     assert main(["info", str(store.path)]) == 0
     assert (
-        f"unlike machines computed these clips, so their last bits may differ: 1 by {ONE}; 1 by {TWO}"
+        f"machines of different kinds computed these clips, so their last bits may differ: 1 by {ONE}; 1 by {TWO}"
         in capsys.readouterr().out
     )
     assert main(["info", str(store.path), "--json"]) == 0

@@ -9,6 +9,7 @@ from torch import nn
 
 from egopatch.configs.schema import ConfigError, HeadConfig, TrainConfig
 from egopatch.features import PatchTokens
+from egopatch.features.values.spec import keep_count
 from egopatch.train.data.batch import Batch
 from egopatch.train.fitting.stacked_heads import StackedHeads
 from egopatch.train.heads import PSA, Pooled, QuestionOnly, Sizes
@@ -16,7 +17,6 @@ from egopatch.train.heads.common.attention import Attention
 from egopatch.train.heads.common.question import QuestionReader, Whitening, absorb_key
 from egopatch.train.heads.psa.coarse import CoarseLevel
 from egopatch.train.heads.psa.prior import spatial_prior
-from egopatch.train.heads.psa.psa import keep_count
 from egopatch.train.heads.psa.selection import PatchSelection
 
 SIZES = Sizes(frames=3, grid=(5, 7), patches=35, width=32, text_width=24, answers=9)
@@ -64,6 +64,7 @@ def test_keeps_the_rounded_up_share_of_each_frame(ratio: float) -> None:
 
 def test_rounding_noise_does_not_add_a_patch() -> None:
     assert keep_count(0.07, 100) == 7
+    assert keep_count(0.55, 100) == 55
     assert keep_count(0.25, 49) == 13
     assert keep_count(1e-9, 49) == 1
 

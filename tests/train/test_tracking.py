@@ -100,6 +100,25 @@ def test_a_tracker_that_fails_ends_alone(tmp_path: Path, capsys: pytest.CaptureF
     assert (tmp_path / "log.jsonl").read_text().count("loss") == 2
 
 
+def test_a_run_starts_and_resumes_without_its_tracker(
+    tracked: tuple[Config, Calls], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no route to host")
+
+    config, calls = tracked
+    for name, first in (("wandb", "init"), ("mlflow", "MlflowClient")):
+        if name in sys.modules:
+            monkeypatch.setattr(sys.modules[name], first, fail, raising=False)
+    fit(config, "train fit")
+    expected = "run.tracker failed, and the run continues without it: no route to host\n"
+    assert expected in capsys.readouterr().err
+    (config.run.dir / "test.json").unlink()
+    fit(config, "train fit")
+    assert expected in capsys.readouterr().err
+    assert not calls
+
+
 def test_a_tracker_that_is_not_installed_is_named(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"run.tracker is 'wandb', .* run: pip install 'egopatch\[wandb\]'"):

@@ -46,7 +46,7 @@ def config_of_run(run: Path, overrides: Sequence[str] = ()) -> Config:
     """The experiment in a run's folder, with options of the command line.
 
     Raises:
-        RunError: `run` is no folder of a run.
+        RunError: `run` is not the folder of a run.
     """
     if not (run / CONFIG).is_file():
         raise RunError(f"run folder {run} holds no {CONFIG}; expected the run.dir of a trained head")

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
-from egopatch.features.common.command_line import messages_apart, print_result
+from egopatch.features.common.command_line import INTERRUPTED, messages_apart, print_result
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
@@ -16,7 +16,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     from egopatch.train.fitting.experiment import pick_device
     from egopatch.train.fitting.fit import fit, test_line
     from egopatch.train.processes.distributed import join
-    from egopatch.train.processes.stopping import INTERRUPTED, Stopped
+    from egopatch.train.processes.stopping import Stopped
 
     with join(cuda=pick_device(config.train.device).type == "cuda") as ranks:
         try:

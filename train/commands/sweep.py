@@ -8,11 +8,12 @@ from pathlib import Path
 
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
 from egopatch.configs.schema import ConfigError
-from egopatch.features.common.command_line import messages_apart, print_result
+from egopatch.features.common.command_line import INTERRUPTED, messages_apart, print_result
 
 STACKED = (
     "runs that differ only in ratio and seed train together and round in another order than `train fit` does, so "
-    "an accuracy here may differ by some tenths from that of the same setting in the table"
+    "an accuracy here may differ by several points from that of the same setting in the table; train the settings that"
+    " you choose between with `train fit`"
 )
 
 
@@ -33,7 +34,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
             "CUDA_VISIBLE_DEVICES=1 python -m train sweep ...: each process trains the runs that no other one holds"
         )
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
-    from egopatch.train.processes.stopping import INTERRUPTED, Stopped
+    from egopatch.train.processes.stopping import Stopped
     from egopatch.train.sweeps.sweep import run_sweep
 
     command = " ".join(["python -m train sweep", *args])

@@ -17,6 +17,7 @@ from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets import Question
 from egopatch.extract.datasets.egosynth.places import Places, places_of, scene_of
 from egopatch.features import PatchTokens
+from egopatch.features.values.spec import keep_count
 from egopatch.train.data.batch import Batch
 from egopatch.train.data.question_table import QuestionTable, plan_batches
 from egopatch.train.explanation.agreement import agreement_of, pointing
@@ -27,7 +28,6 @@ from egopatch.train.fitting.fit import head_of
 from egopatch.train.fitting.stacked_heads import StackedHeads
 from egopatch.train.heads import PSA, build_head, reads_video, unwrapped
 from egopatch.train.heads.common.scale import scaled_patches
-from egopatch.train.heads.psa.psa import keep_count
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import Card, RunError
 from egopatch.train.scores.statistics import Interval, compare

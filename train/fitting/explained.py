@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from egopatch.configs.schema import TrainConfig
+from egopatch.features.common.os_errors import gpu_shortage
 from egopatch.features.io.files import write_errors_explained
 from egopatch.train.rundir.card import RunError
 
@@ -23,12 +24,10 @@ def shortage_explained(train: TrainConfig, folder: Path) -> Iterator[None]:
         with write_errors_explained(f"writing to {folder}", kept="the last saved state is intact"):
             yield
     except torch.OutOfMemoryError as error:
-        # "CUDA out of memory. Tried to allocate ... . GPU 0 has a total capacity of ... of which ... is free. ..."
-        reason = ". ".join(str(error).split(". ")[:3])
         smaller = (
             "" if train.batch == 1 else f"--train.batch {train.batch // 2} --train.accumulate {train.accumulate * 2}, "
         )
         raise RunError(
-            f"{reason}, with train.batch {train.batch}; try {smaller}--train.residency ram (features in the machine's "
-            "memory) or a smaller --head.width; a changed setting needs another --run.dir"
+            f"{gpu_shortage(error)}, with train.batch {train.batch}; try {smaller}--train.residency ram (features in"
+            " the machine's memory) or a smaller --head.width; a changed setting needs another --run.dir"
         ) from error

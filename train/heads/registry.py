@@ -85,7 +85,7 @@ def check_head(config: HeadConfig) -> None:
         _options_of(head, config)
     elif config.options is not None:
         raise ConfigError(
-            f"head.options is {config.options!r}, but {config.name} is no registered head: its options are "
+            f"head.options is {config.options!r}, but {config.name} is not a registered head: its options are "
             "those of the section head itself"
         )
 

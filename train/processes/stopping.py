@@ -9,8 +9,6 @@ from types import FrameType
 from egopatch.features.common.signals import signal_handlers
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Exit code of a command that a signal interrupted.
-INTERRUPTED = 130
 
 
 class Stopped(Exception):

@@ -1,7 +1,6 @@
 """The log of a run: JSON lines, which results are read from, and the same numbers for TensorBoard and a tracker."""
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from egopatch.train.rundir.card import write_whole
-from egopatch.train.rundir.tracking import Tracker
+from egopatch.train.rundir.tracking import Tracker, report_failure
 
 
 class RunLog:
@@ -52,12 +51,11 @@ class RunLog:
             self._track(self._tracker.close)
 
     def _track(self, call: Callable[..., None], *values: Any) -> None:
-        """Call the tracker; if its server is gone the run continues without it, because its own log is complete."""
+        """Call the tracker; the run continues without it once it has failed."""
         try:
             call(*values)
         except Exception as error:  # each tracker has kinds of its own
-            reason = " ".join(str(error).split())
-            print(f"run.tracker failed, and the run continues without it: {reason:.300}", file=sys.stderr)
+            report_failure(error)
             self._tracker = None
 
 

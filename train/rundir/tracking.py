@@ -5,6 +5,7 @@ The tracker's own environment variables say where and as whom it logs (`WANDB_PR
 
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping
 from importlib import import_module
@@ -31,8 +32,8 @@ class Tracker(Protocol):
         """Send what is pending, and end the run."""
 
 
-def open_tracker(name: str, folder: Path, config: Mapping[str, Any]) -> Tracker:
-    """The run of `folder` in the tracker `name`, created at its first call.
+def open_tracker(name: str, folder: Path, config: Mapping[str, Any]) -> Tracker | None:
+    """The run of `folder` in the tracker `name`, created at its first call; None, and a line that says so, if it fails.
 
     Args:
         name: `wandb` or `mlflow`.
@@ -50,9 +51,19 @@ def open_tracker(name: str, folder: Path, config: Mapping[str, Any]) -> Tracker:
         ) from None
     record = folder / RECORD
     known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-    tracker = TRACKERS[name](module, folder, _flat(config), known.get(name))
+    try:
+        tracker: WandbRun | MlflowRun = TRACKERS[name](module, folder, _flat(config), known.get(name))
+    except Exception as error:  # each tracker has kinds of its own
+        report_failure(error)
+        return None
     write_whole(record, json.dumps(known | {name: tracker.id}) + "\n")
     return tracker
+
+
+def report_failure(error: Exception) -> None:
+    """Say that the run continues without its tracker, such as one whose server is gone: its own log is complete."""
+    reason = " ".join(str(error).split())
+    print(f"run.tracker failed, and the run continues without it: {reason:.300}", file=sys.stderr)
 
 
 class WandbRun:

@@ -168,7 +168,7 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> LiteEncoder:
 
     Raises:
         CheckpointError: Another network's checkpoint, a tensor is missing or has the wrong shape, or no such depth.
-        ValueError: The network cannot take this size.
+        ConfigError: The network cannot take this size.
     """
     checkpoint.require("lite")
     if options.depth not in FINE:
@@ -178,7 +178,7 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> LiteEncoder:
         )
     size = SIZE if options.size is None else options.size
     if size < 32 or size % 16:
-        raise ValueError(f"size is {size}; expected a multiple of 16, at least 32")
+        raise ConfigError(f"video.size is {size}; expected a multiple of 16, at least 32")
     trunk = Trunk(options.depth)
     for module, conv, norm in _published_names(trunk):
         _fold(checkpoint, module, conv, norm)

@@ -218,8 +218,8 @@ def test_text_is_what_transformers_makes_of_the_folder(depth: int) -> None:
     [
         ({"depth": 5}, "depth is 5; expected 6 to 11, the blocks whose tokens cover 16x16 pixels"),
         ({"depth": 12}, "depth is 12; expected 6 to 11"),
-        ({"size": 100}, "size is 100; expected a multiple of 16, at least 32"),
-        ({"size": 16}, "size is 16; expected a multiple of 16, at least 32"),
+        ({"size": 100}, "video.size is 100; expected a multiple of 16, at least 32"),
+        ({"size": 16}, "video.size is 16; expected a multiple of 16, at least 32"),
     ],
 )
 def test_impossible_requests_are_refused(checkpoint: Checkpoint, options: dict, message: str) -> None:

@@ -213,17 +213,40 @@ def test_too_many_workers_for_the_cluster(cluster: Cluster, bare: Path, capsys: 
 
 def test_more_gpus_than_there_are_are_refused() -> None:
     demo = Path("configs/demo/egovlpv2.yaml")
-    cluster = {"CPU": 32.0, "GPU": 4.0}
-    assert _fit(load_config(demo), cluster, nodes=2, shards=100) == (4, {"num_gpus": 1.0, "num_cpus": 1.0})
-    assert _fit(load_config(demo), cluster, nodes=2, shards=3)[0] == 3
+    nodes = [{"CPU": 16.0, "GPU": 2.0}] * 2
+    assert _fit(load_config(demo), nodes, shards=100) == (4, {"num_gpus": 1.0, "num_cpus": 1.0})
+    assert _fit(load_config(demo), nodes, shards=3)[0] == 3
     with pytest.raises(ConfigError, match=r"engine\.workers is 5 but the Ray cluster has 4 GPUs"):
-        _fit(load_config(demo, ["--engine.workers", "5"]), cluster, nodes=2, shards=100)
+        _fit(load_config(demo, ["--engine.workers", "5"]), nodes, shards=100)
     on_cpus = load_config(demo, ["--encoder.device", "cpu"])
-    assert _fit(on_cpus, cluster, nodes=2, shards=100) == (2, {"num_cpus": 16.0})
+    assert _fit(on_cpus, nodes, shards=100) == (2, {"num_cpus": 16.0})
     with pytest.raises(ConfigError, match=r"encoder\.device is 'cuda:1' but Ray gives each worker a GPU of its own"):
-        _fit(load_config(demo, ["--encoder.device", "cuda:1"]), cluster, nodes=2, shards=100)
+        _fit(load_config(demo, ["--encoder.device", "cuda:1"]), nodes, shards=100)
     with pytest.raises(ConfigError, match="has no GPU"):
-        _fit(load_config(demo, ["--encoder.device", "cuda"]), {"CPU": 8.0}, nodes=1, shards=100)
+        _fit(load_config(demo, ["--encoder.device", "cuda"]), [{"CPU": 8.0}], shards=100)
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "expected"),
+    [
+        ((0, 8, 8), "auto", (2, 8)),  # a head node that runs nothing
+        ((4, 16), "auto", (2, 8)),  # both on the larger node
+        ((4, 16), "5", (5, 4)),
+        ((4, 16), "3", (3, 5)),
+    ],
+)
+def test_every_worker_has_a_place_on_one_node(cores: tuple[int, ...], workers: str, expected: tuple[int, int]) -> None:
+    """Ray would wait forever for the cores of a worker that no node has free."""
+    config = load_config(Path("configs/demo/egovlpv2.yaml"), ["--engine.workers", workers])
+    nodes = [{"CPU": float(count)} if count else {"memory": 1e9} for count in cores]
+    count, needs = _fit(config, nodes, shards=100)
+    assert (count, needs["num_cpus"]) == expected
+    assert sum(node // int(needs["num_cpus"]) for node in cores) >= count
+
+
+def test_a_cluster_without_cores_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"engine\.workers is auto but the Ray cluster has 0 CPUs"):
+        _fit(load_config(Path("configs/demo/egovlpv2.yaml")), [{"memory": 1e9}], shards=100)
 
 
 def test_an_error_of_a_worker_comes_with_its_traceback() -> None:

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from egopatch.configs.schema import ConfigError, HeadConfig
 from egopatch.features import PatchTokens
+from egopatch.features.values.spec import keep_count
 from egopatch.train.data.batch import Batch
 from egopatch.train.heads.common.noise import Dropout, Noise
 from egopatch.train.heads.common.question import (
@@ -265,11 +266,6 @@ class PSA(nn.Module):
         weights = (logits / FRAME_TEMPERATURE).softmax(dim=-1)
         video = weights @ frames
         return (video if self.time is None else video + weights @ self.time).flatten(1)
-
-
-def keep_count(ratio: float, patches: int) -> int:
-    """k = ceil(ratio * N), unaffected by the rounding error of a ratio such as 0.07."""
-    return max(1, min(patches, math.ceil(round(ratio * patches, 6))))
 
 
 def _grid_positions(batch: Batch) -> Tensor | None:
