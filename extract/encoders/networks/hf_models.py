@@ -104,7 +104,9 @@ class HfEncoder(VideoEncoder):
             "transformers": version("transformers"),
         }
         self._last = depth == _blocks_of(config)
-        self._options = dict(family.options) | {"output_hidden_states": True}
+        self._options = dict(family.options)
+        if not self._last:  # they are the states after every block, gigabytes of a large batch
+            self._options["output_hidden_states"] = True
         if self.saliency == "attention":
             self._options["output_attentions"] = True
         if size != _trained_size(config) and "interpolate_pos_encoding" in signature(model.forward).parameters:
@@ -249,7 +251,7 @@ class HfTextEncoder(TextEncoder):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """See `TextEncoder.forward`; the last layer's states carry the final norm, where the model has one."""
         mask = attention_mask.long() if self._masked else None
-        output = self.model(input_ids=input_ids, attention_mask=mask, output_hidden_states=True)
+        output = self.model(input_ids=input_ids, attention_mask=mask, output_hidden_states=not self._last)
         return output.last_hidden_state if self._last else output.hidden_states[self.depth]
 
 

@@ -113,7 +113,11 @@ def test_tokens_are_the_models_own(folder_of: Callable[[str], Path], kind: str, 
             load_video_encoder("hf", folder, FRAMES, depth, size=32)
         return
     encoder = load_video_encoder("hf", folder, FRAMES, depth, size=32)
+    outputs: list[Any] = []
+    encoder.model.register_forward_hook(lambda _, __, output: outputs.append(output))
     tokens = encoder(clips())
+    # The states after every block take memory, and at full depth none of them is read.
+    assert all((output.hidden_states is None) == (depth == DEEPEST) for output in outputs)
     first, patches, _ = called_directly(folder, kind, clips(), depth)
     assert (encoder.steps, encoder.grid, encoder.width) == (FRAMES // TUBELETS.get(kind, 1), (4, 4), 32)
     torch.testing.assert_close(tokens.patches, patches, rtol=0, atol=1e-5)
@@ -323,7 +327,13 @@ def test_text_models(folder_of: Callable[[str], Path], tmp_path: Path, kind: str
     with torch.inference_mode():
         output = model(ids, attention_mask=None if kind == "siglip" else mask, output_hidden_states=True)
     for depth, expected in ((2, output.hidden_states[2]), (3, output.last_hidden_state)):
-        states = load_text_encoder("hf", folder, depth)(ids, mask)
+        encoder = load_text_encoder("hf", folder, depth)
+        kept: list[bool] = []
+        encoder.model.register_forward_hook(
+            lambda _, __, output, kept=kept: kept.append(output.hidden_states is not None)
+        )
+        states = encoder(ids, mask)
+        assert kept == [depth < 3]
         torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
     with pytest.raises(CheckpointError, match=r"depth is 4; expected 1 to 3, the number of its text layers"):
         load_text_encoder("hf", folder, 4)
