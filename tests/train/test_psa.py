@@ -18,6 +18,7 @@ from egopatch.train.heads.common.question import QuestionReader, Whitening, abso
 from egopatch.train.heads.psa.coarse import CoarseLevel
 from egopatch.train.heads.psa.prior import spatial_prior
 from egopatch.train.heads.psa.selection import PatchSelection
+from egopatch.train.ops.philox import Draw
 
 SIZES = Sizes(frames=3, grid=(5, 7), patches=35, width=32, text_width=24, answers=9)
 CONFIG = HeadConfig(width=32, heads=2, ratio=0.25, dropout=0.2)
@@ -97,7 +98,7 @@ def test_random_scores_differ_by_clip_and_follow_the_key() -> None:
     _, kept = head.answer(batch)
     assert len(kept.flatten(1).unique(dim=0)) > 1
     assert torch.equal(kept, head.answer(batch)[1])
-    head.random.keys = (7,)
+    head.random.draw = Draw((7,))
     assert not torch.equal(kept, head.answer(batch)[1])
     assert not {"selector.weight", "prior", "saliency_weight"} & set(head.state_dict())
 

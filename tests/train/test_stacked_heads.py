@@ -16,11 +16,12 @@ from egopatch.train.data.batch import Batch
 from egopatch.train.fitting.optim import learning_rate
 from egopatch.train.fitting.stacked_heads import StackedHeads, deterministic
 from egopatch.train.heads import PSA, Pooled, QuestionOnly
-from egopatch.train.heads.common.noise import Dropout, mix
+from egopatch.train.heads.common.noise import Dropout
 from egopatch.train.heads.psa import selection
 from egopatch.train.heads.psa.selection import PatchSelection
 from egopatch.train.ops import select_attend
 from egopatch.train.ops.largest import largest_mask
+from egopatch.train.ops.philox import Draw
 from egopatch.train.ops.select_attend import plan
 from egopatch.train.ops.select_attend.api import SelectAttendOutput
 from egopatch.train.ops.select_attend.plan import tile_bound
@@ -225,12 +226,12 @@ def test_state_goes_on_exactly(held: int) -> None:
 def test_noise_is_of_seed_step_and_place() -> None:
     drop = Dropout(0.5).train()
     x = torch.ones(1000)
-    drop.keys = (mix(0, 1, 2),)
+    drop.draw = Draw((0,), 1, (2, 0))
     first = drop(x)
     assert torch.equal(first, drop(x))
     assert abs(float(first.mean()) - 1) < 0.15
-    for other in ((1, 1, 2), (0, 2, 2), (0, 1, 3)):
-        drop.keys = (mix(*other),)
+    for other in (Draw((1,), 1, (2, 0)), Draw((0,), 2, (2, 0)), Draw((0,), 1, (3, 0))):
+        drop.draw = other
         assert 0.4 < float((drop(x) == first).float().mean()) < 0.6
     assert torch.equal(drop.eval()(x), x)
 

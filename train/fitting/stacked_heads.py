@@ -9,7 +9,7 @@ Shape legend: M heads, B questions, T frames, N patches a frame, A answers.
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,10 +23,11 @@ from egopatch.train.fitting.optim import build_optimiser, learning_rate
 from egopatch.train.heads import PSA, Choice, unwrapped
 from egopatch.train.heads.common.noise import Noise, mix
 from egopatch.train.heads.psa.selection import PatchSelection
+from egopatch.train.ops.philox import Draw
 from egopatch.train.processes.distributed import ALONE, Distributed
 
 GRADIENT_NORM = 1.0
-# Takes the place of the step in the keys of noise at evaluation.
+# Takes the place of the step in the position of noise at evaluation.
 EVALUATION = -1
 # Difference of two cosines that counts as one in the contrast of paraphrase and counterfactual.
 CONTRAST_TEMPERATURE = 0.1
@@ -82,10 +83,8 @@ class StackedHeads:
             selection.ks = tuple(other.ks[0] for other in others)
         noises = {name: module for name, module in self._head.named_modules() if isinstance(module, Noise)}
         self._noises = list(noises.values())
-        # Heads with the same seed share their noise, so it is drawn once for each seed.
-        unique = list(dict.fromkeys(self.seeds))
-        key_index = torch.tensor([unique.index(seed) for seed in self.seeds], device=device)
-        self._key_index = {f"{name}.member": key_index for name in noises}
+        member = torch.arange(len(heads), device=device)
+        self._members = {f"{name}.member": member for name in noises}
         states = [head.state_dict() for head in heads]
         self.tensors = {name: torch.stack([state[name] for state in states]) for name in states[0]}
         self._trainable = {name: p for name, p in heads[0].named_parameters() if p.requires_grad}
@@ -211,12 +210,12 @@ class StackedHeads:
     def _map_heads(self, call: Any, tensors: Mapping[str, Tensor]) -> Any:
         """`call(head)` for every head, stacked along a new first dimension [M, ...]."""
         caller = _Caller(self._head, call)
-        named = {f"head.{name}": tensor for name, tensor in {**tensors, **self._key_index}.items()}
+        named = {f"head.{name}": tensor for name, tensor in {**tensors, **self._members}.items()}
         if len(self) == 1:
             # A view, whose gradient is one too: indexing would fill and copy a gradient for every weight.
             out = functional_call(caller, {name: tensor.squeeze(0) for name, tensor in named.items()}, ())
             return tuple(tensor[None] for tensor in out) if isinstance(out, tuple) else out[None]
-        # "same": the noise of all seeds is drawn as one tensor, and each head takes the rows of its seed.
+        # "same": heads from outside that draw from torch's own generator draw the same for all.
         return torch.vmap(lambda tensors: functional_call(caller, tensors, ()), randomness="same")(named)
 
     def _backward(self, batch: Batch) -> Tensor:
@@ -268,15 +267,17 @@ class StackedHeads:
         return functional.softplus((far - near) / CONTRAST_TEMPERATURE)
 
     def _set_noise(self, batch: Batch, *numbers: int) -> None:
+        first, second = (*numbers, 0)[:2]
         for place, noise in enumerate(self._noises):
-            noise.keys = tuple(mix(seed, place, *numbers) for seed in dict.fromkeys(self.seeds))
+            noise.draw = Draw(self.seeds, place, (first, second))
         self._set_rows(batch)
         # Heads from outside may draw from torch's own generator, as nn.Dropout does: a resumed run draws the same.
         torch.manual_seed(mix(self.seeds[0], *numbers))
 
     def _set_rows(self, batch: Batch) -> None:
         for noise in self._noises:
-            noise.part = None if batch.rank_slice is None else getattr(batch.rank_slice, noise.over)
+            rows = None if batch.rank_slice is None else getattr(batch.rank_slice, noise.over).rows
+            noise.draw = replace(noise.draw, rows=rows)
 
     @torch.no_grad()
     def _clip_gradients(self, batches: int) -> Tensor:

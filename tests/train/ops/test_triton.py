@@ -11,12 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.kernel_budget import MAIN, SHAPES
+from benchmarks.kernel_budget import MAIN, SHAPES, assemble
 from egopatch.train.ops.select_attend import library, plan, select_attend
 from tests.train.ops.cases import make_case
 
 ROOT = Path(__file__).resolve().parents[3]
-INTERPRETED = ["tests/train/ops/interpreted_results.py", "tests/train/ops/interpreted_launch.py"]
+INTERPRETED = [
+    "tests/train/ops/interpreted_results.py",
+    "tests/train/ops/interpreted_launch.py",
+    "tests/train/ops/interpreted_philox.py",
+]
 VERSIONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -46,13 +50,13 @@ def run_interpreted(*selection: str) -> int:
 
 @needs_triton
 def test_some_kernels_in_the_interpreter() -> None:
-    assert run_interpreted("-k", "seven_by_seven or ties_at_the_threshold or more_than_two_to_the_31") >= 5
+    assert run_interpreted("-k", "seven_by_seven or ties_at_the_threshold or more_than_two_to_the_31 or philox") >= 21
 
 
 @needs_triton
 @pytest.mark.slow
 def test_kernels_in_the_interpreter() -> None:
-    assert run_interpreted("-m", "slow or not slow") >= 154
+    assert run_interpreted("-m", "slow or not slow") >= 170
 
 
 def budget(*arguments: str) -> list[dict[str, object]]:
@@ -85,6 +89,32 @@ def test_no_kernel_of_the_committed_budget_spills() -> None:
     shapes = {version: {tuple(u["shape"]) for u in usages if u["triton"] == version} for version in VERSIONS}
     assert shapes["3.9.0"] == set(SHAPES)
     assert all(set(MAIN) <= compiled for compiled in shapes.values())
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", [80, 90, pytest.param(100, marks=pytest.mark.slow)])
+def test_dropout_compiles_without_spills_and_reads_rows_of_whole_blocks_at_once(
+    arch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    from triton import compile as compile_ahead
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from egopatch.train.ops.philox.kernels import BLOCKS, CHANGING, dropout_kernel
+
+    types = {"x": "*fp32", "out": "*fp32", "seeds": "*i64", "scale": "fp32"}
+    constants = {"wanted": None, "BLOCK": 16, "BLOCKS": BLOCKS}
+    names = dropout_kernel.arg_names
+    assert set(CHANGING) < set(names)
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in ("x", "out", "seeds", "entries")}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(dropout_kernel, signature, values, aligned)
+    ptx = compile_ahead(source, target=GPUTarget("cuda", arch, 32)).asm["ptx"]
+    assert "ld.global.v4" in ptx
+    assert "st.global.v4" in ptx
+    assert assemble(ptx, arch)[1] == 0
 
 
 @needs_triton

@@ -1,16 +1,16 @@
-"""Random numbers of heads as a function of keys alone: there is no state to save, and equal keys give equal numbers.
+"""Random numbers of heads as a function of seed, place and step: there is no state to save.
 
-The trainer sets the keys before each step, from the seed, the step and the module's place in the head. Stacked heads
-with the same seed draw the same numbers, so that they are compared on the same noise. A rank with some rows of a batch
-draws numbers for all rows and keeps its own, so that the numbers do not depend on the number of ranks.
+The trainer says before each step what to draw. Stacked heads with the same seed draw the same numbers, so that they are
+compared on the same noise. A rank with some rows of a batch draws the numbers of those rows, so that the numbers do not
+depend on the number of ranks; nor do they depend on the device (`ops/philox`).
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from egopatch.train.processes.rank_slice import RowSubset
+from egopatch.train.ops.philox import Draw, dropout, uniform
 
 Axis = Literal["questions", "clips", "texts"]
 
@@ -22,9 +22,8 @@ class Noise(nn.Module):
         over: Meaning of the first dimension.
 
     Attributes:
-        keys: One key for each different seed of the stacked heads.
-        part: Rows of the whole batch that this rank has; None if it has all of them.
-        member: Scalar long, index into `keys`. `vmap` gives each stacked head its own.
+        draw: The numbers to draw next.
+        member: Scalar long, which `vmap` replaces by the number of each stacked head.
     """
 
     member: Tensor
@@ -32,25 +31,19 @@ class Noise(nn.Module):
     def __init__(self, over: Axis = "questions") -> None:
         super().__init__()
         self.over = over
-        self.part: RowSubset | None = None
-        self.keys: tuple[int, ...] = (0,)
+        self.draw = Draw()
         self.register_buffer("member", torch.zeros((), dtype=torch.long), persistent=False)
 
     def forward(self, like: Tensor) -> Tensor:
         """float32 in the shape of `like`."""
-        return self._pick(self._draw(like))
+        if len(self.draw.seeds) > 1:
+            return _UnderVmap.apply(like, self.member, self)
+        return self.draw_for(like)
 
-    def _draw(self, like: Tensor) -> Tensor:
-        """[keys, *like.shape]: the numbers of every key."""
-        rows = like.shape[0] if self.part is None else self.part.total
-        drawn = torch.empty(len(self.keys), rows, *like.shape[1:], device=like.device)
-        for key, numbers in zip(self.keys, drawn, strict=True):
-            numbers.uniform_(generator=torch.Generator(like.device).manual_seed(key))
-        return drawn if self.part is None else drawn[:, self.part.rows.to(like.device)]
-
-    def _pick(self, drawn: Tensor) -> Tensor:
-        """The numbers of this head's key."""
-        return drawn[0] if len(self.keys) == 1 else drawn[self.member]
+    def draw_for(self, like: Tensor) -> Tensor:
+        """The result of `forward`: for one head, or [M, ...] for `like` [M, ...] of M stacked heads."""
+        shape = like.shape[1:] if len(self.draw.seeds) > 1 else like.shape
+        return uniform(tuple(shape), self.draw, like.device)
 
 
 class Dropout(Noise):
@@ -62,13 +55,36 @@ class Dropout(Noise):
 
     def forward(self, like: Tensor) -> Tensor:
         """`like` with a fraction `p` of its entries set to zero and the others scaled up."""
-        if not self.training or self.p == 0:
-            return like
-        return like * self._pick(((self._draw(like) >= self.p) / (1 - self.p)).to(like.dtype))
+        return super().forward(like) if self.training and self.p else like
+
+    def draw_for(self, like: Tensor) -> Tensor:
+        """The result of `forward`, as in `Noise`."""
+        return dropout(like, self.draw, self.p)
+
+
+class _UnderVmap(torch.autograd.Function):
+    """Passes a `vmap` over stacked heads to `Noise.draw_for`; it never runs outside `vmap`."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(*_: Any) -> Tensor:
+        raise AssertionError("noise of several seeds is drawn only under vmap")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+        like, _, noise = inputs
+        dim = in_dims[0]
+        stacked = like.expand(info.batch_size, *like.shape) if dim is None else like.movedim(dim, 0)
+        return noise.draw_for(stacked), 0
 
 
 def mix(*numbers: int) -> int:
-    """Hash several numbers into one key."""
+    """Hash several numbers into one seed of torch."""
     key = 0
     for number in numbers:
         # Steps of SplitMix64, in which every output bit depends on every input bit.
