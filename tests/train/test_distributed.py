@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
@@ -149,6 +150,16 @@ def test_each_clip_is_held_by_one_rank_and_it_is_said(together: tuple[dict[str, 
     assert len(first) == len(second) == 6
     assert not set(first) & set(second)
     assert of_first == of_second
+
+
+def test_a_sum_over_ranks_reads_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on `meta` have no values, so that reading one fails, as it waits on a GPU."""
+    sent: list[Tensor] = []
+    monkeypatch.setattr(dist, "all_reduce", sent.append)
+    like = [torch.empty(2, 3, device="meta"), torch.empty(4, device="meta"), torch.empty((), device="meta")]
+    sums = Distributed(rank=0, size=2).sum_tensors([like[0], None, like[2]], like)
+    assert [None if total is None else tuple(total.shape) for total in sums] == [(2, 3), None, ()]
+    assert [(tensor.device.type, tensor.numel()) for tensor in sent] == [("cpu", 3), ("meta", 11)]
 
 
 def test_a_share_knows_its_place_in_the_whole_batch() -> None:

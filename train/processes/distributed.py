@@ -96,14 +96,16 @@ class Distributed:
     def sum_tensors(self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
         """Sums over the ranks of tensors in the shapes of `like`; None counts as zero; all None gives None.
 
-        All tensors are sent as one: the gradients of a head are many small tensors.
+        All tensors are sent as one: the gradients of a head are many small tensors. The CPUs tell each other which of
+        them there are, because reading that from a GPU would wait for the whole batch.
         """
-        present = torch.tensor([t is not None for t in tensors], dtype=like[0].dtype, device=like[0].device)
+        counts = torch.tensor([int(t is not None) for t in tensors])
         pieces = [torch.zeros_like(other) if t is None else t for t, other in zip(tensors, like, strict=True)]
-        flat = torch.cat([present, *(piece.detach().flatten() for piece in pieces)])
+        flat = torch.cat([piece.detach().flatten() for piece in pieces])
         with self._collective():
+            dist.all_reduce(counts)
             dist.all_reduce(flat)
-        counts, *sums = flat.split([len(pieces), *(piece.numel() for piece in pieces)])
+        sums = flat.split([piece.numel() for piece in pieces])
         return [
             total.view(other.shape) if count else None
             for count, total, other in zip(counts.tolist(), sums, like, strict=True)
