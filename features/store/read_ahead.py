@@ -7,15 +7,25 @@ for tokens in read_ahead(store, [["a", "b"], ["c"]]):
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 import torch
 
-from egopatch.features.store.store import Store
 from egopatch.features.values.spec import PatchTokens
 
 
+class ClipSource(Protocol):
+    """What clips are read from: a `Store`, or anything that reads like one."""
+
+    def buffers(self, rows: int, pin: bool = False) -> PatchTokens:
+        """As `Store.buffers`."""
+
+    def read(self, ids: Sequence[str], *, out: PatchTokens, threads: int) -> PatchTokens:
+        """As `Store.read`."""
+
+
 def read_ahead(
-    store: Store,
+    store: ClipSource,
     batches: Iterable[Sequence[str]],
     depth: int = 2,
     threads: int = 2,
@@ -28,7 +38,7 @@ def read_ahead(
     stops the reading.
 
     Args:
-        store: Store of clips.
+        store: Store of clips, or another source.
         batches: Lists of clip ids; a generator is advanced only as needed.
         depth: Number of batches that are read ahead.
         threads: Number of threads that read the clips of one batch.
@@ -45,7 +55,7 @@ def read_ahead(
 
 
 def _read_ahead(
-    store: Store, batches: Iterator[Sequence[str]], depth: int, threads: int, device: torch.device
+    store: ClipSource, batches: Iterator[Sequence[str]], depth: int, threads: int, device: torch.device
 ) -> Iterator[PatchTokens]:
     free = deque(_Buffer(store, threads, device) for _ in range(depth + 1))
     reading: deque[tuple[Future[PatchTokens], _Buffer]] = deque()
@@ -84,7 +94,7 @@ def _start(
 class _Buffer:
     """Memory for one batch, which grows to the longest batch so far."""
 
-    def __init__(self, store: Store, threads: int, device: torch.device) -> None:
+    def __init__(self, store: ClipSource, threads: int, device: torch.device) -> None:
         self._store = store
         self._threads = threads
         self._device = device

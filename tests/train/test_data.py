@@ -1,18 +1,28 @@
 """Grouping by clip, and features from disk and from memory."""
 
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Dataset, Question
-from egopatch.features import StoreError
+from egopatch.features import PatchTokens, StoreError, read_ahead
+from egopatch.features.store.read_ahead import ClipSource
+from egopatch.train.data.features import Features
 from egopatch.train.data.question_table import NO_CLASS, QuestionTable, plan_batches
-from egopatch.train.data.residency import choose_residency
+from egopatch.train.data.residency import ClipsInMemory, choose_residency
 from egopatch.train.fitting.experiment import open_experiment
 from egopatch.train.fitting.fit import fit
+from egopatch.train.processes.distributed import Distributed
 from tests.train.tiny import losses, with_run
 
 
@@ -81,6 +91,138 @@ def test_batches_hold_their_clips_and_move_as_little_as_they_can(
     # Kept tokens stay where they are; read ones go round in the memory of three batches.
     assert len(places) == (3 if residency == "disk" else 1)
     assert (features.bytes_read > read) == (residency == "disk")
+
+
+META = torch.device("meta")
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operators that would make a GPU's host wait, with `meta` in the GPU's place.
+
+    Those are all that involve both devices, except copies from pinned memory that are asked not to wait.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pinned: list[Tensor] = []  # kept, so that no later tensor gets their memory
+        self.waits: list[str] = []
+        self.copies = 0
+
+    def pin(self, tensor: Tensor) -> Tensor:
+        self.pinned.append(tensor.clone())
+        return self.pinned[-1]
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+        on_host = [tensor for tensor in tensors if tensor.device.type == "cpu"]
+        if on_host and len(on_host) < len(tensors):
+            memory = {tensor.untyped_storage().data_ptr() for tensor in self.pinned}
+            pinned = all(tensor.untyped_storage().data_ptr() in memory for tensor in on_host)
+            self.copies += 1
+            if not (pinned and (kwargs or {}).get("non_blocking")):
+                self.waits.append(str(function))
+        return out
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
+    """Experiments open on `meta`, and memory is pinned, as far as `Waits` can tell."""
+    waits = Waits()
+
+    def pinned_read_ahead(
+        source: ClipSource, batches: Sequence[Sequence[str]], threads: int, device: torch.device
+    ) -> Iterator[PatchTokens]:
+        assert device == META
+        for ids in batches:
+            tokens = source.read(ids, out=source.buffers(len(ids)), threads=threads).tensors()
+            yield PatchTokens(**{name: waits.pin(tensor) for name, tensor in tokens.items()})
+
+    monkeypatch.setattr("egopatch.train.data.features.read_ahead", pinned_read_ahead)
+    monkeypatch.setattr("egopatch.train.fitting.experiment.pick_device", lambda *_: META)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: waits.pin(tensor))
+    return waits
+
+
+def tensors_of(value: object, path: str = "batch") -> dict[str, Tensor]:
+    """The tensors of a batch, and of all in it, by name."""
+    if isinstance(value, Tensor):
+        return {path: value}
+    if is_dataclass(value):
+        parts: dict[str, object] = {field.name: getattr(value, field.name) for field in fields(value)}
+    else:
+        parts = {str(place): part for place, part in enumerate(value)} if isinstance(value, tuple) else {}
+    return {name: t for part, inner in parts.items() for name, t in tensors_of(inner, f"{path}.{part}").items()}
+
+
+@pytest.mark.parametrize("residency", ["disk", "ram", "gpu"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_making_a_batch_waits_for_no_copy(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, waits: Waits, residency: str, shared: bool
+) -> None:
+    """A copy from memory that is not pinned waits for the steps before, so a host could not launch ahead of its GPU."""
+    monkeypatch.setattr("egopatch.train.data.features.choose_residency", lambda *_: (residency, ""))
+    experiment = open_experiment(with_run(tiny, "waits", data_paraphrases=True))
+    features, table = experiment.features, experiment.train_table
+    if shared:  # the batches of one of two ranks
+        features.ranks, features._rank_clips = Distributed(0, 2), frozenset(table.clips[::2])
+    with waits:
+        batches = list(features.stream(table, plan_batches(table, 16, 0)))
+    assert waits.waits == []
+    assert waits.copies >= 8 * len(batches)
+    for batch in batches:
+        on_host = {name for name, tensor in tensors_of(batch).items() if tensor.device != META}
+        assert on_host == {"batch.rows", "batch.variants.0.rows", "batch.variants.1.rows"}
+        assert (batch.rank_slice is not None) == shared
+
+
+def test_making_a_batch_of_options_waits_for_no_copy(waits: Waits) -> None:
+    features = Features(None, None, [], ["q", "a", "b", "c"], "auto", META)
+    table = table_of([0, 1, 1])
+    options, lengths = torch.tensor([[1, 2, -1], [2, 3, 1], [3, 1, 2]]), torch.ones(3, 3, dtype=torch.long)
+    with waits:
+        batch = features.batch(replace(table, options=options, lengths=lengths), np.arange(3))
+    assert waits.waits == []
+    assert batch.options is not None
+    assert {tensor.device for tensor in tensors_of(batch.options).values()} == {META}
+
+
+def test_clips_in_memory_read_like_their_store(tiny: Config) -> None:
+    store = open_experiment(tiny).features.store
+    assert store is not None
+    held, requested = store.clip_ids[1:9], [store.clip_ids[row] for row in (7, 2, 2, 5)]
+    memory = ClipsInMemory(store.read(held), {name: row for row, name in enumerate(held)}, store)
+    expected = [store.read(ids).tensors() for ids in (requested, held, requested[:1])]
+    for tokens, want in zip(read_ahead(memory, [requested, held, requested[:1]]), expected, strict=True):
+        found = tokens.tensors()
+        assert found.keys() == want.keys()
+        assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("residency", ["disk", "ram", "gpu"])
+def test_batches_reach_a_gpu_without_waiting(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, cuda: torch.device, residency: str
+) -> None:
+    config = with_run(tiny, "cuda", data_paraphrases=True, train_residency=residency, train_device="cuda")
+    features, table = (experiment := open_experiment(config)).features, experiment.train_table
+    on_cpu = open_experiment(with_run(config, "cpu", train_residency="ram", train_device="cpu")).features
+    plan = plan_batches(table, 16, 0)
+    found = []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in features.stream(table, plan):
+            torch.cuda._sleep(10_000_000)  # the copies wait in line while the loop goes on
+            found.append((batch, batch.tokens))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for (batch, tokens), expected in zip(found, on_cpu.stream(table, plan), strict=True):
+        for got, want in ((tokens, expected.tokens), (batch.with_tokens(tokens), expected.with_tokens(tokens))):
+            pairs = zip(tensors_of(got).items(), tensors_of(want).items(), strict=True)
+            for (name, one), (other_name, other) in pairs:
+                assert name == other_name
+                assert torch.equal(one.cpu(), other.cpu()), name
 
 
 def test_variants_are_the_same_questions_with_their_other_texts(tiny: Config) -> None:

@@ -14,7 +14,7 @@ from egopatch.features import AbsentClip, PatchTokens, Store, StoreError, read_a
 from egopatch.features.values.dtypes import spec_row_bytes
 from egopatch.train.data.batch import Batch, Options
 from egopatch.train.data.question_table import NO_OPTION, QuestionTable
-from egopatch.train.data.residency import Residency, choose_residency
+from egopatch.train.data.residency import ClipsInMemory, Residency, choose_residency
 from egopatch.train.processes.distributed import ALONE, Distributed
 from egopatch.train.processes.rank_slice import RankSlice
 
@@ -81,7 +81,9 @@ class Features:
 
     def _load_texts(self, store: Store | None, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         if store is None:
-            return torch.zeros(len(texts), 1, 1), torch.ones(len(texts), 1, dtype=torch.bool)
+            shape = (len(texts), 1)
+            states = torch.zeros(*shape, 1, device=self.device)
+            return states, torch.ones(shape, dtype=torch.bool, device=self.device)
         try:
             read = store.read_text(texts)
         except AbsentClip as error:
@@ -102,7 +104,8 @@ class Features:
         like = self.store.buffers(0).tensors()
         resident = {name: t.new_empty(len(clips), *t.shape[1:], device=self.device) for name, t in like.items()}
         start = 0
-        for chunk in self._read_ahead([clips[n : n + READ_CLIPS] for n in range(0, len(clips), READ_CLIPS)]):
+        chunks = [clips[n : n + READ_CLIPS] for n in range(0, len(clips), READ_CLIPS)]
+        for chunk in self._read_ahead(self.store, chunks):
             for name, tensor in chunk.tensors().items():
                 resident[name][start : start + len(tensor)].copy_(tensor)
             start += len(chunk.cls)
@@ -112,12 +115,12 @@ class Features:
         assert self.store is not None
         return self._count(self.store.read(clips, threads=READ_THREADS))
 
-    def _read_ahead(self, batches: Sequence[Sequence[str]]) -> Iterator[PatchTokens]:
+    def _read_ahead(self, source: Store | ClipsInMemory, batches: Sequence[Sequence[str]]) -> Iterator[PatchTokens]:
         """Tokens of each batch on the device. On a CPU their memory is reused once the next batch is requested."""
-        assert self.store is not None
-        cuda = self.device.type == "cuda"
-        for tokens in read_ahead(self.store, batches, threads=READ_THREADS, device=self.device):
-            yield self._count(tokens).to(self.device, non_blocking=cuda)
+        for tokens in read_ahead(source, batches, threads=READ_THREADS, device=self.device):
+            if source is self.store:
+                self._count(tokens)
+            yield tokens.to(self.device, non_blocking=True)
 
     def _count(self, tokens: PatchTokens) -> PatchTokens:
         self.bytes_read += sum(tensor.nbytes for tensor in tokens.tensors().values())
@@ -129,6 +132,17 @@ class Features:
             return self._read(clips).to(self.device)
         rows = self._rows(clips).to(self._resident.cls.device)
         return PatchTokens(**{name: tensor[rows] for name, tensor in self._resident.tensors().items()}).to(self.device)
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        """`tensor` on the device. Without pinned memory, a copy would wait for all that the GPU has yet to do."""
+        if self.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    @property
+    def _in_place(self) -> bool:
+        """Whether heads read the resident clips where they are."""
+        return self._resident is not None and (self.residency == "gpu" or self.device.type == "cpu")
 
     def _rows(self, clips: Sequence[str]) -> Tensor:
         return torch.tensor([self._clip_rows[name] for name in clips], dtype=torch.long)
@@ -149,10 +163,9 @@ class Features:
         index = _BatchIndex.of(table, rows, rank_clips)
         if self.store is None or not index.clips:
             return self._batch(table, index, None)
-        in_place = self.residency == "gpu" or self.device.type == "cpu"
-        if self._resident is None or not in_place:
+        if not self._in_place:
             return self._batch(table, index, self.tokens(index.clips))
-        return self._batch(table, index, self._resident, self._rows(index.clips).to(self.device))
+        return self._batch(table, index, self._resident, self._send(self._rows(index.clips)))
 
     def _batch(
         self, table: QuestionTable, index: "_BatchIndex", stored: PatchTokens | None, clip_rows: Tensor | None = None
@@ -161,14 +174,14 @@ class Features:
         batch = Batch(
             stored=stored,
             clip_rows=clip_rows,
-            clip_index=index.clip_index.to(self.device),
+            clip_index=self._send(index.clip_index),
             states=states,
             mask=mask,
             text_index=text_index,
-            forms=table.form[index.rows].to(self.device),
-            answers=table.answer[index.rows].to(self.device),
+            forms=self._send(table.form[index.rows]),
+            answers=self._send(table.answer[index.rows]),
             rows=index.rows,
-            rank_slice=index.rank_slice,
+            rank_slice=None if index.rank_slice is None else index.rank_slice.sent(self._send),
             options=self._options(table, index.rows),
         )
         if table.variants is None:
@@ -179,13 +192,15 @@ class Features:
     def _texts(self, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """States [U, L, D] and mask [U, L] of the unique ones of `texts` [B], and the row of each [B]."""
         unique, index = texts.unique(return_inverse=True)
-        unique = unique.to(self.device)
-        return self._states[unique], self._mask[unique], index.to(self.device)
+        unique = self._send(unique)
+        return self._states[unique], self._mask[unique], self._send(index)
 
     def _with_texts(self, batch: Batch, index: "_BatchIndex", texts: Tensor) -> Batch:
         """The batch with other texts, given for every question of the table [Q]."""
         states, mask, text_index = self._texts(texts[index.rows])
-        rank_slice = None if index.rank_slice is None else index.rank_slice.with_texts(texts[index.whole])
+        rank_slice = None
+        if index.rank_slice is not None:
+            rank_slice = index.rank_slice.with_texts(texts[index.whole]).sent(self._send)
         return replace(batch, states=states, mask=mask, text_index=text_index, rank_slice=rank_slice)
 
     def _options(self, table: QuestionTable, rows: Tensor) -> Options | None:
@@ -193,25 +208,27 @@ class Features:
             return None
         texts, index = table.options[rows].unique(return_inverse=True)
         absent = int(texts[0] == NO_OPTION) if len(texts) else 0
-        texts = texts[absent:].to(self.device)
-        index = (index - absent).to(self.device)
-        return Options(self._states[texts], self._mask[texts], index, table.lengths[rows].to(self.device))
+        texts = self._send(texts[absent:])
+        index = self._send(index - absent)
+        return Options(self._states[texts], self._mask[texts], index, self._send(table.lengths[rows]))
 
     def stream(self, table: QuestionTable, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
         """The batches of `plan` in order; of each, the rows of this rank, which may be none.
 
-        From disk, the next batches are read while one is worked on, into memory that is reused: a batch is valid until
-        the next one is requested.
+        Where clips are copied to the device, or are on disk, the next batches are read while one is worked on, into
+        memory that is reused: a batch is valid until the next one is requested. Nothing here waits for a GPU's work.
         """
         rank_clips = None
         if self.ranks.size > 1:
             rank_clips = torch.tensor([name in self._rank_clips for name in table.clips], dtype=torch.bool)
-        if self.residency != "disk" or self.store is None:
+        if self.store is None or self._in_place:
             for rows in plan:
                 yield self.batch(table, rows, rank_clips)
             return
         indexes = [_BatchIndex.of(table, rows, rank_clips) for rows in plan]
-        tokens = self._read_ahead([index.clips for index in indexes if index.clips])
+        resident = self._resident
+        source = self.store if resident is None else ClipsInMemory(resident, self._clip_rows, self.store)
+        tokens = self._read_ahead(source, [index.clips for index in indexes if index.clips])
         for index in indexes:
             yield self._batch(table, index, next(tokens) if index.clips else None)
 

@@ -1,10 +1,13 @@
 """Where features are kept during training: on disk, in memory or on the GPU."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import psutil
 import torch
 
+from egopatch.features import PatchTokens, Store
 from egopatch.features.common.units import format_bytes
 from egopatch.train.processes.distributed import ALONE, Distributed
 
@@ -35,3 +38,29 @@ def choose_residency(
     if ranks.size > 1:
         why += f"; each of {ranks.size} ranks reads and keeps only its own clips, {format_bytes(per_rank)}"
     return chosen, f"features: {format_bytes(nbytes)} kept {_DESCRIPTIONS[chosen]} ({why})"
+
+
+@dataclass(frozen=True)
+class ClipsInMemory:
+    """Clips in memory that `read_ahead` reads as it reads a store, so that a GPU copies them from pinned memory.
+
+    Attributes:
+        tokens: Tokens of all clips, on the CPU.
+        rows: Row of each clip.
+        store: The store that they were read from.
+    """
+
+    tokens: PatchTokens
+    rows: Mapping[str, int]
+    store: Store
+
+    def buffers(self, rows: int, pin: bool = False) -> PatchTokens:
+        """As `Store.buffers`."""
+        return self.store.buffers(rows, pin)
+
+    def read(self, ids: Sequence[str], *, out: PatchTokens, threads: int) -> PatchTokens:
+        """As `Store.read`; torch decides on the threads."""
+        rows, buffers = torch.tensor([self.rows[name] for name in ids], dtype=torch.long), out.tensors()
+        for name, tensor in self.tokens.tensors().items():
+            buffers[name] = torch.index_select(tensor, 0, rows, out=buffers[name][: len(rows)])
+        return PatchTokens(**buffers)

@@ -1,5 +1,6 @@
 """The rows of a batch that one rank works on: the questions about its own clips."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +12,7 @@ class RowSubset:
     """Some rows of a whole.
 
     Attributes:
-        rows: [n] long, on the CPU, rising: the rows in the subset.
+        rows: [n] long, rising: the rows in the subset.
         total: Number of rows of the whole.
     """
 
@@ -36,6 +37,11 @@ class RankSlice:
     def with_texts(self, texts: Tensor) -> "RankSlice":
         """The same slice of a batch whose questions have these `texts` [B]."""
         return replace(self, texts=_unique_subset(texts, texts[self.questions.rows]))
+
+    def sent(self, send: Callable[[Tensor], Tensor]) -> "RankSlice":
+        """The same slice with the rows that `send` returns for each tensor of rows."""
+        subsets = (self.questions, self.clips, self.texts)
+        return RankSlice(*(replace(subset, rows=send(subset.rows)) for subset in subsets))
 
 
 def _unique_subset(whole: Tensor, selected: Tensor) -> RowSubset:

@@ -40,7 +40,7 @@ class Draw:
         seeds: Seed of each of the M stacked heads.
         place: Number of the module that draws.
         position: Numbers that tell one draw of the module from its others, such as the step.
-        rows: [R] long, on the CPU, rising: the rows of the whole tensor to draw; None for all.
+        rows: [R] long, rising: the rows of the whole tensor to draw; None for all.
     """
 
     seeds: tuple[int, ...] = (0,)
@@ -98,7 +98,7 @@ def _spans(rows: int, wanted: Tensor | None) -> Iterator[tuple[int, int]]:
         yield 0, rows
         return
     assert len(wanted) == rows
-    numbers = wanted.numpy()
+    numbers = wanted.cpu().numpy()
     cuts = np.flatnonzero(np.diff(numbers) != 1) + 1
     for span in np.split(numbers, cuts):
         if len(span):
