@@ -225,6 +225,23 @@ def test_batches_reach_a_gpu_without_waiting(
                 assert torch.equal(one.cpu(), other.cpu()), name
 
 
+@pytest.mark.parametrize("residency", ["disk", "ram"])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_patches_in_chunks_are_those_of_the_clips(tiny: Config, residency: str, quantised: bool) -> None:
+    experiment = open_experiment(with_run(tiny, "chunks", train_residency=residency))
+    table = experiment.train_table
+    batch = next(iter(experiment.features.stream(table, plan_batches(table, 24, 0))))
+    assert batch.stored is not None
+    assert len(batch.tokens.cls) == 3
+    if quantised:
+        scale = torch.rand(batch.stored.patches.shape[:3])
+        batch = replace(batch, stored=replace(batch.stored, scale=scale))
+    patches, scales = zip(*batch.patch_chunks(2), strict=True)
+    assert [len(chunk) for chunk in patches] == [2, 1]
+    assert torch.equal(torch.cat(patches), batch.tokens.patches)
+    assert torch.equal(torch.cat(scales), batch.tokens.scale) if quantised else scales == (None, None)
+
+
 def test_variants_are_the_same_questions_with_their_other_texts(tiny: Config) -> None:
     experiment = open_experiment(with_run(tiny, "variants", data_paraphrases=True))
     features, table = experiment.features, experiment.train_table

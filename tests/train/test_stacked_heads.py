@@ -72,6 +72,18 @@ def test_members_learn_what_they_learn_alone(changes: dict[str, object]) -> None
         assert (masks[member] == kept[0]).float().mean() > 0.99  # near ties may fall either way
 
 
+def test_patches_that_nobody_wants_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack, batch = make((0.1, 0.5), (3, 4)), make_batch()
+    classes, kept = stack.answer(batch, 0)
+    assert kept is not None
+    copied, cpu = [], Tensor.cpu
+    monkeypatch.setattr(Tensor, "cpu", lambda tensor: copied.append(tuple(tensor.shape)) or cpu(tensor))
+    again, none = stack.answer(batch, 0, keep_patches=False)
+    assert torch.equal(again, classes)
+    assert none is None
+    assert copied == [(2, len(batch))]
+
+
 @pytest.mark.parametrize("kind", [Pooled, QuestionOnly])
 def test_other_light_heads_stack_too(kind: type) -> None:
     heads = [make_head(CONFIG, seed, kind) for seed in (0, 1)]

@@ -78,12 +78,13 @@ class Batch:
         """The rows [C, ...] of one of the stored tensors."""
         return tensor if self.clip_rows is None else tensor[self.clip_rows]
 
-    def token_chunks(self, clips: int) -> Iterator[PatchTokens]:
-        """Tokens of the C clips, copied `clips` clips at a time."""
+    def patch_chunks(self, clips: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Patches [c, T, n, D] of the C clips, and their scale [c, T, n] if any, copied c = `clips` clips at a time."""
         assert self.stored is not None
-        rows = torch.arange(len(self.stored.cls), device=self.clip_index.device)
+        patches, scale = self.stored.patches, self.stored.scale
+        rows = torch.arange(len(patches), device=self.clip_index.device)
         for chunk in self.select_clips(rows).split(clips):
-            yield PatchTokens(**{name: tensor[chunk] for name, tensor in self.stored.tensors().items()})
+            yield patches[chunk], None if scale is None else scale[chunk]
 
     def with_tokens(self, tokens: PatchTokens) -> "Batch":
         """The same questions with `tokens` of the C clips."""

@@ -62,8 +62,8 @@ def answer_table(
 
 def _answer(heads: StackedHeads, batch: Batch, number: int, keep_patches: bool) -> tuple[Tensor, list[np.ndarray]]:
     """Classes [M, B], and for each head the indices [B, T, k] of the kept patches; empty if not requested or kept."""
-    classes, masks = heads.answer(batch, number)
-    if masks is None or not keep_patches:
+    classes, masks = heads.answer(batch, number, keep_patches)
+    if masks is None:
         return classes, []
     # Every frame keeps the same number of patches, so the indices of all frames form an array.
     return classes, [mask.nonzero()[:, -1].view(*mask.shape[:2], -1).to(torch.int16).numpy() for mask in masks]

@@ -122,13 +122,14 @@ class StackedHeads:
         return LearnedStep(self.step, rate, torch.stack([losses, norms]))
 
     @torch.no_grad()
-    def answer(self, batch: Batch, number: int) -> tuple[Tensor, Tensor | None]:
+    def answer(self, batch: Batch, number: int, keep_patches: bool = True) -> tuple[Tensor, Tensor | None]:
         """Classes [M, B] and the patches [M, B, T, N] bool that psa keeps, for batch `number`, on the CPU.
 
         The averaged weights answer if there are any. Answers depend neither on the step nor on the number of ranks.
+        Without `keep_patches` the patches are None, and not copied to the CPU.
         """
         logits, kept = self.logits(batch, number)
-        return logits.argmax(dim=-1).cpu(), None if kept is None else kept.cpu()
+        return logits.argmax(dim=-1).cpu(), kept.cpu() if keep_patches and kept is not None else None
 
     @torch.no_grad()
     def logits(self, batch: Batch, number: int) -> tuple[Tensor, Tensor | None]:

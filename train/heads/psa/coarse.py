@@ -20,7 +20,7 @@ from egopatch.train.heads.common.question import (
     with_gain,
     without_autocast,
 )
-from egopatch.train.heads.common.scale import scaled_patches
+from egopatch.train.heads.common.scale import scaled
 from egopatch.train.heads.psa.selection import PatchSelection
 
 MERGE = 2
@@ -56,8 +56,8 @@ class CoarseLevel(nn.Module):
     def forward(self, whiten: Whitening, batch: Batch, question: Tensor) -> Tensor:
         """Questions [U, W] to [B, T, W]."""
         # In chunks: all clips in float32 would take several times the memory of the stored tokens.
-        chunks = batch.token_chunks(MERGE_CLIPS[question.device.type])
-        coarse = torch.cat([self.merge(scaled_patches(tokens)) for tokens in chunks])
+        chunks = batch.patch_chunks(MERGE_CLIPS[question.device.type])
+        coarse = torch.cat([self.merge(scaled(patches, scale)) for patches, scale in chunks])
         tokens = torch.cat([coarse, self.positions.expand(*coarse.shape[:3], -1)], dim=-1)
         queries = absorb_key(self.query(question), self.key, self.heads)
         content, position = queries.split([self.width, POSITION_WIDTH], dim=-1)
