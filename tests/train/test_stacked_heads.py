@@ -361,10 +361,16 @@ def attend_stacked_without_kernels(
     return pooled, lse, torch.ones(*pooled.shape[:3], tokens.shape[2], dtype=torch.bool)
 
 
+@pytest.mark.parametrize("frames", [None, 1])
 @pytest.mark.parametrize("ratios", [(0.5,), (0.25, 0.5)])
-def test_a_step_reads_nothing_back(ratios: tuple[float, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever returns a number or a size that depends on values makes a GPU's host wait; kernels do it for none."""
-    stack, batch = make(ratios, (0,) * len(ratios), implementation="triton"), make_batch()
+def test_a_step_reads_nothing_back(
+    ratios: tuple[float, ...], frames: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever returns a number or a size that depends on values makes a GPU's host wait; kernels do it for none.
+
+    So does a tensor of numbers that the host has, unless it is made once.
+    """
+    stack, batch = make(ratios, (0,) * len(ratios), implementation="triton", frames=frames), make_batch()
     monkeypatch.setattr(selection, "select_attend", attend_without_kernels)
     monkeypatch.setattr(selection, "attend_stacked", attend_stacked_without_kernels)
     monkeypatch.setattr(selection, "choose_implementation", lambda *_: ("triton", "as requested"))
@@ -386,8 +392,12 @@ def test_a_step_reads_nothing_back(ratios: tuple[float, ...], monkeypatch: pytes
 
         return counted
 
+    stack.learn(batch)  # makes what is made once
     for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, read(name))
+    for name in ("tensor", "as_tensor"):
+        made = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, made=made, **k: waits.append(made.__name__) or made(*a, **k))
     with Watch():
         step = stack.learn(batch)
     assert waits == []

@@ -61,6 +61,7 @@ class PSA(nn.Module):
         ConfigError: The store has fewer patches or frames than the config needs.
     """
 
+    read_frames: Tensor
     region: Tensor
     saliency_scale: Tensor
 
@@ -70,6 +71,8 @@ class PSA(nn.Module):
         self.grid, self.heads = sizes.grid, heads
         self.scores, self.levels = frozenset(config.scores), frozenset(config.levels)
         self.frame_indices = _evenly_spaced(sizes.frames, config.frames)
+        # On the device with the head: a copy in every step would make the host wait for the GPU.
+        self.register_buffer("read_frames", torch.tensor(self.frame_indices), persistent=False)
         self.select = PatchSelection(_patches_kept(config, sizes), config.implementation)
         self.whiten = Whitening(sizes.width, SHRINKAGE)
         # Three readings of the question: what it asks, where to look, and when.
@@ -138,8 +141,7 @@ class PSA(nn.Module):
         """The tokens of the frames that this head reads."""
         if len(self.frame_indices) == tokens.patches.shape[1]:
             return tokens
-        frames = torch.tensor(self.frame_indices, device=tokens.patches.device)
-        kept = {name: t if name == "cls" else t.index_select(1, frames) for name, t in tokens.tensors().items()}
+        kept = {n: t if n == "cls" else t.index_select(1, self.read_frames) for n, t in tokens.tensors().items()}
         return PatchTokens(**kept)
 
     def forward(self, batch: Batch) -> Tensor:
