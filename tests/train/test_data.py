@@ -17,6 +17,7 @@ from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Dataset, Question
 from egopatch.features import PatchTokens, StoreError, read_ahead
 from egopatch.features.store.read_ahead import ClipSource
+from egopatch.train.data.batch import Batch
 from egopatch.train.data.features import Features
 from egopatch.train.data.question_table import NO_CLASS, QuestionTable, plan_batches
 from egopatch.train.data.residency import ClipsInMemory, choose_residency
@@ -199,12 +200,36 @@ def test_clips_in_memory_read_like_their_store(tiny: Config) -> None:
         assert all(torch.equal(found[name], want[name]) for name in want)
 
 
+def with_own_tokens(batch: Batch) -> Batch:
+    """The batch and its variants with the tokens of its clips alone, wherever they are kept."""
+    assert batch.variants is not None
+    first, second = (variant.with_tokens(batch.tokens) for variant in batch.variants)
+    return replace(batch.with_tokens(batch.tokens), variants=(first, second))
+
+
+def same_content(batch: Batch, expected: Batch) -> None:
+    found, wanted = tensors_of(batch), tensors_of(expected)
+    assert found.keys() == wanted.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor.cpu(), wanted[name].cpu()), name
+
+
+def test_batches_from_disk_and_memory_are_equal(tiny: Config) -> None:
+    streams = []
+    for residency in ("disk", "ram"):
+        config = with_run(tiny, residency, data_paraphrases=True, train_residency=residency)
+        experiment = open_experiment(config)
+        table = experiment.train_table
+        streams.append(experiment.features.stream(table, plan_batches(table, 16, 0)))
+    for batches in zip(*streams, strict=True):
+        on_disk, in_memory = map(with_own_tokens, batches)
+        same_content(on_disk, in_memory)
+
+
 @pytest.mark.cuda
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("residency", ["disk", "ram", "gpu"])
-def test_batches_reach_a_gpu_without_waiting(
-    tiny: Config, monkeypatch: pytest.MonkeyPatch, cuda: torch.device, residency: str
-) -> None:
+def test_batches_reach_a_gpu_without_waiting(tiny: Config, cuda: torch.device, residency: str) -> None:
     config = with_run(tiny, "cuda", data_paraphrases=True, train_residency=residency, train_device="cuda")
     features, table = (experiment := open_experiment(config)).features, experiment.train_table
     on_cpu = open_experiment(with_run(config, "cpu", train_residency="ram", train_device="cpu")).features
@@ -214,15 +239,11 @@ def test_batches_reach_a_gpu_without_waiting(
     try:
         for batch in features.stream(table, plan):
             torch.cuda._sleep(10_000_000)  # the copies wait in line while the loop goes on
-            found.append((batch, batch.tokens))
+            found.append(with_own_tokens(batch))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for (batch, tokens), expected in zip(found, on_cpu.stream(table, plan), strict=True):
-        for got, want in ((tokens, expected.tokens), (batch.with_tokens(tokens), expected.with_tokens(tokens))):
-            pairs = zip(tensors_of(got).items(), tensors_of(want).items(), strict=True)
-            for (name, one), (other_name, other) in pairs:
-                assert name == other_name
-                assert torch.equal(one.cpu(), other.cpu()), name
+    for batch, expected in zip(found, on_cpu.stream(table, plan), strict=True):
+        same_content(batch, with_own_tokens(expected))
 
 
 @pytest.mark.parametrize("residency", ["disk", "ram"])
