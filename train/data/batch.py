@@ -79,12 +79,13 @@ class Batch:
         return tensor if self.clip_rows is None else tensor[self.clip_rows]
 
     def patch_chunks(self, clips: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Patches [c, T, n, D] of the C clips, and their scale [c, T, n] if any, copied c = `clips` clips at a time."""
+        """Patches [c, T, n, D] of the C clips, and their scale [c, T, n] if any, c = `clips` clips at a time."""
         assert self.stored is not None
-        patches, scale = self.stored.patches, self.stored.scale
-        rows = torch.arange(len(patches), device=self.clip_index.device)
-        for chunk in self.select_clips(rows).split(clips):
-            yield patches[chunk], None if scale is None else scale[chunk]
+        count = len(self.stored.cls) if self.clip_rows is None else len(self.clip_rows)
+        for start in range(0, count, clips):
+            chunk = slice(start, start + clips)
+            rows = chunk if self.clip_rows is None else self.clip_rows[chunk]
+            yield self.stored.patches[rows], None if self.stored.scale is None else self.stored.scale[rows]
 
     def with_tokens(self, tokens: PatchTokens) -> "Batch":
         """The same questions with `tokens` of the C clips."""

@@ -4,6 +4,7 @@ Shape legend: B questions, U unique texts, L text tokens, D text channels, W hid
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,10 +92,22 @@ class QuestionReader(nn.Module):
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         """[U, L, D] and [U, L] bool, true on tokens, to [U, W]."""
-        words = states.float()
-        weights = words @ self.whiten.absorb(self.score.weight).T
-        weights = weights.masked_fill(~mask[..., None], -torch.inf).softmax(dim=1)
-        return self.out(self.whiten(weights.transpose(1, 2) @ words).flatten(1))
+        return read_together([self], states, mask)[0]
+
+
+def read_together(readers: Sequence[QuestionReader], states: Tensor, mask: Tensor) -> list[Tensor]:
+    """Each reader's vectors [U, W] of the same texts, states [U, L, D] and mask [U, L] bool, true on tokens.
+
+    The readers attend over the words in one operation, with the whitening of the first: all were measured on the same
+    texts. Shape legend: R readers, H vectors of each.
+    """
+    words, whiten = states.float(), readers[0].whiten
+    queries = torch.stack([reader.score.weight for reader in readers])
+    weights = words @ whiten.absorb(queries).flatten(0, 1).T
+    weights = weights.masked_fill(~mask[..., None], -torch.inf).softmax(dim=1)
+    pooled = rearrange(weights.transpose(1, 2) @ words, "u (r h) d -> r u (h d)", r=len(readers))
+    whitened = whiten(pooled.unflatten(2, (-1, words.shape[2]))).flatten(2)
+    return [reader.out(vectors) for reader, vectors in zip(readers, whitened.unbind(0), strict=True)]
 
 
 class Classifier(nn.Sequential):

@@ -53,11 +53,12 @@ class CoarseLevel(nn.Module):
         self.value = nn.Linear(wide, width)
         self.gate = nn.Parameter(torch.ones(width), requires_grad=learned)
 
-    def forward(self, whiten: Whitening, batch: Batch, question: Tensor) -> Tensor:
-        """Questions [U, W] to [B, T, W]."""
+    def forward(self, whiten: Whitening, batch: Batch, question: Tensor) -> tuple[Tensor, Tensor]:
+        """Questions [U, W] to the gate [W] and the values [B, T, W] that it weighs."""
         # In chunks: all clips in float32 would take several times the memory of the stored tokens.
         chunks = batch.patch_chunks(MERGE_CLIPS[question.device.type])
-        coarse = torch.cat([self.merge(scaled(patches, scale)) for patches, scale in chunks])
+        merged = [self.merge(scaled(*chunk)) for chunk in chunks]
+        coarse = merged[0] if len(merged) == 1 else torch.cat(merged)
         tokens = torch.cat([coarse, self.positions.expand(*coarse.shape[:3], -1)], dim=-1)
         queries = absorb_key(self.query(question), self.key, self.heads)
         content, position = queries.split([self.width, POSITION_WIDTH], dim=-1)
@@ -81,10 +82,10 @@ class CoarseLevel(nn.Module):
         content, position = self.value.weight.split([self.width, POSITION_WIDTH], dim=1)
         with without_autocast(content):
             content = content @ whiten.matrix
-            offset = content @ whiten.mean
+            bias = self.value.bias - content @ whiten.mean
         by_head = rearrange(torch.cat([content, position], dim=1), "(h e) d -> h e d", h=self.heads)
         values = rearrange(torch.einsum("bthd,hed->bthe", pooled, by_head), "b t h e -> b t (h e)")
-        return self.gate * (values + self.value.bias - offset)
+        return self.gate, values + bias
 
     def merge(self, x: Tensor) -> Tensor:
         """[C, T, N, D] to [C, T, M, D]: the mean of each 2x2 block, of the patches inside the grid at odd edges."""

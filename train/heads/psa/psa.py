@@ -30,6 +30,7 @@ from egopatch.train.heads.common.question import (
     Whitening,
     absorb_key,
     full_precision,
+    read_together,
     with_gain,
     without_autocast,
 )
@@ -153,9 +154,8 @@ class PSA(nn.Module):
         assert batch.stored is not None
         if len(self.frame_indices) < batch.stored.patches.shape[1]:
             batch = batch.with_tokens(self.select_frames(batch.tokens))
-        states = batch.states.float()  # once for all readers
-        what = self.read(states, batch.mask)
-        read = {name: reader(states, batch.mask) for name, reader in self.readers.items()}
+        what, *others = read_together([self.read, *self.readers.values()], batch.states, batch.mask)
+        read = dict(zip(self.readers, others, strict=True))
         frames, kept = self.attend_patches(batch, read.get("where", what))
         video = self.attend_frames(frames, read.get("when", what)[batch.text_index])
         question = what[batch.text_index]
@@ -176,10 +176,11 @@ class PSA(nn.Module):
         tokens = batch.stored
         assert tokens is not None
         width = tokens.patches.shape[-1]
-        queries_uhd = question.new_zeros(len(question), self.heads, width)
         selector_ud = self.selectors(question)
         if "patch" in self.levels:
             queries_uhd = self.whiten.absorb(absorb_key(self.query(question), self.key, self.heads))
+        else:
+            queries_uhd = question.new_zeros(len(question), self.heads, width)
         # How well the best patches fit, which the softmax alone would hide, is lse; centred like the tokens.
         with without_autocast(queries_uhd):
             centre = (full_precision(queries_uhd) + selector_ud[:, None]) @ self.whiten.mean
@@ -198,7 +199,7 @@ class PSA(nn.Module):
         fit = lse - centre[batch.text_index][:, None]
         frames = self.to_frame(torch.cat([values, fit], dim=-1))
         if self.coarse is not None:
-            frames = frames + self.coarse(self.whiten, batch, question)
+            frames = torch.addcmul(frames, *self.coarse(self.whiten, batch, question))
         return self.drop(functional.gelu(frames)), kept
 
     def selectors(self, question: Tensor) -> Tensor:
@@ -235,14 +236,15 @@ class PSA(nn.Module):
 
     def bias(self, saliency: Tensor, positions: Tensor | None) -> Tensor:
         """Score of each patch that is independent of the question, from saliency and grid positions: [C, T, n] each."""
-        bias = torch.zeros_like(saliency)
+        bias = torch.zeros((), device=saliency.device)
+        if "prior" in self.scores:
+            bias = self.prior if positions is None else self.prior[positions]
         if "saliency" in self.scores:
             mean, deviation = self.saliency_scale
-            bias = bias + self.saliency_weight * (saliency - mean) / deviation
-        if "prior" in self.scores:
-            bias = bias + (self.prior if positions is None else self.prior[positions])
+            bias = torch.addcmul(bias, self.saliency_weight, (saliency - mean) / deviation)
         if "random" in self.scores:
-            bias = bias + RANDOM_SPAN * self.random(saliency)
+            bias = torch.add(bias, self.random(saliency), alpha=RANDOM_SPAN)
+        bias = bias.expand_as(saliency)
         if self.grows:
             bias = bias.masked_fill(~self.grown_region(saliency, positions), -torch.inf)
         return bias
@@ -261,13 +263,14 @@ class PSA(nn.Module):
         if "frame" not in self.levels:
             return (frames if self.time is None else frames + self.time).mean(dim=1)
         # <q, frame + time> and sum p (frame + time), without adding the times to the frames of every question.
-        query = rearrange(self.frame_query(question), "b (h w) -> b h w", h=FRAME_HEADS)
-        logits = query @ frames.transpose(1, 2) / math.sqrt(frames.shape[2])
-        if self.time_key is not None:
-            logits = logits + query @ self.time_key.T
-        weights = (logits / FRAME_TEMPERATURE).softmax(dim=-1)
-        video = weights @ frames
-        return (video if self.time is None else video + weights @ self.time).flatten(1)
+        scale = math.sqrt(frames.shape[2])
+        query = self.frame_query(question) / (FRAME_TEMPERATURE * scale)
+        query = rearrange(query, "b (h w) -> b h w", h=FRAME_HEADS)
+        if self.time is None or self.time_key is None:
+            return ((query @ frames.transpose(1, 2)).softmax(dim=-1) @ frames).flatten(1)
+        logits = torch.baddbmm(query @ (scale * self.time_key.T), query, frames.transpose(1, 2))
+        weights = logits.softmax(dim=-1)
+        return torch.baddbmm(weights @ self.time, weights, frames).flatten(1)
 
 
 def _grid_positions(batch: Batch) -> Tensor | None:

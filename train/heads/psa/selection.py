@@ -56,6 +56,12 @@ class PatchSelection(nn.Module):
         k: int,
     ) -> Selected:
         """The result of `forward` for a single head that keeps `k` patches."""
+        if choose_implementation(tokens, queries.dtype, self.implementation)[0] == "triton":
+            # The kernels know the mask of the kept patches.
+            leaves = (queries[None], selector[None], bias[None])
+            ks = _on_device((k,), tokens.device)
+            pooled, lse, mask = attend_stacked(tokens, clip_index, *leaves, ks, scale, clip_rows)
+            return pooled.squeeze(0), lse.squeeze(0), mask.squeeze(0)
         out = select_attend(tokens, clip_index, queries, selector, bias, k, scale, self.implementation, clip_rows)
         kept = torch.zeros(*out.kept.shape[:2], tokens.shape[2], dtype=torch.bool, device=tokens.device)
         return out.pooled, out.lse, kept.scatter_(2, out.kept, True)

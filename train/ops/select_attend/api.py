@@ -122,18 +122,22 @@ def attend_stacked(
         pooled [M, B, T, H, D], lse [M, B, T, H] and the mask of the kept patches [M, B, T, N] bool.
     """
     stacked, clips = bias.shape[:2]
-    member = torch.arange(stacked, device=tokens.device)
-    rows = torch.arange(clips, device=tokens.device) if clip_rows is None else clip_rows
+    index, rows = clip_index, clip_rows
+    if stacked > 1:
+        member = torch.arange(stacked, device=tokens.device)
+        index = (clip_index * stacked + member[:, None]).flatten()
+        rows = torch.arange(clips, device=tokens.device) if clip_rows is None else clip_rows
+        rows = rows.repeat_interleave(stacked)
     pooled, lse, _, mask, *_ = library.triton_forward(
         tokens,
-        (clip_index * stacked + member[:, None]).flatten(),
+        index,
         queries.flatten(0, 1),
         selector.flatten(0, 1),
         bias.transpose(0, 1).flatten(0, 1),
         ks.repeat(clips),
         0,
         scale,
-        rows.repeat_interleave(stacked),
+        rows,
     )
     shape = (stacked, len(clip_index))
     return pooled.unflatten(0, shape), lse.unflatten(0, shape), mask.view(torch.bool).unflatten(0, shape)
