@@ -170,4 +170,4 @@ class Whitening(nn.Module):
         """Weight and bias of a layer that maps raw tokens to what `linear` makes of whitened ones."""
         with without_autocast(self.matrix):
             weight = linear.weight @ self.matrix
-            return weight, linear.bias - weight @ self.mean
+            return weight, torch.addmv(linear.bias, weight, self.mean, alpha=-1)

@@ -22,6 +22,7 @@ from egopatch.train.heads.common.question import (
 )
 from egopatch.train.heads.common.scale import scaled
 from egopatch.train.heads.psa.selection import PatchSelection
+from egopatch.train.ops.rows import Rows
 
 MERGE = 2
 # Sines and cosines of row and column at 4 frequencies; a multiple of 16, as the kernels require.
@@ -53,8 +54,8 @@ class CoarseLevel(nn.Module):
         self.value = nn.Linear(wide, width)
         self.gate = nn.Parameter(torch.ones(width), requires_grad=learned)
 
-    def forward(self, whiten: Whitening, batch: Batch, question: Tensor) -> tuple[Tensor, Tensor]:
-        """Questions [U, W] to the gate [W] and the values [B, T, W] that it weighs."""
+    def forward(self, whiten: Whitening, batch: Batch, question: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Questions [U, W], of which `rows` picks, to the gate [W] and the values [B, T, W] that it weighs."""
         # In chunks: all clips in float32 would take several times the memory of the stored tokens.
         chunks = batch.patch_chunks(MERGE_CLIPS[question.device.type])
         merged = [self.merge(scaled(*chunk)) for chunk in chunks]
@@ -62,7 +63,7 @@ class CoarseLevel(nn.Module):
         tokens = torch.cat([coarse, self.positions.expand(*coarse.shape[:3], -1)], dim=-1)
         queries = absorb_key(self.query(question), self.key, self.heads)
         content, position = queries.split([self.width, POSITION_WIDTH], dim=-1)
-        queries = torch.cat([whiten.absorb(content), position], dim=-1)[batch.text_index].float()
+        queries = rows.of(torch.cat([whiten.absorb(content), position], dim=-1)).float()
         if tokens.is_cuda:
             # The kernels multiply float16 at many times float32's rate; a mean loses no more in it than its tokens did.
             assert batch.stored is not None
@@ -82,7 +83,7 @@ class CoarseLevel(nn.Module):
         content, position = self.value.weight.split([self.width, POSITION_WIDTH], dim=1)
         with without_autocast(content):
             content = content @ whiten.matrix
-            bias = self.value.bias - content @ whiten.mean
+            bias = torch.addmv(self.value.bias, content, whiten.mean, alpha=-1)
         by_head = rearrange(torch.cat([content, position], dim=1), "(h e) d -> h e d", h=self.heads)
         values = rearrange(torch.einsum("bthd,hed->bthe", pooled, by_head), "b t h e -> b t (h e)")
         return self.gate, values + bias

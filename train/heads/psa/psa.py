@@ -39,6 +39,7 @@ from egopatch.train.heads.common.scale import scaled_patches
 from egopatch.train.heads.psa.coarse import MERGE, CoarseLevel
 from egopatch.train.heads.psa.prior import spatial_prior
 from egopatch.train.heads.psa.selection import PatchSelection
+from egopatch.train.ops.rows import Rows
 
 # Range of the random scores: small, because they enter the attention logits too and should only rank the patches.
 RANDOM_SPAN = 1e-3
@@ -156,9 +157,10 @@ class PSA(nn.Module):
             batch = batch.with_tokens(self.select_frames(batch.tokens))
         what, *others = read_together([self.read, *self.readers.values()], batch.states, batch.mask)
         read = dict(zip(self.readers, others, strict=True))
-        frames, kept = self.attend_patches(batch, read.get("where", what))
-        video = self.attend_frames(frames, read.get("when", what)[batch.text_index])
-        question = what[batch.text_index]
+        rows = Rows(batch.text_index, len(what))
+        frames, kept = self.attend_patches(batch, read.get("where", what), rows)
+        video = self.attend_frames(frames, rows.of(read.get("when", what)))
+        question = rows.of(what)
         parts = [video, question]
         if "video" in self.levels:
             parts.append(video[:, : question.shape[1]] * question)
@@ -168,10 +170,10 @@ class PSA(nn.Module):
             kept = whole.scatter(2, positions[batch.clip_index], kept)
         return self.classify(torch.cat(parts, dim=-1)), kept
 
-    def attend_patches(self, batch: Batch, question: Tensor) -> tuple[Tensor, Tensor]:
+    def attend_patches(self, batch: Batch, question: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Patch -> frame, for questions [U, W]: [B, T, W], and the kept patches [B, T, n] bool.
 
-        The stored patches are read in place.
+        The stored patches are read in place. `rows` picks the text of each question.
         """
         tokens = batch.stored
         assert tokens is not None
@@ -187,8 +189,8 @@ class PSA(nn.Module):
         pooled, lse, kept = self.select(
             tokens.patches,
             batch.clip_index,
-            queries_uhd[batch.text_index].float(),
-            selector_ud[batch.text_index].float(),
+            rows.of(queries_uhd).float(),
+            rows.of(selector_ud).float(),
             self.bias(batch.select_clips(tokens.saliency).float(), _grid_positions(batch)),
             tokens.scale,
             batch.clip_rows,
@@ -196,10 +198,10 @@ class PSA(nn.Module):
         weight, bias = self.whiten.then(self.value)
         by_head = rearrange(weight, "(h e) d -> h e d", h=self.heads)
         values = rearrange(torch.einsum("bthd,hed->bthe", pooled, by_head), "b t h e -> b t (h e)") + bias
-        fit = lse - centre[batch.text_index][:, None]
+        fit = lse - rows.of(centre)[:, None]
         frames = self.to_frame(torch.cat([values, fit], dim=-1))
         if self.coarse is not None:
-            frames = torch.addcmul(frames, *self.coarse(self.whiten, batch, question))
+            frames = torch.addcmul(frames, *self.coarse(self.whiten, batch, question, rows))
         return self.drop(functional.gelu(frames)), kept
 
     def selectors(self, question: Tensor) -> Tensor:
@@ -236,9 +238,10 @@ class PSA(nn.Module):
 
     def bias(self, saliency: Tensor, positions: Tensor | None) -> Tensor:
         """Score of each patch that is independent of the question, from saliency and grid positions: [C, T, n] each."""
-        bias = torch.zeros((), device=saliency.device)
         if "prior" in self.scores:
             bias = self.prior if positions is None else self.prior[positions]
+        else:
+            bias = saliency.new_zeros(())
         if "saliency" in self.scores:
             mean, deviation = self.saliency_scale
             bias = torch.addcmul(bias, self.saliency_weight, (saliency - mean) / deviation)
