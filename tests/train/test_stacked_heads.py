@@ -149,10 +149,10 @@ def test_contrast_brings_a_question_nearer_to_its_paraphrase_than_to_its_counter
     # Paraphrases are texts of their own, so that the answers have to become alike.
     varied = with_variants(batch, make_batch(seed=1), make_batch(seed=2))
     stack = make((0.5,), (3,), train, dropout=0.0)
-    before = stack._contrast(stack.logits(varied, 0)[0], varied).mean().item()
+    before = stack._contrast(stack.logits(varied, 0)[0], varied, stack.tensors).mean().item()
     for _ in range(20):
         stack.learn(varied)
-    assert stack._contrast(stack.logits(varied, 0)[0], varied).mean().item() < before / 2
+    assert stack._contrast(stack.logits(varied, 0)[0], varied, stack.tensors).mean().item() < before / 2
 
 
 @pytest.mark.parametrize("kind", [PSA, Pooled])
@@ -204,13 +204,14 @@ def test_average_follows_the_weights_and_answers() -> None:
 
 def test_gradients_are_clipped_member_by_member() -> None:
     stack = make((0.5, 0.5), (0, 0))
-    for tensor in stack.tensors.values():
-        if tensor.requires_grad:
-            tensor.grad = torch.ones_like(tensor)
-            tensor.grad[1] *= 1e-4
+    for flat in stack.parameters.flats:
+        flat.grad = torch.ones_like(flat)
+        flat.grad[1] *= 1e-4
     norms = stack._clip_gradients(1)
-    of_first = sum(t.grad[0].square().sum() for t in stack.tensors.values() if t.grad is not None).sqrt()
-    of_second = sum(t.grad[1].square().sum() for t in stack.tensors.values() if t.grad is not None).sqrt()
+    of_first, of_second = (
+        sum(flat.grad[member].square().sum() for flat in stack.parameters.flats if flat.grad is not None).sqrt()
+        for member in (0, 1)
+    )
     assert float(of_first) == pytest.approx(1, rel=1e-3)
     assert float(of_second) == pytest.approx(float(norms[1]), rel=1e-3)
     assert norms[1] < 1

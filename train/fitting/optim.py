@@ -1,24 +1,19 @@
 """AdamW and its schedule, as functions of the step alone so that a resumed run needs no scheduler state."""
 
 import math
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from egopatch.configs.schema import TrainConfig
+from egopatch.train.fitting.flat import FlatParameters
 
 
-def build_optimiser(stacked: Sequence[Tensor], train: TrainConfig) -> torch.optim.AdamW | None:
-    """AdamW over `stacked` [M, ...] parameters; only matrices decay, so norms, biases and the spatial prior do not.
-
-    None where there is nothing to learn.
-    """
+def build_optimiser(parameters: FlatParameters, train: TrainConfig) -> torch.optim.AdamW | None:
+    """AdamW over the flat parameters; None where there is nothing to learn."""
     groups = [
-        {"params": [p for p in stacked if p.ndim > 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in stacked if p.ndim <= 2], "weight_decay": 0.0},
+        {"params": [flat], "weight_decay": train.weight_decay if layout.decays else 0.0}
+        for flat, layout in zip(parameters.flats, parameters.layouts, strict=True)
     ]
-    groups = [group for group in groups if group["params"]]
     # One pass over memory instead of one an operation.
     return torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.98), fused=True) if groups else None
 

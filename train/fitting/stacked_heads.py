@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional
 
 from egopatch.configs.schema import TrainConfig
 from egopatch.train.data.batch import Batch
+from egopatch.train.fitting.flat import FlatParameters
 from egopatch.train.fitting.optim import build_optimiser, learning_rate
 from egopatch.train.heads import PSA, Choice, unwrapped
 from egopatch.train.heads.common.noise import Noise, mix
@@ -62,7 +64,8 @@ class StackedHeads:
 
     Attributes:
         step: Number of optimiser steps done.
-        tensors: [M, ...] parameters and buffers by name.
+        tensors: [M, ...] values of parameters and buffers by name; the former are views of `parameters`.
+        parameters: The trainable ones.
     """
 
     def __init__(
@@ -87,11 +90,12 @@ class StackedHeads:
         self._members = {f"{name}.member": member for name in noises}
         states = [head.state_dict() for head in heads]
         self.tensors = {name: torch.stack([state[name] for state in states]) for name in states[0]}
-        self._trainable = {name: p for name, p in heads[0].named_parameters() if p.requires_grad}
-        for name in self._trainable:
-            self.tensors[name].requires_grad_()
-        self.optimiser = build_optimiser([self.tensors[name] for name in self._trainable], train)
-        self._average = {name: self.tensors[name].detach().clone() for name in self._trainable} if train.ema else {}
+        trainable = [name for name, p in heads[0].named_parameters() if p.requires_grad]
+        self.parameters = FlatParameters({name: self.tensors[name] for name in trainable})
+        self.tensors |= self.parameters.views([flat.detach() for flat in self.parameters.flats])
+        self.optimiser = build_optimiser(self.parameters, train)
+        self._flat_averages = [flat.detach().clone() for flat in self.parameters.flats] if train.ema else []
+        self._average = self.parameters.views(self._flat_averages) if train.ema else {}
         self._pending_losses: list[Tensor] = []
 
     def __len__(self) -> int:
@@ -114,8 +118,9 @@ class StackedHeads:
             group["lr"] = rate
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        for name, average in self._average.items():
-            average.lerp_(self.tensors[name].detach(), 1 - self.train.ema)
+        if self.train.ema:
+            for average, flat in zip(self._flat_averages, self.parameters.flats, strict=True):
+                average.lerp_(flat.detach(), 1 - self.train.ema)
         losses, *more = self._pending_losses
         if more:
             losses = torch.stack(self._pending_losses).mean(dim=0)
@@ -147,20 +152,20 @@ class StackedHeads:
     def finite(self) -> list[bool]:
         """Whether all weights of each head are finite."""
         finite = torch.ones(len(self), dtype=torch.bool, device=self.device)
-        for name in self._trainable:
-            finite &= self.tensors[name].detach().isfinite().view(len(self), -1).all(dim=1)
+        for flat in self.parameters.flats:
+            finite &= flat.detach().isfinite().all(dim=1)
         return finite.tolist()
 
     @torch.no_grad()
     def reset(self, number: int) -> None:
         """Set the weights of a head that has diverged to zero, so that the stack computes with finite numbers."""
         assert self.optimiser is not None
-        for name in self._trainable:
-            moments = [value for value in self.optimiser.state[self.tensors[name]].values() if value.ndim > 0]
-            for stacked in (self.tensors[name], *moments):
+        for flat in self.parameters.flats:
+            moments = [value for value in self.optimiser.state[flat].values() if value.ndim > 0]
+            for stacked in (flat, *moments):
                 stacked[number] = 0
-            if name in self._average:
-                self._average[name][number] = 0
+        for average in self._flat_averages:
+            average[number] = 0
 
     def weights(self, number: int) -> dict[str, Tensor]:
         """The weights of one head that are evaluated and kept, under the names of the head."""
@@ -190,10 +195,10 @@ class StackedHeads:
             "step": self.step,
             "tensors": {name: tensor.detach() for name, tensor in self.tensors.items()},
             "average": self._average,
-            "optimiser": None if self.optimiser is None else self.optimiser.state_dict(),
+            "optimiser": None if self.optimiser is None else self.parameters.optimiser_state(self.optimiser),
             # Losses and gradients of the batches since the last step.
             "held": self._pending_losses,
-            "gradients": {n: self.tensors[n].grad for n in self._trainable if self.tensors[n].grad is not None},
+            "gradients": self.parameters.views([flat.grad for flat in self.parameters.flats]),
         }
 
     @torch.no_grad()
@@ -205,10 +210,14 @@ class StackedHeads:
         for name, tensor in state["average"].items():
             self._average[name].copy_(tensor)
         if self.optimiser is not None:
-            self.optimiser.load_state_dict(state["optimiser"])
+            self.parameters.load_optimiser_state(self.optimiser, state["optimiser"])
         self._pending_losses = [loss.to(self.device) for loss in state["held"]]
-        for name, gradient in state["gradients"].items():
-            self.tensors[name].grad = gradient.to(self.device)
+        if state["gradients"]:
+            for flat in self.parameters.flats:
+                flat.grad = torch.zeros_like(flat)
+            for name, view in self.parameters.views([flat.grad for flat in self.parameters.flats]).items():
+                if name in state["gradients"]:
+                    view.copy_(state["gradients"][name])
 
     def _map_heads(self, call: Any, tensors: Mapping[str, Tensor]) -> Any:
         """`call(head)` for every head, stacked along a new first dimension [M, ...]."""
@@ -223,7 +232,7 @@ class StackedHeads:
 
     def _backward(self, batch: Batch) -> Tensor:
         """Add the gradients of the whole batch, summed over the ranks; returns its losses [M]."""
-        parameters = [self.tensors[name] for name in self._trainable]
+        parameters = self.parameters.flats
         before = [parameter.grad for parameter in parameters]
         if self.ranks.size > 1:
             for parameter in parameters:
@@ -244,12 +253,14 @@ class StackedHeads:
 
     def _losses(self, batch: Batch) -> Tensor:
         """Loss of each question, [M, B]."""
+        # Through these views gradients reach the parameters.
+        tensors = self.tensors | self.parameters.views(self.parameters.flats)
         with self._autocast():
-            logits = self._map_heads(lambda head: head(batch), self.tensors)
+            logits = self._map_heads(lambda head: head(batch), tensors)
         loss = cross_entropy(logits.float(), batch.answers, self.train.label_smoothing)
-        return loss + self.train.contrast * self._contrast(logits, batch) if self.train.contrast else loss
+        return loss + self.train.contrast * self._contrast(logits, batch, tensors) if self.train.contrast else loss
 
-    def _contrast(self, logits: Tensor, batch: Batch) -> Tensor:
+    def _contrast(self, logits: Tensor, batch: Batch, tensors: Mapping[str, Tensor]) -> Tensor:
         """How far the answer to each question [M, B, A] is from nearer to its paraphrase's than its counterfactual's.
 
         The cross-entropy of choosing the paraphrase by the cosine of the logits, [M, B]. Questions and variants have
@@ -260,7 +271,7 @@ class StackedHeads:
         for variant in batch.variants:
             self._set_rows(variant)
             with self._autocast():
-                found = self._map_heads(lambda head, variant=variant: head(variant), self.tensors)
+                found = self._map_heads(lambda head, variant=variant: head(variant), tensors)
             cosines.append(functional.cosine_similarity(_centred(logits), _centred(found), dim=-1))
         near, far = cosines
         return functional.softplus((far - near) / CONTRAST_TEMPERATURE)
@@ -281,22 +292,15 @@ class StackedHeads:
     @torch.no_grad()
     def _clip_gradients(self, batches: int) -> Tensor:
         """Turn sums over `batches` into means and clip the gradient of each head; returns the norms before, [M]."""
-        gradients = [g for name in self._trainable if (g := self.tensors[name].grad) is not None]
-        if len(self) == 1:  # one launch for all tensors on a GPU, where a step is bound by its launches
-            norms = nn.utils.get_total_norm(gradients)[None]
-        else:
-            of_tensors = [torch.linalg.vector_norm(gradient.reshape(len(self), -1), dim=1) for gradient in gradients]
-            norms = torch.linalg.vector_norm(torch.stack(of_tensors), dim=0)
+        gradients = [flat.grad for flat in self.parameters.flats if flat.grad is not None]
+        norms = reduce(torch.hypot, [torch.linalg.vector_norm(gradient, dim=1) for gradient in gradients])
         if batches > 1:
             norms /= batches
         factor = (GRADIENT_NORM / (norms + 1e-6)).clamp(max=1)
         if batches > 1:
             factor /= batches
-        if len(self) == 1:
-            torch._foreach_mul_(gradients, factor[0])
-        else:
-            for gradient in gradients:
-                gradient *= factor.view(-1, *[1] * (gradient.ndim - 1))
+        for gradient in gradients:
+            gradient *= factor[:, None]
         return norms
 
     @property

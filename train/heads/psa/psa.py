@@ -155,7 +155,8 @@ class PSA(nn.Module):
         assert batch.stored is not None
         if len(self.frame_indices) < batch.stored.patches.shape[1]:
             batch = batch.with_tokens(self.select_frames(batch.tokens))
-        what, *others = read_together([self.read, *self.readers.values()], batch.states, batch.mask)
+        readers = [self.read, *(reader for reader in self.readers.values() if isinstance(reader, QuestionReader))]
+        what, *others = read_together(readers, batch.states, batch.mask)
         read = dict(zip(self.readers, others, strict=True))
         rows = Rows(batch.text_index, len(what))
         frames, kept = self.attend_patches(batch, read.get("where", what), rows)
