@@ -1,6 +1,6 @@
 """Parameters of M stacked heads that lie in a few flat tensors, which optimiser, average and clipping take whole.
 
-One operation then does what would take one for each parameter, of which a head has dozens and each costs a GPU a launch.
+One operation then does what would take one for each parameter. A head has dozens, and each costs a GPU a launch.
 
 Shape legend: M heads, P numbers of a head in a flat tensor.
 """

@@ -61,7 +61,8 @@ class CoarseLevel(nn.Module):
         merged = [self.merge(scaled(*chunk)) for chunk in chunks]
         coarse = merged[0] if len(merged) == 1 else torch.cat(merged)
         tokens = torch.cat([coarse, self.positions.expand(*coarse.shape[:3], -1)], dim=-1)
-        queries = absorb_key(self.query(question), self.key, self.heads)
+        with without_autocast(question):
+            queries = absorb_key(self.query(question), self.key, self.heads)
         content, position = queries.split([self.width, POSITION_WIDTH], dim=-1)
         queries = rows.of(torch.cat([whiten.absorb(content), position], dim=-1)).float()
         if tokens.is_cuda:

@@ -156,20 +156,25 @@ class PSA(nn.Module):
         if len(self.frame_indices) < batch.stored.patches.shape[1]:
             batch = batch.with_tokens(self.select_frames(batch.tokens))
         readers = [self.read, *(reader for reader in self.readers.values() if isinstance(reader, QuestionReader))]
-        what, *others = read_together(readers, batch.states, batch.mask)
+        # Under autocast only the products of all frames are in bfloat16: those of texts and questions are small, and
+        # would take more launches for casts than for themselves.
+        with without_autocast(batch.states):
+            what, *others = read_together(readers, batch.states, batch.mask)
         read = dict(zip(self.readers, others, strict=True))
         rows = Rows(batch.text_index, len(what))
         frames, kept = self.attend_patches(batch, read.get("where", what), rows)
-        video = self.attend_frames(frames, rows.of(read.get("when", what)))
-        question = rows.of(what)
-        parts = [video, question]
-        if "video" in self.levels:
-            parts.append(video[:, : question.shape[1]] * question)
+        with without_autocast(batch.states):
+            video = self.attend_frames(full_precision(frames), rows.of(read.get("when", what)))
+            question = rows.of(what)
+            parts = [video, question]
+            if "video" in self.levels:
+                parts.append(video[:, : question.shape[1]] * question)
+            logits = self.classify(torch.cat(parts, dim=-1))
         positions = _grid_positions(batch)
         if positions is not None:
             whole = kept.new_zeros(*kept.shape[:2], self.grid[0] * self.grid[1])
             kept = whole.scatter(2, positions[batch.clip_index], kept)
-        return self.classify(torch.cat(parts, dim=-1)), kept
+        return logits, kept
 
     def attend_patches(self, batch: Batch, question: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Patch -> frame, for questions [U, W]: [B, T, W], and the kept patches [B, T, n] bool.
@@ -179,14 +184,14 @@ class PSA(nn.Module):
         tokens = batch.stored
         assert tokens is not None
         width = tokens.patches.shape[-1]
-        selector_ud = self.selectors(question)
-        if "patch" in self.levels:
-            queries_uhd = self.whiten.absorb(absorb_key(self.query(question), self.key, self.heads))
-        else:
-            queries_uhd = question.new_zeros(len(question), self.heads, width)
-        # How well the best patches fit, which the softmax alone would hide, is lse; centred like the tokens.
-        with without_autocast(queries_uhd):
-            centre = (full_precision(queries_uhd) + selector_ud[:, None]) @ self.whiten.mean
+        with without_autocast(question):
+            selector_ud = self.selectors(question)
+            if "patch" in self.levels:
+                queries_uhd = self.whiten.absorb(absorb_key(self.query(question), self.key, self.heads))
+            else:
+                queries_uhd = question.new_zeros(len(question), self.heads, width)
+            # How well the best patches fit, which the softmax alone would hide, is lse; centred like the tokens.
+            centre = (queries_uhd + selector_ud[:, None]) @ self.whiten.mean
         pooled, lse, kept = self.select(
             tokens.patches,
             batch.clip_index,
