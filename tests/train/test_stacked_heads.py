@@ -13,13 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from egopatch.configs.schema import HeadConfig, TrainConfig
 from egopatch.train.data.batch import Batch
-from egopatch.train.fitting.optim import learning_rate
-from egopatch.train.fitting.stacked_heads import StackedHeads, deterministic
+from egopatch.train.fitting.flat import FlatParameters
+from egopatch.train.fitting.optim import build_optimiser, learning_rate
+from egopatch.train.fitting.stacked_heads import StackedHeads, cross_entropy, deterministic
 from egopatch.train.heads import PSA, Pooled, QuestionOnly
 from egopatch.train.heads.common.noise import Dropout
 from egopatch.train.heads.psa import selection
 from egopatch.train.heads.psa.selection import PatchSelection
-from egopatch.train.ops import select_attend
+from egopatch.train.ops import philox, select_attend
 from egopatch.train.ops.largest import largest_mask
 from egopatch.train.ops.philox import Draw
 from egopatch.train.ops.select_attend import plan
@@ -318,26 +319,100 @@ class NoKernels:
         return tuple(torch.zeros(leaf.shape) for leaf in (queries, selector, bias))
 
 
-def launches_of_a_step(ratios: tuple[float, ...], seeds: tuple[int, ...]) -> Counter[str]:
+class NoNoise:
+    """Stands for the module of the kernels of dropout."""
+
+    @staticmethod
+    def dropout(x: Tensor, *_: object) -> Tensor:
+        return torch.zeros(x.shape, dtype=x.dtype)
+
+
+def launches_of_a_step(ratios: tuple[float, ...], seeds: tuple[int, ...], dtype: str = "auto") -> Counter[str]:
     """Operators of one step of psa as on a GPU, by name."""
-    stack, batch = make(ratios, seeds, implementation="triton"), make_batch()
+    train = dataclasses.replace(TRAIN, dtype=dtype)
+    stack, batch = make(ratios, seeds, train, implementation="triton"), make_batch()
     stack.learn(batch)
     with Launches() as launches:
         stack.learn(batch)
     return launches.counts
 
 
-def test_a_step_of_24_heads_launches_at_most_twice_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU a small head's step is bound by its launches: 329 for one head, 546 for 24, with torch 2.13."""
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes the operators that it takes on a GPU; those of ours do nothing."""
     monkeypatch.setattr(select_attend, "kernels", NoKernels, raising=False)
     monkeypatch.setattr(plan, "_obstacle", lambda *_: None)
     monkeypatch.setattr(selection, "_reads_once", lambda _: False)
-    one = launches_of_a_step((0.5,), (0,))
+    monkeypatch.setattr(philox, "kernels", NoNoise, raising=False)
+    monkeypatch.setattr(philox.api, "_by_kernel", lambda _: True)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize(("dtype", "of_one", "of_many"), [("float32", 252, 374), ("bfloat16", 269, 389)])
+def test_a_step_of_24_heads_launches_at_most_twice_what_one_does(dtype: str, of_one: int, of_many: int) -> None:
+    """On a GPU a small head's step is bound by its launches; `docs/kernels.md` says what they are. With torch 2.13."""
+    one = launches_of_a_step((0.5,), (0,), dtype)
     ratios = (0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 1.0)
-    many = launches_of_a_step(ratios * 3, (0,) * 8 + (1,) * 8 + (2,) * 8)
+    many = launches_of_a_step(ratios * 3, (0,) * 8 + (1,) * 8 + (2,) * 8, dtype)
     assert one["select_attend_triton"] == many["select_attend_triton"] == 2
-    assert one.total() <= 335, one
+    assert one["dropout"] == many["dropout"] == 12
+    # Other versions of torch may split an operator or two.
+    assert one.total() <= of_one + 6, one
+    assert many.total() <= of_many + 6, many
     assert many.total() <= 2 * one.total(), many - one
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_cross_entropy_is_that_of_torch(smoothing: float) -> None:
+    logits = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
+    answers = torch.tensor([0, 6, 3, 3, 1])
+    found = cross_entropy(logits, answers, smoothing)
+    expected = torch.stack(
+        [torch.nn.functional.cross_entropy(one, answers, label_smoothing=smoothing, reduction="none") for one in logits]
+    )
+    torch.testing.assert_close(found, expected)
+    grads = [torch.autograd.grad(loss.sum(), logits)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*grads)
+
+
+def test_options_that_a_question_lacks_cost_nothing() -> None:
+    logits = torch.tensor([[[1.0, 2.0, -math.inf]]])
+    assert float(cross_entropy(logits, torch.tensor([1]), 0.0)) == pytest.approx(math.log(1 + math.exp(-1)))
+
+
+def test_flat_parameters_step_as_single_ones() -> None:
+    """AdamW on the flat tensors, against AdamW on the parameters themselves, of which only matrices decay."""
+    train = dataclasses.replace(TRAIN, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"scalar": (), "matrix": (3, 5), "bias": (64,), "even": (8, 8)}
+    values = {name: torch.randn(2, *shape, generator=generator) for name, shape in shapes.items()}
+    flat = FlatParameters(values)
+    single = {name: value.clone().requires_grad_() for name, value in values.items()}
+    matrices, rest = [single["matrix"], single["even"]], [single["scalar"], single["bias"]]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    expected = torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.98), fused=True)
+    optimiser = build_optimiser(flat, train)
+    assert optimiser is not None
+    for _ in range(3):
+        views = flat.views(flat.flats)
+        for value in single.values():
+            value.grad = torch.randn(value.shape, generator=generator)
+        sum((views[name] * value.grad).sum() for name, value in single.items()).backward()
+        for steps in (optimiser, expected):
+            steps.step()
+            steps.zero_grad()
+    found = flat.views([tensor.detach() for tensor in flat.flats])
+    for name, value in single.items():
+        torch.testing.assert_close(found[name], value.detach(), rtol=0, atol=0)
+    # The state is saved as that of single parameters, which earlier versions had.
+    saved, known = flat.optimiser_state(optimiser)["state"], expected.state_dict()["state"]
+    assert saved.keys() == known.keys()
+    assert all(torch.equal(saved[i][key], known[i][key]) for i in known for key in known[i])
+    again = build_optimiser(flat, train)
+    assert again is not None
+    flat.load_optimiser_state(again, expected.state_dict())
+    for tensor in flat.flats:
+        assert all(torch.equal(again.state[tensor][key], value) for key, value in optimiser.state[tensor].items())
 
 
 def attend_without_kernels(
