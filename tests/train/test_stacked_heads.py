@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from egopatch.configs.schema import HeadConfig, TrainConfig
 from egopatch.train.data.batch import Batch
-from egopatch.train.fitting.flat import FlatParameters
-from egopatch.train.fitting.optim import build_optimiser, learning_rate
+from egopatch.train.fitting.optim import FlatParameters, build_optimiser, learning_rate
 from egopatch.train.fitting.stacked_heads import StackedHeads, cross_entropy, deterministic
 from egopatch.train.heads import PSA, Pooled, QuestionOnly
 from egopatch.train.heads.common.noise import Dropout

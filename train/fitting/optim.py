@@ -1,11 +1,103 @@
-"""AdamW and its schedule, as functions of the step alone so that a resumed run needs no scheduler state."""
+"""Flat parameters, AdamW and its schedule, a function of the step, so that a resumed run needs no scheduler state.
+
+The parameters of M stacked heads lie in a few flat tensors, which optimiser, average and clipping take whole. One
+operation then does what would take one for each parameter: a head has dozens, and each costs a GPU a launch.
+
+Shape legend: M heads, P numbers of a head in a flat tensor.
+"""
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from egopatch.configs.schema import TrainConfig
-from egopatch.train.fitting.flat import FlatParameters
+
+# Parameters of a multiple of this come first, so that they begin at addresses that a GPU reads fastest.
+ALIGNED = 64
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parameters in one flat tensor [M, P], in order.
+
+    Attributes:
+        shapes: Shape of each parameter of one head, by name.
+        decays: Whether weights decay: matrices do; norms, biases and the spatial prior do not.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    decays: bool
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """[M, ...] for each parameter; gradients of all arrive in `flat` as one tensor."""
+        sizes = [torch.Size(shape).numel() for shape in self.shapes.values()]
+        pieces = flat.split(sizes, dim=1)
+        named = zip(self.shapes.items(), pieces, strict=True)
+        return {name: piece.view(len(flat), *shape) for (name, shape), piece in named}
+
+
+class FlatParameters:
+    """Trainable parameters of M heads.
+
+    Args:
+        stacked: [M, ...] values by name.
+
+    Attributes:
+        flats: Leaves [M, P], one for each combination of decay and dtype.
+        layouts: What lies in each of them.
+    """
+
+    def __init__(self, stacked: Mapping[str, Tensor]) -> None:
+        self._names = [name for decays in (True, False) for name in stacked if (stacked[name].ndim > 2) == decays]
+        grouped: dict[tuple[bool, torch.dtype], list[str]] = {}
+        for name in self._names:
+            grouped.setdefault((stacked[name].ndim > 2, stacked[name].dtype), []).append(name)
+        self.flats: list[Tensor] = []
+        self.layouts: list[Layout] = []
+        for (decays, _), names in grouped.items():
+            names.sort(key=lambda name: stacked[name][0].numel() % ALIGNED != 0)
+            self.layouts.append(Layout({name: tuple(stacked[name].shape[1:]) for name in names}, decays))
+            self.flats.append(
+                torch.cat([stacked[name].reshape(len(stacked[name]), -1) for name in names], dim=1).requires_grad_()
+            )
+
+    def views(self, flats: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        """[M, ...] by name, of the parameters or of tensors like them, such as their gradients."""
+        found: dict[str, Tensor] = {}
+        for layout, flat in zip(self.layouts, flats, strict=True):
+            found |= {} if flat is None else layout.views(flat)
+        return found
+
+    def optimiser_state(self, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
+        """State of `optimiser` over `flats` in the form that it has over the single parameters, matrices first."""
+        states = [optimiser.state.get(flat, {}) for flat in self.flats]
+        moments = {key: self.views([state.get(key) for state in states]) for key in ("exp_avg", "exp_avg_sq")}
+        steps = {name: state for layout, state in zip(self.layouts, states, strict=True) for name in layout.shapes}
+        return {
+            "state": {
+                number: {"step": steps[name]["step"], **{key: views[name] for key, views in moments.items()}}
+                for number, name in enumerate(self._names)
+                if steps[name]
+            }
+        }
+
+    def load_optimiser_state(self, optimiser: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+        """Set the state of `optimiser` over `flats` from that over the single parameters."""
+        of_names = {name: saved["state"][number] for number, name in enumerate(self._names) if number in saved["state"]}
+        for layout, flat in zip(self.layouts, self.flats, strict=True):
+            known = [name for name in layout.shapes if name in of_names]
+            if not known:
+                continue
+            state = {key: torch.zeros_like(flat, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+            for key, moments in state.items():
+                views = layout.views(moments)
+                for name in known:
+                    views[name].copy_(of_names[name][key])
+            optimiser.state[flat] = {"step": of_names[known[0]]["step"].to(flat.device), **state}
 
 
 def build_optimiser(parameters: FlatParameters, train: TrainConfig) -> torch.optim.AdamW | None:

@@ -20,8 +20,7 @@ from torch.nn import functional
 
 from egopatch.configs.schema import TrainConfig
 from egopatch.train.data.batch import Batch
-from egopatch.train.fitting.flat import FlatParameters
-from egopatch.train.fitting.optim import build_optimiser, learning_rate
+from egopatch.train.fitting.optim import FlatParameters, build_optimiser, learning_rate
 from egopatch.train.heads import PSA, Choice, unwrapped
 from egopatch.train.heads.common.noise import Noise, mix
 from egopatch.train.heads.psa.selection import PatchSelection
