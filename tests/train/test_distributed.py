@@ -125,7 +125,7 @@ def test_gradients_of_the_shares_add_up_to_those_of_the_batch(alone: dict[str, C
             stack._head.train()
             stack._set_noise(batch, 5)
             losses = stack._backward(batch)
-            gradients = stack.state()["gradients"]
+            gradients = {key: gradient.clone() for key, gradient in stack.state()["gradients"].items()}
             stack.optimiser.zero_grad()
             return losses, gradients
 

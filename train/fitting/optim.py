@@ -33,7 +33,7 @@ class Layout:
     decays: bool
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """[M, ...] for each parameter; gradients of all arrive in `flat` as one tensor."""
+        """The part of `flat` of each parameter, [M, ...]."""
         sizes = [torch.Size(shape).numel() for shape in self.shapes.values()]
         pieces = flat.split(sizes, dim=1)
         named = zip(self.shapes.items(), pieces, strict=True)
@@ -47,8 +47,9 @@ class FlatParameters:
         stacked: [M, ...] values by name.
 
     Attributes:
-        flats: Leaves [M, P], one for each combination of decay and dtype.
+        flats: [M, P], one for each combination of decay and dtype.
         layouts: What lies in each of them.
+        leaves: [M, ...] by name, views of `flats` whose gradients a step asks for.
     """
 
     def __init__(self, stacked: Mapping[str, Tensor]) -> None:
@@ -61,15 +62,31 @@ class FlatParameters:
         for (decays, _), names in grouped.items():
             names.sort(key=lambda name: stacked[name][0].numel() % ALIGNED != 0)
             self.layouts.append(Layout({name: tuple(stacked[name].shape[1:]) for name in names}, decays))
-            self.flats.append(
-                torch.cat([stacked[name].reshape(len(stacked[name]), -1) for name in names], dim=1).requires_grad_()
-            )
+            self.flats.append(torch.cat([stacked[name].reshape(len(stacked[name]), -1) for name in names], dim=1))
+        self.leaves = {name: view.requires_grad_() for name, view in self.views(self.flats).items()}
+        # Written in every step: memory that is new each time costs a CPU more than the gradients in it.
+        self._gradients = [torch.empty_like(flat) for flat in self.flats]
 
     def views(self, flats: Sequence[Tensor | None]) -> dict[str, Tensor]:
         """[M, ...] by name, of the parameters or of tensors like them, such as their gradients."""
         found: dict[str, Tensor] = {}
         for layout, flat in zip(self.layouts, flats, strict=True):
             found |= {} if flat is None else layout.views(flat)
+        return found
+
+    def flatten(self, gradients: Mapping[str, Tensor | None]) -> list[Tensor]:
+        """Gradients of the leaves as tensors like `flats`, in memory of their own if those have a gradient already."""
+        found = []
+        for layout, flat, own in zip(self.layouts, self.flats, self._gradients, strict=True):
+            into = own if flat.grad is None else torch.empty_like(flat)
+            views = layout.views(into)
+            known = [torch.zeros_like(views[name]) if (g := gradients[name]) is None else g for name in views]
+            # Straight to their places, whatever the order of their dimensions. Of one head they are as their places
+            # are, without the dimension of heads, so that a GPU copies all in one launch.
+            torch._foreach_copy_(
+                [view.squeeze(0) for view in views.values()], [gradient.squeeze(0) for gradient in known]
+            )
+            found.append(into)
         return found
 
     def optimiser_state(self, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
@@ -92,7 +109,7 @@ class FlatParameters:
             known = [name for name in layout.shapes if name in of_names]
             if not known:
                 continue
-            state = {key: torch.zeros_like(flat, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+            state = {key: torch.zeros_like(flat) for key in ("exp_avg", "exp_avg_sq")}
             for key, moments in state.items():
                 views = layout.views(moments)
                 for name in known:

@@ -91,7 +91,7 @@ class StackedHeads:
         self.tensors = {name: torch.stack([state[name] for state in states]) for name in states[0]}
         trainable = [name for name, p in heads[0].named_parameters() if p.requires_grad]
         self.parameters = FlatParameters({name: self.tensors[name] for name in trainable})
-        self.tensors |= self.parameters.views([flat.detach() for flat in self.parameters.flats])
+        self.tensors |= self.parameters.views(self.parameters.flats)
         self.optimiser = build_optimiser(self.parameters, train)
         self._flat_averages = [flat.detach().clone() for flat in self.parameters.flats] if train.ema else []
         self._average = self.parameters.views(self._flat_averages) if train.ema else {}
@@ -231,29 +231,29 @@ class StackedHeads:
 
     def _backward(self, batch: Batch) -> Tensor:
         """Add the gradients of the whole batch, summed over the ranks; returns its losses [M]."""
-        parameters = self.parameters.flats
-        before = [parameter.grad for parameter in parameters]
-        if self.ranks.size > 1:
-            for parameter in parameters:
-                parameter.grad = None
+        flats = self.parameters.flats
+        gradients: list[Tensor | None] = [None] * len(flats)
         if len(batch):
             rank_losses = self._losses(batch).sum(dim=1)
-            rank_losses.backward(torch.full_like(rank_losses, 1 / batch.total_questions))
+            share = torch.full_like(rank_losses, 1 / batch.total_questions)
+            leaves = self.parameters.leaves
+            of_leaves = torch.autograd.grad(rank_losses, list(leaves.values()), share, allow_unused=True)
+            gradients = [*self.parameters.flatten(dict(zip(leaves, of_leaves, strict=True)))]
             losses = rank_losses.detach() / batch.total_questions
         else:
             losses = torch.zeros(len(self), device=self.device)
         if self.ranks.size > 1:
-            total, *gradients = self.ranks.sum_tensors([losses, *(p.grad for p in parameters)], [losses, *parameters])
+            total, *gradients = self.ranks.sum_tensors([losses, *gradients], [losses, *flats])
             assert total is not None
             losses = total
-            for parameter, old, new in zip(parameters, before, gradients, strict=True):
-                parameter.grad = new if old is None else old if new is None else old + new
+        for flat, gradient in zip(flats, gradients, strict=True):
+            if gradient is not None:
+                flat.grad = gradient if flat.grad is None else flat.grad + gradient
         return losses
 
     def _losses(self, batch: Batch) -> Tensor:
         """Loss of each question, [M, B]."""
-        # Through these views gradients reach the parameters.
-        tensors = self.tensors | self.parameters.views(self.parameters.flats)
+        tensors = self.tensors | self.parameters.leaves
         with self._autocast():
             logits = self._map_heads(lambda head: head(batch), tensors)
         loss = cross_entropy(logits.float(), batch.answers, self.train.label_smoothing)
