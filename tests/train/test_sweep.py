@@ -46,6 +46,14 @@ def test_members_equal_runs_of_their_own(tiny: Config) -> None:
     assert result["members"][0]["all"] == pytest.approx(metrics.all.accuracy, abs=2)
 
 
+def test_each_seed_has_the_batches_that_it_has_alone(tiny: Config) -> None:
+    path = run_sweep(tiny, seeds=[0, 1])
+    for seed in (0, 1):
+        alone = with_run(tiny, f"alone{seed}", train_seed=seed)
+        fit(alone, "x")
+        assert losses(path.parent / f"seed-{seed}") == losses(alone.run.dir), f"seed {seed} saw another order"
+
+
 def test_members_share_one_reading(tiny: Config) -> None:
     one = json.loads(run_sweep(tiny, ratios=[0.5], name="one").read_text())
     many = json.loads(run_sweep(tiny, ratios=[0.1, 0.5], seeds=[0, 1], name="many").read_text())

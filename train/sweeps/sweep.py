@@ -1,8 +1,8 @@
 """Many settings of one head on one reading of the features.
 
 Runs may differ in the head and in how it learns, never in the features that it reads. Runs that differ only in ratio
-and seed train as stacked heads. All runs see the batches in the order of the config's own seed; their seeds set
-initialisation and dropout, so runs with the same seed differ in nothing but the setting.
+train as stacked heads. A seed sets initialisation, dropout and the order of the batches, as in `fit`, so runs with the
+same seed differ in nothing but the setting, and runs with different seeds share nothing.
 
 Several processes, also on machines that share the folder, may run the same sweep: each trains the run groups that no
 other holds, then waits for the others' runs, and writes the results of all.
@@ -49,8 +49,9 @@ SHARED = (
 )  # fmt: skip
 # What the names of a registered head's own options start with; the head checks their names and values.
 HEAD_OPTIONS = "head.options."
-# Options in which stacked heads may differ.
-STACKED = ("head.ratio", "train.seed")
+# Options in which stacked heads may differ. Seeds are not among them: stacked heads share the order of the batches, and
+# seeds that share it scatter less than seeds that are trained by themselves.
+STACKED = ("head.ratio",)
 # Largest number of stacked heads. On a GPU more heads gain little speed, and all their activations are held at once. On
 # a CPU, twelve stacked heads take a fifth less time than twice six if the store is small; with tokens of the published
 # size their activations leave the cache, and they take a sixth more.
@@ -153,7 +154,7 @@ def _train_all(
     on_disk = experiment.features.residency == "disk"
     fork = experiment.device.type == "cpu" and can_stack(config.head.name) and not on_disk and can_fork()
     cores = torch.get_num_threads() if fork else 1
-    train = partial(_train, experiment=experiment, order_seed=config.train.seed, command=command)
+    train = partial(_train, experiment=experiment, command=command)
     while unfinished := [run for run in configs if not _finished(run) and run.run.dir.name not in failed]:
         results: list[tuple[int, dict[str, str]]] = []
         possible = [run for run in configs if run.run.dir.name not in failed]
@@ -163,8 +164,8 @@ def _train_all(
                 calls = [partial(train, [plan], label=name) for plan, name in zip(plans, labels, strict=True)]
                 results = call_in_processes(calls, cores)
             else:
-                # Resident features are read once anyway; from disk, groups that train together share the reading.
-                results = [train(plans if on_disk else plans[:1], label=label)]
+                # Resident features are read once anyway; from disk, groups with the same seed share the reading.
+                results = [train(_of_one_seed(plans) if on_disk else plans[:1], label=label)]
         elif not told and (holder := next(filter(None, (busy(config.run.dir) for config in unfinished)), None)):
             print(f"{label}: waiting for {len(unfinished)} runs of other processes: {holder}", flush=True)
             told = True
@@ -177,14 +178,13 @@ def _train_all(
     return trained, failed
 
 
-def _train(
-    plans: Sequence[GroupPlan], experiment: Experiment, order_seed: int, label: str, command: str
-) -> tuple[int, dict[str, str]]:
-    """Train the run groups that no other process holds, on one reading.
+def _train(plans: Sequence[GroupPlan], experiment: Experiment, label: str, command: str) -> tuple[int, dict[str, str]]:
+    """Train the run groups, all of one seed, that no other process holds, on one reading.
 
     Returns:
         The number of runs with results, and why the others failed, by the name of their folder.
     """
+    order_seed = plans[0].configs[0].train.seed
     with ExitStack() as leases:
         groups: list[RunGroup] = []
         try:
@@ -247,6 +247,11 @@ def plan_groups(configs: Sequence[Config], groups_folder: Path, device: torch.de
             digest = hashlib.sha256("\n".join(config.run.dir.name for config in group).encode()).hexdigest()[:16]
             plans.append(GroupPlan(groups_folder / f"{digest}.pt", group))
     return plans
+
+
+def _of_one_seed(plans: Sequence[GroupPlan]) -> list[GroupPlan]:
+    """The first plan and those with its seed, hence with its order of the batches."""
+    return [plan for plan in plans if plan.configs[0].train.seed == plans[0].configs[0].train.seed]
 
 
 def _shape(config: Config) -> str:
