@@ -11,7 +11,7 @@ from egopatch.configs.schema import ConfigError
 from egopatch.features.common.command_line import INTERRUPTED, messages_apart, print_result
 
 STACKED = (
-    "runs that differ only in ratio and seed train together and round in another order than `train fit` does, so "
+    "runs that differ only in ratio train together and round in another order than `train fit` does, so "
     "an accuracy here may differ by several points from that of the same setting in the table; train the settings that"
     " you choose between with `train fit`"
 )
