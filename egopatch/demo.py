@@ -117,7 +117,17 @@ class Recipe:
         return [
             *(fit("egovlpv2", model, "--head.name", model, *BASELINE) for model in ("majority", "question-only")),
             fit("egovlpv2", "psa"),
-            fit("egovlpv2", "egovlpv2", "--head.name", "egovlpv2", "--train.epochs", "6", *BASELINE),
+            fit(
+                "egovlpv2",
+                "egovlpv2",
+                "--head.name",
+                "egovlpv2",
+                *BASELINE,
+                "--train.epochs",
+                "6",
+                "--train.lr",
+                "2e-3",
+            ),
             fit("egovlp", "egovlp"),
             fit("lite", "pooled-lite", "--head.name", "pooled", *BASELINE),
             fit("lite", "psa-lite"),

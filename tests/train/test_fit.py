@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -225,12 +226,13 @@ def test_a_config_that_the_store_was_not_made_by_is_refused(tiny: Config) -> Non
         fit(with_run(tiny, "psa", encoder_depth=12), "x")
 
 
-def test_answers_that_no_head_can_give_are_said(tiny: Config) -> None:
+def test_answers_that_no_head_can_give_are_said(tiny: Config, tmp_path: Path) -> None:
     assert "training answers" not in "".join(open_experiment(tiny).data_lines)
-    path = tiny.data.root / "qa/direct/formatted_test_qas_encode.json"
+    other = with_run(tiny, "other", data_root=shutil.copytree(tiny.data.root, tmp_path / "data"))
+    path = other.data.root / "qa/direct/formatted_test_qas_encode.json"
     records = json.loads(path.read_text())
     path.write_text(json.dumps([{**records[0], "answer": "Violet"}, *records[1:]]))
-    line = open_experiment(tiny).data_lines[-1]
+    line = open_experiment(other).data_lines[-1]
     count, most = len(records), 100 * (1 - 1 / len(records))
     assert line == (
         f"note: the answers of 1 of {count} test questions, such as 'Violet', are not among the training answers, so "
