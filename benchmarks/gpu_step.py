@@ -1,4 +1,4 @@
-"""A training step of psa on a GPU: time, launches, and how busy the GPU is, for one head and for a sweep of 24.
+"""A training step of psa on a GPU: time, launches, and how busy the GPU is, for one head and for 24 stacked heads.
 
     python benchmarks/gpu_step.py [--clips 120] [--questions 17] [--steps 20] [--out FILE.json] [--quick]
 
@@ -123,8 +123,8 @@ def main() -> int:
         path.write_text(yaml.safe_dump(text))
         config = load_config(path)
         experiment = open_experiment(config)
-        sweep = [member(config, ratio, seed) for ratio in RATIOS for seed in SEEDS]
-        results = [measure(configs, experiment, args.steps) for configs in ([config], sweep)]
+        stacked = [member(config, ratio, seed) for ratio in RATIOS for seed in SEEDS]
+        results = [measure(configs, experiment, args.steps) for configs in ([config], stacked)]
     for row in results:
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
     result = {"settings": {k: v for k, v in vars(args).items() if k != "out"}, "steps": results, "machine": stamp()}
