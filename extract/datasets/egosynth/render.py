@@ -73,7 +73,7 @@ def render(
         raise ValueError(f"difficulty is {difficulty!r}; expected one of {', '.join(SETTINGS)}")
     scenes = [draw_scene(seed, index, difficulty) for index in range(clips)]
     _write_annotations(root, scenes, questions, seed)
-    videos = root / VIDEO_FOLDER
+    videos = (root / VIDEO_FOLDER).absolute()  # joblib's processes may be older ones, in another working folder
     videos.mkdir(parents=True, exist_ok=True)
     bounds = [*range(0, clips, max(1, min(25, clips // (4 * workers)))), clips]
     jobs = (joblib.delayed(_write_clips)(videos, scenes[first:last], size) for first, last in pairwise(bounds))

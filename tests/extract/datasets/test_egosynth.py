@@ -201,6 +201,15 @@ def test_videos_are_h264_and_decode(root: Path) -> None:
             assert sum(1 for _ in container.decode(stream)) == FRAMES
 
 
+def test_a_relative_folder_is_of_the_present_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that render stay for the next call, in the working folder of the first."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        render(Path("data"), clips=20)
+        assert len(list((tmp_path / name / "data" / "qa_videos").iterdir())) == 20
+
+
 def test_hard_set_is_the_same_bytes_again_and_reads_as_egotaskqa(tmp_path: Path) -> None:
     for name in ("one", "other"):
         render(tmp_path / name, clips=20, seed=3, difficulty="hard", workers=1)
