@@ -34,19 +34,9 @@ def test_a_head_trains_on_imported_features(tmp_path: Path, capsys: pytest.Captu
     args = [
         *("--data.name", "jsonl", "--data.root", str(data), "--encoder.arch", "imported", "--text.model", MINILM.name),
         *("--text.depth", "1", "--text.max_length", "8", "--store.path", str(tmp_path / "store")),
-        *(
-            "--head.name",
-            "pooled",
-            "--head.width",
-            "16",
-            "--head.dropout",
-            "0",
-            "--train.epochs",
-            "20",
-            "--train.batch",
-            "4",
-        ),
-        *("--train.lr", "1e-2", "--run.dir", str(tmp_path / "runs" / "pooled"), "--encoder.device", "cpu"),
+        *("--head.name", "pooled", "--head.width", "16", "--head.dropout", "0", "--encoder.device", "cpu"),
+        *("--train.epochs", "20", "--train.batch", "4", "--train.lr", "1e-2"),
+        *("--run.dir", str(tmp_path / "runs" / "pooled")),
         *("--train.device", "cpu"),
     ]
     assert extract(["run", *args]) == 1  # no store yet
