@@ -1,4 +1,4 @@
-"""What an earlier version left in `tests/data/earlier_runs`: a run, one that was interrupted, and a sweep."""
+"""What an earlier version left in `tests/data/earlier_runs`: runs, one of them interrupted, and a sweep."""
 
 import dataclasses
 import json
@@ -44,13 +44,18 @@ def test_a_finished_run_is_evaluated_with_the_same_answers(config: Config, capsy
 
 
 def test_an_interrupted_run_resumes_where_it_was(config: Config) -> None:
-    interrupted = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=Path("runs/interrupted")))
+    # Without dropout, whose numbers come from another generator since.
+    interrupted = dataclasses.replace(
+        config,
+        head=dataclasses.replace(config.head, dropout=0.0),
+        run=dataclasses.replace(config.run, dir=Path("runs/interrupted")),
+    )
     fit(interrupted, "x")
     before = losses(LEFT / "interrupted")
     resumed = losses(interrupted.run.dir)
     assert resumed[: len(before)] == before
-    # Near those of the run that nothing interrupted: dropout draws from another generator since.
-    np.testing.assert_allclose(resumed, losses(LEFT / "psa"), rtol=0.03)
+    # Those of the run that nothing interrupted; another machine's sums differ in their last bits.
+    np.testing.assert_allclose(resumed, losses(LEFT / "undisturbed"), rtol=1e-4)
 
 
 def test_a_finished_sweep_trains_nothing_and_has_the_same_results(config: Config) -> None:
