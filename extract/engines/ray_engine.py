@@ -43,7 +43,7 @@ def run_workers(
     with _connected(config.engine.address) as ray:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         workers, needs = _fit(config, nodes, len(works))
-        used = sum(cores > 0 for cores in _cores(nodes))
+        used = sum(node.get("CPU", 0) >= 1 for node in nodes)  # a head node is often started without cores
         remote = ray.remote(**needs, scheduling_strategy="SPREAD")(_Worker)
         actors = [remote.remote() for _ in range(workers)]
         job = _Job(config, packed_network, list(works), dict(clips), math.ceil(workers / used), Path.cwd(), sys.path)
@@ -109,13 +109,14 @@ def _fit(config: Config, nodes: Sequence[Mapping[str, float]], shards: int) -> t
         ConfigError: The whole cluster has too few GPUs or cores; Ray itself would wait for them forever.
     """
     requested, device = config.engine.workers, config.encoder.device
-    gpus = [int(node.get("GPU", 0)) for node in nodes]
+    cores = [int(node.get("CPU", 0)) for node in nodes]
+    gpus = [min(int(node.get("GPU", 0)), beside) for node, beside in zip(nodes, cores, strict=True)]
     if device.startswith("cuda") and not any(gpus):
-        raise ConfigError(f"encoder.device is {device!r} but the Ray cluster has no GPU; use auto or cpu")
+        raise ConfigError(f"encoder.device is {device!r} but the Ray cluster has no GPU with a core; use auto or cpu")
     if device.startswith("cuda:"):
         raise ConfigError(f"encoder.device is {device!r} but Ray gives each worker a GPU of its own; use cuda or auto")
-    kind, places = ("GPU", gpus) if any(gpus) and device != "cpu" else ("CPU", _cores(nodes))
-    workers = requested if requested != "auto" else sum(gpus) if kind == "GPU" else max(sum(map(bool, places)), 1)
+    kind, places = ("GPU", gpus) if any(gpus) and device != "cpu" else ("CPU", cores)
+    workers = requested if requested != "auto" else sum(gpus) if kind == "GPU" else max(sum(map(bool, cores)), 1)
     if workers > sum(places):
         raise ConfigError(
             f"engine.workers is {requested} but the Ray cluster has {sum(places)} {kind}s, one for each worker; request"
@@ -125,13 +126,8 @@ def _fit(config: Config, nodes: Sequence[Mapping[str, float]], shards: int) -> t
     if kind == "GPU":
         return workers, {"num_gpus": 1.0, "num_cpus": 1.0}
     # As many cores for each as leave a place for all: a worker is on one node, and nodes differ.
-    shares = (share for share in range(max(places), 0, -1) if sum(cores // share for cores in places) >= workers)
+    shares = (share for share in range(max(cores), 0, -1) if sum(count // share for count in cores) >= workers)
     return workers, {"num_cpus": float(next(shares))}
-
-
-def _cores(nodes: Sequence[Mapping[str, float]]) -> list[int]:
-    """Cores of each node that may be used; a head node is often started with none."""
-    return [int(node.get("CPU", 0)) for node in nodes]
 
 
 @contextmanager

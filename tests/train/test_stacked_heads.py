@@ -2,14 +2,10 @@
 
 import dataclasses
 import math
-from collections import Counter
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from egopatch.configs.schema import HeadConfig, TrainConfig
 from egopatch.train.data.batch import Batch
@@ -17,19 +13,11 @@ from egopatch.train.fitting.optim import FlatParameters, build_optimiser, learni
 from egopatch.train.fitting.stacked_heads import StackedHeads, cross_entropy, deterministic
 from egopatch.train.heads import PSA, Pooled, QuestionOnly
 from egopatch.train.heads.common.noise import Dropout
-from egopatch.train.heads.psa import selection
 from egopatch.train.heads.psa.selection import PatchSelection
-from egopatch.train.ops import philox, select_attend
 from egopatch.train.ops.largest import largest_mask
 from egopatch.train.ops.philox import Draw
-from egopatch.train.ops.select_attend import plan
-from egopatch.train.ops.select_attend.api import SelectAttendOutput
-from egopatch.train.ops.select_attend.plan import tile_bound
 from tests.train.test_psa import CONFIG, SIZES, make_batch
 
-aten = torch.ops.aten
-# Operators whose results have a size that depends on values, or that return a number.
-READS_BACK = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_consecutive}
 TRAIN = TrainConfig(lr=3e-3, warmup=0.0, label_smoothing=0.1)
 CPU = torch.device("cpu")
 
@@ -281,86 +269,6 @@ def test_weights_of_another_head_are_refused() -> None:
         stack.load_weights(0, {**weights, "prior": torch.zeros(3)})
 
 
-class Launches(TorchDispatchMode):
-    """Counts operators that launch something on a GPU: all but views and fresh memory. One of ours counts as one."""
-
-    FREE = ("detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function.name().split("::")[1].split(".")[0]
-        if not (function.is_view or name in self.FREE or name.startswith("_record_function")):
-            self.counts[name] += 1
-        return function(*args, **(kwargs or {}))
-
-
-class NoKernels:
-    """Stands for the module of the kernels: results of the right shapes."""
-
-    @staticmethod
-    def forward(
-        tokens: Tensor, _: Tensor, queries: Tensor, __: Tensor, bias: Tensor, ks: Tensor, listed: int, *rest: Any
-    ) -> tuple[Tensor, ...]:
-        (frames, patches), (questions, heads, width) = tokens.shape[1:3], queries.shape
-        pooled, lse = torch.zeros(questions, frames, heads, width), torch.zeros(questions, frames, heads)
-        mask = torch.zeros(questions, frames, patches, dtype=torch.int8)
-        integers = [(questions, frames, listed), (questions,), (tile_bound(questions, len(bias)), 4), (len(bias) + 1,)]
-        kept, *schedule = (torch.zeros(shape, dtype=torch.int32) for shape in integers)
-        return pooled, lse, kept.long(), mask, *schedule
-
-    @staticmethod
-    def backward(
-        grad_pooled: Tensor, grad_lse: Tensor, tokens: Tensor, queries: Tensor, selector: Tensor, bias: Tensor, *_: Any
-    ) -> tuple[Tensor, ...]:
-        return tuple(torch.zeros(leaf.shape) for leaf in (queries, selector, bias))
-
-
-class NoNoise:
-    """Stands for the module of the kernels of dropout."""
-
-    @staticmethod
-    def dropout(x: Tensor, *_: object) -> Tensor:
-        return torch.zeros(x.shape, dtype=x.dtype)
-
-
-def launches_of_a_step(ratios: tuple[float, ...], seeds: tuple[int, ...], dtype: str = "auto") -> Counter[str]:
-    """Operators of one step of psa as on a GPU, by name."""
-    train = dataclasses.replace(TRAIN, dtype=dtype)
-    stack, batch = make(ratios, seeds, train, implementation="triton"), make_batch()
-    stack.learn(batch)
-    with Launches() as launches:
-        stack.learn(batch)
-    return launches.counts
-
-
-@pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step takes the operators that it takes on a GPU; those of ours do nothing."""
-    monkeypatch.setattr(select_attend, "kernels", NoKernels, raising=False)
-    monkeypatch.setattr(plan, "_obstacle", lambda *_: None)
-    monkeypatch.setattr(selection, "_reads_once", lambda _: False)
-    monkeypatch.setattr(philox, "kernels", NoNoise, raising=False)
-    monkeypatch.setattr(philox.api, "_by_kernel", lambda _: True)
-
-
-@pytest.mark.usefixtures("as_on_a_gpu")
-@pytest.mark.parametrize(("dtype", "of_one", "of_many"), [("float32", 252, 363), ("bfloat16", 269, 378)])
-def test_a_step_of_24_heads_launches_at_most_twice_what_one_does(dtype: str, of_one: int, of_many: int) -> None:
-    """On a GPU a small head's step is bound by its launches; `docs/kernels.md` says what they are. With torch 2.13."""
-    one = launches_of_a_step((0.5,), (0,), dtype)
-    ratios = (0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 1.0)
-    many = launches_of_a_step(ratios * 3, (0,) * 8 + (1,) * 8 + (2,) * 8, dtype)
-    assert one["select_attend_triton"] == many["select_attend_triton"] == 2
-    assert one["dropout"] == many["dropout"] == 12
-    # Other versions of torch may split an operator or two.
-    assert one.total() <= of_one + 6, one
-    assert many.total() <= of_many + 6, many
-    assert many.total() <= 2 * one.total(), many - one
-
-
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_cross_entropy_is_that_of_torch(smoothing: float) -> None:
     logits = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
@@ -413,70 +321,3 @@ def test_flat_parameters_step_as_single_ones() -> None:
     flat.load_optimiser_state(again, expected.state_dict())
     for tensor in flat.flats:
         assert all(torch.equal(again.state[tensor][key], value) for key, value in optimiser.state[tensor].items())
-
-
-def attend_without_kernels(
-    tokens: Tensor, clip_index: Tensor, queries: Tensor, selector: Tensor, bias: Tensor, k: int, *_: object
-) -> SelectAttendOutput:
-    """Stand-in for the kernels in which the host waits for nothing."""
-    x = tokens[clip_index].float()
-    scores = torch.einsum("btnd,bd->btn", x, selector) + bias[clip_index]
-    kept = scores.topk(k, dim=2).indices
-    logits = torch.einsum("btnd,bhd->bthn", x, queries) + scores[:, :, None]
-    logits = logits.gather(3, kept[:, :, None].expand(*logits.shape[:3], k))
-    rows = x.gather(2, kept[..., None].expand(*kept.shape, x.shape[-1]))
-    return SelectAttendOutput(logits.softmax(dim=-1) @ rows, logits.logsumexp(dim=-1), kept)
-
-
-def attend_stacked_without_kernels(
-    tokens: Tensor, clip_index: Tensor, queries: Tensor, selector: Tensor, bias: Tensor, *_: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for stacked heads; each keeps one patch."""
-    heads = [attend_without_kernels(tokens, clip_index, *leaves, 1) for leaves in zip(queries, selector, bias)]
-    pooled, lse, _ = (torch.stack(parts) for parts in zip(*heads, strict=True))
-    return pooled, lse, torch.ones(*pooled.shape[:3], tokens.shape[2], dtype=torch.bool)
-
-
-@pytest.mark.parametrize("frames", [None, 1])
-@pytest.mark.parametrize("ratios", [(0.5,), (0.25, 0.5)])
-def test_a_step_reads_nothing_back(
-    ratios: tuple[float, ...], frames: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever returns a number or a size that depends on values makes a GPU's host wait; kernels do it for none.
-
-    So does a tensor of numbers that the host has, unless it is made once.
-    """
-    stack, batch = make(ratios, (0,) * len(ratios), implementation="triton", frames=frames), make_batch()
-    monkeypatch.setattr(selection, "select_attend", attend_without_kernels)
-    monkeypatch.setattr(selection, "attend_stacked", attend_stacked_without_kernels)
-    monkeypatch.setattr(selection, "choose_implementation", lambda *_: ("triton", "as requested"))
-    monkeypatch.setattr(selection, "_reads_once", lambda _: False)
-    waits = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if function.overloadpacket in READS_BACK:
-                waits.append(str(function))
-            return function(*args, **(kwargs or {}))
-
-    def read(name: str) -> Callable[..., Any]:
-        real = getattr(torch.Tensor, name)
-
-        def counted(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            waits.append(name)
-            return real(self, *args, **kwargs)
-
-        return counted
-
-    stack.learn(batch)  # makes what is made once
-    for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
-        monkeypatch.setattr(torch.Tensor, name, read(name))
-    for name in ("tensor", "as_tensor"):
-        made = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, made=made, **k: waits.append(made.__name__) or made(*a, **k))
-    with Watch():
-        step = stack.learn(batch)
-    assert waits == []
-    assert step is not None
-    float(step.values[0, 0])
-    assert waits == ["__float__"]

@@ -222,8 +222,10 @@ def test_more_gpus_than_there_are_are_refused() -> None:
     assert _fit(on_cpus, nodes, shards=100) == (2, {"num_cpus": 16.0})
     with pytest.raises(ConfigError, match=r"encoder\.device is 'cuda:1' but Ray gives each worker a GPU of its own"):
         _fit(load_config(demo, ["--encoder.device", "cuda:1"]), nodes, shards=100)
-    with pytest.raises(ConfigError, match="has no GPU"):
-        _fit(load_config(demo, ["--encoder.device", "cuda"]), [{"CPU": 8.0}], shards=100)
+    for node in ({"CPU": 8.0}, {"GPU": 8.0}):  # a worker on a GPU takes a core as well
+        with pytest.raises(ConfigError, match="has no GPU with a core"):
+            _fit(load_config(demo, ["--encoder.device", "cuda"]), [node], shards=100)
+    assert _fit(load_config(demo), [{"CPU": 1.0, "GPU": 8.0}, *nodes], shards=100)[0] == 5
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,13 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
     )
 
 
+def without_triton(imported: str, value: str) -> str:
+    """What a Python without Triton prints of `value`, an expression."""
+    result = run(["-c", f"import sys, torch; sys.modules['triton'] = None\n{imported}\nprint({value})"])
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
 def run_interpreted(*selection: str) -> int:
     """Run the selected tests of the kernels in the interpreter, on the CPU; returns how many passed."""
     command = ["-m", "pytest", *INTERPRETED, "-q", "-p", "no:cacheprovider", "-p", "tests.train.ops.interpreter"]
@@ -143,16 +150,14 @@ def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_reference_needs_no_triton() -> None:
-    code = (
-        "import sys; sys.modules['triton'] = None\n"
-        "import torch\n"
-        "from egopatch.train.ops.select_attend import select_attend\n"
-        "out = select_attend(torch.ones(1, 1, 4, 16), torch.zeros(2, dtype=torch.long), torch.ones(2, 1, 16),"
-        " torch.ones(2, 16), torch.zeros(1, 1, 4), 2)\n"
-        "print(out.kept.tolist())"
+    arguments = (
+        "torch.ones(1, 1, 4, 16), torch.zeros(2, dtype=torch.long), torch.ones(2, 1, 16), torch.ones(2, 16),"
+        " torch.zeros(1, 1, 4), 2"
     )
-    result = run(["-c", code])
-    assert result.stdout.strip() == "[[[0, 1]], [[0, 1]]]", result.stderr
+    found = without_triton(
+        "from egopatch.train.ops.select_attend import *", f"select_attend({arguments}).kept.tolist()"
+    )
+    assert found == "[[[0, 1]], [[0, 1]]]"
 
 
 def test_the_reference_operator_is_registered_soundly() -> None:

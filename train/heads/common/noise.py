@@ -5,12 +5,13 @@ compared on the same noise. A rank with some rows of a batch draws the numbers o
 depend on the number of ranks; nor do they depend on the device (`ops/philox`).
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from egopatch.train.ops.philox import Draw, dropout, uniform
+from egopatch.train.ops.stacked import for_all_heads
 
 Axis = Literal["questions", "clips", "texts"]
 
@@ -37,7 +38,8 @@ class Noise(nn.Module):
     def forward(self, like: Tensor) -> Tensor:
         """float32 in the shape of `like`."""
         if len(self.draw.seeds) > 1:
-            return _UnderVmap.apply(like, self.member, self)
+            drawn: Tensor = for_all_heads(lambda like, _: self.draw_for(like), like, self.member)
+            return drawn
         return self.draw_for(like)
 
     def draw_for(self, like: Tensor) -> Tensor:
@@ -60,27 +62,6 @@ class Dropout(Noise):
     def draw_for(self, like: Tensor) -> Tensor:
         """The result of `forward`, as in `Noise`."""
         return dropout(like, self.draw, self.p)
-
-
-class _UnderVmap(torch.autograd.Function):
-    """Passes a `vmap` over stacked heads to `Noise.draw_for`; it never runs outside `vmap`."""
-
-    generate_vmap_rule = False
-
-    @staticmethod
-    def forward(*_: Any) -> Tensor:
-        raise AssertionError("noise of several seeds is drawn only under vmap")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
-        like, _, noise = inputs
-        dim = in_dims[0]
-        stacked = like.expand(info.batch_size, *like.shape) if dim is None else like.movedim(dim, 0)
-        return noise.draw_for(stacked), 0
 
 
 def mix(*numbers: int) -> int:

@@ -3,7 +3,6 @@
 Shape legend: M stacked heads, C clips, B questions, T frames, N patches a frame, D channels, H attention heads.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from egopatch.configs.schema import ConfigError
 from egopatch.train.ops.largest import largest_mask
 from egopatch.train.ops.select_attend import Implementation, attend_stacked, choose_implementation, select_attend
+from egopatch.train.ops.stacked import for_all_heads, on_device
 
 Selected = tuple[Tensor, Tensor, Tensor]
 
@@ -41,7 +41,12 @@ class PatchSelection(nn.Module):
     ) -> Selected:
         """pooled [B, T, H, D], lse [B, T, H] and kept [B, T, N] bool; the arguments are `select_attend`'s."""
         if len(self.ks) > 1:
-            return _SelectUnderVmap.apply(tokens, clip_index, queries, selector, bias, scale, clip_rows, self)
+
+            def select(queries: Tensor, selector: Tensor, bias: Tensor) -> Selected:
+                return self.for_stacked_heads(tokens, clip_index, queries, selector, bias, scale, clip_rows)
+
+            selected: Selected = for_all_heads(select, queries, selector, bias)
+            return selected
         return self.for_one_head(tokens, clip_index, queries, selector, bias, scale, clip_rows, self.ks[0])
 
     def for_one_head(
@@ -59,7 +64,7 @@ class PatchSelection(nn.Module):
         if choose_implementation(tokens, queries.dtype, self.implementation)[0] == "triton":
             # The kernels know the mask of the kept patches.
             leaves = (queries[None], selector[None], bias[None])
-            ks = _on_device((k,), tokens.device)
+            ks = on_device((k,), torch.int32, tokens.device)
             pooled, lse, mask = attend_stacked(tokens, clip_index, *leaves, ks, scale, clip_rows)
             return pooled.squeeze(0), lse.squeeze(0), mask.squeeze(0)
         out = select_attend(tokens, clip_index, queries, selector, bias, k, scale, self.implementation, clip_rows)
@@ -83,7 +88,7 @@ class PatchSelection(nn.Module):
         """
         if not _reads_once(tokens):
             if choose_implementation(tokens, queries.dtype, self.implementation)[0] == "triton":
-                ks = _on_device(self.ks, tokens.device)
+                ks = on_device(self.ks, torch.int32, tokens.device)
                 return attend_stacked(tokens, clip_index, queries, selector, bias, ks, scale, clip_rows)
             results = [
                 self.for_one_head(tokens, clip_index, queries[m], selector[m], bias[m], scale, clip_rows, k)
@@ -100,29 +105,6 @@ class PatchSelection(nn.Module):
         back = order.argsort()
         pooled, lse, kept = (result[:, back] for result in grouped)
         return pooled, lse, kept
-
-
-class _SelectUnderVmap(torch.autograd.Function):
-    """Passes a `vmap` over stacked heads to `PatchSelection.for_stacked_heads`; it never runs outside `vmap`."""
-
-    generate_vmap_rule = False
-
-    @staticmethod
-    def forward(*_: Any) -> Selected:
-        raise AssertionError("a selection with several ks runs only under vmap")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Selected) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Selected, tuple[int, int, int]]:
-        tokens, clip_index, queries, selector, bias, scale, clip_rows, selection = inputs
-        stacked = [
-            tensor.movedim(dim, 0) if dim is not None else tensor.expand(info.batch_size, *tensor.shape)
-            for tensor, dim in zip((queries, selector, bias), in_dims[2:5], strict=True)
-        ]
-        return selection.for_stacked_heads(tokens, clip_index, *stacked, scale, clip_rows), (0, 0, 0)
 
 
 class _SelectStacked(torch.autograd.Function):
@@ -218,12 +200,6 @@ def _clip_groups(clip_index: Tensor, clip_rows: Tensor | None) -> list[tuple[int
     ends = counts.cumsum(dim=0)
     ranges = map(slice, (ends - counts).tolist(), ends.tolist())
     return list(zip(clips.tolist(), rows.tolist(), ranges, strict=True))
-
-
-@cache
-def _on_device(ks: tuple[int, ...], device: torch.device) -> Tensor:
-    """`ks` as int32, copied once: a copy in every step would make the host wait for the GPU."""
-    return torch.tensor(ks, dtype=torch.int32, device=device)
 
 
 def _reads_once(tokens: Tensor) -> bool:

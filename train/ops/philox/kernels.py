@@ -5,8 +5,6 @@ Shape legend: M stacked heads, R rows of a tensor, E entries a row. The dimensio
 
 # mypy: disable-error-code="no-untyped-def"
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +18,7 @@ from egopatch.train.ops.philox.reference import (
     dropout_scale,
     threshold,
 )
+from egopatch.train.ops.stacked import on_device
 
 # Blocks of 256 bits that a program draws.
 BLOCKS = 128
@@ -49,10 +48,9 @@ def _launch(kernel: triton.JITFunction, x: Tensor | None, out: Tensor, draw: Dra
     rows = out.shape[1 if stacked > 1 else 0]
     entries = out.numel() // (stacked * rows)
     blocks = triton.cdiv(entries, block)
-    wanted = None if draw.rows is None else draw.rows.to(out.device)
     grid = (triton.cdiv(rows * blocks, BLOCKS), stacked)
     inputs = () if x is None else (x,)
-    arguments = (_on_device(draw.seeds, out.device), wanted, draw.place, *draw.position, rows, entries)
+    arguments = (on_device(draw.seeds, torch.int64, out.device), draw.rows, draw.place, *draw.position, rows, entries)
     with torch.cuda.device_of(out):  # Triton launches on the current device, whatever its arguments are on
         kernel[grid](*inputs, out, *arguments, **values, BLOCK=block, BLOCKS=BLOCKS, num_warps=WARPS)
 
@@ -134,9 +132,3 @@ def _addresses(row, block, number, rows, entries, BLOCK: tl.constexpr):
     entry = block[:, None] * BLOCK + number
     at = (tl.program_id(1).to(tl.int64) * rows + row[:, None]) * entries + entry
     return at, (row[:, None] < rows) & (entry < entries)
-
-
-@cache
-def _on_device(seeds: tuple[int, ...], device: torch.device) -> Tensor:
-    """`seeds` as int64, copied once: a copy in every step would make the host wait for the GPU."""
-    return torch.tensor(seeds, device=device)
