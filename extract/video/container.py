@@ -9,6 +9,7 @@ First only what the wanted frames need is decoded: frames that nothing refers to
 one's packet the decoder returns what it holds back. If anything is unexpected then, every packet is decoded as above.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from egopatch.extract.video.index import (
     pts_of,
 )
 from egopatch.extract.video.limits import reading_through
-from egopatch.extract.video.nvdec import accelerator, uses_gpu
+from egopatch.extract.video.nvdec import accelerator, refusal, uses_gpu
 from egopatch.extract.video.once import FileVersion, OncePerVideo, version_of
 from egopatch.extract.video.orientation import upright
 
@@ -136,7 +137,7 @@ class VideoFile:
             if again == stop and stop.is_damaged:
                 raise self._damaged(stop.row)
             stop, back = again, 2 * back + 1
-        with _opened(self.path, self._on_gpu) as container:
+        with _opened(self.path, self._on_gpu, self._logged) as container:
             packets = container.demux(_film(self.path, container))
             last = self._decode(packets, 0, rows, found)
         if last is None:
@@ -290,19 +291,16 @@ class VideoFile:
         """Decode the first key frame: a unit that does not know a codec or a format refuses every frame of it."""
         codec = self._stream.codec_context
         if self.index.sums is not None:
-            raise self._not_on_gpu("its packets are not one frame each")
+            raise refusal(self.path, "its packets are not one frame each")
         if not uses_gpu(self._stream):
-            raise self._not_on_gpu(f"FFmpeg has no decoder for {codec.name} that uses it")
+            raise refusal(self.path, f"FFmpeg has no decoder for {codec.name} that uses it")
         pts, dts, row = self.index.keys[0].tolist()
         for _, packet in self._needed(self._packets_from(pts, dts), np.array([row])):
             frames = decode(packet)
             if frames:
                 return
         profile = f" {codec.profile}" if codec.profile else ""
-        raise self._not_on_gpu(f"the GPU does not decode {codec.name}{profile} of {codec.width}x{codec.height}")
-
-    def _not_on_gpu(self, cause: str) -> VideoError:
-        return VideoError(f"video {self.path} cannot be decoded by nvdec: {cause}; take video.decoder pyav for it")
+        raise refusal(self.path, f"the GPU does not decode {codec.name}{profile} of {codec.width}x{codec.height}")
 
     def _damaged(self, row: int) -> VideoError:
         index = self.index
@@ -314,6 +312,8 @@ class VideoFile:
             end_s = index.starts_s[row + after[0]] if len(after) else index.end_s
             reason = f"the file is damaged from {start_s:.3f} to {end_s:.3f} s"
         cause = f" ({self._logged[-1][2].strip()})" if self._logged else ""
+        if self._on_gpu and not index.damaged[row]:  # the GPU's decoder may be at fault
+            return refusal(self.path, f"the frame at {index.starts_s[row]:.3f} s is damaged or has a wrong time{cause}")
         return VideoError(
             f"video {self.path} cannot be decoded at {index.starts_s[row]:.3f} s: {reason}{cause}; download it again,"
             " or convert it to mp4"
@@ -357,24 +357,42 @@ def open_video(path: Path, once: OncePerVideo | None = None, on_gpu: bool = Fals
     level, terse = av.logging.get_level(), av.logging.get_skip_repeated()
     av.logging.set_level(av.logging.ERROR)  # otherwise nothing is logged
     av.logging.set_skip_repeated(False)  # otherwise a second damaged file logs nothing
+    on_cpu = True
     try:
-        with av.logging.Capture() as logged, _opened(path, on_gpu) as container:
-            yield VideoFile(path, container, logged, version, once or OncePerVideo(), on_gpu)
-    except av.error.MemoryError as error:
-        raise MemoryError(error.strerror) from error
+        with av.logging.Capture() as logged, _opened(path, on_gpu, logged) as container:
+            file = VideoFile(path, container, logged, version, once or OncePerVideo(), on_gpu)
+            on_cpu = not on_gpu
+            yield file
     except av.FFmpegError as error:
-        cause = f": {logged[-1][2].strip()}" if logged else ""
-        raise VideoError(f"video {path} cannot be decoded: {error.strerror}{cause}; download it again") from error
+        cause = _cause(error, logged)
+        if not on_cpu:  # a lack of memory too, which may be the GPU's, or of its decoder's surfaces
+            raise refusal(path, cause) from error
+        if isinstance(error, av.error.MemoryError):
+            raise MemoryError(error.strerror) from error
+        raise VideoError(f"video {path} cannot be decoded: {cause}; download it again") from error
     finally:
         av.logging.set_level(level)
         av.logging.set_skip_repeated(terse)
 
 
-def _opened(path: Path, on_gpu: bool = False) -> "av.container.InputContainer":
+def _cause(error: "av.FFmpegError", logged: Sequence[LogLine]) -> str:
+    return f"{error.strerror}: {logged[-1][2].strip()}" if logged else str(error.strerror)
+
+
+def _opened(path: Path, on_gpu: bool = False, logged: Sequence[LogLine] = ()) -> "av.container.InputContainer":
     # `file:`, because FFmpeg takes what precedes a colon for a protocol. Titles and the like, which may be in any
     # encoding, are not used.
-    hwaccel = accelerator() if on_gpu else None
-    return av.open(f"file:{path.absolute()}", metadata_errors="replace", hwaccel=hwaccel)
+    open_file = functools.partial(av.open, f"file:{path.absolute()}", metadata_errors="replace")
+    if not on_gpu:
+        return open_file()
+    try:
+        return open_file(hwaccel=accelerator())
+    except av.FFmpegError as error:
+        cause = _cause(error, logged)
+        with open_file():  # raises the error of a file that cannot be opened at all
+            raise refusal(path, f"the GPU cannot be used ({cause})") from error
+    except RuntimeError:  # no track has a decoder that uses the GPU, which `VideoFile.pixels` says by the codec's name
+        return open_file()
 
 
 def _film(path: Path, container: "av.container.InputContainer") -> "av.VideoStream":

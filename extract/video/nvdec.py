@@ -2,10 +2,11 @@
 
 Frames stay in the GPU's memory and only the wanted ones are copied. The unit returns the standard's values in another
 order of bytes (NV12), which is put back before the colours are converted, so that the pixels of H.264, HEVC and VP9 are
-PyAV's. Of older codecs, whose standards leave the rounding open, they may differ a little.
+PyAV's. MPEG-1, MPEG-2, MPEG-4 part 2 and JPEG leave the rounding open, so theirs may differ a little.
 """
 
 import functools
+from pathlib import Path
 
 import av
 import av.logging
@@ -51,13 +52,22 @@ def require_gpu_decoder() -> None:
         av.logging.set_level(level)
 
 
-def downloaded(frame: "av.VideoFrame") -> "av.VideoFrame":
-    """A frame in the computer's memory, in the format that a decoder on the CPU returns."""
-    if frame.format.name != "cuda" or frame.sw_format is None:
+def refusal(path: Path, cause: str) -> VideoError:
+    """The error of a video that the GPU does not decode, and that PyAV may."""
+    return VideoError(f"video {path} cannot be decoded by nvdec: {cause}; take video.decoder pyav for it")
+
+
+def downloaded(path: Path, frame: "av.VideoFrame") -> "av.VideoFrame":
+    """A frame of `path` in the computer's memory, in the format that a decoder on the CPU returns.
+
+    Raises:
+        VideoError: The GPU returns frames in a format that no other one is known to equal.
+    """
+    if frame.format.name != "cuda":
         return frame
-    name = frame.sw_format.name
+    name = frame.sw_format.name if frame.sw_format is not None else "an unknown format"
     if name not in AS_ON_CPU:
-        raise VideoError(f"nvdec returns frames as {name}; expected {' or '.join(AS_ON_CPU)}; take video.decoder pyav")
+        raise refusal(path, f"the GPU returns its frames as {name}; expected {' or '.join(AS_ON_CPU)}")
     return frame.reformat(format=AS_ON_CPU[name], threads=1)
 
 
@@ -70,9 +80,10 @@ def _settings(primary: bool) -> HWAccel:
 def _held_context() -> HWAccel | None:
     """The GPU's primary context, held while this process lives; otherwise each video would start one anew.
 
-    None where another library has started it with other flags: then each video has a context of its own.
+    None where another library has started it with other flags: then each video has a context of its own. None too where
+    there is no GPU, which opening the video reports.
     """
     try:
         return _settings(primary=True).create(Codec("h264", "r"))
-    except av.FFmpegError:
+    except (av.FFmpegError, NotImplementedError):  # the second where FFmpeg was built without its support
         return None

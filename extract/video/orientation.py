@@ -17,7 +17,8 @@ def upright(path: Path, frame: "av.VideoFrame") -> NDArray[np.uint8]:
     Raises:
         VideoError: The display matrix turns the frame by an angle that is no multiple of 90 degrees.
     """
-    pixels = downloaded(frame).to_ndarray(format="rgb24", threads=1)
+    frame = downloaded(path, frame)  # with its side data, which no filter can remove on a GPU
+    pixels = frame.to_ndarray(format="rgb24", threads=1)
     matrix = _display_matrix(frame)
     if matrix is None:
         return pixels

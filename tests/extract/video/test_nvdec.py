@@ -4,10 +4,14 @@ With FAIL_WITHOUT_CUDA=1 the tests marked `cuda` fail, instead of skipping, wher
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
+from av.codec.hwaccel import HWAccel
 
 from egopatch.configs.schema import ConfigError, VideoConfig
 from egopatch.extract.__main__ import main
@@ -15,9 +19,10 @@ from egopatch.extract.datasets import Clip
 from egopatch.extract.video import container, nvdec
 from egopatch.extract.video.container import open_video
 from egopatch.extract.video.frames import VideoError, read_frames
+from egopatch.extract.video.orientation import upright
 from egopatch.extract.worker.job import resolve_job
 from tests.extract.job import config_of, options
-from tests.extract.video.odd_videos import ODD, coded, moving
+from tests.extract.video.odd_videos import ODD, REFUSED, coded, full_decode, moving
 from tests.extract.video.test_needed import CODED, x265
 from tests.extract.video.videos import show_turned, write_video
 
@@ -30,8 +35,8 @@ FILES = {
     "hevc": lambda to: write_video(to / "a.mp4", size=SIZE, draw=moving, codec="libx265", options=x265()),
     "vp9": lambda to: write_video(to / "a.webm", size=SIZE, draw=moving, codec="libvpx-vp9", options={}),
 }
-# Their standards leave the rounding of the inverse transform open.
-INEXACT = ("mpeg", "mjpeg", "exif", "packed b-frames", "wmv", "flv", "realvideo")
+# FFmpeg's names of codecs whose standards leave the rounding of the inverse transform open.
+INEXACT = {"mpeg1video", "mpeg2video", "mpeg4", "mjpeg"}
 
 
 def has_gpu() -> bool:
@@ -67,8 +72,14 @@ def test_pixels_are_those_of_pyav(name: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("name", {**ODD, **CODED})
 def test_no_file_gives_other_pixels(name: str, tmp_path: Path) -> None:
-    exact = not any(codec in name for codec in INEXACT)
-    assert_pixels_or_refusal({**ODD, **CODED}[name].make(tmp_path), exact)
+    path = {**ODD, **CODED}[name].make(tmp_path)
+    assert_pixels_or_refusal(path, codec_of(path) not in INEXACT)
+
+
+def codec_of(path: Path) -> str:
+    """FFmpeg's name of the codec of the film, which may stand behind a preview."""
+    with av.open(f"file:{path}", metadata_errors="replace") as file:
+        return max(file.streams.video, key=lambda stream: stream.frames).codec_context.name
 
 
 def assert_pixels_or_refusal(path: Path, exact: bool = True) -> None:
@@ -103,6 +114,31 @@ def test_without_a_driver_the_command_says_so(tmp_path: Path, capsys: pytest.Cap
     assert "take pyav" in error
 
 
+@pytest.mark.parametrize(("name", "codec"), [("gif", "gif"), ("ffv1", "ffv1"), ("av1", "libdav1d")])
+def test_a_codec_without_a_decoder_on_the_gpu_is_named(name: str, codec: str, tmp_path: Path) -> None:
+    """PyAV refuses to open such a file for a GPU, whether there is one or not."""
+    path = ODD[name].make(tmp_path)
+    with pytest.raises(VideoError, match=rf"{path.name} cannot be .* by nvdec: FFmpeg has no decoder for {codec} that"):
+        read_frames(Clip("a", path), VideoConfig(frames=4, decoder="nvdec"))
+
+
+@pytest.mark.parametrize("name", ["unknown codec", "text", "audio in mp4"])
+def test_a_file_that_no_decoder_reads_is_refused_as_by_pyav(name: str, tmp_path: Path) -> None:
+    make, expected = REFUSED[name]
+    path = make(tmp_path)
+    with pytest.raises(VideoError, match=expected) as refused:
+        read_frames(Clip("a", path), VideoConfig(frames=4, decoder="nvdec"))
+    assert "nvdec" not in str(refused.value)
+
+
+def test_a_gpu_that_fails_while_a_file_is_opened_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where another process has taken the GPU's memory; a number that no GPU has stands for it."""
+    path = write_video(tmp_path / "a.mp4")
+    monkeypatch.setattr(container, "accelerator", lambda: HWAccel("cuda", "99", allow_software_fallback=False))
+    with pytest.raises(VideoError, match=r"by nvdec: the GPU cannot be used \(.+\); take video\.decoder pyav for it"):
+        read_frames(Clip("a", path), VideoConfig(frames=4, decoder="nvdec"))
+
+
 @pytest.fixture
 def unused_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where FFmpeg has a GPU, but no decoder that uses it: it opens the video with one on the CPU."""
@@ -131,6 +167,78 @@ def test_packets_that_are_not_frames_are_refused(tmp_path: Path) -> None:
         file.decode_through()
         with pytest.raises(VideoError, match="its packets are not one frame each"):
             file.pixels(np.array([0]))
+
+
+@pytest.mark.usefixtures("unused_gpu")
+@pytest.mark.parametrize("kind", [av.error.InvalidDataError, av.error.MemoryError, av.error.ExternalError])
+def test_whatever_fails_on_the_gpu_names_nvdec(
+    kind: type[av.FFmpegError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among them a lack of memory, which may be the GPU's: no larger `video.memory_gb` would help."""
+
+    def fail(path: Path, frame: av.VideoFrame) -> np.ndarray:
+        raise kind(1, "no frame")
+
+    monkeypatch.setattr(container, "uses_gpu", lambda stream: True)
+    monkeypatch.setattr(container, "upright", fail)
+    path = write_video(tmp_path / "a.mp4")
+    with pytest.raises(VideoError, match=r"by nvdec: no frame; take video\.decoder pyav for it"):
+        read_frames(Clip("a", path), VideoConfig(frames=4, decoder="nvdec"))
+
+
+@pytest.mark.usefixtures("unused_gpu")
+def test_a_frame_that_only_the_gpu_finds_damaged_names_nvdec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(container, "uses_gpu", lambda stream: True)
+    decode = container.decode
+    monkeypatch.setattr(container, "decode", lambda packet: None if packet.pts == 4096 else decode(packet))
+    path = write_video(tmp_path / "a.mp4", options={"bf": "0"})
+    with pytest.raises(VideoError, match=r"by nvdec: the frame at \d.* is damaged or has a wrong time.*; take video"):
+        read_frames(Clip("a", path), VideoConfig(frames=4, decoder="nvdec"))
+
+
+class GpuFrame:
+    """A frame as PyAV shows it while it lies in a GPU's memory: no filter takes it."""
+
+    def __init__(self, frame: av.VideoFrame, kept_as: str | None) -> None:
+        self.format = SimpleNamespace(name="cuda")
+        self.sw_format = None if kept_as is None else SimpleNamespace(name=kept_as)
+        self._frame = frame
+
+    @property
+    def side_data(self) -> object:
+        return self._frame.side_data
+
+    def reformat(self, format: str, threads: int) -> av.VideoFrame:
+        """A copy in the computer's memory; PyAV copies the side data too."""
+        assert (format, threads) == ("yuv420p", 1)
+        return self._frame
+
+
+@pytest.fixture
+def exif(tmp_path: Path) -> Path:
+    return ODD["exif"].make(tmp_path)
+
+
+@pytest.fixture
+def first(exif: Path) -> Iterator[av.VideoFrame]:
+    with av.open(str(exif)) as file:
+        yield next(file.decode(video=0))
+
+
+def test_side_data_without_a_name_is_read_from_the_copy(exif: Path, first: av.VideoFrame) -> None:
+    with pytest.raises(ValueError, match="31 is not a valid Type"):
+        _ = first.side_data
+    assert np.array_equal(upright(exif, GpuFrame(first, "nv12")), full_decode(exif)[1][0])
+
+
+@pytest.mark.parametrize(("kept_as", "named"), [("p016le", "p016le"), (None, "an unknown format")])
+def test_a_format_that_the_gpu_returns_and_pyav_does_not_is_named(
+    kept_as: str | None, named: str, exif: Path, first: av.VideoFrame
+) -> None:
+    with pytest.raises(
+        VideoError, match=f"avi cannot .* by nvdec: the GPU returns its frames as {named}; expected nv12"
+    ):
+        upright(exif, GpuFrame(first, kept_as))
 
 
 def test_it_is_part_of_the_fingerprint(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
