@@ -77,8 +77,9 @@ def encoder_goals(result: Any) -> Rows:
 
 
 def step_goals(result: Any) -> Rows:
-    one, many = result["steps"]
+    eager, one, many = result["steps"]
     return [
+        ("a step of one head without a graph: ms", eager["milliseconds"], ""),
         ("a step of one head: ms", one["milliseconds"], ""),
         ("a step of one head: GPU busy", one["busy_share"], ">= 0.8"),
         ("a step of one head: launches", one["launches"], ""),

@@ -1,5 +1,7 @@
 """A training step of psa on a GPU: time, launches, and how busy the GPU is, for one head and for 24 stacked heads.
 
+One head's step is measured with and without the CUDA graph that `train fit` makes of it.
+
     python benchmarks/gpu_step.py [--clips 120] [--questions 17] [--steps 20] [--out FILE.json] [--quick]
 
 Features are made up (`sweep_cost.py` writes them) and kept where `train.residency` says, on the GPU if they fit. A step
@@ -29,13 +31,14 @@ from benchmarks.encoder import stamp
 from benchmarks.sweep_cost import RATIOS, SEEDS, write_config, write_data
 from egopatch.configs import load_config
 from egopatch.configs.schema import Config
+from egopatch.train.data.batch_size import BatchSize
 from egopatch.train.data.question_table import plan_batches
 from egopatch.train.fitting.experiment import Experiment, open_experiment
 from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.resume import LAST
 
-LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
+LAUNCHES = ("cudaGraphLaunch", "cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
 PROFILED = 5
 
 
@@ -53,29 +56,29 @@ def member(config: Config, ratio: float, seed: int) -> Config:
 class Steps:
     """Steps of a group of runs, one after another, over as many epochs as it takes."""
 
-    def __init__(self, configs: list[Config], experiment: Experiment) -> None:
+    def __init__(self, configs: list[Config], experiment: Experiment, captured: bool) -> None:
         for config in configs:
             run_folder.claim(config.run.dir, config)
         self.experiment = experiment
         self.group = RunGroup(configs, experiment, 0, configs[0].run.dir / LAST)
-        self.batch = configs[0].train.batch
+        self.plan = plan_batches(experiment.train_table, configs[0].train.batch, 0)
+        self.size = BatchSize.covering(experiment.train_table, self.plan) if captured else None
 
     def take(self, steps: int) -> None:
         """Learn from `steps` batches, and wait until the device has done them."""
-        table = self.experiment.train_table
         while steps:
-            plan = plan_batches(table, self.batch, 0)[:steps]
-            for batch in self.experiment.features.stream(table, plan):
+            plan = self.plan[:steps]
+            for batch in self.experiment.features.stream(self.experiment.train_table, plan, self.size):
                 self.group.learn(batch, last=False)
             steps -= len(plan)
         if self.experiment.device.type == "cuda":
             torch.cuda.synchronize()
 
 
-def measure(configs: list[Config], experiment: Experiment, steps: int) -> dict[str, Any]:
+def measure(configs: list[Config], experiment: Experiment, steps: int, captured: bool) -> dict[str, Any]:
     """Milliseconds, launches and busy share of a step."""
-    run = Steps(configs, experiment)
-    run.take(3)
+    run = Steps(configs, experiment, captured)
+    run.take(4)
     started = time.perf_counter()
     run.take(steps)
     wall = (time.perf_counter() - started) / steps
@@ -85,7 +88,7 @@ def measure(configs: list[Config], experiment: Experiment, steps: int) -> dict[s
         run.take(PROFILED)
     events = profiler.key_averages()
     run.group.close()
-    found = {"heads": len(configs), "milliseconds": wall * 1e3}
+    found = {"heads": len(configs), "captured": captured, "milliseconds": wall * 1e3}
     if not cuda:
         return found | {"operators": sum(event.count for event in events if event.key.startswith("aten::")) / PROFILED}
     # Operators carry the time of their kernels too.
@@ -124,7 +127,8 @@ def main() -> int:
         config = load_config(path)
         experiment = open_experiment(config)
         stacked = [member(config, ratio, seed) for ratio in RATIOS for seed in SEEDS]
-        results = [measure(configs, experiment, args.steps) for configs in ([config], stacked)]
+        work = (([config], False), ([config], True), (stacked, True))
+        results = [measure(configs, experiment, args.steps, captured) for configs, captured in work]
     for row in results:
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
     result = {"settings": {k: v for k, v in vars(args).items() if k != "out"}, "steps": results, "machine": stamp()}

@@ -27,10 +27,10 @@ from egopatch.train.data.question_table import plan_batches
 from egopatch.train.fitting.experiment import open_experiment
 from egopatch.train.fitting.fit import fit
 from egopatch.train.fitting.run_group import build_stacked_heads
-from egopatch.train.fitting.stacked_heads import StackedHeads
 from egopatch.train.processes.distributed import ALONE, Distributed, join
 from egopatch.train.processes.rank_slice import RankSlice
 from egopatch.train.rundir.card import plain
+from egopatch.train.steps.stacked_heads import StackedHeads
 from tests.train.test_published import make
 from tests.train.tiny import losses, with_run, write_tiny
 

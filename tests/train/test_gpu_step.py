@@ -88,7 +88,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-@pytest.mark.parametrize(("dtype", "of_one", "of_many"), [("float32", 252, 363), ("bfloat16", 269, 378)])
+@pytest.mark.parametrize(("dtype", "of_one", "of_many"), [("float32", 254, 365), ("bfloat16", 271, 380)])
 def test_a_step_of_24_heads_launches_at_most_twice_what_one_does(dtype: str, of_one: int, of_many: int) -> None:
     """On a GPU a small head's step is bound by its launches; `docs/kernels.md` says what they are. With torch 2.13."""
     one = launches_of_a_step((0.5,), (0,), dtype)
@@ -126,6 +126,8 @@ def test_a_step_reads_nothing_back(
     monkeypatch.setattr(selection, "attend_stacked", attend_without_kernels)
     monkeypatch.setattr(selection, "choose_implementation", lambda *_: ("triton", "as requested"))
     monkeypatch.setattr(selection, "_reads_once", lambda _: False)
+    monkeypatch.setattr(philox, "kernels", NoNoise, raising=False)
+    monkeypatch.setattr(philox.api, "_by_kernel", lambda _: True)
     waits = []
 
     class Watch(TorchDispatchMode):

@@ -11,7 +11,6 @@ from egopatch.configs.schema import ConfigError, HeadConfig, TrainConfig
 from egopatch.features import PatchTokens
 from egopatch.features.values.spec import keep_count
 from egopatch.train.data.batch import Batch
-from egopatch.train.fitting.stacked_heads import StackedHeads
 from egopatch.train.heads import PSA, Pooled, QuestionOnly, Sizes
 from egopatch.train.heads.common.attention import Attention
 from egopatch.train.heads.common.question import QuestionReader, Whitening, absorb_key
@@ -19,6 +18,7 @@ from egopatch.train.heads.psa.coarse import CoarseLevel
 from egopatch.train.heads.psa.prior import spatial_prior
 from egopatch.train.heads.psa.selection import PatchSelection
 from egopatch.train.ops.philox import Draw
+from egopatch.train.steps.stacked_heads import StackedHeads
 
 SIZES = Sizes(frames=3, grid=(5, 7), patches=35, width=32, text_width=24, answers=9)
 CONFIG = HeadConfig(width=32, heads=2, ratio=0.25, dropout=0.2)

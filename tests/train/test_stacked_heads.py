@@ -9,13 +9,13 @@ from torch import Tensor
 
 from egopatch.configs.schema import HeadConfig, TrainConfig
 from egopatch.train.data.batch import Batch
-from egopatch.train.fitting.optim import FlatParameters, build_optimiser, learning_rate
-from egopatch.train.fitting.stacked_heads import StackedHeads, cross_entropy, deterministic
 from egopatch.train.heads import PSA, Pooled, QuestionOnly
 from egopatch.train.heads.common.noise import Dropout
 from egopatch.train.heads.psa.selection import PatchSelection
 from egopatch.train.ops.largest import largest_mask
 from egopatch.train.ops.philox import Draw
+from egopatch.train.steps.optim import FlatParameters, build_optimiser, learning_rate
+from egopatch.train.steps.stacked_heads import StackedHeads, cross_entropy, deterministic
 from tests.train.test_psa import CONFIG, SIZES, make_batch
 
 TRAIN = TrainConfig(lr=3e-3, warmup=0.0, label_smoothing=0.1)
@@ -227,11 +227,15 @@ def test_state_goes_on_exactly(held: int) -> None:
 def test_noise_is_of_seed_step_and_place() -> None:
     drop = Dropout(0.5).train()
     x = torch.ones(1000)
-    drop.draw = Draw((0,), 1, (2, 0))
+    drop.draw = Draw((0,), 1, torch.tensor([2, 0]))
     first = drop(x)
     assert torch.equal(first, drop(x))
     assert abs(float(first.mean()) - 1) < 0.15
-    for other in (Draw((1,), 1, (2, 0)), Draw((0,), 2, (2, 0)), Draw((0,), 1, (3, 0))):
+    for other in (
+        Draw((1,), 1, torch.tensor([2, 0])),
+        Draw((0,), 2, torch.tensor([2, 0])),
+        Draw((0,), 1, torch.tensor([3, 0])),
+    ):
         drop.draw = other
         assert 0.4 < float((drop(x) == first).float().mean()) < 0.6
     assert torch.equal(drop.eval()(x), x)

@@ -45,10 +45,14 @@ class Batch:
         forms: [B] long, index into `FORMS`.
         answers: [B] long, class or `NO_CLASS`.
         options: The options of multiple-choice questions, whose classes are their indices; None for other questions.
-        rows: [B] positions of the questions in their table.
+        rows: Positions of the questions in their table, [B] unless the batch is padded.
         rank_slice: Position of these rows in the whole batch, whose other rows other ranks have; None: the whole batch.
         variants: The batch with each question's paraphrase, and that with its counterfactual, whose answers are not
             known; None if they were not requested.
+        derived: [clips, ...], for each row of `stored`, what the head would otherwise derive of it in every batch, such
+            as `CoarseLevel.derive`; None if it does.
+        padded: Whether clips, texts and questions are repeated at the end, to give all batches one shape. The repeated
+            questions have no position in `rows` and no class.
     """
 
     stored: PatchTokens | None
@@ -63,8 +67,11 @@ class Batch:
     rank_slice: RankSlice | None = None
     options: Options | None = None
     variants: "tuple[Batch, Batch] | None" = None
+    derived: Tensor | None = None
+    padded: bool = False
 
     def __len__(self) -> int:
+        """Number of questions, without those that pad the batch."""
         return len(self.rows)
 
     @cached_property
@@ -88,7 +95,7 @@ class Batch:
 
     def with_tokens(self, tokens: PatchTokens) -> "Batch":
         """The same questions with `tokens` of the C clips."""
-        return replace(self, stored=tokens, clip_rows=None)
+        return replace(self, stored=tokens, clip_rows=None, derived=None)
 
     @property
     def total_questions(self) -> int:

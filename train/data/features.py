@@ -3,7 +3,7 @@
 Shape legend: C clips of a batch, B questions, D channels, W text tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,8 +13,9 @@ from torch import Tensor
 from egopatch.features import AbsentClip, PatchTokens, Store, StoreError, read_ahead
 from egopatch.features.values.dtypes import spec_row_bytes
 from egopatch.train.data.batch import Batch, Options
-from egopatch.train.data.question_table import NO_OPTION, QuestionTable
-from egopatch.train.data.residency import ClipsInMemory, Residency, choose_residency
+from egopatch.train.data.batch_size import BatchSize
+from egopatch.train.data.question_table import NO_CLASS, NO_OPTION, QuestionTable
+from egopatch.train.data.residency import MEMORY_SHARE, ClipsInMemory, Residency, choose_residency
 from egopatch.train.processes.distributed import ALONE, Distributed
 from egopatch.train.processes.rank_slice import RankSlice
 
@@ -63,6 +64,7 @@ class Features:
         self.text_rows = {text: row for row, text in enumerate(texts)}
         self.residency_line = "features: no video is read"
         self._resident: PatchTokens | None = None
+        self._derived: Tensor | None = None
         self._clip_rows: dict[str, int] = {}
         self.residency: Residency = "ram"
         self.quarantined = frozenset() if store is None else _quarantined(store, frozenset(clip_ids))
@@ -111,6 +113,26 @@ class Features:
             start += len(chunk.cls)
         return PatchTokens(**resident)
 
+    def derive(self, call: Callable[[Tensor, Tensor | None], Tensor]) -> None:
+        """Make `Batch.derived` of all clips once, where they are on a GPU that has room for it.
+
+        Args:
+            call: From patches [c, T, n, D] and their scale [c, T, n], if any, to a tensor [c, ...].
+        """
+        resident = self._resident
+        if resident is None or self._derived is not None or self.residency != "gpu":
+            return
+        patches, scale, count = resident.patches, resident.scale, len(resident.cls)
+        for start in range(0, count, READ_CLIPS):
+            chunk = slice(start, start + READ_CLIPS)
+            made = call(patches[chunk], None if scale is None else scale[chunk])
+            if self._derived is None:
+                nbytes = count * made[0].nbytes
+                if nbytes > MEMORY_SHARE * torch.cuda.mem_get_info(self.device)[0]:
+                    return
+                self._derived = made.new_empty(count, *made.shape[1:])
+            self._derived[chunk] = made
+
     def _read(self, clips: Sequence[str]) -> PatchTokens:
         assert self.store is not None
         return self._count(self.store.read(clips, threads=READ_THREADS))
@@ -158,9 +180,16 @@ class Features:
         texts = table.options[table.options != NO_OPTION].unique().to(self.device)
         return self._states[texts][self._mask[texts]]
 
-    def batch(self, table: QuestionTable, rows: np.ndarray, rank_clips: Tensor | None = None) -> Batch:
-        """The batch of these rows of `table`, or the rows of this rank: `rank_clips` [C] bool marks its clips."""
+    def batch(
+        self, table: QuestionTable, rows: np.ndarray, rank_clips: Tensor | None = None, size: BatchSize | None = None
+    ) -> Batch:
+        """The batch of these rows of `table`, or the rows of this rank: `rank_clips` [C] bool marks its clips.
+
+        It is padded to `size`, unless it is larger.
+        """
         index = _BatchIndex.of(table, rows, rank_clips)
+        if size is not None and size.holds(BatchSize.of(table, index.rows)):
+            index = index.padded_to(size)
         if self.store is None or not index.clips:
             return self._batch(table, index, None)
         if not self._in_place:
@@ -170,7 +199,9 @@ class Features:
     def _batch(
         self, table: QuestionTable, index: "_BatchIndex", stored: PatchTokens | None, clip_rows: Tensor | None = None
     ) -> Batch:
-        states, mask, text_index = self._texts(table.text[index.rows])
+        states, mask, text_index = self._texts(table.text[index.rows], index.size)
+        answers = table.answer[index.rows]
+        answers[index.questions :] = NO_CLASS
         batch = Batch(
             stored=stored,
             clip_rows=clip_rows,
@@ -179,41 +210,48 @@ class Features:
             mask=mask,
             text_index=text_index,
             forms=self._send(table.form[index.rows]),
-            answers=self._send(table.answer[index.rows]),
-            rows=index.rows,
+            answers=self._send(answers),
+            rows=index.rows[: index.questions],
             rank_slice=None if index.rank_slice is None else index.rank_slice.sent(self._send),
-            options=self._options(table, index.rows),
+            options=self._options(table, index),
+            derived=self._derived,
+            padded=index.size is not None,
         )
         if table.variants is None:
             return batch
         paraphrases, counterfactuals = (self._with_texts(batch, index, texts) for texts in table.variants.T)
         return replace(batch, variants=(paraphrases, counterfactuals))
 
-    def _texts(self, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _texts(self, texts: Tensor, size: BatchSize | None) -> tuple[Tensor, Tensor, Tensor]:
         """States [U, L, D] and mask [U, L] of the unique ones of `texts` [B], and the row of each [B]."""
         unique, index = texts.unique(return_inverse=True)
-        unique = self._send(unique)
+        unique = self._send(unique if size is None else _repeated(unique, size.texts))
         return self._states[unique], self._mask[unique], self._send(index)
 
     def _with_texts(self, batch: Batch, index: "_BatchIndex", texts: Tensor) -> Batch:
         """The batch with other texts, given for every question of the table [Q]."""
-        states, mask, text_index = self._texts(texts[index.rows])
+        states, mask, text_index = self._texts(texts[index.rows], index.size)
         rank_slice = None
         if index.rank_slice is not None:
             rank_slice = index.rank_slice.with_texts(texts[index.whole]).sent(self._send)
         return replace(batch, states=states, mask=mask, text_index=text_index, rank_slice=rank_slice)
 
-    def _options(self, table: QuestionTable, rows: Tensor) -> Options | None:
+    def _options(self, table: QuestionTable, index: "_BatchIndex") -> Options | None:
         if table.options is None or table.lengths is None:
             return None
-        texts, index = table.options[rows].unique(return_inverse=True)
+        texts, rows = table.options[index.rows].unique(return_inverse=True)
         absent = int(texts[0] == NO_OPTION) if len(texts) else 0
-        texts = self._send(texts[absent:])
-        index = self._send(index - absent)
-        return Options(self._states[texts], self._mask[texts], index, self._send(table.lengths[rows]))
+        texts = texts[absent:]
+        texts = self._send(texts if index.size is None else _repeated(texts, index.size.options))
+        rows = self._send(rows - absent)
+        return Options(self._states[texts], self._mask[texts], rows, self._send(table.lengths[index.rows]))
 
-    def stream(self, table: QuestionTable, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
+    def stream(
+        self, table: QuestionTable, plan: Sequence[np.ndarray], size: BatchSize | None = None
+    ) -> Iterator[Batch]:
         """The batches of `plan` in order; of each, the rows of this rank, which may be none.
+
+        Where batches are formed of resident clips in place, they are padded to `size`, unless they are larger.
 
         Where clips are copied to the device, or are on disk, the next batches are read while one is worked on, into
         memory that is reused: a batch is valid until the next one is requested. Nothing here waits for a GPU's work.
@@ -223,7 +261,7 @@ class Features:
             rank_clips = torch.tensor([name in self._rank_clips for name in table.clips], dtype=torch.bool)
         if self.store is None or self._in_place:
             for rows in plan:
-                yield self.batch(table, rows, rank_clips)
+                yield self.batch(table, rows, rank_clips, size)
             return
         indexes = [_BatchIndex.of(table, rows, rank_clips) for rows in plan]
         resident = self._resident
@@ -243,6 +281,8 @@ class _BatchIndex:
         clips: Names of the C clips; empty where other ranks have all of them.
         clip_index: [B] index into `clips`.
         rank_slice: As in `Batch`.
+        questions: Number of questions; the rows after these pad the batch.
+        size: What the batch is padded to; None if it is not.
     """
 
     rows: Tensor
@@ -250,6 +290,8 @@ class _BatchIndex:
     clips: tuple[str, ...]
     clip_index: Tensor
     rank_slice: RankSlice | None
+    questions: int
+    size: BatchSize | None = None
 
     @classmethod
     def of(cls, table: QuestionTable, batch: np.ndarray, rank_clips: Tensor | None) -> "_BatchIndex":
@@ -259,7 +301,26 @@ class _BatchIndex:
             rank_slice = RankSlice.of(table.clip[rows], table.text[rows], rank_clips[table.clip[rows]])
             rows = rows[rank_slice.questions.rows]
         clips, clip_index = table.clip[rows].unique(return_inverse=True)
-        return cls(rows, whole, tuple(table.clips[clip] for clip in clips.tolist()), clip_index, rank_slice)
+        names = tuple(table.clips[clip] for clip in clips.tolist())
+        return cls(rows, whole, names, clip_index, rank_slice, len(rows))
+
+    def padded_to(self, size: BatchSize) -> "_BatchIndex":
+        """The batch with its first question and clip repeated."""
+        more = size.questions - len(self.rows)
+        # All questions of a clip are worked on together, so that many of one clip would take longer.
+        spread = torch.arange(more) % size.clips
+        return replace(
+            self,
+            rows=_repeated(self.rows, size.questions),
+            clips=self.clips + self.clips[:1] * (size.clips - len(self.clips)),
+            clip_index=torch.cat([self.clip_index, spread]),
+            size=size,
+        )
+
+
+def _repeated(numbers: Tensor, count: int) -> Tensor:
+    """`numbers` [n] with the first one repeated at the end, [count]."""
+    return torch.cat([numbers, numbers[:1].expand(count - len(numbers))])
 
 
 def _quarantined(store: Store, clip_ids: frozenset[str]) -> frozenset[str]:

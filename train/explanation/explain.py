@@ -25,12 +25,12 @@ from egopatch.train.explanation.curves import SHARES, area, curves
 from egopatch.train.explanation.record import Explanation, Ranking
 from egopatch.train.fitting.experiment import Experiment, open_experiment
 from egopatch.train.fitting.fit import head_of
-from egopatch.train.fitting.stacked_heads import StackedHeads
 from egopatch.train.heads import PSA, build_head, reads_video, unwrapped
 from egopatch.train.heads.common.scale import scaled_patches
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import Card, RunError
 from egopatch.train.scores.statistics import Interval, compare
+from egopatch.train.steps.stacked_heads import StackedHeads
 
 # Questions of a batch: each has tokens of its own here, and not its clip's.
 BATCH = 32

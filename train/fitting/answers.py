@@ -12,8 +12,8 @@ from egopatch.train.data.batch import Batch
 from egopatch.train.data.features import Features
 from egopatch.train.data.question_table import FORMS, NO_CLASS, QuestionTable, plan_batches
 from egopatch.train.fitting.experiment import Experiment
-from egopatch.train.fitting.stacked_heads import StackedHeads
 from egopatch.train.scores.metrics import Metrics, normalise, same_lower_cased, score
+from egopatch.train.steps.stacked_heads import StackedHeads
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from typing import Any
 
 from egopatch.configs.schema import Config, HeadConfig
 from egopatch.features.common.progress import ProgressDisplay
+from egopatch.train.data.batch_size import BatchSize
 from egopatch.train.data.question_table import plan_batches
 from egopatch.train.fitting.answers import answer_table
 from egopatch.train.fitting.experiment import Experiment, open_experiment
 from egopatch.train.fitting.explained import shortage_explained
 from egopatch.train.fitting.published import evaluate_published, has_run
 from egopatch.train.fitting.run import TrainingRun
-from egopatch.train.fitting.run_group import RunGroup, build_stacked_heads
-from egopatch.train.fitting.stacked_heads import deterministic
+from egopatch.train.fitting.run_group import RunGroup, build_stacked_heads, why_not_captured
 from egopatch.train.heads import check_head
 from egopatch.train.processes.distributed import ALONE, Distributed
 from egopatch.train.processes.stopping import Stopped, stop_signals
@@ -28,6 +28,7 @@ from egopatch.train.rundir.card import Card, RunError
 from egopatch.train.rundir.lease import hold_when_free
 from egopatch.train.rundir.resume import LAST
 from egopatch.train.scores.metrics import Metrics, headline
+from egopatch.train.steps.stacked_heads import deterministic
 
 
 def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
@@ -97,6 +98,9 @@ def train_together(groups: Sequence[RunGroup], experiment: Experiment, order_see
     steps = max(group.heads.steps for group in groups)
     first_step = min(group.heads.step for group in groups)
     epochs = train.epochs if steps else 1
+    size = None
+    if steps and why_not_captured(groups[0].config, experiment) is None:
+        size = BatchSize.covering(table, plan_batches(table, train.batch, order_seed, epoch=0))
     with (
         ProgressDisplay(label, steps, "steps", done=first_step, summary=False, silent=not ranks.first) as display,
         # torchrun repeats a signal, and kills the ranks that do not stop at the same step as the others.
@@ -110,7 +114,7 @@ def train_together(groups: Sequence[RunGroup], experiment: Experiment, order_see
                 continue
             plan = plan_batches(table, train.batch, order_seed, epoch) if steps else []
             first = min(group.position[1] for group in due)
-            for number, batch in enumerate(features.stream(table, plan[first:]), first):
+            for number, batch in enumerate(features.stream(table, plan[first:], size), first):
                 for group in due:
                     if group.position == (epoch, number):
                         group.learn(batch, last=number + 1 == len(plan))

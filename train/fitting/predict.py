@@ -17,10 +17,10 @@ from egopatch.train.data.batch import Batch
 from egopatch.train.data.question_table import FORMS, NO_CLASS
 from egopatch.train.fitting.experiment import open_features, pick_device, sizes_of
 from egopatch.train.fitting.fit import head_of
-from egopatch.train.fitting.stacked_heads import StackedHeads
 from egopatch.train.heads import PSA, build_head, reads_video, unwrapped
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import Card, RunError
+from egopatch.train.steps.stacked_heads import StackedHeads
 
 CLIPS_AT_ONCE = 16
 

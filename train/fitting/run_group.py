@@ -19,16 +19,17 @@ from egopatch.train.data.features import Features
 from egopatch.train.data.question_table import NO_OPTION, QuestionTable, plan_batches
 from egopatch.train.fitting.answers import Answers, PartScorer
 from egopatch.train.fitting.experiment import Experiment
-from egopatch.train.fitting.optim import learning_rate
 from egopatch.train.fitting.run import TrainingRun
-from egopatch.train.fitting.stacked_heads import LearnedStep, StackedHeads
-from egopatch.train.heads import PSA, Choice, Majority, build_head, unwrapped
+from egopatch.train.heads import PSA, Choice, Majority, build_head, can_capture, unwrapped
 from egopatch.train.heads.common.question import QuestionReader
+from egopatch.train.heads.psa.coarse import CoarseLevel
 from egopatch.train.heads.psa.selection import implementation_in_use
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import RunError
 from egopatch.train.rundir.resume import ResumeState
 from egopatch.train.scores.metrics import Metrics
+from egopatch.train.steps.optim import learning_rate
+from egopatch.train.steps.stacked_heads import LearnedStep, StackedHeads
 
 # Number of clips that the input whitening is measured on.
 MEASURED_CLIPS = 64
@@ -84,6 +85,9 @@ class RunGroup:
             if self.selection is not None:
                 implementation, why = self.selection
                 run.log("select_attend", self.heads.step, implementation=implementation, why=why)
+            if experiment.device.type == "cuda":
+                why_not = why_not_captured(run.config, experiment)
+                run.log("cuda_graph", self.heads.step, captured=why_not is None, why=why_not)
 
     @property
     def config(self) -> Config:
@@ -214,6 +218,22 @@ def choose_selection(configs: Sequence[Config], experiment: Experiment) -> tuple
     return implementation_in_use(frame, head.implementation, len(configs))
 
 
+def why_not_captured(config: Config, experiment: Experiment) -> str | None:
+    """Why the steps of a run are launched one operation at a time; None if they become a CUDA graph."""
+    features, ranks = experiment.features, experiment.ranks
+    if experiment.device.type != "cuda":
+        return f"the device is {experiment.device.type}"
+    if ranks.size > 1:
+        return f"{ranks.size} ranks train together"
+    if config.train.accumulate > 1:
+        return f"train.accumulate is {config.train.accumulate}"
+    if features.store is not None and features.residency != "gpu":
+        return f"features are not on the GPU (train.residency: {features.residency})"
+    if not can_capture(config.head.name):
+        return f"the head {config.head.name} does not say that its steps can be captured (Head.captures)"
+    return None
+
+
 def build_stacked_heads(configs: Sequence[Config], experiment: Experiment, order_seed: int) -> StackedHeads:
     """Untrained heads with their optimiser, ready for the first step.
 
@@ -234,6 +254,10 @@ def build_stacked_heads(configs: Sequence[Config], experiment: Experiment, order
     ranks, train = experiment.ranks, configs[0].train
     if ranks.first and len(experiment.train_table):
         measure_inputs(heads, experiment.features, experiment.train_table)
+    coarse = getattr(unwrapped(heads[0]), "coarse", None)
+    if isinstance(coarse, CoarseLevel):
+        with torch.no_grad():
+            experiment.features.derive(coarse.derive)
     ranks.broadcast_tensors([tensor for head in heads for tensor in head.state_dict().values()])
     learns = any(parameter.requires_grad for parameter in heads[0].parameters())
     plans = (plan_batches(experiment.train_table, train.batch, order_seed, epoch) for epoch in range(train.epochs))

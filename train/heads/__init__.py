@@ -14,6 +14,7 @@ from egopatch.train.heads.psa.psa import PSA
 from egopatch.train.heads.registry import (
     Head,
     build_head,
+    can_capture,
     can_stack,
     check_head,
     package_versions,
@@ -32,6 +33,7 @@ __all__ = [
     "QuestionOnly",
     "Sizes",
     "build_head",
+    "can_capture",
     "can_stack",
     "check_head",
     "load_head",

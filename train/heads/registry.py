@@ -41,6 +41,8 @@ class Head:
         reads_video: Whether it reads patch tokens; a head that does not needs no store of clips.
         stacks: Whether `torch.vmap` can run it, so that a sweep trains several of them as one; then random numbers
             must come from `train.heads.common.noise`.
+        captures: Whether a training step can be a CUDA graph: `forward` reads no value back from the device, and its
+            shapes follow from those of the batch.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Head:
     options: type | None = None
     reads_video: bool = True
     stacks: bool = False
+    captures: bool = False
 
 
 def _fault(name: str, head: object) -> str | None:
@@ -100,6 +103,12 @@ def can_stack(name: str) -> bool:
     """Whether several heads called `name` can train as stacked heads."""
     head = _PLUGINS.find(name)
     return name not in _UNSTACKED if head is None else head.stacks
+
+
+def can_capture(name: str) -> bool:
+    """Whether a training step of heads called `name` can be a CUDA graph."""
+    head = _PLUGINS.find(name)
+    return head is None or head.captures
 
 
 def package_versions(name: str) -> dict[str, str]:

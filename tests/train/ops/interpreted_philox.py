@@ -18,7 +18,7 @@ def by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def draw(rows: torch.Tensor | None = None) -> Draw:
-    return Draw(SEEDS, 5, (-1, 2**33), rows)
+    return Draw(SEEDS, 5, torch.tensor([-1, 2**33], device=DEVICE), rows)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -41,7 +41,7 @@ def test_dropout_is_that_of_the_reference(shape: tuple[int, ...], dtype: torch.d
 
 
 def test_rows_of_a_rank_are_those_of_the_whole() -> None:
-    rows = torch.tensor([1, 2, 5])
+    rows = torch.tensor([1, 2, 5], device=DEVICE)
     x = torch.ones(len(SEEDS), 6, 40, device=DEVICE)
     assert torch.equal(dropout(x[:, rows], draw(rows), 0.5), dropout(x, draw(), 0.5)[:, rows])
 
@@ -52,7 +52,7 @@ def test_a_strided_tensor_is_read_as_its_copy() -> None:
 
 
 def test_one_head_has_no_dimension_of_heads() -> None:
-    one = Draw(SEEDS[:1], 5, (1, 2))
+    one = Draw(SEEDS[:1], 5, torch.tensor([1, 2], device=DEVICE))
     x = torch.ones(7, 9)
     assert torch.equal(dropout(x.to(DEVICE), one, 0.5).cpu(), x * reference.dropout_factor((7, 9), one, 0.5))
     assert torch.equal(uniform((7, 9), one, torch.device(DEVICE)).cpu(), reference.uniform((7, 9), one))

@@ -43,7 +43,7 @@ def test_the_known_answers_of_philox(counter: tuple[int, ...], key: tuple[int, i
 
 def test_numbers_are_blocks_of_philox() -> None:
     """Row r's block i has the counter (1 + 2 r + i, first, second, 0) and the key (seed, place)."""
-    draw = Draw((7, ONES), 5, (-1, 2**40))
+    draw = Draw((7, ONES), 5, torch.tensor([-1, 2**40]))
     found = (uniform((3, 11), draw, CPU) * 2**24).long()
     for head, seed in enumerate(draw.seeds):
         for row in range(3):
@@ -53,7 +53,7 @@ def test_numbers_are_blocks_of_philox() -> None:
 
 
 def test_dropout_takes_sixteen_numbers_of_a_block() -> None:
-    factor = dropout_factor((2, 18), Draw((7,), 5, (3, 4)), 0.25)
+    factor = dropout_factor((2, 18), Draw((7,), 5, torch.tensor([3, 4])), 0.25)
     assert set(factor.flatten().tolist()) == {0.0, float(torch.tensor(4 / 3))}
     for row in range(2):
         words = [w for i in (0, 1) for w in philox((1 + 2 * row + i, 3, 4, 0), (7, 5))]
@@ -63,7 +63,7 @@ def test_dropout_takes_sixteen_numbers_of_a_block() -> None:
 
 def test_rows_of_a_rank_are_those_of_the_whole() -> None:
     rows = torch.tensor([1, 2, 5, 9])
-    whole, part = Draw((3, 4, 3), 1, (2, 0)), Draw((3, 4, 3), 1, (2, 0), rows)
+    whole, part = Draw((3, 4, 3), 1, torch.tensor([2, 0])), Draw((3, 4, 3), 1, torch.tensor([2, 0]), rows)
     assert torch.equal(uniform((4, 3, 5), part, CPU), uniform((10, 3, 5), whole, CPU)[:, rows])
     assert torch.equal(dropout_factor((4, 3, 5), part, 0.5), dropout_factor((10, 3, 5), whole, 0.5)[:, rows])
     assert uniform((0, 3), Draw(rows=torch.empty(0, dtype=torch.long)), CPU).shape == (0, 3)
@@ -71,10 +71,15 @@ def test_rows_of_a_rank_are_those_of_the_whole() -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [Draw((1,), 2, (3, 4)), Draw((0,), 1, (3, 4)), Draw((0,), 2, (2, 4)), Draw((0,), 2, (3, 5))],
+    [
+        Draw((1,), 2, torch.tensor([3, 4])),
+        Draw((0,), 1, torch.tensor([3, 4])),
+        Draw((0,), 2, torch.tensor([2, 4])),
+        Draw((0,), 2, torch.tensor([3, 5])),
+    ],
 )
 def test_all_that_a_draw_says_changes_every_number(other: Draw) -> None:
-    one, two = (uniform((50, 1000), draw, CPU).flatten() for draw in (Draw((0,), 2, (3, 4)), other))
+    one, two = (uniform((50, 1000), draw, CPU).flatten() for draw in (Draw((0,), 2, torch.tensor([3, 4])), other))
     assert float((one == two).float().mean()) < 1e-3
     # The correlation of n independent pairs has a standard deviation of 1 / sqrt(n).
     assert abs(float(torch.corrcoef(torch.stack([one, two]))[0, 1])) < 4 / len(one) ** 0.5
@@ -113,8 +118,8 @@ def test_operators_know_their_shapes() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        assert dropout_kernel(torch.empty(2, 3, 4).mT, [0, 1], 0, [0, 0], None, 0.5).is_contiguous()
-        assert uniform_kernel([3, 4], [0, 1], 0, [0, 0], None, CPU).shape == (2, 3, 4)
+        assert dropout_kernel(torch.empty(2, 3, 4).mT, [0, 1], 0, torch.zeros(2), None, 0.5).is_contiguous()
+        assert uniform_kernel([3, 4], [0, 1], 0, torch.zeros(2), None, CPU).shape == (2, 3, 4)
 
 
 def test_a_cpu_needs_no_triton() -> None:

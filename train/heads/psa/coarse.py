@@ -56,29 +56,27 @@ class CoarseLevel(nn.Module):
 
     def forward(self, whiten: Whitening, batch: Batch, question: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Questions [U, W], of which `rows` picks, to the gate [W] and the values [B, T, W] that it weighs."""
-        # In chunks: all clips in float32 would take several times the memory of the stored tokens.
-        chunks = batch.patch_chunks(MERGE_CLIPS[question.device.type])
-        merged = [self.merge(scaled(*chunk)) for chunk in chunks]
-        coarse = merged[0] if len(merged) == 1 else torch.cat(merged)
-        tokens = torch.cat([coarse, self.positions.expand(*coarse.shape[:3], -1)], dim=-1)
+        tokens, clip_rows = batch.derived, batch.clip_rows
+        if tokens is None:
+            # In chunks: all clips in float32 would take several times the memory of the stored tokens.
+            chunks = batch.patch_chunks(MERGE_CLIPS[question.device.type])
+            derived = [self.derive(*chunk) for chunk in chunks]
+            tokens, clip_rows = derived[0] if len(derived) == 1 else torch.cat(derived), None
         with without_autocast(question):
             queries = absorb_key(self.query(question), self.key, self.heads)
         content, position = queries.split([self.width, POSITION_WIDTH], dim=-1)
         queries = rows.of(torch.cat([whiten.absorb(content), position], dim=-1)).float()
-        if tokens.is_cuda:
-            # The kernels multiply float16 at many times float32's rate; a mean loses no more in it than its tokens did.
-            assert batch.stored is not None
-            bfloat16 = batch.stored.patches.dtype == torch.bfloat16
-            padding = (0, -tokens.shape[-1] % KERNEL_CHANNELS)
-            tokens = functional.pad(tokens.to(torch.bfloat16 if bfloat16 else torch.float16), padding)
-            queries = functional.pad(queries, padding)
+        if padding := tokens.shape[-1] - queries.shape[-1]:
+            queries = functional.pad(queries, (0, padding))
+        clips = len(tokens) if clip_rows is None else len(clip_rows)
         pooled, _, _ = self.select(
             tokens,
             batch.clip_index,
             queries,
             torch.zeros_like(queries[:, 0]),
-            coarse.new_zeros(coarse.shape[:3]),
+            torch.zeros(clips, *tokens.shape[1:3], device=tokens.device),
             None,
+            clip_rows,
         )
         pooled = pooled[..., : self.width + POSITION_WIDTH]
         content, position = self.value.weight.split([self.width, POSITION_WIDTH], dim=1)
@@ -88,6 +86,19 @@ class CoarseLevel(nn.Module):
         by_head = rearrange(torch.cat([content, position], dim=1), "(h e) d -> h e d", h=self.heads)
         values = rearrange(torch.einsum("bthd,hed->bthe", pooled, by_head), "b t h e -> b t (h e)")
         return self.gate, values + bias
+
+    def derive(self, patches: Tensor, scale: Tensor | None) -> Tensor:
+        """Merged patches and their positions of stored patches [C, T, N, D] and their scale: [C, T, M, D + P].
+
+        On a GPU they have the dtype and the multiple of channels that suit the kernels.
+        """
+        coarse = self.merge(scaled(patches, scale))
+        tokens = torch.cat([coarse, self.positions.expand(*coarse.shape[:3], -1)], dim=-1)
+        if not tokens.is_cuda:
+            return tokens
+        # The kernels multiply float16 at many times float32's rate; a mean loses no more in it than its tokens did.
+        dtype = torch.bfloat16 if patches.dtype == torch.bfloat16 else torch.float16
+        return functional.pad(tokens.to(dtype), (0, -tokens.shape[-1] % KERNEL_CHANNELS))
 
     def merge(self, x: Tensor) -> Tensor:
         """[C, T, N, D] to [C, T, M, D]: the mean of each 2x2 block, of the patches inside the grid at odd edges."""

@@ -39,7 +39,7 @@ def _by_kernel(device: torch.device) -> bool:
     return device.type == "cuda" and HAS_TRITON
 
 
-def _arguments(draw: Draw) -> tuple[list[int], int, list[int], Tensor | None]:
+def _arguments(draw: Draw) -> tuple[list[int], int, Tensor, Tensor | None]:
     # torch's integers are signed.
     seeds = [(seed + 2**63) % 2**64 - 2**63 for seed in draw.seeds]
-    return seeds, draw.place, list(draw.position), draw.rows
+    return seeds, draw.place, draw.position, draw.rows

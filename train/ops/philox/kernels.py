@@ -50,24 +50,24 @@ def _launch(kernel: triton.JITFunction, x: Tensor | None, out: Tensor, draw: Dra
     blocks = triton.cdiv(entries, block)
     grid = (triton.cdiv(rows * blocks, BLOCKS), stacked)
     inputs = () if x is None else (x,)
-    arguments = (on_device(draw.seeds, torch.int64, out.device), draw.rows, draw.place, *draw.position, rows, entries)
+    arguments = (on_device(draw.seeds, torch.int64, out.device), draw.rows, draw.place, draw.position, rows, entries)
     with torch.cuda.device_of(out):  # Triton launches on the current device, whatever its arguments are on
         kernel[grid](*inputs, out, *arguments, **values, BLOCK=block, BLOCKS=BLOCKS, num_warps=WARPS)
 
 
-# Triton would compile the kernels again for the numbers that change with the step or the batch, if it specialised on
+# Triton would compile the kernels again for the numbers that change with the module or the batch, if it specialised on
 # them. `entries` is a width of the head: rows of whole blocks are read many bytes at a time.
-CHANGING = ["place", "first", "second", "rows"]
+CHANGING = ["place", "rows"]
 
 
 @triton.jit(do_not_specialize=CHANGING)
 def dropout_kernel(
-    x, out, seeds, wanted, place, first, second, rows, entries, threshold, scale,
+    x, out, seeds, wanted, place, position, rows, entries, threshold, scale,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """`x` with dropped entries zero and the others times `scale`: [M, R, E] for this program's blocks."""
     row, block = _place_of_blocks(rows, entries, BLOCK, BLOCKS)
-    words = _words(seeds, wanted, place, first, second, row, block, rows, tl.cdiv(entries, BLOCK))
+    words = _words(seeds, wanted, place, position, row, block, rows, tl.cdiv(entries, BLOCK))
     number = tl.arange(0, BLOCK)[None, :]
     keep = _numbers(words, number, BLOCK) >= threshold
     at, inside = _addresses(row, block, number, rows, entries, BLOCK)
@@ -77,12 +77,12 @@ def dropout_kernel(
 
 @triton.jit(do_not_specialize=CHANGING)
 def uniform_kernel(
-    out, seeds, wanted, place, first, second, rows, entries, shift, unit,
+    out, seeds, wanted, place, position, rows, entries, shift, unit,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Multiples of `unit` in [0, 1): [M, R, E] for this program's blocks."""
     row, block = _place_of_blocks(rows, entries, BLOCK, BLOCKS)
-    words = _words(seeds, wanted, place, first, second, row, block, rows, tl.cdiv(entries, BLOCK))
+    words = _words(seeds, wanted, place, position, row, block, rows, tl.cdiv(entries, BLOCK))
     number = tl.arange(0, BLOCK)[None, :]
     drawn = _numbers(words, number, BLOCK) >> shift
     at, inside = _addresses(row, block, number, rows, entries, BLOCK)
@@ -98,7 +98,7 @@ def _place_of_blocks(rows, entries, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def _words(seeds, wanted, place, first, second, row, block, rows, blocks):
+def _words(seeds, wanted, place, position, row, block, rows, blocks):
     """The four 64-bit words of each block, [BLOCKS] each."""
     if wanted is not None:
         row = tl.load(wanted + row, mask=row < rows, other=0)
@@ -107,8 +107,8 @@ def _words(seeds, wanted, place, first, second, row, block, rows, blocks):
     seed = tl.load(seeds + tl.program_id(1)).to(tl.uint64)
     return tl.philox_impl(
         counter,
-        zero + first.to(tl.int64).to(tl.uint64),
-        zero + second.to(tl.int64).to(tl.uint64),
+        zero + tl.load(position).to(tl.uint64),
+        zero + tl.load(position + 1).to(tl.uint64),
         zero,
         zero + seed,
         zero + place.to(tl.uint64),

@@ -11,13 +11,13 @@ from egopatch.train.ops.philox.reference import Draw
 
 @torch.library.custom_op("egopatch::dropout", mutates_args=())
 def dropout_kernel(
-    x: Tensor, seeds: Sequence[int], place: int, position: Sequence[int], rows: Tensor | None, p: float
+    x: Tensor, seeds: Sequence[int], place: int, position: Tensor, rows: Tensor | None, p: float
 ) -> Tensor:
     """`kernels.dropout` as an operator; the arguments before `p` are those of a `Draw`."""
     # Imported here, so that the reference runs without Triton.
     from egopatch.train.ops.philox import kernels
 
-    return kernels.dropout(x, Draw(tuple(seeds), place, (position[0], position[1]), rows), p)
+    return kernels.dropout(x, Draw(tuple(seeds), place, position, rows), p)
 
 
 @dropout_kernel.register_fake
@@ -43,7 +43,7 @@ def uniform_kernel(
     shape: Sequence[int],
     seeds: Sequence[int],
     place: int,
-    position: Sequence[int],
+    position: Tensor,
     rows: Tensor | None,
     device: torch.device,
 ) -> Tensor:
@@ -51,7 +51,7 @@ def uniform_kernel(
     # Imported here, so that the reference runs without Triton.
     from egopatch.train.ops.philox import kernels
 
-    return kernels.uniform(tuple(shape), Draw(tuple(seeds), place, (position[0], position[1]), rows), device)
+    return kernels.uniform(tuple(shape), Draw(tuple(seeds), place, position, rows), device)
 
 
 @uniform_kernel.register_fake

@@ -17,7 +17,7 @@ new block.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -39,13 +39,14 @@ class Draw:
     Attributes:
         seeds: Seed of each of the M stacked heads.
         place: Number of the module that draws.
-        position: Numbers that tell one draw of the module from its others, such as the step.
+        position: [2] long on the device: numbers that tell one draw of the module from its others, such as the step.
+            A tensor, because a CUDA graph of a step draws other numbers in each replay.
         rows: [R] long, rising: the rows of the whole tensor to draw; None for all.
     """
 
     seeds: tuple[int, ...] = (0,)
     place: int = 0
-    position: tuple[int, int] = (0, 0)
+    position: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.long))
     rows: Tensor | None = None
 
 
@@ -79,7 +80,7 @@ def _bits(rows: int, entries: int, block: int, draw: Draw, dtype: np.dtype) -> n
     """[K, R, E] unsigned numbers, of each different seed."""
     blocks = -(-entries // block)
     seeds = dict.fromkeys(draw.seeds)
-    first, second = (number % WORD for number in draw.position)
+    first, second = (number % WORD for number in draw.position.tolist())
     drawn = []
     for seed in seeds:
         key = np.array([seed % WORD, draw.place], np.uint64)

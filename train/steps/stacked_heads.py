@@ -20,12 +20,14 @@ from torch.nn import functional
 
 from egopatch.configs.schema import TrainConfig
 from egopatch.train.data.batch import Batch
-from egopatch.train.fitting.optim import FlatParameters, build_optimiser, learning_rate
+from egopatch.train.data.question_table import NO_CLASS
 from egopatch.train.heads import PSA, Choice, unwrapped
 from egopatch.train.heads.common.noise import Noise, mix
 from egopatch.train.heads.psa.selection import PatchSelection
 from egopatch.train.ops.philox import Draw
 from egopatch.train.processes.distributed import ALONE, Distributed
+from egopatch.train.steps.captured import CapturedStep
+from egopatch.train.steps.optim import FlatParameters, build_optimiser, learning_rate, set_rate
 
 GRADIENT_NORM = 1.0
 # Takes the place of the step in the position of noise at evaluation.
@@ -85,6 +87,7 @@ class StackedHeads:
             selection.ks = tuple(other.ks[0] for other in others)
         noises = {name: module for name, module in self._head.named_modules() if isinstance(module, Noise)}
         self._noises = list(noises.values())
+        self._position = torch.zeros(2, dtype=torch.long, device=device)
         member = torch.arange(len(heads), device=device)
         self._members = {f"{name}.member": member for name in noises}
         states = [head.state_dict() for head in heads]
@@ -96,6 +99,7 @@ class StackedHeads:
         self._flat_averages = [flat.detach().clone() for flat in self.parameters.flats] if train.ema else []
         self._average = self.parameters.views(self._flat_averages) if train.ema else {}
         self._pending_losses: list[Tensor] = []
+        self._captured = CapturedStep(self._learn_whole)
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -108,13 +112,27 @@ class StackedHeads:
         assert self.optimiser is not None
         self._head.train()
         self._set_noise(batch, self.step * self.train.accumulate + len(self._pending_losses))
-        self._pending_losses.append(self._backward(batch))
-        if not last and len(self._pending_losses) < self.train.accumulate:
-            return None
         rate = learning_rate(self.step, self.steps, self.train)
+        set_rate(self.optimiser, rate)
+        if batch.padded and self.train.accumulate == 1:
+            values = self._captured(batch)
+        else:
+            self._pending_losses.append(self._backward(batch))
+            if not last and len(self._pending_losses) < self.train.accumulate:
+                return None
+            values = self._make_step()
+        self.step += 1
+        return LearnedStep(self.step, rate, values)
+
+    def _learn_whole(self, batch: Batch) -> Tensor:
+        """One step from one batch, on the device alone; returns its `LearnedStep.values`."""
+        self._pending_losses.append(self._backward(batch))
+        return self._make_step()
+
+    def _make_step(self) -> Tensor:
+        """A step with the gradients since the last one; returns its `LearnedStep.values`."""
+        assert self.optimiser is not None
         norms = self._clip_gradients(len(self._pending_losses))
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         if self.train.ema:
@@ -124,8 +142,7 @@ class StackedHeads:
         if more:
             losses = torch.stack(self._pending_losses).mean(dim=0)
         self._pending_losses = []
-        self.step += 1
-        return LearnedStep(self.step, rate, torch.stack([losses, norms]))
+        return torch.stack([losses, norms])
 
     @torch.no_grad()
     def answer(self, batch: Batch, number: int, keep_patches: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -234,12 +251,17 @@ class StackedHeads:
         flats = self.parameters.flats
         gradients: list[Tensor | None] = [None] * len(flats)
         if len(batch):
-            rank_losses = self._losses(batch).sum(dim=1)
-            share = torch.full_like(rank_losses, 1 / batch.total_questions)
+            of_questions = self._losses(batch)
+            questions: Tensor | int = batch.total_questions
+            if batch.padded:  # a CUDA graph would keep a number
+                asked = batch.answers != NO_CLASS
+                of_questions, questions = torch.where(asked, of_questions, 0), asked.sum()
+            rank_losses = of_questions.sum(dim=1)
+            share = torch.ones_like(rank_losses) / questions
             leaves = self.parameters.leaves
             of_leaves = torch.autograd.grad(rank_losses, list(leaves.values()), share, allow_unused=True)
             gradients = [*self.parameters.flatten(dict(zip(leaves, of_leaves, strict=True)))]
-            losses = rank_losses.detach() / batch.total_questions
+            losses = rank_losses.detach() / questions
         else:
             losses = torch.zeros(len(self), device=self.device)
         if self.ranks.size > 1:
@@ -256,7 +278,8 @@ class StackedHeads:
         tensors = self.tensors | self.parameters.leaves
         with self._autocast():
             logits = self._map_heads(lambda head: head(batch), tensors)
-        loss = cross_entropy(logits.float(), batch.answers, self.train.label_smoothing)
+        answers = batch.answers.clamp_min(0) if batch.padded else batch.answers
+        loss = cross_entropy(logits.float(), answers, self.train.label_smoothing)
         return loss + self.train.contrast * self._contrast(logits, batch, tensors) if self.train.contrast else loss
 
     def _contrast(self, logits: Tensor, batch: Batch, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -277,8 +300,10 @@ class StackedHeads:
 
     def _set_noise(self, batch: Batch, *numbers: int) -> None:
         first, second = (*numbers, 0)[:2]
+        self._position[0].fill_(first)
+        self._position[1].fill_(second)
         for place, noise in enumerate(self._noises):
-            noise.draw = Draw(self.seeds, place, (first, second))
+            noise.draw = Draw(self.seeds, place, self._position)
         self._set_rows(batch)
         # Heads from outside may draw from torch's own generator, as nn.Dropout does: a resumed run draws the same.
         torch.manual_seed(mix(self.seeds[0], *numbers))

@@ -123,8 +123,22 @@ def build_optimiser(parameters: FlatParameters, train: TrainConfig) -> torch.opt
         {"params": [flat], "weight_decay": train.weight_decay if layout.decays else 0.0}
         for flat, layout in zip(parameters.flats, parameters.layouts, strict=True)
     ]
-    # One pass over memory instead of one an operation.
-    return torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.98), fused=True) if groups else None
+    if not groups:
+        return None
+    # On a GPU the rate lies there too: a CUDA graph of a step would keep a number.
+    cuda = parameters.flats[0].is_cuda
+    rate = torch.tensor(train.lr, device=parameters.flats[0].device) if cuda else train.lr
+    # Fused: one pass over memory instead of one an operation.
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=True, capturable=cuda)
+
+
+def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """Let the next steps have the learning rate `rate`."""
+    for group in optimiser.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def learning_rate(step: int, steps: int, train: TrainConfig) -> float:

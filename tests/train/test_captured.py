@@ -1,0 +1,164 @@
+"""Padded batches and steps as CUDA graphs: both learn what plain batches learn, one operation after another."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from egopatch.configs.schema import Config
+from egopatch.train.data.batch import Batch
+from egopatch.train.data.batch_size import BatchSize
+from egopatch.train.data.question_table import NO_CLASS, plan_batches
+from egopatch.train.fitting.experiment import Experiment, open_experiment
+from egopatch.train.fitting.fit import fit
+from egopatch.train.fitting.run_group import build_stacked_heads, why_not_captured
+from egopatch.train.heads import Head, register_head
+from egopatch.train.steps import captured
+from egopatch.train.steps.captured import changing_tensors, with_own_tensors
+from tests.train.test_choice import choice  # noqa: F401  a fixture
+from tests.train.test_published import make
+from tests.train.tiny import losses, with_run
+
+BATCH = 20
+
+
+def epoch(experiment: Experiment, padded: bool, seed: int = 0) -> Iterator[Batch]:
+    """The batches of an epoch; its last one is smaller than the others."""
+    table = experiment.train_table
+    plan = plan_batches(table, BATCH, seed)
+    size = BatchSize.covering(table, plan_batches(table, BATCH, 0)) if padded else None
+    return experiment.features.stream(table, plan, size)
+
+
+def trace(config: Config, experiment: Experiment, padded: bool, seeds: tuple[int, ...] = (0,)) -> list[list[float]]:
+    """Losses and norms of the steps of two epochs."""
+    configs = [with_run(config, f"seed{seed}", train_seed=seed) for seed in seeds]
+    heads = build_stacked_heads(configs, experiment, 0)
+    steps = [heads.learn(batch) for seed in range(2) for batch in epoch(experiment, padded, seed)]
+    return [step.values.flatten().tolist() for step in steps if step is not None]
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"head_name": "egovlp"}, {"head_name": "question-only"}, {"head_name": "attention"},
+    {"train_label_smoothing": 0.1}, {"train_contrast": 1.0, "data_paraphrases": True},
+])  # fmt: skip
+def test_padding_changes_no_loss(tiny: Config, options: dict[str, object]) -> None:
+    config = with_run(tiny, "padded", train_ema=0.9, **options)
+    experiment = open_experiment(config)
+    sizes = {tuple(tensor.shape for tensor in changing_tensors(batch)) for batch in epoch(experiment, padded=True)}
+    assert len(sizes) == 1
+    seeds = (0,) if options.get("head_name") == "attention" else (0, 1)
+    expected = trace(config, experiment, padded=False, seeds=seeds)
+    assert len(expected) > 10
+    torch.testing.assert_close(
+        torch.tensor(trace(config, experiment, padded=True, seeds=seeds)), torch.tensor(expected), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_padding_changes_no_loss_of_options(choice: Config) -> None:  # noqa: F811
+    experiment = open_experiment(choice)
+    expected = torch.tensor(trace(choice, experiment, padded=False))
+    torch.testing.assert_close(torch.tensor(trace(choice, experiment, padded=True)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_repeated_questions_have_no_class_and_no_position(tiny: Config) -> None:
+    experiment = open_experiment(tiny)
+    table = experiment.train_table
+    rows = plan_batches(table, BATCH, None)[0][:7]
+    size = BatchSize(10, 5, 9, 0)
+    batch, plain = (experiment.features.batch(table, rows, size=wanted) for wanted in (size, None))
+    assert batch.padded
+    assert not plain.padded
+    assert len(batch) == batch.total_questions == 7
+    assert batch.answers[:7].tolist() == plain.answers.tolist()
+    assert batch.answers[7:].tolist() == [NO_CLASS] * 3
+    assert batch.clip_rows is not None
+    assert len(batch.clip_rows) == 5
+    assert len(batch.states) == 9
+    assert torch.equal(batch.states[batch.text_index[:7]], plain.states[plain.text_index])
+
+
+@pytest.mark.parametrize("size", [BatchSize(6, 9, 9, 0), BatchSize(9, 1, 9, 0), BatchSize(9, 9, 1, 0)])
+def test_a_batch_larger_than_the_size_is_not_padded(tiny: Config, size: BatchSize) -> None:
+    experiment = open_experiment(tiny)
+    table = experiment.train_table
+    rows = np.concatenate(plan_batches(table, 1, None))[:16]
+    assert not experiment.features.batch(table, rows, size=size).padded
+
+
+def test_own_tensors_are_all_that_a_batch_changes(tiny: Config) -> None:
+    """A graph reads the tensors that it was captured with: each must be a copy, and get the next batch's numbers."""
+    experiment = open_experiment(with_run(tiny, "own", data_paraphrases=True))
+    first, second = list(epoch(experiment, padded=True))[:2]
+    own = with_own_tensors(first)
+    assert own.stored is first.stored
+    pairs = list(zip(changing_tensors(own), changing_tensors(second), strict=True))
+    assert len(pairs) >= 3 * 6
+    before = {tensor.data_ptr() for tensor in changing_tensors(first)}
+    for tensor, new in pairs:
+        assert tensor.data_ptr() not in before
+        tensor.copy_(new)
+    assert all(torch.equal(a, b) for a, b in zip(changing_tensors(own), changing_tensors(second), strict=True))
+
+
+def test_merged_patches_that_are_kept_are_those_of_each_batch(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = with_run(tiny, "derived")
+    assert config.head.coarse
+    plain = open_experiment(config)
+    expected = trace(config, plain, padded=False)
+    kept = open_experiment(config)
+    kept.features.residency = "gpu"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**9, 10**9))
+    assert trace(config, kept, padded=False) == expected
+    assert next(epoch(kept, padded=False)).derived is not None
+    assert next(epoch(plain, padded=False)).derived is None
+
+
+def test_merged_patches_are_not_kept_without_room(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = open_experiment(tiny)
+    experiment.features.residency = "gpu"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 10**9))
+    trace(tiny, experiment, padded=False)
+    assert next(epoch(experiment, padded=False)).derived is None
+
+
+def test_why_a_step_is_not_captured(tiny: Config) -> None:
+    assert why_not_captured(tiny, open_experiment(tiny)) == "the device is cpu"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["psa", "egovlp", "question-only", "attention", "contrast", "mfas", "egovlpv2"])
+def test_a_graph_learns_what_its_operations_learn(
+    tiny: Config, tmp_path: Path, cuda: torch.device, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    if name in ("mfas", "egovlpv2"):
+        config = with_run(make(tmp_path, name), name, train_device="cuda", train_accumulate=1)
+    else:
+        contrast = {"train_contrast": 1.0, "data_paraphrases": True} if name == "contrast" else {"head_name": name}
+        config = with_run(tiny, name, train_device="cuda", train_ema=0.9, **contrast)
+    experiment = open_experiment(config)
+    assert why_not_captured(config, experiment) is None
+    seeds = (0, 1, 2) if name in ("psa", "egovlp", "contrast") else (0,)
+    found = torch.tensor(trace(config, experiment, padded=True, seeds=seeds))
+    monkeypatch.setattr(captured, "EAGER_BATCHES", 10**6)
+    expected = torch.tensor(trace(config, experiment, padded=True, seeds=seeds))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.cuda
+def test_fit_captures_its_steps(tiny: Config, cuda: torch.device) -> None:
+    whole = with_run(tiny, "whole", train_device="cuda", train_batch=BATCH)
+    fit(whole, "test")
+    log = (whole.run.dir / "log.jsonl").read_text()
+    assert '"event": "cuda_graph", "step": 0, "captured": true' in log
+    assert losses(whole.run.dir)[-1] < losses(whole.run.dir)[0]
+
+
+@pytest.mark.cuda
+def test_a_head_from_outside_says_whether_it_can_be_captured(tiny: Config, cuda: torch.device) -> None:
+    register_head(Head("uncaptured", lambda _, sizes: torch.nn.Linear(1, sizes.answers)), replace=True)
+    config = with_run(tiny, "outside", head_name="uncaptured", train_device="cuda")
+    why = why_not_captured(config, open_experiment(config))
+    assert why == "the head uncaptured does not say that its steps can be captured (Head.captures)"

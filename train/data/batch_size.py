@@ -1,0 +1,51 @@
+"""What batches are padded to, so that all of an epoch have one shape: a CUDA graph of a step has a fixed one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from egopatch.train.data.question_table import NO_OPTION, QuestionTable
+
+# Other epochs put other clips together, with a few more clips or texts.
+ROOM = 1.1
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """Numbers of what a batch holds.
+
+    Attributes:
+        questions: Questions.
+        clips: Unique clips.
+        texts: Unique texts, of the questions or of one of their variants.
+        options: Unique texts of options; 0 without options.
+    """
+
+    questions: int
+    clips: int
+    texts: int
+    options: int
+
+    @classmethod
+    def of(cls, table: QuestionTable, rows: Tensor) -> "BatchSize":
+        """Size of the batch of these rows of `table`."""
+        texts = [table.text[rows], *([] if table.variants is None else table.variants[rows].T)]
+        options = 0 if table.options is None else int((table.options[rows].unique() != NO_OPTION).sum())
+        return cls(len(rows), len(table.clip[rows].unique()), max(len(one.unique()) for one in texts), options)
+
+    @classmethod
+    def covering(cls, table: QuestionTable, plan: Sequence[np.ndarray]) -> "BatchSize":
+        """A size that the batches of `plan` fit, with room for those of other orders."""
+        sizes = [cls.of(table, torch.from_numpy(rows)) for rows in plan]
+        # Batches are closed by their number of questions, which hence varies least.
+        return cls(
+            max(size.questions for size in sizes),
+            *(int(ROOM * max(getattr(size, name) for size in sizes)) for name in ("clips", "texts", "options")),
+        )
+
+    def holds(self, other: "BatchSize") -> bool:
+        """Whether a batch of size `other` can be padded to this one."""
+        return all(getattr(self, name) >= getattr(other, name) for name in self.__dataclass_fields__)
