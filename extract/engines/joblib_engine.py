@@ -4,6 +4,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import as_completed
+from types import FrameType
 from typing import Any, TypeVar
 
 from joblib.externals.loky.process_executor import ProcessPoolExecutor, TerminatedWorkerError
@@ -66,8 +67,14 @@ def _run_worker(
     # The parent handles signals to the whole job: it ends its workers, and they end with it.
     for number in (signal.SIGINT, *SIGNALS):
         signal.signal(number, signal.SIG_IGN)
+    # Not ignored, because this worker's children would inherit that, and could not be stopped while they start.
+    signal.signal(signal.SIGTERM, _go_on)
     exit_with_parent()
     # loky registers its own start method, which a spawned decoder process would not know.
     multiprocessing.set_start_method("spawn", force=True)
     device = device_of_worker(config.encoder.device, rank)
     return run_worker(config, packed_network, rank, workers, works, clips, device, neighbours=workers)
+
+
+def _go_on(_: int, __: FrameType | None) -> None:
+    """Take a signal, and do nothing."""

@@ -7,7 +7,6 @@ way through the pipe.
 
 import errno
 import functools
-import multiprocessing
 import os
 import signal
 import sys
@@ -18,6 +17,8 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from multiprocessing import synchronize
+from multiprocessing.context import SpawnContext
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -52,6 +53,24 @@ class UndecodedClip:
     traceback: str = ""
 
 
+class _SpawnContext(SpawnContext):
+    """Spawns children, because forked ones would inherit torch's and CUDA's threads and locks in an unknown state.
+
+    It keeps the locks that it makes. pebble lets go of a pool's locks, which removes them, before it ends the children:
+    one that is just starting would find them gone, and say so in a traceback.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.locks: list[synchronize.RLock] = []
+
+    def RLock(self) -> synchronize.RLock:
+        """As multiprocessing's."""
+        lock = super().RLock()
+        self.locks.append(lock)
+        return lock
+
+
 class DecodePool(Generic[Prepared]):
     """Child processes that turn clips into something else, such as frames; use it as a context manager.
 
@@ -70,12 +89,12 @@ class DecodePool(Generic[Prepared]):
         self._ring = ring
         require_semaphores("decoding in child processes")
         self._shared = SharedFolder(video)
-        # spawn, because a forked child would inherit torch's and CUDA's threads and locks in an unknown state.
+        self._context = _SpawnContext()
         self._pool = ProcessPool(
             max_workers=workers,
             initializer=_start_child,
             initargs=(video.memory_gb, ring, prepare),  # a child imports what `prepare` needs before its first clip
-            context=multiprocessing.get_context("spawn"),
+            context=self._context,
         )
         # Starts the children, and the threads that replace those that end. The tracker of semaphores, whose start would
         # let signals in again, runs since semaphores were required above.
@@ -98,6 +117,7 @@ class DecodePool(Generic[Prepared]):
     def _close(self) -> None:
         self._pool.stop()
         self._pool.join()
+        self._context.locks.clear()
         self._shared.remove()
         if self._ring:
             self._ring.close()

@@ -2,6 +2,8 @@
 a worker's error reaches the job."""
 
 import dataclasses
+import signal
+import subprocess
 import sys
 import threading
 import traceback
@@ -16,6 +18,7 @@ from egopatch.configs.command_line import load_config
 from egopatch.configs.schema import Config, ConfigError, EncoderConfig
 from egopatch.extract.encoders import Network, find_network
 from egopatch.extract.engines import joblib_engine, sharing
+from egopatch.extract.engines.joblib_engine import call_in_workers
 from egopatch.extract.engines.sharing import decoder_count, worker_count
 from egopatch.features.common.child_errors import ChildError
 
@@ -68,6 +71,30 @@ def test_worker_processes_use_the_configured_device(
     for rank in range(2):
         joblib_engine._run_worker(Config(encoder=EncoderConfig(device=device)), b"", rank, 2, [], {})
     assert seen == used
+
+
+def test_children_of_a_worker_can_be_stopped_while_they_start() -> None:
+    """A scheduler's SIGTERM to the whole job does not end a worker, but a child must not inherit that."""
+    (code,) = call_in_workers(_end_a_child, [()])
+    assert code == -signal.SIGTERM
+
+
+def _end_a_child() -> int:
+    """The exit code of a child, within a worker that survives SIGTERM."""
+    codes: list[int] = []
+
+    def run_worker(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        child = subprocess.Popen(["sleep", "60"])
+        child.terminate()
+        try:
+            codes.append(child.wait(5))
+        finally:
+            child.kill()
+
+    joblib_engine.run_worker = run_worker  # type: ignore[assignment]
+    joblib_engine._run_worker(Config(encoder=EncoderConfig(device="cpu")), b"", 0, 1, [], {})
+    return codes[0]
 
 
 def network_with(build_video: Any) -> Network:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pebble import ProcessPool
+from pebble.pool import process as pebble_processes
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
@@ -143,6 +144,29 @@ def test_an_interrupt_while_children_start_stops_them(monkeypatch: pytest.Monkey
     with pytest.raises(KeyboardInterrupt):
         DecodePool(SMALL, 2, prepare_clip)
     assert not [child for child in multiprocessing.active_children() if child.name == "pebble_pool_worker"]
+
+
+def test_children_that_are_starting_end_with_the_pool_and_say_nothing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As a worker's do that has found no shard left, on a machine so busy that they start while the pool ends them."""
+
+    def later(process: multiprocessing.process.BaseProcess) -> None:
+        time.sleep(4)
+        stop_process(process)
+
+    stop_process = pebble_processes.stop_process
+    monkeypatch.setattr(pebble_processes, "stop_process", later)
+    before = semaphores()
+    with DecodePool(SMALL, 1, prepare_clip):
+        assert semaphores() > before
+    assert capfd.readouterr().err == ""
+    assert semaphores() == before
+
+
+def semaphores() -> set[Path]:
+    """Those of this process."""
+    return set(Path("/dev/shm").glob(f"sem.*-{os.getpid()}-*"))
 
 
 def test_children_that_cannot_be_started_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
