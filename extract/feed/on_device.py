@@ -36,21 +36,26 @@ class DeviceTransform:
         self._stages = functools.lru_cache(_SIZES)(self._find_stages)
 
     @torch.inference_mode()
-    def fill(self, out: Tensor, pixels: Tensor, whole: tuple[int, int], window: Window) -> None:
+    def __call__(self, pixels: Tensor, whole: tuple[int, int], window: Window) -> Tensor:
         """Transform frames of one size.
 
+        How many there are decides how a device rounds, so that clips which must not depend on each other come in the
+        same number each time.
+
         Args:
-            out: [F, 3, S, S], any floating type, filled with the normalised input.
             pixels: uint8 [F, h, w, 3], the part `window` of each frame.
             whole: (H, W).
             window: As `Transform.looks_at(H, W)`.
+
+        Returns:
+            float32 [F, 3, S, S], the normalised input.
         """
         x = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
         for rows, columns in self._stages(whole, window):
             x = rows @ x @ columns.T
             if self._transform.resampling == "bicubic":
                 x = x.clamp_(0, 1)
-        out.copy_(x.sub_(self._mean).div_(self._std))
+        return x.sub_(self._mean).div_(self._std)
 
     def _find_stages(self, whole: tuple[int, int], window: Window) -> tuple[tuple[Tensor, Tensor], ...]:
         """(weights of rows, weights of columns) of each resizing; cubic ones are clamped in between, others merged."""

@@ -58,7 +58,11 @@ class BatchEncoder(ABC):
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None: ...
 
     def add(self, clip: PreparedClip) -> None:
-        """Take a clip into the next batch, which has room for it; where it can, its copy to the device starts."""
+        """Take a clip into the next batch, which has room for it; where it can, its copy to the device starts.
+
+        Raises:
+            ValueError: The frames have the wrong shape for the encoder; on a CPU the rows' function raises it.
+        """
         assert len(self._taken) < self.size
         started = time.perf_counter()
         self._taken.append(clip)
@@ -71,9 +75,6 @@ class BatchEncoder(ABC):
         The call returns at once, so that gathering and copies overlap with computing. A row holds the clip's tensors of
         `PatchTokens` and its timestamps, on the CPU: cls [D], patches [T, N, D], saliency [T, N], timestamps [T] in
         seconds, and coarse [T, M, E] and coarse_saliency [T, M] if the network has them.
-
-        Raises:
-            ValueError: The frames have the wrong shape for the encoder; on a CPU the returned function raises it.
         """
         clips, self._taken = self._taken, []
         if not clips:

@@ -94,7 +94,8 @@ class ExtractionJob:
         """The encoder, on its device from now on, in batches of `encoder.batch`."""
         encoder, config = self.encoder.to(self.device), self.config
         if self.encodes_on_device:
-            return DeviceEncoder(encoder, config.encoder.batch, config.store.dtype, self.transform)
+            capture = not config.encoder.compile  # what a compiler has fused needs few launches
+            return DeviceEncoder(encoder, config.encoder.batch, config.store.dtype, self.transform, capture)
         return CoreEncoder(encoder, config.encoder.batch, config.store.dtype)
 
     def open_decoders(self, count: int, clips: int) -> DecodePool[PreparedClip]:

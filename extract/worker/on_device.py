@@ -2,11 +2,17 @@
 
 A clip's pixels are copied to the device as soon as it is decoded, from memory that the children have written them to;
 so a batch is there when it is complete. On the CPU, whose streams do nothing, the same code runs in tests.
+
+Every call of torch costs this process some microseconds of Python, of which a GPU leaves about one millisecond a clip.
+So clips of one size are copied side by side and transformed in one call.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
 from types import TracebackType
 from typing import Any
 
@@ -16,15 +22,49 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from egopatch.extract.encoders import VideoEncoder
+from egopatch.extract.encoders.layers.graphs import ReplayedEncoder, capture_cuda
 from egopatch.extract.errors import JobFailed
 from egopatch.extract.feed.clips import Pixels, PreparedClip
 from egopatch.extract.feed.on_device import DeviceTransform
-from egopatch.extract.video.transforms import Transform
+from egopatch.extract.video.transforms import Transform, Window
 from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
-from egopatch.features.values.spec import StoredDtype
+from egopatch.extract.worker.results import ResultMemory
+from egopatch.features.values.spec import PatchTokens, StoredDtype
 
 _COPYING = 8  # clips whose copies to the device may be on their way
+_MARKED = 4  # clips whose copies end at one event
+_SIDE_BY_SIDE = 4  # clips of one size that are transformed in one call,
+_SMALL = 1 << 27  # bytes of their float32 pixels up to which they are; larger ones keep the GPU busy one by one
 _PINNED_STEP = 1 << 20
+
+
+@dataclass
+class _Group:
+    """Clips with frames of one size, next to each other on the device.
+
+    Attributes:
+        pixels: uint8 [clips, F, h, w, 3]; those of clips that never came are whatever the memory holds.
+        whole, window: As in `Pixels`.
+        places: Number of each clip in the batch.
+    """
+
+    pixels: Tensor
+    whole: tuple[int, int]
+    window: Window
+    places: list[int] = field(default_factory=list)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.places) == len(self.pixels)
+
+
+@dataclass
+class _Received:
+    """What has been copied to the device for the next batch: `groups`, and the runs of each clip that is in none."""
+
+    groups: list[_Group] = field(default_factory=list)
+    others: dict[int, list[tuple[Tensor, Pixels | None]]] = field(default_factory=dict)
+    clips: int = 0
 
 
 class DeviceEncoder(BatchEncoder):
@@ -32,11 +72,14 @@ class DeviceEncoder(BatchEncoder):
 
     Args: as for `BatchEncoder`, and
         transform: Transform of the network, applied to clips that come as pixels.
+        capture: Whether the encoder may become a CUDA graph; a compiled one may not.
     """
 
     held = _COPYING
 
-    def __init__(self, encoder: VideoEncoder, batch: int, dtype: StoredDtype, transform: Transform) -> None:
+    def __init__(
+        self, encoder: VideoEncoder, batch: int, dtype: StoredDtype, transform: Transform, capture: bool = True
+    ) -> None:
         super().__init__(encoder, batch, dtype)
         self._device = next(encoder.parameters()).device
         self._streams = torch.get_device_module(self._device)
@@ -44,9 +87,16 @@ class DeviceEncoder(BatchEncoder):
         self._compute = self._streams.current_stream(self._device)
         self._in, self._out = (torch.cuda.Stream(self._device) if self._on_cuda else torch.cpu.Stream() for _ in "io")
         self._transform = DeviceTransform(transform, encoder.size, self._device)
-        self._pinned = _PinnedMemory() if self._on_cuda else None
-        self._received: list[list[tuple[Tensor, Pixels | None]]] = []
-        self._copying: deque[tuple[Any, PreparedClip]] = deque()
+        self._slots = _PinnedSlots() if self._on_cuda else None
+        pin, unpin = (self._pin, _unpin) if self._on_cuda else (_nothing, _nothing)
+        self._results = ResultMemory(batch * self._row_bytes(), pin, unpin)
+        self._frames: Tensor | None = None
+        self._encode: Callable[[], PatchTokens] = self._encode_eagerly
+        if self._on_cuda and capture:
+            self._encode = ReplayedEncoder(self._encode_eagerly, capture_cuda, partial(print, flush=True))
+        self._received = _Received()
+        self._unmarked: list[PreparedClip] = []
+        self._copying: deque[tuple[Any, list[PreparedClip]]] = deque()
 
     @property
     def _on_cuda(self) -> bool:
@@ -54,49 +104,101 @@ class DeviceEncoder(BatchEncoder):
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._streams.synchronize(self._device)  # copies may still read memory that is about to be freed
-        if self._pinned:
-            self._pinned.release()
+        self._results.close()
+        if self._slots:
+            self._slots.release()
+
+    def _pin(self, memory: NDArray[np.uint8]) -> None:
+        """Called in another thread, which begins on the first GPU."""
+        self._streams.set_device(self._device)
+        _pin(memory)
+
+    def _row_bytes(self) -> int:
+        """Bytes of the rows of one clip, or a little less."""
+        encoder, patches = self._encoder, self._dtypes["patches"]
+        return encoder.steps * prod(encoder.grid) * (encoder.width * patches.itemsize + 4) + 4 * encoder.width
 
     def _receive(self, clip: PreparedClip) -> None:
         """Queue the copy of the frames to the device."""
-        runs: list[tuple[NDArray, Pixels | None]]
-        if isinstance(clip.frames, np.ndarray):
-            runs = [(clip.frames, None)]
-        else:
-            runs = [(np.asarray(run.frames), run) for run in clip.frames]
-        if self._pinned and clip.memory is not None:
-            self._pinned.cover(clip.memory, clip.memory_used)
-        copied = self._streams.Event()
+        if self._slots and clip.memory is not None:
+            self._slots.cover(clip.memory, clip.memory_used)
+        received, place = self._received, self._received.clips
         with self._streams.stream(self._in):
-            here = [
-                (torch.from_numpy(frames).to(self._device, non_blocking=True, copy=True), run) for frames, run in runs
-            ]
-            copied.record(self._in)
-        self._received.append(here)
-        self._copying.append((copied, clip))
-        while self._copying and (len(self._copying) >= _COPYING or self._copying[0][0].query()):
+            if isinstance(clip.frames, tuple) and len(clip.frames) == 1:
+                run = clip.frames[0]
+                frames = torch.from_numpy(np.asarray(run.frames))
+                self._require_frames(len(frames))
+                group = self._group_for(run, frames)
+                group.pixels[len(group.places)].copy_(frames, non_blocking=True)
+                group.places.append(place)
+            else:
+                runs: list[tuple[NDArray, Pixels | None]] = (
+                    [(clip.frames, None)]
+                    if isinstance(clip.frames, np.ndarray)
+                    else [(np.asarray(run.frames), run) for run in clip.frames]
+                )
+                self._require_frames(sum(len(frames) for frames, _ in runs))
+                received.others[place] = [
+                    (torch.from_numpy(frames).to(self._device, non_blocking=True, copy=True), run)
+                    for frames, run in runs
+                ]
+        received.clips += 1
+        self._unmarked.append(clip)
+        if len(self._unmarked) == _MARKED:
+            self._mark()
+        while self._copying and (self._held() >= _COPYING or self._copying[0][0].query()):
             self._release_oldest()
 
+    def _require_frames(self, count: int) -> None:
+        if count != self._encoder.num_frames:
+            raise ValueError(f"a clip has {count} frames; this encoder takes {self._encoder.num_frames}")
+
+    def _group_for(self, run: Pixels, frames: Tensor) -> _Group:
+        """A group with room for these frames."""
+        for group in reversed(self._received.groups):
+            if (group.pixels.shape[1:], group.whole, group.window) == (frames.shape, run.whole, run.window):
+                if group.is_full:
+                    break
+                return group
+        # The number depends on nothing but the size, so neither do the bits of what comes out.
+        count = min(_SIDE_BY_SIDE, max(_SMALL // (4 * frames.numel()), 1))
+        pixels = torch.empty((count, *frames.shape), dtype=torch.uint8, device=self._device)
+        self._received.groups.append(_Group(pixels, run.whole, run.window))
+        return self._received.groups[-1]
+
+    def _held(self) -> int:
+        return len(self._unmarked) + sum(len(clips) for _, clips in self._copying)
+
+    def _mark(self) -> None:
+        """Record an event behind the copies of all clips so far."""
+        copied = self._streams.Event()
+        copied.record(self._in)
+        self._copying.append((copied, self._unmarked))
+        self._unmarked = []
+
     def _release_oldest(self) -> None:
-        copied, clip = self._copying.popleft()
+        copied, clips = self._copying.popleft()
         copied.synchronize()
-        clip.release()
+        for clip in clips:
+            clip.release()
 
     @torch.inference_mode()
     def _launch(self, clips: Sequence[PreparedClip]) -> Callable[[], list[Row]]:
         """Queue the transform and the encoding behind the copies in, and the copies out behind the encoding."""
-        received, self._received = self._received, []
+        received, self._received = self._received, _Received()
+        if self._unmarked:
+            self._mark()
         self._compute.wait_stream(self._in)
         clock = _Clock(self._compute, self._on_cuda)
         # The tensors of `received` belong to the other stream's memory; `wait` below keeps them until it is unused.
-        tokens = self._converted(self._encoder(self._transformed(received)))
+        self._transform_all(received)
+        tokens = self._converted(self._encode())
         clock.stop()
         self._out.wait_stream(self._compute)
         # Waiting for it takes no core from the decoders.
         done: Any = torch.cuda.Event(blocking=True) if self._on_cuda else torch.cpu.Event()
+        outputs = self._results.like(tokens)
         with self._streams.stream(self._out):
-            # Pinned memory comes from torch, which uses it again once a shard is written and its rows are dropped.
-            outputs = {name: torch.empty_like(t, device="cpu", pin_memory=self._on_cuda) for name, t in tokens.items()}
             for name, tensor in tokens.items():
                 outputs[name].copy_(tensor, non_blocking=True)
             done.record(self._out)
@@ -106,28 +208,42 @@ class DeviceEncoder(BatchEncoder):
             done.synchronize()
             self.busy_s += clock.seconds()
             keep.clear()
+            while self._copying and self._copying[0][0].query():
+                self._release_oldest()
             return [{name: tensor[i] for name, tensor in outputs.items()} for i in range(len(clips))]
 
         return wait
 
-    def _transformed(self, received: Sequence[Sequence[tuple[Tensor, Pixels | None]]]) -> Tensor:
-        """[size, T, 3, S, S], the encoder's input in its own type."""
+    def _encode_eagerly(self) -> PatchTokens:
+        assert self._frames is not None
+        return self._encoder(self._frames)
+
+    def _converted(self, tokens: PatchTokens) -> dict[str, Tensor]:
+        """As `BatchEncoder` does, into memory of their own: the next batch may replace what the encoder returned."""
+        return {name: t.to(self._dtypes.get(name, torch.float32), copy=True) for name, t in tokens.tensors().items()}
+
+    def _transform_all(self, received: _Received) -> None:
+        """Fill [size, T, 3, S, S], the encoder's input in its own type; the batch before has been encoded by then."""
         steps, side = self._encoder.num_frames, self._encoder.size
-        dtype = next(self._encoder.parameters()).dtype
-        frames_btchw = torch.empty((self.size, steps, 3, side, side), dtype=dtype, device=self._device)
-        for i, runs in enumerate(received):
+        if self._frames is None:
+            dtype = next(self._encoder.parameters()).dtype
+            self._frames = torch.empty((self.size, steps, 3, side, side), dtype=dtype, device=self._device)
+        frames_btchw = self._frames
+        for group in received.groups:
+            inputs = self._transform(group.pixels.flatten(0, 1), group.whole, group.window).unflatten(0, (-1, steps))
+            first, count = group.places[0], len(group.places)
+            if group.places == list(range(first, first + count)):
+                frames_btchw[first : first + count] = inputs[:count]
+            else:
+                for number, place in enumerate(group.places):
+                    frames_btchw[place] = inputs[number]
+        for place, runs in received.others.items():
             first = 0
             for tensor, pixels in runs:
-                target = frames_btchw[i, first : first + len(tensor)]
-                if len(target) != len(tensor) or first + len(tensor) > steps:
-                    raise ValueError(f"a clip has {first + len(tensor)} frames; this encoder takes {steps}")
-                if pixels is None:
-                    target.copy_(tensor)
-                else:
-                    self._transform.fill(target, tensor, pixels.whole, pixels.window)
+                target = frames_btchw[place, first : first + len(tensor)]
+                target.copy_(tensor if pixels is None else self._transform(tensor, pixels.whole, pixels.window))
                 first += len(tensor)
-        frames_btchw[len(received) :] = frames_btchw[len(received) - 1]
-        return frames_btchw
+        frames_btchw[received.clips :] = frames_btchw[received.clips - 1]
 
 
 class _Clock:
@@ -156,7 +272,7 @@ class _Clock:
             self._times.append(time.perf_counter())
 
 
-class _PinnedMemory:
+class _PinnedSlots:
     """Slots that CUDA copies from directly: each is registered at its first use, and only as far as it was used.
 
     Registering takes the memory for good, and most slots would never be full.
@@ -178,7 +294,7 @@ class _PinnedMemory:
         if known:
             self._release(address)
         size = min(-(-used // _PINNED_STEP) * _PINNED_STEP, memory.nbytes)
-        self._require(torch.cuda.cudart().cudaHostRegister(address, size, 0), f"pin {size} bytes of shared memory")
+        _pin(memory[:size])
         self._sizes[address] = size
 
     def release(self) -> None:
@@ -187,10 +303,32 @@ class _PinnedMemory:
             self._release(address)
 
     def _release(self, address: int) -> None:
-        self._require(torch.cuda.cudart().cudaHostUnregister(address), "release pinned memory")
+        _unregister(address)
         del self._sizes[address]
 
-    @staticmethod
-    def _require(result: Any, what: str) -> None:
-        if result != torch.cuda.cudart().cudaError.success:
-            raise JobFailed(f"CUDA cannot {what} (error {int(result)}); free some memory and run the command again")
+
+def _pin(memory: NDArray[np.uint8]) -> None:
+    """Register memory for copies that need no CPU.
+
+    Raises:
+        JobFailed: CUDA refuses.
+    """
+    result = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)
+    _require(result, f"pin {memory.nbytes} bytes of memory")
+
+
+def _unpin(memory: NDArray[np.uint8]) -> None:
+    _unregister(memory.ctypes.data)
+
+
+def _unregister(address: int) -> None:
+    _require(torch.cuda.cudart().cudaHostUnregister(address), "release pinned memory")
+
+
+def _require(result: Any, what: str) -> None:
+    if result != torch.cuda.cudart().cudaError.success:
+        raise JobFailed(f"CUDA cannot {what} (error {int(result)}); free some memory and run the command again")
+
+
+def _nothing(_: NDArray[np.uint8]) -> None:
+    """Memory needs no pinning where the device is the CPU."""

@@ -30,7 +30,7 @@ def difference(transform: Transform, height: int, width: int, device: torch.devi
     window = transform.looks_at(height, width)
     cut = frames[:, window.top : window.top + window.height, window.left : window.left + window.width]
     out = torch.full((1, 3, 224, 224), torch.nan, device=device)
-    DeviceTransform(transform, 224, device).fill(out, torch.from_numpy(cut).to(device), (height, width), window)
+    out.copy_(DeviceTransform(transform, 224, device)(torch.from_numpy(cut).to(device), (height, width), window))
     return float((out.cpu() - to_input(list(frames), 224, transform)).abs().max())
 
 

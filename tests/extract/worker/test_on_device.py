@@ -38,7 +38,7 @@ class Slots:
 
     def __init__(self, side: int) -> None:
         self.side = side
-        self.ring = Ring(16, 1 << 18)
+        self.ring = Ring(32, 1 << 18)
         self.released: list[str] = []
         self.frames: dict[str, list[np.ndarray]] = {}
 
@@ -117,6 +117,43 @@ def test_slots_are_released_while_the_batch_is_gathered(encoder: VideoEncoder, d
             batches.add(slots.clip(str(number), [(20, 20)] * 2))
             assert len(slots.released) >= number + 1 - batches.held
         batches.start()()
+
+
+def test_rows_do_not_depend_on_the_other_clips_of_their_batch(encoder: VideoEncoder, device: torch.device) -> None:
+    slots = Slots(encoder.size)
+    with DeviceEncoder(encoder.to(device), 6, "float32", EGOVLP_TRANSFORM) as batches:
+        alone = run(batches, [slots.clip("a", [(60, 80)] * 2)])["a"]
+        slots.frames.clear()  # names give the pixels
+        others = [slots.clip("a", [(60, 80)] * 2)]
+        others += [slots.clip(name, [(60, 80) if name in "ce" else (33, 21)] * 2) for name in "bcdef"]
+        found = run(batches, others)["a"]
+    for name, tensor in alone.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.cuda
+def test_a_graph_gives_the_bits_of_its_encoder(
+    encoder: VideoEncoder, cuda: torch.device, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found: list[dict[str, Row]] = []
+    for capture in (False, True):
+        slots = Slots(encoder.size)
+        with DeviceEncoder(encoder.to(cuda), BATCH, "float16", EGOVLP_TRANSFORM, capture) as batches:
+            rows: dict[str, Row] = {}
+            behind: Callable[[], dict[str, Row]] = dict
+            for number in range(6):  # each is waited for after the next one was started
+                for name in range(BATCH):
+                    batches.add(slots.clip(f"{number}-{name}", [(60, 80)] * 2))
+                finish = batches.start()
+                rows |= behind()
+                behind = finish
+            found.append(rows | behind())
+    assert "kernel by kernel" not in capsys.readouterr().out
+    eager, replayed = found
+    assert eager.keys() == replayed.keys()
+    for name, row in eager.items():
+        for key, tensor in row.items():
+            assert torch.equal(replayed[name][key], tensor), (name, key)
 
 
 def test_a_clip_of_another_number_of_frames_is_refused(encoder: VideoEncoder, device: torch.device) -> None:

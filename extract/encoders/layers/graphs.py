@@ -1,0 +1,80 @@
+"""A CUDA graph of the encoder: one call launches all of a batch's kernels.
+
+Launching them one by one takes some milliseconds of this process's Python, for which decoders' results and rows to be
+written compete; a graph takes none.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from egopatch.features.values.spec import PatchTokens
+
+Result = TypeVar("Result")
+Capture = Callable[[Callable[[], Result]], Callable[[], Result]]
+
+_EAGER_BATCHES = 2  # before the capture: libraries choose their kernels and take their memory
+
+
+class ReplayedEncoder:
+    """Calls `encode`, which reads its input from the same memory each time, and replays it once it has been captured.
+
+    A replay has to give the bits that `encode` gives, because a clip's rows must not depend on when they are computed.
+    If it does not, or if something in the network cannot be captured, `encode` is called for every batch.
+
+    Args:
+        encode: The encoder; a replay overwrites the tensors of the one before.
+        capture: Runs a function once and returns what repeats it; `capture_cuda`.
+        say: Called once with a line if the encoder cannot be captured.
+    """
+
+    def __init__(self, encode: Callable[[], PatchTokens], capture: Capture, say: Callable[[str], None]) -> None:
+        self._encode = encode
+        self._capture = capture
+        self._say = say
+        self._batches = 0
+        self._replay: Callable[[], PatchTokens] | None = None
+
+    def __call__(self) -> PatchTokens:
+        """The tokens of the input as it is now; valid until the next call."""
+        self._batches += 1
+        if self._replay is not None:
+            return self._replay()
+        tokens = self._encode()
+        if self._batches == _EAGER_BATCHES:
+            self._replay = self._captured(tokens)
+        return tokens
+
+    def _captured(self, expected: PatchTokens) -> Callable[[], PatchTokens] | None:
+        try:
+            replay = self._capture(self._encode)
+            found = replay().tensors()
+            same = all(torch.equal(found[name], tensor) for name, tensor in expected.tensors().items())
+        except RuntimeError as error:  # torch has no type of its own for an operation that cannot be captured
+            self._say(
+                f"note: the encoder is launched kernel by kernel, since no CUDA graph can be made of it ({error})"
+            )
+            return None
+        if not same:
+            self._say("note: the encoder is launched kernel by kernel, because its CUDA graph gives other bits")
+            return None
+        return replay
+
+
+def capture_cuda(run: Callable[[], Result]) -> Callable[[], Result]:
+    """Capture what `run` launches on the current device.
+
+    Raises:
+        RuntimeError: It does something that a graph cannot hold, such as waiting for the device.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may pin memory meanwhile, which concerns only them.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = run()
+
+    def replay() -> Result:
+        graph.replay()
+        return result
+
+    return replay

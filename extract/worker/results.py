@@ -1,0 +1,93 @@
+"""Memory for what a device has computed, pinned once and used again when the rows in it are dropped."""
+
+import queue
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_ALIGNMENT = 64
+_FIRST = 3  # buffers that are pinned before any is needed: one is filled while the rows of two are gathered
+
+
+class ResultMemory:
+    """Buffers on the host for the tensors of one batch each.
+
+    Pinning takes longer than encoding, so a thread does it ahead: for the first batches while the decoders start. No
+    memory comes from torch, which rounds pinned memory up to a power of two: 256 MB for a batch of 154 MB.
+
+    Args:
+        nbytes: Bytes of a buffer; a batch that needs more makes all following ones larger.
+        pin: Called with new memory, in the thread.
+        unpin: Called with the same memory at the end.
+    """
+
+    def __init__(
+        self, nbytes: int, pin: Callable[[NDArray[np.uint8]], None], unpin: Callable[[NDArray[np.uint8]], None]
+    ) -> None:
+        self._nbytes = nbytes
+        self._pin = pin
+        self._unpin = unpin
+        self._pinned: list[NDArray[np.uint8]] = []
+        self._free: queue.SimpleQueue[NDArray[np.uint8]] = queue.SimpleQueue()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="results")
+        self._coming = deque(self._thread.submit(self._make, nbytes) for _ in range(_FIRST))
+
+    @property
+    def buffers(self) -> int:
+        """Buffers so far, without those that are being pinned."""
+        return len(self._pinned)
+
+    def close(self) -> None:
+        """Undo the pinning; rows that are still used stay valid."""
+        self._thread.shutdown(cancel_futures=True)
+        for memory in self._pinned:
+            self._unpin(memory)
+        self._pinned.clear()
+
+    def like(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors on the host of the same shapes and dtypes, in a free buffer; it is free again when all are dropped.
+
+        Raises:
+            JobFailed: Memory cannot be pinned.
+        """
+        starts, end = [], 0
+        for tensor in tensors.values():
+            starts.append(end)
+            end += -(-prod(tensor.shape) * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+        self._nbytes = max(self._nbytes, end)
+        memory = torch.from_numpy(self._take())
+        return {
+            name: memory[start : start + prod(tensor.shape) * tensor.element_size()]
+            .view(tensor.dtype)
+            .view(tensor.shape)
+            for start, (name, tensor) in zip(starts, tensors.items(), strict=True)
+        }
+
+    def _take(self) -> NDArray[np.uint8]:
+        while True:
+            try:
+                memory = self._free.get_nowait()
+            except queue.Empty:
+                if not self._coming:
+                    self._coming.append(self._thread.submit(self._make, self._nbytes))
+                memory = self._coming.popleft().result()
+                if not self._coming:  # as many as this are in use, so the next batch will need one too
+                    self._coming.append(self._thread.submit(self._make, self._nbytes))
+            if memory.nbytes >= self._nbytes:  # else it was made before this network's batches were known
+                # torch keeps this view as long as there is a tensor in it.
+                view = memory[:]
+                weakref.finalize(view, self._free.put, memory).atexit = False
+                return view
+
+    def _make(self, nbytes: int) -> NDArray[np.uint8]:
+        memory = np.empty(nbytes, np.uint8)
+        self._pin(memory)
+        self._pinned.append(memory)
+        return memory
