@@ -1,11 +1,14 @@
 """Stage one whole on a GPU node: does it keep up with the slower of its encoder alone and bare decoding on all cores?
 
-    python benchmarks/gpu_stage_one.py [--clips 2048] [--depth 6] [--batch 32] [--store FOLDER] [--out FILE] [--quick]
+    python benchmarks/gpu_stage_one.py [--clips 6144] [--stored 3072] [--depth 6] [--batch 32] [--store FOLDER]
+        [--out FILE] [--quick]
 
 Videos are 320x240 H.264 of 2 s, a file a clip; the network has its published size and random weights, which do not
-change the work. The store is written to /dev/shm, if there is room, unless --store names another folder; the same job
-is run once more with a store that forgets what it gets, so that a disk which binds is told apart. nvidia-smi samples
-the GPU's use.
+change the work. The job is run with a store that forgets what it gets, and then with one in /dev/shm, if there is room,
+unless --store names another folder. The second is also compared with bare writing and fsync of the same bytes to the
+same folder, by one thread and by as many as a worker has: the better of a measurement before and one after it, because
+memory that a machine uses for the first time is slower. `steady` leaves out what comes before the first encoded batch.
+nvidia-smi samples the GPU's use.
 Without a GPU (--quick, to see that it runs) a stand-in takes the same way on the CPU.
 """
 
@@ -18,11 +21,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
@@ -37,6 +42,7 @@ if TYPE_CHECKING:
 KIND = KINDS[0]
 SAMPLE_MS = 200
 ROW_BYTES = 5_000_000
+BARE_SHARDS = 3
 
 
 class GpuUse:
@@ -98,6 +104,26 @@ def encoding_rate(job: "ExtractionJob", prepared: "list[PreparedClip]", seconds:
         return done / elapsed
 
 
+def writing_rate(root: Path, row_bytes: int, shard: int, threads: int, shards: int) -> float:
+    """Clips a second of writing and syncing files of `shard` rows, each thread `shards` of them, one after another."""
+    row = bytes(row_bytes)
+
+    def write(thread: int) -> None:
+        for number in range(shards):
+            with (root / f"{thread}-{number}").open("wb", buffering=0) as file:
+                for _ in range(shard):
+                    file.write(row)
+                os.fsync(file.fileno())
+
+    root.mkdir()
+    started = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(write, range(threads)))
+    rate = threads * shards * shard / (time.perf_counter() - started)
+    shutil.rmtree(root)
+    return rate
+
+
 def run_job(job: "ExtractionJob", paths: list[Path], root: Path, decoders: int, forget: bool) -> dict[str, Any]:
     """The whole pipeline; its rate counts from the first decoded clip to the last commit."""
     from egopatch.extract.datasets import Clip
@@ -108,15 +134,28 @@ def run_job(job: "ExtractionJob", paths: list[Path], root: Path, decoders: int, 
     store = create_store(root / "store", job.spec, Fingerprint({"benchmark": "gpu_stage_one"}), list(clips))
     if forget:
         store.write_shard = lambda *_: None  # type: ignore[method-assign]
-    cpu = time.process_time()
+    cpu, main, started = time.process_time(), time.thread_time(), time.perf_counter()
+    progress: list[tuple[float, int]] = []
     with GpuUse() as use:
-        stats = encode_shards(job, store, store.missing_shards(), clips, decoders, lambda *_: None)
+        stats = encode_shards(
+            job,
+            store,
+            store.missing_shards(),
+            clips,
+            decoders,
+            lambda count, _: progress.append((time.perf_counter() - started, count)),
+        )
+    cpu, main = time.process_time() - cpu, time.thread_time() - main
     shutil.rmtree(root / "store")
     assert stats.committed == len(clips), stats
     stages = stats.stages
+    (first_s, first_clips), (last_s, _) = progress[0], progress[-1]
     return {
         "clips_per_s": len(clips) / (stages.total_s - stages.start_s),
-        "parent_cpu_ms_per_clip": 1e3 * (time.process_time() - cpu) / len(clips),
+        "steady_clips_per_s": (len(clips) - first_clips) / (last_s - first_s),
+        "first_batch_after_first_clip_s": first_s - stages.start_s,
+        "parent_cpu_ms_per_clip": 1e3 * cpu / len(clips),
+        "parent_main_thread_cpu_ms_per_clip": 1e3 * main / len(clips),
         "stages_s": asdict(stages),
         "gpu_use_percent": use.samples,
     }
@@ -148,7 +187,8 @@ def make_job(options: argparse.Namespace, root: Path) -> "ExtractionJob":
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=2048)
+    parser.add_argument("--clips", type=int, default=6144)
+    parser.add_argument("--stored", type=int, default=3072, help="clips of the job with a store")
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--batch", type=int, default=32)
@@ -158,25 +198,32 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write beside printing")
     options = parser.parse_args()
     if options.quick:
-        options = argparse.Namespace(**vars(options) | {"clips": 8, "frames": 2, "depth": 1, "batch": 2, "shard": 4})
+        options = argparse.Namespace(
+            **vars(options) | {"clips": 8, "stored": 8, "frames": 2, "depth": 1, "batch": 2, "shard": 4}
+        )
     cores = len(os.sched_getaffinity(0))
     if options.store is None:
         memory = Path("/dev/shm")
-        roomy = shutil.disk_usage(memory).free > 2 * options.clips * ROW_BYTES
+        needed = 2 * options.stored * ROW_BYTES
+        roomy = min(shutil.disk_usage(memory).free, psutil.virtual_memory().available) > needed
         options.store = memory if roomy else Path(tempfile.gettempdir())
     with tempfile.TemporaryDirectory() as videos, tempfile.TemporaryDirectory(dir=options.store) as stores:
         with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
             count = min(64, options.clips)
             made = [Path(videos) / f"made{i}.mp4" for i in range(count)]
             list(pool.map(write_video, made, [KIND] * count, range(count)))
-        paths = [Path(shutil.copy(made[i % count], Path(videos) / f"{i}.mp4")) for i in range(options.clips)]
+        paths = [Path(videos) / f"{i}.mp4" for i in range(options.clips)]
+        for i, path in enumerate(paths):
+            path.hardlink_to(made[i % count])
         say("videos written")
-        decoding = decoding_rate(paths, options.frames, cores)
+        decoding = decoding_rate(paths[:2048], options.frames, cores)
         say(f"bare decoding: {decoding:.1f} clips/s on {cores} cores")
 
         from benchmarks.encoder import stamp
         from egopatch.extract.datasets import Clip
         from egopatch.extract.feed.clips import PreparedClip
+        from egopatch.extract.worker.shard_writer import shards_at_once
+        from egopatch.features.values.dtypes import spec_row_bytes
 
         job = make_job(options, Path(stores))
         say("network loaded")
@@ -187,14 +234,32 @@ def main() -> int:
         say(f"encoder alone: {encoding:.1f} clips/s")
         forgetting = run_job(job, paths, Path(stores), cores, forget=True)
         say(f"pipeline without a store: {forgetting}")
-        storing = run_job(job, paths, Path(stores), cores, forget=False)
+        row_bytes, writers = spec_row_bytes(job.spec), shards_at_once()
+        bare: dict[str, list[float]] = {"1 thread": [], f"{writers} threads": []}
+
+        def measure_bare() -> None:
+            for (name, rates), threads in zip(bare.items(), (1, writers), strict=True):
+                rates.append(writing_rate(Path(stores) / "bare", row_bytes, options.shard, threads, BARE_SHARDS))
+                say(f"bare writing, {name}: {rates[-1]:.1f} clips/s, {rates[-1] * row_bytes / 1e9:.2f} GB/s")
+
+        measure_bare()
+        storing = run_job(job, paths[: options.stored], Path(stores), cores, forget=False)
+        say(f"pipeline with a store: {storing}")
+        measure_bare()
     least = min(decoding, encoding)
+    writing = max(rate for rates in bare.values() for rate in rates)
     result = {
         "encoder_alone_clips_per_s": encoding,
         "bare_decoding_clips_per_s": decoding,
+        "bare_writing_clips_per_s": bare,
+        "row_mb": row_bytes / 1e6,
         "share_of_the_slower": {
-            "with a store": storing["clips_per_s"] / least,
+            "with a store": storing["clips_per_s"] / min(least, writing),
             "without a store": forgetting["clips_per_s"] / least,
+        },
+        "steady_share_of_the_slower": {
+            "with a store": storing["steady_clips_per_s"] / min(least, writing),
+            "without a store": forgetting["steady_clips_per_s"] / least,
         },
         "pipeline": storing,
         "pipeline_without_store": forgetting,
