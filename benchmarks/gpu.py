@@ -125,6 +125,12 @@ PARTS = (
         (*SCRIPTS["gpu_small"], "--help"),
     ),
     Part(
+        "one_question",
+        (*SCRIPTS["select_attend"], "--preset", "one", "--ratios", "0.25", "--rounds", "9", *OUT),
+        (*SCRIPTS["select_attend"], "--help"),
+        kernel_goals,
+    ),
+    Part(
         "kernels",
         (*SCRIPTS["select_attend"], "--preset", "batch", "--ratios", "0.25", "1.0", "--rounds", "9", *OUT),
         (*SCRIPTS["select_attend"], "--preset", "frame", "--ratios", "0.25", "--rounds", "2", *OUT),
