@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from egopatch.extract.encoders.layers.graphs import ReplayedEncoder
+from egopatch.extract.encoders.layers.graphs import ReplayedEncoder, capture_cuda
 from egopatch.features import PatchTokens
 
 
@@ -78,3 +78,18 @@ def test_an_encoder_that_is_no_graph_runs_as_it_is(refused: Callable[..., object
     assert outputs(ReplayedEncoder(encoder, refused, lines.append), encoder, 5) == [1, 2, 3, 4, 5]  # type: ignore[arg-type]
     (line,) = lines
     assert re.search(reason, line)
+
+
+@pytest.mark.cuda
+def test_an_encoder_that_waits_for_its_device_is_no_graph(cuda: torch.device) -> None:
+    encoder, lines = Encoder(), list[str]()
+    encoder.input = encoder.input.to(cuda)
+
+    def waits() -> PatchTokens:
+        assert float(encoder.input) >= 0
+        return encoder()
+
+    assert outputs(ReplayedEncoder(waits, capture_cuda, lines.append), encoder, 5) == [1, 2, 3, 4, 5]  # type: ignore[arg-type]
+    assert len(lines) == 1
+    torch.cuda.synchronize()
+    assert float(torch.ones(3, device=cuda).sum()) == 3, "the device works on"
