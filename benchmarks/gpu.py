@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -100,24 +101,14 @@ def stage_one_goals(result: Any) -> Rows:
 # Only the files that have such tests, since others import packages that need not be installed on a GPU node.
 FILES = sorted(ROOT.glob("tests/**/test_*.py"))
 CUDA_FILES = tuple(str(file.relative_to(ROOT)) for file in FILES if "mark.cuda" in file.read_text())
-PYTEST = (
-    sys.executable,
-    "-m",
-    "pytest",
-    "-q",
-    "-p",
-    "no:cacheprovider",
-    "-p",
-    "no:benchmark",
-    "-m",
-    "cuda",
-    *CUDA_FILES,
-)
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-m", "cuda")
+# One test at a time leaves the GPU idle while a CPU makes videos and starts children.
+AT_ONCE = ("-n", "10", "--dist", "loadgroup") if find_spec("xdist") else ()
 SCRIPTS = {name: (sys.executable, f"benchmarks/{name}.py") for name in
            ("select_attend", "encoder", "gpu_stage_one", "gpu_step", "gpu_small", "nvdec")}  # fmt: skip
 OUT = ("--out", "{out}")
 PARTS = (
-    Part("tests", PYTEST, PYTEST),
+    Part("tests", (*PYTEST, *AT_ONCE, *CUDA_FILES), (*PYTEST, *CUDA_FILES)),
     Part("races", ("compute-sanitizer", "--tool", "racecheck", *SCRIPTS["gpu_small"]), SCRIPTS["gpu_small"]),
     Part(
         "memory",

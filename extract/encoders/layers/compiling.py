@@ -1,6 +1,7 @@
 """`torch.compile` for encoders, tried on a tiny function first: without a compiler the error is one line."""
 
 import time
+import warnings
 
 import torch
 from torch import nn
@@ -35,6 +36,8 @@ def compile_encoder(encoder: VideoEncoder, device: torch.device) -> VideoEncoder
             f"encoder.compile is true, but torch.compile cannot build code for {device.type} here ({reason}); install "
             "a C++ compiler, or set encoder.compile to false"
         ) from error
+    # A hint at the first batch to compute float32 less precisely; here `encoder.dtype` says how precise encoding is.
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     for module in encoder.modules():
         if isinstance(module, Linear):
             module.__class__ = Unpacked

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,22 @@ def test_no_compiler_is_one_line(tmp_path: Path) -> None:
     (line,) = done.stdout.strip().splitlines()
     assert line.startswith("encoder.compile is true, but torch.compile cannot build code for cpu here (")
     assert line.endswith("install a C++ compiler, or set encoder.compile to false")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of modules that the compiler imports
+def test_no_hint_to_compute_less_precisely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU with tensor cores the compiler recommends TF32, which `encoder.dtype: float32` does not want."""
+    from torch._inductor import compile_fx  # imports much
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    with pytest.raises(UserWarning, match="TensorFloat32 tensor cores"):
+        compile_fx._warn_tf32_disabled.__wrapped__()
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    load_video_encoder("egovlpv2", tiny(tmp_path), 3, 2, compile=torch.device("cpu"))
+    compile_fx._warn_tf32_disabled.__wrapped__()
+    with pytest.raises(UserWarning, match="another"):
+        warnings.warn("another warning", stacklevel=1)
 
 
 def test_fused_arithmetic_is_another_store() -> None:

@@ -1,31 +1,18 @@
 """Divided attention on a GPU: its kernel in Triton's interpreter, and encoders on a GPU."""
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 
 from egopatch.extract.encoders import load_video_encoder
 from egopatch.extract.encoders.layers import spacetime
+from tests.child_pytest import run_pytest
 from tests.extract.encoders.networks import dev_frames, formula_checkpoint, recorded, relative, sequence
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def run(**environment: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
-    result = subprocess.run(
-        [*command, "tests/extract/encoders/interpreted_divided_attention.py"],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_pytest("tests/extract/encoders/interpreted_divided_attention.py", **environment)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     assert "9 passed" in result.stdout
 

@@ -1,33 +1,19 @@
 """The Triton kernels on a GPU. With FAIL_WITHOUT_CUDA=1 these fail, instead of skipping, where there is none."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from egopatch.train.ops.select_attend import choose_implementation, select_attend
 from egopatch.train.ops.select_attend.plan import QUESTIONS, tile_bound
+from tests.child_pytest import run_pytest
 from tests.train.ops.cases import make_case
 from tests.train.ops.test_triton import INTERPRETED
 
-ROOT = Path(__file__).resolve().parents[3]
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("cuda")]
 
 
 def test_the_interpreted_tests_pass_compiled() -> None:
-    command = [
-        "-m",
-        "pytest",
-        *INTERPRETED,
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "slow or not slow",
-    ]
-    result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = run_pytest(*INTERPRETED, "-m", "slow or not slow")
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 
 

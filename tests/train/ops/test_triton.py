@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.kernel_budget import MAIN, SHAPES, assemble
 from egopatch.train.ops.select_attend import library, plan, select_attend
+from tests.child_pytest import run_pytest
 from tests.train.ops.cases import make_case
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -46,8 +47,8 @@ def without_triton(imported: str, value: str) -> str:
 
 def run_interpreted(*selection: str) -> int:
     """Run the selected tests of the kernels in the interpreter, on the CPU; returns how many passed."""
-    command = ["-m", "pytest", *INTERPRETED, "-q", "-p", "no:cacheprovider", "-p", "tests.train.ops.interpreter"]
-    result = run([*command, *selection], TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    environment = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    result = run_pytest(*INTERPRETED, "-p", "tests.train.ops.interpreter", *selection, **environment)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     passed = re.search(r"(\d+) passed", result.stdout)
     assert passed is not None, result.stdout[-2000:]
