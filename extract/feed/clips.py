@@ -19,6 +19,7 @@ from egopatch.extract.video.once import FileVersion, OncePerVideo, version_of
 from egopatch.extract.video.transforms import Window
 
 ALIGNMENT = 64  # bytes; copies from other addresses are slower
+_HASHED_AT_ONCE = 1 << 20  # bytes of a file that is hashed in less time than another child's hash is looked up
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def read_clip(
     decoded = read_frames(clip, video, once)
     frames = finish(decoded)
     version = version_of(clip.video)
-    source = once.find("sha256", version, lambda: _file_sha256(version))
+    source = once.find("sha256", version, lambda: _file_sha256(version), share=version[1] > _HASHED_AT_ONCE)
     if not before == version == version_of(clip.video):
         raise VideoError(f"video {clip.video} was changed while it was read; run `extract retry` when it is complete")
     return PreparedClip(clip, frames, decoded.timestamps, source, version[1], time.perf_counter() - started)

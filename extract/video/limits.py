@@ -92,5 +92,11 @@ def _memory_at_start() -> int:
 
 def _memory_in_use() -> int:
     """Bytes of this process alone: frames in memory that it shares with its parent, and libraries, are not its own."""
-    memory = psutil.Process().memory_info()
+    memory = _process(os.getpid()).memory_info()
     return memory.rss - getattr(memory, "shared", 0)
+
+
+@functools.cache
+def _process(pid: int) -> psutil.Process:
+    """The process, which psutil takes longer to find than to ask for its memory."""
+    return psutil.Process(pid)

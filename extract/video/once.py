@@ -51,19 +51,26 @@ class OncePerVideo:
         self._known: OrderedDict[tuple[str, FileVersion], Any] = OrderedDict()
         self._added = 0
 
-    def find(self, what: str, version: FileVersion, compute: Callable[[], Value]) -> Value:
+    def find(self, what: str, version: FileVersion, compute: Callable[[], Value], share: bool = True) -> Value:
         """The value called `what` of a version of a file; `compute` finds it unless this was done before.
+
+        Args:
+            what: Name of the value.
+            version: The version of the file.
+            compute: Finds the value.
+            share: Whether other processes may wait for the value and use it, which takes a file about a millisecond.
 
         Raises:
             VideoError: `compute` raised it, now or before; or two processes have died while they computed it.
         """
         key = what, version
         if key not in self._known:
-            found = _try(compute) if self._folder is None else _shared(self._folder, key, compute)
-            self._known[key] = found
-            self._added += 1
-            if self._folder is not None and self._added % CLEAN_EVERY == 0:
-                _keep_newest(self._folder)
+            folder = self._folder if share else None
+            self._known[key] = _try(compute) if folder is None else _shared(folder, key, compute)
+            if folder is not None:
+                self._added += 1
+                if self._added % CLEAN_EVERY == 0:
+                    _keep_newest(folder)
             if len(self._known) > IN_MEMORY:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
