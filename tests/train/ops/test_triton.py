@@ -111,7 +111,7 @@ def test_dropout_compiles_without_spills_and_reads_rows_of_whole_blocks_at_once(
 
     from egopatch.train.ops.philox.kernels import BLOCKS, CHANGING, dropout_kernel
 
-    types = {"x": "*fp32", "out": "*fp32", "seeds": "*i64", "scale": "fp32"}
+    types = {"x": "*fp32", "out": "*fp32", "seeds": "*i64", "position": "*i64", "scale": "fp32"}
     constants = {"wanted": None, "BLOCK": 16, "BLOCKS": BLOCKS}
     names = dropout_kernel.arg_names
     assert set(CHANGING) < set(names)
