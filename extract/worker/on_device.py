@@ -169,9 +169,13 @@ class DeviceEncoder(BatchEncoder):
     def _held(self) -> int:
         return len(self._unmarked) + sum(len(clips) for _, clips in self._copying)
 
+    def _event(self) -> Any:
+        """An event for which waiting takes no core from the decoders."""
+        return torch.cuda.Event(blocking=True) if self._on_cuda else torch.cpu.Event()
+
     def _mark(self) -> None:
         """Record an event behind the copies of all clips so far."""
-        copied = self._streams.Event()
+        copied = self._event()
         copied.record(self._in)
         self._copying.append((copied, self._unmarked))
         self._unmarked = []
@@ -195,8 +199,7 @@ class DeviceEncoder(BatchEncoder):
         tokens = self._converted(self._encode())
         clock.stop()
         self._out.wait_stream(self._compute)
-        # Waiting for it takes no core from the decoders.
-        done: Any = torch.cuda.Event(blocking=True) if self._on_cuda else torch.cpu.Event()
+        done = self._event()
         outputs = self._results.like(tokens)
         with self._streams.stream(self._out):
             for name, tensor in tokens.items():
