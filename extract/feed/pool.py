@@ -180,7 +180,9 @@ def _attempt(
     """Prepare one clip in a child, within the limits."""
     try:
         with limits(video):
-            result = prepare(clip, video, _once(shared))
+            # Of a whole video there is, as a rule, one clip: sharing what is found out about it costs more than it saves.
+            whole = clip.start_s is None and clip.end_s is None
+            result = prepare(clip, video, OncePerVideo() if whole else _once(shared))
             if slot is not None and isinstance(result, PreparedClip):
                 return LeftClip.leave(result, _rings[0].memory(slot))
             if slot is not None and isinstance(result, PreparedTogether):

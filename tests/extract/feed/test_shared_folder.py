@@ -36,7 +36,7 @@ def test_workers_share_it_until_the_last_one_ends(folder: Path) -> None:
 
 
 def test_the_children_of_two_workers_look_at_a_video_once(folder: Path) -> None:
-    clips = [Clip(name, folder / "video") for name in "ab"]
+    clips = [Clip(name, folder / "video", start_s=0.0) for name in "ab"]
     with DecodePool(VIDEO, 1, count_looks) as one, DecodePool(VIDEO, 1, count_looks) as other:
         assert [*one.map(clips), *other.map(clips)] == [1] * 4
     assert (folder / "video").read_bytes() == b"."
