@@ -180,7 +180,7 @@ def _attempt(
     """Prepare one clip in a child, within the limits."""
     try:
         with limits(video):
-            # Of a whole video there is, as a rule, one clip: sharing what is found out about it costs more than it saves.
+            # A whole video is, as a rule, one clip: sharing what is found out about it costs more than it saves.
             whole = clip.start_s is None and clip.end_s is None
             result = prepare(clip, video, OncePerVideo() if whole else _once(shared))
             if slot is not None and isinstance(result, PreparedClip):

@@ -14,7 +14,7 @@ from egopatch.features.values.dtypes import are_finite
 from egopatch.features.values.errors import DamagedStore
 from egopatch.features.values.spec import ArraySpec, StoreSpec
 
-_BLOCK = 1 << 20  # each gives up the interpreter's lock four times, which others may then keep for a while
+_BLOCK = 1 << 23  # each gives up the interpreter's lock four times, which others may then keep for a while
 
 
 @dataclass(frozen=True)

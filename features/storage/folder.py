@@ -28,7 +28,7 @@ from egopatch.features.storage.journal import FileJournal
 from egopatch.features.values.errors import DamagedStore, write_conflict
 
 Entry = TypeVar("Entry")
-_BLOCK = 1 << 20  # each gives up the interpreter's lock twice, which others may then keep for a while
+_BLOCK = 1 << 23  # each gives up the interpreter's lock twice, which others may then keep for a while
 _STAGING = "staging"
 
 
@@ -51,7 +51,6 @@ class LocalFile:
         crc = done = 0
         with self._errors_explained():
             while done < target.size:
-                # One block at a time, so that the checksum finds the bytes in the processor's cache.
                 block = target[done : done + _BLOCK]
                 count = os.preadv(self.handle, [block.data], offset + done)
                 if count == 0:

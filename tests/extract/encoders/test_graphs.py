@@ -71,13 +71,34 @@ def gives_other_bits(run: Callable[[], PatchTokens]) -> Callable[[], PatchTokens
 
 
 @pytest.mark.parametrize(
-    ("refused", "reason"), [(fails, r"made of it \(operation not permitted"), (gives_other_bits, "gives other bits")]
+    ("refused", "reason"),
+    [
+        (fails, r"made of it \(operation not permitted"),
+        (gives_other_bits, r"gives other bits .*patches by up to 9\.5e-07"),
+    ],
 )
 def test_an_encoder_that_is_no_graph_runs_as_it_is(refused: Callable[..., object], reason: str) -> None:
     encoder, lines = Encoder(), list[str]()
     assert outputs(ReplayedEncoder(encoder, refused, lines.append), encoder, 5) == [1, 2, 3, 4, 5]  # type: ignore[arg-type]
     (line,) = lines
     assert re.search(reason, line)
+
+
+def test_an_encoder_that_does_not_repeat_its_own_bits_may_be_a_graph() -> None:
+    encoder, lines, captured = Encoder(), list[str](), list[int]()
+
+    def noisy() -> PatchTokens:
+        tokens = encoder()
+        tokens.patches.add_(1e-6 * encoder.calls)
+        return tokens
+
+    def counting(run: Callable[[], PatchTokens]) -> Callable[[], PatchTokens]:
+        captured.append(encoder.calls)
+        return gives_other_bits(run)
+
+    outputs(ReplayedEncoder(noisy, counting, lines.append), encoder, 5)
+    assert captured == [2]
+    assert not lines
 
 
 @pytest.mark.cuda
