@@ -185,6 +185,8 @@ def measure(problem: Problem, device: str, rounds: int, copy: float, flush: Tens
 
         outputs = call(*problem.leaves)
         grads = [torch.randn_like(o) for o in outputs]
+        if device == "cuda":
+            outputs = ()  # backward is not timed alone there; what it would keep takes the memory of other variants
         wanted = [*problem.leaves, problem.project.weight] if name in ("dense", "flex") else problem.leaves
 
         def backward(outputs: Outputs = outputs, wanted: list[Tensor] = wanted, grads: list[Tensor] = grads) -> object:
@@ -193,7 +195,9 @@ def measure(problem: Problem, device: str, rounds: int, copy: float, flush: Tens
         def both(
             call: Callable[..., Outputs] = call, wanted: list[Tensor] = wanted, grads: list[Tensor] = grads
         ) -> object:
-            return torch.autograd.grad(call(*problem.leaves), wanted, grads)
+            # Fresh leaves: those of before belong to the stream that they were made on, which a graph may not use.
+            leaves = [leaf.detach().requires_grad_() for leaf in problem.leaves]
+            return torch.autograd.grad(call(*leaves), [*leaves, *wanted[len(leaves) :]], grads)
 
         steps |= {(name, "forward"): forward, (name, "backward"): backward, (name, "both"): both}
         forward()  # without gradients torch.compile makes another graph

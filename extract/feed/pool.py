@@ -40,6 +40,7 @@ NO_CHILDREN = (
     "the decoder processes cannot be started, or were killed before they had a clip; check the machine's free memory"
     " and its limit of processes, and run the same command again to resume"
 )
+NICENESS = 5
 Prepared = TypeVar("Prepared")
 Prepare = Callable[[Clip, VideoConfig, OncePerVideo], Prepared]
 
@@ -223,6 +224,8 @@ def _start_child(memory_gb: float, ring: Ring | None, _: object) -> None:
     exit_with_parent()
     for number in (signal.SIGINT, signal.SIGUSR1):  # the parent handles them; it ends a child with SIGTERM
         signal.signal(number, signal.SIG_IGN)
+    # All children together use all cores: what the parent does for the encoder, mostly short, comes first.
+    os.nice(NICENESS)
     # One thread a child, whether torch is imported already or later.
     os.environ["OMP_NUM_THREADS"] = "1"
     if "torch" in sys.modules:
