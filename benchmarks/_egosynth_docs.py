@@ -133,6 +133,17 @@ def markdown(found: Mapping[str, Any]) -> str:
     if found.get("explained"):
         lines += ["", EXPLAINED_CAPTION]
     for split in SPLITS:
+        rows = [row for row in found.get("wordings", ()) if row["split"] == split]
+        if len(rows) > 1:
+            lines += [
+                "",
+                f"| {split}: psa (lite), by wording | training questions | test questions | right, each seed |",
+            ]
+            lines += ["|:--|--:|--:|--:|"]
+            for row in rows:
+                seeds = ", ".join(f"{share:.1f}" for share in row["of_seeds"])
+                lines.append(f"| {row['wording']} | {row['train']} | {row['test']} | {seeds} |")
+    for split in SPLITS:
         rows = [row for row in found["search"] if row["split"] == split]
         if rows:
             options = list(rows[0]["setting"])

@@ -29,6 +29,7 @@ import yaml
 
 from benchmarks._egosynth_cost import cost_of
 from benchmarks._egosynth_docs import NUMBERS, REFERENCE, SPLITS, markdown, write_docs
+from benchmarks._egosynth_wordings import disagreements
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, load_config, parse_config
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import load_dataset
@@ -104,7 +105,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "saliency's weight starts at 1": {"head.saliency_weight": 1.0},
     "coarse gate not learned": {"head.merge": False},
     "two frames": {"head.frames": 2},
-    "dropout 0": {"head.dropout": 0.0},
+    "dropout 0.1": {"head.dropout": 0.1},
     "label smoothing 0": {"train.label_smoothing": 0.0},
     "growing region": {"head.growth": True},
     "averaged weights": {"train.ema": 0.99},
@@ -194,6 +195,13 @@ class Bench:
             "p": result.p,
         }
         return {**rounded(found), "verdict": result.verdict}
+
+    def disagreements(self, point: Mapping[str, Any], split: str) -> list[dict[str, Any]]:
+        """Wordings of questions that the seeds of a point disagree about, or cannot answer."""
+        questions = load_dataset(self.config("lite", split).data).questions
+        folders = [self.root / "sweeps" / point["name"] / member["dir"] for member in point["members"]]
+        said = [read_predictions(folder / "predictions.jsonl", questions["test"]) for folder in folders]
+        return disagreements(questions["train"], questions["test"], said)
 
     def agreement(self, point: Mapping[str, Any], split: str) -> dict[str, float] | None:
         """Whether the kept patches are where the objects stand that are asked about: percentages, mean over seeds."""
@@ -299,13 +307,14 @@ PARTS = {"search": train_search, "table": train_table, "ratios": train_ratios, "
 
 def gather(bench: Bench) -> dict[str, Any]:
     """Everything that is finished."""
-    table, ablation, ratios, looks, explained = [], [], [], [], []
+    table, ablation, ratios, looks, explained, wordings = [], [], [], [], [], []
     for split in SPLITS:
         whole = bench.found(f"{split}-{slug(REFERENCE)}")
         if whole and (found := bench.agreement(whole, split)):
             looks.append({"split": split, "scores": "question, saliency, prior", **found})
         if whole:
             explained += [{"split": split, **row} for row in bench.explained(whole)]
+            wordings += [{"split": split, **row} for row in bench.disagreements(whole, split)]
         for label, system in SYSTEMS.items():
             if point := bench.found(f"{split}-{slug(label)}"):
                 row = {"split": split, "system": label, "encoder": ENCODERS[system.encoder], **numbers(point)}
@@ -333,6 +342,7 @@ def gather(bench: Bench) -> dict[str, Any]:
         "search": search,
         "looks": looks,
         "explained": explained,
+        "wordings": wordings,
     }
 
 

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from benchmarks import _egosynth_docs as bench
+from benchmarks._egosynth_wordings import disagreements, wording
 from benchmarks.egosynth import RESULTS, SYSTEMS, Bench
 from egopatch.configs.command_line import load_config
+from egopatch.extract.datasets import Question
 
 
 def row(system: str, mean: float, verdict: str | None) -> dict[str, Any]:
@@ -126,3 +128,22 @@ def test_the_table_of_seeds_of_the_demo_is_that_of_the_results() -> None:
         val, test = (", ".join(f"{value:.1f}" for value in row[part]) for part in ("val", "test"))
         mean, spread = sum(row["test"]) / len(row["test"]), max(row["test"]) - min(row["test"])
         assert f"| {row['split']} | {val} | {test} | {mean:.1f} | {spread:.1f} |" in docs
+
+
+def test_wordings_that_seeds_disagree_about_are_told_from_all_others() -> None:
+    def questions(text: str, count: int, start: int) -> list[Question]:
+        return [Question(str(start + n), "clip", text.format(("red box", "blue jar")[n % 2]), "left", "open", ())
+                for n in range(count)]  # fmt: skip
+
+    asked = questions("Where is the {}?", 40, 0) + questions("Who holds the {}?", 50, 40) + questions("Why?", 10, 90)
+    right, wrong = {q.question_id: "left" for q in asked}, {q.question_id: "right" for q in asked}
+    half = {q.question_id: "left" if wording(q) == "Who holds the ...?" else "right" for q in asked}
+    assert disagreements(questions("Who holds the {}?", 6, 0), asked, [right, half]) == [
+        {"wording": "Where is the ...?", "train": 0, "test": 40, "of_seeds": [100.0, 0.0]},
+        {"wording": "all others", "train": 6, "test": 60, "of_seeds": [100.0, 83.3]},
+    ]
+    assert [row["wording"] for row in disagreements([], asked, [wrong, wrong])] == [
+        "Who holds the ...?",
+        "Where is the ...?",
+        "all others",
+    ]
