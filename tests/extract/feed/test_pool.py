@@ -17,7 +17,7 @@ from egopatch.extract.datasets import Clip
 from egopatch.extract.feed import clips as feed_clips
 from egopatch.extract.feed.clips import PreparedClip
 from egopatch.extract.feed.on_host import prepare_clip
-from egopatch.extract.feed.pool import DecodePool, UndecodedClip
+from egopatch.extract.feed.pool import NICENESS, DecodePool, UndecodedClip
 from egopatch.extract.video.container import VideoError
 from egopatch.extract.video.once import OncePerVideo
 from tests.extract.video.videos import write_video
@@ -163,6 +163,15 @@ def test_children_that_are_starting_end_with_the_pool_and_say_nothing(
         assert all(file.exists() for file in files)
     assert capfd.readouterr().err == ""
     assert not any(file.exists() for file in files)
+
+
+def niceness(clip: Clip, *_: object) -> tuple[str, int]:
+    return clip.clip_id, os.nice(0)
+
+
+def test_decoders_let_the_encoder_come_first() -> None:
+    with DecodePool(SMALL, 1, niceness) as pool:
+        assert list(pool.map([Clip("a", Path("none"))])) == [("a", min(os.nice(0) + NICENESS, 19))]
 
 
 def test_children_that_cannot_be_started_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
