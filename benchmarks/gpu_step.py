@@ -62,7 +62,8 @@ class Steps:
         self.experiment = experiment
         self.group = RunGroup(configs, experiment, 0, configs[0].run.dir / LAST)
         self.plan = plan_batches(experiment.train_table, configs[0].train.batch, 0)
-        self.size = BatchSize.covering(experiment.train_table, self.plan) if captured else None
+        most = configs[0].train.batch
+        self.size = BatchSize.covering(experiment.train_table, self.plan, most) if captured else None
 
     def take(self, steps: int) -> None:
         """Learn from `steps` batches, and wait until the device has done them."""

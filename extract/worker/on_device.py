@@ -114,9 +114,12 @@ class DeviceEncoder(BatchEncoder):
         _pin(memory)
 
     def _row_bytes(self) -> int:
-        """Bytes of the rows of one clip, or a little less."""
-        encoder, patches = self._encoder, self._dtypes["patches"]
-        return encoder.steps * prod(encoder.grid) * (encoder.width * patches.itemsize + 4) + 4 * encoder.width
+        """Bytes of what the encoder returns for one clip, each array with its saliency."""
+        encoder = self._encoder
+        fine = prod(encoder.grid) * (encoder.width * self._dtypes["patches"].itemsize + 4)
+        width = encoder.coarse_width or encoder.width
+        coarse = (encoder.coarse or 0) * (width * self._dtypes["coarse"].itemsize + 4)
+        return encoder.steps * (fine + coarse) + 4 * encoder.width
 
     def _receive(self, clip: PreparedClip) -> None:
         """Queue the copy of the frames to the device."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _ALIGNMENT = 64
+_ARRAYS = 8  # more than an encoder returns; each begins at a multiple of the alignment
 _FIRST = 3  # buffers that are pinned before any is needed: one is filled while the rows of two are gathered
 
 
@@ -31,13 +32,13 @@ class ResultMemory:
     def __init__(
         self, nbytes: int, pin: Callable[[NDArray[np.uint8]], None], unpin: Callable[[NDArray[np.uint8]], None]
     ) -> None:
-        self._nbytes = nbytes
+        self._nbytes = nbytes + _ARRAYS * _ALIGNMENT
         self._pin = pin
         self._unpin = unpin
         self._pinned: list[NDArray[np.uint8]] = []
         self._free: queue.SimpleQueue[NDArray[np.uint8]] = queue.SimpleQueue()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="results")
-        self._coming = deque(self._thread.submit(self._make, nbytes) for _ in range(_FIRST))
+        self._coming = deque(self._thread.submit(self._make, self._nbytes) for _ in range(_FIRST))
 
     @property
     def buffers(self) -> int:

@@ -38,7 +38,7 @@ class SummedRow:
         """
         flat = content.reshape(-1).view(np.uint8)
         castagnoli = ethernet = 0
-        # One block at a time, so that only the first of the three passes reads from memory.
+        # In few blocks, since each pass over one gives up the interpreter's lock, which other threads may then keep.
         for start in range(0, flat.size, _BLOCK):
             block = flat[start : start + _BLOCK]
             if not are_finite(block, dtype):

@@ -1,16 +1,20 @@
 """Padded batches and steps as CUDA graphs: both learn what plain batches learn, one operation after another."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from egopatch.configs.schema import Config
 from egopatch.train.data.batch import Batch
 from egopatch.train.data.batch_size import BatchSize
-from egopatch.train.data.question_table import NO_CLASS, plan_batches
+from egopatch.train.data.question_table import NO_CLASS, QuestionTable, plan_batches
+from egopatch.train.fitting import run_group
 from egopatch.train.fitting.experiment import Experiment, open_experiment
 from egopatch.train.fitting.fit import fit
 from egopatch.train.fitting.run_group import build_stacked_heads, why_not_captured
@@ -19,7 +23,7 @@ from egopatch.train.steps import captured
 from egopatch.train.steps.captured import changing_tensors, with_own_tensors
 from tests.train.test_choice import choice  # noqa: F401  a fixture
 from tests.train.test_published import make
-from tests.train.tiny import losses, with_run
+from tests.train.tiny import WIDTH, losses, with_run
 
 BATCH = 20
 
@@ -28,7 +32,7 @@ def epoch(experiment: Experiment, padded: bool, seed: int = 0) -> Iterator[Batch
     """The batches of an epoch; its last one is smaller than the others."""
     table = experiment.train_table
     plan = plan_batches(table, BATCH, seed)
-    size = BatchSize.covering(table, plan_batches(table, BATCH, 0)) if padded else None
+    size = BatchSize.covering(table, plan_batches(table, BATCH, 0), BATCH) if padded else None
     return experiment.features.stream(table, plan, size)
 
 
@@ -124,14 +128,72 @@ def test_merged_patches_are_not_kept_without_room(tiny: Config, monkeypatch: pyt
     assert next(epoch(experiment, padded=False)).derived is None
 
 
-def test_why_a_step_is_not_captured(tiny: Config) -> None:
-    assert why_not_captured(tiny, open_experiment(tiny)) == "the device is cpu"
+def test_one_clip_with_more_questions_than_a_batch_does_not_make_all_batches_as_large() -> None:
+    clips = torch.tensor([0] * 50 + [1] * 6 + [2] * 7)
+    table = QuestionTable((), ("a", "b", "c"), clips, clips, torch.zeros(63), torch.zeros(63))
+    assert BatchSize.covering(table, plan_batches(table, 10, 0), 10) == BatchSize(7, 2, 2, 0)
+    assert BatchSize.covering(table, plan_batches(table, 5, 0), 5).questions == 50
+
+
+def test_merged_patches_are_not_kept_for_a_head_that_reads_some_frames(tiny: Config) -> None:
+    config = with_run(tiny, "one-frame", head_frames=1)
+    experiment = open_experiment(config)
+    experiment.features.residency = "gpu"
+    trace(config, experiment, padded=False)
+    assert next(epoch(experiment, padded=False)).derived is None
+
+
+def test_why_a_step_is_not_captured(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = open_experiment(tiny)
+    assert why_not_captured(tiny, experiment) == "the device is cpu"
+    experiment = replace(experiment, device=torch.device("cuda"))
+    assert why_not_captured(tiny, experiment) == "features are not on the GPU (train.residency: ram)"
+    experiment.features.residency = "gpu"
+    several = with_run(tiny, "several", train_accumulate=2)
+    assert why_not_captured(several, experiment) == "train.accumulate is 2"
+    monkeypatch.setattr(torch, "empty", lambda *shape, **_: shape)
+
+    def only_wide(shape: tuple[int, ...], *_: object) -> tuple[str, str]:
+        return ("triton", "fits") if shape[-1] > WIDTH else ("reference", "too narrow")
+
+    monkeypatch.setattr(run_group, "implementation_in_use", only_wide)
+    monkeypatch.setattr(run_group, "HAS_TRITON", True)
+    assert why_not_captured(tiny, experiment) == "select_attend runs its reference (too narrow)"
+    monkeypatch.setattr(run_group, "HAS_TRITON", False)
+    assert why_not_captured(tiny, experiment) == "Triton is not installed, so dropout runs its reference"
+
+
+def test_a_coarse_level_that_the_kernels_cannot_read_is_not_captured(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = replace(open_experiment(tiny), device=torch.device("cuda"))
+    experiment.features.residency = "gpu"
+    seen = []
+    monkeypatch.setattr(torch, "empty", lambda *shape, **_: shape)
+    monkeypatch.setattr(run_group, "HAS_TRITON", True)
+    monkeypatch.setattr(run_group, "implementation_in_use", lambda shape, *_: (seen.append(shape[-1]) or "triton", ""))
+    assert why_not_captured(tiny, experiment) is None
+    assert seen == [WIDTH, 64]  # the stored patches, and the merged ones with 16 channels of positions, padded
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    """The batches that steps were captured with."""
+    made: list[Batch] = []
+    capture = captured._capture
+
+    def counted(step: Callable[[Batch], Tensor], batch: Batch) -> Any:
+        made.append(batch)
+        return capture(step, batch)
+
+    monkeypatch.setattr(captured, "_capture", counted)
+    return made
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", ["psa", "egovlp", "question-only", "attention", "contrast", "mfas", "egovlpv2"])
 def test_a_graph_learns_what_its_operations_learn(
-    tiny: Config, tmp_path: Path, cuda: torch.device, monkeypatch: pytest.MonkeyPatch, name: str
+    tiny: Config, tmp_path: Path, cuda: torch.device, monkeypatch: pytest.MonkeyPatch, captures: list[Batch], name: str
 ) -> None:
     if name in ("mfas", "egovlpv2"):
         config = with_run(make(tmp_path, name), name, train_device="cuda", train_accumulate=1)
@@ -142,18 +204,27 @@ def test_a_graph_learns_what_its_operations_learn(
     assert why_not_captured(config, experiment) is None
     seeds = (0, 1, 2) if name in ("psa", "egovlp", "contrast") else (0,)
     found = torch.tensor(trace(config, experiment, padded=True, seeds=seeds))
+    assert len(captures) == 1
     monkeypatch.setattr(captured, "EAGER_BATCHES", 10**6)
     expected = torch.tensor(trace(config, experiment, padded=True, seeds=seeds))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.cuda
-def test_fit_captures_its_steps(tiny: Config, cuda: torch.device) -> None:
+def test_fit_captures_its_steps(tiny: Config, cuda: torch.device, captures: list[Batch]) -> None:
     whole = with_run(tiny, "whole", train_device="cuda", train_batch=BATCH)
     fit(whole, "test")
     log = (whole.run.dir / "log.jsonl").read_text()
     assert '"event": "cuda_graph", "step": 0, "captured": true' in log
+    assert len(captures) == 1
     assert losses(whole.run.dir)[-1] < losses(whole.run.dir)[0]
+
+
+@pytest.mark.cuda
+def test_a_reference_is_not_captured(tiny: Config, cuda: torch.device, captures: list[Batch]) -> None:
+    config = with_run(tiny, "reference", train_device="cuda", train_batch=BATCH, head_implementation="reference")
+    fit(config, "test")
+    assert captures == []
 
 
 @pytest.mark.cuda

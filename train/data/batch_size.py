@@ -1,5 +1,6 @@
 """What batches are padded to, so that all of an epoch have one shape: a CUDA graph of a step has a fixed one."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,13 +38,17 @@ class BatchSize:
         return cls(len(rows), len(table.clip[rows].unique()), max(len(one.unique()) for one in texts), options)
 
     @classmethod
-    def covering(cls, table: QuestionTable, plan: Sequence[np.ndarray]) -> "BatchSize":
-        """A size that the batches of `plan` fit, with room for those of other orders."""
+    def covering(cls, table: QuestionTable, plan: Sequence[np.ndarray], most: int) -> "BatchSize":
+        """A size for the batches of `plan` of at most `most` questions, with room for those of other orders.
+
+        A batch is larger if a single clip is; a size for it would make all other batches as large.
+        """
         sizes = [cls.of(table, torch.from_numpy(rows)) for rows in plan]
+        sizes = [size for size in sizes if size.questions <= most] or sizes
         # Batches are closed by their number of questions, which hence varies least.
         return cls(
             max(size.questions for size in sizes),
-            *(int(ROOM * max(getattr(size, name) for size in sizes)) for name in ("clips", "texts", "options")),
+            *(math.ceil(ROOM * max(getattr(size, name) for size in sizes)) for name in ("clips", "texts", "options")),
         )
 
     def holds(self, other: "BatchSize") -> bool:

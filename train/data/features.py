@@ -21,6 +21,8 @@ from egopatch.train.processes.rank_slice import RankSlice
 
 # Clips read at once while filling the GPU; bounds the extra memory.
 READ_CLIPS = 64
+# Clips that a head derives from at once, in float32, which takes several times the memory of its tokens.
+DERIVED_CLIPS = 32
 # Threads that read the clips of one batch.
 READ_THREADS = 2
 
@@ -123,8 +125,8 @@ class Features:
         if resident is None or self._derived is not None or self.residency != "gpu":
             return
         patches, scale, count = resident.patches, resident.scale, len(resident.cls)
-        for start in range(0, count, READ_CLIPS):
-            chunk = slice(start, start + READ_CLIPS)
+        for start in range(0, count, DERIVED_CLIPS):
+            chunk = slice(start, start + DERIVED_CLIPS)
             made = call(patches[chunk], None if scale is None else scale[chunk])
             if self._derived is None:
                 nbytes = count * made[0].nbytes

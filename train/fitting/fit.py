@@ -100,7 +100,7 @@ def train_together(groups: Sequence[RunGroup], experiment: Experiment, order_see
     epochs = train.epochs if steps else 1
     size = None
     if steps and why_not_captured(groups[0].config, experiment) is None:
-        size = BatchSize.covering(table, plan_batches(table, train.batch, order_seed, epoch=0))
+        size = BatchSize.covering(table, plan_batches(table, train.batch, order_seed, epoch=0), train.batch)
     with (
         ProgressDisplay(label, steps, "steps", done=first_step, summary=False, silent=not ranks.first) as display,
         # torchrun repeats a signal, and kills the ranks that do not stop at the same step as the others.

@@ -20,10 +20,11 @@ from egopatch.train.data.question_table import NO_OPTION, QuestionTable, plan_ba
 from egopatch.train.fitting.answers import Answers, PartScorer
 from egopatch.train.fitting.experiment import Experiment
 from egopatch.train.fitting.run import TrainingRun
-from egopatch.train.heads import PSA, Choice, Majority, build_head, can_capture, unwrapped
+from egopatch.train.heads import PSA, Choice, Majority, Sizes, build_head, can_capture, unwrapped
 from egopatch.train.heads.common.question import QuestionReader
-from egopatch.train.heads.psa.coarse import CoarseLevel
+from egopatch.train.heads.psa.coarse import kernel_width
 from egopatch.train.heads.psa.selection import implementation_in_use
+from egopatch.train.ops.philox import HAS_TRITON
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import RunError
 from egopatch.train.rundir.resume import ResumeState
@@ -85,7 +86,7 @@ class RunGroup:
             if self.selection is not None:
                 implementation, why = self.selection
                 run.log("select_attend", self.heads.step, implementation=implementation, why=why)
-            if experiment.device.type == "cuda":
+            if experiment.device.type == "cuda" and self.heads.steps:
                 why_not = why_not_captured(run.config, experiment)
                 run.log("cuda_graph", self.heads.step, captured=why_not is None, why=why_not)
 
@@ -177,7 +178,8 @@ class RunGroup:
         return [run.write_results(run_answers) for run, run_answers in pairs if run.failed is None]
 
     def close(self) -> None:
-        """Close the logs."""
+        """Close the logs, and free the memory of the steps' graph."""
+        self.heads.captured.release()
         for run in self.runs:
             run.close_log()
 
@@ -219,7 +221,10 @@ def choose_selection(configs: Sequence[Config], experiment: Experiment) -> tuple
 
 
 def why_not_captured(config: Config, experiment: Experiment) -> str | None:
-    """Why the steps of a run are launched one operation at a time; None if they become a CUDA graph."""
+    """Why the steps of a run are launched one operation at a time; None if they become a CUDA graph.
+
+    The references of our operations read values back, which a graph cannot do.
+    """
     features, ranks = experiment.features, experiment.ranks
     if experiment.device.type != "cuda":
         return f"the device is {experiment.device.type}"
@@ -231,7 +236,21 @@ def why_not_captured(config: Config, experiment: Experiment) -> str | None:
         return f"features are not on the GPU (train.residency: {features.residency})"
     if not can_capture(config.head.name):
         return f"the head {config.head.name} does not say that its steps can be captured (Head.captures)"
+    if not HAS_TRITON:
+        return "Triton is not installed, so dropout runs its reference"
+    for width in selected_widths(config, experiment.sizes):
+        frame = torch.empty(1, 1, experiment.sizes.patches, width, device=experiment.device)
+        implementation, why = implementation_in_use(frame, config.head.implementation, 1)
+        if implementation != "triton":
+            return f"select_attend runs its reference ({why})"
     return None
+
+
+def selected_widths(config: Config, sizes: Sizes) -> list[int]:
+    """Channels of the patches that a head selects from: of the stored ones, and of psa's coarse level."""
+    if config.head.name != "psa":
+        return []
+    return [sizes.width, kernel_width(sizes.width)] if config.head.coarse else [sizes.width]
 
 
 def build_stacked_heads(configs: Sequence[Config], experiment: Experiment, order_seed: int) -> StackedHeads:
@@ -254,10 +273,11 @@ def build_stacked_heads(configs: Sequence[Config], experiment: Experiment, order
     ranks, train = experiment.ranks, configs[0].train
     if ranks.first and len(experiment.train_table):
         measure_inputs(heads, experiment.features, experiment.train_table)
-    coarse = getattr(unwrapped(heads[0]), "coarse", None)
-    if isinstance(coarse, CoarseLevel):
+    head = unwrapped(heads[0])
+    # A head that reads some of the frames copies them, with nothing that was derived of all.
+    if isinstance(head, PSA) and head.coarse is not None and len(head.frame_indices) == experiment.sizes.frames:
         with torch.no_grad():
-            experiment.features.derive(coarse.derive)
+            experiment.features.derive(head.coarse.derive)
     ranks.broadcast_tensors([tensor for head in heads for tensor in head.state_dict().values()])
     learns = any(parameter.requires_grad for parameter in heads[0].parameters())
     plans = (plan_batches(experiment.train_table, train.batch, order_seed, epoch) for epoch in range(train.epochs))

@@ -1,6 +1,6 @@
 """A training step as a CUDA graph: the host launches all of its kernels at once.
 
-A step of psa is some 400 kernels. A GPU computes them in a fourth of the time in which a host launches them one by one
+A step of psa is some 360 kernels, which a host takes seven times as long to launch one by one as a GPU to compute
 (docs/kernels.md). A graph has fixed shapes and addresses: it works on batches that are padded to one shape, and reads
 them from one place.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from egopatch.train.data.batch import Batch, Options
+from egopatch.train.rundir.card import RunError
 
 # Batches that are learned from before the capture, which may neither compile a kernel nor load one.
 EAGER_BATCHES = 2
@@ -21,25 +22,31 @@ UNCHANGED = ("stored", "derived", "rows")
 
 
 class CapturedStep:
-    """Calls `step`, which learns from a batch and returns a tensor; on a GPU by a CUDA graph, after the first batches.
+    """Runs a step that learns from a batch and returns a tensor; on a GPU as a CUDA graph, after the first batches.
 
-    Args:
-        step: What it does follows from the batch, and from tensors that stay where they are; it reads none of them
-            back. Its numbers are those of its operations one by one.
+    What the step does follows from the batch, and from tensors that stay where they are; it reads none of them back.
+    Its numbers are those of its operations one by one.
     """
 
-    def __init__(self, step: Callable[[Batch], Tensor]) -> None:
-        self._step = step
+    def __init__(self) -> None:
         self._batches = 0
         self._captured: tuple[torch.cuda.CUDAGraph, Batch, Tensor] | None = None
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """The result of a step with the next batch; all batches are padded to one shape and read the same clips."""
+    def run(self, step: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+        """The result of `step` with the next batch.
+
+        Args:
+            step: The same in each call.
+            batch: All batches are padded to one shape and read the same clips.
+
+        Raises:
+            RunError: The step cannot be captured.
+        """
         self._batches += 1
         if not batch.answers.is_cuda or self._batches <= EAGER_BATCHES:
-            return self._step(batch)
+            return step(batch)
         if self._captured is None:
-            self._captured = self._capture(batch)
+            self._captured = _capture(step, batch)
         graph, inputs, result = self._captured
         assert inputs.stored is batch.stored
         for own, new in zip(changing_tensors(inputs), changing_tensors(batch), strict=True):
@@ -47,11 +54,25 @@ class CapturedStep:
         graph.replay()
         return result.clone()
 
-    def _capture(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, Tensor]:
-        inputs, graph = with_own_tensors(batch), torch.cuda.CUDAGraph()
+    def release(self) -> None:
+        """Free the graph's memory, which is that of a step beside the memory of all other work."""
+        self._captured = None
+
+
+def _capture(step: Callable[[Batch], Tensor], batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, Tensor]:
+    inputs, graph = with_own_tensors(batch), torch.cuda.CUDAGraph()
+    try:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU
-            result = self._step(inputs)
-        return graph, inputs, result
+            result = step(inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # torch has no type of its own for an operation that cannot be captured
+        reason = str(error).splitlines()[0]
+        raise RunError(
+            f"the training step cannot become a CUDA graph ({reason}); of a head from outside, set Head.captures to "
+            "false, of another use --train.residency ram"
+        ) from error
+    return graph, inputs, result
 
 
 def with_own_tensors(batch: Batch) -> Batch:

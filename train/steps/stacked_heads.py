@@ -67,6 +67,7 @@ class StackedHeads:
         step: Number of optimiser steps done.
         tensors: [M, ...] values of parameters and buffers by name; the former are views of `parameters`.
         parameters: The trainable ones.
+        captured: The step from a padded batch, on a GPU.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class StackedHeads:
         self._flat_averages = [flat.detach().clone() for flat in self.parameters.flats] if train.ema else []
         self._average = self.parameters.views(self._flat_averages) if train.ema else {}
         self._pending_losses: list[Tensor] = []
-        self._captured = CapturedStep(self._learn_whole)
+        self.captured = CapturedStep()
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -115,7 +116,7 @@ class StackedHeads:
         rate = learning_rate(self.step, self.steps, self.train)
         set_rate(self.optimiser, rate)
         if batch.padded and self.train.accumulate == 1:
-            values = self._captured(batch)
+            values = self.captured.run(self._learn_whole, batch)
         else:
             self._pending_losses.append(self._backward(batch))
             if not last and len(self._pending_losses) < self.train.accumulate:

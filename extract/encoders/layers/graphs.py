@@ -52,7 +52,8 @@ class ReplayedEncoder:
             replay = self._capture(self._encode)
             off = _difference(expected, replay())
         except RuntimeError as error:  # torch has no type of its own for an operation that cannot be captured
-            self._say(f"note: the encoder is launched kernel by kernel; no CUDA graph can be made of it ({error})")
+            reason = str(error).splitlines()[0]
+            self._say(f"note: the encoder is launched kernel by kernel; no CUDA graph can be made of it ({reason})")
             return None
         if off and not _difference(expected, self._encode()):
             self._say(f"note: the encoder is launched kernel by kernel; a CUDA graph of it gives other bits ({off})")

@@ -98,13 +98,19 @@ class CoarseLevel(nn.Module):
             return tokens
         # The kernels multiply float16 at many times float32's rate; a mean loses no more in it than its tokens did.
         dtype = torch.bfloat16 if patches.dtype == torch.bfloat16 else torch.float16
-        return functional.pad(tokens.to(dtype), (0, -tokens.shape[-1] % KERNEL_CHANNELS))
+        return functional.pad(tokens.to(dtype), (0, kernel_width(self.width) - tokens.shape[-1]))
 
     def merge(self, x: Tensor) -> Tensor:
         """[C, T, N, D] to [C, T, M, D]: the mean of each 2x2 block, of the patches inside the grid at odd edges."""
         channels = rearrange(x, "c t (rows cols) d -> (c t) d rows cols", rows=self.grid[0])
         merged = functional.avg_pool2d(channels, MERGE, ceil_mode=True, count_include_pad=False)
         return rearrange(merged, "(c t) d rows cols -> c t (rows cols) d", c=len(x))
+
+
+def kernel_width(width: int) -> int:
+    """Channels of merged patches of `width` channels, with their positions, where the kernels read them."""
+    wide = width + POSITION_WIDTH
+    return wide + -wide % KERNEL_CHANNELS
 
 
 def position_channels(rows: int, cols: int) -> Tensor:

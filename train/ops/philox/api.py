@@ -19,7 +19,7 @@ HAS_TRITON = find_spec("triton") is not None
 def uniform(shape: tuple[int, ...], draw: Draw, device: torch.device) -> Tensor:
     """float32 in [0, 1), [M, *shape] for the shape [R, ...] of a head's tensor."""
     if _by_kernel(device):
-        return uniform_kernel(list(shape), *_arguments(draw), device)
+        return uniform_kernel(list(shape), *_arguments(draw, device), device)
     return reference.uniform(shape, draw).to(device)
 
 
@@ -29,7 +29,7 @@ def dropout(x: Tensor, draw: Draw, p: float) -> Tensor:
     The probability is rounded to a multiple of 2^-16.
     """
     if _by_kernel(x.device):
-        return dropout_kernel(x, *_arguments(draw), p)
+        return dropout_kernel(x, *_arguments(draw, x.device), p)
     shape = x.shape[1:] if len(draw.seeds) > 1 else x.shape
     factor = reference.dropout_factor(tuple(shape), draw, p).to(x.device)
     return (x * factor).to(x.dtype)
@@ -39,7 +39,7 @@ def _by_kernel(device: torch.device) -> bool:
     return device.type == "cuda" and HAS_TRITON
 
 
-def _arguments(draw: Draw) -> tuple[list[int], int, Tensor, Tensor | None]:
+def _arguments(draw: Draw, device: torch.device) -> tuple[list[int], int, Tensor, Tensor | None]:
     # torch's integers are signed.
     seeds = [(seed + 2**63) % 2**64 - 2**63 for seed in draw.seeds]
-    return seeds, draw.place, draw.position, draw.rows
+    return seeds, draw.place, draw.position.to(device), draw.rows
