@@ -43,8 +43,8 @@ class TooManyErrors(JobFailed):
 def shards_at_once() -> int:
     """Shards that a worker writes at a time: while one is synced and read back, rows of others are checked and written.
 
-    On a node with an H100, four bare threads wrote 1,050 to 1,680 clips/s of 4.8 MB to memory, and one 430 to 520. In the
-    pipeline, four and two were equally fast there, and bound by something else.
+    On a node with an H100, four bare threads wrote 1,050 to 1,680 clips/s of 4.8 MB to memory, and one 430 to 520. In
+    the pipeline there, two were as fast as four: writing did not bind.
     """
     return min(4, max(2, usable_cores() // 4))
 
