@@ -34,7 +34,7 @@ from egopatch.extract.video.limits import OUT_OF_MEMORY, OUT_OF_TIME, limits, pr
 from egopatch.extract.video.once import OncePerVideo
 from egopatch.features.common.disk import require_semaphores
 from egopatch.features.common.parent import exit_with_parent
-from egopatch.features.common.signals import children_without_interrupts
+from egopatch.features.common.signals import children_without_interrupts, signals_held
 
 NO_CHILDREN = (
     "the decoder processes cannot be started, or were killed before they had a clip; check the machine's free memory"
@@ -139,7 +139,8 @@ class DecodePool(Generic[Prepared]):
     def _submit(self, clip: Clip) -> "_Scheduled":
         slot = self._ring.take() if self._ring else None
         args = (self._prepare, clip, self._video, self._shared.path, slot)
-        return _Scheduled(clip, slot, self._pool.schedule(_attempt, args=args))
+        with signals_held():  # pebble's queue would not survive an exception in its midst
+            return _Scheduled(clip, slot, self._pool.schedule(_attempt, args=args))
 
     def _result(self, scheduled: "_Scheduled") -> Prepared | UndecodedClip:
         slot, ring = scheduled.slot, self._ring

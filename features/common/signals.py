@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from types import FrameType
+from typing import Any
 
 
 @contextmanager
@@ -24,6 +25,30 @@ def signal_handlers(
     finally:
         for number, former in before.items():
             signal.signal(number, former)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGUSR1 reach their handlers at the end of the block.
+
+    A handler that raises does so between any two steps of the main thread. Within `queue.Queue.put`, that can leave a
+    waiter behind which takes the next wake-up from the thread that waits in `get`, and whoever joins it waits forever.
+    Outside of the main thread, which alone runs handlers, nothing is held.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    before: dict[signal.Signals, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            before[number] = signal.signal(number, lambda received, _: arrived.append(received))
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
+        for received in dict.fromkeys(arrived):
+            signal.raise_signal(received)
 
 
 def start_trackers() -> None:

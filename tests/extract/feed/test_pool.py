@@ -165,6 +165,29 @@ def test_children_that_are_starting_end_with_the_pool_and_say_nothing(
     assert not any(file.exists() for file in files)
 
 
+def test_an_interrupt_while_a_clip_is_queued_is_raised_afterwards(tmp_path: Path) -> None:
+    """Between the two steps of a wake-up, it would leave a waiter behind, and the pool's end would wait forever."""
+    steps = []
+    with DecodePool(SMALL, 1, prepare_clip) as pool:
+        woken = pool._pool._context.task_queue.not_empty
+        while not woken._waiters:  # the thread that sends clips to children has not started to wait
+            time.sleep(0.01)
+
+        def notify() -> None:
+            del woken.notify
+            waiter = woken._waiters[0]
+            waiter.release()
+            signal.raise_signal(signal.SIGINT)
+            woken._waiters.remove(waiter)
+            steps.append("woken")
+
+        woken.notify = notify
+        with pytest.raises(KeyboardInterrupt):
+            list(pool.map([Clip("a", tmp_path / "none")]))
+        assert steps == ["woken"]
+        assert len(woken._waiters) <= 1  # of the thread itself
+
+
 def niceness(clip: Clip, *_: object) -> tuple[str, int]:
     return clip.clip_id, os.nice(0)
 
