@@ -265,7 +265,7 @@ def main() -> int:
         },
         "pipeline": storing,
         "pipeline_without_store": forgetting,
-        "work": {key: str(value) for key, value in vars(options).items()} | asdict(KIND),
+        "work": {key: str(value) for key, value in vars(options).items() if key != "out"} | asdict(KIND),
         "machine": stamp() | {"cores": cores},
     }
     text = json.dumps(result, indent=1)
