@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ import yaml
 
 from benchmarks._egosynth_cost import cost_of
 from benchmarks._egosynth_docs import NUMBERS, REFERENCE, SPLITS, markdown, write_docs
+from benchmarks._egosynth_systems import ABLATION, ENCODERS, PARAPHRASES, SEARCHED, SYSTEMS
 from benchmarks._egosynth_wordings import disagreements
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, load_config, parse_config
 from egopatch.configs.schema import Config
@@ -47,70 +47,6 @@ from egopatch.train.sweeps.sweep import run_sweep
 RESULTS = Path(__file__).parent / "results"
 RATIOS = (0.1, 0.25, 0.5, 1.0)
 SEARCH = Path(__file__).parent / "egosynth_search.yaml"
-SEARCHED = ("question-only", "pooled (lite)", "attention (lite)", REFERENCE)
-
-
-@dataclass(frozen=True)
-class System:
-    """A row of the table: the encoder whose config and store it takes, and options beyond them."""
-
-    encoder: str
-    options: tuple[str, ...]
-
-
-# The rate and the decay of psa's config, with which it converges, are not the baselines'.
-BASELINE = ("--train.lr", "1e-3", "--train.weight_decay", "0.05")
-# Without video, val is highest before the last of these.
-BLIND_EPOCHS = ("--train.epochs", "12")
-SYSTEMS = {
-    "majority": System("lite", ("--head.name", "majority")),
-    "question-only": System("lite", ("--head.name", "question-only", *BLIND_EPOCHS, *BASELINE)),
-    "egovlp": System("egovlp", ()),
-    "egovlpv2": System("egovlpv2", ("--head.name", "egovlpv2", *BASELINE)),
-    "pooled (lite)": System("lite", ("--head.name", "pooled", *BASELINE)),
-    "attention (lite)": System("lite", ("--head.name", "attention", *BASELINE, "--train.lr", "5e-4")),
-    "mfas": System("mfas", ()),
-    "psa": System("egovlpv2", ()),
-    REFERENCE: System("lite", ()),
-}
-# What encodes; said beside every table.
-ENCODERS = {
-    "egovlp": "random-weight stand-in of EgoVLP",
-    "egovlpv2": "random-weight stand-in of EgoVLPv2",
-    "mfas": "random-weight stand-in of MFAS, 8 x 8 patches a frame instead of 7 x 7",
-    "lite": "EfficientNet-Lite0 (ImageNet) and MiniLM, real weights",
-}
-
-# What the paraphrase contrast reads; no other row does, but all of the ablation share the data.
-PARAPHRASES = ("--data.paraphrases", "true")
-# Each part of psa switched off or changed, one at a time; the last ones are parts that the config leaves off.
-ABLATION: dict[str, dict[str, Any]] = {
-    "selection: random": {"head.scores": ["random"]},
-    "selection: saliency alone": {"head.scores": ["saliency"]},
-    "selection: prior alone": {"head.scores": ["prior"]},
-    "selection: question alone": {"head.scores": ["question"]},
-    "selection: none, all patches": {"head.scores": ["all"]},
-    "without coarse partition": {"head.coarse": False},
-    "question read once": {"head.readers": 1},
-    "question not at patches": {"head.levels": ["frame", "video"]},
-    "without times": {"head.time": False},
-    "question not at frames": {"head.levels": ["patch", "video"]},
-    "without prior": {"head.scores": ["question", "saliency"]},
-    "without saliency": {"head.scores": ["question", "prior"]},
-    "question not at the video": {"head.levels": ["patch", "frame"]},
-    "without the question's score": {"head.scores": ["saliency", "prior"]},
-    "prior: flat at the start": {"head.prior": "flat"},
-    "prior: centre at the start": {"head.prior": "centre"},
-    "prior not learned": {"head.prior_learned": False},
-    "saliency's weight starts at 1": {"head.saliency_weight": 1.0},
-    "coarse gate not learned": {"head.merge": False},
-    "two frames": {"head.frames": 2},
-    "dropout 0.1": {"head.dropout": 0.1},
-    "label smoothing 0": {"train.label_smoothing": 0.0},
-    "growing region": {"head.growth": True},
-    "averaged weights": {"train.ema": 0.99},
-    "paraphrase contrast": {"train.contrast": 0.3},
-}
 
 
 class Bench:

@@ -251,3 +251,16 @@ def test_it_is_part_of_the_fingerprint(made: Path, monkeypatch: pytest.MonkeyPat
 def test_several_workers_do_not_share_a_gpu_decoder(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", *options(made, "--video.decoder", "nvdec", "--engine.workers", "2")]) == 2
     assert "with 2 workers, whose children would all decode on the first GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no CUDA"), av.error.ExternalError(1, "no GPU")])
+def test_no_context_is_held_where_there_is_no_gpu(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening the video says so; `require_gpu_decoder` says it before a job begins."""
+
+    def create(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(nvdec, "_settings", lambda primary: SimpleNamespace(create=create))
+    assert nvdec._held_context.__wrapped__() is None
+    with pytest.raises(ConfigError, match=r"FFmpeg cannot use an NVIDIA GPU here .*take pyav"):
+        nvdec.require_gpu_decoder()
