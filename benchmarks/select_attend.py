@@ -1,6 +1,7 @@
 """`select_attend` compared with other implementations: forward, backward and both, over selection ratios.
 
-    python benchmarks/select_attend.py [--preset small|batch|one] [--heads 4] [--ratios 0.05 0.25 1.0] [--out FILE.json]
+    python benchmarks/select_attend.py [--preset small|batch|one] [--heads 4] [--ratios 0.05 0.25 1.0]
+        [--variants ours compiled] [--out FILE.json]
 
     ours       the Triton kernels on a GPU, the chunked reference on a CPU
     eager      the definition in plain PyTorch, which copies the clip of every question
@@ -23,7 +24,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -120,14 +121,17 @@ class Problem:
         return (flex_attention(q, keys, values, score_mod=add_score),)
 
 
-def variants(problem: Problem, device: str) -> dict[str, Callable[..., Outputs]]:
-    """The variants that fit in memory, by name."""
+VARIANTS = ("ours", "eager", "compiled", "dense", "flex")
+
+
+def variants(problem: Problem, device: str, names: Sequence[str]) -> dict[str, Callable[..., Outputs]]:
+    """Those of `names` that this device can run and that fit in memory, by name."""
     found: dict[str, Callable[..., Outputs]] = {"ours": problem.ours}
     if problem.expanded_bytes <= LARGEST_EXPANSION[device]:
         found |= {"eager": problem.eager, "compiled": torch.compile(problem.eager), "dense": problem.dense}
         if device == "cuda":
             found["flex"] = torch.compile(problem.flex)
-    return found
+    return {name: call for name, call in found.items() if name in names}
 
 
 def milliseconds(call: Callable[[], object], device: str, flush: Tensor) -> float:
@@ -167,8 +171,10 @@ def graph_of(call: Callable[[], object]) -> Callable[[], object]:
     return lambda: (graph.replay(), kept)
 
 
-def measure(problem: Problem, device: str, rounds: int, copy: float, flush: Tensor) -> dict[str, dict[str, object]]:
-    calls = variants(problem, device)
+def measure(
+    problem: Problem, device: str, names: Sequence[str], rounds: int, copy: float, flush: Tensor
+) -> dict[str, dict[str, object]]:
+    calls = variants(problem, device, names)
     if "eager" in calls:
         for ours, theirs in zip(problem.ours(*problem.leaves), problem.eager(*problem.leaves), strict=True):
             # Scores that float32 cannot tell apart may be selected differently.
@@ -261,6 +267,7 @@ def main() -> int:
     parser.add_argument("--preset", choices=PRESETS, default="batch" if torch.cuda.is_available() else "small")
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.1, 0.25, 0.5, 1.0])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--rounds", type=int, default=25 if torch.cuda.is_available() else 5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="JSON file for the results; a plot is written beside it")
@@ -275,7 +282,7 @@ def main() -> int:
     results: list[dict[str, object]] = []
     for ratio in args.ratios:
         problem = Problem(args.preset, args.heads, ratio, device)
-        rows = measure(problem, device, args.rounds, copy, flush)
+        rows = measure(problem, device, args.variants, args.rounds, copy, flush)
         if "dense" in rows:
             rows["dense"]["backend"] = problem.sdpa
         results.append({"ratio": ratio, "k": problem.k, "token_bytes": problem.token_bytes, "variants": rows})
