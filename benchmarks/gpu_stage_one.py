@@ -6,9 +6,9 @@
 Videos are 320x240 H.264 of 2 s, a file a clip; the network has its published size and random weights, which do not
 change the work. The job is run with a store that forgets what it gets, and then with one in /dev/shm, if there is room,
 unless --store names another folder. The second is also compared with bare writing and fsync of the same bytes to the
-same folder, by one thread and by as many as a worker has: the better of a measurement before and one after it, because
-memory that a machine uses for the first time is slower. `steady` leaves out what comes before the first encoded batch.
-nvidia-smi samples the GPU's use.
+same folder, by one thread and by as many as a worker has: the better of a measurement before and one after it. Before
+that as many bytes are written and removed, because memory that a virtual machine uses for the first time is slower.
+`steady` leaves out what comes before the first encoded batch. nvidia-smi samples the GPU's use.
 Without a GPU (--quick, to see that it runs) a stand-in takes the same way on the CPU.
 """
 
@@ -122,6 +122,21 @@ def writing_rate(root: Path, row_bytes: int, shard: int, threads: int, shards: i
     took, cpu, clips = time.perf_counter() - started, time.process_time() - cpu, threads * shards * shard
     shutil.rmtree(root)
     return clips / took, 1e3 * cpu / clips
+
+
+def fill_and_empty(root: Path, nbytes: int, threads: int) -> None:
+    """Write files of `nbytes` bytes together, and remove them."""
+    block = bytes(1 << 24)
+
+    def write(thread: int) -> None:
+        with (root / str(thread)).open("wb", buffering=0) as file:
+            for _ in range(-(-nbytes // threads // len(block))):
+                file.write(block)
+
+    root.mkdir()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(write, range(threads)))
+    shutil.rmtree(root)
 
 
 def run_job(job: "ExtractionJob", paths: list[Path], root: Path, decoders: int, forget: bool) -> dict[str, Any]:
@@ -243,6 +258,7 @@ def main() -> int:
                 rate, cpu_ms = rates[-1]
                 say(f"bare writing, {name}: {rate:.1f} clips/s, {rate * row_bytes / 1e9:.2f} GB/s, {cpu_ms:.2f} ms CPU")
 
+        fill_and_empty(Path(stores) / "used", options.stored * row_bytes, cores)
         measure_bare()
         storing = run_job(job, paths[: options.stored], Path(stores), cores, forget=False)
         say(f"pipeline with a store: {storing}")

@@ -10,7 +10,7 @@ from egopatch.configs.schema import VideoConfig
 from egopatch.extract.feed.clips import ALIGNMENT, PreparedClip, PreparedTogether
 from egopatch.extract.feed.cut import cut_clip, finish_cut
 from egopatch.extract.feed.on_host import finish_on_host, prepare_clip
-from egopatch.extract.feed.pool import DecodePool
+from egopatch.extract.feed.pool import TOGETHER, DecodePool
 from egopatch.extract.feed.ring import Ring
 from egopatch.extract.feed.together import Finish, prepare_together
 from egopatch.extract.video.transforms import Transform
@@ -27,15 +27,15 @@ def open_decoders(
         video: Number and size of frames, and limits.
         transform: Transform of the network.
         workers: Number of child processes.
-        clips: Number of clips that are decoded ahead, or whose frames are in use, at a time.
+        clips: Number of clips that are decoded ahead, or whose frames are in use, at a time; quick ones, of which a
+            child gets several at a time, find more slots.
         cut: Whether children leave cut pixels, for a device that transforms them, rather than finished input. Pixels
             that are too many for a slot, which may have at most a quarter of the free memory together, are transformed
             nevertheless.
     """
     most, slot_bytes = _sizes(video, clips, cut)
-    if not cut:
-        return DecodePool(video, workers, partial(prepare_clip, transform=transform), Ring(clips, slot_bytes))
-    return DecodePool(video, workers, partial(cut_clip, transform=transform, most=most), Ring(clips, slot_bytes))
+    prepare = partial(cut_clip, transform=transform, most=most) if cut else partial(prepare_clip, transform=transform)
+    return DecodePool(video, workers, prepare, _ring(clips, workers, slot_bytes))
 
 
 def open_decoders_of_several(
@@ -52,7 +52,13 @@ def open_decoders_of_several(
         finish = partial(finish_cut, most=most) if cut else finish_on_host
         finishes.append(partial(finish, size=size, transform=transform))
     ways = [distinct.index((video.size, transform, cut)) for video, transform, cut in encoders]
-    return DecodePool(video, workers, partial(prepare_together, finishes=finishes, ways=ways), Ring(clips, slot_bytes))
+    prepare = partial(prepare_together, finishes=finishes, ways=ways)
+    return DecodePool(video, workers, prepare, _ring(clips, workers, slot_bytes))
+
+
+def _ring(clips: int, workers: int, slot_bytes: int) -> Ring:
+    """With room for clips that children get several at a time."""
+    return Ring(clips + (2 * workers + 1) * (TOGETHER - 1), slot_bytes)
 
 
 def _sizes(video: VideoConfig, clips: int, cut: bool) -> tuple[int, int]:

@@ -10,9 +10,10 @@ import functools
 import os
 import signal
 import sys
+import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +42,10 @@ NO_CHILDREN = (
     " and its limit of processes, and run the same command again to resume"
 )
 NICENESS = 5
+# Quick clips share tasks of about this many seconds, since each task costs this process a millisecond, in four threads
+# that wait for each other: as long as a GPU takes to encode a clip.
+TASK_S = 0.1
+TOGETHER = 4
 Prepared = TypeVar("Prepared")
 Prepare = Callable[[Clip, VideoConfig, OncePerVideo], Prepared]
 
@@ -79,8 +84,9 @@ class DecodePool(Generic[Prepared]):
         video: Number and size of frames, and limits.
         workers: Number of child processes.
         prepare: Function that a child calls for each clip, and with what the children know about videos.
-        ring: Memory for the frames of every `PreparedClip`, with a slot for each clip that is decoded ahead and for
-            each that the caller has not yet released; None sends results through a pipe, which is slow for frames.
+        ring: Memory for the frames of every `PreparedClip`, with a slot for each clip that is decoded ahead (see `map`)
+            and for each that the caller has not yet released; None sends results through a pipe, which is slow for
+            frames.
     """
 
     def __init__(self, video: VideoConfig, workers: int, prepare: Prepare[Prepared], ring: Ring | None = None) -> None:
@@ -123,38 +129,73 @@ class DecodePool(Generic[Prepared]):
         if self._ring:
             self._ring.close()
 
-    def map(self, clips: Iterable[Clip], ahead: int | None = None) -> Iterator[Prepared | UndecodedClip]:
-        """Decode `clips` in order, at most `ahead` clips before the caller needs them, so that memory stays flat."""
-        waiting: deque[_Scheduled] = deque()
-        upcoming = iter(clips)
-        # By default two for each child: one in progress, and one finished or waiting.
-        for clip in islice(upcoming, ahead or 2 * self._workers):
-            waiting.append(self._submit(clip))
-        while waiting:
-            result = self._result(waiting.popleft())
-            for following in islice(upcoming, 1):
-                waiting.append(self._submit(following))
-            yield result
+    def map(
+        self, clips: Iterable[Clip], ahead: int | None = None, together: int = 1
+    ) -> Iterator[Prepared | UndecodedClip]:
+        """Decode `clips` in order, a bounded number of them before the caller needs them, so that memory stays flat.
 
-    def _submit(self, clip: Clip) -> "_Scheduled":
-        slot = self._ring.take() if self._ring else None
-        args = (self._prepare, clip, self._video, self._shared.path, slot)
+        Args:
+            clips: The clips.
+            ahead: Number of clips; by default two for each child, one in progress, and one finished or waiting.
+            together: Number of clips that a child gets at a time, if they are quick. Then `2 * workers` times as many
+                more are decoded ahead.
+        """
+        ahead = ahead or 2 * self._workers
+        upcoming, tasks = iter(clips), deque[_Task]()
+        unfinished, clip_s = 0, TASK_S
+        found: list[Prepared | UndecodedClip] = []
+        while True:
+            count = max(1, min(together, int(TASK_S / clip_s)))
+            most = ahead + 2 * self._workers * (count - 1)
+            while unfinished + count <= most and (group := list(islice(upcoming, count))):
+                tasks.append(self._submit(group))
+                unfinished += len(group)
+            yield from found  # now that the children have something else to do
+            if not tasks:
+                return
+            task = tasks.popleft()
+            try:
+                done = self._outcome(task)
+            except _Killed as killed:
+                if len(task.clips) > 1:  # by which of them? each alone will tell
+                    found = []
+                    tasks.extendleft(
+                        self._schedule([clip], [slot])
+                        for clip, slot in zip(reversed(task.clips), reversed(task.slots), strict=True)
+                    )
+                    continue
+                done = _Done([UndecodedClip(task.clips[0], killed.reason)], clip_s)
+            unfinished -= len(task.clips)
+            clip_s += (done.seconds / len(task.clips) - clip_s) / 8
+            found = [self._picked_up(result, slot) for result, slot in zip(done.results, task.slots, strict=True)]
+
+    def _submit(self, clips: list[Clip]) -> "_Task":
+        return self._schedule(clips, [self._ring.take() if self._ring else None for _ in clips])
+
+    def _schedule(self, clips: list[Clip], slots: list[int | None]) -> "_Task":
+        args = (self._prepare, clips, self._video, self._shared.path, slots)
         with signals_held():  # pebble's queue would not survive an exception in its midst
-            return _Scheduled(clip, slot, self._pool.schedule(_attempt, args=args))
+            return _Task(clips, slots, self._pool.schedule(_attempt_all, args=args))
 
-    def _result(self, scheduled: "_Scheduled") -> Prepared | UndecodedClip:
-        slot, ring = scheduled.slot, self._ring
-        result = self._outcome(scheduled.clip, scheduled.future)
+    def _picked_up(self, result: object, slot: int | None) -> Prepared | UndecodedClip:
+        ring = self._ring
         if ring is not None and slot is not None:
             if isinstance(result, LeftClip | LeftTogether):
                 return result.pick_up(ring.memory(slot), partial(ring.give_back, slot))  # type: ignore[return-value]
             ring.give_back(slot)  # the child has ended or has reported its error: it does not write any more
         return result  # type: ignore[return-value]
 
-    def _outcome(self, clip: Clip, future: ProcessFuture) -> Prepared | LeftClip | LeftTogether | UndecodedClip:
+    def _outcome(self, task: "_Task") -> "_Done":
+        """What a child made of a task.
+
+        Raises:
+            _Killed: The child ended meanwhile.
+            ChildProcessError: None can be started.
+        """
         try:
-            return future.result()
+            return task.future.result()
         except ProcessExpired as error:
+            clip = task.clips[0]
             if error.exitcode == OUT_OF_MEMORY:
                 reason = _too_large(clip, self._video)
             elif error.exitcode == OUT_OF_TIME:
@@ -162,18 +203,43 @@ class DecodePool(Generic[Prepared]):
                 reason = f"video {clip.video} took over {limit:g} s to decode (video.timeout_s); its decoder was killed"
             else:
                 reason = f"the decoder of video {clip.video} died with exit code {error.exitcode}"
-            return UndecodedClip(clip, reason)
+            raise _Killed(reason) from error
         except BrokenProcessPool as error:
             raise ChildProcessError(NO_CHILDREN) from error
 
 
-@dataclass(frozen=True)
-class _Scheduled:
-    """A clip that a child has or will get, and the slot for its frames."""
+class _Killed(Exception):
+    """A child ended while it worked on a task; `reason` is right if the task has one clip."""
 
-    clip: Clip
-    slot: int | None
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Clips that a child has or will get, and the slots for their frames."""
+
+    clips: list[Clip]
+    slots: list[int | None]
     future: ProcessFuture
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What has become of a task's clips, and the seconds that it took."""
+
+    results: Sequence[object]
+    seconds: float
+
+
+def _attempt_all(
+    prepare: Prepare[Prepared], clips: list[Clip], video: VideoConfig, shared: Path, slots: list[int | None]
+) -> _Done:
+    """Prepare the clips of a task in a child, each within the limits."""
+    started = time.perf_counter()
+    results = [_attempt(prepare, clip, video, shared, slot) for clip, slot in zip(clips, slots, strict=True)]
+    return _Done(results, time.perf_counter() - started)
 
 
 def _attempt(

@@ -39,7 +39,7 @@ class Ring:
     def take(self) -> int:
         """A slot that is free now."""
         assert self._free, f"all {self.slots} slots of the ring are in use; its user must give slots back first"
-        return self._free.popleft()
+        return self._free.pop()  # the one that was used last: others may never be needed, and take no memory then
 
     def give_back(self, slot: int) -> None:
         """Declare a slot free; its content must not be used any more. Any thread may call this."""

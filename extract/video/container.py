@@ -37,7 +37,7 @@ from egopatch.extract.video.index import (
 from egopatch.extract.video.limits import reading_through
 from egopatch.extract.video.nvdec import accelerator, refusal, uses_gpu
 from egopatch.extract.video.once import FileVersion, OncePerVideo, version_of
-from egopatch.extract.video.orientation import upright
+from egopatch.extract.video.orientation import Upright
 
 KEPT_BYTES = 32 * 2**20  # smaller files are read once, for the index and for the decoder
 Shrink = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
@@ -74,6 +74,7 @@ class VideoFile:
         on_gpu: bool,
     ) -> None:
         self.path = path
+        self._upright = Upright(path)
         self._on_gpu = on_gpu
         self._container = container
         self._stream = _film(path, container)
@@ -284,7 +285,7 @@ class VideoFile:
         return _Stop(int(rows[0]) if row is None else row, is_damaged=False)
 
     def _finished(self, frame: "av.VideoFrame") -> NDArray[np.uint8]:
-        pixels = upright(self.path, frame)
+        pixels = self._upright(frame)
         return self._shrink(pixels) if self._shrink else pixels
 
     def _require_gpu_decoding(self) -> None:

@@ -5,13 +5,15 @@ watches the memory. They hold only while the child works on a clip, because a ch
 returns one would leave the other children's queue locked.
 """
 
+import ctypes
 import functools
 import os
 import resource
 import signal
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 
@@ -19,6 +21,8 @@ from egopatch.configs.schema import VideoConfig
 
 GIB = 1024**3
 MEMORY_POLL_S = 0.02
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_KEPT_BYTES, _LARGEST_KEPT = 1 << 26, 1 << 25  # of all memory that is free, and of one piece: 32 MB is its own limit
 OUT_OF_MEMORY = 117  # exit codes of a child that used too much memory,
 OUT_OF_TIME = -signal.SIGALRM  # and of one that took too long
 SLOWEST_BYTES_PER_S = 4e6  # reading a video through, on a network file system that many decoders share
@@ -27,6 +31,7 @@ SLOWEST_BYTES_PER_S = 4e6  # reading a video through, on a network file system t
 def prepare_child(memory_gb: float) -> None:
     """Prepare this process, once, for clips within `limits`."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # it may have been ignored where the job was started
+    _keep_freed_memory()
     _memory_at_start()
     # The system's own limit catches growth that is faster than the polling. FFmpeg fails there without naming the
     # cause, so it is the wider of the two; it counts data, not the address space of idle threads.
@@ -36,27 +41,51 @@ def prepare_child(memory_gb: float) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
+def _keep_freed_memory() -> None:
+    """Have the C library keep the memory of a frame for the next one, which saves a tenth of a short clip's time."""
+    with suppress(AttributeError, OSError):  # it is not glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
+
+
 @contextmanager
 def limits(video: VideoConfig) -> Iterator[None]:
     """End this process if the block takes longer than `video.timeout_s` or more memory than `video.memory_gb`."""
-    done, ending = threading.Event(), threading.Lock()
-    most = _memory_at_start() + int(video.memory_gb * GIB)
+    with _memory_watch().at_most(_memory_at_start() + int(video.memory_gb * GIB)):
+        signal.setitimer(signal.ITIMER_REAL, video.timeout_s)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
-    def watch() -> None:
-        while not done.wait(MEMORY_POLL_S):
-            if _memory_in_use() > most:
-                with ending:
-                    if not done.is_set():
-                        os._exit(OUT_OF_MEMORY)
 
-    threading.Thread(target=watch, daemon=True).start()
-    signal.setitimer(signal.ITIMER_REAL, video.timeout_s)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        with ending:
-            done.set()
+class _MemoryWatch:
+    """A thread that ends this process when it uses too much memory; it is started once, not for each clip."""
+
+    def __init__(self) -> None:
+        self._most: int | None = None
+        self._working, self._ending = threading.Event(), threading.Lock()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    @contextmanager
+    def at_most(self, nbytes: int) -> Iterator[None]:
+        """End this process if it uses more than `nbytes` while the block runs."""
+        self._most = nbytes
+        self._working.set()
+        try:
+            yield
+        finally:
+            self._working.clear()
+            with self._ending:
+                self._most = None
+
+    def _watch(self) -> None:
+        while self._working.wait():
+            time.sleep(MEMORY_POLL_S)
+            with self._ending:
+                if self._most is not None and _memory_in_use() > self._most:
+                    os._exit(OUT_OF_MEMORY)
 
 
 @contextmanager
@@ -83,6 +112,11 @@ def clock_stopped() -> Iterator[float]:
         yield left_s
     finally:
         signal.setitimer(signal.ITIMER_REAL, left_s)
+
+
+@functools.cache
+def _memory_watch() -> _MemoryWatch:
+    return _MemoryWatch()
 
 
 @functools.cache

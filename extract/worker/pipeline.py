@@ -17,7 +17,7 @@ from egopatch.extract.datasets import Clip
 from egopatch.extract.datasets.origins import origin_of
 from egopatch.extract.feed.clips import PreparedClip, PreparedTogether
 from egopatch.extract.feed.decoders import open_decoders_of_several
-from egopatch.extract.feed.pool import DecodePool, UndecodedClip
+from egopatch.extract.feed.pool import TOGETHER, DecodePool, UndecodedClip
 from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
 from egopatch.extract.worker.device import describe_machine
 from egopatch.extract.worker.job import ExtractionJob
@@ -137,7 +137,7 @@ def fill_stores(
             stack.enter_context(one)  # ends first: it uses the decoders' memory
             fillings.append(_Filling(target, one, writer, clips, on_progress))
         requested: deque[list[int]] = deque()  # of each clip that is being decoded, the targets that lack it
-        results = _TimedResults(pool.map(_merged(fillings, clips, requested), ahead=ahead))
+        results = _TimedResults(pool.map(_merged(fillings, clips, requested), ahead, TOGETHER))
         for result in results:
             lacking = requested.popleft()
             for number, share in zip(lacking, _shares(result, lacking), strict=True):

@@ -18,6 +18,7 @@ from egopatch.extract.feed import clips as feed_clips
 from egopatch.extract.feed.clips import PreparedClip
 from egopatch.extract.feed.on_host import prepare_clip
 from egopatch.extract.feed.pool import NICENESS, DecodePool, UndecodedClip
+from egopatch.extract.feed.ring import Ring
 from egopatch.extract.video.container import VideoError
 from egopatch.extract.video.once import OncePerVideo
 from tests.extract.video.videos import write_video
@@ -112,6 +113,37 @@ def test_clips_come_back_in_order_and_equal_to_this_process(clips: list[Clip]) -
         # Children resize on one thread, this process on several: the last bit may differ.
         np.testing.assert_allclose(one.frames, expected.frames, rtol=0, atol=1e-6)
         assert one.source == expected.source
+
+
+def name_or_die(clip: Clip, *_: object) -> str:
+    if clip.clip_id == "die":
+        os._exit(3)
+    return clip.clip_id
+
+
+def test_quick_clips_share_tasks_and_a_killed_child_costs_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    schedule = ProcessPool.schedule
+
+    def count(self: ProcessPool, function: Callable, args: tuple) -> object:
+        sizes.append(len(args[1]))
+        return schedule(self, function, args=args)
+
+    monkeypatch.setattr(ProcessPool, "schedule", count)
+    names = [str(i) for i in range(100)]
+    names[80] = names[95] = "die"
+    with DecodePool(SMALL, 2, name_or_die, Ring(4 + 5 * 3, 1 << 12)) as pool:
+        results = list(pool.map((Clip(name, Path("a.mp4")) for name in names), ahead=4, together=4))
+        assert len(pool._ring._free) == 4 + 5 * 3
+    for name, result in zip(names, results, strict=True):
+        if name == "die":
+            assert isinstance(result, UndecodedClip)
+            assert result.reason == "the decoder of video a.mp4 died with exit code 3"
+        else:
+            assert result == name
+    assert sizes[0] == 1, "nothing is known yet about the first clips"
+    assert max(sizes) == 4
+    assert len(sizes) < 70
 
 
 @pytest.mark.parametrize("reasons", [FAILED, pytest.param(KILLED, marks=pytest.mark.slow)], ids=["fails", "is killed"])

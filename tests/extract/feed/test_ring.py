@@ -161,7 +161,7 @@ def test_without_unnamed_shared_memory_a_file_is_used(
         new = set(Path(tempfile.gettempdir()).iterdir()) - files
         assert not [path for path in new if path.is_file()]
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"note: frames are handed over through a file in {tempfile.gettempdir()} of up to 0.0 GB")
+    assert line.startswith(f"note: frames are handed over through a file in {tempfile.gettempdir()} of up to 0.1 GB")
 
 
 def test_children_that_only_decode_are_small_and_fast(video: Path) -> None:

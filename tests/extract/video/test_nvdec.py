@@ -19,7 +19,7 @@ from egopatch.extract.datasets import Clip
 from egopatch.extract.video import container, nvdec
 from egopatch.extract.video.container import open_video
 from egopatch.extract.video.frames import VideoError, read_frames
-from egopatch.extract.video.orientation import upright
+from egopatch.extract.video.orientation import Upright
 from egopatch.extract.worker.job import resolve_job
 from tests.extract.job import config_of, options
 from tests.extract.video.odd_videos import ODD, REFUSED, coded, full_decode, moving
@@ -176,11 +176,11 @@ def test_whatever_fails_on_the_gpu_names_nvdec(
 ) -> None:
     """Among them a lack of memory, which may be the GPU's: no larger `video.memory_gb` would help."""
 
-    def fail(path: Path, frame: av.VideoFrame) -> np.ndarray:
+    def fail(self: Upright, frame: av.VideoFrame) -> np.ndarray:
         raise kind(1, "no frame")
 
     monkeypatch.setattr(container, "uses_gpu", lambda stream: True)
-    monkeypatch.setattr(container, "upright", fail)
+    monkeypatch.setattr(Upright, "__call__", fail)
     path = write_video(tmp_path / "a.mp4")
     with pytest.raises(VideoError, match=r"by nvdec: no frame; take video\.decoder pyav for it"):
         read_frames(Clip("a", path), VideoConfig(frames=4, decoder="nvdec"))
@@ -208,6 +208,10 @@ class GpuFrame:
     def side_data(self) -> object:
         return self._frame.side_data
 
+    @property
+    def rotation(self) -> int:
+        return self._frame.rotation
+
     def reformat(self, format: str, threads: int) -> av.VideoFrame:
         """A copy in the computer's memory; PyAV copies the side data too."""
         assert (format, threads) == ("yuv420p", 1)
@@ -228,7 +232,7 @@ def first(exif: Path) -> Iterator[av.VideoFrame]:
 def test_side_data_without_a_name_is_read_from_the_copy(exif: Path, first: av.VideoFrame) -> None:
     with pytest.raises(ValueError, match="31 is not a valid Type"):
         _ = first.side_data
-    assert np.array_equal(upright(exif, GpuFrame(first, "nv12")), full_decode(exif)[1][0])
+    assert np.array_equal(Upright(exif)(GpuFrame(first, "nv12")), full_decode(exif)[1][0])
 
 
 @pytest.mark.parametrize(("kept_as", "named"), [("p016le", "p016le"), (None, "an unknown format")])
@@ -238,7 +242,7 @@ def test_a_format_that_the_gpu_returns_and_pyav_does_not_is_named(
     with pytest.raises(
         VideoError, match=f"avi cannot .* by nvdec: the GPU returns its frames as {named}; expected nv12"
     ):
-        upright(exif, GpuFrame(first, kept_as))
+        Upright(exif)(GpuFrame(first, kept_as))
 
 
 def test_it_is_part_of_the_fingerprint(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,9 @@ class Decoders:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def map(self, clips: Iterable[Clip], ahead: int | None = None) -> Iterator[PreparedClip | UndecodedClip]:
+    def map(
+        self, clips: Iterable[Clip], ahead: int | None = None, together: int = 1
+    ) -> Iterator[PreparedClip | UndecodedClip]:
         self.ahead = ahead
         for clip in clips:
             self.decoded.append(clip.clip_id)
