@@ -36,7 +36,8 @@ def findings(found: Mapping[str, Any]) -> list[str]:
             below = [part for part in NUMBERS if row[part]["high"] < majority[part]["mean"]]
             if below:
                 lines.append(f"- **{split.capitalize()}.** {row['system']} is below majority on {listed(below)}.")
-        parts = {row["part"]: row["against_whole"]["verdict"] for row in found["ablation"] if row["split"] == split}
+        changed = [row for row in found["ablation"] if row["split"] == split and "against_whole" in row]
+        parts = {row["part"]: row["against_whole"]["verdict"] for row in changed}
         if parts:
             opposite = {"above": "below", "below": "above"}
             whole = {part: opposite.get(verdict, verdict) for part, verdict in parts.items()}
@@ -101,11 +102,13 @@ def markdown(found: Mapping[str, Any]) -> str:
     for split in SPLITS:
         rows = [row for row in found["ablation"] if row["split"] == split]
         if rows:
-            lines += ["", f"| {split}: psa (lite) | all | against the whole | verdict |", "|:--|--:|--:|:--|"]
+            lines += ["", f"| {split}: psa (lite) | all | each seed | against the whole | verdict |"]
+            lines += ["|:--|--:|--:|--:|:--|"]
         for row in rows:
-            gap = row["against_whole"]
-            text = f"{gap['difference']:+.1f} [{gap['low']:+.1f}, {gap['high']:+.1f}]"
-            lines.append(f"| {row['part']} | {interval(row['all'])} | {text} | {gap['verdict']} |")
+            gap, seeds = row.get("against_whole"), ", ".join(f"{accuracy:.1f}" for accuracy in row["of_seeds"])
+            text = "" if gap is None else f"{gap['difference']:+.1f} [{gap['low']:+.1f}, {gap['high']:+.1f}]"
+            verdict = "" if gap is None else gap["verdict"]
+            lines.append(f"| {row['part']} | {interval(row['all'])} | {seeds} | {text} | {verdict} |")
     for split in SPLITS:
         rows = [row for row in found["ratios"] if row["split"] == split]
         if rows:

@@ -27,7 +27,7 @@ SYSTEMS = {
     "egovlp": System("egovlp", ()),
     "egovlpv2": System("egovlpv2", ("--head.name", "egovlpv2", *BASELINE)),
     "pooled (lite)": System("lite", ("--head.name", "pooled", *BASELINE)),
-    "attention (lite)": System("lite", ("--head.name", "attention", *BASELINE, "--train.lr", "5e-4")),
+    "attention (lite)": System("lite", ("--head.name", "attention", *BASELINE)),
     "mfas": System("mfas", ()),
     "psa": System("egovlpv2", ()),
     REFERENCE: System("lite", ()),
@@ -42,8 +42,12 @@ ENCODERS = {
 
 # What the paraphrase contrast reads; no other row does, but all of the ablation share the data.
 PARAPHRASES = ("--data.paraphrases", "true")
-# Each part of psa switched off or changed, one at a time; the last ones are parts that the config leaves off.
+# Half of the config's epochs, for the many runs of the search and of the ablation; averaging is a part of the latter.
+SHORTER = ("--train.epochs", "24", "--train.ema", "0")
+WHOLE = "the whole"
+# The whole, and each part of psa switched off or changed, one at a time; the last ones are parts that are left off.
 ABLATION: dict[str, dict[str, Any]] = {
+    WHOLE: {},
     "selection: random": {"head.scores": ["random"]},
     "selection: saliency alone": {"head.scores": ["saliency"]},
     "selection: prior alone": {"head.scores": ["prior"]},

@@ -28,7 +28,7 @@ import yaml
 
 from benchmarks._egosynth_cost import cost_of
 from benchmarks._egosynth_docs import NUMBERS, REFERENCE, SPLITS, markdown, write_docs
-from benchmarks._egosynth_systems import ABLATION, ENCODERS, PARAPHRASES, SEARCHED, SYSTEMS
+from benchmarks._egosynth_systems import ABLATION, ENCODERS, PARAPHRASES, SEARCHED, SHORTER, SYSTEMS, WHOLE
 from benchmarks._egosynth_wordings import disagreements
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, load_config, parse_config
 from egopatch.configs.schema import Config
@@ -182,6 +182,8 @@ class Bench:
         reached = [event for event in logs if event["event"] == "converged"]
         wrong = float(np.mean([100 * test["wrong_form"] / test["all"]["n"] for test in tests]))
         found: dict[str, Any] = {"of_seeds": [round(test["all"]["accuracy"], 2) for test in tests]}
+        on_gpu = any(event["event"] == "cuda_graph" and event["captured"] for event in logs)
+        found["trained_on"] = "GPU" if on_gpu else "CPU"
         found["wrong_form"] = round(wrong, 2)
         if reached and reached[0]["steps"]:
             found["steps_to_95"] = float(np.median([event["steps"] for event in reached]))
@@ -215,14 +217,14 @@ def train_ratios(bench: Bench, splits: Sequence[str]) -> None:
 def train_ablation(bench: Bench, splits: Sequence[str]) -> None:
     for split in splits:
         for label, setting in ABLATION.items():
-            bench.sweep(f"{split}-part-{slug(label)}", "lite", split, PARAPHRASES, setting)
+            bench.sweep(f"{split}-part-{slug(label)}", "lite", split, [*PARAPHRASES, *SHORTER], setting)
 
 
 def train_search(bench: Bench, splits: Sequence[str]) -> None:
     """The same grid for every head on the lite features, one seed; the systems above take what is best on val."""
     for split in splits:
         for label in [label for label in SEARCHED if label in bench.systems]:
-            config = bench.config("lite", split, *SYSTEMS[label].options)
+            config = bench.config("lite", split, *SYSTEMS[label].options, *SHORTER)
             run_sweep(config, seeds=bench.seeds[:1], grid=SEARCH, name=f"{split}-search-{slug(label)}")
 
 
@@ -258,11 +260,12 @@ def gather(bench: Bench) -> dict[str, Any]:
                 if whole and label != REFERENCE:
                     row["psa_lite_above"] = bench.against(whole, point, split)
                 table.append(row)
+        part_of = bench.found(f"{split}-part-{slug(WHOLE)}")
         for label, setting in ABLATION.items():
-            if point := bench.found(f"{split}-part-{slug(label)}"):
-                row = {"split": split, "part": label, "setting": setting, **numbers(point)}
-                if whole:
-                    row["against_whole"] = bench.against(point, whole, split)
+            if part_of and (point := bench.found(f"{split}-part-{slug(label)}")):
+                row = {"split": split, "part": label, "setting": setting, **numbers(point), **bench.training(point)}
+                if label != WHOLE:
+                    row["against_whole"] = bench.against(point, part_of, split)
                 ablation.append(row)
                 if "head.scores" in setting and (found := bench.agreement(point, split)):
                     looks.append({"split": split, "scores": ", ".join(setting["head.scores"]), **found})

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,15 @@ def test_nothing_to_vary_and_bad_values(tiny: Config, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err == ""  # the command prints the one line
     with pytest.raises(ConfigError, match=r"--name is '\.\./x'; expected letters"):
         run_sweep(tiny, ratios=[0.5], name="../x")
+
+
+def test_a_value_has_to_fit_the_config_that_it_becomes_a_part_of(tiny: Config, tmp_path: Path) -> None:
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("train.contrast: [0.3]")
+    with pytest.raises(ConfigError, match=r"^train\.contrast is 0\.3, but data\.paraphrases is false"):
+        run_sweep(tiny, grid=grid)
+    tiny = replace(tiny, data=replace(tiny.data, paraphrases=True))
+    assert json.loads(run_sweep(tiny, grid=grid).read_text())["trained"] == 1
 
 
 def test_runs_of_another_process_are_waited_for(

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 import yaml
 
-from egopatch.configs.command_line import ConfigParser, add_config_arguments, option_names, parse_options
+from egopatch.configs.command_line import ConfigParser, add_config_arguments, option_names, parse_sections
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.configs.yaml_faults import repeated_key
 from egopatch.features import ShardOwned
@@ -347,7 +347,8 @@ def _checked(option: str, value: Any) -> Any:
     parser = _ValueParser(prog="sweep")
     add_config_arguments(parser)
     text = value if isinstance(value, str) else json.dumps(value)
-    config, _ = parse_options(parser, [f"--{option}={text}"])
+    # What it has to fit in other sections is checked with the config that it becomes a part of.
+    sections, _ = parse_sections(parser, [f"--{option}={text}"])
     if option.startswith(HEAD_OPTIONS):
-        return (config.head.options or {})[option.removeprefix(HEAD_OPTIONS)]
-    return getattr(getattr(config, section), field)
+        return (sections["head"].options or {})[option.removeprefix(HEAD_OPTIONS)]
+    return getattr(sections[section], field)
