@@ -182,7 +182,7 @@ class Bench:
         reached = [event for event in logs if event["event"] == "converged"]
         wrong = float(np.mean([100 * test["wrong_form"] / test["all"]["n"] for test in tests]))
         found: dict[str, Any] = {"of_seeds": [round(test["all"]["accuracy"], 2) for test in tests]}
-        on_gpu = any(event["event"] == "cuda_graph" and event["captured"] for event in logs)
+        on_gpu = any(event["event"] == "cuda_graph" for event in logs)
         found["trained_on"] = "GPU" if on_gpu else "CPU"
         found["wrong_form"] = round(wrong, 2)
         if reached and reached[0]["steps"]:
@@ -248,7 +248,8 @@ def gather(bench: Bench) -> dict[str, Any]:
     table, ablation, ratios, looks, explained, wordings = [], [], [], [], [], []
     for split in SPLITS:
         whole = bench.found(f"{split}-{slug(REFERENCE)}")
-        if whole and (found := bench.agreement(whole, split)):
+        part_of = bench.found(f"{split}-part-{slug(WHOLE)}")
+        if (shown := part_of or whole) and (found := bench.agreement(shown, split)):
             looks.append({"split": split, "scores": "question, saliency, prior", **found})
         if whole:
             explained += [{"split": split, **row} for row in bench.explained(whole)]
@@ -260,7 +261,6 @@ def gather(bench: Bench) -> dict[str, Any]:
                 if whole and label != REFERENCE:
                     row["psa_lite_above"] = bench.against(whole, point, split)
                 table.append(row)
-        part_of = bench.found(f"{split}-part-{slug(WHOLE)}")
         for label, setting in ABLATION.items():
             if part_of and (point := bench.found(f"{split}-part-{slug(label)}")):
                 row = {"split": split, "part": label, "setting": setting, **numbers(point), **bench.training(point)}

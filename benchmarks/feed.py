@@ -38,7 +38,7 @@ from egopatch.configs.schema import VideoConfig  # noqa: E402
 from egopatch.extract.datasets import Clip  # noqa: E402
 from egopatch.extract.feed.clips import PreparedClip  # noqa: E402
 from egopatch.extract.feed.cut import cut_clip  # noqa: E402
-from egopatch.extract.feed.pool import TOGETHER, DecodePool  # noqa: E402
+from egopatch.extract.feed.pool import TOGETHER, DecodePool, slots_for  # noqa: E402
 from egopatch.extract.feed.ring import Ring  # noqa: E402
 from egopatch.extract.video.once import OncePerVideo  # noqa: E402
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform  # noqa: E402
@@ -176,7 +176,7 @@ def measure_bare(clips: list[Clip], times: list[list[int]]) -> float:
 
 def measure_handover(clip: Clip, count: int) -> float:
     """Clips a second from two children that decode nothing."""
-    ring = Ring(8 + 5 * (TOGETHER - 1), 1 << 26)
+    ring = Ring(slots_for(8, 2, TOGETHER), 1 << 26)
     with DecodePool(VIDEO, 2, partial(decode_nothing, transform=EGOVLP_TRANSFORM), ring) as pool:
         feed(pool, [replace(clip, clip_id=f"warm{i}") for i in range(8)], None)
         started = time.perf_counter()

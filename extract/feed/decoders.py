@@ -10,7 +10,7 @@ from egopatch.configs.schema import VideoConfig
 from egopatch.extract.feed.clips import ALIGNMENT, PreparedClip, PreparedTogether
 from egopatch.extract.feed.cut import cut_clip, finish_cut
 from egopatch.extract.feed.on_host import finish_on_host, prepare_clip
-from egopatch.extract.feed.pool import TOGETHER, DecodePool
+from egopatch.extract.feed.pool import TOGETHER, DecodePool, slots_for
 from egopatch.extract.feed.ring import Ring
 from egopatch.extract.feed.together import Finish, prepare_together
 from egopatch.extract.video.transforms import Transform
@@ -27,15 +27,15 @@ def open_decoders(
         video: Number and size of frames, and limits.
         transform: Transform of the network.
         workers: Number of child processes.
-        clips: Number of clips that are decoded ahead, or whose frames are in use, at a time; quick ones, of which a
-            child gets several at a time, find more slots.
+        clips: Number of clips that are decoded ahead, or whose frames are in use, at a time, if they come one by one.
         cut: Whether children leave cut pixels, for a device that transforms them, rather than finished input. Pixels
             that are too many for a slot, which may have at most a quarter of the free memory together, are transformed
             nevertheless.
     """
-    most, slot_bytes = _sizes(video, clips, cut)
+    slots = slots_for(clips, workers, TOGETHER)
+    most, slot_bytes = _sizes(video, slots, cut)
     prepare = partial(cut_clip, transform=transform, most=most) if cut else partial(prepare_clip, transform=transform)
-    return DecodePool(video, workers, prepare, _ring(clips, workers, slot_bytes))
+    return DecodePool(video, workers, prepare, Ring(slots, slot_bytes))
 
 
 def open_decoders_of_several(
@@ -43,22 +43,17 @@ def open_decoders_of_several(
 ) -> DecodePool[PreparedTogether]:
     """As `open_decoders`, for several encoders with the same frames but for their size: each with its `cut`."""
     finishes: list[Finish] = []
-    slot_bytes = 0
+    slots, slot_bytes = slots_for(clips, workers, TOGETHER), 0
     distinct = list(dict.fromkeys((video.size, transform, cut) for video, transform, cut in encoders))
     video = encoders[0][0]
     for size, transform, cut in distinct:
-        most, needed = _sizes(replace(video, size=size), clips * len(distinct), cut)
+        most, needed = _sizes(replace(video, size=size), slots * len(distinct), cut)
         slot_bytes += -(-needed // ALIGNMENT) * ALIGNMENT
         finish = partial(finish_cut, most=most) if cut else finish_on_host
         finishes.append(partial(finish, size=size, transform=transform))
     ways = [distinct.index((video.size, transform, cut)) for video, transform, cut in encoders]
     prepare = partial(prepare_together, finishes=finishes, ways=ways)
-    return DecodePool(video, workers, prepare, _ring(clips, workers, slot_bytes))
-
-
-def _ring(clips: int, workers: int, slot_bytes: int) -> Ring:
-    """With room for clips that children get several at a time."""
-    return Ring(clips + (2 * workers + 1) * (TOGETHER - 1), slot_bytes)
+    return DecodePool(video, workers, prepare, Ring(slots, slot_bytes))
 
 
 def _sizes(video: VideoConfig, clips: int, cut: bool) -> tuple[int, int]:

@@ -42,8 +42,8 @@ NO_CHILDREN = (
     " and its limit of processes, and run the same command again to resume"
 )
 NICENESS = 5
-# Quick clips share tasks of about this many seconds, since each task costs this process a millisecond, in four threads
-# that wait for each other: as long as a GPU takes to encode a clip.
+# Each task costs this process about a millisecond on a node with a GPU, as long as the GPU takes to encode a clip. So
+# quick clips share tasks of about this many seconds, at most so many of them.
 TASK_S = 0.1
 TOGETHER = 4
 Prepared = TypeVar("Prepared")
@@ -137,37 +137,39 @@ class DecodePool(Generic[Prepared]):
         Args:
             clips: The clips.
             ahead: Number of clips; by default two for each child, one in progress, and one finished or waiting.
-            together: Number of clips that a child gets at a time, if they are quick. Then `2 * workers` times as many
-                more are decoded ahead.
+            together: Largest number of clips that a child gets at a time, if they are quick; see `slots_for`. One that
+                is killed may hold up the clips after it twice as long, since it is tried again by itself.
+
+        The slots of clips that were decoded and not taken are lost: take all results, or close the pool.
         """
         ahead = ahead or 2 * self._workers
         upcoming, tasks = iter(clips), deque[_Task]()
         unfinished, clip_s = 0, TASK_S
-        found: list[Prepared | UndecodedClip] = []
+        results: list[Prepared | UndecodedClip] = []
         while True:
             count = max(1, min(together, int(TASK_S / clip_s)))
             most = ahead + 2 * self._workers * (count - 1)
             while unfinished + count <= most and (group := list(islice(upcoming, count))):
                 tasks.append(self._submit(group))
                 unfinished += len(group)
-            yield from found  # now that the children have something else to do
+            yield from results  # now that the children have something else to do
             if not tasks:
                 return
-            task = tasks.popleft()
+            task, results = tasks.popleft(), []
             try:
-                done = self._outcome(task)
+                finished = self._result_of(task)
             except _Killed as killed:
                 if len(task.clips) > 1:  # by which of them? each alone will tell
-                    found = []
                     tasks.extendleft(
                         self._schedule([clip], [slot])
                         for clip, slot in zip(reversed(task.clips), reversed(task.slots), strict=True)
                     )
                     continue
-                done = _Done([UndecodedClip(task.clips[0], killed.reason)], clip_s)
+                results = [self._picked_up(UndecodedClip(task.clips[0], killed.reason), task.slots[0])]
+            else:
+                clip_s += (finished.seconds / len(task.clips) - clip_s) / 8
+                results = [self._picked_up(one, slot) for one, slot in zip(finished.results, task.slots, strict=True)]
             unfinished -= len(task.clips)
-            clip_s += (done.seconds / len(task.clips) - clip_s) / 8
-            found = [self._picked_up(result, slot) for result, slot in zip(done.results, task.slots, strict=True)]
 
     def _submit(self, clips: list[Clip]) -> "_Task":
         return self._schedule(clips, [self._ring.take() if self._ring else None for _ in clips])
@@ -185,7 +187,7 @@ class DecodePool(Generic[Prepared]):
             ring.give_back(slot)  # the child has ended or has reported its error: it does not write any more
         return result  # type: ignore[return-value]
 
-    def _outcome(self, task: "_Task") -> "_Done":
+    def _result_of(self, task: "_Task") -> "_TaskResult":
         """What a child made of a task.
 
         Raises:
@@ -208,6 +210,14 @@ class DecodePool(Generic[Prepared]):
             raise ChildProcessError(NO_CHILDREN) from error
 
 
+def slots_for(clips: int, workers: int, together: int) -> int:
+    """Slots of a ring for `clips` that come one by one, or up to `together` at a time; see `DecodePool.map`.
+
+    Then `2 * workers * (together - 1)` more are decoded ahead, and those of the last task wait to be taken.
+    """
+    return clips + (2 * workers + 1) * (together - 1)
+
+
 class _Killed(Exception):
     """A child ended while it worked on a task; `reason` is right if the task has one clip."""
 
@@ -226,7 +236,7 @@ class _Task:
 
 
 @dataclass(frozen=True)
-class _Done:
+class _TaskResult:
     """What has become of a task's clips, and the seconds that it took."""
 
     results: Sequence[object]
@@ -235,11 +245,11 @@ class _Done:
 
 def _attempt_all(
     prepare: Prepare[Prepared], clips: list[Clip], video: VideoConfig, shared: Path, slots: list[int | None]
-) -> _Done:
+) -> _TaskResult:
     """Prepare the clips of a task in a child, each within the limits."""
     started = time.perf_counter()
     results = [_attempt(prepare, clip, video, shared, slot) for clip, slot in zip(clips, slots, strict=True)]
-    return _Done(results, time.perf_counter() - started)
+    return _TaskResult(results, time.perf_counter() - started)
 
 
 def _attempt(

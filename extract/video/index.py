@@ -5,7 +5,6 @@ or are not one frame each (fields, packed B-frames), every frame is decoded once
 """
 
 import zlib
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -63,7 +62,7 @@ class FrameIndex:
         """The row with this pts; None if there is none. Where no frame was decoded, pts rise."""
         if pts is None:
             return None
-        row = bisect_left(self.pts, pts)  # in a fifth of the time that NumPy takes for one number
+        row = int(self.pts.searchsorted(pts))
         return row if row < len(self.pts) and self.pts[row] == pts else None
 
 

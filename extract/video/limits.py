@@ -22,7 +22,7 @@ from egopatch.configs.schema import VideoConfig
 GIB = 1024**3
 MEMORY_POLL_S = 0.02
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_KEPT_BYTES, _LARGEST_KEPT = 1 << 26, 1 << 25  # of all memory that is free, and of one piece: 32 MB is its own limit
+_KEPT_BYTES, _LARGEST_KEPT = 1 << 26, 1 << 25  # free memory at the heap's end, and one piece: 32 MB is its own limit
 OUT_OF_MEMORY = 117  # exit codes of a child that used too much memory,
 OUT_OF_TIME = -signal.SIGALRM  # and of one that took too long
 SLOWEST_BYTES_PER_S = 4e6  # reading a video through, on a network file system that many decoders share
@@ -83,7 +83,8 @@ class _MemoryWatch:
     def _watch(self) -> None:
         while self._working.wait():
             time.sleep(MEMORY_POLL_S)
-            with self._ending:
+            # The clip may have left no handle or memory to look with; the next look may succeed.
+            with suppress(OSError, MemoryError, psutil.Error), self._ending:
                 if self._most is not None and _memory_in_use() > self._most:
                     os._exit(OUT_OF_MEMORY)
 

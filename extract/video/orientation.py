@@ -15,7 +15,8 @@ class Upright:
     """Turns the frames of the video at `path` upright.
 
     A frame that was asked for its side data keeps its memory until Python collects cycles, so the decoder needs new
-    memory for each: 26 microseconds a frame. So frames that FFmpeg says are turned by the same angle share one matrix.
+    memory for each: 26 microseconds a frame. So frames that FFmpeg says are turned by one angle share the matrix of the
+    first of them. A video that is flipped upside down from some frame on, and not turned, is not told apart.
     """
 
     def __init__(self, path: Path) -> None:

@@ -5,6 +5,8 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from egopatch.extract.datasets import Clip
 from egopatch.extract.feed import clips as feed_clips
 from egopatch.extract.feed.clips import PreparedClip
 from egopatch.extract.feed.on_host import prepare_clip
-from egopatch.extract.feed.pool import NICENESS, DecodePool, UndecodedClip
+from egopatch.extract.feed.pool import NICENESS, DecodePool, UndecodedClip, slots_for
 from egopatch.extract.feed.ring import Ring
 from egopatch.extract.video.container import VideoError
 from egopatch.extract.video.once import OncePerVideo
@@ -132,9 +134,9 @@ def test_quick_clips_share_tasks_and_a_killed_child_costs_one_of_them(monkeypatc
     monkeypatch.setattr(ProcessPool, "schedule", count)
     names = [str(i) for i in range(100)]
     names[80] = names[95] = "die"
-    with DecodePool(SMALL, 2, name_or_die, Ring(4 + 5 * 3, 1 << 12)) as pool:
+    with DecodePool(SMALL, 2, name_or_die, Ring(slots_for(4, 2, 4), 1 << 12)) as pool:
         results = list(pool.map((Clip(name, Path("a.mp4")) for name in names), ahead=4, together=4))
-        assert len(pool._ring._free) == 4 + 5 * 3
+        assert len(pool._ring._free) == slots_for(4, 2, 4)
     for name, result in zip(names, results, strict=True):
         if name == "die":
             assert isinstance(result, UndecodedClip)
@@ -144,6 +146,41 @@ def test_quick_clips_share_tasks_and_a_killed_child_costs_one_of_them(monkeypatc
     assert sizes[0] == 1, "nothing is known yet about the first clips"
     assert max(sizes) == 4
     assert len(sizes) < 70
+
+
+def sleep_or_name(clip: Clip, *_: object) -> str:
+    time.sleep(float(clip.clip_id))
+    return clip.clip_id
+
+
+@pytest.mark.slow
+def test_each_clip_of_a_task_has_its_own_time() -> None:
+    names = ["0"] * 60 + ["1"] * 8  # the last ones come four at a time, since the first ones were quick
+    with DecodePool(replace(SMALL, timeout_s=2.5), 2, sleep_or_name) as pool:
+        assert list(pool.map([Clip(name, Path("a.mp4")) for name in names], together=4)) == names
+
+
+def use_up(clip: Clip, *_: object) -> str:
+    if clip.clip_id == "files":
+        with ExitStack() as stack, suppress(OSError):
+            while True:
+                stack.enter_context(Path(os.devnull).open())
+            time.sleep(0.2)
+    elif clip.clip_id == "memory":
+        used = np.ones(450 * 1024**2, np.uint8)
+        time.sleep(0.5)
+        del used
+    return clip.clip_id
+
+
+@pytest.mark.slow
+def test_memory_is_watched_after_a_clip_that_left_nothing_to_look_with() -> None:
+    names = ["a", "files", "memory", "b"]
+    with DecodePool(replace(SMALL, memory_gb=0.3), 1, use_up) as pool:
+        results = list(pool.map([Clip(name, Path("a.mp4")) for name in names]))
+    assert isinstance(results[2], UndecodedClip)
+    assert "took over 0.3 GB of memory" in results[2].reason
+    assert [results[0], results[1], results[3]] == ["a", "files", "b"]
 
 
 @pytest.mark.parametrize("reasons", [FAILED, pytest.param(KILLED, marks=pytest.mark.slow)], ids=["fails", "is killed"])

@@ -22,7 +22,7 @@ from egopatch.extract.feed.clips import LeftClip, PreparedClip
 from egopatch.extract.feed.cut import _cut
 from egopatch.extract.feed.decoders import open_decoders
 from egopatch.extract.feed.on_host import prepare_clip, to_input
-from egopatch.extract.feed.pool import DecodePool, UndecodedClip
+from egopatch.extract.feed.pool import TOGETHER, DecodePool, UndecodedClip
 from egopatch.extract.feed.ring import Ring
 from egopatch.extract.feed.shared_folder import SharedFolder
 from egopatch.extract.video.frames import DecodedClip, read_frames
@@ -61,6 +61,17 @@ def test_finished_input_is_what_this_process_computes(video: Path) -> None:
             assert result.clip.clip_id == str(number)
             np.testing.assert_allclose(result.frames, expected.frames, rtol=0, atol=1e-6)
             assert result.source == expected.source
+            result.release()
+
+
+def test_clips_that_share_a_task_have_slots_of_their_own(video: Path, tmp_path: Path) -> None:
+    other = write_video(tmp_path / "other.mp4", frames=12)
+    expected = {path: prepare_clip(Clip("a", path), SMALL).frames for path in (video, other)}
+    clips = [Clip(str(i), (video, other)[i % 3 % 2]) for i in range(80)]
+    with open_decoders(SMALL, EGOVLP_TRANSFORM, 1, 3, cut=False) as pool:
+        for clip, result in zip(clips, pool.map(clips, ahead=2, together=TOGETHER), strict=True):
+            assert isinstance(result, PreparedClip)
+            np.testing.assert_allclose(result.frames, expected[clip.video], rtol=0, atol=1e-6)
             result.release()
 
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
 from egopatch.extract.video.container import open_video
 from egopatch.extract.video.frames import DecodedClip, VideoError, read_frames, uniform_indices
+from egopatch.extract.video.orientation import Upright
 from tests.extract.video.videos import (
     B_FRAMES,
     FPS,
@@ -127,6 +129,7 @@ def quadrants(index: int, size: tuple[int, int]) -> np.ndarray:
         ((-1, 0, 0, -1), [[20, 80], [160, 240]]),
         ((0, -1, 1, 0), [[160, 20], [240, 80]]),  # a quarter anticlockwise
         ((-1, 0, 0, 1), [[160, 240], [20, 80]]),  # mirrored
+        ((1, 0, 0, -1), [[80, 20], [240, 160]]),  # flipped upside down
     ],
 )
 def test_a_rotated_file_is_turned_upright(matrix: tuple[int, ...], shown: list[list[int]], tmp_path: Path) -> None:
@@ -137,6 +140,21 @@ def test_a_rotated_file_is_turned_upright(matrix: tuple[int, ...], shown: list[l
     height, width = frames.shape[1:3]
     corners = frames[:, [[height // 4], [3 * height // 4]], [width // 4, 3 * width // 4]]  # [T, 2, 2, 3]
     np.testing.assert_allclose(corners, np.array(shown)[None, :, :, None].repeat(3, -1).repeat(2, 0), atol=4)
+
+
+def test_a_video_that_is_turned_from_some_frame_on(tmp_path: Path) -> None:
+    pixels = quadrants(0, (96, 64))
+
+    def frame(rotation: int, *matrix: int) -> object:
+        side_data = {"DISPLAYMATRIX": np.array(matrix, "<i4").tobytes()} if matrix else {}
+        of_cpu = SimpleNamespace(name="yuv420p")
+        return SimpleNamespace(format=of_cpu, rotation=rotation, side_data=side_data, to_ndarray=lambda **_: pixels)
+
+    turned = frame(-90, 0, 1 << 16, 0, -1 << 16, 0)
+    upright = Upright(tmp_path / "a.mp4")
+    for _ in range(2):
+        assert np.array_equal(upright(frame(0)), pixels)  # type: ignore[arg-type]
+        assert np.array_equal(upright(turned), np.rot90(pixels, -1))  # type: ignore[arg-type]
 
 
 def test_a_file_rotated_by_an_odd_angle_is_refused(tmp_path: Path) -> None:
