@@ -5,13 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.kernel_budget import MAIN, SHAPES, assemble
+from benchmarks.kernel_budget import DTYPES, SHAPES, TARGET, assemble, shipped
 from egopatch.train.ops.select_attend import library, plan, select_attend
 from tests.child_pytest import run_pytest
 from tests.train.ops.cases import make_case
@@ -93,10 +94,10 @@ def test_the_main_shape_fits_in_every_dtype() -> None:
 
 def test_no_kernel_of_the_committed_budget_spills() -> None:
     usages = json.loads((ROOT / "benchmarks" / "results" / "kernel_budget.json").read_text())
-    assert all(usage["fits"] for usage in usages)
-    shapes = {version: {tuple(u["shape"]) for u in usages if u["triton"] == version} for version in VERSIONS}
-    assert shapes["3.9.0"] == set(SHAPES)
-    assert all(set(MAIN) <= compiled for compiled in shapes.values())
+    assert [usage for usage in usages if not usage["fits"]] == []
+    compiled = Counter((u["triton"], u["kernel"], u["arch"], tuple(u["shape"]), u["dtype"]) for u in usages)
+    cases = shipped(SHAPES, tuple(DTYPES))
+    assert compiled == Counter((v, c.kernel, TARGET[c.arch], c.shape, c.dtype) for v in VERSIONS for c in cases)
 
 
 @needs_triton

@@ -160,12 +160,16 @@ def plan_launch(patches: int, width: int, heads: int, token_bytes: int, generati
     float32 = token_bytes == 4
     # The most that spills with no version of Triton.
     patches = 16 if float32 and generation == 10 else 32 if float32 or generation == 8 else 64
+    # Three stages spill with Triton 3.9 in the first case, with 3.6 in the second.
+    two_stages = (float32 and generation == 10) or (
+        token_bytes == 1 and generation == 8 and columns > 64 and not SPILLING_TRITON
+    )
     product = Product(
         rows=next(rows for rows in (64, 32, 16) if columns % rows == 0),
         patches=min(backward.block, patches),
         channels=64 if float32 or generation == 8 else 128,
         warps=4,
-        stages=2 if float32 and generation == 10 else 3,  # three spill with Triton 3.9
+        stages=2 if two_stages else 3,
     )
     return Launch(forward, backward, product)
 
@@ -190,6 +194,15 @@ def _blocks(patches: int, width: int, heads: int, token_bytes: int, generation: 
         channels, pool_channels = 32, 32 if generation == 10 else 64
     if ampere and several and not backward:
         together, pool_channels = 1, 16
+    stages = 2 if float32 else 4 if tuned and not backward else 3
+    registers = 128 if tuned and not backward and not several and heads <= together else 0
+    # With Triton 3.7 twice the channels and four stages spill here. Where the width is a power of two, two stages do.
+    if tuned and backward and block == ONE_BLOCK and heads > together:
+        channels = 32
+    if float32 and generation == 10 and not backward and whole > 512:
+        channels = 16
+    if registers and patches == ONE_BLOCK and heads == together and width != _power_of_two(width):
+        stages = 2
     # Two warpgroups need 128 rows: with fewer, Triton 3.6 addresses float32 columns wrongly (seen on an H100). On
     # Ampere, eight warps spill where a frame is one small block, and four where it is several.
     four_warps = block <= (128 if ampere and backward else 64) and not (ampere and several)
@@ -197,9 +210,9 @@ def _blocks(patches: int, width: int, heads: int, token_bytes: int, generation: 
         block=block,
         heads=min(together, _power_of_two(heads)),
         channels=_divisor(width, channels),
-        stages=2 if float32 else 4 if tuned and not backward else 3,
+        stages=stages,
         warps=4 if four_warps else 8,
-        registers=128 if tuned and not backward and not several and heads <= together else 0,
+        registers=registers,
         chunk=whole if whole > ONE_BLOCK else min(whole, 128),
         pool_channels=_divisor(width, pool_channels),
         pool_stages=2,
