@@ -42,8 +42,6 @@ ENCODERS = {
 
 # What the paraphrase contrast reads; no other row does, but all of the ablation share the data.
 PARAPHRASES = ("--data.paraphrases", "true")
-# Half of the config's epochs, for the many runs of the search and of the ablation; averaging is a part of the latter.
-SHORTER = ("--train.epochs", "24", "--train.ema", "0")
 WHOLE = "the whole"
 # The whole, and each part of psa switched off or changed, one at a time; the last ones are parts that are left off.
 ABLATION: dict[str, dict[str, Any]] = {

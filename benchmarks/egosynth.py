@@ -28,7 +28,7 @@ import yaml
 
 from benchmarks._egosynth_cost import cost_of
 from benchmarks._egosynth_docs import NUMBERS, REFERENCE, SPLITS, markdown, write_docs
-from benchmarks._egosynth_systems import ABLATION, ENCODERS, PARAPHRASES, SEARCHED, SHORTER, SYSTEMS, WHOLE
+from benchmarks._egosynth_systems import ABLATION, ENCODERS, PARAPHRASES, SEARCHED, SYSTEMS, WHOLE
 from benchmarks._egosynth_wordings import disagreements
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, load_config, parse_config
 from egopatch.configs.schema import Config
@@ -217,14 +217,14 @@ def train_ratios(bench: Bench, splits: Sequence[str]) -> None:
 def train_ablation(bench: Bench, splits: Sequence[str]) -> None:
     for split in splits:
         for label, setting in ABLATION.items():
-            bench.sweep(f"{split}-part-{slug(label)}", "lite", split, [*PARAPHRASES, *SHORTER], setting)
+            bench.sweep(f"{split}-part-{slug(label)}", "lite", split, PARAPHRASES, setting)
 
 
 def train_search(bench: Bench, splits: Sequence[str]) -> None:
     """The same grid for every head on the lite features, one seed; the systems above take what is best on val."""
     for split in splits:
         for label in [label for label in SEARCHED if label in bench.systems]:
-            config = bench.config("lite", split, *SYSTEMS[label].options, *SHORTER)
+            config = bench.config("lite", split, *SYSTEMS[label].options)
             run_sweep(config, seeds=bench.seeds[:1], grid=SEARCH, name=f"{split}-search-{slug(label)}")
 
 
@@ -311,6 +311,9 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--set-seed", type=int, default=0, help="renders another set of clips, whose results print only"
     )
+    parser.add_argument(
+        "--gpu", help="name of the GPU that trained the rows that say GPU, where another machine gathers"
+    )
     parser.add_argument("--systems", choices=list(SYSTEMS), nargs="+", default=list(SYSTEMS), help="rows to train")
     options = parser.parse_args(args)
     bench = Bench(options.set, options.clips, options.seeds, options.set_seed, options.systems)
@@ -323,7 +326,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "what": f"EgoSynth, {options.set} set of {options.clips} clips; percent on test with 95% intervals over seeds "
         "and clips, checkpoint chosen on val",
         "command": shlex.join(["python", "benchmarks/egosynth.py", *(sys.argv[1:] if args is None else args)]),
-        "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "gpu": None},
+        "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "gpu": options.gpu},
         "versions": {package: version(package) for package in ("torch", "numpy", "av")},
         **found,
     }
