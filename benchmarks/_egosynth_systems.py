@@ -27,7 +27,7 @@ SYSTEMS = {
     "egovlp": System("egovlp", ()),
     "egovlpv2": System("egovlpv2", ("--head.name", "egovlpv2", *BASELINE)),
     "pooled (lite)": System("lite", ("--head.name", "pooled", *BASELINE)),
-    "attention (lite)": System("lite", ("--head.name", "attention", *BASELINE)),
+    "attention (lite)": System("lite", ("--head.name", "attention", *BASELINE, "--train.lr", "5e-4")),
     "mfas": System("mfas", ()),
     "psa": System("egovlpv2", ()),
     REFERENCE: System("lite", ()),
