@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
 from benchmarks._egosynth_cost import cost_of
@@ -311,9 +312,8 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--set-seed", type=int, default=0, help="renders another set of clips, whose results print only"
     )
-    parser.add_argument(
-        "--gpu", help="name of the GPU that trained the rows that say GPU, where another machine gathers"
-    )
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    parser.add_argument("--gpu", default=here, help="GPU that trained the runs; needed where another machine gathers")
     parser.add_argument("--systems", choices=list(SYSTEMS), nargs="+", default=list(SYSTEMS), help="rows to train")
     options = parser.parse_args(args)
     bench = Bench(options.set, options.clips, options.seeds, options.set_seed, options.systems)

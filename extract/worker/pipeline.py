@@ -127,7 +127,7 @@ def fill_stores(
     started = time.perf_counter()
     with ExitStack() as stack:
         batches = [target.job.open_batches() for target in targets]
-        # Decoding runs ahead by the next batch, and by two clips for each child: one in progress and one waiting.
+        # Decoding runs ahead by the next batch, and by two tasks for each child: one in progress and one waiting.
         ahead = max(one.size for one in batches) + 2 * decoders
         slots = ahead + sum(one.held for one in batches)
         pool = stack.enter_context(_open_decoders([target.job for target in targets], decoders, slots))
