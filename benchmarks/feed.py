@@ -35,11 +35,11 @@ sys.path.insert(0, str(ROOT))  # runs without being installed
 
 from benchmarks._feed_videos import KINDS, Kind, decode_bare, wanted, write_video  # noqa: E402
 from egopatch.configs.schema import VideoConfig  # noqa: E402
+from egopatch.extract.children.ring import Ring  # noqa: E402
 from egopatch.extract.datasets import Clip  # noqa: E402
 from egopatch.extract.feed.clips import PreparedClip  # noqa: E402
 from egopatch.extract.feed.cut import cut_clip  # noqa: E402
 from egopatch.extract.feed.pool import TOGETHER, DecodePool, slots_for  # noqa: E402
-from egopatch.extract.feed.ring import Ring  # noqa: E402
 from egopatch.extract.video.once import OncePerVideo  # noqa: E402
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform  # noqa: E402
 
@@ -188,7 +188,7 @@ def measure_writing(folder: Path, rounds: int, clips: int) -> dict[str, float]:
     """Milliseconds a clip of bare writing and of a worker's, taking turns, best of each; their ratio."""
     import torch
 
-    from egopatch.extract.worker.shard_writer import EncodedShard, ShardWriter
+    from egopatch.extract.writing.shard_writer import EncodedShard, ShardWriter
     from egopatch.features import Fingerprint, ShardWork, StoreSpec, create_store
 
     spec = StoreSpec.for_patches(frames=16, grid=(14, 14), width=768, dtype="float16", shard=clips)

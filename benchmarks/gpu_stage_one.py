@@ -19,9 +19,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -65,6 +67,38 @@ class GpuUse:
             self.samples = [
                 (round(i * SAMPLE_MS / 1e3, 1), int(line)) for i, line in enumerate(lines) if line.strip().isdigit()
             ]
+
+
+class ChildCpu:
+    """CPU seconds of the decoders and of the processes that write, sampled while the block runs: they end with the job.
+
+    Decoders are those that are nice.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, tuple[bool, float]] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+
+    def __enter__(self) -> "ChildCpu":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def seconds(self, nice: bool) -> float:
+        return sum(used for kind, used in self._seconds.values() if kind == nice)
+
+    def _sample(self) -> None:
+        own, me = os.nice(0), psutil.Process()
+        while not self._stop.wait(SAMPLE_MS / 1e3):
+            for child in me.children():
+                with suppress(psutil.Error):
+                    if "multiprocessing.spawn" in " ".join(child.cmdline()):
+                        times = child.cpu_times()
+                        self._seconds[child.pid] = child.nice() > own, times.user + times.system
 
 
 def say(what: str) -> None:
@@ -151,7 +185,7 @@ def run_job(job: "ExtractionJob", paths: list[Path], root: Path, decoders: int, 
         store.write_shard = lambda *_: None  # type: ignore[method-assign]
     cpu, main, started = time.process_time(), time.thread_time(), time.perf_counter()
     progress: list[tuple[float, int]] = []
-    with GpuUse() as use:
+    with GpuUse() as use, ChildCpu() as children:
         stats = encode_shards(
             job,
             store,
@@ -171,6 +205,8 @@ def run_job(job: "ExtractionJob", paths: list[Path], root: Path, decoders: int, 
         "first_batch_after_first_clip_s": first_s - stages.start_s,
         "parent_cpu_ms_per_clip": 1e3 * cpu / len(clips),
         "parent_main_thread_cpu_ms_per_clip": 1e3 * main / len(clips),
+        "decoders_cpu_ms_per_clip": 1e3 * children.seconds(nice=True) / len(clips),
+        "writers_cpu_ms_per_clip": 1e3 * children.seconds(nice=False) / len(clips),
         "stages_s": asdict(stages),
         "gpu_use_percent": use.samples,
     }
@@ -237,7 +273,7 @@ def main() -> int:
         from benchmarks.encoder import stamp
         from egopatch.extract.datasets import Clip
         from egopatch.extract.feed.clips import PreparedClip
-        from egopatch.extract.worker.shard_writer import shards_at_once
+        from egopatch.extract.writing.shard_writer import shards_at_once
         from egopatch.features.values.dtypes import spec_row_bytes
 
         job = make_job(options, Path(stores))

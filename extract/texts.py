@@ -20,7 +20,7 @@ from egopatch.extract.encoders import (
 )
 from egopatch.extract.fingerprints import text_depth, text_fingerprint
 from egopatch.extract.worker.device import describe_machine, device_of
-from egopatch.extract.worker.shard_writer import EncodedShard, ShardWriter
+from egopatch.extract.writing.shard_writer import EncodedShard, ShardWriter
 from egopatch.features import Fingerprint, ShardWork, Store, StoreSpec, create_store
 from egopatch.features.common.progress import ProgressDisplay
 from egopatch.features.store.text_substore import TEXT_FOLDER

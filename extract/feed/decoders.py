@@ -7,11 +7,11 @@ from functools import partial
 import psutil
 
 from egopatch.configs.schema import VideoConfig
+from egopatch.extract.children.ring import Ring
 from egopatch.extract.feed.clips import ALIGNMENT, PreparedClip, PreparedTogether
 from egopatch.extract.feed.cut import cut_clip, finish_cut
 from egopatch.extract.feed.on_host import finish_on_host, prepare_clip
 from egopatch.extract.feed.pool import TOGETHER, DecodePool, slots_for
-from egopatch.extract.feed.ring import Ring
 from egopatch.extract.feed.together import Finish, prepare_together
 from egopatch.extract.video.transforms import Transform
 

@@ -8,7 +8,6 @@ way through the pipe.
 import errno
 import functools
 import os
-import signal
 import sys
 import time
 import traceback
@@ -18,29 +17,21 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from multiprocessing import synchronize
-from multiprocessing.context import SpawnContext
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from pebble import ProcessExpired, ProcessFuture, ProcessPool
+from pebble import ProcessExpired, ProcessFuture
 
 from egopatch.configs.schema import VideoConfig
+from egopatch.extract.children.ring import Ring
+from egopatch.extract.children.spawned import SpawnedPool
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.clips import LeftClip, LeftTogether, PreparedClip, PreparedTogether
-from egopatch.extract.feed.ring import Ring
 from egopatch.extract.feed.shared_folder import SharedFolder
 from egopatch.extract.video.index import VideoError
 from egopatch.extract.video.limits import OUT_OF_MEMORY, OUT_OF_TIME, limits, prepare_child
 from egopatch.extract.video.once import OncePerVideo
-from egopatch.features.common.disk import require_semaphores
-from egopatch.features.common.parent import exit_with_parent
-from egopatch.features.common.signals import children_without_interrupts, signals_held
 
-NO_CHILDREN = (
-    "the decoder processes cannot be started, or were killed before they had a clip; check the machine's free memory"
-    " and its limit of processes, and run the same command again to resume"
-)
 NICENESS = 5
 # Each task costs this process about a millisecond on a node with a GPU, as long as the GPU takes to encode a clip. So
 # quick clips share tasks of about this many seconds, at most so many of them.
@@ -57,24 +48,6 @@ class UndecodedClip:
     clip: Clip
     reason: str
     traceback: str = ""
-
-
-class _SpawnContext(SpawnContext):
-    """Spawns children, because forked ones would inherit torch's and CUDA's threads and locks in an unknown state.
-
-    It keeps the locks that it makes. pebble lets go of a pool's locks, which removes them, before it ends the children:
-    one that is just starting would find them gone, and say so in a traceback.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.locks: list[synchronize.RLock] = []
-
-    def RLock(self) -> synchronize.RLock:
-        """As multiprocessing's."""
-        lock = super().RLock()
-        self.locks.append(lock)
-        return lock
 
 
 class DecodePool(Generic[Prepared]):
@@ -94,37 +67,22 @@ class DecodePool(Generic[Prepared]):
         self._workers = workers
         self._prepare = prepare
         self._ring = ring
-        require_semaphores("decoding in child processes")
         self._shared = SharedFolder(video)
-        self._context = _SpawnContext()
-        self._pool = ProcessPool(
-            max_workers=workers,
-            initializer=_start_child,
-            initargs=(video.memory_gb, ring, prepare),  # a child imports what `prepare` needs before its first clip
-            context=self._context,
-        )
-        # Starts the children, and the threads that replace those that end. The tracker of semaphores, whose start would
-        # let signals in again, runs since semaphores were required above.
         try:
-            with children_without_interrupts():
-                assert self._pool.active
-        except BrokenProcessPool as error:
-            self._close()
-            raise ChildProcessError(NO_CHILDREN) from error
-        except BaseException:  # such as a Ctrl-C that came meanwhile, which is raised at the end of the block
-            self._close()
+            # A child imports what `prepare` needs before its first clip.
+            self._children = SpawnedPool("decoding", workers, _start_child, video.memory_gb, ring, prepare)
+        except BaseException:
+            self._close_memory()
             raise
 
     def __enter__(self) -> "DecodePool[Prepared]":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close()
+        self._children.close()
+        self._close_memory()
 
-    def _close(self) -> None:
-        self._pool.stop()
-        self._pool.join()
-        self._context.locks.clear()
+    def _close_memory(self) -> None:
         self._shared.remove()
         if self._ring:
             self._ring.close()
@@ -175,9 +133,8 @@ class DecodePool(Generic[Prepared]):
         return self._schedule(clips, [self._ring.take() if self._ring else None for _ in clips])
 
     def _schedule(self, clips: list[Clip], slots: list[int | None]) -> "_Task":
-        args = (self._prepare, clips, self._video, self._shared.path, slots)
-        with signals_held():  # pebble's queue would not survive an exception in its midst
-            return _Task(clips, slots, self._pool.schedule(_attempt_all, args=args))
+        future = self._children.schedule(_attempt_all, self._prepare, clips, self._video, self._shared.path, slots)
+        return _Task(clips, slots, future)
 
     def _picked_up(self, result: object, slot: int | None) -> Prepared | UndecodedClip:
         ring = self._ring
@@ -207,7 +164,7 @@ class DecodePool(Generic[Prepared]):
                 reason = f"the decoder of video {clip.video} died with exit code {error.exitcode}"
             raise _Killed(reason) from error
         except BrokenProcessPool as error:
-            raise ChildProcessError(NO_CHILDREN) from error
+            raise self._children.none_started() from error
 
 
 def slots_for(clips: int, workers: int, together: int) -> int:
@@ -298,9 +255,6 @@ _rings: list[Ring] = []  # in a child, its pool's: set once, when it starts
 
 
 def _start_child(memory_gb: float, ring: Ring | None, _: object) -> None:
-    exit_with_parent()
-    for number in (signal.SIGINT, signal.SIGUSR1):  # the parent handles them; it ends a child with SIGTERM
-        signal.signal(number, signal.SIG_IGN)
     # All children together use all cores: what the parent does for the encoder, mostly short, comes first.
     os.nice(NICENESS)
     # One thread a child, whether torch is imported already or later.

@@ -31,6 +31,7 @@ from egopatch.extract.worker.batch_encoder import BatchEncoder
 from egopatch.extract.worker.device import device_of
 from egopatch.extract.worker.on_cores import CoreEncoder
 from egopatch.extract.worker.on_device import DeviceEncoder
+from egopatch.extract.writing.shard_writer import shards_at_once
 from egopatch.features import Fingerprint, StoreSpec
 
 
@@ -95,7 +96,10 @@ class ExtractionJob:
         encoder, config = self.encoder.to(self.device), self.config
         if self.encodes_on_device:
             capture = not config.encoder.compile  # what a compiler has fused needs few launches
-            return DeviceEncoder(encoder, config.encoder.batch, config.store.dtype, self.transform, capture)
+            batch = config.encoder.batch
+            # Those of the shards that are written, of the one that waits for that and of the one that is gathered.
+            in_use = (shards_at_once() + 2) * -(-config.store.shard // batch) + 2
+            return DeviceEncoder(encoder, batch, config.store.dtype, self.transform, in_use, capture)
         return CoreEncoder(encoder, config.encoder.batch, config.store.dtype)
 
     def open_decoders(self, count: int, clips: int) -> DecodePool[PreparedClip]:

@@ -72,13 +72,20 @@ class DeviceEncoder(BatchEncoder):
 
     Args: as for `BatchEncoder`, and
         transform: Transform of the network, applied to clips that come as pixels.
+        batches: Number of batches whose rows may be in use at a time.
         capture: Whether the encoder may become a CUDA graph; a compiled one may not.
     """
 
     held = _COPYING
 
     def __init__(
-        self, encoder: VideoEncoder, batch: int, dtype: StoredDtype, transform: Transform, capture: bool = True
+        self,
+        encoder: VideoEncoder,
+        batch: int,
+        dtype: StoredDtype,
+        transform: Transform,
+        batches: int,
+        capture: bool = True,
     ) -> None:
         super().__init__(encoder, batch, dtype)
         self._device = next(encoder.parameters()).device
@@ -89,7 +96,8 @@ class DeviceEncoder(BatchEncoder):
         self._transform = DeviceTransform(transform, encoder.size, self._device)
         self._slots = _PinnedSlots() if self._on_cuda else None
         pin, unpin = (self._pin, _unpin) if self._on_cuda else (_nothing, _nothing)
-        self._results = ResultMemory(batch * self._row_bytes(), pin, unpin)
+        self._results = ResultMemory(batches, batch * self._row_bytes(), pin, unpin)
+        self.ring = self._results.ring
         self._frames: Tensor | None = None
         self._encode: Callable[[], PatchTokens] = self._encode_eagerly
         if self._on_cuda and capture:

@@ -22,7 +22,7 @@ from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
 from egopatch.extract.worker.device import describe_machine
 from egopatch.extract.worker.job import ExtractionJob
 from egopatch.extract.worker.job_stats import JobStats, Stages
-from egopatch.extract.worker.shard_writer import EncodedShard, ShardWriter
+from egopatch.extract.writing.shard_writer import EncodedShard, ShardWriter
 from egopatch.features import Failure, ShardWork, Store
 from egopatch.features.state.origin import Origin
 
@@ -133,7 +133,7 @@ def fill_stores(
         pool = stack.enter_context(_open_decoders([target.job for target in targets], decoders, slots))
         fillings = []
         for target, one in zip(targets, batches, strict=True):
-            writer = stack.enter_context(ShardWriter(target.store, target.job.config.engine.max_errors))
+            writer = stack.enter_context(ShardWriter(target.store, target.job.config.engine.max_errors, one.ring))
             stack.enter_context(one)  # ends first: it uses the decoders' memory
             fillings.append(_Filling(target, one, writer, clips, on_progress))
         requested: deque[list[int]] = deque()  # of each clip that is being decoded, the targets that lack it

@@ -12,33 +12,42 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from egopatch.extract.children.ring import Ring
+
 _ALIGNMENT = 64
 _ARRAYS = 8  # more than an encoder returns; each begins at a multiple of the alignment
 _FIRST = 3  # buffers that are pinned before any is needed: one is filled while the rows of two are gathered
 
 
 class ResultMemory:
-    """Buffers on the host for the tensors of one batch each.
+    """Buffers on the host for the tensors of one batch each, in memory that other processes can share.
 
-    Pinning takes longer than encoding, so a thread does it ahead: for the first batches while the decoders start. No
-    memory comes from torch, which rounds pinned memory up to a power of two: 256 MB for a batch of 154 MB.
+    Pinning takes longer than encoding, so a thread does it ahead: for the first batches while the decoders start.
 
     Args:
-        nbytes: Bytes of a buffer; a batch that needs more makes all following ones larger.
+        batches: Most buffers; memory is taken only for those that are used.
+        nbytes: Bytes of a buffer.
         pin: Called with new memory, in the thread.
         unpin: Called with the same memory at the end.
+
+    Attributes:
+        ring: The memory.
     """
 
     def __init__(
-        self, nbytes: int, pin: Callable[[NDArray[np.uint8]], None], unpin: Callable[[NDArray[np.uint8]], None]
+        self,
+        batches: int,
+        nbytes: int,
+        pin: Callable[[NDArray[np.uint8]], None],
+        unpin: Callable[[NDArray[np.uint8]], None],
     ) -> None:
-        self._nbytes = nbytes + _ARRAYS * _ALIGNMENT
+        self.ring = Ring(batches, nbytes + _ARRAYS * _ALIGNMENT, "what batches were encoded to")
         self._pin = pin
         self._unpin = unpin
         self._pinned: list[NDArray[np.uint8]] = []
         self._free: queue.SimpleQueue[NDArray[np.uint8]] = queue.SimpleQueue()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="results")
-        self._coming = deque(self._thread.submit(self._make, self._nbytes) for _ in range(_FIRST))
+        self._coming = deque(self._thread.submit(self._make) for _ in range(min(_FIRST, batches)))
 
     @property
     def buffers(self) -> int:
@@ -51,6 +60,7 @@ class ResultMemory:
         for memory in self._pinned:
             self._unpin(memory)
         self._pinned.clear()
+        self.ring.close()
 
     def like(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors on the host of the same shapes and dtypes, in a free buffer; it is free again when all are dropped.
@@ -62,7 +72,7 @@ class ResultMemory:
         for tensor in tensors.values():
             starts.append(end)
             end += -(-prod(tensor.shape) * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
-        self._nbytes = max(self._nbytes, end)
+        assert end <= self.ring.slot_bytes, f"a batch has {end} bytes; its memory has {self.ring.slot_bytes}"
         memory = torch.from_numpy(self._take())
         return {
             name: memory[start : start + prod(tensor.shape) * tensor.element_size()]
@@ -72,23 +82,20 @@ class ResultMemory:
         }
 
     def _take(self) -> NDArray[np.uint8]:
-        while True:
-            try:
-                memory = self._free.get_nowait()
-            except queue.Empty:
-                if not self._coming:
-                    self._coming.append(self._thread.submit(self._make, self._nbytes))
-                memory = self._coming.popleft().result()
-                if not self._coming:  # as many as this are in use, so the next batch will need one too
-                    self._coming.append(self._thread.submit(self._make, self._nbytes))
-            if memory.nbytes >= self._nbytes:  # else it was made before this network's batches were known
-                # torch keeps this view as long as there is a tensor in it.
-                view = memory[:]
-                weakref.finalize(view, self._free.put, memory).atexit = False
-                return view
+        try:
+            memory = self._free.get_nowait()
+        except queue.Empty:
+            memory = (self._coming.popleft() if self._coming else self._thread.submit(self._make)).result()
+            if not self._coming and self.buffers < self.ring.slots:
+                # As many as this are in use, so the next batch will need one too.
+                self._coming.append(self._thread.submit(self._make))
+        # torch keeps this view as long as there is a tensor in it.
+        view = memory[:]
+        weakref.finalize(view, self._free.put, memory).atexit = False
+        return view
 
-    def _make(self, nbytes: int) -> NDArray[np.uint8]:
-        memory = np.empty(nbytes, np.uint8)
+    def _make(self) -> NDArray[np.uint8]:
+        memory = self.ring.memory(self.ring.take())
         self._pin(memory)
         self._pinned.append(memory)
         return memory

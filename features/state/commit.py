@@ -9,10 +9,11 @@ they hold a shard's lease lose nothing: the second is refused, reads what the fi
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -35,8 +36,6 @@ from egopatch.features.values.dtypes import row_bytes
 from egopatch.features.values.errors import DamagedStore, write_conflict
 from egopatch.features.values.spec import ArraySpec, StoreSpec
 
-EncodedRows = Iterable[tuple[ArraySpec, Iterable[Callable[[], SummedRow]]]]  # for each array, what gives its rows
-
 # They check, sum and read rows beside the one that writes; more would wait for the disk.
 _THREADS = min(4, usable_cores())
 _LARGE = 1 << 16  # bytes of a row for which handing it to a thread costs less than its checks
@@ -53,34 +52,61 @@ class CommitTarget:
     row_bytes: int
 
 
-def commit_shard(
-    target: CommitTarget,
-    shard: int,
-    rows: Mapping[str, int],
-    blocks: EncodedRows,
-    provenance: Mapping[str, Provenance],
-    errors: Mapping[str, float],
-    after: Position | None,
-    replaced: Sequence[str] = (),
-) -> None:
-    """Commit a shard that afterwards consists of exactly `rows`. The caller holds the shard's lease.
+@dataclass(frozen=True)
+class RowSource:
+    """A row of one array to write.
 
-    Args:
-        target: Store that receives the shard.
+    Attributes:
+        content: Gives the row in the disk dtype; called in threads.
+        dtype: Name of the dtype if its numbers have to be finite; empty for a row that was checked before.
+    """
+
+    content: Callable[[], np.ndarray]
+    dtype: str = ""
+
+
+@dataclass(frozen=True)
+class ShardCommit:
+    """A shard as it is to be: it will consist of exactly `rows`.
+
+    Attributes:
         shard: Number of the shard.
         rows: Id -> row of the store, in rising order.
-        blocks: For each array what gives its rows, in the order of `rows`; called in threads.
+        sources: For each array of the spec its rows, in the order of `rows`.
         provenance: Id -> what the row was made of.
         errors: Array -> reconstruction error that quantisation caused.
         after: How far the ledger had been read when `rows` was determined.
-        replaced: Ids of committed rows that `blocks` gives other values. Where files are replaced in place, these rows
+        replaced: Ids of committed rows that `sources` give other values. Where files are replaced in place, these rows
             are absent from the ledger until the new ones are read back; readers wait for that.
+    """
+
+    shard: int
+    rows: Mapping[str, int]
+    sources: Sequence[tuple[ArraySpec, Sequence[RowSource]]]
+    provenance: Mapping[str, Provenance]
+    errors: Mapping[str, float]
+    after: Position | None
+    replaced: Sequence[str] = ()
+
+
+class RowNotFinite(Exception):
+    """A new row holds NaN or infinity; its arguments are the clip's id and the array's name."""
+
+
+# Commits a shard whose lease the caller holds, as `commit_shard` does.
+Committer = Callable[[CommitTarget, ShardCommit], None]
+
+
+def commit_shard(target: CommitTarget, commit: ShardCommit) -> None:
+    """Commit a shard. The caller holds its lease.
 
     Raises:
+        RowNotFinite: Nothing was written.
         WriteConflict: Another writer has committed clips of the shard since; nothing was committed here.
         DamagedStore: Reading back gives other bytes than were written.
         OSError: The disk is full.
     """
+    shard, rows, after = commit.shard, commit.rows, commit.after
     storage, ledger = target.storage, ledger_journal(target.storage)
     slots = [row % target.spec.shard for row in rows.values()]
     sums: dict[str, dict[str, int]] = {name: {} for name in rows}
@@ -88,7 +114,7 @@ def commit_shard(
         with storage.staging(shard) as folder:
             try:
                 staged = target.file_format.stage(
-                    folder, target.spec, shard, slots, _with_checksums(blocks, sums, threads)
+                    folder, target.spec, shard, slots, _with_checksums(commit, sums, threads)
                 )
                 files = {name: file.sum for name, file in staged.items()}
             except FileNotFoundError as error:
@@ -98,43 +124,48 @@ def commit_shard(
                 raise write_conflict(f"shard {shard} of {storage.location}") from None
             locked.enter_context(storage.committing(shard))
             if storage.in_place:
-                if replaced:
-                    after = ledger.append(drop_record(shard, replaced, emptied=False, replaced=True), after)
+                if commit.replaced:
+                    after = ledger.append(drop_record(shard, commit.replaced, emptied=False, replaced=True), after)
                 after = ledger.append(announce_record(shard, files), after)
             write_id = storage.publish(shard, {name: file.path for name, file in staged.items()}, files)
         if storage.in_place:
             _read_back(target, shard, rows, sums, threads)
-        clips = {name: ClipRecord(row, sums[name], provenance[name].source) for name, row in rows.items()}
-        commit = commit_record(
+        made_of = commit.provenance
+        record = commit_record(
             shard,
-            clips,
+            {name: ClipRecord(row, sums[name], made_of[name].source) for name, row in rows.items()},
             files,
             target.fingerprint,
-            errors,
+            commit.errors,
             target.row_bytes,
             write_id,
-            encode_origins([provenance[name].origin for name in rows]),
-            [provenance[name].machine for name in rows],
+            encode_origins([made_of[name].origin for name in rows]),
+            [made_of[name].machine for name in rows],
         )
-        ledger.append(commit, after)
+        ledger.append(record, after)
 
 
-def _with_checksums(
-    rows_of_arrays: EncodedRows, sums: Mapping[str, dict[str, int]], threads: ThreadPoolExecutor
-) -> Blocks:
-    """The rows, encoded and summed, and their sums in `sums`."""
+def _with_checksums(commit: ShardCommit, sums: Mapping[str, dict[str, int]], threads: ThreadPoolExecutor) -> Blocks:
+    """The rows, checked and summed, and their sums in `sums`."""
 
-    def rows_of(array: ArraySpec, rows: Iterable[Callable[[], SummedRow]]) -> Iterator[SummedRow]:
-        encoded = _ahead(rows, threads) if row_bytes(array) >= _LARGE else (row() for row in rows)
-        for checksums, row in zip(sums.values(), encoded, strict=True):
-            checksums[array.name] = row.crc32c
+    def summed(name: str, array: ArraySpec, source: RowSource) -> SummedRow:
+        try:
+            return SummedRow.of(source.content(), source.dtype)
+        except FloatingPointError:
+            raise RowNotFinite(name, array.name) from None
+
+    def rows_of(array: ArraySpec, sources: Sequence[RowSource]) -> Iterator[SummedRow]:
+        calls = [partial(summed, name, array, source) for name, source in zip(commit.rows, sources, strict=True)]
+        rows = _ahead(calls, threads) if row_bytes(array) >= _LARGE else (call() for call in calls)
+        for name, row in zip(commit.rows, rows, strict=True):
+            sums[name][array.name] = row.crc32c
             yield row
 
-    for array, rows in rows_of_arrays:
-        yield array, rows_of(array, rows)
+    for array, sources in commit.sources:
+        yield array, rows_of(array, sources)
 
 
-def _ahead(rows: Iterable[Callable[[], SummedRow]], threads: ThreadPoolExecutor) -> Iterator[SummedRow]:
+def _ahead(rows: Sequence[Callable[[], SummedRow]], threads: ThreadPoolExecutor) -> Iterator[SummedRow]:
     """What `rows` give, called by `threads` a little ahead of the one that is taken."""
     upcoming: deque[Future[SummedRow]] = deque()
     waiting = iter(rows)

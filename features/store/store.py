@@ -18,6 +18,7 @@ from torch import Tensor
 from egopatch.features.formats.interface import Format
 from egopatch.features.formats.registry import format_named
 from egopatch.features.state.catalog import Catalog
+from egopatch.features.state.commit import Committer, commit_shard
 from egopatch.features.state.header import (
     StoreHeader,
     parse_header,
@@ -346,6 +347,7 @@ class Store:
         origins: Mapping[str, Origin] = MappingProxyType({}),
         replaces: Mapping[str, RowVersion] = MappingProxyType({}),
         machines: Mapping[str, str] = MappingProxyType({}),
+        committer: Committer = commit_shard,
     ) -> None:
         """Commit clips of one shard: all of them, or none if anything fails. The shard's other rows do not change.
 
@@ -358,6 +360,7 @@ class Store:
             replaces: Id -> a committed row, as in `ShardWork`. A clip in `rows` replaces that row, and a clip
                 in `failures` removes it; if another process has replaced the row already, its row stays.
             machines: Id -> machine that computed the row, in words: on another one its last bits may differ.
+            committer: Makes the commit; it may hand the work to another process.
 
         Raises:
             ShardOwned: Another running process holds the shard's lease.
@@ -365,7 +368,7 @@ class Store:
                 infinity; or the disk is full. The message names id and array.
         """
         with nullcontext() if shard in self._leased else self.lease(shard):
-            self._writer.write(shard, rows, sources, failures, origins, replaces, machines)
+            self._writer.write(shard, rows, sources, failures, origins, replaces, machines, committer)
 
     def rewrite_shard(self, shard: int, without: Sequence[str]) -> None:
         """Write a shard's files again with its committed rows, except for the damaged ones named in `without`.

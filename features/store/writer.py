@@ -1,14 +1,21 @@
 """Writing shards whose lease is held: checks, encoding, and the commit protocol with its retries."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from torch import Tensor
 
-from egopatch.features.formats.interface import Format, SummedRow
+from egopatch.features.formats.interface import Format
 from egopatch.features.io.files import write_errors_explained
 from egopatch.features.state.catalog import Catalog
-from egopatch.features.state.commit import CommitTarget, commit_shard
+from egopatch.features.state.commit import (
+    CommitTarget,
+    Committer,
+    RowNotFinite,
+    RowSource,
+    ShardCommit,
+    commit_shard,
+)
 from egopatch.features.state.ledger import Provenance, RowVersion, announce_record, drop_record, ledger_journal
 from egopatch.features.state.origin import Origin
 from egopatch.features.state.quarantine import Failure, add_failures, quarantine_journal
@@ -45,6 +52,7 @@ class ShardWriter:
         origins: Mapping[str, Origin],
         replaces: Mapping[str, RowVersion],
         machines: Mapping[str, str],
+        committer: Committer,
     ) -> None:
         """Commit new clips; arguments and errors as in `Store.write_shard`."""
         catalog = self._catalog
@@ -58,7 +66,7 @@ class ShardWriter:
                 self.rewrite(shard, failed)
             if rows:
                 provenance = {n: Provenance(sources[n], origins.get(n), machines.get(n, "")) for n in rows}
-                self._commit_new(shard, rows, provenance, replaces)
+                self._commit_new(shard, rows, provenance, replaces, committer)
         catalog.refresh(shard)
 
     def rewrite(self, shard: int, without: Sequence[str]) -> None:
@@ -126,6 +134,7 @@ class ShardWriter:
         new: Rows,
         provenance: Mapping[str, Provenance],
         replaces: Mapping[str, RowVersion],
+        committer: Committer,
     ) -> None:
         """Commit `new` rows, except those that another writer has committed in the meantime."""
         catalog = self._catalog
@@ -137,7 +146,7 @@ class ShardWriter:
                 new = {name: row for name, row in new.items() if name not in catalog.ledger.clips or name in to_replace}
             try:
                 if new:
-                    self._commit(shard, new, provenance, after)
+                    self._commit(shard, new, provenance, after, committer)
                 break
             except WriteConflict:
                 if conflicts == _TRIES - 1:
@@ -153,6 +162,7 @@ class ShardWriter:
         new: Rows,
         provenance: Mapping[str, Provenance],
         after: Position | None,
+        committer: Committer = commit_shard,
     ) -> None:
         """Commit the `new` rows, and the shard's other rows unchanged, if it has no commit `after` that position."""
         catalog = self._catalog
@@ -168,25 +178,25 @@ class ShardWriter:
             if error is not None:
                 errors["patches"] = max(error, errors.get("patches", 0.0))
         target = CommitTarget(catalog.storage, catalog.spec, self._file_format, self._fingerprint, catalog.row_bytes)
-        blocks = ((array, self._encoded(array, rows, new)) for array in catalog.spec.arrays)
+        sources = [(array, self._sources(array, rows, new)) for array in catalog.spec.arrays]
         replaced = [name for name in former if name in new]
-        commit_shard(target, shard, rows, blocks, provenance, errors, after, replaced)
+        try:
+            committer(target, ShardCommit(shard, rows, sources, provenance, errors, after, replaced))
+        except RowNotFinite as error:
+            name, array = error.args
+            raise not_finite(name, new[name], catalog.spec.array(array)) from None
         if write_id:
             self._discard(shard, write_id)
 
     def _discard(self, shard: int, write_id: str) -> None:
         self._catalog.storage.discard(shard, write_id, self._file_format.file_names(self._catalog.spec, shard))
 
-    def _encoded(self, array: ArraySpec, rows: Mapping[str, int], new: Rows) -> Iterator[Callable[[], SummedRow]]:
+    def _sources(self, array: ArraySpec, rows: Mapping[str, int], new: Rows) -> list[RowSource]:
         """What gives one array's `rows` as they are written: new ones are encoded, the others are read."""
-        for name in rows:
-            yield (partial(self._encode, name, new[name], array) if name in new else partial(self._read, name, array))
-
-    def _encode(self, name: str, tensors: Mapping[str, Tensor], array: ArraySpec) -> SummedRow:
-        try:
-            return SummedRow.of(encode_row(name, tensors, array, self._catalog.spec), array.dtype)
-        except FloatingPointError:
-            raise not_finite(name, tensors, array) from None
-
-    def _read(self, name: str, array: ArraySpec) -> SummedRow:
-        return SummedRow.of(self._reader.read_row(name, array))
+        spec, read = self._catalog.spec, self._reader.read_row
+        return [
+            RowSource(partial(encode_row, name, new[name], array, spec), array.dtype)
+            if name in new
+            else RowSource(partial(read, name, array))
+            for name in rows
+        ]

@@ -20,11 +20,11 @@ import pytest
 
 from egopatch.extract import run
 from egopatch.extract.__main__ import main
+from egopatch.extract.children import ring
 from egopatch.extract.commands.run import HELD
 from egopatch.extract.datasets import load_dataset
 from egopatch.extract.engines.interrupts import REQUEUE, Requeue, requeue_on_signals
 from egopatch.extract.engines.job_slice import Slice
-from egopatch.extract.feed import ring
 from egopatch.extract.worker.batch_encoder import BatchEncoder
 from egopatch.extract.worker.job_stats import jobs_path
 from egopatch.features import ShardWork, open_store

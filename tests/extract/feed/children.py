@@ -11,11 +11,11 @@ from pathlib import Path
 import psutil
 
 from egopatch.configs.schema import VideoConfig
+from egopatch.extract.children.ring import Ring
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.clips import PreparedClip
 from egopatch.extract.feed.cut import cut_clip
 from egopatch.extract.feed.pool import DecodePool
-from egopatch.extract.feed.ring import Ring
 from egopatch.extract.video.once import OncePerVideo
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 

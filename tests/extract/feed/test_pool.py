@@ -15,12 +15,12 @@ from pebble import ProcessPool
 from pebble.pool import process as pebble_processes
 
 from egopatch.configs.schema import VideoConfig
+from egopatch.extract.children.ring import Ring
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed import clips as feed_clips
 from egopatch.extract.feed.clips import PreparedClip
 from egopatch.extract.feed.on_host import prepare_clip
 from egopatch.extract.feed.pool import NICENESS, DecodePool, UndecodedClip, slots_for
-from egopatch.extract.feed.ring import Ring
 from egopatch.extract.video.container import VideoError
 from egopatch.extract.video.once import OncePerVideo
 from tests.extract.video.videos import write_video
@@ -209,7 +209,7 @@ def test_an_interrupt_while_children_start_stops_them(monkeypatch: pytest.Monkey
             signal.raise_signal(signal.SIGINT)
             return started
 
-    monkeypatch.setattr("egopatch.extract.feed.pool.ProcessPool", Interrupted)
+    monkeypatch.setattr("egopatch.extract.children.spawned.ProcessPool", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         DecodePool(SMALL, 2, prepare_clip)
     assert not [child for child in multiprocessing.active_children() if child.name == "pebble_pool_worker"]
@@ -227,7 +227,7 @@ def test_children_that_are_starting_end_with_the_pool_and_say_nothing(
     stop_process = pebble_processes.stop_process
     monkeypatch.setattr(pebble_processes, "stop_process", later)
     with DecodePool(SMALL, 1, prepare_clip) as pool:
-        files = [Path(f"/dev/shm/sem.{lock._semlock.name.removeprefix('/')}") for lock in pool._context.locks]
+        files = [Path(f"/dev/shm/sem.{lock._semlock.name.removeprefix('/')}") for lock in pool._children._context.locks]
         assert files
         assert all(file.exists() for file in files)
     assert capfd.readouterr().err == ""
@@ -238,7 +238,7 @@ def test_an_interrupt_while_a_clip_is_queued_is_raised_afterwards(tmp_path: Path
     """Between the two steps of a wake-up, it would leave a waiter behind, and the pool's end would wait forever."""
     steps = []
     with DecodePool(SMALL, 1, prepare_clip) as pool:
-        woken = pool._pool._context.task_queue.not_empty
+        woken = pool._children._pool._context.task_queue.not_empty
         while not woken._waiters:  # the thread that sends clips to children has not started to wait
             time.sleep(0.01)
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from egopatch.configs.schema import Config, ConfigError, EncoderConfig, EngineConfig, StoreConfig, VideoConfig
+from egopatch.extract.children.ring import Ring
 from egopatch.extract.datasets import Clip
 from egopatch.extract.encoders import find_network, load_video_encoder
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
 from egopatch.extract.feed.clips import LeftClip, Pixels, PreparedClip
 from egopatch.extract.feed.on_host import to_input
-from egopatch.extract.feed.ring import Ring
 from egopatch.extract.video.frames import read_frames
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
@@ -86,7 +86,7 @@ def test_rows_are_those_of_the_encoder_whatever_their_batch(encoder: VideoEncode
         [slots.clip("d", [(40, 30), (30, 40)])],
         [slots.finished("e", (50, 70)), slots.clip("f", [(100, 90)] * 2)],
     ]
-    with DeviceEncoder(encoder, BATCH, "float16", EGOVLP_TRANSFORM) as batches:
+    with DeviceEncoder(encoder, BATCH, "float16", EGOVLP_TRANSFORM, 8) as batches:
         found: dict[str, Row] = {}
         behind: Callable[[], dict[str, Row]] = dict
         for group in groups:  # as the pipeline does: each batch is waited for after the next one was started
@@ -112,7 +112,7 @@ def test_rows_are_those_of_the_encoder_whatever_their_batch(encoder: VideoEncode
 
 def test_slots_are_released_while_the_batch_is_gathered(encoder: VideoEncoder, device: torch.device) -> None:
     slots = Slots(encoder.size)
-    with DeviceEncoder(encoder.to(device), 12, "float32", EGOVLP_TRANSFORM) as batches:
+    with DeviceEncoder(encoder.to(device), 12, "float32", EGOVLP_TRANSFORM, 8) as batches:
         for number in range(12):
             batches.add(slots.clip(str(number), [(20, 20)] * 2))
             assert len(slots.released) >= number + 1 - batches.held
@@ -121,7 +121,7 @@ def test_slots_are_released_while_the_batch_is_gathered(encoder: VideoEncoder, d
 
 def test_rows_do_not_depend_on_the_other_clips_of_their_batch(encoder: VideoEncoder, device: torch.device) -> None:
     slots = Slots(encoder.size)
-    with DeviceEncoder(encoder.to(device), 6, "float32", EGOVLP_TRANSFORM) as batches:
+    with DeviceEncoder(encoder.to(device), 6, "float32", EGOVLP_TRANSFORM, 8) as batches:
         alone = run(batches, [slots.clip("a", [(60, 80)] * 2)])["a"]
         slots.frames.clear()  # names give the pixels
         others = [slots.clip("a", [(60, 80)] * 2)]
@@ -138,7 +138,7 @@ def test_a_graph_gives_the_bits_of_its_encoder(
     found: list[dict[str, Row]] = []
     for capture in (False, True):
         slots = Slots(encoder.size)
-        with DeviceEncoder(encoder.to(cuda), BATCH, "float16", EGOVLP_TRANSFORM, capture) as batches:
+        with DeviceEncoder(encoder.to(cuda), BATCH, "float16", EGOVLP_TRANSFORM, 8, capture) as batches:
             rows: dict[str, Row] = {}
             behind: Callable[[], dict[str, Row]] = dict
             for number in range(6):  # each is waited for after the next one was started
@@ -159,7 +159,7 @@ def test_a_graph_gives_the_bits_of_its_encoder(
 def test_a_clip_of_another_number_of_frames_is_refused(encoder: VideoEncoder, device: torch.device) -> None:
     slots = Slots(encoder.size)
     with (
-        DeviceEncoder(encoder.to(device), BATCH, "float32", EGOVLP_TRANSFORM) as batches,
+        DeviceEncoder(encoder.to(device), BATCH, "float32", EGOVLP_TRANSFORM, 8) as batches,
         pytest.raises(ValueError, match="a clip has 3 frames; this encoder takes 2"),
     ):
         run(batches, [slots.clip("a", [(20, 20)] * 3)])

@@ -17,7 +17,7 @@ from egopatch.extract.feed.pool import UndecodedClip
 from egopatch.extract.worker.job_stats import JobStats, Stages
 from egopatch.extract.worker.on_cores import CoreEncoder
 from egopatch.extract.worker.pipeline import encode_shards
-from egopatch.extract.worker.shard_writer import ShardWriter, TooManyErrors, shards_at_once
+from egopatch.extract.writing.shard_writer import ShardWriter, TooManyErrors, shards_at_once
 from egopatch.features import Fingerprint, PatchTokens, ShardOwned, Store, StoreError, StoreSpec, create_store
 from egopatch.features.io import file_lease as lease
 

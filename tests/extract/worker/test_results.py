@@ -15,7 +15,7 @@ def nothing(_: np.ndarray) -> None:
 
 
 def test_a_buffer_is_free_when_its_last_row_is_dropped() -> None:
-    memory = ResultMemory(1000, nothing, nothing)
+    memory = ResultMemory(40, 1000, nothing, nothing)
     first = memory.like(BATCH)
     for name, tensor in BATCH.items():
         assert (first[name].shape, first[name].dtype) == (tensor.shape, tensor.dtype)
@@ -39,9 +39,7 @@ def test_a_buffer_is_free_when_its_last_row_is_dropped() -> None:
 def test_memory_is_pinned_before_it_is_used_and_unpinned_at_the_end() -> None:
     pinned: list[int] = []
     unpinned: list[int] = []
-    memory = ResultMemory(
-        8, lambda m: pinned.append(m.ctypes.data), lambda m: unpinned.append(m.ctypes.data)
-    )  # too small, so that the first buffers are passed over
+    memory = ResultMemory(8, 100, lambda m: pinned.append(m.ctypes.data), lambda m: unpinned.append(m.ctypes.data))
     rows = memory.like(BATCH)
     assert rows["patches"].data_ptr() in pinned
     memory.close()
@@ -53,7 +51,7 @@ def test_memory_that_cannot_be_pinned_is_the_callers_error() -> None:
     def refuse(_: np.ndarray) -> None:
         raise JobFailed("CUDA cannot pin 1000 bytes of memory")
 
-    memory = ResultMemory(1000, refuse, nothing)
+    memory = ResultMemory(8, 1000, refuse, nothing)
     with pytest.raises(JobFailed, match="cannot pin 1000 bytes"):
         memory.like(BATCH)
     memory.close()

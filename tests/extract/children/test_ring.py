@@ -16,14 +16,15 @@ import psutil
 import pytest
 
 from egopatch.configs.schema import VideoConfig
+from egopatch.extract.children import ring
+from egopatch.extract.children.ring import Ring
 from egopatch.extract.datasets import Clip
-from egopatch.extract.feed import decoders, ring
+from egopatch.extract.feed import decoders
 from egopatch.extract.feed.clips import LeftClip, PreparedClip
 from egopatch.extract.feed.cut import _cut
 from egopatch.extract.feed.decoders import open_decoders
 from egopatch.extract.feed.on_host import prepare_clip, to_input
 from egopatch.extract.feed.pool import TOGETHER, DecodePool, UndecodedClip
-from egopatch.extract.feed.ring import Ring
 from egopatch.extract.feed.shared_folder import SharedFolder
 from egopatch.extract.video.frames import DecodedClip, read_frames
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
@@ -172,7 +173,9 @@ def test_without_unnamed_shared_memory_a_file_is_used(
         new = set(Path(tempfile.gettempdir()).iterdir()) - files
         assert not [path for path in new if path.is_file()]
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"note: frames are handed over through a file in {tempfile.gettempdir()} of up to 0.1 GB")
+    assert line.startswith(
+        f"note: frames between decoders and encoder are kept in a file in {tempfile.gettempdir()} of up to 0.1 GB"
+    )
 
 
 def test_children_that_only_decode_are_small_and_fast(video: Path) -> None:

@@ -1,7 +1,7 @@
-"""Memory that the decoder children share with their parent: a clip's frames are written there once and never pickled.
+"""Memory that a process shares with its children: what is large is written there once and never pickled.
 
 It has no name, so nothing is left behind, whoever is killed; and it takes nothing of /dev/shm, which is small in
-containers. It grows with the frames that were written into it, up to its size, and is freed with its last process.
+containers. It grows with what was written into it, up to its size, and is freed with its last process.
 """
 
 import mmap
@@ -18,13 +18,17 @@ from numpy.typing import NDArray
 class Ring:
     """`slots` pieces of memory of `slot_bytes` bytes each. It can be sent to a child that is being started.
 
-    The parent takes a slot for a clip, a child fills it, and the parent gives it back when the frames were used; so a
-    killed child costs no slot.
+    Only the parent takes slots and gives them back, so a killed child costs no slot.
+
+    Args:
+        slots: Number of slots.
+        slot_bytes: Bytes of each, rounded up to whole pages.
+        holds: What is kept in it, for messages.
     """
 
-    def __init__(self, slots: int, slot_bytes: int) -> None:
+    def __init__(self, slots: int, slot_bytes: int, holds: str = "frames between decoders and encoder") -> None:
         size = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._map(_unnamed_file(slots * size), slots, size)
+        self._map(_unnamed_file(slots * size, holds), slots, size)
 
     def _map(self, file: int, slots: int, slot_bytes: int) -> None:
         self._file = file
@@ -49,6 +53,15 @@ class Ring:
         """The slot's bytes, which both sides may read and write."""
         return self._bytes[slot]
 
+    def offset_of(self, content: NDArray[Any]) -> int | None:
+        """Where contiguous memory begins in the ring, in bytes; None for memory that is not in it."""
+        offset = content.ctypes.data - self._bytes.ctypes.data
+        return offset if 0 <= offset < self._bytes.size else None
+
+    def at(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
+        """Bytes of the ring that begin at an offset, in any process that shares it."""
+        return self._bytes.reshape(-1)[offset : offset + nbytes]
+
     def close(self) -> None:
         """End the use of the ring; the memory is freed with the last clip in it."""
         os.close(self._file)
@@ -61,14 +74,14 @@ def _attach(file: Any, slots: int, slot_bytes: int) -> Ring:
     return ring
 
 
-def _unnamed_file(size: int) -> int:
+def _unnamed_file(size: int, holds: str) -> int:
     """A file of `size` zeros that only its handles can reach; in memory if the system can, else on disk."""
     try:
-        file = os.memfd_create("egopatch-frames")
+        file = os.memfd_create("egopatch-ring")
     except (AttributeError, OSError) as error:
         print(
-            f"note: frames are handed over through a file in {tempfile.gettempdir()} of up to {size / 1e9:.1f} GB,"
-            f" because this system gives no shared memory without a name ({error})",
+            f"note: {holds} are kept in a file in {tempfile.gettempdir()} of up to {size / 1e9:.1f} GB, because this"
+            f" system gives no shared memory without a name ({error})",
             flush=True,
         )
         with tempfile.TemporaryFile() as unnamed:
@@ -78,7 +91,7 @@ def _unnamed_file(size: int) -> int:
     except OSError as error:
         os.close(file)
         raise OSError(
-            f"no room for {size / 1e9:.2f} GB of frames between decoders and encoder ({error.strerror}); lower "
-            "engine.decoders, or raise this process's limits on memory and on the size of files"
+            f"no room for {size / 1e9:.2f} GB of {holds} ({error.strerror}); lower engine.decoders or encoder.batch, "
+            "or raise this process's limits on memory and on the size of files"
         ) from error
     return file

@@ -9,9 +9,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
+from egopatch.extract.children.ring import Ring
 from egopatch.extract.errors import JobFailed
+from egopatch.extract.writing.commit_processes import CommitProcesses
 from egopatch.features import Failure, ShardOwned, ShardWork, Store, StoreError
 from egopatch.features.common.machine import usable_cores
+from egopatch.features.state.commit import commit_shard
 from egopatch.features.state.origin import Origin
 from egopatch.features.store.writer import Rows
 from egopatch.features.values.encoding import array_not_finite
@@ -55,6 +58,7 @@ class ShardWriter:
     Args:
         store: Store that is open for writing.
         max_errors: Clips that may be in quarantine: a count, or a share of all clips.
+        ring: Memory of the rows, if other processes can share it: shards are then committed by child processes.
 
     Attributes:
         committed, quarantined: Number of clips so far.
@@ -63,11 +67,12 @@ class ShardWriter:
         wait_s: Seconds for which the caller waited for writing.
     """
 
-    def __init__(self, store: Store, max_errors: int | float) -> None:
+    def __init__(self, store: Store, max_errors: int | float, ring: Ring | None = None) -> None:
         self._store = store
         self._max_errors = max_errors
-        self._leasing = ThreadPoolExecutor(1, thread_name_prefix="leases")
         self._at_once = shards_at_once()
+        self._children = None if ring is None else CommitProcesses(ring, self._at_once, store.format)
+        self._leasing = ThreadPoolExecutor(1, thread_name_prefix="leases")
         self._writing = ThreadPoolExecutor(self._at_once, thread_name_prefix="shards")
         self._leases: dict[int, ExitStack] = {}
         self._unfinished: deque[Future[tuple[int, int]]] = deque()
@@ -89,6 +94,8 @@ class ShardWriter:
             threads.shutdown(wait=True, cancel_futures=True)
         for lease in self._leases.values():
             lease.close()
+        if self._children:
+            self._children.close()
 
     def leases(self, works: Sequence[ShardWork]) -> Iterator[tuple[ShardWork, tuple[str, ...]]]:
         """Lease each shard in turn; the next one is leased while the caller works on the current one.
@@ -172,7 +179,14 @@ class ShardWriter:
     def _write_shard(self, shard: EncodedShard) -> None:
         work, machines = shard.work, dict.fromkeys(shard.rows, shard.machine)
         self._store.write_shard(
-            work.shard, shard.rows, shard.sources, shard.failures, shard.origins, work.replaces, machines
+            work.shard,
+            shard.rows,
+            shard.sources,
+            shard.failures,
+            shard.origins,
+            work.replaces,
+            machines,
+            self._children or commit_shard,
         )
 
     @contextmanager

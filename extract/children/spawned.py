@@ -1,0 +1,97 @@
+"""Child processes that are started afresh, and that neither outlive their parent nor meet its Ctrl-C."""
+
+import signal
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import synchronize
+from multiprocessing.context import SpawnContext
+from types import TracebackType
+from typing import Any, Self
+
+from pebble import ProcessFuture, ProcessPool
+
+from egopatch.features.common.disk import require_semaphores
+from egopatch.features.common.parent import exit_with_parent
+from egopatch.features.common.signals import children_without_interrupts, signals_held
+
+
+class _KeepingContext(SpawnContext):
+    """Spawns children, because forked ones would inherit torch's and CUDA's threads and locks in an unknown state.
+
+    It keeps the locks that it makes. pebble lets go of a pool's locks, which removes them, before it ends the children:
+    one that is just starting would find them gone, and say so in a traceback.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.locks: list[synchronize.RLock] = []
+
+    def RLock(self) -> synchronize.RLock:
+        """As multiprocessing's."""
+        lock = super().RLock()
+        self.locks.append(lock)
+        return lock
+
+
+class SpawnedPool:
+    """Child processes for short tasks; a context manager, whose end kills them.
+
+    Args:
+        doing: What the children do, such as `decoding`, for messages.
+        workers: Number of children.
+        initializer: Called in a child before its first task, with `initargs`; a child imports what it needs for them.
+        initargs: May hold what only a child that is being started can receive, such as a `Ring`.
+
+    Raises:
+        ChildProcessError: No child can be started.
+    """
+
+    def __init__(self, doing: str, workers: int, initializer: Callable[..., None], *initargs: Any) -> None:
+        require_semaphores(f"{doing} in child processes")
+        self.doing = doing
+        self._context = _KeepingContext()
+        self._pool = ProcessPool(
+            max_workers=workers, initializer=_start, initargs=(initializer, initargs), context=self._context
+        )
+        # Starts the children, and the threads that replace those that end. The tracker of semaphores, whose start would
+        # let signals in again, runs since semaphores were required above.
+        try:
+            with children_without_interrupts():
+                assert self._pool.active
+        except BrokenProcessPool as error:
+            self.close()
+            raise self.none_started() from error
+        except BaseException:  # such as a Ctrl-C that came meanwhile, which is raised at the end of the block
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill the children."""
+        self._pool.stop()
+        self._pool.join()
+        self._context.locks.clear()
+
+    def schedule(self, function: Callable[..., Any], *args: Any) -> ProcessFuture:
+        """Have a child call `function`; its future raises `pebble.ProcessExpired` if the child dies meanwhile."""
+        with signals_held():  # pebble's queue would not survive an exception in its midst
+            return self._pool.schedule(function, args=args)
+
+    def none_started(self) -> ChildProcessError:
+        """The error to raise where a future raises `BrokenProcessPool`."""
+        return ChildProcessError(
+            f"the child processes for {self.doing} cannot be started, or were killed before they had any work; check "
+            "the machine's free memory and its limit of processes, and run the same command again to resume"
+        )
+
+
+def _start(initializer: Callable[..., None], initargs: tuple[Any, ...]) -> None:
+    exit_with_parent()
+    for number in (signal.SIGINT, signal.SIGUSR1):  # the parent handles them; it ends a child with SIGTERM
+        signal.signal(number, signal.SIG_IGN)
+    initializer(*initargs)

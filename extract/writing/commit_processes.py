@@ -1,0 +1,105 @@
+"""Committing shards in processes of their own, where a GPU encodes.
+
+Checks, checksums, writing and reading back give up the interpreter's lock some sixty times a clip, and the thread that
+feeds the GPU waits for it each time. A child has a lock of its own, and finds the rows in memory that it shares with
+this process. This process keeps the leases; a child that is killed leaves what a killed writer leaves.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from pebble import ProcessExpired
+
+from egopatch.extract.children.ring import Ring
+from egopatch.extract.children.spawned import SpawnedPool
+from egopatch.extract.errors import JobFailed
+from egopatch.features.formats.registry import format_named
+from egopatch.features.state.commit import CommitTarget, RowSource, ShardCommit, commit_shard
+from egopatch.features.values.spec import ArraySpec
+
+_SMALL = 1 << 16  # bytes of a row that may be pickled
+
+
+class CommitProcesses(SpawnedPool):
+    """Children that commit shards whose rows lie in `ring`; a `features.state.commit.Committer`.
+
+    Args:
+        ring: Memory of the rows.
+        count: Number of children; as many threads may call at a time.
+        file_format: Name of the stores' file format, which children import before their first shard.
+    """
+
+    def __init__(self, ring: Ring, count: int, file_format: str) -> None:
+        self._ring = ring
+        super().__init__("writing", count, _start_child, ring, file_format)
+
+    def __call__(self, target: CommitTarget, commit: ShardCommit) -> None:
+        """As `commit_shard`; shards with other rows, and those in object storage, are committed by this process.
+
+        Raises:
+            JobFailed: The child was killed.
+            ChildProcessError: No child can be started.
+        """
+        shared = self._shared(commit) if target.storage.in_place else None
+        if shared is None:
+            commit_shard(target, commit)
+            return
+        try:
+            self.schedule(commit_shard, target, shared).result()
+        except ProcessExpired as error:
+            raise JobFailed(
+                f"the process that wrote shard {commit.shard} of {target.storage.location} was killed (exit code "
+                f"{error.exitcode}), perhaps because memory ran out; run the same command again to resume"
+            ) from error
+        except BrokenProcessPool as error:
+            raise self.none_started() from error
+
+    def _shared(self, commit: ShardCommit) -> ShardCommit | None:
+        """The commit as a child can receive it; None if it holds large rows that are not in the ring."""
+        arrays: list[tuple[ArraySpec, Sequence[RowSource]]] = []
+        for array, sources in commit.sources:
+            rows = []
+            for source in sources:
+                row = source.content()
+                offset = self._ring.offset_of(row)
+                if offset is None and row.nbytes > _SMALL:
+                    return None
+                content = _Sent(row) if offset is None else _InRing(offset, row.dtype.str, row.shape)
+                rows.append(replace(source, content=content))
+            arrays.append((array, rows))
+        return replace(commit, sources=arrays)
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A row that is sent to the child."""
+
+    row: NDArray
+
+    def __call__(self) -> NDArray:
+        return self.row
+
+
+@dataclass(frozen=True)
+class _InRing:
+    """A row that a child finds in its ring."""
+
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __call__(self) -> NDArray:
+        dtype = np.dtype(self.dtype)
+        nbytes = int(np.prod(self.shape)) * dtype.itemsize
+        return _rings[0].at(self.offset, nbytes).view(dtype).reshape(self.shape)
+
+
+_rings: list[Ring] = []  # in a child, its pool's: set once, when it starts
+
+
+def _start_child(ring: Ring, file_format: str) -> None:
+    format_named(file_format)
+    _rings.append(ring)

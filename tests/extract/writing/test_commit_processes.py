@@ -1,0 +1,182 @@
+"""Shards that child processes commit: the same files, the same errors, and nothing lost when a child is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from pebble import ProcessFuture
+from torch import Tensor
+
+from egopatch.extract.children.ring import Ring
+from egopatch.extract.errors import JobFailed
+from egopatch.extract.writing.commit_processes import CommitProcesses
+from egopatch.features import Fingerprint, Store, StoreSpec, create_store
+from egopatch.features.state.commit import CommitTarget, ShardCommit, commit_shard
+from egopatch.features.tools.verify import verify
+from egopatch.features.values.errors import NotFinite
+
+IDS = list("abcd")
+SPEC = StoreSpec.for_patches(frames=2, grid=(16, 16), width=128, dtype="float16", shard=4)
+PATCHES = 2 * 256 * 128
+schedule = CommitProcesses.schedule
+
+
+class Rows:
+    """Rows of which the patches lie in a ring, as an encoder leaves them."""
+
+    def __init__(self, ring: Ring | None) -> None:
+        self.ring = ring
+
+    def __call__(self, number: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(number)
+        patches = torch.randn(2, 256, 128, generator=generator).half()
+        if self.ring:
+            memory = torch.from_numpy(self.ring.memory(self.ring.take())).view(torch.float16)[:PATCHES]
+            patches = memory.view(patches.shape).copy_(patches)
+        small = {name: torch.randn(shape, generator=generator) for name, shape in self.small().items()}
+        return {"patches": patches, **small}
+
+    def small(self) -> dict[str, tuple[int, ...]]:
+        return {array.name: array.shape for array in SPEC.arrays if array.name != "patches"}
+
+
+@pytest.fixture(scope="module")
+def ring() -> Iterator[Ring]:
+    ring = Ring(40, 2 * PATCHES)
+    yield ring
+    ring.close()
+
+
+@pytest.fixture(scope="module", params=["zarr", "hdf5"])
+def processes(ring: Ring, request: pytest.FixtureRequest) -> Iterator[tuple[str, CommitProcesses]]:
+    with CommitProcesses(ring, 1, request.param) as processes:
+        yield request.param, processes
+
+
+def make(path: Path, file_format: str = "zarr") -> Store:
+    return create_store(path, SPEC, Fingerprint({"x": 1}), IDS, format=file_format)
+
+
+def write(store: Store, rows: dict[str, dict[str, Tensor]], committer: Callable[..., None]) -> None:
+    store.write_shard(0, rows, dict.fromkeys(rows, "hash"), committer=committer)
+
+
+def test_the_files_are_those_that_this_process_writes(
+    tmp_path: Path, ring: Ring, processes: tuple[str, CommitProcesses], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file_format, committer = processes
+    tasks: list[object] = []
+
+    def counted(self: CommitProcesses, *task: Any) -> ProcessFuture:
+        tasks.append(task)
+        return schedule(self, *task)
+
+    monkeypatch.setattr(CommitProcesses, "schedule", counted)
+    here, there = make(tmp_path / "here", file_format), make(tmp_path / "there", file_format)
+    write(here, {name: Rows(None)(i) for i, name in enumerate(IDS)}, commit_shard)
+    assert not tasks
+    write(there, {name: Rows(ring)(i) for i, name in enumerate(IDS)}, committer)
+    assert len(tasks) == 1
+    assert there.clip_ids == tuple(IDS)
+    for array in SPEC.arrays:
+        assert torch.equal(here.read_arrays(IDS)[array.name], there.read_arrays(IDS)[array.name])
+    assert here.catalog.ledger.files == there.catalog.ledger.files
+    assert verify(there.path).ok
+
+
+def test_rows_that_are_not_in_the_ring_are_written_by_this_process(
+    tmp_path: Path, ring: Ring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CommitProcesses, "schedule", lambda *_: pytest.fail("a child got rows that it cannot see"))
+    store = make(tmp_path / "store")
+    with CommitProcesses(ring, 1, "zarr") as committer:
+        write(store, {"a": Rows(ring)(0), "b": Rows(None)(1)}, committer)
+    assert store.clip_ids == ("a", "b")
+
+
+def test_a_row_that_is_not_finite_is_named(tmp_path: Path, ring: Ring, processes: tuple[str, CommitProcesses]) -> None:
+    file_format, committer = processes
+    store = make(tmp_path / "store", file_format)
+    rows = {name: Rows(ring)(i) for i, name in enumerate(IDS)}
+    rows["c"]["patches"][1, 7, 5] = float("inf")
+    with pytest.raises(NotFinite, match="clip 'c': patches holds NaN or infinity; it is not stored"):
+        write(store, rows, committer)
+    assert store.clip_ids == ()
+
+
+def test_what_another_process_committed_meanwhile_is_kept(
+    tmp_path: Path, ring: Ring, processes: tuple[str, CommitProcesses]
+) -> None:
+    file_format, committer = processes
+    store = make(tmp_path / "store", file_format)
+    calls = []
+
+    def late(target: CommitTarget, commit: ShardCommit) -> None:
+        calls.append(list(commit.rows))
+        if len(calls) == 1:
+            commit_shard(target, ShardCommit(**{**vars(commit), "rows": {"a": 0}, "sources": first(commit)}))
+        committer(target, commit)
+
+    def first(commit: ShardCommit) -> list[Any]:
+        return [(array, sources[:1]) for array, sources in commit.sources]
+
+    write(store, {name: Rows(ring)(i) for i, name in enumerate(IDS)}, late)
+    assert calls == [IDS, IDS]
+    assert store.clip_ids == tuple(IDS)
+    assert verify(store.path).ok
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_child_costs_one_attempt(
+    tmp_path: Path, ring: Ring, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make(tmp_path / "store")
+    rows = {name: Rows(ring)(i) for i, name in enumerate(IDS)}
+    with CommitProcesses(ring, 1, "zarr") as committer:
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                CommitProcesses, "schedule", lambda self, *task: schedule(self, partial(die, number), *task)
+            )
+            with pytest.raises(
+                JobFailed, match=r"the process that wrote shard 0 of .*store was killed \(exit code -?\d+\), perhaps"
+            ):
+                write(store, rows, committer)
+        assert store.clip_ids == ()
+        write(store, rows, committer)
+    assert store.clip_ids == tuple(IDS)
+    assert verify(store.path).ok
+
+
+def die(number: int, *_: object) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(5)
+
+
+def test_children_end_with_their_parent() -> None:
+    code = (
+        "import os, time\n"
+        "from egopatch.extract.children.ring import Ring\n"
+        "from egopatch.extract.writing.commit_processes import CommitProcesses\n"
+        "if __name__ == '__main__':\n"
+        "    pool = CommitProcesses(Ring(2, 100), 2, 'zarr')\n"
+        "    [pool.schedule(time.sleep, 60) for _ in range(2)]\n"
+        "    print(pool.schedule(os.getppid), flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        parent.stdout.readline()
+        children = psutil.Process(parent.pid).children()
+        assert len(children) >= 2
+        parent.kill()
+    _, left = psutil.wait_procs(children, timeout=10)
+    assert not left
