@@ -24,11 +24,30 @@ class Ring:
         slots: Number of slots.
         slot_bytes: Bytes of each, rounded up to whole pages.
         holds: What is kept in it, for messages.
+        lower: The options that make it smaller, for messages.
+
+    Raises:
+        OSError: The limits of this process leave no room for it.
     """
 
-    def __init__(self, slots: int, slot_bytes: int, holds: str = "frames between decoders and encoder") -> None:
+    def __init__(
+        self,
+        slots: int,
+        slot_bytes: int,
+        holds: str = "frames between decoders and encoder",
+        lower: str = "engine.decoders",
+    ) -> None:
         size = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._map(_unnamed_file(slots * size, holds), slots, size)
+        file = _unnamed_file(holds, slots * size)
+        try:
+            os.ftruncate(file, slots * size)
+            self._map(file, slots, size)
+        except OSError as error:
+            os.close(file)
+            raise OSError(
+                f"no room for {slots * size / 1e9:.2f} GB of {holds} ({error.strerror}); lower {lower}, or raise this "
+                "process's limits on memory and on the size of files"
+            ) from error
 
     def _map(self, file: int, slots: int, slot_bytes: int) -> None:
         self._file = file
@@ -74,10 +93,10 @@ def _attach(file: Any, slots: int, slot_bytes: int) -> Ring:
     return ring
 
 
-def _unnamed_file(size: int, holds: str) -> int:
-    """A file of `size` zeros that only its handles can reach; in memory if the system can, else on disk."""
+def _unnamed_file(holds: str, size: int) -> int:
+    """A file that only its handles can reach; in memory if the system can, else on disk."""
     try:
-        file = os.memfd_create("egopatch-ring")
+        return os.memfd_create("egopatch-ring")
     except (AttributeError, OSError) as error:
         print(
             f"note: {holds} are kept in a file in {tempfile.gettempdir()} of up to {size / 1e9:.1f} GB, because this"
@@ -85,13 +104,4 @@ def _unnamed_file(size: int, holds: str) -> int:
             flush=True,
         )
         with tempfile.TemporaryFile() as unnamed:
-            file = os.dup(unnamed.fileno())
-    try:
-        os.ftruncate(file, size)
-    except OSError as error:
-        os.close(file)
-        raise OSError(
-            f"no room for {size / 1e9:.2f} GB of {holds} ({error.strerror}); lower engine.decoders or encoder.batch, "
-            "or raise this process's limits on memory and on the size of files"
-        ) from error
-    return file
+            return os.dup(unnamed.fileno())

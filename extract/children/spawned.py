@@ -78,14 +78,21 @@ class SpawnedPool:
         self._context.locks.clear()
 
     def schedule(self, function: Callable[..., Any], *args: Any) -> ProcessFuture:
-        """Have a child call `function`; its future raises `pebble.ProcessExpired` if the child dies meanwhile."""
-        with signals_held():  # pebble's queue would not survive an exception in its midst
-            return self._pool.schedule(function, args=args)
+        """Have a child call `function`; its future raises `pebble.ProcessExpired` if the child dies meanwhile.
+
+        Raises:
+            ChildProcessError: A child has died while it had nothing to do, which ends the pool.
+        """
+        try:
+            with signals_held():  # pebble's queue would not survive an exception in its midst
+                return self._pool.schedule(function, args=args)
+        except RuntimeError as error:
+            raise self.none_started() from error
 
     def none_started(self) -> ChildProcessError:
-        """The error to raise where a future raises `BrokenProcessPool`."""
+        """The error to raise where the pool, or a future, is broken."""
         return ChildProcessError(
-            f"the child processes for {self.doing} cannot be started, or were killed before they had any work; check "
+            f"the child processes for {self.doing} cannot be started, or were killed while they had no work; check "
             "the machine's free memory and its limit of processes, and run the same command again to resume"
         )
 

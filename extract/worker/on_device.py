@@ -112,6 +112,7 @@ class DeviceEncoder(BatchEncoder):
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._streams.synchronize(self._device)  # copies may still read memory that is about to be freed
+        del self._encode  # it refers to this object, which would keep the memory until a collection
         self._results.close()
         if self._slots:
             self._slots.release()

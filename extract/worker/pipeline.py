@@ -126,15 +126,17 @@ def fill_stores(
     """
     started = time.perf_counter()
     with ExitStack() as stack:
-        batches = [target.job.open_batches() for target in targets]
-        # Decoding runs ahead by the next batch, and by two tasks for each child: one in progress and one waiting.
-        ahead = max(one.size for one in batches) + 2 * decoders
-        slots = ahead + sum(one.held for one in batches)
-        pool = stack.enter_context(_open_decoders([target.job for target in targets], decoders, slots))
+        with ExitStack() as opened:
+            batches = [opened.enter_context(target.job.open_batches()) for target in targets]
+            # Decoding runs ahead by the next batch, and by two tasks for each child: one in progress and one waiting.
+            ahead = max(one.size for one in batches) + 2 * decoders
+            slots = ahead + sum(one.held for one in batches)
+            pool = stack.enter_context(_open_decoders([target.job for target in targets], decoders, slots))
+            stack.push(opened.pop_all())  # the encoders end before the decoders, whose memory they use
         fillings = []
         for target, one in zip(targets, batches, strict=True):
+            # Ends before the encoder, in whose memory its rows are.
             writer = stack.enter_context(ShardWriter(target.store, target.job.config.engine.max_errors, one.ring))
-            stack.enter_context(one)  # ends first: it uses the decoders' memory
             fillings.append(_Filling(target, one, writer, clips, on_progress))
         requested: deque[list[int]] = deque()  # of each clip that is being decoded, the targets that lack it
         results = _TimedResults(pool.map(_merged(fillings, clips, requested), ahead, TOGETHER))

@@ -4,7 +4,7 @@ import queue
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from egopatch.extract.children.ring import Ring
+from egopatch.features.common.signals import signals_held
 
 _ALIGNMENT = 64
 _ARRAYS = 8  # more than an encoder returns; each begins at a multiple of the alignment
@@ -41,13 +42,13 @@ class ResultMemory:
         pin: Callable[[NDArray[np.uint8]], None],
         unpin: Callable[[NDArray[np.uint8]], None],
     ) -> None:
-        self.ring = Ring(batches, nbytes + _ARRAYS * _ALIGNMENT, "what batches were encoded to")
+        self.ring = Ring(batches, nbytes + _ARRAYS * _ALIGNMENT, "encoded batches", "store.shard, of a new store,")
         self._pin = pin
         self._unpin = unpin
         self._pinned: list[NDArray[np.uint8]] = []
         self._free: queue.SimpleQueue[NDArray[np.uint8]] = queue.SimpleQueue()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="results")
-        self._coming = deque(self._thread.submit(self._make) for _ in range(min(_FIRST, batches)))
+        self._coming = deque(self._submit() for _ in range(min(_FIRST, batches)))
 
     @property
     def buffers(self) -> int:
@@ -85,14 +86,18 @@ class ResultMemory:
         try:
             memory = self._free.get_nowait()
         except queue.Empty:
-            memory = (self._coming.popleft() if self._coming else self._thread.submit(self._make)).result()
+            memory = (self._coming.popleft() if self._coming else self._submit()).result()
             if not self._coming and self.buffers < self.ring.slots:
                 # As many as this are in use, so the next batch will need one too.
-                self._coming.append(self._thread.submit(self._make))
+                self._coming.append(self._submit())
         # torch keeps this view as long as there is a tensor in it.
         view = memory[:]
         weakref.finalize(view, self._free.put, memory).atexit = False
         return view
+
+    def _submit(self) -> Future[NDArray[np.uint8]]:
+        with signals_held():  # an exception while a thread starts leaves one that is never told to end
+            return self._thread.submit(self._make)
 
     def _make(self) -> NDArray[np.uint8]:
         memory = self.ring.memory(self.ring.take())

@@ -24,7 +24,7 @@ _SMALL = 1 << 16  # bytes of a row that may be pickled
 
 
 class CommitProcesses(SpawnedPool):
-    """Children that commit shards whose rows lie in `ring`; a `features.state.commit.Committer`.
+    """Children that commit shards of a store in a folder whose rows lie in `ring`; a `features.state.commit.Committer`.
 
     Args:
         ring: Memory of the rows.
@@ -37,13 +37,13 @@ class CommitProcesses(SpawnedPool):
         super().__init__("writing", count, _start_child, ring, file_format)
 
     def __call__(self, target: CommitTarget, commit: ShardCommit) -> None:
-        """As `commit_shard`; shards with other rows, and those in object storage, are committed by this process.
+        """As `commit_shard`; shards with large rows from elsewhere are committed by this process.
 
         Raises:
             JobFailed: The child was killed.
             ChildProcessError: No child can be started.
         """
-        shared = self._shared(commit) if target.storage.in_place else None
+        shared = self._shared(commit)
         if shared is None:
             commit_shard(target, commit)
             return

@@ -3,22 +3,28 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
+from typing import TypeVar
 
 from egopatch.extract.children.ring import Ring
 from egopatch.extract.errors import JobFailed
 from egopatch.extract.writing.commit_processes import CommitProcesses
 from egopatch.features import Failure, ShardOwned, ShardWork, Store, StoreError
 from egopatch.features.common.machine import usable_cores
+from egopatch.features.common.signals import signals_held
 from egopatch.features.state.commit import commit_shard
 from egopatch.features.state.origin import Origin
 from egopatch.features.store.writer import Rows
 from egopatch.features.values.encoding import array_not_finite
 from egopatch.features.values.errors import NotFinite
+from egopatch.features.values.spec import QUANTISED
+
+Work = TypeVar("Work")
+Done = TypeVar("Done")
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,8 @@ class ShardWriter:
     Args:
         store: Store that is open for writing.
         max_errors: Clips that may be in quarantine: a count, or a share of all clips.
-        ring: Memory of the rows, if other processes can share it: shards are then committed by child processes.
+        ring: Memory of the rows, if other processes can share it. Child processes then commit the shards of a store in
+            a folder, unless its rows are quantised, which is done when they are written.
 
     Attributes:
         committed, quarantined: Number of clips so far.
@@ -71,7 +78,9 @@ class ShardWriter:
         self._store = store
         self._max_errors = max_errors
         self._at_once = shards_at_once()
-        self._children = None if ring is None else CommitProcesses(ring, self._at_once, store.format)
+        quantised = any(array.dtype in QUANTISED for array in store.spec.arrays)
+        shared = ring is not None and store.catalog.storage.in_place and not quantised
+        self._children = CommitProcesses(ring, self._at_once, store.format) if ring and shared else None
         self._leasing = ThreadPoolExecutor(1, thread_name_prefix="leases")
         self._writing = ThreadPoolExecutor(self._at_once, thread_name_prefix="shards")
         self._leases: dict[int, ExitStack] = {}
@@ -89,13 +98,13 @@ class ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # A write that has begun is finished: completing a commit takes no longer than undoing it.
-        for threads in (self._writing, self._leasing):
-            threads.shutdown(wait=True, cancel_futures=True)
-        for lease in self._leases.values():
-            lease.close()
-        if self._children:
-            self._children.close()
+        with ExitStack() as last:  # whatever interrupts one of these, the others follow
+            last.callback(self._release_all)
+            if self._children:
+                last.push(self._children)
+            for threads in (self._leasing, self._writing):
+                # A write that has begun is finished: completing a commit takes no longer than undoing it.
+                last.callback(threads.shutdown, wait=True, cancel_futures=True)
 
     def leases(self, works: Sequence[ShardWork]) -> Iterator[tuple[ShardWork, tuple[str, ...]]]:
         """Lease each shard in turn; the next one is leased while the caller works on the current one.
@@ -109,7 +118,7 @@ class ShardWriter:
         for _ in range(2):
             works, held_elsewhere = held_elsewhere, []
             self.skipped.clear()
-            upcoming = deque(self._leasing.submit(self._lease, work) for work in works[:1])
+            upcoming = deque(self._begin(self._leasing, self._lease, work) for work in works[:1])
             for work, following in zip_longest(works, works[1:]):
                 try:
                     to_encode = upcoming.popleft().result()
@@ -118,13 +127,13 @@ class ShardWriter:
                     self.skipped.append(str(error))
                     to_encode = None
                 if following:
-                    upcoming.append(self._leasing.submit(self._lease, following))
+                    upcoming.append(self._begin(self._leasing, self._lease, following))
                 if to_encode is not None:
                     yield work, to_encode
 
     def release(self, shard: int) -> None:
         """Release a lease without writing."""
-        self._leasing.submit(self._release, shard)
+        self._begin(self._leasing, self._release, shard)
 
     def write(self, shard: EncodedShard) -> None:
         """Begin to write a leased shard, whose lease is released afterwards. Waits while as many are written as may be.
@@ -133,7 +142,7 @@ class ShardWriter:
             TooManyErrors, StoreError: Raised by an earlier shard.
         """
         self._wait_for(self._at_once - 1)
-        self._unfinished.append(self._writing.submit(self._write, shard))
+        self._unfinished.append(self._begin(self._writing, self._write, shard))
         self._failed |= shard.failures.keys()
         if shard.failures and self._too_many(len(self._store.quarantine.keys() | self._failed)):
             self.wait()  # before another shard is begun, which a job over its limit would only keep by chance
@@ -141,6 +150,11 @@ class ShardWriter:
     def wait(self) -> None:
         """Wait until all shards are written. Errors as in `write`."""
         self._wait_for(0)
+
+    @staticmethod
+    def _begin(threads: ThreadPoolExecutor, work: Callable[[Work], Done], on: Work) -> Future[Done]:
+        with signals_held():  # an exception while a thread starts leaves one that is never told to end
+            return threads.submit(work, on)
 
     def _wait_for(self, unfinished: int) -> None:
         """Wait until only so many shards are being written."""
@@ -160,6 +174,10 @@ class ShardWriter:
 
     def _release(self, shard: int) -> None:
         self._leases.pop(shard).close()
+
+    def _release_all(self) -> None:
+        for lease in self._leases.values():
+            lease.close()
 
     def _write(self, shard: EncodedShard) -> tuple[int, int]:
         """Write a shard; returns how many clips were committed, and how many put into quarantine."""

@@ -14,13 +14,14 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 
 from egopatch.extract import run
 from egopatch.extract.__main__ import main
-from egopatch.extract.children import ring
+from egopatch.extract.children.ring import Ring
 from egopatch.extract.commands.run import HELD
 from egopatch.extract.datasets import load_dataset
 from egopatch.extract.engines.interrupts import REQUEUE, Requeue, requeue_on_signals
@@ -200,18 +201,18 @@ def test_a_full_disk_is_one_line_and_the_job_resumes(
     """A limit on the size of files stands for the disk, and fails in the same calls."""
     patches = max(path.stat().st_size for path in (made / "store" / "patches").glob("c*"))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    make = ring._unnamed_file
+    make = Ring.__init__
 
-    def make_without_limit(size: int) -> int:
+    def make_without_limit(self: Ring, *args: Any) -> None:
         """The frames' memory, which this limit counts as a file although it is on no disk."""
         limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         try:
-            return make(size)
+            make(self, *args)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
 
-    monkeypatch.setattr(ring, "_unnamed_file", make_without_limit)
+    monkeypatch.setattr(Ring, "__init__", make_without_limit)
 
     def run_with(limit: int) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))

@@ -156,6 +156,20 @@ def test_more_clips_than_slots_is_a_fault_of_the_caller() -> None:
     full.close()
 
 
+def test_memory_beyond_the_limit_is_one_line_and_leaves_nothing() -> None:
+    files, (soft, hard) = open_files(), resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 40, hard))
+    try:
+        with pytest.raises(
+            OSError, match=r"no room for 2199.02 GB of rows \(Cannot allocate memory\); lower store.shard, or"
+        ):
+            Ring(2, 1 << 40, "rows", "store.shard")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    gc.collect()
+    assert open_files() == files
+
+
 def test_without_unnamed_shared_memory_a_file_is_used(
     video: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

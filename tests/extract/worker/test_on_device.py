@@ -1,5 +1,8 @@
 """Encoding on a device: copies, transform and results; the CPU runs the same code in place of a GPU."""
 
+import errno
+import gc
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,9 +21,12 @@ from egopatch.extract.video.frames import read_frames
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
 from egopatch.extract.worker.job import ExtractionJob
+from egopatch.extract.worker.job_stats import JobStats
 from egopatch.extract.worker.on_device import DeviceEncoder
 from egopatch.extract.worker.pipeline import encode_shards
+from egopatch.extract.writing.shard_writer import EncodedShard, ShardWriter
 from egopatch.features import Fingerprint, create_store
+from egopatch.features.tools.verify import verify
 from tests.extract.encoders.networks import relative, tiny
 from tests.extract.video.videos import write_video
 
@@ -165,30 +171,82 @@ def test_a_clip_of_another_number_of_frames_is_refused(encoder: VideoEncoder, de
         run(batches, [slots.clip("a", [(20, 20)] * 3)])
 
 
-def test_a_whole_job(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Children that cut, a ring, copies, batches that end with shards, and a store that verifies."""
-    videos = [write_video(tmp_path / f"{i}.mp4", frames=20 + 7 * i) for i in range(2)]
-    clips = {name: Clip(name, videos[i % 2]) for i, name in enumerate("abcdefg")} | {"bad": Clip("bad", tmp_path)}
-    network, checkpoint = find_network("egovlpv2"), tiny(tmp_path)
-    encoder = load_video_encoder(network, checkpoint, num_frames=FRAMES, depth=2)
-    config = Config(
-        video=VideoConfig(frames=FRAMES, size=encoder.size),
-        encoder=EncoderConfig(batch=BATCH),
-        store=StoreConfig(path=tmp_path / "store", dtype="float16", shard=4),
-        engine=EngineConfig(max_errors=1),
-    )
-    job = ExtractionJob(config, network, device, checkpoint, encoder, EGOVLP_TRANSFORM)
+class WholeJob:
+    """Eight clips in two shards, one of them bad, and a device to encode them; on the CPU, which stands in for one."""
+
+    def __init__(self, root: Path, device: torch.device) -> None:
+        videos = [write_video(root / f"{i}.mp4", frames=20 + 7 * i) for i in range(2)]
+        self.clips = {name: Clip(name, videos[i % 2]) for i, name in enumerate("abcdefg")} | {"bad": Clip("bad", root)}
+        network, checkpoint = find_network("egovlpv2"), tiny(root)
+        self.encoder = load_video_encoder(network, checkpoint, num_frames=FRAMES, depth=2)
+        self.config = Config(
+            video=VideoConfig(frames=FRAMES, size=self.encoder.size),
+            encoder=EncoderConfig(batch=BATCH),
+            store=StoreConfig(path=root / "store", dtype="float16", shard=4),
+            engine=EngineConfig(max_errors=1),
+        )
+        self.job = ExtractionJob(self.config, network, device, checkpoint, self.encoder, EGOVLP_TRANSFORM)
+        self.store = create_store(root / "store", self.job.spec, Fingerprint({"x": 1}), list(self.clips))
+
+    def run(self) -> JobStats:
+        return encode_shards(self.job, self.store, self.store.missing_shards(), self.clips, 1, lambda *_: None)
+
+
+@pytest.fixture
+def whole(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> WholeJob:
     if device.type == "cpu":  # the stand-in
         monkeypatch.setattr(ExtractionJob, "encodes_on_device", True)
-    store = create_store(config.store.path, job.spec, Fingerprint({"x": 1}), list(clips))
-    stats = encode_shards(job, store, store.missing_shards(), clips, 1, lambda *_: None)
+    return WholeJob(tmp_path, device)
+
+
+def test_a_whole_job(whole: WholeJob, device: torch.device) -> None:
+    """Children that cut and children that write, rings, copies, batches that end with shards, a store that verifies."""
+    stats = whole.run()
+    store, clips = whole.store, whole.clips
     assert (stats.committed, stats.quarantined) == (7, 1)
     assert store.quarantine.keys() == {"bad"}
+    assert verify(store.path).ok
     tokens = store.read(list("abcdefg"))
     for i, name in enumerate("abcdefg"):
-        frames = read_frames(clips[name], config.video).frames
-        expected = encoder(to_input(frames, encoder.size)[None].to(device))
+        frames = read_frames(clips[name], whole.config.video).frames
+        expected = whole.encoder(to_input(frames, whole.encoder.size)[None].to(device))
         assert relative(tokens.patches[i].float(), expected.patches[0].float().cpu()) < 2e-3, name
+
+
+def test_a_write_that_has_begun_is_finished(whole: WholeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows are the encoder's, which may not let go of them before."""
+    write, slowly = ShardWriter.write, ShardWriter._write
+
+    def interrupted(self: ShardWriter, shard: EncodedShard) -> None:
+        write(self, shard)
+        raise KeyboardInterrupt
+
+    def late(self: ShardWriter, shard: EncodedShard) -> tuple[int, int]:
+        time.sleep(0.5)
+        return slowly(self, shard)
+
+    monkeypatch.setattr(ShardWriter, "write", interrupted)
+    monkeypatch.setattr(ShardWriter, "_write", late)
+    with pytest.raises(KeyboardInterrupt):
+        whole.run()
+    whole.store.catalog.refresh()
+    assert whole.store.clip_ids == tuple("abcd")
+    monkeypatch.undo()
+
+
+def test_a_job_that_cannot_start_keeps_no_memory(whole: WholeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    def rings() -> int:
+        return sum("/memfd:egopatch-ring" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+    before = rings()
+    monkeypatch.setattr("pebble.pool.process.launch_process", refuse)
+    with pytest.raises(ChildProcessError, match="cannot be started"):
+        whole.run()
+    gc.collect()  # the traceback
+    assert rings() == before
 
 
 @pytest.mark.cuda

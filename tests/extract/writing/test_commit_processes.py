@@ -19,6 +19,7 @@ from torch import Tensor
 from egopatch.extract.children.ring import Ring
 from egopatch.extract.errors import JobFailed
 from egopatch.extract.writing.commit_processes import CommitProcesses
+from egopatch.extract.writing.shard_writer import ShardWriter
 from egopatch.features import Fingerprint, Store, StoreSpec, create_store
 from egopatch.features.state.commit import CommitTarget, ShardCommit, commit_shard
 from egopatch.features.tools.verify import verify
@@ -159,6 +160,39 @@ def test_a_killed_child_costs_one_attempt(
 def die(number: int, *_: object) -> None:
     os.kill(os.getpid(), number)
     time.sleep(5)
+
+
+def test_a_child_that_dies_without_work_is_one_line(tmp_path: Path, ring: Ring) -> None:
+    store, rows = make(tmp_path / "store"), {"a": Rows(ring)(0)}
+    with CommitProcesses(ring, 2, "zarr") as committer:
+        os.kill(committer.schedule(os.getpid).result(), signal.SIGKILL)
+        time.sleep(1)
+        with pytest.raises(ChildProcessError, match="writing cannot be started, or were killed while they had no work"):
+            write(store, rows, committer)
+    with CommitProcesses(ring, 1, "no format") as committer:
+        time.sleep(3)
+        with pytest.raises(ChildProcessError, match="writing cannot be started"):
+            write(store, rows, committer)
+    assert store.clip_ids == ()
+
+
+def test_an_interrupted_end_leaves_neither_children_nor_leases(
+    tmp_path: Path, ring: Ring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make(tmp_path / "store")
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    before = set(psutil.Process().children())
+    writer = ShardWriter(store, 1, ring)
+    next(writer.leases(store.missing_shards()))
+    monkeypatch.setattr(writer._writing, "shutdown", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        writer.__exit__()
+    assert not [child for child in set(psutil.Process().children()) - before if "spawn_main" in str(child.cmdline())]
+    with store.lease(0):
+        pass
 
 
 def test_children_end_with_their_parent() -> None:
