@@ -112,11 +112,30 @@ def markdown(found: Mapping[str, Any]) -> str:
     for split in SPLITS:
         rows = [row for row in found["ratios"] if row["split"] == split]
         if rows:
-            lines += ["", f"| {split}: ratio | " + " | ".join(f"{row['ratio']:g}" for row in rows) + " |"]
+            ratios = list(dict.fromkeys(row["ratio"] for row in rows))
             lines += [
-                "|:--|" + "--:|" * len(rows),
-                "| all | " + " | ".join(interval(row["all"]) for row in rows) + " |",
+                "",
+                f"| {split}: kept by, share of patches | " + " | ".join(f"{ratio:g}" for ratio in ratios) + " |",
             ]
+            lines += ["|:--|" + "--:|" * len(ratios)]
+            for scores in dict.fromkeys(tuple(row["scores"]) for row in rows):
+                cells = [interval(row["all"]) for row in rows if tuple(row["scores"]) == scores]
+                lines.append(f"| {', '.join(scores)} | {' | '.join(cells)} |")
+    for split in SPLITS:
+        # Results of earlier versions have none.
+        rows = [row for row in found.get("stores", ()) if row["split"] == split]
+        if rows:
+            lines += [
+                "",
+                f"| {split}: store | MB | kB a clip | CPU ms a step | all | each seed | against float16 | verdict |",
+            ]
+            lines += ["|:--|--:|--:|--:|--:|--:|:--|:--|"]
+        for row in rows:
+            gap, seeds = row.get("against"), ", ".join(f"{accuracy:.1f}" for accuracy in row["of_seeds"])
+            text = "" if gap is None else f"{gap['difference']:+.1f} [{gap['low']:+.1f}, {gap['high']:+.1f}]"
+            cells = [f"{row['mb']:.1f}", f"{row['kb_a_clip']:.0f}", f"{row['cpu_ms_a_step']:.0f}", interval(row["all"])]
+            verdict = "" if gap is None else gap["verdict"]
+            lines.append(f"| {row['store']} | {' | '.join(cells)} | {seeds} | {text} | {verdict} |")
     for split in SPLITS:
         rows = [row for row in found["looks"] if row["split"] == split]
         if rows:

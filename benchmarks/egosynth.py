@@ -1,7 +1,7 @@
 """EgoSynth: every system with its interval, every part of psa switched off, and accuracy against the selection ratio.
 
     python benchmarks/egosynth.py                                    the plain set of `make demo`: the table
-    python benchmarks/egosynth.py --set hard --parts table ratios ablation
+    python benchmarks/egosynth.py --set hard --parts table ratios stores ablation
 
 A set is rendered and encoded once, then every system trains with every seed, by the commands and configs that a user
 has. What is finished is not done again, so that the same command goes on after any interruption. Intervals are over
@@ -18,7 +18,8 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,17 @@ import yaml
 
 from benchmarks._egosynth_cost import cost_of
 from benchmarks._egosynth_docs import NUMBERS, REFERENCE, SPLITS, markdown, write_docs
-from benchmarks._egosynth_systems import ABLATION, ENCODERS, PARAPHRASES, SEARCHED, SYSTEMS, WHOLE
+from benchmarks._egosynth_systems import (
+    ABLATION,
+    COPIES,
+    ENCODERS,
+    PARAPHRASES,
+    SEARCHED,
+    SHORTER,
+    SOURCES,
+    SYSTEMS,
+    WHOLE,
+)
 from benchmarks._egosynth_wordings import disagreements
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, load_config, parse_config
 from egopatch.configs.schema import Config
@@ -98,13 +109,26 @@ class Bench:
             command("extract", "run", *given)
             done.touch()
 
+    def copy(self, label: str) -> Path:
+        """The lite store, or a copy of it, which is made if it is not there."""
+        path = self.root / "stores" / "lite"
+        if not (how := COPIES[label].how):
+            return path
+        folder = path.with_name(f"lite-{slug(label)}")
+        if not folder.exists():
+            command("features", how[0], str(path), *how[1:], "--to", str(folder))
+        return folder
+
+    def copy_options(self, label: str) -> list[str]:
+        """Options of a run on a copy of the lite store."""
+        return ["--store.path", str(self.copy(label)), *COPIES[label].options, *SHORTER]
+
     def sweep(self, name: str, encoder: str, split: str, options: Sequence[str], setting: Mapping[str, Any]) -> None:
         """Train every seed of a setting that is not finished."""
-        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as grid:
-            yaml.safe_dump({option: [value] for option, value in setting.items()}, grid)
-            grid.flush()
-            config = self.config(encoder, split, *options)
-            run_sweep(config, seeds=self.seeds, grid=Path(grid.name) if setting else None, name=name)
+        with grid_file({option: [value] for option, value in setting.items()}) as grid:
+            run_sweep(
+                self.config(encoder, split, *options), seeds=self.seeds, grid=grid if setting else None, name=name
+            )
 
     def found(self, name: str) -> dict[str, Any] | None:
         """The point of a sweep of one setting, with its command's members; None where it is not finished."""
@@ -173,6 +197,10 @@ class Bench:
             rows.append({"ranked_by": name, **means})
         return rows
 
+    def size(self, label: str) -> dict[str, float]:
+        """Megabytes of a copy's shards."""
+        return {"mb": round(open_store(self.copy(label)).nbytes / 1e6, 1)}
+
     def training(self, point: Mapping[str, Any]) -> dict[str, Any]:
         """Over the seeds of a point: the accuracy of each, the percentage of answers of the wrong form, and the median
         of the steps until val reached 95% of its best.
@@ -189,6 +217,15 @@ class Bench:
         if reached and reached[0]["steps"]:
             found["steps_to_95"] = float(np.median([event["steps"] for event in reached]))
         return found
+
+
+@contextmanager
+def grid_file(grid: Mapping[str, Sequence[Any]]) -> Iterator[Path]:
+    """A file for `run_sweep`: values by option."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(dict(grid), file)
+        file.flush()
+        yield Path(file.name)
 
 
 def command(*words: str) -> None:
@@ -212,20 +249,28 @@ def train_table(bench: Bench, splits: Sequence[str]) -> None:
 
 def train_ratios(bench: Bench, splits: Sequence[str]) -> None:
     for split in splits:
-        run_sweep(bench.config("lite", split), ratios=RATIOS, seeds=bench.seeds, name=f"{split}-ratios")
+        with grid_file({"head.scores": [list(scores) for scores in SOURCES]}) as grid:
+            config = bench.config("lite", split, *SHORTER)
+            run_sweep(config, ratios=RATIOS, seeds=bench.seeds, grid=grid, name=f"{split}-ratios")
+
+
+def train_copies(bench: Bench, splits: Sequence[str]) -> None:
+    for split in splits:
+        for label in COPIES:
+            bench.sweep(f"{split}-store-{slug(label)}", "lite", split, bench.copy_options(label), {})
 
 
 def train_ablation(bench: Bench, splits: Sequence[str]) -> None:
     for split in splits:
         for label, setting in ABLATION.items():
-            bench.sweep(f"{split}-part-{slug(label)}", "lite", split, PARAPHRASES, setting)
+            bench.sweep(f"{split}-part-{slug(label)}", "lite", split, [*PARAPHRASES, *SHORTER], setting)
 
 
 def train_search(bench: Bench, splits: Sequence[str]) -> None:
     """The same grid for every head on the lite features, one seed; the systems above take what is best on val."""
     for split in splits:
         for label in [label for label in SEARCHED if label in bench.systems]:
-            config = bench.config("lite", split, *SYSTEMS[label].options)
+            config = bench.config("lite", split, *SHORTER, *SYSTEMS[label].options)
             run_sweep(config, seeds=bench.seeds[:1], grid=SEARCH, name=f"{split}-search-{slug(label)}")
 
 
@@ -241,12 +286,18 @@ def searched(bench: Bench, split: str, label: str) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["val"])
 
 
-PARTS = {"search": train_search, "table": train_table, "ratios": train_ratios, "ablation": train_ablation}
+PARTS = {
+    "search": train_search,
+    "table": train_table,
+    "ratios": train_ratios,
+    "stores": train_copies,
+    "ablation": train_ablation,
+}
 
 
 def gather(bench: Bench) -> dict[str, Any]:
     """Everything that is finished."""
-    table, ablation, ratios, looks, explained, wordings = [], [], [], [], [], []
+    table, ablation, ratios, copies, looks, explained, wordings = [], [], [], [], [], [], []
     for split in SPLITS:
         whole = bench.found(f"{split}-{slug(REFERENCE)}")
         part_of = bench.found(f"{split}-part-{slug(WHOLE)}")
@@ -273,12 +324,23 @@ def gather(bench: Bench) -> dict[str, Any]:
         path = bench.root / "sweeps" / f"{split}-ratios" / "sweep.json"
         if path.exists():
             points = json.loads(path.read_text())["points"]
-            ratios += [{"split": split, "ratio": point["ratio"], **numbers(point)} for point in points]
+            ratios += [
+                {"split": split, "scores": point["setting"]["head.scores"], "ratio": point["ratio"], **numbers(point)}
+                for point in points
+            ]
+        for label, copy in COPIES.items():
+            if point := bench.found(f"{split}-store-{slug(label)}"):
+                row = {"split": split, "store": label, **numbers(point), **bench.training(point), **bench.size(label)}
+                row |= cost_of(bench.config("lite", split, *bench.copy_options(label)))
+                if copy.against and (original := bench.found(f"{split}-store-{slug(copy.against)}")):
+                    row["against"] = {"store": copy.against, **bench.against(point, original, split)}
+                copies.append(row)
     search = [row for split in SPLITS for label in SEARCHED for row in searched(bench, split, label)]
     return {
         "table": table,
         "ablation": ablation,
         "ratios": ratios,
+        "stores": copies,
         "search": search,
         "looks": looks,
         "explained": explained,

@@ -41,6 +41,18 @@ def test_settings_of_a_grid_are_lines_of_their_own(tmp_path: Path) -> None:
     assert [len(line.get_xdata()) for line in axis.lines] == [1, 2]
 
 
+def test_a_legend_of_long_names_stays_within_the_picture(tmp_path: Path) -> None:
+    path = write_sweep(tmp_path, seeds=1) / "sweep.json"
+    levels = {f"head.scores question + saliency + prior {number}": 40.0 + number for number in range(7)}
+    figure = plots.draw_ratio([read_sweep(path)], {"direct": levels})
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+    assert len(legend.get_texts()) == 8
+
+
 def test_long_traces_are_averaged() -> None:
     steps, losses = plots.thin(range(1200), [float(step) for step in range(1200)])
     assert len(steps) == len(losses) == 120

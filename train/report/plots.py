@@ -123,17 +123,20 @@ def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]
 
 
 def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend for all panels, below them, where it hides no line."""
+    """One legend for all panels, below them, where it hides no line, in as many columns as the figure has room for."""
     found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
-    if found:
-        figure.legend(
+    for columns in range(min(len(found), 6), 0, -1):
+        legend = figure.legend(
             list(found.values()),
             list(found),
             loc="outside lower center",
-            ncols=min(len(found), 6),
+            ncols=columns,
             frameon=False,
             fontsize=8.5,
         )
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def _dress(axis: Axes) -> None:
