@@ -127,7 +127,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         if rows:
             lines += [
                 "",
-                f"| {split}: store | MB | kB a clip | CPU ms a step | all | each seed | against float16 | verdict |",
+                f"| {split}: store | MB | kB a clip | CPU ms a step | all | each seed | against float16, same levels | verdict |",
             ]
             lines += ["|:--|--:|--:|--:|--:|--:|:--|:--|"]
         for row in rows:
