@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks._egosynth_docs import REFERENCE
 
 # The heads that the search gives the same grid.
-SEARCHED = ("question-only", "pooled (lite)", "attention (lite)", REFERENCE)
+SEARCHED = ("question-only", "egovlp", "egovlpv2", "pooled (lite)", "attention (lite)", "mfas", REFERENCE)
 
 
 @dataclass(frozen=True)

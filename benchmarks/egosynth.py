@@ -267,10 +267,11 @@ def train_ablation(bench: Bench, splits: Sequence[str]) -> None:
 
 
 def train_search(bench: Bench, splits: Sequence[str]) -> None:
-    """The same grid for every head on the lite features, one seed; the systems above take what is best on val."""
+    """The same grid for every head, one seed; the systems take what is best on val."""
     for split in splits:
         for label in [label for label in SEARCHED if label in bench.systems]:
-            config = bench.config("lite", split, *SHORTER, *SYSTEMS[label].options)
+            system = SYSTEMS[label]
+            config = bench.config(system.encoder, split, *SHORTER, *system.options)
             run_sweep(config, seeds=bench.seeds[:1], grid=SEARCH, name=f"{split}-search-{slug(label)}")
 
 
