@@ -162,15 +162,22 @@ def die(number: int, *_: object) -> None:
     time.sleep(5)
 
 
+def wait_until_broken(committer: CommitProcesses) -> None:
+    limit = time.monotonic() + 60
+    while committer._pool.active:
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
 def test_a_child_that_dies_without_work_is_one_line(tmp_path: Path, ring: Ring) -> None:
     store, rows = make(tmp_path / "store"), {"a": Rows(ring)(0)}
     with CommitProcesses(ring, 2, "zarr") as committer:
         os.kill(committer.schedule(os.getpid).result(), signal.SIGKILL)
-        time.sleep(1)
+        wait_until_broken(committer)
         with pytest.raises(ChildProcessError, match="writing cannot be started, or were killed while they had no work"):
             write(store, rows, committer)
     with CommitProcesses(ring, 1, "no format") as committer:
-        time.sleep(3)
+        wait_until_broken(committer)
         with pytest.raises(ChildProcessError, match="writing cannot be started"):
             write(store, rows, committer)
     assert store.clip_ids == ()
