@@ -24,6 +24,22 @@ def interval(number: Mapping[str, float]) -> str:
     return f"{number['mean']:.1f} [{number['low']:.1f}, {number['high']:.1f}]"
 
 
+def seeds_of(row: Mapping[str, Any]) -> str:
+    """The accuracy of each seed."""
+    return ", ".join(f"{accuracy:.1f}" for accuracy in row["of_seeds"])
+
+
+def gap_of(gap: Mapping[str, float] | None) -> str:
+    """A paired difference with its interval; empty for the row that others are compared with."""
+    return "" if gap is None else f"{gap['difference']:+.1f} [{gap['low']:+.1f}, {gap['high']:+.1f}]"
+
+
+def compared(row: Mapping[str, Any], against: str) -> list[str]:
+    """Four cells: accuracy, each seed's, the difference in `row[against]` and its verdict."""
+    gap = row.get(against)
+    return [interval(row["all"]), seeds_of(row), gap_of(gap), "" if gap is None else gap["verdict"]]
+
+
 def findings(found: Mapping[str, Any]) -> list[str]:
     """What the intervals say, in sentences; nothing else about differences is said in docs/egosynth.md."""
     lines = []
@@ -92,10 +108,8 @@ def markdown(found: Mapping[str, Any]) -> str:
                 "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
             ]
         for row in rows:
-            above = row.get("psa_lite_above")
-            text = "" if above is None else f"{above['difference']:+.1f} [{above['low']:+.1f}, {above['high']:+.1f}]"
-            seeds = ", ".join(f"{accuracy:.1f}" for accuracy in row["of_seeds"])
-            cells = [*(interval(row[part]) for part in NUMBERS), seeds, text, f"{row['wrong_form']:.1f}%"]
+            cells = [*(interval(row[part]) for part in NUMBERS), seeds_of(row), gap_of(row.get("psa_lite_above"))]
+            cells.append(f"{row['wrong_form']:.1f}%")
             learned = "steps_to_95" in row
             costs = ("steps_to_95", "cpu_ms_a_step", "kb_a_clip")
             cells += [f"{row[name]:.0f}" if learned else "" for name in costs]
@@ -106,10 +120,7 @@ def markdown(found: Mapping[str, Any]) -> str:
             lines += ["", f"| {split}: psa (lite) | all | each seed | against the whole | verdict |"]
             lines += ["|:--|--:|--:|--:|:--|"]
         for row in rows:
-            gap, seeds = row.get("against_whole"), ", ".join(f"{accuracy:.1f}" for accuracy in row["of_seeds"])
-            text = "" if gap is None else f"{gap['difference']:+.1f} [{gap['low']:+.1f}, {gap['high']:+.1f}]"
-            verdict = "" if gap is None else gap["verdict"]
-            lines.append(f"| {row['part']} | {interval(row['all'])} | {seeds} | {text} | {verdict} |")
+            lines.append(f"| {row['part']} | {' | '.join(compared(row, 'against_whole'))} |")
     for split in SPLITS:
         rows = [row for row in found["ratios"] if row["split"] == split]
         if rows:
@@ -129,11 +140,8 @@ def markdown(found: Mapping[str, Any]) -> str:
             lines += ["", f"| {split}: store | MB | kB a clip | CPU ms a step | {' | '.join(COMPARED)} |"]
             lines += ["|:--|--:|--:|--:|--:|--:|:--|:--|"]
         for row in rows:
-            gap, seeds = row.get("against"), ", ".join(f"{accuracy:.1f}" for accuracy in row["of_seeds"])
-            text = "" if gap is None else f"{gap['difference']:+.1f} [{gap['low']:+.1f}, {gap['high']:+.1f}]"
-            cells = [f"{row['mb']:.1f}", f"{row['kb_a_clip']:.0f}", f"{row['cpu_ms_a_step']:.0f}", interval(row["all"])]
-            verdict = "" if gap is None else gap["verdict"]
-            lines.append(f"| {row['store']} | {' | '.join(cells)} | {seeds} | {text} | {verdict} |")
+            costs = [f"{row['mb']:.1f}", f"{row['kb_a_clip']:.0f}", f"{row['cpu_ms_a_step']:.0f}"]
+            lines.append(f"| {row['store']} | {' | '.join([*costs, *compared(row, 'against')])} |")
     for split in SPLITS:
         rows = [row for row in found["looks"] if row["split"] == split]
         if rows:
