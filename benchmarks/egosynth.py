@@ -7,7 +7,7 @@ A set is rendered and encoded once, then every system trains with every seed, by
 has. What is finished is not done again, so that the same command goes on after any interruption. Intervals are over
 seeds and clips, comparisons are paired by question (train/scores/statistics.py). Checkpoints are chosen on
 val; nothing is chosen on test. Writes benchmarks/results/egosynth.json or egosynth_hard.json, for the ratios a picture
-beside it, and the tables and findings of docs/egosynth.md between its markers.
+in docs/pictures/, and the tables and findings of docs/egosynth.md between its markers.
 """
 
 import argparse
@@ -43,6 +43,7 @@ from egopatch.train.report.sources import read_sweep
 from egopatch.train.sweeps.sweep import run_sweep
 
 RESULTS = Path(__file__).parent / "results"
+PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 RATIOS = (0.1, 0.25, 0.5, 1.0)
 SEARCH = Path(__file__).parent / "egosynth_search.yaml"
 
@@ -205,7 +206,7 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(bench, RESULTS / f"{name}_ratios.png", found["table"])
+    draw(bench, PICTURES / f"{name}_ratios.png", found["table"])
     write_docs(options.set, found)
 
 

@@ -91,6 +91,9 @@ def test_documents_name_files_that_exist(document: Path) -> None:
     links = re.findall(r"\]\(([^)#:\s]+)[^):]*\)", text)
     paths = re.findall(r"`((?:configs|features|extract|train|tests|benchmarks|docs|egopatch)/[\w./-]+\.\w+)`", text)
     missing = [link for link in links if not (document.parent / link).exists()]
+    if document.parent == ROOT / "docs":
+        # The site is built from docs/ and the documents at the top; a link to anything else breaks there.
+        missing += [link for link in links if not re.fullmatch(r"(?:\.\./)?[^/]+\.md|pictures/.+", link)]
     missing += [path for path in paths if "NAME" not in path and not (ROOT / path).exists()]
     assert not missing
 
