@@ -7,6 +7,7 @@ encoded with it. So a store has the same bits whether one job wrote it, several 
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -21,6 +22,21 @@ from egopatch.features import PatchTokens
 from egopatch.features.values.spec import QUANTISED, StoredDtype, unscaled_dtype
 
 Row = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """What has come of a batch.
+
+    Attributes:
+        rows: Id of a clip -> its tensors of `PatchTokens` and its timestamps, on the CPU: cls [D], patches [T, N, D],
+            saliency [T, N], timestamps [T] in seconds, and coarse [T, M, E] and coarse_saliency [T, M] if the network
+            has them.
+        finite: Clips whose numbers, as they are in `rows`, are known to be finite; of the others it is not known.
+    """
+
+    rows: dict[str, Row] = field(default_factory=dict)
+    finite: frozenset[str] = frozenset()
 
 
 class BatchEncoder(ABC):
@@ -72,28 +88,28 @@ class BatchEncoder(ABC):
         self._receive(clip)
         self.handover_s += time.perf_counter() - started
 
-    def start(self) -> Callable[[], dict[str, Row]]:
-        """Begin to encode the clips that were added; the returned function waits for their rows, by clip id.
+    def start(self) -> Callable[[], EncodedBatch]:
+        """Begin to encode the clips that were added; the returned function waits for their rows.
 
-        The call returns at once, so that gathering and copies overlap with computing. A row holds the clip's tensors of
-        `PatchTokens` and its timestamps, on the CPU: cls [D], patches [T, N, D], saliency [T, N], timestamps [T] in
-        seconds, and coarse [T, M, E] and coarse_saliency [T, M] if the network has them.
+        The call returns at once, so that gathering and copies overlap with computing.
         """
         clips, self._taken = self._taken, []
         if not clips:
-            return dict
+            return EncodedBatch
         started = time.perf_counter()
         wait = self._launch(clips)
         self.seconds += time.perf_counter() - started
 
-        def finish() -> dict[str, Row]:
+        def finish() -> EncodedBatch:
             waiting = time.perf_counter()
-            tokens = wait()
+            tokens, finite = wait()
             self.seconds += time.perf_counter() - waiting
-            return {
+            rows = {
                 prepared.clip.clip_id: row | {"timestamps": self._times(prepared)}
                 for prepared, row in zip(clips, tokens, strict=True)
             }
+            known = (name for name, is_finite in zip(rows, finite, strict=True) if is_finite)
+            return EncodedBatch(rows, frozenset(name for name in known if rows[name]["timestamps"].isfinite().all()))
 
         return finish
 
@@ -102,8 +118,10 @@ class BatchEncoder(ABC):
         """Begin to bring the frames of `clip` to where they are encoded."""
 
     @abstractmethod
-    def _launch(self, clips: Sequence[PreparedClip]) -> Callable[[], list[Row]]:
-        """Begin to encode the clips that were received; the returned function waits for their rows, in order."""
+    def _launch(self, clips: Sequence[PreparedClip]) -> Callable[[], tuple[list[Row], list[bool]]]:
+        """Begin to encode the clips that were received; the returned function waits for their rows, in order, and for
+        whether each is known to be finite.
+        """
 
     def _times(self, clip: PreparedClip) -> Tensor:
         """[T'] seconds; a position in time that covers several frames has the mean of theirs."""

@@ -34,8 +34,8 @@ class CoreEncoder(BatchEncoder):
     def _receive(self, clip: PreparedClip) -> None:
         assert isinstance(clip.frames, np.ndarray)
 
-    def _launch(self, clips: Sequence[PreparedClip]) -> Callable[[], list[Row]]:
-        """Queue the clips; each goes to the next free core."""
+    def _launch(self, clips: Sequence[PreparedClip]) -> Callable[[], tuple[list[Row], list[bool]]]:
+        """Queue the clips; each goes to the next free core. Whether they are finite is found by writing them."""
 
         @torch.inference_mode()
         def encode(clip: PreparedClip) -> tuple[Row, float]:
@@ -49,9 +49,9 @@ class CoreEncoder(BatchEncoder):
 
         queued = [self._cores.submit(encode, clip) for clip in clips]
 
-        def wait() -> list[Row]:
+        def wait() -> tuple[list[Row], list[bool]]:
             results = [future.result() for future in queued]
             self.busy_s += sum(seconds for _, seconds in results) / self.size
-            return [row for row, _ in results]
+            return [row for row, _ in results], [False] * len(results)
 
         return wait

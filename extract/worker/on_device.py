@@ -9,7 +9,7 @@ So clips of one size are copied side by side and transformed in one call.
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -31,6 +31,7 @@ from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
 from egopatch.extract.worker.results import ResultMemory
 from egopatch.features.values.spec import PatchTokens, StoredDtype
 
+_FINITE = "finite"  # among the results of a batch, beside its tensors
 _COPYING = 8  # clips whose copies to the device may be on their way
 _MARKED = 4  # clips whose copies end at one event
 _SIDE_BY_SIDE = 4  # clips of one size that are transformed in one call,
@@ -123,12 +124,12 @@ class DeviceEncoder(BatchEncoder):
         _pin(memory)
 
     def _row_bytes(self) -> int:
-        """Bytes of what the encoder returns for one clip, each array with its saliency."""
+        """Bytes of what is copied for one clip: each array with its saliency, and whether all is finite."""
         encoder = self._encoder
         fine = prod(encoder.grid) * (encoder.width * self._dtypes["patches"].itemsize + 4)
         width = encoder.coarse_width or encoder.width
         coarse = (encoder.coarse or 0) * (width * self._dtypes["coarse"].itemsize + 4)
-        return encoder.steps * (fine + coarse) + 4 * encoder.width
+        return encoder.steps * (fine + coarse) + 4 * encoder.width + 1
 
     def _receive(self, clip: PreparedClip) -> None:
         """Queue the copy of the frames to the device."""
@@ -199,7 +200,7 @@ class DeviceEncoder(BatchEncoder):
             clip.release()
 
     @torch.inference_mode()
-    def _launch(self, clips: Sequence[PreparedClip]) -> Callable[[], list[Row]]:
+    def _launch(self, clips: Sequence[PreparedClip]) -> Callable[[], tuple[list[Row], list[bool]]]:
         """Queue the transform and the encoding behind the copies in, and the copies out behind the encoding."""
         received, self._received = self._received, _Received()
         if self._unmarked:
@@ -209,23 +210,25 @@ class DeviceEncoder(BatchEncoder):
         # The tensors of `received` belong to the other stream's memory; `wait` below keeps them until it is unused.
         self._transform_all(received)
         tokens = self._converted(self._encode())
+        results = tokens | {_FINITE: _rows_finite(tokens.values())}
         clock.stop()
         self._out.wait_stream(self._compute)
         done = self._event()
-        outputs = self._results.like(tokens)
+        outputs = self._results.like(results)
         with self._streams.stream(self._out):
-            for name, tensor in tokens.items():
+            for name, tensor in results.items():
                 outputs[name].copy_(tensor, non_blocking=True)
             done.record(self._out)
-        keep: list[object] = [received, tokens]
+        keep: list[object] = [received, results]
 
-        def wait() -> list[Row]:
+        def wait() -> tuple[list[Row], list[bool]]:
             done.synchronize()
             self.busy_s += clock.seconds()
             keep.clear()
             while self._copying and self._copying[0][0].query():
                 self._release_oldest()
-            return [{name: tensor[i] for name, tensor in outputs.items()} for i in range(len(clips))]
+            rows = [{name: outputs[name][i] for name in tokens} for i in range(len(clips))]
+            return rows, outputs[_FINITE][: len(clips)].tolist()
 
         return wait
 
@@ -259,6 +262,15 @@ class DeviceEncoder(BatchEncoder):
                 target.copy_(tensor if pixels is None else self._transform(tensor, pixels.whole, pixels.window))
                 first += len(tensor)
         frames_btchw[received.clips :] = frames_btchw[received.clips - 1]
+
+
+def _rows_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Bool [rows]: whether all numbers of a row are finite; in one pass over each tensor, where `isfinite` takes four.
+
+    A core of the host would take longer for it than for a checksum of the row.
+    """
+    extremes = [extreme for tensor in tensors for extreme in tensor.flatten(1).aminmax(dim=1)]
+    return torch.stack([extreme.isfinite() for extreme in extremes]).all(dim=0)
 
 
 class _Clock:

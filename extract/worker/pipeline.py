@@ -18,7 +18,7 @@ from egopatch.extract.datasets.origins import origin_of
 from egopatch.extract.feed.clips import PreparedClip, PreparedTogether
 from egopatch.extract.feed.decoders import open_decoders_of_several
 from egopatch.extract.feed.pool import TOGETHER, DecodePool, UndecodedClip
-from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
+from egopatch.extract.worker.batch_encoder import BatchEncoder, EncodedBatch, Row
 from egopatch.extract.worker.device import describe_machine
 from egopatch.extract.worker.job import ExtractionJob
 from egopatch.extract.worker.job_stats import JobStats, Stages
@@ -35,6 +35,7 @@ class _Shard:
     expected: int
     decoded: int = 0
     rows: dict[str, Row] = field(default_factory=dict)
+    finite: set[str] = field(default_factory=set)
     sources: dict[str, str] = field(default_factory=dict)
     origins: dict[str, Origin] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
@@ -204,7 +205,7 @@ class _Filling:
         self._on_progress = on_progress
         self._underway: deque[_Shard] = deque()
         self._waiting: list[PreparedClip] = []
-        self._behind: tuple[_Batch, Callable[[], dict[str, Row]]] | None = None
+        self._behind: tuple[_Batch, Callable[[], EncodedBatch]] | None = None
 
     def wanted(self) -> Iterator[Clip]:
         """The clips to decode, shard by shard; a shard is leased before its first clip."""
@@ -266,9 +267,11 @@ class _Filling:
         """Take the rows of the batch behind, and write its shard if they are the last ones."""
         if self._behind is None:
             return
-        (batch, rows_of), self._behind = self._behind, None
-        shard, rows = batch.shard, rows_of()
+        (batch, wait), self._behind = self._behind, None
+        shard, encoded = batch.shard, wait()
+        rows = encoded.rows
         shard.rows |= rows
+        shard.finite |= encoded.finite
         for clip in batch.clips:
             shard.sources[clip.clip.clip_id] = clip.source
             shard.origins[clip.clip.clip_id] = origin_of(clip.clip, self._root, clip.size)
@@ -276,5 +279,7 @@ class _Filling:
         self._on_progress(len(rows) + (len(shard.failures) if batch.last else 0), size)
         if batch.last:
             self._writer.write(
-                EncodedShard(shard.work, self._machine, shard.rows, shard.sources, shard.origins, shard.failures)
+                EncodedShard(
+                    shard.work, self._machine, shard.rows, shard.sources, shard.origins, shard.failures, shard.finite
+                )
             )

@@ -16,7 +16,7 @@ from egopatch.extract.children.ring import Ring
 from egopatch.features.common.signals import signals_held
 
 _ALIGNMENT = 64
-_ARRAYS = 8  # more than an encoder returns; each begins at a multiple of the alignment
+_ARRAYS = 8  # more than a batch has; each begins at a multiple of the alignment
 _FIRST = 3  # buffers that are pinned before any is needed: one is filled while the rows of two are gathered
 
 

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -34,7 +34,7 @@ class EncodedShard:
     Attributes:
         work: The shard.
         machine: Machine that computed the rows.
-        rows, sources, origins, failures: As `Store.write_shard` takes them.
+        rows, sources, origins, failures, finite: As `Store.write_shard` takes them.
     """
 
     work: ShardWork
@@ -43,6 +43,7 @@ class EncodedShard:
     sources: Mapping[str, str]
     origins: Mapping[str, Origin] = field(default_factory=dict)
     failures: Mapping[str, Failure] = field(default_factory=dict)
+    finite: Collection[str] = ()
 
 
 class TooManyErrors(JobFailed):
@@ -205,6 +206,7 @@ class ShardWriter:
             work.replaces,
             machines,
             self._children or commit_shard,
+            shard.finite,
         )
 
     @contextmanager

@@ -348,6 +348,7 @@ class Store:
         replaces: Mapping[str, RowVersion] = MappingProxyType({}),
         machines: Mapping[str, str] = MappingProxyType({}),
         committer: Committer = commit_shard,
+        finite: Collection[str] = (),
     ) -> None:
         """Commit clips of one shard: all of them, or none if anything fails. The shard's other rows do not change.
 
@@ -361,6 +362,8 @@ class Store:
                 in `failures` removes it; if another process has replaced the row already, its row stays.
             machines: Id -> machine that computed the row, in words: on another one its last bits may differ.
             committer: Makes the commit; it may hand the work to another process.
+            finite: Ids in `rows` whose tensors the caller has found to be finite. They are not looked at again, unless
+                the store has another dtype.
 
         Raises:
             ShardOwned: Another running process holds the shard's lease.
@@ -368,7 +371,7 @@ class Store:
                 infinity; or the disk is full. The message names id and array.
         """
         with nullcontext() if shard in self._leased else self.lease(shard):
-            self._writer.write(shard, rows, sources, failures, origins, replaces, machines, committer)
+            self._writer.write(shard, rows, sources, failures, origins, replaces, machines, committer, finite)
 
     def rewrite_shard(self, shard: int, without: Sequence[str]) -> None:
         """Write a shard's files again with its committed rows, except for the damaged ones named in `without`.

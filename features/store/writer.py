@@ -1,6 +1,6 @@
 """Writing shards whose lease is held: checks, encoding, and the commit protocol with its retries."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -21,7 +21,7 @@ from egopatch.features.state.origin import Origin
 from egopatch.features.state.quarantine import Failure, add_failures, quarantine_journal
 from egopatch.features.storage.journal import Position
 from egopatch.features.store.reader import RowReader
-from egopatch.features.values.encoding import check_names, encode_row, not_finite, reconstruction_error
+from egopatch.features.values.encoding import check_names, encode_row, is_stored_as_is, not_finite, reconstruction_error
 from egopatch.features.values.errors import StoreError, WriteConflict
 from egopatch.features.values.spec import ArraySpec
 
@@ -53,6 +53,7 @@ class ShardWriter:
         replaces: Mapping[str, RowVersion],
         machines: Mapping[str, str],
         committer: Committer,
+        finite: Collection[str],
     ) -> None:
         """Commit new clips; arguments and errors as in `Store.write_shard`."""
         catalog = self._catalog
@@ -66,7 +67,7 @@ class ShardWriter:
                 self.rewrite(shard, failed)
             if rows:
                 provenance = {n: Provenance(sources[n], origins.get(n), machines.get(n, "")) for n in rows}
-                self._commit_new(shard, rows, provenance, replaces, committer)
+                self._commit_new(shard, rows, provenance, replaces, committer, finite)
         catalog.refresh(shard)
 
     def rewrite(self, shard: int, without: Sequence[str]) -> None:
@@ -135,6 +136,7 @@ class ShardWriter:
         provenance: Mapping[str, Provenance],
         replaces: Mapping[str, RowVersion],
         committer: Committer,
+        finite: Collection[str],
     ) -> None:
         """Commit `new` rows, except those that another writer has committed in the meantime."""
         catalog = self._catalog
@@ -146,7 +148,7 @@ class ShardWriter:
                 new = {name: row for name, row in new.items() if name not in catalog.ledger.clips or name in to_replace}
             try:
                 if new:
-                    self._commit(shard, new, provenance, after, committer)
+                    self._commit(shard, new, provenance, after, committer, finite)
                 break
             except WriteConflict:
                 if conflicts == _TRIES - 1:
@@ -163,6 +165,7 @@ class ShardWriter:
         provenance: Mapping[str, Provenance],
         after: Position | None,
         committer: Committer = commit_shard,
+        finite: Collection[str] = (),
     ) -> None:
         """Commit the `new` rows, and the shard's other rows unchanged, if it has no commit `after` that position."""
         catalog = self._catalog
@@ -178,7 +181,7 @@ class ShardWriter:
             if error is not None:
                 errors["patches"] = max(error, errors.get("patches", 0.0))
         target = CommitTarget(catalog.storage, catalog.spec, self._file_format, self._fingerprint, catalog.row_bytes)
-        sources = [(array, self._sources(array, rows, new)) for array in catalog.spec.arrays]
+        sources = [(array, self._sources(array, rows, new, finite)) for array in catalog.spec.arrays]
         replaced = [name for name in former if name in new]
         try:
             committer(target, ShardCommit(shard, rows, sources, provenance, errors, after, replaced))
@@ -191,12 +194,17 @@ class ShardWriter:
     def _discard(self, shard: int, write_id: str) -> None:
         self._catalog.storage.discard(shard, write_id, self._file_format.file_names(self._catalog.spec, shard))
 
-    def _sources(self, array: ArraySpec, rows: Mapping[str, int], new: Rows) -> list[RowSource]:
+    def _sources(
+        self, array: ArraySpec, rows: Mapping[str, int], new: Rows, finite: Collection[str]
+    ) -> list[RowSource]:
         """What gives one array's `rows` as they are written: new ones are encoded, the others are read."""
         spec, read = self._catalog.spec, self._reader.read_row
-        return [
-            RowSource(partial(encode_row, name, new[name], array, spec), array.dtype)
-            if name in new
-            else RowSource(partial(read, name, array))
-            for name in rows
-        ]
+
+        def source(name: str) -> RowSource:
+            if name not in new:
+                return RowSource(partial(read, name, array))
+            # A finite number may be too large for another dtype.
+            known = name in finite and is_stored_as_is(new[name], array)
+            return RowSource(partial(encode_row, name, new[name], array, spec), "" if known else array.dtype)
+
+        return [source(name) for name in rows]

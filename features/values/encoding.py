@@ -46,6 +46,11 @@ def encode_row(clip: str, tensors: Mapping[str, Tensor], array: ArraySpec, spec:
     return to_disk(tensor.to(target), array.dtype)
 
 
+def is_stored_as_is(tensors: Mapping[str, Tensor], array: ArraySpec) -> bool:
+    """Whether a clip comes with `array` in the dtype of the store."""
+    return array.name in tensors and tensors[array.name].dtype == torch_dtype(array.dtype)
+
+
 def not_finite(clip: str, tensors: Mapping[str, Tensor], array: ArraySpec) -> NotFinite:
     """The error for a row of `encode_row` that holds NaN or infinity."""
     found = tensors.get(array.name)

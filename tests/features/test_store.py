@@ -164,6 +164,20 @@ def test_nan_and_overflow_are_refused_by_name(make: Make) -> None:
     assert open_store(store.path).clip_ids == ()
 
 
+def test_rows_that_are_known_to_be_finite_are_not_looked_at_unless_they_are_converted(make: Make) -> None:
+    store, known = make(), {IDS[0]}
+    big = clip(0)
+    big["patches"][0, 0, 0] = 1e6
+    with pytest.raises(StoreError, match="patches exceeds the range of float16"):
+        store.write_shard(0, {IDS[0]: big}, dict.fromkeys(IDS, "sha256:0"), finite=known)
+    bad = clip(0)
+    bad["saliency"][0, 0] = float("nan")
+    with pytest.raises(StoreError, match=r"clip 'vid\|P1\|0\|10': saliency holds NaN"):
+        store.write_shard(0, {IDS[1]: bad}, dict.fromkeys(IDS, "sha256:0"), finite=known)
+    store.write_shard(0, {IDS[0]: bad}, dict.fromkeys(IDS, "sha256:0"), finite=known)
+    assert store.read([IDS[0]]).saliency[0, 0, 0].isnan()
+
+
 def test_wrong_rows_are_refused(make: Make) -> None:
     store = make()
     sources = dict.fromkeys(IDS, "sha256:0")

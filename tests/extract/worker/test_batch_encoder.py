@@ -36,7 +36,7 @@ def clips(encoder: VideoEncoder, count: int) -> list[PreparedClip]:
 def encoded(batches: BatchEncoder, clips: Sequence[PreparedClip]) -> dict[str, Row]:
     for clip in clips:
         batches.add(clip)
-    return batches.start()()
+    return batches.start()().rows
 
 
 def test_a_clips_bits_do_not_depend_on_its_neighbours(encoder: VideoEncoder, monkeypatch: pytest.MonkeyPatch) -> None:

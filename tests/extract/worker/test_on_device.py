@@ -4,11 +4,13 @@ import errno
 import gc
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from egopatch.configs.schema import Config, ConfigError, EncoderConfig, EngineConfig, StoreConfig, VideoConfig
 from egopatch.extract.children.ring import Ring
@@ -19,13 +21,15 @@ from egopatch.extract.feed.clips import LeftClip, Pixels, PreparedClip
 from egopatch.extract.feed.on_host import to_input
 from egopatch.extract.video.frames import read_frames
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
-from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
+from egopatch.extract.worker.batch_encoder import BatchEncoder, EncodedBatch, Row
 from egopatch.extract.worker.job import ExtractionJob
 from egopatch.extract.worker.job_stats import JobStats
-from egopatch.extract.worker.on_device import DeviceEncoder
+from egopatch.extract.worker.on_device import DeviceEncoder, _rows_finite
 from egopatch.extract.worker.pipeline import encode_shards
+from egopatch.extract.writing.commit_processes import CommitProcesses
 from egopatch.extract.writing.shard_writer import EncodedShard, ShardWriter
-from egopatch.features import Fingerprint, create_store
+from egopatch.features import Fingerprint, PatchTokens, create_store
+from egopatch.features.state.commit import CommitTarget, ShardCommit
 from egopatch.features.tools.verify import verify
 from tests.extract.encoders.networks import relative, tiny
 from tests.extract.video.videos import write_video
@@ -78,7 +82,7 @@ class Slots:
         return left.pick_up(memory, release)
 
 
-def run(batches: BatchEncoder, clips: list[PreparedClip]) -> dict[str, Row]:
+def run(batches: BatchEncoder, clips: list[PreparedClip]) -> EncodedBatch:
     for clip in clips:
         batches.add(clip)
     return batches.start()()
@@ -94,15 +98,15 @@ def test_rows_are_those_of_the_encoder_whatever_their_batch(encoder: VideoEncode
     ]
     with DeviceEncoder(encoder, BATCH, "float16", EGOVLP_TRANSFORM, 8) as batches:
         found: dict[str, Row] = {}
-        behind: Callable[[], dict[str, Row]] = dict
+        behind: Callable[[], EncodedBatch] = EncodedBatch
         for group in groups:  # as the pipeline does: each batch is waited for after the next one was started
             for clip in group:
                 batches.add(clip)
             finish = batches.start()
-            found |= behind()
+            found |= behind().rows
             behind = finish
-        found |= behind()
-        assert batches.start()() == {}
+        found |= behind().rows
+        assert batches.start()() == EncodedBatch()
         assert batches.seconds > 0
     assert list(found) == list("abcdef")
     for name, frames in slots.frames.items():
@@ -128,13 +132,42 @@ def test_slots_are_released_while_the_batch_is_gathered(encoder: VideoEncoder, d
 def test_rows_do_not_depend_on_the_other_clips_of_their_batch(encoder: VideoEncoder, device: torch.device) -> None:
     slots = Slots(encoder.size)
     with DeviceEncoder(encoder.to(device), 6, "float32", EGOVLP_TRANSFORM, 8) as batches:
-        alone = run(batches, [slots.clip("a", [(60, 80)] * 2)])["a"]
+        alone = run(batches, [slots.clip("a", [(60, 80)] * 2)]).rows["a"]
         slots.frames.clear()  # names give the pixels
         others = [slots.clip("a", [(60, 80)] * 2)]
         others += [slots.clip(name, [(60, 80) if name in "ce" else (33, 21)] * 2) for name in "bcdef"]
-        found = run(batches, others)["a"]
+        found = run(batches, others).rows["a"]
     for name, tensor in alone.items():
         assert torch.equal(found[name], tensor), name
+
+
+def test_the_device_finds_rows_that_are_not_finite(
+    encoder: VideoEncoder, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(self: DeviceEncoder, tokens: PatchTokens) -> dict[str, Tensor]:
+        tokens.patches[1, -1, -1, -1] = 1e6  # too large for the store's float16
+        tokens.cls[3, -1] = torch.nan
+        return convert(self, tokens)
+
+    convert = DeviceEncoder._converted
+    monkeypatch.setattr(DeviceEncoder, "_converted", damaged)
+    slots = Slots(encoder.size)
+    clips = [slots.clip(name, [(60, 80)] * 2) for name in "abcde"]
+    clips[2] = replace(clips[2], timestamps=np.full(FRAMES, np.nan, np.float32))
+    with DeviceEncoder(encoder.to(device), 6, "float16", EGOVLP_TRANSFORM, 8, capture=False) as batches:
+        found = run(batches, clips)
+    assert found.rows.keys() == set("abcde")
+    assert found.finite == {"a", "e"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_number_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype, device: torch.device) -> None:
+    largest = torch.finfo(dtype).max
+    rows = torch.tensor([[-largest, 0, largest]] * 9, dtype=dtype, device=device)
+    for row, value in enumerate((torch.inf, -torch.inf, torch.nan)):
+        for place in range(2):
+            rows[3 * row + place, 2 * place] = value
+    assert _rows_finite([torch.ones(9, 2, device=device), rows]).tolist() == [False, False, True] * 3
 
 
 @pytest.mark.cuda
@@ -146,14 +179,14 @@ def test_a_graph_gives_the_bits_of_its_encoder(
         slots = Slots(encoder.size)
         with DeviceEncoder(encoder.to(cuda), BATCH, "float16", EGOVLP_TRANSFORM, 8, capture) as batches:
             rows: dict[str, Row] = {}
-            behind: Callable[[], dict[str, Row]] = dict
+            behind: Callable[[], EncodedBatch] = EncodedBatch
             for number in range(6):  # each is waited for after the next one was started
                 for name in range(BATCH):
                     batches.add(slots.clip(f"{number}-{name}", [(60, 80)] * 2))
                 finish = batches.start()
-                rows |= behind()
+                rows |= behind().rows
                 behind = finish
-            found.append(rows | behind())
+            found.append(rows | behind().rows)
     assert "kernel by kernel" not in capsys.readouterr().out
     eager, replayed = found
     assert eager.keys() == replayed.keys()
@@ -199,9 +232,20 @@ def whole(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch)
     return WholeJob(tmp_path, device)
 
 
-def test_a_whole_job(whole: WholeJob, device: torch.device) -> None:
+def test_a_whole_job(whole: WholeJob, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Children that cut and children that write, rings, copies, batches that end with shards, a store that verifies."""
+    commits: list[ShardCommit] = []
+
+    def seen(self: CommitProcesses, target: CommitTarget, commit: ShardCommit) -> None:
+        commits.append(commit)
+        run_in_child(self, target, commit)
+
+    run_in_child = CommitProcesses.__call__
+    monkeypatch.setattr(CommitProcesses, "__call__", seen)
     stats = whole.run()
+    # The device has found all numbers finite, so no child looks at them again.
+    assert not any(row.dtype for commit in commits for _, rows in commit.sources for row in rows)
+    assert sum(len(commit.rows) for commit in commits) == 7
     store, clips = whole.store, whole.clips
     assert (stats.committed, stats.quarantined) == (7, 1)
     assert store.quarantine.keys() == {"bad"}
