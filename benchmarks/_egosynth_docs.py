@@ -53,12 +53,13 @@ def findings(found: Mapping[str, Any]) -> list[str]:
             below = [part for part in NUMBERS if row[part]["high"] < majority[part]["mean"]]
             if below:
                 lines.append(f"- **{split.capitalize()}.** {row['system']} is below majority on {listed(below)}.")
-        changed = [row for row in found["ablation"] if row["split"] == split and "against_whole" in row]
-        parts = {row["part"]: row["against_whole"]["verdict"] for row in changed}
-        if parts:
-            opposite = {"above": "below", "below": "above"}
-            whole = {part: opposite.get(verdict, verdict) for part, verdict in parts.items()}
-            lines.append(f"- **{split.capitalize()}, parts.** " + sentence("The whole", whole))
+        for which, subject in (("ablation", "The whole"), ("again", "The whole, trained as in the table,")):
+            changed = [row for row in found.get(which, ()) if row["split"] == split and "against_whole" in row]
+            if changed:
+                opposite = {"above": "below", "below": "above"}
+                verdicts = {row["part"]: row["against_whole"]["verdict"] for row in changed}
+                whole = {part: opposite.get(verdict, verdict) for part, verdict in verdicts.items()}
+                lines.append(f"- **{split.capitalize()}, parts.** " + sentence(subject, whole))
     return lines
 
 
@@ -79,11 +80,16 @@ def listed(names: Sequence[str]) -> str:
 
 def markers(name: str) -> tuple[str, str]:
     """The first and the last line of a set's part of docs/egosynth.md."""
-    return f"<!-- results of the {name} set, by benchmarks/egosynth.py -->", f"<!-- end of the {name} set -->"
+    return f"<!-- results of the {name} set, by its script in benchmarks/ -->", f"<!-- end of the {name} set -->"
 
 
 def write_docs(name: str, found: Mapping[str, Any], path: Path = DOCS) -> None:
-    """Replace the tables and findings of a set in the docs.
+    """Replace the tables and findings of a set in the docs; raises as `write_part`."""
+    write_part(name, markdown(found), path)
+
+
+def write_part(name: str, content: str, path: Path = DOCS) -> None:
+    """Replace a set's part of the docs.
 
     Raises:
         ValueError: The docs have no part of this set.
@@ -92,7 +98,7 @@ def write_docs(name: str, found: Mapping[str, Any], path: Path = DOCS) -> None:
     if first not in text or last not in text:
         raise ValueError(f"{path} has no part of the {name} set; expected the lines {first!r} and {last!r}")
     before, rest = text.split(first)
-    path.write_text(f"{before}{first}\n{markdown(found)}\n{last}{rest.split(last)[1]}", encoding="utf-8")
+    path.write_text(f"{before}{first}\n{content}\n{last}{rest.split(last)[1]}", encoding="utf-8")
 
 
 def markdown(found: Mapping[str, Any]) -> str:
@@ -114,13 +120,15 @@ def markdown(found: Mapping[str, Any]) -> str:
             costs = ("steps_to_95", "cpu_ms_a_step", "kb_a_clip")
             cells += [f"{row[name]:.0f}" if learned else "" for name in costs]
             lines.append(f"| {row['system']} | {' | '.join(cells)} |")
-    for split in SPLITS:
-        rows = [row for row in found["ablation"] if row["split"] == split]
-        if rows:
-            lines += ["", f"| {split}: psa (lite) | all | each seed | against the whole | verdict |"]
-            lines += ["|:--|--:|--:|--:|:--|"]
-        for row in rows:
-            lines.append(f"| {row['part']} | {' | '.join(compared(row, 'against_whole'))} |")
+    for rows_of, which in (("ablation", "psa (lite)"), ("again", "psa (lite) as in the table")):
+        for split in SPLITS:
+            # Results of earlier versions have nothing of the second kind.
+            rows = [row for row in found.get(rows_of, ()) if row["split"] == split]
+            if rows:
+                lines += ["", f"| {split}: {which} | all | each seed | against the whole | verdict |"]
+                lines += ["|:--|--:|--:|--:|:--|"]
+            for row in rows:
+                lines.append(f"| {row['part']} | {' | '.join(compared(row, 'against_whole'))} |")
     for split in SPLITS:
         rows = [row for row in found["ratios"] if row["split"] == split]
         if rows:

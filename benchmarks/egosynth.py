@@ -29,6 +29,7 @@ from benchmarks._egosynth_cost import cost_of
 from benchmarks._egosynth_docs import NUMBERS, REFERENCE, SPLITS, markdown, write_docs
 from benchmarks._egosynth_systems import (
     ABLATION,
+    AGAIN,
     COPIES,
     ENCODERS,
     PARAPHRASES,
@@ -74,6 +75,12 @@ def train_ablation(bench: Bench, splits: Sequence[str]) -> None:
             bench.sweep(f"{split}-part-{slug(label)}", "lite", split, [*PARAPHRASES, *SHORTER], setting)
 
 
+def train_again(bench: Bench, splits: Sequence[str]) -> None:
+    for split in splits:
+        for label in AGAIN:
+            bench.sweep(f"{split}-longer-{slug(label)}", "lite", split, [], ABLATION[label])
+
+
 def train_search(bench: Bench, splits: Sequence[str]) -> None:
     """The same grid for every head, one seed; the systems take what is best on val."""
     for split in splits:
@@ -101,12 +108,13 @@ PARTS = {
     "ratios": train_ratios,
     "stores": train_copies,
     "ablation": train_ablation,
+    "again": train_again,
 }
 
 
 def gather(bench: Bench) -> dict[str, Any]:
     """Everything that is finished."""
-    table, ablation, ratios, copies, looks, explained, wordings = [], [], [], [], [], [], []
+    table, ablation, again, ratios, copies, looks, explained, wordings = [], [], [], [], [], [], [], []
     for split in SPLITS:
         whole = bench.found(f"{split}-{slug(REFERENCE)}")
         part_of = bench.found(f"{split}-part-{slug(WHOLE)}")
@@ -130,6 +138,10 @@ def gather(bench: Bench) -> dict[str, Any]:
                 ablation.append(row)
                 if "head.scores" in setting and (found := bench.agreement(point, split)):
                     looks.append({"split": split, "scores": ", ".join(setting["head.scores"]), **found})
+        for label in AGAIN:
+            if whole and (point := bench.found(f"{split}-longer-{slug(label)}")):
+                row = {"split": split, "part": label, **numbers(point), **bench.training(point)}
+                again.append(row | {"against_whole": bench.against(point, whole, split)})
         path = bench.root / "sweeps" / f"{split}-ratios" / "sweep.json"
         if path.exists():
             points = json.loads(path.read_text())["points"]
@@ -148,6 +160,7 @@ def gather(bench: Bench) -> dict[str, Any]:
     return {
         "table": table,
         "ablation": ablation,
+        "again": again,
         "ratios": ratios,
         "stores": copies,
         "search": search,

@@ -1,0 +1,85 @@
+"""EgoSynth's multiple-choice set: psa beside the heads that see no video, and parts of it switched off.
+
+    python benchmarks/egosynth_choice.py
+
+The set is rendered and encoded once, then every system trains with every seed; what is finished is not done again.
+Intervals and comparisons as in `egosynth.py`. Writes benchmarks/results/egosynth_choice.json and the set's part of
+docs/egosynth.md.
+"""
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks._egosynth_bench import Bench, command, rounded, slug
+from benchmarks._egosynth_docs import REFERENCE, compared, write_part
+from benchmarks._egosynth_systems import ABLATION, AGAIN
+
+CONFIG = Path("configs") / "egosynth_choice.yaml"
+RESULTS = Path(__file__).parent / "results" / "egosynth_choice.json"
+BLIND = {
+    "majority (the index that is right most often)": "majority",
+    "longest-option": "longest-option",
+    "question-only (question and options, no video)": "question-only",
+}
+# Options, and a setting, of each row.
+SYSTEMS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    **{label: (["--head.name", head], {}) for label, head in BLIND.items()},
+    REFERENCE: ([], {}),
+    **{part: ([], ABLATION[part]) for part in AGAIN},
+}
+ONLY = "all"  # the set has no other split
+
+
+class ChoiceBench(Bench):
+    """The one config of the set, with its own places."""
+
+    def file(self, encoder: str) -> Path:
+        return CONFIG
+
+    def places(self, encoder: str, split: str) -> list[str]:
+        return ["--run.table", str(self.root)]
+
+    def encode(self, encoders: object = ()) -> None:
+        if not (self.root / "data" / "events.jsonl").exists():
+            command("extract", "synth", "--out", str(self.root / "data"), "--clips", str(self.clips))
+        command("extract", "run", "--config", str(CONFIG))
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=int, default=800)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args(args)
+    bench = ChoiceBench("choice", options.clips, options.seeds)
+    bench.encode()
+    for label, (own, setting) in SYSTEMS.items():
+        bench.sweep(slug(label), "lite", ONLY, own, setting)
+    points = {label: bench.found(slug(label)) for label in SYSTEMS}
+    rows = []
+    for label, point in points.items():
+        assert point
+        row = {"system": label, "all": rounded(point["all"]), **bench.training(point)}
+        rows.append(row if label == REFERENCE else row | {"against_psa": bench.against(point, points[REFERENCE], ONLY)})
+    found = {
+        "what": f"EgoSynth's multiple-choice set of {options.clips} clips; percent on test with 95% intervals over "
+        "seeds and clips, checkpoint chosen on val",
+        "command": "python benchmarks/egosynth_choice.py",
+        "hardware": {"machine": platform.machine(), "cores": os.cpu_count()},
+        "versions": {package: version(package) for package in ("torch", "numpy", "av")},
+        "systems": rows,
+    }
+    lines = ["| system | all | each seed | against psa (lite) | verdict |", "|:--|--:|--:|--:|:--|"]
+    lines += [f"| {row['system']} | {' | '.join(compared(row, 'against_psa'))} |" for row in rows]
+    print("\n".join(lines))
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    write_part("choice", "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
