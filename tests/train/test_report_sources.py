@@ -67,3 +67,22 @@ def test_a_sweep_of_an_earlier_version_takes_its_system_from_its_runs(tmp_path: 
     value = json.loads((path / "sweep.json").read_text()) | {"system": "psa (dinov2)"}
     (path / "sweep.json").write_text(json.dumps(value))
     assert read_sweep(path / "sweep.json").system == "psa (dinov2)"
+
+
+def test_a_heads_own_option_called_ratio_is_a_setting(tmp_path: Path) -> None:
+    path = write_sweep(tmp_path, seeds=1) / "sweep.json"
+    value = json.loads(path.read_text())
+    for run, own in zip(value["members"], (0.1, 0.5, 1.0), strict=True):
+        run |= {"ratio": 0.25, "overrides": {"head.options.ratio": own, "head.options.seed": 3, "train.seed": 0}}
+    value["points"] = [
+        {"setting": {"head.options.ratio": 0.5, "head.options.seed": 3}, "ratio": 0.25, "all": {"low": 40, "high": 50}}
+    ]
+    path.write_text(json.dumps(value))
+    sweep = read_sweep(path)
+    assert [(point.setting, point.mean) for point in sweep.points] == [
+        ("head.options.ratio 0.1, head.options.seed 3", 41.0),
+        ("head.options.ratio 0.5, head.options.seed 3", 42.5),
+        ("head.options.ratio 1.0, head.options.seed 3", 50.0),
+    ]
+    assert [point.interval for point in sweep.points] == [None, (40.0, 50.0), None]
+    assert not sweep.varies_ratio

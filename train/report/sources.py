@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 
 from egopatch.train.rundir.results import value_text
 
+# Options that a sweep's runs state beside their setting, and the folder.
+_OUTSIDE_SETTING = {"head.ratio", "train.seed", "run.dir"}
+
 
 class SourceError(ValueError):
     """A file of a run cannot be read; the message names the file and what to do."""
@@ -249,8 +252,9 @@ def _system_of(runs: Sequence[SweepRun]) -> str | None:
 
 def _setting(overrides: Mapping[str, Any]) -> str:
     """The options other than the ratio and the seed, as text."""
-    others = {key: value for key, value in overrides.items() if key.rsplit(".", 1)[-1] not in ("ratio", "seed", "dir")}
-    return ", ".join(f"{key} {value_text(value)}" for key, value in sorted(others.items()))
+    # Full names: a registered head may have an option `ratio` of its own, which is part of the setting.
+    others = {option: value for option, value in overrides.items() if option not in _OUTSIDE_SETTING}
+    return ", ".join(f"{option} {value_text(value)}" for option, value in sorted(others.items()))
 
 
 def _existing(value: object, folder: Path) -> Path | None:
