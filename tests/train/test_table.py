@@ -105,6 +105,31 @@ def test_cells_have_the_intervals_of_the_statistics(tmp_path: Path) -> None:
     assert "In brackets: 95% intervals over seeds and clips" in text
 
 
+def test_predictions_of_every_seed_have_to_give_the_recorded_accuracy(tmp_path: Path) -> None:
+    config = write_dataset(tmp_path / "data", videos=False)
+    for seed, val in enumerate((60.0, 50.0, 40.0)):
+        recorded = 50.0 if seed != 1 else 75.0
+        write_run(tmp_path / "runs", f"psa_{seed}", seed=seed, val=val, predictions=guesses(2), all_=recorded)
+    write_table(tmp_path / "runs", config)
+    lines = [line for line in (tmp_path / "runs" / "table.md").read_text().splitlines() if "to check" in line]
+    assert lines == [
+        f"- Left out, or to check: {tmp_path}/runs/psa_1: predictions.jsonl gives 50.00 but test.json has 75.00; the "
+        "annotations or the files have changed since; evaluate the run again"
+    ]
+
+
+def test_seeds_may_differ_in_tracker_and_in_decoders_that_give_the_same_frames(tmp_path: Path) -> None:
+    for seed, decoder in enumerate(("pyav", "decord", "nvdec")):
+        run = write_run(tmp_path, f"psa_{seed}", seed=seed, config={"video": {"decoder": decoder}})
+        card = json.loads((run / "card.json").read_text())
+        card["config"]["run"]["tracker"] = "wandb" if seed == 1 else None
+        (run / "card.json").write_text(json.dumps(card))
+    assert [(row.label, len(row.runs)) for row in gather(tmp_path).rows] == [
+        ("psa", 2),
+        ("psa (video.decoder nvdec)", 1),
+    ]
+
+
 def test_multiple_choice_is_also_counted_by_type(tmp_path: Path) -> None:
     root = tmp_path / "data"
     root.mkdir()

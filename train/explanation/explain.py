@@ -24,10 +24,9 @@ from egopatch.train.explanation.agreement import agreement_of, pointing
 from egopatch.train.explanation.curves import SHARES, area, curves
 from egopatch.train.explanation.record import Explanation, Ranking
 from egopatch.train.fitting.experiment import Experiment, open_experiment
-from egopatch.train.fitting.fit import head_of
-from egopatch.train.heads import PSA, build_head, reads_video, unwrapped
+from egopatch.train.fitting.trained import open_head, require_video, trained_config
+from egopatch.train.heads import PSA, unwrapped
 from egopatch.train.heads.common.scale import scaled_patches
-from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import Card, RunError
 from egopatch.train.scores.statistics import Interval, compare
 from egopatch.train.steps.stacked_heads import StackedHeads
@@ -63,7 +62,7 @@ def explain(config: Config, questions: int = 200) -> Explanation:
         questions: Number of questions at least, drawn clip by clip with a fixed seed; all if there are fewer.
 
     Raises:
-        RunError: There is no trained head in `run.dir`.
+        RunError: There is no trained head in `run.dir`, or its files are damaged or not of one training.
         ConfigError: The head reads no video, or `questions` is less than 1.
         StoreError, DatasetError, FingerprintMismatch: As `open_experiment`.
     """
@@ -71,20 +70,11 @@ def explain(config: Config, questions: int = 200) -> Explanation:
         raise ConfigError(f"--questions is {questions}; expected at least 1")
     folder = config.run.dir
     card = Card.read(folder)
-    if not reads_video(card.model):
-        raise ConfigError(f"run.dir is {folder}, which holds a {card.model} head; expected one that reads video")
-    config = replace(config, head=head_of(card, config.head), train=replace(config.train, seed=card.seed, ema=0.0))
+    require_video(folder, card)
+    config = trained_config(config, card)
     experiment = open_experiment(config, card)
     experiment.require_trained_on(folder)
-    head = build_head(config, experiment.sizes).to(experiment.device).eval()
-    heads = StackedHeads([head], [card.seed], config.train, 0, experiment.device)
-    weights = run_folder.load_weights(folder, card.best_epoch)
-    try:
-        heads.load_weights(0, weights)
-    except ValueError as error:
-        raise RunError(f"{folder / run_folder.WEIGHTS} does not fit a {card.model} head: {error}") from error
-    # The stack has copies of the weights, so the head itself needs them too.
-    head.load_state_dict(weights)
+    head, heads = open_head(config, card, experiment.sizes, experiment.device)
     psa = unwrapped(head)
     return _Explainer(experiment, heads, psa if isinstance(psa, PSA) else None, config.head.ratio).run(questions)
 

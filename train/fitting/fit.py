@@ -6,11 +6,10 @@ resumes training and gives exactly the losses of an uninterrupted run (bit for b
 
 import time
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from egopatch.configs.schema import Config, HeadConfig
+from egopatch.configs.schema import Config
 from egopatch.features.common.progress import ProgressDisplay
 from egopatch.train.data.batch_size import BatchSize
 from egopatch.train.data.question_table import plan_batches
@@ -20,6 +19,7 @@ from egopatch.train.fitting.explained import shortage_explained
 from egopatch.train.fitting.published import evaluate_published, has_run
 from egopatch.train.fitting.run import TrainingRun
 from egopatch.train.fitting.run_group import RunGroup, build_stacked_heads, why_not_captured
+from egopatch.train.fitting.trained import load_trained, trained_config
 from egopatch.train.heads import check_head
 from egopatch.train.processes.distributed import ALONE, Distributed
 from egopatch.train.processes.stopping import Stopped, stop_signals
@@ -205,28 +205,11 @@ def _evaluate(config: Config, ranks: Distributed, source: Path) -> Metrics:
     card = ranks.broadcast(lambda: Card.read(source))
     if card.model != config.head.name:
         raise RunError(f"{source} holds a {card.model} head but head.name is {config.head.name!r}; check run.dir")
-    train = replace(config.train, seed=card.seed, ema=0.0)
-    config = replace(config, head=head_of(card, config.head), train=train)
+    config = trained_config(config, card)
     experiment = open_experiment(config, card, ranks)
     if source == config.run.dir:
         experiment.require_trained_on(source)
     heads = build_stacked_heads([config], experiment, order_seed=card.seed)
-    try:
-        heads.load_weights(0, ranks.broadcast(lambda: run_folder.load_weights(source, card.best_epoch)))
-    except ValueError as error:
-        if isinstance(error, RunError):
-            raise
-        raise RunError(f"{source / run_folder.WEIGHTS} does not fit a {card.model} head: {error}") from None
+    load_trained(heads, source, card, ranks)
     ((answers,),) = answer_table([heads], experiment.features, experiment.encoded["test"], config.train.batch)
     return TrainingRun(config, experiment).write_results(answers)
-
-
-def head_of(card: Card, config: HeadConfig) -> HeadConfig:
-    """The card's options, except those of `config` that only decide how fast the head is computed."""
-    options: dict[str, Any] = {}
-    for field in fields(HeadConfig):
-        value = card.config["head"].get(field.name, getattr(config, field.name))
-        options[field.name] = tuple(value) if isinstance(value, list) else value
-    checkpoint = options["checkpoint"]
-    options |= {"implementation": config.implementation, "checkpoint": None if checkpoint is None else Path(checkpoint)}
-    return HeadConfig(**options)

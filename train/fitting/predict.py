@@ -16,11 +16,9 @@ from egopatch.features.values.location import parse_location
 from egopatch.train.data.batch import Batch
 from egopatch.train.data.question_table import FORMS, NO_CLASS
 from egopatch.train.fitting.experiment import open_features, pick_device, sizes_of
-from egopatch.train.fitting.fit import head_of
-from egopatch.train.heads import PSA, build_head, reads_video, unwrapped
-from egopatch.train.rundir import card as run_folder
-from egopatch.train.rundir.card import Card, RunError
-from egopatch.train.steps.stacked_heads import StackedHeads
+from egopatch.train.fitting.trained import open_head, require_video, trained_config
+from egopatch.train.heads import PSA, unwrapped
+from egopatch.train.rundir.card import CONFIG, Card
 
 CLIPS_AT_ONCE = 16
 
@@ -60,17 +58,16 @@ def predict_clips(config: Config, clip_ids: Sequence[str], question: str, answer
         answers: Number of answers to return for each clip.
 
     Raises:
-        RunError: There is no trained head in `run.dir`.
+        RunError: There is no trained head in `run.dir`, or its files are damaged or not of one training.
         ConfigError: The head reads no video, or chooses among a question's own options; or the store has no such clip.
         FingerprintMismatch: The store or the text network is not the one that the head was trained with.
     """
     folder, device = config.run.dir, pick_device(config.train.device)
     card = Card.read(folder)
-    if not reads_video(card.model):
-        raise ConfigError(f"run.dir is {folder}, which holds a {card.model} head; expected one that reads video")
+    require_video(folder, card)
     if set(card.answers) <= set(UNKNOWN_ANSWERS):
         raise ConfigError(f"run.dir is {folder}, whose head chooses among options; expected one trained on answers")
-    config = replace(config, head=head_of(card, config.head), train=replace(config.train, seed=card.seed, ema=0.0))
+    config = trained_config(config, card)
     store = open_features(config, "patches", card.fingerprint)
     known = set(store.clip_ids)
     if absent := next((name for name in clip_ids if name not in known), None):
@@ -78,12 +75,7 @@ def predict_clips(config: Config, clip_ids: Sequence[str], question: str, answer
     texts = _text_store(config, card)
     states, mask = (tensor.to(device) for tensor in _text_states(config, card, texts, question))
     sizes = sizes_of(store, None, len(card.answers), 0)
-    head = build_head(config, replace(sizes, text_width=states.shape[-1])).to(device)
-    heads = StackedHeads([head], [card.seed], config.train, 0, device)
-    try:
-        heads.load_weights(0, run_folder.load_weights(folder, card.best_epoch))
-    except ValueError as error:
-        raise RunError(f"{folder / run_folder.WEIGHTS} does not fit a {card.model} head: {error}") from error
+    head, heads = open_head(config, card, replace(sizes, text_width=states.shape[-1]), device)
     psa = unwrapped(head)
     frames = tuple(psa.frame_indices) if isinstance(psa, PSA) else tuple(range(sizes.frames))
     unknown = None if texts is None else _unknown_words(question, texts.clip_ids)
@@ -155,7 +147,7 @@ def _text_states(config: Config, card: Card, store: Store | None, question: str)
     if different := trained_on.differences(fingerprint, "head has", "config gives"):
         raise FingerprintMismatch(
             f"the config's text network is not that of the head in {config.run.dir} ({'; '.join(different)}); use the"
-            f" config that it was trained with, {config.run.dir / run_folder.CONFIG}"
+            f" config that it was trained with, {config.run.dir / CONFIG}"
         )
     return rows[question]["states"][None], rows[question]["attention_mask"][None]
 

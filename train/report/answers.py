@@ -94,8 +94,7 @@ def rows_correctness(
     for row in rows:
         try:
             right[row.label] = correctness(row, questions)
-            if fault := accuracy_mismatch(row, right[row.label]):
-                problems.append(fault)
+            problems += accuracy_mismatches(row, right[row.label])
         except SourceError as error:
             problems.append(str(error))
     return questions, right
@@ -131,16 +130,17 @@ def text_scores(rows: Sequence[Row], questions: Questions, problems: list[str]) 
     return scores
 
 
-def accuracy_mismatch(row: Row, right: Correctness) -> str:
-    """One line if a row's predictions do not give its recorded accuracy; empty if they do."""
-    recorded = row.best.scores["all"].accuracy
-    counted = 100 * sum(right.right.values()) / max(len(right.right), 1)
-    if recorded is None or abs(recorded - counted) < 0.005:
-        return ""
-    return (
-        f"{row.best.dir}: predictions.jsonl gives {counted:.2f} but test.json has {recorded:.2f}; "
-        "the annotations or the files have changed since; evaluate the run again"
-    )
+def accuracy_mismatches(row: Row, right: Correctness) -> list[str]:
+    """One line for each run of a row whose predictions do not give its recorded accuracy."""
+    lines = []
+    for run, hits in zip(row.runs, right.by_seed, strict=True):
+        recorded, counted = run.scores["all"].accuracy, 100 * int(hits.sum()) / max(len(hits), 1)
+        if recorded is not None and abs(recorded - counted) >= 0.005:
+            lines.append(
+                f"{run.dir}: predictions.jsonl gives {counted:.2f} but test.json has {recorded:.2f}; "
+                "the annotations or the files have changed since; evaluate the run again"
+            )
+    return lines
 
 
 def read_answers(folder: Path, questions: Questions) -> dict[str, str]:

@@ -25,9 +25,12 @@ COLUMNS = ("open", "binary", "all")
 # Options in which the seeds of one setting may differ: the seed, and options that change only where or how fast a run
 # is computed. `card.py` has a shorter list of options that a resumed run may change, which the seed is not.
 _DIFFER_BETWEEN_SEEDS = {
-    "run.dir", "run.table", "train.seed", "train.device", "train.residency", "encoder.device", "encoder.batch",
-    "head.implementation", "store.path", "store.format", "store.shard", "video.timeout_s", "video.memory_gb",
+    "run.dir", "run.table", "run.tracker", "train.seed", "train.device", "train.residency", "head.implementation",
+    "encoder.device", "encoder.batch", "store.path", "store.format", "store.shard", "video.timeout_s",
+    "video.memory_gb",
 }  # fmt: skip
+# Values of `video.decoder` that give the same frames and share a fingerprint. nvdec has another one.
+_SAME_FRAMES = {"decord": "pyav"}
 
 
 class TableError(ValueError):
@@ -82,9 +85,12 @@ class Run:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The resolved config as `section.field: value`, without nulls and options in which seeds may differ."""
+        """The resolved config as `section.field: value`, without nulls and options in which seeds may differ.
+
+        `video.decoder` is `pyav` for decord too: a clip has the same frames by either.
+        """
         config = self.card.get("config") or {}
-        return {
+        options = {
             f"{section}.{name}": value
             for section, fields in sorted(config.items())
             if isinstance(fields, Mapping) and section != "engine"
@@ -92,6 +98,9 @@ class Run:
             # Cards of earlier versions lack the options that were added since, whose default is null.
             if f"{section}.{name}" not in _DIFFER_BETWEEN_SEEDS and value is not None
         }
+        if (decoder := options.get("video.decoder")) in _SAME_FRAMES:
+            options["video.decoder"] = _SAME_FRAMES[decoder]
+        return options
 
 
 @dataclass(frozen=True)

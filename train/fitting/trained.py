@@ -1,0 +1,98 @@
+"""A trained head: the card and the weights of its run's folder, and the config that builds it again."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from egopatch.configs.schema import Config, ConfigError, HeadConfig
+from egopatch.train.heads import Sizes, build_head, reads_video
+from egopatch.train.processes.distributed import ALONE, Distributed
+from egopatch.train.rundir.card import CARD, WEIGHTS, Card, RunError, load_weights
+from egopatch.train.steps.stacked_heads import StackedHeads
+
+
+def trained_config(config: Config, card: Card) -> Config:
+    """`config` with the head and the seed of `card`, and without averaged weights, which only training keeps."""
+    return replace(config, head=head_of(card, config.head), train=replace(config.train, seed=card.seed, ema=0.0))
+
+
+def head_of(card: Card, config: HeadConfig) -> HeadConfig:
+    """The card's options, except those of `config` that only decide how fast the head is computed."""
+    options: dict[str, Any] = {}
+    for field in fields(HeadConfig):
+        value = card.config["head"].get(field.name, getattr(config, field.name))
+        options[field.name] = tuple(value) if isinstance(value, list) else value
+    checkpoint = options["checkpoint"]
+    options |= {"implementation": config.implementation, "checkpoint": None if checkpoint is None else Path(checkpoint)}
+    return HeadConfig(**options)
+
+
+def require_video(folder: Path, card: Card) -> None:
+    """Refuse a head that reads no video.
+
+    Args:
+        folder: The run's folder, `run.dir`.
+        card: Its card.
+
+    Raises:
+        ConfigError: The head reads no video.
+    """
+    if not reads_video(card.model):
+        raise ConfigError(f"run.dir is {folder}, which holds a {card.model} head; expected one that reads video")
+
+
+def open_head(config: Config, card: Card, sizes: Sizes, device: torch.device) -> tuple[nn.Module, StackedHeads]:
+    """The trained head of `config.run.dir`, alone and as a stack of one that answers; both have its weights.
+
+    Args:
+        config: As from `trained_config`.
+        card: The folder's card.
+        sizes: Sizes of the features, and the number of answers.
+        device: Device of the head.
+
+    Raises:
+        RunError: As `load_trained`.
+    """
+    head = build_head(config, sizes).to(device).eval()
+    heads = StackedHeads([head], [card.seed], config.train, 0, device)
+    # The stack has copies of the weights, so the head itself needs them too. The stack has checked their names.
+    head.load_state_dict(load_trained(heads, config.run.dir, card), strict=False)
+    return head, heads
+
+
+def load_trained(heads: StackedHeads, folder: Path, card: Card, ranks: Distributed = ALONE) -> dict[str, Tensor]:
+    """Load the weights of the run in `folder` into a stack of one head; returns them.
+
+    Args:
+        heads: The head that `card` describes.
+        folder: The run's folder.
+        card: Its card.
+        ranks: Processes that load the same weights; the first one reads them.
+
+    Raises:
+        RunError: The weights are missing, damaged, of another epoch than the card's, or of another head.
+    """
+    path = folder / WEIGHTS
+
+    def read() -> dict[str, Tensor]:
+        if not path.exists():
+            raise RunError(
+                f"{path}: no such file, but {CARD} beside it describes a head that was trained: the weights were "
+                "deleted, or the head was trained in another folder and only evaluated into this one; restore the "
+                "file, use the folder that the head was trained in, or train in another --run.dir"
+            )
+        return load_weights(folder, card.best_epoch)
+
+    weights = ranks.broadcast(read)
+    try:
+        heads.load_weights(0, weights)
+    except ValueError as error:
+        raise RunError(
+            f"{path} does not fit the {card.model} head that {CARD} beside it describes ({error}); restore both files "
+            "from one training and, of a head from outside, the version of its package in the card; or delete the "
+            "folder and train again"
+        ) from None
+    return weights
