@@ -83,9 +83,38 @@ def test_with_many_seeds_the_interval_is_that_of_a_bootstrap() -> None:
     assert found.high == pytest.approx(high, abs=0.2 * (high - low))
 
 
-def test_equal_answers_have_no_spread() -> None:
+def test_answers_that_are_all_alike_say_what_a_sample_of_clips_can_miss() -> None:
     found = accuracy(np.ones((3, 8)), list("aabbccdd"))
-    assert (found.mean, found.low, found.high) == (100, 100, 100)
+    # Clopper and Pearson's interval for 4 of 4, and the sign test.
+    assert (found.mean, found.low, found.high) == pytest.approx((100, 100 * 0.025**0.25, 100))
+    compared = compare(np.ones((2, 4)), np.zeros((2, 4)), list("abcd"))
+    assert compared.p == pytest.approx(2 * 0.5**4)
+    assert (compared.verdict, compared.difference.high) == ("cannot be told apart", 100)
+    assert compare(np.ones((1, 6)), np.zeros((1, 6)), list("abcdef")).verdict == "above"
+    same = compare(np.ones((1, 6)), np.ones((1, 6)), list("abcdef"))
+    assert (same.p, same.difference.low, same.difference.high) == pytest.approx((1, -45.93, 45.93), rel=1e-3)
+
+
+def test_a_system_that_is_nearly_always_right_has_no_certain_accuracy() -> None:
+    """Most samples of 25 clips have no wrong answer, or one."""
+    generator = np.random.default_rng(4)
+    drawn = [accuracy(generator.random((1, 25)) < 0.97, list(range(25))) for _ in range(1000)]
+    assert sum(found.low <= 97 <= found.high for found in drawn) > 920
+
+
+def test_seeds_that_agree_by_chance_do_not_make_a_result_certain() -> None:
+    right = np.array([[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1], [1, 0, 1, 0, 1, 0]])
+    found = accuracy(right, list("abcdef"))
+    assert found.mean == 50
+    assert found.high - found.low > 30
+    generator = np.random.default_rng(8)
+    held, told = 0, 0
+    for _ in range(400):
+        ours, theirs = generator.random((2, 2, 8)) < 0.5
+        held += accuracy(ours, list(range(8))).low <= 50 <= accuracy(ours, list(range(8))).high
+        told += compare(ours, theirs, list(range(8))).p < 1e-3
+    assert held > 0.92 * 400
+    assert not told
 
 
 def test_clips_count_and_not_questions() -> None:
@@ -160,6 +189,15 @@ def test_power_is_the_share_of_differences_found() -> None:
     ]
     assert 0.68 <= np.mean(found) <= 0.92
     assert power.seeds_needed(3.0) > seeds  # type: ignore[operator]
+
+
+def test_what_seeds_do_to_single_clips_is_no_variance_that_many_seeds_leave() -> None:
+    experiment = MadeUp(0.0, 30.0, np.random.default_rng(13))
+    experiment.easy[:] = 0
+    power = measure_power([experiment.system(3) for _ in range(4)], experiment.clips)
+    assert power is not None
+    # Seeds alone give each mean a variance of at least 30**2 / 80 clips / 3 seeds.
+    assert power.clip_variance < 0.4 * 30**2 / CLIPS / 3
 
 
 def test_too_few_clips_are_not_made_up_for_by_seeds() -> None:

@@ -5,7 +5,8 @@ not independent. So the answers form a table of seeds by clips, and the variance
 one for the clips, and one for both together. The part of three seeds is itself uncertain, so each part has Student's
 quantile for its own number of samples, weighted by its variance. Drawing three seeds with replacement, as a bootstrap
 does, leaves that uncertainty out: its 95% intervals can hold the truth in fewer than 80% of cases, where these hold it
-in 94 to 97% (`tests/train/test_statistics.py`).
+in 94 to 97% (`tests/train/test_statistics.py`). Where nothing varies at all, as in a small set whose questions are all
+answered right, the interval says how many clips of another kind could have been missed (`_Spread.unseen_share`).
 
 Sources: the variance is that of S. L. Hillis, Statistics in Medicine 26 (2007), whose readers and cases are seeds and
 clips here; the quantile is that of W. G. Cochran and G. M. Cox, Experimental Designs (1950), for unequal variances.
@@ -137,7 +138,7 @@ def compare(ours: ArrayLike, theirs: ArrayLike, clips: Sequence[str] | Sequence[
     first, second = _Parts.of(ours, clips), _Parts.of(theirs, clips)
     difference = first.mean - second.mean
     spread = first.spread(first.clip_effects - second.clip_effects, second)
-    p = spread.outside(abs(difference)) if spread.clips_freedom else 1.0
+    p = spread.outside(abs(difference), of=abs(difference) + 100) if spread.clips_freedom else 1.0
     return Comparison(_interval(difference, spread, bounds=(-100, 100)), p)
 
 
@@ -162,27 +163,42 @@ class _Spread:
     of_clips: float
     clips_freedom: float
 
+    @property
+    def variance(self) -> float:
+        return self.of_seeds + self.of_clips
+
     def half_width(self, confidence: float) -> float:
         """Distance from the mean within which the truth lies with probability `confidence`."""
         return float(self._half_widths(np.array([confidence]))[0])
 
-    def outside(self, distance: float) -> float:
-        """The p-value of `distance`: one minus the confidence of the interval that just reaches it."""
+    def unseen_share(self, confidence: float) -> float:
+        """The share of all clips that this sample can have missed: none of C clips is among them with that probability.
+
+        For accuracies of 0 or 100 it gives the interval of C. J. Clopper and E. S. Pearson, Biometrika 26 (1934).
+        """
+        return float(1 - ((1 - confidence) / 2) ** (1 / (self.clips_freedom + 1)))
+
+    def outside(self, distance: float, of: float) -> float:
+        """The p-value of `distance`: one minus the confidence of the interval that just reaches it.
+
+        One clip can shift the mean by at most `of` points, times C.
+        """
         if distance == 0:
             return 1.0
+        if not self.variance:
+            return min(2 * (1 - distance / of) ** (self.clips_freedom + 1), 1.0)
         # Finer and finer towards 1.
         confidences = 1 - np.logspace(0, -9, 2000)
         return float(1 - np.interp(distance, self._half_widths(confidences), confidences))
 
     def _half_widths(self, confidences: Matrix) -> Matrix:
-        variance = self.of_seeds + self.of_clips
-        if variance == 0:
+        if not self.variance:
             return np.zeros_like(confidences)
         widths = np.zeros_like(confidences)
         for part, freedom in ((self.of_seeds, self.seeds_freedom), (self.of_clips, self.clips_freedom)):
             if part:
                 widths += part * _student_quantile(confidences, freedom)
-        return widths / math.sqrt(variance)
+        return widths / math.sqrt(self.variance)
 
 
 @dataclass(frozen=True)
@@ -231,7 +247,16 @@ class _Parts:
         systems = [self] if other is None else [self, other]
         of_seeds = sum(system.of_seeds for system in systems)
         # The clips' effects contain the part of seeds and clips together, which is already in that of the seeds.
-        of_clips = max(_of_clips(clip_effects) - sum(system.of_both for system in systems), 0.0)
+        of_both = sum(system.of_both for system in systems)
+        of_clips = max(_of_clips(clip_effects) - of_both, 0.0)
+        if of_seeds + of_clips < of_both:
+            # The means of the seeds lie close together by chance; what they differ by on single clips remains.
+            uncertain = sum(
+                system.of_both**2 / ((system.seeds - 1) * (len(clip_effects) - 1))
+                for system in systems
+                if system.of_both
+            )
+            return _Spread(of_both, of_both**2 / uncertain, 0.0, len(clip_effects) - 1)
         uncertain = sum(system.of_seeds**2 / (system.seeds - 1) for system in systems if system.seeds > 1)
         seeds_freedom = of_seeds**2 / uncertain if uncertain else math.inf
         return _Spread(of_seeds, seeds_freedom, of_clips, len(clip_effects) - 1)
@@ -243,9 +268,14 @@ def _of_clips(effects: Matrix) -> float:
 
 
 def _interval(mean: float, spread: _Spread, bounds: tuple[float, float]) -> Interval:
-    # One clip tells nothing about others.
-    half = spread.half_width(CONFIDENCE) if spread.clips_freedom else math.inf
-    return Interval(mean, max(mean - half, bounds[0]), min(mean + half, bounds[1]))
+    low, high = bounds
+    if not spread.clips_freedom:  # one clip tells nothing about others
+        return Interval(mean, low, high)
+    if not spread.variance:
+        share = spread.unseen_share(CONFIDENCE)
+        return Interval(mean, mean - share * (mean - low), mean + share * (high - mean))
+    half = spread.half_width(CONFIDENCE)
+    return Interval(mean, max(mean - half, low), min(mean + half, high))
 
 
 @lru_cache(maxsize=32)
