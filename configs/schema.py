@@ -43,13 +43,12 @@ class DataConfig:
     split: Literal["direct", "indirect"] = "direct"
     clips: str = "clips.jsonl"
     questions: str | None = "questions.jsonl"
+    paraphrases: bool = False
 
     @property
     def title(self) -> str:
         """What its questions are called: the split of EgoTaskQA, which alone has some, or the folder of other data."""
         return self.split if self.name == "egotaskqa" else str(self.root)
-
-    paraphrases: bool = False
 
 
 @dataclass(frozen=True)
@@ -204,7 +203,9 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """The head that stage two trains; only `name`, `checkpoint`, `heads`, `width` and `dropout` matter beyond `psa`.
+    """The head that stage two trains.
+
+    Other heads than `psa` read only `name`, `options`, `checkpoint`, `heads`, `width` and `dropout`.
 
     Args:
         name: Head: a blind baseline (majority, question-only, longest-option), a published system (pooled or egovlp,
@@ -258,7 +259,8 @@ class HeadConfig:
         _require(len(self.scores) == 1 or "all" not in self.scores, "head.scores", self.scores, "`all` alone")
         _require(self.frames is None or self.frames >= 1, "head.frames", self.frames, "null or at least 1")
         _require(self.heads >= 1, "head.heads", self.heads, "at least 1")
-        _require(self.width % self.heads == 0, "head.width", self.width, f"a multiple of head.heads, {self.heads}")
+        fits = self.width >= 1 and self.width % self.heads == 0
+        _require(fits, "head.width", self.width, f"a positive multiple of head.heads, {self.heads}")
         _require(0 <= self.dropout < 1, "head.dropout", self.dropout, "a probability in [0, 1)")
 
 
@@ -306,6 +308,8 @@ class TrainConfig:
         _require(self.batch >= 1, "train.batch", self.batch, "at least 1")
         _require(self.lr > 0, "train.lr", self.lr, "a positive number")
         _require(0 <= self.warmup < 1, "train.warmup", self.warmup, "a share in [0, 1)")
+        _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "a number of at least 0")
+        _require(0 <= self.seed < 2**63, "train.seed", self.seed, "a number from 0 to 2**63 - 1")
         _require(self.accumulate >= 1, "train.accumulate", self.accumulate, "at least 1")
         _require(0 <= self.ema < 1, "train.ema", self.ema, "a decay in [0, 1)")
         _require(self.patience is None or self.patience >= 1, "train.patience", self.patience, "null or at least 1")

@@ -1,8 +1,10 @@
 """Padded batches and steps as CUDA graphs: both learn what plain batches learn, one operation after another."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from egopatch.configs.schema import Config
+from egopatch.configs.schema import Config, ConfigError
 from egopatch.train.data.batch import Batch
 from egopatch.train.data.batch_size import BatchSize
 from egopatch.train.data.question_table import NO_CLASS, QuestionTable, plan_batches
@@ -211,6 +213,39 @@ def test_a_graph_learns_what_its_operations_learn(
 
 
 @pytest.mark.cuda
+def test_a_graph_on_the_second_gpu_learns(tiny: Config, cuda: torch.device, captures: list[Batch]) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    config = with_run(tiny, "second", train_device="cuda:1")
+    values = trace(config, open_experiment(config), padded=True)
+    assert len(captures) == 1
+    assert len({tuple(step) for step in values}) == len(values)
+
+
+def test_a_graph_is_of_the_device_of_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second GPU, of which few machines have one."""
+    entered: list[tuple[str, object]] = []
+
+    @contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        entered.append(("device", chosen))
+        yield
+
+    @contextmanager
+    def graph(_: object, stream: object, capture_error_mode: str) -> Iterator[None]:
+        entered.append(("stream", stream))
+        yield
+
+    for name, stand_in in {"device": device, "graph": graph, "Stream": lambda of: of, "CUDAGraph": object}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(captured, "with_own_tensors", lambda batch: batch)
+    second = torch.device("cuda", 1)
+    batch: Any = SimpleNamespace(answers=SimpleNamespace(device=second))
+    captured._capture(lambda _: entered.append(("step", None)), batch)
+    assert entered == [("device", second), ("stream", second), ("step", None)]
+
+
+@pytest.mark.cuda
 def test_fit_captures_its_steps(tiny: Config, cuda: torch.device, captures: list[Batch]) -> None:
     whole = with_run(tiny, "whole", train_device="cuda", train_batch=BATCH)
     fit(whole, "test")
@@ -233,3 +268,26 @@ def test_a_head_from_outside_says_whether_it_can_be_captured(tiny: Config, cuda:
     config = with_run(tiny, "outside", head_name="uncaptured", train_device="cuda")
     why = why_not_captured(config, open_experiment(config))
     assert why == "the head uncaptured does not say that its steps can be captured (Head.captures)"
+
+
+def test_a_head_that_reads_no_video_is_not_given_any_to_measure(tiny: Config) -> None:
+    class Measures(torch.nn.Linear):
+        def measure(self, tokens: object) -> None:
+            raise AssertionError("there are no tokens")
+
+    register_head(Head("no-video", lambda _, sizes: Measures(1, sizes.answers), reads_video=False), replace=True)
+    config = with_run(tiny, "no-video", head_name="no-video")
+    build_stacked_heads([config], open_experiment(config), 0)
+
+
+def test_a_head_with_one_parameter_under_two_names_is_refused(tiny: Config) -> None:
+    class Tied(torch.nn.Module):
+        def __init__(self, answers: int) -> None:
+            super().__init__()
+            self.look = torch.nn.Linear(4, answers)
+            self.see = self.look
+
+    register_head(Head("tied", lambda _, sizes: Tied(sizes.answers)), replace=True)
+    config = with_run(tiny, "tied", head_name="tied")
+    with pytest.raises(ConfigError, match=r"head tied has one parameter under two names, look\.weight and see\.weight"):
+        build_stacked_heads([config], open_experiment(config), 0)

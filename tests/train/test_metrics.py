@@ -286,6 +286,10 @@ def test_questions_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert json.loads(capsys.readouterr().out)["open"] == wrong  # "Cup" is not in the answer set
     assert main([*args, "--split", "b"]) == 0
     assert json.loads(capsys.readouterr().out)["split_tag"] == tags["b"]
+    questions.write_text("".join(lines[1:]))
+    assert main([*args, "--compare", "released"]) == 2
+    assert f"{questions} has no questions of part train; add some, or omit" in capsys.readouterr().err
+    questions.write_text("".join([*lines, line(4, "cup", "val")]))
     assert main([*args, "--part", "val"]) == 1
     error = capsys.readouterr().err
     assert "question_id '2' is not in the questions file" in error

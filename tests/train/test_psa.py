@@ -239,6 +239,17 @@ def test_whitening_evens_directions_and_is_absorbed_exactly() -> None:
     assert torch.allclose(difference, difference.mean().expand(500), atol=1e-3)
 
 
+def test_one_sample_is_measured() -> None:
+    whiten = Whitening(4, shrinkage=0.3)
+    whiten.measure(torch.ones(1, 4))
+    assert whiten(torch.ones(2, 4)).tolist() == [[0] * 4] * 2
+    assert whiten(torch.zeros(1, 4)).isfinite().all()
+    config = dataclasses.replace(CONFIG, scores=("saliency",), ratio=0.01)
+    head, tokens = PSA(config, dataclasses.replace(SIZES, frames=1)), make_batch().tokens
+    head.measure(PatchTokens(cls=tokens.cls[:1], patches=tokens.patches[:1, :1], saliency=tokens.saliency[:1, :1]))
+    assert all(buffer.isfinite().all() for buffer in head.buffers() if buffer.is_floating_point())
+
+
 def test_padding_of_the_text_changes_nothing() -> None:
     torch.manual_seed(0)
     reader = QuestionReader(24, 16, 2, dropout=0.0)

@@ -61,6 +61,18 @@ def test_agreement_of_a_perfect_and_of_a_blind_selection() -> None:
     assert (everything.asked, everything.others, everything.chance) == (100, 100, 100)
 
 
+def test_a_head_that_reads_some_of_the_frames_is_held_against_the_places_in_those() -> None:
+    scene = draw_scene(3, 9, "hard")  # its first object is moved between the 2nd and the 3rd of 16 frames
+    text, stored, read = f"where is the {scene.event('first').name} at the end?", 16, [2, 6, 10, 14]
+    places = places_of(scene, text, stored, GRID)
+    assert places_of(scene, text, len(read), GRID).asked != tuple(places.asked[frame] for frame in read)
+    kept = np.array([[*places.asked[frame]] for frame in read])
+    question = Question("q", interval_of(scene), text, "x", "open", ())
+    found = agreement(Selection({"q": 0}, kept[None].astype(np.int16)), Questions({"q": question}, {}), GRID, stored)
+    assert found is not None
+    assert (found.asked, found.precision) == (100, 100)
+
+
 def test_other_data_sets_have_no_known_places() -> None:
     kept, questions = selection(np.zeros((FRAMES, 2)), "what?")
     other = Questions({"q": Question("q", "k1|P1|10|95", "what?", "x", "open", ())}, {})

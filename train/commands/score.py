@@ -22,6 +22,8 @@ from egopatch.train.scores.metrics import (
 )
 from egopatch.train.scores.text_metrics import text_metrics
 
+OWN = (".jsonl", ".csv")  # files of one's own questions, which hold all parts
+
 
 @dataclass(frozen=True)
 class QuestionFile:
@@ -77,9 +79,15 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     texts = text_metrics(file.questions, answers) if options.text else {}
     if file.vocabulary is None and any(question.encoded is None for question in file.questions):
         released = None
-        missing = f"{options.questions.parent} has neither answer_set.txt nor training questions"
+        own = options.questions.suffix.lower() in OWN
+        missing = (
+            f"{options.questions} has no questions of part train"
+            if own
+            else f"{options.questions.parent} has neither answer_set.txt nor training questions"
+        )
         if options.compare == "released":
-            raise ConfigError(f"--compare is 'released', but {missing}; put one of them there, or omit --compare")
+            todo = "add some" if own else "put one of them there"
+            raise ConfigError(f"--compare is 'released', but {missing}; {todo}, or omit --compare")
         print(f"train score: no scores under the released matching rule: {missing}", file=sys.stderr)
     else:
         released = score(file.questions, answers, split, same_as_released(file.vocabulary or ()))
@@ -97,10 +105,10 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
 
 def read_question_file(path: Path, part: Part) -> QuestionFile:
     """Read a file of questions; of a .jsonl or .csv file those of `part`."""
-    if path.suffix.lower() in (".jsonl", ".csv"):
+    if path.suffix.lower() in OWN:
         parts = jsonl.read_questions(path)
-        vocabulary = answer_vocabulary([question.spelling for question in parts["train"]])
-        return QuestionFile(parts[part], vocabulary, None)
+        known = [question.spelling for question in parts["train"]]
+        return QuestionFile(parts[part], answer_vocabulary(known) if known else None, None)
     if qaego4d.FILE_NAME.fullmatch(path.name):
         return QuestionFile(qaego4d.read_questions(path), None, None)
     folder = path.resolve().parent

@@ -288,7 +288,7 @@ def build_stacked_heads(configs: Sequence[Config], experiment: Experiment, order
 def measure_inputs(heads: Sequence[nn.Module], features: Features, table: QuestionTable) -> None:
     """Measure on the training questions, for heads of one shape: answer counts and the input whitening."""
     tokens: PatchTokens | None = None
-    if hasattr(unwrapped(heads[0]), "measure"):
+    if features.store is not None and hasattr(unwrapped(heads[0]), "measure"):
         stride = max(1, len(table.clips) // MEASURED_CLIPS)
         tokens = features.tokens(table.clips[::stride][:MEASURED_CLIPS])
     for whole in heads:

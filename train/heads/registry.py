@@ -197,4 +197,12 @@ def _build_fused(config: Config, sizes: Sizes) -> FusedSystem:
 def _checked(head: Head, module: object) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise ConfigError(f"the head {head.name} builds a {type(module).__name__}; expected a torch.nn.Module")
+    first: dict[int, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        shared = first.setdefault(id(parameter), name)
+        if shared != name:
+            raise ConfigError(
+                f"the head {head.name} has one parameter under two names, {shared} and {name}; expected each once: "
+                "call the first module from both places instead of storing it twice"
+            )
     return module

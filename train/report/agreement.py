@@ -7,11 +7,21 @@ from numpy.typing import NDArray
 from egopatch.extract.datasets.egosynth.places import Places, places_of, scene_of
 from egopatch.train.explanation.agreement import Agreement, agreement_of
 from egopatch.train.report.answers import Questions
+from egopatch.train.report.examples import evenly_spaced
 from egopatch.train.report.sources import Selection
 
 
-def agreement(selection: Selection, questions: Questions, grid: tuple[int, int]) -> Agreement | None:
-    """Agreement of a selection with the known places; None if no question is about a clip of EgoSynth."""
+def agreement(
+    selection: Selection, questions: Questions, grid: tuple[int, int], frames: int | None = None
+) -> Agreement | None:
+    """Agreement of a selection with the known places; None if no question is about a clip of EgoSynth.
+
+    Args:
+        selection: Kept patches [Q, T, k].
+        questions: The questions.
+        grid: Rows and columns of patches in a frame.
+        frames: Number of stored frames, where the head reads T evenly spaced ones of them; None: it reads all.
+    """
 
     def known() -> Iterator[tuple[NDArray, Places]]:
         for name, row in selection.rows.items():
@@ -19,6 +29,9 @@ def agreement(selection: Selection, questions: Questions, grid: tuple[int, int])
             scene = None if question is None else scene_of(question.clip_id)
             if question is not None and scene is not None:
                 kept = selection.kept[row]
-                yield kept, places_of(scene, question.text, len(kept), grid)
+                stored = len(kept) if frames is None else frames
+                places = places_of(scene, question.text, stored, grid)
+                read = evenly_spaced(stored, len(kept))
+                yield kept, Places(tuple(places.asked[f] for f in read), tuple(places.others[f] for f in read))
 
     return agreement_of(known(), grid[0] * grid[1])

@@ -175,6 +175,11 @@ def frames_read(row: Row, config: Config) -> list[int]:
     return examples.evenly_spaced(config.video.frames, config.video.frames if read is None else int(read))
 
 
+def frames_chosen_from(row: Row, config: Config) -> int | None:
+    """The number of frames of which a row's head reads some; None if it reads all."""
+    return None if row.best.options.get("head.frames") is None else config.video.frames
+
+
 def _pictures(clips: Sequence[Clip], config: Config, frames: Sequence[int]) -> Iterable[tuple[tuple[str, ...], str]]:
     """As `examples.pictures`; an encoder whose transform is not known here gives a reason for every clip."""
     try:

@@ -182,7 +182,7 @@ def _split_page(
                 selection.frequency(patches).reshape(grid),
                 selection.kept.shape[2] / patches,
                 selection.shared({q: question.clip_id for q, question in questions.by_id.items()}, patches),
-                agreement(selection, questions, grid),
+                agreement(selection, questions, grid, report_analysis.frames_chosen_from(ours, config)),
             )
         others = [(row, right[row.label]) for row in rows if row is not ours and row.label in right]
         examples = report_analysis.build_examples(config, questions, (ours, correct), others, kept, grid)

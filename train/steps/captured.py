@@ -60,9 +60,14 @@ class CapturedStep:
 
 
 def _capture(step: Callable[[Batch], Tensor], batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, Tensor]:
-    inputs, graph = with_own_tensors(batch), torch.cuda.CUDAGraph()
+    inputs, graph, device = with_own_tensors(batch), torch.cuda.CUDAGraph(), batch.answers.device
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU
+        # torch's own stream is one of the current GPU, on which nothing is launched if the batch is on another.
+        # Other threads may use the GPU meanwhile.
+        with (
+            torch.cuda.device(device),
+            torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
+        ):
             result = step(inputs)
     except torch.OutOfMemoryError:
         raise

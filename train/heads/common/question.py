@@ -151,7 +151,9 @@ class Whitening(nn.Module):
         flat = rows.reshape(-1, rows.shape[-1])
         flat = flat[:: max(1, len(flat) // MEASURED_ROWS)].double()
         self.mean.copy_(flat.mean(0))
-        values, directions = torch.linalg.eigh(torch.cov(flat.T))
+        # One sample has no covariance.
+        covariance = torch.cov(flat.T) if len(flat) > 1 else flat.new_zeros(flat.shape[1], flat.shape[1])
+        values, directions = torch.linalg.eigh(covariance)
         floor = self.shrinkage * values.mean()
         scale = (values.clamp_min(0) + floor).clamp_min(1e-12).rsqrt()
         self.matrix.copy_((directions * scale) @ directions.T)

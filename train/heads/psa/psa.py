@@ -137,7 +137,8 @@ class PSA(nn.Module):
             saliency = saliency.gather(2, best)
             x = x.gather(2, best[..., None].expand(*best.shape, x.shape[-1]))
         self.whiten.measure(x)
-        self.saliency_scale.copy_(torch.stack([saliency.mean(), saliency.std().clamp_min(1e-6)]))
+        deviation = saliency.std().clamp_min(1e-6) if saliency.numel() > 1 else saliency.new_ones(())
+        self.saliency_scale.copy_(torch.stack([saliency.mean(), deviation]))
 
     def select_frames(self, tokens: PatchTokens) -> PatchTokens:
         """The tokens of the frames that this head reads."""
