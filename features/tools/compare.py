@@ -112,6 +112,8 @@ class Side:
             self._store = open_store(place)
             if self._store.spec.kind != "patches":
                 raise StoreError(f"store {place} holds {self._store.spec.kind} rows; expected clips")
+            if not self._store.clip_ids:
+                raise StoreError(f"store {place} holds no clip yet; expected encoded clips: run `extract run` first")
             self.ids, self.dtype = self._store.clip_ids, self._store.spec.array("patches").dtype
             self.fingerprint = self._store.fingerprint.fields
 

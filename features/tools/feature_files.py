@@ -30,8 +30,10 @@ from egopatch.features.values.errors import StoreError
 
 Arrays = Mapping[str, Tensor]
 Clip = tuple[str, Arrays]
-# A clip that is still to be read: its id, and what reads it. A fault raises a ValueError that says what is wrong.
-Unread = tuple[str, Callable[[], dict[str, Tensor]]]
+# What reads a clip. A fault raises a ValueError that says what is wrong.
+ReadClip = Callable[[], dict[str, Tensor]]
+# A clip that is still to be read: its id, and what reads it.
+Unread = tuple[str, ReadClip]
 TAR_CLIPS = 64  # in one file of a webdataset
 LMDB_BYTES = 2**40  # of address space; the file grows with its content
 _POINTER = b"version https://git-lfs"
@@ -102,12 +104,20 @@ WRITERS = {
 }
 
 
-def find_clips(path: Path) -> Iterator[Unread]:
+def find_clips(path: Path) -> list[Unread]:
     """The clips of a folder in one of the layouts above, or of an HDF5 file with one dataset or group a clip.
 
     Raises:
-        StoreError: There is nothing of the kind at `path`, or a file of many clips is damaged.
+        StoreError: There is nothing of the kind at `path`, or a file of many clips is empty or damaged.
     """
+    found = list(_find(path))
+    if not found:
+        expected = "one dataset or group a clip" if path.is_file() else _expected()
+        raise StoreError(f"{path} holds no clip; expected {expected}: export the features again")
+    return found
+
+
+def _find(path: Path) -> Iterator[Unread]:
     if path.is_file() and path.suffix in (".h5", ".hdf5"):
         with _named_if_damaged(path), _open_hdf5(path) as file:
             names = list(file)

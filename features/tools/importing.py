@@ -2,22 +2,23 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 
 from torch import Tensor
 
 from egopatch.features.store.create import create_store
 from egopatch.features.store.store import Store
-from egopatch.features.tools.feature_files import Unread, find_clips
+from egopatch.features.tools.feature_files import ReadClip, Unread, find_clips
 from egopatch.features.values.errors import StoreError
 from egopatch.features.values.location import Location
 from egopatch.features.values.spec import ArraySpec, Fingerprint, Scalar, StoreSpec
 from egopatch.features.values.tensors import bytes_of, torch_dtype
 
 SHOWN_FAULTS = 10
-# What may come beside the patches; the store computes the first two where they are missing.
+# What may come beside the patches; `_row` computes the first two where they are missing.
 BESIDE = ("cls", "saliency", "timestamps")
 
 
@@ -48,66 +49,99 @@ def import_features(
     Raises:
         StoreError: Files are missing, empty or damaged, hold NaN, or differ in shape; one line a clip.
     """
-    unread = sorted(_distinct(find_clips(source), source).items())
-    total, done = 2 * len(unread), 0
+    clips = _distinct(find_clips(source), source)
+    done = count(1)
 
     def tick() -> None:
-        nonlocal done
-        done += 1
         if on_clips is not None:
-            on_clips(done, total)
+            on_clips(next(done), 2 * len(clips))
 
+    checked = _check_all(clips, source, dtype, grid, tick)
+    arrays = tuple(
+        ArraySpec(key, shape, dtype if key == "patches" else "float32") for key, shape in checked.shapes.items()
+    )
+    fields: dict[str, Scalar] = {
+        "origin": "imported",
+        "arch": "imported",
+        "content": checked.content,
+        "stored_dtype": dtype,
+    }
+    spec = StoreSpec("patches", arrays, shard, checked.grid)
+    store = create_store(to, spec, Fingerprint(fields), list(clips), format)
+    _write_missing(store, clips, dtype, grid, tick)
+    return store
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What all clips of an import have in common, and what tells them from others.
+
+    Attributes:
+        shapes: Shape of each array of a clip.
+        grid: Rows and columns of the patches.
+        content: SHA-256 of all clips as they are stored, in hexadecimal.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    grid: tuple[int, int]
+    content: str
+
+
+def _check_all(
+    clips: Mapping[str, ReadClip], source: Path, dtype: str, grid: tuple[int, int] | None, tick: Callable[[], None]
+) -> _Checked:
+    """Read every clip once; `tick` is called after each that can be stored.
+
+    Raises:
+        StoreError: As `import_features`.
+    """
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    grids: list[tuple[int, int]] = []
     faults: dict[str, str] = {}
     digest = hashlib.sha256()
-    for name, read in unread:
+    for name, read in clips.items():
         try:
-            arrays = _row(read(), dtype, grid)
+            given = read()
+            row = _row(given, dtype, grid)
         except (ValueError, OSError) as error:
             faults[name] = str(error)
             continue
-        shapes[name] = {key: tuple(value.shape) for key, value in arrays.items()}
-        digest.update(_content(name, arrays).digest())
+        shapes[name] = {key: tuple(value.shape) for key, value in row.items()}
+        grids.append(_grid(given["patches"], row["patches"].shape[1], grid))
+        digest.update(_content(name, row).digest())
         tick()
     faults |= _odd_shapes(shapes)
     if faults:
         lines = [f"{source}: {name!r}: {fault}" for name, fault in islice(faults.items(), SHOWN_FAULTS)]
         rest = len(faults) - len(lines)
         raise StoreError("; ".join([*lines, *([f"and {rest} more"] if rest else [])]) + ": nothing was imported")
-    first = _row(unread[0][1](), dtype, grid)
-    side = _grid(unread[0][1]()["patches"], first["patches"].shape[1], grid)
-    fields: dict[str, Scalar] = {
-        "origin": "imported",
-        "arch": "imported",
-        "content": digest.hexdigest(),
-        "stored_dtype": dtype,
-    }
-    spec = StoreSpec(
-        "patches",
-        tuple(
-            ArraySpec(key, tuple(value.shape), dtype if key == "patches" else "float32") for key, value in first.items()
-        ),
-        shard,
-        side,
-    )
-    store = create_store(to, spec, Fingerprint(fields), [name for name, _ in unread], format)
-    readers = dict(unread)
+    return _Checked(next(iter(shapes.values())), grids[0], digest.hexdigest())
+
+
+def _write_missing(
+    store: Store,
+    clips: Mapping[str, ReadClip],
+    dtype: str,
+    grid: tuple[int, int] | None,
+    tick: Callable[[], None],
+) -> None:
+    """Write the clips that the store does not have yet, shard by shard; `tick` is called after each."""
     for work in store.missing_shards():
-        rows = {name: _row(readers[name](), dtype, grid) for name in work.ids}
+        rows = {name: _row(clips[name](), dtype, grid) for name in work.ids}
         sources = {name: _content(name, row).hexdigest() for name, row in rows.items()}
         store.write_shard(work.shard, rows, sources)
         for _ in rows:
             tick()
-    return store
 
 
-def _distinct(unread: Iterator[Unread], source: Path) -> dict[str, Callable[[], dict[str, Tensor]]]:
-    found: dict[str, Callable[[], dict[str, Tensor]]] = {}
+def _distinct(unread: Iterable[Unread], source: Path) -> dict[str, ReadClip]:
+    """Id -> what reads the clip, sorted by id."""
+    found: dict[str, ReadClip] = {}
     for name, read in unread:
         if name in found:
             raise StoreError(f"{source} has the clip {name!r} twice; expected each id once: nothing was imported")
         found[name] = read
-    return found
+    return dict(sorted(found.items()))
 
 
 def _row(arrays: dict[str, Tensor], dtype: str, grid: tuple[int, int] | None) -> dict[str, Tensor]:

@@ -193,6 +193,12 @@ def test_the_command(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "empty").mkdir()
     assert main(["compare", str(a.path), str(tmp_path / "empty")]) == 1
     assert "holds no features; expected one file a clip" in capsys.readouterr().err
+    spec = StoreSpec.for_patches(2, (2, 2), 8)
+    unfilled = create_store(tmp_path / "unfilled", spec, Fingerprint({}), NAMES)
+    assert main(["compare", str(a.path), str(unfilled.path)]) == 1
+    said = capsys.readouterr().err
+    assert f"store {unfilled.path} holds no clip yet; expected encoded clips: run `extract run` first" in said
+    assert said.count("\n") == 1
     (tmp_path / "others").mkdir()
     np.save(tmp_path / "others" / "x.npy", np.ones(3, np.float32))
     assert main(["compare", str(a.path), str(tmp_path / "others")]) == 1

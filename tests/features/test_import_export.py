@@ -13,8 +13,9 @@ import torch
 from egopatch.features import Fingerprint, Store, StoreError, StoreSpec, create_store, open_store
 from egopatch.features.__main__ import main
 from egopatch.features.state.origin import Origin
+from egopatch.features.tools import feature_files
 from egopatch.features.tools.export import export
-from egopatch.features.tools.feature_files import WRITERS, find_clips
+from egopatch.features.tools.feature_files import WRITERS, find_clips, write_lmdb
 from egopatch.features.tools.importing import import_features
 from egopatch.features.tools.verify import verify
 from tests.extract.job import contents
@@ -211,6 +212,45 @@ def test_a_damaged_file_of_many_clips_is_named(
     assert said.startswith(f"features: {folder if name == 'data.mdb' else folder / name} cannot be read (")
     assert said.endswith("); copy or export it again\n")
     assert said.count("\n") == 1
+
+
+def _empty_file(root: Path) -> Path:
+    h5py.File(root / "all.h5", "w").close()
+    return root / "all.h5"
+
+
+def _empty_tar(root: Path) -> Path:
+    (root / "tars").mkdir()
+    tarfile.open(root / "tars" / "0.tar", "w").close()
+    return root / "tars"
+
+
+def _empty_lmdb(root: Path) -> Path:
+    (root / "lmdb").mkdir()
+    write_lmdb(root / "lmdb", [])
+    return root / "lmdb"
+
+
+@pytest.mark.parametrize("make", [_empty_file, _empty_tar, _empty_lmdb])
+@pytest.mark.parametrize("command", ["import", "compare"])
+def test_a_file_without_clips_is_named(
+    command: str, make: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = make(tmp_path)
+    other = ["--to", str(tmp_path / "store")] if command == "import" else [str(place)]
+    assert main([command, str(place), *other]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"features: {place} holds no clip; expected one ")
+    assert said.endswith(": export the features again\n")
+    assert said.count("\n") == 1
+
+
+def test_each_clip_is_read_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, reads, ticks = feature_files._read_file, list[str](), list[tuple[int, int]]()
+    monkeypatch.setattr(feature_files, "_read_file", lambda file: reads.append(file.name) or read(file))  # type: ignore[func-returns-value]
+    import_features(write(tmp_path / "files"), tmp_path / "store", on_clips=lambda *done: ticks.append(done))
+    assert len(reads) == 2 * len(NAMES)
+    assert ticks == [(number, 2 * len(NAMES)) for number in range(1, 2 * len(NAMES) + 1)]
 
 
 def test_many_faults_are_counted(tmp_path: Path) -> None:
