@@ -8,6 +8,7 @@ Source: Mangalam et al., "EgoSchema: A diagnostic benchmark for very long-form v
 """
 
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 from egopatch.extract.datasets import parsing
@@ -33,7 +34,6 @@ def load(root: Path, split: str) -> Dataset:
     """
     problems: list[str] = []
     answers: dict[str, object] = {}
-    found: dict[str, Question] = {}
     try:
         answers = parsing.read_json_object(root / ANSWERS, "EgoSchema's published answers", "indices by q_uid")
     except ValueError as error:
@@ -43,11 +43,9 @@ def load(root: Path, split: str) -> Dataset:
         records = parsing.read_json_records(path, "EgoSchema's questions")
     except ValueError as error:
         raise DatasetError([*problems, str(error)]) from None
-    positions = ((f"{path}:record {number}", record) for number, record in enumerate(records, start=1))
-    for position, question in parsing.collect(positions, partial(_question, answers=answers), problems):
-        if question.question_id in found:
-            problems.append(f"{position}: q_uid {question.question_id!r} is used twice; expected unique ids")
-        found[question.question_id] = question
+    parse, id_of = partial(_question, answers=answers), attrgetter("question_id")
+    questions = parsing.collect_unique(parsing.numbered(path, records), parse, problems, "q_uid", id_of)
+    found = {question.question_id: question for _, question in questions}
     if not problems and (unknown := answers.keys() - found.keys()):
         problems.append(f"{root / ANSWERS}: answers {min(unknown)!r}, which is not a question of {path}")
     if problems:

@@ -11,8 +11,9 @@ Without `answer_set.txt` the answer set is built from the training answers by th
 Source: EgoTaskQA (Jia et al., NeurIPS 2022), `baselines/preprocess`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,7 +98,6 @@ def read_questions(path: Path, variants: bool = False) -> tuple[Question, ...]:
         DatasetError: The file is missing or truncated, or records are malformed or repeat a question_id.
     """
     problems: list[str] = []
-    questions: dict[str, Question] = {}
     try:
         records = parsing.read_json_records(path, "an EgoTaskQA annotation file, a JSON list of questions")
     except ValueError as error:
@@ -109,17 +109,14 @@ def read_questions(path: Path, variants: bool = False) -> tuple[Question, ...]:
                 f"{PARAPHRASED.format(part='train')} (EgoSynth has them if it was rendered by this version)"
             ]
         )
-    for position, question in parsing.collect(
-        _numbered(path, records), partial(_question, variants=variants), problems
-    ):
-        if question.question_id in questions:
-            problems.append(f"{position}: question_id {question.question_id!r} is used twice; expected unique ids")
-        questions[question.question_id] = question
+    parse, id_of = partial(_question, variants=variants), attrgetter("question_id")
+    found = parsing.collect_unique(parsing.numbered(path, records), parse, problems, "question_id", id_of)
+    questions = tuple(question for _, question in found)
     if not records:
         problems.append(f"{path}: contains no question; expected a list of question records")
     if problems:
         raise DatasetError(problems)
-    return tuple(questions.values())
+    return questions
 
 
 def read_answers(folder: Path) -> tuple[str, ...] | None:
@@ -136,11 +133,6 @@ def read_answers(folder: Path) -> tuple[str, ...] | None:
     names = (*FILE_NAMES, PARAPHRASED)
     train = next((path for name in names if (path := folder / name.format(part="train")).is_file()), None)
     return None if train is None else _answers(folder, read_questions(train))
-
-
-def _numbered(path: Path, records: list[Any]) -> Iterator[tuple[str, Any]]:
-    for index, record in enumerate(records):
-        yield f"{path}:record {index}", record
 
 
 def _question(record: object, variants: bool) -> Question:
@@ -220,10 +212,10 @@ def _check_encoded(
     root: Path, split: str, questions: dict[Part, tuple[Question, ...]], classes: int, paraphrases: bool
 ) -> None:
     problems = [
-        f"{annotation_file(root, split, part, paraphrases)}:record {index}: 'answer_encode' is {question.encoded}; "
+        f"{annotation_file(root, split, part, paraphrases)}:record {number}: 'answer_encode' is {question.encoded}; "
         f"the answer set has classes 0 to {classes - 1}"
         for part, members in questions.items()
-        for index, question in enumerate(members)
+        for number, question in enumerate(members, start=1)
         if question.encoded is not None and question.encoded >= classes
     ]
     if problems:

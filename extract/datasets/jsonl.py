@@ -18,8 +18,9 @@ Multiple choice: `{"options": ["fridge", "door", "jar"], "answer_index": 0}` in 
 none. Options have the text of answers; two to 26 of them, all different.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,14 +57,13 @@ def load(clips_file: Path, questions_file: Path | None, root: Path, split: str) 
     """
     problems: list[str] = []
     clips: dict[str, Clip] = {}
-    video = functools.cache(root.__truediv__)  # many clips share a video
+    video = cache(root.__truediv__)  # many clips share a video
     try:
         lines = parsing.json_lines(clips_file, "the clips, one JSON object per line (data.clips)")
         with garbage_collection_paused():
-            for position, clip in parsing.collect(lines, lambda record: _clip(record, video), problems):
-                if clip.clip_id in clips:
-                    problems.append(f"{position}: clip_id {clip.clip_id!r} is used twice; expected unique ids")
-                clips[clip.clip_id] = clip
+            parse, id_of = partial(_clip, video=video), attrgetter("clip_id")
+            found = parsing.collect_unique(lines, parse, problems, "clip_id", id_of)
+            clips = {clip.clip_id: clip for _, clip in found}
     except ValueError as error:
         raise DatasetError([str(error)]) from None
     questions: dict[Part, list[Question]] = {part: [] for part in PARTS}
@@ -117,18 +117,14 @@ def _no_question(path: Path) -> str:
 
 def _numbered(path: Path, problems: list[str]) -> Iterator[tuple[str, Part, Question]]:
     """Position, part and question of every well-formed line; faults are added to `problems`."""
+    parse: Callable[[Any], tuple[Part, Question]] = _question
     if path.suffix.lower() == ".csv":
-        rows = parsing.csv_rows(path, "the questions, CSV in UTF-8 with a header (data.questions)", REQUIRED_COLUMNS)
-        records = parsing.collect(rows, _question_of_row, problems)
+        records = parsing.csv_rows(path, "the questions, CSV in UTF-8 with a header (data.questions)", REQUIRED_COLUMNS)
+        parse = _question_of_row
     else:
-        lines = parsing.json_lines(path, "the questions, one JSON object per line (data.questions)")
-        records = parsing.collect(lines, _question, problems)
-    seen: set[str] = set()
-    for position, (part, question) in records:
-        if question.question_id in seen:
-            problems.append(f"{position}: question_id {question.question_id!r} is used twice; expected unique ids")
-        seen.add(question.question_id)
-        yield position, part, question
+        records = parsing.json_lines(path, "the questions, one JSON object per line (data.questions)")
+    found = parsing.collect_unique(records, parse, problems, "question_id", lambda row: row[1].question_id)
+    return ((position, part, question) for position, (part, question) in found)
 
 
 def _clip(record: object, video: Callable[[str], Path]) -> Clip:

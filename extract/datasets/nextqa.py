@@ -9,6 +9,7 @@ Source: Xiao et al., "NExT-QA: Next phase of question-answering to explaining te
 
 from collections.abc import Mapping
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +46,14 @@ def load(root: Path, split: str) -> Dataset:
     except ValueError as error:
         problems.append(str(error))
     for part in PARTS:
-        seen: set[str] = set()
         try:
             rows = list(parsing.csv_rows(root / f"{part}.csv", f"NExT-QA's questions of {part}", COLUMNS))
         except ValueError as error:
             problems.append(str(error))
             continue
-        for position, question in parsing.collect(iter(rows), partial(_question, videos=videos), problems):
-            if question.question_id in seen:
-                problems.append(
-                    f"{position}: qid {question.question_id!r} is used twice; expected unique ids of a video"
-                )
-            seen.add(question.question_id)
-            questions[part].append(question)
+        parse, id_of = partial(_question, videos=videos), attrgetter("question_id")
+        found = parsing.collect_unique(iter(rows), parse, problems, "qid", id_of)
+        questions[part] = [question for _, question in found]
     if problems:
         raise DatasetError(problems)
     everything = [question for part in PARTS for question in questions[part]]

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -50,16 +50,16 @@ def _readable(path: Path, purpose: str) -> Iterator[None]:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); expected {purpose}") from None
 
 
-def read_json_records(path: Path, purpose: str) -> list[Any]:
-    """The list in a JSON file.
+def _read_json(path: Path, purpose: str) -> Any:
+    """The value in a JSON file, in which an object with a repeated key is a ValueError.
 
     Raises:
-        ValueError: As `read_text`; the file is not JSON (with line and column), or not a list.
+        ValueError: As `read_text`; or the file is not JSON (with line and column).
     """
     text = read_text(path, purpose)
     try:
         with garbage_collection_paused():
-            records = _loads(text)
+            return _loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}:line {error.lineno} column {error.colno}: not valid JSON ({error.msg}); "
@@ -67,6 +67,15 @@ def read_json_records(path: Path, purpose: str) -> list[Any]:
         ) from None
     except (ValueError, RecursionError) as error:  # a number with thousands of digits, or deeply nested lists
         raise ValueError(f"{path}: cannot be parsed as JSON ({error}); expected {purpose}") from None
+
+
+def read_json_records(path: Path, purpose: str) -> list[Any]:
+    """The list in a JSON file; a record with a repeated key is a ValueError, for `collect` to report.
+
+    Raises:
+        ValueError: As `read_text`; the file is not JSON (with line and column), or not a list.
+    """
+    records = _read_json(path, purpose)
     if not isinstance(records, list):
         raise ValueError(f"{path}: contains a JSON {kind(records)}; expected a list of question records")
     return records
@@ -81,12 +90,11 @@ def read_json_object(path: Path, purpose: str, expected: str) -> dict[str, Any]:
         expected: What the object maps, for an error, such as "indices by q_uid".
 
     Raises:
-        ValueError: The file is missing, unreadable, no JSON or no object; the message names it.
+        ValueError: As `read_text`; the file is not JSON, not an object, or has a key twice.
     """
-    try:
-        found = json.loads(read_text(path, purpose))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:line {error.lineno}: not valid JSON ({error.msg}); download it again") from None
+    found = _read_json(path, purpose)
+    if isinstance(found, ValueError):
+        raise ValueError(f"{path}: {found}")
     if not isinstance(found, dict):
         raise ValueError(f"{path}: contains a JSON {kind(found)}; expected an object of {expected}")
     return found
@@ -153,6 +161,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | ValueError:
 _loads: Callable[[str], Any] = json.JSONDecoder(object_pairs_hook=_object).decode
 
 
+def numbered(path: Path, records: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """Position (`FILE:record N`, from 1 on) and value of each record of a file."""
+    for number, record in enumerate(records, start=1):
+        yield f"{path}:record {number}", record
+
+
 def collect(
     records: Iterator[tuple[str, Any]], parse: Callable[[Any], T], problems: list[str]
 ) -> Iterator[tuple[str, T]]:
@@ -164,6 +178,32 @@ def collect(
             yield position, parse(record)
         except ValueError as error:
             problems.append(f"{position}: {error}")
+
+
+def collect_unique(
+    records: Iterator[tuple[str, Any]],
+    parse: Callable[[Any], T],
+    problems: list[str],
+    key: str,
+    id_of: Callable[[T], str],
+) -> Iterator[tuple[str, T]]:
+    """As `collect`; a record with the id of an earlier one is added to `problems` and skipped, too.
+
+    Args:
+        records: As for `collect`.
+        parse: As for `collect`.
+        problems: As for `collect`.
+        key: What the records call their id, for messages.
+        id_of: The id of what `parse` returns.
+    """
+    seen: set[str] = set()
+    for position, value in collect(records, parse, problems):
+        name = id_of(value)
+        if name in seen:
+            problems.append(f"{position}: {key} {name!r} is used twice; expected unique ids")
+            continue
+        seen.add(name)
+        yield position, value
 
 
 def kind(value: object) -> str:

@@ -10,6 +10,7 @@ question-answering in long egocentric videos", CVPR 2024.
 import random
 import re
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +69,16 @@ def read_questions(path: Path, close: bool = False) -> tuple[Question, ...]:
         DatasetError: As `load`.
     """
     problems: list[str] = []
-    questions: dict[str, Question] = {}
     try:
         records = parsing.read_json_records(path, "QAEgo4D's questions of one part")
     except ValueError as error:
         raise DatasetError([str(error)]) from None
-    positions = ((f"{path}:record {number}", record) for number, record in enumerate(records, start=1))
-    for position, question in parsing.collect(positions, partial(_question, close=close), problems):
-        if question.question_id in questions:
-            problems.append(f"{position}: sample_id {question.question_id!r} is used twice; expected unique ids")
-        questions[question.question_id] = question
+    parse, id_of = partial(_question, close=close), attrgetter("question_id")
+    found = parsing.collect_unique(parsing.numbered(path, records), parse, problems, "sample_id", id_of)
+    questions = tuple(question for _, question in found)
     if problems:
         raise DatasetError(problems)
-    return tuple(questions.values())
+    return questions
 
 
 def _question(record: object, close: bool) -> Question:

@@ -94,7 +94,7 @@ def test_missing_paraphrases(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="no record has 'text_pos' and 'text_neg', which data"):
         load_dataset(DataConfig(root=tmp_path, paraphrases=True))
     write(train, [{**RECORD, "text_pos": "a", "text_neg": "b"}, {**VERIFY, "text_pos": "a"}])
-    with pytest.raises(DatasetError, match="record 1: 'text_neg' is missing"):
+    with pytest.raises(DatasetError, match="record 2: 'text_neg' is missing"):
         load_dataset(DataConfig(root=tmp_path, paraphrases=True))
     load(tmp_path)
 
@@ -189,19 +189,19 @@ def test_every_malformed_record_of_every_file_is_listed(tmp_path: Path) -> None:
     write(tmp_path / "qa/direct/formatted_test_qas_encode.json", {"not": "a list"})
     file = "ROOT/qa/direct/formatted_train_qas_encode.json"
     assert faults(tmp_path) == [
-        f"{file}:record 1: contains a string; expected an object",
-        f"{file}:record 2: 'question' is missing; expected text",
-        f"{file}:record 3: 'answer' is ' '; expected text",
-        f"{file}:record 4: 'structural' is 'guess'; expected 'query' or 'verify'",
-        f"{file}:record 5: 'interval' is '../../etc'; expected a name without slashes and control characters",
-        f"{file}:record 6: 'interval' has 300 bytes; expected at most 240",
-        f"{file}:record 7: 'answer_encode' is -1; expected a class, a whole number from 0",
-        f"{file}:record 8: 'question_id' is [7]; expected a string or a whole number",
-        f"{file}:record 9: 'reasoning_type' is None; expected text",
-        f"{file}:record 10: 'question' is '\\ud800?'; expected text without NUL and lone surrogates",
-        f"{file}:record 11: question_id '0' is used twice; expected unique ids",
-        f"{file}:record 12: 'question_id' is 'a\\ud800'; expected text without NUL and lone surrogates",
-        f"{file}:record 13: 'reasoning_type' is 'a\\x00$b'; expected text without NUL and lone surrogates",
+        f"{file}:record 2: contains a string; expected an object",
+        f"{file}:record 3: 'question' is missing; expected text",
+        f"{file}:record 4: 'answer' is ' '; expected text",
+        f"{file}:record 5: 'structural' is 'guess'; expected 'query' or 'verify'",
+        f"{file}:record 6: 'interval' is '../../etc'; expected a name without slashes and control characters",
+        f"{file}:record 7: 'interval' has 300 bytes; expected at most 240",
+        f"{file}:record 8: 'answer_encode' is -1; expected a class, a whole number from 0",
+        f"{file}:record 9: 'question_id' is [7]; expected a string or a whole number",
+        f"{file}:record 10: 'reasoning_type' is None; expected text",
+        f"{file}:record 11: 'question' is '\\ud800?'; expected text without NUL and lone surrogates",
+        f"{file}:record 12: question_id '0' is used twice; expected unique ids",
+        f"{file}:record 13: 'question_id' is 'a\\ud800'; expected text without NUL and lone surrogates",
+        f"{file}:record 14: 'reasoning_type' is 'a\\x00$b'; expected text without NUL and lone surrogates",
         "ROOT/qa/direct/formatted_test_qas_encode.json: contains a JSON object; expected a list of question records",
     ]
 
@@ -211,7 +211,7 @@ def test_a_key_twice_in_one_record_is_a_fault_of_that_record(tmp_path: Path) -> 
     twice = json.dumps(RECORD).replace('"answer":', '"answer": "Close Fridge", "answer":')
     write(tmp_path / "qa/direct/formatted_val_qas_encode.json", f"[{json.dumps(VERIFY)}, {twice}]")
     file = "ROOT/qa/direct/formatted_val_qas_encode.json"
-    assert faults(tmp_path) == [f"{file}:record 1: key 'answer' is used twice in one object; expected each key once"]
+    assert faults(tmp_path) == [f"{file}:record 2: key 'answer' is used twice in one object; expected each key once"]
 
 
 def test_a_file_without_questions_is_a_fault(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_class_outside_the_answer_set(tmp_path: Path) -> None:
     released(tmp_path)
     write(tmp_path / "qa/direct/formatted_val_qas_encode.json", [RECORD, {**VERIFY, "answer_encode": 4}])
     assert faults(tmp_path) == [
-        "ROOT/qa/direct/formatted_val_qas_encode.json:record 1: 'answer_encode' is 4; the answer set has classes 0 to 3"
+        "ROOT/qa/direct/formatted_val_qas_encode.json:record 2: 'answer_encode' is 4; the answer set has classes 0 to 3"
     ]
 
 

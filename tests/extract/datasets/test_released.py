@@ -159,6 +159,25 @@ def test_a_record_that_cannot_be_used_is_one_line(name: str, changes: dict[str, 
     assert why in line
 
 
+@pytest.mark.parametrize(("name", "file"), [("nextqa", "map_vid_vidorID.json"), ("egoschema", "subset_answers.json")])
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"100": "1164/100", "100": "0007/200"}', "key '100' is used twice in one object; expected each key once"),
+        ("[" * 100_000, "cannot be parsed as JSON (maximum recursion depth exceeded"),
+        ('{"100": ', "line 1 column 9: not valid JSON (Expecting value); the file may be truncated, download it again"),
+    ],
+)
+def test_a_json_object_that_cannot_be_used(name: str, file: str, text: str, why: str, tmp_path: Path) -> None:
+    {"nextqa": nextqa, "egoschema": egoschema}[name](tmp_path)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(DatasetError) as caught:
+        load(name, tmp_path)
+    first = caught.value.problems[0]
+    assert first.startswith(f"{tmp_path / file}:")
+    assert why in first
+
+
 @pytest.mark.parametrize(
     ("name", "missing"),
     [

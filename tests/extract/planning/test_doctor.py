@@ -158,8 +158,8 @@ def test_annotations_that_cannot_be_used(tmp_path: Path, records: Records, capsy
     severity, found = findings["annotations that are missing or cannot be used"]
     assert severity == "fault"
     assert [line.split(": ")[0].removeprefix(str(tmp_path)) for line in found] == [
-        "/qa/direct/formatted_val_qas_encode.json:record 0",
         "/qa/direct/formatted_val_qas_encode.json:record 1",
+        "/qa/direct/formatted_val_qas_encode.json:record 2",
         "/qa/direct/formatted_test_qas_encode.json",
     ]
 
