@@ -1,12 +1,12 @@
 """Hashing the videos again that a store's rows were made of."""
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from egopatch.features.common.machine import usable_cores
 from egopatch.features.storage.pick import storage_at
 from egopatch.features.tools.verify import audit_store
 from egopatch.features.values.location import Location, parse_location
@@ -35,14 +35,13 @@ class SourceReport:
 
 
 def check_sources(
-    path: Location | str, folder: Path, workers: int | None = None, on_bytes: Callable[[int, int], None] | None = None
+    path: Location | str, folder: Path, on_bytes: Callable[[int, int], None] | None = None
 ) -> SourceReport:
     """Hash every video that committed clips were made of, and compare it with the ledger.
 
     Args:
         path: Location of the store.
         folder: The data set's folder, which the recorded names start from.
-        workers: Number of threads; by default one for each processor.
         on_bytes: Called with the bytes read so far and the bytes to read in all.
 
     Raises:
@@ -60,7 +59,7 @@ def check_sources(
     sizes = {file: (folder / file).stat().st_size for file in clips if (folder / file).is_file()}
     changed: dict[str, tuple[str, ...]] = {}
     done, total = 0, sum(sizes.values())
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="hash") as pool:
+    with ThreadPoolExecutor(usable_cores(), thread_name_prefix="hash") as pool:
         for file, digest in zip(sizes, pool.map(lambda file: _sha256(folder / file), sizes), strict=True):
             if stale := tuple(name for name in clips[file] if ledger.clips[name].clip(name).source != digest):
                 changed[file] = stale

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from egopatch.features.storage.pick import storage_at
 from egopatch.features.tools.convert import convert
 from egopatch.features.tools.derive import derive
 from egopatch.features.tools.repair import repair
+from egopatch.features.tools.sources import check_sources
 from tests.features.conftest import FINGERPRINT, SPEC, clip
 from tests.features.test_refresh import FIRST, MOVED, OLD, ORIGINS, Make, check, filled, refresh, work_on
 
@@ -124,6 +127,21 @@ def test_sources_are_hashed_on_request(tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit) as usage:
         main(["verify", str(store.path), "--sources", str(tmp_path / "nowhere")])
     assert usage.value.code == 2
+
+
+def test_sources_are_hashed_on_the_cores_of_this_process(make_local: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, workers: int, **options: str) -> None:
+            counts.append(workers)
+            super().__init__(workers, **options)
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr("egopatch.features.tools.sources.ThreadPoolExecutor", Pool)
+    check_sources(filled(make_local).path, Path("nowhere"))
+    assert counts == [1]
 
 
 ONE, TWO = "x86_64 CPU, AVX2, torch 1", "NVIDIA H100, torch 2"
