@@ -11,7 +11,7 @@ from PIL import Image
 from egopatch.features.common.pictures import dim, sheet
 from egopatch.features.common.units import format_bytes
 from egopatch.features.store.pixels import to_pixels
-from egopatch.features.values.spec import PatchTokens, StoreSpec
+from egopatch.features.values.spec import PatchTokens, StoreSpec, middle_indices
 
 SIDE = 224  # pixels of a frame in a picture
 # Fields of a fingerprint that a reader knows the network by; hashes and versions follow in `features info`.
@@ -82,7 +82,7 @@ def draw(tokens: PatchTokens, grid: tuple[int, int], frames: NDArray[np.float32]
     low, high = np.nanmin(maps), np.nanmax(maps)
     light = (maps - low) / max(float(high - low), 1e-12)
     # A position in time may cover several frames: the one in its middle is shown.
-    shown = frames[[int((step + 0.5) * len(frames) / steps) for step in range(steps)]]
+    shown = frames[middle_indices(len(frames), steps)]
     times = [None] * steps if tokens.timestamps is None else tokens.timestamps[0].tolist()
     captions = [f"frame {step}" if time is None else f"{time:.2f} s" for step, time in enumerate(times)]
     return sheet([(dim(frame, one), caption) for frame, one, caption in zip(shown, light, captions, strict=True)])

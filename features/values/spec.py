@@ -32,6 +32,11 @@ def keep_count(ratio: float, patches: int) -> int:
     return max(1, min(patches, math.ceil(round(ratio * patches, 6))))
 
 
+def middle_indices(count: int, wanted: int) -> list[int]:
+    """Index of the item in the middle of each of `wanted` equal spans of `count` items, such as frames of a clip."""
+    return [(2 * span + 1) * count // (2 * wanted) for span in range(wanted)]
+
+
 @dataclass(frozen=True)
 class PatchTokens:
     """Encoder output for B clips; every tensor has the batch first.
