@@ -23,7 +23,7 @@ def to_pixels(
         grid: (rows, cols) of the patches of a whole frame, `store.spec.grid`.
         height: Height of the frame in pixels.
         width: Width of the frame in pixels.
-        box: The part of the frame that the patches cover, `extract.video.transforms.covered_box`; None: all of it.
+        box: (top, left, height, width) in pixels of the part that the patches cover; None: the whole frame.
         positions: [..., N], index of each patch in the grid, in a derived store that keeps only some of them.
 
     Returns:

@@ -154,6 +154,18 @@ def test_files_that_a_store_was_exported_to(kind: str, make: Make, tmp_path: Pat
     assert compare(a.path, tmp_path / "pooled").agree
 
 
+def test_features_of_a_clip_are_compared_with_its_mean_over_frames(tmp_path: Path) -> None:
+    whole, mean = tmp_path / "whole", tmp_path / "mean"
+    whole.mkdir()
+    mean.mkdir()
+    for number, name in enumerate(NAMES):
+        patches = np.random.default_rng(number).normal(size=(8, 4, 6)).astype(np.float32)  # [T, N, D]
+        np.save(whole / f"{name}.npy", patches)
+        np.save(mean / f"{name}.npy", patches.mean(axis=0, keepdims=True))
+    assert compare(whole, mean).agree
+    assert compare(mean, whole).agree
+
+
 def test_what_tells_more_than_a_number(make: Make, tmp_path: Path) -> None:
     a = make("a")
     folder = tmp_path / "files"

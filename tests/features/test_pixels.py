@@ -49,6 +49,13 @@ def test_a_derived_store_shows_only_what_it_keeps() -> None:
     assert spread[0, 1, 6].isnan()
 
 
+def test_a_pixel_that_is_mostly_a_missing_patch_s_is_empty() -> None:
+    # Patch 0 has the weights 1, 3/4, 1/4 and 0 in the four columns.
+    spread = to_pixels(torch.tensor([7.0]), (1, 2), 2, 4, positions=torch.tensor([0]))
+    assert spread.isnan().tolist() == [[False, False, True, True]] * 2
+    assert torch.equal(spread[:, :2], torch.full((2, 2), 7.0))
+
+
 def test_wrong_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"values has 5 patches a frame; expected 4 of the grid \(2, 2\)"):
         to_pixels(torch.rand(5), (2, 2), 8, 8)

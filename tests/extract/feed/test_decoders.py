@@ -1,0 +1,45 @@
+"""How much shared memory the decoders of a job get."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from egopatch.configs.schema import VideoConfig
+from egopatch.extract.feed import decoders
+from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
+
+FREE = 10**9
+VIDEO = VideoConfig(frames=4, size=32)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Number and bytes of the slots that were made, without any child."""
+    slots: list[tuple[int, int]] = []
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=FREE))
+    monkeypatch.setattr(decoders, "Ring", lambda count, size, *_: slots.append((count, size)))
+    monkeypatch.setattr(decoders, "DecodePool", lambda *_: None)
+    return slots
+
+
+def test_pixels_get_at_most_a_quarter_of_the_free_memory(made: list[tuple[int, int]]) -> None:
+    decoders.open_decoders(VIDEO, EGOVLP_TRANSFORM, 2, 40, cut=True)
+    decoders.open_decoders_of_several([(VIDEO, EGOVLP_TRANSFORM, True)] * 2, 2, 40)
+    padding = decoders.ALIGNMENT * (VIDEO.frames + 1)
+    for count, size in made:
+        assert FREE / 5 < count * size < FREE / 4 + count * padding
+
+
+def test_finished_input_has_a_slot_of_its_size(made: list[tuple[int, int]]) -> None:
+    decoders.open_decoders(VIDEO, EGOVLP_TRANSFORM, 2, 40, cut=False)
+    assert made[0][1] == 4 * 4 * 3 * 32 * 32
+
+
+def test_plenty_of_memory_gives_each_frame_its_largest_size(
+    made: list[tuple[Any, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**15))
+    decoders.open_decoders(VIDEO, EGOVLP_TRANSFORM, 2, 40, cut=True)
+    assert made[0][1] == 4 * 3 * decoders.LARGEST_SIDE**2 + 4 * decoders.ALIGNMENT
