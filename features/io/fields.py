@@ -38,11 +38,11 @@ def get_field(record: Record, name: str, kind: type[T]) -> T:
     return value
 
 
-def get_count(record: Record, name: str, below: int = 2**63) -> int:
-    """A whole number from 0 to `below` - 1. Errors as in `get_field`."""
+def get_count(record: Record, name: str) -> int:
+    """A whole number from 0 to 2^63 - 1. Errors as in `get_field`."""
     value = get_field(record, name, int)
-    if not 0 <= value < below:
-        raise MalformedRecord(f"{name!r} is {_shortened(value)}; expected a number from 0 to {below - 1}")
+    if not 0 <= value < 2**63:
+        raise MalformedRecord(f"{name!r} is {_shortened(value)}; expected a number from 0 to {2**63 - 1}")
     return value
 
 
@@ -72,9 +72,9 @@ def file_sums_to_json(files: FileSums) -> Record:
     return {name: {"bytes": size, "crc32": f"{crc:08x}"} for name, (size, crc) in files.items()}
 
 
-def get_file_sums(record: Record, name: str) -> FileSums:
-    """The inverse of `file_sums_to_json`. Errors as in `get_field`."""
-    files = get_field(record, name, dict)
+def get_file_sums(record: Record) -> FileSums:
+    """The field `files`, as `file_sums_to_json` writes it. Errors as in `get_field`."""
+    files = get_field(record, "files", dict)
     return {path: (get_count(entry, "bytes"), get_checksum(entry, "crc32")) for path, entry in files.items()}
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from egopatch.features.state.ids import RowPlan, ids_journal
 from egopatch.features.state.ledger import ClipRecord, Commit, Entry, Ledger, RowVersion, ledger_journal
-from egopatch.features.storage.interface import ReadableFiles, Storage
+from egopatch.features.storage.interface import Storage
 from egopatch.features.storage.journal import Contents, Position, require_intact
 from egopatch.features.values.dtypes import spec_row_bytes
 from egopatch.features.values.errors import AbsentClip, DamagedStore
@@ -106,10 +106,6 @@ class Catalog:
                         f"{self.root}: ids.jsonl and ledger.jsonl line {line.number + 1} disagree about the row of "
                         f"clip {name!r}; run `python -m features repair {self.root}`"
                     )
-
-    def shard_files(self, shard: int) -> ReadableFiles:
-        """The files of a committed shard."""
-        return self.storage.shard_files(shard, self.ledger.write_id(shard))
 
     def shard_of(self, row: int) -> int:
         """The shard of `row`, which never changes."""

@@ -43,9 +43,8 @@ def count_clips(path: Location | str, ledger: Ledger) -> StoreCounts:
         len(line.entry.ids) - line.entry.ids.count(None) for line in plan.lines if isinstance(line.entry, RowsAdded)
     )
     committed, quarantined = len(ledger.clips), len(Quarantine(storage).read(ledger.clips))
-    nbytes = sum(size for files in ledger.files.values() for size, _ in files.values())
-    digest = header.fingerprint.digest
-    return StoreCounts(planned, committed, quarantined, planned - committed - quarantined, nbytes, digest)
+    missing, digest = planned - committed - quarantined, header.fingerprint.digest
+    return StoreCounts(planned, committed, quarantined, missing, ledger.nbytes, digest)
 
 
 def machines_line(machines: Mapping[str, int]) -> str | None:

@@ -96,7 +96,7 @@ def add_rows(
 
 
 def _parse(record: Record) -> Entry:
-    kind, files = get_field(record, "kind", str), get_file_sums(record, "files")
+    kind, files = get_field(record, "kind", str), get_file_sums(record)
     if kind == "announce":
         return MetadataAnnounced(files)
     if kind == "grow":

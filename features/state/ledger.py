@@ -21,7 +21,7 @@ from egopatch.features.io.fields import (
     get_list,
 )
 from egopatch.features.state.origin import Origin, decode_origins
-from egopatch.features.storage.interface import Journal, Storage
+from egopatch.features.storage.interface import Journal, ReadableFiles, Storage
 from egopatch.features.storage.journal import Contents, garbage_collection_paused, validating
 
 LEDGER = "ledger.jsonl"  # its name in the store
@@ -170,6 +170,19 @@ class Ledger:
         """Id of the committed write of `shard`; empty where files are replaced in place, or nothing is committed."""
         return self.write_ids.get(shard, "")
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the committed shards' files."""
+        return sum(map(self.bytes_of, self.files))
+
+    def bytes_of(self, shard: int) -> int:
+        """Bytes in the files of a committed shard."""
+        return sum(size for size, _ in self.files[shard].values())
+
+    def files_in(self, storage: Storage, shard: int) -> ReadableFiles:
+        """The files of a committed shard in `storage`, the store's."""
+        return storage.shard_files(shard, self.write_id(shard))
+
     def origins(self, names: Collection[str] | None = None) -> dict[str, Origin | None]:
         """Id -> origin, as in `Commit.origins_by_id`, of the committed clips `names`; by default of all.
 
@@ -292,7 +305,7 @@ def parse_entry(record: Record) -> Entry:
     """
     kind, shard = get_field(record, "kind", str), get_count(record, "shard")
     if kind == "announce":
-        return Announce(shard, get_file_sums(record, "files"))
+        return Announce(shard, get_file_sums(record))
     if kind == "drop":
         replaced = get_field(record, "replaced", bool) if "replaced" in record else False
         return Drop(shard, tuple(get_list(record, "ids", str)), get_field(record, "emptied", bool), replaced)
@@ -304,7 +317,7 @@ def parse_entry(record: Record) -> Entry:
             _parse_rows(record, len(ids)),
             _parse_checksums(get_field(record, "crc32c", dict), len(ids)),
             _parse_sources(record, len(ids)),
-            get_file_sums(record, "files"),
+            get_file_sums(record),
             get_field(record, "fingerprint", str),
             _parse_errors(get_field(record, "errors", dict)),
             get_count(record, "row_bytes"),

@@ -109,7 +109,8 @@ class RowReader:
         if opening is not None:
             return opening.result()
         try:
-            files, index = self._catalog.shard_files(shard), self._indexes.get(shard)
+            files = self._catalog.ledger.files_in(self._catalog.storage, shard)
+            index = self._indexes.get(shard)
             opened.set_result(self._file_format.open(files, self._catalog.spec, shard, index))
             self._indexes[shard] = opened.result().index
         except BaseException as error:

@@ -129,7 +129,7 @@ class Store:
     @property
     def nbytes(self) -> int:
         """Bytes in the committed shards' files."""
-        return sum(size for files in self.catalog.ledger.files.values() for size, _ in files.values())
+        return self.catalog.ledger.nbytes
 
     @property
     def row_bytes(self) -> int:

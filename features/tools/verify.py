@@ -17,7 +17,7 @@ from egopatch.features.state.header import HEADER, parse_header, read_header
 from egopatch.features.state.ids import RowPlan, ids_journal
 from egopatch.features.state.ledger import Commit, Ledger, ledger_journal
 from egopatch.features.state.quarantine import quarantine_journal
-from egopatch.features.storage.interface import ReadableFiles, Storage, file_matches
+from egopatch.features.storage.interface import Storage, file_matches
 from egopatch.features.storage.journal import Position
 from egopatch.features.storage.pick import storage_at
 from egopatch.features.store.text_substore import TEXT_FOLDER, substores
@@ -115,15 +115,7 @@ class Audit:
     @property
     def nbytes(self) -> int:
         """Bytes in the committed shards' files."""
-        return sum(map(self.size_of, self.shards))
-
-    def size_of(self, shard: int) -> int:
-        """Bytes in the files of `shard`."""
-        return sum(size for size, _ in self.ledger.files[shard].values())
-
-    def files_of(self, shard: int) -> ReadableFiles:
-        """The files of `shard`."""
-        return self.storage.shard_files(shard, self.ledger.write_id(shard))
+        return sum(map(self.ledger.bytes_of, self.shards))
 
     def catch_up(self, shard: int) -> bool:
         """Whether the shard has been committed again since, so that its former files may be gone."""
@@ -186,7 +178,8 @@ def verify(
 
     Args:
         path: Location of the store; its text substore is verified too.
-        workers: Number of threads; by default one for each processor, or as many reads as are useful in object storage.
+        workers: Number of threads; by default one for each core that this process may use, or as many reads as are
+            useful in object storage.
         on_bytes: Called with the bytes read so far and the bytes to read in all.
 
     Raises:
@@ -222,7 +215,7 @@ def check_shards(audit: Audit, workers: int | None = None) -> Iterator[tuple[int
     """Bytes and faults of each shard of a store, in order."""
     workers = workers or max(usable_cores(), audit.storage.parallel_reads)
     with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
-        yield from zip(map(audit.size_of, audit.shards), pool.map(partial(check_shard, audit), audit.shards))
+        yield from zip(map(audit.ledger.bytes_of, audit.shards), pool.map(partial(check_shard, audit), audit.shards))
 
 
 def _in_folder(folder: str, fault: Fault) -> Fault:
@@ -247,7 +240,7 @@ def check_shard(audit: Audit, shard: int) -> list[Fault]:
 
 def _differences(audit: Audit, shard: int) -> list[Fault]:
     versions = [audit.ledger.files[shard], *audit.ledger.announced.get(shard, [])]
-    files = audit.files_of(shard)
+    files = audit.ledger.files_in(audit.storage, shard)
     faults: list[Fault] = []
     for name in audit.format.file_names(audit.spec, shard):  # names in the ledger might lead elsewhere
         if name not in versions[0]:
@@ -269,7 +262,7 @@ def _absent_rows(audit: Audit, shard: int) -> list[Fault]:
     """Look every committed row up in the index of the shard's files."""
     names, spec = audit.clips_of(shard), audit.spec
     try:
-        opened = audit.format.open(audit.files_of(shard), spec, shard)
+        opened = audit.format.open(audit.ledger.files_in(audit.storage, shard), spec, shard)
         for name in names:
             for array in spec.arrays:
                 opened.find_row(array, audit.ledger.clips[name].clip(name).row % spec.shard)
@@ -283,7 +276,7 @@ def bad_rows(audit: Audit, shard: int) -> list[str]:
     """The committed ids of a shard whose bytes differ from those that were committed."""
     names, spec = audit.clips_of(shard), audit.spec
     try:
-        opened = audit.format.open(audit.files_of(shard), spec, shard)
+        opened = audit.format.open(audit.ledger.files_in(audit.storage, shard), spec, shard)
     except DamagedStore:
         return names
     bad = []
