@@ -19,7 +19,7 @@ from egopatch.configs.yaml_faults import find_fault
 
 
 def option_names() -> list[str]:
-    """Every `section.field` of `Config`, in the order of the definitions above."""
+    """Every `section.field` of `Config`, in the order of `configs.schema`."""
     default = Config()
     return [
         f"{section}.{option.name}"

@@ -164,6 +164,7 @@ def test_wrong_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
         ([], 2, "neither --video nor --config is given"),
         (["--video", "a.mp4", "--clip", "b"], 2, "--video and --clip are both given"),
         (["--video"], 2, "--video has no value"),
+        (["--video", "--json"], 2, "--video has no value"),
         (
             ["--video", "a.mp4"],
             1,

@@ -46,7 +46,7 @@ class Features:
         bytes_read: Bytes read from the stores so far.
 
     Raises:
-        StoreError: clips or texts are neither in the store nor quarantined.
+        StoreError: Clips or texts are neither in the store nor quarantined.
     """
 
     def __init__(
@@ -329,7 +329,7 @@ def _quarantined(store: Store, clip_ids: frozenset[str]) -> frozenset[str]:
     """The quarantined ones of `clip_ids`.
 
     Raises:
-        StoreError: a clip has neither a row nor an entry in the quarantine.
+        StoreError: A clip has neither a row nor an entry in the quarantine.
     """
     without_row = clip_ids - set(store.clip_ids)
     if missing := sorted(without_row - store.quarantine.keys()):

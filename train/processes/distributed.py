@@ -34,7 +34,7 @@ class Distributed:
         local_size: Number of ranks on its machine.
 
     Raises:
-        RankLost: from every method, where another rank is gone.
+        RankLost: From every method, where another rank is gone.
     """
 
     rank: int = 0
@@ -134,7 +134,7 @@ def join(cuda: bool) -> Iterator[Distributed]:
         cuda: Whether tensors are on CUDA devices, one per rank.
 
     Raises:
-        ValueError: this machine has more ranks than CUDA devices.
+        ValueError: This machine has more ranks than CUDA devices.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

@@ -41,9 +41,9 @@ def call_in_processes(calls: Sequence[Callable[[], Result]], cores: int) -> list
         cores: Number of processes at once.
 
     Raises:
-        ProcessLost: a process was killed.
-        KeyboardInterrupt: after a second signal, or after a first one if no call raised an exception.
-        BaseException: the exception of the first call to fail, once the other processes have stopped.
+        ProcessLost: A process was killed.
+        KeyboardInterrupt: After a second signal, or after a first one if no call raised an exception.
+        BaseException: The exception of the first call to fail, once the other processes have stopped.
     """
     running: dict[Connection, tuple[int, ForkProcess]] = {}
     signalled: set[ForkProcess] = set()

@@ -14,7 +14,7 @@ from egopatch.train.rundir.card import Card
 
 @dataclass(frozen=True)
 class Origin:
-    """Weights or data that decide a head.
+    """Weights or data that a head was made from, with their licence.
 
     Attributes:
         what: What they are.

@@ -170,7 +170,7 @@ def score(
         same: Matching rule.
 
     Raises:
-        ValueError: a question has no answer.
+        ValueError: A question has no answer.
     """
     questions = [question for question in questions if question.counts]
     absent = [question.question_id for question in questions if question.question_id not in answers]
@@ -225,7 +225,7 @@ def read_predictions(path: Path, questions: Sequence[Question]) -> dict[str, str
     """Answers by question id from a file of `{"question_id": ..., "answer": ...}` lines, one for each question.
 
     Raises:
-        PredictionError: the file is missing or not text, a line is malformed, or an id is repeated, unknown or missing.
+        PredictionError: The file is missing or not text, a line is malformed, or an id is repeated, unknown or missing.
     """
     known = {question.question_id for question in questions}
     answers: dict[str, str] = {}

@@ -98,7 +98,7 @@ def accuracy(right: ArrayLike, clips: Sequence[str] | Sequence[int]) -> Interval
         clips: Clip of each question, [Q].
 
     Raises:
-        ValueError: there are no values.
+        ValueError: There are no values.
     """
     parts = _Parts.of(right, clips)
     return _interval(parts.mean, parts.spread(parts.clip_effects), bounds=(0, 100))
@@ -130,7 +130,7 @@ def compare(ours: ArrayLike, theirs: ArrayLike, clips: Sequence[str] | Sequence[
     Questions are paired. Seeds are not: what a seed does to one setting says little about another.
 
     Raises:
-        ValueError: the questions differ, or there are no values.
+        ValueError: The questions differ, or there are no values.
     """
     ours, theirs = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
     if ours.shape[1:] != theirs.shape[1:]:

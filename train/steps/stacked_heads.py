@@ -193,7 +193,7 @@ class StackedHeads:
         """Load the weights of one head.
 
         Raises:
-            ValueError: the weights belong to another head.
+            ValueError: The weights belong to another head.
         """
         if missing := sorted(self.tensors.keys() - weights.keys()):
             raise ValueError(f"{missing[0]} is missing")
@@ -284,10 +284,10 @@ class StackedHeads:
         return loss + self.train.contrast * self._contrast(logits, batch, tensors) if self.train.contrast else loss
 
     def _contrast(self, logits: Tensor, batch: Batch, tensors: Mapping[str, Tensor]) -> Tensor:
-        """How far the answer to each question [M, B, A] is from nearer to its paraphrase's than its counterfactual's.
+        """Loss [M, B], small where a question's logits [M, B, A] are closer to its paraphrase's than to its
+        counterfactual's: the cross-entropy of choosing the paraphrase by the cosine of the logits.
 
-        The cross-entropy of choosing the paraphrase by the cosine of the logits, [M, B]. Questions and variants have
-        the same dropout, so that they differ in words alone.
+        Questions and variants have the same dropout, so that they differ in words alone.
         """
         assert batch.variants is not None
         cosines = []
