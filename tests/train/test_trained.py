@@ -1,5 +1,6 @@
 """A trained head that is opened again, by every command that does so: what is wrong with its files, and what to do."""
 
+import json
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,8 @@ from egopatch.configs.schema import Config
 from egopatch.train.explanation.explain import explain
 from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.predict import predict_clips
-from egopatch.train.rundir.card import RunError
+from egopatch.train.rundir.card import RunError, plain
+from egopatch.train.rundir.results import gather
 from tests.train.tiny import with_run
 
 
@@ -41,3 +43,18 @@ def test_weights_that_are_gone_or_of_another_head(tiny: Config, command: Callabl
         " or the head was trained in another folder and only evaluated into this one; restore the file, use the folder "
         "that the head was trained in, or train in another --run.dir"
     )
+
+
+def test_heads_that_are_evaluated_elsewhere_keep_their_options_and_rows(tiny: Config) -> None:
+    expected = {}
+    for ratio, width in ((0.25, 16), (1.0, 64)):
+        head = with_run(tiny, f"here/{width}", head_ratio=ratio, head_width=width, train_epochs=1, train_lr=1e-2)
+        fit(head, "x")
+        there = with_run(tiny, f"there/{width}", train_epochs=9)
+        metrics = evaluate(there, "the command", source=head.run.dir)
+        card = json.loads((there.run.dir / "card.json").read_text())
+        assert (card["config"]["head"], card["config"]["train"]) == (plain(head)["head"], plain(head)["train"])
+        assert (card["config"]["run"]["dir"], card["command"]) == (str(there.run.dir), "the command")
+        expected[width] = metrics.all.accuracy
+    rows = gather(tiny.run.dir.parent / "there").rows
+    assert {row.best.options["head.width"]: row.mean("all") for row in rows} == expected

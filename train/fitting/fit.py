@@ -196,7 +196,9 @@ def _evaluate_elsewhere(config: Config, command: str, ranks: Distributed, source
     with hold_when_free(out, ranks), shortage_explained(config.train, out):
         metrics = _evaluate(config, ranks, source)
         if ranks.first:
-            replace(card, config=run_folder.plain(config), command=command).write(out)
+            # Head and training are those of the head that was evaluated: the table tells runs apart by them.
+            trained = {section: card.config[section] for section in ("head", "train")}
+            replace(card, config=run_folder.plain(config) | trained, command=command).write(out)
         return metrics
 
 
