@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from numpy.typing import NDArray
 
 from egopatch.extract.datasets.egosynth.places import Places, places_of, scene_of
+from egopatch.features.values.spec import middle_indices
 from egopatch.train.explanation.agreement import Agreement, agreement_of
 from egopatch.train.report.answers import Questions
-from egopatch.train.report.examples import evenly_spaced
 from egopatch.train.report.sources import Selection
 
 
@@ -31,7 +31,7 @@ def agreement(
                 kept = selection.kept[row]
                 stored = len(kept) if frames is None else frames
                 places = places_of(scene, question.text, stored, grid)
-                read = evenly_spaced(stored, len(kept))
+                read = middle_indices(stored, len(kept))
                 yield kept, Places(tuple(places.asked[f] for f in read), tuple(places.others[f] for f in read))
 
     return agreement_of(known(), grid[0] * grid[1])

@@ -12,6 +12,7 @@ from egopatch.configs.schema import Config, ConfigError, VideoConfig
 from egopatch.extract.datasets import Clip, Question
 from egopatch.extract.encoders import input_transform
 from egopatch.extract.errors import CheckpointError
+from egopatch.features.values.spec import middle_indices
 from egopatch.train.report import examples
 from egopatch.train.report.answers import Correctness, Questions, read_answers
 from egopatch.train.report.sources import Selection, SourceError, Sweep, read_selection
@@ -172,7 +173,7 @@ def build_examples(
 def frames_read(row: Row, config: Config) -> list[int]:
     """Indices of the frames that a row's head reads, of those that the encoder saw."""
     read = row.best.options.get("head.frames")
-    return examples.evenly_spaced(config.video.frames, config.video.frames if read is None else int(read))
+    return middle_indices(config.video.frames, config.video.frames if read is None else int(read))
 
 
 def frames_chosen_from(row: Row, config: Config) -> int | None:

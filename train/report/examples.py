@@ -149,12 +149,7 @@ def overlay(kept: NDArray[np.integer], grid: tuple[int, int]) -> Overlay:
 
 def shown_frames(frames: int) -> list[int]:
     """Indices of the frames to show: all of up to eight, else eight spread evenly."""
-    return evenly_spaced(frames, min(frames, MAX_FRAMES))
-
-
-def evenly_spaced(frames: int, wanted: int) -> list[int]:
-    """Indices of the middle frames of `wanted` equal spans of `frames` frames."""
-    return [(2 * span + 1) * frames // (2 * wanted) for span in range(wanted)]
+    return middle_indices(frames, min(frames, MAX_FRAMES))
 
 
 def prepare_picture(clip: Clip, video: VideoConfig, once: "OncePerVideo", transform: "Transform") -> "PreparedClip":

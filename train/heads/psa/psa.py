@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from egopatch.configs.schema import ConfigError, HeadConfig
 from egopatch.features import PatchTokens
-from egopatch.features.values.spec import keep_count
+from egopatch.features.values.spec import keep_count, middle_indices
 from egopatch.train.data.batch import Batch
 from egopatch.train.heads.common.noise import Dropout, Noise
 from egopatch.train.heads.common.question import (
@@ -72,7 +72,7 @@ class PSA(nn.Module):
         width, heads = config.width, config.heads
         self.grid, self.heads = sizes.grid, heads
         self.scores, self.levels = frozenset(config.scores), frozenset(config.levels)
-        self.frame_indices = _evenly_spaced(sizes.frames, config.frames)
+        self.frame_indices = _frames_to_read(sizes.frames, config.frames)
         # On the device with the head: a copy in every step would make the host wait for the GPU.
         self.register_buffer("read_frames", torch.tensor(self.frame_indices), persistent=False)
         self.select = PatchSelection(_patches_kept(config, sizes), config.implementation)
@@ -307,10 +307,10 @@ def _patches_kept(config: HeadConfig, sizes: Sizes) -> int:
     return k
 
 
-def _evenly_spaced(stored: int, wanted: int | None) -> tuple[int, ...]:
+def _frames_to_read(stored: int, wanted: int | None) -> tuple[int, ...]:
     """Indices of the middle frames of `wanted` equal spans of the stored frames."""
     if wanted is None:
         return tuple(range(stored))
     if wanted > stored:
         raise ConfigError(f"head.frames is {wanted} but the store has {stored} frames a clip; use at most {stored}")
-    return tuple((2 * span + 1) * stored // (2 * wanted) for span in range(wanted))
+    return tuple(middle_indices(stored, wanted))
