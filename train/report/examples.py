@@ -19,6 +19,7 @@ from PIL import Image
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip, Question
+from egopatch.features.values.spec import middle_indices
 
 # Decoding is imported only when pictures are drawn: it takes long to load, and reading results never needs it.
 if TYPE_CHECKING:
