@@ -33,7 +33,11 @@ INPUTS = ("checkpoint", "data", "frames", "standin", "synth")
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0 done, 1 the work failed, 2 wrong usage or configuration."""
+    """Run one command; returns its exit code.
+
+    0: done. 1: the work failed. 2: wrong usage or configuration. 3: other processes still hold shards of the job. 75: a
+    scheduler's signal ended the job, which is to be started again. 130: interrupted by Ctrl-C.
+    """
     args = list(sys.argv[1:] if args is None else args)
     name = find_command(
         "extract", COMMANDS, "python -m extract COMMAND [options]; COMMAND --help lists its options", args
