@@ -10,10 +10,12 @@ USE = "use .venv/bin/python, which `make setup` makes, or activate it: source .v
 
 
 def require_environment() -> None:
-    """End with one line where the Python is too old, or lacks the packages, as another than a checkout's own does.
+    """Exit with a one-line message if Python is older than 3.11 or the dependencies are missing.
+
+    They are missing, for instance, when the checkout's `.venv` is not active.
 
     Raises:
-        SystemExit: It is, or does.
+        SystemExit: Python is too old, or the dependencies are missing.
     """
     python = f"{sys.executable} is Python {sys.version_info[0]}.{sys.version_info[1]}"
     if sys.version_info < (3, 11):  # noqa: UP036 - no installer has looked at a checkout

@@ -13,7 +13,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Requeue(BaseException):
-    """The scheduler wants the machine back. No Exception, so that nothing takes it for a failure of the work."""
+    """The scheduler wants the machine back.
+
+    A BaseException, so that `except Exception` does not treat it as a failure.
+    """
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def _run_worker(
     for number in (signal.SIGINT, *SIGNALS):
         signal.signal(number, signal.SIG_IGN)
     # Not ignored, because this worker's children would inherit that, and could not be stopped while they start.
-    signal.signal(signal.SIGTERM, _go_on)
+    signal.signal(signal.SIGTERM, _ignore)
     exit_with_parent()
     # loky registers its own start method, which a spawned decoder process would not know.
     multiprocessing.set_start_method("spawn", force=True)
@@ -76,5 +76,5 @@ def _run_worker(
     return run_worker(config, packed_network, rank, workers, works, clips, device, neighbours=workers)
 
 
-def _go_on(_: int, __: FrameType | None) -> None:
+def _ignore(_: int, __: FrameType | None) -> None:
     """Take a signal, and do nothing."""

@@ -70,8 +70,13 @@ def run_worker(
     The load balances itself: a slow or dead worker leaves shards without a lease, and the first worker to finish its
     own takes them, in reverse order, because their first holder reaches the last ones last.
 
-    Args: as for `extract.worker.pipeline.encode_shards`, and
+    Args:
+        config: Configuration of the job.
         packed_network: The network that `encoder.arch` names, by `pack_network`.
+        rank: Number of this worker, from 0 on.
+        workers: Number of the job's workers on all machines.
+        works: All shards of the job, and the clips that each still needs.
+        clips: As for `extract.worker.pipeline.encode_shards`.
         device: Device of this worker, which replaces `encoder.device`.
         neighbours: Number of the job's workers on this machine, this one among them.
 

@@ -71,7 +71,10 @@ class _Received:
 class DeviceEncoder(BatchEncoder):
     """See `BatchEncoder`; every batch has `batch` clips, so a short one repeats its last clip.
 
-    Args: as for `BatchEncoder`, and
+    Args:
+        encoder: As for `BatchEncoder`.
+        batch: Number of clips in every batch.
+        dtype: As for `BatchEncoder`.
         transform: Transform of the network, applied to clips that come as pixels.
         batches: Number of batches whose rows may be in use at a time.
         capture: Whether the encoder may become a CUDA graph; a compiled one may not.

@@ -73,7 +73,7 @@ def messages_apart(as_json: bool) -> Iterator[None]:
 
 
 def print_result(as_json: bool, record: Mapping[str, Any], text: str | None = None) -> None:
-    """Print the result of a command: one JSON object with `--json`, else the text, if not all has been said."""
+    """Print the result of a command: one JSON object with `--json`, else `text`; nothing if it is None."""
     if as_json:
         print(json.dumps(record, indent=1, default=str))
     elif text is not None:
