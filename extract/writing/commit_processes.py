@@ -1,8 +1,8 @@
 """Committing shards in processes of their own, where a GPU encodes.
 
-Checks, checksums, writing and reading back give up the interpreter's lock some sixty times a clip, and the thread that
-feeds the GPU waits for it each time. A child has a lock of its own, and finds the rows in memory that it shares with
-this process. This process keeps the leases; a child that is killed leaves what a killed writer leaves.
+Checks, checksums, writing and reading back give up the GIL some sixty times a clip, and the thread that feeds the GPU
+waits for it each time. A child has a GIL of its own, and finds the rows in memory that it shares with this process.
+This process keeps the leases; a child that is killed leaves what a killed writer leaves.
 """
 
 from collections.abc import Sequence

@@ -14,7 +14,7 @@ from egopatch.features.values.dtypes import are_finite
 from egopatch.features.values.errors import DamagedStore
 from egopatch.features.values.spec import ArraySpec, StoreSpec
 
-_BLOCK = 1 << 23  # each gives up the interpreter's lock four times, which others may then keep for a while
+_BLOCK = 1 << 23  # each gives up the GIL four times, which others may then keep for a while
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class SummedRow:
         """
         flat = content.reshape(-1).view(np.uint8)
         castagnoli = ethernet = 0
-        # In few blocks, since each pass over one gives up the interpreter's lock, which other threads may then keep.
+        # In few blocks, since each pass over one gives up the GIL, which other threads may then keep.
         for start in range(0, flat.size, _BLOCK):
             block = flat[start : start + _BLOCK]
             if not are_finite(block, dtype):

@@ -184,12 +184,12 @@ def write_errors_explained(doing: str, kept: str = "earlier commits are intact")
 
 
 def crc32c(content: np.ndarray | bytes, value: int = 0) -> int:
-    """CRC-32C of contiguous bytes, continued from `value`; releases the interpreter's lock."""
+    """CRC-32C of contiguous bytes, continued from `value`; releases the GIL."""
     return checksums.crc32c(content, value)
 
 
 def crc32(content: np.ndarray | bytes | memoryview, value: int = 0) -> int:
-    """CRC-32 of contiguous bytes, continued from `value`; releases the interpreter's lock."""
+    """CRC-32 of contiguous bytes, continued from `value`; releases the GIL."""
     return isal_zlib.crc32(content, value)
 
 

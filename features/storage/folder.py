@@ -28,7 +28,7 @@ from egopatch.features.storage.journal import FileJournal
 from egopatch.features.values.errors import DamagedStore, write_conflict
 
 Entry = TypeVar("Entry")
-_BLOCK = 1 << 23  # each gives up the interpreter's lock twice, which others may then keep for a while
+_BLOCK = 1 << 23  # each gives up the GIL twice, which others may then keep for a while
 _STAGING = "staging"
 
 
