@@ -11,14 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from egopatch.configs.schema import Config, ConfigError, HeadConfig
+from egopatch.extract.datasets import load_dataset
+from egopatch.extract.datasets.records import Part
+from egopatch.extract.datasets.registry import _PLUGINS as DATASETS
 from egopatch.features import create_store, open_store
 from egopatch.train.data.batch import Batch, Options
 from egopatch.train.explanation.explain import explain
+from egopatch.train.fitting.answers import Answers, PartScorer, score_part
 from egopatch.train.fitting.experiment import open_experiment
 from egopatch.train.fitting.fit import evaluate, fit
+from egopatch.train.fitting.fit import test_line as result_line
 from egopatch.train.fitting.run_group import build_stacked_heads
 from egopatch.train.heads.common.choice import ABSENT, Choice, LongestOption
 from egopatch.train.heads.common.question import Sizes
+from egopatch.train.report.sources import read_sweep
 from egopatch.train.report.table import write_table
 from egopatch.train.rundir.card import RunError
 from egopatch.train.sweeps.sweep import run_sweep
@@ -122,6 +128,82 @@ def test_stacked_heads_give_what_a_lone_head_gives(choice: Config) -> None:
     path = run_sweep(config, ratios=[0.25, 0.5], seeds=[0])
     stacked = json.loads((path.parent / "ratio-0.5_seed-0" / "test.json").read_text())
     assert stacked["all"] == result(config)["all"]
+
+
+def withhold(config: Config, monkeypatch: pytest.MonkeyPatch, part: Part, every: int) -> Config:
+    """The set again, with no published answer to every `every`-th question of a part, as benchmarks have it."""
+    known = load_dataset(config.data)
+    questions = tuple(
+        question if number % every else dataclasses.replace(question, answer="", written=None)
+        for number, question in enumerate(known.questions[part])
+    )
+    dataset = dataclasses.replace(known, questions={**known.questions, part: questions})
+    monkeypatch.setitem(DATASETS._registered, "withheld", lambda data: dataset)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, name="withheld"))
+
+
+@pytest.mark.parametrize("index", [0, 3])
+def test_val_counts_the_questions_and_options_that_test_counts(
+    choice: Config, monkeypatch: pytest.MonkeyPatch, index: int
+) -> None:
+    experiment = open_experiment(withhold(choice, monkeypatch, "val", 3))
+    answers = Answers(torch.full((len(experiment.encoded["val"]),), index), None)
+    expected = score_part(experiment, "val", answers)[0]
+    assert expected.all.n == sum(number % 3 > 0 for number in range(40))
+    found = PartScorer(experiment, "val").accuracies(answers)
+    assert found == {"open": expected.open.accuracy, "binary": None, "all": expected.all.accuracy}
+
+
+def test_an_option_that_is_given_twice_is_right_at_both_indices(
+    choice: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = load_dataset(choice.data)
+    twice = tuple(
+        dataclasses.replace(question, options=(*question.options[:3], question.answer))
+        for question in known.questions["val"]
+        if question.answer in question.options[:3]
+    )
+    dataset = dataclasses.replace(known, questions={**known.questions, "val": twice})
+    monkeypatch.setitem(DATASETS._registered, "twice", lambda data: dataset)
+    config = dataclasses.replace(choice, data=dataclasses.replace(choice.data, name="twice"))
+    experiment = open_experiment(config)
+    answers = Answers(torch.full((len(experiment.encoded["val"]),), 3), None)
+    assert score_part(experiment, "val", answers)[0].all.accuracy == 100
+    assert PartScorer(experiment, "val").accuracies(answers)["all"] == 100
+
+
+def test_a_val_part_without_published_answers_is_refused(choice: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = withhold(choice, monkeypatch, "val", 1)
+    message = r"data has 40 val questions, none with a published answer, so no epoch can be chosen by them; expected"
+    with pytest.raises(RunError, match=message):
+        fit(config, "x")
+
+
+def test_a_sweep_counts_no_question_without_a_published_answer(choice: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = with_run(withhold(choice, monkeypatch, "test", 2), "psa", train_epochs=1)
+    found = json.loads(run_sweep(config, ratios=[0.5], seeds=[0]).read_text())
+    (run,), (point,) = found["members"], found["points"]
+    assert (point["all"]["n"], point["all"]["mean"]) == (run["n"], pytest.approx(run["all"])) == (20, run["all"])
+
+
+def test_a_sweep_without_any_published_answer_says_so(
+    choice: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = with_run(withhold(choice, monkeypatch, "test", 1), "psa", train_epochs=1)
+    path = run_sweep(config, ratios=[0.5], seeds=[0])
+    assert (
+        "  none of the 40 test questions has a published answer, so there are no accuracies and no plot: the answers "
+        "are in the runs' folders, also as submission.json\n"
+    ) in capsys.readouterr().out
+    found = json.loads(path.read_text())
+    assert [(run["all"], run["n"], run["dir"]) for run in found["members"]] == [(None, 0, "ratio-0.5_seed-0")]
+    assert (found["points"], found["comparisons"], found["seeds_needed"]) == ([], [], None)
+    assert len(json.loads((path.parent / "ratio-0.5_seed-0" / "submission.json").read_text())) == 40
+    assert not (path.parent / "sweep.png").exists()
+    assert read_sweep(path).runs == ()
+    fit(with_run(config, "alone"), "x")
+    line = result_line(config, evaluate(with_run(config, "alone")))
+    assert line.endswith("data test questions: none has a published answer, so there are no accuracies")
 
 
 class _Constant(nn.Module):

@@ -72,6 +72,9 @@ def _answer(heads: StackedHeads, batch: Batch, number: int, keep_patches: bool) 
 class PartScorer:
     """Accuracies of many answers to one part: `open`, `binary` and `all` of `score_part`, in far less time.
 
+    As there, questions without a published answer count nowhere, and an option that is written as the right one is
+    right at every index.
+
     Args:
         experiment: The data.
         part: Part of the questions.
@@ -79,33 +82,44 @@ class PartScorer:
 
     def __init__(self, experiment: Experiment, part: str) -> None:
         vocabulary, table, encoded = experiment.dataset.answers, experiment.tables[part], experiment.encoded[part]
+        # [Q, K] or, where all questions share their classes, [1, A]: classes that compare as equal share a number.
         if encoded.options is not None:
-            self._canonical, self._truth = torch.arange(encoded.options.shape[1]), encoded.answer
+            self._canonical = torch.full(encoded.options.shape, NO_CLASS)
+            for row, question in enumerate(encoded.questions):
+                written = [normalise(option) for option in question.options]
+                self._canonical[row, : len(written)] = torch.tensor([written.index(option) for option in written])
+            self._truth = encoded.answer
         else:
             first: dict[str, int] = {}
-            # Classes that compare as equal share a number.
             numbers = [first.setdefault(normalise(answer), index) for index, answer in enumerate(vocabulary)]
-            self._canonical = torch.tensor(numbers)
+            self._canonical = torch.tensor([numbers])
             truth = [first.get(normalise(question.answer), NO_CLASS) for question in encoded.questions]
             self._truth = torch.tensor(truth, dtype=torch.long)
-        self._form = encoded.form
+        # [F, Q] which questions of each form count.
+        counts = torch.tensor([question.counts for question in encoded.questions], dtype=torch.bool)
+        self._counted = [(encoded.form == index) & counts for index in range(len(FORMS))]
         encoded_ids = {question.question_id for question in encoded.questions}
-        others = [q for q in table.questions if q.question_id not in encoded_ids]
+        others = [q for q in table.questions if q.counts and q.question_id not in encoded_ids]
         self._fallback_hits = [
             sum(same_lower_cased(q, experiment.fallback_answer(q)) for q in others if q.form == form) for form in FORMS
         ]
-        self._count = [int((table.form == index).sum()) for index in range(len(FORMS))]
+        self._count = [sum(q.counts and q.form == form for q in table.questions) for form in FORMS]
 
     def accuracies(self, answers: Answers) -> dict[str, float | None]:
-        """`open`, `binary` and `all` in percent; None where there are no such questions."""
-        right = self._canonical[answers.classes] == self._truth
-        hits = [int(right[self._form == index].sum()) + self._fallback_hits[index] for index in range(len(FORMS))]
-        percents = [100 * hit / count if count else None for hit, count in zip(hits, self._count, strict=True)]
-        return {**dict(zip(FORMS, percents, strict=True)), "all": 100 * sum(hits) / sum(self._count)}
+        """`open`, `binary` and `all` in percent; None where no such question counts."""
+        classes = answers.classes[:, None]
+        canonical = self._canonical.expand(len(classes), -1).gather(1, classes)[:, 0]
+        right = canonical == self._truth
+        hits = [int(right[one].sum()) + more for one, more in zip(self._counted, self._fallback_hits, strict=True)]
+        pairs = [*zip(hits, self._count, strict=True), (sum(hits), sum(self._count))]
+        percents = [100 * hit / count if count else None for hit, count in pairs]
+        return dict(zip((*FORMS, "all"), percents, strict=True))
 
 
 def score_part(experiment: Experiment, part: str, answers: Answers) -> tuple[Metrics, dict[str, str]]:
-    """Metrics over all questions of `part`, and the answers as text; quarantined clips get the majority answer."""
+    """Metrics over the questions of `part` that count, and the answers to all of them as text; quarantined clips get
+    the majority answer.
+    """
     table = experiment.tables[part]
     predicted = {
         question.question_id: experiment.answer_of(question, answer)

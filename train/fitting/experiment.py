@@ -119,7 +119,8 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
         DatasetError: annotations are missing or malformed.
         StoreError: a store is missing, damaged or unfinished, or holds stale clips.
         FingerprintMismatch: a store was created with other settings than the config's or the card's.
-        RunError: the card's answers differ from the data set's, or a part has no questions.
+        RunError: the card's answers differ from the data set's, or a part has no questions; or, without a card, no
+            question of *val* has a published answer.
     """
     limit_threads(ranks.local_size)
     device = pick_device(config.train.device, ranks)
@@ -177,6 +178,12 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
     if not (counts["test"] if card is not None else all(counts.values())):
         found = ", ".join(f"{count} {part}" for part, count in counts.items())
         raise RunError(f"{config.data.root} has {found} questions; expected some of each: check data.root, data.split")
+    if card is None and not any(question.counts for question in tables["val"].questions):
+        raise RunError(
+            f"{config.data.root} has {counts['val']} val questions, none with a published answer, so no epoch can be "
+            "chosen by them; expected some with one: use a part with published answers as val, or evaluate a head of "
+            "another data set: python -m train evaluate --config CONFIG --from RUN"
+        )
     return Experiment(
         dataset=dataset,
         features=features,

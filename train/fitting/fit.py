@@ -185,7 +185,8 @@ def evaluate(
 
 def test_line(config: Config, metrics: Metrics) -> str:
     """One line for people: the run, its head and data set, and the accuracies on test in percent."""
-    return f"{config.run.dir}: {config.head.name} on the {config.data.title} test questions: {headline(metrics)}"
+    found = headline(metrics) if metrics.all.n else "none has a published answer, so there are no accuracies"
+    return f"{config.run.dir}: {config.head.name} on the {config.data.title} test questions: {found}"
 
 
 def _evaluate_elsewhere(config: Config, command: str, ranks: Distributed, source: Path) -> Metrics:

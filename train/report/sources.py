@@ -193,14 +193,15 @@ def read_log(path: Path) -> TrainingLog:
 
 
 def read_sweep(path: Path) -> Sweep:
-    """Read a `sweep.json`.
+    """Read a `sweep.json`. Runs without an accuracy are omitted.
 
     Raises:
         SourceError: the file is damaged.
     """
     try:
         value = json.loads(_read_text(path))
-        runs = [_sweep_run(entry, path.parent) for entry in value["members"]]
+        # Where no test question has a published answer, runs have no accuracy.
+        runs = [_sweep_run(entry, path.parent) for entry in value["members"] if entry["all"] is not None]
         runs.sort(key=lambda run: (run.setting, run.ratio, run.seed))
         intervals = {
             (_setting(point["setting"]), float(point["ratio"])): (

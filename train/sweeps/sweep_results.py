@@ -35,8 +35,9 @@ def write_results(facts: Mapping[str, Any], runs: Sequence[FinishedRun], config:
         config: Config that all runs share.
         out: Folder of the sweep.
     """
-    questions = load_dataset(config.data).questions["test"]
-    points = gather_points(runs, questions)
+    asked = load_dataset(config.data).questions["test"]
+    questions = [question for question in asked if question.counts]
+    points = gather_points(runs, asked) if questions else []
     result = {
         **facts,
         "members": [_record(overrides, run, out) for overrides, run in runs],
@@ -48,23 +49,35 @@ def write_results(facts: Mapping[str, Any], runs: Sequence[FinishedRun], config:
     run_folder.write_whole(out / "sweep.csv", as_csv(result["points"]))
     if points:
         _draw(out)
+    if not questions:
+        print(
+            f"  none of the {len(asked)} test questions has a published answer, so there are no accuracies and no "
+            "plot: the answers are in the runs' folders, also as submission.json",
+            flush=True,
+        )
     for line in describe(result):
         print(line, flush=True)
     return out / "sweep.json"
 
 
-def gather_points(runs: Sequence[FinishedRun], questions: Sequence[Question]) -> list[tuple[dict[str, Any], Matrix]]:
-    """Each setting over its seeds: its entry in `sweep.json`, and which answers are right [seeds, questions]."""
+def gather_points(runs: Sequence[FinishedRun], asked: Sequence[Question]) -> list[tuple[dict[str, Any], Matrix]]:
+    """Each setting over its seeds: its entry in `sweep.json`, and which answers are right [seeds, questions].
+
+    Args:
+        runs: Overrides and config of each finished run.
+        asked: All test questions. Those without a published answer count nowhere; some have to have one.
+    """
     settings: dict[str, list[FinishedRun]] = {}
     for overrides, run in runs:
         setting = {option: value for option, value in overrides.items() if option != SEED}
         settings.setdefault(json.dumps(setting, default=str), []).append((overrides, run))
+    questions = [question for question in asked if question.counts]
     forms = np.array([question.form for question in questions])
     clips = np.array([question.clip_id for question in questions])
     points = []
     for unsorted in settings.values():
         seeds = sorted(unsorted, key=lambda pair: pair[1].train.seed)
-        right = np.array([_right(run, questions) for _, run in seeds])
+        right = np.array([_right(run, asked) for _, run in seeds])
         summary: dict[str, Any] = {
             "setting": {option: value for option, value in seeds[0][0].items() if option != SEED},
             "ratio": seeds[0][1].head.ratio,
@@ -82,7 +95,7 @@ def gather_points(runs: Sequence[FinishedRun], questions: Sequence[Question]) ->
 
 
 def compare_points(points: Sequence[tuple[dict[str, Any], Matrix]], questions: Sequence[Question]) -> list[Any]:
-    """Differences of later points from the first, in points of accuracy over all questions."""
+    """Differences of later points from the first, in points of accuracy over all `questions`, those that count."""
     clips = [question.clip_id for question in questions]
     comparisons = []
     for summary, right in points[1:]:
@@ -151,9 +164,9 @@ def describe(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _right(run: Config, questions: Sequence[Question]) -> list[bool]:
-    answers = read_predictions(run.run.dir / run_folder.PREDICTIONS, questions)
-    return [same_lower_cased(question, answers[question.question_id]) for question in questions]
+def _right(run: Config, asked: Sequence[Question]) -> list[bool]:
+    answers = read_predictions(run.run.dir / run_folder.PREDICTIONS, asked)
+    return [same_lower_cased(question, answers[question.question_id]) for question in asked if question.counts]
 
 
 def _record(overrides: Mapping[str, Any], run: Config, out: Path) -> dict[str, Any]:
