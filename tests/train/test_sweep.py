@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,8 @@ from egopatch.features.io import file_lease
 from egopatch.train.data.batch import Batch
 from egopatch.train.fitting.fit import fit
 from egopatch.train.fitting.run_group import RunGroup
+from egopatch.train.heads import Head
+from egopatch.train.heads.registry import _PLUGINS as HEADS
 from egopatch.train.processes.stopping import Stopped
 from egopatch.train.sweeps import sweep
 from egopatch.train.sweeps.sweep import read_axes, run_sweep
@@ -158,7 +160,6 @@ def test_grid_file_varies_any_field_of_the_head(tiny: Config, tmp_path: Path) ->
         ("head.name: [psa]", "head.name cannot vary in a sweep"),
         ("store.path: [a, b]", "store.path cannot vary in a sweep; expected one of head.ratio"),
         ("head.ratio: 0.5", r"expected lines such as head.dropout: \[0.0, 0.1\]"),
-        ("head.ratio: [0.5, 0.5]", "head.ratio has a value twice"),
         ("{", "expected a YAML file"),
         ("head.ratio: [0.5]\nhead.ratio: [1.0]", "line 2: key 'head.ratio' is used twice"),
     ],
@@ -168,6 +169,58 @@ def test_bad_grids_are_refused(tmp_path: Path, text: str, message: str) -> None:
     grid.write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_axes(None, None, grid)
+
+
+@pytest.mark.parametrize(
+    ("text", "values", "same"),
+    [
+        ("head.ratio: [0.5, 0.5]", r"\[0\.5, 0\.5\]", "0.5 and 0.5"),
+        ("train.lr: [1e-3, 0.002, 0.001]", r"\['1e-3', 0\.002, 0\.001\]", r"'1e-3' and 0\.001"),
+        ("head.ratio: [0.5, 1, 1.0]", r"\[0\.5, 1, 1\.0\]", r"1 and 1\.0"),
+        ("head.coarse: [true, 'true']", r"\[True, 'true'\]", "True and 'true'"),
+    ],
+)
+def test_a_value_that_is_written_in_two_ways_is_listed_twice(
+    tiny: Config, tmp_path: Path, text: str, values: str, same: str
+) -> None:
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(text)
+    option = text.partition(":")[0]
+    message = rf"in the sweep, {option} has a value twice in {values}: {same} are the same; list each value once"
+    with pytest.raises(ConfigError, match=message):
+        run_sweep(tiny, grid=grid)
+
+
+def test_an_option_is_given_in_one_place(tmp_path: Path) -> None:
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("head.ratio: [0.25, 0.5]\ntrain.seed: [0, 1]\n")
+    message = (
+        r"--ratios is \[1\.0\], but --grid .*grid\.yaml also has head\.ratio, as \[0\.25, 0\.5\]; give its"
+    )
+    with pytest.raises(ConfigError, match=message):
+        read_axes([1.0], None, grid)
+    with pytest.raises(ConfigError, match=r"--seeds is \[3\], but --grid .* also has train\.seed, as \[0, 1\]; give"):
+        read_axes(None, [3], grid)
+
+
+@dataclass(frozen=True)
+class _Mode:
+    mode: str = "mean"
+
+
+def test_settings_that_would_share_a_folder_are_refused(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(HEADS._registered, "modal", Head("modal", lambda options, sizes: torch.nn.Identity(), _Mode))
+    grid = tmp_path / "grid.yaml"
+    grid.write_text('head.options.mode: ["mean/all", "max", "mean all"]\n')
+    message = (
+        r"in the sweep, two settings would share the folder .*/modes/mode-mean_all_seed-0 \(head\.options\.mode "
+        r"'mean/all' and 'mean all'\); leave one of the values to a sweep with another --name"
+    )
+    with pytest.raises(ConfigError, match=message):
+        run_sweep(with_run(tiny, "modal", head_name="modal"), seeds=[0], grid=grid, name="modes")
+    assert not (tiny.run.dir.parent / "sweeps").exists()
 
 
 def test_nothing_to_vary_and_bad_values(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:

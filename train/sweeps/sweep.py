@@ -93,8 +93,8 @@ def run_sweep(
         `<table>/sweeps/<name>/sweep.json`; beside it `sweep.csv` and `sweep.png`.
 
     Raises:
-        ConfigError: the grid names an option that all runs share, or an invalid value, or the folder holds runs with
-            other settings or cannot be written.
+        ConfigError: the grid names an option that all runs share, an invalid value, or a value twice; two settings
+            would share a folder; or the folder holds runs with other settings or cannot be written.
         RunError: the loss of a run is not finite, and the results of the others are written; or clips were encoded
             again after finished runs had been trained on them.
         Stopped: SIGINT or SIGTERM interrupted training; the same command resumes it.
@@ -104,8 +104,9 @@ def run_sweep(
         raise ConfigError(f"--name is {name!r}; expected letters, digits, dots, dashes and underscores")
     out = table_folder(config) / "sweeps" / name
     axes = read_axes(ratios, seeds, grid)
-    typed = {(option, json.dumps(value)): _checked(option, value) for option in axes for value in axes[option]}
+    typed = typed_values(axes)
     runs = [(overrides, run_config(config, overrides, typed, out)) for overrides in combinations(axes)]
+    _require_own_folders(runs)
     for _, run in runs:
         check_head(run.head)
         run_folder.require_same_settings(run.run.dir, run)
@@ -279,7 +280,8 @@ def read_axes(
     """Values by option that varies.
 
     Raises:
-        ConfigError: the grid file is missing or malformed, or names options that cannot vary.
+        ConfigError: the grid file is missing or malformed, names options that cannot vary, or gives the values of
+            `ratios` or `seeds` once more.
     """
     axes: dict[str, Sequence[Any]] = {}
     if grid is not None:
@@ -294,16 +296,44 @@ def read_axes(
         if not isinstance(read, dict) or not all(isinstance(values, list) and values for values in read.values()):
             raise ConfigError(f"--grid {grid}: expected lines such as head.dropout: [0.0, 0.1]")
         axes |= {str(option): values for option, values in read.items()}
-    axes |= {option: v for option, v in (("head.ratio", ratios), ("train.seed", seeds)) if v is not None}
+    for option, argument, given in (("head.ratio", "--ratios", ratios), ("train.seed", "--seeds", seeds)):
+        if given is not None and option in axes:
+            raise ConfigError(
+                f"{argument} is {list(given)}, but --grid {grid} also has {option}, as {list(axes[option])}; give its "
+                "values in one place"
+            )
+        if given is not None:
+            axes[option] = given
     allowed = [o for o in option_names() if o.split(".")[0] in ("head", "train") and o not in SHARED]
-    for option, values in axes.items():
+    for option in axes:
         if option not in allowed and not option.startswith(HEAD_OPTIONS):
             raise ConfigError(f"{option} cannot vary in a sweep; expected one of {', '.join(allowed)}")
-        if len({json.dumps(value) for value in values}) < len(values):
-            raise ConfigError(f"{option} has a value twice in {list(values)}; list each value once")
     if not axes:
         raise ConfigError("nothing varies; give --ratios 0.1 0.25 1.0, --seeds 0 1 2 or --grid FILE")
     return axes
+
+
+def typed_values(axes: Mapping[str, Sequence[Any]]) -> dict[tuple[str, str], Any]:
+    """The values in the types of the schema, by option and `_key`.
+
+    Raises:
+        ConfigError: a value is invalid, or an option has a value twice, such as `1e-3`, a text in YAML, and `0.001`.
+    """
+    typed: dict[tuple[str, str], Any] = {}
+    for option, values in axes.items():
+        listed: list[tuple[Any, Any]] = []
+        for value in values:
+            parsed = _checked(option, value)
+            for other, written in listed:
+                # In Python, True equals 1.
+                if parsed == other and isinstance(parsed, bool) == isinstance(other, bool):
+                    raise ConfigError(
+                        f"in the sweep, {option} has a value twice in {list(values)}: {written!r} and {value!r} are "
+                        "the same; list each value once"
+                    )
+            listed.append((parsed, value))
+            typed[option, _key(value)] = parsed
+    return typed
 
 
 def combinations(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -321,12 +351,38 @@ def run_config(config: Config, overrides: Overrides, typed: Mapping[tuple[str, s
         fields = changes.setdefault(section, {})
         if option.startswith(HEAD_OPTIONS):
             own = fields.setdefault("options", dict(config.head.options or {}))
-            own[option.removeprefix(HEAD_OPTIONS)] = typed[option, json.dumps(value)]
+            own[option.removeprefix(HEAD_OPTIONS)] = typed[option, _key(value)]
         else:
-            fields[field] = typed[option, json.dumps(value)]
+            fields[field] = typed[option, _key(value)]
     # All options of a section at once: an option may be valid only together with another.
     sections |= {section: replace(getattr(config, section), **fields) for section, fields in changes.items()}
     return replace(config, **sections)
+
+
+def _require_own_folders(runs: Sequence[tuple[Overrides, Config]]) -> None:
+    """Refuse two runs of one folder, of which only one would be trained: folders have few characters in their names.
+
+    Raises:
+        ConfigError: two settings have one folder.
+    """
+    owners: dict[Path, Overrides] = {}
+    for overrides, run in runs:
+        first = owners.setdefault(run.run.dir, overrides)
+        if first is not overrides:
+            different = ", ".join(
+                f"{option} {first[option]!r} and {overrides[option]!r}"
+                for option in overrides
+                if _key(first[option]) != _key(overrides[option])
+            )
+            raise ConfigError(
+                f"in the sweep, two settings would share the folder {run.run.dir} ({different}); leave one of the "
+                "values to a sweep with another --name"
+            )
+
+
+def _key(value: Any) -> str:
+    """A text for a value as the grid has it, which may be a list."""
+    return json.dumps(value, default=str)
 
 
 def _slug(value: Any) -> str:
@@ -346,7 +402,7 @@ def _checked(option: str, value: Any) -> Any:
     section, field = option.split(".", 1)
     parser = _ValueParser(prog="sweep")
     add_config_arguments(parser)
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else _key(value)
     # What it has to fit in other sections is checked with the config that it becomes a part of.
     sections, _ = parse_sections(parser, [f"--{option}={text}"])
     if option.startswith(HEAD_OPTIONS):
