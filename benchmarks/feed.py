@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))  # runs without being installed
 
 from benchmarks._feed_videos import KINDS, Kind, decode_bare, wanted, write_video  # noqa: E402
 from egopatch.configs.schema import VideoConfig  # noqa: E402
-from egopatch.extract.children.ring import Ring  # noqa: E402
+from egopatch.extract.children.slots import SharedSlots  # noqa: E402
 from egopatch.extract.datasets import Clip  # noqa: E402
 from egopatch.extract.feed.clips import PreparedClip  # noqa: E402
 from egopatch.extract.feed.cut import cut_clip  # noqa: E402
@@ -176,8 +176,8 @@ def measure_bare(clips: list[Clip], times: list[list[int]]) -> float:
 
 def measure_handover(clip: Clip, count: int) -> float:
     """Clips a second from two children that decode nothing."""
-    ring = Ring(slots_for(8, 2, TOGETHER), 1 << 26)
-    with DecodePool(VIDEO, 2, partial(decode_nothing, transform=EGOVLP_TRANSFORM), ring) as pool:
+    slots = SharedSlots(slots_for(8, 2, TOGETHER), 1 << 26, "frames", "")
+    with DecodePool(VIDEO, 2, partial(decode_nothing, transform=EGOVLP_TRANSFORM), slots) as pool:
         feed(pool, [replace(clip, clip_id=f"warm{i}") for i in range(8)], None)
         started = time.perf_counter()
         done, *_ = feed(pool, [replace(clip, clip_id=str(i)) for i in range(count)], None)
@@ -188,7 +188,7 @@ def measure_writing(folder: Path, rounds: int, clips: int) -> dict[str, float]:
     """Milliseconds a clip of bare writing and of a worker's, taking turns, best of each; their ratio."""
     import torch
 
-    from egopatch.extract.writing.shard_writer import EncodedShard, ShardWriter
+    from egopatch.extract.writing.shard_writer import BackgroundShardWriter, EncodedShard
     from egopatch.features import Fingerprint, ShardWork, StoreSpec, create_store
 
     spec = StoreSpec.for_patches(frames=16, grid=(14, 14), width=768, dtype="float16", shard=clips)
@@ -211,7 +211,7 @@ def measure_writing(folder: Path, rounds: int, clips: int) -> dict[str, float]:
             ids = [f"c{i}" for i in range(SHARDS * clips)]
             store = create_store(Path(root) / "store", spec, Fingerprint({"benchmark": "feed"}), ids)
             started, used = time.perf_counter(), time.process_time()
-            with ShardWriter(store, max_errors=0) as writer:
+            with BackgroundShardWriter(store, max_errors=0) as writer:
                 for work, names in writer.leases([ShardWork(i, tuple(ids)) for i in range(SHARDS)]):
                     named = dict(zip(names, rows, strict=True))
                     writer.write(EncodedShard(work, "", named, dict.fromkeys(names, "sha")))

@@ -20,7 +20,7 @@ from egopatch.extract.encoders import (
 )
 from egopatch.extract.fingerprints import text_depth, text_fingerprint
 from egopatch.extract.worker.device import describe_machine, device_of
-from egopatch.extract.writing.shard_writer import EncodedShard, ShardWriter
+from egopatch.extract.writing.shard_writer import BackgroundShardWriter, EncodedShard
 from egopatch.features import Fingerprint, ShardWork, Store, StoreSpec, create_store
 from egopatch.features.common.progress import ProgressDisplay
 from egopatch.features.store.text_substore import TEXT_FOLDER
@@ -85,7 +85,7 @@ def encode_texts(network: TextNetwork, store: Store, works: Sequence[ShardWork])
     machine = describe_machine(network.device)
     with (
         ProgressDisplay("questions", sum(len(work.ids) for work in works), "questions") as display,
-        ShardWriter(store, max_errors=0) as writer,
+        BackgroundShardWriter(store, max_errors=0) as writer,
     ):
         for work, uncommitted in writer.leases(works):
             rows: dict[str, dict[str, torch.Tensor]] = {}

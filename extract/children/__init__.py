@@ -1,1 +1,1 @@
-"""Child processes of a job: `spawned` starts and ends them, `ring` is memory that they share with their parent."""
+"""Child processes of a job: `spawned` starts and ends them, `slots` is memory that they share with their parent."""

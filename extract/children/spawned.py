@@ -40,7 +40,7 @@ class SpawnedPool:
         doing: What the children do, such as `decoding`, for messages.
         workers: Number of children.
         initializer: Called in a child before its first task, with `initargs`; a child imports what it needs for them.
-        initargs: May hold what only a child that is being started can receive, such as a `Ring`.
+        initargs: May hold what only a child that is being started can receive, such as `SharedSlots`.
 
     Raises:
         ChildProcessError: No child can be started.
@@ -60,7 +60,7 @@ class SpawnedPool:
                 assert self._pool.active
         except BrokenProcessPool as error:
             self.close()
-            raise self.none_started() from error
+            raise self.start_error() from error
         except BaseException:  # such as a Ctrl-C that came meanwhile, which is raised at the end of the block
             self.close()
             raise
@@ -87,9 +87,9 @@ class SpawnedPool:
             with signals_held():  # pebble's queue would not survive an exception in its midst
                 return self._pool.schedule(function, args=args)
         except RuntimeError as error:
-            raise self.none_started() from error
+            raise self.start_error() from error
 
-    def none_started(self) -> ChildProcessError:
+    def start_error(self) -> ChildProcessError:
         """The error to raise where the pool, or a future, is broken."""
         return ChildProcessError(
             f"the child processes for {self.doing} cannot be started, or were killed while they had no work; check "

@@ -1,4 +1,4 @@
-"""A clip as a child leaves it for the encoder, and how it is left in shared memory and picked up from there."""
+"""A clip as a child leaves it for the encoder, and how it is written to shared memory and read from there."""
 
 import hashlib
 import math
@@ -98,7 +98,7 @@ def _file_sha256(version: FileVersion) -> str:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where in a slot an array was left: its first byte, shape and dtype."""
+    """Where in a slot an array lies: its first byte, shape and dtype."""
 
     offset: int
     shape: tuple[int, ...]
@@ -113,14 +113,14 @@ class _Place:
 
 
 @dataclass(frozen=True)
-class LeftClip:
-    """A prepared clip whose frames were left in shared memory: small enough to be sent through a pipe."""
+class SharedClip:
+    """A prepared clip whose frames are in shared memory: small enough to be sent through a pipe."""
 
     prepared: PreparedClip
     places: tuple[_Place, ...]
 
     @classmethod
-    def leave(cls, prepared: PreparedClip, memory: NDArray[np.uint8]) -> "LeftClip":
+    def write(cls, prepared: PreparedClip, memory: NDArray[np.uint8]) -> "SharedClip":
         """Copy the frames of `prepared` into `memory`, which is large enough; the only copy on their way."""
         frames = prepared.frames
         runs: list[Sequence[NDArray]] = (
@@ -134,7 +134,7 @@ class LeftClip:
         left = frames[:0] if isinstance(frames, np.ndarray) else tuple(replace(run, frames=()) for run in frames)
         return cls(replace(prepared, frames=left), tuple(places))
 
-    def pick_up(self, memory: NDArray[np.uint8], release: Callable[[], None]) -> PreparedClip:
+    def read(self, memory: NDArray[np.uint8], release: Callable[[], None]) -> PreparedClip:
         """The clip with its frames in `memory`, not copied."""
         arrays = [place.within(memory) for place in self.places]
         frames = self.prepared.frames
@@ -187,22 +187,22 @@ class _AfterAll:
 
 
 @dataclass(frozen=True)
-class LeftTogether:
-    """As `LeftClip`, one part behind another: each with its first byte in the memory."""
+class SharedTogether:
+    """As `SharedClip`, one part behind another: each with its first byte in the memory."""
 
-    parts: tuple[tuple[int, LeftClip], ...]
+    parts: tuple[tuple[int, SharedClip], ...]
     ways: tuple[int, ...]
 
     @classmethod
-    def leave(cls, prepared: PreparedTogether, memory: NDArray[np.uint8]) -> "LeftTogether":
+    def write(cls, prepared: PreparedTogether, memory: NDArray[np.uint8]) -> "SharedTogether":
         """Copy the frames of all parts into `memory`."""
-        parts: list[tuple[int, LeftClip]] = []
+        parts: list[tuple[int, SharedClip]] = []
         start = 0
         for part in prepared.parts:
-            parts.append((start, LeftClip.leave(part, memory[start:])))
+            parts.append((start, SharedClip.write(part, memory[start:])))
             start += -(-parts[-1][1].places[-1].end // ALIGNMENT) * ALIGNMENT
         return cls(tuple(parts), prepared.ways)
 
-    def pick_up(self, memory: NDArray[np.uint8], release: Callable[[], None]) -> PreparedTogether:
+    def read(self, memory: NDArray[np.uint8], release: Callable[[], None]) -> PreparedTogether:
         """The clip with its frames in `memory`, not copied."""
-        return PreparedTogether(tuple(left.pick_up(memory[start:], release) for start, left in self.parts), self.ways)
+        return PreparedTogether(tuple(left.read(memory[start:], release) for start, left in self.parts), self.ways)

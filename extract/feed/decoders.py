@@ -7,7 +7,7 @@ from functools import partial
 import psutil
 
 from egopatch.configs.schema import VideoConfig
-from egopatch.extract.children.ring import Ring
+from egopatch.extract.children.slots import SharedSlots
 from egopatch.extract.feed.clips import ALIGNMENT, PreparedClip, PreparedTogether
 from egopatch.extract.feed.cut import cut_clip, finish_cut
 from egopatch.extract.feed.on_host import finish_on_host, prepare_clip
@@ -21,7 +21,7 @@ LARGEST_SIDE = 1080  # of a square of pixels that fits a slot
 def open_decoders(
     video: VideoConfig, transform: Transform, workers: int, clips: int, cut: bool
 ) -> DecodePool[PreparedClip]:
-    """Children that leave clips in a ring of shared memory.
+    """Children that leave clips in slots of shared memory.
 
     Args:
         video: Number and size of frames, and limits.
@@ -35,7 +35,7 @@ def open_decoders(
     slots = slots_for(clips, workers, TOGETHER)
     most, slot_bytes = _sizes(video, slots, cut)
     prepare = partial(cut_clip, transform=transform, most=most) if cut else partial(prepare_clip, transform=transform)
-    return DecodePool(video, workers, prepare, Ring(slots, slot_bytes))
+    return DecodePool(video, workers, prepare, _frame_slots(slots, slot_bytes))
 
 
 def open_decoders_of_several(
@@ -53,7 +53,11 @@ def open_decoders_of_several(
         finishes.append(partial(finish, size=size, transform=transform))
     ways = [distinct.index((video.size, transform, cut)) for video, transform, cut in encoders]
     prepare = partial(prepare_together, finishes=finishes, ways=ways)
-    return DecodePool(video, workers, prepare, Ring(slots, slot_bytes))
+    return DecodePool(video, workers, prepare, _frame_slots(slots, slot_bytes))
+
+
+def _frame_slots(count: int, slot_bytes: int) -> SharedSlots:
+    return SharedSlots(count, slot_bytes, "frames between decoders and encoder", "engine.decoders")
 
 
 def _sizes(video: VideoConfig, clips: int, cut: bool) -> tuple[int, int]:

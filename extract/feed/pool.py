@@ -1,6 +1,6 @@
 """Decoding in child processes that can be killed, because a damaged video may hang its decoder or exhaust memory.
 
-Each child works on one clip at a time, under a time limit and a memory limit, and leaves its frames in a ring of shared
+Each child works on one clip at a time, under a time limit and a memory limit, and leaves its frames in a slot of shared
 memory. Whatever goes wrong with a clip comes back as text in an `UndecodedClip`: an error itself might not survive the
 way through the pipe.
 """
@@ -23,10 +23,10 @@ from typing import Generic, TypeVar
 from pebble import ProcessExpired, ProcessFuture
 
 from egopatch.configs.schema import VideoConfig
-from egopatch.extract.children.ring import Ring
+from egopatch.extract.children.slots import SharedSlots, inherit, inherited
 from egopatch.extract.children.spawned import SpawnedPool
 from egopatch.extract.datasets import Clip
-from egopatch.extract.feed.clips import LeftClip, LeftTogether, PreparedClip, PreparedTogether
+from egopatch.extract.feed.clips import PreparedClip, PreparedTogether, SharedClip, SharedTogether
 from egopatch.extract.feed.shared_folder import SharedFolder
 from egopatch.extract.video.index import VideoError
 from egopatch.extract.video.limits import OUT_OF_MEMORY, OUT_OF_TIME, limits, prepare_child
@@ -57,20 +57,21 @@ class DecodePool(Generic[Prepared]):
         video: Number and size of frames, and limits.
         workers: Number of child processes.
         prepare: Function that a child calls for each clip, and with what the children know about videos.
-        ring: Memory for the frames of every `PreparedClip`, with a slot for each clip that is decoded ahead (see `map`)
-            and for each that the caller has not yet released; None sends results through a pipe, which is slow for
-            frames.
+        slots: Memory for the frames of every `PreparedClip`: a slot for each clip that is decoded ahead (see `map`),
+            and for each that the caller has not yet released. None sends results through a pipe, slow for frames.
     """
 
-    def __init__(self, video: VideoConfig, workers: int, prepare: Prepare[Prepared], ring: Ring | None = None) -> None:
+    def __init__(
+        self, video: VideoConfig, workers: int, prepare: Prepare[Prepared], slots: SharedSlots | None = None
+    ) -> None:
         self._video = video
         self._workers = workers
         self._prepare = prepare
-        self._ring = ring
+        self._slots = slots
         self._shared = SharedFolder(video)
         try:
             # A child imports what `prepare` needs before its first clip.
-            self._children = SpawnedPool("decoding", workers, _start_child, video.memory_gb, ring, prepare)
+            self._children = SpawnedPool("decoding", workers, _start_child, video.memory_gb, slots, prepare)
         except BaseException:
             self._close_memory()
             raise
@@ -84,8 +85,8 @@ class DecodePool(Generic[Prepared]):
 
     def _close_memory(self) -> None:
         self._shared.remove()
-        if self._ring:
-            self._ring.close()
+        if self._slots:
+            self._slots.close()
 
     def map(
         self, clips: Iterable[Clip], ahead: int | None = None, together: int = 1
@@ -123,25 +124,25 @@ class DecodePool(Generic[Prepared]):
                         for clip, slot in zip(reversed(task.clips), reversed(task.slots), strict=True)
                     )
                     continue
-                results = [self._picked_up(UndecodedClip(task.clips[0], killed.reason), task.slots[0])]
+                results = [self._received(UndecodedClip(task.clips[0], killed.reason), task.slots[0])]
             else:
                 clip_s += (finished.seconds / len(task.clips) - clip_s) / 8
-                results = [self._picked_up(one, slot) for one, slot in zip(finished.results, task.slots, strict=True)]
+                results = [self._received(one, slot) for one, slot in zip(finished.results, task.slots, strict=True)]
             unfinished -= len(task.clips)
 
     def _submit(self, clips: list[Clip]) -> "_Task":
-        return self._schedule(clips, [self._ring.take() if self._ring else None for _ in clips])
+        return self._schedule(clips, [self._slots.take() if self._slots else None for _ in clips])
 
     def _schedule(self, clips: list[Clip], slots: list[int | None]) -> "_Task":
         future = self._children.schedule(_attempt_all, self._prepare, clips, self._video, self._shared.path, slots)
         return _Task(clips, slots, future)
 
-    def _picked_up(self, result: object, slot: int | None) -> Prepared | UndecodedClip:
-        ring = self._ring
-        if ring is not None and slot is not None:
-            if isinstance(result, LeftClip | LeftTogether):
-                return result.pick_up(ring.memory(slot), partial(ring.give_back, slot))  # type: ignore[return-value]
-            ring.give_back(slot)  # the child has ended or has reported its error: it does not write any more
+    def _received(self, result: object, slot: int | None) -> Prepared | UndecodedClip:
+        slots = self._slots
+        if slots is not None and slot is not None:
+            if isinstance(result, SharedClip | SharedTogether):
+                return result.read(slots.memory(slot), partial(slots.give_back, slot))  # type: ignore[return-value]
+            slots.give_back(slot)  # the child has ended or has reported its error: it does not write any more
         return result  # type: ignore[return-value]
 
     def _result_of(self, task: "_Task") -> "_TaskResult":
@@ -164,11 +165,11 @@ class DecodePool(Generic[Prepared]):
                 reason = f"the decoder of video {clip.video} died with exit code {error.exitcode}"
             raise _Killed(reason) from error
         except BrokenProcessPool as error:
-            raise self._children.none_started() from error
+            raise self._children.start_error() from error
 
 
 def slots_for(clips: int, workers: int, together: int) -> int:
-    """Slots of a ring for `clips` that come one by one, or up to `together` at a time; see `DecodePool.map`.
+    """Number of slots for `clips` that come one by one, or up to `together` at a time; see `DecodePool.map`.
 
     Then `2 * workers * (together - 1)` more are decoded ahead, and those of the last task wait to be taken.
     """
@@ -211,7 +212,7 @@ def _attempt_all(
 
 def _attempt(
     prepare: Prepare[Prepared], clip: Clip, video: VideoConfig, shared: Path, slot: int | None
-) -> Prepared | LeftClip | LeftTogether | UndecodedClip:
+) -> Prepared | SharedClip | SharedTogether | UndecodedClip:
     """Prepare one clip in a child, within the limits."""
     try:
         with limits(video):
@@ -219,9 +220,9 @@ def _attempt(
             whole = clip.start_s is None and clip.end_s is None
             result = prepare(clip, video, OncePerVideo() if whole else _once(shared))
             if slot is not None and isinstance(result, PreparedClip):
-                return LeftClip.leave(result, _rings[0].memory(slot))
+                return SharedClip.write(result, inherited().memory(slot))
             if slot is not None and isinstance(result, PreparedTogether):
-                return LeftTogether.leave(result, _rings[0].memory(slot))
+                return SharedTogether.write(result, inherited().memory(slot))
             return result
     except BaseException as error:  # this clip's, whatever it is
         return UndecodedClip(clip, _reason(error, clip, video), traceback.format_exc())
@@ -251,16 +252,13 @@ def _once(shared: Path) -> OncePerVideo:
     return OncePerVideo(shared)
 
 
-_rings: list[Ring] = []  # in a child, its pool's: set once, when it starts
-
-
-def _start_child(memory_gb: float, ring: Ring | None, _: object) -> None:
+def _start_child(memory_gb: float, slots: SharedSlots | None, _: object) -> None:
     # All children together use all cores: what the parent does for the encoder, mostly short, comes first.
     os.nice(NICENESS)
     # One thread a child, whether torch is imported already or later.
     os.environ["OMP_NUM_THREADS"] = "1"
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
-    if ring is not None:
-        _rings.append(ring)
+    if slots is not None:
+        inherit(slots)
     prepare_child(memory_gb)

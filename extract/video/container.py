@@ -77,7 +77,7 @@ class VideoFile:
         self._upright = Upright(path)
         self._on_gpu = on_gpu
         self._container = container
-        self._stream = _film(path, container)
+        self._stream = _video_stream(path, container)
         self._logged = logged
         self._version = version
         self._once = once
@@ -139,7 +139,7 @@ class VideoFile:
                 raise self._damaged(stop.row)
             stop, back = again, 2 * back + 1
         with _opened(self.path, self._on_gpu, self._logged) as container:
-            packets = container.demux(_film(self.path, container))
+            packets = container.demux(_video_stream(self.path, container))
             last = self._decode(packets, 0, rows, found)
         if last is None:
             return
@@ -336,7 +336,7 @@ class VideoFile:
     def _read_frames(self) -> FrameIndex:
         # Opened again: not every container can seek back to its first packet.
         with reading_through(self._version[1]), _opened(self.path) as container:
-            return index_of_frames(self.path, container, _film(self.path, container), self._logged)
+            return index_of_frames(self.path, container, _video_stream(self.path, container), self._logged)
 
 
 @contextmanager
@@ -396,7 +396,7 @@ def _opened(path: Path, on_gpu: bool = False, logged: Sequence[LogLine] = ()) ->
         return open_file()
 
 
-def _film(path: Path, container: "av.container.InputContainer") -> "av.VideoStream":
+def _video_stream(path: Path, container: "av.container.InputContainer") -> "av.VideoStream":
     """The picture track that players show: never a cover or a preview where there is another."""
     films = [stream for stream in container.streams.video if not stream.disposition & NOT_THE_FILM]
     if not films:

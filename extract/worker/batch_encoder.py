@@ -15,7 +15,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from egopatch.extract.children.ring import Ring
+from egopatch.extract.children.slots import SharedSlots
 from egopatch.extract.encoders import VideoEncoder
 from egopatch.extract.feed.clips import PreparedClip
 from egopatch.features import PatchTokens
@@ -53,11 +53,11 @@ class BatchEncoder(ABC):
         seconds: Time that this process has spent on starting batches and on waiting for them so far.
         handover_s: Time that it has spent on taking clips.
         busy_s: Time for which the encoder has computed.
-        ring: Memory of all rows that other processes can share; None if they are this process's alone.
+        slots: Memory of all rows that other processes can share; None if they are this process's alone.
     """
 
     held: int
-    ring: Ring | None = None
+    slots: SharedSlots | None = None
 
     def __init__(self, encoder: VideoEncoder, size: int, dtype: StoredDtype) -> None:
         self._encoder = encoder

@@ -98,10 +98,10 @@ class DeviceEncoder(BatchEncoder):
         self._compute = self._streams.current_stream(self._device)
         self._in, self._out = (torch.cuda.Stream(self._device) if self._on_cuda else torch.cpu.Stream() for _ in "io")
         self._transform = DeviceTransform(transform, encoder.size, self._device)
-        self._slots = _PinnedSlots() if self._on_cuda else None
+        self._pinned_slots = _PinnedSlots() if self._on_cuda else None
         pin, unpin = (self._pin, _unpin) if self._on_cuda else (_nothing, _nothing)
         self._results = ResultMemory(batches, batch * self._row_bytes(), pin, unpin)
-        self.ring = self._results.ring
+        self.slots = self._results.slots
         self._frames: Tensor | None = None
         self._encode: Callable[[], PatchTokens] = self._encode_eagerly
         if self._on_cuda and capture:
@@ -118,8 +118,8 @@ class DeviceEncoder(BatchEncoder):
         self._streams.synchronize(self._device)  # copies may still read memory that is about to be freed
         del self._encode  # it refers to this object, which would keep the memory until a collection
         self._results.close()
-        if self._slots:
-            self._slots.release()
+        if self._pinned_slots:
+            self._pinned_slots.release()
 
     def _pin(self, memory: NDArray[np.uint8]) -> None:
         """Called in another thread, which begins on the first GPU."""
@@ -136,8 +136,8 @@ class DeviceEncoder(BatchEncoder):
 
     def _receive(self, clip: PreparedClip) -> None:
         """Queue the copy of the frames to the device."""
-        if self._slots and clip.memory is not None:
-            self._slots.cover(clip.memory, clip.memory_used)
+        if self._pinned_slots and clip.memory is not None:
+            self._pinned_slots.cover(clip.memory, clip.memory_used)
         received, place = self._received, self._received.clips
         with self._streams.stream(self._in):
             if isinstance(clip.frames, tuple) and len(clip.frames) == 1:

@@ -22,7 +22,7 @@ from egopatch.extract.worker.batch_encoder import BatchEncoder, EncodedBatch, Ro
 from egopatch.extract.worker.device import describe_machine
 from egopatch.extract.worker.job import ExtractionJob
 from egopatch.extract.worker.job_stats import JobStats, Stages
-from egopatch.extract.writing.shard_writer import EncodedShard, ShardWriter
+from egopatch.extract.writing.shard_writer import BackgroundShardWriter, EncodedShard
 from egopatch.features import Failure, ShardWork, Store
 from egopatch.features.state.origin import Origin
 
@@ -137,7 +137,9 @@ def fill_stores(
         fillings = []
         for target, one in zip(targets, batches, strict=True):
             # Ends before the encoder, in whose memory its rows are.
-            writer = stack.enter_context(ShardWriter(target.store, target.job.config.engine.max_errors, one.ring))
+            writer = stack.enter_context(
+                BackgroundShardWriter(target.store, target.job.config.engine.max_errors, one.slots)
+            )
             fillings.append(_Filling(target, one, writer, clips, on_progress))
         requested: deque[list[int]] = deque()  # of each clip that is being decoded, the targets that lack it
         results = _TimedResults(pool.map(_merged(fillings, clips, requested), ahead, TOGETHER))
@@ -192,7 +194,7 @@ class _Filling:
         self,
         target: Target,
         batches: BatchEncoder,
-        writer: ShardWriter,
+        writer: BackgroundShardWriter,
         clips: Mapping[str, Clip],
         on_progress: Callable[[int, int], None],
     ) -> None:

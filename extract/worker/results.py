@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from egopatch.extract.children.ring import Ring
+from egopatch.extract.children.slots import SharedSlots
 from egopatch.features.common.signals import signals_held
 
 _ALIGNMENT = 64
@@ -32,7 +32,7 @@ class ResultMemory:
         unpin: Called with the same memory at the end.
 
     Attributes:
-        ring: The memory.
+        slots: The memory, a slot for each buffer.
     """
 
     def __init__(
@@ -42,7 +42,9 @@ class ResultMemory:
         pin: Callable[[NDArray[np.uint8]], None],
         unpin: Callable[[NDArray[np.uint8]], None],
     ) -> None:
-        self.ring = Ring(batches, nbytes + _ARRAYS * _ALIGNMENT, "encoded batches", "store.shard, of a new store,")
+        self.slots = SharedSlots(
+            batches, nbytes + _ARRAYS * _ALIGNMENT, "encoded batches", "store.shard, of a new store,"
+        )
         self._pin = pin
         self._unpin = unpin
         self._pinned: list[NDArray[np.uint8]] = []
@@ -61,7 +63,7 @@ class ResultMemory:
         for memory in self._pinned:
             self._unpin(memory)
         self._pinned.clear()
-        self.ring.close()
+        self.slots.close()
 
     def like(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors on the host of the same shapes and dtypes, in a free buffer; it is free again when all are dropped.
@@ -73,7 +75,7 @@ class ResultMemory:
         for tensor in tensors.values():
             starts.append(end)
             end += -(-prod(tensor.shape) * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
-        assert end <= self.ring.slot_bytes, f"a batch has {end} bytes; its memory has {self.ring.slot_bytes}"
+        assert end <= self.slots.slot_bytes, f"a batch has {end} bytes; its memory has {self.slots.slot_bytes}"
         memory = torch.from_numpy(self._take())
         return {
             name: memory[start : start + prod(tensor.shape) * tensor.element_size()]
@@ -87,7 +89,7 @@ class ResultMemory:
             memory = self._free.get_nowait()
         except queue.Empty:
             memory = (self._coming.popleft() if self._coming else self._submit()).result()
-            if not self._coming and self.buffers < self.ring.slots:
+            if not self._coming and self.buffers < self.slots.count:
                 # As many as this are in use, so the next batch will need one too.
                 self._coming.append(self._submit())
         # torch keeps this view as long as there is a tensor in it.
@@ -100,7 +102,7 @@ class ResultMemory:
             return self._thread.submit(self._make)
 
     def _make(self) -> NDArray[np.uint8]:
-        memory = self.ring.memory(self.ring.take())
+        memory = self.slots.memory(self.slots.take())
         self._pin(memory)
         self._pinned.append(memory)
         return memory

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pebble import ProcessExpired
 
-from egopatch.extract.children.ring import Ring
+from egopatch.extract.children.slots import SharedSlots, inherit, inherited
 from egopatch.extract.children.spawned import SpawnedPool
 from egopatch.extract.errors import JobFailed
 from egopatch.features.formats.registry import format_named
@@ -24,17 +24,17 @@ _SMALL = 1 << 16  # bytes of a row that may be pickled
 
 
 class CommitProcesses(SpawnedPool):
-    """Children that commit shards of a store in a folder whose rows lie in `ring`; a `features.state.commit.Committer`.
+    """Children that commit shards of a store in a folder; a `features.state.commit.Committer`.
 
     Args:
-        ring: Memory of the rows.
+        slots: Memory in which the rows lie.
         count: Number of children; as many threads may call at a time.
         file_format: Name of the stores' file format, which children import before their first shard.
     """
 
-    def __init__(self, ring: Ring, count: int, file_format: str) -> None:
-        self._ring = ring
-        super().__init__("writing", count, _start_child, ring, file_format)
+    def __init__(self, slots: SharedSlots, count: int, file_format: str) -> None:
+        self._slots = slots
+        super().__init__("writing", count, _start_child, slots, file_format)
 
     def __call__(self, target: CommitTarget, commit: ShardCommit) -> None:
         """As `commit_shard`; shards with large rows from elsewhere are committed by this process.
@@ -55,19 +55,19 @@ class CommitProcesses(SpawnedPool):
                 f"{error.exitcode}), perhaps because memory ran out; run the same command again to resume"
             ) from error
         except BrokenProcessPool as error:
-            raise self.none_started() from error
+            raise self.start_error() from error
 
     def _shared(self, commit: ShardCommit) -> ShardCommit | None:
-        """The commit as a child can receive it; None if it holds large rows that are not in the ring."""
+        """The commit as a child can receive it; None if it holds large rows that are in no slot."""
         arrays: list[tuple[ArraySpec, Sequence[RowSource]]] = []
         for array, sources in commit.sources:
             rows = []
             for source in sources:
                 row = source.content()
-                offset = self._ring.offset_of(row)
+                offset = self._slots.offset_of(row)
                 if offset is None and row.nbytes > _SMALL:
                     return None
-                content = _Sent(row) if offset is None else _InRing(offset, row.dtype.str, row.shape)
+                content = _Sent(row) if offset is None else _InSlots(offset, row.dtype.str, row.shape)
                 rows.append(replace(source, content=content))
             arrays.append((array, rows))
         return replace(commit, sources=arrays)
@@ -84,8 +84,8 @@ class _Sent:
 
 
 @dataclass(frozen=True)
-class _InRing:
-    """A row that a child finds in its ring."""
+class _InSlots:
+    """A row that a child finds in its slots."""
 
     offset: int
     dtype: str
@@ -94,12 +94,9 @@ class _InRing:
     def __call__(self) -> NDArray:
         dtype = np.dtype(self.dtype)
         nbytes = int(np.prod(self.shape)) * dtype.itemsize
-        return _rings[0].at(self.offset, nbytes).view(dtype).reshape(self.shape)
+        return inherited().at(self.offset, nbytes).view(dtype).reshape(self.shape)
 
 
-_rings: list[Ring] = []  # in a child, its pool's: set once, when it starts
-
-
-def _start_child(ring: Ring, file_format: str) -> None:
+def _start_child(slots: SharedSlots, file_format: str) -> None:
     format_named(file_format)
-    _rings.append(ring)
+    inherit(slots)

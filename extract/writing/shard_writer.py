@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import TypeVar
 
-from egopatch.extract.children.ring import Ring
+from egopatch.extract.children.slots import SharedSlots
 from egopatch.extract.errors import JobFailed
 from egopatch.extract.writing.commit_processes import CommitProcesses
 from egopatch.features import Failure, ShardOwned, ShardWork, Store, StoreError
@@ -59,13 +59,13 @@ def shards_at_once() -> int:
     return min(4, max(2, usable_cores() // 4))
 
 
-class ShardWriter:
+class BackgroundShardWriter:
     """Leases and writes shards; a context manager, which releases the leases at its end.
 
     Args:
         store: Store that is open for writing.
         max_errors: Clips that may be in quarantine: a count, or a share of all clips.
-        ring: Memory of the rows, if other processes can share it. Child processes then commit the shards of a store in
+        slots: Memory of the rows, if other processes can share it. Child processes then commit the shards of a store in
             a folder, unless its rows are quantised, which is done when they are written.
 
     Attributes:
@@ -75,13 +75,13 @@ class ShardWriter:
         wait_s: Seconds for which the caller waited for writing.
     """
 
-    def __init__(self, store: Store, max_errors: int | float, ring: Ring | None = None) -> None:
+    def __init__(self, store: Store, max_errors: int | float, slots: SharedSlots | None = None) -> None:
         self._store = store
         self._max_errors = max_errors
         self._at_once = shards_at_once()
         quantised = any(array.dtype in QUANTISED for array in store.spec.arrays)
-        shared = ring is not None and store.catalog.storage.in_place and not quantised
-        self._children = CommitProcesses(ring, self._at_once, store.format) if ring and shared else None
+        shared = slots is not None and store.catalog.storage.in_place and not quantised
+        self._children = CommitProcesses(slots, self._at_once, store.format) if slots and shared else None
         self._leasing = ThreadPoolExecutor(1, thread_name_prefix="leases")
         self._writing = ThreadPoolExecutor(self._at_once, thread_name_prefix="shards")
         self._leases: dict[int, ExitStack] = {}
@@ -95,7 +95,7 @@ class ShardWriter:
         self.write_s = 0.0
         self.wait_s = 0.0
 
-    def __enter__(self) -> "ShardWriter":
+    def __enter__(self) -> "BackgroundShardWriter":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -21,7 +21,7 @@ import pytest
 
 from egopatch.extract import run
 from egopatch.extract.__main__ import main
-from egopatch.extract.children.ring import Ring
+from egopatch.extract.children.slots import SharedSlots
 from egopatch.extract.commands.run import HELD
 from egopatch.extract.datasets import load_dataset
 from egopatch.extract.engines.interrupts import REQUEUE, Requeue, requeue_on_signals
@@ -201,9 +201,9 @@ def test_a_full_disk_is_one_line_and_the_job_resumes(
     """A limit on the size of files stands for the disk, and fails in the same calls."""
     patches = max(path.stat().st_size for path in (made / "store" / "patches").glob("c*"))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    make = Ring.__init__
+    make = SharedSlots.__init__
 
-    def make_without_limit(self: Ring, *args: Any) -> None:
+    def make_without_limit(self: SharedSlots, *args: Any) -> None:
         """The frames' memory, which this limit counts as a file although it is on no disk."""
         limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -212,7 +212,7 @@ def test_a_full_disk_is_one_line_and_the_job_resumes(
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
 
-    monkeypatch.setattr(Ring, "__init__", make_without_limit)
+    monkeypatch.setattr(SharedSlots, "__init__", make_without_limit)
 
     def run_with(limit: int) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))

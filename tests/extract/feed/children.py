@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from egopatch.configs.schema import VideoConfig
-from egopatch.extract.children.ring import Ring
+from egopatch.extract.children.slots import SharedSlots
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.clips import PreparedClip
 from egopatch.extract.feed.cut import cut_clip
@@ -62,7 +62,7 @@ def decode_many(video: Path) -> None:
     config = VideoConfig(frames=2, size=32)
     prepare = partial(cut_clip, transform=EGOVLP_TRANSFORM, most=1 << 20)
     before = (0, 0)
-    with DecodePool(config, 2, prepare, Ring(5, 1 << 20)) as pool:
+    with DecodePool(config, 2, prepare, SharedSlots(5, 1 << 20, "frames", "")) as pool:
         for number, result in enumerate(pool.map([Clip(str(i), video) for i in range(1000)])):
             assert isinstance(result, PreparedClip), result
             result.release()
@@ -76,9 +76,9 @@ def _open_files() -> int:
 
 
 def wait_for_the_end(video: Path) -> None:
-    """Have children with a ring, print their numbers, and wait to be killed."""
+    """Have children with slots, print their numbers, and wait to be killed."""
     prepare = partial(cut_clip, transform=EGOVLP_TRANSFORM, most=1 << 20)
-    with DecodePool(VideoConfig(frames=2, size=32), 2, prepare, Ring(5, 1 << 20)) as pool:
+    with DecodePool(VideoConfig(frames=2, size=32), 2, prepare, SharedSlots(5, 1 << 20, "frames", "")) as pool:
         results = list(pool.map([Clip(str(i), video) for i in range(4)]))
         assert all(isinstance(result, PreparedClip) for result in results), results
         print(pool._shared.path, *(child.pid for child in psutil.Process().children(recursive=True)), flush=True)

@@ -19,7 +19,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Number and bytes of the slots that were made, without any child."""
     slots: list[tuple[int, int]] = []
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=FREE))
-    monkeypatch.setattr(decoders, "Ring", lambda count, size, *_: slots.append((count, size)))
+    monkeypatch.setattr(decoders, "SharedSlots", lambda count, size, *_: slots.append((count, size)))
     monkeypatch.setattr(decoders, "DecodePool", lambda *_: None)
     return slots
 

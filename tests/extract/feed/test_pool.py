@@ -15,7 +15,7 @@ from pebble import ProcessPool
 from pebble.pool import process as pebble_processes
 
 from egopatch.configs.schema import VideoConfig
-from egopatch.extract.children.ring import Ring
+from egopatch.extract.children.slots import SharedSlots
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed import clips as feed_clips
 from egopatch.extract.feed.clips import PreparedClip
@@ -45,7 +45,7 @@ def hang() -> None:
 
 
 def hang_outside_of_python() -> None:
-    """The interpreter's lock is never given back, as by a decoder that loops inside a library."""
+    """The GIL is never given back, as by a decoder that loops inside a library."""
     re.match("(a?){64}a{64}", "a" * 64)
 
 
@@ -134,9 +134,9 @@ def test_quick_clips_share_tasks_and_a_killed_child_costs_one_of_them(monkeypatc
     monkeypatch.setattr(ProcessPool, "schedule", count)
     names = [str(i) for i in range(100)]
     names[80] = names[95] = "die"
-    with DecodePool(SMALL, 2, name_or_die, Ring(slots_for(4, 2, 4), 1 << 12)) as pool:
+    with DecodePool(SMALL, 2, name_or_die, SharedSlots(slots_for(4, 2, 4), 1 << 12, "names", "")) as pool:
         results = list(pool.map((Clip(name, Path("a.mp4")) for name in names), ahead=4, together=4))
-        assert len(pool._ring._free) == slots_for(4, 2, 4)
+        assert len(pool._slots._free) == slots_for(4, 2, 4)
     for name, result in zip(names, results, strict=True):
         if name == "die":
             assert isinstance(result, UndecodedClip)

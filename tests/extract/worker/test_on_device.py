@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from egopatch.configs.schema import Config, ConfigError, EncoderConfig, EngineConfig, StoreConfig, VideoConfig
-from egopatch.extract.children.ring import Ring
+from egopatch.extract.children.slots import SharedSlots
 from egopatch.extract.datasets import Clip
 from egopatch.extract.encoders import find_network, load_video_encoder
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
-from egopatch.extract.feed.clips import LeftClip, Pixels, PreparedClip
+from egopatch.extract.feed.clips import Pixels, PreparedClip, SharedClip
 from egopatch.extract.feed.on_host import to_input
 from egopatch.extract.video.frames import read_frames
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
@@ -27,7 +27,7 @@ from egopatch.extract.worker.job_stats import JobStats
 from egopatch.extract.worker.on_device import DeviceEncoder, _rows_finite
 from egopatch.extract.worker.pipeline import encode_shards
 from egopatch.extract.writing.commit_processes import CommitProcesses
-from egopatch.extract.writing.shard_writer import EncodedShard, ShardWriter
+from egopatch.extract.writing.shard_writer import BackgroundShardWriter, EncodedShard
 from egopatch.features import Fingerprint, PatchTokens, create_store
 from egopatch.features.state.commit import CommitTarget, ShardCommit
 from egopatch.features.tools.verify import verify
@@ -44,11 +44,11 @@ def encoder(tmp_path: Path) -> VideoEncoder:
 
 
 class Slots:
-    """Pixels of clips in a ring's memory, and which of them were released."""
+    """Pixels of clips in shared slots, and which of them were released."""
 
     def __init__(self, side: int) -> None:
         self.side = side
-        self.ring = Ring(32, 1 << 18)
+        self.slots = SharedSlots(32, 1 << 18, "pixels", "")
         self.released: list[str] = []
         self.frames: dict[str, list[np.ndarray]] = {}
 
@@ -70,16 +70,16 @@ class Slots:
         return self._left(name, to_input(frames, self.side).numpy())
 
     def _left(self, name: str, frames: np.ndarray | tuple[Pixels, ...]) -> PreparedClip:
-        slot = self.ring.take()
-        memory = self.ring.memory(slot)
+        slot = self.slots.take()
+        memory = self.slots.memory(slot)
         times = np.arange(FRAMES, dtype=np.float32)
-        left = LeftClip.leave(PreparedClip(Clip(name, Path("a")), frames, times, "hash", 1, 0.0), memory)
+        left = SharedClip.write(PreparedClip(Clip(name, Path("a")), frames, times, "hash", 1, 0.0), memory)
 
         def release() -> None:
             memory[:] = 255  # another child writes there now
             self.released.append(name)
 
-        return left.pick_up(memory, release)
+        return left.read(memory, release)
 
 
 def run(batches: BatchEncoder, clips: list[PreparedClip]) -> EncodedBatch:
@@ -233,7 +233,7 @@ def whole(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_whole_job(whole: WholeJob, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Children that cut and children that write, rings, copies, batches that end with shards, a store that verifies."""
+    """Children that cut and children that write, slots, copies, batches that end with shards, a store that verifies."""
     commits: list[ShardCommit] = []
 
     def seen(self: CommitProcesses, target: CommitTarget, commit: ShardCommit) -> None:
@@ -259,18 +259,18 @@ def test_a_whole_job(whole: WholeJob, device: torch.device, monkeypatch: pytest.
 
 def test_a_write_that_has_begun_is_finished(whole: WholeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows are the encoder's, which may not let go of them before."""
-    write, slowly = ShardWriter.write, ShardWriter._write
+    write, slowly = BackgroundShardWriter.write, BackgroundShardWriter._write
 
-    def interrupted(self: ShardWriter, shard: EncodedShard) -> None:
+    def interrupted(self: BackgroundShardWriter, shard: EncodedShard) -> None:
         write(self, shard)
         raise KeyboardInterrupt
 
-    def late(self: ShardWriter, shard: EncodedShard) -> tuple[int, int]:
+    def late(self: BackgroundShardWriter, shard: EncodedShard) -> tuple[int, int]:
         time.sleep(0.5)
         return slowly(self, shard)
 
-    monkeypatch.setattr(ShardWriter, "write", interrupted)
-    monkeypatch.setattr(ShardWriter, "_write", late)
+    monkeypatch.setattr(BackgroundShardWriter, "write", interrupted)
+    monkeypatch.setattr(BackgroundShardWriter, "_write", late)
     with pytest.raises(KeyboardInterrupt):
         whole.run()
     whole.store.catalog.refresh()
@@ -282,15 +282,15 @@ def test_a_job_that_cannot_start_keeps_no_memory(whole: WholeJob, monkeypatch: p
     def refuse(*_: object) -> None:
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
-    def rings() -> int:
-        return sum("/memfd:egopatch-ring" in line for line in Path("/proc/self/maps").read_text().splitlines())
+    def memories() -> int:
+        return sum("/memfd:egopatch-slots" in line for line in Path("/proc/self/maps").read_text().splitlines())
 
-    before = rings()
+    before = memories()
     monkeypatch.setattr("pebble.pool.process.launch_process", refuse)
     with pytest.raises(ChildProcessError, match="cannot be started"):
         whole.run()
     gc.collect()  # the traceback
-    assert rings() == before
+    assert memories() == before
 
 
 @pytest.mark.cuda

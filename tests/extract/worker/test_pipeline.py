@@ -17,7 +17,7 @@ from egopatch.extract.feed.pool import UndecodedClip
 from egopatch.extract.worker.job_stats import JobStats, Stages
 from egopatch.extract.worker.on_cores import CoreEncoder
 from egopatch.extract.worker.pipeline import encode_shards
-from egopatch.extract.writing.shard_writer import ShardWriter, TooManyErrors, shards_at_once
+from egopatch.extract.writing.shard_writer import BackgroundShardWriter, TooManyErrors, shards_at_once
 from egopatch.features import Fingerprint, PatchTokens, ShardOwned, Store, StoreError, StoreSpec, create_store
 from egopatch.features.io import file_lease as lease
 
@@ -150,19 +150,19 @@ def test_one_bad_clip_too_many_stops_the_job(store: Store, run: Callable[..., Jo
 def test_a_slow_disk_is_overlapped_and_then_waited_for(
     store: Store, run: Callable[..., JobStats], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk, waits, write, wait = threading.Event(), threading.Event(), store.write_shard, ShardWriter._wait_for
+    disk, waits, write, wait = threading.Event(), threading.Event(), store.write_shard, BackgroundShardWriter._wait_for
 
     def slow(*args: object) -> None:
         assert disk.wait(60)
         write(*args)  # type: ignore[arg-type]
 
-    def waiting(writer: ShardWriter, unfinished: int) -> None:
+    def waiting(writer: BackgroundShardWriter, unfinished: int) -> None:
         if len(writer._unfinished) > unfinished:
             waits.set()  # from here on the job's thread does nothing until the disk is free
         wait(writer, unfinished)
 
     monkeypatch.setattr(store, "write_shard", slow)
-    monkeypatch.setattr(ShardWriter, "_wait_for", waiting)
+    monkeypatch.setattr(BackgroundShardWriter, "_wait_for", waiting)
     encoder, decoders = Encoder(), Decoders()
     job = threading.Thread(target=run, args=(encoder, decoders))
     job.start()

@@ -16,10 +16,10 @@ import torch
 from pebble import ProcessFuture
 from torch import Tensor
 
-from egopatch.extract.children.ring import Ring
+from egopatch.extract.children.slots import SharedSlots
 from egopatch.extract.errors import JobFailed
 from egopatch.extract.writing.commit_processes import CommitProcesses
-from egopatch.extract.writing.shard_writer import ShardWriter
+from egopatch.extract.writing.shard_writer import BackgroundShardWriter
 from egopatch.features import Fingerprint, Store, StoreSpec, create_store
 from egopatch.features.state.commit import CommitTarget, ShardCommit, commit_shard
 from egopatch.features.tools.verify import verify
@@ -32,16 +32,16 @@ schedule = CommitProcesses.schedule
 
 
 class Rows:
-    """Rows of which the patches lie in a ring, as an encoder leaves them."""
+    """Rows of which the patches lie in slots, as an encoder leaves them."""
 
-    def __init__(self, ring: Ring | None) -> None:
-        self.ring = ring
+    def __init__(self, slots: SharedSlots | None) -> None:
+        self.slots = slots
 
     def __call__(self, number: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(number)
         patches = torch.randn(2, 256, 128, generator=generator).half()
-        if self.ring:
-            memory = torch.from_numpy(self.ring.memory(self.ring.take())).view(torch.float16)[:PATCHES]
+        if self.slots:
+            memory = torch.from_numpy(self.slots.memory(self.slots.take())).view(torch.float16)[:PATCHES]
             patches = memory.view(patches.shape).copy_(patches)
         small = {name: torch.randn(shape, generator=generator) for name, shape in self.small().items()}
         return {"patches": patches, **small}
@@ -51,15 +51,15 @@ class Rows:
 
 
 @pytest.fixture(scope="module")
-def ring() -> Iterator[Ring]:
-    ring = Ring(40, 2 * PATCHES)
-    yield ring
-    ring.close()
+def slots() -> Iterator[SharedSlots]:
+    slots = SharedSlots(40, 2 * PATCHES, "rows", "")
+    yield slots
+    slots.close()
 
 
 @pytest.fixture(scope="module", params=["zarr", "hdf5"])
-def processes(ring: Ring, request: pytest.FixtureRequest) -> Iterator[tuple[str, CommitProcesses]]:
-    with CommitProcesses(ring, 1, request.param) as processes:
+def processes(slots: SharedSlots, request: pytest.FixtureRequest) -> Iterator[tuple[str, CommitProcesses]]:
+    with CommitProcesses(slots, 1, request.param) as processes:
         yield request.param, processes
 
 
@@ -72,7 +72,7 @@ def write(store: Store, rows: dict[str, dict[str, Tensor]], committer: Callable[
 
 
 def test_the_files_are_those_that_this_process_writes(
-    tmp_path: Path, ring: Ring, processes: tuple[str, CommitProcesses], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, slots: SharedSlots, processes: tuple[str, CommitProcesses], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file_format, committer = processes
     tasks: list[object] = []
@@ -85,7 +85,7 @@ def test_the_files_are_those_that_this_process_writes(
     here, there = make(tmp_path / "here", file_format), make(tmp_path / "there", file_format)
     write(here, {name: Rows(None)(i) for i, name in enumerate(IDS)}, commit_shard)
     assert not tasks
-    write(there, {name: Rows(ring)(i) for i, name in enumerate(IDS)}, committer)
+    write(there, {name: Rows(slots)(i) for i, name in enumerate(IDS)}, committer)
     assert len(tasks) == 1
     assert there.clip_ids == tuple(IDS)
     for array in SPEC.arrays:
@@ -95,19 +95,21 @@ def test_the_files_are_those_that_this_process_writes(
 
 
 def test_rows_that_are_not_in_the_ring_are_written_by_this_process(
-    tmp_path: Path, ring: Ring, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, slots: SharedSlots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CommitProcesses, "schedule", lambda *_: pytest.fail("a child got rows that it cannot see"))
     store = make(tmp_path / "store")
-    with CommitProcesses(ring, 1, "zarr") as committer:
-        write(store, {"a": Rows(ring)(0), "b": Rows(None)(1)}, committer)
+    with CommitProcesses(slots, 1, "zarr") as committer:
+        write(store, {"a": Rows(slots)(0), "b": Rows(None)(1)}, committer)
     assert store.clip_ids == ("a", "b")
 
 
-def test_a_row_that_is_not_finite_is_named(tmp_path: Path, ring: Ring, processes: tuple[str, CommitProcesses]) -> None:
+def test_a_row_that_is_not_finite_is_named(
+    tmp_path: Path, slots: SharedSlots, processes: tuple[str, CommitProcesses]
+) -> None:
     file_format, committer = processes
     store = make(tmp_path / "store", file_format)
-    rows = {name: Rows(ring)(i) for i, name in enumerate(IDS)}
+    rows = {name: Rows(slots)(i) for i, name in enumerate(IDS)}
     rows["c"]["patches"][1, 7, 5] = float("inf")
     with pytest.raises(NotFinite, match="clip 'c': patches holds NaN or infinity; it is not stored"):
         write(store, rows, committer)
@@ -115,7 +117,7 @@ def test_a_row_that_is_not_finite_is_named(tmp_path: Path, ring: Ring, processes
 
 
 def test_what_another_process_committed_meanwhile_is_kept(
-    tmp_path: Path, ring: Ring, processes: tuple[str, CommitProcesses]
+    tmp_path: Path, slots: SharedSlots, processes: tuple[str, CommitProcesses]
 ) -> None:
     file_format, committer = processes
     store = make(tmp_path / "store", file_format)
@@ -130,7 +132,7 @@ def test_what_another_process_committed_meanwhile_is_kept(
     def first(commit: ShardCommit) -> list[Any]:
         return [(array, sources[:1]) for array, sources in commit.sources]
 
-    write(store, {name: Rows(ring)(i) for i, name in enumerate(IDS)}, late)
+    write(store, {name: Rows(slots)(i) for i, name in enumerate(IDS)}, late)
     assert calls == [IDS, IDS]
     assert store.clip_ids == tuple(IDS)
     assert verify(store.path).ok
@@ -138,11 +140,11 @@ def test_what_another_process_committed_meanwhile_is_kept(
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_child_costs_one_attempt(
-    tmp_path: Path, ring: Ring, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, slots: SharedSlots, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = make(tmp_path / "store")
-    rows = {name: Rows(ring)(i) for i, name in enumerate(IDS)}
-    with CommitProcesses(ring, 1, "zarr") as committer:
+    rows = {name: Rows(slots)(i) for i, name in enumerate(IDS)}
+    with CommitProcesses(slots, 1, "zarr") as committer:
         with monkeypatch.context() as patched:
             patched.setattr(
                 CommitProcesses, "schedule", lambda self, *task: schedule(self, partial(die, number), *task)
@@ -169,14 +171,14 @@ def wait_until_broken(committer: CommitProcesses) -> None:
         time.sleep(0.05)
 
 
-def test_a_child_that_dies_without_work_is_one_line(tmp_path: Path, ring: Ring) -> None:
-    store, rows = make(tmp_path / "store"), {"a": Rows(ring)(0)}
-    with CommitProcesses(ring, 2, "zarr") as committer:
+def test_a_child_that_dies_without_work_is_one_line(tmp_path: Path, slots: SharedSlots) -> None:
+    store, rows = make(tmp_path / "store"), {"a": Rows(slots)(0)}
+    with CommitProcesses(slots, 2, "zarr") as committer:
         os.kill(committer.schedule(os.getpid).result(), signal.SIGKILL)
         wait_until_broken(committer)
         with pytest.raises(ChildProcessError, match="writing cannot be started, or were killed while they had no work"):
             write(store, rows, committer)
-    with CommitProcesses(ring, 1, "no format") as committer:
+    with CommitProcesses(slots, 1, "no format") as committer:
         wait_until_broken(committer)
         with pytest.raises(ChildProcessError, match="writing cannot be started"):
             write(store, rows, committer)
@@ -184,7 +186,7 @@ def test_a_child_that_dies_without_work_is_one_line(tmp_path: Path, ring: Ring) 
 
 
 def test_an_interrupted_end_leaves_neither_children_nor_leases(
-    tmp_path: Path, ring: Ring, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, slots: SharedSlots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = make(tmp_path / "store")
 
@@ -192,7 +194,7 @@ def test_an_interrupted_end_leaves_neither_children_nor_leases(
         raise KeyboardInterrupt
 
     before = set(psutil.Process().children())
-    writer = ShardWriter(store, 1, ring)
+    writer = BackgroundShardWriter(store, 1, slots)
     next(writer.leases(store.missing_shards()))
     monkeypatch.setattr(writer._writing, "shutdown", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -205,10 +207,10 @@ def test_an_interrupted_end_leaves_neither_children_nor_leases(
 def test_children_end_with_their_parent() -> None:
     code = (
         "import os, time\n"
-        "from egopatch.extract.children.ring import Ring\n"
+        "from egopatch.extract.children.slots import SharedSlots\n"
         "from egopatch.extract.writing.commit_processes import CommitProcesses\n"
         "if __name__ == '__main__':\n"
-        "    pool = CommitProcesses(Ring(2, 100), 2, 'zarr')\n"
+        "    pool = CommitProcesses(SharedSlots(2, 100, 'rows', ''), 2, 'zarr')\n"
         "    [pool.schedule(time.sleep, 60) for _ in range(2)]\n"
         "    print(pool.schedule(os.getppid), flush=True)\n"
         "    time.sleep(60)\n"

@@ -15,53 +15,47 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class Ring:
-    """`slots` pieces of memory of `slot_bytes` bytes each. It can be sent to a child that is being started.
+class SharedSlots:
+    """`count` pieces of memory of `slot_bytes` bytes each. It can be sent to a child that is being started.
 
     Only the parent takes slots and gives them back, so a killed child costs no slot.
 
     Args:
-        slots: Number of slots.
+        count: Number of slots.
         slot_bytes: Bytes of each, rounded up to whole pages.
-        holds: What is kept in it, for messages.
-        lower: The options that make it smaller, for messages.
+        holds: What is kept in them, for messages.
+        lower: The options that make them smaller, for messages.
 
     Raises:
         OSError: The limits of this process leave no room for it.
     """
 
-    def __init__(
-        self,
-        slots: int,
-        slot_bytes: int,
-        holds: str = "frames between decoders and encoder",
-        lower: str = "engine.decoders",
-    ) -> None:
+    def __init__(self, count: int, slot_bytes: int, holds: str, lower: str) -> None:
         size = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        file = _unnamed_file(holds, slots * size)
+        file = _unnamed_file(holds, count * size)
         try:
-            os.ftruncate(file, slots * size)
-            self._map(file, slots, size)
+            os.ftruncate(file, count * size)
+            self._map(file, count, size)
         except OSError as error:
             os.close(file)
             raise OSError(
-                f"no room for {slots * size / 1e9:.2f} GB of {holds} ({error.strerror}); lower {lower}, or raise this "
+                f"no room for {count * size / 1e9:.2f} GB of {holds} ({error.strerror}); lower {lower}, or raise this "
                 "process's limits on memory and on the size of files"
             ) from error
 
-    def _map(self, file: int, slots: int, slot_bytes: int) -> None:
+    def _map(self, file: int, count: int, slot_bytes: int) -> None:
         self._file = file
-        self.slots = slots
+        self.count = count
         self.slot_bytes = slot_bytes
-        self._free = deque(range(slots))
-        self._bytes = np.frombuffer(mmap.mmap(file, slots * slot_bytes), np.uint8).reshape(slots, slot_bytes)
+        self._free = deque(range(count))
+        self._bytes = np.frombuffer(mmap.mmap(file, count * slot_bytes), np.uint8).reshape(count, slot_bytes)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _attach, (DupFd(self._file), self.slots, self.slot_bytes)
+        return _attach, (DupFd(self._file), self.count, self.slot_bytes)
 
     def take(self) -> int:
         """A slot that is free now."""
-        assert self._free, f"all {self.slots} slots of the ring are in use; its user must give slots back first"
+        assert self._free, f"all {self.count} slots are in use; give one back first"
         return self._free.pop()  # the one that was used last: others may never be needed, and take no memory then
 
     def give_back(self, slot: int) -> None:
@@ -73,30 +67,43 @@ class Ring:
         return self._bytes[slot]
 
     def offset_of(self, content: NDArray[Any]) -> int | None:
-        """Where contiguous memory begins in the ring, in bytes; None for memory that is not in it."""
+        """Where contiguous memory begins, in bytes from the start of the first slot; None if it is in no slot."""
         offset = content.ctypes.data - self._bytes.ctypes.data
         return offset if 0 <= offset < self._bytes.size else None
 
     def at(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
-        """Bytes of the ring that begin at an offset, in any process that shares it."""
+        """The bytes that begin at an offset from `offset_of`, in any process that shares the slots."""
         return self._bytes.reshape(-1)[offset : offset + nbytes]
 
     def close(self) -> None:
-        """End the use of the ring; the memory is freed with the last clip in it."""
+        """End the use of the slots; the memory is freed with the last array in it."""
         os.close(self._file)
         del self._bytes
 
 
-def _attach(file: Any, slots: int, slot_bytes: int) -> Ring:
-    ring = Ring.__new__(Ring)
-    ring._map(file.detach(), slots, slot_bytes)
-    return ring
+def _attach(file: Any, count: int, slot_bytes: int) -> SharedSlots:
+    slots = SharedSlots.__new__(SharedSlots)
+    slots._map(file.detach(), count, slot_bytes)
+    return slots
+
+
+_inherited: list[SharedSlots] = []  # in a child of one pool: set when it starts
+
+
+def inherit(slots: SharedSlots) -> None:
+    """Keep the slots that this process, a child that is starting, got from its parent."""
+    _inherited[:] = [slots]
+
+
+def inherited() -> SharedSlots:
+    """The slots that `inherit` has kept in this process."""
+    return _inherited[0]
 
 
 def _unnamed_file(holds: str, size: int) -> int:
     """A file that only its handles can reach; in memory if the system can, else on disk."""
     try:
-        return os.memfd_create("egopatch-ring")
+        return os.memfd_create("egopatch-slots")
     except (AttributeError, OSError) as error:
         print(
             f"note: {holds} are kept in a file in {tempfile.gettempdir()} of up to {size / 1e9:.1f} GB, because this"

@@ -16,11 +16,11 @@ import psutil
 import pytest
 
 from egopatch.configs.schema import VideoConfig
-from egopatch.extract.children import ring
-from egopatch.extract.children.ring import Ring
+from egopatch.extract.children import slots
+from egopatch.extract.children.slots import SharedSlots
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed import decoders
-from egopatch.extract.feed.clips import LeftClip, PreparedClip
+from egopatch.extract.feed.clips import PreparedClip, SharedClip
 from egopatch.extract.feed.cut import _cut
 from egopatch.extract.feed.decoders import open_decoders
 from egopatch.extract.feed.on_host import prepare_clip, to_input
@@ -35,8 +35,8 @@ CHILDREN = (sys.executable, "-m", "tests.extract.feed.children")
 SMALL = VideoConfig(frames=2, size=32)
 
 
-def rings() -> int:
-    """Number of rings whose memory this process still has."""
+def memories() -> int:
+    """Number of memories of slots that this process still has."""
     inodes = set()
     for path in Path("/proc/self/fd").iterdir():
         with suppress(FileNotFoundError):  # the folder's own handle
@@ -104,7 +104,7 @@ def test_runs_of_several_sizes_lie_behind_one_another() -> None:
     runs = _cut(DecodedClip(tuple(frames), times.astype(np.float32), times), EGOVLP_TRANSFORM)
     memory = np.zeros(4096, np.uint8)
     clip = PreparedClip(Clip("a", Path("a")), runs, times.astype(np.float32), "", 1, 0.0)
-    found = LeftClip.leave(clip, memory).pick_up(memory, lambda: None).frames
+    found = SharedClip.write(clip, memory).read(memory, lambda: None).frames
     assert [len(run.frames) for run in found] == [2, 1, 1]
     for mine, run in zip(runs, found, strict=True):
         assert np.array_equal(np.stack(mine.frames), run.frames)
@@ -115,7 +115,7 @@ def test_memory_that_the_system_refuses_is_named() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
         with pytest.raises(OSError, match=r"no room for 0.03 GB of frames .*File too large.*; lower engine.decoders"):
-            Ring(4, 1 << 23)
+            SharedSlots(4, 1 << 23, "frames", "engine.decoders")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -123,7 +123,7 @@ def test_memory_that_the_system_refuses_is_named() -> None:
 @pytest.mark.slow
 def test_a_killed_childs_slot_comes_back(video: Path) -> None:
     names = ["killed", "a", "killed", "killed", "b", "c"]
-    with DecodePool(SMALL, 1, die_or_prepare, Ring(3, 1 << 20)) as pool:
+    with DecodePool(SMALL, 1, die_or_prepare, SharedSlots(3, 1 << 20, "frames", "")) as pool:
         for name, result in zip(names, pool.map([Clip(name, video) for name in names]), strict=True):
             if name == "killed":
                 assert isinstance(result, UndecodedClip)
@@ -131,27 +131,27 @@ def test_a_killed_childs_slot_comes_back(video: Path) -> None:
             else:
                 assert isinstance(result, PreparedClip), result
                 result.release()
-        assert len(pool._ring._free) == 3
+        assert len(pool._slots._free) == 3
 
 
 def test_nothing_is_left_open(video: Path) -> None:
     gc.collect()
-    files, before = open_files(), rings()
+    files, before = open_files(), memories()
     for _ in range(2):
         with open_decoders(SMALL, EGOVLP_TRANSFORM, 1, 2, cut=True) as pool:
             for result in pool.map([Clip("a", video)]):
-                assert rings() == before + 1
+                assert memories() == before + 1
                 assert isinstance(result, PreparedClip)
                 result.release()
         del result
-        assert rings() == before
+        assert memories() == before
     assert open_files() <= files + 2  # what multiprocessing keeps for the next pool
 
 
 def test_more_clips_than_slots_is_a_fault_of_the_caller() -> None:
-    full = Ring(1, 10)
+    full = SharedSlots(1, 10, "frames", "")
     full.take()
-    with pytest.raises(AssertionError, match="all 1 slots of the ring are in use"):
+    with pytest.raises(AssertionError, match="all 1 slots are in use; give one back first"):
         full.take()
     full.close()
 
@@ -163,7 +163,7 @@ def test_memory_beyond_the_limit_is_one_line_and_leaves_nothing() -> None:
         with pytest.raises(
             OSError, match=r"no room for 2199.02 GB of rows \(Cannot allocate memory\); lower store.shard, or"
         ):
-            Ring(2, 1 << 40, "rows", "store.shard")
+            SharedSlots(2, 1 << 40, "rows", "store.shard")
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     gc.collect()
@@ -176,10 +176,10 @@ def test_without_unnamed_shared_memory_a_file_is_used(
     def refuse(_: str) -> int:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(ring.os, "memfd_create", refuse)
-    before, files = rings(), set(Path(tempfile.gettempdir()).iterdir())
+    monkeypatch.setattr(slots.os, "memfd_create", refuse)
+    before, files = memories(), set(Path(tempfile.gettempdir()).iterdir())
     with open_decoders(SMALL, EGOVLP_TRANSFORM, 1, 2, cut=True) as pool:
-        assert rings() == before
+        assert memories() == before
         (result,) = pool.map([Clip("a", video)])
         assert isinstance(result, PreparedClip)
         (run,) = result.frames
@@ -230,7 +230,7 @@ def test_nothing_is_left_when_somebody_kills(
         os.killpg(job.pid, signal.SIGKILL)
     else:
         job.kill()
-    _, alive = psutil.wait_procs(children, timeout=30)  # with the last one the ring's memory is gone: it has no name
+    _, alive = psutil.wait_procs(children, timeout=30)  # with the last one the memory is gone: it has no name
     assert not alive
     job.wait()
     job.stdout.close()
