@@ -55,7 +55,7 @@ NODE_CORES, H100_CLIPS_PER_S, NODE_DISK_GB_PER_S = 16, 1000.0, 2.0
 
 @cache
 def _kept(clip: Clip, transform: Transform) -> PreparedClip:
-    return cut_clip(clip, VIDEO, transform=transform, most=1 << 30)
+    return cut_clip(clip, VIDEO, OncePerVideo(), transform=transform, most=1 << 30)
 
 
 def decode_nothing(clip: Clip, video: VideoConfig, once: OncePerVideo, transform: Transform) -> PreparedClip:

@@ -74,12 +74,11 @@ class PreparedClip:
 def read_clip(
     clip: Clip,
     video: VideoConfig,
-    once: OncePerVideo | None,
+    once: OncePerVideo,
     finish: Callable[[DecodedClip], Frames],
 ) -> PreparedClip:
     """Decode one clip, and let `finish` make of it what the encoder gets; see `on_host.prepare_clip`."""
     started = time.perf_counter()
-    once = OncePerVideo() if once is None else once
     before = version_of(clip.video) if clip.video.exists() else None
     decoded = read_frames(clip, video, once)
     frames = finish(decoded)

@@ -14,14 +14,11 @@ from egopatch.extract.video.once import OncePerVideo
 from egopatch.extract.video.transforms import Transform
 
 
-def cut_clip(
-    clip: Clip, video: VideoConfig, once: OncePerVideo | None = None, *, transform: Transform, most: int
-) -> PreparedClip:
+def cut_clip(clip: Clip, video: VideoConfig, once: OncePerVideo, *, transform: Transform, most: int) -> PreparedClip:
     """Decode one clip in this process and cut its frames to what `transform` looks at; see `on_host.prepare_clip`.
 
     Frames of more than `most` bytes are transformed here, which makes them small.
     """
-
     return read_clip(clip, video, once, partial(finish_cut, size=video.size, transform=transform, most=most))
 
 

@@ -18,7 +18,7 @@ from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform
 
 
 def prepare_clip(
-    clip: Clip, video: VideoConfig, once: OncePerVideo | None = None, transform: Transform = EGOVLP_TRANSFORM
+    clip: Clip, video: VideoConfig, once: OncePerVideo, transform: Transform = EGOVLP_TRANSFORM
 ) -> PreparedClip:
     """Decode and transform one clip in this process; `once` remembers what serves other clips of its video.
 

@@ -13,7 +13,7 @@ Finish = Callable[[DecodedClip], Frames]
 
 
 def prepare_together(
-    clip: Clip, video: VideoConfig, once: OncePerVideo | None = None, *, finishes: Sequence[Finish], ways: Sequence[int]
+    clip: Clip, video: VideoConfig, once: OncePerVideo, *, finishes: Sequence[Finish], ways: Sequence[int]
 ) -> PreparedTogether:
     """Decode one clip in this process and prepare it by each of `finishes`; encoder n takes the one `ways[n]`."""
     others: list[Frames] = []

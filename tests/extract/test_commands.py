@@ -14,6 +14,7 @@ from huggingface_hub import constants
 
 from egopatch.extract.__main__ import COMMANDS, main
 from egopatch.extract.datasets import load_dataset
+from egopatch.extract.video.once import OncePerVideo
 from egopatch.extract.worker.job import resolve_job
 from egopatch.extract.worker.job_stats import jobs_path
 from egopatch.features import open_store
@@ -30,7 +31,7 @@ def test_the_store_holds_what_the_encoder_says(made: Path) -> None:
     assert store.clip_ids == tuple(clip.clip_id for clip in dataset.clips)
     encoder = resolve_job(config).encoder
     for clip in (dataset.clips[0], dataset.clips[-1]):
-        prepared = prepare_clip(clip, config.video)
+        prepared = prepare_clip(clip, config.video, OncePerVideo())
         expected = encoder(torch.from_numpy(prepared.frames)[None])
         stored = store.read([clip.clip_id])
         # Batches of another size may round differently in the last bit before float16.

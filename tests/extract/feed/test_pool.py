@@ -109,7 +109,7 @@ def test_clips_come_back_in_order_and_equal_to_this_process(clips: list[Clip]) -
     with DecodePool(SMALL, 2, prepare_clip) as pool:
         results = list(pool.map(clips * 3))
     assert [one.clip for one in results] == clips * 3
-    expected = prepare_clip(clips[0], SMALL)
+    expected = prepare_clip(clips[0], SMALL, OncePerVideo())
     for one in results:
         assert isinstance(one, PreparedClip)
         # Children resize on one thread, this process on several: the last bit may differ.
@@ -299,7 +299,7 @@ def test_a_file_that_goes_or_changes_meanwhile_is_that_clips_failure(
 
     then(lambda path: path.write_bytes(path.read_bytes() + b"0"))
     with pytest.raises(VideoError, match=r"a\.mp4 was changed while it was read"):
-        prepare_clip(clip, SMALL)
+        prepare_clip(clip, SMALL, OncePerVideo())
     then(Path.unlink)
     with pytest.raises(FileNotFoundError, match=r"a\.mp4"):
-        prepare_clip(clip, SMALL)
+        prepare_clip(clip, SMALL, OncePerVideo())
