@@ -1,5 +1,6 @@
 """Child processes that are started afresh, and that neither outlive their parent nor meet its Ctrl-C."""
 
+import multiprocessing
 import signal
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
@@ -10,7 +11,6 @@ from typing import Any, Self
 
 from pebble import ProcessFuture, ProcessPool
 
-from egopatch.features.common.disk import require_semaphores
 from egopatch.features.common.parent import exit_with_parent
 from egopatch.features.common.signals import children_without_interrupts, signals_held
 
@@ -102,3 +102,21 @@ def _start(initializer: Callable[..., None], initargs: tuple[Any, ...]) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1):  # the parent handles them; it ends a child with SIGTERM
         signal.signal(number, signal.SIG_IGN)
     initializer(*initargs)
+
+
+def require_semaphores(purpose: str) -> None:
+    """Check that processes can have semaphores, which the system keeps in /dev/shm.
+
+    Args:
+        purpose: What needs them, for the message.
+
+    Raises:
+        ChildProcessError: There can be none.
+    """
+    try:
+        multiprocessing.get_context("spawn").Lock()
+    except OSError as error:
+        raise ChildProcessError(
+            f"/dev/shm: {error.strerror}; {purpose} needs semaphores there, a few kB: mount it for writing "
+            "(`mount -o remount,rw,size=1g /dev/shm`; in Docker, --shm-size=1g)"
+        ) from error

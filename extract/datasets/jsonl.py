@@ -35,7 +35,7 @@ from egopatch.extract.datasets.records import (
     answer_vocabulary,
     texts_of,
 )
-from egopatch.features.storage.journal import garbage_collection_paused
+from egopatch.features.io.fields import garbage_collection_paused
 
 CLIP_KEYS = ("clip_id", "video", "start_s", "end_s")
 QUESTION_KEYS = ("question_id", "clip_id", "question", "answer", "part", "form", "tags", "options", "answer_index")

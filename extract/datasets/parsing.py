@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from egopatch.features.storage.journal import garbage_collection_paused
+from egopatch.features.io.fields import garbage_collection_paused
 
 T = TypeVar("T")
 

@@ -21,8 +21,8 @@ from typing import Literal
 import psutil
 
 from egopatch.configs.schema import ConfigError
+from egopatch.extract.children.spawned import require_semaphores
 from egopatch.extract.encoders.checkpoints.package import LITE0, MINILM, Package
-from egopatch.features.common.disk import require_semaphores
 from egopatch.features.common.machine import NEWEST_TRITON, OLDEST_TRITON, SPILLING_TRITON, release, usable_cores
 from egopatch.features.common.units import format_bytes
 

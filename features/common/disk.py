@@ -1,6 +1,5 @@
 """The file system that a file is on, or is going to be written to."""
 
-import multiprocessing
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,21 +35,3 @@ def nearest_existing(path: Path) -> Path:
 def free_bytes(path: Path) -> int:
     """Free bytes on the disk that `path` is on, or will be on."""
     return shutil.disk_usage(nearest_existing(path)).free
-
-
-def require_semaphores(purpose: str) -> None:
-    """Check that processes can have semaphores, which the system keeps in /dev/shm.
-
-    Args:
-        purpose: What needs them, for the message.
-
-    Raises:
-        ChildProcessError: There can be none.
-    """
-    try:
-        multiprocessing.get_context("spawn").Lock()
-    except OSError as error:
-        raise ChildProcessError(
-            f"/dev/shm: {error.strerror}; {purpose} needs semaphores there, a few kB: mount it for writing "
-            "(`mount -o remount,rw,size=1g /dev/shm`; in Docker, --shm-size=1g)"
-        ) from error

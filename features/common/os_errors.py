@@ -1,4 +1,4 @@
-"""What the operating system refuses, with what to do about it."""
+"""What the operating system or a GPU refuses, in one line, with what to do about it where that is known."""
 
 import errno
 

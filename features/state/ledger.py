@@ -15,6 +15,7 @@ from egopatch.features.io.fields import (
     MalformedRecord,
     Record,
     file_sums_to_json,
+    garbage_collection_paused,
     get_count,
     get_field,
     get_file_sums,
@@ -22,7 +23,7 @@ from egopatch.features.io.fields import (
 )
 from egopatch.features.state.origin import Origin, decode_origins
 from egopatch.features.storage.interface import Journal, ReadableFiles, Storage
-from egopatch.features.storage.journal import Contents, garbage_collection_paused, validating
+from egopatch.features.storage.journal import Contents, validating
 
 LEDGER = "ledger.jsonl"  # its name in the store
 MAX_ROWS = 10**8  # in a store; a ledger with more is damaged

@@ -6,17 +6,15 @@ too. The head is written after the line, so after a crash the journal may be one
 it. An intact line that the journal's `parse` does not understand is a fault like a damaged one.
 """
 
-import gc
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Generic, TypeVar
 
-from egopatch.features.io.fields import MalformedRecord, Record, get_count
+from egopatch.features.io.fields import MalformedRecord, Record, garbage_collection_paused, get_count
 from egopatch.features.io.files import append_synced, crc32c, locked, write_file
 from egopatch.features.values.errors import DamagedStore, write_conflict
 from egopatch.features.values.location import Location
@@ -236,18 +234,6 @@ class FileJournal(Generic[Entry]):
 
     def _write_head(self, records: int, end: int) -> None:
         write_file(self.head_path, encode_line(0, {"records": records, "bytes": end}))
-
-
-@contextmanager
-def garbage_collection_paused() -> Iterator[None]:
-    """Pause garbage collection while many objects are created and all are kept: it would double the time."""
-    running = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if running:
-            gc.enable()
 
 
 def _start(file: BinaryIO, after: Position | None) -> FilePosition:

@@ -13,14 +13,13 @@ from itertools import chain
 from typing import Generic, TypeVar
 
 from egopatch.features.io.bucket import Bucket, Content, Version
-from egopatch.features.io.fields import Record
+from egopatch.features.io.fields import Record, garbage_collection_paused
 from egopatch.features.io.files import crc32c
 from egopatch.features.storage.journal import (
     Contents,
     Line,
     Position,
     encode_line,
-    garbage_collection_paused,
     parse_lines,
 )
 from egopatch.features.values.errors import DamagedStore, WriteConflict, write_conflict

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from multiprocessing import synchronize
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TextIO
@@ -178,19 +177,6 @@ def test_what_the_system_refuses_comes_with_a_remedy() -> None:
     )
     assert with_remedy(ValueError("no")) == "no"
     assert with_remedy(OSError("no route")) == "no route"
-
-
-def test_without_semaphores_the_message_says_who_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    disk.require_semaphores("a test")
-    monkeypatch.setattr(synchronize.SemLock, "__init__", refuse)
-    with pytest.raises(ChildProcessError) as caught:
-        disk.require_semaphores("decoding in child processes")
-    assert str(caught.value).startswith(
-        "/dev/shm: Read-only file system; decoding in child processes needs semaphores there, a few kB: mount it for w"
-    )
 
 
 class _Picky(ValueError):
