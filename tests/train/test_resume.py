@@ -1,6 +1,8 @@
 """Runs that were killed, interrupted or left, and runs that another process holds: what resumes, and what waits."""
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -210,6 +212,82 @@ def test_sigkill_of_the_process_and_resume(tiny: Config, tmp_path: Path) -> None
     process.wait()
     subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
     assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
+
+
+def _edit(config: Config, part: str, edit: Callable[[list[dict]], list[dict]]) -> None:
+    path = config.data.root / "qa" / "direct" / f"formatted_{part}_qas_encode.json"
+    path.write_text(json.dumps(edit(json.loads(path.read_text()))))
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """A run on data of its own, stopped in its second epoch."""
+    config = write_tiny(tmp_path, clips=24)
+    stop_after(monkeypatch, config, lambda group: group.position == (1, 2))
+    return config
+
+
+SAME = "then and now, but others or in another order"
+
+
+@pytest.mark.parametrize(
+    ("part", "edit", "changed"),
+    [
+        (
+            "train",
+            lambda rows: [{**rows[0], "answer": "purple"}, *rows[1:]],
+            f"answers: 8 then, 9 now; train questions: 128 {SAME}",
+        ),
+        ("train", lambda rows: rows[:-16], "train questions: 128 then, 112 now"),
+        ("train", lambda rows: rows[8:] + rows[:8], f"train questions: 128 {SAME}"),
+        ("val", lambda rows: rows[:8], "val questions: 32 then, 8 now"),
+        ("val", lambda rows: [{**rows[0], "answer": "violet"}, *rows[1:]], f"val questions: 32 {SAME}"),
+    ],
+)
+def test_resuming_on_other_questions_is_refused(
+    interrupted: Config, part: str, edit: Callable[[list[dict]], list[dict]], changed: str
+) -> None:
+    _edit(interrupted, part, edit)
+    with pytest.raises(RunError) as refused:
+        fit(interrupted, "x")
+    before, found, after = re.split(r" \((.*)\); ", str(refused.value), maxsplit=1)
+    assert before == f"{interrupted.run.dir}/last.pt was saved with different data"
+    assert re.sub(rf"^answers: 8 {SAME}; ", "", found) == changed
+    assert after == (
+        f"restore the annotations in {interrupted.data.root}, or the store if clips were encoded since, to resume; or "
+        "delete the file to train from the start"
+    )
+    (interrupted.run.dir / "last.pt").unlink()
+    fit(interrupted, "x")
+
+
+def test_questions_of_test_may_change_until_training_ends(interrupted: Config) -> None:
+    _edit(interrupted, "test", lambda rows: rows[:8])
+    assert fit(interrupted, "x").all.n == 8
+
+
+def test_a_state_that_recorded_no_questions_is_resumed_where_its_steps_fit(
+    interrupted: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = interrupted.run.dir / "last.pt"
+    state = torch.load(path, weights_only=True)
+    del state["data"]
+    torch.save(state, path)
+    original = interrupted.data.root / "qa" / "direct" / "formatted_train_qas_encode.json"
+    rows = original.read_text()
+    _edit(interrupted, "train", lambda rows: rows[: len(rows) // 2])
+    with pytest.raises(
+        RunError, match=r"different data \(its 6 steps up to batch 2 of epoch 2 are not those of the qu"
+    ):
+        fit(interrupted, "x")
+    original.write_text(rows)
+    _edit(interrupted, "train", lambda rows: [{**rows[0], "answer": "purple"}, *rows[1:]])
+    with pytest.raises(RunError, match=r"a head of another shape \(.*: \(8,.*\) then, \(9,.*\) now\); restore the ans"):
+        fit(interrupted, "x")
+    original.write_text(rows)
+    capsys.readouterr()
+    fit(interrupted, "x")
+    assert "which recorded no answers and questions: the results are those of one" in capsys.readouterr().out
 
 
 def test_resuming_on_other_features_is_refused(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,9 +194,7 @@ def test_a_value_that_is_written_in_two_ways_is_listed_twice(
 def test_an_option_is_given_in_one_place(tmp_path: Path) -> None:
     grid = tmp_path / "grid.yaml"
     grid.write_text("head.ratio: [0.25, 0.5]\ntrain.seed: [0, 1]\n")
-    message = (
-        r"--ratios is \[1\.0\], but --grid .*grid\.yaml also has head\.ratio, as \[0\.25, 0\.5\]; give its"
-    )
+    message = r"--ratios is \[1\.0\], but --grid .*grid\.yaml also has head\.ratio, as \[0\.25, 0\.5\]; give its"
     with pytest.raises(ConfigError, match=message):
         read_axes([1.0], None, grid)
     with pytest.raises(ConfigError, match=r"--seeds is \[3\], but --grid .* also has train\.seed, as \[0, 1\]; give"):

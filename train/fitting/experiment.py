@@ -21,6 +21,7 @@ from egopatch.train.data.question_table import FORMS, QuestionTable
 from egopatch.train.heads import Sizes, reads_video
 from egopatch.train.processes.distributed import ALONE, Distributed
 from egopatch.train.rundir.card import CONFIG, Card, RunError
+from egopatch.train.rundir.resume import DataRecord, record_data
 from egopatch.train.rundir.trained_on import require_same_clips
 
 
@@ -78,6 +79,18 @@ class Experiment:
     def learned_clips(self) -> list[str]:
         """The encoded clips that decide the weights: those of *train* are learned, those of *val* choose the epoch."""
         return list(dict.fromkeys([*self.train_table.clips, *self.encoded["val"].clips]))
+
+    @cached_property
+    def data_record(self) -> DataRecord:
+        """The answers and questions that training follows from; those of *test* may change until it ends."""
+        encoded = {question.question_id for question in self.encoded["val"].questions}
+        left_out = [question for question in self.tables["val"].questions if question.question_id not in encoded]
+        questions = {
+            "train questions": self.train_table.questions,
+            "val questions": self.encoded["val"].questions,
+            "val questions about quarantined clips": left_out,
+        }
+        return record_data(self.dataset.answers, questions)
 
     def require_trained_on(self, run: Path) -> None:
         """Refuse a run that was trained on rows which have been replaced since, as `require_same_clips` does."""

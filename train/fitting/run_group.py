@@ -27,7 +27,7 @@ from egopatch.train.heads.psa.selection import implementation_in_use
 from egopatch.train.ops.philox import HAS_TRITON
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import RunError
-from egopatch.train.rundir.resume import ResumeState
+from egopatch.train.rundir.resume import ResumeState, changed_data
 from egopatch.train.scores.metrics import Metrics
 from egopatch.train.steps.optim import learning_rate
 from egopatch.train.steps.stacked_heads import LearnedStep, StackedHeads
@@ -57,8 +57,8 @@ class RunGroup:
 
     Raises:
         ConfigError: `head.implementation` cannot run here.
-        RunError: the file is damaged, or was saved with other features, another order or other runs; or clips that the
-            runs were trained on have been encoded again.
+        RunError: the file is damaged, or was saved with other features, answers or questions, another order or other
+            runs; or clips that the runs were trained on have been encoded again.
     """
 
     def __init__(self, configs: Sequence[Config], experiment: Experiment, order_seed: int, path: Path) -> None:
@@ -66,6 +66,7 @@ class RunGroup:
         self.heads = build_stacked_heads(configs, experiment, order_seed)
         self.path = path
         self.position = (0, 0)
+        self._experiment, self._order_seed = experiment, order_seed
         self._unread: list[LearnedStep] = []
         self._saved_at, self._saving_took = -math.inf, 0.0
         self._scorer = PartScorer(experiment, "val")
@@ -156,7 +157,8 @@ class RunGroup:
             return
         started = time.monotonic()
         runs = tuple(run.state() for run in self.runs)
-        ResumeState(self.position, self._origin, runs, self.heads.state()).write(self.path)
+        state = ResumeState(self.position, self._origin, runs, self.heads.state(), self._experiment.data_record)
+        state.write(self.path)
         self._saved_at = time.monotonic()
         self._saving_took = self._saved_at - started
 
@@ -205,10 +207,58 @@ class RunGroup:
                 f"{self.path} was saved with different features, batch order or runs; use the same store and command "
                 "to resume, or delete the file to train from the start"
             )
+        experiment = self._experiment
+        if saved.data is None:
+            changed = self._changed_since_earlier(saved)
+            experiment.ranks.print_once(
+                f"note: {self.path} was saved by an earlier version, which recorded no answers and questions: the "
+                "results are those of one training only if the annotations have not changed since"
+            )
+        else:
+            changed = changed_data(saved.data, experiment.data_record)
+        if changed:
+            raise RunError(
+                f"{self.path} was saved with different data ({'; '.join(changed)}); restore the annotations in "
+                f"{self.config.data.root}, or the store if clips were encoded since, to resume; or delete the file to "
+                "train from the start"
+            )
+        then, now = (
+            {name: tuple(tensor.shape[1:]) for name, tensor in of.items()}
+            for of in (saved.heads["tensors"], self.heads.tensors)
+        )
+        if other := next((name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)), None):
+            raise RunError(
+                f"{self.path} was saved with a head of another shape ({other}: {then.get(other)} then, "
+                f"{now.get(other)} now); restore the answers and, of a head from outside, its package to resume, or "
+                "delete the file to train from the start"
+            )
         self.heads.load_state(saved.heads)
         for run, state in zip(self.runs, saved.runs, strict=True):
             run.load_state(state)
         self.position = saved.position
+
+    def _changed_since_earlier(self, saved: ResumeState) -> list[str]:
+        """What shows that the questions are not those of a state that recorded none: its steps have to follow from its
+        position in the batches.
+        """
+        if not self.heads.steps:
+            return []
+        train, (epoch, batch) = self.config.train, saved.position
+        plans = (
+            plan_batches(self._experiment.train_table, train.batch, self._order_seed, number)
+            for number in range(min(epoch + 1, train.epochs))
+        )
+        batches = [*map(len, plans), 0]
+        # The last step of an epoch takes the batches that are left.
+        learned = [*batches[:epoch], batch] if batch == batches[epoch] else batches[:epoch]
+        steps = sum(math.ceil(count / train.accumulate) for count in learned)
+        if len(learned) == epoch:
+            steps += batch // train.accumulate
+        if batch <= batches[epoch] and steps == saved.heads["step"]:
+            return []
+        return [
+            f"its {saved.heads['step']} steps up to batch {batch} of epoch {epoch + 1} are not those of the questions"
+        ]
 
 
 def choose_selection(configs: Sequence[Config], experiment: Experiment) -> tuple[str, str] | None:

@@ -4,18 +4,24 @@ It holds the position in the batches, the state of each run, and that of their s
 numbers need no state: they follow from seed and step (`heads.common.noise`).
 """
 
+import hashlib
+import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from egopatch.extract.datasets import Question
 from egopatch.features.io.files import replacing
 from egopatch.train.rundir.card import RunError
 
 LAST = "last.pt"
+# Number and digest of the answers, and of the questions of each kind, by what they are called.
+DataRecord = Mapping[str, tuple[int, str]]
+_DIGITS = 16
 
 
 @dataclass(frozen=True)
@@ -27,12 +33,15 @@ class ResumeState:
         origin: Names of the order of batches, the stores and the runs; another group does not resume from this state.
         runs: State of each run, as from `TrainingRun.state`.
         heads: State of the stacked heads, as from `StackedHeads.state`: tensors and plain values only.
+        data: Answers and questions that the runs learn and are scored by, as from `record_data`; None in files of
+            earlier versions.
     """
 
     position: tuple[int, int]
     origin: tuple[str, ...]
     runs: tuple[Mapping[str, Any], ...]
     heads: Mapping[str, Any]
+    data: DataRecord | None = None
 
     def write(self, path: Path) -> None:
         """Replace the file at `path`."""
@@ -42,6 +51,7 @@ class ResumeState:
             "origin": list(self.origin),
             "members": [dict(run) for run in self.runs],
             "stack": dict(self.heads),
+            "data": None if self.data is None else {name: list(record) for name, record in self.data.items()},
         }
         with replacing(path) as new:
             try:
@@ -66,7 +76,38 @@ class ResumeState:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             epoch, batch = state["place"]
-            return cls((epoch, batch), tuple(state["origin"]), tuple(state["members"]), state["stack"])
+            data = state.get("data")
+            if data is not None:
+                data = {kind: (int(count), str(digest)) for kind, (count, digest) in dict(data).items()}
+            return cls((epoch, batch), tuple(state["origin"]), tuple(state["members"]), state["stack"], data)
         except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise RunError(f"{path} is damaged ({reason}); delete it to train from the start") from None
+
+
+def record_data(answers: Sequence[str], questions: Mapping[str, Sequence[Question]]) -> DataRecord:
+    """What the classes, the batches and the accuracies of a training follow from.
+
+    Args:
+        answers: The answer vocabulary, in the order of the classes.
+        questions: Questions by what they are called, in the order of their table.
+    """
+    values: dict[str, list[Any]] = {"answers": list(answers)}
+    for kind, rows in questions.items():
+        values[kind] = [(q.question_id, q.clip_id, q.text, q.answer, q.form, q.options, q.variants) for q in rows]
+    return {
+        kind: (len(rows), hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:_DIGITS])
+        for kind, rows in values.items()
+    }
+
+
+def changed_data(saved: DataRecord, now: DataRecord) -> list[str]:
+    """What has changed between two records, such as `train questions: 96 then, 80 now`."""
+    lines = []
+    for kind in dict.fromkeys([*saved, *now]):
+        (then, digest_then), (count, digest) = saved.get(kind, (0, "")), now.get(kind, (0, ""))
+        if then != count:
+            lines.append(f"{kind}: {then} then, {count} now")
+        elif digest_then != digest:
+            lines.append(f"{kind}: {count} then and now, but others or in another order")
+    return lines
