@@ -20,7 +20,8 @@ from egopatch.train.data.features import Features
 from egopatch.train.data.question_table import FORMS, QuestionTable
 from egopatch.train.heads import Sizes, reads_video
 from egopatch.train.processes.distributed import ALONE, Distributed
-from egopatch.train.rundir.card import CONFIG, Card, RunError
+from egopatch.train.rundir.card import Card, RunError
+from egopatch.train.rundir.names import CONFIG
 from egopatch.train.rundir.resume import DataRecord, record_data
 from egopatch.train.rundir.trained_on import require_same_clips
 

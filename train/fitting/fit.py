@@ -26,7 +26,7 @@ from egopatch.train.processes.stopping import Stopped, stop_signals
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import Card, RunError
 from egopatch.train.rundir.lease import hold_when_free
-from egopatch.train.rundir.resume import LAST
+from egopatch.train.rundir.names import LAST, WEIGHTS
 from egopatch.train.scores.metrics import Metrics, headline
 from egopatch.train.steps.stacked_heads import deterministic
 
@@ -192,7 +192,7 @@ def test_line(config: Config, metrics: Metrics) -> str:
 def _evaluate_elsewhere(config: Config, command: str, ranks: Distributed, source: Path) -> Metrics:
     """Evaluate the head in `source` on the data set of `config`, into `config.run.dir`."""
     out, card = config.run.dir, ranks.broadcast(lambda: Card.read(source))
-    if ranks.broadcast(lambda: (out / run_folder.WEIGHTS).exists()):
+    if ranks.broadcast(lambda: (out / WEIGHTS).exists()):
         raise RunError(f"run.dir {out} holds a head that was trained there; use another --run.dir")
     with hold_when_free(out, ranks), shortage_explained(config.train, out):
         metrics = _evaluate(config, ranks, source)

@@ -18,7 +18,8 @@ from egopatch.train.data.question_table import FORMS, NO_CLASS
 from egopatch.train.fitting.experiment import open_features, pick_device, sizes_of
 from egopatch.train.fitting.trained import open_head, require_video, trained_config
 from egopatch.train.heads import PSA, unwrapped
-from egopatch.train.rundir.card import CONFIG, Card
+from egopatch.train.rundir.card import Card
+from egopatch.train.rundir.names import CONFIG
 
 CLIPS_AT_ONCE = 16
 

@@ -15,6 +15,7 @@ from egopatch.train.processes.distributed import ALONE, Distributed
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import Card
 from egopatch.train.rundir.lease import hold_when_free
+from egopatch.train.rundir.names import CARD, WEIGHTS
 from egopatch.train.scores.metrics import Metrics
 
 SYSTEMS = ("egovlpv2", "mfas")
@@ -73,8 +74,8 @@ def evaluate_published(config: Config, command: str, ranks: Distributed = ALONE)
 
 def has_run(config: Config) -> bool:
     """Whether the run's folder holds a trained head, or the card of a training."""
-    card = config.run.dir / run_folder.CARD
-    trained = (config.run.dir / run_folder.WEIGHTS).exists()
+    card = config.run.dir / CARD
+    trained = (config.run.dir / WEIGHTS).exists()
     return trained or (card.exists() and Card.read(config.run.dir).best_epoch > 0)
 
 

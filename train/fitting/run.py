@@ -20,8 +20,18 @@ from egopatch.train.heads import package_versions
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import Card
 from egopatch.train.rundir.log import RunLog
+from egopatch.train.rundir.names import (
+    LOG,
+    PREDICTIONS,
+    SELECTION,
+    SUBMISSION,
+    SUBMISSION_CSV,
+    TEST,
+    TRACKING,
+    WEIGHTS,
+)
 from egopatch.train.rundir.results import BLIND
-from egopatch.train.rundir.tracking import RECORD, open_tracker
+from egopatch.train.rundir.tracking import open_tracker
 from egopatch.train.rundir.trained_on import write_clips
 from egopatch.train.scores.metrics import Metrics
 
@@ -72,7 +82,7 @@ class TrainingRun:
             return
         folder, name = self.config.run.dir, self.config.run.tracker
         if step == 0:
-            for former in (run_folder.LOG, RECORD):
+            for former in (LOG, TRACKING):
                 (folder / former).unlink(missing_ok=True)
         tracker = None if name is None else open_tracker(name, folder, run_folder.plain(self.config))
         self._log = RunLog(folder, step, tracker)
@@ -147,7 +157,7 @@ class TrainingRun:
         if found != epoch:
             what = "holds no weights of a known epoch" if found is None else f"holds the weights of epoch {found}"
             print(
-                f"{folder / run_folder.WEIGHTS} {what}, but the best epoch of the state to resume from is {epoch}: "
+                f"{folder / WEIGHTS} {what}, but the best epoch of the state to resume from is {epoch}: "
                 f"going back to the weights of epoch {epoch}",
                 flush=True,
             )
@@ -196,14 +206,14 @@ class TrainingRun:
         if not self._writes:
             return metrics
         lines = [json.dumps({"question_id": name, "answer": answer}) + "\n" for name, answer in texts.items()]
-        run_folder.write_whole(out / run_folder.PREDICTIONS, "".join(lines))
+        run_folder.write_whole(out / PREDICTIONS, "".join(lines))
         _write_submission(out, experiment.tables["test"].questions, texts)
         table = experiment.encoded["test"]
         if answers.kept is not None:
             content = io.BytesIO()
             names = np.array([question.question_id for question in table.questions])
             np.savez_compressed(content, question_ids=names, kept=answers.kept)
-            run_folder.write_whole(out / run_folder.SELECTION, content.getvalue())
+            run_folder.write_whole(out / SELECTION, content.getvalue())
         config = self.config
         result = {"model": system_name(config), "split": config.data.split, "seed": config.train.seed}
         result |= {
@@ -211,7 +221,7 @@ class TrainingRun:
             "wrong_form": metrics.wrong_form,
             "unseen": len(experiment.tables["test"]) - len(table),
         }
-        run_folder.write_whole(out / run_folder.TEST, json.dumps(result, indent=2) + "\n")
+        run_folder.write_whole(out / TEST, json.dumps(result, indent=2) + "\n")
         return metrics
 
     def summary(self) -> str:
@@ -229,9 +239,9 @@ def _write_submission(out: Path, questions: Sequence[Question], answers: Mapping
     if all(question.answer for question in questions):
         return
     indices = {q.question_id: q.options.index(answers[q.question_id]) for q in questions}
-    run_folder.write_whole(out / "submission.json", json.dumps(indices, indent=0) + "\n")
+    run_folder.write_whole(out / SUBMISSION, json.dumps(indices, indent=0) + "\n")
     rows = "".join(f"{name},{index}\n" for name, index in indices.items())
-    run_folder.write_whole(out / "submission.csv", f"q_uid,answer\n{rows}")
+    run_folder.write_whole(out / SUBMISSION_CSV, f"q_uid,answer\n{rows}")
 
 
 def system_name(config: Config) -> str:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from egopatch.configs.schema import Config, ConfigError, HeadConfig
 from egopatch.train.heads import Sizes, build_head, reads_video
 from egopatch.train.processes.distributed import ALONE, Distributed
-from egopatch.train.rundir.card import CARD, WEIGHTS, Card, RunError, load_weights
+from egopatch.train.rundir.card import Card, RunError, load_weights
+from egopatch.train.rundir.names import CARD, WEIGHTS
 from egopatch.train.steps.stacked_heads import StackedHeads
 
 

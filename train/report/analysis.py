@@ -17,6 +17,7 @@ from egopatch.train.report import examples
 from egopatch.train.report.answers import Correctness, Questions, read_answers
 from egopatch.train.report.sources import Selection, SourceError, Sweep, read_selection
 from egopatch.train.report.table import is_standin
+from egopatch.train.rundir.names import SELECTION
 from egopatch.train.rundir.results import BLIND, OURS, Row
 from egopatch.train.scores.metrics import same_lower_cased
 
@@ -118,12 +119,12 @@ def selections_by_ratio(
     for sweep in sweeps:
         if sweep.split == row.split and sweep.system == row.system:
             runs = sorted((run for run in sweep.runs if not run.setting), key=lambda run: (run.ratio, run.seed))
-            folders += [(f"{r.ratio:g}", r.dir) for r in runs if r.dir and (r.dir / "selection.npz").exists()]
+            folders += [(f"{r.ratio:g}", r.dir) for r in runs if r.dir and (r.dir / SELECTION).exists()]
     for label, folder in folders:
         if label in found:
             continue
         try:
-            found[label] = read_selection(folder / "selection.npz"), read_answers(folder, questions)
+            found[label] = read_selection(folder / SELECTION), read_answers(folder, questions)
         except SourceError as error:
             problems.append(str(error))
     return found, problems

@@ -10,6 +10,7 @@ import numpy as np
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Clip, DatasetError, Question, load_dataset
 from egopatch.train.report.sources import SourceError
+from egopatch.train.rundir.names import PREDICTIONS, TEST
 from egopatch.train.rundir.results import COLUMNS, SPLITS, Row, data_title
 from egopatch.train.scores.metrics import PredictionError, read_predictions, same_lower_cased
 from egopatch.train.scores.statistics import Comparison, Interval, accuracy, compare
@@ -137,7 +138,7 @@ def accuracy_mismatches(row: Row, right: Correctness) -> list[str]:
         recorded, counted = run.scores["all"].accuracy, 100 * int(hits.sum()) / max(len(hits), 1)
         if recorded is not None and abs(recorded - counted) >= 0.005:
             lines.append(
-                f"{run.dir}: predictions.jsonl gives {counted:.2f} but test.json has {recorded:.2f}; "
+                f"{run.dir}: {PREDICTIONS} gives {counted:.2f} but {TEST} has {recorded:.2f}; "
                 "the annotations or the files have changed since; evaluate the run again"
             )
     return lines
@@ -150,7 +151,7 @@ def read_answers(folder: Path, questions: Questions) -> dict[str, str]:
         SourceError: predictions are missing, damaged or about other questions.
     """
     try:
-        answers = read_predictions(folder / "predictions.jsonl", (*questions.by_id.values(), *questions.unpublished))
+        answers = read_predictions(folder / PREDICTIONS, (*questions.by_id.values(), *questions.unpublished))
     except PredictionError as error:
         first, *more = str(error).splitlines()
         rest = f" (and {len(more)} more)" if more else ""

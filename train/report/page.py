@@ -35,6 +35,7 @@ from egopatch.train.report.sections import question_list, repeat
 from egopatch.train.report.sections.charts import COLOURS, Bar, Chart, Line, bar_chart, heat_map, line_chart
 from egopatch.train.report.sources import SourceError, Sweep, TrainingLog, read_log, read_sweep
 from egopatch.train.rundir.card import write_whole
+from egopatch.train.rundir.names import SWEEP, SWEEPS
 from egopatch.train.rundir.results import BLIND, COLUMNS, SPLITS, Results, Row, gather
 from egopatch.train.scores.statistics import Comparison, Interval
 from egopatch.train.scores.text_metrics import NAMES
@@ -237,7 +238,7 @@ def _gains(rows: Sequence[Row], ours: Row, right: Mapping[str, Correctness], que
 
 def _sweeps(folder: Path, problems: list[str]) -> list[Sweep]:
     found = []
-    for path in sorted((folder / "sweeps").glob("**/sweep.json")):
+    for path in sorted((folder / SWEEPS).glob(f"**/{SWEEP}")):
         try:
             found.append(read_sweep(path))
         except SourceError as error:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from egopatch.train.rundir.names import TEST
 from egopatch.train.rundir.results import value_text
 
 # Options that a sweep's runs state beside their setting, and the folder.
@@ -245,7 +246,7 @@ def _system_of(runs: Sequence[SweepRun]) -> str | None:
     """System of a sweep that an earlier version wrote, which only its runs name; None if none can be read."""
     for run in runs:
         try:
-            return str(json.loads(_read_text((run.dir or Path()) / "test.json"))["model"])
+            return str(json.loads(_read_text((run.dir or Path()) / TEST))["model"])
         except (SourceError, ValueError, KeyError, TypeError):
             continue
     return None

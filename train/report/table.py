@@ -11,6 +11,7 @@ from typing import Any
 from egopatch.configs.schema import Config
 from egopatch.train.report import answers as report_answers
 from egopatch.train.rundir.card import is_rendered, write_whole
+from egopatch.train.rundir.names import CARD, TEST
 from egopatch.train.rundir.results import BLIND, COLUMNS, Results, Row, card_option, data_title, gather
 from egopatch.train.scores.statistics import Interval
 from egopatch.train.scores.text_metrics import NAMES
@@ -223,7 +224,7 @@ def origin(results: Results) -> list[str]:
         f"In brackets: 95% intervals over seeds and clips (`train.scores.statistics`){alone}.",
         "Wrong form: share of answers such as `cup` to a yes/no question. Time to 95%: training until val first "
         "reached 95% of its best, median over seeds.",
-        "Each row is the mean over `test.json` of its runs; `card.json` beside it has the command and versions.",
+        f"Each row is the mean over `{TEST}` of its runs; `{CARD}` beside it has the command and versions.",
         f"`{'`, `'.join(BLIND[:-1])}` and `{BLIND[-1]}` never see the video. All other systems read cached features of "
         "uniformly sampled frames.",
         *([quarantined] if count else []),

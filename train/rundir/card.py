@@ -16,9 +16,8 @@ from torch import Tensor
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.features.io.files import replacing
+from egopatch.train.rundir.names import CARD, CONFIG, TEST, WEIGHTS
 
-CARD, WEIGHTS, CONFIG, LOG = "card.json", "best.safetensors", "config.yaml", "log.jsonl"
-TEST, PREDICTIONS, SELECTION = "test.json", "predictions.jsonl", "selection.npz"
 # Key of the epoch in the metadata of the weights.
 EPOCH = "epoch"
 # Sections that decide a run's numbers, and their options that do not: an interrupted run may resume with other values

@@ -11,6 +11,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from egopatch.train.rundir.card import write_whole
+from egopatch.train.rundir.names import BOARD, LOG
 from egopatch.train.rundir.tracking import Tracker, report_failure
 
 
@@ -24,11 +25,11 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, step: int, tracker: Tracker | None = None) -> None:
-        path = folder / "log.jsonl"
+        path = folder / LOG
         _drop_after(path, step)
         self._tracker = tracker
         self._file = path.open("a", encoding="utf-8")
-        self._board = EventFileWriter(str(folder / "tb"))
+        self._board = EventFileWriter(str(folder / BOARD))
         # Tells TensorBoard to forget what an interrupted run wrote from here on.
         start = SessionLog(status=SessionLog.START)
         self._board.add_event(Event(wall_time=time.time(), step=step + 1, session_log=start))

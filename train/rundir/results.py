@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from egopatch.configs.schema import Config
+from egopatch.train.rundir.names import CARD, LOG, SWEEPS, TEST, WEIGHTS
 from egopatch.train.scores.metrics import Score
 
 BLIND = ("majority", "longest-option", "question-only")
@@ -70,12 +71,12 @@ class Run:
     @property
     def checkpoint(self) -> Path | None:
         """File that `evaluate` loads: the weights, or the card for a system without weights."""
-        return next((self.dir / name for name in ("best.safetensors", "card.json") if (self.dir / name).exists()), None)
+        return next((self.dir / name for name in (WEIGHTS, CARD) if (self.dir / name).exists()), None)
 
     @property
     def log(self) -> Path | None:
         """The training log; None if missing."""
-        path = self.dir / "log.jsonl"
+        path = self.dir / LOG
         return path if path.exists() else None
 
     @property
@@ -205,7 +206,7 @@ def gather(folder: Path) -> Results:
             problems.append(f"{path.relative_to(folder)}: {error}")
     if not runs:
         raise TableError(
-            f"{folder} holds no finished run ({'; '.join(problems) or 'no test.json'}); "
+            f"{folder} holds no finished run ({'; '.join(problems) or f'no {TEST}'}); "
             "train one first: python -m train fit --config CONFIG"
         )
     rows: list[Row] = []
@@ -222,10 +223,10 @@ def read_run(path: Path) -> Run:
     Raises:
         ValueError: a file is missing or damaged; the message names it and what to do.
     """
-    if not (path / "test.json").exists():
-        raise ValueError("not evaluated (no test.json); run `python -m train evaluate` with its config")
-    test = _read_object(path / "test.json")
-    card = _read_object(path / "card.json")
+    if not (path / TEST).exists():
+        raise ValueError(f"not evaluated (no {TEST}); run `python -m train evaluate` with its config")
+    test = _read_object(path / TEST)
+    card = _read_object(path / CARD)
     try:
         scores = {part: _score(test[part]) for part in COLUMNS}
         if test.get("split_tag") is not None:
@@ -235,7 +236,7 @@ def read_run(path: Path) -> Run:
         quarantined = int(test.get("unseen", 0))
         wrong_form = None if test.get("wrong_form") is None else int(test["wrong_form"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"test.json is damaged ({type(error).__name__}: {error}); evaluate the run again") from error
+        raise ValueError(f"{TEST} is damaged ({type(error).__name__}: {error}); evaluate the run again") from error
     return Run(
         path, system, split, seed, scores, tags, _val(card.get("val")), card, quarantined, wrong_form, _seconds(path)
     )
@@ -254,8 +255,8 @@ def data_title(split: str, cards: Iterable[Mapping[str, Any]]) -> str:
 
 def _run_folders(folder: Path) -> list[Path]:
     """Folders of finished and unfinished runs below `folder`, without those of sweeps."""
-    found = {path.parent for name in ("test.json", "card.json", "log.jsonl") for path in folder.glob(f"**/{name}")}
-    return sorted(path for path in found if "sweeps" not in path.relative_to(folder).parts)
+    found = {path.parent for name in (TEST, CARD, LOG) for path in folder.glob(f"**/{name}")}
+    return sorted(path for path in found if SWEEPS not in path.relative_to(folder).parts)
 
 
 def _rows_of(system: str, split: str, runs: list[Run], folder: Path, problems: list[str]) -> list[Row]:
@@ -309,7 +310,7 @@ def _val(val: object) -> float | None:
 
 def _seconds(run: Path) -> float | None:
     """Seconds until a run converged, from its log; None if they are not there."""
-    path = run / "log.jsonl"
+    path = run / LOG
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     for line in reversed(lines):
         if '"converged"' in line:

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 from egopatch.configs.schema import ConfigError
 from egopatch.train.rundir.card import write_whole
+from egopatch.train.rundir.names import TRACKING
 
 # Id of the run in the tracker, so that a run that resumes here resumes there.
-RECORD = "tracking.json"
 EXPERIMENT = "egopatch"
 PENDING = 200
 
@@ -49,7 +49,7 @@ def open_tracker(name: str, folder: Path, config: Mapping[str, Any]) -> Tracker 
         raise ConfigError(
             f"run.tracker is {name!r}, whose package is not installed; run: pip install 'egopatch[{name}]'"
         ) from None
-    record = folder / RECORD
+    record = folder / TRACKING
     known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     try:
         tracker: WandbRun | MlflowRun = TRACKERS[name](module, folder, _flat(config), known.get(name))

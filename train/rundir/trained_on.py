@@ -11,8 +11,8 @@ from pathlib import Path
 
 from egopatch.features import Store
 from egopatch.train.rundir.card import RunError, write_whole
+from egopatch.train.rundir.names import CLIPS
 
-CLIPS = "clips.json"
 _DIGITS = 16
 
 

@@ -39,6 +39,7 @@ from egopatch.train.processes.process_pool import call_in_processes, can_fork
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import RunError
 from egopatch.train.rundir.lease import POLL_S, busy, hold, writable
+from egopatch.train.rundir.names import GROUPS, SWEEPS
 from egopatch.train.rundir.results import table_folder
 from egopatch.train.sweeps.sweep_results import write_results
 
@@ -102,7 +103,7 @@ def run_sweep(
     name = f"{config.data.split}-{config.run.dir.name}" if name is None else name
     if not NAME.fullmatch(name):
         raise ConfigError(f"--name is {name!r}; expected letters, digits, dots, dashes and underscores")
-    out = table_folder(config) / "sweeps" / name
+    out = table_folder(config) / SWEEPS / name
     axes = read_axes(ratios, seeds, grid)
     typed = typed_values(axes)
     runs = [(overrides, run_config(config, overrides, typed, out)) for overrides in combinations(axes)]
@@ -120,8 +121,7 @@ def run_sweep(
         print("\n".join(experiment.data_lines), flush=True)
         for run in filter(_finished, configs):
             experiment.require_trained_on(run.run.dir)
-        # The name of the folder is older than the name of the class.
-        groups_folder = out / "crews"
+        groups_folder = out / GROUPS
         with writable("run.dir" if config.run.table is None else "run.table", groups_folder):
             make_folder(groups_folder)
         with shortage_explained(config.train, out):

@@ -16,6 +16,7 @@ from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Question, load_dataset
 from egopatch.train.report.sources import read_sweep
 from egopatch.train.rundir import card as run_folder
+from egopatch.train.rundir.names import PREDICTIONS, SUBMISSION, SWEEP, SWEEP_CSV, SWEEP_PNG, TEST
 from egopatch.train.rundir.results import COLUMNS, value_text
 from egopatch.train.scores.metrics import read_predictions, same_lower_cased
 from egopatch.train.scores.statistics import Matrix, accuracy, compare, measure_power
@@ -45,19 +46,19 @@ def write_results(facts: Mapping[str, Any], runs: Sequence[FinishedRun], config:
         "comparisons": compare_points(points, questions),
         "seeds_needed": seeds_needed(points, questions),
     }
-    run_folder.write_whole(out / "sweep.json", json.dumps(result, indent=2) + "\n")
-    run_folder.write_whole(out / "sweep.csv", as_csv(result["points"]))
+    run_folder.write_whole(out / SWEEP, json.dumps(result, indent=2) + "\n")
+    run_folder.write_whole(out / SWEEP_CSV, as_csv(result["points"]))
     if points:
         _draw(out)
     if not questions:
         print(
             f"  none of the {len(asked)} test questions has a published answer, so there are no accuracies and no "
-            "plot: the answers are in the runs' folders, also as submission.json",
+            f"plot: the answers are in the runs' folders, also as {SUBMISSION}",
             flush=True,
         )
     for line in describe(result):
         print(line, flush=True)
-    return out / "sweep.json"
+    return out / SWEEP
 
 
 def gather_points(runs: Sequence[FinishedRun], asked: Sequence[Question]) -> list[tuple[dict[str, Any], Matrix]]:
@@ -165,12 +166,12 @@ def describe(result: Mapping[str, Any]) -> list[str]:
 
 
 def _right(run: Config, asked: Sequence[Question]) -> list[bool]:
-    answers = read_predictions(run.run.dir / run_folder.PREDICTIONS, asked)
+    answers = read_predictions(run.run.dir / PREDICTIONS, asked)
     return [same_lower_cased(question, answers[question.question_id]) for question in asked if question.counts]
 
 
 def _record(overrides: Mapping[str, Any], run: Config, out: Path) -> dict[str, Any]:
-    test = json.loads((run.run.dir / run_folder.TEST).read_text(encoding="utf-8"))
+    test = json.loads((run.run.dir / TEST).read_text(encoding="utf-8"))
     return {
         "ratio": run.head.ratio,
         "seed": run.train.seed,
@@ -185,8 +186,8 @@ def _draw(out: Path) -> None:
     # Imported here to save start-up time: matplotlib takes a second, and training does not use it.
     from egopatch.train.report import plots
 
-    sweep = read_sweep(out / "sweep.json")
-    plots.save(plots.draw_ratio([sweep], {}) if sweep.varies_ratio else plots.draw_settings(sweep), out / "sweep.png")
+    sweep = read_sweep(out / SWEEP)
+    plots.save(plots.draw_ratio([sweep], {}) if sweep.varies_ratio else plots.draw_settings(sweep), out / SWEEP_PNG)
 
 
 def _name(setting: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ import yaml
 
 from egopatch.train.report.answers import Questions
 from egopatch.train.report.sources import Sweep
+from egopatch.train.rundir.names import CONFIG
 from egopatch.train.rundir.results import Results
 
 
@@ -38,12 +39,12 @@ def recipe(results: Results, sweeps: Sequence[Sweep]) -> Recipe:
         for run in row.runs:
             path = str(((run.card.get("config") or {}).get("store") or {}).get("path", ""))
             if run.card.get("fingerprint") and path:
-                stores.setdefault(path, f"python -m extract run --config {shlex.quote(str(run.dir / 'config.yaml'))}")
+                stores.setdefault(path, f"python -m extract run --config {shlex.quote(str(run.dir / CONFIG))}")
             trained.append(str(run.card.get("command") or f"# no command is recorded in {run.dir}"))
         settings = yaml.safe_dump(dict(row.best.card.get("config") or {}), sort_keys=False, allow_unicode=True)
         configs.append((f"{row.label}, {row.split}, seed {row.best.seed}", settings))
     swept = [sweep.command for sweep in sweeps if sweep.command]
-    one = results.rows[0].best.dir / "config.yaml"
+    one = results.rows[0].best.dir / CONFIG
     there = f"--config {shlex.quote(str(one))} --run.table {shlex.quote(str(results.folder))}"
     sections = [
         ("Encode the clips into each store. Finished shards are skipped.", list(stores.values())),

@@ -1,0 +1,11 @@
+"""Names of the files of runs and sweeps, for all that write, read or look for them."""
+
+# In a run's folder.
+CARD, CONFIG, WEIGHTS, LAST = "card.json", "config.yaml", "best.safetensors", "last.pt"
+LOG, BOARD, TRACKING, CLIPS = "log.jsonl", "tb", "tracking.json", "clips.json"
+TEST, PREDICTIONS, SELECTION = "test.json", "predictions.jsonl", "selection.npz"
+SUBMISSION, SUBMISSION_CSV = "submission.json", "submission.csv"
+
+# Below the table's folder, and in a sweep's. The name of the groups' folder is older than that of their class.
+SWEEPS, GROUPS = "sweeps", "crews"
+SWEEP, SWEEP_CSV, SWEEP_PNG = "sweep.json", "sweep.csv", "sweep.png"
