@@ -325,4 +325,4 @@ def test_score_refuses_malformed_questions(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "p.jsonl").write_text("")
     args = ["score", "--questions", str(tmp_path / "q.json"), "--predictions", str(tmp_path / "p.jsonl")]
     assert main(args) == 2
-    assert "q.json:record 0: 'structural' is missing" in capsys.readouterr().err
+    assert "q.json:record 1: 'structural' is missing" in capsys.readouterr().err
