@@ -30,7 +30,7 @@ def call_in_processes(calls: Sequence[Callable[[], Result]], cores: int) -> list
     """Results of `calls`, in order. Each call runs in a forked process of its own, on one thread.
 
     The operations of a light head are too small to split over threads, and threads that each run many of them wait for
-    Python's lock. Forked processes do neither, and share memory copy-on-write.
+    the GIL. Forked processes do neither, and share memory copy-on-write.
 
     SIGINT and SIGTERM reach the processes as one SIGTERM, which raises KeyboardInterrupt there, so a call can stop
     where it chooses; a second signal kills them.
