@@ -106,13 +106,16 @@ def csv_rows(path: Path, purpose: str, columns: Collection[str]) -> Iterator[tup
     A row with more cells than the header is a ValueError. Commas, semicolons and tabs may separate cells.
 
     Raises:
-        ValueError: As `read_text`; or the header, line 1, has not all `columns`.
+        ValueError: As `read_text`; or the header, line 1, has not all `columns`, or one column twice.
     """
     text = read_text(path, purpose)
     header = text.partition("\n")[0]
     reader = csv.DictReader(io.StringIO(text), delimiter=max(_DELIMITERS, key=header.count))
     if missing := [column for column in columns if column not in (reader.fieldnames or ())]:
         raise ValueError(f"{path}:1: lacks the columns {', '.join(missing)}; expected {', '.join(columns)}")
+    named = [column for column in reader.fieldnames or () if column]
+    if twice := [column for column in dict.fromkeys(named) if named.count(column) > 1]:
+        raise ValueError(f"{path}:1: column {twice[0]!r} is used twice; expected each column once in the header")
     try:
         for row in reader:
             more = f"has more cells than the header, which has {len(reader.fieldnames or ())}"

@@ -305,6 +305,10 @@ def test_options_of_a_spreadsheet(tmp_path: Path) -> None:
             ":2: 'answer_index' is 'x'; expected 0",
         ),
         ("question_id,clip_id,question,answer,part\n", ": contains no question; expected one per line"),
+        (
+            "question_id,clip_id,question,answer,part,answer\n1,a,What?,cup,train,jar\n",
+            ":1: column 'answer' is used twice; expected each column once in the header",
+        ),
     ],
 )
 def test_faults_of_a_spreadsheet(tmp_path: Path, text: str, fault: str) -> None:
