@@ -7,6 +7,7 @@ from typing import Any
 
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
 from egopatch.configs.schema import Config, ConfigError
+from egopatch.extract.commands.again import after_quarantine, retry_command
 from egopatch.extract.engines.interrupts import REQUEUE, Requeue, requeue_on_signals
 from egopatch.extract.engines.job_slice import ALL_SHARDS, Slice
 from egopatch.extract.errors import JobFailed
@@ -35,14 +36,16 @@ def main(parser: ConfigParser, args: Sequence[str], retry: bool = False) -> int:
         "--refresh", action="store_true", help="encode clips again whose stretch, video file or its size has changed"
     )
     add_config_arguments(parser)
-    parsed = [parse_config(parser, one) for one in split_configs(args)]
+    lines = split_configs(args)
+    parsed = [parse_config(parser, one) for one in lines]
     configs, (_, options) = [config for config, _ in parsed], parsed[0]
     try:
         job_slice = Slice.parse(options.shard)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     with messages_apart(options.json):
-        code, results = encode(parser.prog, configs, retry, job_slice, options.refresh, options.wait)
+        retries = [retry_command(one) for one in lines]
+        code, results = encode(parser.prog, configs, retries, retry, job_slice, options.refresh, options.wait)
     if results:
         print_result(options.json, {"stores": as_records(configs, results)})
     return code
@@ -51,12 +54,18 @@ def main(parser: ConfigParser, args: Sequence[str], retry: bool = False) -> int:
 def encode(
     program: str,
     configs: Sequence[Config],
+    retries: Sequence[str],
     retry: bool = False,
     job_slice: Slice = ALL_SHARDS,
     refresh: bool = False,
     wait: bool = False,
 ) -> tuple[int, list[ExtractionResult]]:
     """Encode as `extract_together` does, and print what came of it.
+
+    Args:
+        program: Name of the command, for errors.
+        configs: The experiments; as for `extract_together`, as are the arguments that are not described here.
+        retries: The command line that tries the quarantined clips of each again.
 
     Returns:
         The exit code of `extract run`, and a result for each config, none if the work failed.
@@ -73,8 +82,8 @@ def encode(
     except Requeue as notice:
         print(f"{program}: interrupted by {notice}; run the same command again to resume", file=sys.stderr)
         return REQUEUE, []
-    for config, result in zip(configs, results, strict=True):
-        _report(config, result)
+    for config, result, again in zip(configs, results, retries, strict=True):
+        _report(config, result, again)
     clips_left, texts_left = (sum(getattr(one, name) for one in results) for name in ("clips_left", "texts_left"))
     if clips_left or texts_left:
         print(
@@ -120,7 +129,7 @@ def split_configs(args: Sequence[str]) -> list[list[str]]:
     return [[*args[:first], file, *args[first + len(files) :]] for file in files]
 
 
-def _report(config: Config, result: ExtractionResult) -> None:
+def _report(config: Config, result: ExtractionResult, again: str) -> None:
     stats = result.stats
     print(
         f"{config.store.path}: {result.clips}/{result.planned} clips and {result.texts} questions stored;"
@@ -136,5 +145,7 @@ def _report(config: Config, result: ExtractionResult) -> None:
         print(f"skipped: {line}")
     for clip_id, reason in result.quarantine.items():
         print(f"quarantined {clip_id}: {reason}")
+    if result.quarantine:
+        print(after_quarantine(again))
     for line in [*result.check.lines(), *filter(None, [machines_line(result.machines)])]:
         print(line)

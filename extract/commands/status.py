@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
 from egopatch.configs.schema import Config
+from egopatch.extract.commands.again import after_quarantine, retry_command
 from egopatch.extract.datasets import DatasetError, load_dataset
 from egopatch.extract.datasets.origins import OriginCheck, compare_origins
 from egopatch.extract.worker.bounds import bound_line, ceilings
 from egopatch.extract.worker.job_stats import read_jobs, stats_of
 from egopatch.features.common.units import format_bytes
-from egopatch.features.state.counts import count_clips, machines_line, read_ledger
+from egopatch.features.state.counts import count_clips, first_in_quarantine, machines_line, read_ledger
 from egopatch.features.state.ledger import Ledger
 
 
@@ -32,6 +33,10 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         f"{config.store.path}: {counts.committed}/{counts.planned} clips committed,"
         f" {counts.quarantined} quarantined, {counts.missing} missing, {format_bytes(counts.bytes)}"
     )
+    if failure := first_in_quarantine(config.store.path, ledger):
+        clip_id, reason = failure
+        print(f"first in quarantine: {clip_id}: {reason}")
+        print(after_quarantine(retry_command(args)))
     lines = ["the annotations cannot be read, so stale clips were not looked for"] if check is None else check.lines()
     for line in [*lines, *filter(None, [machines_line(machines), _bound_of_last(rates)])]:
         print(line)

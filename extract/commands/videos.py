@@ -9,6 +9,7 @@ from jsonargparse.typing import PositiveFloat
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config, take_option
 from egopatch.configs.packaged import packaged_config
 from egopatch.configs.schema import ConfigError
+from egopatch.extract.commands.again import retry_command
 from egopatch.extract.commands.run import as_records, encode
 from egopatch.extract.planning.own_videos import prepare_own_videos
 from egopatch.features.common.command_line import messages_apart, print_result
@@ -42,7 +43,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     with messages_apart(options.json):
         own = prepare_own_videos(options.folder, Path(options.out), base, options.clip_seconds)
         print(f"{options.folder}: {own.videos} videos, {own.clips} clips, listed in {own.clips_file}", flush=True)
-        code, results = encode(parser.prog, [own.config])
+        code, results = encode(parser.prog, [own.config], [retry_command(["--config", str(own.config_file)])])
         if code == 0:
             print(f"next: python -m extract status --config {shlex.quote(str(own.config_file))}")
     if results:

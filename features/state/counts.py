@@ -47,6 +47,12 @@ def count_clips(path: Location | str, ledger: Ledger) -> StoreCounts:
     return StoreCounts(planned, committed, quarantined, missing, ledger.nbytes, digest)
 
 
+def first_in_quarantine(path: Location | str, ledger: Ledger) -> tuple[str, str] | None:
+    """Id and reason of the clip that failed first of those in quarantine; None if there is none. As `count_clips`."""
+    failed = Quarantine(storage_at(parse_location(path))).read(ledger.clips)
+    return next(((clip_id, record.reason) for clip_id, record in failed.items()), None)
+
+
 def machines_line(machines: Mapping[str, int]) -> str | None:
     """A line about a store whose clips unlike `machines` have computed; None where all are alike or unknown.
 

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import constants
 
 from egopatch.extract.__main__ import COMMANDS, main
+from egopatch.extract.commands.again import retry_command
 from egopatch.extract.datasets import load_dataset
 from egopatch.extract.video.once import OncePerVideo
 from egopatch.extract.worker.job import resolve_job
@@ -41,6 +42,13 @@ def test_the_store_holds_what_the_encoder_says(made: Path) -> None:
         assert stored.timestamps[0].tolist() == prepared.timestamps.tolist()
     texts = open_store(Path(config.store.path) / "text").read_text(dataset.texts)
     assert texts.states.shape == (len(dataset.texts), 30, 128)
+
+
+def test_the_command_that_retries_takes_the_experiment_and_nothing_else() -> None:
+    args = ["--config", "a b.yaml", "--wait", "--shard", "0/2", "--store.path=s", "--video.frames", "2", "--json"]
+    expected = "python -m extract retry --config 'a b.yaml' --store.path=s --video.frames 2"
+    assert retry_command(args) == expected
+    assert retry_command(["--config=a.yaml"]) == "python -m extract retry --config a.yaml"
 
 
 def test_a_second_run_encodes_nothing(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,6 +129,7 @@ def test_bad_videos_are_quarantined_and_retried(fresh: Path, capsys: pytest.Capt
     for path, reason in [(absent, "does not exist"), (empty, "is empty"), (cut, "cannot be decoded")]:
         (line,) = (line for line in out.splitlines() if line.startswith(f"quarantined {path.stem}:"))
         assert reason in line
+    assert f"then run `{retry_command(options(fresh))}`" in out
 
     assert main(["run", *options(fresh)]) == 0
     assert "this run encoded 0 clips" in capsys.readouterr().out  # quarantined clips wait for retry

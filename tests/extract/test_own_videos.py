@@ -1,6 +1,7 @@
 """`extract videos`: a folder of videos becomes a store, a clips file and a config, without annotations."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,10 @@ def test_a_folder_becomes_a_store(
     assert main(command) == 0
     out = capsys.readouterr().out
     assert "3 videos, 4 clips" in out
+    file = tmp_path / "out" / "mine.yaml"
+    retry = f"then run `python -m extract retry --config {shlex.quote(str(file))}`"
     assert "quarantined bad.mp4: video" in out
+    assert retry in out
     assert "3/4 clips and 0 questions stored; this run encoded 3 clips" in out
     store = open_store(tmp_path / "out" / "mine")
     assert store.clip_ids == ("P01/a.mp4@0s", "P01/a.mp4@1s", "short.mp4")
@@ -72,9 +76,12 @@ def test_a_folder_becomes_a_store(
     assert timestamps is not None
     assert 0 <= float(timestamps[0, 0]) < float(timestamps[0, 1]) < 1.34
 
-    file = tmp_path / "out" / "mine.yaml"
     assert main(["status", "--config", str(file), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["missing"] == 0
+    assert main(["status", "--config", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "first in quarantine: bad.mp4: video" in out
+    assert retry in out
     assert main([*command, "--video.frames", "3"]) == 2
     line = capsys.readouterr().err.strip()
     assert "mine.yaml is the config of this store and has different settings (frames: file has 2, requested 3)" in line

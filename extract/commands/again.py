@@ -1,0 +1,24 @@
+"""What brings clips back from quarantine: the very command line, for the end of a command's output."""
+
+import itertools
+import shlex
+from collections.abc import Sequence
+
+from egopatch.configs.command_line import overrides_in
+
+
+def retry_command(args: Sequence[str]) -> str:
+    """`python -m extract retry` for the experiment of a command line: its `--config` and its options in place of it."""
+    configs: list[str] = []
+    for before, arg in itertools.pairwise(["", *args]):
+        if before == "--config" or arg.startswith("--config="):
+            configs += ["--config", arg.removeprefix("--config=")]
+    return shlex.join(["python", "-m", "extract", "retry", *configs, *overrides_in(args)])
+
+
+def after_quarantine(command: str) -> str:
+    """What to do about clips in quarantine, in one line; `command` is that of `retry_command`."""
+    return (
+        "clips stay in quarantine until they are retried: mend what the reason names, such as a damaged video, then run"
+        f" `{command}`"
+    )
