@@ -13,9 +13,12 @@ from typing import Any, NoReturn
 
 import jsonargparse
 
-from egopatch.configs.schema import Config, ConfigError, DataConfig
+from egopatch.configs.schema import Config, ConfigError, DataConfig, refusal_of_null
 from egopatch.configs.wrong_types import reworded
 from egopatch.configs.yaml_faults import find_fault
+
+# How YAML writes a null.
+_NULLS = ("null", "Null", "NULL", "~")
 
 
 def option_names() -> list[str]:
@@ -36,11 +39,16 @@ class ConfigParser(jsonargparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def parse_args(self, args: Sequence[str], *more: Any, **options: Any) -> jsonargparse.Namespace:  # type: ignore[override]
-        """Parse as jsonargparse does, and refuse an option with empty text, which as a path would be this folder."""
+        """Parse as jsonargparse does, and refuse an option with empty text, which as a path would be this folder, and
+        one with a null that it cannot take, which as a path would be the folder `null`.
+        """
+        own = set(option_names()) if "--config" in self._option_string_actions else set()
         for before, arg in itertools.pairwise(["", *args]):
             name, _, value = arg.partition("=") if arg.startswith("--") else (before, "", arg)
             if name.startswith("--") and not value and (arg.endswith("=") or not arg):
                 self.error(f"{name} is empty; expected a value")
+            if value in _NULLS and name[2:] in own and (refusal := refusal_of_null(name[2:])):
+                self.error(refusal)
         return super().parse_args(args, *more, **options)
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> jsonargparse.Namespace:

@@ -6,7 +6,9 @@ Each dataclass below is a section of the file and a group of command-line option
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
+
+from egopatch.configs.wrong_types import type_in_words
 
 ComputeDtype = Literal["float32", "bfloat16"]
 Score = Literal["question", "saliency", "prior", "random", "all"]
@@ -20,6 +22,24 @@ class ConfigError(ValueError):
 def _require(condition: bool, key: str, value: object, expected: str) -> None:
     if not condition:
         raise ValueError(f"{key} is {value!r}; expected {expected}")
+
+
+def _refuse_null(section: object) -> None:
+    """Refuse null where the type of an option does not include None."""
+    name = type(section).__name__.removesuffix("Config").lower()
+    for option in _never_null(type(section)):
+        if getattr(section, option) is None:
+            raise ValueError(refusal_of_null(f"{name}.{option}"))
+
+
+def _never_null(section: type) -> dict[str, str]:
+    """The options of a section that cannot be null, each with what is expected in words."""
+    # Options with the path of a file may all be null.
+    return {
+        name: type_in_words(hint, path="a folder")
+        for name, hint in get_type_hints(section).items()
+        if type(None) not in get_args(hint)
+    }
 
 
 @dataclass(frozen=True)
@@ -44,6 +64,9 @@ class DataConfig:
     clips: str = "clips.jsonl"
     questions: str | None = "questions.jsonl"
     paraphrases: bool = False
+
+    def __post_init__(self) -> None:
+        _refuse_null(self)
 
     @property
     def title(self) -> str:
@@ -77,6 +100,7 @@ class VideoConfig:
     memory_gb: float = 4.0
 
     def __post_init__(self) -> None:
+        _refuse_null(self)
         _require(self.frames >= 1, "video.frames", self.frames, "at least 1")
         _require(self.size >= 1, "video.size", self.size, "at least 1")
         _require(self.timeout_s > 0, "video.timeout_s", self.timeout_s, "a positive number of seconds")
@@ -116,6 +140,7 @@ class EncoderConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
+        _refuse_null(self)
         _require(self.depth >= 1, "encoder.depth", self.depth, "at least 1")
         _require(self.batch >= 1, "encoder.batch", self.batch, "at least 1")
 
@@ -136,6 +161,7 @@ class TextConfig:
     max_length: int = 30
 
     def __post_init__(self) -> None:
+        _refuse_null(self)
         _require(self.max_length >= 2, "text.max_length", self.max_length, "at least 2")
 
 
@@ -161,6 +187,7 @@ class StoreConfig:
     codec: Literal["none", "zstd", "blosc-zstd", "gzip"] = "none"
 
     def __post_init__(self) -> None:
+        _refuse_null(self)
         _require(self.shard >= 1, "store.shard", self.shard, "at least 1")
         remote = "://" in str(self.path)
         if any(sign in str(self.path).partition("://")[2] for sign in "@:?#"):
@@ -196,6 +223,7 @@ class EngineConfig:
     max_errors: int | float = 100
 
     def __post_init__(self) -> None:
+        _refuse_null(self)
         for key, value in (("engine.workers", self.workers), ("engine.decoders", self.decoders)):
             _require(value == "auto" or (isinstance(value, int) and value >= 1), key, value, "auto or at least 1")
         _require(self.max_errors >= 0, "engine.max_errors", self.max_errors, "a count, or a share below 1")
@@ -255,6 +283,7 @@ class HeadConfig:
     implementation: Literal["auto", "reference", "triton"] = "auto"
 
     def __post_init__(self) -> None:
+        _refuse_null(self)
         _require(0 < self.ratio <= 1, "head.ratio", self.ratio, "a share in (0, 1]")
         _require(len(self.scores) == 1 or "all" not in self.scores, "head.scores", self.scores, "`all` alone")
         _require(self.frames is None or self.frames >= 1, "head.frames", self.frames, "null or at least 1")
@@ -304,6 +333,7 @@ class TrainConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        _refuse_null(self)
         _require(self.epochs >= 1, "train.epochs", self.epochs, "at least 1")
         _require(self.batch >= 1, "train.batch", self.batch, "at least 1")
         _require(self.lr > 0, "train.lr", self.lr, "a positive number")
@@ -331,6 +361,9 @@ class RunConfig:
     table: Path | None = None
     tracker: Literal["wandb", "mlflow"] | None = None
 
+    def __post_init__(self) -> None:
+        _refuse_null(self)
+
 
 @dataclass(frozen=True)
 class Config:
@@ -355,3 +388,10 @@ class Config:
                 f"train.contrast is {self.train.contrast:g}, but data.paraphrases is false; set it to true and run "
                 "`python -m extract run`, or train.contrast to 0"
             )
+
+
+def refusal_of_null(name: str) -> str | None:
+    """Why the option `section.field` cannot be null; None if it can be."""
+    section, _, option = name.partition(".")
+    expected = _never_null(get_type_hints(Config)[section]).get(option)
+    return f"{name} is null; expected {expected}" if expected else None

@@ -1,6 +1,10 @@
 """A value of the wrong type, in words: jsonargparse's errors speak of parser keys, unions and classes of Python."""
 
 import re
+from collections.abc import Iterable
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 _ERROR = re.compile(r"Parser key \"(?P<name>[\w.]+)\"(?: element \d+)?: (?P<types>.+)")
 _VALUE = re.compile(
@@ -35,11 +39,29 @@ def reworded(message: str) -> str:
     if kinds == ["tuple"]:
         expected = f"a list in brackets: '[{found}]'"
     elif kinds:
-        expected = " or ".join(dict.fromkeys(_WORDS.get(kind) or _choice(kind) for kind in kinds))
+        expected = _either([_WORDS.get(kind) or _choice(kind) for kind in kinds])
     else:
         return message
     shown = found if _NUMBER.fullmatch(found) else repr(found)
     return f"{message[: error.start()]}{error['name']} is {shown}; expected {expected}"
+
+
+def type_in_words(hint: Any, path: str = _WORDS["Path"]) -> str:
+    """What a type allows, such as `a whole number or auto`; `path` is what a path is called."""
+    if get_origin(hint) is Literal:
+        return _choice(", ".join(map(str, get_args(hint))))
+    if get_origin(hint) is tuple:
+        return f"a list in brackets, with {type_in_words(get_args(hint)[0])}"
+    if get_origin(hint) is UnionType or get_origin(hint) is Union:
+        return _either([type_in_words(kind, path) for kind in get_args(hint)], path)
+    return path if hint is Path else _WORDS[hint.__name__]
+
+
+def _either(words: Iterable[str], path: str = _WORDS["Path"]) -> str:
+    """`a or b`, each once; what another one includes is left out."""
+    distinct = list(dict.fromkeys(words))
+    included = {narrow for wide, narrow in (("a number", _WORDS["int"]), (path, _WORDS["str"])) if wide in distinct}
+    return " or ".join(word for word in distinct if word not in included)
 
 
 def _choice(literals: str) -> str:

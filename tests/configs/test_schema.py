@@ -1,5 +1,5 @@
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import pytest
 from jsonargparse.typing import PositiveInt
@@ -12,7 +12,7 @@ from egopatch.configs.command_line import (
     parse_config,
     parse_options,
 )
-from egopatch.configs.schema import Config, DataConfig, StoreConfig
+from egopatch.configs.schema import Config, DataConfig, StoreConfig, refusal_of_null
 from egopatch.features.formats.registry import FORMATS
 from egopatch.features.values.spec import Codec
 
@@ -201,6 +201,55 @@ def test_an_empty_value_is_not_the_current_folder(args: list[str], capsys: pytes
     assert usage.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("error: --run.dir is empty; expected a value")
+
+
+def nullable(name: str) -> bool:
+    section, option = name.split(".")
+    return type(None) in get_args(get_type_hints(get_type_hints(Config)[section])[option])
+
+
+@pytest.mark.parametrize("name", option_names())
+def test_null_is_refused_where_the_type_does_not_include_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    section, option = name.split(".")
+    for args in (["--config", f"{{{section}: {{{option}: null}}}}"], [f"--{name}", "null"]):
+        if nullable(name):
+            assert getattr(getattr(parse(*args), section), option) is None
+            continue
+        with pytest.raises(SystemExit) as usage:
+            parse(*args)
+        assert usage.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"test: error: {name} is null; expected ")
+
+
+@pytest.mark.parametrize("args", [["--config", "{run: {dir: }}"], ["--config", "{run: {dir: ~}}"], ["--run.dir=~"]])
+def test_nothing_and_a_tilde_are_null_too(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(*args)
+    assert capsys.readouterr().err == "test: error: run.dir is null; expected a folder\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("store.path", "a folder"),
+        ("run.dir", "a folder"),
+        ("data.name", "text"),
+        ("data.split", "one of direct, indirect"),
+        ("video.sampling", "uniform"),
+        ("engine.workers", "a whole number or auto"),
+        ("engine.max_errors", "a number"),
+        ("head.levels", "a list in brackets, with one of patch, frame, video"),
+        ("head.readers", "one of 1, 3"),
+    ],
+)
+def test_the_refusal_of_null_says_what_is_expected(name: str, expected: str) -> None:
+    assert refusal_of_null(name) == f"{name} is null; expected {expected}"
+
+
+def test_null_is_refused_in_a_section_that_a_program_builds() -> None:
+    with pytest.raises(ValueError, match=r"^data\.root is null; expected a folder$"):
+        DataConfig(root=None)  # type: ignore[arg-type]
 
 
 def test_help_fits_a_screen_and_help_all_describes_every_option(capsys: pytest.CaptureFixture[str]) -> None:
