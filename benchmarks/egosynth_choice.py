@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -74,11 +74,16 @@ def main(args: Sequence[str] | None = None) -> None:
         "versions": {package: version(package) for package in ("torch", "numpy", "av")},
         "systems": rows,
     }
+    print(markdown(rows))
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    write_part("choice", markdown(rows))
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The set's table in docs/egosynth.md."""
     lines = ["| system | all | each seed | against psa (lite) | verdict |", "|:--|--:|--:|--:|:--|"]
     lines += [f"| {row['system']} | {' | '.join(compared(row, 'against_psa'))} |" for row in rows]
-    print("\n".join(lines))
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    write_part("choice", "\n".join(lines))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks import _egosynth_docs as bench
+from benchmarks import egosynth_choice
 from benchmarks._egosynth_wordings import disagreements, wording
 from benchmarks.egosynth import RESULTS, SYSTEMS, Bench
 from egopatch.configs.command_line import load_config
@@ -103,6 +104,15 @@ def test_the_docs_are_those_of_the_results(name: str) -> None:
     written = bench.DOCS.read_text().split(first)[1].split(last)[0].strip()
     file = RESULTS / ("egosynth.json" if name == "demo" else f"egosynth_{name}.json")
     assert written == (bench.markdown(json.loads(file.read_text())) if file.exists() else bench.NOT_MEASURED)
+
+
+def test_the_docs_are_those_of_the_multiple_choice_results() -> None:
+    first, last = bench.markers("choice")
+    written = bench.DOCS.read_text().split(first)[1].split(last)[0].strip()
+    rows = json.loads(egosynth_choice.RESULTS.read_text())["systems"]
+    assert written == egosynth_choice.markdown(rows)
+    blind = [row["all"]["mean"] for row in rows if row["system"] in egosynth_choice.BLIND]
+    assert min(next(row for row in rows if row["system"] == bench.REFERENCE)["of_seeds"]) > max(blind) + 60
 
 
 @pytest.mark.parametrize(("split", "goal"), [("direct", 70), ("indirect", 80)])
