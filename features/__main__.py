@@ -29,7 +29,7 @@ from egopatch.features.tools.importing import import_features
 from egopatch.features.tools.repair import repair
 from egopatch.features.tools.sources import SourceReport, check_sources
 from egopatch.features.tools.verify import VerifyReport, verify
-from egopatch.features.values.errors import BadLocation, StoreError
+from egopatch.features.values.errors import BadLocation, FingerprintMismatch, StoreError, WrongOption
 from egopatch.features.values.location import Location, parse_location
 from egopatch.features.values.spec import Codec, StoredDtype
 
@@ -59,7 +59,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if (message := describe_failure(error)) is None:
             return 0
         print(json.dumps({"error": message}) if options.json else f"features: {message}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, FingerprintMismatch | WrongOption) else 1
     except KeyboardInterrupt:
         print("features: interrupted; the store is intact: run the same command again", file=sys.stderr)
         return INTERRUPTED

@@ -29,13 +29,37 @@ class StoreHeader:
     def differences(self, requested: "StoreHeader") -> list[str]:
         """One line for each field in which this header and the `requested` one differ, the fingerprint's first."""
         mine, theirs = (
-            Fingerprint({"format": header.format} | {f"spec.{k}": v for k, v in _as_json(asdict(header.spec)).items()})
+            Fingerprint(
+                {"format": header.format}
+                | {f"spec.{k}": v for k, v in _as_json(asdict(header.spec)).items() if k != "arrays"}
+            )
             for header in (self, requested)
         )
         return [
             *self.fingerprint.differences(requested.fingerprint, "store has", "requested"),
             *mine.differences(theirs, "store has", "requested"),
+            *_array_differences(self.spec, requested.spec),
         ]
+
+
+def _array_differences(mine: StoreSpec, requested: StoreSpec) -> list[str]:
+    """As `StoreHeader.differences`, of the arrays: `patches: store has int8, requested float32`."""
+    names = [list(dict.fromkeys(array.name for array in spec.arrays)) for spec in (mine, requested)]
+    if names[0] != names[1] and sorted(names[0]) == sorted(names[1]):
+        return [f"order of the arrays: store has {', '.join(names[0])}, requested {', '.join(names[1])}"]
+    lines = []
+    for name in dict.fromkeys([*names[0], *names[1]]):
+        one, other = (next((array for array in spec.arrays if array.name == name), None) for spec in (mine, requested))
+        if one != other:
+            same_shape = one is not None and other is not None and one.shape == other.shape
+            words = [
+                "no such array"
+                if array is None
+                else array.dtype + ("" if same_shape else f" [{', '.join(map(str, array.shape))}]")
+                for array in (one, other)
+            ]
+            lines.append(f"{name}: store has {words[0]}, requested {words[1]}")
+    return lines
 
 
 def header_record(header: StoreHeader) -> Record:

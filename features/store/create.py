@@ -27,11 +27,24 @@ from egopatch.features.values.spec import Fingerprint, StoreSpec
 
 
 def create_store(
-    path: Location | str, spec: StoreSpec, fingerprint: Fingerprint, ids: Sequence[str], format: str = "zarr"
+    path: Location | str,
+    spec: StoreSpec,
+    fingerprint: Fingerprint,
+    ids: Sequence[str],
+    format: str = "zarr",
+    option: str = "store.path",
 ) -> Store:
     """Create a store with a row for each of `ids`, or open the store at `path` and add rows for new ids.
 
     Rows never move: row r always belongs to shard r // spec.shard.
+
+    Args:
+        path: Folder or URL of the store.
+        spec: Its shape.
+        fingerprint: The settings that decide its values.
+        ids: Ids that have a row afterwards.
+        format: Name of the file format.
+        option: What the user names another `path` with, for errors.
 
     Raises:
         FingerprintMismatch: The existing store was created with different settings; the message names them.
@@ -46,25 +59,27 @@ def create_store(
     header_record(requested)  # refuse bad dtypes and ids before anything is written
     ids_without_row((), ids, spec.kind)
     with write_errors_explained(f"creating {root}"):
-        if storage.exists(HEADER) and _missing_rows(storage, requested, ids) is None:
+        if storage.exists(HEADER) and _missing_rows(storage, requested, ids, option) is None:
             return open_store(path)  # it may be on a disk that is not for writing
         storage.prepare()
         while True:
             try:
-                _create_and_add_rows(storage, file_format, requested, ids)
+                _create_and_add_rows(storage, file_format, requested, ids, option)
                 return open_store(path)
             except WriteConflict:
                 continue  # another process has added rows; the next round adds those that still have none
 
 
-def _create_and_add_rows(storage: Storage, file_format: Format, requested: StoreHeader, ids: Sequence[str]) -> None:
+def _create_and_add_rows(
+    storage: Storage, file_format: Format, requested: StoreHeader, ids: Sequence[str], option: str
+) -> None:
     """Create the store where it does not exist, and add rows for those of `ids` that have none."""
     with storage.adding_rows():
         if not storage.exists(HEADER):
             for journal in (ids_journal(storage), ledger_journal(storage), quarantine_journal(storage)):
                 journal.create()
         create_header(storage, header_record(requested))
-        missing = _missing_rows(storage, requested, ids)
+        missing = _missing_rows(storage, requested, ids, option)
         if missing is not None:
             rows = missing.known + len(missing.ids)
             header = read_header(storage)
@@ -87,12 +102,12 @@ class _MissingRows:
     after: Position
 
 
-def _missing_rows(storage: Storage, requested: StoreHeader, ids: Sequence[str]) -> _MissingRows | None:
+def _missing_rows(storage: Storage, requested: StoreHeader, ids: Sequence[str], option: str) -> _MissingRows | None:
     """Rows that the existing store lacks to be the `requested` one with `ids`; None if it is complete. Only reads."""
     if different := parse_header(read_header(storage)).differences(requested):
         raise FingerprintMismatch(
             f"store {storage.location} was created with different settings ({'; '.join(different)}); use another "
-            "store.path or the original settings"
+            f"{option} or the original settings"
         )
     plan, contents = RowPlan(), ids_journal(storage).read()
     require_intact(contents, storage.location)

@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from egopatch.features.formats.registry import format_named
 from egopatch.features.state.quarantine import Failure
 from egopatch.features.storage.pick import storage_at
 from egopatch.features.store.create import create_store
 from egopatch.features.store.store import Store, open_store
 from egopatch.features.store.text_substore import substores
 from egopatch.features.values.dtypes import disk_dtype
-from egopatch.features.values.errors import StoreError
+from egopatch.features.values.errors import StoreError, WrongOption
 from egopatch.features.values.location import Location, parse_location
 from egopatch.features.values.spec import QUANTISED, TOKEN_ARRAYS, ArraySpec, Codec, Fingerprint, StoreSpec
 
@@ -37,14 +38,17 @@ def convert(
     since a store encoded directly to the new dtype would differ in the last bits.
 
     Raises:
-        StoreError: A different store exists at `to`, or a value does not fit the dtype.
+        FingerprintMismatch: A different store exists at `to`.
+        WrongOption: The format does not have the codec.
+        StoreError: A value does not fit the dtype, or a store cannot be read or written.
     """
     source, target = parse_location(path), parse_location(to)
     require_separate(source, target)
+    _require_codec(open_store(source), format, codec)
     for folder in substores(storage_at(source)):
         store = open_store(source / folder)
         spec, fingerprint = _converted_spec(store, dtype, None if folder else shard, codec)
-        copy = create_store(target / folder, spec, fingerprint, store.planned_ids, format or store.format)
+        copy = create_store(target / folder, spec, fingerprint, store.planned_ids, format or store.format, "--to")
         requantised = spec.arrays != store.spec.arrays
         copy_clips(store, copy, lambda rows: rows, None if folder else on_clips, decoded=requantised)
     return open_store(target)
@@ -107,6 +111,14 @@ def require_separate(source: Location, target: Location) -> None:
     inner, outer = (str(place.resolve() if isinstance(place, Path) else place) for place in (target, source))
     if f"{inner}/".startswith(f"{outer}/"):
         raise StoreError(f"--to is {str(target)!r}, inside the store {str(source)!r}; expected another folder")
+
+
+def _require_codec(store: Store, format: str | None, codec: Codec | None) -> None:
+    """Refuse a codec, requested or the store's own, that the copy's file format does not have."""
+    name, wanted = format or store.format, codec or store.spec.codec
+    if wanted not in (codecs := format_named(name).codecs):
+        given = f"--codec is {wanted!r}" if codec else f"--codec is absent, and the store's codec is {wanted!r}"
+        raise WrongOption(f"{given}; expected one of {name}'s codecs: {', '.join(codecs)}")
 
 
 def _converted_spec(

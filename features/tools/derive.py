@@ -44,11 +44,11 @@ def derive(
     count = keep_count(keep, patches)
     origin: dict[str, Scalar] = {"parent": parent.fingerprint.digest, "derived_keep": keep, "derived_by": by}
     fingerprint = Fingerprint({**parent.fingerprint.fields, **origin})
-    smaller = create_store(target, _smaller(parent.spec, count), fingerprint, parent.planned_ids, parent.format)
+    smaller = create_store(target, _smaller(parent.spec, count), fingerprint, parent.planned_ids, parent.format, "--to")
     copy_clips(parent, smaller, lambda rows: _first_by_saliency(rows, count), on_clips)
     for folder in substores(storage_at(source))[1:]:
         text = open_store(source / folder)
-        copy = create_store(target / folder, text.spec, text.fingerprint, text.planned_ids, text.format)
+        copy = create_store(target / folder, text.spec, text.fingerprint, text.planned_ids, text.format, "--to")
         copy_clips(text, copy, lambda rows: rows)
     return open_store(target)
 

@@ -67,7 +67,7 @@ def import_features(
         "stored_dtype": dtype,
     }
     spec = StoreSpec("patches", arrays, shard, checked.grid)
-    store = create_store(to, spec, Fingerprint(fields), list(clips), format)
+    store = create_store(to, spec, Fingerprint(fields), list(clips), format, "--to")
     _write_missing(store, clips, dtype, grid, tick)
     return store
 

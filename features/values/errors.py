@@ -15,6 +15,10 @@ class FingerprintMismatch(StoreError):
     """A store was created with different settings: another network, other frames, another shape."""
 
 
+class WrongOption(StoreError):
+    """An option of a command does not fit the store that the command reads."""
+
+
 class DamagedStore(StoreError):
     """Bytes on disk differ from those that were committed."""
 

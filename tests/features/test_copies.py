@@ -1,5 +1,7 @@
 """`convert` and `derive`: values stay the same, and changes of values are in the fingerprint."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,11 @@ from egopatch.features import (
     open_store,
 )
 from egopatch.features.__main__ import main
+from egopatch.features.state.header import StoreHeader
 from egopatch.features.tools.convert import convert
 from egopatch.features.tools.derive import derive
 from egopatch.features.tools.verify import verify
+from egopatch.features.values.spec import ArraySpec
 from tests.features.conftest import FINGERPRINT, FORMATS, IDS, clip, fill
 from tests.features.test_verify import TEXT_SPEC, TEXTS
 
@@ -114,6 +118,42 @@ def test_a_codec_of_the_other_format(whole: Store, tmp_path: Path, capsys: pytes
     assert f'"codec": "{fitting}"' in capsys.readouterr().out
     with pytest.raises(FingerprintMismatch, match=f"spec.codec: store has '{fitting}', requested 'none'"):
         convert(whole.path, whole.path.with_name(f"store_{fitting}"))
+
+
+def test_options_that_do_not_fit_the_stores_are_wrong_usage(
+    whole: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = ["convert", str(whole.path), "--to", str(tmp_path / "copy")]
+    assert main([*copy, "--dtype", "int8"]) == 0
+    capsys.readouterr()
+    assert main([*copy, "--dtype", "float32"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "(stored_dtype: store has 'int8', requested 'float32'; patches: store has int8, requested float32; " in line
+    assert "; scale: store has float32 [2, 6], requested no such array); use another --to or the original sett" in line
+    assert "{" not in line
+    other, codec = {"zarr": ("hdf5", "zstd"), "hdf5": ("zarr", "gzip")}[whole.format]
+    assert main(["convert", str(whole.path), "--format", other, "--codec", codec]) == 2
+    assert f"features: --codec is '{codec}'; expected one of {other}'s codecs: none, " in capsys.readouterr().err
+    assert main(["convert", str(whole.path), "--codec", codec]) == 0
+    capsys.readouterr()
+    assert main(["convert", str(whole.path.with_name(f"store_{codec}")), "--format", other, "--json"]) == 2
+    error = json.loads(capsys.readouterr().err)["error"]
+    assert error.startswith(f"--codec is absent, and the store's codec is '{codec}'; expected one of {other}'s codecs")
+
+
+def test_arrays_that_differ_are_named_one_by_one(whole: Store) -> None:
+    def differences(*arrays: ArraySpec) -> list[str]:
+        other = StoreHeader(replace(whole.spec, arrays=arrays), whole.fingerprint, whole.format)
+        return StoreHeader(whole.spec, whole.fingerprint, whole.format).differences(other)
+
+    first, *others = whole.spec.arrays
+    assert differences(first, *others) == []
+    wider = replace(first, shape=(2, 4, 99))
+    assert differences(wider, *others) == [
+        f"patches: store has float16 {list(first.shape)}, requested float16 [2, 4, 99]"
+    ]
+    (line,) = differences(*others, first)
+    assert line.startswith(f"order of the arrays: store has {first.name}, ")
 
 
 def test_an_interrupted_conversion_resumes(whole: Store, tmp_path: Path) -> None:
