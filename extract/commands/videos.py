@@ -43,7 +43,10 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     with messages_apart(options.json):
         own = prepare_own_videos(options.folder, Path(options.out), base, options.clip_seconds)
         print(f"{options.folder}: {own.videos} videos, {own.clips} clips, listed in {own.clips_file}", flush=True)
-        code, results = encode(parser.prog, [own.config], [retry_command(["--config", str(own.config_file)])])
+        try:
+            code, results = encode(parser.prog, [own.config], [retry_command(["--config", str(own.config_file)])])
+        finally:
+            own.remove_without_store()
         if code == 0:
             print(f"next: python -m extract status --config {shlex.quote(str(own.config_file))}")
     if results:

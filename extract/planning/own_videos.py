@@ -28,6 +28,7 @@ class OwnVideos:
         clips_file: The clips, one JSON object per line.
         videos: Number of videos.
         clips: Number of clips.
+        new_files: The files, of those two, that did not exist before.
     """
 
     config: Config
@@ -35,6 +36,13 @@ class OwnVideos:
     clips_file: Path
     videos: int
     clips: int
+    new_files: tuple[Path, ...]
+
+    def remove_without_store(self) -> None:
+        """Remove the new files if no store exists, so that the next try may have other settings."""
+        if not _holds_files(self.config.store.path):
+            for file in self.new_files:
+                file.unlink(missing_ok=True)
 
 
 def prepare_own_videos(folder: Path, out: Path, base: Config, clip_s: float | None) -> OwnVideos:
@@ -50,8 +58,12 @@ def prepare_own_videos(folder: Path, out: Path, base: Config, clip_s: float | No
 
     Raises:
         DatasetError: As `find_videos`.
-        ConfigError: `clip_s` is too small, or the config that is there encodes otherwise than `base`.
+        ConfigError: `clip_s` is too small, `out` is a file, or the config that is there encodes otherwise than `base`.
     """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(
+            f"--out is {str(out)!r}, which is a file; expected a folder for the store: choose another path"
+        )
     if clip_s is not None and not clip_s >= SHORTEST_CLIP_S:
         raise ConfigError(f"--clip-seconds is {clip_s:g}; expected at least {SHORTEST_CLIP_S:g}")
     config = config_beside(out, base)
@@ -66,11 +78,12 @@ def prepare_own_videos(folder: Path, out: Path, base: Config, clip_s: float | No
     if clip_s is not None:
         lengths = durations_s(list(videos.values()), config.video, decoder_count(config, 1))
     clips = [clip for (name, path), end in zip(videos.items(), lengths) for clip in cut(name, path, end, clip_s)]
+    new_files = tuple(file for file in (config_file, clips_file) if not file.exists())
     make_folder(out.parent)
     write_file(clips_file, format_clips(clips).encode())
     if not config_file.exists():
         write_file(config_file, _yaml(config, out).encode())
-    return OwnVideos(config, config_file, clips_file, len(videos), len(clips))
+    return OwnVideos(config, config_file, clips_file, len(videos), len(clips), new_files)
 
 
 def config_beside(out: Path, base: Config) -> Config:
@@ -84,6 +97,10 @@ def config_beside(out: Path, base: Config) -> Config:
         store=dataclasses.replace(base.store, path=out),
         run=RunConfig(dir=out.with_name(f"{out.name}.runs") / base.head.name),
     )
+
+
+def _holds_files(store: Path | str) -> bool:
+    return Path(store).is_dir() and any(Path(store).iterdir())
 
 
 def _anchored(path: Path | None) -> Path | None:
@@ -102,9 +119,10 @@ def _require_same(existing: Config, config: Config, file: Path) -> None:
     pairs["store.dtype"] = existing.store.dtype, config.store.dtype
     different = [f"{name}: file has {one}, requested {two}" for name, (one, two) in pairs.items() if one != two]
     if different:
+        unused = "" if _holds_files(config.store.path) else f", or delete {file.name}: no store exists yet"
         raise ConfigError(
             f"{file} is the config of this store and has different settings ({'; '.join(different)}); use another"
-            " --out, or the original settings"
+            f" --out, or the original settings{unused}"
         )
 
 

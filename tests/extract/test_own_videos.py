@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from egopatch.configs.command_line import load_config
+from egopatch.configs.packaged import packaged_config
 from egopatch.extract.__main__ import main
 from egopatch.extract.commands.videos import ENCODERS
 from egopatch.extract.datasets import DatasetError
 from egopatch.extract.datasets.folder import cut, find_videos
+from egopatch.extract.planning.own_videos import prepare_own_videos
 from egopatch.features import open_store
 from tests.extract.video.videos import write_video
 from tests.json_keys import documented_keys
@@ -119,8 +121,39 @@ def test_wrong_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4"]
 
 
+def test_a_try_that_makes_no_store_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_video(tmp_path / "a.mp4", frames=2)
+    (tmp_path / "s").mkdir()
+    command = ["videos", str(tmp_path), "--out", str(tmp_path / "s")]
+    for encoder in ("dinov2", "egovlpv2"):
+        assert main([*command, "--encoder", encoder, "--encoder.checkpoint", str(tmp_path / "none")]) == 2
+        assert str(tmp_path / "none") in capsys.readouterr().err
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "s"]
+
+
+def test_files_that_were_there_before_a_failed_try_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_video(tmp_path / "a.mp4", frames=2)
+    absent = tmp_path / "none"
+    base = load_config(packaged_config(ENCODERS["lite"]), ["--encoder.checkpoint", str(absent)])
+    file = prepare_own_videos(tmp_path, tmp_path / "s", base, None).config_file
+    command = ["videos", str(tmp_path), "--out", str(tmp_path / "s"), "--encoder.checkpoint", str(absent)]
+    assert main(command) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "s.clips.jsonl", "s.yaml"]
+    capsys.readouterr()
+    assert main([*command, "--video.frames", "3"]) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith(f"extract videos: error: {file} is the config of this store")
+    assert line.endswith("or the original settings, or delete s.yaml: no store exists yet")
+
+
+def test_a_file_is_no_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_video(tmp_path / "a.mp4", frames=2)
+    (tmp_path / "s").touch()
+    assert main(["videos", str(tmp_path), "--out", str(tmp_path / "s")]) == 2
+    assert f"--out is '{tmp_path / 's'}', which is a file; expected a folder" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "s"]
+
+
 @pytest.mark.parametrize("file", ENCODERS.values())
 def test_short_names_are_configs(file: str) -> None:
-    from egopatch.configs.packaged import packaged_config
-
     assert load_config(packaged_config(file)).data.name == "jsonl"
