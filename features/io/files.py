@@ -91,6 +91,11 @@ def _renamed(temporary: Path, path: Path) -> Iterator[Path]:
         yield temporary
         sync_file(temporary)
         rename_into_place(temporary, path)
+    except OSError as error:
+        # An open file that cannot grow has no name in its error, and the temporary one says nothing to the user.
+        if error.filename == str(temporary) or (error.filename is None and error.errno in NO_SPACE):
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,6 +1,7 @@
 """`extract frames` writes what a clip gives, or the reason that quarantine gives."""
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,26 @@ def test_what_cannot_be_done_is_one_line(
     assert reason in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out.npz").exists()
+
+
+@pytest.mark.parametrize(("out", "named"), [("w.npz", "w.npz"), ("png", "png/000_0.467s.png")])
+def test_a_full_disk_leaves_what_was_there(
+    video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str, named: str
+) -> None:
+    file = tmp_path / named
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        assert main(["frames", str(video), "--video.frames", "2", "--out", str(tmp_path / out)]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        line == f"extract frames: failed: {file}: File too large; free some space there and run the same command again"
+    )
+    assert [(path, path.read_bytes()) for path in file.parent.iterdir()] == [(file, b"old")]
 
 
 def test_frames_of_several_sizes_go_into_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

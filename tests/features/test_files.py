@@ -47,6 +47,19 @@ def test_replacing_keeps_the_old_file_if_writing_fails(tmp_path: Path) -> None:
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "old")]
 
 
+def test_an_error_of_writing_names_the_file_and_not_the_temporary_one(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+
+    def fail(with_name: bool) -> None:
+        with replacing(path) as new:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *([str(new)] if with_name else []))
+
+    for with_name in (True, False):
+        with pytest.raises(OSError, match="No space left") as caught:
+            fail(with_name)
+        assert caught.value.filename == str(path)
+
+
 def test_two_that_replace_a_file_at_once_do_not_meet(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "file"
     with replacing(path) as first:

@@ -14,6 +14,7 @@ from egopatch.extract.feed.pool import DecodePool, UndecodedClip
 from egopatch.extract.video.frames import DecodedClip, read_frames
 from egopatch.extract.video.nvdec import require_gpu_decoder
 from egopatch.features.common.command_line import print_result
+from egopatch.features.io.files import replacing
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
@@ -64,9 +65,9 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
 
 def _write(decoded: DecodedClip, out: Path) -> None:
     if out.suffix == ".npz":
-        out.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(out, frames=np.stack(decoded.frames), times_s=decoded.times_s)
+        with replacing(out) as new, new.open("wb") as file:
+            np.savez(file, frames=np.stack(decoded.frames), times_s=decoded.times_s)
         return
-    out.mkdir(parents=True, exist_ok=True)
     for number, (frame, time) in enumerate(zip(decoded.frames, decoded.times_s, strict=True)):
-        Image.fromarray(frame).save(out / f"{number:03d}_{time:.3f}s.png")
+        with replacing(out / f"{number:03d}_{time:.3f}s.png") as new:
+            Image.fromarray(frame).save(new, "PNG")
