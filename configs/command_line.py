@@ -75,15 +75,23 @@ class ConfigParser(jsonargparse.ArgumentParser):
         own = [action for action in self._actions if action.dest.partition(".")[0] not in _sections()]
         if len(own) == len(self._actions):
             return self.full_help()
+        takes_config = "--config" in self._option_string_actions
+        if not takes_config:
+            dests = [action.dest for action in self._actions]
+            # `--video FILE`, which jsonargparse adds to the options of a section, is not for a command line.
+            own = [one for one in self._actions if not any(dest.startswith(f"{one.dest}.") for dest in dests)]
         shown = [action for action in own if action.help != argparse.SUPPRESS]
-        lines = [f"usage: {self.prog} {self.usage or '--config FILE [options]'}", "", str(self.description), ""]
+        usage = self.usage or ("--config FILE [options]" if takes_config else "[options]")
+        lines = [f"usage: {self.prog} {usage}", "", str(self.description), ""]
         for action in shown:
             name = ", ".join(action.option_strings) or str(action.metavar or action.dest)
             if action.option_strings and action.nargs != 0:
-                name += f" {action.metavar or action.dest.upper()}"
+                name += f" {action.metavar or action.dest.rpartition('.')[2].upper()}"
             lines += _item(name, " ".join((action.help or "").split()))
         if self.epilog:
             lines += ["", *textwrap.wrap(self.epilog, 100)]
+        if not takes_config:
+            return "\n".join(lines) + "\n"
         lines += ["", "Options of the experiment, as in --head.ratio 0.5, in place of those in the file:"]
         for section in _sections():
             names = [name.partition(".")[2] for name in option_names() if name.startswith(f"{section}.")]

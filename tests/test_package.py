@@ -186,6 +186,34 @@ def test_every_help_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
         assert max(map(len, lines)) <= 140, call
 
 
+@pytest.mark.parametrize(
+    ("command", "usage", "shown", "needed"),
+    [
+        ("extract frames", "VIDEO --out FILE.npz|FOLDER [options]", "--video.frames FRAMES", "VIDEO, --out"),
+        (
+            "train score",
+            "--questions FILE --predictions FILE [options]",
+            "--text ",
+            "--questions, --predictions",
+        ),
+    ],
+)
+def test_a_command_without_config_shows_what_it_takes(
+    capsys: pytest.CaptureFixture[str], command: str, usage: str, shown: str, needed: str
+) -> None:
+    from egopatch.__main__ import main
+
+    with pytest.raises(SystemExit, match="0"):
+        main([*command.split(), "--help"])
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"usage: {command} {usage}"
+    assert any(line.startswith(f"  {shown}") for line in lines)
+    assert not any("config" in line.lower() or "--help-all" in line or "--head" in line for line in lines)
+    with pytest.raises(SystemExit, match="2"):
+        main(command.split())
+    assert capsys.readouterr().err == f"{command}: error: missing {needed}; `{command} --help` describes it\n"
+
+
 @pytest.mark.slow
 def test_every_command_of_a_stage_prints_json() -> None:
     from egopatch.__main__ import STAGES

@@ -42,14 +42,20 @@ class QuestionFile:
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Score the answers and print the metrics."""
+    parser.usage = "--questions FILE --predictions FILE [options]"
     parser.add_argument(
         "--questions",
         type=Path,
         required=True,
+        metavar="FILE",
         help="annotation file of EgoTaskQA or QAEgo4D, or .jsonl or .csv file of your own questions",
     )
     parser.add_argument(
-        "--predictions", type=Path, required=True, help='JSON lines, one per question: {"question_id", "answer"}'
+        "--predictions",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help='JSON lines, one per question: {"question_id", "answer"}',
     )
     parser.add_argument(
         "--split",

@@ -19,13 +19,13 @@ from egopatch.features.io.files import replacing
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Decode and write; returns 1, with the reason that quarantine would give, if the clip cannot be decoded."""
+    parser.usage = "VIDEO --out FILE.npz|FOLDER [options]"
     parser.add_argument("file", metavar="VIDEO", type=Path, help="video file")
-    parser.add_argument(
-        "--start", type=float | None, default=None, help="start of the clip in seconds; default: the file's"
-    )
-    parser.add_argument(
-        "--end", type=float | None, default=None, help="end of the clip in seconds; default: the file's"
-    )
+    for name in ("start", "end"):
+        parser.add_argument(
+            f"--{name}", type=float | None, default=None, metavar="SECONDS",
+            help=f"{name} of the clip in seconds; default: the file's",
+        )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE.npz|FOLDER",
         help="NumPy file with frames [T, H, W, 3] uint8 and times_s [T] from the file's start; or folder for PNG files",
