@@ -275,12 +275,37 @@ def test_damaged_and_missing_run_files(tiny: Config) -> None:
 def test_quarantined_clips_are_answered_blind_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     test_clip, train_clip = "clip|P47|0|48", "clip|P0|0|1"
     config = write_tiny(tmp_path, bad=(test_clip, train_clip))
-    metrics = fit(config, "x")
-    test = json.loads((config.run.dir / "test.json").read_text())
-    assert test["unseen"] == 8
-    assert metrics.all.n == 64
+    line = "note: 8 of 64 test questions are about quarantined clips; the majority answer stands in\n"
+    for command in (lambda: fit(config, "x"), lambda: evaluate(config)):
+        metrics = command()
+        assert json.loads((config.run.dir / "test.json").read_text())["unseen"] == metrics.quarantined == 8
+        assert metrics.all.n == 64
+        assert capsys.readouterr().out.endswith(line)
     answers = [json.loads(line) for line in (config.run.dir / "predictions.jsonl").read_text().splitlines()]
     assert len(answers) == 64
+
+
+@pytest.mark.parametrize("command", ["fit", "evaluate"])
+def test_the_number_of_questions_about_quarantined_clips_is_in_json(
+    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_tiny(tmp_path, bad=("clip|P47|0|48",))
+    fit(config, "x")
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(plain(config)))
+    capsys.readouterr()
+    assert main([command, "--config", str(file), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["quarantined"] == 8
+    assert "note: 8 of 64 test questions are about quarantined clips" in err
+
+
+def test_a_run_whose_test_clips_are_all_quarantined_is_refused(tmp_path: Path) -> None:
+    config = write_tiny(tmp_path, bad=tuple(f"clip|P{i}|0|{i + 1}" for i in range(33, 48, 2)))
+    refusal = r"^all 64 test questions of .* are about quarantined clips, .*`python -m extract retry --config CONFIG`$"
+    with pytest.raises(RunError, match=refusal):
+        fit(config, "x")
+    fit(with_run(config, "blind", head_name="majority"), "x")
 
 
 @pytest.mark.parametrize("part", ["val", "test"])

@@ -24,5 +24,6 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         with messages_apart(options.json):
             metrics = evaluate(config, " ".join(["python -m train evaluate", *args]), ranks, options["from"])
         if ranks.first:
-            print_result(options.json, {"run": config.run.dir, **metrics.as_json()}, test_line(config, metrics))
+            record = {"run": config.run.dir, **metrics.as_json(), "quarantined": metrics.quarantined}
+            print_result(options.json, record, test_line(config, metrics))
     return 0

@@ -27,5 +27,6 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
                 print(f"train fit: {stopped}", file=sys.stderr)
             return INTERRUPTED
         if ranks.first:
-            print_result(options.json, {"run": config.run.dir, **metrics.as_json()}, test_line(config, metrics))
+            record = {"run": config.run.dir, **metrics.as_json(), "quarantined": metrics.quarantined}
+            print_result(options.json, record, test_line(config, metrics))
     return 0

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -126,4 +126,5 @@ def score_part(experiment: Experiment, part: str, answers: Answers) -> tuple[Met
         for question, answer in zip(experiment.encoded[part].questions, answers.classes.tolist(), strict=True)
     }
     texts = {q.question_id: predicted.get(q.question_id) or experiment.fallback_answer(q) for q in table.questions}
-    return score(table.questions, texts, experiment.dataset.split), texts
+    metrics = score(table.questions, texts, experiment.dataset.split)
+    return replace(metrics, quarantined=len(table) - len(predicted)), texts

@@ -62,6 +62,18 @@ class Experiment:
         note = [f"note: {unrecorded_line(self.unrecorded)}"] if self.unrecorded else []
         return [self.features.residency_line, *note, *self._answer_lines()]
 
+    def print_quarantined(self) -> None:
+        """Print what stands in for answers about quarantined clips in the results on *test*, if any question needs it.
+
+        The first rank prints.
+        """
+        asked, encoded = len(self.tables["test"]), len(self.encoded["test"])
+        if asked > encoded:
+            self.ranks.print_once(
+                f"note: {asked - encoded} of {asked} test questions are about quarantined clips; the majority answer "
+                "stands in"
+            )
+
     def _answer_lines(self) -> Iterator[str]:
         """A line for each of *val* and *test* with answers that are not in the vocabulary."""
         if self.dataset.choices:  # a head chooses among the question's own options
@@ -133,8 +145,8 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
         DatasetError: annotations are missing or malformed.
         StoreError: a store is missing, damaged or unfinished, or holds stale clips.
         FingerprintMismatch: a store was created with other settings than the config's or the card's.
-        RunError: the card's answers differ from the data set's, or a part has no questions; or, without a card, no
-            question of *val* has a published answer.
+        RunError: the card's answers differ from the data set's, or a part has no questions, or all questions
+            of *test* are about quarantined clips; or, without a card, no question of *val* has a published answer.
     """
     limit_threads(ranks.local_size)
     device = pick_device(config.train.device, ranks)
@@ -192,6 +204,12 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
     if not (counts["test"] if card is not None else all(counts.values())):
         found = ", ".join(f"{count} {part}" for part, count in counts.items())
         raise RunError(f"{config.data.root} has {found} questions; expected some of each: check data.root, data.split")
+    if not len(encoded["test"]):
+        raise RunError(
+            f"all {counts['test']} test questions of {config.data.root} are about quarantined clips, so none can be "
+            "answered; `python -m extract status --config CONFIG` names a reason: mend the videos, and run "
+            "`python -m extract retry --config CONFIG`"
+        )
     if card is None and not any(question.counts for question in tables["val"].questions):
         raise RunError(
             f"{config.data.root} has {counts['val']} val questions, none with a published answer, so no epoch can be "

@@ -76,6 +76,7 @@ def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
                 raise RunError(why)
             ranks.print_once(f"{label}: {group.heads.step} steps, {group.summary()}")
             metrics = test_groups([group], experiment, command)[0]
+            experiment.print_quarantined()
             seconds = time.monotonic() - started
             bytes_read = sum(ranks.gather(experiment.features.bytes_read))
             group.runs[0].log("end", group.heads.step, seconds=seconds, bytes_read=bytes_read, ranks=ranks.size)
@@ -215,4 +216,6 @@ def _evaluate(config: Config, ranks: Distributed, source: Path) -> Metrics:
     heads = build_stacked_heads([config], experiment, order_seed=card.seed)
     load_trained(heads, source, card, ranks)
     ((answers,),) = answer_table([heads], experiment.features, experiment.encoded["test"], config.train.batch)
-    return TrainingRun(config, experiment).write_results(answers)
+    metrics = TrainingRun(config, experiment).write_results(answers)
+    experiment.print_quarantined()
+    return metrics

@@ -69,7 +69,9 @@ def evaluate_published(config: Config, command: str, ranks: Distributed = ALONE)
         # Epoch 0: nothing was trained and no epoch was chosen.
         run.best = {"epoch": 0, **{form: getattr(val, form).accuracy for form in ("open", "binary", "all")}}
         run.write_card(command, sum(tensor.numel() for tensor in heads.weights(0).values()))
-        return run.write_results(test_answers)
+        metrics = run.write_results(test_answers)
+        experiment.print_quarantined()
+        return metrics
 
 
 def has_run(config: Config) -> bool:

@@ -219,7 +219,7 @@ class TrainingRun:
         result |= {
             **metrics.as_json(),
             "wrong_form": metrics.wrong_form,
-            "unseen": len(experiment.tables["test"]) - len(table),
+            "unseen": metrics.quarantined,
         }
         run_folder.write_whole(out / TEST, json.dumps(result, indent=2) + "\n")
         return metrics

@@ -53,6 +53,7 @@ class Metrics:
         split_tag: Questions tagged with the name of the split (`direct` or `indirect`); None without a split.
         tags: Score of each reasoning tag, in alphabetical order. A question counts under each of its tags.
         wrong_form: Number of questions with an answer of the other form, such as `cup` to a yes/no question.
+        quarantined: Number of questions about quarantined clips, for which the majority answer stands in.
     """
 
     open: Score
@@ -61,9 +62,11 @@ class Metrics:
     split_tag: Score | None
     tags: Mapping[str, Score]
     wrong_form: int
+    quarantined: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        """The layout of `train score --json`, which has no `wrong_form`, and of most of `test.json`."""
+        """The layout of `train score --json`, which has neither `wrong_form` nor
+        `quarantined`, and of most of `test.json`."""
         return {
             "open": self.open.as_json(),
             "binary": self.binary.as_json(),

@@ -119,6 +119,7 @@ def run_sweep(
     if before < len(runs):
         experiment = open_experiment(config)
         print("\n".join(experiment.data_lines), flush=True)
+        experiment.print_quarantined()
         for run in filter(_finished, configs):
             experiment.require_trained_on(run.run.dir)
         groups_folder = out / GROUPS
