@@ -1,6 +1,7 @@
 """A trained head that is opened again, by every command that does so: what is wrong with its files, and what to do."""
 
 import json
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -41,8 +42,40 @@ def test_weights_that_are_gone_or_of_another_head(tiny: Config, command: Callabl
     assert str(refused.value) == (
         f"{weights}: no such file, but card.json beside it describes a head that was trained: the weights were deleted,"
         " or the head was trained in another folder and only evaluated into this one; restore the file, use the folder "
-        "that the head was trained in, or train in another --run.dir"
+        "that the head was trained in, or delete the folder and train again"
     )
+
+
+def test_the_advice_about_a_finished_run_without_its_card_ends_in_a_trained_head(tiny: Config) -> None:
+    config = with_run(tiny, "psa", train_epochs=1)
+    with pytest.raises(RunError, match=r"card\.json: no such file; train the head first: python -m train fit"):
+        evaluate(config)
+    fit(config, "x")
+    card = config.run.dir / "card.json"
+    card.unlink()
+    for command in (lambda: fit(config, "x"), lambda: evaluate(config)):
+        with pytest.raises(RunError) as refused:
+            command()
+        assert str(refused.value) == (
+            f"{card}: no such file, but the run has finished (test.json beside it); delete the folder and train again"
+        )
+    shutil.rmtree(config.run.dir)
+    fit(config, "x")
+    assert card.exists()
+
+
+def test_table_and_evaluate_give_one_advice_about_a_damaged_card(tiny: Config) -> None:
+    config = with_run(tiny, "psa", train_epochs=1)
+    fit(config, "x")
+    fit(with_run(tiny, "good", train_epochs=1), "x")
+    card = config.run.dir / "card.json"
+    for damage in (lambda: card.write_text(card.read_text()[:99]), lambda: card.write_text("[]"), card.unlink):
+        damage()
+        with pytest.raises(RunError, match=r"; delete the folder and train again$"):
+            evaluate(config)
+        (problem,) = gather(tiny.run.dir.parent).problems
+        assert problem.startswith("psa: card.json ")
+        assert problem.endswith("; delete the folder and train again")
 
 
 def test_heads_that_are_evaluated_elsewhere_keep_their_options_and_rows(tiny: Config) -> None:

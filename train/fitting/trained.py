@@ -83,7 +83,7 @@ def load_trained(heads: StackedHeads, folder: Path, card: Card, ranks: Distribut
             raise RunError(
                 f"{path}: no such file, but {CARD} beside it describes a head that was trained: the weights were "
                 "deleted, or the head was trained in another folder and only evaluated into this one; restore the "
-                "file, use the folder that the head was trained in, or train in another --run.dir"
+                "file, use the folder that the head was trained in, or delete the folder and train again"
             )
         return load_weights(folder, card.best_epoch)
 

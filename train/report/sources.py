@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from egopatch.train.rundir.names import TEST
-from egopatch.train.rundir.results import value_text
+from egopatch.train.rundir.results import START_AGAIN, value_text
 
 # Options that a sweep's runs state beside their setting, and the folder.
 _OUTSIDE_SETTING = {"head.ratio", "train.seed", "run.dir"}
@@ -184,7 +184,7 @@ def read_log(path: Path) -> TrainingLog:
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
             if number == len(lines):
                 break
-            raise SourceError(f"{path}:{number} is not a log event ({error}); train the run again") from error
+            raise SourceError(f"{path}:{number} is not a log event ({error}); {START_AGAIN}") from error
     return TrainingLog(
         tuple(sorted(steps)),
         tuple(steps[step] for step in sorted(steps)),

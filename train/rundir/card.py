@@ -17,6 +17,7 @@ from torch import Tensor
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.features.io.files import replacing
 from egopatch.train.rundir.names import CARD, CONFIG, TEST, WEIGHTS
+from egopatch.train.rundir.results import START_AGAIN
 
 # Key of the epoch in the metadata of the weights.
 EPOCH = "epoch"
@@ -79,9 +80,13 @@ class Card:
             values["answers"] = tuple(values["answers"])
             return cls(**values)
         except FileNotFoundError:
+            if is_finished(folder):
+                raise RunError(
+                    f"{path}: no such file, but the run has finished ({TEST} beside it); {START_AGAIN}"
+                ) from None
             raise RunError(f"{path}: no such file; train the head first: python -m train fit --config CONFIG") from None
         except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{path} is not a model card ({error}); delete the folder and train again") from None
+            raise RunError(f"{path} is not a model card ({error}); {START_AGAIN}") from None
 
 
 def is_rendered(root: Path) -> bool:
@@ -120,12 +125,12 @@ def load_weights(folder: Path, epoch: int) -> dict[str, Tensor]:
     """
     path = folder / WEIGHTS
     if not path.exists():
-        raise RunError(f"{path}: no such file; train the head first: python -m train fit --config CONFIG")
+        raise RunError(f"{path}: no such file, but the run was trained; {START_AGAIN}")
     found = weights_epoch(folder)
     if found not in (None, epoch):
         raise RunError(
-            f"{path} holds the weights of epoch {found}, expected those of epoch {epoch}, the best on val; delete the "
-            "folder and train again"
+            f"{path} holds the weights of epoch {found}, expected those of epoch {epoch}, the best on val; "
+            f"{START_AGAIN}"
         )
     return load_file(path)
 
@@ -143,7 +148,7 @@ def weights_epoch(folder: Path) -> int | None:
         with safe_open(path, "pt") as file:
             epoch = (file.metadata() or {}).get(EPOCH)
     except SafetensorError as error:
-        raise RunError(f"{path} is damaged ({error}); delete the folder and train again") from None
+        raise RunError(f"{path} is damaged ({error}); {START_AGAIN}") from None
     return None if epoch is None else int(epoch)
 
 

@@ -23,6 +23,8 @@ ORDER = (*BLIND, *PUBLISHED, *OURS)
 SPLITS: tuple[Literal["direct", "indirect"], ...] = ("direct", "indirect")
 COLUMNS = ("open", "binary", "all")
 
+# What to do about a finished run with a missing or damaged file: `train fit` alone would only evaluate it again.
+START_AGAIN = "delete the folder and train again"
 # Options in which the seeds of one setting may differ: the seed, and options that change only where or how fast a run
 # is computed. `card.py` has a shorter list of options that a resumed run may change, which the seed is not.
 _DIFFER_BETWEEN_SEEDS = {
@@ -322,12 +324,14 @@ def _seconds(run: Path) -> float | None:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
+    # `train evaluate` writes `test.json` anew, but needs the card.
+    remedy = START_AGAIN if path.name == CARD else "evaluate the run again"
     if not path.exists():
-        raise ValueError(f"{path.name} is missing; train the run again")
+        raise ValueError(f"{path.name} is missing; {remedy}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name} is damaged ({error}); evaluate the run again") from error
+        raise ValueError(f"{path.name} is damaged ({error}); {remedy}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path.name} holds a {type(value).__name__}, expected an object; evaluate the run again")
+        raise ValueError(f"{path.name} holds a {type(value).__name__}, expected an object; {remedy}")
     return value
