@@ -115,7 +115,7 @@ class ConfigParser(jsonargparse.ArgumentParser):
             return f"missing {names}; `{self.prog} --help` describes it"
         # An option of the command itself is meant by what one types, not by its name in Python.
         line = re.sub(r"^(\w+)(?= is )", lambda match: self._name_of(match[1]), line)
-        return _absent_file(line) or f"{line}{self._nearest(line)}"
+        return _absent_file(line) or _value_of_section(line) or f"{line}{self._nearest(line)}"
 
     def _name_of(self, dest: str) -> str:
         """How a command line names the option or the argument that is `dest` in Python."""
@@ -184,6 +184,18 @@ def _absent_file(message: str) -> str | None:
     close = difflib.get_close_matches(path.stem, files, n=1)
     expected = "expected the YAML file of an experiment; examples are in configs/"
     return f"--config is {str(path)!r}, which {fault}; " + (f"did you mean {files[close[0]]}?" if close else expected)
+
+
+def _value_of_section(message: str) -> str | None:
+    """What is wrong with `--encoder 3`; None where the message is about something else."""
+    loaded = re.search(r"\"(\w+)\": Unable to load config '(.*)' - Parser key", message)
+    if not loaded or loaded[1] not in _sections():
+        return None
+    first = next(name for name in option_names() if name.startswith(f"{loaded[1]}."))
+    return (
+        f"--{loaded[1]} is {loaded[2]!r}, but {loaded[1]} is a section; expected one of its options, such as "
+        f"--{first} VALUE, or a YAML file of them"
+    )
 
 
 def _sections() -> list[str]:

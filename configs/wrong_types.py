@@ -7,11 +7,15 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 _ERROR = re.compile(r"Parser key \"(?P<name>[\w.]+)\"(?: element \d+)?: (?P<types>.+)")
-_VALUE = re.compile(
-    r"(?:Got value: |Given value: )(.+)"  # of a class, and of a union of them
-    r"|(?:with base 10|string to float): '(.+)'"
-    r"|: (\S+) does not conform to restriction"
+# In this order: the errors of a union hold those of its types.
+_VALUES = (
+    re.compile(r"Given value type: <class '[\w.]+'> Given value: (.+)"),
+    re.compile(r"Got value: (.+)"),
+    re.compile(r"(?:with base 10|string to float): '(.+)'"),
+    re.compile(r": (\S+) does not conform to restriction"),
 )
+_END_OF_TYPES = re.compile(r"Given value type: |Got value: ")
+_NO_PATH = re.compile(r"expected str, bytes or os.PathLike object, not (\w+)$")
 _TYPE = re.compile(r"<class '(?:[\w.]+\.)?(\w+)'>|(?:typing\.)?Literal\[([^\]]+)\]|Not of type (\w+)")
 _NUMBER = re.compile(r"-?[\d.]+")
 _WORDS = {
@@ -26,24 +30,31 @@ _WORDS = {
     "PositiveInt": "a whole number above 0",
     "NonNegativeInt": "a whole number of at least 0",
 }
+_KINDS = {"list": "a list", "dict": "a mapping", "int": "a number", "float": "a number", "bool": _WORDS["bool"]}
 
 
 def reworded(message: str) -> str:
     """`message` with its part about a wrong type in words; as it is where it has none that is understood."""
-    error, value = _ERROR.search(message), _VALUE.search(message)
-    if not error or not value:
+    error = _ERROR.search(message)
+    if not error:
         return message
-    found = next(filter(None, value.groups()))
-    types = error["types"].partition("Given value type: ")[0]
+    start = f"{message[: error.start()]}{error['name']} is"
+    if no_path := _NO_PATH.search(error["types"]):  # the value itself is not in the message
+        return f"{start} {_KINDS.get(no_path[1], no_path[1])}; expected {_WORDS['Path']}"
+    value = next(filter(None, (pattern.search(message) for pattern in _VALUES)), None)
+    if not value:
+        return message
+    found = value[1]
+    types = _END_OF_TYPES.split(error["types"])[0]
     kinds = [kind or literals or restricted for kind, literals, restricted in _TYPE.findall(types)]
-    if kinds == ["tuple"]:
+    if kinds in (["tuple"], ["list"]):
         expected = f"a list in brackets: '[{found}]'"
     elif kinds:
         expected = _either([_WORDS.get(kind) or _choice(kind) for kind in kinds])
     else:
         return message
-    shown = found if _NUMBER.fullmatch(found) else repr(found)
-    return f"{message[: error.start()]}{error['name']} is {shown}; expected {expected}"
+    shown = found if _NUMBER.fullmatch(found) else "null" if found == "None" else repr(found)
+    return f"{start} {shown}; expected {expected}"
 
 
 def type_in_words(hint: Any, path: str = _WORDS["Path"]) -> str:

@@ -138,8 +138,8 @@ class Options:
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"hiden": 3}, "hiden.*its options are hidden, kind"),
-        ({"hidden": "many"}, "hidden.*its options are hidden, kind"),
+        ({"hiden": 3}, "hiden.*its options: hidden, kind"),
+        ({"hidden": "many"}, "head.options.hidden is 'many'; expected a whole number; its options: hidden, kind$"),
         ({"hidden": 0}, "hidden is 0; expected at least 1"),
     ],
 )

@@ -2,7 +2,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from egopatch.configs.command_line import (
     ConfigParser,
@@ -65,6 +65,16 @@ def test_file_then_overrides(tmp_path: Path) -> None:
         (["--train.patience", "x"], "error: train.patience is 'x'; expected a whole number or null\n"),
         (["--engine.workers", "many"], "error: engine.workers is 'many'; expected a whole number or auto\n"),
         (["--run.tracker", "x"], "error: run.tracker is 'x'; expected one of wandb, mlflow or null\n"),
+        (["--engine.max_errors", "abc"], "error: engine.max_errors is 'abc'; expected a number\n"),
+        (["--config", "{data: {root: [a]}}"], "error: data.root is a list; expected a path\n"),
+        (["--config", "{run: {dir: {a: 1}}}"], "error: run.dir is a mapping; expected a path\n"),
+        (["--config", "{store: {path: 3}}"], "error: store.path is 3; expected a path\n"),
+        (["--config", "{head: {scores: [null]}}"], "error: head.scores is null; expected one of question, "),
+        (
+            ["--encoder", "3"],
+            "error: --encoder is '3', but encoder is a section; expected one of its options, such as --encoder.arch "
+            "VALUE, or a YAML file of them\n",
+        ),
         (["--head.coarse", "maybe"], "error: head.coarse is 'maybe'; expected true or false\n"),
         (["--config", "{video: {frames: many}}"], "error: video.frames is 'many'; expected a whole number\n"),
         (["configs/demo/lite.yaml"], "did you mean --config configs/demo/lite.yaml?"),
@@ -270,10 +280,13 @@ def test_a_wrong_option_of_a_command_without_config_names_its_own(capsys: pytest
     parser = ConfigParser(prog="demo")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--most-clips", type=PositiveInt | None, default=None)
+    parser.add_argument("--clip-seconds", type=PositiveFloat | None, default=None)
     parser.add_argument("file", metavar="VIDEO", type=Path)
     for wrong, expected in (
         (["a.mp4", "--smal"], "unrecognized arguments: --smal; did you mean --small?"),
-        (["a.mp4", "--zzz"], "the options are --help, --small, --most-clips"),
+        (["a.mp4", "--zzz"], "the options are --help, --small, --most-clips, --clip-seconds"),
+        (["a.mp4", "--clip-seconds", "ten"], "--clip-seconds is 'ten'; expected a number above 0 or null"),
+        (["a.mp4", "--clip-seconds", "-1"], "--clip-seconds is -1; expected a number above 0 or null"),
         (["a.mp4", "--most-clips", "0"], "--most-clips is 0; expected a whole number above 0 or null"),
         ([], "missing VIDEO; `demo --help` describes it"),
     ):
@@ -282,6 +295,14 @@ def test_a_wrong_option_of_a_command_without_config_names_its_own(capsys: pytest
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("demo: error: ")
         assert line.endswith(expected)
+
+
+def test_a_list_is_expected_in_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = ConfigParser(prog="demo")
+    parser.add_argument("--seeds", type=list[int], default=[0])
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--seeds", "a"])
+    assert capsys.readouterr().err == "demo: error: --seeds is 'a'; expected a list in brackets: '[a]'\n"
 
 
 def test_own_data_is_called_by_its_folder() -> None:

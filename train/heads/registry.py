@@ -13,6 +13,7 @@ from torch import nn
 
 from egopatch.configs.plugins import Plugins
 from egopatch.configs.schema import Config, ConfigError, HeadConfig
+from egopatch.configs.wrong_types import reworded
 from egopatch.extract.encoders import open_checkpoint
 from egopatch.train.heads.common.attention import Attention
 from egopatch.train.heads.common.blind import Majority, QuestionOnly
@@ -130,8 +131,8 @@ def _options_of(head: Head, config: HeadConfig) -> Any:
         return parser.instantiate(parser.parse_object({"head": {"options": given}}))["head"]["options"]
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         known = ", ".join(field.name for field in fields(head.options))
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"head.options of the head {head.name}: {reason}; its options are {known}") from error
+        reason = reworded(" ".join(str(error).split()))
+        raise ConfigError(f"head.options of the head {head.name}: {reason}; its options: {known}") from error
 
 
 def build_head(config: Config, sizes: Sizes) -> nn.Module:
