@@ -1,9 +1,11 @@
 """Faults of an experiment's YAML file that its parser reports badly, each with its line.
 
-YAML loaders keep the last of two equal keys in silence, and jsonargparse has a traceback for a section without options.
+YAML loaders keep the last of two equal keys in silence, and jsonargparse has a traceback for a section without options
+and for an alias to a value that contains it.
 Empty text would be taken for the current folder where a path is expected.
 """
 
+import itertools
 from collections.abc import Collection
 
 import yaml
@@ -29,11 +31,17 @@ def find_fault(text: str, sections: Collection[str]) -> str | None:
         return f"holds nothing; {expected}"
     if not isinstance(root, yaml.MappingNode):
         return f"line {root.start_mark.line + 1}: not a mapping; {expected}"
-    return _repeated_in(root) or _section_without_options(root, sections) or _empty_text(root)
+    return (
+        _endless_alias(root, set(), set())
+        or _repeated_in(root)
+        or _section_without_options(root, sections)
+        or _empty_text(root)
+    )
 
 
 def repeated_key(text: str) -> str | None:
-    """Line and name of the first key that is used twice in one section; None if there is none.
+    """Line and name of the first key that is used twice in one section, or line of a value without an end; None if
+    there is none.
 
     Text that is not YAML has none; its loader reports the error.
     """
@@ -41,7 +49,26 @@ def repeated_key(text: str) -> str | None:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError:
         return None
-    return None if root is None else _repeated_in(root)
+    return None if root is None else _endless_alias(root, set(), set()) or _repeated_in(root)
+
+
+def _endless_alias(node: yaml.Node, around: set[int], finite: set[int]) -> str | None:
+    """The line of a value with an alias to itself within it; None if there is none.
+
+    Args:
+        node: The value.
+        around: Values that contain it.
+        finite: Values that are known to have an end.
+    """
+    if id(node) in around:
+        return f"line {node.start_mark.line + 1}: this value contains an alias to itself; write it out"
+    if isinstance(node, yaml.CollectionNode) and id(node) not in finite:
+        parts = itertools.chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
+        for part in parts:
+            if found := _endless_alias(part, around | {id(node)}, finite):
+                return found
+        finite.add(id(node))
+    return None
 
 
 def _repeated_in(node: yaml.Node) -> str | None:

@@ -141,6 +141,9 @@ def test_unknown_key_in_a_file_names_the_nearest(tmp_path: Path, capsys: pytest.
         (b"video: {frames: 4\nhead: {}\n", "x.yaml: line 2, column 5: not valid YAML ("),
         (b"video: {\0}\n", "x.yaml: not valid YAML (unacceptable character #x0000"),
         (b"head: {}\nrun:\n  dir: ''\n", "x.yaml: line 3: run.dir is empty text; expected a value, or no such line"),
+        (b"head: {}\ndata: &a {root: *a}\n", "x.yaml: line 2: this value contains an alias to itself; write it out"),
+        (b"head:\n  scores: &a [question, *a]\n", "x.yaml: line 2: this value contains an alias to itself"),
+        (b"&a {data: {? *a : b}}\n", "x.yaml: line 1: this value contains an alias to itself"),
         (b"# nothing yet\n", "x.yaml: holds nothing; expected sections such as `head: {ratio: 0.5}`"),
         (b"- video\n", "x.yaml: line 1: not a mapping; expected sections such as `head: {ratio: 0.5}`"),
         (b"data: {root: a\xff}\n", "x.yaml: not UTF-8 text at byte 14; expected the YAML file of an experiment"),
@@ -156,6 +159,12 @@ def test_a_file_that_cannot_be_meant_is_refused(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_an_alias_to_an_earlier_value_is_allowed(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("run: {dir: &d runs/a, table: *d}\nhead: {scores: [question]}\n")
+    assert load_config(file).run.table == Path("runs/a")
 
 
 def test_a_near_file_is_named_and_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
