@@ -135,7 +135,7 @@ def test_every_command_works_with_a_package_of_an_encoder_a_data_set_and_a_head(
 
 BROKEN = {
     "extract run --encoder.arch no-module": "package egopatch-colours 1.2 that registers it cannot be imported",
-    "extract run --encoder.arch no-network": "package egopatch-colours 1.2 is a type; expected an extract.encoders.Net",
+    "extract run --encoder.arch no-network": "package egopatch-colours 1.2 is of type type; expected an extract",
     "extract run --encoder.arch lite": "'lite' is registered by egopatch and by egopatch-colours 1.2",
     "train fit --head.name raises": "cannot be imported (RuntimeError: no GPU here, so nothing works)",
     "train fit --head.name gatde": "did you mean gated?",

@@ -29,7 +29,9 @@ def _within(data: DataConfig, name: str | None) -> Path | None:
 
 
 def _fault(name: str, load: object) -> str | None:
-    return None if callable(load) else f"is a {type(load).__name__}; expected a function from DataConfig to Dataset"
+    if callable(load):
+        return None
+    return f"is of type {type(load).__name__}; expected a function from DataConfig to Dataset"
 
 
 _PLUGINS: Plugins[Loader] = Plugins("data.name", "egopatch.datasets", LOADERS.keys(), _fault)
@@ -45,7 +47,7 @@ def register_dataset(name: str, load: Loader, replace: bool = False) -> None:
         replace: Whether to replace what an earlier call registered under the name.
 
     Raises:
-        ConfigError: The name is taken.
+        ConfigError: The name is taken, or `load` cannot be called.
     """
     _PLUGINS.register(name, load, replace)
 

@@ -32,7 +32,7 @@ NETWORKS: dict[str, Network] = {
 
 def _fault(name: str, network: object) -> str | None:
     if not isinstance(network, Network):
-        return f"is a {type(network).__name__}; expected an extract.encoders.Network"
+        return f"is of type {type(network).__name__}; expected an extract.encoders.Network"
     return None if network.name == name else f"is a Network called {network.name!r}; expected the same name"
 
 
@@ -47,8 +47,10 @@ def register_encoder(network: Network, replace: bool = False) -> None:
         replace: Whether to replace what an earlier call registered under the name.
 
     Raises:
-        ConfigError: The name is taken.
+        ConfigError: The name is taken, or `network` is no `Network`.
     """
+    if not isinstance(network, Network):
+        raise ConfigError(f"register_encoder was given {network!r}, which {_fault('', network)}")
     _PLUGINS.register(network.name, network, replace)
 
 

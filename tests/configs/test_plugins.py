@@ -14,7 +14,7 @@ from egopatch.extract.datasets import load_dataset, register_dataset
 from egopatch.extract.datasets.registry import _PLUGINS as DATASETS
 from egopatch.extract.encoders import find_network, register_encoder
 from egopatch.extract.encoders.networks import lite
-from egopatch.train.heads import Head, check_head
+from egopatch.train.heads import Head, check_head, register_head
 from egopatch.train.heads.registry import _PLUGINS as HEADS
 
 GROUP = "egopatch.tests"
@@ -40,7 +40,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 @pytest.fixture
 def plugins() -> Plugins[str]:
     def fault(_: str, plugin: object) -> str | None:
-        return None if isinstance(plugin, str) else f"is a {type(plugin).__name__}; expected a str"
+        return None if isinstance(plugin, str) else f"is of type {type(plugin).__name__}; expected a str"
 
     return Plugins("thing.name", GROUP, ("own",), fault)
 
@@ -68,7 +68,7 @@ def test_an_unknown_name_lists_all_and_the_nearest(plugins: Plugins[str], instal
         ("raise RuntimeError('no GPU,\\nno work')", r"cannot be imported \(RuntimeError: no GPU, no work\)"),
         ("import missing_module", r"cannot be imported \(ModuleNotFoundError: No module named 'missing_module'\)"),
         ("import sys; sys.exit('bye')", r"cannot be imported \(SystemExit: bye\)"),
-        ("D = 5", "is a int; expected a str"),
+        ("D = 5", "is of type int; expected a str"),
         ("", r"cannot be imported \(AttributeError: "),
     ],
 )
@@ -98,7 +98,7 @@ def test_taken_names_are_refused(plugins: Plugins[str], install: Install) -> Non
         plugins.register("seventh", "second")
     plugins.register("seventh", "second", replace=True)
     assert plugins.find("seventh") == "second"
-    with pytest.raises(ConfigError, match="'eighth' cannot be registered: it is a int; expected a str"):
+    with pytest.raises(ConfigError, match="'eighth' cannot be registered: it is of type int; expected a str"):
         plugins.register("eighth", 8)  # type: ignore[arg-type]
 
 
@@ -107,6 +107,28 @@ def test_published_names_cannot_be_taken_by_a_call() -> None:
         register_encoder(lite.NETWORK)
     with pytest.raises(ConfigError, match=r"data\.name 'jsonl' is already registered by egopatch"):
         register_dataset("jsonl", lambda _: None)  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize("wrong", [3, Head, "mine", None, [lite.NETWORK]])
+def test_what_is_no_plugin_cannot_be_registered(wrong: object) -> None:
+    kind = type(wrong).__name__
+    with pytest.raises(ConfigError) as refused:
+        register_encoder(wrong)  # type: ignore[arg-type]
+    assert str(refused.value) == (
+        f"register_encoder was given {wrong!r}, which is of type {kind}; expected an extract.encoders.Network"
+    )
+    with pytest.raises(ConfigError) as refused:
+        register_head(wrong)  # type: ignore[arg-type]
+    assert str(refused.value) == (
+        f"register_head was given {wrong!r}, which is of type {kind}; expected a train.heads.Head"
+    )
+
+
+def test_a_data_set_that_is_no_function_cannot_be_registered() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^data\.name 'mine' cannot be registered: it is of type int; expected a func"
+    ):
+        register_dataset("mine", 3)  # type: ignore[arg-type]
 
 
 def test_the_network_of_a_package_carries_its_version(install: Install) -> None:

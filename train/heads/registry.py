@@ -56,7 +56,7 @@ class Head:
 
 def _fault(name: str, head: object) -> str | None:
     if not isinstance(head, Head):
-        return f"is a {type(head).__name__}; expected a train.heads.Head"
+        return f"is of type {type(head).__name__}; expected a train.heads.Head"
     if head.options is not None and not is_dataclass(head.options):
         return f"has options {head.options!r}; expected a dataclass or None"
     return None if head.name == name else f"is a Head called {head.name!r}; expected the same name"
@@ -73,8 +73,10 @@ def register_head(head: Head, replace: bool = False) -> None:
         replace: Whether to replace what an earlier call registered under the name.
 
     Raises:
-        ConfigError: The name is taken.
+        ConfigError: The name is taken, or `head` is no `Head`.
     """
+    if not isinstance(head, Head):
+        raise ConfigError(f"register_head was given {head!r}, which {_fault('', head)}")
     _PLUGINS.register(head.name, head, replace)
 
 
