@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from egopatch import __version__
-from egopatch.features.common.command_line import find_command, run_command
+from egopatch.interrupt import interrupts_in_one_line
 
 STAGES = ("extract", "features", "train")
 COMMANDS = {
@@ -24,10 +24,17 @@ SHORT = {"ask": "train", "doctor": "extract", "publish": "train"}
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line; returns its exit code: 0 done, 1 the work failed, 2 wrong usage or configuration."""
-    args = list(sys.argv[1:] if args is None else args)
+    with interrupts_in_one_line("egopatch"):
+        return _run(list(sys.argv[1:] if args is None else args))
+
+
+def _run(args: list[str]) -> int:
     if args == ["--version"]:
         print(f"egopatch {__version__}")
         return 0
+    # Imported here, because it takes half a second, in which an interrupt is to be one line as well.
+    from egopatch.features.common.command_line import find_command, run_command
+
     usage = "egopatch COMMAND ... | --version; egopatch COMMAND --help shows its commands or options"
     name = find_command("egopatch", COMMANDS, usage, args)
     if isinstance(name, int):

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
-from egopatch.configs.command_line import ConfigParser
-from egopatch.configs.schema import ConfigError
-from egopatch.extract.datasets import DatasetError
-from egopatch.extract.errors import CheckpointError, JobFailed
-from egopatch.features.common.command_line import find_command, run_command
-from egopatch.features.values.errors import BadLocation, FingerprintMismatch, StoreError
+from egopatch.interrupt import interrupts_in_one_line
+
+with interrupts_in_one_line("extract"):
+    from egopatch.configs.command_line import ConfigParser
+    from egopatch.configs.schema import ConfigError
+    from egopatch.extract.datasets import DatasetError
+    from egopatch.extract.errors import CheckpointError, JobFailed
+    from egopatch.features.common.command_line import find_command, run_command
+    from egopatch.features.values.errors import BadLocation, FingerprintMismatch, StoreError
 
 # Each command is the module of the same name in `extract.commands`, or in its room `inputs`; `retry` is `run` as well.
 COMMANDS = {
@@ -65,4 +68,5 @@ def load_command(name: str) -> ModuleType:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with interrupts_in_one_line("extract"):
+        sys.exit(main())

@@ -7,24 +7,23 @@ below; `docs/store.md` describes the files.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from egopatch.features.state.quarantine import Failure, QuarantineRecord
-from egopatch.features.values.errors import (
-    AbsentClip,
-    BadLocation,
-    DamagedStore,
-    FingerprintMismatch,
-    OtherVersion,
-    ShardOwned,
-    StoreError,
-)
-from egopatch.features.values.spec import ArraySpec, Fingerprint, PatchTokens, StoreSpec, TextStates
-
 if TYPE_CHECKING:
+    from egopatch.features.state.quarantine import Failure, QuarantineRecord
     from egopatch.features.store.create import create_store
     from egopatch.features.store.pixels import to_pixels
     from egopatch.features.store.read_ahead import read_ahead
     from egopatch.features.store.store import ShardWork, Store, open_store, store_exists
     from egopatch.features.store.torch_dataset import torch_dataset
+    from egopatch.features.values.errors import (
+        AbsentClip,
+        BadLocation,
+        DamagedStore,
+        FingerprintMismatch,
+        OtherVersion,
+        ShardOwned,
+        StoreError,
+    )
+    from egopatch.features.values.spec import ArraySpec, Fingerprint, PatchTokens, StoreSpec, TextStates
 
 __all__ = [
     "AbsentClip",
@@ -51,24 +50,39 @@ __all__ = [
     "torch_dataset",
 ]
 
-# torch and Zarr take seconds to import, and counting clips needs neither: these names are imported on first use.
-_LATER = {
-    "ShardWork": "egopatch.features.store.store",
-    "Store": "egopatch.features.store.store",
-    "create_store": "egopatch.features.store.create",
-    "open_store": "egopatch.features.store.store",
-    "read_ahead": "egopatch.features.store.read_ahead",
-    "store_exists": "egopatch.features.store.store",
-    "to_pixels": "egopatch.features.store.pixels",
-    "torch_dataset": "egopatch.features.store.torch_dataset",
+# torch and Zarr take seconds to import, NumPy a part of one, and a command line needs none of them before it knows its
+# command: every name is imported on first use.
+_ROOMS = {
+    "AbsentClip": "values.errors",
+    "ArraySpec": "values.spec",
+    "BadLocation": "values.errors",
+    "DamagedStore": "values.errors",
+    "Failure": "state.quarantine",
+    "Fingerprint": "values.spec",
+    "FingerprintMismatch": "values.errors",
+    "OtherVersion": "values.errors",
+    "PatchTokens": "values.spec",
+    "QuarantineRecord": "state.quarantine",
+    "ShardOwned": "values.errors",
+    "ShardWork": "store.store",
+    "Store": "store.store",
+    "StoreError": "values.errors",
+    "StoreSpec": "values.spec",
+    "TextStates": "values.spec",
+    "create_store": "store.create",
+    "open_store": "store.store",
+    "read_ahead": "store.read_ahead",
+    "store_exists": "store.store",
+    "to_pixels": "store.pixels",
+    "torch_dataset": "store.torch_dataset",
 }
 
 if not TYPE_CHECKING:  # with this function, mypy would accept any name
 
     def __getattr__(name: str) -> object:
-        if name not in _LATER:
+        if name not in _ROOMS:
             raise AttributeError(f"module 'features' has no attribute {name!r}")
-        return getattr(import_module(_LATER[name]), name)
+        return getattr(import_module(f"egopatch.features.{_ROOMS[name]}"), name)
 
 
 if __name__ == "features":  # the short name, in a checkout

@@ -3,35 +3,39 @@
 Exit codes: 0 done; 1 the work failed or found faults; 2 wrong usage; 130 interrupted.
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from egopatch.features.common.command_line import INTERRUPTED, describe_failure
-from egopatch.features.common.progress import BYTES, ProgressDisplay
-from egopatch.features.common.units import format_bytes
-from egopatch.features.formats.registry import FORMATS
-from egopatch.features.state.counts import machines_line
-from egopatch.features.storage.pick import storage_at
-from egopatch.features.store.store import Store, open_store
-from egopatch.features.store.text_substore import TEXT_FOLDER, network_differences, substores
-from egopatch.features.tools.compare import CLIPS, compare
-from egopatch.features.tools.convert import convert
-from egopatch.features.tools.derive import derive
-from egopatch.features.tools.export import export
-from egopatch.features.tools.feature_files import WRITERS
-from egopatch.features.tools.importing import import_features
-from egopatch.features.tools.repair import repair
-from egopatch.features.tools.sources import SourceReport, check_sources
-from egopatch.features.tools.verify import VerifyReport, verify
-from egopatch.features.values.errors import BadLocation, FingerprintMismatch, StoreError, WrongOption
-from egopatch.features.values.location import Location, parse_location
-from egopatch.features.values.spec import Codec, StoredDtype
+from egopatch.interrupt import exit_code_of_interrupt, interrupts_in_one_line
+
+with interrupts_in_one_line("features"):
+    import argparse
+    import json
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from egopatch.features.common.command_line import describe_failure
+    from egopatch.features.common.progress import BYTES, ProgressDisplay
+    from egopatch.features.common.units import format_bytes
+    from egopatch.features.formats.registry import FORMATS
+    from egopatch.features.state.counts import machines_line
+    from egopatch.features.storage.pick import storage_at
+    from egopatch.features.store.store import Store, open_store
+    from egopatch.features.store.text_substore import TEXT_FOLDER, network_differences, substores
+    from egopatch.features.tools.compare import CLIPS, compare
+    from egopatch.features.tools.convert import convert
+    from egopatch.features.tools.derive import derive
+    from egopatch.features.tools.export import export
+    from egopatch.features.tools.feature_files import WRITERS
+    from egopatch.features.tools.importing import import_features
+    from egopatch.features.tools.repair import repair
+    from egopatch.features.tools.sources import SourceReport, check_sources
+    from egopatch.features.tools.verify import VerifyReport, verify
+    from egopatch.features.values.errors import BadLocation, FingerprintMismatch, StoreError, WrongOption
+    from egopatch.features.values.location import Location, parse_location
+    from egopatch.features.values.spec import Codec, StoredDtype
 
 # Commands whose first place need not be a store: its name and help.
 FILES = "store, or features in files: a folder or an HDF5 file"
@@ -62,7 +66,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, FingerprintMismatch | WrongOption) else 1
     except KeyboardInterrupt:
         print("features: interrupted; the store is intact: run the same command again", file=sys.stderr)
-        return INTERRUPTED
+        return exit_code_of_interrupt()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -380,4 +384,5 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Outcome], str]] = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with interrupts_in_one_line("features"):
+        sys.exit(main())

@@ -53,6 +53,38 @@ def test_short_names_of_a_checkout_are_the_same_modules() -> None:
     assert done.returncode == 0, done.stderr
 
 
+INTERRUPTED_IMPORT = """
+import runpy, sys
+
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == sys.argv[2]:
+            exec("raise KeyboardInterrupt")  # as within the making of a dataclass
+
+sys.meta_path.insert(0, Interrupting())
+runpy.run_module(sys.argv[1], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "module"),
+    [
+        ("egopatch", "egopatch.features.common.command_line"),
+        ("extract", "egopatch.configs.command_line"),
+        ("features", "egopatch.features.common.progress"),
+        ("train", "egopatch.configs.command_line"),
+    ],
+)
+def test_an_interrupt_during_the_imports_is_one_line(program: str, module: str) -> None:
+    done = run(sys.executable, "-c", INTERRUPTED_IMPORT, program, module, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (130, f"{program}: interrupted; run the same command again\n")
+
+
+def test_a_command_line_imports_no_array_library_before_it_knows_its_command() -> None:
+    code = "import sys, egopatch.__main__, features.common.command_line; sys.exit('numpy' in sys.modules)"
+    assert run(sys.executable, "-c", code, cwd=ROOT).returncode == 0
+
+
 @pytest.mark.parametrize("package", ["extract", "features", "train"])
 def test_short_names_run_as_commands(package: str) -> None:
     done = run(sys.executable, "-W", "error", "-m", package, "--help", cwd=ROOT)

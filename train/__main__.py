@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
-from egopatch.configs.command_line import ConfigParser
-from egopatch.configs.schema import ConfigError
-from egopatch.extract.datasets import DatasetError
-from egopatch.extract.errors import CheckpointError, JobFailed
-from egopatch.features.common.command_line import find_command, run_command
-from egopatch.features.values.errors import BadLocation, FingerprintMismatch, StoreError
+from egopatch.interrupt import interrupts_in_one_line
+
+with interrupts_in_one_line("train"):
+    from egopatch.configs.command_line import ConfigParser
+    from egopatch.configs.schema import ConfigError
+    from egopatch.extract.datasets import DatasetError
+    from egopatch.extract.errors import CheckpointError, JobFailed
+    from egopatch.features.common.command_line import find_command, run_command
+    from egopatch.features.values.errors import BadLocation, FingerprintMismatch, StoreError
 
 # Each command is the module of the same name in `train.commands`.
 COMMANDS = {
@@ -51,4 +54,5 @@ def load_command(name: str) -> ModuleType:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with interrupts_in_one_line("train"):
+        sys.exit(main())

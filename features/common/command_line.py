@@ -9,8 +9,8 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from egopatch.features.common.os_errors import with_remedy
-
-INTERRUPTED = 130  # exit code of a command that a signal interrupted
+from egopatch.interrupt import INTERRUPTED as INTERRUPTED
+from egopatch.interrupt import exit_code_of_interrupt
 
 
 def find_command(program: str, commands: Mapping[str, str], usage: str, args: Sequence[str]) -> str | int:
@@ -59,7 +59,7 @@ def run_command(
         return 1
     except KeyboardInterrupt:
         print(f"{program}: interrupted; run the same command again to resume", file=sys.stderr)
-        return INTERRUPTED
+        return exit_code_of_interrupt()
 
 
 @contextmanager
