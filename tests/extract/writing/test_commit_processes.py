@@ -160,6 +160,7 @@ def test_a_killed_child_costs_one_attempt(
 
 
 def die(number: int, *_: object) -> None:
+    time.sleep(1)  # before the parent has heard that this child took the task, it counts as one without work
     os.kill(os.getpid(), number)
     time.sleep(5)
 
