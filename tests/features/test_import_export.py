@@ -206,12 +206,18 @@ def test_a_damaged_file_of_many_clips_is_named(
     folder.mkdir()
     (folder / name).write_text("not what the name says")
     place = folder / name if name == "all.h5" else folder
-    other = ["--to", str(tmp_path / "store")] if command == "import" else [str(place)]
-    assert main([command, str(place), *other]) == 1
-    said = capsys.readouterr().err
+    said = _refusal(command, place, tmp_path / "store", capsys)
     assert said.startswith(f"features: {folder if name == 'data.mdb' else folder / name} cannot be read (")
     assert said.endswith("); copy or export it again\n")
+
+
+def _refusal(command: str, place: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The line with which `features import` or `features compare` refuses a place."""
+    other = ["--to", str(store)] if command == "import" else [str(place)]
+    assert main([command, str(place), *other]) == 1
+    said = capsys.readouterr().err
     assert said.count("\n") == 1
+    return said
 
 
 def _empty_file(root: Path) -> Path:
@@ -237,12 +243,9 @@ def test_a_file_without_clips_is_named(
     command: str, make: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = make(tmp_path)
-    other = ["--to", str(tmp_path / "store")] if command == "import" else [str(place)]
-    assert main([command, str(place), *other]) == 1
-    said = capsys.readouterr().err
+    said = _refusal(command, place, tmp_path / "store", capsys)
     assert said.startswith(f"features: {place} holds no clip; expected one ")
     assert said.endswith(": export the features again\n")
-    assert said.count("\n") == 1
 
 
 def test_each_clip_is_read_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

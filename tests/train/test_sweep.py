@@ -25,7 +25,8 @@ from egopatch.train.heads import Head
 from egopatch.train.heads.registry import _PLUGINS as HEADS
 from egopatch.train.processes.stopping import Stopped
 from egopatch.train.sweeps import sweep
-from egopatch.train.sweeps.sweep import read_axes, run_sweep
+from egopatch.train.sweeps.axes import read_axes
+from egopatch.train.sweeps.sweep import run_sweep
 from egopatch.train.sweeps.sweep_results import describe
 from tests.features.faults import fork
 from tests.train.tiny import clock, losses, with_run

@@ -1,0 +1,161 @@
+"""What varies in a sweep: options with their values, and the config of each combination."""
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from egopatch.configs.command_line import ConfigParser, add_config_arguments, option_names, parse_sections
+from egopatch.configs.schema import Config, ConfigError
+from egopatch.configs.yaml_faults import repeated_key
+
+# Options that all runs of a sweep share.
+SHARED = (
+    "head.name", "head.options", "head.checkpoint", "train.batch", "train.epochs", "train.accumulate",
+    "train.residency", "train.device", "train.deterministic",
+)  # fmt: skip
+# What the names of a registered head's own options start with; the head checks their names and values.
+HEAD_OPTIONS = "head.options."
+
+Overrides = Mapping[str, Any]
+
+
+def read_axes(
+    ratios: Sequence[float] | None, seeds: Sequence[int] | None, grid: Path | None
+) -> dict[str, Sequence[Any]]:
+    """Values by option that varies.
+
+    Raises:
+        ConfigError: The grid file is missing or malformed, names options that cannot vary, or gives the values of
+            `ratios` or `seeds` once more.
+    """
+    axes: dict[str, Sequence[Any]] = {}
+    if grid is not None:
+        try:
+            text = grid.read_text(encoding="utf-8")
+            read = yaml.safe_load(text)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            fault = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+            raise ConfigError(f"--grid {grid}: {fault}; expected a YAML file") from None
+        if repeated := repeated_key(text):
+            raise ConfigError(f"--grid {grid}: {repeated}")
+        if not isinstance(read, dict) or not all(isinstance(values, list) and values for values in read.values()):
+            raise ConfigError(f"--grid {grid}: expected lines such as head.dropout: [0.0, 0.1]")
+        axes |= {str(option): values for option, values in read.items()}
+    for option, argument, given in (("head.ratio", "--ratios", ratios), ("train.seed", "--seeds", seeds)):
+        if given is not None and option in axes:
+            raise ConfigError(
+                f"{argument} is {list(given)}, but --grid {grid} also has {option}, as {list(axes[option])}; give its "
+                "values in one place"
+            )
+        if given is not None:
+            axes[option] = given
+    allowed = [o for o in option_names() if o.split(".")[0] in ("head", "train") and o not in SHARED]
+    for option in axes:
+        if option not in allowed and not option.startswith(HEAD_OPTIONS):
+            raise ConfigError(f"{option} cannot vary in a sweep; expected one of {', '.join(allowed)}")
+    if not axes:
+        raise ConfigError("nothing varies; give --ratios 0.1 0.25 1.0, --seeds 0 1 2 or --grid FILE")
+    return axes
+
+
+def typed_values(axes: Mapping[str, Sequence[Any]]) -> dict[tuple[str, str], Any]:
+    """The values in the types of the schema, by option and `_key`.
+
+    Raises:
+        ConfigError: A value is invalid, or an option has a value twice, such as `1e-3`, a text in YAML, and `0.001`.
+    """
+    typed: dict[tuple[str, str], Any] = {}
+    for option, values in axes.items():
+        listed: list[tuple[Any, Any]] = []
+        for value in values:
+            parsed = _checked(option, value)
+            for other, written in listed:
+                # In Python, True equals 1.
+                if parsed == other and isinstance(parsed, bool) == isinstance(other, bool):
+                    raise ConfigError(
+                        f"in the sweep, {option} has a value twice in {list(values)}: {written!r} and {value!r} are "
+                        "the same; list each value once"
+                    )
+            listed.append((parsed, value))
+            typed[option, _key(value)] = parsed
+    return typed
+
+
+def combinations(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every combination, the last option varying fastest."""
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def run_config(config: Config, overrides: Overrides, typed: Mapping[tuple[str, str], Any], out: Path) -> Config:
+    """`config` with `overrides`, in a folder named after them; `typed` holds the values, parsed."""
+    slug = "_".join(f"{option.split('.')[-1]}-{_slug(value)}" for option, value in overrides.items())
+    sections: dict[str, Any] = {"run": replace(config.run, dir=out / slug)}
+    changes: dict[str, dict[str, Any]] = {}
+    for option, value in overrides.items():
+        section, field = option.split(".", 1)
+        fields = changes.setdefault(section, {})
+        if option.startswith(HEAD_OPTIONS):
+            own = fields.setdefault("options", dict(config.head.options or {}))
+            own[option.removeprefix(HEAD_OPTIONS)] = typed[option, _key(value)]
+        else:
+            fields[field] = typed[option, _key(value)]
+    # All options of a section at once: an option may be valid only together with another.
+    sections |= {section: replace(getattr(config, section), **fields) for section, fields in changes.items()}
+    return replace(config, **sections)
+
+
+def require_own_folders(runs: Sequence[tuple[Overrides, Config]]) -> None:
+    """Refuse two runs of one folder, of which only one would be trained: folders have few characters in their names.
+
+    Raises:
+        ConfigError: Two settings have one folder.
+    """
+    owners: dict[Path, Overrides] = {}
+    for overrides, run in runs:
+        first = owners.setdefault(run.run.dir, overrides)
+        if first is not overrides:
+            different = ", ".join(
+                f"{option} {first[option]!r} and {overrides[option]!r}"
+                for option in overrides
+                if _key(first[option]) != _key(overrides[option])
+            )
+            raise ConfigError(
+                f"in the sweep, two settings would share the folder {run.run.dir} ({different}); leave one of the "
+                "values to a sweep with another --name"
+            )
+
+
+def _key(value: Any) -> str:
+    """A text for a value as the grid has it, which may be a list."""
+    return json.dumps(value, default=str)
+
+
+def _slug(value: Any) -> str:
+    text = "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return re.sub(r"[^A-Za-z0-9.+-]", "_", text)
+
+
+class _ValueParser(ConfigParser):
+    """A parser of one value of a sweep, whose errors are the sweep's."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ConfigError(f"in the sweep, {self.explain(message)}")
+
+
+def _checked(option: str, value: Any) -> Any:
+    """The value in the type of the schema."""
+    section, field = option.split(".", 1)
+    parser = _ValueParser(prog="sweep")
+    add_config_arguments(parser)
+    text = value if isinstance(value, str) else _key(value)
+    # What it has to fit in other sections is checked with the config that it becomes a part of.
+    sections, _ = parse_sections(parser, [f"--{option}={text}"])
+    if option.startswith(HEAD_OPTIONS):
+        return (sections["head"].options or {})[option.removeprefix(HEAD_OPTIONS)]
+    return getattr(sections[section], field)
