@@ -250,7 +250,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.quick:
         options = argparse.Namespace(
-            **vars(options) | {"clips": 8, "stored": 8, "frames": 2, "depth": 1, "batch": 2, "shard": 4}
+            **vars(options) | {"clips": 8, "stored": 8, "frames": 2, "depth": 1, "batch": 9, "shard": 4}
         )
     cores = len(os.sched_getaffinity(0))
     if options.store is None:

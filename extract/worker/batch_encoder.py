@@ -104,12 +104,13 @@ class BatchEncoder(ABC):
             waiting = time.perf_counter()
             tokens, finite = wait()
             self.seconds += time.perf_counter() - waiting
-            rows = {
-                prepared.clip.clip_id: row | {"timestamps": self._times(prepared)}
-                for prepared, row in zip(clips, tokens, strict=True)
-            }
-            known = (name for name, is_finite in zip(rows, finite, strict=True) if is_finite)
-            return EncodedBatch(rows, frozenset(name for name in known if rows[name]["timestamps"].isfinite().all()))
+            rows, known = dict[str, Row](), set[str]()
+            for prepared, row, is_finite in zip(clips, tokens, finite, strict=True):
+                name, times = prepared.clip.clip_id, self._times(prepared)
+                rows[name] = row | {"timestamps": times}
+                if is_finite and times.isfinite().all():
+                    known.add(name)
+            return EncodedBatch(rows, frozenset(known))
 
         return finish
 

@@ -1,5 +1,7 @@
 """The Triton kernels on a GPU. With FAIL_WITHOUT_CUDA=1 these fail, instead of skipping, where there is none."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -13,7 +15,9 @@ pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("cuda")]
 
 
 def test_the_interpreted_tests_pass_compiled() -> None:
-    result = run_pytest(*INTERPRETED, "-m", "slow or not slow")
+    # Kernels are compiled for each shape, which takes a core a second or two, and the GPU next to no time.
+    at_once = ("-n", "8") if find_spec("xdist") else ()
+    result = run_pytest(*INTERPRETED, "-m", "slow or not slow", *at_once)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 
 
