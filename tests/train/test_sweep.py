@@ -55,7 +55,8 @@ def test_each_seed_has_the_batches_that_it_has_alone(tiny: Config) -> None:
     for seed in (0, 1):
         alone = with_run(tiny, f"alone{seed}", train_seed=seed)
         fit(alone, "x")
-        assert losses(path.parent / f"seed-{seed}") == losses(alone.run.dir), f"seed {seed} saw another order"
+        # Forked groups have a thread each, a run alone has all: their sums may be taken in another order.
+        np.testing.assert_allclose(losses(path.parent / f"seed-{seed}"), losses(alone.run.dir), rtol=1e-4)
 
 
 def test_members_share_one_reading(tiny: Config) -> None:

@@ -1,7 +1,7 @@
 """Builds the head that a config names.
 
-Heads from outside come from the entry points `egopatch.heads` of installed packages, each a `Head`, and from
-`register_head`.
+`HEADS` lists the heads of this package. Heads from outside come from the entry points `egopatch.heads` of installed
+packages, each a `Head`, and from `register_head`.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,11 +22,6 @@ from egopatch.train.heads.common.pooled import Pooled
 from egopatch.train.heads.common.question import Sizes
 from egopatch.train.heads.fused.fused import FusedSystem, load_head
 from egopatch.train.heads.psa.psa import PSA
-from egopatch.train.rundir.results import BLIND
-
-HEADS = ("majority", "longest-option", "question-only", "pooled", "attention", "egovlp", "egovlpv2", "mfas", "psa")
-# Heads that train alone: those that read every patch fill a machine, and the majority learns nothing.
-_UNSTACKED = ("majority", "longest-option", "attention", "egovlpv2", "mfas")
 
 
 @dataclass(frozen=True)
@@ -54,6 +49,67 @@ class Head:
     captures: bool = False
 
 
+@dataclass(frozen=True)
+class _BuiltIn:
+    """A head of this package.
+
+    Attributes:
+        build: From the config and the sizes of features and answers to the untrained module.
+        reads_video: As in `Head`.
+        stacks: As in `Head`; false for heads that read every patch, of which one fills a machine, and for those that
+            learn nothing.
+        chooses: Whether it scores the options of multiple-choice questions by itself; others do so as a `Choice`.
+        published: Whether it starts from `head.checkpoint`.
+    """
+
+    build: Callable[[Config, Sizes], nn.Module]
+    reads_video: bool = True
+    stacks: bool = True
+    chooses: bool = False
+    published: bool = False
+
+
+def _build_majority(config: Config, sizes: Sizes) -> nn.Module:
+    return Majority(sizes.choices or sizes.answers)
+
+
+def _build_longest_option(config: Config, sizes: Sizes) -> nn.Module:
+    if not sizes.choices:
+        raise ConfigError("head.name is longest-option, but the questions have no options; use majority")
+    return LongestOption()
+
+
+def _build_fused(config: Config, sizes: Sizes) -> nn.Module:
+    name: Literal["egovlpv2", "mfas"] = "egovlpv2" if config.head.name == "egovlpv2" else "mfas"
+    if sizes.patches < sizes.grid[0] * sizes.grid[1]:
+        raise ConfigError(
+            f"head.name is {name}, which reads whole frames, but the store has {sizes.patches} of "
+            f"{sizes.grid[0] * sizes.grid[1]} patches a frame; use the store that it was derived from"
+        )
+    if name == "mfas" and config.encoder.arch != "mfas":
+        raise ConfigError(
+            f"head.name is mfas but encoder.arch is {config.encoder.arch}, which has no coarse tower; "
+            "set encoder.arch to mfas"
+        )
+    checkpoint = open_checkpoint(name, config.head.checkpoint or config.encoder.checkpoint)
+    return FusedSystem(load_head(name, checkpoint, sizes.answers, config.encoder.variant))
+
+
+_POOLED = _BuiltIn(lambda config, sizes: Pooled(config.head, sizes))
+_FUSED = _BuiltIn(_build_fused, stacks=False, published=True)
+HEADS: Mapping[str, _BuiltIn] = {
+    "majority": _BuiltIn(_build_majority, reads_video=False, stacks=False, chooses=True),
+    "longest-option": _BuiltIn(_build_longest_option, reads_video=False, stacks=False, chooses=True),
+    "question-only": _BuiltIn(lambda config, sizes: QuestionOnly(config.head, sizes), reads_video=False),
+    "pooled": _POOLED,
+    "attention": _BuiltIn(lambda config, sizes: Attention(config.head, sizes), stacks=False),
+    "egovlp": _POOLED,  # of the published system
+    "egovlpv2": _FUSED,
+    "mfas": _FUSED,
+    "psa": _BuiltIn(lambda config, sizes: PSA(config.head, sizes)),
+}
+
+
 def _fault(name: str, head: object) -> str | None:
     if not isinstance(head, Head):
         return f"is of type {type(head).__name__}; expected a train.heads.Head"
@@ -62,7 +118,7 @@ def _fault(name: str, head: object) -> str | None:
     return None if head.name == name else f"is a Head called {head.name!r}; expected the same name"
 
 
-_PLUGINS: Plugins[Head] = Plugins("head.name", "egopatch.heads", HEADS, _fault)
+_PLUGINS: Plugins[Head] = Plugins("head.name", "egopatch.heads", HEADS.keys(), _fault)
 
 
 def register_head(head: Head, replace: bool = False) -> None:
@@ -98,14 +154,12 @@ def check_head(config: HeadConfig) -> None:
 
 def reads_video(name: str) -> bool:
     """Whether the head called `name` reads patch tokens."""
-    head = _PLUGINS.find(name)
-    return name not in BLIND if head is None else head.reads_video
+    return _described(name).reads_video
 
 
 def can_stack(name: str) -> bool:
     """Whether several heads called `name` can train as stacked heads."""
-    head = _PLUGINS.find(name)
-    return name not in _UNSTACKED if head is None else head.stacks
+    return _described(name).stacks
 
 
 def can_capture(name: str) -> bool:
@@ -118,6 +172,10 @@ def package_versions(name: str) -> dict[str, str]:
     """Version by name of the package that registers the head; empty if none does."""
     package = _PLUGINS.package_of(name)
     return {} if package is None else dict([package.rsplit(" ", 1)])
+
+
+def _described(name: str) -> Head | _BuiltIn:
+    return _PLUGINS.find(name) or HEADS[name]
 
 
 def _options_of(head: Head, config: HeadConfig) -> Any:
@@ -146,55 +204,21 @@ def build_head(config: Config, sizes: Sizes) -> nn.Module:
         ConfigError: The store does not fit the head, or `head.checkpoint` is set for a head without one.
         CheckpointError: The checkpoint of a fused head is missing or another network's.
     """
-    name = config.head.name
-    if name == "longest-option" and not sizes.choices:
-        raise ConfigError("head.name is longest-option, but the questions have no options; use majority")
-    if not sizes.choices:
-        return _build(config, sizes)
-    if name == "longest-option":
-        return LongestOption()
-    if name == "majority":
-        return Majority(sizes.choices)
-    return Choice(_build(config, replace(sizes, answers=config.head.width)), config.head, sizes)
-
-
-def _build(config: Config, sizes: Sizes) -> nn.Module:
-    head = config.head
-    registered = _PLUGINS.find(head.name)
-    if head.name in ("egovlpv2", "mfas"):
-        return _build_fused(config, sizes)
-    if head.checkpoint is not None:
+    head = _described(config.head.name)
+    if config.head.checkpoint is not None and not (isinstance(head, _BuiltIn) and head.published):
         raise ConfigError(
-            f"head.checkpoint is {head.checkpoint}, but a {head.name} head has no checkpoint; set it to null, or "
-            "head.name to egovlpv2 or mfas"
+            f"head.checkpoint is {config.head.checkpoint}, but a {config.head.name} head has no checkpoint; set it to "
+            "null, or head.name to egovlpv2 or mfas"
         )
-    if registered is not None:
-        return _checked(registered, registered.build(_options_of(registered, head), sizes))
-    if head.name == "majority":
-        return Majority(sizes.answers)
-    if head.name == "question-only":
-        return QuestionOnly(head, sizes)
-    if head.name in ("pooled", "egovlp"):  # one head; the second name is that of the published system
-        return Pooled(head, sizes)
-    if head.name == "attention":
-        return Attention(head, sizes)
-    return PSA(head, sizes)
+    if not sizes.choices or (isinstance(head, _BuiltIn) and head.chooses):
+        return _build(head, config, sizes)
+    return Choice(_build(head, config, replace(sizes, answers=config.head.width)), config.head, sizes)
 
 
-def _build_fused(config: Config, sizes: Sizes) -> FusedSystem:
-    name: Literal["egovlpv2", "mfas"] = "egovlpv2" if config.head.name == "egovlpv2" else "mfas"
-    if sizes.patches < sizes.grid[0] * sizes.grid[1]:
-        raise ConfigError(
-            f"head.name is {name}, which reads whole frames, but the store has {sizes.patches} of "
-            f"{sizes.grid[0] * sizes.grid[1]} patches a frame; use the store that it was derived from"
-        )
-    if name == "mfas" and config.encoder.arch != "mfas":
-        raise ConfigError(
-            f"head.name is mfas but encoder.arch is {config.encoder.arch}, which has no coarse tower; "
-            "set encoder.arch to mfas"
-        )
-    checkpoint = open_checkpoint(name, config.head.checkpoint or config.encoder.checkpoint)
-    return FusedSystem(load_head(name, checkpoint, sizes.answers, config.encoder.variant))
+def _build(head: Head | _BuiltIn, config: Config, sizes: Sizes) -> nn.Module:
+    if isinstance(head, _BuiltIn):
+        return head.build(config, sizes)
+    return _checked(head, head.build(_options_of(head, config.head), sizes))
 
 
 def _checked(head: Head, module: object) -> nn.Module:
