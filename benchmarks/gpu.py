@@ -4,9 +4,9 @@
     python benchmarks/gpu.py [--part NAME ...]   these parts, again
     python benchmarks/gpu.py --dry-run           tiny sizes on a CPU, kernels in Triton's interpreter, nothing kept
 
-Each part is a command of its own; its output and its JSON are written to --out as it ends, so an interrupted run goes
-on with the next part. `summary.md` sets each goal beside its figure. It needs no network. Exit code 1 if a part failed
-or a goal was missed.
+Each part is a command of its own; its output and its JSON are written to --out as it ends, so an interrupted run
+resumes with the next part. `summary.md` sets each goal beside its figure. It needs no network. Exit code 1 if a part
+failed or a goal was missed.
 """
 
 import argparse

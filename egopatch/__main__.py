@@ -23,7 +23,9 @@ SHORT = {"ask": "train", "doctor": "extract", "publish": "train"}
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command line; returns its exit code: 0 done, 1 the work failed, 2 wrong usage or configuration."""
+    """Run one command line; returns its exit code: 0 done, 1 the work failed, 2 wrong usage or configuration,
+    130 interrupted by Ctrl-C.
+    """
     with interrupts_in_one_line("egopatch"):
         return _run(list(sys.argv[1:] if args is None else args))
 

@@ -31,5 +31,5 @@ def interrupts_in_one_line(program: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; run the same command again", file=sys.stderr)
+        print(f"{program}: interrupted; run the same command again to resume", file=sys.stderr)
         raise SystemExit(exit_code_of_interrupt()) from None

@@ -77,7 +77,7 @@ runpy.run_module(sys.argv[1], run_name="__main__")
 )
 def test_an_interrupt_during_the_imports_is_one_line(program: str, module: str) -> None:
     done = run(sys.executable, "-c", INTERRUPTED_IMPORT, program, module, cwd=ROOT)
-    assert (done.returncode, done.stderr) == (130, f"{program}: interrupted; run the same command again\n")
+    assert (done.returncode, done.stderr) == (130, f"{program}: interrupted; run the same command again to resume\n")
 
 
 def test_a_command_line_imports_no_array_library_before_it_knows_its_command() -> None:

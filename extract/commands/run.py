@@ -14,7 +14,7 @@ from egopatch.extract.errors import JobFailed
 from egopatch.extract.run import ExtractionResult, extract_together
 from egopatch.extract.worker.bounds import bound_line, ceilings
 from egopatch.extract.worker.device import arithmetic_advice, device_of
-from egopatch.features.common.command_line import messages_apart, print_result
+from egopatch.features.common.command_line import INTERRUPTED, messages_apart, print_result
 from egopatch.features.state.counts import machines_line
 
 HELD = 3  # exit code of a job that has done its part, while other processes are still encoding shards of it
@@ -25,7 +25,8 @@ def main(parser: ConfigParser, args: Sequence[str], retry: bool = False) -> int:
     parser.epilog = (
         "--config A.yaml B.yaml fills the stores of both from one decode of each clip; other options hold for both."
         f" Exit codes: 0 all clips and questions are stored or quarantined; 1 the work failed; 2 wrong usage or config;"
-        f" {HELD} other processes hold the shards that are left; {REQUEUE} interrupted by a scheduler's signal."
+        f" {HELD} other processes hold the shards that are left; {REQUEUE} interrupted by a scheduler's signal;"
+        f" {INTERRUPTED} interrupted by Ctrl-C."
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
@@ -33,7 +34,7 @@ def main(parser: ConfigParser, args: Sequence[str], retry: bool = False) -> int:
     )
     parser.add_argument("--shard", default="0/1", metavar="i/N", help="every N-th shard from i on, for job arrays")
     parser.add_argument(
-        "--refresh", action="store_true", help="encode clips again whose stretch, video file or its size has changed"
+        "--refresh", action="store_true", help="encode again the clips whose stretch or video file has changed"
     )
     add_config_arguments(parser)
     lines = split_configs(args)

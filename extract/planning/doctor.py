@@ -96,7 +96,7 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
         rest = finding.count - SHOWN
         lines.append(f"{finding.severity}: {finding.count} {finding.what}")
         lines += [f"    {item}" for item in finding.found[:SHOWN]] + ([f"    and {rest} more"] if rest > 0 else [])
-    lines += [] if diagnosis.findings else ["no faults found"]
+    lines += ["no faults found"] if diagnosis.sound else []
     return "\n".join([*lines, *(f"advice: {line}" for line in diagnosis.advice)])
 
 

@@ -19,12 +19,18 @@ STACKED = (
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Train every run of the sweep and print where the results are; returns 130 after a signal."""
-    parser.add_argument("--ratios", type=float, nargs="+", default=None, help="values of head.ratio to train")
-    parser.add_argument("--seeds", type=int, nargs="+", default=None, help="values of train.seed to train")
+    parser.add_argument(
+        "--ratios", type=float, nargs="+", default=None, help="values of head.ratio (default: the config's)"
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=None, help="values of train.seed (default: the config's)"
+    )
     parser.add_argument(
         "--grid", type=Path | None, default=None, help="YAML file with lines such as head.dropout: [0.0, 0.1]"
     )
-    parser.add_argument("--name", type=str | None, default=None, help="name of the sweep's folder")
+    parser.add_argument(
+        "--name", type=str | None, default=None, help="name of the sweep's folder (default: split and name of run.dir)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_config_arguments(parser)
     config, options = parse_config(parser, args)

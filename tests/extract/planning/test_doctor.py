@@ -141,6 +141,8 @@ def test_notes_are_no_faults(tmp_path: Path, records: Records, capsys: pytest.Ca
     assert found[unknown] == ["11 in test: 'melon'"]
     assert found["missing parts of a split that is not configured"] == ["indirect test"]
     assert found["video files without a question"] == [str(tmp_path / "qa_videos/other.mp4")]
+    assert main(["doctor", "--data.root", str(tmp_path), *TOKENIZER]) == 0
+    assert "no faults found" in capsys.readouterr().out
 
 
 def test_a_clip_of_the_other_split_only(tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str]) -> None:
