@@ -47,6 +47,21 @@ def test_pickled_selection_is_refused(tmp_path: Path) -> None:
         read_selection(path)
 
 
+def test_a_selection_with_a_damaged_byte_is_read_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "selection.npz"
+    kept = np.random.default_rng(0).integers(0, 9, (9, 2, 4)).astype(np.int16)
+    np.savez_compressed(path, question_ids=np.arange(9).astype(str), kept=kept)
+    whole = path.read_bytes()
+    damaged = 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            read_selection(path)
+        except SourceError:
+            damaged += 1
+    assert damaged > len(whole) / 2
+
+
 def test_sweep_points_gather_the_seeds(tmp_path: Path) -> None:
     sweep = read_sweep(write_sweep(tmp_path, seeds=2) / "sweep.json")
     assert sweep.settings == ("",)

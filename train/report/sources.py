@@ -8,6 +8,7 @@ import json
 import math
 import statistics
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -229,7 +230,8 @@ def read_selection(path: Path) -> Selection:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             ids, kept = arrays["question_ids"], arrays["kept"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    # What zipfile cannot read, it refuses by errors of many kinds.
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise SourceError(f"{path} is damaged ({error}); evaluate the run again") from error
     if kept.ndim != 3 or len(ids) != len(kept):
         raise SourceError(f"{path} has kept {kept.shape} for {len(ids)} questions; expected [Q, T, k]")
