@@ -14,6 +14,7 @@ from egopatch.train.__main__ import main
 from egopatch.train.publishing.cards import head_card
 from egopatch.train.publishing.origins import origins
 from egopatch.train.rundir.card import Card
+from egopatch.train.rundir.results import read_run
 from tests.train.fake_runs import write_run
 from tests.train.tiny import FIELDS
 
@@ -79,10 +80,24 @@ def test_a_store_that_the_head_was_not_trained_on_is_refused(
     assert publish(run, tmp_path / "upload", "--terms", "none", "--head-only") == 0
 
 
+def test_without_published_answers_the_card_says_so(
+    run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run.run.dir / "test.json"
+    unknown = {"accuracy": None, "n": 0}
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict.fromkeys(("open", "binary", "all"), unknown)))
+    assert publish(run, tmp_path / "upload", "--terms", "none", "--head-only") == 0
+    text = (tmp_path / "upload" / "head" / "README.md").read_text()
+    assert "Accuracy on test in percent: unknown, as no answer is published. Epoch 3" in text
+    path.write_text("{}")
+    capsys.readouterr()
+    assert publish(run, tmp_path / "upload", "--terms", "none", "--head-only") == 1
+    assert "test.json is damaged (KeyError: 'open'); evaluate the run again" in capsys.readouterr().err
+
+
 def test_egosynth_does_not_pass_for_the_data_set_whose_layout_it_has(tmp_path: Path) -> None:
     card = _card(tmp_path, config={"data": {"name": "egotaskqa", "root": "runs/egosynth"}})
-    test = json.loads((tmp_path / "run" / "test.json").read_text())
-    text = head_card(card, test, (), [])
+    text = head_card(card, read_run(tmp_path / "run").scores, (), [])
     assert "name: EgoSynth" in text
     assert "egotaskqa" not in text.split("## Origin")[0]
 

@@ -12,25 +12,28 @@ from egopatch.features.store.store import Store
 from egopatch.train.publishing.origins import Origin
 from egopatch.train.report.table import is_standin, is_synthetic
 from egopatch.train.rundir.card import Card
+from egopatch.train.rundir.results import COLUMNS
+from egopatch.train.scores.metrics import Score
 
 TASK = "visual-question-answering"
 
 
-def head_card(card: Card, test: Mapping[str, Any], found: Sequence[Origin], files: Sequence[Path]) -> str:
+def head_card(card: Card, scores: Mapping[str, Score], found: Sequence[Origin], files: Sequence[Path]) -> str:
     """The card of a trained head.
 
     Args:
         card: The run's card.
-        test: Metrics on *test*, as in `test.json`.
+        scores: Accuracies on *test*, over open, binary and all questions.
         found: Where weights and data come from.
         files: Files that the folder holds.
     """
     name = f"{card.model} on {_data_name(card)}"
-    parts = {part: test[part] for part in ("open", "binary", "all") if test[part]["accuracy"] is not None}
+    measured = [(part, scores[part].n, accuracy) for part in COLUMNS if (accuracy := scores[part].accuracy) is not None]
     metrics = [
-        {"type": "accuracy", "name": f"accuracy, {part} (n {score['n']})", "value": round(score["accuracy"], 2)}
-        for part, score in parts.items()
+        {"type": "accuracy", "name": f"accuracy, {part} (n {n})", "value": round(accuracy, 2)}
+        for part, n, accuracy in measured
     ]
+    shown = ", ".join(f"{part} {accuracy:.2f} (n {n})" for part, n, accuracy in measured)
     dataset = {"type": _data_name(card).lower(), "name": _data_name(card), "split": "test"}
     front = {
         "license": "other",
@@ -42,7 +45,6 @@ def head_card(card: Card, test: Mapping[str, Any], found: Sequence[Origin], file
             {"name": name, "results": [{"task": {"type": TASK}, "dataset": dataset, "metrics": metrics}]},
         ],
     }
-    scores = ", ".join(f"{part} {score['accuracy']:.2f} (n {score['n']})" for part, score in parts.items())
     return _text(
         front,
         name,
@@ -50,7 +52,8 @@ def head_card(card: Card, test: Mapping[str, Any], found: Sequence[Origin], file
             *_warnings(card),
             f"A head of EgoPatch with {card.parameters:,} parameters, trained on stored features of a frozen encoder. "
             "It needs a store with the fingerprint below.",
-            f"Accuracy on test in percent: {scores}. Epoch {card.best_epoch} was chosen on val; seed {card.seed}.",
+            f"Accuracy on test in percent: {shown or 'unknown, as no answer is published'}. "
+            f"Epoch {card.best_epoch} was chosen on val; seed {card.seed}.",
             f"Trained by `{card.command}` with {', '.join(f'{k} {v}' for k, v in card.versions.items())}.",
             "## Origin and terms\n\n" + _origins(found),
             "## Fingerprint of the features\n\n" + _fields(card.fingerprint or {"none": "this head reads no video"}),

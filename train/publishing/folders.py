@@ -1,7 +1,6 @@
 """A folder with all that an upload would hold. Nothing is sent anywhere."""
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +11,9 @@ from egopatch.features import Fingerprint, open_store
 from egopatch.features.tools.convert import convert
 from egopatch.train.publishing.cards import head_card, store_card
 from egopatch.train.publishing.origins import origins
-from egopatch.train.rundir.card import CARD, CONFIG, TEST, WEIGHTS, Card, RunError, load_weights, write_whole
+from egopatch.train.rundir.card import Card, RunError, load_weights, write_whole
+from egopatch.train.rundir.names import CARD, CONFIG, TEST, WEIGHTS
+from egopatch.train.rundir.results import read_run
 
 README = "README.md"
 PUBLISHED = (WEIGHTS, CARD, CONFIG, TEST)
@@ -42,7 +43,7 @@ def publish(config: Config, to: Path, terms: str | None = None, head_only: bool 
 
     Raises:
         ConfigError: Weights or data have no known licence and `terms` is None, or are not what their name says.
-        RunError: `run.dir` has no finished run.
+        RunError: `run.dir` has no finished run, or one of its files is damaged.
         FingerprintMismatch: The store is not the one that the head was trained on.
         StoreError: A clip of the store is damaged.
     """
@@ -51,6 +52,10 @@ def publish(config: Config, to: Path, terms: str | None = None, head_only: bool 
     load_weights(run, card.best_epoch)  # refuses damaged weights, and those of another epoch
     if missing := [name for name in PUBLISHED if not (run / name).is_file()]:
         raise RunError(f"{run} has no {', '.join(missing)}; run: python -m train evaluate --config CONFIG")
+    try:
+        scores = read_run(run).scores
+    except ValueError as error:
+        raise RunError(f"{run}: {error}") from None
     found = origins(config, card)
     if terms is None and (unknown := [origin.what for origin in found if origin.terms is None]):
         raise ConfigError(
@@ -62,8 +67,7 @@ def publish(config: Config, to: Path, terms: str | None = None, head_only: bool 
     head.mkdir(parents=True, exist_ok=True)
     for name in PUBLISHED:
         shutil.copyfile(run / name, head / name)
-    test = json.loads((run / TEST).read_text(encoding="utf-8"))
-    write_whole(head / README, head_card(card, test, found, [head / name for name in PUBLISHED]))
+    write_whole(head / README, head_card(card, scores, found, [head / name for name in PUBLISHED]))
     folders = [head]
     if not head_only and card.fingerprint is not None:
         open_store(config.store.path, expect=Fingerprint(card.fingerprint))
