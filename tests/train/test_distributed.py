@@ -177,6 +177,16 @@ def test_without_torchrun_there_is_one_rank() -> None:
     assert Distributed().gather("x") == ["x"]
 
 
+def test_a_world_without_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    expected = "WORLD_SIZE is 2, but LOCAL_RANK, LOCAL_WORLD_SIZE is not set; start with torchrun, or unset WORLD_SIZE"
+    with pytest.raises(ValueError, match=expected), join(cuda=False):
+        pass
+
+
 def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"WORLD_SIZE": 99, "RANK": 3, "LOCAL_RANK": 3, "LOCAL_WORLD_SIZE": 99}.items():
         monkeypatch.setenv(name, str(value))

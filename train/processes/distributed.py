@@ -134,14 +134,20 @@ def join(cuda: bool) -> Iterator[Distributed]:
         cuda: Whether tensors are on CUDA devices, one per rank.
 
     Raises:
-        ValueError: This machine has more ranks than CUDA devices.
+        ValueError: This machine has more ranks than CUDA devices, or `WORLD_SIZE` is set without torchrun's other
+            variables.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield ALONE
         return
-    numbers = [int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
-    ranks = Distributed(numbers[0], size, numbers[1], numbers[2])
+    names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if absent := [name for name in names if name not in os.environ]:
+        raise ValueError(
+            f"WORLD_SIZE is {size}, but {', '.join(absent)} is not set; start with torchrun, or unset WORLD_SIZE"
+        )
+    rank, local, local_size = (int(os.environ[name]) for name in names)
+    ranks = Distributed(rank, size, local, local_size)
     if cuda:
         devices = usable_gpus()
         if ranks.local_size > devices:
