@@ -23,7 +23,7 @@ from egopatch.train.report.kept_picture import mark_kept
 from egopatch.train.report.table import is_synthetic
 from egopatch.train.rundir.card import Card, RunError
 from tests.train.fake_runs import write_run
-from tests.train.tiny import with_run
+from tests.train.tiny import with_run, write_tiny
 
 
 def ask(config: Config, clip_id: str, question: str, answers: int = 5) -> Prediction:
@@ -133,6 +133,16 @@ def test_clips_of_a_store_are_ranked(trained: Config, capsys: pytest.CaptureFixt
     assert shown["run"] == str(trained.run.dir)
 
 
+def test_a_store_without_clips_is_refused(trained: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = tuple(open_store(trained.store.path).clip_ids)
+    empty = write_tiny(tmp_path / "empty", bad=names)
+    ask = ["ask", "--config", str(trained.run.dir / "config.yaml"), "--run", str(trained.run.dir), "what is this?"]
+    for clip in ([], ["--clip", names[0]]):
+        assert main([*ask, *clip, "--store.path", str(empty.store.path)]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith("store has no clips; run `python -m extract run --config CONFIG` to encode some")
+
+
 def test_the_head_is_the_best_on_val_with_real_weights(tmp_path: Path) -> None:
     def write(name: str, val: float, **more: Any) -> Path:
         folder = write_run(
@@ -148,6 +158,7 @@ def test_the_head_is_the_best_on_val_with_real_weights(tmp_path: Path) -> None:
     write("blind", 95, model="question-only")
     other = write("other", 99, split="indirect")
     write("choice", 97, config={"head": {"width": 16}}, card={"answers": ["<UNK0>", "<UNK1>"]})
+    write("foreign", 96, model="a-head-of-a-package-that-is-not-installed")
     unfinished = write("unfinished", 98, config={"head": {"width": 32}})
     (unfinished / "best.safetensors").unlink()
     folders = [tmp_path / "none", tmp_path / "runs"]

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from egopatch.configs.command_line import load_config
-from egopatch.configs.schema import Config
+from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
 from egopatch.features import Fingerprint
 from egopatch.train.heads import reads_video
 from egopatch.train.report.table import is_standin
-from egopatch.train.rundir.card import CONFIG, WEIGHTS, RunError
+from egopatch.train.rundir.card import RunError
+from egopatch.train.rundir.names import CONFIG, WEIGHTS
 from egopatch.train.rundir.results import Run, TableError, gather
 
 # Where `egopatch demo` and `egopatch demo --small` train, from the current directory on.
@@ -62,9 +63,13 @@ def _runs(folder: Path) -> list[Run]:
 
 
 def _can_answer(run: Run, split: str | None, features: Fingerprint | None) -> bool:
+    try:
+        video = reads_video(str(run.card.get("model")))
+    except ConfigError:  # the package that registers the head is not installed here
+        return False
     answers, trained_on = run.card.get("answers") or (), run.card.get("fingerprint")
     return (
-        reads_video(str(run.card.get("model")))
+        video
         and (run.dir / WEIGHTS).is_file()
         and (run.dir / CONFIG).is_file()
         and not set(answers) <= set(UNKNOWN_ANSWERS)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
-from egopatch.features import Fingerprint, FingerprintMismatch, Store, store_exists
+from egopatch.features import Fingerprint, FingerprintMismatch, Store, StoreError, store_exists
 from egopatch.features.store.text_substore import TEXT_FOLDER
 from egopatch.features.values.location import parse_location
 from egopatch.train.data.batch import Batch
@@ -62,6 +62,7 @@ def predict_clips(config: Config, clip_ids: Sequence[str], question: str, answer
         RunError: There is no trained head in `run.dir`, or its files are damaged or not of one training.
         ConfigError: The head reads no video, or chooses among a question's own options; or the store has no such clip.
         FingerprintMismatch: The store or the text network is not the one that the head was trained with.
+        StoreError: The store has no clips.
     """
     folder, device = config.run.dir, pick_device(config.train.device)
     card = Card.read(folder)
@@ -71,6 +72,8 @@ def predict_clips(config: Config, clip_ids: Sequence[str], question: str, answer
     config = trained_config(config, card)
     store = open_features(config, "patches", card.fingerprint)
     known = set(store.clip_ids)
+    if not known:
+        raise StoreError(f"store {store.path} has no clips; run `python -m extract run --config CONFIG` to encode some")
     if absent := next((name for name in clip_ids if name not in known), None):
         raise ConfigError(_no_clip(store, absent))
     texts = _text_store(config, card)
