@@ -93,6 +93,22 @@ def test_signal_saves_the_place_within_an_epoch(tiny: Config, monkeypatch: pytes
     assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
 
 
+def test_a_head_that_makes_no_step_keeps_its_log(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = with_run(tiny, "majority", head_name="majority")
+
+    def dies(*_: object) -> None:
+        raise Killed
+
+    real = RunGroup.restore_best
+    monkeypatch.setattr(RunGroup, "restore_best", dies)
+    with pytest.raises(Killed):
+        fit(tiny, "x")
+    monkeypatch.setattr(RunGroup, "restore_best", real)
+    fit(tiny, "x")
+    events = [json.loads(line)["event"] for line in (tiny.run.dir / "log.jsonl").read_text().splitlines()]
+    assert events == ["val", "converged", "end"]
+
+
 def test_signal_between_accumulated_batches_loses_none(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = with_run(tiny, "psa", train_accumulate=3, train_ema=0.8, head_scores=("question", "random"))
     undisturbed = with_run(tiny, "undisturbed")

@@ -76,12 +76,12 @@ class TrainingRun:
     def _writes(self) -> bool:
         return self.experiment.ranks.first
 
-    def open_log(self, step: int) -> None:
-        """Start the log after `step`; later lines of an interrupted run are dropped."""
+    def open_log(self, step: int, resumed: bool) -> None:
+        """Start the log after `step`; later lines of an interrupted run are dropped, all of one that is not resumed."""
         if not self._writes:
             return
         folder, name = self.config.run.dir, self.config.run.tracker
-        if step == 0:
+        if not resumed:
             for former in (LOG, TRACKING):
                 (folder / former).unlink(missing_ok=True)
         tracker = None if name is None else open_tracker(name, folder, run_folder.plain(self.config))

@@ -83,7 +83,7 @@ class RunGroup:
             self._resume(saved)
         self.selection = choose_selection(configs, experiment)
         for run in self.runs:
-            run.open_log(self.heads.step)
+            run.open_log(self.heads.step, self.resumed)
             if self.selection is not None:
                 implementation, why = self.selection
                 run.log("select_attend", self.heads.step, implementation=implementation, why=why)
