@@ -1,5 +1,6 @@
 """A trained head that is opened again, by every command that does so: what is wrong with its files, and what to do."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -76,6 +77,15 @@ def test_table_and_evaluate_give_one_advice_about_a_damaged_card(tiny: Config) -
         (problem,) = gather(tiny.run.dir.parent).problems
         assert problem.startswith("psa: card.json ")
         assert problem.endswith("; delete the folder and train again")
+
+
+def test_nothing_of_a_head_that_was_evaluated_before_stays(tiny: Config) -> None:
+    there = with_run(tiny, "there")
+    for name in ("psa", "pooled"):
+        head = with_run(tiny, name, head_name=name, train_epochs=1)
+        fit(head, "x")
+        evaluate(dataclasses.replace(there, head=head.head), "x", source=head.run.dir)
+        assert (there.run.dir / "selection.npz").exists() == (name == "psa")
 
 
 def test_heads_that_are_evaluated_elsewhere_keep_their_options_and_rows(tiny: Config) -> None:

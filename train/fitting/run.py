@@ -214,6 +214,8 @@ class TrainingRun:
             names = np.array([question.question_id for question in table.questions])
             np.savez_compressed(content, question_ids=names, kept=answers.kept)
             run_folder.write_whole(out / SELECTION, content.getvalue())
+        else:  # that of another head, which was evaluated into this folder before
+            (out / SELECTION).unlink(missing_ok=True)
         config = self.config
         result = {"model": system_name(config), "split": config.data.split, "seed": config.train.seed}
         result |= {
@@ -237,6 +239,8 @@ def _write_submission(out: Path, questions: Sequence[Question], answers: Mapping
     `submission.json` is `{question_id: index}`, `submission.csv` has the columns `q_uid,answer`.
     """
     if all(question.answer for question in questions):
+        for former in (SUBMISSION, SUBMISSION_CSV):
+            (out / former).unlink(missing_ok=True)
         return
     indices = {q.question_id: q.options.index(answers[q.question_id]) for q in questions}
     run_folder.write_whole(out / SUBMISSION, json.dumps(indices, indent=0) + "\n")
