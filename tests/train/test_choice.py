@@ -252,6 +252,7 @@ def test_what_does_not_fit_multiple_choice(choice: Config, tmp_path: Path) -> No
     ):
         build_stacked_heads([smooth], experiment, 0)
     fit(with_run(choice, "sharp", train_epochs=1), "x")
+    assert evaluate(with_run(choice, "sharp", train_label_smoothing=0.1)).all.n  # labels are smoothed in training alone
     other = with_run(write_tiny(tmp_path / "open"), "open", head_name="longest-option")
     with pytest.raises(
         ConfigError, match=r"head\.name is longest-option, but the questions have no options; use majority"

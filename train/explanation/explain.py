@@ -74,7 +74,7 @@ def explain(config: Config, questions: int = 200) -> Explanation:
     config = trained_config(config, card)
     experiment = open_experiment(config, card)
     experiment.require_trained_on(folder)
-    head, heads = open_head(config, card, experiment.sizes, experiment.device)
+    head, heads = open_head(config, folder, card, experiment.sizes, experiment.device)
     psa = unwrapped(head)
     return _Explainer(experiment, heads, psa if isinstance(psa, PSA) else None, config.head.ratio).run(questions)
 

@@ -18,8 +18,8 @@ from egopatch.train.fitting.experiment import Experiment, open_experiment
 from egopatch.train.fitting.explained import shortage_explained
 from egopatch.train.fitting.published import evaluate_published, has_run
 from egopatch.train.fitting.run import TrainingRun
-from egopatch.train.fitting.run_group import RunGroup, build_stacked_heads, why_not_captured
-from egopatch.train.fitting.trained import load_trained, trained_config
+from egopatch.train.fitting.run_group import RunGroup, why_not_captured
+from egopatch.train.fitting.trained import open_head, trained_config
 from egopatch.train.heads import check_head
 from egopatch.train.processes.distributed import ALONE, Distributed
 from egopatch.train.processes.stopping import Stopped, stop_signals
@@ -213,8 +213,7 @@ def _evaluate(config: Config, ranks: Distributed, source: Path) -> Metrics:
     experiment = open_experiment(config, card, ranks)
     if source == config.run.dir:
         experiment.require_trained_on(source)
-    heads = build_stacked_heads([config], experiment, order_seed=card.seed)
-    load_trained(heads, source, card, ranks)
+    _, heads = open_head(config, source, card, experiment.sizes, experiment.device, ranks)
     ((answers,),) = answer_table([heads], experiment.features, experiment.encoded["test"], config.train.batch)
     metrics = TrainingRun(config, experiment).write_results(answers)
     experiment.print_quarantined()

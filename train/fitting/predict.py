@@ -79,7 +79,7 @@ def predict_clips(config: Config, clip_ids: Sequence[str], question: str, answer
     texts = _text_store(config, card)
     states, mask = (tensor.to(device) for tensor in _text_states(config, card, texts, question))
     sizes = sizes_of(store, None, len(card.answers), 0)
-    head, heads = open_head(config, card, replace(sizes, text_width=states.shape[-1]), device)
+    head, heads = open_head(config, folder, card, replace(sizes, text_width=states.shape[-1]), device)
     psa = unwrapped(head)
     frames = tuple(psa.frame_indices) if isinstance(psa, PSA) else tuple(range(sizes.frames))
     unknown = None if texts is None else _unknown_words(question, texts.clip_ids)

@@ -10,13 +10,14 @@ from egopatch.train.fitting.answers import answer_table, score_part
 from egopatch.train.fitting.experiment import Experiment, open_experiment
 from egopatch.train.fitting.explained import shortage_explained
 from egopatch.train.fitting.run import TrainingRun
-from egopatch.train.fitting.run_group import build_stacked_heads
+from egopatch.train.heads import build_head
 from egopatch.train.processes.distributed import ALONE, Distributed
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import Card
 from egopatch.train.rundir.lease import hold_when_free
 from egopatch.train.rundir.names import CARD, WEIGHTS
 from egopatch.train.scores.metrics import Metrics
+from egopatch.train.steps.stacked_heads import StackedHeads
 
 SYSTEMS = ("egovlpv2", "mfas")
 
@@ -61,7 +62,9 @@ def evaluate_published(config: Config, command: str, ranks: Distributed = ALONE)
     _check_store(config, experiment, inspection.sha256)
     with hold_when_free(config.run.dir, ranks), shortage_explained(config.train, config.run.dir):
         ranks.broadcast(lambda: run_folder.claim(config.run.dir, config))
-        heads = build_stacked_heads([replace(config, train=replace(config.train, ema=0.0))], experiment, order_seed=0)
+        head = build_head(config, experiment.sizes).to(experiment.device)
+        train = replace(config.train, ema=0.0)
+        heads = StackedHeads([head], [train.seed], train, 0, experiment.device)
         run, batch_size = TrainingRun(config, experiment), config.train.batch
         ((val_answers,),) = answer_table([heads], experiment.features, experiment.encoded["val"], batch_size)
         ((test_answers,),) = answer_table([heads], experiment.features, experiment.encoded["test"], batch_size)

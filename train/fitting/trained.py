@@ -45,37 +45,31 @@ def require_video(folder: Path, card: Card) -> None:
         raise ConfigError(f"run.dir is {folder}, which holds a {card.model} head; expected one that reads video")
 
 
-def open_head(config: Config, card: Card, sizes: Sizes, device: torch.device) -> tuple[nn.Module, StackedHeads]:
-    """The trained head of `config.run.dir`, alone and as a stack of one that answers; both have its weights.
+def open_head(
+    config: Config, folder: Path, card: Card, sizes: Sizes, device: torch.device, ranks: Distributed = ALONE
+) -> tuple[nn.Module, StackedHeads]:
+    """The trained head of the run in `folder`, alone and as a stack of one that answers; both have its weights.
 
     Args:
         config: As from `trained_config`.
-        card: The folder's card.
-        sizes: Sizes of the features, and the number of answers.
-        device: Device of the head.
-
-    Raises:
-        RunError: As `load_trained`.
-    """
-    head = build_head(config, sizes).to(device).eval()
-    heads = StackedHeads([head], [card.seed], config.train, 0, device)
-    # The stack has copies of the weights, so the head itself needs them too. The stack has checked their names.
-    head.load_state_dict(load_trained(heads, config.run.dir, card), strict=False)
-    return head, heads
-
-
-def load_trained(heads: StackedHeads, folder: Path, card: Card, ranks: Distributed = ALONE) -> dict[str, Tensor]:
-    """Load the weights of the run in `folder` into a stack of one head; returns them.
-
-    Args:
-        heads: The head that `card` describes.
         folder: The run's folder.
         card: Its card.
-        ranks: Processes that load the same weights; the first one reads them.
+        sizes: Sizes of the features, and the number of answers.
+        device: Device of the head.
+        ranks: Processes that open the same head; the first one reads the weights.
 
     Raises:
         RunError: The weights are missing, damaged, of another epoch than the card's, or of another head.
     """
+    head = build_head(config, sizes).to(device).eval()
+    heads = StackedHeads([head], [card.seed], config.train, 0, device)
+    # The stack has copies of the weights, so the head itself needs them too. The stack has checked their names.
+    head.load_state_dict(_load_trained(heads, folder, card, ranks), strict=False)
+    return head, heads
+
+
+def _load_trained(heads: StackedHeads, folder: Path, card: Card, ranks: Distributed) -> dict[str, Tensor]:
+    """Load the weights of the run in `folder` into a stack of one head; returns them."""
     path = folder / WEIGHTS
 
     def read() -> dict[str, Tensor]:
