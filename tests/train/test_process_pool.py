@@ -98,3 +98,21 @@ def test_a_signal_stops_all(number: signal.Signals) -> None:
         call_in_processes([work] * 4, cores=2)
     assert time.monotonic() - started < LONG_S / 2
     assert signal.getsignal(number) is handler
+
+
+def test_a_signal_is_not_lost_where_the_last_call_still_ends_well() -> None:
+    reached, report = os.pipe()
+
+    def work() -> None:
+        stopping = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: stopping.set())  # as in training, which ends its step
+        os.write(report, b".")
+        stopping.wait(LONG_S)
+
+    def interrupt() -> None:
+        os.read(reached, 1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        call_in_processes([work], cores=1)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from egopatch.configs.schema import Config, ConfigError
 from egopatch.features.io import file_lease
 from egopatch.train.__main__ import main
 from egopatch.train.data.batch import Batch
+from egopatch.train.fitting.answers import Answers
 from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.heads import Head, Sizes
@@ -91,6 +92,23 @@ def test_signal_saves_the_place_within_an_epoch(tiny: Config, monkeypatch: pytes
     assert torch.load(tiny.run.dir / "last.pt", weights_only=True)["stack"]["step"] == 11
     fit(tiny, "x")
     assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
+
+
+def test_a_signal_during_the_last_evaluation_is_not_lost(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = RunGroup.end_epoch
+
+    def interrupted(self: RunGroup, answers: Sequence[Answers]) -> None:
+        if self.position[0] == 2:
+            signal.raise_signal(signal.SIGINT)
+        real(self, answers)
+
+    monkeypatch.setattr(RunGroup, "end_epoch", interrupted)
+    with pytest.raises(Stopped, match=r"^interrupted after the last epoch; run the same command again to resume$"):
+        fit(tiny, "x")
+    assert not (tiny.run.dir / "test.json").exists()
+    steps = len(losses(tiny.run.dir))
+    fit(tiny, "x")
+    assert len(losses(tiny.run.dir)) == steps
 
 
 def test_a_head_that_makes_no_step_keeps_its_log(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:

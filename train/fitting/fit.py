@@ -133,6 +133,8 @@ def train_together(groups: Sequence[RunGroup], experiment: Experiment, order_see
             answers = answer_table(stacks, features, table_val, train.batch, keep_patches=False)
             for group, group_answers in zip(due, answers, strict=True):
                 group.end_epoch(group_answers)
+        if ranks.any(stopping.is_set()):  # a signal during the last evaluation
+            raise Stopped("interrupted after the last epoch; run the same command again to resume")
 
 
 def test_groups(groups: Sequence[RunGroup], experiment: Experiment, command: str) -> list[Metrics]:

@@ -80,7 +80,7 @@ def call_in_processes(calls: Sequence[Callable[[], Result]], cores: int) -> list
             process.join()
     if failures:
         raise failures[0]
-    if len(results) < len(calls):
+    if stopping.is_set():
         raise KeyboardInterrupt
     return [results[number] for number in range(len(calls))]
 
