@@ -15,10 +15,10 @@ from egopatch.train.data.batch_size import BatchSize
 from egopatch.train.data.question_table import plan_batches
 from egopatch.train.fitting.answers import answer_table
 from egopatch.train.fitting.experiment import Experiment, open_experiment
-from egopatch.train.fitting.explained import shortage_explained
 from egopatch.train.fitting.published import evaluate_published, has_run
 from egopatch.train.fitting.run import TrainingRun
 from egopatch.train.fitting.run_group import RunGroup, why_not_captured
+from egopatch.train.fitting.shortage import shortage_explained
 from egopatch.train.fitting.trained import open_head, trained_config
 from egopatch.train.heads import check_head
 from egopatch.train.processes.distributed import ALONE, Distributed

@@ -8,8 +8,8 @@ from egopatch.extract.errors import CheckpointError
 from egopatch.features import FingerprintMismatch
 from egopatch.train.fitting.answers import answer_table, score_part
 from egopatch.train.fitting.experiment import Experiment, open_experiment
-from egopatch.train.fitting.explained import shortage_explained
 from egopatch.train.fitting.run import TrainingRun
+from egopatch.train.fitting.shortage import shortage_explained
 from egopatch.train.heads import build_head
 from egopatch.train.processes.distributed import ALONE, Distributed
 from egopatch.train.rundir import card as run_folder

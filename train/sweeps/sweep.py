@@ -25,10 +25,10 @@ from egopatch.configs.schema import Config, ConfigError
 from egopatch.features import ShardOwned
 from egopatch.features.io.files import make_folder
 from egopatch.train.fitting.experiment import Experiment, open_experiment
-from egopatch.train.fitting.explained import shortage_explained
 from egopatch.train.fitting.fit import test_groups, train_together
 from egopatch.train.fitting.run import system_name
 from egopatch.train.fitting.run_group import RunGroup
+from egopatch.train.fitting.shortage import shortage_explained
 from egopatch.train.heads import can_stack, check_head
 from egopatch.train.processes.process_pool import call_in_processes, can_fork
 from egopatch.train.rundir import card as run_folder
