@@ -83,7 +83,6 @@ def choose(
     ours: Mapping[str, bool],
     others: Sequence[Mapping[str, bool]],
     count: int,
-    seed: int = 0,
     clips: Mapping[str, str] | None = None,
 ) -> list[tuple[str, str]]:
     """Choose wins (ours is right, others are not), losses (ours is wrong, others are not) and random questions.
@@ -97,14 +96,13 @@ def choose(
         ours: Whether our answer is right, by id.
         others: The same for each other system.
         count: Number of questions of each kind.
-        seed: Seed of the draw.
         clips: Clip of each id.
 
     Returns:
         (kind, id) pairs: wins, losses, then those drawn.
     """
     order = sorted(questions)
-    random.Random(seed).shuffle(order)
+    random.Random(0).shuffle(order)
     clip_of = clips or {question: question for question in order}
 
     def rivals(question: str) -> int:

@@ -1,6 +1,6 @@
 """The report's figures. Each function takes plain data and returns a Matplotlib figure; `save` writes it.
 
-Colours are Okabe and Ito's and a brown, which colour-blind readers can tell apart. Every system has its own marker.
+Colours are Okabe and Ito's and browns, which colour-blind readers can tell apart.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,29 +13,24 @@ from matplotlib.figure import Figure
 from egopatch.features.io.files import replacing
 from egopatch.train.report.sources import Sweep, SweepPoint
 
-# system: (colour, marker)
-STYLES = {
-    "majority": ("#9a9a9a", "v"),
-    "question-only": ("#4d4d4d", "s"),
-    "egovlp": ("#e69f00", "^"),
-    "egovlpv2": ("#009e73", "D"),
-    "mfas": ("#cc79a7", "<"),
-    "psa": ("#0072b2", "o"),
-    "pooled": ("#56b4e9", "p"),
-    "attention": ("#f0e442", "*"),
-    "attention (lite)": ("#a6761d", "P"),
-    "pooled (lite)": ("#8c564b", "h"),
-    "psa (lite)": ("#d55e00", "d"),
+# Colour of each system, the same in every figure.
+COLOURS = {
+    "majority": "#9a9a9a",
+    "question-only": "#4d4d4d",
+    "egovlp": "#e69f00",
+    "egovlpv2": "#009e73",
+    "mfas": "#cc79a7",
+    "psa": "#0072b2",
+    "pooled": "#56b4e9",
+    "attention": "#f0e442",
+    "attention (lite)": "#a6761d",
+    "pooled (lite)": "#8c564b",
+    "psa (lite)": "#d55e00",
 }
-OTHER_STYLE = ("#000000", "X")
+OTHER_COLOUR = "#000000"
 _CYCLE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _INK, _FAINT = "#1f2328", "#d8dce1"
 _LOSS_POINTS = 120
-
-
-def style(system: str) -> tuple[str, str]:
-    """Colour and marker of a system, the same in every figure."""
-    return STYLES.get(system, OTHER_STYLE)
 
 
 def draw_ratio(sweeps: Sequence[Sweep], references: Mapping[str, Mapping[str, float]]) -> Figure:
@@ -62,7 +57,7 @@ def draw_ratio(sweeps: Sequence[Sweep], references: Mapping[str, Mapping[str, fl
             means = [point.mean for point in curve]
             axis.plot(ratios, means, "o-", color=colour, label=label, markersize=5, linewidth=1.8)
         for system, accuracy in references.get(split, {}).items():
-            colour, _ = style(system)
+            colour = COLOURS.get(system, OTHER_COLOUR)
             axis.axhline(accuracy, color=colour, linewidth=1.2, linestyle=(0, (4, 3)), label=system)
         axis.set_xscale("log", base=2)  # ratios are usually doubled
         ticks = sorted({point.ratio for sweep, setting in lines for point in sweep.curve(setting)})

@@ -18,6 +18,7 @@ LEFT, RIGHT, TOP, BOTTOM = 54, 12, 10, 44
 BAR = 26
 # Letters of a bar's label beside the bar; longer ones are cut.
 LABEL_LETTERS = 19
+MOST_TICKS = 6
 DASHES = ("", "7 3", "2 3", "9 3 2 3")
 
 
@@ -234,11 +235,11 @@ def _x_label(text: str, height: float) -> Markup:
     )
 
 
-def _ticks(low: float, high: float, most: int = 6, whole: bool = False) -> list[float]:
-    """Round numbers that cover the range from `low` to `high`, about `most` of them; whole ones if `whole`."""
+def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
+    """Round numbers that cover the range from `low` to `high`, about `MOST_TICKS` of them; whole ones if `whole`."""
     span = (high - low) or 1.0
-    power = 10.0 ** math.floor(math.log10(span / most))
-    step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= most)
+    power = 10.0 ** math.floor(math.log10(span / MOST_TICKS))
+    step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= MOST_TICKS)
     step = max(step, 1.0) if whole else step
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(number * step, 10) for number in range(first, max(last, first + 1) + 1)]
