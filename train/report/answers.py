@@ -1,11 +1,12 @@
 """Right and wrong answers of the rows of the table, and the intervals that follow from them."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Clip, DatasetError, Question, load_dataset
@@ -159,14 +160,18 @@ def read_answers(folder: Path, questions: Questions) -> dict[str, str]:
     return {question_id: answers[question_id] for question_id in questions.by_id}
 
 
+def column_masks(questions: Iterable[Question]) -> dict[str, NDArray[np.bool_]]:
+    """Which of the questions each column of the table counts, [Q]; columns without questions are left out."""
+    forms = np.array([question.form for question in questions])
+    masks = {column: np.full(len(forms), column == "all") | (forms == column) for column in COLUMNS}
+    return {column: counted for column, counted in masks.items() if counted.any()}
+
+
 def intervals(correct: Correctness, questions: Questions) -> dict[str, Interval]:
     """The interval of each accuracy of a row, by column, or `tag X` for the tag X; only those with questions."""
     clips, found = np.array(questions.clip_ids), {}
-    forms = np.array([question.form for question in questions.by_id.values()])
-    for column in COLUMNS:
-        counted = np.ones(len(forms), dtype=bool) if column == "all" else forms == column
-        if counted.any():
-            found[column] = accuracy(correct.by_seed[:, counted], clips[counted].tolist())
+    for column, counted in column_masks(questions.by_id.values()).items():
+        found[column] = accuracy(correct.by_seed[:, counted], clips[counted].tolist())
     tags = [question.tags for question in questions.by_id.values()]
     for tag in sorted({tag for one in tags for tag in one}):
         counted = np.array([tag in one for one in tags])

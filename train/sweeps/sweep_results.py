@@ -14,6 +14,7 @@ import numpy as np
 
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Question, load_dataset
+from egopatch.train.report.answers import column_masks
 from egopatch.train.report.sources import read_sweep
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.names import PREDICTIONS, SUBMISSION, SWEEP, SWEEP_CSV, SWEEP_PNG, TEST
@@ -73,7 +74,7 @@ def gather_points(runs: Sequence[FinishedRun], asked: Sequence[Question]) -> lis
         setting = {option: value for option, value in overrides.items() if option != SEED}
         settings.setdefault(json.dumps(setting, default=str), []).append((overrides, run))
     questions = [question for question in asked if question.counts]
-    forms = np.array([question.form for question in questions])
+    masks = column_masks(questions)
     clips = np.array([question.clip_id for question in questions])
     points = []
     for unsorted in settings.values():
@@ -84,13 +85,11 @@ def gather_points(runs: Sequence[FinishedRun], asked: Sequence[Question]) -> lis
             "ratio": seeds[0][1].head.ratio,
             "seeds": [run.train.seed for _, run in seeds],
         }
-        for column in COLUMNS:
-            counted = np.ones(len(forms), dtype=bool) if column == "all" else forms == column
-            summary[column] = None
-            if counted.any():
-                interval = accuracy(right[:, counted], clips[counted].tolist())
-                numbers = {"mean": interval.mean, "low": interval.low, "high": interval.high}
-                summary[column] = {**numbers, "n": int(counted.sum())}
+        summary |= dict.fromkeys(COLUMNS)
+        for column, counted in masks.items():
+            interval = accuracy(right[:, counted], clips[counted].tolist())
+            numbers = {"mean": interval.mean, "low": interval.low, "high": interval.high}
+            summary[column] = {**numbers, "n": int(counted.sum())}
         points.append((summary, right))
     return points
 

@@ -11,8 +11,7 @@ from urllib.parse import quote
 import numpy as np
 from markupsafe import Markup
 
-from egopatch.train.report.answers import Correctness, Questions
-from egopatch.train.rundir.results import COLUMNS
+from egopatch.train.report.answers import Correctness, Questions, column_masks
 from egopatch.train.scores.statistics import compare
 
 
@@ -62,20 +61,16 @@ def pairs(questions: Questions, right: Mapping[str, Correctness]) -> list[dict[s
     """
     # As numbers, which compare faster than names.
     _, clips = np.unique(questions.clip_ids, return_inverse=True)
-    forms = np.array([question.form for question in questions.by_id.values()])
     labels, result = list(right), []
-    columns = {
-        column: np.ones(len(forms), dtype=bool) if column == "all" else forms == column for column in reversed(COLUMNS)
-    }
+    columns = dict(reversed(column_masks(questions.by_id.values()).items()))
     for first in range(len(labels)):
         for second in range(first + 1, len(labels)):
             found: dict[str, Any] = {"first": first, "second": second}
             for column, counted in columns.items():
-                if counted.any():
-                    ours, theirs = (right[labels[row]].by_seed[:, counted] for row in (first, second))
-                    compared = compare(ours, theirs, clips[counted].tolist())
-                    gap = compared.difference
-                    found[column] = [round(gap.mean, 2), round(gap.low, 2), round(gap.high, 2), compared.verdict]
+                ours, theirs = (right[labels[row]].by_seed[:, counted] for row in (first, second))
+                compared = compare(ours, theirs, clips[counted].tolist())
+                gap = compared.difference
+                found[column] = [round(gap.mean, 2), round(gap.low, 2), round(gap.high, 2), compared.verdict]
             result.append(found)
     return result
 
