@@ -74,7 +74,7 @@ def ask_video(experiment: Config, video: Path, question: str, clip_s: float | No
 
     Raises:
         DatasetError, StoreError, CheckpointError: As `encode_video`.
-        RunError, ConfigError, FingerprintMismatch: As `predict`.
+        RunError, ConfigError, FingerprintMismatch: As `predict_clips`.
     """
     card = Card.read(experiment.run.dir)
     encoded = encode_video(video, experiment, card, clip_s, cache)

@@ -1,4 +1,4 @@
 """Operations that stage two's heads are built from, with no knowledge of heads, questions or stores.
 
-Other rooms use `select_attend` and `choose_implementation` from `select_attend`, and `largest_mask` from `largest`.
+`select_attend` and `philox` have kernels for a GPU; `largest`, `rows` and `stacked` are PyTorch alone.
 """

@@ -1,5 +1,4 @@
-"""The folder of one run: `card` has config, card and weights, `log` the training log, `resume` the state to resume
-from, `lease` lets one process at a time write, and `results` reads finished runs.
-
-Stage two writes no other files into a run's folder, and reads a run back only through these modules.
+"""The folder of one run: `card` has config, card and weights, `log` the training log, which `tracking` sends to a
+tracker too, `resume` the state to resume from, and `trained_on` what the clips were made of. `lease` lets one process
+at a time write, `results` reads finished runs, and `names` has the names of all files.
 """

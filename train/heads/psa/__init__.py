@@ -1,4 +1,5 @@
 """Our head: partition the frame, select patches by the question, aggregate patch -> frame -> video.
 
-Other rooms use `PSA` from `psa`, and `PatchSelection` and `implementation_in_use` from `selection`.
+Other rooms use `PSA` from `psa`, `PatchSelection` and `implementation_in_use` from `selection`, and `kernel_width`
+from `coarse`.
 """
