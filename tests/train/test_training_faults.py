@@ -237,6 +237,16 @@ def test_out_of_memory_on_a_gpu_is_one_line(
     assert main(["sweep", "--config", config_file, "--ratios", "0.5"]) == 1
     assert "train sweep: failed: CUDA out of memory. Tried to allocate 2.00 GiB" in capsys.readouterr().err
 
+    def too_many(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError(said)
+
+    monkeypatch.undo()
+    assert main(["fit", "--config", config_file, "--train.epochs", "1"]) == 0
+    monkeypatch.setattr("egopatch.train.fitting.experiment.Features", too_many)
+    for command in (["sweep", "--ratios", "0.5", "--name", "another"], ["explain", "--train.epochs", "1"]):
+        assert main([*command, "--config", config_file]) == 1
+        assert f"train {command[0]}: failed: CUDA out of memory. Tried" in capsys.readouterr().err
+
 
 @pytest.mark.parametrize("file", ["last.pt", "log.jsonl", "best.safetensors"])
 def test_a_full_disk_is_one_line_and_the_last_state_is_kept(

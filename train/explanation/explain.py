@@ -24,6 +24,7 @@ from egopatch.train.explanation.agreement import agreement_of, pointing
 from egopatch.train.explanation.curves import SHARES, area, curves
 from egopatch.train.explanation.record import Explanation, Ranking
 from egopatch.train.fitting.experiment import Experiment, open_experiment
+from egopatch.train.fitting.shortage import shortage_explained
 from egopatch.train.fitting.trained import open_head, require_video, trained_config
 from egopatch.train.heads import PSA, unwrapped
 from egopatch.train.heads.common.scale import scaled_patches
@@ -62,7 +63,8 @@ def explain(config: Config, questions: int = 200) -> Explanation:
         questions: Number of questions at least, drawn clip by clip with a fixed seed; all if there are fewer.
 
     Raises:
-        RunError: There is no trained head in `run.dir`, or its files are damaged or not of one training.
+        RunError: There is no trained head in `run.dir`, its files are damaged or not of one training, or the GPU's
+            memory is too small.
         ConfigError: The head reads no video, or `questions` is less than 1.
         StoreError, DatasetError, FingerprintMismatch: As `open_experiment`.
     """
@@ -72,11 +74,12 @@ def explain(config: Config, questions: int = 200) -> Explanation:
     card = Card.read(folder)
     require_video(folder, card)
     config = trained_config(config, card)
-    experiment = open_experiment(config, card)
-    experiment.require_trained_on(folder)
-    head, heads = open_head(config, folder, card, experiment.sizes, experiment.device)
-    psa = unwrapped(head)
-    return _Explainer(experiment, heads, psa if isinstance(psa, PSA) else None, config.head.ratio).run(questions)
+    with shortage_explained(config.train, folder):
+        experiment = open_experiment(config, card)
+        experiment.require_trained_on(folder)
+        head, heads = open_head(config, folder, card, experiment.sizes, experiment.device)
+        psa = unwrapped(head)
+        return _Explainer(experiment, heads, psa if isinstance(psa, PSA) else None, config.head.ratio).run(questions)
 
 
 class _Explainer:

@@ -104,15 +104,15 @@ def run_sweep(
     print(f"{label}: {len(runs)} runs, {before} already finished", flush=True)
     started, bytes_read, trained, failed = time.monotonic(), 0, 0, dict[str, str]()
     if before < len(runs):
-        experiment = open_experiment(config)
-        print("\n".join(experiment.data_lines), flush=True)
-        experiment.print_quarantined()
-        for run in filter(_finished, configs):
-            experiment.require_trained_on(run.run.dir)
-        groups_folder = out / GROUPS
-        with writable("run.dir" if config.run.table is None else "run.table", groups_folder):
-            make_folder(groups_folder)
         with shortage_explained(config.train, out):
+            experiment = open_experiment(config)
+            print("\n".join(experiment.data_lines), flush=True)
+            experiment.print_quarantined()
+            for run in filter(_finished, configs):
+                experiment.require_trained_on(run.run.dir)
+            groups_folder = out / GROUPS
+            with writable("run.dir" if config.run.table is None else "run.table", groups_folder):
+                make_folder(groups_folder)
             trained, failed = _train_all(config, configs, experiment, groups_folder, label, command)
         bytes_read = experiment.features.bytes_read
     facts = {
