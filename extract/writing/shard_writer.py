@@ -182,6 +182,7 @@ class BackgroundShardWriter:
 
     def _write(self, shard: EncodedShard) -> tuple[int, int]:
         """Write a shard; returns how many clips were committed, and how many put into quarantine."""
+        unstorable: dict[str, Failure] = {}
         with self._timed():
             try:
                 self._write_shard(shard)
@@ -190,10 +191,10 @@ class BackgroundShardWriter:
                 if not unstorable:
                     raise
                 rows = {name: row for name, row in shard.rows.items() if name not in unstorable}
-                shard = replace(shard, rows=rows, failures={**shard.failures, **unstorable})
-                self._write_shard(shard)
+                # The shard's own failures are in quarantine already, where each record is an attempt.
+                self._write_shard(replace(shard, rows=rows, failures=unstorable))
             self._release(shard.work.shard)
-        return len(shard.rows), len(shard.failures)
+        return len(shard.rows) - len(unstorable), len(shard.failures) + len(unstorable)
 
     def _write_shard(self, shard: EncodedShard) -> None:
         work, machines = shard.work, dict.fromkeys(shard.rows, shard.machine)

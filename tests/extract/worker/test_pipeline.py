@@ -189,6 +189,14 @@ def test_a_clip_whose_tokens_are_not_finite_is_one_quarantined_clip(
     assert (stats.committed, stats.quarantined) == (10, 2)
 
 
+def test_a_clip_that_fails_beside_one_that_is_not_finite_has_one_attempt(
+    store: Store, run: Callable[..., JobStats]
+) -> None:
+    stats = run(Encoder({"clip3": "cls"}), Decoders(frozenset({"clip2"})))
+    assert {name: record.attempts for name, record in store.quarantine.items()} == {"clip2": 1, "clip3": 1}
+    assert (stats.committed, stats.quarantined) == (10, 2)
+
+
 def test_where_no_clip_is_finite_the_encoder_is_at_fault(store: Store, run: Callable[..., JobStats]) -> None:
     with pytest.raises(StoreError, match=r"all 2 clips of shard 0 of .* so the encoder or its arithmetic is at fault"):
         run(Encoder(dict.fromkeys(IDS, "patches")), Decoders())
