@@ -17,7 +17,7 @@ from egopatch.extract.worker.device import device_of_worker
 from egopatch.extract.worker.job_stats import JobStats
 from egopatch.features import ShardWork
 from egopatch.features.common.parent import exit_with_parent
-from egopatch.features.common.signals import children_without_interrupts, start_trackers
+from egopatch.features.common.signals import children_without_interrupts, signals_held, start_trackers
 
 Result = TypeVar("Result")
 
@@ -45,10 +45,11 @@ def run_workers(
 def call_in_workers(function: Callable[..., Result], arguments: Sequence[tuple[Any, ...]]) -> list[Result]:
     """Results of `function` for each of `arguments`, each in a process of its own; the first error ends all of them."""
     start_trackers()
-    with children_without_interrupts():
-        executor = ProcessPoolExecutor(max_workers=len(arguments))
-        futures = [executor.submit(function, *args) for args in arguments]
+    executor = ProcessPoolExecutor(max_workers=len(arguments))
     try:
+        # A signal that came in between would leave workers that this process waits for when it ends.
+        with signals_held(), children_without_interrupts():
+            futures = [executor.submit(function, *args) for args in arguments]
         for future in as_completed(futures):
             future.result()
         return [future.result() for future in futures]
