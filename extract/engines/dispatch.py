@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 from egopatch.extract.datasets import Clip
 from egopatch.extract.engines.sharing import WorkersDied, decoder_count, pack_network, still_missing, worker_count
@@ -10,7 +11,7 @@ from egopatch.extract.errors import JobFailed
 from egopatch.extract.worker.job import ExtractionJob
 from egopatch.extract.worker.job_stats import JobStats
 from egopatch.extract.worker.pipeline import encode_shards
-from egopatch.features import ShardWork, Store, open_store
+from egopatch.features import ShardWork, Store, StoreError, open_store
 
 POLL_S = 2.0
 RESTARTS = 3
@@ -89,7 +90,8 @@ class _LedgerProgress:
         stopping = False
         while not stopping:
             stopping = self._stop.wait(POLL_S)
-            self._store.catalog.refresh()
+            with suppress(StoreError, OSError):  # the workers meet what lasts, and say so
+                self._store.catalog.refresh()
             committed = len(self._store.clip_ids)
             self._report(committed - self._seen, 0)
             self._seen = committed

@@ -6,21 +6,28 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import types
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
+from joblib.externals.loky.process_executor import ProcessPoolExecutor
 
 from egopatch.configs.command_line import load_config
 from egopatch.configs.schema import Config, ConfigError, EncoderConfig
 from egopatch.extract.encoders import Network, find_network
-from egopatch.extract.engines import joblib_engine, sharing
+from egopatch.extract.engines import dispatch, joblib_engine, sharing
+from egopatch.extract.engines.interrupts import Requeue, requeue_on_signals
 from egopatch.extract.engines.joblib_engine import call_in_workers
 from egopatch.extract.engines.sharing import decoder_count, worker_count
+from egopatch.features import StoreError, create_store
 from egopatch.features.common.child_errors import ChildError
+from egopatch.features.state.catalog import Catalog
+from tests.features.conftest import FINGERPRINT, IDS, SPEC
 
 DEMO = Path("configs/demo/egovlpv2.yaml")
 
@@ -77,6 +84,34 @@ def test_children_of_a_worker_can_be_stopped_while_they_start() -> None:
     """A scheduler's SIGTERM to the whole job does not end a worker, but a child must not inherit that."""
     (code,) = call_in_workers(_end_a_child, [()])
     assert code == -signal.SIGTERM
+
+
+def test_a_signal_that_comes_while_workers_start_ends_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Signalled(ProcessPoolExecutor):
+        def submit(self, *args: Any) -> Any:
+            future = super().submit(*args)
+            signal.raise_signal(signal.SIGTERM)
+            return future
+
+    monkeypatch.setattr(joblib_engine, "ProcessPoolExecutor", Signalled)
+    before = set(psutil.Process().children())
+    with pytest.raises(Requeue), requeue_on_signals():
+        call_in_workers(time.sleep, [(20,), (20,)])
+    started = [child for child in psutil.Process().children() if child not in before]
+    _, left = psutil.wait_procs([child for child in started if "tracker" not in " ".join(child.cmdline())], 5)
+    assert not left
+
+
+def test_progress_outlasts_a_store_that_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = create_store(tmp_path, SPEC, FINGERPRINT, IDS)
+    reports: list[int] = []
+
+    def refresh(_: object) -> None:
+        raise StoreError("cannot be reached")
+
+    with dispatch._LedgerProgress(store, lambda clips, _: reports.append(clips)):
+        monkeypatch.setattr(Catalog, "refresh", refresh)
+    assert reports[-1:] == [0]
 
 
 def _end_a_child() -> int:
