@@ -266,7 +266,7 @@ class VideoFile:
                         return _Stop(int(rows[0]), is_damaged=False)
                 elif row is None:
                     # Frames that depend on something that was cut off, or that an edit list removes.
-                    if leading or (index.leading is None and pts < index.pts[first_row]):
+                    if leading > 0 or (index.leading is None and pts < index.pts[first_row]):
                         leading -= 1
                         continue
                     row = first_row

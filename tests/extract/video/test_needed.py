@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,3 +102,17 @@ def packets_spared(file: VideoFile, rows: np.ndarray, decoded: list[int]) -> int
     file.index = dataclasses.replace(file.index, disposable=None)
     file.pixels(rows)
     return len([size for size in decoded if size]) - lean
+
+
+@pytest.mark.parametrize("leading", [1, 3])
+def test_frames_before_the_first_one_of_the_index_are_left_out(leading: int, tmp_path: Path) -> None:
+    """As some decoders return them of a file that was cut from another one."""
+    with open_video(write_video(tmp_path / "a.mp4", frames=6)) as file:
+        step = int(file.index.pts[1] - file.index.pts[0])
+        early = [SimpleNamespace(pts=int(file.index.pts[0]) - n * step) for n in range(leading, 0, -1)]
+        shown = [frame for packet in file._packets for frame in packet.decode()]
+        packets = [SimpleNamespace(decode=lambda frame=frame: [frame]) for frame in (*early, *shown)]
+        found: dict[int, np.ndarray] = {}
+        stop = file._decode(packets, 0, np.arange(3), found)  # type: ignore[arg-type]
+    assert stop is None
+    assert found.keys() == {0, 1, 2}
