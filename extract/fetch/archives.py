@@ -3,6 +3,7 @@
 Members are unpacked to a staging folder first and moved into place when all of them are complete.
 """
 
+import lzma
 import shutil
 import stat
 import tarfile
@@ -17,6 +18,7 @@ from egopatch.features.common.units import format_bytes
 
 # Bytes that unpacking leaves free, so that the machine can still work.
 RESERVE = 256 << 20
+_BLOCK = 1 << 20
 
 
 class ArchiveError(RuntimeError):
@@ -75,6 +77,8 @@ def _untar(archive: Path, folder: Path) -> tuple[int, int]:
             budget.take(member.size)
             opened.extract(member, folder, filter=_with_our_mode)
             files += member.isfile()
+        while opened.fileobj is not None and opened.fileobj.read(_BLOCK):  # gzip's checksum is behind the archive's end
+            pass
     return files, budget.taken
 
 
@@ -117,8 +121,10 @@ def _readable(archive: Path) -> Iterator[None]:
         yield
     except ArchiveError:
         raise
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        # zipfile raises RuntimeError if the archive is encrypted.
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, OSError) as error:
+        # zipfile raises RuntimeError if the archive is encrypted; gzip and bz2 an OSError that is not the system's.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         reason = str(error).partition("\n")[0].rstrip(":")
         raise ArchiveError(
             f"{archive}: not a zip or tar file, or damaged or truncated ({reason}); delete it and download it again"

@@ -2,6 +2,7 @@
 
 import io
 import os
+import random
 import shutil
 import stat
 import tarfile
@@ -145,3 +146,19 @@ def test_a_damaged_archive_is_one_line(tmp_path: Path, folder: Path, make) -> No
             unpack(archive, folder)
         assert "\n" not in str(error.value)
         assert files_in(folder) == {"kept": b"kept"}
+
+
+@pytest.mark.parametrize("compression", ["gz", "xz", "bz2"])
+def test_a_changed_byte_of_a_compressed_archive_is_found(tmp_path: Path, folder: Path, compression: str) -> None:
+    archive = tmp_path / "archive"
+    with tarfile.open(archive, f"w:{compression}") as opened:  # type: ignore[call-overload]
+        for name in "ab":
+            member = tarfile.TarInfo(name)
+            member.size = 1_000_000
+            opened.addfile(member, io.BytesIO(random.Random(name).randbytes(member.size)))
+    content = bytearray(archive.read_bytes())
+    content[-len(content) // 4] ^= 0x55
+    archive.write_bytes(content)
+    with pytest.raises(ArchiveError, match="not a zip or tar file, or damaged or truncated"):
+        unpack(archive, folder)
+    assert files_in(folder) == {"kept": b"kept"}
