@@ -124,7 +124,7 @@ def split_configs(args: Sequence[str]) -> list[list[str]]:
     if "--config" not in args:
         return [args]
     first = args.index("--config") + 1
-    files = list(itertools.takewhile(lambda one: not one.startswith("--"), args[first:]))
+    files = list(itertools.takewhile(lambda one: not one.startswith("-"), args[first:]))
     if len(files) < 2:
         return [args]
     return [[*args[:first], file, *args[first + len(files) :]] for file in files]

@@ -133,3 +133,4 @@ def test_config_takes_several_files() -> None:
     assert split_configs(["--config", "a", "b", "--wait"]) == [["--config", "a", "--wait"], ["--config", "b", "--wait"]]
     assert split_configs(["--wait", "--config", "a"]) == [["--wait", "--config", "a"]]
     assert split_configs(["--config=a"]) == [["--config=a"]]
+    assert split_configs(["--config", "a", "-h"]) == [["--config", "a", "-h"]]
