@@ -113,11 +113,8 @@ def _source(name: str, entry: Any) -> Source:
         found = ", ".join(map(str, entry)) if isinstance(entry, dict) else repr(entry)
         raise ValueError(f"{name}: has {found}; expected files and some of {', '.join(known)}")
     files = entry["files"]
-    folders = (
-        {file: tuple(unpacked) for file, unpacked in files.items()}
-        if isinstance(files, dict)
-        else dict.fromkeys(files, ())
-    )
+    pairs = files.items() if isinstance(files, dict) else [(file, []) for file in _listed(name, files)]
+    folders = {file: tuple(_listed(name, unpacked)) for file, unpacked in pairs}
     return Source(
         name=name,
         **{key: entry.get(key, "") for key in ("purpose", "terms", "page")},
@@ -125,3 +122,9 @@ def _source(name: str, entry: Any) -> Source:
         url=entry.get("url"),
         by_hand=entry.get("by_hand"),
     )
+
+
+def _listed(name: str, names: Any) -> list[str]:
+    if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
+        raise ValueError(f"{name}: files has {names!r}; expected a list of names")
+    return names

@@ -249,6 +249,13 @@ def test_wrong_input_is_one_line_and_code_two(
     assert all(": no such file" in line for line in error.splitlines()[1:])  # one line a missing file
 
 
+def test_a_standin_needs_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "clips.jsonl").write_text('{"clip_id": "a", "video": "a.mp4"}\n')
+    data = ["--data.name", "jsonl", "--data.root", str(tmp_path), "--data.questions", "null"]
+    assert main(["standin", *data, "--encoder.checkpoint", str(tmp_path / "weights.pth")]) == 2
+    assert "data.questions is null, and a stand-in's tokenizer is trained on questions" in capsys.readouterr().err
+
+
 def test_a_hub_that_cannot_be_reached_leaves_nothing_behind(
     bare: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

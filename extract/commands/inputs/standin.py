@@ -20,11 +20,14 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
             f"encoder.arch is {arch!r} and encoder.checkpoint {str(path)!r}; expected egovlp or egovlpv2 (mfas starts"
             " from egovlpv2's stand-in), and the path to write the stand-in to"
         )
+    texts = load_dataset(config.data).texts
+    if not texts:
+        raise ConfigError("data.questions is null, and a stand-in's tokenizer is trained on questions; name their file")
     depth = config.encoder.depth
     write_standin(
         arch,
         path,
-        texts=load_dataset(config.data).texts,
+        texts=texts,
         # EgoVLPv2's tokens are tapped where fusion starts; a CPU trains one fused block above it in a demo's time.
         depth=depth + 1 if arch == "egovlpv2" else depth,
         fusion=depth,
