@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from egopatch.configs.schema import ConfigError
-from egopatch.extract.worker.job_stats import Stages, jobs_path, read_jobs
+from egopatch.extract.worker.job_stats import Stages, jobs_path, read_jobs, stats_of
 from egopatch.features import StoreSpec
 from egopatch.features.common.units import format_bytes
 from egopatch.features.formats.registry import format_named
@@ -60,12 +60,12 @@ class Forecast:
 
 
 def measured_cost(store: Path | str) -> ClipCost | None:
-    """Mean cost over all jobs on `store`; None if there were none."""
-    jobs = read_jobs(store)
-    clips = sum(job["committed"] for job in jobs)
+    """Mean cost over all jobs on `store` that were measured; None if there were none."""
+    jobs = [stats for job in read_jobs(store) if (stats := stats_of(job)).stages.total_s]  # 0 where all workers died
+    clips = sum(stats.committed for stats in jobs)
     if not clips:
         return None
-    spent = sum((Stages(**job["stages"]) for job in jobs), Stages())
+    spent = sum((stats.stages for stats in jobs), Stages())
     return ClipCost(
         encode_s=(spent.busy_s or spent.encode_s) / clips,
         decode_s=spent.decode_s / clips,

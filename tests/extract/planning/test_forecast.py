@@ -63,6 +63,7 @@ def test_costs_are_the_mean_over_all_jobs(tmp_path: Path) -> None:
     for clips, seconds in ((30, 60.0), (10, 20.0)):
         stages = Stages(total_s=seconds, encode_s=seconds, decode_s=seconds / 2, write_s=seconds / 4)
         record_job(store, JobStats(committed=clips, stages=stages), engine="joblib", workers=2, decoder="pyav")
+    record_job(store, JobStats(committed=10), engine="joblib", workers=2, decoder="pyav")  # whose workers all died
     found = measured_cost(store)
     assert found is not None
     assert (found.encode_s, found.decode_s, found.write_s) == (2.0, 1.0, 0.5)
