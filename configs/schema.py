@@ -4,6 +4,7 @@ Each dataclass below is a section of the file and a group of command-line option
 `--head.ratio 0.25` on the command line. Unknown keys and wrong types are refused. The docstrings are the help texts.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -103,8 +104,9 @@ class VideoConfig:
         _refuse_null(self)
         _require(self.frames >= 1, "video.frames", self.frames, "at least 1")
         _require(self.size >= 1, "video.size", self.size, "at least 1")
-        _require(self.timeout_s > 0, "video.timeout_s", self.timeout_s, "a positive number of seconds")
-        _require(self.memory_gb > 0, "video.memory_gb", self.memory_gb, "a positive number of GiB")
+        _require(0 < self.timeout_s < math.inf, "video.timeout_s", self.timeout_s, "a positive number of seconds")
+        most = "a positive number of GiB, at most a million"
+        _require(0 < self.memory_gb <= 1e6, "video.memory_gb", self.memory_gb, most)
 
 
 @dataclass(frozen=True)

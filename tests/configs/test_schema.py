@@ -105,6 +105,8 @@ def test_file_then_overrides(tmp_path: Path) -> None:
         (["--config", "configs/own_video.yaml"], "configs/own_videos.yaml?"),
         (["--train.contrast", "0.1"], "train.contrast is 0.1, but data.paraphrases is false; set it to true and run"),
         (["--train.contrast", "-1"], "train.contrast is -1.0; expected a weight of at least 0"),
+        (["--video.timeout_s", ".inf"], "video.timeout_s is inf; expected a positive number of seconds"),
+        (["--video.memory_gb", ".inf"], "video.memory_gb is inf; expected a positive number of GiB, at most a million"),
         (["--video.size", "100"], "video.size is 100; expected a positive multiple of 16"),
     ],
 )
