@@ -76,7 +76,7 @@ def transcode(config: Config, out: Path) -> Transcoded:
                     made.append(result)
                     append_synced(journal, json.dumps(_made_of(clip) | asdict(result)).encode() + b"\n")
                 display.advance(1)
-    _write_annotations(config, out, clips)
+        _write_annotations(config, out, clips)
     return Transcoded(tuple(made), len(clips) - len(todo), failed)
 
 

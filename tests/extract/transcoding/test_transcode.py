@@ -1,5 +1,6 @@
 """Copies that hold every frame of a clip at its time, are resumed, verified and used like the data set itself."""
 
+import fcntl
 import json
 import shutil
 from pathlib import Path
@@ -8,10 +9,10 @@ import av
 import numpy as np
 import pytest
 
-from egopatch.configs.schema import DataConfig, VideoConfig
+from egopatch.configs.schema import Config, DataConfig, EngineConfig, VideoConfig
 from egopatch.extract.__main__ import main
 from egopatch.extract.datasets import Clip, load_dataset
-from egopatch.extract.transcoding import segment
+from egopatch.extract.transcoding import copies, segment
 from egopatch.extract.transcoding.segment import write_segment
 from egopatch.extract.video.container import open_video
 from egopatch.extract.video.frames import read_frames
@@ -100,6 +101,24 @@ def data_set(root: Path) -> list[str]:
     (root / "clips.jsonl").write_text("".join(f"{json.dumps(clip)}\n" for clip in clips))
     (root / "questions.jsonl").write_text(json.dumps(QUESTION) + "\n")
     return ["--data.name", "jsonl", "--data.root", str(root), "--engine.decoders", "1"]
+
+
+def test_annotations_are_written_by_one_job_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data_set(tmp_path / "data")
+    monkeypatch.setattr(copies, "_is_copied", lambda *_: True)
+    locked: list[bool] = []
+
+    def write_annotations(_: Config, out: Path, __: object) -> None:
+        with (out / copies.JOURNAL).open("rb") as journal:
+            try:
+                fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                locked.append(True)
+
+    monkeypatch.setattr(copies, "_write_annotations", write_annotations)
+    config = Config(data=DataConfig(name="jsonl", root=tmp_path / "data"), engine=EngineConfig(decoders=1))
+    copies.transcode(config, tmp_path / "out")
+    assert locked == [True]
 
 
 @pytest.mark.slow
