@@ -99,13 +99,6 @@ def reading_through(nbytes: int) -> Iterator[None]:
 
 
 @contextmanager
-def waiting_for_another_child() -> Iterator[None]:
-    """A block that waits while another child works, which has limits of its own: the clip's time stands still."""
-    with clock_stopped():
-        yield
-
-
-@contextmanager
 def clock_stopped() -> Iterator[float]:
     """A block that does not count for the clip's time; yields the time that is left, 0 outside of `limits`."""
     left_s, _ = signal.setitimer(signal.ITIMER_REAL, 0)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from egopatch.extract.video.index import VideoError
-from egopatch.extract.video.limits import SLOWEST_BYTES_PER_S, waiting_for_another_child
+from egopatch.extract.video.limits import SLOWEST_BYTES_PER_S, clock_stopped
 from egopatch.features.io.process import Owner, start_ticks
 
 Value = TypeVar("Value")
@@ -128,7 +128,7 @@ def _shared(folder: Path, key: tuple[str, FileVersion], compute: Callable[[], Va
     except OSError:  # files that are not used for days may be cleaned up; sharing only saves time
         return compute()
     with file:
-        with waiting_for_another_child():
+        with clock_stopped():  # the child that computes has limits of its own
             locked = _locked(file, PATIENCE_S + key[1][1] / SLOWEST_BYTES_PER_S)
         if not locked:
             return _try(compute)

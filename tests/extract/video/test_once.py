@@ -11,7 +11,7 @@ import pytest
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.video import once
 from egopatch.extract.video.index import VideoError
-from egopatch.extract.video.limits import SLOWEST_BYTES_PER_S, limits, reading_through, waiting_for_another_child
+from egopatch.extract.video.limits import SLOWEST_BYTES_PER_S, clock_stopped, limits, reading_through
 from egopatch.extract.video.once import FileVersion, OncePerVideo
 from tests.features.faults import fork
 
@@ -99,10 +99,10 @@ def test_time_stands_still_while_a_file_is_read_through_or_another_child_works()
         with reading_through(int(500 * SLOWEST_BYTES_PER_S)):
             assert 1400 < left() <= 1500
         assert 900 < left() <= 1000
-        with waiting_for_another_child():
+        with clock_stopped():
             assert left() == 0
         assert 900 < left() <= 1000
-    with reading_through(1), waiting_for_another_child():
+    with reading_through(1), clock_stopped():
         assert left() == 0
 
 
