@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from egopatch.features.values.errors import BadLocation
 
@@ -23,7 +23,7 @@ class ObjectUrl:
     url: str
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
+        parts = _split(self.url)
         if any(sign in self.url.partition("://")[2] for sign in "@:?#"):
             # The message does not repeat the URL: it may hold a key, and a key may hold slashes.
             raise BadLocation(
@@ -68,15 +68,22 @@ class ObjectUrl:
         return self.url
 
 
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:  # a bracket begins an IPv6 address, which a bucket is not
+        return SplitResult("", "", "", "", "")
+
+
 Location = Path | ObjectUrl
 
 
 def parse_location(location: Location | str) -> Location:
-    """`location` as an object: an `ObjectUrl` where the text has a scheme, else a folder.
+    """`location` as an object: an `ObjectUrl` where the text has a scheme, else a folder, which has a name.
 
     Raises:
         BadLocation: No store can exist at this URL.
     """
     if isinstance(location, str):
-        return ObjectUrl(location.rstrip("/")) if "://" in location else Path(location)
-    return location
+        location = ObjectUrl(location.rstrip("/")) if "://" in location else Path(location)
+    return location.absolute() if location == Path() else location

@@ -138,7 +138,9 @@ def test_credentials_in_the_url_are_refused_and_not_repeated(url: str, capfd: py
     assert SECRET not in str(refused.value) + str(wrong.value)
 
 
-@pytest.mark.parametrize("url", ["s3://bucket", "s3:///store", "ftp://host/store", "s3://bucket/a//b", "s3://b/../a"])
+@pytest.mark.parametrize(
+    "url", ["s3://bucket", "s3:///store", "ftp://host/store", "s3://bucket/a//b", "s3://b/../a", "s3://[bucket/a"]
+)
 def test_urls_at_which_no_store_can_be(url: str) -> None:
     with pytest.raises(
         BadLocation, match="cannot be the location of a store; expected a folder, or scheme://bucket/prefix"
