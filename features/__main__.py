@@ -125,6 +125,8 @@ def _missing(options: argparse.Namespace) -> str | None:
     places = {metavar: options.store} | ({"B": options.other} if options.command == "compare" else {})
     for name, place in places.items():
         if not isinstance(place, Path):
+            if options.command == "import":
+                return f"{name} is {str(place)!r}; expected a folder or an HDF5 file on this machine"
             continue
         if options.command in PLACES and not place.exists():
             return f"{name} is {str(place)!r}, which does not exist; expected a store or features in files"

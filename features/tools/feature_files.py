@@ -85,14 +85,18 @@ def write_lmdb(folder: Path, clips: Iterable[Clip]) -> None:
     """One key a clip.
 
     Raises:
-        StoreError: The package lmdb is not installed.
+        StoreError: The package lmdb is not installed, or refuses a clip, such as one with an id of over 511 bytes.
     """
-    with _lmdb().open(str(folder), map_size=LMDB_BYTES) as env:
+    lmdb = _lmdb()
+    with lmdb.open(str(folder), map_size=LMDB_BYTES) as env:
         for name, arrays in clips:
             content = io.BytesIO()
             np.savez(content, **{key: as_numpy(value) for key, value in arrays.items()})  # type: ignore[arg-type]
-            with env.begin(write=True) as transaction:
-                transaction.put(name.encode(), content.getvalue())
+            try:
+                with env.begin(write=True) as transaction:
+                    transaction.put(name.encode(), content.getvalue())
+            except lmdb.Error as error:
+                raise StoreError(f"{folder}: lmdb cannot store clip {name!r} ({error}); use another --to") from error
 
 
 WRITERS = {
@@ -203,9 +207,11 @@ def _named_if_damaged(path: Path) -> Iterator[None]:
 def _find_tar(path: Path) -> Iterator[Unread]:
     samples: dict[str, dict[str, str]] = {}
     with _named_if_damaged(path), tarfile.open(path) as tar:
-        for member in tar.getnames():
-            key, _, kind = member.partition(".")
-            samples.setdefault(key, {})[kind] = member
+        for member in filter(tarfile.TarInfo.isfile, tar):
+            folder, slash, file = member.name.removeprefix("./").rpartition("/")
+            key, _, kind = file.partition(".")
+            if key:  # else it is a hidden file
+                samples.setdefault(f"{folder}{slash}{key}", {})[kind] = member.name
         names = {key: _tar_id(tar, key, members) for key, members in samples.items()}
 
     def read(members: Mapping[str, str]) -> dict[str, Tensor]:
@@ -233,14 +239,14 @@ def _find_lmdb(path: Path) -> Iterator[Unread]:
     def open_env() -> Any:
         return _lmdb().open(str(path), readonly=True, lock=False)
 
-    def read(name: bytes) -> dict[str, Tensor]:
+    def read(key: bytes) -> dict[str, Tensor]:
         with open_env() as env, env.begin() as transaction:
-            return _named(_load_numpy(io.BytesIO(transaction.get(name))))
+            return _named(_load_numpy(io.BytesIO(transaction.get(key))))
 
     with _named_if_damaged(path), open_env() as env, env.begin() as transaction:
-        names = [bytes(key) for key, _ in transaction.cursor()]
-    for name in names:
-        yield name.decode(), lambda name=name: read(name)  # type: ignore[misc]
+        keys = {bytes(key).decode(): bytes(key) for key, _ in transaction.cursor()}
+    for name, key in keys.items():
+        yield name, lambda key=key: read(key)  # type: ignore[misc]
 
 
 def _named(content: Any) -> dict[str, Tensor]:

@@ -137,6 +137,36 @@ def test_a_webdataset_has_one_sample_a_clip(tmp_path: Path) -> None:
     assert {name.split(".", 1)[1] for name in names} >= {"json", "patches.npy", "cls.npy"}
 
 
+@pytest.mark.parametrize("folder", [".", "train.v1"])
+def test_a_webdataset_of_a_folder(folder: str, tmp_path: Path) -> None:
+    files = write(tmp_path / folder, names=("a", "b")) if folder != "." else write(tmp_path / "dots", names=("a", "b"))
+    (files / ".hidden.npy").touch()
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "0.tar", "w") as tar:
+        tar.add(files, folder)  # as `tar cf 0.tar FOLDER` does, with the folder itself
+    store = import_features(tmp_path / "tars", tmp_path / "store")
+    assert store.clip_ids == (("a", "b") if folder == "." else ("train.v1/a", "train.v1/b"))
+
+
+def test_an_lmdb_with_keys_that_are_no_text_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = _empty_lmdb(tmp_path)
+    with feature_files._lmdb().open(str(place)) as env, env.begin(write=True) as transaction:
+        transaction.put(b"\xff", b"")
+    assert "lmdb cannot be read ('utf-8' codec can't decode" in _refusal("import", place, tmp_path / "store", capsys)
+
+
+def test_a_clip_that_lmdb_refuses_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=f"lmdb cannot store clip '{'a' * 600}' .*; use another --to"):
+        write_lmdb(tmp_path, [("a" * 600, {"patches": torch.ones(1, 1, 1)})])
+
+
+def test_the_copy_of_the_current_folder_is_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import_features(write(tmp_path / "files"), tmp_path / "store")
+    monkeypatch.chdir(tmp_path / "store")
+    assert main(["convert", ".", "--dtype", "float32"]) == 0
+    assert open_store(tmp_path / "store_float32").clip_ids == NAMES
+
+
 def test_one_hdf5_file_with_a_dataset_a_clip(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "all.h5", "w") as file:
         for number, name in enumerate(NAMES[1:]):  # a slash would make a group
@@ -279,6 +309,7 @@ def test_many_faults_are_counted(tmp_path: Path) -> None:
             "which exists; expected a folder that is",
         ),
         (["export", "{root}/none", "--to", "npy"], 2, "expected the folder of a store"),
+        (["import", "s3://bucket/files", "--to", "{root}/store"], 2, "expected a folder or an HDF5 file on this"),
     ],
 )
 def test_wrong_usage_is_one_line(
