@@ -113,7 +113,8 @@ class BackgroundShardWriter:
         Shards that another job holds are skipped and tried once more at the end, in case that job has died meanwhile.
 
         Yields:
-            The work, and the clips of its shard that are uncommitted or have a row that is still to be replaced.
+            The work, and the clips of its shard that are uncommitted or have a row that is still to be replaced,
+            without those in quarantine that it is not to retry.
         """
         held_elsewhere = list(works)
         for _ in range(2):
@@ -171,7 +172,10 @@ class BackgroundShardWriter:
         lease = ExitStack()
         uncommitted = lease.enter_context(self._store.lease(work.shard))
         self._leases[work.shard] = lease
-        return *uncommitted, *self._store.catalog.unchanged(work.replaces)
+        # Another job may have tried some since the work was listed, as `engines.sharing.still_missing` knows.
+        failed = {name for name, record in self._store.quarantine.items() if record.attempts != work.retries.get(name)}
+        untried = [name for name in uncommitted if name not in failed]
+        return *untried, *self._store.catalog.unchanged(work.replaces)
 
     def _release(self, shard: int) -> None:
         self._leases.pop(shard).close()

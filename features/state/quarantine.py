@@ -1,5 +1,6 @@
 """Clips that could not be encoded, each with the reason and the number of attempts."""
 
+import threading
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
@@ -50,10 +51,11 @@ def add_failures(journal: Journal[FailedClip], shard: int, failures: Mapping[str
 
 
 class Quarantine:
-    """The clips in a store's quarantine; each call reads only what was appended since the last one."""
+    """The clips in a store's quarantine; each call reads only what was appended since the last one, in any thread."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
+        self._lock = threading.Lock()
         self._position: Position | None = None
         self._failed: dict[str, QuarantineRecord] = {}
 
@@ -63,15 +65,16 @@ class Quarantine:
         Raises:
             DamagedStore: The journal is damaged.
         """
-        contents = quarantine_journal(self._storage).read(self._position)
-        require_intact(contents, self._storage.location)
-        failed = {} if contents.from_start else self._failed
-        for line in contents.lines:
-            clip, failure = line.entry.clip, line.entry.failure
-            attempts = failed[clip].attempts + 1 if clip in failed else 1
-            failed[clip] = QuarantineRecord(failure.reason, attempts, failure.traceback)
-        self._failed, self._position = failed, contents.position
-        return {clip: record for clip, record in failed.items() if clip not in committed}
+        with self._lock:
+            contents = quarantine_journal(self._storage).read(self._position)
+            require_intact(contents, self._storage.location)
+            failed = {} if contents.from_start else self._failed
+            for line in contents.lines:
+                clip, failure = line.entry.clip, line.entry.failure
+                attempts = failed[clip].attempts + 1 if clip in failed else 1
+                failed[clip] = QuarantineRecord(failure.reason, attempts, failure.traceback)
+            self._failed, self._position = failed, contents.position
+            return {clip: record for clip, record in failed.items() if clip not in committed}
 
 
 def _parse(record: Record) -> FailedClip:

@@ -18,7 +18,16 @@ from egopatch.extract.worker.job_stats import JobStats, Stages
 from egopatch.extract.worker.on_cores import CoreEncoder
 from egopatch.extract.worker.pipeline import encode_shards
 from egopatch.extract.writing.shard_writer import BackgroundShardWriter, TooManyErrors, shards_at_once
-from egopatch.features import Fingerprint, PatchTokens, ShardOwned, Store, StoreError, StoreSpec, create_store
+from egopatch.features import (
+    Fingerprint,
+    PatchTokens,
+    ShardOwned,
+    Store,
+    StoreError,
+    StoreSpec,
+    create_store,
+    open_store,
+)
 from egopatch.features.io import file_lease as lease
 
 SPEC = StoreSpec.for_patches(frames=2, grid=(1, 1), width=2, dtype="float32", shard=2)
@@ -195,6 +204,19 @@ def test_a_clip_that_fails_beside_one_that_is_not_finite_has_one_attempt(
     stats = run(Encoder({"clip3": "cls"}), Decoders(frozenset({"clip2"})))
     assert {name: record.attempts for name, record in store.quarantine.items()} == {"clip2": 1, "clip3": 1}
     assert (stats.committed, stats.quarantined) == (10, 2)
+
+
+def test_a_clip_that_another_job_has_put_in_quarantine_is_not_tried_again(
+    store: Store, run: Callable[..., JobStats]
+) -> None:
+    other = open_store(store.path)
+    works = other.missing_shards()
+    run(Encoder(), Decoders(frozenset({"clip2"})))
+    with BackgroundShardWriter(other, 4) as writer:
+        assert not any(to_encode for _, to_encode in writer.leases(works))
+    retries = other.missing_shards(retry_quarantined=True)
+    with BackgroundShardWriter(other, 4) as writer:
+        assert [to_encode for _, to_encode in writer.leases(retries)] == [("clip2",)]
 
 
 def test_where_no_clip_is_finite_the_encoder_is_at_fault(store: Store, run: Callable[..., JobStats]) -> None:
