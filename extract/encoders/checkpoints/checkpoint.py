@@ -60,15 +60,18 @@ class Checkpoint:
         """Key in `NETWORK_NAMES` of the network whose tensors these are; None for an unknown network."""
         return recognise_network(self.tensors)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the tensor `name`.
+    def shape(self, name: str, dimensions: int | None = None) -> tuple[int, ...]:
+        """Shape of the tensor `name`, which has to have so many dimensions, unless that is None.
 
         Raises:
-            CheckpointError: The tensor is missing.
+            CheckpointError: The tensor is missing, or has another number of dimensions.
         """
         if name not in self.tensors:
             raise CheckpointError(f"{self.path}: {self._described()} has no tensor {name!r}, which the network needs")
-        return tuple(self.tensors[name].shape)
+        shape = tuple(self.tensors[name].shape)
+        if dimensions not in (None, len(shape)):
+            raise CheckpointError(f"{self.path}: wrong shape: {name} is {shape}, expected {dimensions} dimensions")
+        return shape
 
     def count(self, pattern: str) -> int:
         """1 + the highest number that group 1 of `pattern` matches in the names; 0 if it matches no name."""

@@ -27,7 +27,7 @@ def projection_layers(checkpoint: Checkpoint, name: str) -> nn.Sequential:
     Raises:
         CheckpointError: The checkpoint has no such projection.
     """
-    joint, width = checkpoint.shape(f"{name}.0.weight")
+    joint, width = checkpoint.shape(f"{name}.0.weight", 2)
     return nn.Sequential(
         nn.Linear(width, joint, bias=False), nn.ReLU(), nn.Linear(joint, joint), nn.ReLU(), nn.Linear(joint, joint)
     )

@@ -44,16 +44,16 @@ class VideoSizes:
         Raises:
             CheckpointError: A tensor is missing, or the sizes do not fit a space-time transformer.
         """
-        conv = checkpoint.shape("video_model.patch_embed.proj.weight")
+        conv = checkpoint.shape("video_model.patch_embed.proj.weight", 4)
         blocks = checkpoint.count(r"video_model\.blocks\.(\d+)\.")
         fused = [i for i in range(blocks) if f"video_model.blocks.{i}.attn.alpha_i2t" in checkpoint.tensors]
         sizes = cls(
             width=conv[0],
-            hidden=checkpoint.shape("video_model.blocks.0.mlp.fc1.weight")[0],
+            hidden=checkpoint.shape("video_model.blocks.0.mlp.fc1.weight", 2)[0],
             blocks=blocks,
             fusion=fused[0] if fused else blocks,
-            frames=checkpoint.shape("video_model.temporal_embed")[1],
-            patches=checkpoint.shape("video_model.pos_embed")[1] - 1,
+            frames=checkpoint.shape("video_model.temporal_embed", 3)[1],
+            patches=checkpoint.shape("video_model.pos_embed", 3)[1] - 1,
             patch=conv[2],
         )
         if sizes.width % HEAD_WIDTH or math.isqrt(sizes.patches) ** 2 != sizes.patches:

@@ -31,7 +31,9 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> VideoEncoder:
         trunk = SpaceTimeTransformer(
             sizes.width, sizes.hidden, depth, sizes.frames, sizes.patches, sizes.patch, EPS, EPS if last else None
         )
-        projection = nn.Sequential(nn.Linear(sizes.width, checkpoint.shape("vid_proj.0.weight")[0])) if last else None
+        projection = (
+            nn.Sequential(nn.Linear(sizes.width, checkpoint.shape("vid_proj.0.weight", 2)[0])) if last else None
+        )
     checkpoint.fill(trunk, "video_model.")
     trunk.temporal_embed = nn.Parameter(resize_time(trunk.temporal_embed.detach(), options.num_frames, "zeros"))
     trunk.frames = options.num_frames

@@ -41,16 +41,16 @@ def build_roberta(checkpoint: Checkpoint, depth: int) -> TextEncoder:
     """
     checkpoint.require("egovlpv2", "mfas")
     layers = _layers_for(depth, checkpoint)
-    vocabulary, width = checkpoint.shape("text_model.embeddings.word_embeddings.weight")
-    positions = checkpoint.shape("text_model.embeddings.position_embeddings.weight")[0]
+    vocabulary, width = checkpoint.shape("text_model.embeddings.word_embeddings.weight", 2)
+    positions = checkpoint.shape("text_model.embeddings.position_embeddings.weight", 2)[0]
     config = RobertaConfig(
         vocab_size=vocabulary,
         hidden_size=width,
         num_hidden_layers=depth,
         num_attention_heads=max(1, width // HEAD_WIDTH),
-        intermediate_size=checkpoint.shape("text_model.encoder.layer.0.intermediate.dense.weight")[0],
+        intermediate_size=checkpoint.shape("text_model.encoder.layer.0.intermediate.dense.weight", 2)[0],
         max_position_embeddings=positions,
-        type_vocab_size=checkpoint.shape("text_model.embeddings.token_type_embeddings.weight")[0],
+        type_vocab_size=checkpoint.shape("text_model.embeddings.token_type_embeddings.weight", 2)[0],
         layer_norm_eps=1e-5,
     )
     with torch.device("meta"):
@@ -71,19 +71,19 @@ def build_distilbert(checkpoint: Checkpoint, depth: int) -> TextEncoder:
     """
     checkpoint.require("egovlp")
     layers = _layers_for(depth, checkpoint)
-    vocabulary, width = checkpoint.shape("text_model.embeddings.word_embeddings.weight")
-    positions = checkpoint.shape("text_model.embeddings.position_embeddings.weight")[0]
+    vocabulary, width = checkpoint.shape("text_model.embeddings.word_embeddings.weight", 2)
+    positions = checkpoint.shape("text_model.embeddings.position_embeddings.weight", 2)[0]
     config = DistilBertConfig(
         vocab_size=vocabulary,
         dim=width,
         n_layers=depth,
         n_heads=max(1, width // HEAD_WIDTH),
-        hidden_dim=checkpoint.shape("text_model.transformer.layer.0.ffn.lin1.weight")[0],
+        hidden_dim=checkpoint.shape("text_model.transformer.layer.0.ffn.lin1.weight", 2)[0],
         max_position_embeddings=positions,
     )
     with torch.device("meta"):
         model = DistilBertModel(config)
-        joint = checkpoint.shape("txt_proj.1.weight")[0] if depth == layers else 0
+        joint = checkpoint.shape("txt_proj.1.weight", 2)[0] if depth == layers else 0
         projection = nn.Sequential(nn.ReLU(), nn.Linear(width, joint)) if depth == layers else None
     checkpoint.fill(model, "text_model.")
     model.embeddings.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)

@@ -8,6 +8,7 @@ import struct
 import sys
 import types
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from egopatch.extract.__main__ import main
+from egopatch.extract.encoders import load_text_encoder, load_video_encoder
 from egopatch.extract.encoders.checkpoints.checkpoint import CheckpointError, load_checkpoint
+from egopatch.extract.encoders.checkpoints.standin import write_standin
+from egopatch.extract.encoders.inspection import inspect_checkpoint
 
 
 class Bomb:
@@ -241,3 +245,21 @@ def test_commands_on_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.Captur
             assert str(path) in line
     assert not target.exists()
     assert not list(tmp_path.glob("*.safetensors*"))
+
+
+@pytest.mark.parametrize("arch", ["egovlp", "egovlpv2"])
+def test_tensors_with_other_dimensions_are_refused(arch: str, tmp_path: Path) -> None:
+    standin = write_standin(arch, tmp_path / "whole.pth", texts=["what is it?"], width=64, depth=2, fusion=1, size=32)
+    tensors = torch.load(standin.checkpoint)["state_dict"]
+    video = ["pos_embed", "temporal_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"]
+    load_text = partial(load_text_encoder, arch, depth=1)
+    for name, load in [
+        *((f"video_model.{name}", inspect_checkpoint) for name in video),
+        ("video_model.pos_embed", partial(load_video_encoder, arch, depth=1)),
+        ("text_model.embeddings.word_embeddings.weight", load_text),
+        ("text_model.embeddings.position_embeddings.weight", load_text),
+    ]:
+        assert f"module.{name}" in tensors
+        torch.save({"state_dict": {**tensors, f"module.{name}": torch.zeros(())}}, tmp_path / "x.pth")
+        with pytest.raises(CheckpointError, match=rf"wrong shape: {name} is \(\), expected \d dimensions"):
+            load(tmp_path / "x.pth")
