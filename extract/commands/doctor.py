@@ -1,7 +1,6 @@
 """`extract doctor`: what this machine has, and with a config, faults in the annotations and videos."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from egopatch.configs.command_line import ConfigParser, add_config_arguments, pa
 from egopatch.configs.schema import DataConfig
 from egopatch.extract.planning.doctor import examine, format_diagnosis
 from egopatch.extract.planning.machine import check_machine
+from egopatch.features.common.command_line import print_result
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
@@ -20,12 +20,8 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     has_data = options.config or config.data.root != DataConfig.root
     diagnosis = examine(config) if has_data else None
     checks = check_machine(Path.cwd())
-    if options.json:
-        found = {} if diagnosis is None else dataclasses.asdict(diagnosis)
-        print(json.dumps({**found, "machine": [dataclasses.asdict(check) for check in checks]}, indent=1))
-    else:
-        print("\n".join(map(str, checks)))
-        if diagnosis is not None:
-            print(format_diagnosis(diagnosis))
+    found = {} if diagnosis is None else dataclasses.asdict(diagnosis)
+    lines = [*map(str, checks), *([] if diagnosis is None else [format_diagnosis(diagnosis)])]
+    print_result(options.json, {**found, "machine": [dataclasses.asdict(check) for check in checks]}, "\n".join(lines))
     sound = (diagnosis is None or diagnosis.sound) and not any(check.state == "error" for check in checks)
     return 0 if sound else 1

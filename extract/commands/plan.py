@@ -1,7 +1,6 @@
 """`extract plan`: the size and duration of a job, or a forecast for a job of any size."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
@@ -9,6 +8,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
 from egopatch.extract.planning.forecast import format_forecast
 from egopatch.extract.planning.plan import format_plan, make_forecast, make_plan
+from egopatch.features.common.command_line import messages_apart, print_result
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
@@ -36,8 +36,9 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     config, options = parse_config(parser, args)
     if options.clips is not None:
         forecast = make_forecast(config, options.clips, options.gpus, options.cores, options.clips_per_second)
-        print(json.dumps(dataclasses.asdict(forecast), indent=1) if options.json else format_forecast(forecast))
+        print_result(options.json, dataclasses.asdict(forecast), format_forecast(forecast))
         return 0
-    plan = make_plan(config, options.probe)
-    print(json.dumps(dataclasses.asdict(plan), indent=1) if options.json else format_plan(plan))
+    with messages_apart(options.json):  # such as the note of an encoder that cannot be captured
+        plan = make_plan(config, options.probe)
+    print_result(options.json, dataclasses.asdict(plan), format_plan(plan))
     return 1 if plan.refusals else 0

@@ -13,8 +13,10 @@ import torch
 from huggingface_hub import constants
 
 from egopatch.extract.__main__ import COMMANDS, main
+from egopatch.extract.commands import plan as commands_plan
 from egopatch.extract.commands.again import retry_command
 from egopatch.extract.datasets import load_dataset
+from egopatch.extract.planning.plan import Plan
 from egopatch.extract.video.once import OncePerVideo
 from egopatch.extract.worker.job import resolve_job
 from egopatch.extract.worker.job_stats import jobs_path
@@ -185,6 +187,20 @@ def test_plan_and_status_in_json(fresh: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.slow
+def test_a_note_while_planning_stays_out_of_the_json(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make_plan(*_: object) -> Plan:
+        print("note: no CUDA graph can be made of it")
+        return Plan(1, 0, {}, 0, 0, 1, 0, 1, 1, 1, None, 0, None, None, {}, (), ())
+
+    monkeypatch.setattr(commands_plan, "make_plan", make_plan)
+    assert main(["plan", *options(made, "--json")]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["clips"] == 1
+    assert "note: " in err
+
+
 def test_plan_counts_what_is_missing_from_a_store(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Ten rows of two shards wait, five clips failed, and three new clips will be a shard of their own."""
     shutil.rmtree(fresh / "store")

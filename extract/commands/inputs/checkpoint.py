@@ -1,11 +1,11 @@
 """`extract checkpoint`: identify a checkpoint file, or convert it to safetensors."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from egopatch.configs.command_line import ConfigParser
 from egopatch.extract.encoders.inspection import convert_checkpoint, inspect_checkpoint
+from egopatch.features.common.command_line import print_result
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
@@ -19,5 +19,5 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         found = inspect_checkpoint(options.file)
     else:
         found = convert_checkpoint(options.file, options.out or options.file.with_suffix(".safetensors"))
-    print(json.dumps(found.as_dict(), indent=1) if options.json else "\n".join(found.lines()))
+    print_result(options.json, found.as_dict(), "\n".join(found.lines()))
     return 0 if found.complete else 1

@@ -1,6 +1,5 @@
 """`extract data`: download the archives, checkpoints and tokenizers that a config needs."""
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from egopatch.extract.fetch.download import DownloadError
 from egopatch.extract.fetch.lockfile import Lockfile
 from egopatch.extract.fetch.provide import files_as_json, format_files, provide, required_files
 from egopatch.extract.fetch.sources import DEFAULT_SOURCES, load_sources
+from egopatch.features.common.command_line import print_result
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
@@ -32,5 +32,5 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     except DownloadError as error:
         print(f"{parser.prog}: failed: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(files_as_json(files, lockfile), indent=1) if options.json else format_files(files))
+    print_result(options.json, files_as_json(files, lockfile), format_files(files))
     return 0 if all(file.good for file in files) else 1
