@@ -223,7 +223,8 @@ def _announce(todo: list[RequiredFile], sizes: dict[str, int | None], out: TextI
         announced = "size unknown" if size is None else format_bytes(size)
         print(f"  {need.file}: {announced}, of which {format_bytes(begun)} are downloaded already", file=out)
         # An archive takes twice its size until it is deleted, because it unpacks to at least its own size.
-        _add(needed_on, need.file, (size or 0) * (2 if need.contents else 1) - begun)
+        left = 0 if size is None else size * (2 if need.contents else 1) - begun
+        needed_on[_disk(need.file)] = needed_on.get(_disk(need.file), 0) + left
     folders = {_disk(need.file): need.file.parent for need in todo}
     for disk, folder in folders.items():
         needed, free = needed_on[disk], free_bytes(folder)
@@ -242,10 +243,6 @@ def _announce(todo: list[RequiredFile], sizes: dict[str, int | None], out: TextI
 
 def _disk(path: Path) -> int:
     return nearest_existing(path).stat().st_dev
-
-
-def _add(needed_on: dict[int, int], path: Path, size: int) -> None:
-    needed_on[_disk(path)] = needed_on.get(_disk(path), 0) + size
 
 
 def _provide_file(

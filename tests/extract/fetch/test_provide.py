@@ -1,6 +1,7 @@
 """`python -m extract data`, against a server on loopback."""
 
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -9,11 +10,15 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import yaml
 
 from egopatch.extract.__main__ import main
+from egopatch.extract.fetch import provide
+from egopatch.extract.fetch.download import part_of
+from egopatch.extract.fetch.sources import Source
 from tests.extract.fetch.loopback import Served
 from tests.extract.fetch.published import TOKENIZER, Published
 from tests.extract.fetch.test_archives import tar
@@ -286,3 +291,12 @@ def test_files_of_a_data_set_that_are_no_archives(published: Published, capsys: 
     assert main([*published.args, "--data.name", "nextqa"]) == 0
     assert (published.root / "data" / "train.csv").read_bytes() == b"a,b\n"
     assert {"nextqa/train.csv", "nextqa/map.json"} <= published.lock.keys()
+
+
+def test_what_was_begun_of_a_file_of_unknown_size_makes_no_room(tmp_path: Path) -> None:
+    source = Source("a", "made up", "none", "page", {"b": ()}, url="http://nowhere")
+    need = provide.RequiredFile("a/b", tmp_path / "b", source, source.link("b"))
+    part_of(need.file).write_bytes(b"begun" * 1000)
+    out = io.StringIO()
+    provide._announce([need], {"a/b": None}, out)
+    assert "  0 B needed at" in out.getvalue()
