@@ -12,14 +12,12 @@ and `timestamps` [T]. The layouts, by `--to`:
 
 import io
 import json
-import pickle
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import h5py
 import numpy as np
@@ -157,39 +155,47 @@ def _read_file(file: Path) -> dict[str, Tensor]:
         return _read_hdf5(file, None)
     if file.suffix in (".pt", ".pth"):
         try:
-            return _named(torch.load(file, map_location="cpu", weights_only=True))
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"not a file of plain tensors ({reason[:120]}); save a tensor or a dict of them") from None
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # parsers raise many types over damaged bytes, all with this meaning
+            reason = _first_line(error)
+            raise ValueError(f"not a file of plain tensors ({reason}); save a tensor or a dict of them") from None
+        return _named(content)
     return _named(_load_numpy(file))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 def _load_numpy(file: Path | io.BytesIO) -> Any:
     try:
         loaded = np.load(file, allow_pickle=False)
         return loaded if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in loaded.files}
-    except (ValueError, EOFError, OSError, BadZipFile) as error:
-        raise ValueError(f"not an array of numbers ({str(error).splitlines()[0][:120]})") from None
+    except Exception as error:  # as of torch.load
+        raise ValueError(f"not an array of numbers ({_first_line(error)})") from None
 
 
 def _open_hdf5(path: Path) -> Any:
     try:
         return h5py.File(path, "r", locking=False)
     except OSError as error:
-        raise ValueError(f"not an HDF5 file ({str(error).splitlines()[0][:120]})") from None
+        raise ValueError(f"not an HDF5 file ({_first_line(error)})") from None
 
 
 def _read_hdf5(path: Path, name: str | None) -> dict[str, Tensor]:
     """The datasets of the file, or of its member `name`."""
-    with _open_hdf5(path) as file:
-        found = file if name is None else file[name]
-        datasets = {"patches": found} if isinstance(found, h5py.Dataset) else dict(found)
-        for key, dataset in datasets.items():
-            if not isinstance(dataset, h5py.Dataset):
-                raise ValueError(f"{key!r} is a group; expected datasets")
-            if dataset.size and not dataset.id.get_storage_size():
-                raise ValueError(f"dataset {key!r} was created but never written")
-        return _named({key: dataset[()] for key, dataset in datasets.items()})
+    try:
+        with _open_hdf5(path) as file:
+            found = file if name is None else file[name]
+            datasets = {"patches": found} if isinstance(found, h5py.Dataset) else dict(found)
+            for key, dataset in datasets.items():
+                if not isinstance(dataset, h5py.Dataset):
+                    raise ValueError(f"{key!r} is a group; expected datasets")
+                if dataset.size and not dataset.id.get_storage_size():
+                    raise ValueError(f"dataset {key!r} was created but never written")
+            return _named({key: dataset[()] for key, dataset in datasets.items()})
+    except (OSError, RuntimeError, LookupError, TypeError) as error:  # h5py's, over damaged bytes
+        raise ValueError(f"a damaged HDF5 file ({_first_line(error)})") from None
 
 
 @contextmanager

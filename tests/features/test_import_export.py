@@ -189,6 +189,12 @@ def _hdf5(path: Path) -> None:
         file.create_dataset("patches", (2, 4, 8), "f4", chunks=True)
 
 
+def _damaged_hdf5(path: Path) -> None:
+    _hdf5(path)
+    file = path.with_suffix(".h5")
+    file.write_bytes(file.read_bytes().replace(b"TREE", b"BUSH"))
+
+
 def _pickle(path: Path) -> None:
     path.unlink()
     torch.save({"patches": Path("x")}, path.with_suffix(".pt"))
@@ -210,7 +216,9 @@ def _pickle(path: Path) -> None:
             "patches has shape .3, 4, 8.; expected .2, 4, 8. as in most clips",
         ),
         (lambda path: _save(path, np.ones((1, 2, 3, 4, 5))), r"expected \[T, N, D\]"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b"), }", b"), (")), "not an array of numbers"),
         (_hdf5, "dataset 'patches' was created but never written"),
+        (_damaged_hdf5, "a damaged HDF5 file .*wrong B-tree signature"),
         (_pickle, "not a file of plain tensors"),
     ],
 )
