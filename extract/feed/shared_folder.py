@@ -78,6 +78,7 @@ def _remove_abandoned() -> None:
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
+                if os.path.samestat(os.fstat(handle), folder.stat()):  # else others have it anew
+                    shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(handle)

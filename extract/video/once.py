@@ -126,7 +126,7 @@ def _shared(folder: Path, key: tuple[str, FileVersion], compute: Callable[[], Va
     try:
         file = _file_of(folder, key).open("a+b", buffering=0)
     except OSError:  # files that are not used for days may be cleaned up; sharing only saves time
-        return compute()
+        return _try(compute)
     with file:
         with clock_stopped():  # the child that computes has limits of its own
             locked = _locked(file, PATIENCE_S + key[1][1] / SLOWEST_BYTES_PER_S)

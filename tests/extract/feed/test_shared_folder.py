@@ -100,3 +100,21 @@ def test_a_start_between_making_and_locking_it_does_no_harm(
     assert sorted(folder.iterdir()) == sorted([folder / "other", one.path])
     one.remove()
     assert list(folder.iterdir()) == [folder / "other"]
+
+
+def test_a_folder_that_was_made_anew_meanwhile_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, replaced = SharedFolder(VIDEO), list[SharedFolder]()
+    flock = fcntl.flock
+
+    def meanwhile(handle: int, how: int) -> None:
+        if not replaced:
+            monkeypatch.undo()
+            monkeypatch.setattr(tempfile, "tempdir", str(folder))
+            first.remove()
+            replaced.append(SharedFolder(VIDEO))
+        flock(handle, how)
+
+    monkeypatch.setattr(shared_folder.fcntl, "flock", meanwhile)
+    shared_folder._remove_abandoned()
+    assert replaced[0].path.is_dir()
+    replaced[0].remove()
