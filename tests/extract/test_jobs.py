@@ -271,12 +271,14 @@ def test_a_scheduler_stops_a_job_that_asks_to_be_started_again(
 ) -> None:
     job = start_job(slowly(bare, "--engine.workers", workers))
     wait_until(lambda: committed(bare / "store") >= 2)
+    signal_all(job, signal.SIGSTOP)  # on a busy machine it might end before `status` does
     assert main(["status", *slowly(bare), "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
     assert status["planned"] == CLIPS
     assert status["committed"] >= 2
     assert status["committed"] + status["missing"] == CLIPS
     family = psutil.Process(job.pid).children(recursive=True)
+    signal_all(job, signal.SIGCONT)
     signal_all(job, number)
     _, error = job.communicate(timeout=60)
     assert job.returncode == REQUEUE == 75
