@@ -53,13 +53,12 @@ def findings(found: Mapping[str, Any]) -> list[str]:
             below = [part for part in NUMBERS if row[part]["high"] < majority[part]["mean"]]
             if below:
                 lines.append(f"- **{split.capitalize()}.** {row['system']} is below majority on {listed(below)}.")
-        for which, subject in (("ablation", "The whole"), ("again", "The whole, trained as in the table,")):
-            changed = [row for row in found.get(which, ()) if row["split"] == split and "against_whole" in row]
-            if changed:
-                opposite = {"above": "below", "below": "above"}
-                verdicts = {row["part"]: row["against_whole"]["verdict"] for row in changed}
-                whole = {part: opposite.get(verdict, verdict) for part, verdict in verdicts.items()}
-                lines.append(f"- **{split.capitalize()}, parts.** " + sentence(subject, whole))
+        changed = [row for row in found["ablation"] if row["split"] == split and "against_whole" in row]
+        if changed:
+            opposite = {"above": "below", "below": "above"}
+            verdicts = {row["part"]: row["against_whole"]["verdict"] for row in changed}
+            whole = {part: opposite.get(verdict, verdict) for part, verdict in verdicts.items()}
+            lines.append(f"- **{split.capitalize()}, components.** " + sentence("The whole", whole))
     return lines
 
 
@@ -120,15 +119,13 @@ def markdown(found: Mapping[str, Any]) -> str:
             costs = ("steps_to_95", "cpu_ms_a_step", "kb_a_clip")
             cells += [f"{row[name]:.0f}" if learned else "" for name in costs]
             lines.append(f"| {row['system']} | {' | '.join(cells)} |")
-    for rows_of, which in (("ablation", "psa (lite)"), ("again", "psa (lite) as in the table")):
-        for split in SPLITS:
-            # Results of earlier versions have nothing of the second kind.
-            rows = [row for row in found.get(rows_of, ()) if row["split"] == split]
-            if rows:
-                lines += ["", f"| {split}: {which} | all | each seed | against the whole | verdict |"]
-                lines += ["|:--|--:|--:|--:|:--|"]
-            for row in rows:
-                lines.append(f"| {row['part']} | {' | '.join(compared(row, 'against_whole'))} |")
+    for split in SPLITS:
+        rows = [row for row in found["ablation"] if row["split"] == split]
+        if rows:
+            lines += ["", f"| {split}: psa (lite) | all | each seed | against the whole | verdict |"]
+            lines += ["|:--|--:|--:|--:|:--|"]
+        for row in rows:
+            lines.append(f"| {row['part']} | {' | '.join(compared(row, 'against_whole'))} |")
     for split in SPLITS:
         rows = [row for row in found["ratios"] if row["split"] == split]
         if rows:

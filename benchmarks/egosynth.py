@@ -4,7 +4,7 @@
     python benchmarks/egosynth.py --set hard --parts table ratios stores ablation
 
 A set is rendered and encoded once, then every system trains with every seed, by the commands and configs that a user
-has. What is finished is not done again, so that the same command goes on after any interruption. Intervals are over
+has. What is finished is not done again, so the same command resumes after any interruption. Intervals are over
 seeds and clips, comparisons are paired by question (train/scores/statistics.py). Checkpoints are chosen on
 val; nothing is chosen on test. Writes benchmarks/results/egosynth.json or egosynth_hard.json, for the ratios a picture
 in docs/pictures/, and the tables and findings of docs/egosynth.md between its markers.
@@ -29,7 +29,7 @@ from benchmarks._egosynth_cost import cost_of
 from benchmarks._egosynth_docs import NUMBERS, REFERENCE, SPLITS, markdown, write_docs
 from benchmarks._egosynth_systems import (
     ABLATION,
-    AGAIN,
+    CONTRAST,
     COPIES,
     ENCODERS,
     PARAPHRASES,
@@ -72,13 +72,8 @@ def train_copies(bench: Bench, splits: Sequence[str]) -> None:
 def train_ablation(bench: Bench, splits: Sequence[str]) -> None:
     for split in splits:
         for label, setting in ABLATION.items():
-            bench.sweep(f"{split}-part-{slug(label)}", "lite", split, [*PARAPHRASES, *SHORTER], setting)
-
-
-def train_again(bench: Bench, splits: Sequence[str]) -> None:
-    for split in splits:
-        for label in AGAIN:
-            bench.sweep(f"{split}-longer-{slug(label)}", "lite", split, [], ABLATION[label])
+            options = PARAPHRASES if label == CONTRAST else ()
+            bench.sweep(f"{split}-part-{slug(label)}", "lite", split, options, setting)
 
 
 def train_search(bench: Bench, splits: Sequence[str]) -> None:
@@ -108,19 +103,18 @@ PARTS = {
     "ratios": train_ratios,
     "stores": train_copies,
     "ablation": train_ablation,
-    "again": train_again,
 }
 
 
 def gather(bench: Bench) -> dict[str, Any]:
     """Everything that is finished."""
-    table, ablation, again, ratios, copies, looks, explained, wordings = [], [], [], [], [], [], [], []
+    table, ablation, ratios, copies, looks, explained, wordings = [], [], [], [], [], [], []
     for split in SPLITS:
         whole = bench.found(f"{split}-{slug(REFERENCE)}")
-        part_of = bench.found(f"{split}-part-{slug(WHOLE)}")
-        if (shown := part_of or whole) and (found := bench.agreement(shown, split)):
-            looks.append({"split": split, "scores": "question, saliency, prior", **found})
         if whole:
+            if found := bench.agreement(whole, split):
+                looks.append({"split": split, "scores": "question, saliency, prior", **found})
+            ablation.append({"split": split, "part": WHOLE, "setting": {}, **numbers(whole), **bench.training(whole)})
             explained += [{"split": split, **row} for row in bench.explained(whole)]
             wordings += [{"split": split, **row} for row in bench.disagreements(whole, split)]
         for label, system in SYSTEMS.items():
@@ -131,17 +125,11 @@ def gather(bench: Bench) -> dict[str, Any]:
                     row["psa_lite_above"] = bench.against(whole, point, split)
                 table.append(row)
         for label, setting in ABLATION.items():
-            if part_of and (point := bench.found(f"{split}-part-{slug(label)}")):
+            if whole and (point := bench.found(f"{split}-part-{slug(label)}")):
                 row = {"split": split, "part": label, "setting": setting, **numbers(point), **bench.training(point)}
-                if label != WHOLE:
-                    row["against_whole"] = bench.against(point, part_of, split)
-                ablation.append(row)
+                ablation.append(row | {"against_whole": bench.against(point, whole, split)})
                 if "head.scores" in setting and (found := bench.agreement(point, split)):
                     looks.append({"split": split, "scores": ", ".join(setting["head.scores"]), **found})
-        for label in AGAIN:
-            if whole and (point := bench.found(f"{split}-longer-{slug(label)}")):
-                row = {"split": split, "part": label, **numbers(point), **bench.training(point)}
-                again.append(row | {"against_whole": bench.against(point, whole, split)})
         path = bench.root / "sweeps" / f"{split}-ratios" / "sweep.json"
         if path.exists():
             points = json.loads(path.read_text())["points"]
@@ -160,7 +148,6 @@ def gather(bench: Bench) -> dict[str, Any]:
     return {
         "table": table,
         "ablation": ablation,
-        "again": again,
         "ratios": ratios,
         "stores": copies,
         "search": search,
