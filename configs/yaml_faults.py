@@ -1,4 +1,4 @@
-"""Faults of an experiment's YAML file that its parser reports badly, each with its line.
+"""Faults of a YAML file that its parser reports badly, each with its line.
 
 YAML loaders keep the last of two equal keys in silence, and jsonargparse has a traceback for a section without options
 and for an alias to a value that contains it.
@@ -7,6 +7,8 @@ Empty text would be taken for the current folder where a path is expected.
 
 import itertools
 from collections.abc import Collection
+from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -39,17 +41,22 @@ def find_fault(text: str, sections: Collection[str]) -> str | None:
     )
 
 
-def repeated_key(text: str) -> str | None:
-    """Line and name of the first key that is used twice in one section, or line of a value without an end; None if
-    there is none.
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file of plain values.
 
-    Text that is not YAML has none; its loader reports the error.
+    Raises:
+        ValueError: It is missing, unreadable or not YAML, uses a key twice in one section, or has a value without an
+            end. The message has the place, without the path.
     """
     try:
+        text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError:
-        return None
-    return None if root is None else _endless_alias(root, set(), set()) or _repeated_in(root)
+        if root is not None and (fault := _endless_alias(root, set(), set()) or _repeated_in(root)):
+            raise ValueError(fault)
+        return yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        fault = str(error.strerror) if isinstance(error, OSError) else " ".join(str(error).split())
+        raise ValueError(f"cannot be read ({fault}); expected a YAML file") from None
 
 
 def _endless_alias(node: yaml.Node, around: set[int], finite: set[int]) -> str | None:

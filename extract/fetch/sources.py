@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import yaml
-
 from egopatch.configs.schema import ConfigError
-from egopatch.configs.yaml_faults import repeated_key
+from egopatch.configs.yaml_faults import read_yaml
 
 DEFAULT_SOURCES = Path(__file__).with_name("data_sources.yaml")
 DEFAULT_LOCK = Path("data_sources.lock.json")
@@ -90,13 +88,9 @@ def load_sources(path: Path) -> Sources:
         ConfigError: The file is missing or malformed; the message names the entry.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        tree = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        fault = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
-        raise ConfigError(f"sources file {path} cannot be read ({fault}); expected YAML") from None
-    if repeated := repeated_key(text):
-        raise ConfigError(f"sources file {path}: {repeated}")
+        tree = read_yaml(path)
+    except ValueError as error:
+        raise ConfigError(f"sources file {path}: {error}") from None
     if not isinstance(tree, dict) or set(tree) != set(SECTIONS):
         found = ", ".join(map(str, tree)) if isinstance(tree, dict) else repr(tree)
         raise ConfigError(f"sources file {path} has sections {found}; expected {', '.join(SECTIONS)}")

@@ -8,11 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, option_names, parse_sections
 from egopatch.configs.schema import Config, ConfigError
-from egopatch.configs.yaml_faults import repeated_key
+from egopatch.configs.yaml_faults import read_yaml
 
 # Options that all runs of a sweep share.
 SHARED = (
@@ -37,13 +35,9 @@ def read_axes(
     axes: dict[str, Sequence[Any]] = {}
     if grid is not None:
         try:
-            text = grid.read_text(encoding="utf-8")
-            read = yaml.safe_load(text)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            fault = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
-            raise ConfigError(f"--grid {grid}: {fault}; expected a YAML file") from None
-        if repeated := repeated_key(text):
-            raise ConfigError(f"--grid {grid}: {repeated}")
+            read = read_yaml(grid)
+        except ValueError as error:
+            raise ConfigError(f"--grid {grid}: {error}") from None
         if not isinstance(read, dict) or not all(isinstance(values, list) and values for values in read.values()):
             raise ConfigError(f"--grid {grid}: expected lines such as head.dropout: [0.0, 0.1]")
         axes |= {str(option): values for option, values in read.items()}

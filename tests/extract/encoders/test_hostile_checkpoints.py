@@ -250,7 +250,7 @@ def test_commands_on_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize("arch", ["egovlp", "egovlpv2"])
 def test_tensors_with_other_dimensions_are_refused(arch: str, tmp_path: Path) -> None:
     standin = write_standin(arch, tmp_path / "whole.pth", texts=["what is it?"], width=64, depth=2, fusion=1, size=32)
-    tensors = torch.load(standin.checkpoint)["state_dict"]
+    tensors = torch.load(standin.checkpoint, weights_only=True)["state_dict"]
     video = ["pos_embed", "temporal_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"]
     load_text = partial(load_text_encoder, arch, depth=1)
     for name, load in [
