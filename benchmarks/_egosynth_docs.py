@@ -1,6 +1,6 @@
 """The tables of docs/egosynth.md, and its sentences about differences, from the results of `egosynth.py`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,13 @@ DOCS = Path(__file__).parents[1] / "docs" / "egosynth.md"
 SPLITS = ("direct", "indirect")
 NUMBERS = ("open", "binary", "all")
 REFERENCE = "psa (lite)"
-COMPARED = ("all", "each seed", "against float16, same levels", "verdict")
+SYSTEM_COLUMNS = (
+    "open", "binary", "all", "all, each seed", "psa (lite) is above by", "wrong form", "steps to 95%", "CPU ms a step",
+    "kB a clip",
+)  # fmt: skip
+STORE_COLUMNS = (
+    "MB", "kB a clip", "CPU ms a step", "all", "each seed", "against float16, same levels", "verdict",
+)  # fmt: skip
 EXPLAINED = ("deletion", "insertion", "pointing", "recall", "others", "precision")
 EXPLAINED_CAPTION = (
     "By `train explain` ([training.md](training.md#what-the-answers-depend-on)): areas below the deletion and insertion"
@@ -100,88 +106,84 @@ def write_part(name: str, content: str, path: Path = DOCS) -> None:
     path.write_text(f"{before}{first}\n{content}\n{last}{rest.split(last)[1]}", encoding="utf-8")
 
 
+def table(head: str, columns: Sequence[str], rows: Sequence[Sequence[object]], texts: int = 0) -> list[str]:
+    """Lines of a table, none without rows.
+
+    Args:
+        head: Head of the first column, which holds text.
+        columns: Heads of the others, which hold numbers, but for the last `texts`.
+        rows: Cells of each row.
+        texts: Number of columns at the end that hold text.
+    """
+    if not rows:
+        return []
+    align = ":--|" + "--:|" * (len(columns) - texts) + ":--|" * texts
+    return [
+        "",
+        f"| {' | '.join([head, *columns])} |",
+        f"|{align}",
+        *(f"| {' | '.join(map(str, row))} |" for row in rows),
+    ]
+
+
+def system_cells(row: Mapping[str, Any]) -> list[str]:
+    """A system of the first table; heads that learn nothing have no costs."""
+    costs = [f"{row[name]:.0f}" if name in row else "" for name in ("steps_to_95", "cpu_ms_a_step", "kb_a_clip")]
+    accuracies = [*(interval(row[part]) for part in NUMBERS), seeds_of(row), gap_of(row.get("psa_lite_above"))]
+    return [row["system"], *accuracies, f"{row['wrong_form']:.1f}%", *costs]
+
+
+def store_cells(row: Mapping[str, Any]) -> list[str]:
+    """A copy of the store: its costs, and what a head reaches on it."""
+    costs = [f"{row['mb']:.1f}", f"{row['kb_a_clip']:.0f}", f"{row['cpu_ms_a_step']:.0f}"]
+    return [row["store"], *costs, *compared(row, "against")]
+
+
+def percents(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    return [f"{row[name]:.1f}" for name in names]
+
+
 def markdown(found: Mapping[str, Any]) -> str:
     """The tables and findings of docs/egosynth.md."""
+
+    def by_split(kind: str) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
+        # Results of earlier versions have not all kinds.
+        for split in SPLITS:
+            yield split, [row for row in found.get(kind, ()) if row["split"] == split]
+
     lines = []
-    for split in SPLITS:
-        rows = [row for row in found["table"] if row["split"] == split]
-        if rows:
-            lines += [
-                "",
-                f"| {split}: system | open | binary | all | all, each seed | psa (lite) is above by | wrong form | "
-                "steps to 95% | CPU ms a step | kB a clip |",
-                "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-            ]
+    for split, rows in by_split("table"):
+        lines += table(f"{split}: system", SYSTEM_COLUMNS, list(map(system_cells, rows)))
+    for split, rows in by_split("ablation"):
+        columns = ("all", "each seed", "against the whole", "verdict")
+        cells = [[row["part"], *compared(row, "against_whole")] for row in rows]
+        lines += table(f"{split}: {REFERENCE}", columns, cells, texts=1)
+    for split, rows in by_split("ratios"):
+        curves: dict[str, list[str]] = {}
         for row in rows:
-            cells = [*(interval(row[part]) for part in NUMBERS), seeds_of(row), gap_of(row.get("psa_lite_above"))]
-            cells.append(f"{row['wrong_form']:.1f}%")
-            learned = "steps_to_95" in row
-            costs = ("steps_to_95", "cpu_ms_a_step", "kb_a_clip")
-            cells += [f"{row[name]:.0f}" if learned else "" for name in costs]
-            lines.append(f"| {row['system']} | {' | '.join(cells)} |")
-    for split in SPLITS:
-        rows = [row for row in found["ablation"] if row["split"] == split]
-        if rows:
-            lines += ["", f"| {split}: psa (lite) | all | each seed | against the whole | verdict |"]
-            lines += ["|:--|--:|--:|--:|:--|"]
-        for row in rows:
-            lines.append(f"| {row['part']} | {' | '.join(compared(row, 'against_whole'))} |")
-    for split in SPLITS:
-        rows = [row for row in found["ratios"] if row["split"] == split]
-        if rows:
-            ratios = list(dict.fromkeys(row["ratio"] for row in rows))
-            lines += [
-                "",
-                f"| {split}: kept by, share of patches | " + " | ".join(f"{ratio:g}" for ratio in ratios) + " |",
-            ]
-            lines += ["|:--|" + "--:|" * len(ratios)]
-            for scores in dict.fromkeys(tuple(row["scores"]) for row in rows):
-                cells = [interval(row["all"]) for row in rows if tuple(row["scores"]) == scores]
-                lines.append(f"| {', '.join(scores)} | {' | '.join(cells)} |")
-    for split in SPLITS:
-        # Results of earlier versions have none.
-        rows = [row for row in found.get("stores", ()) if row["split"] == split]
-        if rows:
-            lines += ["", f"| {split}: store | MB | kB a clip | CPU ms a step | {' | '.join(COMPARED)} |"]
-            lines += ["|:--|--:|--:|--:|--:|--:|:--|:--|"]
-        for row in rows:
-            costs = [f"{row['mb']:.1f}", f"{row['kb_a_clip']:.0f}", f"{row['cpu_ms_a_step']:.0f}"]
-            lines.append(f"| {row['store']} | {' | '.join([*costs, *compared(row, 'against')])} |")
-    for split in SPLITS:
-        rows = [row for row in found["looks"] if row["split"] == split]
-        if rows:
-            lines += ["", f"| {split}: selected by | asked about | other objects | at random | precision |"]
-            lines += ["|:--|--:|--:|--:|--:|"]
-        for row in rows:
-            percents = [f"{row[name]:.1f}" for name in ("asked", "others", "chance", "precision")]
-            lines.append(f"| {row['scores']} | {' | '.join(percents)} |")
-    for split in SPLITS:
-        # Results of earlier versions have none.
-        rows = [row for row in found.get("explained", ()) if row["split"] == split]
-        if rows:
-            lines += ["", f"| {split}: psa (lite), patches ranked by | {' | '.join(EXPLAINED)} |"]
-            lines += ["|:--|" + "--:|" * len(EXPLAINED)]
-        for row in rows:
-            lines.append(f"| {row['ranked_by']} | {' | '.join(f'{row[name]:.1f}' for name in EXPLAINED)} |")
+            curves.setdefault(", ".join(row["scores"]), []).append(interval(row["all"]))
+        ratios = [f"{ratio:g}" for ratio in dict.fromkeys(row["ratio"] for row in rows)]
+        lines += table(
+            f"{split}: kept by, share of patches", ratios, [[name, *curve] for name, curve in curves.items()]
+        )
+    for split, rows in by_split("stores"):
+        lines += table(f"{split}: store", STORE_COLUMNS, list(map(store_cells, rows)), texts=2)
+    for split, rows in by_split("looks"):
+        columns = ("asked about", "other objects", "at random", "precision")
+        cells = [[row["scores"], *percents(row, ("asked", "others", "chance", "precision"))] for row in rows]
+        lines += table(f"{split}: selected by", columns, cells)
+    for split, rows in by_split("explained"):
+        cells = [[row["ranked_by"], *percents(row, EXPLAINED)] for row in rows]
+        lines += table(f"{split}: {REFERENCE}, patches ranked by", EXPLAINED, cells)
     if found.get("explained"):
         lines += ["", EXPLAINED_CAPTION]
-    for split in SPLITS:
-        rows = [row for row in found.get("wordings", ()) if row["split"] == split]
+    for split, rows in by_split("wordings"):
+        columns = ("training questions", "test questions", "right, each seed")
+        cells = [[row["wording"], row["train"], row["test"], seeds_of(row)] for row in rows]
         if len(rows) > 1:
-            lines += [
-                "",
-                f"| {split}: psa (lite), by wording | training questions | test questions | right, each seed |",
-            ]
-            lines += ["|:--|--:|--:|--:|"]
-            for row in rows:
-                seeds = ", ".join(f"{share:.1f}" for share in row["of_seeds"])
-                lines.append(f"| {row['wording']} | {row['train']} | {row['test']} | {seeds} |")
-    for split in SPLITS:
-        rows = [row for row in found["search"] if row["split"] == split]
-        if rows:
-            options = list(rows[0]["setting"])
-            lines += ["", f"| {split}: searched | " + " | ".join([*options, "val"]) + " |"]
-            lines += ["|:--|" + "--:|" * (len(options) + 1)]
-        for row in rows:
-            lines.append(f"| {row['system']} | {' | '.join(map(str, row['setting'].values()))} | {row['val']:.1f} |")
+            lines += table(f"{split}: {REFERENCE}, by wording", columns, cells)
+    for split, rows in by_split("search"):
+        options = list(rows[0]["setting"]) if rows else []
+        cells = [[row["system"], *row["setting"].values(), f"{row['val']:.1f}"] for row in rows]
+        lines += table(f"{split}: searched", [*options, "val"], cells)
     return "\n".join([*lines, "", *findings(found)]).strip()

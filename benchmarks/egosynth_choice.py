@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._egosynth_bench import Bench, command, rounded, slug
-from benchmarks._egosynth_docs import REFERENCE, compared, write_part
+from benchmarks._egosynth_docs import REFERENCE, compared, table, write_part
 from benchmarks._egosynth_systems import ABLATION
 
 CONFIG = Path("configs") / "egosynth_choice.yaml"
@@ -91,9 +91,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The set's table in docs/egosynth.md."""
-    lines = ["| system | all | each seed | against psa (lite) | verdict |", "|:--|--:|--:|--:|:--|"]
-    lines += [f"| {row['system']} | {' | '.join(compared(row, 'against_psa'))} |" for row in rows]
-    return "\n".join(lines)
+    columns = ("all", "each seed", "against psa (lite)", "verdict")
+    lines = table("system", columns, [[row["system"], *compared(row, "against_psa")] for row in rows], texts=1)
+    return "\n".join(lines).strip()
 
 
 if __name__ == "__main__":

@@ -239,7 +239,10 @@ def test_ctrl_c_half_way_and_again(published: Published) -> None:
         (["--encoder.checkpoint", "w/other.pth"], "encoder.checkpoint is 'w/other.pth', which does not exist"),
         (["--head.checkpoint", "w/tuned.tar"], "head.checkpoint is 'w/tuned.tar', which does not exist"),
         (["--text.model", "w/other"], "text.model is 'w/other', which does not exist"),
-        (["--sources", "nowhere.yaml"], "sources file nowhere.yaml: cannot be read (No such file or directory); expected a YAML file"),
+        (
+            ["--sources", "nowhere.yaml"],
+            "sources file nowhere.yaml: cannot be read (No such file or directory); expected a YAML file",
+        ),
     ],
 )
 def test_what_nobody_publishes(
