@@ -88,14 +88,14 @@ def taker(rate: float | None) -> Any:
             self.copy_s += time.thread_time() - started
             clip.release()
 
-        def _launch(self, clips: Sequence[PreparedClip]) -> Callable[[], list[Row]]:
+        def _launch(self, clips: Sequence[PreparedClip]) -> Callable[[], tuple[list[Row], list[bool]]]:
             now = time.perf_counter()
             self._busy_until = max(self._busy_until, now) + (len(clips) / rate if rate else 0.0)
             end = self._busy_until
 
-            def wait() -> list[Row]:
+            def wait() -> tuple[list[Row], list[bool]]:
                 time.sleep(max(end - time.perf_counter(), 0.0))
-                return [{} for _ in clips]
+                return [{} for _ in clips], [False for _ in clips]
 
             return wait
 
