@@ -6,16 +6,18 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from egopatch.configs.schema import VideoConfig
+from egopatch.extract.children.limits import reading_through
 from egopatch.extract.datasets import Clip
-from egopatch.extract.video.frames import DecodedClip, read_frames
+from egopatch.extract.video.frames import DecodedClip, read_frames, read_planes
 from egopatch.extract.video.index import VideoError
-from egopatch.extract.video.limits import reading_through
 from egopatch.extract.video.once import FileVersion, OncePerVideo, version_of
+from egopatch.extract.video.planes import Colours, Planes
 from egopatch.extract.video.transforms import Window
 
 ALIGNMENT = 64  # bytes; copies from other addresses are slower
@@ -23,18 +25,32 @@ _HASHED_AT_ONCE = 1 << 20  # bytes of a file that is hashed in less time than an
 
 
 @dataclass(frozen=True)
-class Pixels:
-    """Frames of one size, cut to the part that the transform looks at.
+class Cut:
+    """How frames were cut.
 
     Attributes:
-        frames: [h, w, 3] uint8 each; in the parent one array [F, h, w, 3].
-        whole: (H, W) of the frames before they were cut.
-        window: The part that is left.
+        whole: (H, W) of the frames before.
+        window: The part that is left, [h, w].
+        colours: What converts their planes; None if they are RGB.
     """
 
-    frames: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]
     whole: tuple[int, int]
     window: Window
+    colours: Colours | None = None
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Frames of one size and kind, cut to the part that the transform looks at.
+
+    Attributes:
+        frames: uint8 [h, w, 3] each, or planes; in the parent one array, [F, h, w, 3] or [F, 3 / 2 h w], in which the
+            planes of a frame lie one behind the other.
+        cut: How they were cut.
+    """
+
+    frames: Sequence[NDArray[np.uint8]] | Sequence[Planes] | NDArray[np.uint8]
+    cut: Cut
 
 
 Frames = NDArray[np.float32] | tuple[Pixels, ...]
@@ -75,12 +91,13 @@ def read_clip(
     clip: Clip,
     video: VideoConfig,
     once: OncePerVideo,
-    finish: Callable[[DecodedClip], Frames],
+    finish: Callable[[DecodedClip[Any]], Frames],
+    as_planes: bool = False,
 ) -> PreparedClip:
     """Decode one clip, and let `finish` make of it what the encoder gets; see `on_host.prepare_clip`."""
     started = time.perf_counter()
     before = version_of(clip.video) if clip.video.exists() else None
-    decoded = read_frames(clip, video, once)
+    decoded = (read_planes if as_planes else read_frames)(clip, video, once)
     frames = finish(decoded)
     version = version_of(clip.video)
     source = once.find("sha256", version, lambda: _file_sha256(version), share=version[1] > _HASHED_AT_ONCE)
@@ -122,14 +139,22 @@ class SharedClip:
     def write(cls, prepared: PreparedClip, memory: NDArray[np.uint8]) -> "SharedClip":
         """Copy the frames of `prepared` into `memory`, which is large enough; the only copy on their way."""
         frames = prepared.frames
-        runs: list[Sequence[NDArray]] = (
+        runs: list[Sequence[NDArray | Planes]] = (
             [list(frames)] if isinstance(frames, np.ndarray) else [list(run.frames) for run in frames]
         )
         places: list[_Place] = []
         for run in runs:
             start = -(-places[-1].end // ALIGNMENT) * ALIGNMENT if places else 0
-            places.append(_Place(start, (len(run), *run[0].shape), run[0].dtype.str))
-            np.stack(run, out=places[-1].within(memory))
+            first = run[0]
+            if isinstance(first, Planes):
+                places.append(_Place(start, (len(run), first.nbytes), "|u1"))
+            else:
+                places.append(_Place(start, (len(run), *first.shape), first.dtype.str))
+            for frame, target in zip(run, places[-1].within(memory), strict=True):
+                if isinstance(frame, Planes):
+                    frame.copy_to(target)
+                else:
+                    np.copyto(target, frame)
         left = frames[:0] if isinstance(frames, np.ndarray) else tuple(replace(run, frames=()) for run in frames)
         return cls(replace(prepared, frames=left), tuple(places))
 

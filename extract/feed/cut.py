@@ -3,14 +3,20 @@
 Children that do this need no torch, which would take each of them a second and 200 MB.
 """
 
+from dataclasses import replace
 from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from egopatch.configs.schema import VideoConfig
+from egopatch.extract.children.limits import clock_stopped
 from egopatch.extract.datasets import Clip
-from egopatch.extract.feed.clips import Frames, Pixels, PreparedClip, read_clip
+from egopatch.extract.feed.clips import Cut, Frames, Pixels, PreparedClip, read_clip
 from egopatch.extract.video.frames import DecodedClip
-from egopatch.extract.video.limits import clock_stopped
 from egopatch.extract.video.once import OncePerVideo
+from egopatch.extract.video.planes import Planes, even
 from egopatch.extract.video.transforms import Transform
 
 
@@ -19,27 +25,33 @@ def cut_clip(clip: Clip, video: VideoConfig, once: OncePerVideo, *, transform: T
 
     Frames of more than `most` bytes are transformed here, which makes them small.
     """
-    return read_clip(clip, video, once, partial(finish_cut, size=video.size, transform=transform, most=most))
+    finish = partial(finish_cut, size=video.size, transform=transform, most=most)
+    return read_clip(clip, video, once, finish, as_planes=True)
 
 
-def finish_cut(decoded: DecodedClip, size: int, transform: Transform, most: int) -> Frames:
+def finish_cut(decoded: DecodedClip[Any], size: int, transform: Transform, most: int) -> Frames:
     """Frames cut to what `transform` looks at, or the network's input where that has more than `most` bytes."""
     runs = _cut(decoded, transform)
     if sum(frame.nbytes for run in runs for frame in run.frames) <= most:
         return runs
     with clock_stopped():  # torch is no part of the clip
         from egopatch.extract.feed.on_host import finish_on_host
-    return finish_on_host(decoded, size, transform)
+    pixels = tuple(frame.rgb() if isinstance(frame, Planes) else frame for frame in decoded.frames)
+    return finish_on_host(replace(decoded, frames=pixels), size, transform)
 
 
-def _cut(decoded: DecodedClip, transform: Transform) -> tuple[Pixels, ...]:
-    """The frames in runs of equal size; nothing is copied."""
-    runs: list[Pixels] = []
+def _cut(decoded: DecodedClip[Any], transform: Transform) -> tuple[Pixels, ...]:
+    """The frames in runs of equal size and kind; nothing is copied."""
+    runs: list[tuple[Cut, list[Any]]] = []
     for frame in decoded.frames:
-        whole = frame.shape[:2]
-        if not runs or runs[-1].whole != whole:
-            runs.append(Pixels([], whole, transform.looks_at(*whole)))
-        part = runs[-1].window
-        assert isinstance(runs[-1].frames, list)
-        runs[-1].frames.append(frame[part.top : part.top + part.height, part.left : part.left + part.width])
-    return tuple(runs)
+        window = transform.looks_at(*frame.shape[:2])
+        if isinstance(frame, Planes):
+            cut = Cut(frame.shape, even(window), frame.colours)
+            part: NDArray[np.uint8] | Planes = frame.cut(cut.window)
+        else:
+            cut = Cut(frame.shape[:2], window)
+            part = frame[window.top : window.top + window.height, window.left : window.left + window.width]
+        if not runs or runs[-1][0] != cut:
+            runs.append((cut, []))
+        runs[-1][1].append(part)
+    return tuple(Pixels(parts, cut) for cut, parts in runs)

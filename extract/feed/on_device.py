@@ -9,10 +9,13 @@ Shape legend: F frames of one size, H x W pixels of a whole frame, h x w of the 
 
 import functools
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from egopatch.extract.feed.clips import Cut
+from egopatch.extract.video.planes import Colours
 from egopatch.extract.video.transforms import Transform, Window
 
 _SIZES = 64  # of frames whose weights are kept: 2 MB each at 1920x1080
@@ -34,28 +37,42 @@ class DeviceTransform:
         self._mean = torch.tensor(transform.mean, device=device).view(3, 1, 1)
         self._std = torch.tensor(transform.std, device=device).view(3, 1, 1)
         self._stages = functools.lru_cache(_SIZES)(self._find_stages)
+        self._tables = functools.lru_cache(_SIZES)(self._find_tables)
 
     @torch.inference_mode()
-    def __call__(self, pixels: Tensor, whole: tuple[int, int], window: Window) -> Tensor:
+    def __call__(self, pixels: Tensor, cut: Cut) -> Tensor:
         """Transform frames of one size.
 
         How many there are decides how a device rounds, so that clips which must not depend on each other come in the
         same number each time.
 
         Args:
-            pixels: uint8 [F, h, w, 3], the part `window` of each frame.
-            whole: (H, W).
-            window: As `Transform.looks_at(H, W)`.
+            pixels: uint8 [F, h, w, 3], or planes as `Planes.copy_to` leaves them, [F, 3 / 2 h w].
+            cut: How the frames were cut; the window must contain what the transform looks at.
 
         Returns:
             float32 [F, 3, S, S], the normalised input.
         """
-        x = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-        for rows, columns in self._stages(whole, window):
+        x = pixels.permute(0, 3, 1, 2) if cut.colours is None else self._rgb(pixels, cut.window, cut.colours)
+        x = x.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+        for rows, columns in self._stages(cut.whole, cut.window):
             x = rows @ x @ columns.T
             if self._transform.resampling == "bicubic":
                 x = x.clamp_(0, 1)
         return x.sub_(self._mean).div_(self._std)
+
+    def _rgb(self, planes: Tensor, window: Window, colours: Colours) -> Tensor:
+        """`Planes.rgb` of each frame, float32 [F, 3, h, w]: float32 holds the whole numbers exactly."""
+        height, width = window.height, window.width
+        y, u, v = planes.split([height * width, height * width // 4, height * width // 4], dim=1)
+        of_y, v_to_r, u_to_g, v_to_g, u_to_b = self._tables(colours)
+        green = _looked_up(u_to_g, u) + _looked_up(v_to_g, v)
+        chroma = torch.stack([_looked_up(v_to_r, v), green, _looked_up(u_to_b, u)], dim=1)
+        luma = _looked_up(of_y, y).view(-1, 1, height // 2, 2, width // 2, 2)
+        return (luma + chroma.view(-1, 3, height // 2, 1, width // 2, 1)).clamp_(0, 255).view(-1, 3, height, width)
+
+    def _find_tables(self, colours: Colours) -> Tensor:
+        return torch.from_numpy(colours.array().astype(np.float32)).to(self._device)
 
     def _find_stages(self, whole: tuple[int, int], window: Window) -> tuple[tuple[Tensor, Tensor], ...]:
         """(weights of rows, weights of columns) of each resizing; cubic ones are clamped in between, others merged."""
@@ -85,3 +102,8 @@ class DeviceTransform:
         mode, antialias = self._transform.resampling, self._transform.antialias
         size = (target, extent)
         return F.interpolate(unit[None, None], size, mode=mode, align_corners=False, antialias=antialias)[0, 0].double()
+
+
+def _looked_up(table: Tensor, content: Tensor) -> Tensor:
+    """table[content], [F, bytes]; indexing would turn the bytes into 64-bit numbers first."""
+    return table.index_select(0, content.flatten().int()).view(content.shape)

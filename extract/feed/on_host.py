@@ -29,7 +29,7 @@ def prepare_clip(
     return read_clip(clip, video, once, partial(finish_on_host, size=video.size, transform=transform))
 
 
-def finish_on_host(decoded: DecodedClip, size: int, transform: Transform) -> NDArray[np.float32]:
+def finish_on_host(decoded: DecodedClip[NDArray[np.uint8]], size: int, transform: Transform) -> NDArray[np.float32]:
     """[T, 3, size, size], the network's input."""
     return to_input(decoded.frames, size, transform).numpy()
 

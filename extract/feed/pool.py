@@ -23,13 +23,13 @@ from typing import Generic, TypeVar
 from pebble import ProcessExpired, ProcessFuture
 
 from egopatch.configs.schema import VideoConfig
+from egopatch.extract.children.limits import OUT_OF_MEMORY, OUT_OF_TIME, limits, prepare_child
 from egopatch.extract.children.slots import SharedSlots, inherit, inherited
 from egopatch.extract.children.spawned import SpawnedPool
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.clips import PreparedClip, PreparedTogether, SharedClip, SharedTogether
 from egopatch.extract.feed.shared_folder import SharedFolder
 from egopatch.extract.video.index import VideoError
-from egopatch.extract.video.limits import OUT_OF_MEMORY, OUT_OF_TIME, limits, prepare_child
 from egopatch.extract.video.once import OncePerVideo
 
 NICENESS = 5

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
@@ -9,20 +10,26 @@ from egopatch.extract.feed.clips import Frames, PreparedTogether, read_clip
 from egopatch.extract.video.frames import DecodedClip
 from egopatch.extract.video.once import OncePerVideo
 
-Finish = Callable[[DecodedClip], Frames]
+Finish = Callable[[DecodedClip[Any]], Frames]
 
 
 def prepare_together(
-    clip: Clip, video: VideoConfig, once: OncePerVideo, *, finishes: Sequence[Finish], ways: Sequence[int]
+    clip: Clip,
+    video: VideoConfig,
+    once: OncePerVideo,
+    *,
+    finishes: Sequence[Finish],
+    ways: Sequence[int],
+    as_planes: bool,
 ) -> PreparedTogether:
     """Decode one clip in this process and prepare it by each of `finishes`; encoder n takes the one `ways[n]`."""
     others: list[Frames] = []
 
-    def finish(decoded: DecodedClip) -> Frames:
+    def finish(decoded: DecodedClip[Any]) -> Frames:
         first, *rest = (one(decoded) for one in finishes)
         others.extend(rest)
         return first
 
-    prepared = read_clip(clip, video, once, finish)
+    prepared = read_clip(clip, video, once, finish, as_planes)
     parts = (prepared, *(replace(prepared, frames=frames) for frames in others))
     return PreparedTogether(parts, tuple(ways))

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import dropwhile
 from pathlib import Path
+from typing import Any
 
 import av
 import av.logging
@@ -24,6 +25,7 @@ import numpy as np
 from av.stream import Disposition
 from numpy.typing import NDArray
 
+from egopatch.extract.children.limits import reading_through
 from egopatch.extract.video.index import (
     FrameIndex,
     LogLine,
@@ -34,13 +36,14 @@ from egopatch.extract.video.index import (
     index_of_packets,
     pts_of,
 )
-from egopatch.extract.video.limits import reading_through
 from egopatch.extract.video.nvdec import accelerator, refusal, uses_gpu
 from egopatch.extract.video.once import FileVersion, OncePerVideo, version_of
 from egopatch.extract.video.orientation import Upright
+from egopatch.extract.video.planes import Planes
 
 KEPT_BYTES = 32 * 2**20  # smaller files are read once, for the index and for the decoder
 Shrink = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+Found = dict[int, Any]  # row -> what is made of its frame
 NOT_THE_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
 
 
@@ -81,7 +84,7 @@ class VideoFile:
         self._logged = logged
         self._version = version
         self._once = once
-        self._shrink: Shrink | None = None
+        self._finish: Callable[[av.VideoFrame], Any] = self._upright
         self._packets: list[av.Packet[av.VideoStream]] = []
         index = None
         if not once.has("index of frames", version):
@@ -109,12 +112,24 @@ class VideoFile:
             UnclearPackets: The packets did not tell which frames the video shows.
             VideoError: One of the frames is damaged.
         """
+
+        def shrunk(frame: "av.VideoFrame") -> NDArray[np.uint8]:
+            pixels = self._upright(frame)
+            return shrink(pixels) if shrink else pixels
+
+        return self._decoded(rows, shrunk)
+
+    def planes(self, rows: NDArray[np.int64]) -> list[Planes | NDArray[np.uint8]]:
+        """As `pixels`, where frames that are upright stay as they are decoded, if `extract.video.planes` knows how."""
+        return self._decoded(rows, self._upright.planes)
+
+    def _decoded(self, rows: NDArray[np.int64], finish: Callable[["av.VideoFrame"], Any]) -> list[Any]:
         for row in rows[self.index.damaged[rows]].tolist():
             raise self._damaged(row)
         if self._on_gpu:
             self._require_gpu_decoding()
-        self._shrink = shrink
-        found: dict[int, NDArray[np.uint8]] = {}
+        self._finish = finish
+        found: Found = {}
         missing = np.unique(rows)
         while len(missing):
             keys = self.index.keys_before(missing)
@@ -126,9 +141,7 @@ class VideoFile:
             missing = np.array([row for row in missing.tolist() if row not in found], np.int64)
         return [found[row] for row in rows.tolist()]
 
-    def _decode_from_earlier(
-        self, key: int, rows: NDArray[np.int64], found: dict[int, NDArray[np.uint8]], stop: _Stop
-    ) -> None:
+    def _decode_from_earlier(self, key: int, rows: NDArray[np.int64], found: Found, stop: _Stop) -> None:
         """Add the frames at `rows` to `found`, decoded from a key frame before `key`, from where decoding stopped."""
         back = 1
         while back <= key:
@@ -147,7 +160,7 @@ class VideoFile:
             raise self._damaged(last.row)
         raise UnclearPackets(f"video {self.path} shows other frames than its packets promise; convert it to mp4")
 
-    def _decode_from(self, key: int, rows: NDArray[np.int64], found: dict[int, NDArray[np.uint8]]) -> _Stop | None:
+    def _decode_from(self, key: int, rows: NDArray[np.int64], found: Found) -> _Stop | None:
         """As `_decode`, from a key frame of the index."""
         pts, dts, row = self.index.keys[key].tolist()
         if self.index.disposable is not None and self._decode_needed(pts, dts, row, rows, found):
@@ -175,9 +188,7 @@ class VideoFile:
             if started:
                 return
 
-    def _decode_needed(
-        self, pts: int, dts: int, first_row: int, rows: NDArray[np.int64], found: dict[int, NDArray[np.uint8]]
-    ) -> bool:
+    def _decode_needed(self, pts: int, dts: int, first_row: int, rows: NDArray[np.int64], found: Found) -> bool:
         """Add the frames at `rows` to `found`, decoded from a key frame without the packets that they do not need.
 
         Returns:
@@ -206,7 +217,7 @@ class VideoFile:
                     return False
                 last = shown
                 if shown in missing:
-                    found[shown] = self._finished(frame)
+                    found[shown] = self._finish(frame)
                     missing.remove(shown)
                 if not missing:
                     return True
@@ -234,7 +245,7 @@ class VideoFile:
         packets: Iterable["av.Packet[av.VideoStream]"],
         first_row: int | None,
         rows: NDArray[np.int64],
-        found: dict[int, NDArray[np.uint8]],
+        found: Found,
     ) -> _Stop | None:
         """Decode `packets`, compare their frames with the index, and add those at `rows` to `found`.
 
@@ -278,15 +289,11 @@ class VideoFile:
                 if row in wanted:
                     if index.sums is not None and checksum(frame) != index.sums[row]:
                         return _Stop(row, is_damaged=False)
-                    found[row] = self._finished(frame)
+                    found[row] = self._finish(frame)
                 if row == rows[-1]:
                     return None
                 row += 1
         return _Stop(int(rows[0]) if row is None else row, is_damaged=False)
-
-    def _finished(self, frame: "av.VideoFrame") -> NDArray[np.uint8]:
-        pixels = self._upright(frame)
-        return self._shrink(pixels) if self._shrink else pixels
 
     def _require_gpu_decoding(self) -> None:
         """Decode the first key frame: a unit that does not know a codec or a format refuses every frame of it."""

@@ -1,6 +1,8 @@
 """Video file -> the T frames of a clip, chosen by a deterministic rule."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,27 +13,34 @@ from egopatch.extract.video.container import UnclearPackets, VideoFile, open_vid
 from egopatch.extract.video.decord_frames import decord_pixels
 from egopatch.extract.video.index import FrameIndex, VideoError
 from egopatch.extract.video.once import OncePerVideo
+from egopatch.extract.video.planes import Planes
 
 # A frame rate is constant if its gaps differ by less than this share of a frame; containers round timestamps.
 CONSTANT_RATE_TOLERANCE = 0.25
 
 
+Picture = TypeVar("Picture", bound=NDArray[np.uint8] | Planes)
+
+
 @dataclass(frozen=True)
-class DecodedClip:
+class DecodedClip(Generic[Picture]):
     """The frames of one clip.
 
     Attributes:
-        frames: T frames, each [H, W, 3] uint8, RGB, upright; sizes may differ where the video changes its size.
+        frames: T frames, each [H, W, 3] uint8, RGB, upright, or as planes; sizes may differ where the video changes
+            its size.
         timestamps: [T] float32, seconds from the clip's start.
         times_s: [T] float64, seconds from the file's start.
     """
 
-    frames: tuple[NDArray[np.uint8], ...]
+    frames: tuple[Picture, ...]
     timestamps: NDArray[np.float32]
     times_s: NDArray[np.float64]
 
     def __post_init__(self) -> None:
         for frame in self.frames:
+            if isinstance(frame, Planes):
+                continue
             if frame.ndim != 3 or frame.shape[-1] != 3 or frame.dtype != np.uint8:
                 raise ValueError(f"frames has one of {frame.dtype} {frame.shape}; expected uint8 [H, W, 3]")
         for name, times in (("timestamps", self.timestamps), ("times_s", self.times_s)):
@@ -74,7 +83,7 @@ def has_varying_rate(starts_s: NDArray[np.float64]) -> bool:
     return len(gaps) > 0 and bool(np.ptp(gaps) > CONSTANT_RATE_TOLERANCE * np.median(gaps))
 
 
-def read_frames(clip: Clip, video: VideoConfig, once: OncePerVideo | None = None) -> DecodedClip:
+def read_frames(clip: Clip, video: VideoConfig, once: OncePerVideo | None = None) -> DecodedClip[NDArray[np.uint8]]:
     """Decode the frames of `clip`; `once` remembers the frame index of its video for other clips.
 
     FFmpeg runs in this process, where a damaged file may make it hang; jobs therefore call this function in a child
@@ -84,24 +93,39 @@ def read_frames(clip: Clip, video: VideoConfig, once: OncePerVideo | None = None
         VideoError: The file is missing, unreadable, empty, not a video, damaged or truncated within the clip, has no
             frame there, or has fewer than `video.frames` and `video.short` is `quarantine`.
     """
+    return _opened_and_read(clip, video, once, as_planes=False)
+
+
+def read_planes(
+    clip: Clip, video: VideoConfig, once: OncePerVideo | None = None
+) -> DecodedClip[NDArray[np.uint8] | Planes]:
+    """As `read_frames`, but frames whose colours need not be converted yet stay as the decoder left them."""
+    return _opened_and_read(clip, video, once, as_planes=True)
+
+
+def _opened_and_read(clip: Clip, video: VideoConfig, once: OncePerVideo | None, as_planes: bool) -> DecodedClip[Any]:
     with open_video(clip.video, once, on_gpu=video.decoder == "nvdec") as file:
         try:
-            return _read(clip, video, file)
+            return _read(clip, video, file, as_planes)
         except UnclearPackets:
             file.decode_through()
-            return _read(clip, video, file)
+            return _read(clip, video, file, as_planes)
 
 
-def _read(clip: Clip, video: VideoConfig, file: VideoFile) -> DecodedClip:
+def _read(clip: Clip, video: VideoConfig, file: VideoFile, as_planes: bool) -> DecodedClip[Any]:
     index = file.index
     rows = rows_within(clip, index)
     chosen = rows[positions(clip, index, rows, video)]
-    frames = decord_pixels(file, chosen) if video.decoder == "decord" else file.pixels(chosen)
+    frames: Sequence[NDArray[np.uint8] | Planes]
+    if video.decoder == "decord":
+        frames = decord_pixels(file, chosen)
+    else:
+        frames = file.planes(chosen) if as_planes else file.pixels(chosen)
     start_s = index.starts_s[rows[0]] if clip.start_s is None else clip.start_s
     times_s = index.starts_s[chosen]
     missing = video.frames - len(chosen)
     if missing > 0:  # video.short is zeros: black frames at the end, as in the published loader
-        frames += [np.zeros_like(frames[-1])] * missing
+        frames = [*frames, *[np.zeros((*frames[-1].shape[:2], 3), np.uint8)] * missing]
         times_s = np.concatenate([times_s, np.repeat(times_s[-1:], missing)])
     return DecodedClip(tuple(frames), (times_s - start_s).astype(np.float32), times_s)
 

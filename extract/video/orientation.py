@@ -5,10 +5,12 @@ from pathlib import Path
 import av
 import av.filter
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from egopatch.extract.video.index import VideoError
 from egopatch.extract.video.nvdec import downloaded
+from egopatch.extract.video.planes import Planes, planes_of, to_rgb
 
 
 class Upright:
@@ -22,6 +24,7 @@ class Upright:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._matrices: dict[int, bytes | None] = {}
+        self._reformatter = VideoReformatter()
 
     def __call__(self, frame: "av.VideoFrame") -> NDArray[np.uint8]:
         """The frame's pixels as uint8 [H, W, 3], upright. Pixels that are not square stay as they are stored.
@@ -30,10 +33,21 @@ class Upright:
             VideoError: The display matrix turns the frame by an angle that is no multiple of 90 degrees.
         """
         frame = downloaded(self._path, frame)  # with its side data, which no filter can remove on a GPU
-        pixels = frame.to_ndarray(format="rgb24", threads=1)
+        return self._turned(to_rgb(frame, self._reformatter), frame)
+
+    def planes(self, frame: "av.VideoFrame") -> Planes | NDArray[np.uint8]:
+        """The frame as the decoder left it if it is upright and its planes say all; else as above, with its errors."""
+        frame = downloaded(self._path, frame)
+        planes = planes_of(frame) if self._matrix(frame) is None else None
+        return self(frame) if planes is None else planes
+
+    def _matrix(self, frame: "av.VideoFrame") -> bytes | None:
         if frame.rotation not in self._matrices:
             self._matrices[frame.rotation] = _display_matrix(frame)
-        matrix = self._matrices[frame.rotation]
+        return self._matrices[frame.rotation]
+
+    def _turned(self, pixels: NDArray[np.uint8], frame: "av.VideoFrame") -> NDArray[np.uint8]:
+        matrix = self._matrix(frame)
         if matrix is None:
             return pixels
         # (x, y) is shown at (a x + c y, b x + d y); 16.16 fixed point.

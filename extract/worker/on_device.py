@@ -24,9 +24,9 @@ from torch import Tensor
 from egopatch.extract.encoders import VideoEncoder
 from egopatch.extract.encoders.layers.graphs import ReplayedEncoder, capture_cuda
 from egopatch.extract.errors import JobFailed
-from egopatch.extract.feed.clips import Pixels, PreparedClip
+from egopatch.extract.feed.clips import Cut, Pixels, PreparedClip
 from egopatch.extract.feed.on_device import DeviceTransform
-from egopatch.extract.video.transforms import Transform, Window
+from egopatch.extract.video.transforms import Transform
 from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
 from egopatch.extract.worker.results import ResultMemory
 from egopatch.features.values.spec import PatchTokens, StoredDtype
@@ -41,17 +41,16 @@ _PINNED_STEP = 1 << 20
 
 @dataclass
 class _Group:
-    """Clips with frames of one size, next to each other on the device.
+    """Clips with frames of one size and kind, next to each other on the device.
 
     Attributes:
-        pixels: uint8 [clips, F, h, w, 3]; those of clips that never came are whatever the memory holds.
-        whole, window: As in `Pixels`.
+        pixels: uint8 [clips, F, ...], as in `Pixels`; those of clips that never came are whatever the memory holds.
+        cut: How their frames were cut.
         places: Number of each clip in the batch.
     """
 
     pixels: Tensor
-    whole: tuple[int, int]
-    window: Window
+    cut: Cut
     places: list[int] = field(default_factory=list)
 
     @property
@@ -172,14 +171,15 @@ class DeviceEncoder(BatchEncoder):
     def _group_for(self, run: Pixels, frames: Tensor) -> _Group:
         """A group with room for these frames."""
         for group in reversed(self._received.groups):
-            if (group.pixels.shape[1:], group.whole, group.window) == (frames.shape, run.whole, run.window):
+            if (group.pixels.shape[1:], group.cut) == (frames.shape, run.cut):
                 if group.is_full:
                     break
                 return group
         # The number depends on nothing but the size, so neither do the bits of what comes out.
-        count = min(_SIDE_BY_SIDE, max(_SMALL // (4 * frames.numel()), 1))
+        window = run.cut.window
+        count = min(_SIDE_BY_SIDE, max(_SMALL // (4 * len(frames) * 3 * window.height * window.width), 1))
         pixels = torch.empty((count, *frames.shape), dtype=torch.uint8, device=self._device)
-        self._received.groups.append(_Group(pixels, run.whole, run.window))
+        self._received.groups.append(_Group(pixels, run.cut))
         return self._received.groups[-1]
 
     def _held(self) -> int:
@@ -251,7 +251,7 @@ class DeviceEncoder(BatchEncoder):
             self._frames = torch.empty((self.size, steps, 3, side, side), dtype=dtype, device=self._device)
         frames_btchw = self._frames
         for group in received.groups:
-            inputs = self._transform(group.pixels.flatten(0, 1), group.whole, group.window).unflatten(0, (-1, steps))
+            inputs = self._transform(group.pixels.flatten(0, 1), group.cut).unflatten(0, (-1, steps))
             first, count = group.places[0], len(group.places)
             if group.places == list(range(first, first + count)):
                 frames_btchw[first : first + count] = inputs[:count]
@@ -262,7 +262,7 @@ class DeviceEncoder(BatchEncoder):
             first = 0
             for tensor, pixels in runs:
                 target = frames_btchw[place, first : first + len(tensor)]
-                target.copy_(tensor if pixels is None else self._transform(tensor, pixels.whole, pixels.window))
+                target.copy_(tensor if pixels is None else self._transform(tensor, pixels.cut))
                 first += len(tensor)
         frames_btchw[received.clips :] = frames_btchw[received.clips - 1]
 

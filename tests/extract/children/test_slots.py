@@ -28,8 +28,10 @@ from egopatch.extract.feed.pool import TOGETHER, DecodePool, UndecodedClip
 from egopatch.extract.feed.shared_folder import SharedFolder
 from egopatch.extract.video.frames import DecodedClip, read_frames
 from egopatch.extract.video.once import OncePerVideo
+from egopatch.extract.video.planes import even
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 from tests.extract.feed.children import die_or_prepare
+from tests.extract.video.test_planes import rgb_of
 from tests.extract.video.videos import write_video
 
 CHILDREN = (sys.executable, "-m", "tests.extract.feed.children")
@@ -83,10 +85,11 @@ def test_cut_pixels_are_the_frames_own(video: Path) -> None:
         (result,) = pool.map([Clip("a", video)])
     assert isinstance(result, PreparedClip)
     (run,) = result.frames
-    part = EGOVLP_TRANSFORM.looks_at(*run.whole)
-    assert run.window == part
+    part = even(EGOVLP_TRANSFORM.looks_at(*run.cut.whole))
+    assert run.cut.window == part
     rows, columns = slice(part.top, part.top + part.height), slice(part.left, part.left + part.width)
-    assert np.array_equal(run.frames, np.stack(decoded.frames)[:, rows, columns])
+    assert np.array_equal(rgb_of(run), np.stack(decoded.frames)[:, rows, columns])
+    assert run.frames.nbytes == np.stack(decoded.frames)[:, rows, columns].nbytes // 2
 
 
 def test_frames_that_do_not_fit_come_transformed(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
-"""How much shared memory the decoders of a job get."""
+"""What the decoders of a job leave for their encoders, and how much shared memory they get."""
 
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,8 +9,11 @@ import psutil
 import pytest
 
 from egopatch.configs.schema import VideoConfig
+from egopatch.extract.datasets import Clip
 from egopatch.extract.feed import decoders
+from egopatch.extract.feed.clips import PreparedTogether
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
+from tests.extract.video.videos import write_video
 
 FREE = 10**9
 VIDEO = VideoConfig(frames=4, size=32)
@@ -43,3 +48,16 @@ def test_plenty_of_memory_gives_each_frame_its_largest_size(
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**15))
     decoders.open_decoders(VIDEO, EGOVLP_TRANSFORM, 2, 40, cut=True)
     assert made[0][1] == 4 * 3 * decoders.LARGEST_SIDE**2 + 4 * decoders.ALIGNMENT
+
+
+@pytest.mark.parametrize("cuts", [(True, True), (True, False)])
+def test_colours_are_converted_once_if_one_encoder_needs_it(cuts: tuple[bool, bool], tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4")
+    other = replace(EGOVLP_TRANSFORM, short_side=48)
+    encoders = [(VIDEO, transform, cut) for transform, cut in zip((EGOVLP_TRANSFORM, other), cuts, strict=True)]
+    with decoders.open_decoders_of_several(encoders, 1, 2) as pool:
+        (found,) = pool.map([Clip("a", path)])
+    assert isinstance(found, PreparedTogether)
+    first, second = (part.frames for part in found.parts)
+    assert [run.cut.colours is not None for run in first] == [all(cuts)]
+    assert isinstance(second, tuple) == cuts[1]

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from egopatch.extract.encoders.networks import lite
+from egopatch.extract.feed.clips import Cut
 from egopatch.extract.feed.on_device import DeviceTransform
 from egopatch.extract.feed.on_host import to_input
+from egopatch.extract.video.planes import Planes, even, find_colours
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform
 
 SIZES = [
@@ -30,7 +32,7 @@ def difference(transform: Transform, height: int, width: int, device: torch.devi
     window = transform.looks_at(height, width)
     cut = frames[:, window.top : window.top + window.height, window.left : window.left + window.width]
     out = torch.full((1, 3, 224, 224), torch.nan, device=device)
-    out.copy_(DeviceTransform(transform, 224, device)(torch.from_numpy(cut).to(device), (height, width), window))
+    out.copy_(DeviceTransform(transform, 224, device)(torch.from_numpy(cut).to(device), Cut((height, width), window)))
     return float((out.cpu() - to_input(list(frames), 224, transform)).abs().max())
 
 
@@ -43,6 +45,27 @@ def test_the_published_transform(height: int, width: int, device: torch.device) 
 def test_other_filters_and_crops(transform: Transform, device: torch.device) -> None:
     for height, width in itertools.product((97, 256, 480), (131, 256, 720)):
         assert difference(transform, height, width, device) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(240, 320), (720, 1280), (256, 456), (64, 96)])
+def test_planes_give_the_bits_that_their_pixels_give(size: tuple[int, int], device: torch.device) -> None:
+    rng = np.random.default_rng(0)
+    height, width = size
+    colours = find_colours("yuv420p", 1, 1, width, height)
+    assert colours is not None
+    window = even(EGOVLP_TRANSFORM.looks_at(*size))
+    shapes = ((height, width), (height // 2, width // 2), (height // 2, width // 2))
+    frames = [Planes(*(rng.integers(0, 256, shape, np.uint8) for shape in shapes), colours) for _ in range(2)]  # type: ignore[misc]
+    parts = [frame.cut(window) for frame in frames]
+    memory = np.empty((2, parts[0].nbytes), np.uint8)
+    for part, row in zip(parts, memory, strict=True):
+        part.copy_to(row)
+    transform = DeviceTransform(EGOVLP_TRANSFORM, 224, device)
+    found = transform(torch.from_numpy(memory).to(device), Cut(size, window, colours))
+    pixels = torch.from_numpy(np.stack([part.rgb() for part in parts]))
+    assert torch.equal(found, transform(pixels.to(device), Cut(size, window)))
+    expected = to_input([frame.rgb() for frame in frames], 224)
+    assert float((found.cpu() - expected).abs().max()) < 1e-5
 
 
 def test_only_what_the_transform_looks_at_is_kept() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
+from egopatch.extract.video import orientation
 from egopatch.extract.video.container import open_video
 from egopatch.extract.video.frames import DecodedClip, VideoError, read_frames, uniform_indices
 from egopatch.extract.video.orientation import Upright
@@ -142,13 +143,14 @@ def test_a_rotated_file_is_turned_upright(matrix: tuple[int, ...], shown: list[l
     np.testing.assert_allclose(corners, np.array(shown)[None, :, :, None].repeat(3, -1).repeat(2, 0), atol=4)
 
 
-def test_a_video_that_is_turned_from_some_frame_on(tmp_path: Path) -> None:
+def test_a_video_that_is_turned_from_some_frame_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = quadrants(0, (96, 64))
+    monkeypatch.setattr(orientation, "to_rgb", lambda *_: pixels)
 
     def frame(rotation: int, *matrix: int) -> object:
         side_data = {"DISPLAYMATRIX": np.array(matrix, "<i4").tobytes()} if matrix else {}
         of_cpu = SimpleNamespace(name="yuv420p")
-        return SimpleNamespace(format=of_cpu, rotation=rotation, side_data=side_data, to_ndarray=lambda **_: pixels)
+        return SimpleNamespace(format=of_cpu, rotation=rotation, side_data=side_data)
 
     turned = frame(-90, 0, 1 << 16, 0, -1 << 16, 0)
     upright = Upright(tmp_path / "a.mp4")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from egopatch.configs.schema import VideoConfig
+from egopatch.extract.children.limits import SLOWEST_BYTES_PER_S, clock_stopped, limits, reading_through
 from egopatch.extract.video import once
 from egopatch.extract.video.index import VideoError
-from egopatch.extract.video.limits import SLOWEST_BYTES_PER_S, clock_stopped, limits, reading_through
 from egopatch.extract.video.once import FileVersion, OncePerVideo
 from tests.features.faults import fork
 

@@ -17,7 +17,7 @@ from egopatch.extract.children.slots import SharedSlots
 from egopatch.extract.datasets import Clip
 from egopatch.extract.encoders import find_network, load_video_encoder
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
-from egopatch.extract.feed.clips import Pixels, PreparedClip, SharedClip
+from egopatch.extract.feed.clips import Cut, Pixels, PreparedClip, SharedClip
 from egopatch.extract.feed.on_host import to_input
 from egopatch.extract.video.frames import read_frames
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
@@ -59,9 +59,9 @@ class Slots:
         for frame in frames:
             window = EGOVLP_TRANSFORM.looks_at(*frame.shape[:2])
             part = frame[window.top : window.top + window.height, window.left : window.left + window.width]
-            runs.append(Pixels([part], frame.shape[:2], window))
+            runs.append(Pixels([part], Cut(frame.shape[:2], window)))
         if len(set(sizes)) == 1:
-            runs = [Pixels([run.frames[0] for run in runs], runs[0].whole, runs[0].window)]
+            runs = [Pixels([run.frames[0] for run in runs], runs[0].cut)]
         return self._left(name, tuple(runs))
 
     def finished(self, name: str, size: tuple[int, int]) -> PreparedClip:

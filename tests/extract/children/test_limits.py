@@ -4,7 +4,7 @@ import resource
 
 import pytest
 
-from egopatch.extract.video import limits
+from egopatch.extract.children import limits
 
 
 @pytest.mark.parametrize(("hard", "lowered"), [(resource.RLIM_INFINITY, True), (1 << 60, True), (1 << 20, False)])
