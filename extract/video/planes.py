@@ -99,8 +99,10 @@ def even(window: Window) -> Window:
 
 def planes_of(frame: "av.VideoFrame") -> Planes | None:
     """The frame's planes in the decoder's memory; None if its colours are no sums of what the planes contribute."""
+    if frame.interlaced_frame:  # lines of one field share colours
+        return None
     colours = find_colours(frame.format.name, frame.colorspace, frame.color_range, frame.width, frame.height)
-    if colours is None:
+    if colours is None or any(plane.line_size < 0 for plane in frame.planes):  # the last line comes first
         return None
     planes = zip(frame.planes, _shapes(frame.width, frame.height), strict=True)
     y, u, v = (

@@ -1,8 +1,10 @@
 """Frames that stay as they were decoded have the pixels that FFmpeg makes of them."""
 
+from fractions import Fraction
 from pathlib import Path
 
 import av
+import av.filter
 import numpy as np
 import pytest
 from av.video.reformatter import ColorRange
@@ -76,10 +78,13 @@ def test_frames_of_any_even_size_keep_their_pixels(size: tuple[int, int], tmp_pa
         ((97, 64), "yuv444p", "libx264"),
         ((97, 63), "yuv420p", "ffv1"),  # odd sizes share the colours of the last line and column
         ((96, 64), "bgr0", "ffv1"),
+        ((96, 64), "yuv420p", "interlaced"),
     ],
 )
 def test_other_frames_become_rgb(size: tuple[int, int], pix_fmt: str, codec: str, tmp_path: Path) -> None:
     options = {} if codec == "ffv1" else {"crf": "10"}
+    if codec == "interlaced":
+        codec, options = "libx264", {"flags": "+ildct+ilme", "x264-params": "tff=1"}
     path = tmp_path / "a.mkv"
     write_video(path, frames=4, size=size, draw=noise, pix_fmt=pix_fmt, codec=codec, options=options)
     config = VideoConfig(frames=2)
@@ -88,6 +93,16 @@ def test_other_frames_become_rgb(size: tuple[int, int], pix_fmt: str, codec: str
     for frame, pixels in zip(found, expected, strict=True):
         assert isinstance(frame, np.ndarray)
         assert np.array_equal(frame, pixels)
+
+
+def test_lines_in_reverse_become_rgb() -> None:
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=96, height=64, format="yuv420p", time_base=Fraction(1, 15))
+    graph.link_nodes(source, graph.add("vflip"), graph.add("buffersink")).configure()
+    graph.push(av.VideoFrame.from_ndarray(noise(0, (96, 64)), format="rgb24").reformat(format="yuv420p"))
+    flipped = graph.pull()
+    assert flipped.planes[0].line_size < 0
+    assert planes.planes_of(flipped) is None
 
 
 def test_a_turned_video_becomes_rgb(tmp_path: Path) -> None:
