@@ -195,7 +195,8 @@ def _read_back(
                     "nothing was committed: check the disk"
                 )
 
-    names = list(rows)
-    parts = [(array, names[i::_THREADS]) for array in target.spec.arrays for i in range(_THREADS)]
+    # Rows that follow one another, which the system reads ahead.
+    names, count = list(rows), -(-len(rows) // _THREADS)
+    parts = [(array, names[i : i + count]) for array in target.spec.arrays for i in range(0, len(names), count)]
     for compared in [threads.submit(compare, array, part) for array, part in parts]:
         compared.result()
