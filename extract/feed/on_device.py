@@ -54,7 +54,7 @@ class DeviceTransform:
             float32 [F, 3, S, S], the normalised input.
         """
         x = pixels.permute(0, 3, 1, 2) if cut.colours is None else self._rgb(pixels, cut.window, cut.colours)
-        x = x.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+        x = x.to(torch.float32, memory_format=torch.contiguous_format)
         for rows, columns in self._stages(cut.whole, cut.window):
             x = rows @ x @ columns.T
             if self._transform.resampling == "bicubic":
@@ -75,13 +75,17 @@ class DeviceTransform:
         return torch.from_numpy(colours.array().astype(np.float32)).to(self._device)
 
     def _find_stages(self, whole: tuple[int, int], window: Window) -> tuple[tuple[Tensor, Tensor], ...]:
-        """(weights of rows, weights of columns) of each resizing; cubic ones are clamped in between, others merged."""
+        """(weights of rows, weights of columns) of each resizing; cubic ones are clamped in between, others merged.
+
+        The first take levels of 0 to 255 to [0, 1]: dividing all pixels would be another pass over them.
+        """
         resized = self._transform.resized(*whole)
         crop = self._transform.crop(*resized)
         rows = self._weights(whole[0], resized[0], crop.top, crop.height, window.top, window.height)
         columns = self._weights(whole[1], resized[1], crop.left, crop.width, window.left, window.width)
         if self._transform.resampling != "bicubic":
             rows, columns = [rows[1] @ rows[0]], [columns[1] @ columns[0]]
+        rows[0] = rows[0] / 255
         return tuple(
             (row.float().to(self._device), column.float().to(self._device))
             for row, column in zip(rows, columns, strict=True)
