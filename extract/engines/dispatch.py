@@ -59,7 +59,8 @@ def encode_with_engine(
             missing = {clip_id for work in left for clip_id in work.ids}
             done = [clip_id for work in works for clip_id in work.ids if clip_id not in missing]
             bad = store.quarantine.keys() & done
-            stats += JobStats(len(done) - len(bad), len(bad))
+            committed = len(done) - len(bad)
+            stats += JobStats(committed, len(bad), untimed=committed)
             works = left
             if not works:
                 return stats

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from egopatch.configs.schema import ConfigError
-from egopatch.extract.worker.job_stats import Stages, jobs_path, read_jobs, stats_of
+from egopatch.extract.worker.job_stats import JobStats, jobs_path, read_jobs, stats_of
 from egopatch.features import StoreSpec
 from egopatch.features.common.units import format_bytes
 from egopatch.features.formats.registry import format_named
@@ -61,11 +61,10 @@ class Forecast:
 
 def measured_cost(store: Path | str) -> ClipCost | None:
     """Mean cost over all jobs on `store` that were measured; None if there were none."""
-    jobs = [stats for job in read_jobs(store) if (stats := stats_of(job)).stages.total_s]  # 0 where all workers died
-    clips = sum(stats.committed for stats in jobs)
+    jobs = sum((stats_of(job) for job in read_jobs(store)), JobStats())
+    clips, spent = jobs.timed, jobs.stages
     if not clips:
         return None
-    spent = sum((stats.stages for stats in jobs), Stages())
     return ClipCost(
         encode_s=(spent.busy_s or spent.encode_s) / clips,
         decode_s=spent.decode_s / clips,

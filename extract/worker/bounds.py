@@ -26,7 +26,7 @@ def ceilings(stats: JobStats) -> dict[str, float]:
         "encoder": stages.busy_s or stages.encode_s,
         "disk": stages.write_s,
     }
-    return {name: stats.committed / spent for name, spent in seconds.items() if spent > 0 and stats.committed}
+    return {name: stats.timed / spent for name, spent in seconds.items() if spent > 0 and stats.timed}
 
 
 def bound_line(found: Mapping[str, float]) -> str | None:

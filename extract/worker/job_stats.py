@@ -69,12 +69,19 @@ class JobStats:
         quarantined: Number of clips quarantined.
         skipped: One line for each shard that another process holds.
         stages: Seconds spent in each stage.
+        untimed: Number of clips committed by workers that died, whose time is therefore not in `stages`.
     """
 
     committed: int = 0
     quarantined: int = 0
     skipped: tuple[str, ...] = ()
     stages: Stages = field(default_factory=Stages)
+    untimed: int = 0
+
+    @property
+    def timed(self) -> int:
+        """Number of committed clips whose time is in `stages`: what a rate is computed from."""
+        return self.committed - self.untimed
 
     def __add__(self, other: "JobStats") -> "JobStats":
         return JobStats(
@@ -82,12 +89,14 @@ class JobStats:
             self.quarantined + other.quarantined,
             self.skipped + other.skipped,
             self.stages + other.stages,
+            self.untimed + other.untimed,
         )
 
 
 def stats_of(job: dict[str, Any]) -> JobStats:
     """The statistics in a line of `read_jobs`; what an earlier version did not record is 0."""
-    return JobStats(job["committed"], job["quarantined"], tuple(job["skipped"]), Stages(**job["stages"]))
+    stages, untimed = Stages(**job["stages"]), job.get("untimed", 0)
+    return JobStats(job["committed"], job["quarantined"], tuple(job["skipped"]), stages, untimed)
 
 
 def jobs_path(store: Path | str) -> Location:
@@ -105,6 +114,7 @@ def record_job(store: Path | str, stats: JobStats, engine: str, workers: int | s
         "workers": workers,
         "decoder": decoder,
         "committed": stats.committed,
+        "untimed": stats.untimed,
         "quarantined": stats.quarantined,
         "skipped": list(stats.skipped),
         "stages": {name: round(seconds, 3) for name, seconds in dataclasses.asdict(stats.stages).items()},

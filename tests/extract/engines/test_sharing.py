@@ -9,6 +9,7 @@ import threading
 import time
 import traceback
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from egopatch.extract.encoders import Network, find_network
 from egopatch.extract.engines import dispatch, joblib_engine, sharing
 from egopatch.extract.engines.interrupts import Requeue, requeue_on_signals
 from egopatch.extract.engines.joblib_engine import call_in_workers
-from egopatch.extract.engines.sharing import decoder_count, worker_count
-from egopatch.features import StoreError, create_store
+from egopatch.extract.engines.sharing import WorkersDied, decoder_count, worker_count
+from egopatch.extract.worker.job_stats import JobStats, Stages
+from egopatch.features import ShardWork, StoreError, create_store
 from egopatch.features.common.child_errors import ChildError
 from egopatch.features.state.catalog import Catalog
-from tests.features.conftest import FINGERPRINT, IDS, SPEC
+from tests.features.conftest import FINGERPRINT, IDS, SPEC, fill
 
 DEMO = Path("configs/demo/egovlpv2.yaml")
 
@@ -100,6 +102,28 @@ def test_a_signal_that_comes_while_workers_start_ends_them(monkeypatch: pytest.M
     started = [child for child in psutil.Process().children() if child not in before]
     _, left = psutil.wait_procs([child for child in started if "tracker" not in " ".join(child.cmdline())], 5)
     assert not left
+
+
+def test_what_dead_workers_committed_has_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS)
+    stages = Stages(total_s=3.0)
+    shards: list[list[int]] = []
+
+    def run_workers(_: Config, __: bytes, works: Sequence[ShardWork], clips: object) -> JobStats:
+        shards.append([work.shard for work in works])
+        if len(shards) == 1:
+            fill(store, skip=IDS[4:])
+            raise WorkersDied
+        fill(store)
+        return JobStats(committed=6, stages=stages)
+
+    monkeypatch.setattr(joblib_engine, "run_workers", run_workers)
+    job: Any = types.SimpleNamespace(
+        config=load_config(DEMO, ["--engine.workers", "2"]), network=find_network("lite"), encoder=torch.nn.Identity()
+    )
+    stats = dispatch.encode_with_engine(job, store, store.missing_shards(), {}, lambda clips, _: None)
+    assert shards == [[0, 1, 2], [1, 2]]
+    assert stats == JobStats(committed=10, stages=stages, untimed=4)
 
 
 def test_progress_outlasts_a_store_that_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

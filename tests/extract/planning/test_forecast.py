@@ -63,7 +63,6 @@ def test_costs_are_the_mean_over_all_jobs(tmp_path: Path) -> None:
     for clips, seconds in ((30, 60.0), (10, 20.0)):
         stages = Stages(total_s=seconds, encode_s=seconds, decode_s=seconds / 2, write_s=seconds / 4)
         record_job(store, JobStats(committed=clips, stages=stages), engine="joblib", workers=2, decoder="pyav")
-    record_job(store, JobStats(committed=10), engine="joblib", workers=2, decoder="pyav")  # whose workers all died
     found = measured_cost(store)
     assert found is not None
     assert (found.encode_s, found.decode_s, found.write_s) == (2.0, 1.0, 0.5)
@@ -71,6 +70,19 @@ def test_costs_are_the_mean_over_all_jobs(tmp_path: Path) -> None:
     assert given_cost(50, found).encode_s == 0.02
     assert given_cost(50, found).decode_s == 1.0
     assert "not counted" in given_cost(50, None).source
+
+
+def test_clips_of_dead_workers_do_not_make_a_job_faster(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    all_died = JobStats(committed=10, untimed=10)
+    record_job(store, all_died, engine="joblib", workers=2, decoder="pyav")
+    assert measured_cost(store) is None
+    one_died = JobStats(committed=70, stages=Stages(total_s=60.0, encode_s=60.0), untimed=40)
+    record_job(store, one_died, engine="joblib", workers=2, decoder="pyav")
+    found = measured_cost(store)
+    assert found is not None
+    assert found.encode_s == 2.0
+    assert found.source.startswith("30 clips in ")
 
 
 def test_a_line_that_a_full_disk_cut_short_is_skipped(tmp_path: Path) -> None:

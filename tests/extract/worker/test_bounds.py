@@ -28,6 +28,11 @@ def test_waiting_is_not_computing() -> None:
     assert ceilings(JobStats(committed=400, stages=STAGES))["encoder"] == 100
 
 
+def test_clips_without_a_time_do_not_count() -> None:
+    assert ceilings(JobStats(committed=500, stages=STAGES, untimed=100))["encoder"] == 100
+    assert ceilings(JobStats(committed=500, untimed=500)) == {}
+
+
 def test_jobs_of_earlier_versions_tell_what_they_know() -> None:
     stages = {"total_s": 10.0, "start_s": 1.0, "decode_s": 32.0, "wait_decode_s": 0.0, "encode_s": 8.0}
     stages |= {"write_s": 2.0, "wait_write_s": 0.0}
