@@ -3,12 +3,10 @@
 Members are unpacked to a staging folder first and moved into place when all of them are complete.
 """
 
-import lzma
 import shutil
 import stat
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -121,11 +119,11 @@ def _readable(archive: Path) -> Iterator[None]:
         yield
     except ArchiveError:
         raise
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, OSError) as error:
-        # zipfile raises RuntimeError if the archive is encrypted; gzip and bz2 an OSError that is not the system's.
+    except Exception as error:  # readers of archives raise many types over damaged bytes
+        # gzip and bz2 raise an OSError that is not the system's.
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        reason = str(error).partition("\n")[0].rstrip(":")
+        reason = str(error).partition("\n")[0].rstrip(":") or type(error).__name__
         raise ArchiveError(
             f"{archive}: not a zip or tar file, or damaged or truncated ({reason}); delete it and download it again"
         ) from None

@@ -15,6 +15,7 @@ from egopatch.extract.fetch.download import DownloadError, fetch, part_of, remot
 from egopatch.extract.fetch.lockfile import LockEntry, Lockfile
 from egopatch.extract.fetch.sources import Source, Sources
 from egopatch.features.common.disk import free_bytes, nearest_existing
+from egopatch.features.common.os_errors import with_remedy
 from egopatch.features.common.progress import BYTES, ProgressDisplay
 from egopatch.features.common.units import format_bytes
 from egopatch.features.io.files import write_file
@@ -166,20 +167,21 @@ def provide(
         out: Where messages and progress are printed.
 
     Returns:
-        The status of each file. A file that fails does not stop the others.
-
-    Raises:
-        DownloadError: The disk is too small for the downloads; nothing was downloaded.
+        The status of each file. One that fails, or for which the disk has no room, does not stop the others.
     """
     todo = [need for need in required if not offline and need.link is not None and _is_absent(need)]
     sizes = {need.name: remote_size(need.link) for need in todo if need.link is not None}
-    _announce(todo, sizes, out)
+    too_large = _announce(todo, sizes, out)
     statuses = []
     for need in required:
         try:
+            if need.name in too_large:
+                raise DownloadError(too_large[need.name])
             status = _provide_file(need, lockfile, offline, sizes.get(need.name), out)
-        except (DownloadError, ArchiveError) as error:
-            status = FileStatus(need, "failed", str(error))
+        except BrokenPipeError:  # nobody reads what is printed any more; a server's comes as a DownloadError
+            raise
+        except (DownloadError, ArchiveError, OSError) as error:
+            status = FileStatus(need, "failed", with_remedy(error))
         statuses.append(status)
     return statuses
 
@@ -209,12 +211,18 @@ def format_files(statuses: Sequence[FileStatus]) -> str:
 
 
 def _is_absent(need: RequiredFile) -> bool:
-    return not need.file.exists() and not need.unpacked()
+    try:
+        return not need.file.exists() and not need.unpacked()
+    except OSError:  # such as in a folder of another user; providing the file says so
+        return False
 
 
-def _announce(todo: list[RequiredFile], sizes: dict[str, int | None], out: TextIO) -> None:
-    """Print sizes and free space before anything is downloaded, and refuse if the disk is too small."""
-    needed_on: dict[int, int] = {}
+def _announce(todo: list[RequiredFile], sizes: dict[str, int | None], out: TextIO) -> dict[str, str]:
+    """Print sizes and free space before anything is downloaded; returns why there is no room, for each such file."""
+    disks = {_disk(need.file): need.file.parent for need in todo}
+    free = {disk: free_bytes(folder) for disk, folder in disks.items()}
+    needed, room = dict.fromkeys(disks, 0), dict(free)
+    too_large: dict[str, str] = {}
     for source in {need.source.name: need.source for need in todo if need.source is not None}.values():
         print(f"{source.name}: {source.purpose}; terms: {source.terms}; from {source.page}", file=out, flush=True)
     for need in todo:
@@ -224,21 +232,24 @@ def _announce(todo: list[RequiredFile], sizes: dict[str, int | None], out: TextI
         print(f"  {need.file}: {announced}, of which {format_bytes(begun)} are downloaded already", file=out)
         # An archive takes twice its size until it is deleted, because it unpacks to at least its own size.
         left = 0 if size is None else size * (2 if need.contents else 1) - begun
-        needed_on[_disk(need.file)] = needed_on.get(_disk(need.file), 0) + left
-    folders = {_disk(need.file): need.file.parent for need in todo}
-    for disk, folder in folders.items():
-        needed, free = needed_on[disk], free_bytes(folder)
+        disk = _disk(need.file)
+        needed[disk] += left
+        if left <= room[disk]:
+            room[disk] -= left
+        else:
+            too_large[need.name] = (
+                f"{need.file}: needs {format_bytes(left)}{', its contents included' if need.contents else ''}, but its"
+                f" disk has room for {format_bytes(room[disk])} more; free some disk space, or set data.root and"
+                " encoder.checkpoint to another disk"
+            )
+    for disk, folder in disks.items():
         print(
-            f"  {format_bytes(needed)} needed at {folder}, unpacked archives included; {format_bytes(free)} free there",
+            f"  {format_bytes(needed[disk])} needed at {folder}, unpacked archives included;"
+            f" {format_bytes(free[disk])} free there",
             file=out,
             flush=True,
         )
-        if needed > free:
-            raise DownloadError(
-                f"the disk of {folder} has {format_bytes(free)} free, but the downloads need {format_bytes(needed)},"
-                " including unpacked archives; free some disk space, or set data.root and encoder.checkpoint to another"
-                " disk"
-            )
+    return too_large
 
 
 def _disk(path: Path) -> int:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
-from egopatch.extract.fetch.download import DownloadError
 from egopatch.extract.fetch.lockfile import Lockfile
 from egopatch.extract.fetch.provide import files_as_json, format_files, provide, required_files
 from egopatch.extract.fetch.sources import DEFAULT_SOURCES, load_sources
@@ -27,10 +26,6 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     sources = load_sources(options.sources)
     lockfile = Lockfile(sources.lock_path)
     messages = sys.stderr if options.json else sys.stdout
-    try:
-        files = provide(required_files(config, sources), lockfile, offline=options.offline, out=messages)
-    except DownloadError as error:
-        print(f"{parser.prog}: failed: {error}", file=sys.stderr)
-        return 1
+    files = provide(required_files(config, sources), lockfile, offline=options.offline, out=messages)
     print_result(options.json, files_as_json(files, lockfile), format_files(files))
     return 0 if all(file.good for file in files) else 1

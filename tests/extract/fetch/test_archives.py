@@ -148,6 +148,17 @@ def test_a_damaged_archive_is_one_line(tmp_path: Path, folder: Path, make) -> No
         assert files_in(folder) == {"kept": b"kept"}
 
 
+@pytest.mark.parametrize("headers", [{"mtime": "inf"}, {"GNU.sparse.map": "a,b"}])
+def test_a_header_with_impossible_numbers_is_one_line(tmp_path: Path, folder: Path, headers: dict[str, str]) -> None:
+    member = tarfile.TarInfo("a")
+    member.pax_headers = headers
+    archive = tar(tmp_path / "archive", {"a": member})
+    with pytest.raises(ArchiveError, match="not a zip or tar file, or damaged or truncated") as error:
+        unpack(archive, folder)
+    assert "\n" not in str(error.value)
+    assert files_in(folder) == {"kept": b"kept"}
+
+
 @pytest.mark.parametrize("compression", ["gz", "xz", "bz2"])
 def test_a_changed_byte_of_a_compressed_archive_is_found(tmp_path: Path, folder: Path, compression: str) -> None:
     archive = tmp_path / "archive"

@@ -1,8 +1,10 @@
 """`python -m extract data`, against a server on loopback."""
 
+import errno
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -16,8 +18,9 @@ import pytest
 import yaml
 
 from egopatch.extract.__main__ import main
-from egopatch.extract.fetch import provide
+from egopatch.extract.fetch import archives, provide
 from egopatch.extract.fetch.download import part_of
+from egopatch.extract.fetch.lockfile import Lockfile
 from egopatch.extract.fetch.sources import Source
 from tests.extract.fetch.loopback import Served
 from tests.extract.fetch.published import TOKENIZER, Published
@@ -188,15 +191,64 @@ def test_no_direct_link(published: Published, capsys: pytest.CaptureFixture[str]
     )
 
 
-def test_a_disk_too_small_for_all_of_it(
+def test_files_for_which_the_disk_is_too_small_do_not_stop_the_others(
     published: Published, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5))
+    monkeypatch.setattr(archives, "RESERVE", 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5))
+        assert main(published.args) == 1
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("failed"))
+    assert line == (
+        f"failed   {published.root}/weights/Net.pth: needs 300.0 kB, but its disk has room for 100.0 kB"
+        " more; free some disk space, or set data.root and encoder.checkpoint to another disk"
+    )
+    assert not any(asked.method == "GET" and asked.path == "/Net.pth" for asked in published.server.asked)
+    code, found = states(published, capsys)
+    assert (code, found.pop("net/Net.pth")) == (0, "fetched")
+    assert set(found.values()) == {"there"}
+
+
+@pytest.mark.parametrize("folder", ["weights", "data"])
+def test_a_folder_that_cannot_be_does_not_stop_the_others(
+    folder: str, published: Published, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (published.root / folder).write_bytes(b"a file")
+    code, found = states(published, capsys)
+    bad = {name for name in found if name.startswith("egotaskqa") == (folder == "data")}
+    assert code == 1
+    assert found == {name: "failed" if name in bad else "fetched" for name in found}
     assert main(published.args) == 1
-    error = capsys.readouterr().err
-    assert "has 100.0 kB free, but the downloads need 30" in error
-    assert len(error.splitlines()) == 1
-    assert not any(asked.method == "GET" for asked in published.server.asked)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failed")]
+    assert len(lines) == len(bad)
+    assert all("choose another path" in line for line in lines)
+
+
+def test_a_folder_of_another_user_does_not_stop_the_others(
+    published: Published, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exists = Path.exists
+
+    def refuse(path: Path) -> bool:
+        if "weights" in path.parts[:-1]:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    code, found = states(published, capsys)
+    assert code == 1
+    assert found == {name: "fetched" if name.startswith("egotaskqa") else "failed" for name in found}
+
+
+def test_a_reader_of_the_output_that_has_exited_ends_the_downloads(published: Published) -> None:
+    class Gone(io.StringIO):
+        def write(self, _: str) -> int:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    source = Source("net", "made up", "none", "page", {"Net.pth": ()}, url=published.server.link())
+    need = provide.RequiredFile("net/Net.pth", published.root / "Net.pth", source, source.link("Net.pth"))
+    with pytest.raises(BrokenPipeError):
+        provide.provide((need,), Lockfile(published.root / "lock.json"), offline=False, out=Gone())
 
 
 def test_no_network_is_one_line_a_file_and_no_traceback(
