@@ -12,6 +12,9 @@ and `timestamps` [T]. The layouts, by `--to`:
 
 import io
 import json
+import signal
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -249,10 +252,38 @@ def _find_lmdb(path: Path) -> Iterator[Unread]:
         with open_env() as env, env.begin() as transaction:
             return _named(_load_numpy(io.BytesIO(transaction.get(key))))
 
-    with _named_if_damaged(path), open_env() as env, env.begin() as transaction:
-        keys = {bytes(key).decode(): bytes(key) for key, _ in transaction.cursor()}
+    with _named_if_damaged(path):
+        _require_sound_lmdb(path)
+        with open_env() as env, env.begin() as transaction:
+            keys = {key.decode(): key for key in transaction.cursor().iternext(values=False)}
     for name, key in keys.items():
         yield name, lambda key=key: read(key)  # type: ignore[misc]
+
+
+# Reads as `_find_lmdb` does, in a process of its own.
+_READ_LMDB = """
+import sys, lmdb
+with lmdb.open(sys.argv[1], readonly=True, lock=False) as env, env.begin() as transaction:
+    for key in transaction.cursor().iternext(values=False):
+        transaction.get(key)
+"""
+
+
+def _require_sound_lmdb(path: Path) -> None:
+    """Check that every clip can be read; lmdb maps its file into memory, so that damage may kill who reads it.
+
+    Raises:
+        StoreError: The package lmdb is not installed.
+        ValueError: The file is damaged.
+    """
+    _lmdb()
+    child = subprocess.run(
+        [sys.executable, "-c", _READ_LMDB, path], stderr=subprocess.PIPE, text=True, errors="replace"
+    )
+    if child.returncode < 0:
+        raise ValueError(f"reading it ends in {signal.Signals(-child.returncode).name}: it is cut short or damaged")
+    if child.returncode:
+        raise ValueError("".join(child.stderr.strip().splitlines()[-1:]))
 
 
 def _named(content: Any) -> dict[str, Tensor]:

@@ -249,6 +249,26 @@ def test_a_damaged_file_of_many_clips_is_named(
     assert said.endswith("); copy or export it again\n")
 
 
+@pytest.mark.parametrize("command", ["import", "compare"])
+def test_an_lmdb_that_was_cut_short_is_named(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = _empty_lmdb(tmp_path)
+    write_lmdb(place, [(name, {"patches": torch.ones(1, 4, 4096)}) for name in NAMES])
+    content = (place / "data.mdb").read_bytes()
+    (place / "data.mdb").write_bytes(content[: len(content) // 2])
+    said = _refusal(command, place, tmp_path / "store", capsys)
+    assert said.startswith(f"features: {place} cannot be read (reading it ends in SIG")
+    assert said.endswith(": it is cut short or damaged); copy or export it again\n")
+
+
+def test_an_lmdb_with_a_damaged_key_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = _empty_lmdb(tmp_path)
+    write_lmdb(place, [("the clip", {"patches": torch.ones(1, 1, 1)})])
+    content = (place / "data.mdb").read_bytes()
+    (place / "data.mdb").write_bytes(content.replace(b"\x08\0the clip", b"\0\0the clip"))  # its length
+    said = _refusal("import", place, tmp_path / "store", capsys)
+    assert said.startswith(f"features: {place} cannot be read (lmdb.BadValsizeError: ")
+
+
 def _refusal(command: str, place: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> str:
     """The line with which `features import` or `features compare` refuses a place."""
     other = ["--to", str(store)] if command == "import" else [str(place)]
