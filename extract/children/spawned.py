@@ -1,11 +1,15 @@
-"""Child processes that are started afresh, and that neither outlive their parent nor meet its Ctrl-C."""
+"""Child processes that are started afresh, do not outlive their parent, and finish what they do at signals to all.
+
+A terminal and a scheduler signal every process of a job. What the signal means is up to the parent: it waits for what
+is to be finished, and then kills its children.
+"""
 
 import multiprocessing
 import signal
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import synchronize
-from multiprocessing.context import SpawnContext
+from multiprocessing.context import SpawnContext, SpawnProcess
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,12 +19,22 @@ from egopatch.features.common.parent import exit_with_parent
 from egopatch.features.common.signals import children_without_interrupts, signals_held
 
 
+class _Child(SpawnProcess):
+    """A process that is killed where pebble ends it by SIGTERM, which it ignores."""
+
+    def terminate(self) -> None:
+        """As multiprocessing's `kill`."""
+        self.kill()
+
+
 class _KeepingContext(SpawnContext):
     """Spawns children, because forked ones would inherit torch's and CUDA's threads and locks in an unknown state.
 
     It keeps the locks that it makes. pebble lets go of a pool's locks, which removes them, before it ends the children:
     one that is just starting would find them gone, and say so in a traceback.
     """
+
+    Process = _Child
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +113,7 @@ class SpawnedPool:
 
 def _start(initializer: Callable[..., None], initargs: tuple[Any, ...]) -> None:
     exit_with_parent()
-    for number in (signal.SIGINT, signal.SIGUSR1):  # the parent handles them; it ends a child with SIGTERM
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     initializer(*initargs)
 

@@ -3,15 +3,14 @@
 import multiprocessing
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import as_completed
-from types import FrameType
+from concurrent.futures import Future, as_completed, wait
 from typing import Any, TypeVar
 
 from joblib.externals.loky.process_executor import ProcessPoolExecutor, TerminatedWorkerError
 
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Clip
-from egopatch.extract.engines.interrupts import SIGNALS
+from egopatch.extract.engines.interrupts import SIGNALS, requeue_on_signals
 from egopatch.extract.engines.sharing import WorkersDied, run_worker, worker_count
 from egopatch.extract.worker.device import device_of_worker
 from egopatch.extract.worker.job_stats import JobStats
@@ -20,6 +19,7 @@ from egopatch.features.common.parent import exit_with_parent
 from egopatch.features.common.signals import children_without_interrupts, signals_held, start_trackers
 
 Result = TypeVar("Result")
+ENDING_S = 20.0  # for workers to finish what they are committing; schedulers kill a job after half a minute
 
 
 def run_workers(
@@ -43,9 +43,13 @@ def run_workers(
 
 
 def call_in_workers(function: Callable[..., Result], arguments: Sequence[tuple[Any, ...]]) -> list[Result]:
-    """Results of `function` for each of `arguments`, each in a process of its own; the first error ends all of them."""
+    """Results of `function` for each of `arguments`, each in a process of its own; the first error ends all of them.
+
+    They get SIGTERM, and are killed if they have not ended `ENDING_S` later.
+    """
     start_trackers()
     executor = ProcessPoolExecutor(max_workers=len(arguments))
+    futures: list[Future[Result]] = []
     try:
         # A signal that came in between would leave workers that this process waits for when it ends.
         with signals_held(), children_without_interrupts():
@@ -54,7 +58,13 @@ def call_in_workers(function: Callable[..., Result], arguments: Sequence[tuple[A
             future.result()
         return [future.result() for future in futures]
     finally:
-        executor.shutdown(kill_workers=True)
+        try:
+            if not all(future.done() for future in futures):
+                for process in tuple(executor._processes.values()):
+                    process.terminate()
+                wait(futures, ENDING_S)
+        finally:
+            executor.shutdown(kill_workers=True)
 
 
 def _run_worker(
@@ -65,17 +75,12 @@ def _run_worker(
     works: Sequence[ShardWork],
     clips: Mapping[str, Clip],
 ) -> JobStats:
-    # The parent handles signals to the whole job: it ends its workers, and they end with it.
+    # Before and after its work, SIGTERM ends no worker either: loky would kill the others, in the middle of a commit.
     for number in (signal.SIGINT, *SIGNALS):
         signal.signal(number, signal.SIG_IGN)
-    # Not ignored, because this worker's children would inherit that, and could not be stopped while they start.
-    signal.signal(signal.SIGTERM, _ignore)
     exit_with_parent()
     # loky registers its own start method, which a spawned decoder process would not know.
     multiprocessing.set_start_method("spawn", force=True)
     device = device_of_worker(config.encoder.device, rank)
-    return run_worker(config, packed_network, rank, workers, works, clips, device, neighbours=workers)
-
-
-def _ignore(_: int, __: FrameType | None) -> None:
-    """Take a signal, and do nothing."""
+    with requeue_on_signals():
+        return run_worker(config, packed_network, rank, workers, works, clips, device, neighbours=workers)

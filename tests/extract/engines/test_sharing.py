@@ -82,10 +82,32 @@ def test_worker_processes_use_the_configured_device(
     assert seen == used
 
 
-def test_children_of_a_worker_can_be_stopped_while_they_start() -> None:
-    """A scheduler's SIGTERM to the whole job does not end a worker, but a child must not inherit that."""
+def test_children_of_a_worker_can_be_stopped() -> None:
+    """A worker ignores signals before and after its work, but a child must not inherit that."""
     (code,) = call_in_workers(_end_a_child, [()])
     assert code == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("to_all", [True, False])
+def test_workers_finish_what_they_have_begun(to_all: bool, tmp_path: Path) -> None:
+    """Whether a scheduler signals all processes or the job's first alone; one that has done its work is no obstacle."""
+
+    def stop() -> None:
+        limit = time.monotonic() + 60
+        while {file.name for file in tmp_path.iterdir()} != {"ended 0", "begun 1"}:
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        children = psutil.Process().children() if to_all else []
+        for process in [*children, psutil.Process()]:
+            if "tracker" not in " ".join(process.cmdline()):
+                process.send_signal(signal.SIGTERM)
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    with pytest.raises(Requeue, match="SIGTERM"), requeue_on_signals():
+        call_in_workers(_commit_slowly, [(tmp_path, rank) for rank in range(2)])
+    stopper.join()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["begun 1", "ended 0", "ended 1"]
 
 
 def test_a_signal_that_comes_while_workers_start_ends_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,11 +161,10 @@ def test_progress_outlasts_a_store_that_is_out_of_reach(tmp_path: Path, monkeypa
 
 
 def _end_a_child() -> int:
-    """The exit code of a child, within a worker that survives SIGTERM."""
+    """The exit code of a child of a worker."""
     codes: list[int] = []
 
     def run_worker(*_: object, **__: object) -> None:
-        signal.raise_signal(signal.SIGTERM)
         child = subprocess.Popen(["sleep", "60"])
         child.terminate()
         try:
@@ -154,6 +175,22 @@ def _end_a_child() -> int:
     joblib_engine.run_worker = run_worker  # type: ignore[assignment]
     joblib_engine._run_worker(Config(encoder=EncoderConfig(device="cpu")), b"", 0, 1, [], {})
     return codes[0]
+
+
+def _commit_slowly(folder: Path, rank: int) -> None:
+    """As worker 1, begin something that takes until after a signal; as worker 0, have nothing to do."""
+
+    def run_worker(*_: object, **__: object) -> None:
+        try:
+            if rank:
+                (folder / f"begun {rank}").touch()
+                time.sleep(60)
+        finally:
+            time.sleep(rank)
+            (folder / f"ended {rank}").touch()
+
+    joblib_engine.run_worker = run_worker  # type: ignore[assignment]
+    joblib_engine._run_worker(Config(encoder=EncoderConfig(device="cpu")), b"", rank, 2, [], {})
 
 
 def network_with(build_video: Any) -> Network:

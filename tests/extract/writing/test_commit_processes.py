@@ -19,7 +19,7 @@ from torch import Tensor
 from egopatch.extract.children.slots import SharedSlots
 from egopatch.extract.errors import JobFailed
 from egopatch.extract.writing.commit_processes import CommitProcesses
-from egopatch.extract.writing.shard_writer import BackgroundShardWriter
+from egopatch.extract.writing.shard_writer import BackgroundShardWriter, EncodedShard
 from egopatch.features import Fingerprint, Store, StoreSpec, create_store
 from egopatch.features.state.commit import CommitTarget, ShardCommit, commit_shard
 from egopatch.features.tools.verify import verify
@@ -52,7 +52,7 @@ class Rows:
 
 @pytest.fixture(scope="module")
 def slots() -> Iterator[SharedSlots]:
-    slots = SharedSlots(40, 2 * PATCHES, "rows", "")
+    slots = SharedSlots(60, 2 * PATCHES, "rows", "")
     yield slots
     slots.close()
 
@@ -138,17 +138,12 @@ def test_what_another_process_committed_meanwhile_is_kept(
     assert verify(store.path).ok
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_child_costs_one_attempt(
-    tmp_path: Path, slots: SharedSlots, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_child_costs_one_attempt(tmp_path: Path, slots: SharedSlots, monkeypatch: pytest.MonkeyPatch) -> None:
     store = make(tmp_path / "store")
     rows = {name: Rows(slots)(i) for i, name in enumerate(IDS)}
     with CommitProcesses(slots, 1, "zarr") as committer:
         with monkeypatch.context() as patched:
-            patched.setattr(
-                CommitProcesses, "schedule", lambda self, *task: schedule(self, partial(die, number), *task)
-            )
+            patched.setattr(CommitProcesses, "schedule", lambda self, *task: schedule(self, die, *task))
             with pytest.raises(
                 JobFailed, match=r"the process that wrote shard 0 of .*store was killed \(exit code -?\d+\), perhaps"
             ):
@@ -159,10 +154,40 @@ def test_a_killed_child_costs_one_attempt(
     assert verify(store.path).ok
 
 
-def die(number: int, *_: object) -> None:
+def die(*_: object) -> None:
     time.sleep(1)  # before the parent has heard that this child took the task, it counts as one without work
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_commit_that_has_begun_is_finished_at_a_signal_to_all_processes(
+    tmp_path: Path, slots: SharedSlots, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make(tmp_path / "store")
+    rows = {name: Rows(slots)(i) for i, name in enumerate(IDS)}
+    monkeypatch.setattr(
+        CommitProcesses, "schedule", lambda self, *task: schedule(self, partial(signalled, number), *task)
+    )
+    with BackgroundShardWriter(store, 1, slots) as writer:
+        ((work, _),) = writer.leases(store.missing_shards())
+        writer.write(EncodedShard(work, "a machine", rows, dict.fromkeys(rows, "hash")))
+        writer.wait()
+    store.catalog.refresh()
+    assert store.clip_ids == tuple(IDS)
+    assert verify(store.path).ok
+
+
+def signalled(number: signal.Signals, task: Callable[..., None], *args: object) -> None:
     os.kill(os.getpid(), number)
-    time.sleep(5)
+    time.sleep(0.5)
+    task(*args)
+
+
+def test_the_end_of_the_pool_does_not_wait_for_its_children(slots: SharedSlots) -> None:
+    with CommitProcesses(slots, 2, "zarr") as committer:
+        committer.schedule(time.sleep, 60)
+        started = time.monotonic()
+    assert time.monotonic() - started < 3  # after which pebble kills those that have ignored its SIGTERM
 
 
 def wait_until_broken(committer: CommitProcesses) -> None:
