@@ -6,11 +6,14 @@ this package holds links to them.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 from egopatch.environment import require_environment
+from egopatch.interrupt import end_on_interrupt
 
 require_environment()
+end_on_interrupt()
+
+TYPE_CHECKING = False  # for mypy; typing takes longer to import than everything above
 
 if TYPE_CHECKING:
     from egopatch.configs.command_line import load_config

@@ -4,6 +4,11 @@ Rooms, lowest first: `common`, `values`, `io`, `storage`, `formats`, `state`, `s
 below; `docs/store.md` describes the files.
 """
 
+if __name__ == "features":  # the short name, in a checkout; first, so that Ctrl-C is soon silent
+    from egopatch import short_names
+
+    short_names.alias(__name__)
+
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -83,9 +88,3 @@ if not TYPE_CHECKING:  # with this function, mypy would accept any name
         if name not in _ROOMS:
             raise AttributeError(f"module 'features' has no attribute {name!r}")
         return getattr(import_module(f"egopatch.features.{_ROOMS[name]}"), name)
-
-
-if __name__ == "features":  # the short name, in a checkout
-    from egopatch import short_names
-
-    short_names.alias(__name__)

@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -78,6 +79,35 @@ runpy.run_module(sys.argv[1], run_name="__main__")
 def test_an_interrupt_during_the_imports_is_one_line(program: str, module: str) -> None:
     done = run(sys.executable, "-c", INTERRUPTED_IMPORT, program, module, cwd=ROOT)
     assert (done.returncode, done.stderr) == (130, f"{program}: interrupted; run the same command again to resume\n")
+
+
+# Python imports it before everything else.
+INTERRUPTING_SITE = """
+import os, signal, sys
+
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == sys.orig_argv[2] + ".__main__":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+"""
+
+
+@pytest.mark.parametrize("program", ["egopatch", "extract", "features", "train"])
+def test_an_interrupt_before_the_imports_is_silent(program: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTING_SITE)
+    done = run(sys.executable, "-m", program, cwd=ROOT, path=tmp_path)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def test_importing_changes_no_handler(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("import egopatch")
+    show = "import signal; raise SystemExit(signal.getsignal(signal.SIGINT) is not signal.default_int_handler)"
+    (tmp_path / "mine" / "__main__.py").write_text(show)
+    for args in (("-m", "mine"), ("-c", f"import egopatch; {show}"), ("mine/__main__.py",)):
+        assert run(sys.executable, *args, cwd=tmp_path).returncode == 0
 
 
 def test_a_command_line_imports_no_array_library_before_it_knows_its_command() -> None:

@@ -1,5 +1,10 @@
 """Stage two: heads trained on cached features, their evaluation, tables and reports."""
 
+if __name__ == "train":  # the short name, in a checkout; first, so that Ctrl-C is soon silent
+    from egopatch import short_names
+
+    short_names.alias(__name__)
+
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -15,9 +20,3 @@ if not TYPE_CHECKING:  # mypy would believe in any name
         if name != "predict":
             raise AttributeError(f"module 'egopatch.train' has no attribute {name!r}")
         return import_module("egopatch.train.asking.predict").predict
-
-
-if __name__ == "train":  # the short name, in a checkout
-    from egopatch import short_names
-
-    short_names.alias(__name__)
