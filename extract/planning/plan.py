@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import time
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from egopatch.extract.datasets import Clip, load_dataset
 from egopatch.extract.datasets.origins import compare_origins, unrecorded_line
 from egopatch.extract.engines.sharing import decoder_count, worker_count
 from egopatch.extract.feed.clips import PreparedClip
+from egopatch.extract.feed.measure import measure_decoding
 from egopatch.extract.planning.forecast import Forecast, forecast, given_cost, measured_cost
 from egopatch.extract.transcoding.hint import gpu_decoder_hint, long_groups_hint
 from egopatch.extract.worker.bounds import bound_line
@@ -232,16 +232,14 @@ def _probe(job: ExtractionJob, sample: list[Clip]) -> dict[str, float]:
     """Clips a second of decoding (by all children together), of the encoder, and of the disk where it was measured."""
     config = job.config
     decoders = decoder_count(config, worker_count(config))
-    with job.open_decoders(decoders, 2 * decoders + len(sample)) as pool:
-        for result in pool.map(sample):  # the time to start the children does not count
-            if isinstance(result, PreparedClip):
-                result.release()
-        decode_started = time.perf_counter()
-        prepared = [result for result in pool.map(sample) if isinstance(result, PreparedClip)]
-        rates = {"decoding": len(sample) / (time.perf_counter() - decode_started)}
-    if not prepared:
+    # Those that are decoded ahead, those that are kept, and the one that is looked at.
+    with job.open_decoders(decoders, 2 * decoders + len(sample) + 1) as pool:
+        measured = measure_decoding(pool, sample, decoders)
+    rates = {"decoding": (measured.decoded + measured.failed) / measured.seconds}
+    # Each is encoded several times.
+    kept = [replace(clip, release=_keep) for clip in measured.first if isinstance(clip, PreparedClip)]
+    if not kept:
         return rates
-    kept = [replace(clip, release=_keep) for clip in prepared]  # each is encoded several times
     with shortage_explained(config.encoder), job.open_batches() as batches:
         for _ in range(2):  # the first batch is slower than the following ones
             warm = batches.seconds + batches.handover_s
@@ -249,8 +247,8 @@ def _probe(job: ExtractionJob, sample: list[Clip]) -> dict[str, float]:
                 batches.add(kept[i % len(kept)])
             batches.start()()
     rates["encoder"] = batches.size / (batches.seconds + batches.handover_s - warm)
-    if (measured := measured_cost(config.store.path)) and measured.write_s:
-        rates["disk"] = 1 / measured.write_s
+    if (cost := measured_cost(config.store.path)) and cost.write_s:
+        rates["disk"] = 1 / cost.write_s
     return rates
 
 

@@ -1,6 +1,5 @@
 """What would make decoding faster, measured on a few clips: copies with short groups, or another decoder."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 
@@ -8,6 +7,7 @@ import numpy as np
 
 from egopatch.configs.schema import ConfigError, VideoConfig
 from egopatch.extract.datasets import Clip
+from egopatch.extract.feed.measure import measure_decoding
 from egopatch.extract.feed.pool import DecodePool, UndecodedClip
 from egopatch.extract.transcoding.segment import KEY_FRAME_S, SHORT_SIDE
 from egopatch.extract.video.container import open_video
@@ -81,11 +81,8 @@ def gpu_decoder_hint(clips: Sequence[Clip], video: VideoConfig, decoders: int) -
     rates: dict[str, float] = {}
     for decoder in ("pyav", "nvdec"):
         with DecodePool(replace(video, decoder=decoder), decoders, _decode) as pool:
-            for _ in pool.map(clips[:decoders]):  # the time to start does not count
-                pass
-            started = time.perf_counter()
-            done = [one for one in pool.map(clips) if not isinstance(one, UndecodedClip)]
-            rates[decoder] = len(done) / (time.perf_counter() - started)
+            measured = measure_decoding(pool, clips, decoders)
+            rates[decoder] = measured.decoded / measured.seconds
     best = max(rates, key=rates.__getitem__)
     return (
         f"video.decoder {best}: {decoders} decoders read {rates['pyav']:.1f} clips/s with pyav and"
