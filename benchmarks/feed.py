@@ -40,7 +40,7 @@ from egopatch.extract.datasets import Clip  # noqa: E402
 from egopatch.extract.feed.clips import PreparedClip  # noqa: E402
 from egopatch.extract.feed.cut import cut_clip  # noqa: E402
 from egopatch.extract.feed.pool import TOGETHER, DecodePool, slots_for  # noqa: E402
-from egopatch.extract.video.once import OncePerVideo  # noqa: E402
+from egopatch.extract.video.cache import VideoCache  # noqa: E402
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform  # noqa: E402
 
 # Decoder children import this file too, so whatever needs torch is imported where it is used.
@@ -55,10 +55,10 @@ NODE_CORES, H100_CLIPS_PER_S, NODE_DISK_GB_PER_S = 16, 1000.0, 2.0
 
 @cache
 def _kept(clip: Clip, transform: Transform) -> PreparedClip:
-    return cut_clip(clip, VIDEO, OncePerVideo(), transform=transform, most=1 << 30)
+    return cut_clip(clip, VIDEO, VideoCache(), transform=transform, most=1 << 30)
 
 
-def decode_nothing(clip: Clip, video: VideoConfig, once: OncePerVideo, transform: Transform) -> PreparedClip:
+def decode_nothing(clip: Clip, video: VideoConfig, cache: VideoCache, transform: Transform) -> PreparedClip:
     """Frames that this child has decoded before, of the one file that all clips name."""
     return replace(_kept(replace(clip, clip_id="any"), transform), clip=clip)
 

@@ -30,9 +30,9 @@ from benchmarks.decode import KINDS, Kind, write_video  # noqa: E402
 from benchmarks.encoder import stamp  # noqa: E402
 from egopatch.configs.schema import ConfigError, VideoConfig  # noqa: E402
 from egopatch.extract.datasets import Clip  # noqa: E402
+from egopatch.extract.video.cache import VideoCache  # noqa: E402
 from egopatch.extract.video.frames import VideoError, read_frames  # noqa: E402
 from egopatch.extract.video.nvdec import require_gpu_decoder  # noqa: E402
-from egopatch.extract.video.once import OncePerVideo  # noqa: E402
 
 ALL_KINDS = {**KINDS, "full hd": Kind(1920, 1080, 10)}
 CODECS = {
@@ -73,13 +73,13 @@ def compared(path: Path) -> str:
 
 def read_for(path: Path, decoder: str, seconds: float, started: Barrier) -> tuple[int, float, float]:
     """Clips read, seconds and CPU seconds, once every process has read its first one."""
-    video, once = VideoConfig(decoder=decoder), OncePerVideo()  # type: ignore[arg-type]
+    video, cache = VideoConfig(decoder=decoder), VideoCache()  # type: ignore[arg-type]
     clips = [Clip("clip", path)]
-    read_frames(clips[0], video, once)
+    read_frames(clips[0], video, cache)
     started.wait()
     clock, cpu, count = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - clock < seconds:
-        read_frames(clips[0], video, once)
+        read_frames(clips[0], video, cache)
         count += 1
     return count, time.perf_counter() - clock, time.process_time() - cpu
 

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.children.limits import reading_through
 from egopatch.extract.datasets import Clip
+from egopatch.extract.video.cache import FileVersion, VideoCache, version_of
 from egopatch.extract.video.frames import DecodedClip, read_frames, read_planes
 from egopatch.extract.video.index import VideoError
-from egopatch.extract.video.once import FileVersion, OncePerVideo, version_of
 from egopatch.extract.video.planes import Colours, Planes
 from egopatch.extract.video.transforms import Window
 
@@ -90,17 +90,17 @@ class PreparedClip:
 def read_clip(
     clip: Clip,
     video: VideoConfig,
-    once: OncePerVideo,
+    cache: VideoCache,
     finish: Callable[[DecodedClip[Any]], Frames],
     as_planes: bool = False,
 ) -> PreparedClip:
     """Decode one clip, and let `finish` make of it what the encoder gets; see `on_host.prepare_clip`."""
     started = time.perf_counter()
     before = version_of(clip.video) if clip.video.exists() else None
-    decoded = (read_planes if as_planes else read_frames)(clip, video, once)
+    decoded = (read_planes if as_planes else read_frames)(clip, video, cache)
     frames = finish(decoded)
     version = version_of(clip.video)
-    source = once.find("sha256", version, lambda: _file_sha256(version), share=version[1] > _HASHED_AT_ONCE)
+    source = cache.find("sha256", version, lambda: _file_sha256(version), share=version[1] > _HASHED_AT_ONCE)
     if not before == version == version_of(clip.video):
         raise VideoError(f"video {clip.video} was changed while it was read; run `extract retry` when it is complete")
     return PreparedClip(clip, frames, decoded.timestamps, source, version[1], time.perf_counter() - started)

@@ -14,19 +14,19 @@ from egopatch.configs.schema import VideoConfig
 from egopatch.extract.children.limits import clock_stopped
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.clips import Cut, Frames, Pixels, PreparedClip, read_clip
+from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.frames import DecodedClip
-from egopatch.extract.video.once import OncePerVideo
 from egopatch.extract.video.planes import Planes, even
 from egopatch.extract.video.transforms import Transform
 
 
-def cut_clip(clip: Clip, video: VideoConfig, once: OncePerVideo, *, transform: Transform, most: int) -> PreparedClip:
+def cut_clip(clip: Clip, video: VideoConfig, cache: VideoCache, *, transform: Transform, most: int) -> PreparedClip:
     """Decode one clip in this process and cut its frames to what `transform` looks at; see `on_host.prepare_clip`.
 
     Frames of more than `most` bytes are transformed here, which makes them small.
     """
     finish = partial(finish_cut, size=video.size, transform=transform, most=most)
-    return read_clip(clip, video, once, finish, as_planes=True)
+    return read_clip(clip, video, cache, finish, as_planes=True)
 
 
 def finish_cut(decoded: DecodedClip[Any], size: int, transform: Transform, most: int) -> Frames:

@@ -6,8 +6,8 @@ from pathlib import Path
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.pool import DecodePool, UndecodedClip
+from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.container import open_video
-from egopatch.extract.video.once import OncePerVideo
 
 VIDEOS_OF_A_CHILD = 16  # a child takes longer to start than to read so many
 
@@ -28,6 +28,6 @@ def durations_s(videos: Sequence[Path], video: VideoConfig, workers: int) -> lis
         return [None if isinstance(end, UndecodedClip) else end for end in found]
 
 
-def _duration_s(clip: Clip, video: VideoConfig, once: OncePerVideo) -> float:
-    with open_video(clip.video, once) as file:
+def _duration_s(clip: Clip, video: VideoConfig, cache: VideoCache) -> float:
+    with open_video(clip.video, cache) as file:
         return float(file.index.end_s)

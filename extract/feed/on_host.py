@@ -12,21 +12,21 @@ from torch.nn import functional as F
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.clips import PreparedClip, read_clip
+from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.frames import DecodedClip
-from egopatch.extract.video.once import OncePerVideo
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform
 
 
 def prepare_clip(
-    clip: Clip, video: VideoConfig, once: OncePerVideo, transform: Transform = EGOVLP_TRANSFORM
+    clip: Clip, video: VideoConfig, cache: VideoCache, transform: Transform = EGOVLP_TRANSFORM
 ) -> PreparedClip:
-    """Decode and transform one clip in this process; `once` remembers what serves other clips of its video.
+    """Decode and transform one clip in this process; `cache` keeps what serves other clips of its video.
 
     Raises:
         VideoError: As `extract.video.frames.read_frames`, or the file was changed meanwhile.
         OSError: The file cannot be read any more.
     """
-    return read_clip(clip, video, once, partial(finish_on_host, size=video.size, transform=transform))
+    return read_clip(clip, video, cache, partial(finish_on_host, size=video.size, transform=transform))
 
 
 def finish_on_host(decoded: DecodedClip[NDArray[np.uint8]], size: int, transform: Transform) -> NDArray[np.float32]:

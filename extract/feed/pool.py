@@ -29,8 +29,8 @@ from egopatch.extract.children.spawned import SpawnedPool
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.clips import PreparedClip, PreparedTogether, SharedClip, SharedTogether
 from egopatch.extract.feed.shared_folder import SharedFolder
+from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.index import VideoError
-from egopatch.extract.video.once import OncePerVideo
 
 NICENESS = 5
 # Each task costs this process about a millisecond on a node with a GPU, as long as the GPU takes to encode a clip. So
@@ -38,7 +38,7 @@ NICENESS = 5
 TASK_S = 0.1
 TOGETHER = 4
 Prepared = TypeVar("Prepared")
-Prepare = Callable[[Clip, VideoConfig, OncePerVideo], Prepared]
+Prepare = Callable[[Clip, VideoConfig, VideoCache], Prepared]
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def _attempt(
         with limits(video):
             # A whole video is, as a rule, one clip: sharing what is found out about it costs more than it saves.
             whole = clip.start_s is None and clip.end_s is None
-            result = prepare(clip, video, OncePerVideo() if whole else _once(shared))
+            result = prepare(clip, video, VideoCache() if whole else _cache(shared))
             if slot is not None and isinstance(result, PreparedClip):
                 return SharedClip.write(result, inherited().memory(slot))
             if slot is not None and isinstance(result, PreparedTogether):
@@ -248,8 +248,8 @@ def _too_large(clip: Clip, video: VideoConfig) -> str:
 
 # A child works for one pool only.
 @functools.cache
-def _once(shared: Path) -> OncePerVideo:
-    return OncePerVideo(shared)
+def _cache(shared: Path) -> VideoCache:
+    return VideoCache(shared)
 
 
 def _start_child(memory_gb: float, slots: SharedSlots | None, _: object) -> None:

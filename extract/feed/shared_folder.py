@@ -1,4 +1,4 @@
-"""A temporary folder in which decoder children share what they find out about videos (`extract.video.once`)."""
+"""A temporary folder in which decoder children share their cache of videos (`extract.video.cache`)."""
 
 import fcntl
 import hashlib

@@ -7,8 +7,8 @@ from typing import Any
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.clips import Frames, PreparedTogether, read_clip
+from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.frames import DecodedClip
-from egopatch.extract.video.once import OncePerVideo
 
 Finish = Callable[[DecodedClip[Any]], Frames]
 
@@ -16,7 +16,7 @@ Finish = Callable[[DecodedClip[Any]], Frames]
 def prepare_together(
     clip: Clip,
     video: VideoConfig,
-    once: OncePerVideo,
+    cache: VideoCache,
     *,
     finishes: Sequence[Finish],
     ways: Sequence[int],
@@ -30,6 +30,6 @@ def prepare_together(
         others.extend(rest)
         return first
 
-    prepared = read_clip(clip, video, once, finish, as_planes)
+    prepared = read_clip(clip, video, cache, finish, as_planes)
     parts = (prepared, *(replace(prepared, frames=frames) for frames in others))
     return PreparedTogether(parts, tuple(ways))

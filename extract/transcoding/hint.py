@@ -10,10 +10,10 @@ from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.measure import measure_decoding
 from egopatch.extract.feed.pool import DecodePool, UndecodedClip
 from egopatch.extract.transcoding.segment import KEY_FRAME_S, SHORT_SIDE
+from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.container import open_video
 from egopatch.extract.video.frames import positions, read_frames, rows_within
 from egopatch.extract.video.nvdec import require_gpu_decoder
-from egopatch.extract.video.once import OncePerVideo
 
 DECODED = 0.6  # of a copy's frames before a wanted one; the others are B-frames that nothing refers to
 WORTH = 2.0  # times fewer pixels to decode
@@ -36,9 +36,9 @@ class Needed:
     share: float
 
 
-def needed_frames(clip: Clip, video: VideoConfig, once: OncePerVideo | None = None) -> Needed:
+def needed_frames(clip: Clip, video: VideoConfig, cache: VideoCache | None = None) -> Needed:
     """Count what one clip needs, without decoding it. Errors as in `extract.video.frames.read_frames`."""
-    with open_video(clip.video, once) as file:
+    with open_video(clip.video, cache) as file:
         index, (width, height) = file.index, file.size
     rows = rows_within(clip, index)
     wanted = np.unique(rows[positions(clip, index, rows, video)])
@@ -90,6 +90,6 @@ def gpu_decoder_hint(clips: Sequence[Clip], video: VideoConfig, decoders: int) -
     )
 
 
-def _decode(clip: Clip, video: VideoConfig, once: OncePerVideo) -> bool:
-    read_frames(clip, video, once)
+def _decode(clip: Clip, video: VideoConfig, cache: VideoCache) -> bool:
+    read_frames(clip, video, cache)
     return True

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
+from egopatch.extract.video.cache import VideoCache, version_of
 from egopatch.extract.video.container import UnclearPackets, VideoFile, open_video
 from egopatch.extract.video.frames import has_varying_rate, rows_within
 from egopatch.extract.video.index import VideoError
-from egopatch.extract.video.once import OncePerVideo, version_of
 from egopatch.features.io.files import make_folder, replacing
 
 SHORT_SIDE = 288
@@ -48,7 +48,7 @@ class Segment:
     size: int
 
 
-def write_segment(clip: Clip, video: VideoConfig, once: OncePerVideo | None = None, *, folder: Path) -> Segment:
+def write_segment(clip: Clip, video: VideoConfig, cache: VideoCache | None = None, *, folder: Path) -> Segment:
     """Write `folder/CLIP_ID.mp4`, verify it, and only then let it take its name.
 
     Raises:
@@ -57,7 +57,7 @@ def write_segment(clip: Clip, video: VideoConfig, once: OncePerVideo | None = No
     target = folder / f"{clip.clip_id}.mp4"
     make_folder(target.parent)  # a clip id may have slashes
     before = version_of(clip.video) if clip.video.exists() else None
-    with open_video(clip.video, once) as file, replacing(target) as temporary:
+    with open_video(clip.video, cache) as file, replacing(target) as temporary:
         try:
             times_s, means = _write(clip, file, temporary)
         except UnclearPackets:

@@ -26,6 +26,7 @@ from av.stream import Disposition
 from numpy.typing import NDArray
 
 from egopatch.extract.children.limits import reading_through
+from egopatch.extract.video.cache import FileVersion, VideoCache, version_of
 from egopatch.extract.video.index import (
     FrameIndex,
     LogLine,
@@ -37,11 +38,10 @@ from egopatch.extract.video.index import (
     pts_of,
 )
 from egopatch.extract.video.nvdec import accelerator, refusal, uses_gpu
-from egopatch.extract.video.once import FileVersion, OncePerVideo, version_of
 from egopatch.extract.video.orientation import Upright
 from egopatch.extract.video.planes import Planes
 
-KEPT_BYTES = 32 * 2**20  # smaller files are read once, for the index and for the decoder
+KEPT_BYTES = 32 * 2**20  # smaller files are read cache, for the index and for the decoder
 Shrink = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 Found = dict[int, Any]  # row -> what is made of its frame
 NOT_THE_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
@@ -73,7 +73,7 @@ class VideoFile:
         container: "av.container.InputContainer",
         logged: Sequence[LogLine],
         version: FileVersion,
-        once: OncePerVideo,
+        cache: VideoCache,
         on_gpu: bool,
     ) -> None:
         self.path = path
@@ -83,12 +83,12 @@ class VideoFile:
         self._stream = _video_stream(path, container)
         self._logged = logged
         self._version = version
-        self._once = once
+        self._cache = cache
         self._finish: Callable[[av.VideoFrame], Any] = self._upright
         self._packets: list[av.Packet[av.VideoStream]] = []
         index = None
-        if not once.has("index of frames", version):
-            index = once.find("index of packets", version, self._read_packets)
+        if not cache.has("index of frames", version):
+            index = cache.find("index of packets", version, self._read_packets)
         self.index = index or self.decode_through()
 
     @property
@@ -98,7 +98,7 @@ class VideoFile:
 
     def decode_through(self) -> FrameIndex:
         """Replace the index, which is that of the packets, by that of the frames that the decoder shows."""
-        self.index = self._once.find("index of frames", self._version, self._read_frames)
+        self.index = self._cache.find("index of frames", self._version, self._read_frames)
         return self.index
 
     def pixels(self, rows: NDArray[np.int64], shrink: Shrink | None = None) -> list[NDArray[np.uint8]]:
@@ -347,12 +347,12 @@ class VideoFile:
 
 
 @contextmanager
-def open_video(path: Path, once: OncePerVideo | None = None, on_gpu: bool = False) -> Iterator[VideoFile]:
+def open_video(path: Path, cache: VideoCache | None = None, on_gpu: bool = False) -> Iterator[VideoFile]:
     """Open `path` while the block runs. FFmpeg's errors in the block become `VideoError` too.
 
     Args:
         path: Path of the video.
-        once: Remembers the video's index.
+        cache: Keeps the video's index.
         on_gpu: Whether a GPU decodes; see `extract.video.nvdec`.
 
     Raises:
@@ -368,7 +368,7 @@ def open_video(path: Path, once: OncePerVideo | None = None, on_gpu: bool = Fals
     on_cpu = True
     try:
         with av.logging.Capture() as logged, _opened(path, on_gpu, logged) as container:
-            file = VideoFile(path, container, logged, version, once or OncePerVideo(), on_gpu)
+            file = VideoFile(path, container, logged, version, cache or VideoCache(), on_gpu)
             on_cpu = not on_gpu
             yield file
     except av.FFmpegError as error:

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
+from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.container import UnclearPackets, VideoFile, open_video
 from egopatch.extract.video.decord_frames import decord_pixels
 from egopatch.extract.video.index import FrameIndex, VideoError
-from egopatch.extract.video.once import OncePerVideo
 from egopatch.extract.video.planes import Planes
 
 # A frame rate is constant if its gaps differ by less than this share of a frame; containers round timestamps.
@@ -83,8 +83,8 @@ def has_varying_rate(starts_s: NDArray[np.float64]) -> bool:
     return len(gaps) > 0 and bool(np.ptp(gaps) > CONSTANT_RATE_TOLERANCE * np.median(gaps))
 
 
-def read_frames(clip: Clip, video: VideoConfig, once: OncePerVideo | None = None) -> DecodedClip[NDArray[np.uint8]]:
-    """Decode the frames of `clip`; `once` remembers the frame index of its video for other clips.
+def read_frames(clip: Clip, video: VideoConfig, cache: VideoCache | None = None) -> DecodedClip[NDArray[np.uint8]]:
+    """Decode the frames of `clip`; `cache` remembers the frame index of its video for other clips.
 
     FFmpeg runs in this process, where a damaged file may make it hang; jobs therefore call this function in a child
     process that can be killed (`extract.feed.pool`).
@@ -93,18 +93,18 @@ def read_frames(clip: Clip, video: VideoConfig, once: OncePerVideo | None = None
         VideoError: The file is missing, unreadable, empty, not a video, damaged or truncated within the clip, has no
             frame there, or has fewer than `video.frames` and `video.short` is `quarantine`.
     """
-    return _opened_and_read(clip, video, once, as_planes=False)
+    return _opened_and_read(clip, video, cache, as_planes=False)
 
 
 def read_planes(
-    clip: Clip, video: VideoConfig, once: OncePerVideo | None = None
+    clip: Clip, video: VideoConfig, cache: VideoCache | None = None
 ) -> DecodedClip[NDArray[np.uint8] | Planes]:
     """As `read_frames`, but frames whose colours need not be converted yet stay as the decoder left them."""
-    return _opened_and_read(clip, video, once, as_planes=True)
+    return _opened_and_read(clip, video, cache, as_planes=True)
 
 
-def _opened_and_read(clip: Clip, video: VideoConfig, once: OncePerVideo | None, as_planes: bool) -> DecodedClip[Any]:
-    with open_video(clip.video, once, on_gpu=video.decoder == "nvdec") as file:
+def _opened_and_read(clip: Clip, video: VideoConfig, cache: VideoCache | None, as_planes: bool) -> DecodedClip[Any]:
+    with open_video(clip.video, cache, on_gpu=video.decoder == "nvdec") as file:
         try:
             return _read(clip, video, file, as_planes)
         except UnclearPackets:

@@ -17,7 +17,7 @@ from egopatch.extract.commands import plan as commands_plan
 from egopatch.extract.commands.again import retry_command
 from egopatch.extract.datasets import load_dataset
 from egopatch.extract.planning.plan import Plan
-from egopatch.extract.video.once import OncePerVideo
+from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.worker.job import resolve_job
 from egopatch.extract.worker.job_stats import jobs_path
 from egopatch.features import open_store
@@ -34,7 +34,7 @@ def test_the_store_holds_what_the_encoder_says(made: Path) -> None:
     assert store.clip_ids == tuple(clip.clip_id for clip in dataset.clips)
     encoder = resolve_job(config).encoder
     for clip in (dataset.clips[0], dataset.clips[-1]):
-        prepared = prepare_clip(clip, config.video, OncePerVideo())
+        prepared = prepare_clip(clip, config.video, VideoCache())
         expected = encoder(torch.from_numpy(prepared.frames)[None])
         stored = store.read([clip.clip_id])
         # Batches of another size may round differently in the last bit before float16.

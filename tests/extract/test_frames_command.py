@@ -13,8 +13,8 @@ from egopatch.configs.schema import VideoConfig
 from egopatch.extract.__main__ import main
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.on_host import prepare_clip, to_input
+from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.frames import read_frames
-from egopatch.extract.video.once import OncePerVideo
 from tests.extract.video.odd_videos import FILES
 from tests.extract.video.videos import FPS, frame_numbers, write_video
 
@@ -37,7 +37,7 @@ def test_frames_and_times_are_those_of_the_clip(
     assert times_s == pytest.approx(np.array(frame_numbers(frames)) / FPS)
     clip, config = Clip("c", video, 0.5, 1.5), VideoConfig(frames=4, size=64)
     assert np.array_equal(frames, read_frames(clip, config).frames)
-    assert torch.equal(to_input(frames, 64), torch.from_numpy(prepare_clip(clip, config, OncePerVideo()).frames))
+    assert torch.equal(to_input(frames, 64), torch.from_numpy(prepare_clip(clip, config, VideoCache()).frames))
 
 
 def test_a_folder_gets_pictures(video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,8 @@ import torch
 from egopatch.extract.__main__ import main
 from egopatch.extract.encoders import load_video_encoder
 from egopatch.extract.feed.on_host import to_input
+from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.frames import read_frames, uniform_indices
-from egopatch.extract.video.once import OncePerVideo
 from egopatch.features import open_store
 from egopatch.features.tools.verify import verify
 from tests.extract.job import config_of, contents, ledger_lines, options
@@ -122,5 +122,5 @@ def test_children_and_this_process_decode_the_same_frames(tmp_path: Path) -> Non
     assert isinstance(first, PreparedClip)
     assert isinstance(second, PreparedClip)
     assert np.array_equal(first.frames, second.frames)
-    np.testing.assert_allclose(first.frames, prepare_clip(clip, video, OncePerVideo()).frames, atol=1e-6)
+    np.testing.assert_allclose(first.frames, prepare_clip(clip, video, VideoCache()).frames, atol=1e-6)
     assert first.timestamps.tolist() == read_frames(clip, video).timestamps.tolist()

@@ -33,14 +33,14 @@ def test_pictures_are_cropped_as_for_the_encoder(tmp_path: Path) -> None:
     from egopatch.extract.datasets import load_dataset
     from egopatch.extract.encoders.networks.lite import TRANSFORM
     from egopatch.extract.feed.on_host import crop_and_resize
+    from egopatch.extract.video.cache import VideoCache
     from egopatch.extract.video.frames import read_frames
-    from egopatch.extract.video.once import OncePerVideo
     from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 
     config = write_dataset(tmp_path / "data", clips=1, questions=3)
     clip = load_dataset(config.data).clips[0]
     for transform in (EGOVLP_TRANSFORM, TRANSFORM):
-        shown = report_examples.prepare_picture(clip, config.video, OncePerVideo(), transform).frames
+        shown = report_examples.prepare_picture(clip, config.video, VideoCache(), transform).frames
         seen = crop_and_resize(read_frames(clip, config.video).frames, config.video.size, transform).numpy()
         # The same field of view at twice the side: patch by patch the same mean.
         patches = [

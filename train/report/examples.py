@@ -24,7 +24,7 @@ from egopatch.features.values.spec import middle_indices
 # Decoding is imported only when pictures are drawn: it takes long to load, and reading results never needs it.
 if TYPE_CHECKING:
     from egopatch.extract.feed.clips import PreparedClip
-    from egopatch.extract.video.once import OncePerVideo
+    from egopatch.extract.video.cache import VideoCache
     from egopatch.extract.video.transforms import Transform
 
 PICTURE_SIDE = 224
@@ -151,7 +151,7 @@ def shown_frames(frames: int) -> list[int]:
     return middle_indices(frames, min(frames, MAX_FRAMES))
 
 
-def prepare_picture(clip: Clip, video: VideoConfig, once: "OncePerVideo", transform: "Transform") -> "PreparedClip":
+def prepare_picture(clip: Clip, video: VideoConfig, cache: "VideoCache", transform: "Transform") -> "PreparedClip":
     """Decode a clip's frames and crop them as for the encoder, but keep them viewable. Runs in a decoder child.
 
     Returns:
@@ -166,7 +166,7 @@ def prepare_picture(clip: Clip, video: VideoConfig, once: "OncePerVideo", transf
     from egopatch.extract.video.frames import read_frames
 
     started = time.perf_counter()
-    decoded = read_frames(clip, video, once)
+    decoded = read_frames(clip, video, cache)
     shown = crop_and_resize(decoded.frames, PICTURE_SIDE, transform).numpy()
     return PreparedClip(clip, shown, decoded.timestamps, "", 0, time.perf_counter() - started)
 

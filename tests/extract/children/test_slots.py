@@ -26,8 +26,8 @@ from egopatch.extract.feed.decoders import open_decoders
 from egopatch.extract.feed.on_host import prepare_clip, to_input
 from egopatch.extract.feed.pool import TOGETHER, DecodePool, UndecodedClip
 from egopatch.extract.feed.shared_folder import SharedFolder
+from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.frames import DecodedClip, read_frames
-from egopatch.extract.video.once import OncePerVideo
 from egopatch.extract.video.planes import even
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 from tests.extract.feed.children import die_or_prepare
@@ -58,7 +58,7 @@ def video(tmp_path: Path) -> Path:
 
 
 def test_finished_input_is_what_this_process_computes(video: Path) -> None:
-    expected = prepare_clip(Clip("a", video), SMALL, OncePerVideo())
+    expected = prepare_clip(Clip("a", video), SMALL, VideoCache())
     with open_decoders(SMALL, EGOVLP_TRANSFORM, 1, 3, cut=False) as pool:
         for number, result in enumerate(pool.map([Clip(str(i), video) for i in range(7)])):
             assert isinstance(result, PreparedClip)
@@ -70,7 +70,7 @@ def test_finished_input_is_what_this_process_computes(video: Path) -> None:
 
 def test_clips_that_share_a_task_have_slots_of_their_own(video: Path, tmp_path: Path) -> None:
     other = write_video(tmp_path / "other.mp4", frames=12)
-    expected = {path: prepare_clip(Clip("a", path), SMALL, OncePerVideo()).frames for path in (video, other)}
+    expected = {path: prepare_clip(Clip("a", path), SMALL, VideoCache()).frames for path in (video, other)}
     clips = [Clip(str(i), (video, other)[i % 3 % 2]) for i in range(80)]
     with open_decoders(SMALL, EGOVLP_TRANSFORM, 1, 3, cut=False) as pool:
         for clip, result in zip(clips, pool.map(clips, ahead=2, together=TOGETHER), strict=True):

@@ -29,7 +29,7 @@ from egopatch.extract.encoders.checkpoints.package import LITE0, MINILM, Package
 from egopatch.extract.encoders.networks.lite import STAGES, TRANSFORM
 from egopatch.extract.feed.on_host import to_input
 from egopatch.extract.fingerprints import text_fingerprint, video_fingerprint
-from egopatch.extract.video.once import OncePerVideo
+from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform
 from egopatch.features import open_store
 from tests.extract.encoders.networks import relative, tiny
@@ -294,7 +294,7 @@ def test_a_store_of_lite_tokens(
     config = load_config(Path(LITE[1]), options[2:])
     clip = load_dataset(config.data).clips[0]
     stored = open_store(store).read([clip.clip_id])
-    frames = torch.from_numpy(prepare_clip(clip, config.video, OncePerVideo(), transform=TRANSFORM).frames)[None]
+    frames = torch.from_numpy(prepare_clip(clip, config.video, VideoCache(), transform=TRANSFORM).frames)[None]
     expected = load_video_encoder("lite", checkpoint, 4, 11, size=112)(frames)
     torch.testing.assert_close(stored.patches, expected.patches.half(), rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(stored.coarse, expected.coarse.half(), rtol=2e-3, atol=2e-3)

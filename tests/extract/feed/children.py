@@ -16,32 +16,32 @@ from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.clips import PreparedClip
 from egopatch.extract.feed.cut import cut_clip
 from egopatch.extract.feed.pool import DecodePool
-from egopatch.extract.video.once import OncePerVideo
+from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 
 HEAVY = ("torch", "transformers", "zarr", "h5py", "ray", "matplotlib")
 
 
-def die_or_prepare(clip: Clip, video: VideoConfig, once: OncePerVideo) -> PreparedClip:
+def die_or_prepare(clip: Clip, video: VideoConfig, cache: VideoCache) -> PreparedClip:
     if clip.clip_id == "killed":
         time.sleep(0.5)  # before the parent has heard that this child took the task, it counts as one without work
         os.kill(os.getpid(), signal.SIGKILL)
-    return cut_clip(clip, video, once, transform=EGOVLP_TRANSFORM, most=1 << 20)
+    return cut_clip(clip, video, cache, transform=EGOVLP_TRANSFORM, most=1 << 20)
 
 
-def count_looks(clip: Clip, video: VideoConfig, once: OncePerVideo) -> int:
+def count_looks(clip: Clip, video: VideoConfig, cache: VideoCache) -> int:
     """What the first of all children finds out about the video: how often one of them has looked, which is once."""
 
     def look() -> int:
         with clip.video.open("ab") as file:
             return file.write(b".") and file.tell()
 
-    return once.find("looks", (clip.video, 0, 0), look)
+    return cache.find("looks", (clip.video, 0, 0), look)
 
 
-def about_this_child(clip: Clip, video: VideoConfig, once: OncePerVideo) -> tuple[float, int, list[str]]:
+def about_this_child(clip: Clip, video: VideoConfig, cache: VideoCache) -> tuple[float, int, list[str]]:
     """CPU seconds to the first frames, bytes of memory, modules that should not be here."""
-    cut_clip(clip, video, once, transform=EGOVLP_TRANSFORM, most=1 << 30)
+    cut_clip(clip, video, cache, transform=EGOVLP_TRANSFORM, most=1 << 30)
     # CPU time, because the machine may be busy.
     return time.process_time(), psutil.Process().memory_info().rss, [name for name in HEAVY if name in sys.modules]
 

@@ -21,8 +21,8 @@ from egopatch.extract.feed import clips as feed_clips
 from egopatch.extract.feed.clips import PreparedClip
 from egopatch.extract.feed.on_host import prepare_clip
 from egopatch.extract.feed.pool import NICENESS, DecodePool, UndecodedClip, slots_for
+from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.container import VideoError
-from egopatch.extract.video.once import OncePerVideo
 from tests.extract.video.videos import write_video
 
 SMALL = VideoConfig(frames=2, size=32)
@@ -92,11 +92,11 @@ FAILED = {
 }
 
 
-def act(clip: Clip, video: VideoConfig, once: OncePerVideo) -> PreparedClip:
+def act(clip: Clip, video: VideoConfig, cache: VideoCache) -> PreparedClip:
     """Prepare the clip, unless its id is the name of a function above: then call that."""
     if clip.clip_id in globals():
         globals()[clip.clip_id]()
-    return prepare_clip(clip, video, once)
+    return prepare_clip(clip, video, cache)
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_clips_come_back_in_order_and_equal_to_this_process(clips: list[Clip]) -
     with DecodePool(SMALL, 2, prepare_clip) as pool:
         results = list(pool.map(clips * 3))
     assert [one.clip for one in results] == clips * 3
-    expected = prepare_clip(clips[0], SMALL, OncePerVideo())
+    expected = prepare_clip(clips[0], SMALL, VideoCache())
     for one in results:
         assert isinstance(one, PreparedClip)
         # Children resize on one thread, this process on several: the last bit may differ.
@@ -299,7 +299,7 @@ def test_a_file_that_goes_or_changes_meanwhile_is_that_clips_failure(
 
     then(lambda path: path.write_bytes(path.read_bytes() + b"0"))
     with pytest.raises(VideoError, match=r"a\.mp4 was changed while it was read"):
-        prepare_clip(clip, SMALL, OncePerVideo())
+        prepare_clip(clip, SMALL, VideoCache())
     then(Path.unlink)
     with pytest.raises(FileNotFoundError, match=r"a\.mp4"):
-        prepare_clip(clip, SMALL, OncePerVideo())
+        prepare_clip(clip, SMALL, VideoCache())

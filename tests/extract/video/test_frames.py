@@ -6,9 +6,9 @@ import pytest
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
+from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.container import VideoFile
 from egopatch.extract.video.frames import VideoError, read_frames, uniform_by_time, uniform_indices
-from egopatch.extract.video.once import OncePerVideo
 from tests.extract.video.videos import B_FRAMES, frame_numbers, write_video
 
 
@@ -95,8 +95,8 @@ def test_clips_of_one_video_read_its_packets_once(tmp_path: Path, readings: list
     parts = [Clip(str(start), path, start_s=start / 10, end_s=(start + 6) / 10) for start in range(0, 12, 3)]
     alone = [read_frames(part, config) for part in parts]
     readings.clear()
-    once = OncePerVideo()
-    together = [read_frames(part, config, once) for part in parts]
+    cache = VideoCache()
+    together = [read_frames(part, config, cache) for part in parts]
     assert readings == ["a"]
     for one, other in zip(alone, together, strict=True):
         np.testing.assert_array_equal(one.frames, other.frames)
@@ -104,8 +104,8 @@ def test_clips_of_one_video_read_its_packets_once(tmp_path: Path, readings: list
 
 
 def test_a_video_that_was_replaced_is_indexed_anew(tmp_path: Path) -> None:
-    path, config, once = tmp_path / "a.mp4", VideoConfig(frames=3, size=32), OncePerVideo()
+    path, config, cache = tmp_path / "a.mp4", VideoConfig(frames=3, size=32), VideoCache()
     write_video(path, frames=30)
-    assert frame_numbers(read_frames(Clip("x", path), config, once).frames) == [4, 14, 24]
+    assert frame_numbers(read_frames(Clip("x", path), config, cache).frames) == [4, 14, 24]
     write_video(path, frames=9)
-    assert frame_numbers(read_frames(Clip("x", path), config, once).frames) == [1, 4, 7]
+    assert frame_numbers(read_frames(Clip("x", path), config, cache).frames) == [1, 4, 7]

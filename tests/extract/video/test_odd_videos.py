@@ -7,19 +7,19 @@ import pytest
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
+from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.container import VideoFile, open_video
 from egopatch.extract.video.frames import read_frames
 from egopatch.extract.video.index import VideoError
-from egopatch.extract.video.once import OncePerVideo
 from tests.extract.video.odd_videos import ODD, REFUSED, full_decode, moving, without_ts_packet
 from tests.extract.video.videos import B_FRAMES, write_video
 
 
 def assert_shown(
-    clip: Clip, frames: int, times_s: np.ndarray, shown: list[np.ndarray], once: OncePerVideo | None = None
+    clip: Clip, frames: int, times_s: np.ndarray, shown: list[np.ndarray], cache: VideoCache | None = None
 ) -> None:
     """Each frame of `clip` is the one that a full decode shows at its time."""
-    decoded = read_frames(clip, VideoConfig(frames=frames), once)
+    decoded = read_frames(clip, VideoConfig(frames=frames), cache)
     rows = np.abs(times_s[None] - decoded.times_s[:, None]).argmin(1)
     np.testing.assert_allclose(decoded.times_s, times_s[rows], atol=2e-3)
     for row, frame in zip(rows.tolist(), decoded.frames, strict=True):
@@ -33,13 +33,13 @@ def test_frames_are_those_of_a_full_decode(name: str, tmp_path: Path) -> None:
     times_s, shown = full_decode(path)
     if odd.times_s is not None:
         times_s = np.array(odd.times_s)
-    once = OncePerVideo()
-    assert_shown(Clip("all", path), len(shown), times_s, shown, once)
+    cache = VideoCache()
+    assert_shown(Clip("all", path), len(shown), times_s, shown, cache)
     span_s = float(times_s[-1])
     for start in (0.0, 0.3, 0.6):
         for frames in (1, 4):
             part = Clip("part", path, start * span_s, (start + 0.4) * span_s + 0.001)
-            assert_shown(part, frames, times_s, shown, once)
+            assert_shown(part, frames, times_s, shown, cache)
 
 
 def test_a_lost_packet_costs_only_the_frames_that_depend_on_it(tmp_path: Path) -> None:

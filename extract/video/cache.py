@@ -39,8 +39,8 @@ def version_of(path: Path) -> FileVersion:
     return path, stat.st_size, stat.st_mtime_ns
 
 
-class OncePerVideo:
-    """Values of the most recently used videos.
+class VideoCache:
+    """A cache of what was computed from the most recently used videos.
 
     Args:
         folder: Temporary folder that this process shares with others; None to share nothing.

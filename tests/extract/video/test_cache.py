@@ -10,9 +10,8 @@ import pytest
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.children.limits import SLOWEST_BYTES_PER_S, clock_stopped, limits, reading_through
-from egopatch.extract.video import once
+from egopatch.extract.video.cache import FileVersion, VideoCache
 from egopatch.extract.video.index import VideoError
-from egopatch.extract.video.once import FileVersion, OncePerVideo
 from tests.features.faults import fork
 
 VERSION = Path("a.mp4"), 1000, 1
@@ -24,12 +23,12 @@ def never() -> int:
 
 def find(folder: Path | None, value: int, version: FileVersion = VERSION, what: str = "index") -> int:
     """As a new process would."""
-    return OncePerVideo(folder).find(what, version, lambda: value)
+    return VideoCache(folder).find(what, version, lambda: value)
 
 
 def test_a_process_remembers_the_latest_videos(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(once, "IN_MEMORY", 2)
-    known = OncePerVideo()
+    monkeypatch.setattr(cache, "IN_MEMORY", 2)
+    known = VideoCache()
     versions = {name: (Path(name), 1, 1) for name in "abc"}
     computed = []
     for name in "abacab":
@@ -46,9 +45,9 @@ def test_the_others_wait_for_the_child_that_computes(tmp_path: Path) -> None:
         return 5
 
     with ThreadPoolExecutor() as threads:
-        first = threads.submit(OncePerVideo(tmp_path).find, "index", VERSION, compute)
+        first = threads.submit(VideoCache(tmp_path).find, "index", VERSION, compute)
         assert begun.wait(30)
-        others = [threads.submit(OncePerVideo(tmp_path).find, "index", VERSION, never) for _ in range(3)]
+        others = [threads.submit(VideoCache(tmp_path).find, "index", VERSION, never) for _ in range(3)]
         go_on.set()
         assert [first.result(30), *(other.result(30) for other in others)] == [5] * 4
 
@@ -65,7 +64,7 @@ def test_another_file_version_or_question_is_computed_anew(tmp_path: Path, monke
 
 def test_an_error_is_no_value(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
-        OncePerVideo(tmp_path).find("index", VERSION, never)
+        VideoCache(tmp_path).find("index", VERSION, never)
     assert find(tmp_path, 2) == 2
 
 
@@ -82,8 +81,8 @@ def test_a_folder_that_is_gone_costs_only_time(tmp_path: Path) -> None:
 
 
 def test_old_files_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(once, "IN_FILES", 3)
-    monkeypatch.setattr(once, "CLEAN_EVERY", 1)
+    monkeypatch.setattr(cache, "IN_FILES", 3)
+    monkeypatch.setattr(cache, "CLEAN_EVERY", 1)
     for number in range(10):
         assert find(tmp_path, number, (Path("a.mp4"), number, 1)) == number
     assert len(list(tmp_path.iterdir())) == 3
@@ -113,8 +112,8 @@ def test_a_video_that_cannot_be_indexed_is_read_through_once(tmp_path: Path) -> 
         read.append(1)
         raise VideoError("video a.mp4 has no frame")
 
-    same = OncePerVideo(tmp_path)
-    for known in (same, same, OncePerVideo(tmp_path)):
+    same = VideoCache(tmp_path)
+    for known in (same, same, VideoCache(tmp_path)):
         with pytest.raises(VideoError, match=r"video a\.mp4 has no frame"):
             known.find("index", VERSION, compute)
     assert len(read) == 1
@@ -127,7 +126,7 @@ def test_an_error_that_may_pass_is_not_remembered(tmp_path: Path) -> None:
 
     for _ in range(3):
         with pytest.raises(OSError, match="Input/output error"):
-            OncePerVideo(tmp_path).find("index", VERSION, lost)
+            VideoCache(tmp_path).find("index", VERSION, lost)
     assert find(tmp_path, 7) == 7
 
 
@@ -137,7 +136,7 @@ def test_a_video_that_kills_its_decoder_is_tried_twice_and_no_more(tmp_path: Pat
         return 0
 
     def attempt() -> None:
-        OncePerVideo(tmp_path).find("index", VERSION, die)
+        VideoCache(tmp_path).find("index", VERSION, die)
 
     for _ in range(2):
         assert fork(attempt).wait() == -signal.SIGKILL
@@ -161,15 +160,15 @@ def test_a_child_that_is_killed_with_its_worker_condemns_no_video(tmp_path: Path
 
 
 def test_nobody_waits_forever_for_a_child_that_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(once, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(cache, "PATIENCE_S", 0.0)
 
     def compute() -> int:
         assert find(tmp_path, 6, (Path("a.mp4"), 0, 1)) == 6
         return 5
 
-    assert OncePerVideo(tmp_path).find("index", (Path("a.mp4"), 0, 1), compute) == 5
+    assert VideoCache(tmp_path).find("index", (Path("a.mp4"), 0, 1), compute) == 5
     assert find(tmp_path, 7, (Path("a.mp4"), 0, 1)) == 5
 
 
 def find_and_die(folder: Path) -> None:
-    OncePerVideo(folder).find("index", VERSION, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    VideoCache(folder).find("index", VERSION, lambda: os.kill(os.getpid(), signal.SIGKILL))
