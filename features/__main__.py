@@ -48,11 +48,11 @@ Outcome = tuple[int, Result, str]  # exit code, the result as JSON values, the r
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     options = _parser().parse_args(args)
-    if fault := _missing(options):
-        print(f"features: {fault}", file=sys.stderr)
-        return 2
     run, _ = COMMANDS[options.command]
     try:
+        if fault := _missing(options):
+            print(f"features: {fault}", file=sys.stderr)
+            return 2
         code, result, text = run(options)
         print(json.dumps(result, indent=2) if options.json else text, flush=True)
         return code
@@ -150,9 +150,10 @@ def _location(text: str) -> Location:
 
 
 def _folder(text: str) -> Path:
-    if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a folder; expected the folder of the videos, data.root")
-    return Path(text)
+    with suppress(OSError):  # such as in a folder of another user
+        if Path(text).is_dir():
+            return Path(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a folder; expected the folder of the videos, data.root")
 
 
 def _share(text: str) -> float:

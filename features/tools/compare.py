@@ -12,7 +12,7 @@ from torch import Tensor
 
 from egopatch.features.store.store import Store, open_store
 from egopatch.features.tools.feature_files import find_clips
-from egopatch.features.tools.importing import as_patches
+from egopatch.features.tools.importing import patches_of
 from egopatch.features.values.errors import StoreError
 from egopatch.features.values.location import Location
 
@@ -106,8 +106,7 @@ class Side:
         if isinstance(place, Path) and not (place / "store.json").exists():
             self._files = dict(find_clips(place))
             self.ids = tuple(sorted(self._files))
-            first = self._read_file(self.ids[0])["patches"]
-            self.dtype = str(first.dtype).removeprefix("torch.")
+            self.dtype = str(self._read_file(self.ids[0])[0].dtype).removeprefix("torch.")
         else:
             self._store = open_store(place)
             if self._store.spec.kind != "patches":
@@ -122,12 +121,13 @@ class Side:
         if self._store is not None:
             tokens = self._store.read([name], torch.float32)
             return tokens.patches[0], None if tokens.timestamps is None else tokens.timestamps[0]
-        arrays = self._read_file(name)
-        return as_patches(arrays["patches"]).float(), arrays.get("timestamps")
+        patches, times = self._read_file(name)
+        return patches.float(), None if times is None else times.float()
 
-    def _read_file(self, name: str) -> dict[str, Tensor]:
+    def _read_file(self, name: str) -> tuple[Tensor, Tensor | None]:
         try:
-            return self._files[name]()
+            arrays = self._files[name]()
+            return patches_of(arrays), arrays.get("timestamps")
         except (ValueError, OSError) as error:
             raise StoreError(f"clip {name!r}: {error}") from None
 
@@ -146,7 +146,7 @@ def compare(
         on_clips: Called with the number of clips done, and of all clips.
 
     Raises:
-        StoreError: A or B cannot be read, or they have no clip in common.
+        StoreError: A or B cannot be read, they have no clip in common, or their clips have several shapes.
     """
     left, right = Side(a), Side(b)
     both = set(left.ids) & set(right.ids)
@@ -243,6 +243,7 @@ class _Sums:
     def __init__(self) -> None:
         self.shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         self.times: float | None = None
+        self._shape: tuple[int, ...] | None = None  # of every clip: places and channels are summed over all
         self._clips: list[Measure] = []
         self._tokens: Tensor | None = None  # [3, T, N] of <a, b>, <a, a>, <b, b>; and the squared difference, [4, ...]
         self._channels: Tensor | None = None  # [4, D]
@@ -251,12 +252,18 @@ class _Sums:
     def add(self, name: str, a: tuple[Tensor, Tensor | None], b: tuple[Tensor, Tensor | None]) -> None:
         """Add a clip: patches and times of A and B."""
         (x, x_times), (y, y_times) = a, b
-        if x_times is not None and y_times is not None and x_times.shape == y_times.shape:
+        if x_times is not None and y_times is not None and x_times.shape == y_times.shape == (len(x),):
             self.times = max(self.times or 0.0, float((x_times - y_times).abs().max()))
         x, y = _pooled_alike(x, y)
         if x.shape != y.shape:
             self.shapes = self.shapes or (tuple(x.shape), tuple(y.shape))
             return
+        self._shape = self._shape or tuple(x.shape)
+        if x.shape != self._shape:
+            raise StoreError(
+                f"clip {name!r} has patches of shape {tuple(x.shape)} in A and B, and others have {self._shape};"
+                " expected one shape: compare the clips of each shape in a folder of their own"
+            )
         products = torch.stack([x * y, x * x, y * y, (x - y).square()]).double()
         self._clips.append(_measure(name, products.sum(dim=(1, 2, 3))))
         tokens, channels = products.sum(dim=3), products.sum(dim=(1, 2))

@@ -297,13 +297,22 @@ def _named(content: Any) -> dict[str, Tensor]:
             value = torch.from_numpy(np.ascontiguousarray(value))
         if not isinstance(value, Tensor):
             raise ValueError(f"{key} is a {type(value).__name__}; expected tensors or arrays")
-        tensors[str(key)] = value
+        tensors[str(key)] = _plain(str(key), value)
     if "patches" not in tensors and ("features" in tensors or len(tensors) == 1):
         name = "features" if "features" in tensors else next(iter(tensors))
         tensors["patches"] = tensors.pop(name)
     if "patches" not in tensors:
         raise ValueError(f"holds {', '.join(tensors) or 'nothing'}; expected an array called patches or features")
     return tensors
+
+
+def _plain(name: str, tensor: Tensor) -> Tensor:
+    """The tensor, in a dtype that torch computes with: 8-bit floats as float32, which holds the same values."""
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta:
+        raise ValueError(f"{name} is a sparse, nested, quantised or empty tensor; expected a dense one")
+    if tensor.is_complex():
+        raise ValueError(f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}; expected real numbers")
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 
 def as_numpy(tensor: Tensor) -> np.ndarray:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from egopatch.features.state.ids import check_id
 from egopatch.features.store.create import create_store
 from egopatch.features.store.store import Store
 from egopatch.features.tools.feature_files import ReadClip, Unread, find_clips
@@ -138,6 +139,7 @@ def _distinct(unread: Iterable[Unread], source: Path) -> dict[str, ReadClip]:
     """Id -> what reads the clip, sorted by id."""
     found: dict[str, ReadClip] = {}
     for name, read in unread:
+        check_id(name, "patches")
         if name in found:
             raise StoreError(f"{source} has the clip {name!r} twice; expected each id once: nothing was imported")
         found[name] = read
@@ -147,12 +149,7 @@ def _distinct(unread: Iterable[Unread], source: Path) -> dict[str, ReadClip]:
 def _row(arrays: dict[str, Tensor], dtype: str, grid: tuple[int, int] | None) -> dict[str, Tensor]:
     """The arrays of one clip as they are stored."""
     given = arrays["patches"]
-    if not given.numel():
-        raise ValueError(f"patches have shape {tuple(given.shape)}, without a value")
-    patches = as_patches(given)
-    if not patches.isfinite().all():
-        raise ValueError("patches hold NaN or infinity")
-    patches = patches.to(torch_dtype(dtype))
+    patches = patches_of(arrays).to(torch_dtype(dtype))
     if not patches.isfinite().all():
         raise ValueError(f"patches exceed the range of {dtype}; use another --dtype")
     _grid(given, patches.shape[1], grid)
@@ -168,12 +165,17 @@ def _row(arrays: dict[str, Tensor], dtype: str, grid: tuple[int, int] | None) ->
     return row
 
 
-def as_patches(given: Tensor) -> Tensor:
-    """[T, N, D] of tokens in any of the shapes that `import_features` takes.
+def patches_of(arrays: Mapping[str, Tensor]) -> Tensor:
+    """[T, N, D]: the patches of a clip, in any of the shapes that `import_features` takes.
 
     Raises:
-        ValueError: They have another number of dimensions.
+        ValueError: They have another number of dimensions, are empty, or hold NaN or infinity.
     """
+    given = arrays["patches"]
+    if not given.numel():
+        raise ValueError(f"patches have shape {tuple(given.shape)}, without a value")
+    if not given.isfinite().all():
+        raise ValueError("patches hold NaN or infinity")
     if given.ndim == 1:
         return given[None, None]
     if given.ndim == 2:

@@ -215,3 +215,36 @@ def test_the_command(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[s
     np.save(tmp_path / "others" / "x.npy", np.ones(3, np.float32))
     assert main(["compare", str(a.path), str(tmp_path / "others")]) == 1
     assert "have no clip in common: 'clip00' in one, 'x' in the other" in capsys.readouterr().err
+
+
+def files_of(folder: Path, *clips: np.ndarray) -> Path:
+    folder.mkdir()
+    for number, patches in enumerate(clips):
+        np.save(folder / f"{number}.npy", patches)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("clips", "why"),
+    [
+        ([np.ones((2, 4, 8)), np.ones((3, 4, 8))], r"clip '1' has patches of shape (3, 4, 8) in A and B, and others"),
+        ([np.ones((1, 1, 2, 4, 8))], "clip '0': patches have shape (1, 1, 2, 4, 8); expected [T, N, D]"),
+        ([np.ones((2, 0, 8))], "clip '0': patches have shape (2, 0, 8), without a value"),
+        ([np.full((2, 4, 8), np.nan)], "clip '0': patches hold NaN or infinity"),
+    ],
+)
+def test_features_that_cannot_be_compared_are_one_line(
+    clips: list[np.ndarray], why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = files_of(tmp_path / "a", *clips), files_of(tmp_path / "b", *clips)
+    assert main(["compare", str(a), str(b)]) == 1
+    said = capsys.readouterr().err
+    assert why in said
+    assert said.count("\n") == 1
+
+
+def test_times_of_any_kind_are_compared(tmp_path: Path) -> None:
+    for name, times in (("a", torch.tensor([0, 1])), ("b", torch.tensor([0.0, 1.5]))):
+        (tmp_path / name).mkdir()
+        torch.save({"patches": torch.ones(2, 4, 8), "timestamps": times > 0}, tmp_path / name / "clip.pt")
+    assert compare(tmp_path / "a", tmp_path / "b").times_differ_s == 0

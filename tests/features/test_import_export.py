@@ -1,6 +1,7 @@
 """Features in files of other programs: out and in again without a bit lost, and files that cannot be used."""
 
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -200,6 +201,11 @@ def _pickle(path: Path) -> None:
     torch.save({"patches": Path("x")}, path.with_suffix(".pt"))
 
 
+def _torch(path: Path, tensor: torch.Tensor) -> None:
+    path.unlink()
+    torch.save(tensor, path.with_suffix(".pt"))
+
+
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
@@ -220,6 +226,9 @@ def _pickle(path: Path) -> None:
         (_hdf5, "dataset 'patches' was created but never written"),
         (_damaged_hdf5, "a damaged HDF5 file .*wrong B-tree signature"),
         (_pickle, "not a file of plain tensors"),
+        (lambda path: _torch(path, torch.ones(2, 4, 8).to_sparse()), "patches is a sparse, .* expected a dense one"),
+        (lambda path: _torch(path, torch.ones(2, 4, 8, device="meta")), "empty tensor; expected a dense one"),
+        (lambda path: _torch(path, torch.ones(2, 4, 8) * 1j), "patches has dtype complex64; expected real numbers"),
     ],
 )
 def test_a_file_that_cannot_be_used(spoil: Spoil, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,6 +256,22 @@ def test_a_damaged_file_of_many_clips_is_named(
     said = _refusal(command, place, tmp_path / "store", capsys)
     assert said.startswith(f"features: {folder if name == 'data.mdb' else folder / name} cannot be read (")
     assert said.endswith("); copy or export it again\n")
+
+
+def test_8_bit_floats_and_parameters_are_taken(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    patches = torch.linspace(-2, 2, 64).view(2, 4, 8).to(torch.float8_e4m3fn)
+    torch.save(patches, tmp_path / "files" / "a.pt")
+    torch.save(torch.nn.Parameter(patches.float()), tmp_path / "files" / "b.pt")
+    read = import_features(tmp_path / "files", tmp_path / "store").read(("a", "b")).patches
+    assert torch.equal(read[0].float(), patches.float())
+    assert torch.equal(*read)
+
+
+def test_a_name_that_no_id_can_have_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = write(tmp_path / "files")
+    (files / f"{NAMES[1]}.npy").rename(files / os.fsdecode(b"\xff.npy"))
+    assert "is not valid Unicode; expected text that UTF-8" in _refusal("import", files, tmp_path / "store", capsys)
 
 
 @pytest.mark.parametrize("command", ["import", "compare"])
@@ -337,6 +362,7 @@ def test_many_faults_are_counted(tmp_path: Path) -> None:
             "which exists; expected a folder that is",
         ),
         (["export", "{root}/none", "--to", "npy"], 2, "expected the folder of a store"),
+        (["info", "a" * 5000], 1, "File name too long"),
         (["import", "s3://bucket/files", "--to", "{root}/store"], 2, "expected a folder or an HDF5 file on this"),
     ],
 )
@@ -347,6 +373,14 @@ def test_wrong_usage_is_one_line(
     assert main([arg.format(files=files, root=tmp_path) for arg in args]) == code
     said = capsys.readouterr().err
     assert why in said
+    assert said.count("\n") == 1
+
+
+def test_a_folder_of_videos_that_cannot_be_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["verify", str(tmp_path), "--sources", "a" * 5000])
+    said = capsys.readouterr().err
+    assert "is not a folder; expected the folder of the videos, data.root" in said
     assert said.count("\n") == 1
 
 
