@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from egopatch.configs.schema import Config, ConfigError
+from egopatch.configs.schema import Config, ConfigError, DataConfig
 from egopatch.extract.datasets import Clip, load_dataset
 from egopatch.extract.datasets.egotaskqa import ANNOTATION_FOLDERS, VIDEO_FOLDER
 from egopatch.extract.engines.sharing import decoder_count
@@ -46,13 +46,15 @@ def transcode(config: Config, out: Path) -> Transcoded:
 
     Raises:
         DatasetError: As `extract.datasets.load_dataset`.
-        ConfigError: The data set is of a registered kind, whose layout is not known; or `out` is the data set itself.
+        ConfigError: The data set is of a registered kind, whose layout is not known; `out` is the data set itself; or
+            its files are not within its folder.
     """
     data = config.data
     if data.name not in ("egotaskqa", "jsonl"):
         raise ConfigError(f"data.name is {data.name}; transcode knows the layouts of egotaskqa and jsonl")
     if out.resolve() == data.root.resolve():
         raise ConfigError(f"--out is {out}, which is data.root; give another folder")
+    _require_within(data, out)
     clips = load_dataset(data).clips
     folder = out / (VIDEO_FOLDER if data.name == "egotaskqa" else JSONL_VIDEOS)
     make_folder(folder)
@@ -78,6 +80,17 @@ def transcode(config: Config, out: Path) -> Transcoded:
                 display.advance(1)
         _write_annotations(config, out, clips)
     return Transcoded(tuple(made), len(clips) - len(todo), failed)
+
+
+def _require_within(data: DataConfig, out: Path) -> None:
+    """Check that the annotations have a place below `out`: one outside of the data set's folder is their own."""
+    files = {"data.clips": data.clips, "data.questions": data.questions} if data.name == "jsonl" else {}
+    for option, name in files.items():
+        if name is not None and not (out / name).resolve().is_relative_to(out.resolve()):
+            raise ConfigError(
+                f"{option} is {name!r}, which leads out of data.root; expected a file in it, because the copy has one"
+                " of the same name: move the file there"
+            )
 
 
 def _made_of(clip: Clip) -> dict[str, object]:

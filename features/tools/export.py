@@ -1,13 +1,13 @@
 """Writing a store as files that other programs read."""
 
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from shutil import rmtree
 
 import torch
 from torch import Tensor
 
-from egopatch.features.io.files import make_folder, rename_into_place
+from egopatch.features.io.files import make_folder, remove_folder, rename_into_place
 from egopatch.features.store.store import Store, open_store
 from egopatch.features.tools.feature_files import WRITERS, Clip
 from egopatch.features.values.errors import StoreError
@@ -51,11 +51,13 @@ def export(
     if store.spec.kind != "patches":
         raise StoreError(f"store {path} holds {store.spec.kind} rows; expected clips")
     groups = _by_video(store) if by_video else {name: [name] for name in store.clip_ids}
-    partial = to.with_name(f"{to.name}.part")
-    rmtree(partial, ignore_errors=True)  # of an export that was interrupted
-    make_folder(partial)
-    WRITERS[kind](partial, _clips(store, groups, pooled, by_video, on_clips))
-    rename_into_place(partial, to)
+    partial = to.with_name(f".{to.name}.{uuid.uuid4().hex}")
+    try:
+        make_folder(partial)
+        WRITERS[kind](partial, _clips(store, groups, pooled, by_video, on_clips))
+        rename_into_place(partial, to)
+    finally:
+        remove_folder(partial)
     return sum(map(len, groups.values()))
 
 

@@ -265,6 +265,20 @@ def test_wrong_input_is_one_line_and_code_two(
     assert all(": no such file" in line for line in error.splitlines()[1:])  # one line a missing file
 
 
+def test_a_standin_replaces_none_but_a_standin(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    real = tmp_path / "real.pth"
+    shutil.copy(made / "weights.pth", real)
+    command = ["standin", *options(made, "--text.model", str(tmp_path / "tokenizer"))]
+    assert main([*command, "--encoder.checkpoint", str(real)]) == 0
+    content = torch.load(real, weights_only=True)
+    content["state_dict"]["module.video_model.cls_token"] += 1
+    torch.save(content, real)
+    before = real.read_bytes()
+    assert main([*command, "--encoder.checkpoint", str(real)]) == 2
+    assert "which exists and is no stand-in; expected the path of one that may be replaced" in capsys.readouterr().err
+    assert real.read_bytes() == before
+
+
 def test_a_standin_needs_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "clips.jsonl").write_text('{"clip_id": "a", "video": "a.mp4"}\n')
     data = ["--data.name", "jsonl", "--data.root", str(tmp_path), "--data.questions", "null"]

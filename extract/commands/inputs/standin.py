@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.datasets import load_dataset
-from egopatch.extract.encoders.checkpoints.standin import write_standin
+from egopatch.extract.encoders.checkpoints.standin import is_standin, write_standin
 from egopatch.features.common.command_line import print_result
 
 
@@ -19,6 +19,11 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         raise ConfigError(
             f"encoder.arch is {arch!r} and encoder.checkpoint {str(path)!r}; expected egovlp or egovlpv2 (mfas starts"
             " from egovlpv2's stand-in), and the path to write the stand-in to"
+        )
+    if path.exists() and not is_standin(path):
+        raise ConfigError(
+            f"encoder.checkpoint is {str(path)!r}, which exists and is no stand-in; expected the path of one that may"
+            " be replaced: name another path, or move the file away"
         )
     texts = load_dataset(config.data).texts
     if not texts:

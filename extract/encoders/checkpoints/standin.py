@@ -16,8 +16,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from egopatch.extract.encoders.checkpoints.checkpoint import load_checkpoint
+from egopatch.extract.errors import CheckpointError
+
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
+CLS_TOKEN = "video_model.cls_token"
 FUSION_GATE = 0.5
 POSITIONS = 64
 
@@ -103,6 +107,15 @@ def write_standin(
     tensors = {f"module.{name}": random_weight(name, shape, seed) for name, shape in shapes.items()}
     torch.save({"arch": "FrozenInTime", "epoch": 0, "state_dict": tensors}, path)
     return Standin(path, folder)
+
+
+def is_standin(path: Path) -> bool:
+    """Whether `write_standin` wrote the file, in any sizes and with the seed 0."""
+    try:
+        token = load_checkpoint(path).tensors.get(CLS_TOKEN)
+    except CheckpointError:
+        return False
+    return token is not None and torch.equal(token.float(), random_weight(CLS_TOKEN, tuple(token.shape), seed=0))
 
 
 def published_shapes(

@@ -160,6 +160,12 @@ def test_wrong_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     options = data_set(tmp_path / "data")
     assert main(["transcode", *options, "--out", str(tmp_path / "data")]) == 2
     assert "which is data.root; give another folder" in capsys.readouterr().err
+    clips = tmp_path / "data" / "clips.jsonl"
+    before = clips.read_bytes()
+    for name in (str(clips), "../data/clips.jsonl"):
+        assert main(["transcode", *options, "--data.clips", name, "--out", str(tmp_path / "out")]) == 2
+        assert f"data.clips is {name!r}, which leads out of data.root; expected a file in" in capsys.readouterr().err
+    assert clips.read_bytes() == before
 
 
 @pytest.mark.slow
