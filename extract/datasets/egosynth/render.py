@@ -52,7 +52,7 @@ def render(
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write the set under `root`; existing files are replaced.
+    """Write the set under `root`; existing files of such a set are replaced.
 
     Args:
         root: Folder to write to, created if it is missing.
@@ -65,12 +65,17 @@ def render(
         progress: Called with the number of clips done and the total.
 
     Raises:
-        ValueError: An argument is out of range; the message names it.
+        ValueError: An argument is out of range, or `root` holds another data set; the message names it.
     """
     questions = round(QUESTIONS_PER_CLIP * clips) if questions is None else questions
     _check(clips, seed, size, questions, workers)
     if difficulty not in SETTINGS:
         raise ValueError(f"difficulty is {difficulty!r}; expected one of {', '.join(SETTINGS)}")
+    others = [root / name for name in ANNOTATION_FOLDERS if (root / name).exists()]
+    if others and not (root / EVENTS_FILE).exists():
+        raise ValueError(
+            f"out is {str(root)!r}, which holds another data set ({others[0]}); expected a folder for this one alone"
+        )
     scenes = [draw_scene(seed, index, difficulty) for index in range(clips)]
     _write_annotations(root, scenes, questions, seed)
     videos = (root / VIDEO_FOLDER).absolute()  # joblib's processes may be older ones, in another working folder
@@ -131,6 +136,9 @@ def _write_clips(folder: Path, scenes: Sequence[Scene], size: int) -> int:
 
 
 def _write_annotations(root: Path, scenes: Sequence[Scene], questions: int, seed: int) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    # First, because it tells this data set from others.
+    _write(root / EVENTS_FILE, "".join(f"{json.dumps(_events(scene))}\n" for scene in scenes))
     records: list[Record] = []
     for scene in scenes:
         count = (scene.index + 1) * questions // len(scenes) - scene.index * questions // len(scenes)
@@ -143,7 +151,6 @@ def _write_annotations(root: Path, scenes: Sequence[Scene], questions: int, seed
     for split, parts in splits.items():
         _write_split(root / ANNOTATION_FOLDERS[0] / split, parts)
     _write_choices(root, splits["direct"], scenes, rng_of(seed, 0, 5))
-    _write(root / EVENTS_FILE, "".join(f"{json.dumps(_events(scene))}\n" for scene in scenes))
 
 
 def _write_choices(

@@ -270,3 +270,12 @@ def test_the_multiple_choice_set_reveals_nothing_without_the_video(root: Path) -
     direct = load_dataset(DataConfig(root=root, split="direct"))
     for part, questions in direct.questions.items():
         assert ids[part] == {q.question_id for q in questions if q.answer in OBJECTS}
+
+
+def test_another_data_set_is_not_overwritten(tmp_path: Path) -> None:
+    answers = tmp_path / "Data" / "qa" / "direct" / "answer_set.txt"
+    answers.parent.mkdir(parents=True)
+    answers.write_text("fridge\n")
+    with pytest.raises(ValueError, match=r"which holds another data set \(.*Data/qa\); expected a folder for this one"):
+        render(tmp_path, clips=20)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [answers]
