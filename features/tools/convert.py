@@ -102,15 +102,15 @@ def _encoded_again(source: Store, target: Store) -> set[str]:
     }
 
 
-def require_separate(source: Location, target: Location) -> None:
-    """Refuse to write a copy into the store that is copied.
+def require_separate(source: Location, target: Location, option: str = "--to", what: str = "store") -> None:
+    """Refuse to write a copy into what is copied, where it would be taken for a part of it.
 
     Raises:
-        StoreError: `target` is in `source`; the message names both.
+        StoreError: `target`, which the user names with `option`, is in `source`, a `what`; the message names both.
     """
     inner, outer = (str(place.resolve() if isinstance(place, Path) else place) for place in (target, source))
     if f"{inner}/".startswith(f"{outer}/"):
-        raise StoreError(f"--to is {str(target)!r}, inside the store {str(source)!r}; expected another folder")
+        raise StoreError(f"{option} is {str(target)!r}, inside the {what} {str(source)!r}; expected another folder")
 
 
 def _require_codec(store: Store, format: str | None, codec: Codec | None) -> None:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from egopatch.features.io.files import make_folder, remove_folder, rename_into_place
 from egopatch.features.store.store import Store, open_store
+from egopatch.features.tools.convert import require_separate
 from egopatch.features.tools.feature_files import WRITERS, Clip
 from egopatch.features.values.errors import StoreError
-from egopatch.features.values.location import Location
+from egopatch.features.values.location import Location, parse_location
 from egopatch.features.values.spec import QUANTISED, TOKEN_ARRAYS
 from egopatch.features.values.tensors import torch_dtype
 
@@ -43,10 +44,12 @@ def export(
         The number of clips written.
 
     Raises:
-        StoreError: `to` exists, the store holds texts, or `by_video` is requested of clips whose video is not recorded.
+        StoreError: `to` exists or is in the store, the store holds texts, or `by_video` is requested of clips whose
+            video is not recorded.
     """
     if to.exists():
         raise StoreError(f"--out is {str(to)!r}, which exists; expected a folder that is to be created")
+    require_separate(parse_location(path), to, "--out")
     store = open_store(path)
     if store.spec.kind != "patches":
         raise StoreError(f"store {path} holds {store.spec.kind} rows; expected clips")

@@ -12,9 +12,10 @@ from torch import Tensor
 from egopatch.features.state.ids import check_id
 from egopatch.features.store.create import create_store
 from egopatch.features.store.store import Store
+from egopatch.features.tools.convert import require_separate
 from egopatch.features.tools.feature_files import ReadClip, Unread, find_clips
 from egopatch.features.values.errors import StoreError
-from egopatch.features.values.location import Location
+from egopatch.features.values.location import Location, parse_location
 from egopatch.features.values.spec import ArraySpec, Fingerprint, Scalar, StoreSpec
 from egopatch.features.values.tensors import bytes_of, torch_dtype
 
@@ -48,8 +49,10 @@ def import_features(
         on_clips: Called with the number of clips done, and of all clips; each clip counts twice.
 
     Raises:
-        StoreError: Files are missing, empty or damaged, hold NaN, or differ in shape; one line a clip.
+        StoreError: Files are missing, empty or damaged, hold NaN, or differ in shape; one line a clip. Or `to` is in
+            `source`.
     """
+    require_separate(source, parse_location(to), what="features")
     clips = _distinct(find_clips(source), source)
     done = count(1)
 

@@ -339,6 +339,12 @@ def test_each_clip_is_read_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert ticks == [(number, 2 * len(NAMES)) for number in range(1, 2 * len(NAMES) + 1)]
 
 
+def test_an_export_into_the_store_is_refused(tmp_path: Path) -> None:
+    store = import_features(write(tmp_path / "files"), tmp_path / "store")
+    with pytest.raises(StoreError, match=r"--out is '.*/store/npy', inside the store '.*/store'; expected another"):
+        export(store.path, tmp_path / "store" / "npy", "npy")
+
+
 def test_many_faults_are_counted(tmp_path: Path) -> None:
     files = write(tmp_path / "files", names=tuple(f"c{n:02d}" for n in range(30)))
     for number in range(14):
@@ -363,6 +369,7 @@ def test_many_faults_are_counted(tmp_path: Path) -> None:
         ),
         (["export", "{root}/none", "--to", "npy"], 2, "expected the folder of a store"),
         (["info", "a" * 5000], 1, "File name too long"),
+        (["import", "{files}", "--to", "{files}/store"], 1, "/files'; expected another folder"),
         (["import", "s3://bucket/files", "--to", "{root}/store"], 2, "expected a folder or an HDF5 file on this"),
     ],
 )
