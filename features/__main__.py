@@ -224,7 +224,7 @@ def _verify(options: argparse.Namespace) -> Outcome:
     code, result, lines = 0 if report.ok else 1, _verify_result(report), list(_verify_lines(report))
     if options.sources:
         sources = _check_sources(options)
-        code = 1 if sources.changed else code
+        code = 1 if sources.changed or sources.unreadable else code
         result["sources"] = asdict(sources)
         lines += _source_lines(sources, options)
     return code, result, "\n".join(lines)
@@ -239,6 +239,8 @@ def _source_lines(report: SourceReport, options: argparse.Namespace) -> Iterator
     yield f"{options.sources}: {report.files} videos hashed, {len(report.changed)} changed, {report.gone} gone"
     for file, clips in report.changed.items():
         yield f"  {file} has changed since {len(clips)} clips were encoded, such as {clips[0]!r}"
+    for file, reason in report.unreadable.items():
+        yield f"  {file} cannot be read: {reason}"
     if report.unrecorded:
         yield f"{report.unrecorded} clips were stored before stores recorded their video, and cannot be checked"
     if report.changed:
@@ -277,7 +279,13 @@ def _verify_lines(report: VerifyReport) -> Iterator[str]:
 
 
 def _repair(options: argparse.Namespace) -> Outcome:
-    done = repair(options.store, _check_sources(options).clips if options.sources else ())
+    sources = _check_sources(options) if options.sources else None
+    if sources and (unreadable := next(iter(sources.unreadable.items()), None)):
+        file, reason = unreadable
+        raise StoreError(
+            f"{file} cannot be read ({reason}), so whether it has changed is unknown; nothing was repaired"
+        )
+    done = repair(options.store, sources.clips if sources else ())
     result = {"before": _verify_result(done.before), "dropped": list(done.dropped), "rewritten": list(done.rewritten)}
     lines = [f"rewrote {name}" for name in done.rewritten] + [f"removed {name!r}" for name in done.dropped]
     lines.append(

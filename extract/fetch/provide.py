@@ -19,6 +19,7 @@ from egopatch.features.common.os_errors import with_remedy
 from egopatch.features.common.progress import BYTES, ProgressDisplay
 from egopatch.features.common.units import format_bytes
 from egopatch.features.io.files import write_file
+from egopatch.features.values.errors import StoreError
 
 BY_HAND = "by hand"
 
@@ -180,7 +181,7 @@ def provide(
             status = _provide_file(need, lockfile, offline, sizes.get(need.name), out)
         except BrokenPipeError:  # nobody reads what is printed any more; a server's comes as a DownloadError
             raise
-        except (DownloadError, ArchiveError, OSError) as error:
+        except (DownloadError, ArchiveError, StoreError, OSError) as error:  # a StoreError where files cannot be locked
             status = FileStatus(need, "failed", with_remedy(error))
         statuses.append(status)
     return statuses

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from egopatch.features.common.machine import usable_cores
+from egopatch.features.common.os_errors import with_remedy
 from egopatch.features.storage.pick import storage_at
 from egopatch.features.tools.verify import audit_store
 from egopatch.features.values.location import Location, parse_location
@@ -21,12 +22,14 @@ class SourceReport:
         changed: Name of each file whose bytes differ from those that clips were made of -> the ids of these clips.
         gone: Number of files that do not exist any more, which is no fault.
         unrecorded: Number of clips that an earlier version stored without the name of their file.
+        unreadable: Name of each file that exists and could not be read -> why.
     """
 
     files: int
     changed: Mapping[str, tuple[str, ...]]
     gone: int
     unrecorded: int
+    unreadable: Mapping[str, str]
 
     @property
     def clips(self) -> tuple[str, ...]:
@@ -46,7 +49,6 @@ def check_sources(
 
     Raises:
         StoreError: The store does not exist.
-        OSError: A file exists but cannot be read.
     """
     ledger = audit_store(storage_at(parse_location(path))).ledger
     clips: dict[str, list[str]] = {}
@@ -56,19 +58,33 @@ def check_sources(
             unrecorded += 1
         else:
             clips.setdefault(origin.file, []).append(name)
-    sizes = {file: (folder / file).stat().st_size for file in clips if (folder / file).is_file()}
+    sizes: dict[str, int] = {}
+    unreadable: dict[str, str] = {}
+    for file in clips:
+        try:
+            if (folder / file).is_file():
+                sizes[file] = (folder / file).stat().st_size
+        except OSError as error:
+            unreadable[file] = with_remedy(error)
+    gone = len(clips) - len(sizes) - len(unreadable)
     changed: dict[str, tuple[str, ...]] = {}
     done, total = 0, sum(sizes.values())
     with ThreadPoolExecutor(usable_cores(), thread_name_prefix="hash") as pool:
         for file, digest in zip(sizes, pool.map(lambda file: _sha256(folder / file), sizes), strict=True):
-            if stale := tuple(name for name in clips[file] if ledger.clips[name].clip(name).source != digest):
+            if isinstance(digest, OSError):
+                unreadable[file] = with_remedy(digest)
+            elif stale := tuple(name for name in clips[file] if ledger.clips[name].clip(name).source != digest):
                 changed[file] = stale
             done += sizes[file]
             if on_bytes is not None:
                 on_bytes(done, total)
-    return SourceReport(len(sizes), changed, len(clips) - len(sizes), unrecorded)
+    return SourceReport(len(clips) - gone - len(unreadable), changed, gone, unrecorded, unreadable)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(path: Path) -> str | OSError:
+    """The file's hash, or why it cannot be read: one such file keeps no other from being looked at."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return error

@@ -1,10 +1,13 @@
 """What a store records of its rows: the stretch and the file of each, and the machines that computed them."""
 
+import errno
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,6 +130,35 @@ def test_sources_are_hashed_on_request(tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit) as usage:
         main(["verify", str(store.path), "--sources", str(tmp_path / "nowhere")])
     assert usage.value.code == 2
+
+
+def test_a_video_that_cannot_be_read_hides_no_other(
+    make_local: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_local(FIRST)
+    origins = {name: Origin(f"{n}.mp4", 5) for n, name in enumerate(FIRST)}
+    store.write_shard(0, {n: clip(i) for i, n in enumerate(FIRST)}, dict.fromkeys(FIRST, "a hash"), {}, origins)
+    for file in ("0.mp4", "1.mp4", "2.mp4"):
+        (tmp_path / file).write_bytes(b"other")
+
+    def refusing(method: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(path: Path, *args: Any, **options: Any) -> Any:
+            if path.name == name:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return method(path, *args, **options)
+
+        return call
+
+    monkeypatch.setattr(Path, "open", refusing(Path.open, "0.mp4"))
+    monkeypatch.setattr(Path, "is_file", refusing(Path.is_file, "1.mp4"))
+    assert main(["verify", str(store.path), "--sources", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "1 videos hashed, 1 changed, 1 gone" in out
+    for file in ("0.mp4", "1.mp4"):
+        assert f"  {file} cannot be read: {tmp_path / file}: Permission denied; mount its file system" in out
+    assert main(["repair", str(store.path), "--sources", str(tmp_path)]) == 1
+    assert "so whether it has changed is unknown; nothing was repaired" in capsys.readouterr().err
+    assert open_store(store.path).clip_ids == FIRST
 
 
 def test_sources_are_hashed_on_the_cores_of_this_process(make_local: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,10 +18,11 @@ import pytest
 import yaml
 
 from egopatch.extract.__main__ import main
-from egopatch.extract.fetch import archives, provide
+from egopatch.extract.fetch import archives, download, provide
 from egopatch.extract.fetch.download import part_of
 from egopatch.extract.fetch.lockfile import Lockfile
 from egopatch.extract.fetch.sources import Source
+from egopatch.features import StoreError
 from tests.extract.fetch.loopback import Served
 from tests.extract.fetch.published import TOKENIZER, Published
 from tests.extract.fetch.test_archives import tar
@@ -235,6 +236,22 @@ def test_a_folder_of_another_user_does_not_stop_the_others(
         return exists(path)
 
     monkeypatch.setattr(Path, "exists", refuse)
+    code, found = states(published, capsys)
+    assert code == 1
+    assert found == {name: "fetched" if name.startswith("egotaskqa") else "failed" for name in found}
+
+
+def test_a_file_system_without_locks_does_not_stop_the_others(
+    published: Published, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = download.lock_file
+
+    def refuse(handle: int, how: int, path: Path) -> None:
+        if "weights" in path.parts:
+            raise StoreError(f"{path} cannot be locked")
+        lock(handle, how, path)
+
+    monkeypatch.setattr(download, "lock_file", refuse)
     code, found = states(published, capsys)
     assert code == 1
     assert found == {name: "fetched" if name.startswith("egotaskqa") else "failed" for name in found}
