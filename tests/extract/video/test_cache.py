@@ -10,6 +10,7 @@ import pytest
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.children.limits import SLOWEST_BYTES_PER_S, clock_stopped, limits, reading_through
+from egopatch.extract.video import cache
 from egopatch.extract.video.cache import FileVersion, VideoCache
 from egopatch.extract.video.index import VideoError
 from tests.features.faults import fork
