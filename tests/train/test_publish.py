@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -102,8 +103,8 @@ def test_egosynth_does_not_pass_for_the_data_set_whose_layout_it_has(tmp_path: P
     assert "egotaskqa" not in text.split("## Origin")[0]
 
 
-def _card(folder: Path, **card: object) -> Card:
-    return Card.read(write_run(folder, "run", card={"parameters": 1, **card}))
+def _card(folder: Path, config: dict[str, Any]) -> Card:
+    return Card.read(write_run(folder, "run", config=config, card={"parameters": 1}))
 
 
 def test_a_stand_in_is_called_that(run: Config, tmp_path: Path) -> None:

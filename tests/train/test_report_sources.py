@@ -26,8 +26,12 @@ def test_selection_frequency(tmp_path: Path) -> None:
     np.savez(path, question_ids=np.array(["a", "b"]), kept=np.array([[[0, 1]], [[1, -1]]], dtype=np.int16))
     np.testing.assert_allclose(read_selection(path).frequency(3), [0.5, 1.0, 0.0])
     np.savez(path, question_ids=np.array(["a"]), kept=np.zeros((2, 1, 1), dtype=np.int16))
-    with pytest.raises(SourceError, match=r"kept \(2, 1, 1\) for 1 questions"):
+    with pytest.raises(SourceError, match=r"kept \(2, 1, 1\) int16 for questions \(1,\); expected \[Q, T, k\] int16"):
         read_selection(path)
+    for ids, kept in ((np.array("a"), np.zeros((1, 1, 1), np.int16)), (np.array(["a"]), np.zeros((1, 1, 1)))):
+        np.savez(path, question_ids=ids, kept=kept)
+        with pytest.raises(SourceError, match=r"expected \[Q, T, k\] int16 for \[Q\]; evaluate the run again"):
+            read_selection(path)
 
 
 def test_share_of_patches_that_questions_about_a_clip_have_in_common() -> None:

@@ -198,7 +198,10 @@ def test_a_part_without_questions_has_no_number(tmp_path: Path) -> None:
     ("damage", "message"),
     [
         (lambda run: (run / "test.json").write_text('{"open": '), "bad: test.json is damaged"),
-        (lambda run: (run / "test.json").write_text("[]"), "bad: test.json holds a list, expected an object"),
+        (
+            lambda run: (run / "test.json").write_text("[]"),
+            "bad: test.json is damaged (it holds a list; expected an object)",
+        ),
         (lambda run: (run / "test.json").write_text("{}"), "bad: test.json is damaged"),
         (lambda run: (run / "test.json").unlink(), "bad: not evaluated (no test.json)"),
         (lambda run: (run / "card.json").unlink(), "bad: card.json is missing"),

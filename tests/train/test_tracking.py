@@ -11,7 +11,9 @@ import pytest
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.train.fitting.fit import fit
+from egopatch.train.rundir.card import RunError
 from egopatch.train.rundir.log import RunLog
+from egopatch.train.rundir.tracking import open_tracker
 from tests.train.tiny import with_run
 
 Calls = list[tuple[str, Any]]
@@ -117,6 +119,16 @@ def test_a_run_starts_and_resumes_without_its_tracker(
     fit(config, "train fit")
     assert expected in capsys.readouterr().err
     assert not calls
+
+
+def test_a_damaged_record_of_the_tracker_is_named(tracked: tuple[Config, Calls]) -> None:
+    config, _ = tracked
+    for damaged in ("{", "[]"):
+        record = config.run.dir / "tracking.json"
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(damaged)
+        with pytest.raises(RunError, match=r"tracking\.json is damaged \(.*\); delete it to log to a new run"):
+            open_tracker(str(config.run.tracker), config.run.dir, {})
 
 
 def test_a_tracker_that_is_not_installed_is_named(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from egopatch.features.io.fields import get_count
 from egopatch.train.explanation.agreement import Agreement
 from egopatch.train.rundir.card import write_whole
+from egopatch.train.rundir.checked_json import read_object
 from egopatch.train.scores.statistics import Interval
 
 EXPLANATION = "explanation.json"
@@ -86,33 +89,43 @@ def read_explanation(folder: Path) -> Explanation | None:
     if not path.exists():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        rankings = tuple(map(_ranking, values.pop("rankings")))
-        found = Explanation(**values | {"shares": tuple(map(float, values["shares"]))}, rankings=rankings)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        values = read_object(path)
+        shares = tuple(map(_number, values["shares"]))
+        rankings = tuple(_ranking(ranking, len(shares)) for ranking in values["rankings"])
+        questions, k, patches = (get_count(values, name) for name in ("questions", "k", "patches"))
+        return Explanation(questions, k, patches, shares, rankings)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ExplanationError(
             f"{path} is damaged ({error}); delete it and run `python -m train explain` again"
         ) from error
-    if any(len(curve) != len(found.shares) for one in rankings for curve in (one.deletion, one.insertion)):
-        raise ExplanationError(
-            f"{path} has curves of another length than its shares; run `python -m train explain` again"
-        )
-    return found
 
 
-def _ranking(values: dict[str, Any]) -> Ranking:
+def _ranking(values: dict[str, Any], shares: int) -> Ranking:
     def optional(kind: type, name: str) -> Any:
-        return None if values[name] is None else kind(**values[name])
+        return None if values[name] is None else kind(**{part: _number(value) for part, value in values[name].items()})
+
+    def curve(name: str) -> tuple[float, ...]:
+        heights = tuple(map(_number, values[name]))
+        if len(heights) != shares or shares < 2:
+            raise ValueError(f"{name!r} has {len(heights)} points for {shares} shares; expected as many, at least 2")
+        return heights
 
     return Ranking(
         str(values["name"]),
-        tuple(map(float, values["deletion"])),
-        tuple(map(float, values["insertion"])),
+        curve("deletion"),
+        curve("insertion"),
         optional(Interval, "deletion_gap"),
         optional(Interval, "insertion_gap"),
         optional(Agreement, "agreement"),
-        None if values["pointing"] is None else float(values["pointing"]),
+        None if values["pointing"] is None else _number(values["pointing"]),
     )
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} stands where a finite number is expected")
+    return number
 
 
 def _mean_height(curve: tuple[float, ...]) -> float:

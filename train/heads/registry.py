@@ -8,12 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
-import jsonargparse
 from torch import nn
 
 from egopatch.configs.plugins import Plugins
 from egopatch.configs.schema import Config, ConfigError, HeadConfig
-from egopatch.configs.wrong_types import reworded
 from egopatch.extract.encoders import open_checkpoint
 from egopatch.train.heads.common.attention import Attention
 from egopatch.train.heads.common.blind import Majority, QuestionOnly
@@ -22,6 +20,7 @@ from egopatch.train.heads.common.pooled import Pooled
 from egopatch.train.heads.common.question import Sizes
 from egopatch.train.heads.fused.fused import FusedSystem, load_head
 from egopatch.train.heads.psa.psa import PSA
+from egopatch.train.rundir.checked_json import typed
 
 
 @dataclass(frozen=True)
@@ -185,14 +184,11 @@ def _options_of(head: Head, config: HeadConfig) -> Any:
         if given:
             raise ConfigError(f"head.options is {given!r}, but the head {head.name} has no options; remove them")
         return None
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(head.options, "head.options")
     try:
-        return parser.instantiate(parser.parse_object({"head": {"options": given}}))["head"]["options"]
-    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+        return typed(head.options, "head.options", given)
+    except ValueError as error:
         known = ", ".join(field.name for field in fields(head.options))
-        reason = reworded(" ".join(str(error).split()))
-        raise ConfigError(f"head.options of the head {head.name}: {reason}; its options: {known}") from error
+        raise ConfigError(f"head.options of the head {head.name}: {error}; its options: {known}") from error
 
 
 def build_head(config: Config, sizes: Sizes) -> nn.Module:

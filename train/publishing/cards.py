@@ -12,7 +12,7 @@ from egopatch.features.store.store import Store
 from egopatch.train.publishing.origins import Origin
 from egopatch.train.report.table import is_standin, is_synthetic
 from egopatch.train.rundir.card import Card
-from egopatch.train.rundir.results import COLUMNS
+from egopatch.train.rundir.results import COLUMNS, card_option
 from egopatch.train.scores.metrics import Score
 
 TASK = "visual-question-answering"
@@ -96,7 +96,7 @@ def _text(front: Mapping[str, Any], title: str, parts: Sequence[str]) -> str:
 
 def _data_name(card: Card) -> str:
     """The data set; EgoSynth has EgoTaskQA's layout, and must not pass for it."""
-    return "EgoSynth" if is_synthetic(asdict(card)) else str(card.config["data"]["name"])
+    return "EgoSynth" if is_synthetic(asdict(card)) else str(card_option(asdict(card), "data", "name"))
 
 
 def _warnings(card: Card) -> list[str]:

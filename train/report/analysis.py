@@ -2,13 +2,11 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from egopatch.configs.schema import Config, ConfigError, VideoConfig
+from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets import Clip, Question
 from egopatch.extract.encoders import input_transform
 from egopatch.extract.errors import CheckpointError
@@ -17,8 +15,10 @@ from egopatch.train.report import examples
 from egopatch.train.report.answers import Correctness, Questions, read_answers
 from egopatch.train.report.sources import Selection, SourceError, Sweep, read_selection
 from egopatch.train.report.table import is_standin
-from egopatch.train.rundir.names import SELECTION
-from egopatch.train.rundir.results import BLIND, OURS, Row
+from egopatch.train.rundir.card import plain
+from egopatch.train.rundir.checked_json import typed
+from egopatch.train.rundir.names import CARD, SELECTION
+from egopatch.train.rundir.results import BLIND, OURS, START_AGAIN, Row
 from egopatch.train.scores.metrics import same_lower_cased
 
 EXAMPLES_OF_A_KIND = 4
@@ -65,22 +65,26 @@ def rivals(rows: Sequence[Row], ours: Row) -> list[Row]:
 
 
 def config_of(row: Row, config: Config) -> Config:
-    """`config` with the videos, the encoder and the store of the row's best run, as its card has them."""
-    card: Mapping[str, Any] = row.best.card.get("config") or {}
-    video, encoder, store = (card.get(name) or {} for name in ("video", "encoder", "store"))
-    known = {field.name: video[field.name] for field in fields(VideoConfig) if field.name in video}
-    checkpoint = encoder.get("checkpoint", config.encoder.checkpoint)
-    return replace(
-        config,
-        # All decoders give the same frames, and this one runs everywhere.
-        video=replace(config.video, **known | {"decoder": "pyav"}),
-        encoder=replace(
-            config.encoder,
-            arch=str(encoder.get("arch", config.encoder.arch)),
-            checkpoint=None if checkpoint is None else Path(checkpoint),
-        ),
-        store=replace(config.store, path=store.get("path", config.store.path)),
-    )
+    """`config` with the videos, the encoder and the store of the row's best run, as its card has them.
+
+    Raises:
+        SourceError: the card has an option of another type than it should.
+    """
+    of_run, now = row.best.card.get("config") or {}, plain(config)
+    # All decoders give the same frames, and this one runs everywhere.
+    read = {
+        "video": {**of_run.get("video", {}), "decoder": "pyav"},
+        "encoder": {name: of_run.get("encoder", {}).get(name, now["encoder"][name]) for name in ("arch", "checkpoint")},
+        "store": {"path": of_run.get("store", {}).get("path", now["store"]["path"])},
+    }
+    try:
+        sections = {
+            name: typed(type(getattr(config, name)), name, {o: options.get(o, now[name][o]) for o in now[name]})
+            for name, options in read.items()
+        }
+        return replace(config, **sections)
+    except ValueError as error:
+        raise SourceError(f"{row.best.dir / CARD} is damaged ({error}); {START_AGAIN}") from None
 
 
 def best_blind_row(rows: Iterable[Row]) -> Row | None:

@@ -95,9 +95,7 @@ def _facts(path: str, runs: Sequence[Run], clips: Collection[Clip], root: Path) 
     fingerprint = store.fingerprint
     differences: dict[str, None] = {}
     for run in runs:
-        fields = run.card["fingerprint"]
-        of_run = Fingerprint(fields.get("fields", fields))
-        lines = of_run.differences(fingerprint, "run used", "store has")
+        lines = Fingerprint(run.card["fingerprint"]).differences(fingerprint, "run used", "store has")
         differences |= dict.fromkeys(f"{run.system} {run.split}: {line}" for line in lines)
     return StoreFacts(
         path,

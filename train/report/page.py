@@ -169,7 +169,10 @@ def _split_page(
 ) -> SplitPage:
     rows = results.split(split)
     ours = report_analysis.headline_row(rows)
-    config = report_analysis.config_of(ours, config)
+    try:
+        config = report_analysis.config_of(ours, config)
+    except SourceError as error:
+        problems.append(str(error))
     grid = report_integrity.grid_of([config.store.path], config.video.size)
     questions, right = report_answers.rows_correctness(config, split, rows, problems)
     examples: list[Example] = []

@@ -182,7 +182,7 @@ def read_log(path: Path) -> TrainingLog:
                 steps[int(event["step"])] = float(event["loss"])
             elif event.get("event") == "val" and _finite(event.get("all")):
                 epochs[int(event["epoch"])] = float(event["all"])
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
             if number == len(lines):
                 break
             raise SourceError(f"{path}:{number} is not a log event ({error}); {START_AGAIN}") from error
@@ -215,7 +215,7 @@ def read_sweep(path: Path) -> Sweep:
         system = str(value.get("system") or _system_of(runs) or value["model"])
         name, split, command = str(value["name"]), str(value["split"]), str(value.get("command") or "")
         return Sweep(name, system, split, tuple(runs), intervals, command)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, OSError, RecursionError) as error:
         raise SourceError(f"{path} is not a sweep ({type(error).__name__}: {error}); run the sweep again") from error
 
 
@@ -230,11 +230,16 @@ def read_selection(path: Path) -> Selection:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             ids, kept = arrays["question_ids"], arrays["kept"]
-    # What zipfile cannot read, it refuses by errors of many kinds.
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    # What zipfile cannot read, it refuses by errors of many kinds; a wrong shape in a header asks for all memory.
+    except (
+        OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error
+    ) as error:  # fmt: skip
         raise SourceError(f"{path} is damaged ({error}); evaluate the run again") from error
-    if kept.ndim != 3 or len(ids) != len(kept):
-        raise SourceError(f"{path} has kept {kept.shape} for {len(ids)} questions; expected [Q, T, k]")
+    if kept.ndim != 3 or ids.shape != kept.shape[:1] or kept.dtype != np.int16:
+        raise SourceError(
+            f"{path} has kept {kept.shape} {kept.dtype} for questions {ids.shape}; expected [Q, T, k] int16 for [Q]; "
+            "evaluate the run again"
+        )
     return Selection({str(question): row for row, question in enumerate(ids)}, kept)
 
 

@@ -1,4 +1,5 @@
 """The folder of one run: `card` has config, card and weights, `log` the training log, which `tracking` sends to a
 tracker too, `resume` the state to resume from, and `trained_on` what the clips were made of. `lease` lets one process
-at a time write, `results` reads finished runs, and `names` has the names of all files.
+at a time write, `results` reads finished runs, `checked_json` checks what JSON files hold, and `names` has the names of
+all files.
 """

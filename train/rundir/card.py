@@ -16,6 +16,7 @@ from torch import Tensor
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.features.io.files import replacing
+from egopatch.train.rundir.checked_json import read_object, require_head_fields
 from egopatch.train.rundir.names import CARD, CONFIG, TEST, WEIGHTS
 from egopatch.train.rundir.results import START_AGAIN
 
@@ -76,16 +77,16 @@ class Card:
         """
         path = folder / CARD
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            values["answers"] = tuple(values["answers"])
-            return cls(**values)
+            values = read_object(path)
+            require_head_fields(values)
+            return cls(**values | {"answers": tuple(values["answers"])})
         except FileNotFoundError:
             if is_finished(folder):
                 raise RunError(
                     f"{path}: no such file, but the run has finished ({TEST} beside it); {START_AGAIN}"
                 ) from None
             raise RunError(f"{path}: no such file; train the head first: python -m train fit --config CONFIG") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             raise RunError(f"{path} is not a model card ({error}); {START_AGAIN}") from None
 
 
@@ -147,9 +148,9 @@ def weights_epoch(folder: Path) -> int | None:
     try:
         with safe_open(path, "pt") as file:
             epoch = (file.metadata() or {}).get(EPOCH)
-    except SafetensorError as error:
+            return None if epoch is None else int(epoch)
+    except (SafetensorError, ValueError) as error:
         raise RunError(f"{path} is damaged ({error}); {START_AGAIN}") from None
-    return None if epoch is None else int(epoch)
 
 
 def claim(folder: Path, config: Config) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from egopatch.configs.schema import Config
+from egopatch.train.rundir.checked_json import read_object, require_card_fields
 from egopatch.train.rundir.names import CARD, LOG, SWEEPS, TEST, WEIGHTS
 from egopatch.train.scores.metrics import Score
 
@@ -227,8 +228,13 @@ def read_run(path: Path) -> Run:
     """
     if not (path / TEST).exists():
         raise ValueError(f"not evaluated (no {TEST}); run `python -m train evaluate` with its config")
-    test = _read_object(path / TEST)
-    card = _read_object(path / CARD)
+    # `train evaluate` writes `test.json` anew, but needs the card.
+    test = _read_object(path / TEST, "evaluate the run again")
+    card = _read_object(path / CARD, START_AGAIN)
+    try:
+        require_card_fields(card)
+    except ValueError as error:
+        raise ValueError(f"{CARD} is damaged ({error}); {START_AGAIN}") from error
     try:
         scores = {part: _score(test[part]) for part in COLUMNS}
         if test.get("split_tag") is not None:
@@ -237,7 +243,7 @@ def read_run(path: Path) -> Run:
         system, split, seed = str(test["model"]), str(test["split"]), int(test.get("seed", card.get("seed", 0)))
         quarantined = int(test.get("unseen", 0))
         wrong_form = None if test.get("wrong_form") is None else int(test["wrong_form"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"{TEST} is damaged ({type(error).__name__}: {error}); evaluate the run again") from error
     return Run(
         path, system, split, seed, scores, tags, _val(card.get("val")), card, quarantined, wrong_form, _seconds(path)
@@ -307,7 +313,7 @@ def _score(value: Mapping[str, Any]) -> Score:
 def _val(val: object) -> float | None:
     value = val.get("all") if isinstance(val, Mapping) else val
     value = value.get("accuracy") if isinstance(value, Mapping) else value
-    return float(value) if isinstance(value, int | float) and not math.isnan(value) else None
+    return float(value) if isinstance(value, int | float) and 0 <= value <= 100 else None
 
 
 def _seconds(run: Path) -> float | None:
@@ -318,20 +324,15 @@ def _seconds(run: Path) -> float | None:
         if '"converged"' in line:
             try:
                 return float(json.loads(line)["seconds"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError):
                 return None
     return None
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    # `train evaluate` writes `test.json` anew, but needs the card.
-    remedy = START_AGAIN if path.name == CARD else "evaluate the run again"
-    if not path.exists():
-        raise ValueError(f"{path.name} is missing; {remedy}")
+def _read_object(path: Path, remedy: str) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return read_object(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path.name} is missing; {remedy}") from None
+    except ValueError as error:
         raise ValueError(f"{path.name} is damaged ({error}); {remedy}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path.name} holds a {type(value).__name__}, expected an object; {remedy}")
-    return value

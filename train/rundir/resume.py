@@ -79,7 +79,9 @@ class ResumeState:
             if data is not None:
                 data = {kind: (int(count), str(digest)) for kind, (count, digest) in dict(data).items()}
             return cls((epoch, batch), tuple(state["origin"]), tuple(state["members"]), state["stack"], data)
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        except (
+            RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, pickle.UnpicklingError
+        ) as error:  # fmt: skip
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise RunError(f"{path} is damaged ({reason}); delete it to train from the start") from None
 

@@ -14,7 +14,8 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from egopatch.configs.schema import ConfigError
-from egopatch.train.rundir.card import write_whole
+from egopatch.train.rundir.card import RunError, write_whole
+from egopatch.train.rundir.checked_json import read_object
 from egopatch.train.rundir.names import TRACKING
 
 # Id of the run in the tracker, so that a run that resumes here resumes there.
@@ -42,6 +43,7 @@ def open_tracker(name: str, folder: Path, config: Mapping[str, Any]) -> Tracker 
 
     Raises:
         ConfigError: The tracker's package is not installed.
+        RunError: `tracking.json` is damaged.
     """
     try:
         module = import_module(name)
@@ -50,7 +52,10 @@ def open_tracker(name: str, folder: Path, config: Mapping[str, Any]) -> Tracker 
             f"run.tracker is {name!r}, whose package is not installed; run: pip install 'egopatch[{name}]'"
         ) from None
     record = folder / TRACKING
-    known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    try:
+        known = read_object(record) if record.exists() else {}
+    except ValueError as error:
+        raise RunError(f"{record} is damaged ({error}); delete it to log to a new run of the tracker") from None
     try:
         tracker: WandbRun | MlflowRun = TRACKERS[name](module, folder, _flat(config), known.get(name))
     except Exception as error:  # each tracker has kinds of its own

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from egopatch.features import Store
 from egopatch.train.rundir.card import RunError, write_whole
+from egopatch.train.rundir.checked_json import read_object
 from egopatch.train.rundir.names import CLIPS
+from egopatch.train.rundir.results import START_AGAIN
 
 _DIGITS = 16
 
@@ -66,11 +68,8 @@ def require_same_clips(folder: Path, store: Store) -> None:
 def _read(folder: Path) -> Mapping[str, str]:
     path = folder / CLIPS
     try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise RunError(f"{path} is damaged ({error}); delete the folder and train again") from None
-    if not isinstance(recorded, dict):
-        raise RunError(f"{path} is damaged (not a JSON object); delete the folder and train again")
-    return recorded
+        raise RunError(f"{path} is damaged ({error}); {START_AGAIN}") from None

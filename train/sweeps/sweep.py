@@ -220,6 +220,10 @@ def plan_groups(configs: Sequence[Config], groups_folder: Path, device: torch.de
             names = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue  # another process has just finished this group
+        except ValueError as error:
+            raise RunError(f"{path} is damaged ({error}); delete it to train its runs from the start") from None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise RunError(f"{path} holds no list of runs; delete it to train its runs from the start")
         unfinished = {name for name in names if name in by_name and not _finished(by_name[name])}
         known = path.with_suffix(".pt").exists() and set(names) <= by_name.keys()
         if known and unfinished and unfinished <= waiting:

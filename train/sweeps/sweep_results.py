@@ -17,8 +17,9 @@ from egopatch.extract.datasets import Question, load_dataset
 from egopatch.train.report.answers import column_masks
 from egopatch.train.report.sources import read_sweep
 from egopatch.train.rundir import card as run_folder
-from egopatch.train.rundir.names import PREDICTIONS, SUBMISSION, SWEEP, SWEEP_CSV, SWEEP_PNG, TEST
-from egopatch.train.rundir.results import COLUMNS, value_text
+from egopatch.train.rundir.card import RunError
+from egopatch.train.rundir.names import PREDICTIONS, SUBMISSION, SWEEP, SWEEP_CSV, SWEEP_PNG
+from egopatch.train.rundir.results import COLUMNS, read_run, value_text
 from egopatch.train.scores.metrics import read_predictions, same_lower_cased
 from egopatch.train.scores.statistics import Matrix, accuracy, compare, measure_power
 
@@ -170,13 +171,16 @@ def _right(run: Config, asked: Sequence[Question]) -> list[bool]:
 
 
 def _record(overrides: Mapping[str, Any], run: Config, out: Path) -> dict[str, Any]:
-    test = json.loads((run.run.dir / TEST).read_text(encoding="utf-8"))
+    try:
+        scores = read_run(run.run.dir).scores
+    except ValueError as error:
+        raise RunError(f"{run.run.dir}: {error}") from None
     return {
         "ratio": run.head.ratio,
         "seed": run.train.seed,
         "overrides": dict(overrides),
-        **{column: test[column]["accuracy"] for column in COLUMNS},
-        "n": test["all"]["n"],
+        **{column: scores[column].accuracy for column in COLUMNS},
+        "n": scores["all"].n,
         "dir": run.run.dir.relative_to(out).as_posix(),
     }
 
