@@ -141,6 +141,16 @@ def test_growth_selects_within_a_region_that_only_grows() -> None:
     assert torch.equal(fine(batch), fine(changed))
 
 
+@pytest.mark.parametrize("grid", [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_growth_works_on_frames_of_hardly_any_patches(grid: tuple[int, int]) -> None:
+    saliency = torch.randn(2, 3, grid[0] * grid[1], generator=torch.Generator().manual_seed(0))
+    head = PSA(dataclasses.replace(CONFIG, growth=True), dataclasses.replace(SIZES, grid=grid))
+    region = head.grown_region(saliency, None)
+    assert bool(region[..., (spatial_prior(grid, "region") > 0.5).flatten()].all())
+    if len(saliency[0, 0]) <= 2:  # every patch is one of the best three and touches the region
+        assert bool(region.all())
+
+
 @pytest.mark.parametrize("level", ["patch", "frame", "video"])
 def test_a_level_without_the_question_has_no_parameters_for_it(level: str) -> None:
     left = tuple(name for name in ("patch", "frame", "video") if name != level)

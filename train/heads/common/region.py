@@ -14,14 +14,15 @@ def grow_region(score: Tensor, start: Tensor, top: int) -> Tensor:
     Args:
         score: [B, T, N].
         start: [rows, cols] bool, rows * cols = N.
-        top: Number of patches a frame that may join: those of the `top` highest that touch the region (4-neighbours).
+        top: Number of patches a frame that may join: those of the `top` highest that touch the region (4-neighbours);
+            in a frame with fewer patches, all of them may.
     """
     b, frames, _ = score.shape
     rows, cols = start.shape
     stride = cols + 2  # a border of one, so that every patch has four neighbours
     bordered = torch.zeros(b, rows + 2, stride, dtype=torch.bool, device=score.device)
     bordered[:, 1:-1, 1:-1] = start
-    best = score.topk(top, dim=2).indices
+    best = score.topk(min(top, rows * cols), dim=2).indices
     position = (best // cols + 1) * stride + best % cols + 1  # [B, T, top] in the bordered grid
     flat = bordered.view(b, -1)
     regions = []
