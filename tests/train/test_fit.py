@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -18,9 +19,11 @@ from egopatch.features import FingerprintMismatch, StoreError
 from egopatch.features.tools.derive import derive
 from egopatch.train.__main__ import main
 from egopatch.train.data.batch import Batch
+from egopatch.train.explanation.explain import explain
 from egopatch.train.fitting.answers import Answers, PartScorer, score_part
 from egopatch.train.fitting.experiment import open_experiment, pick_device
 from egopatch.train.fitting.fit import evaluate, fit
+from egopatch.train.fitting.predict import predict_clips
 from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir import lease
@@ -94,6 +97,31 @@ def test_same_seed_same_losses_and_weights(tiny: Config) -> None:
     third = with_run(tiny, "seed1", train_seed=1)
     fit(third, "x")
     assert losses(third.run.dir) != losses(tiny.run.dir)
+
+
+def test_the_caller_keeps_its_random_numbers_and_threads(tiny: Config) -> None:
+    config = with_run(tiny, "psa", train_epochs=1)
+    torch.manual_seed(5)
+    expected, others, threads = torch.get_rng_state(), random.getstate(), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for work in (
+            lambda: fit(config, "x"),
+            lambda: fit(config, "evaluates it again"),
+            lambda: evaluate(config),
+            lambda: explain(config, 4),
+            lambda: predict_clips(config, ["clip|P0|0|1"], "what colour is the left thing?"),
+            lambda: run_sweep(config, ratios=[0.5], name="one"),
+        ):
+            work()
+            assert torch.equal(torch.get_rng_state(), expected)
+            assert torch.get_num_threads() == 3
+        with pytest.raises(RunError):
+            fit(with_run(tiny, "diverges", train_lr=1e30), "x")
+        assert torch.equal(torch.get_rng_state(), expected)
+    finally:
+        torch.set_num_threads(threads)
+    assert random.getstate() == others
 
 
 def test_deterministic_training_gives_cublas_its_workspace(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:

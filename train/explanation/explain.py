@@ -23,7 +23,7 @@ from egopatch.train.data.question_table import QuestionTable, plan_batches
 from egopatch.train.explanation.agreement import agreement_of, pointing
 from egopatch.train.explanation.curves import SHARES, area, curves
 from egopatch.train.explanation.record import Explanation, Ranking
-from egopatch.train.fitting.experiment import Experiment, open_experiment
+from egopatch.train.fitting.experiment import Experiment, caller_state_kept, open_experiment
 from egopatch.train.fitting.shortage import shortage_explained
 from egopatch.train.fitting.trained import open_head, require_video, trained_config
 from egopatch.train.heads import PSA, unwrapped
@@ -74,7 +74,7 @@ def explain(config: Config, questions: int = 200) -> Explanation:
     card = Card.read(folder)
     require_video(folder, card)
     config = trained_config(config, card)
-    with shortage_explained(config.train, folder):
+    with shortage_explained(config.train, folder), caller_state_kept(config.train.device):
         experiment = open_experiment(config, card)
         experiment.require_trained_on(folder)
         head, heads = open_head(config, folder, card, experiment.sizes, experiment.device)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -244,6 +245,25 @@ def pick_device(name: str, ranks: Distributed = ALONE) -> torch.device:
     if device.type == "cuda" and ranks.size > 1:
         return torch.device("cuda", ranks.local)
     return device
+
+
+@contextmanager
+def caller_state_kept(device: str) -> Iterator[None]:
+    """Give torch's random generators and its number of threads back to the caller as they were before the block.
+
+    Each step seeds torch's own generator for heads from outside, and opening an experiment limits the threads.
+
+    Args:
+        device: `train.device`.
+    """
+    threads = torch.get_num_threads()
+    # To seed torch is to seed every GPU. Reading their states starts CUDA, which a run on the CPU must not do.
+    cuda = torch.cuda.is_initialized() or pick_device(device).type == "cuda"
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if cuda else ()):
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def open_features(config: Config, kind: str, expect: Mapping[str, object] | None) -> Store:

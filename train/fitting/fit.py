@@ -14,7 +14,7 @@ from egopatch.features.common.progress import ProgressDisplay
 from egopatch.train.data.batch_size import BatchSize
 from egopatch.train.data.question_table import plan_batches
 from egopatch.train.fitting.answers import answer_table
-from egopatch.train.fitting.experiment import Experiment, open_experiment
+from egopatch.train.fitting.experiment import Experiment, caller_state_kept, open_experiment
 from egopatch.train.fitting.published import evaluate_published, has_run
 from egopatch.train.fitting.run import TrainingRun
 from egopatch.train.fitting.run_group import RunGroup, why_not_captured
@@ -55,7 +55,11 @@ def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
     check_head(config.head)
     # Only the first rank looks at the folder. Another setting in it is refused at once, not after a wait.
     ranks.broadcast(lambda: run_folder.require_same_settings(folder, config))
-    with hold_when_free(folder, ranks), shortage_explained(config.train, folder):
+    with (
+        hold_when_free(folder, ranks),
+        shortage_explained(config.train, folder),
+        caller_state_kept(config.train.device),
+    ):
         if ranks.broadcast(lambda: run_folder.is_finished(folder)):
             ranks.print_once(f"{folder} is already trained; evaluating its checkpoint")
             return _evaluate(config, ranks, folder)
@@ -176,14 +180,15 @@ def evaluate(
             trained on them, or `source` is given and a head was trained in `config.run.dir`.
         FingerprintMismatch: the store holds other features than the head was trained on.
     """
-    if source is not None:
-        return _evaluate_elsewhere(config, command, ranks, source)
-    if config.head.checkpoint is not None and not ranks.broadcast(lambda: has_run(config)):
-        return evaluate_published(config, command, ranks)
-    # A folder without a card is refused before it is created.
-    ranks.broadcast(lambda: Card.read(config.run.dir))
-    with hold_when_free(config.run.dir, ranks), shortage_explained(config.train, config.run.dir):
-        return _evaluate(config, ranks, config.run.dir)
+    with caller_state_kept(config.train.device):
+        if source is not None:
+            return _evaluate_elsewhere(config, command, ranks, source)
+        if config.head.checkpoint is not None and not ranks.broadcast(lambda: has_run(config)):
+            return evaluate_published(config, command, ranks)
+        # A folder without a card is refused before it is created.
+        ranks.broadcast(lambda: Card.read(config.run.dir))
+        with hold_when_free(config.run.dir, ranks), shortage_explained(config.train, config.run.dir):
+            return _evaluate(config, ranks, config.run.dir)
 
 
 def test_line(config: Config, metrics: Metrics) -> str:

@@ -15,7 +15,7 @@ from egopatch.features.store.text_substore import TEXT_FOLDER
 from egopatch.features.values.location import parse_location
 from egopatch.train.data.batch import Batch
 from egopatch.train.data.question_table import FORMS, NO_CLASS
-from egopatch.train.fitting.experiment import open_features, pick_device, sizes_of
+from egopatch.train.fitting.experiment import caller_state_kept, open_features, pick_device, sizes_of
 from egopatch.train.fitting.trained import open_head, require_video, trained_config
 from egopatch.train.heads import PSA, unwrapped
 from egopatch.train.rundir.card import Card
@@ -76,44 +76,45 @@ def predict_clips(config: Config, clip_ids: Sequence[str], question: str, answer
         raise StoreError(f"store {store.path} has no clips; run `python -m extract run --config CONFIG` to encode some")
     if absent := next((name for name in clip_ids if name not in known), None):
         raise ConfigError(_no_clip(store, absent))
-    texts = _text_store(config, card)
-    states, mask = (tensor.to(device) for tensor in _text_states(config, card, texts, question))
-    sizes = sizes_of(store, None, len(card.answers), 0)
-    head, heads = open_head(config, folder, card, replace(sizes, text_width=states.shape[-1]), device)
-    psa = unwrapped(head)
-    frames = tuple(psa.frame_indices) if isinstance(psa, PSA) else tuple(range(sizes.frames))
-    unknown = None if texts is None else _unknown_words(question, texts.clip_ids)
-    predictions: list[Prediction] = []
-    for start in range(0, len(clip_ids), CLIPS_AT_ONCE):
-        names = clip_ids[start : start + CLIPS_AT_ONCE]
-        tokens = store.read(names).to(device)
-        same = torch.zeros(len(names), dtype=torch.long, device=device)
-        each = torch.arange(len(names), device=device)
-        batch = Batch(
-            stored=tokens,
-            clip_rows=None,
-            clip_index=each,
-            states=states,
-            mask=mask,
-            text_index=same,
-            forms=same + FORMS.index("open"),
-            answers=same + NO_CLASS,
-            rows=each.cpu(),
-        )
-        logits, kept = heads.logits(batch, 0)
-        for row, name in enumerate(names):
-            times_s = [] if tokens.timestamps is None else tokens.timestamps[row].tolist()
-            prediction = Prediction(
-                clip_id=name,
-                question=question,
-                answers=_ranked(logits[0, row], card.answers)[:answers],
-                frames=frames,
-                times_s=tuple(times_s[frame] for frame in frames) if times_s else (),
-                kept=() if kept is None else _positions(kept[0, row].cpu()),
-                grid=sizes.grid,
-                unknown_words=unknown,
+    with caller_state_kept(config.train.device):
+        texts = _text_store(config, card)
+        states, mask = (tensor.to(device) for tensor in _text_states(config, card, texts, question))
+        sizes = sizes_of(store, None, len(card.answers), 0)
+        head, heads = open_head(config, folder, card, replace(sizes, text_width=states.shape[-1]), device)
+        psa = unwrapped(head)
+        frames = tuple(psa.frame_indices) if isinstance(psa, PSA) else tuple(range(sizes.frames))
+        unknown = None if texts is None else _unknown_words(question, texts.clip_ids)
+        predictions: list[Prediction] = []
+        for start in range(0, len(clip_ids), CLIPS_AT_ONCE):
+            names = clip_ids[start : start + CLIPS_AT_ONCE]
+            tokens = store.read(names).to(device)
+            same = torch.zeros(len(names), dtype=torch.long, device=device)
+            each = torch.arange(len(names), device=device)
+            batch = Batch(
+                stored=tokens,
+                clip_rows=None,
+                clip_index=each,
+                states=states,
+                mask=mask,
+                text_index=same,
+                forms=same + FORMS.index("open"),
+                answers=same + NO_CLASS,
+                rows=each.cpu(),
             )
-            predictions.append(prediction)
+            logits, kept = heads.logits(batch, 0)
+            for row, name in enumerate(names):
+                times_s = [] if tokens.timestamps is None else tokens.timestamps[row].tolist()
+                prediction = Prediction(
+                    clip_id=name,
+                    question=question,
+                    answers=_ranked(logits[0, row], card.answers)[:answers],
+                    frames=frames,
+                    times_s=tuple(times_s[frame] for frame in frames) if times_s else (),
+                    kept=() if kept is None else _positions(kept[0, row].cpu()),
+                    grid=sizes.grid,
+                    unknown_words=unknown,
+                )
+                predictions.append(prediction)
     return tuple(predictions)
 
 

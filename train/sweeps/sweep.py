@@ -24,7 +24,7 @@ import torch
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.features import ShardOwned
 from egopatch.features.io.files import make_folder
-from egopatch.train.fitting.experiment import Experiment, open_experiment
+from egopatch.train.fitting.experiment import Experiment, caller_state_kept, open_experiment
 from egopatch.train.fitting.fit import test_groups, train_together
 from egopatch.train.fitting.run import system_name
 from egopatch.train.fitting.run_group import RunGroup
@@ -104,7 +104,7 @@ def run_sweep(
     print(f"{label}: {len(runs)} runs, {before} already finished", flush=True)
     started, bytes_read, trained, failed = time.monotonic(), 0, 0, dict[str, str]()
     if before < len(runs):
-        with shortage_explained(config.train, out):
+        with shortage_explained(config.train, out), caller_state_kept(config.train.device):
             experiment = open_experiment(config)
             print("\n".join(experiment.data_lines), flush=True)
             experiment.print_quarantined()
