@@ -301,7 +301,16 @@ def test_a_head_that_was_trained_elsewhere(choice: Config, tmp_path: Path) -> No
     rows = (there.run.dir / "submission.csv").read_text().splitlines()
     assert rows[0] == "q_uid,answer"
     assert len(rows) == 1 + len(asked)
-    assert json.loads((there.run.dir / "card.json").read_text())["command"] == "the command"
+    card = json.loads((there.run.dir / "card.json").read_text())
+    assert card["command"] == "the command"
+    assert card["config"]["data"]["root"] == str(root)
+    assert card["trained_on"]["root"] == str(choice.data.root)
+    assert json.loads((trained.run.dir / "card.json").read_text())["trained_on"] is None
+    (root / "events.jsonl").touch()  # as EgoSynth's renderer leaves it; the head learned another set
+    evaluate(there, "the command", source=trained.run.dir)
+    assert json.loads((there.run.dir / "card.json").read_text())["synthetic"] is True
+    (root / "events.jsonl").unlink()
+    evaluate(there, "the command", source=trained.run.dir)
     (record,) = write_table(there.run.dir, there)
     assert (record["n"], record["all"]) == (9, round(metrics.all.accuracy or 0.0, 2))
     table = (there.run.dir / "table.md").read_text()

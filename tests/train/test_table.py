@@ -118,6 +118,23 @@ def test_predictions_of_every_seed_have_to_give_the_recorded_accuracy(tmp_path: 
     ]
 
 
+def test_runs_on_other_features_or_of_a_head_that_learned_other_data_are_no_repeats(tmp_path: Path) -> None:
+    """As two imported stores, of which the config says only the path, and as `train evaluate --from`."""
+    for seed in (0, 1):
+        write_run(tmp_path, f"a{seed}", seed=seed)
+    write_run(tmp_path, "b", seed=0, card={"fingerprint": {"depth": 6, "frames": 4, "imported": "i3d"}})
+    for name in ("c", "d"):
+        write_run(tmp_path, name, seed=0, card={"trained_on": {"name": "jsonl", "root": name, "split": None}})
+    results = gather(tmp_path)
+    assert [(row.label, len(row.runs)) for row in results.rows] == [
+        ("psa", 2),
+        ("psa (fingerprint.imported i3d)", 1),
+        ("psa (trained_on.name jsonl, trained_on.root c)", 1),
+        ("psa (trained_on.name jsonl, trained_on.root d)", 1),
+    ]
+    assert not [problem for problem in results.problems if "repeats" in problem]
+
+
 def test_seeds_may_differ_in_tracker_and_in_decoders_that_give_the_same_frames(tmp_path: Path) -> None:
     for seed, decoder in enumerate(("pyav", "decord", "nvdec")):
         run = write_run(tmp_path, f"psa_{seed}", seed=seed, config={"video": {"decoder": decoder}})

@@ -205,9 +205,16 @@ def _evaluate_elsewhere(config: Config, command: str, ranks: Distributed, source
     with hold_when_free(out, ranks), shortage_explained(config.train, out):
         metrics = _evaluate(config, ranks, source)
         if ranks.first:
-            # Head and training are those of the head that was evaluated: the table tells runs apart by them.
+            # Head, training and its data are those of the head that was evaluated: the table tells runs apart by them.
             trained = {section: card.config[section] for section in ("head", "train")}
-            replace(card, config=run_folder.plain(config) | trained, command=command).write(out)
+            here = run_folder.plain(config) | trained
+            replace(
+                card,
+                config=here,
+                command=command,
+                synthetic=run_folder.is_rendered(config.data.root),
+                trained_on=None if here["data"] == card.config["data"] else card.config["data"],
+            ).write(out)
         return metrics
 
 

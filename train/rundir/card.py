@@ -48,7 +48,9 @@ class Card:
         versions: Versions of Python and the libraries that computed the weights.
         command: Command that trained the head.
         parameters: Number of learned parameters in the head.
-        synthetic: Whether the data set is rendered; None in the cards of earlier versions.
+        synthetic: Whether the data set of the config is rendered; None in the cards of earlier versions.
+        trained_on: Section `data` of the config that the head was trained with, where it is not that of `config`
+            (`train evaluate --from`); else None.
     """
 
     model: str
@@ -63,6 +65,7 @@ class Card:
     command: str
     parameters: int
     synthetic: bool | None = None
+    trained_on: Mapping[str, Any] | None = None
 
     def write(self, folder: Path) -> None:
         """Write `card.json`."""

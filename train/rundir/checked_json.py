@@ -21,6 +21,7 @@ _ALWAYS: Mapping[str, type] = {
     "answers": list,
     "fingerprint": dict,
     "text_fingerprint": dict,
+    "trained_on": dict,
 }
 _OF_A_HEAD: Mapping[str, type] = {
     "model": str,

@@ -91,9 +91,10 @@ class Run:
     def options(self) -> dict[str, Any]:
         """The resolved config as `section.field: value`, without nulls and options in which seeds may differ.
 
+        `trained_on.field` are those of the data that the head was trained on, where it was evaluated on others.
         `video.decoder` is `pyav` for decord too: a clip has the same frames by either.
         """
-        config = self.card.get("config") or {}
+        config = {**(self.card.get("config") or {}), "trained_on": self.card.get("trained_on")}
         options = {
             f"{section}.{name}": value
             for section, fields in sorted(config.items())
@@ -105,6 +106,15 @@ class Run:
         if (decoder := options.get("video.decoder")) in _SAME_FRAMES:
             options["video.decoder"] = _SAME_FRAMES[decoder]
         return options
+
+    @property
+    def features(self) -> dict[str, Any]:
+        """The fingerprints of the features that the head was trained on: stores of one config may hold others."""
+        return {
+            f"{kind}.{name}": value
+            for kind in ("fingerprint", "text_fingerprint")
+            for name, value in (self.card.get(kind) or {}).items()
+        }
 
 
 @dataclass(frozen=True)
@@ -271,9 +281,10 @@ def _rows_of(system: str, split: str, runs: list[Run], folder: Path, problems: l
     """One row per setting of one system on one split."""
     settings: dict[str, list[Run]] = {}
     for run in runs:
-        settings.setdefault(json.dumps(run.options, sort_keys=True, default=str), []).append(run)
+        setting = [run.options, run.features]
+        settings.setdefault(json.dumps(setting, sort_keys=True, default=str), []).append(run)
     groups = sorted(settings.values(), key=lambda group: (-len(group), str(group[0].dir)))
-    base = groups[0][0].options
+    base = groups[0][0]
     rows = []
     for group in groups:
         seeds: dict[int, Run] = {}
@@ -285,15 +296,19 @@ def _rows_of(system: str, split: str, runs: list[Run], folder: Path, problems: l
         ranked = sorted(seeds.values(), key=lambda run: (-(run.val if run.val is not None else -math.inf), run.seed))
         row = Row(system, system, split, tuple(ranked))
         if group is not groups[0]:
-            options = group[0].options
-            differing = sorted(key for key in options.keys() | base.keys() if options.get(key) != base.get(key))
-            row = replace(
-                row, label=f"{system} ({', '.join(f'{name} {value_text(options.get(name))}' for name in differing)})"
-            )
+            # Features differ wherever the options of stage one do, and then the options say enough.
+            differing = _differing(group[0].options, base.options) or _differing(group[0].features, base.features)
+            row = replace(row, label=f"{system} ({', '.join(differing)})")
             questions = data_title(split, [run.card for run in runs])
             problems.append(f"{system} on {questions}: several settings were run; {row.label} has a separate row")
         rows.append(row)
     return rows
+
+
+def _differing(values: Mapping[str, object], base: Mapping[str, object]) -> list[str]:
+    """Each value that is another one in `base`, with its name."""
+    names = sorted(name for name in values.keys() | base.keys() if values.get(name) != base.get(name))
+    return [f"{name} {value_text(values.get(name))}" for name in names]
 
 
 def _row_key(head: str, system: str, split: str) -> tuple[int, int, str, str]:
