@@ -29,13 +29,20 @@ from egopatch.train.sweeps.sweep import run_sweep
 
 
 class Bench:
-    """One set: where it lies, its configs, and what has been trained on it."""
+    """One set: where it lies below `folder`, its configs, which end in `options`, and what has been trained on it."""
 
     def __init__(
-        self, name: str, clips: int, seeds: Sequence[int], set_seed: int = 0, systems: Collection[str] = ()
+        self,
+        name: str,
+        clips: int,
+        seeds: Sequence[int],
+        set_seed: int = 0,
+        systems: Collection[str] = (),
+        folder: Path = Path("runs"),
+        options: Sequence[str] = (),
     ) -> None:
-        self.name, self.clips, self.seeds, self.set_seed = name, clips, list(seeds), set_seed
-        self.root = Path("runs") / (f"egosynth_{name}" + (f"_{set_seed}" if set_seed else ""))
+        self.name, self.clips, self.seeds, self.set_seed, self.options = name, clips, list(seeds), set_seed, options
+        self.root = folder / (f"egosynth_{name}" + (f"_{set_seed}" if set_seed else ""))
         chosen = [label for label in SYSTEMS if label in systems or not systems]
         # The demo has no MFAS.
         self.systems = [label for label in chosen if self.file(SYSTEMS[label].encoder).exists()]
@@ -48,7 +55,8 @@ class Bench:
         """As the command line would read it, with everything below the set's own folder."""
         parser = ConfigParser(prog="egosynth")
         add_config_arguments(parser)
-        return parse_config(parser, ["--config", str(self.file(encoder)), *self.places(encoder, split), *options])[0]
+        given = [*self.places(encoder, split), *options, *self.options]
+        return parse_config(parser, ["--config", str(self.file(encoder)), *given])[0]
 
     def places(self, encoder: str, split: str) -> list[str]:
         weights = self.root / "weights"

@@ -1,6 +1,6 @@
 """CPU time of decoding one clip's frames: only what they need, against everything before them, and against decord.
 
-    python benchmarks/decode.py [--rounds 5] [--kinds short long large] [--out FILE]
+    python benchmarks/decode.py [--rounds 5] [--kinds short long large] [--quick] [--out FILE]
 
 Three kinds of H.264 video, as x264 writes them by default. All contenders read the same 16 frames of the same files in
 the same process, taking turns, with one thread and everything that a clip costs: opening, index, decoding, conversion
@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import av
@@ -24,7 +23,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
-from benchmarks.encoder import stamp  # noqa: E402
+from benchmarks._machine import add_result_arguments, result_path, stamp  # noqa: E402
 from egopatch.configs.schema import VideoConfig  # noqa: E402
 from egopatch.extract.datasets import Clip  # noqa: E402
 from egopatch.extract.video import container, frames  # noqa: E402
@@ -120,8 +119,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--out", type=Path, default=None, help="JSON file for the result")
+    add_result_arguments(parser, None, "the shortest videos, one round")
     options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.kinds = 1, options.kinds[:1]
     kinds: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in options.kinds:
@@ -135,10 +136,10 @@ def main() -> int:
     result = {
         "kinds": kinds,
         "rounds": options.rounds,
-        "machine": stamp() | {"av": version("av"), "decord2": version("decord2")},
+        "machine": stamp("av", "decord2"),
     }
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    if out := result_path(options):
+        out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 

@@ -1,6 +1,6 @@
 """Start one small sweep several times at once: every start must end with exit code 0 and print the same results.
 
-    python -m train bench double_starts [--rounds 200] [--starts 2] [--seed 0] [--out FILE]
+    python -m train bench double_starts [--rounds 200] [--starts 2] [--seed 0] [--quick] [--out FILE]
 
 A round starts the same command in processes of their own, each after a random delay: half of the rounds within 50 ms,
 the other half at any time of a lone sweep. The processes are forked from one that has imported everything, because
@@ -12,7 +12,6 @@ benchmarks/results/double_starts.json and exits with 1 where a start failed or a
 import argparse
 import json
 import os
-import platform
 import random
 import shutil
 import sys
@@ -20,17 +19,16 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULT = Path(__file__).parent / "results" / "double_starts.json"
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
 import torch  # noqa: E402
 import yaml  # noqa: E402
 
+from benchmarks._machine import add_result_arguments, result_path, stamp  # noqa: E402
 from egopatch.configs.schema import Config  # noqa: E402
 from egopatch.train.__main__ import main as train  # noqa: E402
 from egopatch.train.fitting.fit import fit  # noqa: E402
@@ -115,8 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--starts", type=int, default=2, help="simultaneous starts of a round")
     parser.add_argument("--seed", type=int, default=0, help="seed of the delays")
-    parser.add_argument("--out", type=Path, default=RESULT, help="JSON file of the results")
+    add_result_arguments(parser, "double_starts.json", "two rounds")
     args = parser.parse_args(argv)
+    if args.quick:
+        args.rounds = 2
     print(f"{args.rounds} rounds of {args.starts} starts, seed {args.seed}", flush=True)
     rng, failed, seconds = random.Random(args.seed), {}, []
     with tempfile.TemporaryDirectory() as folder:
@@ -151,11 +151,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "passed": args.rounds - len(failed),
         "failed": failed,
         "seconds": {"lone": round(alone_s, 2), "round_mean": round(sum(seconds) / max(1, len(seconds)), 2)},
-        "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy")}},
+        "machine": stamp(),
     }
-    args.out.parent.mkdir(exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    if out := result_path(args):
+        out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{result['passed']} of {args.rounds} rounds passed")
     return 1 if failed else 0
 

@@ -12,17 +12,17 @@ in docs/pictures/, and the tables and findings of docs/egosynth.md between its m
 
 import argparse
 import json
-import os
-import platform
 import shlex
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks._egosynth_bench import Bench, grid_file, rounded, slug
 from benchmarks._egosynth_cost import cost_of
@@ -39,11 +39,11 @@ from benchmarks._egosynth_systems import (
     SYSTEMS,
     WHOLE,
 )
+from benchmarks._machine import RESULTS, add_result_arguments, result_path, stamp
 from egopatch.train.report import plots
 from egopatch.train.report.sources import read_sweep
 from egopatch.train.sweeps.sweep import run_sweep
 
-RESULTS = Path(__file__).parent / "results"
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 RATIOS = (0.1, 0.25, 0.5, 1.0)
 SEARCH = Path(__file__).parent / "egosynth_search.yaml"
@@ -186,28 +186,35 @@ def main(args: Sequence[str] | None = None) -> None:
     here = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     parser.add_argument("--gpu", default=here, help="GPU that trained the runs; needed where another machine gathers")
     parser.add_argument("--systems", choices=list(SYSTEMS), nargs="+", default=list(SYSTEMS), help="rows to train")
+    add_result_arguments(parser, "egosynth.json", "few clips, one seed, one epoch, three systems and the ratios")
     options = parser.parse_args(args)
-    bench = Bench(options.set, options.clips, options.seeds, options.set_seed, options.systems)
-    bench.encode(dict.fromkeys(SYSTEMS[label].encoder for label in bench.systems))
-    for part in options.parts:
-        PARTS[part](bench, options.splits)
-    found = gather(bench)
-    name = "egosynth" if options.set == "demo" else f"egosynth_{options.set}"
+    if options.set != "demo":
+        options.result = f"egosynth_{options.set}.json"
+    if options.set_seed:
+        options.result = None
+    if options.quick:
+        options.clips, options.seeds, options.splits, options.parts = 24, [0], ["direct"], ["table", "ratios"]
+        options.systems = ["majority", "question-only", REFERENCE]
+    with tempfile.TemporaryDirectory() as folder:
+        place: dict[str, Any] = {"folder": Path(folder), "options": ("--train.epochs", "1")} if options.quick else {}
+        bench = Bench(options.set, options.clips, options.seeds, options.set_seed, options.systems, **place)
+        bench.encode(dict.fromkeys(SYSTEMS[label].encoder for label in bench.systems))
+        for part in options.parts:
+            PARTS[part](bench, options.splits)
+        found = gather(bench)
     result = {
         "what": f"EgoSynth, {options.set} set of {options.clips} clips; percent on test with 95% intervals over seeds "
         "and clips, checkpoint chosen on val",
         "command": shlex.join(["python", "benchmarks/egosynth.py", *(sys.argv[1:] if args is None else args)]),
-        "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "gpu": options.gpu},
-        "versions": {package: version(package) for package in ("torch", "numpy", "av")},
+        "machine": stamp("av") | {"gpu": options.gpu},
         **found,
     }
     print(markdown(found))
-    if options.set_seed:
-        return
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(bench, PICTURES / f"{name}_ratios.png", found["table"])
-    write_docs(options.set, found)
+    if out := result_path(options):
+        out.write_text(json.dumps(result, indent=1) + "\n")
+        if options.result is not None and out == RESULTS / options.result:
+            draw(bench, PICTURES / f"{out.stem}_ratios.png", found["table"])
+            write_docs(options.set, found)
 
 
 if __name__ == "__main__":

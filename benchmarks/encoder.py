@@ -14,7 +14,6 @@ import argparse
 import ctypes
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
+from benchmarks._machine import add_result_arguments, bfloat16_instructions, result_path, stamp  # noqa: E402
 from egopatch.extract.datasets import Clip  # noqa: E402
 from egopatch.extract.encoders import load_video_encoder  # noqa: E402
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint  # noqa: E402
@@ -207,26 +207,6 @@ def measure(
     return result
 
 
-def bfloat16_instructions() -> bool:
-    """Whether this CPU has bfloat16 instructions; without them PyTorch emulates the type."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def stamp() -> dict[str, object]:
-    """Hardware and versions."""
-    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    return {
-        "cpu": cpu.partition(":")[2].strip() or platform.processor(),
-        "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "bfloat16_instructions": bfloat16_instructions(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def report(result: dict[str, Any]) -> str:
     """The result as text: a table for the CPU, one for each batch on CUDA, and the claims."""
     lines = [] if VARIANTS[0] not in result else _table(f"CPU, batch {result['work']['batch']}", result)
@@ -285,9 +265,8 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="two frames, one narrow block, one round: does it run")
     parser.add_argument("--cuda-only", action="store_true", help="leave out what a CPU takes minutes for")
-    parser.add_argument("--out", type=Path, help="results as JSON; default: benchmarks/results/encoder.json")
+    add_result_arguments(parser, "encoder.json", "two frames, one narrow block, one round")
     parser.add_argument("--memory-of", choices=VARIANTS, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
@@ -310,9 +289,7 @@ def main() -> int:
             }
     result |= {"claims": claims(result), "work": asdict(work), "gflop": work.flops() / 1e9, "machine": stamp()}
     print(report(result))
-    out = options.out or (None if options.quick else ROOT / "benchmarks" / "results" / "encoder.json")
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    if out := result_path(options):
         out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 

@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
 from benchmarks._feed_videos import KINDS, Kind, decode_bare, wanted, write_video  # noqa: E402
+from benchmarks._machine import add_result_arguments, result_path, stamp  # noqa: E402
 from egopatch.configs.schema import VideoConfig  # noqa: E402
 from egopatch.extract.children.slots import SharedSlots  # noqa: E402
 from egopatch.extract.datasets import Clip  # noqa: E402
@@ -277,8 +278,7 @@ def main() -> int:
     parser.add_argument("--encoder-rate", type=float, default=None, help="clips/s of the encoder; default: no limit")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to write to")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--quick", action="store_true", help="few clips of the smallest kind: does it run at all")
-    parser.add_argument("--out", type=Path, default=None, help="JSON file; benchmarks/results/feed.json")
+    add_result_arguments(parser, "feed.json", "few clips of the smallest kind")
     options = parser.parse_args()
     if options.quick:
         options.rounds = 1
@@ -290,8 +290,6 @@ def main() -> int:
         name: measure_writing(place, 2 * options.rounds, 4 if options.quick else SHARD)
         for name, place in places.items()
     }
-
-    from benchmarks.encoder import stamp
 
     def ratio(part: dict[str, Any], where: str) -> float:
         return (part[where]["children_ms"] + part[where]["parent_ms"]) / part["bare_ms"]
@@ -306,7 +304,7 @@ def main() -> int:
         "parts_ms": parts,
         "writing_ms": written,
         "forecast": forecast(parts, row_mb=4.83),
-        "machine": stamp() | {"cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0]},
+        "machine": stamp("av"),
     }
     text = json.dumps(result, indent=1)
     if options.json:
@@ -314,8 +312,7 @@ def main() -> int:
     else:
         for key in ("cpu_ratio", "cpu_ratio_host", "serial_ms", "write_share", "handover_clips_per_s"):
             print(f"{key}: {', '.join(f'{name}: {value:.2f}' for name, value in result[key].items())}")
-    out = options.out or (None if options.quick else ROOT / "benchmarks" / "results" / "feed.json")
-    if out:
+    if out := result_path(options):
         out.write_text(text + "\n")
     return 0
 

@@ -27,7 +27,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
-from benchmarks.encoder import stamp  # noqa: E402
+from benchmarks._machine import stamp  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 Rows = list[tuple[str, float, str]]
@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.dry_run and not torch.cuda.is_available():
         print("gpu: torch sees no CUDA device; expected one, or --dry-run", file=sys.stderr)
         return 2
-    machine = stamp() | {"triton": _version("triton"), "transformers": _version("transformers")}
+    machine = stamp("triton", "transformers")
     name = str(machine["gpu"] or "dry_run").lower().replace(" ", "_")
     folder: Path = args.out or (ROOT / "runs" / "gpu_dry_run" if args.dry_run else RESULTS / f"gpu_{name}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -221,15 +221,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     (folder / "summary.md").write_text(text)
     print(text)
     return 0 if good and met else 1
-
-
-def _version(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

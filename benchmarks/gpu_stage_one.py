@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
 from benchmarks._feed_videos import KINDS, decode_many, wanted, write_video  # noqa: E402
+from benchmarks._machine import add_result_arguments, result_path, stamp  # noqa: E402
 
 # Decoder children import this file too, so whatever needs torch is imported where it is used.
 if TYPE_CHECKING:
@@ -245,8 +246,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--shard", type=int, default=64)
     parser.add_argument("--store", type=Path, default=None, help="folder to write the store in")
-    parser.add_argument("--quick", action="store_true", help="eight clips, one block, a GPU or none: does it run")
-    parser.add_argument("--out", type=Path, default=None, help="JSON file to write beside printing")
+    add_result_arguments(parser, None, "eight clips, one block, a GPU or none")
     options = parser.parse_args()
     if options.quick:
         options = argparse.Namespace(
@@ -270,7 +270,6 @@ def main() -> int:
         decoding = decoding_rate(paths[:2048], options.frames, cores)
         say(f"bare decoding: {decoding:.1f} clips/s on {cores} cores")
 
-        from benchmarks.encoder import stamp
         from egopatch.extract.datasets import Clip
         from egopatch.extract.feed.clips import PreparedClip
         from egopatch.extract.writing.shard_writer import shards_at_once
@@ -317,13 +316,14 @@ def main() -> int:
         },
         "pipeline": storing,
         "pipeline_without_store": forgetting,
-        "work": {key: str(value) for key, value in vars(options).items() if key != "out"} | asdict(KIND),
-        "machine": stamp() | {"cores": cores},
+        "work": {key: str(value) for key, value in vars(options).items() if key not in ("out", "result")}
+        | asdict(KIND),
+        "machine": stamp("av"),
     }
     text = json.dumps(result, indent=1)
     print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    if out := result_path(options):
+        out.write_text(text + "\n")
     return 0
 
 

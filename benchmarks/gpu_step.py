@@ -12,7 +12,6 @@ counted by the profiler. `--quick` and machines without a GPU take tiny sizes on
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.encoder import stamp
+from benchmarks._machine import add_result_arguments, result_path, stamp
 from benchmarks.sweep_cost import RATIOS, SEEDS, write_config, write_data
 from egopatch.configs import load_config
 from egopatch.configs.schema import Config
@@ -110,8 +109,7 @@ def main() -> int:
     parser.add_argument("--questions", type=int, default=17, help="questions of each clip")
     parser.add_argument("--batch", type=int, default=1088, help="questions of a step")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes on the CPU, to see that it runs")
+    add_result_arguments(parser, None, "tiny sizes on the CPU")
     args = parser.parse_args()
     cuda = torch.cuda.is_available() and not args.quick
     args.frames, args.side, args.width = (16, 14, 768) if cuda else (4, 6, 32)
@@ -132,9 +130,10 @@ def main() -> int:
         results = [measure(configs, experiment, args.steps, captured) for configs, captured in work]
     for row in results:
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-    result = {"settings": {k: v for k, v in vars(args).items() if k != "out"}, "steps": results, "machine": stamp()}
-    if args.out:
-        args.out.write_text(json.dumps(result | {"cores": os.cpu_count()}, indent=1) + "\n")
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "result")}
+    result = {"settings": settings, "steps": results, "machine": stamp("triton")}
+    if out := result_path(args):
+        out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 

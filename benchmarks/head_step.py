@@ -21,7 +21,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks._machine import add_result_arguments, result_path, stamp
 from egopatch.train.ops.select_attend import select_attend
 
 FRAMES, PATCHES, WIDTH, HEADS, ANSWERS = 16, 196, 768, 4, 200
@@ -177,9 +177,11 @@ def main() -> int:
     parser.add_argument("--ratio", type=float, default=0.25)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    add_result_arguments(parser, None, "one clip, two questions, two rounds, nothing compiled")
     parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.quick:
+        args.clips, args.questions, args.rounds = 1, 2, 2
     torch.set_num_threads(args.threads)
     if args.memory_of:
         print_peak(args)
@@ -188,8 +190,9 @@ def main() -> int:
     head, optimiser = make_head(args.ratio)
     check(head, inputs)
     steps = {variant: partial(step, head, optimiser, inputs, variant) for variant in VARIANTS}
-    compiled = torch.compile(head)
-    steps |= {f"{variant}, compiled": partial(step, compiled, optimiser, inputs, variant) for variant in COMPILED}
+    if not args.quick:
+        compiled = torch.compile(head)
+        steps |= {f"{variant}, compiled": partial(step, compiled, optimiser, inputs, variant) for variant in COMPILED}
     for warm in steps.values():
         warm()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -218,24 +221,16 @@ def main() -> int:
         "ratio": args.ratio,
         "rounds": args.rounds,
         "variants": rows,
-        "machine": {"processor": processor(), "threads": args.threads, "system": platform.platform()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "machine": stamp(),
     }
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    if out := result_path(args):
+        out.write_text(json.dumps(result, indent=1) + "\n")
     against = rows["per question"]
     met = against["times_ours"] >= 10 and against["memory_times_ours"] >= 4
-    if args.ratio == 0.25 and not met:
+    if args.ratio == 0.25 and not met and not args.quick:
         print("goal missed: 10x the speed and a quarter of the memory of `per question`", file=sys.stderr)
         return 1
     return 0
-
-
-def processor() -> str:
-    """The processor's name, if the system reports it."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

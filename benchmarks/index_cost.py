@@ -1,6 +1,6 @@
 """What the index of shown frames costs on ordinary files: CPU time of a clip's frames, against the index of packets.
 
-    python benchmarks/index_cost.py [--before b431f91] [--pairs 40] [--out FILE]
+    python benchmarks/index_cost.py [--before b431f91] [--pairs 40] [--quick] [--out FILE]
 
 `--before` is the last commit whose reader took every packet for a frame and every mark for a key frame; its source is
 taken from git. Two processes read the same files in turns, the new one first in every second pair, each with nothing
@@ -23,7 +23,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
-from benchmarks.encoder import stamp  # noqa: E402
+from benchmarks._machine import add_result_arguments, result_path, stamp  # noqa: E402
 
 AT_MOST = 1.03
 KINDS = {"short": (320, 240, 150), "long": (320, 240, 3000), "large": (1280, 720, 300)}  # width, height, frames
@@ -84,15 +84,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--before", default="b431f91")
     parser.add_argument("--pairs", type=int, default=40)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "index_cost.json")
+    add_result_arguments(parser, "index_cost.json", "the shortest videos, two pairs")
     options = parser.parse_args()
-    results: dict = {"machine": stamp(), "before": options.before, "pairs": options.pairs, "kinds": {}}
+    kinds = KINDS
+    if options.quick:
+        options.pairs, kinds = 2, {"short": KINDS["short"]}
+    results: dict = {"machine": stamp("av"), "before": options.before, "pairs": options.pairs, "kinds": {}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         subprocess.run(["git", "clone", "--quiet", "--shared", str(ROOT), str(folder / "before")], check=True)
         subprocess.run(["git", "checkout", "--quiet", options.before], cwd=folder / "before", check=True)
         now, before = Reader(ROOT), Reader(folder / "before")
-        for kind, shape in KINDS.items():
+        for kind, shape in kinds.items():
             path = folder / f"{kind}.mp4"
             write(path, *shape)
             pixels = {reader.read(path)[1] for reader in (now, before)}  # also warms both
@@ -112,8 +115,9 @@ def main() -> int:
         for reader in (now, before):
             reader.end()
     results["at_most"] = AT_MOST
-    options.out.write_text(json.dumps(results, indent=2) + "\n")
-    return 0 if all(kind["ratio"] <= AT_MOST for kind in results["kinds"].values()) else 1
+    if out := result_path(options):
+        out.write_text(json.dumps(results, indent=2) + "\n")
+    return 0 if options.quick or all(kind["ratio"] <= AT_MOST for kind in results["kinds"].values()) else 1
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
@@ -26,8 +25,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
+from benchmarks._machine import add_result_arguments, result_path, stamp  # noqa: E402
 from benchmarks.decode import KINDS, Kind, write_video  # noqa: E402
-from benchmarks.encoder import stamp  # noqa: E402
 from egopatch.configs.schema import ConfigError, VideoConfig  # noqa: E402
 from egopatch.extract.datasets import Clip  # noqa: E402
 from egopatch.extract.video.cache import VideoCache  # noqa: E402
@@ -60,11 +59,11 @@ def write_coded(path: Path, codec: str, pix_fmt: str) -> Path:
     return path
 
 
-def compared(path: Path) -> str:
-    """`equal`, the largest difference, or why one of both does not decode the file."""
+def compared(path: Path, decoder: str = "nvdec") -> str:
+    """`equal`, the largest difference to PyAV's frames, or why one of both does not decode the file."""
     clip = Clip("clip", path)
     try:
-        one, other = (read_frames(clip, VideoConfig(decoder=name)).frames for name in ("pyav", "nvdec"))
+        one, other = (read_frames(clip, VideoConfig(decoder=name)).frames for name in ("pyav", decoder))  # type: ignore[arg-type]
     except VideoError as error:
         return str(error)
     largest = max(int(np.abs(a.astype(int) - b).max()) for a, b in zip(one, other, strict=True))
@@ -102,33 +101,37 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--processes", type=int, nargs="+", default=[4, 16], help="of nvdec")
-    parser.add_argument("--out", type=Path, default=None, help="JSON file for the result")
+    add_result_arguments(parser, None, "PyAV in place of NVDEC, two files, two processes")
     options = parser.parse_args()
-    try:
-        require_gpu_decoder()
-    except ConfigError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    cores = len(os.sched_getaffinity(0))
+    cores, decoder, codecs, kinds = len(os.sched_getaffinity(0)), "nvdec", CODECS, ALL_KINDS
+    if options.quick:
+        cores, decoder, options.processes, options.seconds = 2, "pyav", [2], 0.1
+        codecs, kinds = {"hevc": CODECS["hevc"]}, {"short": KINDS["short"]}
+    else:
+        try:
+            require_gpu_decoder()
+        except ConfigError as error:
+            print(f"{parser.prog}: error: {error}", file=sys.stderr)
+            return 2
     pixels: dict[str, str] = {}
     rates: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, (file, codec, pix_fmt) in CODECS.items():
-            pixels[name] = compared(write_coded(Path(folder) / file, codec, pix_fmt))
+        for name, (file, codec, pix_fmt) in codecs.items():
+            pixels[name] = compared(write_coded(Path(folder) / file, codec, pix_fmt), decoder)
             print(f"{name}: {pixels[name]}", flush=True)
-        for name, kind in ALL_KINDS.items():
+        for name, kind in kinds.items():
             path = write_video(Path(folder) / f"{name}.mp4", kind)
-            pixels[name] = compared(path)
-            ways = [("pyav", cores), *(("nvdec", count) for count in options.processes)]
+            pixels[name] = compared(path, decoder)
+            ways = [("pyav", cores), *((decoder, count) for count in options.processes)]
             rates[name] = {f"{way} x {count}": rate(path, way, count, options.seconds) for way, count in ways}
             said = "; ".join(
                 f"{way}: {one['clips_per_s']:.1f} clips/s, {one['cpu_ms_per_clip']:.1f} CPU ms"
                 for way, one in rates[name].items()
             )
             print(f"{name}: {pixels[name]}; {said}", flush=True)
-    result = {"pixels": pixels, "rates": rates, "machine": stamp() | {"cores": cores, "av": version("av")}}
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    result = {"pixels": pixels, "rates": rates, "machine": stamp("av", "PyNvVideoCodec")}
+    if out := result_path(options):
+        out.write_text(json.dumps(result, indent=1) + "\n")
     return int(any(value.startswith("differ") for name, value in pixels.items() if name != "mpeg4"))
 
 

@@ -10,13 +10,11 @@ is counted from the first decoded clip to the last commit: what it takes to star
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import av
@@ -26,7 +24,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
-from benchmarks.encoder import GRID, PATCH, Work, checkpoint, stamp  # noqa: E402
+from benchmarks._machine import add_result_arguments, result_path, stamp  # noqa: E402
+from benchmarks.encoder import GRID, PATCH, Work, checkpoint  # noqa: E402
 from egopatch.configs.schema import Config, EncoderConfig, EngineConfig, StoreConfig, VideoConfig  # noqa: E402
 from egopatch.extract.datasets import Clip  # noqa: E402
 from egopatch.extract.encoders import find_network, load_video_encoder  # noqa: E402
@@ -128,8 +127,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--shard", type=int, default=8)
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
-    parser.add_argument("--quick", action="store_true", help="one block, eight clips: does it run at all")
-    parser.add_argument("--out", type=Path, default=None, help="JSON file; benchmarks/results/pipeline.json")
+    add_result_arguments(parser, "pipeline.json", "one block, eight clips")
     options = parser.parse_args()
     quick = {"clips": 8, "depth": 1, "frames": 4, "shard": 4} if options.quick else {}
     given = argparse.Namespace(**{**vars(options), **quick})
@@ -144,13 +142,11 @@ def main() -> int:
         )
         result = measure(config, Path(folder), given.clips, given.seconds)
     result["work"] = {**{name: vars(given)[name] for name in ("clips", "seconds", "frames", "depth")}, "dtype": dtype}
-    result["machine"] = stamp() | {"cores": len(os.sched_getaffinity(0)), "av": version("av")}
+    result["machine"] = stamp("av")
     for name, value in result["claims"].items():  # type: ignore[attr-defined]
         print(f"{name}: {value:.3f}")
     print(result["said"])
-    out = options.out or (None if options.quick else ROOT / "benchmarks" / "results" / "pipeline.json")
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    if out := result_path(options):
         out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 

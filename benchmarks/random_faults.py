@@ -30,7 +30,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
-from benchmarks.store import machine  # noqa: E402
+from benchmarks._machine import add_result_arguments, result_path, stamp  # noqa: E402
 from egopatch.features import Fingerprint, ShardOwned, Store, StoreError, StoreSpec, create_store, open_store  # noqa: E402
 from egopatch.features.storage.folder import LocalStorage  # noqa: E402
 from egopatch.features.tools.repair import repair  # noqa: E402
@@ -310,8 +310,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first round")
-    parser.add_argument("--out", type=Path)
+    add_result_arguments(parser, None, "four rounds")
     args = parser.parse_args()
+    if args.quick:
+        args.rounds = 4
     started = time.monotonic()
     events, failed = run_rounds(args.seed, args.rounds)
     result = {
@@ -319,11 +321,11 @@ def main() -> int:
         "events": events,
         "failed_seeds": failed,
         "seconds": round(time.monotonic() - started, 1),
-        "machine": machine(),
+        "machine": stamp("zarr", "h5py"),
     }
     print(json.dumps(result, indent=1))
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    if out := result_path(args):
+        out.write_text(json.dumps(result, indent=1) + "\n")
     return 1 if failed else 0
 
 

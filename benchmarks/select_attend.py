@@ -20,13 +20,10 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -37,7 +34,7 @@ from torch.nn.attention import SDPBackend
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.head_step import processor
+from benchmarks._machine import add_result_arguments, result_path, stamp
 from egopatch.train.ops.select_attend import choose_implementation, reference, select_attend
 
 # clips, questions of each clip, frames, patches, channels
@@ -270,8 +267,11 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--rounds", type=int, default=25 if torch.cuda.is_available() else 5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, help="JSON file for the results; a plot is written beside it")
+    add_result_arguments(parser, None, "one frame, one ratio, two rounds, nothing compiled")
     args = parser.parse_args()
+    if args.quick:
+        args.preset, args.ratios, args.rounds = "frame", args.ratios[:1], 2
+        args.variants = [name for name in args.variants if name != "compiled"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(args.threads)
     functorch_config.donated_buffer = False  # backward is timed alone, several times over one forward
@@ -291,14 +291,14 @@ def main() -> int:
             parts = "  ".join(f"{part} {row[part]['milliseconds']:9.3f} ms" for part in timed)
             share = row["forward"]["share_of_copy"]
             print(f"ratio {ratio:4.2f}  {name:9} {parts}   forward reads tokens at {share:.1%} of copy", flush=True)
-        if args.out:
-            args.out.write_text(json.dumps(report(args, implementation, copy, results, device), indent=1) + "\n")
-            plot(results, args.out.with_suffix(".png"))
+        if out := result_path(args):
+            out.write_text(json.dumps(report(args, implementation, copy, results), indent=1) + "\n")
+            plot(results, out.with_suffix(".png"))
     return 0
 
 
 def report(
-    args: argparse.Namespace, implementation: str, copy: float, results: list[dict[str, object]], device: str
+    args: argparse.Namespace, implementation: str, copy: float, results: list[dict[str, object]]
 ) -> dict[str, object]:
     """Results with what they were measured on."""
     return {
@@ -309,17 +309,7 @@ def report(
         "implementation": implementation,
         "copy_gb_per_s": copy,
         "results": results,
-        "machine": {
-            "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
-            "threads": args.threads,
-            "system": platform.platform(),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "triton": version("triton") if find_spec("triton") else None,
-        },
+        "machine": stamp("triton"),
     }
 
 

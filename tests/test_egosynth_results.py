@@ -107,7 +107,7 @@ def test_the_docs_are_those_of_the_results(name: str) -> None:
 def test_the_docs_are_those_of_the_multiple_choice_results() -> None:
     first, last = bench.markers("choice")
     written = bench.DOCS.read_text().split(first)[1].split(last)[0].strip()
-    rows = json.loads(egosynth_choice.RESULTS.read_text())["systems"]
+    rows = json.loads((RESULTS / egosynth_choice.RESULT).read_text())["systems"]
     assert written == egosynth_choice.markdown(rows)
     blind = [row["all"]["mean"] for row in rows if row["system"] in egosynth_choice.BLIND]
     assert min(next(row for row in rows if row["system"] == bench.REFERENCE)["of_seeds"]) > max(blind) + 60

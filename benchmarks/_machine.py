@@ -1,0 +1,74 @@
+"""What every result of a benchmark has to be read beside: the machine, the versions, and where the result belongs."""
+
+import argparse
+import os
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def stamp(*packages: str) -> dict[str, object]:
+    """Hardware, load and versions, as every result has them under `machine`.
+
+    Args:
+        packages: Those whose versions matter beside Python, torch and numpy; None stands for one that is missing.
+    """
+    # Imported here: decoder children import the scripts that import this file, and only decode.
+    import psutil
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16_instructions": bfloat16_instructions(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
+        "system": platform.platform(),
+        "load": os.getloadavg()[0],
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {"python": platform.python_version(), **{n: _version(n) for n in ("torch", "numpy", *packages)}},
+    }
+
+
+def bfloat16_instructions() -> bool:
+    """Whether this CPU has bfloat16 instructions; without them PyTorch emulates the type."""
+    import torch
+
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def add_result_arguments(parser: argparse.ArgumentParser, name: str | None, quick: str) -> None:
+    """Add `--out` and `--quick`.
+
+    Args:
+        parser: The script's parser.
+        name: File in `benchmarks/results` where a result goes without `--out`; None prints it only.
+        quick: What a quick run leaves out.
+    """
+    default = "without it, nothing is written" if name is None else f"default: benchmarks/results/{name}"
+    parser.add_argument("--out", type=Path, default=None, help=f"JSON file for the result; {default}")
+    parser.add_argument("--quick", action="store_true", help=f"{quick}, to see that it runs; a result needs --out")
+    parser.set_defaults(result=name)
+
+
+def result_path(options: argparse.Namespace) -> Path | None:
+    """Where a result goes; that of a quick run never into `benchmarks/results` by itself."""
+    if options.out is not None or options.quick or options.result is None:
+        return options.out
+    return RESULTS / options.result
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
