@@ -318,6 +318,20 @@ def test_a_head_that_was_trained_elsewhere(choice: Config, tmp_path: Path) -> No
     assert "to check" not in table
     with pytest.raises(RunError, match=r"holds a head that was trained there; use another --run.dir"):
         evaluate(trained, source=there.run.dir)
+    begun = with_run(there, "begun")
+    begun.run.dir.mkdir()
+    (begun.run.dir / "last.pt").touch()  # of a training that was interrupted in its first epoch
+    with pytest.raises(RunError, match=r"holds a head that was trained there; use another --run.dir"):
+        evaluate(begun, source=trained.run.dir)
+    # Its results are no run of a sweep, nor a training that has finished.
+    elsewhere = with_run(trained, "sweeps/seeds/seed-1")
+    evaluate(elsewhere, source=trained.run.dir)
+    for train in (
+        lambda: run_sweep(trained, seeds=[1], name="seeds"),
+        lambda: fit(elsewhere, "x"),
+    ):
+        with pytest.raises(ConfigError, match=r"seed-1 holds results of a head that was trained elsewhere"):
+            train()
     with pytest.raises(RunError, match=r"0 train, 0 val, 5[0-9] test questions; expected some of each"):
         fit(with_run(there, "untrained"), "x")
 

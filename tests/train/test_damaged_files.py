@@ -23,6 +23,7 @@ from egopatch.train.report.page import _explanation_charts
 from egopatch.train.report.sources import SourceError, read_log, read_sweep
 from egopatch.train.report.table import is_standin, is_synthetic
 from egopatch.train.rundir.card import Card, RunError, plain
+from egopatch.train.rundir.log import RunLog
 from egopatch.train.rundir.names import GROUPS, SWEEPS
 from egopatch.train.rundir.results import gather
 from egopatch.train.scores.statistics import Interval
@@ -150,6 +151,13 @@ def test_a_sweep_and_a_log_are_drawn_or_refused(tmp_path: Path) -> None:
         log.write_text(json.dumps(event) + '\n{"event": "end"}\n')
         with suppress(SourceError):
             read_log(log)
+
+
+def test_a_log_with_a_damaged_byte_is_continued(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b'{"event": "step", "step": 1}\n{"event": "st\xff", "step"\n{"event": "step", "step": 3}\n')
+    RunLog(tmp_path, 2).close()
+    assert log.read_text() == '{"event": "step", "step": 1}\n'
 
 
 def test_a_sweep_names_the_damaged_file_of_a_run_and_of_a_group(tiny: Config) -> None:

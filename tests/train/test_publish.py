@@ -62,6 +62,16 @@ def test_an_upload_is_whole(run: Config, tmp_path: Path, capsys: pytest.CaptureF
     assert "Terms: mine: none" in (out / "head" / "README.md").read_text()
 
 
+def test_folders_in_the_command_are_named(run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    card = run.run.dir / "card.json"
+    command = "python -m train fit --config /home/a.yaml --store.path=/data/s --data.root ../here/x"
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"command": command}))
+    assert publish(run, tmp_path / "upload", "--terms", "none", "--head-only") == 0
+    assert (
+        "note: README.md and card.json have the command, which names folders of this machine: /home/a.yaml, /data/s\n"
+    ) in capsys.readouterr().out
+
+
 def test_an_unknown_licence_is_refused(run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert publish(run, tmp_path / "upload") == 2
     assert capsys.readouterr().err == (

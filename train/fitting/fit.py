@@ -200,7 +200,7 @@ def test_line(config: Config, metrics: Metrics) -> str:
 def _evaluate_elsewhere(config: Config, command: str, ranks: Distributed, source: Path) -> Metrics:
     """Evaluate the head in `source` on the data set of `config`, into `config.run.dir`."""
     out, card = config.run.dir, ranks.broadcast(lambda: Card.read(source))
-    if ranks.broadcast(lambda: (out / WEIGHTS).exists()):
+    if ranks.broadcast(lambda: any((out / name).exists() for name in (WEIGHTS, LAST))):
         raise RunError(f"run.dir {out} holds a head that was trained there; use another --run.dir")
     with hold_when_free(out, ranks), shortage_explained(config.train, out):
         metrics = _evaluate(config, ranks, source)

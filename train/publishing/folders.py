@@ -1,6 +1,7 @@
 """A folder with all that an upload would hold. Nothing is sent anywhere."""
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -79,13 +80,15 @@ def publish(config: Config, to: Path, terms: str | None = None, head_only: bool 
 
 def _notes(card: Card) -> Iterator[str]:
     """What the files tell about this machine."""
-    config = card.config
     paths = {
-        f"{section}.{name}": str(value)
-        for section, options in config.items()
+        f"{section}.{name}": value
+        for section, options in card.config.items()
         for name, value in options.items()
         if isinstance(value, str) and Path(value).is_absolute()
     }
     if paths:
         named = ", ".join(f"{name} {value}" for name, value in paths.items())
         yield f"{CARD} and {CONFIG} name folders of this machine: {named}"
+    # After a blank or an equals sign, as in --store.path=/data/store.
+    if in_command := re.findall(r"(?<![^\s='\"])/\S+", card.command):
+        yield f"{README} and {CARD} have the command, which names folders of this machine: {', '.join(in_command)}"

@@ -172,13 +172,18 @@ def require_same_settings(folder: Path, config: Config) -> None:
     An option that an earlier version did not know had the effect of its default.
 
     Raises:
-        ConfigError: The folder holds a run with other settings, and the message names the differing options; or its
-            `config.yaml` is damaged.
+        ConfigError: The folder holds a run with other settings, and the message names the differing options; or
+            results of a head that was trained elsewhere; or its `config.yaml` is damaged.
     """
     path = folder / CONFIG
     try:
         existing = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (FileNotFoundError, NotADirectoryError):
+        if is_finished(folder) and not (folder / WEIGHTS).exists():
+            raise ConfigError(
+                f"run.dir {folder} holds results of a head that was trained elsewhere (`train evaluate --from`); use "
+                "another --run.dir, or delete the folder"
+            ) from None
         return
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
