@@ -104,6 +104,7 @@ def test_what_is_wrong_with_a_card_is_one_line(run: Path, capsys: pytest.Capture
         (("answers",), "yes", "'answers' is 'yes'; expected a list"),
         (("parameters",), None, "'parameters' is None; expected a whole number"),
         (("versions",), [], "'versions' is []; expected an object"),
+        (("seed",), -1, f"'seed' is -1; expected a number from 0 to {2**63 - 1}"),
         (("config", "data"), 3, "'data' is 3; expected an object"),
         (("config", "head", "width"), "wide", "head.width is 'wide'; expected a whole number"),
         (("config", "head", "width"), 0, "head.width is 0; expected a positive multiple of head.heads, 4"),

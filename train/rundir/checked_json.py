@@ -10,7 +10,7 @@ import jsonargparse
 
 from egopatch.configs.schema import HeadConfig
 from egopatch.configs.wrong_types import reworded
-from egopatch.features.io.fields import MalformedRecord, Record, get_field, get_list
+from egopatch.features.io.fields import MalformedRecord, Record, get_count, get_field, get_list
 
 T = TypeVar("T")
 
@@ -23,14 +23,8 @@ _ALWAYS: Mapping[str, type] = {
     "text_fingerprint": dict,
     "trained_on": dict,
 }
-_OF_A_HEAD: Mapping[str, type] = {
-    "model": str,
-    "seed": int,
-    "best_epoch": int,
-    "val": dict,
-    "command": str,
-    "parameters": int,
-}
+_OF_A_HEAD: Mapping[str, type] = {"model": str, "val": dict, "versions": dict, "command": str}
+_COUNTS = ("seed", "best_epoch", "parameters")
 
 
 def read_object(path: Path) -> Record:
@@ -93,11 +87,12 @@ def require_head_fields(card: Record) -> None:
     """
     for name, kind in _OF_A_HEAD.items():
         get_field(card, name, kind)
+    for name in _COUNTS:
+        get_count(card, name)
     get_list(card, "answers", str)
     config = get_field(card, "config", dict)
     get_field(config, "data", dict)
     get_field(config, "train", dict)
-    get_field(card, "versions", dict)
     require_card_fields(card)
     known = {field.name for field in fields(HeadConfig)}
     typed(HeadConfig, "head", {name: value for name, value in get_field(config, "head", dict).items() if name in known})
