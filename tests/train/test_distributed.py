@@ -185,6 +185,10 @@ def test_a_world_without_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     expected = "WORLD_SIZE is 2, but LOCAL_RANK, LOCAL_WORLD_SIZE is not set; start with torchrun, or unset WORLD_SIZE"
     with pytest.raises(ValueError, match=expected), join(cuda=False):
         pass
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    expected = "WORLD_SIZE is 'two'; expected a whole number, as torchrun sets it: start with it, or unset WORLD_SIZE"
+    with pytest.raises(ValueError, match=expected), join(cuda=False):
+        pass
 
 
 def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

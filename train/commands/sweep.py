@@ -34,7 +34,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_config_arguments(parser)
     config, options = parse_config(parser, args)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(
             "torchrun cannot start a sweep; start the command once per machine or GPU instead, as in "
             "CUDA_VISIBLE_DEVICES=1 python -m train sweep ...: each process trains the runs that no other one holds"

@@ -126,6 +126,16 @@ class Distributed:
 ALONE = Distributed()
 
 
+def _number(name: str, default: str = "") -> int:
+    """The value of one of torchrun's variables."""
+    text = os.environ.get(name, default)
+    if not text.isdecimal():
+        raise ValueError(
+            f"{name} is {text!r}; expected a whole number, as torchrun sets it: start with it, or unset {name}"
+        )
+    return int(text)
+
+
 @contextmanager
 def join(cuda: bool) -> Iterator[Distributed]:
     """Join the ranks that torchrun started; without torchrun, this process alone.
@@ -135,9 +145,9 @@ def join(cuda: bool) -> Iterator[Distributed]:
 
     Raises:
         ValueError: This machine has more ranks than CUDA devices, or `WORLD_SIZE` is set without torchrun's other
-            variables.
+            variables, or one of them is no number.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _number("WORLD_SIZE", "1")
     if size == 1:
         yield ALONE
         return
@@ -146,7 +156,7 @@ def join(cuda: bool) -> Iterator[Distributed]:
         raise ValueError(
             f"WORLD_SIZE is {size}, but {', '.join(absent)} is not set; start with torchrun, or unset WORLD_SIZE"
         )
-    rank, local, local_size = (int(os.environ[name]) for name in names)
+    rank, local, local_size = map(_number, names)
     ranks = Distributed(rank, size, local, local_size)
     if cuda:
         devices = usable_gpus()
