@@ -173,9 +173,10 @@ def run_part(part: Part, folder: Path, dry: bool) -> bool:
     return code in ((0, 5) if dry else (0,))  # 5: pytest found only tests to skip
 
 
-def summary(folder: Path, machine: Mapping[str, object]) -> tuple[str, bool]:
+def summary(folder: Path, machine: Mapping[str, Any]) -> tuple[str, bool]:
     """The summary in Markdown, and whether all goals are met."""
-    lines = [f"# {machine['gpu']}", "", ", ".join(f"{name} {value}" for name, value in machine.items()), ""]
+    facts = {name: value for name, value in machine.items() if name != "versions"} | machine["versions"]
+    lines = [f"# {machine['gpu']}", "", ", ".join(f"{name} {value}" for name, value in facts.items()), ""]
     lines += ["| part | what | figure | goal | |", "|---|---|--:|---|---|"]
     met = True
     for part in PARTS:

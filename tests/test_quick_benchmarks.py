@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks._machine import stamp
+from benchmarks.gpu import PARTS, summary
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SCRIPTS = {path.stem for path in (ROOT / "benchmarks").glob("[a-z]*.py")}
@@ -20,6 +23,15 @@ KEYS = {
     "store": "reached",
     "random_faults": "events",
 }
+
+
+def test_what_is_not_run_here_is_run_elsewhere() -> None:
+    assert ELSEWHERE <= SCRIPTS
+    dry = {word for part in PARTS if "--help" not in part.dry for word in part.dry}
+    assert {f"benchmarks/{name}.py" for name in ELSEWHERE - {"gpu", "kernel_budget"}} <= dry
+    text, _ = summary(RESULTS / "no results", stamp("triton"))
+    assert text.count("not run") == len(PARTS)
+    assert "versions" not in text
 
 
 @pytest.mark.slow
