@@ -63,7 +63,7 @@ class Hdf5Format:
     def header_copy(self, storage: Storage) -> Record | None:
         """The copy of the header in `index.h5`, for repairs."""
         try:
-            with h5py.File(storage.open("index.h5").path, "r", locking=False) as index:
+            with open_unlocked(storage.open("index.h5").path) as index:
                 return json.loads(index.attrs["header"])
         except _UNREADABLE:
             return None
@@ -127,7 +127,7 @@ class Hdf5Shard:
             if isinstance(index, _Index) and index.file == identity:
                 self.index = index
                 return
-            with h5py.File(self._file.path, "r", locking=False) as file:
+            with open_unlocked(self._file.path) as file:
                 self.index = _Index(identity, {array.name: _chunks(file, array, spec) for array in spec.arrays})
         except DamagedStore as error:
             raise DamagedStore(f"{name} {error}") from error
@@ -143,6 +143,16 @@ class Hdf5Shard:
             raise DamagedStore(f"{self._file.path} places row {slot} of {array.name} outside the file")
         width = np.dtype(disk_dtype(array.dtype).numpy).itemsize
         return Chunk(self._file, offset, size, partial(_decode, width) if self._compressed else None)
+
+
+def open_unlocked(path: Path | str) -> h5py.File:
+    """The file, open for reading without HDF5's locks; with them where this process has it open so already."""
+    try:
+        return h5py.File(path, "r", locking=False)
+    except OSError as error:
+        if "locking flag" not in str(error):
+            raise
+        return h5py.File(path, "r")
 
 
 def _shard_file(shard: int) -> str:

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from egopatch.features.formats.hdf5_shards import open_unlocked
 from egopatch.features.values.errors import StoreError
 
 Arrays = Mapping[str, Tensor]
@@ -180,7 +181,7 @@ def _load_numpy(file: Path | io.BytesIO) -> Any:
 
 def _open_hdf5(path: Path) -> Any:
     try:
-        return h5py.File(path, "r", locking=False)
+        return open_unlocked(path)
     except OSError as error:
         raise ValueError(f"not an HDF5 file ({_first_line(error)})") from None
 

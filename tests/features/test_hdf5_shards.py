@@ -117,6 +117,14 @@ def _a_bomb(path: Path) -> None:
         dataset.id.write_direct_chunk((0, 0, 0, 0), zlib.compress(bytes(2**24)) + b"four")
 
 
+def test_a_file_that_this_process_has_open_with_locks_can_be_read(store: Store) -> None:
+    written = fill(store)
+    with h5py.File(store.path / SHARD) as mine:
+        tokens = open_store(store.path).read([IDS[4]])
+        assert np.array_equal(tokens.patches[0].numpy(), mine["patches"][0])
+    assert torch.equal(tokens.patches[0], written[IDS[4]]["patches"].half())
+
+
 def test_a_compressed_row_that_claims_more_than_a_row(tmp_path: Path) -> None:
     store = create_store(tmp_path / "store", replace(SPEC, codec="gzip"), FINGERPRINT, IDS, "hdf5")
     fill(store)
