@@ -5,6 +5,7 @@ Each dataclass below is a section of the file and a group of command-line option
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -365,6 +366,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _refuse_null(self)
+        for name, path in (("dir", self.dir), ("table", self.table)):
+            if path is not None and path.parts and re.fullmatch(r"[a-z]\w+:", path.parts[0]):  # a `Path` has one slash
+                url = str(path).replace(":/", "://", 1)
+                raise ConfigError(f"run.{name} is {url!r}, which is a URL; expected a path on this machine")
 
 
 @dataclass(frozen=True)

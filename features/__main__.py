@@ -16,7 +16,7 @@ with interrupts_in_one_line("features"):
     from dataclasses import asdict
     from pathlib import Path
 
-    from egopatch.features.common.command_line import describe_failure
+    from egopatch.features.common.command_line import describe_failure, local_path
     from egopatch.features.common.progress import BYTES, ProgressDisplay
     from egopatch.features.common.units import format_bytes
     from egopatch.features.formats.registry import FORMATS
@@ -104,7 +104,7 @@ def _parser() -> _Parser:
     added["compare"].add_argument("other", type=_location, metavar="B", help="likewise")
     added["compare"].add_argument("--clips", type=_count, default=CLIPS, metavar="N", help="clips to compare at most")
     added["export"].add_argument("--to", choices=list(WRITERS), required=True, help="kind of files")
-    added["export"].add_argument("--out", type=Path, metavar="FOLDER", help="by default beside STORE")
+    added["export"].add_argument("--out", type=local_path, metavar="FOLDER", help="by default beside STORE")
     added["export"].add_argument("--pooled", action="store_true", help="the mean over the patches of each frame")
     added["export"].add_argument("--by", choices=["clip", "video"], default="clip", help="what a file or key holds")
     added["import"].add_argument("--to", type=_location, required=True, metavar="STORE", help="store to create")

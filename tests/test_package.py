@@ -276,6 +276,30 @@ def test_a_command_without_config_shows_what_it_takes(
     assert capsys.readouterr().err == f"{command}: error: missing {needed}; `{command} --help` describes it\n"
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "extract checkpoint convert a --out",
+        "extract frames a.mp4 --out",
+        "extract synth --out",
+        "extract transcode --config configs/demo/lite.yaml --out",
+        "features export runs/a --to npy --out",
+        "train publish --config configs/demo/lite.yaml --to",
+    ],
+)
+def test_a_url_becomes_no_folder(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from egopatch.__main__ import main
+
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main([*command.split(), "s3://bucket/a"])
+    assert "'s3://bucket/a' is a URL; expected a path on this machine" in capsys.readouterr().err
+    assert not (tmp_path / "s3:").exists()
+
+
 @pytest.mark.slow
 def test_every_command_of_a_stage_prints_json() -> None:
     from egopatch.__main__ import STAGES

@@ -2,18 +2,19 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
 from egopatch.extract.transcoding.copies import transcode
 from egopatch.extract.transcoding.segment import SETTINGS
-from egopatch.features.common.command_line import messages_apart, print_result
+from egopatch.features.common.command_line import local_path, messages_apart, print_result
 from egopatch.features.common.units import format_bytes
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Transcode; returns 1 if clips have no copy."""
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for copies and annotations")
+    parser.add_argument(
+        "--out", type=local_path, required=True, metavar="DIR", help="folder for copies and annotations"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_config_arguments(parser)
     config, options = parse_config(parser, args)

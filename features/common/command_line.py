@@ -1,11 +1,13 @@
 """Programs with several commands: which one a command line names, and how it prints its result."""
 
+import argparse
 import json
 import os
 import select
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 from egopatch.features.common.os_errors import with_remedy
@@ -60,6 +62,13 @@ def run_command(
     except KeyboardInterrupt:
         print(f"{program}: interrupted; run the same command again to resume", file=sys.stderr)
         return exit_code_of_interrupt()
+
+
+def local_path(text: str) -> Path:
+    """The path of a file or folder to write; a URL, which would become a folder here, is refused."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is a URL; expected a path on this machine")
+    return Path(text)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from egopatch.configs.command_line import (
     parse_config,
     parse_options,
 )
-from egopatch.configs.schema import Config, DataConfig, StoreConfig, refusal_of_null
+from egopatch.configs.schema import Config, ConfigError, DataConfig, RunConfig, StoreConfig, refusal_of_null
 from egopatch.features.formats.registry import FORMATS
 from egopatch.features.values.spec import Codec
 
@@ -319,3 +319,10 @@ def test_a_list_is_expected_in_brackets(capsys: pytest.CaptureFixture[str]) -> N
 def test_own_data_is_called_by_its_folder() -> None:
     assert DataConfig(name="jsonl", root=Path("data/mine")).title == "data/mine"
     assert DataConfig(split="indirect").title == "indirect"
+
+
+@pytest.mark.parametrize("name", ["dir", "table"])
+def test_results_are_written_to_a_path_on_this_machine(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"run.{name} is 's3://bucket/runs', which is a URL; expected a path"):
+        RunConfig(**{name: Path("s3://bucket/runs")})  # type: ignore[arg-type]
+    assert str(RunConfig(dir=Path("a:b/c")).dir) == "a:b/c"

@@ -1,15 +1,16 @@
 """`train publish`: a folder with all that an upload of a head and its store would hold."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
-from egopatch.features.common.command_line import messages_apart, print_result
+from egopatch.features.common.command_line import local_path, messages_apart, print_result
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Write the folder and print what to look at before uploading it; nothing is sent anywhere."""
-    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="folder to write head/ and store/ to")
+    parser.add_argument(
+        "--to", type=local_path, required=True, metavar="FOLDER", help="folder to write head/ and store/ to"
+    )
     parser.add_argument("--head-only", action="store_true", help="leave out the store, which may be large")
     parser.add_argument(
         "--terms", type=str | None, default=None, help="licence of weights and data of which none is known here"

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from egopatch.configs.command_line import ConfigParser
 from egopatch.extract.encoders.inspection import convert_checkpoint, inspect_checkpoint
-from egopatch.features.common.command_line import print_result
+from egopatch.features.common.command_line import local_path, print_result
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Print what the file holds; returns 1 if tensors are missing."""
     parser.add_argument("action", choices=["inspect", "convert"], help="identify the file, or write it as safetensors")
     parser.add_argument("file", type=Path, help="checkpoint file, in any format that `encoder.checkpoint` takes")
-    parser.add_argument("--out", type=Path, default=None, help="safetensors file that convert writes")
+    parser.add_argument("--out", type=local_path, default=None, help="safetensors file that convert writes")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(list(args))
     if options.action == "inspect":

@@ -13,7 +13,7 @@ from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.pool import DecodePool, UndecodedClip
 from egopatch.extract.video.frames import DecodedClip, read_frames
 from egopatch.extract.video.nvdec import require_gpu_decoder
-from egopatch.features.common.command_line import print_result
+from egopatch.features.common.command_line import local_path, print_result
 from egopatch.features.io.files import replacing
 
 
@@ -27,7 +27,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
             help=f"{name} of the clip in seconds; default: the file's",
         )  # fmt: skip
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE.npz|FOLDER",
+        "--out", type=local_path, required=True, metavar="FILE.npz|FOLDER",
         help="NumPy file with frames [T, H, W, 3] uint8 and times_s [T] from the file's start; or folder for PNG files",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -1,17 +1,16 @@
 """`extract synth`: render EgoSynth, the synthetic data set."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from egopatch.configs.command_line import ConfigParser
 from egopatch.extract.datasets.egosynth.render import render
-from egopatch.features.common.command_line import messages_apart, print_result
+from egopatch.features.common.command_line import local_path, messages_apart, print_result
 from egopatch.features.common.progress import ProgressDisplay
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Render the set; returns 0."""
-    parser.add_argument("--out", type=Path, required=True, help="folder to write, in EgoTaskQA's layout")
+    parser.add_argument("--out", type=local_path, required=True, help="folder to write, in EgoTaskQA's layout")
     parser.add_argument("--clips", type=int, default=1000, help="number of clips, two seconds each")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn")
     parser.add_argument(
