@@ -36,7 +36,7 @@ from egopatch.features.values.dtypes import row_bytes
 from egopatch.features.values.encoding import dequantise
 from egopatch.features.values.errors import FingerprintMismatch, StoreError
 from egopatch.features.values.location import Location, parse_location
-from egopatch.features.values.spec import TOKEN_ARRAYS, Fingerprint, PatchTokens, TextStates
+from egopatch.features.values.spec import TOKEN_ARRAYS, ArraySpec, Fingerprint, PatchTokens, TextStates
 from egopatch.features.values.tensors import bytes_of
 
 
@@ -214,15 +214,20 @@ class Store:
         threads: int = 1,
     ) -> dict[str, Tensor]:
         """Read every array by name, for stores of either kind; arguments and errors as in `read`."""
+        tensors = self._read(self.spec.arrays, ids, out, threads)
+        return tensors if dtype is None else _in_dtype(tensors, dtype)
+
+    def _read(
+        self, arrays: Sequence[ArraySpec], ids: Sequence[str], out: PatchTokens | None = None, threads: int = 1
+    ) -> dict[str, Tensor]:
+        """As `read_arrays`, of some `arrays` alone."""
         records = self.catalog.clip_records(ids)
         buffers = None if out is None else out.tensors()
         tensors = {
             array.name: empty_rows(array, len(ids)) if buffers is None else first_rows(array, len(ids), buffers)
-            for array in self.spec.arrays
+            for array in arrays
         }
-        targets = [
-            (array, bytes_of(tensors[array.name]).reshape(len(ids), row_bytes(array))) for array in self.spec.arrays
-        ]
+        targets = [(array, bytes_of(tensors[array.name]).reshape(len(ids), row_bytes(array))) for array in arrays]
 
         def read_clip(index: int) -> None:
             self._reader.read_into([(rows[index], array) for array, rows in targets], ids[index], records[index])
@@ -235,7 +240,7 @@ class Store:
             with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
                 for _ in pool.map(read_clip, range(len(ids))):
                     pass
-        return tensors if dtype is None else _in_dtype(tensors, dtype)
+        return tensors
 
     def to_numpy(
         self, ids: Sequence[str], dtype: torch.dtype = torch.float32, threads: int = 1
@@ -257,15 +262,16 @@ class Store:
         Raises:
             StoreError: An earlier version stored a clip without its stretch of video.
         """
-        origins = self.origins()
-        timestamps = self.read(ids).timestamps
+        times = [array for array in self.spec.arrays if array.name == "timestamps"]
+        if not times:
+            raise StoreError(f"store {self.path} has no timestamps; only stores of videos have")
+        timestamps = self._read(times, ids)["timestamps"]
+        origins = self.catalog.ledger.origins(ids)
         if unknown := [name for name in ids if origins[name] is None]:
             raise StoreError(
                 f"store {self.path} does not record the stretch of {len(unknown)} clips, such as {unknown[0]!r}, which "
                 "an earlier version encoded; use timestamps, which start with the clip"
             )
-        if timestamps is None:
-            raise StoreError(f"store {self.path} has no timestamps; only stores of videos have")
         starts = [origin.start_s or 0.0 for name in ids if (origin := origins[name]) is not None]
         return timestamps.double() + torch.tensor(starts, dtype=torch.float64)[:, None]
 

@@ -1,6 +1,7 @@
 """Items and batches are what `Store.read` gives, in any kind of worker, and memory in use is never filled again."""
 
 import gc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from egopatch.features import AbsentClip, DamagedStore, Store, StoreError, StoreSpec, create_store, torch_dataset
+from egopatch.features.state import ledger
 from egopatch.features.state.origin import Origin
+from egopatch.features.store.reader import RowReader
+from egopatch.features.values.spec import ArraySpec
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
 from tests.features.test_read_ahead import damage
 
@@ -145,3 +149,30 @@ def test_times_in_the_video(tmp_path: Path) -> None:
     assert times.tolist() == [[0.75, 1.75], [0.5, 1.5], [12.5, 13.5]]
     with pytest.raises(StoreError, match="does not record the stretch of 1 clips"):
         store.video_times(IDS[:4])
+    with pytest.raises(AbsentClip, match="1 requested clip is missing"):
+        store.video_times(["nobody"])
+
+
+def test_times_in_the_video_take_no_tokens_and_no_other_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export asks for those of a few clips at a time."""
+    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS[:8])
+    for first in (0, 4):
+        rows = {name: clip(n) for n, name in enumerate(IDS[first : first + 4])}
+        origins = dict.fromkeys(rows, Origin("a.mp4", 1, 2.0, 4.0))
+        store.write_shard(first // 4, rows, dict.fromkeys(rows, "sha"), origins=origins)
+    arrays, texts = [], []
+    read, decode = RowReader.read_into, ledger.decode_origins
+
+    def read_into(self: RowReader, targets: Sequence[tuple[np.ndarray, ArraySpec]], *rest: Any) -> None:
+        arrays.extend(array.name for _, array in targets)
+        read(self, targets, *rest)
+
+    def decode_origins(text: str, clips: int) -> list[Origin | None]:
+        texts.append(text)
+        return decode(text, clips)
+
+    monkeypatch.setattr(RowReader, "read_into", read_into)
+    monkeypatch.setattr(ledger, "decode_origins", decode_origins)
+    store.video_times(IDS[:2])
+    assert arrays == ["timestamps"] * 2
+    assert len(texts) == 1  # of one commit
