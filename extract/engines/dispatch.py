@@ -77,7 +77,7 @@ class _LedgerProgress:
         self._store = open_store(store.path)
         self._report = on_progress
         self._stop = threading.Event()
-        self._seen = len(store.clip_ids)
+        self._seen = self._committed()
         self._thread = threading.Thread(target=self._poll, daemon=True)
 
     def __enter__(self) -> None:
@@ -93,6 +93,9 @@ class _LedgerProgress:
             stopping = self._stop.wait(POLL_S)
             with suppress(StoreError, OSError):  # the workers meet what lasts, and say so
                 self._store.catalog.refresh()
-            committed = len(self._store.clip_ids)
+            committed = self._committed()
             self._report(committed - self._seen, 0)
             self._seen = committed
+
+    def _committed(self) -> int:
+        return len(self._store.catalog.ledger.clips)  # `clip_ids` goes through all rows

@@ -81,6 +81,6 @@ def _run_worker(
     exit_with_parent()
     # loky registers its own start method, which a spawned decoder process would not know.
     multiprocessing.set_start_method("spawn", force=True)
-    device = device_of_worker(config.encoder.device, rank)
     with requeue_on_signals():
+        device = device_of_worker(config.encoder.device, rank)  # it may start CUDA, which takes seconds
         return run_worker(config, packed_network, rank, workers, works, clips, device, neighbours=workers)

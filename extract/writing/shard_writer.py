@@ -255,7 +255,7 @@ class BackgroundShardWriter:
     def _too_many(self, quarantined: int) -> bool:
         limit = self._max_errors
         share = isinstance(limit, float) and limit < 1
-        return quarantined > (limit * len(self._store.planned_ids) if share else limit)
+        return quarantined > (limit * len(self._store.catalog.rows) if share else limit)
 
     def _check_errors(self) -> None:
         bad = self._store.quarantine

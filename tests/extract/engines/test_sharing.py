@@ -26,7 +26,7 @@ from egopatch.extract.engines.interrupts import Requeue, requeue_on_signals
 from egopatch.extract.engines.joblib_engine import call_in_workers
 from egopatch.extract.engines.sharing import WorkersDied, decoder_count, worker_count
 from egopatch.extract.worker.job_stats import JobStats, Stages
-from egopatch.features import ShardWork, StoreError, create_store
+from egopatch.features import ShardWork, Store, StoreError, create_store, open_store
 from egopatch.features.common.child_errors import ChildError
 from egopatch.features.state.catalog import Catalog
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, fill
@@ -158,6 +158,39 @@ def test_progress_outlasts_a_store_that_is_out_of_reach(tmp_path: Path, monkeypa
     with dispatch._LedgerProgress(store, lambda clips, _: reports.append(clips)):
         monkeypatch.setattr(Catalog, "refresh", refresh)
     assert reports[-1:] == [0]
+
+
+def test_progress_is_counted_without_going_through_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store may have millions, and the ledger is looked at every two seconds."""
+    store = create_store(tmp_path, SPEC, FINGERPRINT, IDS)
+    fill(store, skip=IDS[4:])
+    reports: list[int] = []
+    monkeypatch.delattr(Store, "clip_ids")
+    with dispatch._LedgerProgress(store, lambda clips, _: reports.append(clips)):
+        fill(open_store(tmp_path))
+    assert sum(reports) == len(IDS) - 4
+
+
+def test_a_signal_that_comes_while_a_worker_looks_for_its_device_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finding GPUs takes seconds; a worker that missed the signal would be killed in the midst of its work."""
+
+    def device_of_worker(*_: object) -> str:
+        signal.raise_signal(signal.SIGTERM)
+        return "cpu"
+
+    monkeypatch.setattr(joblib_engine, "device_of_worker", device_of_worker)
+    monkeypatch.setattr(joblib_engine, "run_worker", lambda *_, **__: pytest.fail("the worker missed the signal"))
+    monkeypatch.setattr(joblib_engine, "exit_with_parent", lambda: None)
+    monkeypatch.setattr(
+        "egopatch.extract.engines.joblib_engine.multiprocessing.set_start_method", lambda *_, **__: None
+    )
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        with pytest.raises(Requeue, match="SIGTERM"):
+            joblib_engine._run_worker(Config(), b"", 0, 1, [], {})
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end_a_child() -> int:

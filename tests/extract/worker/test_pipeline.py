@@ -156,6 +156,13 @@ def test_one_bad_clip_too_many_stops_the_job(store: Store, run: Callable[..., Jo
     assert not list((store.path / "leases").glob("*.json"))
 
 
+def test_a_share_of_all_clips_is_known_without_listing_them(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is compared after each shard, and a store may have millions of clips."""
+    monkeypatch.delattr(Store, "planned_ids")
+    with BackgroundShardWriter(store, 0.5) as writer:
+        assert [writer._too_many(count) for count in (6, 7)] == [False, True]
+
+
 def test_a_slow_disk_is_overlapped_and_then_waited_for(
     store: Store, run: Callable[..., JobStats], monkeypatch: pytest.MonkeyPatch
 ) -> None:
