@@ -234,9 +234,10 @@ def pts_of(frame: "av.VideoFrame | _Shown") -> int:
 
 def checksum(frame: "av.VideoFrame") -> int:
     """Checksum of a frame's first plane, without the padding of its lines."""
-    plane = frame.planes[0]
+    plane, form = frame.planes[0], frame.format
+    bits = -(-form.components[0].bits // 8) * 8 if form.is_planar else form.padded_bits_per_pixel
     lines = np.frombuffer(plane, np.uint8).reshape(-1, abs(plane.line_size))
-    return zlib.crc32(lines[: plane.height, : plane.width].tobytes())
+    return zlib.crc32(lines[: plane.height, : -(-plane.width * bits // 8)].tobytes())
 
 
 def _times_of(path: Path, frames: Sequence[_Shown]) -> list[int]:

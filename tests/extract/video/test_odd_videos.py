@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -10,7 +11,7 @@ from egopatch.extract.datasets import Clip
 from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.container import VideoFile, open_video
 from egopatch.extract.video.frames import read_frames
-from egopatch.extract.video.index import VideoError
+from egopatch.extract.video.index import VideoError, checksum
 from tests.extract.video.odd_videos import ODD, REFUSED, full_decode, moving, without_ts_packet
 from tests.extract.video.videos import B_FRAMES, write_video
 
@@ -49,6 +50,24 @@ def test_a_lost_packet_costs_only_the_frames_that_depend_on_it(tmp_path: Path) -
     assert_shown(Clip("after", path, 1.6, 9.0), 4, times_s, shown)
     with pytest.raises(VideoError, match=r"cannot be decoded at \d\.\d+ s: .* damaged"):
         read_frames(Clip("at", path, 0.5, 1.6), VideoConfig(frames=16))
+
+
+@pytest.mark.parametrize(
+    ("pix_fmt", "line"),
+    [("gray", 98), ("bgr24", 294), ("yuyv422", 196), ("yuv420p10le", 196), ("gray10le", 196), ("monow", 13)],
+)
+def test_a_checksum_is_that_of_whole_lines_without_their_padding(pix_fmt: str, line: int) -> None:
+    def filled(column: int | None) -> av.VideoFrame:
+        frame = av.VideoFrame(98, 64, pix_fmt)
+        content = np.zeros((64, frame.planes[0].line_size), np.uint8)
+        if column is not None:
+            content[5, column] = 1
+        frame.planes[0].update(content.tobytes())
+        return frame
+
+    assert checksum(filled(line - 1)) != checksum(filled(None))
+    assert filled(None).planes[0].line_size > line
+    assert checksum(filled(line)) == checksum(filled(None))
 
 
 def test_wrong_marks_cost_a_few_key_frames_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
