@@ -9,6 +9,7 @@ First only what the wanted frames need is decoded: frames that nothing refers to
 one's packet the decoder returns what it holds back. If anything is unexpected then, every packet is decoded as above.
 """
 
+import errno
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -377,10 +378,16 @@ def open_video(path: Path, cache: VideoCache | None = None, on_gpu: bool = False
             raise refusal(path, cause) from error
         if isinstance(error, av.error.MemoryError):
             raise MemoryError(error.strerror) from error
-        raise VideoError(f"video {path} cannot be decoded: {cause}; download it again") from error
+        remedy = "convert it to H.264 with the colours of BT.709" if _is_unknown(error) else "download it again"
+        raise VideoError(f"video {path} cannot be decoded: {cause}; {remedy}") from error
     finally:
         av.logging.set_level(level)
         av.logging.set_skip_repeated(terse)
+
+
+def _is_unknown(error: "av.FFmpegError") -> bool:
+    """Whether the file has something that this FFmpeg cannot do, such as colours that it does not turn into RGB."""
+    return isinstance(error, av.error.PatchWelcomeError) or error.errno == errno.EOPNOTSUPP
 
 
 def _cause(error: "av.FFmpegError", logged: Sequence[LogLine]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
 from egopatch.extract.video import orientation
 from egopatch.extract.video.container import open_video
-from egopatch.extract.video.frames import DecodedClip, VideoError, read_frames, uniform_indices
+from egopatch.extract.video.frames import DecodedClip, VideoError, read_frames, read_planes, uniform_indices
 from egopatch.extract.video.orientation import Upright
 from tests.extract.video.videos import (
     B_FRAMES,
@@ -248,6 +249,15 @@ def test_an_unreadable_file_says_what_is_wrong(name: str, tmp_path: Path) -> Non
         read_frames(Clip("a", path), VideoConfig(frames=16))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("read", [read_frames, read_planes])
+def test_colours_that_ffmpeg_does_not_turn_into_rgb_are_no_damage(
+    read: Callable[[Clip, VideoConfig], DecodedClip[Any]], tmp_path: Path
+) -> None:
+    path = write_video(tmp_path / "a.mp4", frames=8, options={"crf": "10", "x264-params": "colormatrix=YCgCo"})
+    with pytest.raises(VideoError, match=r"csp:ycgco .*; convert it to H\.264 with the colours of BT\.709$"):
+        read(Clip("a", path), VideoConfig(frames=4))
 
 
 def test_a_clip_before_the_damage_is_whole(tmp_path: Path) -> None:
