@@ -64,9 +64,12 @@ def run_command(
         return exit_code_of_interrupt()
 
 
-def local_path(text: str) -> Path:
-    """The path of a file or folder to write; a URL, which would become a folder here, is refused."""
-    if "://" in text:
+def local_path(text: str | Path) -> Path:
+    """The path of a file or folder to write; a URL, which would become a folder here, is refused.
+
+    jsonargparse checks what this returns by calling it again.
+    """
+    if "://" in str(text):
         raise argparse.ArgumentTypeError(f"{text!r} is a URL; expected a path on this machine")
     return Path(text)
 

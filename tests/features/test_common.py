@@ -12,11 +12,12 @@ from typing import TextIO
 
 import pytest
 
+from egopatch.configs.command_line import ConfigParser
 from egopatch.features import AbsentClip, create_store
 from egopatch.features.__main__ import main
 from egopatch.features.common import disk, progress
 from egopatch.features.common.child_errors import ChildError, sendable
-from egopatch.features.common.command_line import describe_failure
+from egopatch.features.common.command_line import describe_failure, local_path
 from egopatch.features.common.os_errors import with_remedy
 from egopatch.features.common.progress import BYTES, ProgressDisplay
 from egopatch.features.common.signals import signal_handlers
@@ -44,6 +45,12 @@ def test_free_space_of_a_path_that_is_not_there_yet(tmp_path: Path) -> None:
     assert disk.nearest_existing(tmp_path / "a" / "b") == tmp_path
     status = os.statvfs(tmp_path)
     assert disk.free_bytes(tmp_path / "a" / "b") == pytest.approx(status.f_bavail * status.f_frsize, rel=0.05)
+
+
+def test_a_path_to_write_to_is_taken_from_a_command_line() -> None:
+    parser = ConfigParser()
+    parser.add_argument("--out", type=local_path)
+    assert parser.parse_args(["--out", "a:b/c"]).out == Path("a:b/c")
 
 
 def test_signal_handlers_are_restored_after_an_error() -> None:
