@@ -74,7 +74,16 @@ def measured_cost(store: Path | str) -> ClipCost | None:
 
 
 def given_cost(clips_per_second: float, measured: ClipCost | None) -> ClipCost:
-    """Encoding at the given rate; decoding and writing as measured, or zero if they were not measured."""
+    """Encoding at the given rate; decoding and writing as measured, or zero if they were not measured.
+
+    Raises:
+        ConfigError: At that rate a clip takes no time, or forever.
+    """
+    if not 0 < 1 / clips_per_second < math.inf:
+        raise ConfigError(
+            f"--clips-per-second is {clips_per_second:g}; expected the clips that one GPU encodes in a second, such as"
+            " 100"
+        )
     decode_s, write_s = (measured.decode_s, measured.write_s) if measured else (0.0, 0.0)
     rest = f"; decoding and writing from {measured.source}" if measured else "; decoding and writing not counted"
     return ClipCost(1 / clips_per_second, decode_s, write_s, f"--clips-per-second {clips_per_second:g}{rest}")

@@ -57,6 +57,12 @@ def test_nothing_is_refused(option: str) -> None:
         forecast(**numbers, spec=SPEC, format_name="zarr", cost=COST)
 
 
+@pytest.mark.parametrize("rate", [float("inf"), 1e-320])
+def test_a_rate_that_no_gpu_has_is_refused(rate: float) -> None:
+    with pytest.raises(ConfigError, match=f"--clips-per-second is {rate:g}; expected the clips that one GPU encodes"):
+        given_cost(rate, None)
+
+
 def test_costs_are_the_mean_over_all_jobs(tmp_path: Path) -> None:
     store = tmp_path / "store"
     assert measured_cost(store) is None
