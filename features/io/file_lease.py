@@ -10,7 +10,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -106,16 +106,20 @@ def remove(root: Path, shard: int | None = None) -> list[str]:
     if not folder.is_dir():
         return []
     with locked(folder / "lock"):
-        paths = [path for path in sorted(folder.glob("*.json")) if shard is None or path == lease_path(root, shard)]
-        owners = []
-        for path in paths:
-            with path.open("rb") as file:
-                owners.append(parse_owner(file.read()))
+        owners: dict[Path, Owner | None] = {}
+        for path in sorted(folder.glob("*.json") if shard is None else [lease_path(root, shard)]):
+            with suppress(FileNotFoundError), path.open("rb") as file:  # its owner may release it in between
+                owners[path] = parse_owner(file.read())
                 if _is_locked(file.fileno(), path):
-                    raise ShardOwned(f"{path} is held by {owners[-1] or 'a process'}, which is running; stop it first")
-        for path in paths:
-            path.unlink()
-    return [f"{path.name}: {owner or 'unfinished'}" for path, owner in zip(paths, owners, strict=True)]
+                    raise ShardOwned(
+                        f"{path} is held by {owners[path] or 'a process'}, which is running; stop it first"
+                    )
+        removed = []
+        for path, owner in owners.items():
+            with suppress(FileNotFoundError):
+                path.unlink()
+                removed.append(f"{path.name}: {owner or 'unfinished'}")
+    return removed
 
 
 def _acquire(root: Path, path: Path, name: str) -> int:

@@ -152,6 +152,29 @@ with hold(Path(sys.argv[1]), 0):
 """
 
 
+def test_a_lease_that_its_owner_releases_meanwhile_is_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Owners release their leases without the lock under which others are taken."""
+    names, parse = [], file_lease.parse_owner
+
+    def released(content: bytes) -> Owner | None:
+        for name in names:
+            lease_path(tmp_path, name).unlink(missing_ok=True)
+        return parse(content)
+
+    for gone in ([1], [0, 1]):  # before a lease is opened, and before it is removed
+        for shard in (0, 1, 2):
+            lease_path(tmp_path, shard).parent.mkdir(exist_ok=True)
+            lease_path(tmp_path, shard).write_text(json.dumps(asdict(replace(Owner.this_process(), pid=12))))
+        names[:] = gone
+        monkeypatch.setattr(file_lease, "parse_owner", released)
+        removed = file_lease.remove(tmp_path)
+        assert [line.partition(":")[0] for line in removed] == [
+            f"{shard:08d}.json" for shard in (0, 1, 2) if shard not in gone
+        ]
+
+
 def test_two_pid_namespaces_under_one_host_name(store: Store) -> None:
     unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
     if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], capture_output=True).returncode:
