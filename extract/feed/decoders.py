@@ -27,7 +27,8 @@ def open_decoders(
         video: Number and size of frames, and limits.
         transform: Transform of the network.
         workers: Number of child processes.
-        clips: Number of clips that are decoded ahead, or whose frames are in use, at a time, if they come one by one.
+        clips: Number of clips that are decoded ahead, or whose frames are in use while the next one is awaited, and one
+            for that, if they come one by one.
         cut: Whether children leave cut pixels, for a device that transforms them, rather than finished input. Pixels
             that are too many for a slot, which may have at most a quarter of the free memory together, are transformed
             nevertheless.

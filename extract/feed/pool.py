@@ -58,7 +58,8 @@ class DecodePool(Generic[Prepared]):
         workers: Number of child processes.
         prepare: Function that a child calls for each clip, and with what the children know about videos.
         slots: Memory for the frames of every `PreparedClip`: a slot for each clip that is decoded ahead (see `map`),
-            and for each that the caller has not yet released. None sends results through a pipe, slow for frames.
+            for the one that is taken next, and for each that the caller has not released by then. None sends results
+            through a pipe, slow for frames.
     """
 
     def __init__(
@@ -171,7 +172,8 @@ class DecodePool(Generic[Prepared]):
 def slots_for(clips: int, workers: int, together: int) -> int:
     """Number of slots for `clips` that come one by one, or up to `together` at a time; see `DecodePool.map`.
 
-    Then `2 * workers * (together - 1)` more are decoded ahead, and those of the last task wait to be taken.
+    Then `2 * workers * (together - 1)` more are decoded ahead, and those of the last task wait with the one that is
+    taken next.
     """
     return clips + (2 * workers + 1) * (together - 1)
 
