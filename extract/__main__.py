@@ -4,6 +4,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from types import ModuleType
 
@@ -13,6 +14,7 @@ with interrupts_in_one_line("extract"):
     from egopatch.configs.command_line import ConfigParser
     from egopatch.configs.schema import ConfigError
     from egopatch.extract.datasets import DatasetError
+    from egopatch.extract.engines.interrupts import REQUEUE, Requeue, raise_on_signals
     from egopatch.extract.errors import CheckpointError, JobFailed
     from egopatch.features.common.command_line import find_command, run_command
     from egopatch.features.values.errors import BadLocation, FingerprintMismatch, StoreError
@@ -32,6 +34,7 @@ COMMANDS = {
     "synth": "render EgoSynth, a synthetic data set in EgoTaskQA's layout",
     "checkpoint": "inspect or convert a checkpoint file",
 }
+JOBS = ("run", "retry")  # that schedulers start
 INPUTS = ("checkpoint", "data", "frames", "standin", "synth")
 
 
@@ -52,13 +55,18 @@ def main(args: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     parser = ConfigParser(prog=f"extract {name}", description=COMMANDS[name])
     retry = {"retry": True} if name == "retry" else {}
-    return run_command(
-        f"extract {name}",
-        # Imported when it is called, to save start-up time: most commands need torch, which takes seconds to import.
-        lambda: load_command(name).main(parser, args[1:], **retry),
-        wrong_usage=(DatasetError, CheckpointError, ConfigError, BadLocation, FingerprintMismatch),
-        failures=(StoreError, OSError, JobFailed),
-    )
+    try:
+        with raise_on_signals() if name in JOBS else nullcontext():
+            return run_command(
+                f"extract {name}",
+                # Imported when it is called, to save start-up time: most commands need torch, which takes seconds.
+                lambda: load_command(name).main(parser, args[1:], **retry),
+                wrong_usage=(DatasetError, CheckpointError, ConfigError, BadLocation, FingerprintMismatch),
+                failures=(StoreError, OSError, JobFailed),
+            )
+    except Requeue as notice:
+        print(f"extract {name}: interrupted by {notice}; run the same command again to resume", file=sys.stderr)
+        return REQUEUE
 
 
 def load_command(name: str) -> ModuleType:

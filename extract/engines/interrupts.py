@@ -21,8 +21,15 @@ class Requeue(BaseException):
 
 @contextmanager
 def requeue_on_signals() -> Iterator[None]:
-    """Within the block SIGTERM and SIGUSR1 raise `Requeue`, once; the notices that follow are ignored."""
+    """As `raise_on_signals`, for a block that starts processes."""
     start_trackers()
+    with raise_on_signals():
+        yield
+
+
+@contextmanager
+def raise_on_signals() -> Iterator[None]:
+    """Within the block SIGTERM and SIGUSR1 raise `Requeue`, once; the notices that follow are ignored."""
 
     def requeue(number: int, _: FrameType | None) -> None:
         for each in SIGNALS:

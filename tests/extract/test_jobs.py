@@ -290,6 +290,20 @@ def test_a_scheduler_stops_a_job_that_asks_to_be_started_again(
     assert contents(bare / "store") == contents(single)
 
 
+@pytest.mark.parametrize("command", ["run", "retry"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_job_that_still_imports_its_modules_asks_to_be_started_again(
+    command: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a shared file system that may take half a minute."""
+    before = signal.getsignal(signal.SIGUSR1)
+    monkeypatch.setattr("egopatch.extract.__main__.load_command", lambda _: signal.raise_signal(number))
+    assert main([command, "--config", "a.yaml"]) == REQUEUE
+    line = f"extract {command}: interrupted by {number.name}; run the same command again to resume\n"
+    assert capsys.readouterr().err == line
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
 def test_signals_after_the_first_are_ignored() -> None:
     before = signal.getsignal(signal.SIGUSR1)
     with requeue_on_signals():
