@@ -1,6 +1,7 @@
 """The table: order, averages over seeds, exact keys, and nothing silently skipped."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,30 @@ def test_runs_on_other_features_or_of_a_head_that_learned_other_data_are_no_repe
         ("psa (trained_on.name jsonl, trained_on.root d)", 1),
     ]
     assert not [problem for problem in results.problems if "repeats" in problem]
+
+
+def test_rows_that_differ_from_the_first_in_the_same_options_have_labels_of_their_own(tmp_path: Path) -> None:
+    """Intervals and answers are looked up by label."""
+    config = write_dataset(tmp_path / "data", videos=False)
+    half = {"head": {"ratio": 0.5}}
+    for seed in (0, 1):
+        write_run(tmp_path / "runs", f"a{seed}", seed=seed, predictions=guesses(3), all_=33.33)
+    write_run(tmp_path / "runs", "b", config=half, predictions=guesses(2), all_=50.0)
+    card = {"fingerprint": {"depth": 8, "frames": 4}}
+    write_run(tmp_path / "runs", "c", config=half, card=card, predictions=guesses(4), all_=25.0)
+    records = write_table(tmp_path / "runs", config)
+    assert [(record["model"], record["all"]) for record in records] == [
+        ("psa", 33.33),
+        ("psa (head.ratio 0.5)", 50.0),
+        ("psa (head.ratio 0.5, fingerprint.depth 8)", 25.0),
+    ]
+    table = (tmp_path / "runs" / "table.md").read_text()
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| psa")]
+    assert [re.sub(r"\.\d\]", "]", cells[3]) for cells in rows] == [
+        "33.33 [0.0, 87]",
+        "50.00 [0.0, 100]",
+        "25.00 [0.0, 53]",
+    ]
 
 
 def test_seeds_may_differ_in_tracker_and_in_decoders_that_give_the_same_frames(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ points of the ratio plot, not rows of the table.
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -285,8 +286,12 @@ def _rows_of(system: str, split: str, runs: list[Run], folder: Path, problems: l
         settings.setdefault(json.dumps(setting, sort_keys=True, default=str), []).append(run)
     groups = sorted(settings.values(), key=lambda group: (-len(group), str(group[0].dir)))
     base = groups[0][0]
+    differing = [
+        (_differing(group[0].options, base.options), _differing(group[0].features, base.features)) for group in groups
+    ]
+    options_in_use = Counter(tuple(options) for options, _ in differing)
     rows = []
-    for group in groups:
+    for group, (options, features) in zip(groups, differing, strict=True):
         seeds: dict[int, Run] = {}
         for run in group:
             first = seeds.setdefault(run.seed, run)
@@ -296,9 +301,10 @@ def _rows_of(system: str, split: str, runs: list[Run], folder: Path, problems: l
         ranked = sorted(seeds.values(), key=lambda run: (-(run.val if run.val is not None else -math.inf), run.seed))
         row = Row(system, system, split, tuple(ranked))
         if group is not groups[0]:
-            # Features differ wherever the options of stage one do, and then the options say enough.
-            differing = _differing(group[0].options, base.options) or _differing(group[0].features, base.features)
-            row = replace(row, label=f"{system} ({', '.join(differing)})")
+            # Features differ wherever the options of stage one do, and then the options say enough, unless another row
+            # has the same ones: intervals and answers are looked up by label.
+            enough = options and options_in_use[tuple(options)] == 1
+            row = replace(row, label=f"{system} ({', '.join(options if enough else options + features)})")
             questions = data_title(split, [run.card for run in runs])
             problems.append(f"{system} on {questions}: several settings were run; {row.label} has a separate row")
         rows.append(row)
