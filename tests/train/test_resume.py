@@ -169,6 +169,28 @@ def test_a_head_from_outside_resumes_with_the_losses_of_an_undisturbed_run(
     assert here["layers.0.running_mean"].any()
 
 
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda logits: torch.cat([logits, logits], dim=1), r"a tensor \(32, 16\)"),
+        (lambda logits: logits[:, 1:], r"a tensor \(32, 7\)"),
+        (lambda logits: logits[:, 0], r"a tensor \(32,\)"),
+        (lambda logits: (logits, None), "a tuple"),
+    ],
+)
+def test_a_head_from_outside_has_to_return_logits(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, change: Callable, found: str
+) -> None:
+    class Other(_Dropped):
+        def forward(self, batch: Batch) -> torch.Tensor:
+            return change(super().forward(batch))
+
+    monkeypatch.setitem(HEADS._registered, "other", Head("other", Other))
+    expected = r"expected logits \(32, 8\), a row for each question and a column for each of sizes.answers"
+    with pytest.raises(ConfigError, match=f"the head other returns {found}; {expected}: correct its forward"):
+        fit(with_run(tiny, "other", head_name="other"), "x")
+
+
 @pytest.mark.parametrize("command", [lambda config: fit(config, "x"), evaluate])
 def test_a_run_of_another_process_is_waited_for(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: Callable

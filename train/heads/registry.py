@@ -6,13 +6,15 @@ packages, each a `Head`, and from `register_head`.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from egopatch.configs.plugins import Plugins
 from egopatch.configs.schema import Config, ConfigError, HeadConfig
 from egopatch.extract.encoders import open_checkpoint
+from egopatch.train.data.batch import Batch
 from egopatch.train.heads.common.attention import Attention
 from egopatch.train.heads.common.blind import Majority, QuestionOnly
 from egopatch.train.heads.common.choice import Choice, LongestOption
@@ -30,8 +32,9 @@ class Head:
     Attributes:
         name: Value of `head.name` that selects it.
         build: From its options and the sizes of features and answers to the untrained module. `forward(batch)` of the
-            module takes a `train.data.batch.Batch` and returns logits `[B, A]`. If it has a method `measure(tokens)`,
-            that is called once before training, with `PatchTokens` of up to 64 training clips, to set its buffers.
+            module takes a `train.data.batch.Batch` and returns logits `[B, A]`, whose shape is checked. If it has a
+            method `measure(tokens)`, that is called once before training, with `PatchTokens` of up to 64 training
+            clips, to set its buffers.
         options: Dataclass of its options, which `head.options` fills and whose types are checked; None if it has none.
         reads_video: Whether it reads patch tokens; a head that does not needs no store of clips.
         stacks: Whether `torch.vmap` can run it, so that a sweep trains several of them as one; then random numbers
@@ -214,10 +217,10 @@ def build_head(config: Config, sizes: Sizes) -> nn.Module:
 def _build(head: Head | _BuiltIn, config: Config, sizes: Sizes) -> nn.Module:
     if isinstance(head, _BuiltIn):
         return head.build(config, sizes)
-    return _checked(head, head.build(_options_of(head, config.head), sizes))
+    return _checked(head, head.build(_options_of(head, config.head), sizes), sizes.answers)
 
 
-def _checked(head: Head, module: object) -> nn.Module:
+def _checked(head: Head, module: object, answers: int) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise ConfigError(f"the head {head.name} builds a {type(module).__name__}; expected a torch.nn.Module")
     first: dict[int, str] = {}
@@ -228,4 +231,16 @@ def _checked(head: Head, module: object) -> nn.Module:
                 f"the head {head.name} has one parameter under two names, {shared} and {name}; expected each once: "
                 "call the first module from both places instead of storing it twice"
             )
+    module.register_forward_hook(partial(_require_logits, head.name, answers))
     return module
+
+
+def _require_logits(name: str, answers: int, module: nn.Module, inputs: tuple[Batch], logits: object) -> None:
+    """Refuse what is no logits [B, A]: more columns than answers would go unnoticed until one of them wins."""
+    expected = (len(inputs[0].text_index), answers)
+    if not isinstance(logits, Tensor) or logits.shape != expected:
+        found = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise ConfigError(
+            f"the head {name} returns {found}; expected logits {expected}, a row for each question and a column for "
+            "each of sizes.answers: correct its forward"
+        )
