@@ -39,7 +39,7 @@ def test_run_folder_is_complete(tiny: Config) -> None:
     run = tiny.run.dir
     names = {path.name for path in run.iterdir()}
     assert names == {
-        "config.yaml", "clips.json", "log.jsonl", "tb", "best.safetensors", "card.json", "last.pt",
+        "config.yaml", "clips.json", "questions.json", "log.jsonl", "tb", "best.safetensors", "card.json", "last.pt",
         "test.json", "predictions.jsonl", "selection.npz", "leases",
     }  # fmt: skip
     card = json.loads((run / "card.json").read_text())

@@ -16,20 +16,22 @@ import psutil
 import pytest
 import torch
 
+from egopatch.configs.command_line import load_config
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.features.io import file_lease
 from egopatch.train.data.batch import Batch
-from egopatch.train.fitting.fit import fit
+from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.heads import Head
 from egopatch.train.heads.registry import _PLUGINS as HEADS
 from egopatch.train.processes.stopping import Stopped
+from egopatch.train.rundir.card import RunError
 from egopatch.train.sweeps import sweep
 from egopatch.train.sweeps.axes import read_axes
 from egopatch.train.sweeps.sweep import run_sweep
 from egopatch.train.sweeps.sweep_results import describe
 from tests.features.faults import fork
-from tests.train.tiny import clock, losses, with_run
+from tests.train.tiny import clock, losses, with_run, write_tiny
 
 ROOT = Path(__file__).parents[2]
 
@@ -314,6 +316,56 @@ def test_disk_residency_reads_once_for_crews_of_other_shapes(tiny: Config, tmp_p
 
 
 @pytest.mark.slow
+def change_answers(config: Config, part: str, keep: int | None = None) -> None:
+    """Swap yes and no in the annotations of a part, and keep the first `keep` questions."""
+    path = config.data.root / "qa" / "direct" / f"formatted_{part}_qas_encode.json"
+    questions = json.loads(path.read_text())
+    other = {"yes": "no", "no": "yes"}
+    for question in questions[1:]:  # the first ones decide the order of the answers
+        question["answer"] = other.get(question["answer"], question["answer"])
+    path.write_text(json.dumps(questions[:keep]))
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_runs_that_learned_from_other_annotations_are_no_seeds_of_one_sweep(tmp_path: Path, part: str) -> None:
+    config = with_run(write_tiny(tmp_path), "psa", train_epochs=1)
+    folder = run_sweep(config, seeds=[0]).parent
+    change_answers(config, part)
+    changed = rf"\(.*{part} questions: \d+ then and now, but others or in another order\)"
+    message = rf"seed-0 was trained on different data {changed}, and the runs of a sweep have to share theirs; restore"
+    with pytest.raises(RunError, match=message):
+        run_sweep(config, seeds=[0, 1])
+    (folder / "seed-0" / "questions.json").write_text('{"answers": 8}')
+    with pytest.raises(RunError, match=r"questions\.json is damaged \(8 stands where an object with 'n' is expected\)"):
+        run_sweep(config, seeds=[0, 1])
+    (folder / "seed-0" / "questions.json").unlink()  # as in a run of an earlier version
+    assert json.loads(run_sweep(config, seeds=[0, 1]).read_text())["trained"] == 1
+
+
+def test_runs_and_points_count_the_answers_that_the_annotations_have_now(tmp_path: Path) -> None:
+    config = with_run(write_tiny(tmp_path), "psa", train_epochs=1)
+    before = json.loads(run_sweep(config, seeds=[0, 1]).read_text())
+    change_answers(config, "test")
+    after = json.loads(run_sweep(config, seeds=[0, 1]).read_text())
+    for result in (before, after):
+        for column in ("open", "binary", "all"):
+            mean = sum(run[column] for run in result["members"]) / 2
+            assert result["points"][0][column]["mean"] == pytest.approx(mean)
+    assert [run["binary"] for run in after["members"]] == [100 - run["binary"] for run in before["members"]]
+    assert [run["n"] for run in after["members"]] == [64, 64]
+    change_answers(config, "test", keep=60)
+    message = (
+        r"seed-0 does not answer these test questions \(.*predictions\.jsonl:61: question_id .* and 3 more faults\); "
+        r"they have changed since it was evaluated, or the file is damaged; evaluate it again: "
+        r"python -m train evaluate --config .*seed-0/config\.yaml"
+    )
+    with pytest.raises(RunError, match=message):
+        run_sweep(config, seeds=[0, 1])
+    for seed in (0, 1):
+        evaluate(load_config(config.run.dir.parent / f"sweeps/direct-psa/seed-{seed}/config.yaml"))
+    assert json.loads(run_sweep(config, seeds=[0, 1]).read_text())["points"][0]["all"]["n"] == 60
+
+
 def test_lines_say_what_cannot_be_told_apart_and_how_many_seeds_it_would_take() -> None:
     number = {"mean": 50.0, "low": 45.0, "high": 55.0}
     points = [

@@ -69,7 +69,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(
             capsys.readouterr().err,
         )
     names = {path.name for path in tiny.run.dir.iterdir()}
-    assert names == {"config.yaml", "clips.json", "log.jsonl", "tb", "leases"}
+    assert names == {"config.yaml", "clips.json", "questions.json", "log.jsonl", "tb", "leases"}
     last = json.loads((tiny.run.dir / "log.jsonl").read_text().splitlines()[-1])
     assert last["event"] == "failed"
 

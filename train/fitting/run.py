@@ -32,7 +32,7 @@ from egopatch.train.rundir.names import (
 )
 from egopatch.train.rundir.results import BLIND
 from egopatch.train.rundir.tracking import open_tracker
-from egopatch.train.rundir.trained_on import write_clips
+from egopatch.train.rundir.trained_on import write_clips, write_questions
 from egopatch.train.scores.metrics import Metrics
 
 # Share of the best accuracy on *val* at which a run counts as converged.
@@ -87,11 +87,14 @@ class TrainingRun:
         tracker = None if name is None else open_tracker(name, folder, run_folder.plain(self.config))
         self._log = RunLog(folder, step, tracker)
 
-    def record_clips(self) -> None:
-        """Write what the clips are made of that the run is about to be trained on."""
-        store = self.experiment.features.store
-        if self._writes and store is not None:
-            write_clips(self.config.run.dir, store, self.experiment.learned_clips)
+    def record_data(self) -> None:
+        """Write which questions the run is about to be trained on, and what their clips are made of."""
+        folder, experiment, store = self.config.run.dir, self.experiment, self.experiment.features.store
+        if not self._writes:
+            return
+        write_questions(folder, experiment.data_record)
+        if store is not None:
+            write_clips(folder, store, experiment.learned_clips)
 
     def log(self, event: str, step: int, **values: Any) -> None:
         """Write one line of the log."""

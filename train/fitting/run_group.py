@@ -76,7 +76,7 @@ class RunGroup:
         saved = experiment.ranks.broadcast(lambda: ResumeState.read(path))
         for run in self.runs:
             if saved is None:
-                run.record_clips()
+                run.record_data()
             else:
                 experiment.require_trained_on(run.config.run.dir)
         if saved is not None:

@@ -2,7 +2,8 @@
 
 # In a run's folder.
 CARD, CONFIG, WEIGHTS, LAST = "card.json", "config.yaml", "best.safetensors", "last.pt"
-LOG, BOARD, TRACKING, CLIPS = "log.jsonl", "tb", "tracking.json", "clips.json"
+LOG, BOARD, TRACKING = "log.jsonl", "tb", "tracking.json"
+CLIPS, QUESTIONS = "clips.json", "questions.json"
 TEST, PREDICTIONS, SELECTION = "test.json", "predictions.jsonl", "selection.npz"
 SUBMISSION, SUBMISSION_CSV = "submission.json", "submission.csv"
 

@@ -1,19 +1,24 @@
-"""What the clips of a run were made of when it was trained: `clips.json` in the run's folder.
+"""What a run was trained on: `clips.json` and `questions.json` in its folder.
 
 `extract run --refresh` gives a clip another row. A run that was trained on the former one is neither resumed, which
 would mix the two, nor evaluated, as if its head had been trained on what the annotations say.
+
+Annotations may change in place. A run that learned from the former ones can be evaluated, but it is no seed or setting
+of a sweep whose other runs learn from the present ones.
 """
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 
 from egopatch.features import Store
+from egopatch.features.io.fields import Record, get_count, get_field
 from egopatch.train.rundir.card import RunError, write_whole
 from egopatch.train.rundir.checked_json import read_object
-from egopatch.train.rundir.names import CLIPS
+from egopatch.train.rundir.names import CLIPS, QUESTIONS
 from egopatch.train.rundir.results import START_AGAIN
+from egopatch.train.rundir.resume import DataRecord, changed_data
 
 _DIGITS = 16
 
@@ -46,7 +51,7 @@ def changed_clips(folder: Path, store: Store) -> list[str]:
     Raises:
         RunError: `clips.json` is damaged.
     """
-    recorded = _read(folder)
+    recorded = _read(folder / CLIPS)
     now = clip_versions(store, recorded)
     return [name for name, version in recorded.items() if now.get(name) != version]
 
@@ -65,8 +70,40 @@ def require_same_clips(folder: Path, store: Store) -> None:
         )
 
 
-def _read(folder: Path) -> Mapping[str, str]:
-    path = folder / CLIPS
+def write_questions(folder: Path, record: DataRecord) -> None:
+    """Write `questions.json` of a run that starts to train on the answers and questions of `record`."""
+    entries = {kind: {"n": count, "digest": digest} for kind, (count, digest) in record.items()}
+    write_whole(folder / QUESTIONS, json.dumps(entries, indent=1) + "\n")
+
+
+def require_same_questions(folder: Path, record: DataRecord, root: Path) -> None:
+    """Refuse a finished run of a sweep that learned from other answers or questions than `record`, which it has now.
+
+    Runs of earlier versions, which wrote no `questions.json`, are not refused.
+
+    Args:
+        folder: Folder of the run.
+        record: As from `record_data`.
+        root: `data.root`.
+
+    Raises:
+        RunError: They differ, or `questions.json` is damaged.
+    """
+    path = folder / QUESTIONS
+    entries = _read(path)
+    try:
+        saved = {kind: (get_count(entry, "n"), get_field(entry, "digest", str)) for kind, entry in entries.items()}
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}); {START_AGAIN}") from None
+    if saved and (changed := changed_data(saved, record)):
+        raise RunError(
+            f"{folder} was trained on different data ({'; '.join(changed)}), and the runs of a sweep have to share "
+            f"theirs; restore the annotations in {root}, or the store if clips were encoded since; or train again with "
+            "another --name, or delete this folder"
+        )
+
+
+def _read(path: Path) -> Record:
     try:
         return read_object(path)
     except FileNotFoundError:

@@ -36,6 +36,7 @@ from egopatch.train.rundir.card import RunError
 from egopatch.train.rundir.lease import POLL_S, busy, hold, writable
 from egopatch.train.rundir.names import GROUPS, SWEEPS
 from egopatch.train.rundir.results import table_folder
+from egopatch.train.rundir.trained_on import require_same_questions
 from egopatch.train.sweeps.axes import combinations, read_axes, require_own_folders, run_config, typed_values
 from egopatch.train.sweeps.sweep_results import write_results
 
@@ -84,7 +85,8 @@ def run_sweep(
         ConfigError: the grid names an option that all runs share, an invalid value, or a value twice; two settings
             would share a folder; or the folder holds runs with other settings or cannot be written.
         RunError: the loss of a run is not finite, and the results of the others are written; or clips were encoded
-            again after finished runs had been trained on them.
+            again, or answers or questions of *train* or *val* have changed, after finished runs had been trained on
+            them.
         Stopped: SIGINT or SIGTERM interrupted training; the same command resumes it.
     """
     name = f"{config.data.split}-{config.run.dir.name}" if name is None else name
@@ -110,6 +112,7 @@ def run_sweep(
             experiment.print_quarantined()
             for run in filter(_finished, configs):
                 experiment.require_trained_on(run.run.dir)
+                require_same_questions(run.run.dir, experiment.data_record, config.data.root)
             groups_folder = out / GROUPS
             with writable("run.dir" if config.run.table is None else "run.table", groups_folder):
                 make_folder(groups_folder)

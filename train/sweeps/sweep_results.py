@@ -18,9 +18,9 @@ from egopatch.train.report.answers import column_masks
 from egopatch.train.report.sources import read_sweep
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import RunError
-from egopatch.train.rundir.names import PREDICTIONS, SUBMISSION, SWEEP, SWEEP_CSV, SWEEP_PNG
+from egopatch.train.rundir.names import CONFIG, PREDICTIONS, SUBMISSION, SWEEP, SWEEP_CSV, SWEEP_PNG
 from egopatch.train.rundir.results import COLUMNS, read_run, value_text
-from egopatch.train.scores.metrics import read_predictions, same_lower_cased
+from egopatch.train.scores.metrics import PredictionError, read_predictions, same_lower_cased
 from egopatch.train.scores.statistics import Matrix, accuracy, compare, measure_power
 
 SEED = "train.seed"
@@ -40,10 +40,11 @@ def write_results(facts: Mapping[str, Any], runs: Sequence[FinishedRun], config:
     """
     asked = load_dataset(config.data).questions["test"]
     questions = [question for question in asked if question.counts]
-    points = gather_points(runs, asked) if questions else []
+    right = {run.run.dir: _right(run, asked) for _, run in runs} if questions else {}
+    points = gather_points(runs, questions, right) if questions else []
     result = {
         **facts,
-        "members": [_record(overrides, run, out) for overrides, run in runs],
+        "members": [_record(overrides, run, out, questions, right.get(run.run.dir)) for overrides, run in runs],
         "points": [summary for summary, _ in points],
         "comparisons": compare_points(points, questions),
         "seeds_needed": seeds_needed(points, questions),
@@ -63,24 +64,26 @@ def write_results(facts: Mapping[str, Any], runs: Sequence[FinishedRun], config:
     return out / SWEEP
 
 
-def gather_points(runs: Sequence[FinishedRun], asked: Sequence[Question]) -> list[tuple[dict[str, Any], Matrix]]:
+def gather_points(
+    runs: Sequence[FinishedRun], questions: Sequence[Question], right: Mapping[Path, Matrix]
+) -> list[tuple[dict[str, Any], Matrix]]:
     """Each setting over its seeds: its entry in `sweep.json`, and which answers are right [seeds, questions].
 
     Args:
         runs: Overrides and config of each finished run.
-        asked: All test questions. Those without a published answer count nowhere; some have to have one.
+        questions: The test questions that count, at least one.
+        right: [questions] which answers of each run are right, by its folder.
     """
     settings: dict[str, list[FinishedRun]] = {}
     for overrides, run in runs:
         setting = {option: value for option, value in overrides.items() if option != SEED}
         settings.setdefault(json.dumps(setting, default=str), []).append((overrides, run))
-    questions = [question for question in asked if question.counts]
     masks = column_masks(questions)
     clips = np.array([question.clip_id for question in questions])
     points = []
     for unsorted in settings.values():
         seeds = sorted(unsorted, key=lambda pair: pair[1].train.seed)
-        right = np.array([_right(run, asked) for _, run in seeds])
+        of_seeds = np.array([right[run.run.dir] for _, run in seeds])
         summary: dict[str, Any] = {
             "setting": {option: value for option, value in seeds[0][0].items() if option != SEED},
             "ratio": seeds[0][1].head.ratio,
@@ -88,10 +91,10 @@ def gather_points(runs: Sequence[FinishedRun], asked: Sequence[Question]) -> lis
         }
         summary |= dict.fromkeys(COLUMNS)
         for column, counted in masks.items():
-            interval = accuracy(right[:, counted], clips[counted].tolist())
+            interval = accuracy(of_seeds[:, counted], clips[counted].tolist())
             numbers = {"mean": interval.mean, "low": interval.low, "high": interval.high}
             summary[column] = {**numbers, "n": int(counted.sum())}
-        points.append((summary, right))
+        points.append((summary, of_seeds))
     return points
 
 
@@ -165,22 +168,41 @@ def describe(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _right(run: Config, asked: Sequence[Question]) -> list[bool]:
-    answers = read_predictions(run.run.dir / PREDICTIONS, asked)
-    return [same_lower_cased(question, answers[question.question_id]) for question in asked if question.counts]
+def _right(run: Config, asked: Sequence[Question]) -> Matrix:
+    """Whether a run answers each of the questions that count right."""
+    folder = run.run.dir
+    try:
+        answers = read_predictions(folder / PREDICTIONS, asked)
+    except PredictionError as error:
+        first, *more = str(error).splitlines()
+        rest = f" and {len(more)} more faults" if more else ""
+        raise RunError(
+            f"{folder} does not answer these test questions ({first}{rest}); they have changed since it was evaluated, "
+            f"or the file is damaged; evaluate it again: python -m train evaluate --config {folder / CONFIG}"
+        ) from None
+    counted = [question for question in asked if question.counts]
+    return np.array([same_lower_cased(question, answers[question.question_id]) for question in counted], dtype=float)
 
 
-def _record(overrides: Mapping[str, Any], run: Config, out: Path) -> dict[str, Any]:
+def _record(
+    overrides: Mapping[str, Any], run: Config, out: Path, questions: Sequence[Question], right: Matrix | None
+) -> dict[str, Any]:
     try:
         scores = read_run(run.run.dir).scores
     except ValueError as error:
         raise RunError(f"{run.run.dir}: {error}") from None
+    accuracies = {column: scores[column].accuracy for column in COLUMNS}
+    if right is not None:  # as the points count: the annotations may have changed since `test.json` was written
+        masks = column_masks(questions)
+        accuracies |= {
+            column: 100 * int(right[counted].sum()) / int(counted.sum()) for column, counted in masks.items()
+        }
     return {
         "ratio": run.head.ratio,
         "seed": run.train.seed,
         "overrides": dict(overrides),
-        **{column: scores[column].accuracy for column in COLUMNS},
-        "n": scores["all"].n,
+        **accuracies,
+        "n": len(questions),
         "dir": run.run.dir.relative_to(out).as_posix(),
     }
 
