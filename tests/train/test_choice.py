@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from egopatch.configs.schema import Config, ConfigError, HeadConfig
+from egopatch.configs.schema import Config, ConfigError, HeadConfig, TrainConfig
 from egopatch.extract.datasets import load_dataset
 from egopatch.extract.datasets.records import Part
 from egopatch.extract.datasets.registry import _PLUGINS as DATASETS
@@ -22,11 +22,13 @@ from egopatch.train.fitting.experiment import open_experiment
 from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.fit import test_line as result_line
 from egopatch.train.fitting.run_group import build_stacked_heads
+from egopatch.train.heads.common.blind import QuestionOnly
 from egopatch.train.heads.common.choice import ABSENT, Choice, LongestOption
 from egopatch.train.heads.common.question import Sizes
 from egopatch.train.report.sources import read_sweep
 from egopatch.train.report.table import write_table
 from egopatch.train.rundir.card import RunError
+from egopatch.train.steps.stacked_heads import StackedHeads
 from egopatch.train.sweeps.sweep import run_sweep
 from tests.train import tiny as miniature
 from tests.train.tiny import COLOURS, FIELDS, PLACES, with_run, write_stores, write_tiny
@@ -234,6 +236,22 @@ def test_scores_follow_the_options() -> None:
     assert (logits[2, 2:] == ABSENT).all()
     assert (logits[2, :2] > ABSENT / 2).all()
     assert LongestOption()(batch_of(index)).argmax(dim=1).tolist() == [3, 0, 1]
+
+
+def test_options_that_a_question_does_not_have_are_no_part_of_the_contrast() -> None:
+    """With and without them, the loss is the same; their own logits would make any two questions alike."""
+    config, losses = HeadConfig(width=8, heads=2), []
+    for index in (torch.tensor([[0, 1, 2], [3, 4, 5]]), torch.tensor([[0, 1, 2, -1], [3, 4, 5, -1]])):
+        torch.manual_seed(0)
+        sizes = Sizes(1, (1, 1), 1, 16, 16, 8, index.shape[1])
+        head = Choice(QuestionOnly(config, sizes), config, sizes)
+        batch = batch_of(index)
+        states = batch.options.states
+        others = tuple(dataclasses.replace(batch, states=states[row : row + 1]) for row in (2, 3))
+        stack = StackedHeads([head], (0,), TrainConfig(contrast=1.0), 1, torch.device("cpu"))
+        varied = dataclasses.replace(batch, variants=others)
+        losses.append(stack._contrast(stack.logits(varied, 0)[0], varied, stack.tensors))
+    assert torch.allclose(*losses)
 
 
 def test_what_does_not_fit_multiple_choice(choice: Config, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from egopatch.configs.schema import TrainConfig
-from egopatch.train.data.batch import Batch
+from egopatch.train.data.batch import Batch, Options
 from egopatch.train.data.question_table import NO_CLASS
 from egopatch.train.heads import PSA, Choice, unwrapped
 from egopatch.train.heads.common.noise import Noise, mix
@@ -295,7 +295,8 @@ class StackedHeads:
             self._set_rows(variant)
             with self._autocast():
                 found = self._map_heads(lambda head, variant=variant: head(variant), tensors)
-            cosines.append(functional.cosine_similarity(_centred(logits), _centred(found), dim=-1))
+            pair = _centred(logits, batch.options), _centred(found, batch.options)
+            cosines.append(functional.cosine_similarity(*pair, dim=-1))
         near, far = cosines
         return functional.softplus((far - near) / CONTRAST_TEMPERATURE)
 
@@ -359,10 +360,18 @@ def cross_entropy(logits: Tensor, answers: Tensor, smoothing: float) -> Tensor:
     return (log_shares * target).sum(dim=-1)
 
 
-def _centred(logits: Tensor) -> Tensor:
-    """Logits without what all answers have in common, which no probability depends on."""
+def _centred(logits: Tensor, options: Options | None) -> Tensor:
+    """Logits without what all answers have in common, which no probability depends on.
+
+    Options that a question does not have are zero: their own logits, far below all others, would make any two questions
+    alike.
+    """
     logits = logits.float()
-    return logits - logits.mean(dim=-1, keepdim=True)
+    if options is None:
+        return logits - logits.mean(dim=-1, keepdim=True)
+    present = options.index >= 0
+    mean = logits.masked_fill(~present, 0).sum(dim=-1, keepdim=True) / present.sum(dim=-1, keepdim=True)
+    return (logits - mean).masked_fill(~present, 0)
 
 
 class _Caller(nn.Module):
