@@ -340,6 +340,11 @@ def test_runs_that_learned_from_other_annotations_are_no_seeds_of_one_sweep(tmp_
         run_sweep(config, seeds=[0, 1])
     (folder / "seed-0" / "questions.json").unlink()  # as in a run of an earlier version
     assert json.loads(run_sweep(config, seeds=[0, 1]).read_text())["trained"] == 1
+    change_answers(config, part)
+    run_sweep(config, seeds=[2])
+    message = rf"seed-2 and .*seed-1 were trained on different data \(different: .*{part} questions\), and the runs of"
+    with pytest.raises(RunError, match=message):
+        run_sweep(config, seeds=[0, 1, 2])
 
 
 def test_runs_and_points_count_the_answers_that_the_annotations_have_now(tmp_path: Path) -> None:

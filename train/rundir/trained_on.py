@@ -9,7 +9,7 @@ of a sweep whose other runs learn from the present ones.
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from egopatch.features import Store
@@ -77,30 +77,51 @@ def write_questions(folder: Path, record: DataRecord) -> None:
 
 
 def require_same_questions(folder: Path, record: DataRecord, root: Path) -> None:
-    """Refuse a finished run of a sweep that learned from other answers or questions than `record`, which it has now.
+    """Refuse a finished run of a sweep that learned from other answers or questions than those of `record`.
 
     Runs of earlier versions, which wrote no `questions.json`, are not refused.
 
     Args:
         folder: Folder of the run.
-        record: As from `record_data`.
+        record: What its training would follow from now, as from `record_data`.
         root: `data.root`.
 
     Raises:
         RunError: They differ, or `questions.json` is damaged.
     """
-    path = folder / QUESTIONS
-    entries = _read(path)
-    try:
-        saved = {kind: (get_count(entry, "n"), get_field(entry, "digest", str)) for kind, entry in entries.items()}
-    except ValueError as error:
-        raise RunError(f"{path} is damaged ({error}); {START_AGAIN}") from None
+    saved = _read_questions(folder)
     if saved and (changed := changed_data(saved, record)):
         raise RunError(
             f"{folder} was trained on different data ({'; '.join(changed)}), and the runs of a sweep have to share "
             f"theirs; restore the annotations in {root}, or the store if clips were encoded since; or train again with "
             "another --name, or delete this folder"
         )
+
+
+def require_shared_questions(folders: Sequence[Path]) -> None:
+    """Refuse finished runs of a sweep that did not all learn from the same answers and questions.
+
+    Raises:
+        RunError: As `require_same_questions`, which compares each run with the present annotations.
+    """
+    records = {folder: record for folder in folders if (record := _read_questions(folder))}
+    for folder, record in records.items():
+        first, expected = next(iter(records.items()))
+        kinds = [kind for kind in dict.fromkeys([*expected, *record]) if record.get(kind) != expected.get(kind)]
+        if kinds:
+            raise RunError(
+                f"{folder} and {first} were trained on different data (different: {', '.join(kinds)}), and the runs of "
+                "a sweep have to share theirs; delete one of the folders, and run the sweep again"
+            )
+
+
+def _read_questions(folder: Path) -> DataRecord:
+    path = folder / QUESTIONS
+    entries = _read(path)
+    try:
+        return {kind: (get_count(entry, "n"), get_field(entry, "digest", str)) for kind, entry in entries.items()}
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}); {START_AGAIN}") from None
 
 
 def _read(path: Path) -> Record:

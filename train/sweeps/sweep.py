@@ -36,7 +36,7 @@ from egopatch.train.rundir.card import RunError
 from egopatch.train.rundir.lease import POLL_S, busy, hold, writable
 from egopatch.train.rundir.names import GROUPS, SWEEPS
 from egopatch.train.rundir.results import table_folder
-from egopatch.train.rundir.trained_on import require_same_questions
+from egopatch.train.rundir.trained_on import require_same_questions, require_shared_questions
 from egopatch.train.sweeps.axes import combinations, read_axes, require_own_folders, run_config, typed_values
 from egopatch.train.sweeps.sweep_results import write_results
 
@@ -131,6 +131,8 @@ def run_sweep(
         "bytes_read": bytes_read,
     }
     finished = [(overrides, run) for overrides, run in runs if run.run.dir.name not in failed]
+    # Also where nothing was left to train, or where other processes trained some of the runs.
+    require_shared_questions([run.run.dir for _, run in finished])
     with shortage_explained(config.train, out):
         path = write_results(facts, finished, config, out)
     if failed:
