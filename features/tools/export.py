@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from egopatch.features.io.files import make_folder, remove_folder, rename_into_place
+from egopatch.features.io.files import make_folder, remove_folder, rename_into_place, write_errors_explained
 from egopatch.features.store.store import Store, open_store
 from egopatch.features.tools.convert import require_separate
 from egopatch.features.tools.feature_files import WRITERS, Clip
@@ -45,7 +45,7 @@ def export(
 
     Raises:
         StoreError: `to` exists or is in the store, the store holds texts, or `by_video` is requested of clips whose
-            video is not recorded.
+            video is not recorded; or the disk of `to` is full or cannot be written, and nothing is left there.
     """
     if to.exists():
         raise StoreError(f"--out is {str(to)!r}, which exists; expected a folder that is to be created")
@@ -56,9 +56,10 @@ def export(
     groups = _by_video(store) if by_video else {name: [name] for name in store.clip_ids}
     partial = to.with_name(f".{to.name}.{uuid.uuid4().hex}")
     try:
-        make_folder(partial)
-        WRITERS[kind](partial, _clips(store, groups, pooled, by_video, on_clips))
-        rename_into_place(partial, to)
+        with write_errors_explained(f"exporting to {to}", "nothing is kept"):
+            make_folder(partial)
+            WRITERS[kind](partial, _clips(store, groups, pooled, by_video, on_clips))
+            rename_into_place(partial, to)
     finally:
         remove_folder(partial)
     return sum(map(len, groups.values()))

@@ -10,8 +10,10 @@ and `timestamps` [T]. The layouts, by `--to`:
     lmdb        FOLDER: one key a clip; its value is what numpy.savez writes
 """
 
+import errno
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -27,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from egopatch.features.common.disk import free_bytes
 from egopatch.features.formats.hdf5_shards import open_unlocked
 from egopatch.features.values.errors import StoreError
 
@@ -37,36 +40,45 @@ ReadClip = Callable[[], dict[str, Tensor]]
 # A clip that is still to be read: its id, and what reads it.
 Unread = tuple[str, ReadClip]
 TAR_CLIPS = 64  # in one file of a webdataset
+LMDB_FILE = 2**14  # bytes of an empty one
 LMDB_BYTES = 2**40  # of address space; the file grows with its content
 _POINTER = b"version https://git-lfs"
 _SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".h5", ".hdf5")
 
 
-def _new_file(folder: Path, name: str) -> Path:
-    """Path of a file that is to be written; a clip id with slashes makes folders."""
+def _write_file(folder: Path, name: str, content: bytes | memoryview) -> None:
+    """Write a whole file; a clip id with slashes makes folders.
+
+    The libraries fill memory and not the file: on a full disk NumPy raises an OSError without a cause, torch another
+    error, and HDF5 ends the process.
+    """
     file = folder / name
     file.parent.mkdir(parents=True, exist_ok=True)
-    return file
+    file.write_bytes(content)
 
 
 def write_npy(folder: Path, clips: Iterable[Clip]) -> None:
     """One file a clip, with its patches."""
     for name, arrays in clips:
-        np.save(_new_file(folder, f"{name}.npy"), as_numpy(arrays["patches"]))
+        _write_file(folder, f"{name}.npy", _npy(arrays["patches"]))
 
 
 def write_pt(folder: Path, clips: Iterable[Clip]) -> None:
     """One file a clip, with all its tensors."""
     for name, arrays in clips:
-        torch.save({key: value.clone() for key, value in arrays.items()}, _new_file(folder, f"{name}.pt"))
+        content = io.BytesIO()
+        torch.save({key: value.clone() for key, value in arrays.items()}, content)
+        _write_file(folder, f"{name}.pt", content.getbuffer())
 
 
 def write_hdf5(folder: Path, clips: Iterable[Clip]) -> None:
     """One file a clip, with a dataset for each array."""
     for name, arrays in clips:
-        with h5py.File(_new_file(folder, f"{name}.h5"), "w") as file:
+        content = io.BytesIO()
+        with h5py.File(content, "w") as file:
             for key, value in arrays.items():
                 file.create_dataset(key, data=as_numpy(value))
+        _write_file(folder, f"{name}.h5", content.getbuffer())
 
 
 def write_webdataset(folder: Path, clips: Iterable[Clip]) -> None:
@@ -88,17 +100,22 @@ def write_lmdb(folder: Path, clips: Iterable[Clip]) -> None:
 
     Raises:
         StoreError: The package lmdb is not installed, or refuses a clip, such as one with an id of over 511 bytes.
+        OSError: The disk is full.
     """
     lmdb = _lmdb()
-    with lmdb.open(str(folder), map_size=LMDB_BYTES) as env:
-        for name, arrays in clips:
-            content = io.BytesIO()
-            np.savez(content, **{key: as_numpy(value) for key, value in arrays.items()})  # type: ignore[arg-type]
-            try:
+    doing, size = "create its file", LMDB_FILE
+    try:
+        with lmdb.open(str(folder), map_size=LMDB_BYTES) as env:
+            for name, arrays in clips:
+                content = io.BytesIO()
+                np.savez(content, **{key: as_numpy(value) for key, value in arrays.items()})  # type: ignore[arg-type]
+                doing, size = f"store clip {name!r}", len(content.getbuffer())
                 with env.begin(write=True) as transaction:
                     transaction.put(name.encode(), content.getvalue())
-            except lmdb.Error as error:
-                raise StoreError(f"{folder}: lmdb cannot store clip {name!r} ({error}); use another --to") from error
+    except lmdb.Error as error:
+        if free_bytes(folder) < size:  # lmdb itself calls a full disk an "Input/output error"
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise StoreError(f"{folder}: lmdb cannot {doing} ({error}); use another --to") from error
 
 
 WRITERS = {

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -420,3 +421,22 @@ def test_an_interrupted_export_leaves_nothing_in_place(tmp_path: Path, monkeypat
     assert export(store.path, tmp_path / "out", "npy") == 6
     assert len(list((tmp_path / "out").iterdir())) == 6
     assert Fingerprint(dict(open_store(store.path).fingerprint.fields)) == store.fingerprint
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_an_export_onto_a_full_disk_is_one_line(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = import_features(write(tmp_path / "files"), tmp_path / "store")
+    monkeypatch.setattr(feature_files, "free_bytes", lambda path: 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        code = main(["export", str(store.path), "--to", kind, "--out", str(tmp_path / "out")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert code == 1
+    assert line.startswith(f"features: no space left while exporting to {tmp_path / 'out'} (")
+    assert line.endswith("); nothing is kept: free some space and run the same command again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["files", "store"]
