@@ -51,7 +51,10 @@ class AbsentClip(StoreError, KeyError):
         self.where = where
         shown = ", ".join(repr(name) for name in self.ids[:5]) + (", ..." if len(self.ids) > 5 else "")
         clips = "1 requested clip is" if len(self.ids) == 1 else f"{len(self.ids)} requested clips are"
-        self.message = f"{clips} missing from {where}: {shown}; run `extract run` to encode the missing clips"
+        self.message = (
+            f"{clips} missing from {where}: {shown}; run `extract run` to encode the missing clips, or `extract retry` "
+            "for those in quarantine"
+        )
         super().__init__(self.message)
 
     def __str__(self) -> str:

@@ -67,6 +67,9 @@ def test_absent_clips_are_named_and_never_read_as_zeros(make: Make) -> None:
     ) as caught:
         store.read([IDS[1], IDS[0], IDS[9]])
     assert caught.value.ids == (IDS[0], IDS[9])
+    assert str(caught.value).endswith(
+        "; run `extract run` to encode the missing clips, or `extract retry` for those in quarantine"
+    )
     assert isinstance(caught.value, KeyError)
     assert pickle.loads(pickle.dumps(caught.value)).ids == caught.value.ids
 
