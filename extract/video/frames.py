@@ -149,10 +149,16 @@ def rows_within(clip: Clip, index: FrameIndex) -> NDArray[np.int64]:
         rows = np.searchsorted(index.starts_s, [start], side="right") - 1
     if len(rows) == 0:
         raise VideoError(
-            f"clip {clip.clip_id} is [{clip.start_s}, {clip.end_s}) s of {clip.video}, which ends at"
-            f" {index.end_s:.3f} s; no frame lies within"
+            f"clip {clip.clip_id} is {_stretch(clip)} of {clip.video}, which ends at {index.end_s:.3f} s; no frame lies"
+            " within"
         )
     return rows
+
+
+def _stretch(clip: Clip) -> str:
+    """The clip's stretch in words; without an end it goes to that of the file."""
+    start = 0.0 if clip.start_s is None else clip.start_s
+    return f"[{start}, end)" if clip.end_s is None else f"[{start}, {clip.end_s}) s"
 
 
 def positions(clip: Clip, index: FrameIndex, rows: NDArray[np.int64], video: VideoConfig) -> NDArray[np.int64]:
