@@ -13,6 +13,7 @@ from egopatch.features import open_store
 from egopatch.features.tools.verify import verify
 from egopatch.train.__main__ import main
 from egopatch.train.publishing.cards import head_card
+from egopatch.train.publishing.folders import _stated
 from egopatch.train.publishing.origins import origins
 from egopatch.train.rundir.card import Card
 from egopatch.train.rundir.results import read_run
@@ -76,9 +77,24 @@ def test_an_unknown_licence_is_refused(run: Config, tmp_path: Path, capsys: pyte
     assert publish(run, tmp_path / "upload") == 2
     assert capsys.readouterr().err == (
         "train publish: error: no licence is known of data: jsonl; find out whether you may publish what was made from "
-        "it, and state the terms: --terms 'NAME: LICENCE'\n"
+        "it, and state the terms of each: --terms 'NAME: LICENCE', where NAME is a part of its name here\n"
     )
     assert not (tmp_path / "upload").exists()
+
+
+@pytest.mark.parametrize(
+    ("terms", "stated"),
+    [
+        ([], {"weights: w": "", "data: d": ""}),
+        (["CC0"], {"weights: w": "CC0", "data: d": "CC0"}),
+        (["w: MIT", "data: d: CC0"], {"weights: w": "MIT", "data: d": "CC0"}),
+        (["data: see: the page"], {"weights: w": "", "data: d": "see: the page"}),
+        (["other: MIT", "d: CC0"], {"weights: w": "other: MIT", "data: d": "CC0"}),
+        (["data: ", " "], {"weights: w": "", "data: d": ""}),
+    ],
+)
+def test_terms_stand_for_what_they_name(terms: list[str], stated: dict[str, str]) -> None:
+    assert _stated(["weights: w", "data: d"], terms) == stated
 
 
 def test_a_store_that_the_head_was_not_trained_on_is_refused(

@@ -13,8 +13,9 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     )
     parser.add_argument("--head-only", action="store_true", help="leave out the store, which may be large")
     parser.add_argument(
-        "--terms", type=str | None, default=None, help="licence of weights and data of which none is known here"
-    )
+        "--terms", type=str, action="append", default=[], metavar="'NAME: LICENCE'",
+        help="licence of weights or data of which none is known here; once for each",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_config_arguments(parser)
     config, options = parse_config(parser, args)

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,17 +33,18 @@ class Publication:
     notes: tuple[str, ...]
 
 
-def publish(config: Config, to: Path, terms: str | None = None, head_only: bool = False) -> Publication:
+def publish(config: Config, to: Path, terms: Sequence[str] = (), head_only: bool = False) -> Publication:
     """Write `to/head`, the run in `run.dir`, and unless `head_only` `to/store`, the features that it was trained on.
 
     Args:
         config: The experiment.
         to: Folder to write. Files of an earlier call are replaced, and an interrupted copy of a store resumes.
-        terms: Licence of weights and data that no source names.
+        terms: Licences of weights and data of which none is known: `NAME: LICENCE`, where the name is a part of what
+            the error lists; any other text stands for all that no name fits.
         head_only: Whether to leave out the store.
 
     Raises:
-        ConfigError: Weights or data have no known licence and `terms` is None, or are not what their name says.
+        ConfigError: Weights or data have no known licence and `terms` states none, or are not what their name says.
         RunError: `run.dir` has no finished run, or one of its files is damaged.
         FingerprintMismatch: The store is not the one that the head was trained on.
         StoreError: A clip of the store is damaged.
@@ -58,12 +59,13 @@ def publish(config: Config, to: Path, terms: str | None = None, head_only: bool 
     except ValueError as error:
         raise RunError(f"{run}: {error}") from None
     found = origins(config, card)
-    if terms is None and (unknown := [origin.what for origin in found if origin.terms is None]):
+    stated = _stated([origin.what for origin in found if origin.terms is None], terms)
+    if unknown := [what for what, licence in stated.items() if not licence]:
         raise ConfigError(
             f"no licence is known of {'; '.join(unknown)}; find out whether you may publish what was made from it, and "
-            "state the terms: --terms 'NAME: LICENCE'"
+            "state the terms of each: --terms 'NAME: LICENCE', where NAME is a part of its name here"
         )
-    found = tuple(dataclasses.replace(origin, terms=origin.terms or terms) for origin in found)
+    found = tuple(dataclasses.replace(origin, terms=origin.terms or stated[origin.what]) for origin in found)
     head = to / "head"
     head.mkdir(parents=True, exist_ok=True)
     for name in PUBLISHED:
@@ -76,6 +78,23 @@ def publish(config: Config, to: Path, terms: str | None = None, head_only: bool 
         write_whole(to / "store" / README, store_card(store, card, found))
         folders.append(to / "store")
     return Publication(tuple(folders), tuple(_notes(card)))
+
+
+def _stated(unknown: Sequence[str], terms: Sequence[str]) -> dict[str, str]:
+    """The terms of each of `unknown`: those that name it, else those that name none of them; empty without any."""
+    named: dict[str, list[str]] = {what: [] for what in unknown}
+    others = []
+    for text in terms:
+        words = text.split(": ")  # a name may hold a colon, and so may a licence: the longest name decides
+        for cut in range(len(words) - 1, 0, -1):
+            name, licence = ": ".join(words[:cut]), ": ".join(words[cut:])
+            if fits := [what for what in unknown if name and name in what]:
+                for what in fits:
+                    named[what].append(licence.strip())
+                break
+        else:
+            others.append(text.strip())
+    return {what: "; ".join(filter(None, found or others)) for what, found in named.items()}
 
 
 def _notes(card: Card) -> Iterator[str]:
