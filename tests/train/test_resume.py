@@ -94,6 +94,15 @@ def test_signal_saves_the_place_within_an_epoch(tiny: Config, monkeypatch: pytes
     assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
 
 
+def test_a_run_resumes_in_a_renamed_folder(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed, renamed = with_run(tiny, "undisturbed"), with_run(tiny, "renamed")
+    fit(undisturbed, "x")
+    stop_after(monkeypatch, tiny, lambda group: group.heads.step == 11)
+    tiny.run.dir.rename(renamed.run.dir)
+    fit(renamed, "x")
+    assert losses(renamed.run.dir) == losses(undisturbed.run.dir)
+
+
 def test_a_signal_during_the_last_evaluation_is_not_lost(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     real = RunGroup.end_epoch
 

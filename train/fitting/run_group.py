@@ -202,7 +202,9 @@ class RunGroup:
         run.fail(f"{what} in {where}; try {lower}, in another --run.dir", step)
 
     def _resume(self, saved: ResumeState) -> None:
-        if saved.origin != self._origin:
+        # The names tell the runs of a group apart; the folder of a single run may be renamed.
+        compared = slice(None) if len(self.runs) > 1 else slice(-1)
+        if saved.origin[compared] != self._origin[compared]:
             raise RunError(
                 f"{self.path} was saved with different features, batch order or runs; use the same store and command "
                 "to resume, or delete the file to train from the start"
