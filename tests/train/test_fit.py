@@ -1,5 +1,6 @@
 """Training: exact resume, determinism, refusals, what a run's folder holds."""
 
+import dataclasses
 import json
 import os
 import random
@@ -226,6 +227,14 @@ def test_another_setting_in_the_folder_is_refused(tiny: Config) -> None:
     fit(tiny, "x")
     with pytest.raises(ConfigError, match=r"with different settings \(head.ratio: folder has 0.5, requested 0.25\)"):
         fit(with_run(tiny, "psa", head_ratio=0.25), "x")
+
+
+def test_a_run_in_a_store_is_refused(tiny: Config) -> None:
+    before = sorted(tiny.store.path.iterdir())
+    in_store = dataclasses.replace(tiny, run=dataclasses.replace(tiny.run, dir=tiny.store.path))
+    with pytest.raises(ConfigError, match=r"run.dir is .*, which is a store; expected a folder of its own for the run"):
+        fit(in_store, "x")
+    assert sorted(tiny.store.path.iterdir()) == before
 
 
 def test_an_option_that_an_earlier_version_did_not_know_has_its_default(tiny: Config) -> None:

@@ -25,6 +25,7 @@ from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.heads import Head
 from egopatch.train.heads.registry import _PLUGINS as HEADS
 from egopatch.train.processes.stopping import Stopped
+from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import RunError
 from egopatch.train.sweeps import sweep
 from egopatch.train.sweeps.axes import read_axes
@@ -233,6 +234,13 @@ def test_nothing_to_vary_and_bad_values(tiny: Config, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err == ""  # the command prints the one line
     with pytest.raises(ConfigError, match=r"--name is '\.\./x'; expected letters"):
         run_sweep(tiny, ratios=[0.5], name="../x")
+
+
+def test_a_sweep_of_other_settings_needs_another_name(tiny: Config) -> None:
+    folder = tiny.run.dir.parent / "sweeps" / "a" / "ratio-0.25"
+    run_folder.claim(folder, replace(tiny, head=replace(tiny.head, ratio=0.25), train=replace(tiny.train, lr=0.5)))
+    with pytest.raises(ConfigError, match=r"train.lr: .*\); use another --name or the original settings"):
+        run_sweep(tiny, ratios=[0.25], name="a")
 
 
 def test_a_value_has_to_fit_the_config_that_it_becomes_a_part_of(tiny: Config, tmp_path: Path) -> None:

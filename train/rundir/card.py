@@ -16,6 +16,7 @@ from torch import Tensor
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.features.io.files import replacing
+from egopatch.features.state.header import HEADER
 from egopatch.train.rundir.checked_json import read_object, require_head_fields
 from egopatch.train.rundir.names import CARD, CONFIG, TEST, WEIGHTS
 from egopatch.train.rundir.results import START_AGAIN
@@ -166,16 +167,23 @@ def claim(folder: Path, config: Config) -> None:
     write_whole(folder / CONFIG, yaml.safe_dump(plain(config), sort_keys=False))
 
 
-def require_same_settings(folder: Path, config: Config) -> None:
+def require_same_settings(folder: Path, config: Config, option: str = "--run.dir") -> None:
     """Check that the folder's `config.yaml`, if there is one, has the same settings.
 
     An option that an earlier version did not know had the effect of its default.
 
+    Args:
+        folder: The run's folder.
+        config: The settings of the run.
+        option: What chooses another folder, for the message.
+
     Raises:
-        ConfigError: The folder holds a run with other settings, and the message names the differing options; or
-            results of a head that was trained elsewhere; or its `config.yaml` is damaged.
+        ConfigError: `folder` is a store; or it holds a run with other settings, and the message names the differing
+            options; or results of a head that was trained elsewhere; or its `config.yaml` is damaged.
     """
     path = folder / CONFIG
+    if (folder / HEADER).exists():
+        raise ConfigError(f"run.dir is {folder}, which is a store; expected a folder of its own for the run")
     try:
         existing = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (FileNotFoundError, NotADirectoryError):
@@ -203,7 +211,7 @@ def require_same_settings(folder: Path, config: Config) -> None:
     if different:
         raise ConfigError(
             f"run.dir {folder} holds a run with different settings ({'; '.join(different)}); use another "
-            "--run.dir or the original settings"
+            f"{option} or the original settings"
         )
 
 

@@ -99,7 +99,7 @@ def run_sweep(
     require_own_folders(runs)
     for _, run in runs:
         check_head(run.head)
-        run_folder.require_same_settings(run.run.dir, run)
+        run_folder.require_same_settings(run.run.dir, run, "--name")
     configs = [run for _, run in runs]
     before = sum(map(_finished, configs))
     label = f"sweep {name}"
