@@ -158,7 +158,7 @@ def rows_within(clip: Clip, index: FrameIndex) -> NDArray[np.int64]:
 def _stretch(clip: Clip) -> str:
     """The clip's stretch in words; without an end it goes to that of the file."""
     start = 0.0 if clip.start_s is None else clip.start_s
-    return f"[{start}, end)" if clip.end_s is None else f"[{start}, {clip.end_s}) s"
+    return f"all from {start} s on" if clip.end_s is None else f"[{start}, {clip.end_s}) s"
 
 
 def positions(clip: Clip, index: FrameIndex, rows: NDArray[np.int64], video: VideoConfig) -> NDArray[np.int64]:
