@@ -288,7 +288,10 @@ class HeadConfig:
     def __post_init__(self) -> None:
         _refuse_null(self)
         _require(0 < self.ratio <= 1, "head.ratio", self.ratio, "a share in (0, 1]")
+        _require(len(self.scores) > 0, "head.scores", self.scores, "a score at least, or `all` to keep every patch")
         _require(len(self.scores) == 1 or "all" not in self.scores, "head.scores", self.scores, "`all` alone")
+        for name, values in (("head.scores", self.scores), ("head.levels", self.levels)):
+            _require(len(set(values)) == len(values), name, values, "each once")
         _require(self.frames is None or self.frames >= 1, "head.frames", self.frames, "null or at least 1")
         _require(self.heads >= 1, "head.heads", self.heads, "at least 1")
         fits = self.width >= 1 and self.width % self.heads == 0

@@ -56,6 +56,8 @@ def test_file_then_overrides(tmp_path: Path) -> None:
         (["--head.ratoi", "0.5"], "did you mean head.ratio?"),
         (["--train.epoch", "3"], "did you mean train.epochs?"),
         (["--head.ratio", "1.5"], "head.ratio is 1.5; expected a share in (0, 1]"),
+        (["--head.scores", "[]"], "head.scores is (); expected a score at least, or `all` to keep every patch"),
+        (["--head.levels", "[patch, patch]"], "head.levels is ('patch', 'patch'); expected each once"),
         (["--head.width", "0"], "head.width is 0; expected a positive multiple of head.heads, 4"),
         (["--head.width", "-4"], "head.width is -4; expected a positive multiple of head.heads, 4"),
         (["--train.seed", "-1"], "train.seed is -1; expected a number from 0 to 2**63 - 1"),

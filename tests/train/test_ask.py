@@ -14,6 +14,7 @@ from egopatch.configs.schema import Config, ConfigError
 from egopatch.features import Fingerprint, FingerprintMismatch, open_store
 from egopatch.train import predict
 from egopatch.train.__main__ import main
+from egopatch.train.asking import ask as asking
 from egopatch.train.asking.ask import ask_clips
 from egopatch.train.asking.choose import best_run
 from egopatch.train.fitting.experiment import open_experiment
@@ -221,6 +222,18 @@ def test_heads_that_cannot_be_asked(tiny: Config) -> None:
     blank = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=config.run.dir / "none"))
     with pytest.raises(ValueError, match=r"expected the run\.dir of a trained head"):
         ask(blank, "clip|P0|0|1", "what?")
+
+
+def test_a_head_that_chooses_among_options_is_refused_before_a_video_is_encoded(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = with_run(tiny, "choice", train_epochs=1)
+    fit(config, "x")
+    card = Card.read(config.run.dir)
+    dataclasses.replace(card, answers=card.answers[:0]).write(config.run.dir)
+    monkeypatch.setattr(asking, "encode_video", lambda *_: pytest.fail("encoded for nothing"))
+    with pytest.raises(ConfigError, match="whose head chooses among options; expected one trained on answers"):
+        asking.ask_video(config, tmp_path / "a.mp4", "what?", None, tmp_path, 5)
 
 
 def test_kept_patches_are_outlined_and_the_others_dimmed() -> None:

@@ -10,6 +10,7 @@ from egopatch.configs.schema import Config
 from egopatch.features import open_store
 from egopatch.train.asking.videos import encode_video
 from egopatch.train.fitting.predict import Prediction, predict_clips
+from egopatch.train.fitting.trained import require_answers
 from egopatch.train.report.table import is_standin, is_synthetic
 from egopatch.train.rundir.card import Card
 
@@ -77,6 +78,7 @@ def ask_video(experiment: Config, video: Path, question: str, clip_s: float | No
         RunError, ConfigError, FingerprintMismatch: As `predict_clips`.
     """
     card = Card.read(experiment.run.dir)
+    require_answers(experiment.run.dir, card)  # before a video is encoded for nothing
     encoded = encode_video(video, experiment, card, clip_s, cache)
     predictions = _ranked(predict_clips(encoded.config, list(encoded.clips), question, answers))
     starts = {name: clip.start_s or 0.0 for name, clip in encoded.clips.items()}

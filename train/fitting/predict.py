@@ -16,7 +16,7 @@ from egopatch.features.values.location import parse_location
 from egopatch.train.data.batch import Batch
 from egopatch.train.data.question_table import FORMS, NO_CLASS
 from egopatch.train.fitting.experiment import caller_state_kept, open_features, pick_device, sizes_of
-from egopatch.train.fitting.trained import open_head, require_video, trained_config
+from egopatch.train.fitting.trained import open_head, require_answers, require_video, trained_config
 from egopatch.train.heads import PSA, unwrapped
 from egopatch.train.rundir.card import Card
 from egopatch.train.rundir.names import CONFIG
@@ -67,8 +67,7 @@ def predict_clips(config: Config, clip_ids: Sequence[str], question: str, answer
     folder, device = config.run.dir, pick_device(config.train.device)
     card = Card.read(folder)
     require_video(folder, card)
-    if set(card.answers) <= set(UNKNOWN_ANSWERS):
-        raise ConfigError(f"run.dir is {folder}, whose head chooses among options; expected one trained on answers")
+    require_answers(folder, card)
     config = trained_config(config, card)
     store = open_features(config, "patches", card.fingerprint)
     known = set(store.clip_ids)

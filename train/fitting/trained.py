@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from egopatch.configs.schema import Config, ConfigError, HeadConfig
+from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
 from egopatch.train.heads import Sizes, build_head, reads_video
 from egopatch.train.processes.distributed import ALONE, Distributed
 from egopatch.train.rundir.card import Card, RunError, load_weights
@@ -43,6 +44,16 @@ def require_video(folder: Path, card: Card) -> None:
     """
     if not reads_video(card.model):
         raise ConfigError(f"run.dir is {folder}, which holds a {card.model} head; expected one that reads video")
+
+
+def require_answers(folder: Path, card: Card) -> None:
+    """Refuse a head that chooses among a question's own options; arguments as for `require_video`.
+
+    Raises:
+        ConfigError: It does.
+    """
+    if set(card.answers) <= set(UNKNOWN_ANSWERS):
+        raise ConfigError(f"run.dir is {folder}, whose head chooses among options; expected one trained on answers")
 
 
 def open_head(
