@@ -283,7 +283,7 @@ def test_a_device_that_heads_cannot_use_is_a_wrong_config(device: str) -> None:
         pick_device(device)
 
 
-@pytest.mark.parametrize("content", [b"head: [", b"\xff\xfe", b"- head\n", b"head: psa\n"])
+@pytest.mark.parametrize("content", [b"", b"head: [", b"\xff\xfe", b"- head\n", b"head: psa\n"])
 def test_a_damaged_config_of_a_run_is_one_line(tiny: Config, content: bytes) -> None:
     tiny.run.dir.mkdir(parents=True)
     (tiny.run.dir / "config.yaml").write_bytes(content)

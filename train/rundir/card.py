@@ -185,7 +185,7 @@ def require_same_settings(folder: Path, config: Config, option: str = "--run.dir
     if (folder / HEADER).exists():
         raise ConfigError(f"run.dir is {folder}, which is a store; expected a folder of its own for the run")
     try:
-        existing = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        existing = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         if is_finished(folder) and not (folder / WEIGHTS).exists():
             raise ConfigError(
