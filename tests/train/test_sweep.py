@@ -164,6 +164,7 @@ def test_grid_file_varies_any_field_of_the_head(tiny: Config, tmp_path: Path) ->
     [
         ("head.name: [psa]", "head.name cannot vary in a sweep"),
         ("store.path: [a, b]", "store.path cannot vary in a sweep; expected one of head.ratio"),
+        ("head.levles: [a]", "head.levles cannot vary in a sweep; did you mean head.levels?"),
         ("head.ratio: 0.5", r"expected lines such as head.dropout: \[0.0, 0.1\]"),
         ("{", "expected a YAML file"),
         ("head.ratio: [0.5]\nhead.ratio: [1.0]", "line 2: key 'head.ratio' is used twice"),

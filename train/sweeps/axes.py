@@ -1,5 +1,6 @@
 """What varies in a sweep: options with their values, and the config of each combination."""
 
+import difflib
 import itertools
 import json
 import re
@@ -52,7 +53,9 @@ def read_axes(
     allowed = [o for o in option_names() if o.split(".")[0] in ("head", "train") and o not in SHARED]
     for option in axes:
         if option not in allowed and not option.startswith(HEAD_OPTIONS):
-            raise ConfigError(f"{option} cannot vary in a sweep; expected one of {', '.join(allowed)}")
+            close = difflib.get_close_matches(option, allowed, 1)
+            expected = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(allowed)}"
+            raise ConfigError(f"{option} cannot vary in a sweep; {expected}")
     if not axes:
         raise ConfigError("nothing varies; give --ratios 0.1 0.25 1.0, --seeds 0 1 2 or --grid FILE")
     return axes
