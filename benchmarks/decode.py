@@ -69,7 +69,7 @@ def everything(path: Path) -> list[np.ndarray]:
     try:
         with container.open_video(path) as file:
             file.index = dataclasses.replace(file.index, disposable=None)
-            return list(frames._read(Clip("clip", path), VideoConfig(), file).frames)
+            return list(frames._read(Clip("clip", path), VideoConfig(), file, as_planes=False).frames)
     finally:
         container.KEPT_BYTES = kept
 

@@ -323,15 +323,18 @@ def _is_sound(record: Record | None) -> bool:
 
 
 def _completed(row_ids: Sequence[str | None], ledger: Ledger) -> tuple[list[str | None], tuple[str, ...]]:
-    """Row -> id, with the ledger's id wherever the journal of ids disagrees; also returns those ids."""
-    completed = list(row_ids)
-    disputed = []
-    for name, commit in ledger.clips.items():
-        row = commit.clip(name).row
-        completed += [None] * (row + 1 - len(completed))
+    """Row -> id, with the ledger's id wherever the journal of ids disagrees; also returns those ids.
+
+    A line that is lost from the journal moves all ids after it, so that committed ones stand in other rows, too.
+    """
+    rows = {name: commit.clip(name).row for name, commit in ledger.clips.items()}
+    completed = [None if name is None or rows.get(name, row) != row else name for row, name in enumerate(row_ids)]
+    completed += [None] * (max(rows.values(), default=-1) + 1 - len(completed))
+    disputed = dict.fromkeys(name for row, name in enumerate(row_ids) if name is not None and completed[row] is None)
+    for name, row in rows.items():
         if completed[row] != name:
             completed[row] = name
-            disputed.append(name)
+            disputed[name] = None
     return completed, tuple(disputed)
 
 

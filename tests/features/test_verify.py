@@ -236,6 +236,28 @@ def test_ids_lost_after_all_their_clips_were_dropped(tmp_path: Path, format: str
     assert verify(root).ok
 
 
+def test_ids_after_a_damaged_line_keep_the_rows_that_their_clips_have(tmp_path: Path, format: str) -> None:
+    """Without the line they would stand in two rows: the one that is committed, and one before it."""
+    root = tmp_path / "store"
+    create_store(root, SPEC, FINGERPRINT, IDS[:2], format)
+    store = create_store(root, SPEC, FINGERPRINT, IDS, format)
+    committed = IDS[4:8]
+    store.write_shard(1, {name: clip(1) for name in committed}, dict.fromkeys(committed, "x"))
+    lines = (root / "ids.jsonl").read_bytes().splitlines(keepends=True)
+    first = next(number for number, line in enumerate(lines) if b'"kind":"grow"' in line)
+    lines[first] = lines[first].replace(IDS[0].encode(), IDS[0].encode()[::-1])
+    (root / "ids.jsonl").write_bytes(b"".join(lines))
+    report = repair(root).before
+    assert not report.ok
+    planned = open_store(root).planned_ids
+    assert len(planned) == len(set(planned))
+    fill(create_store(root, SPEC, FINGERPRINT, IDS, format))
+    store = open_store(root)
+    assert sorted(store.clip_ids) == sorted(IDS)
+    assert torch.equal(store.read(committed).patches, torch.stack([clip(1)["patches"].half()] * 4))
+    assert verify(root).ok
+
+
 def test_a_shard_written_anew_with_fewer_clips(tmp_path: Path, format: str) -> None:
     root = tmp_path / "store"
     store = create_store(root, SPEC, FINGERPRINT, IDS[:3], format)
