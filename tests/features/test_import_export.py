@@ -1,10 +1,7 @@
-"""Features in files of other programs: out and in again without a bit lost, and files that cannot be used."""
+"""Features in files of other programs: out and in again without a bit lost."""
 
 import json
-import os
-import resource
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -12,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from egopatch.features import Fingerprint, Store, StoreError, StoreSpec, create_store, open_store
+from egopatch.features import StoreError, StoreSpec, create_store, open_store
 from egopatch.features.__main__ import main
 from egopatch.features.state.origin import Origin
 from egopatch.features.tools import feature_files
 from egopatch.features.tools.export import export
-from egopatch.features.tools.feature_files import WRITERS, find_clips, write_lmdb
+from egopatch.features.tools.feature_files import WRITERS, find_clips
 from egopatch.features.tools.importing import import_features
 from egopatch.features.tools.verify import verify
 from tests.extract.job import contents
@@ -150,18 +147,6 @@ def test_a_webdataset_of_a_folder(folder: str, tmp_path: Path) -> None:
     assert store.clip_ids == (("a", "b") if folder == "." else ("train.v1/a", "train.v1/b"))
 
 
-def test_an_lmdb_with_keys_that_are_no_text_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    place = _empty_lmdb(tmp_path)
-    with feature_files._lmdb().open(str(place)) as env, env.begin(write=True) as transaction:
-        transaction.put(b"\xff", b"")
-    assert "lmdb cannot be read ('utf-8' codec can't decode" in _refusal("import", place, tmp_path / "store", capsys)
-
-
-def test_a_clip_that_lmdb_refuses_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=f"lmdb cannot store clip '{'a' * 600}' .*; use another --to"):
-        write_lmdb(tmp_path, [("a" * 600, {"patches": torch.ones(1, 1, 1)})])
-
-
 def test_the_copy_of_the_current_folder_is_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import_features(write(tmp_path / "files"), tmp_path / "store")
     monkeypatch.chdir(tmp_path / "store")
@@ -177,88 +162,6 @@ def test_one_hdf5_file_with_a_dataset_a_clip(tmp_path: Path) -> None:
     assert store.read(NAMES[1:]).patches[:, 0, 0, 0].tolist() == list(range(len(NAMES) - 1))
 
 
-Spoil = Callable[[Path], None]
-
-
-def _save(path: Path, value: object) -> None:
-    path.unlink()
-    np.save(path, value, allow_pickle=True)  # type: ignore[arg-type]
-
-
-def _hdf5(path: Path) -> None:
-    path.unlink()
-    with h5py.File(path.with_suffix(".h5"), "w") as file:
-        file.create_dataset("patches", (2, 4, 8), "f4", chunks=True)
-
-
-def _damaged_hdf5(path: Path) -> None:
-    _hdf5(path)
-    file = path.with_suffix(".h5")
-    file.write_bytes(file.read_bytes().replace(b"TREE", b"BUSH"))
-
-
-def _pickle(path: Path) -> None:
-    path.unlink()
-    torch.save({"patches": Path("x")}, path.with_suffix(".pt"))
-
-
-def _torch(path: Path, tensor: torch.Tensor) -> None:
-    path.unlink()
-    torch.save(tensor, path.with_suffix(".pt"))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "why"),
-    [
-        (lambda path: path.write_bytes(b""), "the file is empty"),
-        (lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "a pointer of Git LFS"),
-        (lambda path: path.write_bytes(path.read_bytes()[:200]), "not an array of numbers"),
-        (lambda path: _save(path, np.array([{"lazy": 1}], dtype=object)), "not an array of numbers .*allow_pickle"),
-        (lambda path: _save(path, np.array(["text"])), "has dtype <U4; expected numbers"),
-        (lambda path: _save(path, np.zeros((0, 4, 8), np.float32)), "have shape .0, 4, 8., without a value"),
-        (lambda path: _save(path, np.full((2, 4, 8), np.nan)), "hold NaN or infinity"),
-        (lambda path: _save(path, np.full((2, 4, 8), 1e6)), "exceed the range of float16; use another --dtype"),
-        (
-            lambda path: _save(path, np.ones((3, 4, 8))),
-            "patches has shape .3, 4, 8.; expected .2, 4, 8. as in most clips",
-        ),
-        (lambda path: _save(path, np.ones((1, 2, 3, 4, 5))), r"expected \[T, N, D\]"),
-        (lambda path: path.write_bytes(path.read_bytes().replace(b"), }", b"), (")), "not an array of numbers"),
-        (_hdf5, "dataset 'patches' was created but never written"),
-        (_damaged_hdf5, "a damaged HDF5 file .*wrong B-tree signature"),
-        (_pickle, "not a file of plain tensors"),
-        (lambda path: _torch(path, torch.ones(2, 4, 8).to_sparse()), "patches is a sparse, .* expected a dense one"),
-        (lambda path: _torch(path, torch.ones(2, 4, 8, device="meta")), "empty tensor; expected a dense one"),
-        (lambda path: _torch(path, torch.ones(2, 4, 8) * 1j), "patches has dtype complex64; expected real numbers"),
-    ],
-)
-def test_a_file_that_cannot_be_used(spoil: Spoil, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = write(tmp_path / "files")
-    spoil(files / f"{NAMES[2]}.npy")
-    with pytest.raises(StoreError, match=why):
-        import_features(files, tmp_path / "store")
-    assert main(["import", str(files), "--to", str(tmp_path / "store")]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith(f"features: {files}: '{NAMES[2]}': ")
-    assert said.endswith(": nothing was imported\n")
-    assert said.count("\n") == 1
-    assert not (tmp_path / "store").exists()
-
-
-@pytest.mark.parametrize("name", ["all.h5", "0.tar", "data.mdb"])
-@pytest.mark.parametrize("command", ["import", "compare"])
-def test_a_damaged_file_of_many_clips_is_named(
-    command: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "files"
-    folder.mkdir()
-    (folder / name).write_text("not what the name says")
-    place = folder / name if name == "all.h5" else folder
-    said = _refusal(command, place, tmp_path / "store", capsys)
-    assert said.startswith(f"features: {folder if name == 'data.mdb' else folder / name} cannot be read (")
-    assert said.endswith("); copy or export it again\n")
-
-
 def test_8_bit_floats_and_parameters_are_taken(tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
     patches = torch.linspace(-2, 2, 64).view(2, 4, 8).to(torch.float8_e4m3fn)
@@ -269,127 +172,12 @@ def test_8_bit_floats_and_parameters_are_taken(tmp_path: Path) -> None:
     assert torch.equal(*read)
 
 
-def test_a_name_that_no_id_can_have_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = write(tmp_path / "files")
-    (files / f"{NAMES[1]}.npy").rename(files / os.fsdecode(b"\xff.npy"))
-    assert "is not valid Unicode; expected text that UTF-8" in _refusal("import", files, tmp_path / "store", capsys)
-
-
-@pytest.mark.parametrize("command", ["import", "compare"])
-def test_an_lmdb_that_was_cut_short_is_named(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    place = _empty_lmdb(tmp_path)
-    write_lmdb(place, [(name, {"patches": torch.ones(1, 4, 4096)}) for name in NAMES])
-    content = (place / "data.mdb").read_bytes()
-    (place / "data.mdb").write_bytes(content[: len(content) // 2])
-    said = _refusal(command, place, tmp_path / "store", capsys)
-    assert said.startswith(f"features: {place} cannot be read (reading it ends in SIG")
-    assert said.endswith(": it is cut short or damaged); copy or export it again\n")
-
-
-def test_an_lmdb_with_a_damaged_key_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    place = _empty_lmdb(tmp_path)
-    write_lmdb(place, [("the clip", {"patches": torch.ones(1, 1, 1)})])
-    content = (place / "data.mdb").read_bytes()
-    (place / "data.mdb").write_bytes(content.replace(b"\x08\0the clip", b"\0\0the clip"))  # its length
-    said = _refusal("import", place, tmp_path / "store", capsys)
-    assert said.startswith(f"features: {place} cannot be read (lmdb.BadValsizeError: ")
-
-
-def _refusal(command: str, place: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """The line with which `features import` or `features compare` refuses a place."""
-    other = ["--to", str(store)] if command == "import" else [str(place)]
-    assert main([command, str(place), *other]) == 1
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    return said
-
-
-def _empty_file(root: Path) -> Path:
-    h5py.File(root / "all.h5", "w").close()
-    return root / "all.h5"
-
-
-def _empty_tar(root: Path) -> Path:
-    (root / "tars").mkdir()
-    tarfile.open(root / "tars" / "0.tar", "w").close()
-    return root / "tars"
-
-
-def _empty_lmdb(root: Path) -> Path:
-    (root / "lmdb").mkdir()
-    write_lmdb(root / "lmdb", [])
-    return root / "lmdb"
-
-
-@pytest.mark.parametrize("make", [_empty_file, _empty_tar, _empty_lmdb])
-@pytest.mark.parametrize("command", ["import", "compare"])
-def test_a_file_without_clips_is_named(
-    command: str, make: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    place = make(tmp_path)
-    said = _refusal(command, place, tmp_path / "store", capsys)
-    assert said.startswith(f"features: {place} holds no clip; expected one ")
-    assert said.endswith(": export the features again\n")
-
-
 def test_each_clip_is_read_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read, reads, ticks = feature_files._read_file, list[str](), list[tuple[int, int]]()
     monkeypatch.setattr(feature_files, "_read_file", lambda file: reads.append(file.name) or read(file))  # type: ignore[func-returns-value]
     import_features(write(tmp_path / "files"), tmp_path / "store", on_clips=lambda *done: ticks.append(done))
     assert len(reads) == 2 * len(NAMES)
     assert ticks == [(number, 2 * len(NAMES)) for number in range(1, 2 * len(NAMES) + 1)]
-
-
-def test_an_export_into_the_store_is_refused(tmp_path: Path) -> None:
-    store = import_features(write(tmp_path / "files"), tmp_path / "store")
-    with pytest.raises(StoreError, match=r"--out is '.*/store/npy', inside the store '.*/store'; expected another"):
-        export(store.path, tmp_path / "store" / "npy", "npy")
-
-
-def test_many_faults_are_counted(tmp_path: Path) -> None:
-    files = write(tmp_path / "files", names=tuple(f"c{n:02d}" for n in range(30)))
-    for number in range(14):
-        (files / f"c{number:02d}.npy").write_bytes(b"")
-    with pytest.raises(StoreError, match="'c09': the file is empty; and 4 more: nothing was imported"):
-        import_features(files, tmp_path / "store")
-
-
-@pytest.mark.parametrize(
-    ("args", "code", "why"),
-    [
-        (
-            ["import", "{files}", "--to", "{root}/store", "--grid", "3x3"],
-            1,
-            "has 4 patches a frame; --grid 3x3 expects 9",
-        ),
-        (["import", "{root}/none", "--to", "{root}/store"], 2, "which does not exist; expected a store or features"),
-        (
-            ["export", "{root}/files", "--to", "npy", "--out", "{root}/files"],
-            1,
-            "which exists; expected a folder that is",
-        ),
-        (["export", "{root}/none", "--to", "npy"], 2, "expected the folder of a store"),
-        (["info", "a" * 5000], 1, "File name too long"),
-        (["import", "{files}", "--to", "{files}/store"], 1, "/files'; expected another folder"),
-        (["import", "s3://bucket/files", "--to", "{root}/store"], 2, "expected a folder or an HDF5 file on this"),
-    ],
-)
-def test_wrong_usage_is_one_line(
-    args: list[str], code: int, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    files = write(tmp_path / "files")
-    assert main([arg.format(files=files, root=tmp_path) for arg in args]) == code
-    said = capsys.readouterr().err
-    assert why in said
-    assert said.count("\n") == 1
-
-
-def test_a_folder_of_videos_that_cannot_be_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(["verify", str(tmp_path), "--sources", "a" * 5000])
-    said = capsys.readouterr().err
-    assert "is not a folder; expected the folder of the videos, data.root" in said
-    assert said.count("\n") == 1
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -400,43 +188,3 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert json.loads(capsys.readouterr().out) == {"out": str(tmp_path / "store_pt"), "clips": 6}
     assert len(list(find_clips(tmp_path / "store_pt"))) == 6
     assert main(["import", str(files), "--to", str(tmp_path / "store"), "--shard", "4"]) == 0  # again, all is done
-
-
-def test_an_interrupted_export_leaves_nothing_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = import_features(write(tmp_path / "files"), tmp_path / "store")
-    read = Store.read_arrays
-
-    def dies(self: Store, ids: list[str], *args: object, **options: object) -> object:
-        if NAMES[4] in ids:
-            raise KeyboardInterrupt
-        return read(self, ids, *args, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Store, "read_arrays", dies)
-    (tmp_path / "out.part").mkdir()  # the user's
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(KeyboardInterrupt):
-        export(store.path, tmp_path / "out", "npy")
-    assert sorted(tmp_path.iterdir()) == before
-    monkeypatch.undo()
-    assert export(store.path, tmp_path / "out", "npy") == 6
-    assert len(list((tmp_path / "out").iterdir())) == 6
-    assert Fingerprint(dict(open_store(store.path).fingerprint.fields)) == store.fingerprint
-
-
-@pytest.mark.parametrize("kind", WRITERS)
-def test_an_export_onto_a_full_disk_is_one_line(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    store = import_features(write(tmp_path / "files"), tmp_path / "store")
-    monkeypatch.setattr(feature_files, "free_bytes", lambda path: 0)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    try:
-        code = main(["export", str(store.path), "--to", kind, "--out", str(tmp_path / "out")])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    (line,) = capsys.readouterr().err.splitlines()
-    assert code == 1
-    assert line.startswith(f"features: no space left while exporting to {tmp_path / 'out'} (")
-    assert line.endswith("); nothing is kept: free some space and run the same command again")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["files", "store"]
