@@ -31,6 +31,7 @@ from egopatch.extract.feed.clips import PreparedClip, PreparedTogether, SharedCl
 from egopatch.extract.feed.shared_folder import SharedFolder
 from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.index import VideoError
+from egopatch.features.common.os_errors import NO_SPACE
 
 NICENESS = 5
 # Each task costs this process about a millisecond on a node with a GPU, as long as the GPU takes to encode a clip. So
@@ -226,7 +227,9 @@ def _attempt(
             if slot is not None and isinstance(result, PreparedTogether):
                 return SharedTogether.write(result, inherited().memory(slot))
             return result
-    except BaseException as error:  # this clip's, whatever it is
+    except BaseException as error:  # this clip's, as a rule
+        if isinstance(error, OSError) and error.errno in NO_SPACE:  # the next clips have no room either
+            raise
         return UndecodedClip(clip, _reason(error, clip, video), traceback.format_exc())
 
 

@@ -94,7 +94,7 @@ def _renamed(temporary: Path, path: Path) -> Iterator[Path]:
     except OSError as error:
         # An open file that cannot grow has no name in its error, and the temporary one says nothing to the user.
         if error.filename == str(temporary) or (error.filename is None and error.errno in NO_SPACE):
-            error.filename = str(path)
+            raise OSError(error.errno, error.strerror, str(path)) from error  # FFmpeg's errors cannot be renamed
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -50,13 +51,13 @@ def test_replacing_keeps_the_old_file_if_writing_fails(tmp_path: Path) -> None:
 def test_an_error_of_writing_names_the_file_and_not_the_temporary_one(tmp_path: Path) -> None:
     path = tmp_path / "file"
 
-    def fail(with_name: bool) -> None:
+    def fail(kind: type[OSError], with_name: bool) -> None:
         with replacing(path) as new:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *([str(new)] if with_name else []))
+            raise kind(errno.ENOSPC, os.strerror(errno.ENOSPC), *([str(new)] if with_name else []))
 
-    for with_name in (True, False):
+    for kind, with_name in ((OSError, True), (OSError, False), (av.error.OSError, True)):
         with pytest.raises(OSError, match="No space left") as caught:
-            fail(with_name)
+            fail(kind, with_name)
         assert caught.value.filename == str(path)
 
 

@@ -201,6 +201,19 @@ def test_a_child_that(reasons: dict[Callable[[], None], str], tmp_path: Path) ->
         assert bad.traceback.startswith("Traceback") or reasons is KILLED  # a killed child has none to give
 
 
+def find_the_disk_full(clip: Clip, *_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{clip.clip_id}.mp4")
+
+
+def test_a_full_disk_is_no_fault_of_a_clip() -> None:
+    """The clips after it, which may take hours to decode, would have no room either."""
+    with (
+        DecodePool(VideoConfig(), 1, prepare=find_the_disk_full) as pool,
+        pytest.raises(OSError, match=r"No space left on device: 'a\.mp4'"),
+    ):
+        next(pool.map([Clip("a", Path("a.mp4"))]))
+
+
 def test_an_interrupt_while_children_start_stops_them(monkeypatch: pytest.MonkeyPatch) -> None:
     class Interrupted(ProcessPool):
         @property
