@@ -73,8 +73,6 @@ class ConfigParser(jsonargparse.ArgumentParser):
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         """The command's own options, and the names of an experiment's by section; all 300 lines are `full_help`."""
         own = [action for action in self._actions if action.dest.partition(".")[0] not in _sections()]
-        if len(own) == len(self._actions):
-            return self.full_help()
         takes_config = "--config" in self._option_string_actions
         if not takes_config:
             dests = [action.dest for action in self._actions]
@@ -84,10 +82,7 @@ class ConfigParser(jsonargparse.ArgumentParser):
         usage = self.usage or ("--config FILE [options]" if takes_config else "[options]")
         lines = [f"usage: {self.prog} {usage}", "", str(self.description), ""]
         for action in shown:
-            name = ", ".join(action.option_strings) or str(action.metavar or action.dest)
-            if action.option_strings and action.nargs != 0:
-                name += f" {action.metavar or action.dest.rpartition('.')[2].upper()}"
-            lines += _item(name, " ".join((action.help or "").split()))
+            lines += _item(_usage_of(action), _help_of(action))
         if self.epilog:
             lines += ["", *textwrap.wrap(self.epilog, 100)]
         if not takes_config:
@@ -157,6 +152,26 @@ class _FullHelp(argparse.Action):
         assert isinstance(parser, ConfigParser)
         print(parser.full_help(), end="")
         parser.exit()
+
+
+def _usage_of(action: argparse.Action) -> str:
+    """An argument as one types it, with a word for its value."""
+    value = str(action.metavar or _choices(action) or action.dest.rpartition(".")[2].upper())
+    if not action.option_strings:
+        return value
+    return ", ".join(action.option_strings) + (f" {value}" if action.nargs != 0 else "")
+
+
+def _choices(action: argparse.Action) -> str:
+    return f"{{{','.join(map(str, action.choices))}}}" if action.choices else ""
+
+
+def _help_of(action: argparse.Action) -> str:
+    """What an argument means, and its default where it is a number or a text that the help does not mention."""
+    text = " ".join((action.help or "").split())
+    if isinstance(action.default, bool) or not isinstance(action.default, int | float | str) or "default" in text:
+        return text
+    return text if action.default == argparse.SUPPRESS else f"{text.removesuffix('.')} (default: {action.default})"
 
 
 def _item(name: str, text: str) -> list[str]:

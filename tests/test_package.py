@@ -258,6 +258,12 @@ def test_every_help_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
             "--text ",
             "--questions, --predictions",
         ),
+        (
+            "extract synth",
+            "--out FOLDER [options]",
+            "--clips CLIPS         number of clips, two seconds each (default",
+            "--out",
+        ),
     ],
 )
 def test_a_command_without_config_shows_what_it_takes(

@@ -12,6 +12,7 @@ from egopatch.features.common.units import format_bytes
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Transcode; returns 1 if clips have no copy."""
+    parser.usage = "--config FILE --out DIR [options]"
     parser.add_argument(
         "--out", type=local_path, required=True, metavar="DIR", help="folder for copies and annotations"
     )

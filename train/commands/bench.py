@@ -18,7 +18,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     names = sorted(path.stem for path in BENCHMARKS.glob("*.py") if not path.stem.startswith("_"))
     if not names:
         raise ConfigError("benchmarks are not part of the installed package; run this command in a checkout")
-    parser.usage = "train bench [--json] NAME [options of the benchmark]"
+    parser.usage = "[--json] NAME [options of the benchmark]"
     parser.epilog = f"NAME is one of {', '.join(names)}; what stands after it are options of the script"
     parser.add_argument("--json", action="store_true", help="print JSON; what the script prints goes to standard error")
     as_json = args[:1] == ["--json"]

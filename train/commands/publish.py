@@ -8,6 +8,7 @@ from egopatch.features.common.command_line import local_path, messages_apart, pr
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Write the folder and print what to look at before uploading it; nothing is sent anywhere."""
+    parser.usage = "--config FILE --to FOLDER [options]"
     parser.add_argument(
         "--to", type=local_path, required=True, metavar="FOLDER", help="folder to write head/ and store/ to"
     )

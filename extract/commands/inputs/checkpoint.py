@@ -10,6 +10,7 @@ from egopatch.features.common.command_line import local_path, print_result
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Print what the file holds; returns 1 if tensors are missing."""
+    parser.usage = "{inspect,convert} FILE [options]"
     parser.add_argument("action", choices=["inspect", "convert"], help="identify the file, or write it as safetensors")
     parser.add_argument("file", type=Path, help="checkpoint file, in any format that `encoder.checkpoint` takes")
     parser.add_argument("--out", type=local_path, default=None, help="safetensors file that convert writes")

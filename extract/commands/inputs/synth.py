@@ -10,7 +10,10 @@ from egopatch.features.common.progress import ProgressDisplay
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Render the set; returns 0."""
-    parser.add_argument("--out", type=local_path, required=True, help="folder to write, in EgoTaskQA's layout")
+    parser.usage = "--out FOLDER [options]"
+    parser.add_argument(
+        "--out", type=local_path, required=True, metavar="FOLDER", help="folder to write, in EgoTaskQA's layout"
+    )
     parser.add_argument("--clips", type=int, default=1000, help="number of clips, two seconds each")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn")
     parser.add_argument(

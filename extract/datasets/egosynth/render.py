@@ -28,6 +28,7 @@ from egopatch.extract.datasets.egosynth.splits import multiple_choice, split_dir
 from egopatch.extract.datasets.egotaskqa import ANNOTATION_FOLDERS, ANSWER_SET, FILE_NAMES, VIDEO_FOLDER
 from egopatch.extract.datasets.records import PARTS, Part, answer_vocabulary
 from egopatch.features.common.signals import children_without_interrupts, start_trackers
+from egopatch.features.io.files import write_file
 
 FPS = 12
 SECONDS = 2
@@ -197,4 +198,4 @@ def _events(scene: Scene) -> Record:
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_file(path, text.encode())
