@@ -181,7 +181,7 @@ class Storage(ReadableFiles, Protocol):
 
         Raises:
             DamagedStore: Reading back gives other bytes than were written.
-            WriteConflict: Another writer has removed the staged files, because it took this one for dead.
+            WriteConflict: Another writer has removed the staged or published files, because it took this one for dead.
         """
 
     def shard_files(self, shard: int, write_id: str) -> ReadableFiles:

@@ -26,7 +26,7 @@ from egopatch.features.io.bucket import Bucket
 from egopatch.features.io.fields import FileSum, FileSums, Record
 from egopatch.features.io.files import crc32c
 from egopatch.features.storage.object_journal import ObjectJournal
-from egopatch.features.values.errors import DamagedStore, StoreError, WriteConflict
+from egopatch.features.values.errors import DamagedStore, StoreError, WriteConflict, write_conflict
 from egopatch.features.values.location import ObjectUrl
 
 Entry = TypeVar("Entry")
@@ -173,7 +173,11 @@ class ObjectStorage(ObjectFiles):
         for name, path in staged.items():
             self._bucket.upload(f"{self._prefix(shard, write_id)}{name}", path)
         for name, expected in sums.items():
-            if files.size_and_crc(name) != expected:
+            try:
+                found = files.size_and_crc(name)
+            except FileNotFoundError:
+                raise write_conflict(f"shard {shard} of {self.location}") from None
+            if found != expected:
                 raise DamagedStore(
                     f"{self.location}: {name} reads back differently from what was written; nothing was committed"
                 )

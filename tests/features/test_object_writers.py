@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -246,3 +247,20 @@ def test_two_processes_share_the_work_while_a_reader_reads(bucket: str) -> None:
     assert [child.returncode for child in children] == [0, 0]
     assert sum(wrote) == len(ids)  # nothing lost, nothing done twice
     assert verify(url).ok
+
+
+def test_an_upload_that_another_writer_clears_away_is_made_again(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
+    second, real, uploads = open_store(first.path), Bucket.upload, []
+
+    def upload(self: Bucket, key: str, path: Path) -> None:
+        real(self, key, path)
+        uploads.append(key)
+        if len(uploads) == len(SPEC.arrays):
+            second._writer.clear_leftovers(0)
+
+    monkeypatch.setattr(Bucket, "upload", upload)
+    first.write_shard(0, {name: clip(7) for name in IDS[:2]}, dict.fromkeys(IDS, "first"))
+    assert open_store(first.path).clip_ids == IDS[:2]
+    assert verify(first.path).ok
+    assert storage_at(first.path).write_ids(0) == {first.catalog.ledger.write_id(0)}
