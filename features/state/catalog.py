@@ -3,17 +3,18 @@
 import threading
 from collections.abc import Mapping, Sequence
 
+from egopatch.features.state.header import StoreHeader
 from egopatch.features.state.ids import RowPlan, ids_journal
 from egopatch.features.state.ledger import ClipRecord, Commit, Entry, Ledger, RowVersion, ledger_journal
 from egopatch.features.storage.interface import Storage
 from egopatch.features.storage.journal import Contents, Position, require_intact
 from egopatch.features.values.dtypes import spec_row_bytes
 from egopatch.features.values.errors import AbsentClip, DamagedStore
-from egopatch.features.values.spec import StoreSpec
 
 
-def commit_mismatch(commit: Commit, spec: StoreSpec) -> str | None:
-    """The reason why a commit cannot belong to a store of this spec, whatever its checksums; None where it can."""
+def commit_mismatch(commit: Commit, header: StoreHeader) -> str | None:
+    """The reason why a commit cannot belong to a store of this header, whatever its checksums; None where it can."""
+    spec = header.spec
     row_bytes = spec_row_bytes(spec)
     first = commit.shard * spec.shard
     for name, row in (commit.ids[0], commit.rows[0]), (commit.ids[-1], commit.rows[-1]):  # rows rise
@@ -23,6 +24,8 @@ def commit_mismatch(commit: Commit, spec: StoreSpec) -> str | None:
     fits = spec.codec != "none" or len(commit.ids) * row_bytes <= size
     if commit.row_bytes != row_bytes or not fits:
         return f"committed {len(commit.ids)} rows in {size} bytes, but store.json claims {row_bytes} bytes a row"
+    if commit.fingerprint != header.fingerprint.digest:
+        return "committed clips with another fingerprint than the store's"
     return None
 
 
@@ -43,13 +46,14 @@ class Catalog:
         DamagedStore: As in `refresh`.
     """
 
-    def __init__(self, storage: Storage, spec: StoreSpec) -> None:
+    def __init__(self, storage: Storage, header: StoreHeader) -> None:
         self.storage = storage
         self.root = storage.location
-        self.spec = spec
+        self.spec = header.spec
+        self._header = header
         self.rows: dict[str, int] = {}
         self.ledger = Ledger()
-        self.row_bytes = spec_row_bytes(spec)
+        self.row_bytes = spec_row_bytes(header.spec)
         self._plan = RowPlan()
         self._planned_to: Position | None = None
         self.position: Position | None = None
@@ -92,9 +96,9 @@ class Catalog:
             entry = line.entry
             if not isinstance(entry, Commit):
                 continue
-            if reason := commit_mismatch(entry, self.spec):
+            if reason := commit_mismatch(entry, self._header):
                 raise DamagedStore(
-                    f"{self.root}: ledger.jsonl line {line.number + 1} {reason}; the store's store.json has been "
+                    f"{self.root}: ledger.jsonl line {line.number + 1} {reason}; the store's store.json was lost or "
                     "replaced: restore the original"
                 )
             planned = tuple(map(self.rows.get, entry.ids))

@@ -153,7 +153,6 @@ class Ledger:
         write_ids: Shard -> id of the committed write, as in `Commit`.
         announced: Shard -> files that a writer was about to put in place; after a crash they may be in place, with the
             same committed rows.
-        fingerprints: Digests of the fingerprints that the clips were encoded with; an intact store has one.
         errors: Shard -> reconstruction error that quantisation caused, by array.
         replacing: Shards with removed rows whose new ones are not committed yet.
     """
@@ -163,7 +162,6 @@ class Ledger:
     files: dict[int, FileSums] = field(default_factory=dict)
     write_ids: dict[int, str] = field(default_factory=dict)
     announced: dict[int, list[FileSums]] = field(default_factory=dict)
-    fingerprints: set[str] = field(default_factory=set)
     errors: dict[int, Mapping[str, float]] = field(default_factory=dict)
     replacing: set[int] = field(default_factory=set)
 
@@ -232,7 +230,6 @@ class Ledger:
                 self.files[shard] = entry.files
                 self.write_ids[shard] = entry.write_id
                 self.errors[shard] = entry.errors
-                self.fingerprints.add(entry.fingerprint)
                 self.clips.update(dict.fromkeys(entry.ids, entry))
             case Drop():
                 for name in entry.ids:

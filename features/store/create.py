@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from egopatch.features.formats.interface import Format
 from egopatch.features.formats.registry import format_named
 from egopatch.features.io.files import write_errors_explained
+from egopatch.features.state.catalog import Catalog
 from egopatch.features.state.header import (
     HEADER,
     StoreHeader,
@@ -78,6 +79,7 @@ def _create_and_add_rows(
         if not storage.exists(HEADER):
             for journal in (ids_journal(storage), ledger_journal(storage), quarantine_journal(storage)):
                 journal.create()
+            Catalog(storage, requested)  # clips of a store that has lost its header are of the requested settings
         create_header(storage, header_record(requested))
         missing = _missing_rows(storage, requested, ids, option)
         if missing is not None:

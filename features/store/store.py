@@ -96,7 +96,7 @@ class Store:
         self.spec = header.spec
         self.fingerprint = header.fingerprint
         self.format = header.format
-        self.catalog = Catalog(storage, header.spec)
+        self.catalog = Catalog(storage, header)
         self._quarantine = Quarantine(storage)
         self._reader = RowReader(self.catalog, file_format)
         self._writer = ShardWriter(self.catalog, self._reader, file_format, header.fingerprint.digest)

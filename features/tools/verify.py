@@ -24,7 +24,7 @@ from egopatch.features.store.text_substore import TEXT_FOLDER, substores
 from egopatch.features.values.dtypes import row_bytes
 from egopatch.features.values.errors import DamagedStore, OtherVersion, StoreError
 from egopatch.features.values.location import Location, parse_location
-from egopatch.features.values.spec import Fingerprint, StoreSpec
+from egopatch.features.values.spec import StoreSpec
 
 
 @dataclass(frozen=True)
@@ -158,14 +158,12 @@ def audit_store(storage: Storage) -> Audit:
     row_ids, disputed = _completed(plan.row_ids, ledger)
     if disputed:
         faults.append(Fault(rows_journal.name, "disagrees with the ledger about the rows of clips", disputed))
-    if header is not None and ledger.fingerprints - {Fingerprint(header["fingerprint"]).digest}:
-        faults.append(Fault("ledger.jsonl", "holds clips with another fingerprint than the store's"))
     uncommitted = _uncommitted_with_files(storage, header, row_ids, ledger) if committed.faults else ()
     faults += [Fault(commits_journal.name, what, uncommitted) for what in committed.faults]
     if header is not None:
-        spec = parse_header(header).spec
+        parsed = parse_header(header)
         commits = [(line.number, line.entry) for line in committed.lines if isinstance(line.entry, Commit)]
-        mismatches = [(number, reason) for number, entry in commits if (reason := commit_mismatch(entry, spec))]
+        mismatches = [(number, reason) for number, entry in commits if (reason := commit_mismatch(entry, parsed))]
         faults += [Fault(commits_journal.name, f"line {number + 1} {reason}") for number, reason in mismatches]
     faults += [Fault(failures_journal.name, what) for what in failures_journal.read().faults]
     return Audit(storage, header, tuple(row_ids), ledger, tuple(faults), committed.position)

@@ -67,6 +67,10 @@ def _a_nested_fingerprint(header: dict) -> None:
     header["fingerprint"]["depth"] = [6]
 
 
+def _another_checkpoint(header: dict) -> None:
+    header["fingerprint"]["checkpoint"] = "sha256:2"
+
+
 def _a_negative_side(header: dict) -> None:
     header["spec"]["arrays"][0]["shape"] = [-1, 2, 8]
 
@@ -86,6 +90,7 @@ def _a_negative_side(header: dict) -> None:
         (_no_version, "does not describe a store .'version' is missing"),
         (_a_nested_fingerprint, "'fingerprint' has 'depth' of list; expected a single value"),
         (_another_format, "format 'pickle' is unknown"),
+        (_another_checkpoint, "ledger.jsonl line 2 committed clips with another fingerprint than the store's"),
         (_a_negative_side, r"does not describe a store .*expected positive sides"),
     ],
 )

@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -284,3 +285,17 @@ def test_nothing_is_left_behind(make_local: Make) -> None:
     assert list((store.path / "staging").iterdir()) == []
     assert [path.name for path in (store.path / "leases").iterdir()] == ["lock"]
     assert not list(store.path.rglob("*.tmp"))
+
+
+def test_a_lost_header_is_written_again_for_the_same_settings_alone(tmp_path: Path, format: str) -> None:
+    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS, format)
+    fill(store)
+    header = tmp_path / "store" / "store.json"
+    content = header.read_bytes()
+    header.unlink()
+    other = Fingerprint({**FINGERPRINT.fields, "checkpoint": "sha256:2"})
+    with pytest.raises(DamagedStore, match=r"line 2 committed clips with another fingerprint .* lost or replaced"):
+        create_store(tmp_path / "store", SPEC, other, IDS, format)
+    assert not header.exists()
+    assert create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS, format).clip_ids == IDS
+    assert header.read_bytes() == content
