@@ -15,7 +15,7 @@ from egopatch.features.io.fields import Record
 from egopatch.features.state.catalog import commit_mismatch
 from egopatch.features.state.header import HEADER, parse_header, read_header
 from egopatch.features.state.ids import RowPlan, ids_journal
-from egopatch.features.state.ledger import Commit, Ledger, ledger_journal
+from egopatch.features.state.ledger import Commit, Drop, Ledger, ledger_journal
 from egopatch.features.state.quarantine import quarantine_journal
 from egopatch.features.storage.interface import Storage, file_matches
 from egopatch.features.storage.journal import Position
@@ -117,11 +117,10 @@ class Audit:
         """Bytes in the committed shards' files."""
         return sum(map(self.ledger.bytes_of, self.shards))
 
-    def catch_up(self, shard: int) -> bool:
-        """Whether the shard has been committed again since, so that its former files may be gone."""
+    def is_outdated(self, shard: int) -> bool:
+        """Whether clips of the shard have been committed or dropped since, so that its former files may be gone."""
         added = ledger_journal(self.storage).read(self.position, shard)
-        self.ledger.add_all(added)
-        return any(isinstance(line.entry, Commit) and line.entry.shard == shard for line in added.lines)
+        return any(isinstance(line.entry, Commit | Drop) and line.entry.shard == shard for line in added.lines)
 
     def clips_of(self, shard: int) -> list[str]:
         """The committed ids of a shard, in row order."""
@@ -227,8 +226,9 @@ def check_shard(audit: Audit, shard: int) -> list[Fault]:
     they owned the shard may have replaced each other's files, each with a commit of its own.
     """
     faults = _differences(audit, shard) or _absent_rows(audit, shard)
-    if faults and audit.catch_up(shard):
-        faults = _differences(audit, shard) or _absent_rows(audit, shard)
+    if faults and audit.is_outdated(shard):
+        audit = audit_store(audit.storage)
+        faults = _differences(audit, shard) or _absent_rows(audit, shard) if shard in audit.ledger.files else []
     if not faults:
         return []
     bad = bad_rows(audit, shard)

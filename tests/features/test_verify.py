@@ -12,8 +12,9 @@ import torch
 
 from egopatch.features import DamagedStore, Failure, Store, StoreSpec, create_store, open_store
 from egopatch.features.__main__ import main
+from egopatch.features.storage.folder import LocalStorage
 from egopatch.features.tools.repair import repair
-from egopatch.features.tools.verify import verify
+from egopatch.features.tools.verify import audit_store, check_shards, verify
 from egopatch.features.values.location import Location
 from egopatch.features.values.spec import Codec
 from tests.features.conftest import FINGERPRINT, FORMATS, IDS, SPEC, clip, fill
@@ -277,3 +278,14 @@ def test_repair_removes_what_dead_writers_left(tmp_path: Path, format: str) -> N
     assert list((root / "staging").iterdir()) == []
     assert open_store(root).clip_ids == IDS
     assert verify(root).ok
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_shard_whose_clips_are_dropped_meanwhile_has_no_fault(tmp_path: Path, format: str, kept: int) -> None:
+    root = tmp_path / "store"
+    store = create_store(root, SPEC, FINGERPRINT, IDS, format)
+    fill(store)
+    audit = audit_store(LocalStorage(root))
+    for shard in (0, 1):
+        store.rewrite_shard(shard, without=store.catalog.ids_of(shard)[kept:])
+    assert [faults for _, faults in check_shards(audit)] == [[], [], []]
