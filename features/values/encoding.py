@@ -61,8 +61,8 @@ def not_finite(clip: str, tensors: Mapping[str, Tensor], array: ArraySpec) -> No
 
 def scale_of(patches: Tensor, spec: StoreSpec) -> Tensor:
     """[T, N] factor of each patch, which maps its largest channel to the largest number of the stored dtype."""
-    largest = patches.float().abs().amax(dim=-1)
-    return torch.where(largest > 0, largest / _LARGEST[spec.array("patches").dtype], torch.ones_like(largest))
+    scale = patches.float().abs().amax(dim=-1) / _LARGEST[spec.array("patches").dtype]
+    return torch.where(scale > 0, scale, torch.ones_like(scale))  # that of the smallest numbers rounds to 0
 
 
 def quantise(patches: Tensor, scale: Tensor, dtype: str) -> Tensor:

@@ -74,7 +74,7 @@ def test_the_error_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
 def test_extreme_patches(dtype: str) -> None:
     spec = StoreSpec.for_patches(1, (1, 4), 2, dtype)
-    patches = torch.tensor([[[0.0, 0.0], [1e-30, -1e-30], [3e38, 1.0], [-7.0, 7.0]]])
+    patches = torch.tensor([[[0.0, 1e-45], [1e-30, -1e-30], [3e38, 1.0], [-7.0, 7.0]]])
     scale = scale_of(patches, spec)
     assert torch.isfinite(scale).all()
     back = dequantise(quantise(patches, scale, dtype), scale, torch.float32)
