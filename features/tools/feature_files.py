@@ -51,8 +51,13 @@ def _write_file(folder: Path, name: str, content: bytes | memoryview) -> None:
 
     The libraries fill memory and not the file: on a full disk NumPy raises an OSError without a cause, torch another
     error, and HDF5 ends the process.
+
+    Raises:
+        StoreError: An earlier clip has the file: `a//b` and `a/b` are one, and on some disks `A` and `a`.
     """
     file = folder / name
+    if file.exists():
+        raise StoreError(f"two clips have the file {name!r}, by their ids; use --to webdataset")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(content)
 
@@ -151,7 +156,7 @@ def _find(path: Path) -> Iterator[Unread]:
     if (path / "data.mdb").exists():
         yield from _find_lmdb(path)
         return
-    files = sorted(file for file in path.rglob("*") if file.suffix in (*_SUFFIXES, ".tar"))
+    files = sorted(file for file in path.rglob("*") if file.suffix in (*_SUFFIXES, ".tar") and file.is_file())
     if not files:
         raise StoreError(f"{path} holds no features; expected {_expected()}")
     for file in files:

@@ -188,3 +188,8 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert json.loads(capsys.readouterr().out) == {"out": str(tmp_path / "store_pt"), "clips": 6}
     assert len(list(find_clips(tmp_path / "store_pt"))) == 6
     assert main(["import", str(files), "--to", str(tmp_path / "store"), "--shard", "4"]) == 0  # again, all is done
+
+
+def test_a_folder_may_be_called_like_a_file(tmp_path: Path) -> None:
+    store = import_features(write(tmp_path / "in", names=("day.pt/1", "b")), tmp_path / "store")
+    assert store.clip_ids == ("b", "day.pt/1")

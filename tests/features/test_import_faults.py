@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from egopatch.features import Fingerprint, Store, StoreError, open_store
+from egopatch.features import Fingerprint, Store, StoreError, create_store, open_store
 from egopatch.features.__main__ import main
 from egopatch.features.tools import feature_files
 from egopatch.features.tools.export import export
 from egopatch.features.tools.feature_files import WRITERS, write_lmdb
 from egopatch.features.tools.importing import import_features
+from tests.features.conftest import FINGERPRINT, SPEC, fill
 from tests.features.test_import_export import NAMES, write
 
 
@@ -267,3 +268,12 @@ def test_an_export_onto_a_full_disk_is_one_line(
     assert line.startswith(f"features: no space left while exporting to {tmp_path / 'out'} (")
     assert line.endswith("); nothing is kept: free some space and run the same command again")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["files", "store"]
+
+
+@pytest.mark.parametrize("kind", ["npy", "pt", "hdf5"])
+def test_ids_that_share_a_file_are_refused(kind: str, tmp_path: Path) -> None:
+    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, ("a/b", "a//b"))
+    fill(store)
+    with pytest.raises(StoreError, match=r"two clips have the file 'a//b.*'"):
+        export(store.path, tmp_path / "out", kind)
+    assert not (tmp_path / "out").exists()
