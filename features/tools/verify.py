@@ -15,7 +15,7 @@ from egopatch.features.io.fields import Record
 from egopatch.features.state.catalog import commit_mismatch
 from egopatch.features.state.header import HEADER, parse_header, read_header
 from egopatch.features.state.ids import RowPlan, ids_journal
-from egopatch.features.state.ledger import Commit, Drop, Ledger, ledger_journal
+from egopatch.features.state.ledger import Commit, Ledger, ledger_journal
 from egopatch.features.state.quarantine import quarantine_journal
 from egopatch.features.storage.interface import Storage, file_matches
 from egopatch.features.storage.journal import Position
@@ -118,9 +118,9 @@ class Audit:
         return sum(map(self.ledger.bytes_of, self.shards))
 
     def is_outdated(self, shard: int) -> bool:
-        """Whether clips of the shard have been committed or dropped since, so that its former files may be gone."""
+        """Whether the ledger has new lines about the shard, whose former files may be gone then."""
         added = ledger_journal(self.storage).read(self.position, shard)
-        return any(isinstance(line.entry, Commit | Drop) and line.entry.shard == shard for line in added.lines)
+        return any(line.entry.shard == shard for line in added.lines)
 
     def clips_of(self, shard: int) -> list[str]:
         """The committed ids of a shard, in row order."""
@@ -226,7 +226,7 @@ def check_shard(audit: Audit, shard: int) -> list[Fault]:
     they owned the shard may have replaced each other's files, each with a commit of its own.
     """
     faults = _differences(audit, shard) or _absent_rows(audit, shard)
-    if faults and audit.is_outdated(shard):
+    while faults and audit.is_outdated(shard):
         audit = audit_store(audit.storage)
         faults = _differences(audit, shard) or _absent_rows(audit, shard) if shard in audit.ledger.files else []
     if not faults:

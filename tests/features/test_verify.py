@@ -6,6 +6,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -289,3 +290,22 @@ def test_a_shard_whose_clips_are_dropped_meanwhile_has_no_fault(tmp_path: Path, 
     for shard in (0, 1):
         store.rewrite_shard(shard, without=store.catalog.ids_of(shard)[kept:])
     assert [faults for _, faults in check_shards(audit)] == [[], [], []]
+
+
+def test_a_shard_that_is_being_committed_meanwhile_has_no_fault(
+    tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "store"
+    store = create_store(root, SPEC, FINGERPRINT, IDS[:4], format)
+    fill(store, skip=IDS[3:])
+    audit, faults = audit_store(LocalStorage(root)), []
+    real = LocalStorage.publish
+
+    def publish(self: LocalStorage, *args: Any) -> str:
+        write_id = real(self, *args)
+        faults.extend(faults_of for _, faults_of in check_shards(audit))
+        return write_id
+
+    monkeypatch.setattr(LocalStorage, "publish", publish)
+    fill(store)
+    assert faults == [[]]
