@@ -121,13 +121,12 @@ def _read(clip: Clip, video: VideoConfig, file: VideoFile, as_planes: bool) -> D
         frames = decord_pixels(file, chosen)
     else:
         frames = file.planes(chosen) if as_planes else file.pixels(chosen)
-    start_s = index.starts_s[rows[0]] if clip.start_s is None else clip.start_s
     times_s = index.starts_s[chosen]
     missing = video.frames - len(chosen)
     if missing > 0:  # video.short is zeros: black frames at the end, as in the published loader
         frames = [*frames, *[np.zeros((*frames[-1].shape[:2], 3), np.uint8)] * missing]
         times_s = np.concatenate([times_s, np.repeat(times_s[-1:], missing)])
-    return DecodedClip(tuple(frames), (times_s - start_s).astype(np.float32), times_s)
+    return DecodedClip(tuple(frames), (times_s - (clip.start_s or 0.0)).astype(np.float32), times_s)
 
 
 def rows_within(clip: Clip, index: FrameIndex) -> NDArray[np.int64]:

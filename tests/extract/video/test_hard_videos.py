@@ -20,6 +20,7 @@ from egopatch.extract.video.orientation import Upright
 from tests.extract.video.videos import (
     B_FRAMES,
     FPS,
+    behind_sound,
     claim_duration,
     cut_off,
     frame_numbers,
@@ -41,6 +42,7 @@ class Readable:
     make: Callable[[Path], Path]
     shown: tuple[int, ...] = ALL
     unit_s: float = 1e-4  # how exactly the container keeps time
+    first_s: float = 0.0
 
 
 READABLE = {
@@ -72,12 +74,15 @@ READABLE = {
     "no first keyframe": Readable(
         lambda to: without_packets(write_video(to / "a.mp4", options=B_FRAMES), lambda number, key: number == 0),
         shown=ALL[12:],
+        first_s=11 / FPS,
     ),
     "no first keyframe, mkv": Readable(
         lambda to: without_packets(write_video(to / "a.mkv", options=B_FRAMES), lambda number, key: number == 0),
         shown=ALL[12:],
         unit_s=1e-3,
+        first_s=10 / FPS,
     ),
+    "sound first": Readable(lambda to: behind_sound(write_video(to / "a.mp4", options=B_FRAMES), 1), first_s=1.0),
 }
 
 
@@ -89,7 +94,8 @@ def test_a_readable_file_gives_the_frames_of_the_rule_at_their_times(name: str, 
         chosen = uniform_indices(len(case.shown), frames)
         decoded = read_frames(Clip("a", path), VideoConfig(frames=frames))
         assert frame_numbers(decoded.frames) == [case.shown[i] for i in chosen]
-        np.testing.assert_allclose(decoded.timestamps, chosen / FPS, atol=case.unit_s)
+        np.testing.assert_allclose(decoded.timestamps, case.first_s + chosen / FPS, atol=case.unit_s)
+        np.testing.assert_allclose(decoded.times_s, decoded.timestamps, atol=1e-6)
         again = read_frames(Clip("a", path), VideoConfig(frames=frames))
         assert np.array_equal(again.frames, decoded.frames)
         assert np.array_equal(again.timestamps, decoded.timestamps)

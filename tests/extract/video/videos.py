@@ -84,6 +84,22 @@ def write_audio(path: Path) -> Path:
     return path
 
 
+def behind_sound(path: Path, seconds: int) -> Path:
+    """The same video from `seconds` on, and a second of silence from the file's start on."""
+    target = path.with_name(f"behind-{path.name}")
+    sound = write_audio(path.with_suffix(".m4a"))
+    with av.open(str(path)) as video, av.open(str(sound)) as audio, av.open(str(target), "w") as file:
+        streams = [file.add_stream_from_template(source.streams[0]) for source in (video, audio)]
+        for source, stream, delay in zip((video, audio), streams, (seconds, 0), strict=True):
+            for packet in source.demux(0):
+                if packet.dts is not None:
+                    packet.pts += int(delay / packet.time_base)
+                    packet.dts += int(delay / packet.time_base)
+                    packet.stream = stream
+                    file.mux(packet)
+    return target
+
+
 def without_packets(path: Path, dropped: Callable[[int, bool], bool]) -> Path:
     """The same file without the packets for which `dropped(number, is_keyframe)` holds."""
     target = path.with_name(f"cut-{path.name}")
