@@ -71,7 +71,8 @@ class SpawnedPool:
         # let signals in again, runs since semaphores were required above.
         try:
             with children_without_interrupts():
-                assert self._pool.active
+                if not self._pool.active:  # an assert would start nothing under `python -O`
+                    raise BrokenProcessPool
         except BrokenProcessPool as error:
             self.close()
             raise self.start_error() from error

@@ -2,7 +2,10 @@
 
 import errno
 import os
+import subprocess
+import sys
 from multiprocessing import synchronize
+from pathlib import Path
 
 import pytest
 
@@ -20,3 +23,20 @@ def test_without_semaphores_the_message_says_who_needs_them(monkeypatch: pytest.
     assert str(caught.value).startswith(
         "/dev/shm: Read-only file system; decoding in child processes needs semaphores there, a few kB: mount it for w"
     )
+
+
+STARTED = """
+import multiprocessing
+from egopatch.extract.children.spawned import SpawnedPool
+
+if __name__ == "__main__":
+    with SpawnedPool("testing", 2, int):
+        print(len(multiprocessing.active_children()))
+"""
+
+
+def test_children_start_at_once_without_asserts_too(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(STARTED)
+    output = subprocess.run([sys.executable, "-O", script], capture_output=True, text=True, check=True).stdout
+    assert output == "2\n"
