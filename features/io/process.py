@@ -80,8 +80,8 @@ def _namespace() -> int:
 def start_ticks(pid: int) -> int | None:
     """Start of the process `pid` in clock ticks since the boot; None if it has ended."""
     try:
-        # The name in parentheses, the second field, may contain anything.
-        state, *fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        # The name in parentheses, the second field, may contain anything, also half a character: it is cut off.
+        state, *fields = (_PROC / str(pid) / "stat").read_text("ascii", "replace").rpartition(")")[2].split()
     except OSError:
         return None
     return None if state in "ZX" else int(fields[18])

@@ -81,6 +81,20 @@ def test_a_process_number_used_again_is_not_the_owner() -> None:
     assert not replace(mine, pid=2**22 + 1).may_be_alive()
 
 
+NAMED = """
+import ctypes
+from egopatch.features.io.process import Owner
+
+ctypes.CDLL(None).prctl(15, "a実験を走らせる".encode())  # PR_SET_NAME
+print(Owner.this_process().may_be_alive())
+"""
+
+
+def test_a_process_whose_name_ends_within_a_character_may_own() -> None:
+    """The system keeps 15 bytes of the name of a script that is started by itself."""
+    assert subprocess.run([sys.executable, "-c", NAMED], capture_output=True, text=True).stdout == "True\n"
+
+
 def test_another_boot_or_pid_namespace_is_out_of_sight() -> None:
     mine = Owner.this_process()
     assert replace(mine, boot="another", ticks=mine.ticks - 1).may_be_alive()
