@@ -36,10 +36,12 @@ def encode_row(clip: str, tensors: Mapping[str, Tensor], array: ArraySpec, spec:
     if array.name == "scale" and "scale" not in tensors:
         return to_disk(scale_of(_checked(clip, tensors["patches"], spec.array("patches")), spec), array.dtype)
     target, tensor = torch_dtype(array.dtype), tensors[array.name]
-    if tensor.dtype == target:
+    # Without a scale, patches are the tokens themselves, whatever their dtype.
+    is_token = array.name == "patches" and array.dtype in _LARGEST and "scale" not in tensors
+    if tensor.dtype == target and not is_token:
         return to_disk(_shaped(clip, tensor, array), array.dtype)
     tensor = _checked(clip, tensor, array)
-    if array.name == "patches" and array.dtype in _LARGEST and "scale" not in tensors:
+    if is_token:
         return to_disk(quantise(tensor, scale_of(tensor, spec), array.dtype), array.dtype)
     if not target.is_floating_point:
         raise StoreError(f"clip {clip!r}: {array.name} has dtype {tensor.dtype}; expected {target}")

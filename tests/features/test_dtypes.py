@@ -95,6 +95,15 @@ def test_tokens_that_are_quantised_already_are_kept_bit_for_bit(tmp_path: Path) 
     assert store.reconstruction_error == {}
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
+def test_patches_in_the_stored_dtype_without_a_scale_are_tokens(dtype: str, tmp_path: Path) -> None:
+    store = quantised_store(tmp_path / "store", dtype)
+    row = floats(0, store)
+    row["patches"] = torch.full_like(row["patches"], 96.0).to(torch_dtype(dtype))
+    store.write_shard(0, {IDS[0]: row}, {IDS[0]: "x"})
+    assert torch.allclose(store.read([IDS[0]], torch.float32).patches, torch.tensor(96.0))
+
+
 def test_coarse_tokens_beside_quantised_ones(tmp_path: Path) -> None:
     store = quantised_store(tmp_path / "store", "int8", coarse=3)
     row = floats(0, store)
