@@ -35,9 +35,10 @@ _STAGING = "staging"
 class LocalFile:
     """See `interface.OpenFile`; the file is closed with its last reference."""
 
+    handle = -1  # until it is open
+
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.handle = -1
         self.handle = os.open(path, os.O_RDONLY)
         self.size = os.fstat(self.handle).st_size
 

@@ -116,7 +116,9 @@ class RowReader:
         except BaseException as error:
             with self._lock:
                 self._open.pop(key, None)
-            opened.set_exception(error)
+            if not opened.done():  # else a Ctrl-C came behind it
+                opened.set_exception(error)
+            raise
         return opened.result()
 
 

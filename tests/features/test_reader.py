@@ -94,3 +94,17 @@ def test_a_row_that_another_process_has_replaced_is_read_as_it_is_now(make: Call
     later.write_shard(0, {IDS[0]: clip(50)}, {IDS[0]: "sha256:50"}, replaces=replaces)
     assert np.array_equal(store.read([IDS[0]]).patches[0], clip(50)["patches"].half())
     assert np.array_equal(store.read([IDS[1]]).patches[0], clip(1)["patches"].half())
+
+
+def test_an_interrupt_behind_the_opening_of_a_file_stays_one(make: Callable[..., Store]) -> None:
+    class Interrupted(dict):
+        def __setitem__(self, *_: object) -> None:
+            raise KeyboardInterrupt
+
+    fill(make())
+    store = open_store(make().path)
+    store._reader._indexes = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        store.read([IDS[0]])
+    store._reader._indexes = {}
+    assert np.array_equal(store.read([IDS[0]]).patches[0], clip(0)["patches"].half())
