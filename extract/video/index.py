@@ -81,6 +81,7 @@ def index_of_packets(
     # In the file's order: pts, duration, whether it depends on damaged data, and its layer (see `layer_reader`).
     shown: list[tuple[int, int, bool, int, bool]] = []
     intact = 0  # number of `shown` up to the last one whose own packet is whole
+    complete_pts = NO_PTS  # every frame up to it is in `shown`, since packets come in the order of their dts
     keys: list[tuple[int, int]] = []  # pts, dts
     first_pts: int | None = None
     broken, healed_pts = False, NO_PTS  # damage lasts until a key frame, also for frames that are shown before it
@@ -98,7 +99,7 @@ def index_of_packets(
             if packet.is_corrupt:
                 broken = True
             elif packet.is_keyframe:
-                keys.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
+                keys.append((packet.pts, _dts_of(packet)))
                 if broken:
                     broken, healed_pts = False, packet.pts
             # Frames before the first key frame cannot be decoded, as at the start of a file that was cut from another
@@ -110,14 +111,16 @@ def index_of_packets(
                 is_broken = broken or packet.pts < healed_pts
                 shown.append((packet.pts, packet.duration or 0, is_broken, *(layer or ALWAYS_DECODED)))
                 if not packet.is_corrupt:
-                    intact = len(shown)
+                    intact, complete_pts = len(shown), _dts_of(packet)
     except av.error.MemoryError:
         raise
     except av.FFmpegError as error:
         damage = str(error.strerror)
     damage = _complaint(container, logged) or damage or ("a packet is truncated" if intact < len(shown) else "")
     first_key = min(keys, default=(NO_PTS, 0))[0]
-    frames = sorted(frame for frame in shown[:intact] if frame[0] >= first_key)
+    if not damage:
+        complete_pts = np.iinfo(np.int64).max
+    frames = sorted(frame for frame in shown[:intact] if first_key <= frame[0] <= complete_pts)
     if not frames and damage:
         raise VideoError(f"video {path} has no frame that can be decoded ({damage}); download it again")
     pts, durations, damaged, layers, disposable = np.array(frames, np.int64).reshape(-1, 5).T
@@ -165,8 +168,7 @@ def index_of_frames(
     try:
         for number, packet in enumerate(container.demux(stream)):
             if packet.pts is not None:
-                dts = packet.pts if packet.dts is None else packet.dts
-                packets.setdefault(packet.pts, (number, dts, packet.is_keyframe))
+                packets.setdefault(packet.pts, (number, _dts_of(packet), packet.is_keyframe))
                 key_pts = packet.pts if packet.is_keyframe else key_pts
             complaints = len(logged)
             decoded = decode(packet)
@@ -225,6 +227,13 @@ def decode(packet: "av.Packet[av.VideoStream]") -> "list[av.VideoFrame] | None":
         raise
     except av.FFmpegError:
         return None
+
+
+def _dts_of(packet: "av.Packet[av.VideoStream]") -> int:
+    """The packet's dts, its pts where it has none."""
+    dts = packet.pts if packet.dts is None else packet.dts
+    assert dts is not None
+    return dts
 
 
 def pts_of(frame: "av.VideoFrame | _Shown") -> int:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from egopatch.extract.video import orientation
 from egopatch.extract.video.container import open_video
 from egopatch.extract.video.frames import DecodedClip, VideoError, read_frames, read_planes, uniform_indices
 from egopatch.extract.video.orientation import Upright
+from tests.extract.video.odd_videos import moving
 from tests.extract.video.videos import (
     B_FRAMES,
     FPS,
@@ -272,6 +274,21 @@ def test_a_clip_before_the_damage_is_whole(tmp_path: Path) -> None:
     np.testing.assert_allclose(early.timestamps, uniform_indices(8, 4) / FPS, atol=1e-3)
     with pytest.raises(VideoError, match="is truncated"):
         read_frames(Clip("late", path, 0.5, 5.0), VideoConfig(frames=4))
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+def test_a_file_that_ends_between_b_frames_never_shows_other_frames(container: str, tmp_path: Path) -> None:
+    """The frame that they are coded after is there, and shown later than they would be."""
+    options = {"movflags": "faststart"} if container == "mp4" else {}
+    path = write_video(tmp_path / f"a.{container}", 40, options=B_FRAMES, draw=moving, container=options)
+    content, video = path.read_bytes(), VideoConfig(frames=4)
+    clips = [Clip("a", path, start / FPS, (start + 8) / FPS - 0.01) for start in range(10, 20)]
+    whole = [read_frames(clip, video).times_s.tolist() for clip in clips]
+    for share in range(30, 100, 2):
+        path.write_bytes(content[: len(content) * share // 100])
+        for clip, times_s in zip(clips, whole, strict=True):
+            with suppress(VideoError):
+                assert read_frames(clip, video).times_s.tolist() == times_s
 
 
 def grey_and_noise(index: int, size: tuple[int, int]) -> np.ndarray:
