@@ -86,10 +86,11 @@ class Catalog:
         ledger = Ledger() if committed.from_start else self.ledger
         ledger.add_all(committed)
         self.ledger = ledger  # complete before other threads see it
-        self._planned_to, self.position = planned.position, committed.position
+        self._planned_to = planned.position
         if planned.lines:
             self.rows = {name: row for row, name in enumerate(self._plan.row_ids) if name is not None}
         self._check(committed)
+        self.position = committed.position  # what the check refuses, it refuses again
 
     def _check(self, committed: Contents[Entry]) -> None:
         for line in committed.lines:

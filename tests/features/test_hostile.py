@@ -234,6 +234,15 @@ def test_a_clip_outside_of_its_shard(store: Store) -> None:
     assert not verify(store.path).ok
 
 
+def test_what_is_refused_once_is_refused_again(store: Store) -> None:
+    journal = raw_ledger_journal(LocalStorage(store.path))
+    commit = journal.read().lines[1].entry
+    journal.append({**commit, "fingerprint": "another"})
+    for _ in range(2):
+        with pytest.raises(DamagedStore, match="committed clips with another fingerprint"):
+            store.catalog.refresh()
+
+
 @pytest.mark.parametrize("version", [1, 9])
 def test_a_store_of_another_version_is_left_alone(
     store: Store, version: int, capsys: pytest.CaptureFixture[str]
