@@ -276,23 +276,12 @@ def parse_options(parser: jsonargparse.ArgumentParser, args: Sequence[str]) -> t
         SystemExit: An unknown key, a wrong type, a value out of range or a missing file; the exit code is 2, and stderr
             has one line.
     """
-    sections, namespace = parse_sections(parser, args)
-    try:
-        return Config(**sections), namespace
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def parse_sections(
-    parser: jsonargparse.ArgumentParser, args: Sequence[str]
-) -> tuple[dict[str, Any], jsonargparse.Namespace]:
-    """As `parse_options`, but the sections of the experiment by name, each checked by itself alone."""
     namespace = parser.parse_args(list(args))
     try:
         found = parser.instantiate(namespace)
+        return Config(**{name: found[name] for name in _sections()}), namespace
     except ValueError as error:
         parser.error(str(error))
-    return {name: found[name] for name in _sections()}, namespace
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

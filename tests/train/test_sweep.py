@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +22,6 @@ from egopatch.features.io import file_lease
 from egopatch.train.data.batch import Batch
 from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.run_group import RunGroup
-from egopatch.train.heads import Head
-from egopatch.train.heads.registry import _PLUGINS as HEADS
 from egopatch.train.processes.stopping import Stopped
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import RunError
@@ -177,56 +175,6 @@ def test_bad_grids_are_refused(tmp_path: Path, text: str, message: str) -> None:
         read_axes(None, None, grid)
 
 
-@pytest.mark.parametrize(
-    ("text", "values", "same"),
-    [
-        ("head.ratio: [0.5, 0.5]", r"\[0\.5, 0\.5\]", "0.5 and 0.5"),
-        ("train.lr: [1e-3, 0.002, 0.001]", r"\['1e-3', 0\.002, 0\.001\]", r"'1e-3' and 0\.001"),
-        ("head.ratio: [0.5, 1, 1.0]", r"\[0\.5, 1, 1\.0\]", r"1 and 1\.0"),
-        ("head.coarse: [true, 'true']", r"\[True, 'true'\]", "True and 'true'"),
-    ],
-)
-def test_a_value_that_is_written_in_two_ways_is_listed_twice(
-    tiny: Config, tmp_path: Path, text: str, values: str, same: str
-) -> None:
-    grid = tmp_path / "grid.yaml"
-    grid.write_text(text)
-    option = text.partition(":")[0]
-    message = rf"in the sweep, {option} has a value twice in {values}: {same} are the same; list each value once"
-    with pytest.raises(ConfigError, match=message):
-        run_sweep(tiny, grid=grid)
-
-
-def test_an_option_is_given_in_one_place(tmp_path: Path) -> None:
-    grid = tmp_path / "grid.yaml"
-    grid.write_text("head.ratio: [0.25, 0.5]\ntrain.seed: [0, 1]\n")
-    message = r"--ratios is \[1\.0\], but --grid .*grid\.yaml also has head\.ratio, as \[0\.25, 0\.5\]; give its"
-    with pytest.raises(ConfigError, match=message):
-        read_axes([1.0], None, grid)
-    with pytest.raises(ConfigError, match=r"--seeds is \[3\], but --grid .* also has train\.seed, as \[0, 1\]; give"):
-        read_axes(None, [3], grid)
-
-
-@dataclass(frozen=True)
-class _Mode:
-    mode: str = "mean"
-
-
-def test_settings_that_would_share_a_folder_are_refused(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(HEADS._registered, "modal", Head("modal", lambda options, sizes: torch.nn.Identity(), _Mode))
-    grid = tmp_path / "grid.yaml"
-    grid.write_text('head.options.mode: ["mean/all", "max", "mean all"]\n')
-    message = (
-        r"in the sweep, two settings would share the folder .*/modes/mode-mean_all_seed-0 \(head\.options\.mode "
-        r"'mean/all' and 'mean all'\); leave one of the values to a sweep with another --name"
-    )
-    with pytest.raises(ConfigError, match=message):
-        run_sweep(with_run(tiny, "modal", head_name="modal"), seeds=[0], grid=grid, name="modes")
-    assert not (tiny.run.dir.parent / "sweeps").exists()
-
-
 def test_nothing_to_vary_and_bad_values(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="nothing varies; give --ratios"):
         run_sweep(tiny)
@@ -242,15 +190,6 @@ def test_a_sweep_of_other_settings_needs_another_name(tiny: Config) -> None:
     run_folder.claim(folder, replace(tiny, head=replace(tiny.head, ratio=0.25), train=replace(tiny.train, lr=0.5)))
     with pytest.raises(ConfigError, match=r"train.lr: .*\); use another --name or the original settings"):
         run_sweep(tiny, ratios=[0.25], name="a")
-
-
-def test_a_value_has_to_fit_the_config_that_it_becomes_a_part_of(tiny: Config, tmp_path: Path) -> None:
-    grid = tmp_path / "grid.yaml"
-    grid.write_text("train.contrast: [0.3]")
-    with pytest.raises(ConfigError, match=r"^train\.contrast is 0\.3, but data\.paraphrases is false"):
-        run_sweep(tiny, grid=grid)
-    tiny = replace(tiny, data=replace(tiny.data, paraphrases=True))
-    assert json.loads(run_sweep(tiny, grid=grid).read_text())["trained"] == 1
 
 
 def test_runs_of_another_process_are_waited_for(

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from egopatch.configs.command_line import ConfigParser, add_config_arguments, option_names, parse_sections
+from egopatch.configs.command_line import ConfigParser, add_config_arguments, option_names
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.configs.yaml_faults import read_yaml
 
@@ -65,7 +65,7 @@ def typed_values(axes: Mapping[str, Sequence[Any]]) -> dict[tuple[str, str], Any
     """The values in the types of the schema, by option and `_key`.
 
     Raises:
-        ConfigError: A value is invalid, or an option has a value twice, such as `1e-3`, a text in YAML, and `0.001`.
+        ConfigError: A value has a wrong type, or is listed twice, such as `1e-3`, a text in YAML, and `0.001`.
     """
     typed: dict[tuple[str, str], Any] = {}
     for option, values in axes.items():
@@ -90,7 +90,11 @@ def combinations(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 def run_config(config: Config, overrides: Overrides, typed: Mapping[tuple[str, str], Any], out: Path) -> Config:
-    """`config` with `overrides`, in a folder named after them; `typed` holds the values, parsed."""
+    """`config` with `overrides`, in a folder named after them; `typed` holds the values, parsed.
+
+    Raises:
+        ConfigError: A value is out of range, or does not fit the other options.
+    """
     slug = "_".join(f"{option.split('.')[-1]}-{_slug(value)}" for option, value in overrides.items())
     sections: dict[str, Any] = {"run": replace(config.run, dir=out / slug)}
     changes: dict[str, dict[str, Any]] = {}
@@ -103,7 +107,10 @@ def run_config(config: Config, overrides: Overrides, typed: Mapping[tuple[str, s
         else:
             fields[field] = typed[option, _key(value)]
     # All options of a section at once: an option may be valid only together with another.
-    sections |= {section: replace(getattr(config, section), **fields) for section, fields in changes.items()}
+    try:
+        sections |= {section: replace(getattr(config, section), **fields) for section, fields in changes.items()}
+    except ValueError as error:
+        raise ConfigError(f"in the sweep, {error}") from None
     return replace(config, **sections)
 
 
@@ -147,12 +154,11 @@ class _ValueParser(ConfigParser):
 
 def _checked(option: str, value: Any) -> Any:
     """The value in the type of the schema."""
-    section, field = option.split(".", 1)
     parser = _ValueParser(prog="sweep")
     add_config_arguments(parser)
     text = value if isinstance(value, str) else _key(value)
-    # What it has to fit in other sections is checked with the config that it becomes a part of.
-    sections, _ = parse_sections(parser, [f"--{option}={text}"])
+    # What it has to fit, such as `head.heads` the width, is checked with the config that it becomes a part of.
+    parsed = parser.parse_args([f"--{option}={text}"])
     if option.startswith(HEAD_OPTIONS):
-        return (sections["head"].options or {})[option.removeprefix(HEAD_OPTIONS)]
-    return getattr(sections[section], field)
+        return (parsed["head.options"] or {})[option.removeprefix(HEAD_OPTIONS)]
+    return parsed[option]
