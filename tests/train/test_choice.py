@@ -25,6 +25,7 @@ from egopatch.train.fitting.run_group import build_stacked_heads
 from egopatch.train.heads.common.blind import QuestionOnly
 from egopatch.train.heads.common.choice import ABSENT, Choice, LongestOption
 from egopatch.train.heads.common.question import Sizes
+from egopatch.train.report.page import write_report
 from egopatch.train.report.sources import read_sweep
 from egopatch.train.report.table import write_table
 from egopatch.train.rundir.card import RunError
@@ -206,6 +207,16 @@ def test_a_sweep_without_any_published_answer_says_so(
     fit(with_run(config, "alone"), "x")
     line = result_line(config, evaluate(with_run(config, "alone")))
     assert line.endswith("data test questions: none has a published answer, so there are no accuracies")
+
+
+def test_a_report_without_any_published_answer_says_so(choice: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = withhold(choice, monkeypatch, "test", 1)
+    for name in ("psa", "pooled", "majority"):
+        fit(with_run(config, name, head_name=name, train_epochs=1), "x")
+    page = write_report(config, config.run.dir.parent).read_text()
+    assert '<strong class="big">–</strong>' in page
+    assert "No examples; no test question has a published answer." in page
+    assert '<script type="application/json" id="data">[]</script>' in page
 
 
 class _Constant(nn.Module):

@@ -222,7 +222,7 @@ def _split_page(
 
 
 def _data(ours: Row, questions: Questions | None, right: Mapping[str, Correctness]) -> dict[str, Any] | None:
-    if questions is None or not right:
+    if questions is None or not questions.by_id or not right:
         return None
     headline = list(right).index(ours.label) if ours.label in right else 0
     found = question_list.question_list(questions, right)
@@ -230,7 +230,7 @@ def _data(ours: Row, questions: Questions | None, right: Mapping[str, Correctnes
 
 
 def _gains(rows: Sequence[Row], ours: Row, right: Mapping[str, Correctness], questions: Questions | None) -> list[Gain]:
-    if questions is None or ours.label not in right:
+    if questions is None or not questions.by_id or ours.label not in right:
         return []
     return [
         Gain(row, report_answers.difference(right[ours.label], right[row.label], questions))
@@ -268,7 +268,8 @@ def _charts(
     charts: dict[str, list[Chart]] = {"table": [], "ratio": [], "curves": [], "selection": [], "explanation": []}
     logs = _logs(results, problems)
     for split in splits:
-        charts["table"].append(_table_chart(split, colours))
+        if any(row.mean("all") is not None for row in split.rows):
+            charts["table"].append(_table_chart(split, colours))
         if curves := [sweep for sweep in sweeps if sweep.split == split.name and sweep.varies_ratio]:
             charts["ratio"].append(_ratio_chart(split, curves, colours))
         charts["curves"] += _training_charts(split, logs.get(split.name, {}), colours)
