@@ -327,3 +327,17 @@ def test_a_reader_that_has_enough_is_no_fault(tmp_path: Path) -> None:
     assert done.stdout == "# Results\n"
     assert "Traceback" not in done.stderr
     assert "Broken pipe" not in done.stderr
+
+
+def test_the_table_does_without_torch(tmp_path: Path) -> None:
+    """It takes four times as long to import as the whole table takes."""
+    write_run(tmp_path, "psa")
+    program = (
+        "from egopatch.train.__main__ import main; import sys; code = main(sys.argv[1:]); print(code, *sys.modules)"
+    )
+    command = [sys.executable, "-c", program, "table", "--run.table", str(tmp_path)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    code, *names = out.splitlines()[-1].split()
+    assert code == "0"
+    assert "egopatch.train.report.table" in names
+    assert "torch" not in names

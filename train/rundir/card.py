@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
-from torch import Tensor
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.features.io.files import replacing
@@ -20,6 +18,10 @@ from egopatch.features.state.header import HEADER
 from egopatch.train.rundir.checked_json import read_object, require_head_fields
 from egopatch.train.rundir.names import CARD, CONFIG, TEST, WEIGHTS
 from egopatch.train.rundir.results import START_AGAIN
+
+# torch takes seconds to import, and the table needs no weights.
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Key of the epoch in the metadata of the weights.
 EPOCH = "epoch"
@@ -115,19 +117,23 @@ def write_whole(path: Path, content: str | bytes) -> None:
         new.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def save_weights(folder: Path, tensors: Mapping[str, Tensor], epoch: int) -> None:
+def save_weights(folder: Path, tensors: "Mapping[str, Tensor]", epoch: int) -> None:
     """Write `best.safetensors`, the weights after `epoch`."""
+    from safetensors.torch import save
+
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # safetensors' own `save_file` makes files that only their owner can read.
     write_whole(folder / WEIGHTS, save(contiguous, {EPOCH: str(epoch)}))
 
 
-def load_weights(folder: Path, epoch: int) -> dict[str, Tensor]:
+def load_weights(folder: Path, epoch: int) -> "dict[str, Tensor]":
     """Read `best.safetensors`.
 
     Raises:
         RunError: The file is missing or damaged, or holds the weights of another epoch than `epoch`.
     """
+    from safetensors.torch import load_file
+
     path = folder / WEIGHTS
     if not path.exists():
         raise RunError(f"{path}: no such file, but the run was trained; {START_AGAIN}")
