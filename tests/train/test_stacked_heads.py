@@ -81,8 +81,9 @@ def test_other_light_heads_stack_too(kind: type) -> None:
         assert [step[member] for step in found] == pytest.approx([step[0] for step in alone], rel=1e-4)
 
 
-def test_dense_selection_of_a_stack_is_select_attend() -> None:
-    """Outputs and every gradient, with a scale and patches that are left out."""
+@pytest.mark.parametrize("low", [False, True])
+def test_dense_selection_of_a_stack_is_select_attend(low: bool) -> None:
+    """Outputs and every gradient, with a scale and patches that are left out, also under autocast."""
     g = torch.Generator().manual_seed(0)
     batch, ks = make_batch(), (1, 9, 35)
     tokens = batch.tokens.patches
@@ -97,7 +98,8 @@ def test_dense_selection_of_a_stack_is_select_attend() -> None:
     for dense in (True, False):
         queries, selector, prior = (leaf.clone().requires_grad_() for leaf in leaves)
         if dense:
-            parts = selection.for_stacked_heads(tokens, batch.clip_index, queries, selector, prior, scale, None)
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                parts = selection.for_stacked_heads(tokens, batch.clip_index, queries, selector, prior, scale, None)
         else:
             of_each = [
                 selection.for_one_head(tokens, batch.clip_index, queries[m], selector[m], prior[m], scale, None, k)

@@ -91,6 +91,18 @@ def test_low_precision_queries_give_their_dtype(dtype: torch.dtype) -> None:
     assert [g.dtype for g in gradients(out.pooled, out.lse, leaves)] == [dtype, dtype, torch.float32]
 
 
+@pytest.mark.parametrize("k", [7, 30])
+def test_autocast_rounds_nothing(k: int) -> None:
+    case = make_case(3, 8, 2, 33, 96, 2, torch.float16, scaled=True)
+    leaves = case.leaves()
+    plain = run(case, leaves, k)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = run(case, leaves, k)
+        found = gradients(cast.pooled, cast.lse, leaves)
+    for one, other in zip((*cast, *found), (*plain, *gradients(plain.pooled, plain.lse, leaves)), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("k", [1, 4, 12])
 def test_equal_scores_go_to_the_lowest_patch(k: int) -> None:
     case = make_case(2, 5, 2, 13, 16, 2)

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from egopatch.configs.schema import ConfigError
+from egopatch.train.heads.common.question import without_autocast
 from egopatch.train.ops.largest import largest_mask
 from egopatch.train.ops.select_attend import Implementation, attend_stacked, choose_implementation, select_attend
 from egopatch.train.ops.stacked import for_all_heads, on_device
@@ -97,7 +98,8 @@ class PatchSelection(nn.Module):
             pooled, lse, kept = (torch.stack(result) for result in zip(*results, strict=True))
             return pooled, lse, kept
         if _grouped_by_clip(clip_index):
-            return _SelectStacked.apply(tokens, clip_index, queries, selector, bias, scale, clip_rows, self.ks)
+            with without_autocast(tokens):  # as the reference
+                return _SelectStacked.apply(tokens, clip_index, queries, selector, bias, scale, clip_rows, self.ks)
         order = clip_index.argsort(stable=True)
         grouped = self.for_stacked_heads(
             tokens, clip_index[order], queries[:, order], selector[:, order], bias, scale, clip_rows

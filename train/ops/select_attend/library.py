@@ -26,7 +26,9 @@ def reference_forward(
     clip_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.forward` as an operator."""
-    return reference.forward(tokens, clip_index, queries, selector, bias, k, scale, clip_rows)
+    # Autocast would round the scores to bfloat16, and so select other patches.
+    with torch.autocast(tokens.device.type, enabled=False):
+        return reference.forward(tokens, clip_index, queries, selector, bias, k, scale, clip_rows)
 
 
 @reference_forward.register_fake
@@ -54,7 +56,9 @@ def reference_backward(
     clip_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.backward` as an operator."""
-    return reference.backward(grad_pooled, grad_lse, tokens, clip_index, queries, bias, kept, weights, scale, clip_rows)
+    saved = (tokens, clip_index, queries, bias, kept, weights, scale, clip_rows)
+    with torch.autocast(tokens.device.type, enabled=False):
+        return reference.backward(grad_pooled, grad_lse, *saved)
 
 
 @reference_backward.register_fake
