@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from egopatch.configs.schema import Config
+from egopatch.train.__main__ import main
 from egopatch.train.explanation.explain import explain
 from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.predict import predict_clips
@@ -101,3 +103,22 @@ def test_heads_that_are_evaluated_elsewhere_keep_their_options_and_rows(tiny: Co
         expected[width] = metrics.all.accuracy
     rows = gather(tiny.run.dir.parent / "there").rows
     assert {row.best.options["head.width"]: row.mean("all") for row in rows} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "called"),
+    [("fit", "fitting.fit.fit"), ("evaluate", "fitting.fit.evaluate"), ("sweep", "sweeps.sweep.run_sweep")],
+)
+def test_the_recorded_command_can_be_given_again(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, name: str, called: str
+) -> None:
+    given: list[str] = []
+
+    def stop(*arguments: object) -> None:
+        given.extend(one for one in arguments if isinstance(one, str))
+        raise RunError("enough")
+
+    monkeypatch.setattr(f"egopatch.train.{called}", stop)
+    args = [name, "--data.root", str(tiny.data.root / "own videos"), "--head.scores", "[question, prior]"]
+    assert main(args) == 1
+    assert [shlex.split(command) for command in given] == [["python", "-m", "train", *args]]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     from egopatch.train.processes.stopping import Stopped
     from egopatch.train.sweeps.sweep import run_sweep
 
-    command = " ".join(["python -m train sweep", *args])
+    command = shlex.join(["python", "-m", "train", "sweep", *args])
     try:
         with messages_apart(options.json):
             path = run_sweep(config, options.ratios, options.seeds, options.grid, options.name, command)
