@@ -27,7 +27,8 @@ def run(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.setattr("egopatch.train.publishing.folders.load_weights", lambda *_: {})
     data = {"name": "jsonl", "root": str(tiny.data.root)}
     card = {"fingerprint": FIELDS, "text_fingerprint": FIELDS, "parameters": 12_345}
-    folder = write_run(tiny.run.dir.parent, "psa", config={"data": data}, card=card)
+    encoder = {"arch": "egovlpv2", "checkpoint": "weights/EgoVLPv2.pth"}
+    folder = write_run(tiny.run.dir.parent, "psa", config={"data": data, "encoder": encoder}, card=card)
     (folder / "config.yaml").write_text("head: {name: psa}\n")
     return dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, name="jsonl"))
 
@@ -135,14 +136,47 @@ def _card(folder: Path, config: dict[str, Any]) -> Card:
 
 def test_a_stand_in_is_called_that(run: Config, tmp_path: Path) -> None:
     card = _card(tmp_path, config={"encoder": {"checkpoint": "w/egovlpv2-random.pth"}, "data": {"name": "jsonl"}})
-    assert "RANDOM WEIGHTS" in origins(run, card)[0].what
+    assert "RANDOM WEIGHTS" in origins(card)[0].what
+
+
+@pytest.mark.parametrize(
+    ("encoder", "video", "text", "expected"),
+    [
+        ({"arch": "lite"}, {"package": "made-up 1"}, {"text_checkpoint": "a"}, ["made-up 1", "text network: bert"]),
+        ({"arch": "lite"}, {"package": "made-up 1"}, {"text_checkpoint": "a", "package": "made-up 1"}, ["made-up 1"]),
+        ({"arch": "imported"}, {"origin": "imported"}, {"text_checkpoint": "a"}, ["imported", "text network: bert"]),
+        ({"arch": "hf", "checkpoint": "w/dinov2"}, {"checkpoint": "a"}, {"checkpoint": "a"}, ["dinov2"]),
+        ({"arch": "lite"}, None, {"text_checkpoint": "a"}, ["text network: bert"]),
+    ],
+)
+def test_all_weights_are_named(
+    tmp_path: Path, encoder: dict[str, Any], video: dict[str, Any] | None, text: dict[str, Any], expected: list[str]
+) -> None:
+    config = {"encoder": encoder, "text": {"model": "models/bert"}, "data": {"name": "nextqa"}}
+    card = {"fingerprint": video, "text_fingerprint": text, "parameters": 1}
+    *weights, data = origins(Card.read(write_run(tmp_path, "run", config=config, card=card)))
+    assert data.what.startswith("data: nextqa, ")
+    assert [one.terms for one in weights] == [None] * len(expected)
+    for one, name in zip(weights, expected, strict=True):
+        assert name in one.what
+
+
+def test_cards_have_what_the_head_was_trained_on_whatever_the_config_is(run: Config, tmp_path: Path) -> None:
+    path = run.run.dir / "card.json"
+    card = json.loads(path.read_text())
+    card["config"]["encoder"]["checkpoint"] = "weights/my-own.pth"
+    path.write_text(json.dumps(card))
+    other = ["--encoder.checkpoint", "weights/EgoVLPv2.pth", "--data.name", "egotaskqa", "--head-only"]
+    assert publish(run, tmp_path / "upload", "--terms", "mine", *other) == 0
+    text = (tmp_path / "upload" / "head" / "README.md").read_text()
+    assert "- encoder: my-own.pth. Terms: mine\n- data: jsonl. Terms: mine\n" in text
 
 
 def test_a_published_file_is_compared_with_the_lock(
     run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    weights = ["--encoder.checkpoint", "weights/EgoVLPv2.pth", "--terms", "mine: none", "--head-only"]
+    weights = ["--terms", "mine: none", "--head-only"]
     card = run.run.dir / "card.json"
     card.write_text(json.dumps(json.loads(card.read_text()) | {"fingerprint": {"checkpoint": "a" * 64}}))
     assert publish(run, tmp_path / "upload", *weights) == 0

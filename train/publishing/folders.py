@@ -58,7 +58,7 @@ def publish(config: Config, to: Path, terms: Sequence[str] = (), head_only: bool
         scores = read_run(run).scores
     except ValueError as error:
         raise RunError(f"{run}: {error}") from None
-    found = origins(config, card)
+    found = origins(card)
     stated = _stated([origin.what for origin in found if origin.terms is None], terms)
     if unknown := [what for what, licence in stated.items() if not licence]:
         raise ConfigError(

@@ -5,11 +5,12 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from egopatch.configs.schema import Config, ConfigError
+from egopatch.configs.schema import ConfigError
 from egopatch.extract.fetch.lockfile import Lockfile
 from egopatch.extract.fetch.sources import DEFAULT_SOURCES, Source, load_sources
 from egopatch.train.report.table import is_standin, is_synthetic
 from egopatch.train.rundir.card import Card
+from egopatch.train.rundir.results import card_option
 
 
 @dataclass(frozen=True)
@@ -25,26 +26,31 @@ class Origin:
     terms: str | None
 
 
-def origins(config: Config, card: Card) -> tuple[Origin, ...]:
-    """Every origin of a head: the weights of both networks, and the data set.
+def origins(card: Card) -> tuple[Origin, ...]:
+    """Every origin of a head, by its card: the weights of both networks, and the data set.
 
     Raises:
         ConfigError: The checkpoint bears the name of a published file and has other bytes than the locked one.
     """
-    return (*_weights(config, card), _data(config, card))
+    return (*_weights(card), _data(card))
 
 
-def _weights(config: Config, card: Card) -> Iterator[Origin]:
-    if card.fingerprint is None and card.text_fingerprint is None:
+def _weights(card: Card) -> Iterator[Origin]:
+    video, text, plain = card.fingerprint, card.text_fingerprint, asdict(card)
+    if video is None and text is None:
         return
-    if is_standin(asdict(card)):
+    if is_standin(plain):
         yield Origin("encoder: a stand-in with RANDOM WEIGHTS, in the published network's file format", "none needed")
         return
-    packages = [found.get("package") for found in (card.fingerprint, card.text_fingerprint) if found]
+    packages = [found.get("package") for found in (video, text) if found]
     for package in dict.fromkeys(str(package) for package in packages if package):
         yield Origin(f"weights of the package {package}", _licence(package.partition(" ")[0]))
-    if config.encoder.checkpoint is not None:
-        yield _checkpoint(config.encoder.checkpoint, card.fingerprint or {})
+    if checkpoint := card_option(plain, "encoder", "checkpoint"):
+        yield _checkpoint(Path(str(checkpoint)), video or {})
+    elif video and "package" not in video:  # an encoder from outside, or features that were imported
+        yield Origin(f"encoder: {card_option(plain, 'encoder', 'arch')}", None)
+    if text and "text_checkpoint" in text and "package" not in text:
+        yield Origin(f"text network: {Path(str(card_option(plain, 'text', 'model'))).name}", None)
 
 
 def _licence(package: str) -> str | None:
@@ -73,13 +79,14 @@ def _checkpoint(path: Path, fingerprint: Mapping[str, object]) -> Origin:
     return _published(f"encoder: {path.name}, {source.purpose} ({checked})", source)
 
 
-def _data(config: Config, card: Card) -> Origin:
+def _data(card: Card) -> Origin:
     if is_synthetic(asdict(card)):
         return Origin("data: EgoSynth, rendered by this software", "MIT")
-    source = load_sources(DEFAULT_SOURCES).datasets.get(config.data.name)
+    name = str(card_option(asdict(card), "data", "name"))
+    source = load_sources(DEFAULT_SOURCES).datasets.get(name)
     if source is None:
-        return Origin(f"data: {config.data.name}", None)
-    return _published(f"data: {config.data.name}, {source.purpose}", source)
+        return Origin(f"data: {name}", None)
+    return _published(f"data: {name}, {source.purpose}", source)
 
 
 def _published(what: str, source: Source) -> Origin:
