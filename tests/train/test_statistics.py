@@ -210,6 +210,8 @@ def test_too_few_clips_are_not_made_up_for_by_seeds() -> None:
     assert power.seeds_needed(5.0) is None
     assert measure_power(systems[:1], clips) is None
     assert measure_power([system[:1] for system in systems], clips) is None
+    alike = np.tile(np.array(systems[0], dtype=float)[:1], (2, 1))
+    assert measure_power([alike, alike], clips) is None
 
 
 def test_other_questions_are_refused() -> None:

@@ -143,7 +143,9 @@ def compare(ours: ArrayLike, theirs: ArrayLike, clips: Sequence[str] | Sequence[
 
 
 def measure_power(systems: Sequence[ArrayLike], clips: Sequence[str] | Sequence[int]) -> Power | None:
-    """The power of comparisons between such systems, each [S, Q]; None without two systems of at least two seeds."""
+    """The power of comparisons between such systems, each [S, Q]; None without two systems of at least two seeds, or
+    where all of them answer alike, which says nothing about systems that do not.
+    """
     parts = [_Parts.of(right, clips) for right in systems]
     parts = [part for part in parts if part.seeds > 1]
     if len(parts) < 2:
@@ -151,6 +153,8 @@ def measure_power(systems: Sequence[ArrayLike], clips: Sequence[str] | Sequence[
     seed_variance = float(np.mean([part.of_seeds * part.seeds for part in parts]))
     pairs = [(a, b, _of_clips(a.clip_effects - b.clip_effects)) for a, b in combinations(parts, 2)]
     remaining = [max(variance - a.of_both - b.of_both, 0.0) for a, b, variance in pairs]
+    if not seed_variance and not any(remaining):
+        return None
     return Power(seed_variance, float(np.mean(remaining)))
 
 
