@@ -9,6 +9,7 @@ from PIL import Image
 
 from egopatch.train.report import plots
 from egopatch.train.report.sources import read_sweep
+from egopatch.train.sweeps.sweep_results import _draw
 from tests.train.fake_runs import write_sweep
 
 
@@ -24,6 +25,13 @@ def test_ratio_plot_has_the_mean_and_the_range_over_seeds(tmp_path: Path) -> Non
     corners = band.get_paths()[0].vertices
     assert {tuple(corner) for corner in corners.tolist()} >= {(0.1, 41.0), (0.1, 43.0), (1.0, 50.0), (1.0, 52.0)}
     assert axis.get_title() == "direct"
+
+
+def test_the_picture_of_a_sweep_calls_own_data_by_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    _draw(write_sweep(tmp_path), "data/kitchen")
+    assert drawn[0].axes[0].get_title() == "data/kitchen"
 
 
 def test_a_single_seed_has_no_band(tmp_path: Path) -> None:

@@ -104,6 +104,18 @@ def test_text_of_the_data_is_escaped(text: str, page: Page) -> None:
     assert "alert" not in script
 
 
+def test_own_data_is_called_by_its_folder(tmp_path: Path) -> None:
+    config = write_dataset(tmp_path / "kitchen", videos=False)
+    data = {"data": {"name": "jsonl", "root": "kitchen", "split": "direct"}}
+    write_run(tmp_path / "runs", "psa", config=data, predictions=guesses(3))
+    write_sweep(tmp_path / "runs")
+    text = write_report(config, tmp_path / "runs").read_text()
+    assert text.count('<td class="left">kitchen</td>') == 3 + 1  # points of the sweep, and runs
+    assert '<td class="left">direct</td>' not in text
+    assert "<summary>psa, kitchen, seed 0</summary>" in text
+    assert '"title":"kitchen"' in text
+
+
 def test_policy_allows_only_the_pages_own_style_and_script(page: Page) -> None:
     ((_, meta),) = [e for e in page.elements if e[1].get("http-equiv") == "Content-Security-Policy"]
     policy = dict(part.strip().split(" ", 1) for part in meta["content"].split(";"))

@@ -145,6 +145,7 @@ def write_report(config: Config, folder: Path) -> Path:
         title=f"Results in {folder.resolve().name}",
         notices=table.notices(results),
         splits=splits,
+        titles={split.name: split.title for split in splits},
         origin=table.origin(results),
         charts=charts,
         colour=colours.__getitem__,
@@ -217,16 +218,19 @@ def _split_page(
         explanation,
         {} if questions is None else questions.clips,
         None if questions is None else (len(questions.by_id), repeat.digest(questions)),
-        _data(ours, questions, right),
+        _data(ours, table.title(split, rows), questions, right),
     )
 
 
-def _data(ours: Row, questions: Questions | None, right: Mapping[str, Correctness]) -> dict[str, Any] | None:
+def _data(
+    ours: Row, title: str, questions: Questions | None, right: Mapping[str, Correctness]
+) -> dict[str, Any] | None:
     if questions is None or not questions.by_id or not right:
         return None
     headline = list(right).index(ours.label) if ours.label in right else 0
     found = question_list.question_list(questions, right)
-    return {"split": ours.split, "headline": headline, **found, "pairs": question_list.pairs(questions, right)}
+    names = {"split": ours.split, "title": title, "headline": headline}
+    return {**names, **found, "pairs": question_list.pairs(questions, right)}
 
 
 def _gains(rows: Sequence[Row], ours: Row, right: Mapping[str, Correctness], questions: Questions | None) -> list[Gain]:

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def write_results(facts: Mapping[str, Any], runs: Sequence[FinishedRun], config:
     run_folder.write_whole(out / SWEEP, json.dumps(result, indent=2) + "\n")
     run_folder.write_whole(out / SWEEP_CSV, as_csv(result["points"]))
     if points:
-        _draw(out)
+        _draw(out, config.data.title)
     if not questions:
         print(
             f"  none of the {len(asked)} test questions has a published answer, so there are no accuracies and no "
@@ -124,7 +125,8 @@ def seeds_needed(
     points: Sequence[tuple[dict[str, Any], Matrix]], questions: Sequence[Question]
 ) -> dict[str, int | None] | None:
     """Seeds of each point with which a difference of 1, 3 and 5 points is found in 80% of cases; None for a difference
-    that these questions are too few for. None altogether without two points of at least two seeds.
+    that these questions are too few for. None altogether without two points of at least two seeds, or if all answer
+    alike.
     """
     power = measure_power([right for _, right in points], [question.clip_id for question in questions])
     return None if power is None else {str(points): power.seeds_needed(points) for points in DIFFERENCES}
@@ -207,11 +209,11 @@ def _record(
     }
 
 
-def _draw(out: Path) -> None:
+def _draw(out: Path, title: str) -> None:
     # Imported here to save start-up time: matplotlib takes a second, and training does not use it.
     from egopatch.train.report import plots
 
-    sweep = read_sweep(out / SWEEP)
+    sweep = replace(read_sweep(out / SWEEP), split=title)  # which only EgoTaskQA has
     plots.save(plots.draw_ratio([sweep], {}) if sweep.varies_ratio else plots.draw_settings(sweep), out / SWEEP_PNG)
 
 

@@ -11,7 +11,7 @@ import yaml
 from egopatch.train.report.answers import Questions
 from egopatch.train.report.sources import Sweep
 from egopatch.train.rundir.names import CONFIG
-from egopatch.train.rundir.results import Results
+from egopatch.train.rundir.results import Results, data_title
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ def recipe(results: Results, sweeps: Sequence[Sweep]) -> Recipe:
                 stores.setdefault(path, f"python -m extract run --config {shlex.quote(str(run.dir / CONFIG))}")
             trained.append(str(run.card.get("command") or f"# no command is recorded in {run.dir}"))
         settings = yaml.safe_dump(dict(row.best.card.get("config") or {}), sort_keys=False, allow_unicode=True)
-        configs.append((f"{row.label}, {row.split}, seed {row.best.seed}", settings))
+        questions = data_title(row.split, [row.best.card])
+        configs.append((f"{row.label}, {questions}, seed {row.best.seed}", settings))
     swept = [sweep.command for sweep in sweeps if sweep.command]
     one = results.rows[0].best.dir / CONFIG
     there = f"--config {shlex.quote(str(one))} --run.table {shlex.quote(str(results.folder))}"

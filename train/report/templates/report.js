@@ -201,7 +201,7 @@ const comparison = document.getElementById("comparison");
 if (comparison) {
   const field = (name) => comparison.querySelector(`[name="${name}"]`);
   const signed = (value, digits) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits);
-  options(field("split"), splits.map((data) => data.split));
+  options(field("split"), splits.map((data) => data.title));
   const compare = () => {
     const data = splits[field("split").value];
     const [first, second] = [Number(field("first").value), Number(field("second").value)];
