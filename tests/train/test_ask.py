@@ -100,6 +100,18 @@ def test_a_new_question_is_encoded_with_the_stores_network(trained: Config, monk
         ask(trained, clip_id, f"Zebra? {known}")
 
 
+def test_a_question_that_may_be_cut_is_noted(trained: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip_id, _ = asked = "clip|P0|0|1", "what colour is the left thing?"
+    assert not ask(trained, *asked).cut
+    fields = open_experiment(trained).text_fingerprint
+    full = {"states": torch.randn(8, 32), "attention_mask": torch.ones(8, dtype=torch.bool)}
+    monkeypatch.setattr("egopatch.extract.texts.encode_questions", lambda _, texts: (fields, {texts[0]: full}))
+    found = ask_clips(trained, clip_id, "what colour is the thing on the left of the thing?", answers=1)
+    assert found.predictions[0].cut
+    note = "the question is as long as the head can read (text.max_length), or longer: ask a shorter one"
+    assert note in found.notes
+
+
 def test_the_command(trained: Config, capsys: pytest.CaptureFixture[str]) -> None:
     question = open_experiment(trained).encoded["test"].questions[0]
     ask = ["ask", "--config", str(trained.run.dir / "config.yaml"), "--clip", question.clip_id, question.text]

@@ -113,6 +113,8 @@ def _worth(card: Card, prediction: Prediction) -> Iterator[str]:
         yield "the encoder's weights are random stand-ins, so the answer says nothing about the video"
     if is_synthetic(values):
         yield "the head was trained on EgoSynth's rendered videos, so its answers mean nothing about recorded ones"
+    if prediction.cut:
+        yield "the question is as long as the head can read (text.max_length), or longer: ask a shorter one"
     if prediction.unknown_words is None:
         yield "the questions that the head was trained on are not stored here, so it may not know some of these words"
     elif prediction.unknown_words:

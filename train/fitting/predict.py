@@ -37,6 +37,7 @@ class Prediction:
         kept: For each of these frames the row-major indices of the patches that psa kept; empty for other heads.
         grid: (rows, cols) of the patches.
         unknown_words: Words of the question that are in no stored question; None where no questions are stored.
+        cut: Whether the question fills `text.max_length` tokens, so that the head does not read words beyond them.
     """
 
     clip_id: str
@@ -47,6 +48,7 @@ class Prediction:
     kept: tuple[tuple[int, ...], ...]
     grid: tuple[int, int]
     unknown_words: tuple[str, ...] | None
+    cut: bool
 
 
 def predict_clips(config: Config, clip_ids: Sequence[str], question: str, answers: int = 5) -> tuple[Prediction, ...]:
@@ -112,6 +114,7 @@ def predict_clips(config: Config, clip_ids: Sequence[str], question: str, answer
                     kept=() if kept is None else _positions(kept[0, row].cpu()),
                     grid=sizes.grid,
                     unknown_words=unknown,
+                    cut=bool(mask.all()),
                 )
                 predictions.append(prediction)
     return tuple(predictions)
