@@ -161,6 +161,27 @@ def test_all_weights_are_named(
         assert name in one.what
 
 
+def test_the_file_that_a_head_started_from_is_named_and_not_said_to_be_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lock = {"egovlpv2/EgoVLPv2.pth": {"sha256": "b" * 64, "size": 1, "origin": "by hand"}}
+    Path("data_sources.lock.json").write_text(json.dumps(lock))
+    config: dict[str, Any] = {
+        "encoder": {"arch": "egovlpv2", "checkpoint": "w/EgoVLPv2.pth"},
+        "head": {"checkpoint": "w/tuned.pth"},
+        "data": {"name": "nextqa"},
+    }
+    card = {"fingerprint": {"checkpoint": "b" * 64}, "text_fingerprint": {"checkpoint": "b" * 64}, "parameters": 1}
+    encoder, head, _ = origins(Card.read(write_run(tmp_path, "a", config=config, card=card)))
+    assert encoder.what.endswith("(SHA-256 as in data_sources.lock.json)")
+    assert (head.what, head.terms) == ("head: tuned.pth", None)
+    config["head"]["checkpoint"] = "other/EgoVLPv2.pth"
+    _, head, _ = origins(Card.read(write_run(tmp_path, "b", config=config, card=card)))
+    assert head.what.startswith("head: EgoVLPv2.pth")
+    assert head.what.endswith("(not compared with a lock file)")
+
+
 def test_cards_have_what_the_head_was_trained_on_whatever_the_config_is(run: Config, tmp_path: Path) -> None:
     path = run.run.dir / "card.json"
     card = json.loads(path.read_text())

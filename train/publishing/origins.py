@@ -1,6 +1,6 @@
 """Where the weights and the data behind a head come from, and under which terms."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -46,9 +46,11 @@ def _weights(card: Card) -> Iterator[Origin]:
     for package in dict.fromkeys(str(package) for package in packages if package):
         yield Origin(f"weights of the package {package}", _licence(package.partition(" ")[0]))
     if checkpoint := card_option(plain, "encoder", "checkpoint"):
-        yield _checkpoint(Path(str(checkpoint)), video or {})
+        yield _checkpoint("encoder", Path(str(checkpoint)), (video or text or {}).get("checkpoint"))
     elif video and "package" not in video:  # an encoder from outside, or features that were imported
         yield Origin(f"encoder: {card_option(plain, 'encoder', 'arch')}", None)
+    if (started_from := card_option(plain, "head", "checkpoint")) not in (None, "", checkpoint):
+        yield _checkpoint("head", Path(str(started_from)), None)
     if text and "text_checkpoint" in text and "package" not in text:
         yield Origin(f"text network: {Path(str(card_option(plain, 'text', 'model'))).name}", None)
 
@@ -63,20 +65,20 @@ def _licence(package: str) -> str | None:
     return None if stated in (None, "", "UNKNOWN") else str(stated)
 
 
-def _checkpoint(path: Path, fingerprint: Mapping[str, object]) -> Origin:
+def _checkpoint(what: str, path: Path, used: object) -> Origin:
+    """A file that weights come from; `used` is the SHA-256 of the one that was read, None if it is not known."""
     sources = load_sources(DEFAULT_SOURCES)
     source = sources.checkpoint(path.name)
     if source is None:
-        return Origin(f"encoder: {path.name}", None)
+        return Origin(f"{what}: {path.name}", None)
     locked = Lockfile(sources.lock_path).get(f"{source.name}/{path.name}")
-    used = fingerprint.get("checkpoint")
-    if locked is not None and used is not None and used != locked.sha256:
+    if locked is not None and used not in (None, locked.sha256):
         raise ConfigError(
             f"encoder.checkpoint is {path}, but the features were made with another file (SHA-256 {used}) than the one "
             f"that {sources.lock_path} has for this name ({locked.sha256}); give it a name of its own"
         )
-    checked = "not compared with a lock file" if locked is None else f"SHA-256 as in {sources.lock_path}"
-    return _published(f"encoder: {path.name}, {source.purpose} ({checked})", source)
+    checked = "not compared with a lock file" if None in (locked, used) else f"SHA-256 as in {sources.lock_path}"
+    return _published(f"{what}: {path.name}, {source.purpose} ({checked})", source)
 
 
 def _data(card: Card) -> Origin:
