@@ -4,7 +4,7 @@ A colour is the number of a class `k0`, `k1`, ..., which has a light and a dark 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,35 +82,40 @@ def line_chart(
     y_ticks = _ticks(min(ys), max(ys))
     y_low, y_high = min(y_ticks[0], *ys), max(y_ticks[-1], *ys)
 
-    def at(x: float, y: float) -> str:
-        across = (place(x) - x_low) / ((x_high - x_low) or 1)
-        up = (y - y_low) / ((y_high - y_low) or 1)
-        return f"{LEFT + across * (WIDTH - LEFT - RIGHT):.1f} {HEIGHT - BOTTOM - up * (HEIGHT - BOTTOM - TOP):.1f}"
+    def across(x: float) -> str:
+        share = (place(x) - x_low) / ((x_high - x_low) or 1)
+        return f"{LEFT + share * (WIDTH - LEFT - RIGHT):.1f}"
 
-    parts = [_axis_y(y, at(min(xs), y).split()[1]) for y in y_ticks]
+    def down(y: float) -> str:
+        share = (y - y_low) / ((y_high - y_low) or 1)
+        return f"{HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP):.1f}"
+
+    def path(points: Iterable[tuple[float, float]]) -> str:
+        return "L".join(f"{across(x)} {down(y)}" for x, y in points)
+
+    parts = [_axis_y(y, down(y)) for y in y_ticks]
     x_ticks = list(ticks) if ticks else _ticks(min(xs), max(xs), whole=all(x == int(x) for x in xs))
     shown = [x for x in x_ticks if min(xs) <= x <= max(xs)]
-    parts += [_axis_x(x, at(x, y_low).split()[0]) for x in shown]
+    parts += [_axis_x(x, across(x)) for x in shown]
     for line in lines:
         colour = Markup("k{}").format(line.colour % COLOURS)
         if line.band:
             low, high = line.band
-            edge = [at(x, y) for x, y in zip(line.xs, high)] + [at(x, y) for x, y in zip(line.xs, low)][::-1]
-            parts.append(Markup('<path class="band {}" d="M{}z"/>').format(colour, "L".join(edge)))
-        ends = (min(xs), max(xs)) if line.level else line.xs
-        path = "L".join(at(x, y) for x, y in zip(ends, [line.ys[0]] * 2 if line.level else line.ys))
+            edge = [*zip(line.xs, high), *reversed([*zip(line.xs, low)])]
+            parts.append(Markup('<path class="band {}" d="M{}z"/>').format(colour, path(edge)))
+        ends = (min(xs), max(xs))
+        points = [(x, line.ys[0]) for x in ends] if line.level else [*zip(line.xs, line.ys)]
         parts.append(
             Markup('<path class="line {}" d="M{}" stroke-dasharray="{}"><title>{}</title></path>').format(
-                colour, path, line.dashes or "none", line.label
+                colour, path(points), line.dashes or "none", line.label
             )
         )
         if not line.level and len(line.xs) <= 40:
-            for x, y in zip(line.xs, line.ys):
-                spot = at(x, y).split()
+            for x, y in points:
                 parts.append(
                     Markup(
                         '<circle class="{}" cx="{}" cy="{}" r="3.5"><title>{}: {:.2f} at {:g}</title></circle>'
-                    ).format(colour, *spot, line.label, y, x)
+                    ).format(colour, across(x), down(y), line.label, y, x)
                 )
     parts.append(_x_label(x_label, HEIGHT))
     middle = (HEIGHT - BOTTOM + TOP) / 2
