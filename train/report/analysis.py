@@ -42,6 +42,14 @@ class TagLine:
     accuracy: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class KeptPatches:
+    """The patches that a head kept at one ratio, and its answers by question id."""
+
+    selection: Selection
+    answers: Mapping[str, str]
+
+
 def headline_row(rows: Sequence[Row]) -> Row:
     """The row that the page is about: psa if it was run, else the best head that reads video.
 
@@ -106,19 +114,17 @@ def tag_lines(rows: Sequence[Row]) -> list[TagLine]:
     return lines
 
 
-def selections_by_ratio(
-    row: Row, sweeps: Sequence[Sweep], questions: Questions
-) -> tuple[dict[str, tuple[Selection, Mapping[str, str]]], list[str]]:
-    """Selections of a row's best seed and of the runs of sweeps, by ratio, each with the answers of its head.
+def kept_by_ratio(row: Row, sweeps: Sequence[Sweep], questions: Questions) -> tuple[dict[str, KeptPatches], list[str]]:
+    """What a row's best seed and the runs of sweeps kept, by ratio.
 
     The selection of the row comes first, for its ratio; of the other ratios the run with the lowest seed counts. Runs
     without a recorded selection are ignored.
 
     Returns:
-        Selections and answers by label, such as `0.25`, and one line for each damaged file.
+        Kept patches by label, such as `0.25`, and one line for each damaged file.
     """
     problems: list[str] = []
-    found: dict[str, tuple[Selection, Mapping[str, str]]] = {}
+    found: dict[str, KeptPatches] = {}
     folders = [(ratio_label(row), row.best.dir)]
     for sweep in sweeps:
         if sweep.split == row.split and sweep.system == row.system:
@@ -128,7 +134,7 @@ def selections_by_ratio(
         if label in found:
             continue
         try:
-            found[label] = read_selection(folder / SELECTION), read_answers(folder, questions)
+            found[label] = KeptPatches(read_selection(folder / SELECTION), read_answers(folder, questions))
         except SourceError as error:
             problems.append(str(error))
     return found, problems
@@ -144,7 +150,7 @@ def build_examples(
     questions: Questions,
     ours: tuple[Row, Correctness],
     others: Sequence[tuple[Row, Correctness]],
-    kept: Mapping[str, tuple[Selection, Mapping[str, str]]],
+    kept: Mapping[str, KeptPatches],
     grid: tuple[int, int],
 ) -> list[examples.Example]:
     """Choose a split's examples and draw them."""
@@ -167,8 +173,8 @@ def build_examples(
         ]
         steps = [
             step
-            for label, (selection, predictions) in kept.items()
-            if (step := _step(label, selection, predictions, question, row.label, grid)) is not None
+            for label, at_ratio in kept.items()
+            if (step := _step(label, at_ratio, question, row.label, grid)) is not None
         ]
         steps.sort(key=lambda step: float(step.label))
         result.append(examples.Example(kind, question, pictures, missing, tuple(steps), tuple(answers)))
@@ -196,18 +202,13 @@ def _pictures(clips: Sequence[Clip], config: Config, frames: Sequence[int]) -> I
 
 
 def _step(
-    label: str,
-    selection: Selection,
-    predictions: Mapping[str, str],
-    question: Question,
-    system: str,
-    grid: tuple[int, int],
+    label: str, kept: KeptPatches, question: Question, system: str, grid: tuple[int, int]
 ) -> examples.Step | None:
-    index = selection.rows.get(question.question_id)
+    index = kept.selection.rows.get(question.question_id)
     if index is None:
         return None
-    kept = selection.kept[index]
-    overlays = tuple(examples.overlay(kept[t], grid) for t in examples.shown_frames(len(kept)))
-    given = predictions.get(question.question_id)
+    patches = kept.selection.kept[index]
+    overlays = tuple(examples.overlay(patches[t], grid) for t in examples.shown_frames(len(patches)))
+    given = kept.answers.get(question.question_id)
     right = given is not None and same_lower_cased(question, given)
     return examples.Step(label, overlays, examples.Answer(system, given, right))

@@ -33,7 +33,7 @@ from egopatch.train.report.examples import Example
 from egopatch.train.report.plots import thin
 from egopatch.train.report.sections import question_list, repeat
 from egopatch.train.report.sections.charts import COLOURS, Bar, Chart, Line, bar_chart, heat_map, line_chart
-from egopatch.train.report.sources import SourceError, Sweep, TrainingLog, read_log, read_sweep
+from egopatch.train.report.sources import Selection, SourceError, Sweep, TrainingLog, read_log, read_sweep
 from egopatch.train.rundir.card import write_whole
 from egopatch.train.rundir.names import SWEEP, SWEEPS
 from egopatch.train.rundir.results import BLIND, COLUMNS, SPLITS, Results, Row, gather
@@ -179,16 +179,10 @@ def _split_page(
     examples: list[Example] = []
     look, explanation = None, None
     if questions is not None and (correct := right.get(ours.label)) is not None:
-        kept, faults = report_analysis.selections_by_ratio(ours, sweeps, questions)
+        kept, faults = report_analysis.kept_by_ratio(ours, sweeps, questions)
         problems.extend(faults)
         if chosen := kept.get(report_analysis.ratio_label(ours)):
-            selection, patches = chosen[0], grid[0] * grid[1]
-            look = Look(
-                selection.frequency(patches).reshape(grid),
-                selection.kept.shape[2] / patches,
-                selection.shared({q: question.clip_id for q, question in questions.by_id.items()}, patches),
-                agreement(selection, questions, grid, report_analysis.frames_chosen_from(ours, config)),
-            )
+            look = _look(chosen.selection, questions, grid, report_analysis.frames_chosen_from(ours, config))
         others = [(row, right[row.label]) for row in rows if row is not ours and row.label in right]
         examples = report_analysis.build_examples(config, questions, (ours, correct), others, kept, grid)
         missing = dict.fromkeys(example.missing for example in examples if example.missing)
@@ -197,28 +191,42 @@ def _split_page(
         explanation = read_explanation(ours.best.dir)
     except ExplanationError as error:
         problems.append(str(error))
+    intervals: dict[str, Mapping[str, Interval]] = {}
+    texts: table.Texts = {}
+    if questions is not None:
+        intervals = {label: report_answers.intervals(correct, questions) for label, correct in right.items()}
+        texts = report_answers.text_scores([row for row in rows if row.label in right], questions, problems)
     return SplitPage(
-        split,
-        table.title(split, rows),
-        rows,
-        table.question_counts(rows),
-        ours,
-        tuple(_gains(rows, ours, right, questions)),
-        tuple(report_analysis.tag_lines(rows)),
-        tuple(examples),
-        {label: report_answers.intervals(correct, questions) for label, correct in right.items()} if questions else {},
-        report_answers.text_scores([row for row in rows if row.label in right], questions, problems)
-        if questions
-        else {},
-        {part: max((row.mean(part) or 0.0 for row in rows), default=0.0) for part in COLUMNS},
-        grid,
-        tuple(sorted({step.label for example in examples for step in example.steps}, key=float)),
-        report_analysis.ratio_label(ours),
-        look,
-        explanation,
-        {} if questions is None else questions.clips,
-        None if questions is None else (len(questions.by_id), repeat.digest(questions)),
-        _data(ours, table.title(split, rows), questions, right),
+        name=split,
+        title=table.title(split, rows),
+        rows=rows,
+        counts=table.question_counts(rows),
+        ours=ours,
+        gains=tuple(_gains(rows, ours, right, questions)),
+        tags=tuple(report_analysis.tag_lines(rows)),
+        examples=tuple(examples),
+        intervals=intervals,
+        texts=texts,
+        best={part: max((row.mean(part) or 0.0 for row in rows), default=0.0) for part in COLUMNS},
+        grid=grid,
+        ratios=tuple(sorted({step.label for example in examples for step in example.steps}, key=float)),
+        table_ratio=report_analysis.ratio_label(ours),
+        look=look,
+        explanation=explanation,
+        clips={} if questions is None else questions.clips,
+        questions=None if questions is None else (len(questions.by_id), repeat.digest(questions)),
+        data=_data(ours, table.title(split, rows), questions, right),
+    )
+
+
+def _look(selection: Selection, questions: Questions, grid: tuple[int, int], frames: int | None) -> Look:
+    """Where a head looks, by its selection; `frames` as for `agreement`."""
+    patches = grid[0] * grid[1]
+    return Look(
+        frequency=selection.frequency(patches).reshape(grid),
+        kept_share=selection.kept.shape[2] / patches,
+        shared=selection.shared({q: question.clip_id for q, question in questions.by_id.items()}, patches),
+        agreement=agreement(selection, questions, grid, frames),
     )
 
 
