@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, option_names
 from egopatch.configs.schema import Config, ConfigError
@@ -22,6 +22,18 @@ SHARED = (
 HEAD_OPTIONS = "head.options."
 
 Overrides = Mapping[str, Any]
+
+
+class PlannedRun(NamedTuple):
+    """One combination of a sweep, and the config that it makes."""
+
+    overrides: Overrides
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+        return self.config.run.dir
 
 
 def read_axes(
@@ -114,23 +126,23 @@ def run_config(config: Config, overrides: Overrides, typed: Mapping[tuple[str, s
     return replace(config, **sections)
 
 
-def require_own_folders(runs: Sequence[tuple[Overrides, Config]]) -> None:
+def require_own_folders(runs: Sequence[PlannedRun]) -> None:
     """Refuse two runs of one folder, of which only one would be trained: folders have few characters in their names.
 
     Raises:
         ConfigError: Two settings have one folder.
     """
-    owners: dict[Path, Overrides] = {}
-    for overrides, run in runs:
-        first = owners.setdefault(run.run.dir, overrides)
-        if first is not overrides:
+    owners: dict[Path, PlannedRun] = {}
+    for run in runs:
+        first = owners.setdefault(run.folder, run)
+        if first is not run:
             different = ", ".join(
-                f"{option} {first[option]!r} and {overrides[option]!r}"
-                for option in overrides
-                if _key(first[option]) != _key(overrides[option])
+                f"{option} {first.overrides[option]!r} and {value!r}"
+                for option, value in run.overrides.items()
+                if _key(first.overrides[option]) != _key(value)
             )
             raise ConfigError(
-                f"in the sweep, two settings would share the folder {run.run.dir} ({different}); leave one of the "
+                f"in the sweep, two settings would share the folder {run.folder} ({different}); leave one of the "
                 "values to a sweep with another --name"
             )
 

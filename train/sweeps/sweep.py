@@ -37,7 +37,14 @@ from egopatch.train.rundir.lease import POLL_S, busy, hold, writable
 from egopatch.train.rundir.names import GROUPS, SWEEPS
 from egopatch.train.rundir.results import table_folder
 from egopatch.train.rundir.trained_on import require_same_questions, require_shared_questions
-from egopatch.train.sweeps.axes import combinations, read_axes, require_own_folders, run_config, typed_values
+from egopatch.train.sweeps.axes import (
+    PlannedRun,
+    combinations,
+    read_axes,
+    require_own_folders,
+    run_config,
+    typed_values,
+)
 from egopatch.train.sweeps.sweep_results import write_results
 
 # Options in which stacked heads may differ. Seeds are not among them: stacked heads share the order of the batches, and
@@ -48,6 +55,8 @@ STACKED = ("head.ratio",)
 # size their activations leave the cache, and they take a sixth more.
 STACK_SIZE = {"cuda": 24, "cpu": 12}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# Why a run that was trained has no results, None if it has some, by the name of its folder.
+Outcomes = dict[str, str | None]
 
 
 class GroupPlan(NamedTuple):
@@ -95,29 +104,31 @@ def run_sweep(
     out = table_folder(config) / SWEEPS / name
     axes = read_axes(ratios, seeds, grid)
     typed = typed_values(axes)
-    runs = [(overrides, run_config(config, overrides, typed, out)) for overrides in combinations(axes)]
+    runs = [PlannedRun(overrides, run_config(config, overrides, typed, out)) for overrides in combinations(axes)]
     require_own_folders(runs)
-    for _, run in runs:
-        check_head(run.head)
-        run_folder.require_same_settings(run.run.dir, run, "--name")
-    configs = [run for _, run in runs]
+    for run in runs:
+        check_head(run.config.head)
+        run_folder.require_same_settings(run.folder, run.config, "--name")
+    configs = [run.config for run in runs]
     before = sum(map(_finished, configs))
     label = f"sweep {name}"
     print(f"{label}: {len(runs)} runs, {before} already finished", flush=True)
-    started, bytes_read, trained, failed = time.monotonic(), 0, 0, dict[str, str]()
+    started, bytes_read = time.monotonic(), 0
+    outcomes: Outcomes = {}
     if before < len(runs):
         with shortage_explained(config.train, out), caller_state_kept(config.train.device):
             experiment = open_experiment(config)
             print("\n".join(experiment.data_lines), flush=True)
             experiment.print_quarantined()
-            for run in filter(_finished, configs):
-                experiment.require_trained_on(run.run.dir)
-                require_same_questions(run.run.dir, experiment.data_record, config.data.root)
+            for done in filter(_finished, configs):
+                experiment.require_trained_on(done.run.dir)
+                require_same_questions(done.run.dir, experiment.data_record, config.data.root)
             groups_folder = out / GROUPS
             with writable("run.dir" if config.run.table is None else "run.table", groups_folder):
                 make_folder(groups_folder)
-            trained, failed = _train_all(config, configs, experiment, groups_folder, label, command)
+            outcomes = _train_all(config, configs, experiment, groups_folder, label, command)
         bytes_read = experiment.features.bytes_read
+    failed = {folder: why for folder, why in outcomes.items() if why is not None}
     facts = {
         "name": name,
         "split": config.data.split,
@@ -125,14 +136,14 @@ def run_sweep(
         "system": system_name(config),
         "command": command,
         "planned": len(runs),
-        "trained": trained,
+        "trained": len(outcomes) - len(failed),
         "failed": failed,
         "seconds": round(time.monotonic() - started, 3),
         "bytes_read": bytes_read,
     }
-    finished = [(overrides, run) for overrides, run in runs if run.run.dir.name not in failed]
+    finished = [run for run in runs if run.folder.name not in failed]
     # Also where nothing was left to train, or where other processes trained some of the runs.
-    require_shared_questions([run.run.dir for _, run in finished])
+    require_shared_questions([run.folder for run in finished])
     with shortage_explained(config.train, out):
         path = write_results(facts, finished, config, out)
     if failed:
@@ -142,16 +153,20 @@ def run_sweep(
 
 def _train_all(
     config: Config, configs: Sequence[Config], experiment: Experiment, groups_folder: Path, label: str, command: str
-) -> tuple[int, dict[str, str]]:
-    """Train every run that no other process trains to its end; returns as `_train`."""
-    trained, told, failed = 0, False, dict[str, str]()
+) -> Outcomes:
+    """Train every run that no other process trains to its end."""
+    outcomes: Outcomes = {}
+    told = False
     on_disk = experiment.features.residency == "disk"
     fork = experiment.device.type == "cpu" and can_stack(config.head.name) and not on_disk and can_fork()
     cores = torch.get_num_threads() if fork else 1
     train = partial(_train, experiment=experiment, command=command)
-    while unfinished := [run for run in configs if not _finished(run) and run.run.dir.name not in failed]:
-        results: list[tuple[int, dict[str, str]]] = []
-        possible = [run for run in configs if run.run.dir.name not in failed]
+    while True:
+        possible = [run for run in configs if outcomes.get(run.run.dir.name) is None]
+        unfinished = [run for run in possible if not _finished(run)]
+        if not unfinished:
+            return outcomes
+        results: list[Outcomes] = []
         if plans := plan_groups(possible, groups_folder, experiment.device, cores):
             if fork:
                 labels = [f"{label}, run group {number} of {len(plans)}" for number in range(1, len(plans) + 1)]
@@ -163,21 +178,15 @@ def _train_all(
         elif not told and (holder := next(filter(None, (busy(config.run.dir) for config in unfinished)), None)):
             print(f"{label}: waiting for {len(unfinished)} runs of other processes: {holder}", flush=True)
             told = True
-        for count, group_failed in results:
-            trained += count
-            failed |= group_failed
-        if not any(count or group_failed for count, group_failed in results):
+        for result in results:
+            outcomes |= result
+        if not any(results):
             # A run whose process ends before the run is finished is free again.
             time.sleep(POLL_S)
-    return trained, failed
 
 
-def _train(plans: Sequence[GroupPlan], experiment: Experiment, label: str, command: str) -> tuple[int, dict[str, str]]:
-    """Train the run groups, all of one seed, that no other process holds, on one reading.
-
-    Returns:
-        The number of runs with results, and why the others failed, by the name of their folder.
-    """
+def _train(plans: Sequence[GroupPlan], experiment: Experiment, label: str, command: str) -> Outcomes:
+    """Train the run groups, all of one seed, that no other process holds, on one reading."""
     order_seed = plans[0].configs[0].train.seed
     with ExitStack() as leases:
         groups: list[RunGroup] = []
@@ -207,9 +216,7 @@ def _train(plans: Sequence[GroupPlan], experiment: Experiment, label: str, comma
         for group in groups:
             group.path.with_suffix(".json").unlink(missing_ok=True)
             group.path.unlink(missing_ok=True)
-    runs = [run for group in groups for run in group.runs]
-    failed = {run.config.run.dir.name: run.failed for run in runs if run.failed is not None}
-    return len(runs) - len(failed), failed
+    return {run.config.run.dir.name: run.failed for group in groups for run in group.runs}
 
 
 def plan_groups(configs: Sequence[Config], groups_folder: Path, device: torch.device, cores: int) -> list[GroupPlan]:

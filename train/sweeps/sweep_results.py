@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,30 +23,37 @@ from egopatch.train.rundir.names import CONFIG, PREDICTIONS, SUBMISSION, SWEEP, 
 from egopatch.train.rundir.results import COLUMNS, read_run, value_text
 from egopatch.train.scores.metrics import PredictionError, read_predictions, same_lower_cased
 from egopatch.train.scores.statistics import Matrix, accuracy, compare, measure_power
+from egopatch.train.sweeps.axes import PlannedRun
 
 SEED = "train.seed"
 # Differences, in points, for which a sweep says how many seeds would show them.
 DIFFERENCES = (1, 3, 5)
-FinishedRun = tuple[Mapping[str, Any], Config]
 
 
-def write_results(facts: Mapping[str, Any], runs: Sequence[FinishedRun], config: Config, out: Path) -> Path:
+class Point(NamedTuple):
+    """A setting over its seeds: its entry in `sweep.json`, and which answers are right, [seeds, questions]."""
+
+    summary: dict[str, Any]
+    right: Matrix
+
+
+def write_results(facts: Mapping[str, Any], runs: Sequence[PlannedRun], config: Config, out: Path) -> Path:
     """Write the three files into `out`; returns the path of `sweep.json`.
 
     Args:
         facts: Facts about the sweep for the JSON.
-        runs: Overrides and config of each finished run.
+        runs: The finished runs.
         config: Config that all runs share.
         out: Folder of the sweep.
     """
     asked = load_dataset(config.data).questions["test"]
     questions = [question for question in asked if question.counts]
-    right = {run.run.dir: _right(run, asked) for _, run in runs} if questions else {}
+    right = {run.folder: _right(run.folder, asked) for run in runs} if questions else {}
     points = gather_points(runs, questions, right) if questions else []
     result = {
         **facts,
-        "members": [_record(overrides, run, out, questions, right.get(run.run.dir)) for overrides, run in runs],
-        "points": [summary for summary, _ in points],
+        "members": [_record(run, out, questions, right.get(run.folder)) for run in runs],
+        "points": [point.summary for point in points],
         "comparisons": compare_points(points, questions),
         "seeds_needed": seeds_needed(points, questions),
     }
@@ -66,51 +73,49 @@ def write_results(facts: Mapping[str, Any], runs: Sequence[FinishedRun], config:
 
 
 def gather_points(
-    runs: Sequence[FinishedRun], questions: Sequence[Question], right: Mapping[Path, Matrix]
-) -> list[tuple[dict[str, Any], Matrix]]:
-    """Each setting over its seeds: its entry in `sweep.json`, and which answers are right [seeds, questions].
+    runs: Sequence[PlannedRun], questions: Sequence[Question], right: Mapping[Path, Matrix]
+) -> list[Point]:
+    """The points of a sweep.
 
     Args:
-        runs: Overrides and config of each finished run.
+        runs: The finished runs.
         questions: The test questions that count, at least one.
         right: [questions] which answers of each run are right, by its folder.
     """
-    settings: dict[str, list[FinishedRun]] = {}
-    for overrides, run in runs:
-        setting = {option: value for option, value in overrides.items() if option != SEED}
-        settings.setdefault(json.dumps(setting, default=str), []).append((overrides, run))
+    settings: dict[str, list[PlannedRun]] = {}
+    for run in runs:
+        settings.setdefault(json.dumps(_setting(run), default=str), []).append(run)
     masks = column_masks(questions)
     clips = np.array([question.clip_id for question in questions])
     points = []
     for unsorted in settings.values():
-        seeds = sorted(unsorted, key=lambda pair: pair[1].train.seed)
-        of_seeds = np.array([right[run.run.dir] for _, run in seeds])
+        seeds = sorted(unsorted, key=lambda run: run.config.train.seed)
+        of_seeds = np.array([right[run.folder] for run in seeds])
         summary: dict[str, Any] = {
-            "setting": {option: value for option, value in seeds[0][0].items() if option != SEED},
-            "ratio": seeds[0][1].head.ratio,
-            "seeds": [run.train.seed for _, run in seeds],
+            "setting": _setting(seeds[0]),
+            "ratio": seeds[0].config.head.ratio,
+            "seeds": [run.config.train.seed for run in seeds],
         }
         summary |= dict.fromkeys(COLUMNS)
         for column, counted in masks.items():
             interval = accuracy(of_seeds[:, counted], clips[counted].tolist())
             numbers = {"mean": interval.mean, "low": interval.low, "high": interval.high}
             summary[column] = {**numbers, "n": int(counted.sum())}
-        points.append((summary, of_seeds))
+        points.append(Point(summary, of_seeds))
     return points
 
 
-def compare_points(points: Sequence[tuple[dict[str, Any], Matrix]], questions: Sequence[Question]) -> list[Any]:
+def compare_points(points: Sequence[Point], questions: Sequence[Question]) -> list[Any]:
     """Differences of later points from the first, in points of accuracy over all `questions`, those that count."""
     clips = [question.clip_id for question in questions]
     comparisons = []
-    for summary, right in points[1:]:
-        first, base = points[0]
-        result = compare(right, base, clips)
+    for point in points[1:]:
+        result = compare(point.right, points[0].right, clips)
         difference = result.difference
         comparisons.append(
             {
-                "setting": summary["setting"],
-                "against": first["setting"],
+                "setting": point.summary["setting"],
+                "against": points[0].summary["setting"],
                 "difference": difference.mean,
                 "low": difference.low,
                 "high": difference.high,
@@ -121,15 +126,13 @@ def compare_points(points: Sequence[tuple[dict[str, Any], Matrix]], questions: S
     return comparisons
 
 
-def seeds_needed(
-    points: Sequence[tuple[dict[str, Any], Matrix]], questions: Sequence[Question]
-) -> dict[str, int | None] | None:
+def seeds_needed(points: Sequence[Point], questions: Sequence[Question]) -> dict[str, int | None] | None:
     """Seeds of each point with which a difference of 1, 3 and 5 points is found in 80% of cases; None for a difference
     that these questions are too few for. None altogether without two points of at least two seeds, or if all answer
     alike.
     """
-    power = measure_power([right for _, right in points], [question.clip_id for question in questions])
-    return None if power is None else {str(points): power.seeds_needed(points) for points in DIFFERENCES}
+    power = measure_power([point.right for point in points], [question.clip_id for question in questions])
+    return None if power is None else {str(size): power.seeds_needed(size) for size in DIFFERENCES}
 
 
 def as_csv(points: Sequence[Mapping[str, Any]]) -> str:
@@ -170,9 +173,13 @@ def describe(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _right(run: Config, asked: Sequence[Question]) -> Matrix:
-    """Whether a run answers each of the questions that count right."""
-    folder = run.run.dir
+def _setting(run: PlannedRun) -> dict[str, Any]:
+    """The options of a run that make its point: all but the seed."""
+    return {option: value for option, value in run.overrides.items() if option != SEED}
+
+
+def _right(folder: Path, asked: Sequence[Question]) -> Matrix:
+    """Whether the run in `folder` answers each of the questions that count right."""
     try:
         answers = read_predictions(folder / PREDICTIONS, asked)
     except PredictionError as error:
@@ -186,13 +193,11 @@ def _right(run: Config, asked: Sequence[Question]) -> Matrix:
     return np.array([same_lower_cased(question, answers[question.question_id]) for question in counted], dtype=float)
 
 
-def _record(
-    overrides: Mapping[str, Any], run: Config, out: Path, questions: Sequence[Question], right: Matrix | None
-) -> dict[str, Any]:
+def _record(run: PlannedRun, out: Path, questions: Sequence[Question], right: Matrix | None) -> dict[str, Any]:
     try:
-        scores = read_run(run.run.dir).scores
+        scores = read_run(run.folder).scores
     except ValueError as error:
-        raise RunError(f"{run.run.dir}: {error}") from None
+        raise RunError(f"{run.folder}: {error}") from None
     accuracies = {column: scores[column].accuracy for column in COLUMNS}
     if right is not None:  # as the points count: the annotations may have changed since `test.json` was written
         masks = column_masks(questions)
@@ -200,12 +205,12 @@ def _record(
             column: 100 * int(right[counted].sum()) / int(counted.sum()) for column, counted in masks.items()
         }
     return {
-        "ratio": run.head.ratio,
-        "seed": run.train.seed,
-        "overrides": dict(overrides),
+        "ratio": run.config.head.ratio,
+        "seed": run.config.train.seed,
+        "overrides": dict(run.overrides),
         **accuracies,
         "n": len(questions),
-        "dir": run.run.dir.relative_to(out).as_posix(),
+        "dir": run.folder.relative_to(out).as_posix(),
     }
 
 
