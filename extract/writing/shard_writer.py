@@ -204,14 +204,14 @@ class BackgroundShardWriter:
         work, machines = shard.work, dict.fromkeys(shard.rows, shard.machine)
         self._store.write_shard(
             work.shard,
-            shard.rows,
-            shard.sources,
-            shard.failures,
-            shard.origins,
-            work.replaces,
-            machines,
-            self._children or commit_shard,
-            shard.finite,
+            rows=shard.rows,
+            sources=shard.sources,
+            failures=shard.failures,
+            origins=shard.origins,
+            replaces=work.replaces,
+            machines=machines,
+            committer=self._children or commit_shard,
+            finite=shard.finite,
         )
 
     @contextmanager

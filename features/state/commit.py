@@ -133,14 +133,14 @@ def commit_shard(target: CommitTarget, commit: ShardCommit) -> None:
         made_of = commit.provenance
         record = commit_record(
             shard,
-            {name: ClipRecord(row, sums[name], made_of[name].source) for name, row in rows.items()},
-            files,
-            target.fingerprint,
-            commit.errors,
-            target.row_bytes,
-            write_id,
-            encode_origins([made_of[name].origin for name in rows]),
-            [made_of[name].machine for name in rows],
+            clips={name: ClipRecord(row, sums[name], made_of[name].source) for name, row in rows.items()},
+            files=files,
+            fingerprint=target.fingerprint,
+            errors=commit.errors,
+            row_bytes=target.row_bytes,
+            write_id=write_id,
+            origins=encode_origins([made_of[name].origin for name in rows]),
+            machines=[made_of[name].machine for name in rows],
         )
         ledger.append(record, after)
 

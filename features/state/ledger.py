@@ -310,18 +310,18 @@ def parse_entry(record: Record) -> Entry:
     if kind == "commit":
         ids = tuple(get_list(record, "ids", str))
         return Commit(
-            shard,
-            ids,
-            _parse_rows(record, len(ids)),
-            _parse_checksums(get_field(record, "crc32c", dict), len(ids)),
-            _parse_sources(record, len(ids)),
-            get_file_sums(record),
-            get_field(record, "fingerprint", str),
-            _parse_errors(get_field(record, "errors", dict)),
-            get_count(record, "row_bytes"),
-            _parse_write_id(record),
-            get_field(record, "origins", str) if "origins" in record else "",
-            _parse_machines(get_field(record, "machines", dict), len(ids)) if "machines" in record else (),
+            shard=shard,
+            ids=ids,
+            rows=_parse_rows(record, len(ids)),
+            checksums=_parse_checksums(get_field(record, "crc32c", dict), len(ids)),
+            sources=_parse_sources(record, len(ids)),
+            files=get_file_sums(record),
+            fingerprint=get_field(record, "fingerprint", str),
+            errors=_parse_errors(get_field(record, "errors", dict)),
+            row_bytes=get_count(record, "row_bytes"),
+            write_id=_parse_write_id(record),
+            origins=get_field(record, "origins", str) if "origins" in record else "",
+            machines=_parse_machines(get_field(record, "machines", dict), len(ids)) if "machines" in record else (),
         )
     raise MalformedRecord(f"'kind' is {kind[:40]!r}; expected announce, commit or drop")
 

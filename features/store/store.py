@@ -312,10 +312,15 @@ class Store:
 
     def summary(self) -> Summary:
         """What the store is; printing the store shows it."""
-        stored, planned = len(self.catalog.ledger.clips), len(self.catalog.rows)
-        fields = self.fingerprint.fields
         return Summary(
-            str(self.path), self.format, self.spec, fields, stored, planned, self.nbytes, self.catalog.row_bytes
+            path=str(self.path),
+            format=self.format,
+            spec=self.spec,
+            fingerprint=self.fingerprint.fields,
+            stored=len(self.catalog.ledger.clips),
+            planned=len(self.catalog.rows),
+            nbytes=self.nbytes,
+            row_bytes=self.row_bytes,
         )
 
     def __repr__(self) -> str:

@@ -171,20 +171,20 @@ def compare(
     agree = sums.shapes is None and compared.error <= tolerance and cause in (None, "precision")
     verdict = _verdict(agree, cause, detail, left, right)
     return Comparison(
-        agree,
-        cause,
-        verdict,
-        len(picked),
-        len(common),
-        len(left.ids) - len(common),
-        len(right.ids) - len(common),
-        compared.cosine,
-        compared.error,
-        sums.worst_clips(),
-        sums.worst_tokens(),
-        sums.worst_channels(),
-        sums.times,
-        fields,
+        agree=agree,
+        cause=cause,
+        verdict=verdict,
+        clips=len(picked),
+        common=len(common),
+        only_a=len(left.ids) - len(common),
+        only_b=len(right.ids) - len(common),
+        cosine=compared.cosine,
+        error=compared.error,
+        worst_clips=sums.worst_clips(),
+        worst_tokens=sums.worst_tokens(),
+        worst_channels=sums.worst_channels(),
+        times_differ_s=sums.times,
+        fields=fields,
     )
 
 

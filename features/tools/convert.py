@@ -85,7 +85,15 @@ def copy_clips(
         }
         known = {name: origin for name in ids if (origin := origins[name]) is not None}
         machines = {name: source.catalog.ledger.clips[name].machine_of(name) for name in ids}
-        target.write_shard(work.shard, rows, source.sources(ids), failures, known, work.replaces, machines)
+        target.write_shard(
+            work.shard,
+            rows=rows,
+            sources=source.sources(ids),
+            failures=failures,
+            origins=known,
+            replaces=work.replaces,
+            machines=machines,
+        )
         if on_clips is not None:
             done += len(ids)
             on_clips(done, len(origins))

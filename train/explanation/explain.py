@@ -120,13 +120,13 @@ class _Explainer:
             )
             rankings.append(
                 Ranking(
-                    name,
-                    _percents(deletion),
-                    _percents(insertion),
-                    deletion_gap,
-                    insertion_gap,
-                    agreement_of(known, self.grid[0] * self.grid[1]),
-                    pointing(pointed),
+                    name=name,
+                    deletion=_percents(deletion),
+                    insertion=_percents(insertion),
+                    deletion_gap=deletion_gap,
+                    insertion_gap=insertion_gap,
+                    agreement=agreement_of(known, self.grid[0] * self.grid[1]),
+                    pointing=pointing(pointed),
                 )
             )
         return Explanation(len(asked), self.k, self.grid[0] * self.grid[1], SHARES, tuple(rankings))

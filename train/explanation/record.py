@@ -111,13 +111,13 @@ def _ranking(values: dict[str, Any], shares: int) -> Ranking:
         return heights
 
     return Ranking(
-        str(values["name"]),
-        curve("deletion"),
-        curve("insertion"),
-        optional(Interval, "deletion_gap"),
-        optional(Interval, "insertion_gap"),
-        optional(Agreement, "agreement"),
-        None if values["pointing"] is None else _number(values["pointing"]),
+        name=str(values["name"]),
+        deletion=curve("deletion"),
+        insertion=curve("insertion"),
+        deletion_gap=optional(Interval, "deletion_gap"),
+        insertion_gap=optional(Interval, "insertion_gap"),
+        agreement=optional(Agreement, "agreement"),
+        pointing=None if values["pointing"] is None else _number(values["pointing"]),
     )
 
 

@@ -244,9 +244,14 @@ def read_selection(path: Path) -> Selection:
 
 
 def _sweep_run(entry: Mapping[str, Any], folder: Path) -> SweepRun:
-    setting = _setting(entry.get("overrides") or {})
-    dir_ = _existing(entry.get("dir"), folder)
-    return SweepRun(float(entry["ratio"]), int(entry["seed"]), setting, float(entry["all"]), int(entry["n"]), dir_)
+    return SweepRun(
+        ratio=float(entry["ratio"]),
+        seed=int(entry["seed"]),
+        setting=_setting(entry.get("overrides") or {}),
+        accuracy=float(entry["all"]),
+        n=int(entry["n"]),
+        dir=_existing(entry.get("dir"), folder),
+    )
 
 
 def _system_of(runs: Sequence[SweepRun]) -> str | None:

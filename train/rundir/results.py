@@ -257,7 +257,17 @@ def read_run(path: Path) -> Run:
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"{TEST} is damaged ({type(error).__name__}: {error}); evaluate the run again") from error
     return Run(
-        path, system, split, seed, scores, tags, _val(card.get("val")), card, quarantined, wrong_form, _seconds(path)
+        dir=path,
+        system=system,
+        split=split,
+        seed=seed,
+        scores=scores,
+        tags=tags,
+        val=_val(card.get("val")),
+        card=card,
+        quarantined=quarantined,
+        wrong_form=wrong_form,
+        seconds_to_converge=_seconds(path),
     )
 
 

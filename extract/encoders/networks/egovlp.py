@@ -29,7 +29,14 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> VideoEncoder:
     last = depth == sizes.blocks
     with torch.device("meta"):
         trunk = SpaceTimeTransformer(
-            sizes.width, sizes.hidden, depth, sizes.frames, sizes.patches, sizes.patch, EPS, EPS if last else None
+            width=sizes.width,
+            hidden=sizes.hidden,
+            depth=depth,
+            frames=sizes.frames,
+            patches=sizes.patches,
+            patch=sizes.patch,
+            eps=EPS,
+            final_eps=EPS if last else None,
         )
         projection = (
             nn.Sequential(nn.Linear(sizes.width, checkpoint.shape("vid_proj.0.weight", 2)[0])) if last else None

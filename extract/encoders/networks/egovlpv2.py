@@ -35,14 +35,14 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> VideoEncoder:
     last = path == "dual" and depth == sizes.blocks
     with torch.device("meta"):
         trunk = SpaceTimeTransformer(
-            sizes.width,
-            sizes.hidden,
-            depth,
-            sizes.frames,
-            sizes.patches,
-            sizes.patch,
-            BLOCK_EPS,
-            BLOCK_EPS if last else None,
+            width=sizes.width,
+            hidden=sizes.hidden,
+            depth=depth,
+            frames=sizes.frames,
+            patches=sizes.patches,
+            patch=sizes.patch,
+            eps=BLOCK_EPS,
+            final_eps=BLOCK_EPS if last else None,
         )
         projection = projection_layers(checkpoint, "vid_proj") if last else None
     names = {name: f"video_model.{name}" for name in trunk.state_dict()}

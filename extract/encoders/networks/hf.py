@@ -56,4 +56,12 @@ def text_weights(model: str) -> Path:
     return model_folder(text_folder(model))
 
 
-NETWORK = Network("hf", build_video, build_text, read_transform, None, text_weights, open_folder, locate=model_folder)
+NETWORK = Network(
+    "hf",
+    build_video,
+    build_text,
+    transform=read_transform,
+    text_weights=text_weights,
+    open_checkpoint=open_folder,
+    locate=model_folder,
+)

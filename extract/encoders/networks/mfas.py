@@ -117,7 +117,15 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> MfasEncoder:
             f"{checkpoint.path}: the patch grid is {sizes.grid}; MFAS pools 2x2 patches, so both sides must be even"
         )
     with torch.device("meta"):
-        trunk = TwoTowers(sizes.width, sizes.hidden, depth, sizes.frames, sizes.patches, sizes.patch, BLOCK_EPS)
+        trunk = TwoTowers(
+            width=sizes.width,
+            hidden=sizes.hidden,
+            depth=depth,
+            frames=sizes.frames,
+            patches=sizes.patches,
+            patch=sizes.patch,
+            eps=BLOCK_EPS,
+        )
     complete = checkpoint
     if checkpoint.network == "egovlpv2":
         complete = _started_from_egovlpv2(checkpoint, sizes)
