@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -66,6 +67,16 @@ class FrameIndex:
         return row if row < len(self.pts) and self.pts[row] == pts else None
 
 
+class _Packet(NamedTuple):
+    """A packet whose frame is shown; pts and duration are in the stream's own unit, and layers as in `layer_reader`."""
+
+    pts: int
+    duration: int
+    is_damaged: bool
+    layer: int
+    is_disposable: bool
+
+
 def index_of_packets(
     path: Path,
     container: "av.container.InputContainer",
@@ -78,8 +89,7 @@ def index_of_packets(
     Raises:
         VideoError: The file ends before the first frame that can be decoded.
     """
-    # In the file's order: pts, duration, whether it depends on damaged data, and its layer (see `layer_reader`).
-    shown: list[tuple[int, int, bool, int, bool]] = []
+    shown: list[_Packet] = []  # in the file's order
     intact = 0  # number of `shown` up to the last one whose own packet is whole
     complete_pts = NO_PTS  # every frame up to it is in `shown`, since packets come in the order of their dts
     keys: list[tuple[int, int]] = []  # pts, dts
@@ -109,7 +119,7 @@ def index_of_packets(
                 if layer is None:
                     layer_of = None
                 is_broken = broken or packet.pts < healed_pts
-                shown.append((packet.pts, packet.duration or 0, is_broken, *(layer or ALWAYS_DECODED)))
+                shown.append(_Packet(packet.pts, packet.duration or 0, is_broken, *(layer or ALWAYS_DECODED)))
                 if not packet.is_corrupt:
                     intact, complete_pts = len(shown), _dts_of(packet)
     except av.error.MemoryError:
@@ -120,10 +130,10 @@ def index_of_packets(
     first_key = min(keys, default=(NO_PTS, 0))[0]
     if not damage:
         complete_pts = np.iinfo(np.int64).max
-    frames = sorted(frame for frame in shown[:intact] if first_key <= frame[0] <= complete_pts)
+    frames = sorted(packet for packet in shown[:intact] if first_key <= packet.pts <= complete_pts)
     if not frames and damage:
         raise VideoError(f"video {path} has no frame that can be decoded ({damage}); download it again")
-    pts, durations, damaged, layers, disposable = np.array(frames, np.int64).reshape(-1, 5).T
+    pts, durations, damaged, layers, disposable = np.array(frames, np.int64).reshape(-1, len(_Packet._fields)).T
     if first_pts is None or len(pts) == 0 or (np.diff(pts) == 0).any():
         return None
     keys_k2 = np.unique(np.array(keys, np.int64), axis=0)
@@ -136,7 +146,7 @@ def index_of_packets(
         first_pts=first_pts,
         damaged=damaged.astype(bool),
         damage=damage,
-        disposable=disposable.astype(bool) & (layers == max(frame[3] for frame in shown)) if layer_of else None,
+        disposable=disposable.astype(bool) & (layers == max(packet.layer for packet in shown)) if layer_of else None,
     )
 
 
