@@ -23,6 +23,7 @@ from egopatch.train.heads import Sizes, reads_video
 from egopatch.train.processes.distributed import ALONE, Distributed
 from egopatch.train.rundir.card import Card, RunError
 from egopatch.train.rundir.names import CONFIG
+from egopatch.train.rundir.results import WITHOUT_FEATURES
 from egopatch.train.rundir.resume import DataRecord, record_data
 from egopatch.train.rundir.trained_on import require_same_clips
 
@@ -160,34 +161,28 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
             f"data.questions is {config.data.questions!r}, so {config.data.root} has clips and no questions; name a"
             " file of questions there, and run `extract run` with the same config"
         )
-    if card is not None and card.answers != dataset.answers:
-        raise RunError(
-            f"the head in {config.run.dir} was trained on {len(card.answers)} answers but {config.data.root} has "
-            f"{len(dataset.answers)} ({_first_difference(card.answers, dataset.answers)}); expected the same "
-            "vocabulary: check data.root"
-        )
-    name = config.head.name
-    expect_clips, expect_texts = (None, None) if card is None else (card.fingerprint, card.text_fingerprint)
-    text_store = None if name in ("majority", "longest-option") else open_features(config, "text", expect_texts)
-    store = None if not reads_video(name) else open_features(config, "patches", expect_clips)
+    if card is not None:
+        _require_vocabulary(config, card, dataset)
+    store = text_store = None
+    if config.head.name not in WITHOUT_FEATURES:
+        text_store = open_features(config, "text", None if card is None else card.text_fingerprint)
+    if reads_video(config.head.name):
+        store = open_features(config, "patches", None if card is None else card.fingerprint)
     if store is not None and text_store is not None:
         require_same_network(store, text_store)
     questions = [question for part in PARTS for question in dataset.questions[part]]
+    texts = [
+        *(question.text for question in questions),
+        *(option for question in questions for option in question.options),
+        *(text for question in questions for text in question.variants or ()),
+    ]
     clip_ids = list(dict.fromkeys(question.clip_id for question in questions))
     unrecorded = 0 if store is None else ranks.broadcast(partial(_refuse_stale, store, dataset, config, clip_ids))
     features = Features(
         store,
         text_store,
         clip_ids=clip_ids,
-        texts=list(
-            dict.fromkeys(
-                [
-                    *(question.text for question in questions),
-                    *(option for question in questions for option in question.options),
-                    *(text for question in questions for text in question.variants or ()),
-                ]
-            )
-        ),
+        texts=list(dict.fromkeys(texts)),
         residency=config.train.residency,
         device=device,
         ranks=ranks,
@@ -199,30 +194,12 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
         for part in PARTS
     }
     encoded = {part: table.without_clips(features.quarantined) for part, table in tables.items()}
-    train_table = encoded["train"].answerable()
-    counts = {"train": len(train_table), "val": len(tables["val"]), "test": len(tables["test"])}
-    # A head that was trained elsewhere needs no questions to learn from.
-    if not (counts["test"] if card is not None else all(counts.values())):
-        found = ", ".join(f"{count} {part}" for part, count in counts.items())
-        raise RunError(f"{config.data.root} has {found} questions; expected some of each: check data.root, data.split")
-    if not len(encoded["test"]):
-        raise RunError(
-            f"all {counts['test']} test questions of {config.data.root} are about quarantined clips, so none can be "
-            "answered; `python -m extract status --config CONFIG` names a reason: mend the videos, and run "
-            "`python -m extract retry --config CONFIG`"
-        )
-    if card is None and not any(question.counts for question in tables["val"].questions):
-        raise RunError(
-            f"{config.data.root} has {counts['val']} val questions, none with a published answer, so no epoch can be "
-            "chosen by them; expected some with one: use a part with published answers as val, or evaluate a head of "
-            "another data set: python -m train evaluate --config CONFIG --from RUN"
-        )
-    return Experiment(
+    experiment = Experiment(
         dataset=dataset,
         features=features,
         tables=tables,
         encoded=encoded,
-        train_table=train_table,
+        train_table=encoded["train"].answerable(),
         sizes=sizes_of(store, text_store, len(dataset.answers), dataset.choices),
         fingerprint=None if store is None else store.fingerprint,
         text_fingerprint=None if text_store is None else text_store.fingerprint,
@@ -230,6 +207,38 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
         device=device,
         ranks=ranks,
     )
+    _require_questions(config.data.root, experiment, is_trained=card is not None)
+    return experiment
+
+
+def _require_vocabulary(config: Config, card: Card, dataset: Dataset) -> None:
+    if card.answers != dataset.answers:
+        raise RunError(
+            f"the head in {config.run.dir} was trained on {len(card.answers)} answers but {config.data.root} has "
+            f"{len(dataset.answers)} ({_first_difference(card.answers, dataset.answers)}); expected the same "
+            "vocabulary: check data.root"
+        )
+
+
+def _require_questions(root: Path, experiment: Experiment, is_trained: bool) -> None:
+    """Refuse data below `root` without questions to test on or, unless the head `is_trained`, to learn from."""
+    tables = experiment.tables
+    counts = {"train": len(experiment.train_table), "val": len(tables["val"]), "test": len(tables["test"])}
+    if not (counts["test"] if is_trained else all(counts.values())):
+        found = ", ".join(f"{count} {part}" for part, count in counts.items())
+        raise RunError(f"{root} has {found} questions; expected some of each: check data.root, data.split")
+    if not len(experiment.encoded["test"]):
+        raise RunError(
+            f"all {counts['test']} test questions of {root} are about quarantined clips, so none can be answered; "
+            "`python -m extract status --config CONFIG` names a reason: mend the videos, and run "
+            "`python -m extract retry --config CONFIG`"
+        )
+    if not is_trained and not any(question.counts for question in tables["val"].questions):
+        raise RunError(
+            f"{root} has {counts['val']} val questions, none with a published answer, so no epoch can be chosen by "
+            "them; expected some with one: use a part with published answers as val, or evaluate a head of another "
+            "data set: python -m train evaluate --config CONFIG --from RUN"
+        )
 
 
 def pick_device(name: str, ranks: Distributed = ALONE) -> torch.device:
@@ -320,13 +329,10 @@ def _refuse_stale(store: Store, dataset: Dataset, config: Config, clip_ids: Coll
 
 def sizes_of(store: Store | None, text_store: Store | None, answers: int, choices: int) -> Sizes:
     """What a head on these stores must fit; `answers` and `choices` as in `Sizes`."""
-    frames, grid, patches, width, text_width = 1, (1, 1), 1, 1, 1
-    if store is not None:
-        frames, patches, width = store.spec.array("patches").shape
-        assert store.spec.grid is not None
-        grid = store.spec.grid
-    if text_store is not None:
-        text_width = text_store.spec.array("states").shape[-1]
+    frames, patches, width = (1, 1, 1) if store is None else store.spec.array("patches").shape
+    grid = (1, 1) if store is None else store.spec.grid
+    assert grid is not None
+    text_width = 1 if text_store is None else text_store.spec.array("states").shape[-1]
     return Sizes(frames, grid, patches, width, text_width, answers, choices)
 
 

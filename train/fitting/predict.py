@@ -10,7 +10,7 @@ from torch import Tensor
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
-from egopatch.features import Fingerprint, FingerprintMismatch, Store, StoreError, store_exists
+from egopatch.features import Fingerprint, FingerprintMismatch, PatchTokens, Store, StoreError, store_exists
 from egopatch.features.store.text_substore import TEXT_FOLDER
 from egopatch.features.values.location import parse_location
 from egopatch.train.data.batch import Batch
@@ -89,20 +89,7 @@ def predict_clips(config: Config, clip_ids: Sequence[str], question: str, answer
         for start in range(0, len(clip_ids), CLIPS_AT_ONCE):
             names = clip_ids[start : start + CLIPS_AT_ONCE]
             tokens = store.read(names).to(device)
-            same = torch.zeros(len(names), dtype=torch.long, device=device)
-            each = torch.arange(len(names), device=device)
-            batch = Batch(
-                stored=tokens,
-                clip_rows=None,
-                clip_index=each,
-                states=states,
-                mask=mask,
-                text_index=same,
-                forms=same + FORMS.index("open"),
-                answers=same + NO_CLASS,
-                rows=each.cpu(),
-            )
-            logits, kept = heads.logits(batch, 0)
+            logits, kept = heads.logits(_batch(tokens, states, mask), 0)
             for row, name in enumerate(names):
                 times_s = [] if tokens.timestamps is None else tokens.timestamps[row].tolist()
                 prediction = Prediction(
@@ -118,6 +105,23 @@ def predict_clips(config: Config, clip_ids: Sequence[str], question: str, answer
                 )
                 predictions.append(prediction)
     return tuple(predictions)
+
+
+def _batch(tokens: PatchTokens, states: Tensor, mask: Tensor) -> Batch:
+    """The same question, with its states and mask, about each clip of `tokens`."""
+    each = torch.arange(len(tokens.cls), device=tokens.cls.device)
+    same = torch.zeros_like(each)
+    return Batch(
+        stored=tokens,
+        clip_rows=None,
+        clip_index=each,
+        states=states,
+        mask=mask,
+        text_index=same,
+        forms=same + FORMS.index("open"),
+        answers=same + NO_CLASS,
+        rows=each.cpu(),
+    )
 
 
 def _positions(kept: Tensor) -> tuple[tuple[int, ...], ...]:

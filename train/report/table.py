@@ -12,7 +12,16 @@ from egopatch.configs.schema import Config
 from egopatch.train.report import answers as report_answers
 from egopatch.train.rundir.card import is_rendered, write_whole
 from egopatch.train.rundir.names import CARD, TEST
-from egopatch.train.rundir.results import BLIND, COLUMNS, Results, Row, card_option, data_title, gather
+from egopatch.train.rundir.results import (
+    BLIND,
+    COLUMNS,
+    WITHOUT_FEATURES,
+    Results,
+    Row,
+    card_option,
+    data_title,
+    gather,
+)
 from egopatch.train.scores.statistics import Interval
 from egopatch.train.scores.text_metrics import NAMES
 
@@ -176,7 +185,7 @@ def notices(results: Results) -> list[str]:
     """Warnings that belong beside the numbers, from the model cards: random stand-in weights, synthetic data."""
     cards = [run.card for row in results.rows for run in row.runs]
     found = []
-    reading = [r for r in results.rows if r.head not in ("majority", "longest-option")]
+    reading = [r for r in results.rows if r.head not in WITHOUT_FEATURES]
     random = dict.fromkeys(r.label for r in reading if is_standin(r.best.card))
     if random:
         found.append(

@@ -18,7 +18,8 @@ from egopatch.train.rundir.checked_json import read_object, require_card_fields
 from egopatch.train.rundir.names import CARD, LOG, SWEEPS, TEST, WEIGHTS
 from egopatch.train.scores.metrics import Score
 
-BLIND = ("majority", "longest-option", "question-only")
+WITHOUT_FEATURES = ("majority", "longest-option")  # heads that read neither video nor text
+BLIND = (*WITHOUT_FEATURES, "question-only")
 PUBLISHED = ("egovlp", "egovlpv2", "mfas")
 OURS = ("psa",)
 ORDER = (*BLIND, *PUBLISHED, *OURS)
