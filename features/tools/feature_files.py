@@ -20,6 +20,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ def _find(path: Path) -> Iterator[Unread]:
     if path.is_file() and path.suffix in (".h5", ".hdf5"):
         with _named_if_damaged(path), _open_hdf5(path) as file:
             names = list(file)
-        yield from ((name, lambda name=name: _read_hdf5(path, name)) for name in names)
+        yield from ((name, partial(_read_hdf5, path, name)) for name in names)
         return
     if not path.is_dir():
         raise StoreError(f"{path} is neither a folder nor an HDF5 file; expected features: {_expected()}")
@@ -163,7 +164,7 @@ def _find(path: Path) -> Iterator[Unread]:
         if file.suffix == ".tar":
             yield from _find_tar(file)
         else:
-            yield file.relative_to(path).with_suffix("").as_posix(), lambda file=file: _read_file(file)  # type: ignore[misc]
+            yield file.relative_to(path).with_suffix("").as_posix(), partial(_read_file, file)
 
 
 def _expected() -> str:
@@ -245,21 +246,19 @@ def _find_tar(path: Path) -> Iterator[Unread]:
             if key:  # else it is a hidden file
                 samples.setdefault(f"{folder}{slash}{key}", {})[kind] = member.name
         names = {key: _tar_id(tar, key, members) for key, members in samples.items()}
-
-    def read(members: Mapping[str, str]) -> dict[str, Tensor]:
-        with tarfile.open(path) as tar:
-            return _named(
-                {
-                    kind.removesuffix(".npy").removesuffix("npy") or "patches": _load_numpy(
-                        io.BytesIO(_get(tar, member))
-                    )
-                    for kind, member in members.items()
-                    if kind.endswith("npy")
-                }
-            )
-
     for key, members in samples.items():
-        yield names[key], lambda members=members: read(members)  # type: ignore[misc]
+        yield names[key], partial(_read_tar, path, members)
+
+
+def _read_tar(path: Path, members: Mapping[str, str]) -> dict[str, Tensor]:
+    """The arrays of a sample: those of its members `KEY.npy`, which is the patches, and `KEY.NAME.npy`."""
+    arrays = {}
+    with tarfile.open(path) as tar:
+        for kind, member in members.items():
+            if kind.endswith("npy"):
+                name = kind.removesuffix(".npy").removesuffix("npy") or "patches"
+                arrays[name] = _load_numpy(io.BytesIO(_get(tar, member)))
+    return _named(arrays)
 
 
 def _tar_id(tar: tarfile.TarFile, key: str, members: Mapping[str, str]) -> str:
@@ -268,22 +267,24 @@ def _tar_id(tar: tarfile.TarFile, key: str, members: Mapping[str, str]) -> str:
 
 
 def _find_lmdb(path: Path) -> Iterator[Unread]:
-    def open_env() -> Any:
-        return _lmdb().open(str(path), readonly=True, lock=False)
-
-    def read(key: bytes) -> dict[str, Tensor]:
-        with open_env() as env, env.begin() as transaction:
-            return _named(_load_numpy(io.BytesIO(transaction.get(key))))
-
     with _named_if_damaged(path):
         _require_sound_lmdb(path)
-        with open_env() as env, env.begin() as transaction:
+        with _open_lmdb(path) as env, env.begin() as transaction:
             keys = {key.decode(): key for key in transaction.cursor().iternext(values=False)}
     for name, key in keys.items():
-        yield name, lambda key=key: read(key)  # type: ignore[misc]
+        yield name, partial(_read_lmdb, path, key)
 
 
-# Reads as `_find_lmdb` does, in a process of its own.
+def _open_lmdb(path: Path) -> Any:
+    return _lmdb().open(str(path), readonly=True, lock=False)
+
+
+def _read_lmdb(path: Path, key: bytes) -> dict[str, Tensor]:
+    with _open_lmdb(path) as env, env.begin() as transaction:
+        return _named(_load_numpy(io.BytesIO(transaction.get(key))))
+
+
+# Reads as `_read_lmdb` does, in a process of its own.
 _READ_LMDB = """
 import sys, lmdb
 with lmdb.open(sys.argv[1], readonly=True, lock=False) as env, env.begin() as transaction:
