@@ -7,7 +7,7 @@ protocol handles. Only faults make the command exit with 1.
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -83,9 +83,9 @@ def examine(config: Config) -> Diagnosis:
     is_file = functools.cache(Path.is_file)  # many clips share a video
     if dataset.texts:  # without questions, no text network is loaded
         networks.append(_fault("tokenizer that cannot be loaded", _faults_of_tokenizer(config)))
-    findings = [*networks, *_of_clips(config, dataset, is_file), *_across_splits(splits)]
+    findings = [*networks, *_clip_findings(config, dataset, is_file), *_across_splits(splits)]
     for split, other in splits.items():
-        findings += _of_questions(f"{split}: " if len(splits) > 1 else "", other)
+        findings += _question_findings(f"{split}: " if len(splits) > 1 else "", other)
     return Diagnosis(_counts(splits, dataset, is_file), _present(findings), advice)
 
 
@@ -125,7 +125,7 @@ def _counts(splits: Mapping[str, Dataset], dataset: Dataset, is_file: Callable[[
     return counts
 
 
-def _of_clips(config: Config, dataset: Dataset, is_file: Callable[[Path], bool]) -> Iterator[Finding]:
+def _clip_findings(config: Config, dataset: Dataset, is_file: Callable[[Path], bool]) -> Iterator[Finding]:
     def named(clips: Iterable[Clip]) -> list[str]:
         return [f"{clip.clip_id}: {clip.video}" for clip in clips]
 
@@ -155,10 +155,10 @@ def _of_clips(config: Config, dataset: Dataset, is_file: Callable[[Path], bool])
         used = {clip.video for clip in dataset.clips}
         folder = data.root / egotaskqa.VIDEO_FOLDER
         yield _note("video files without a question", sorted(str(p) for p in folder.glob("*") if p not in used))
-        yield from _of_files(data)
+        yield from _annotation_file_findings(data)
 
 
-def _of_files(data: DataConfig) -> Iterator[Finding]:
+def _annotation_file_findings(data: DataConfig) -> Iterator[Finding]:
     """EgoTaskQA's annotation files: parts of one split in two folders, and missing parts of the other split."""
     mixed, absent = [], []
     for split in egotaskqa.SPLITS:
@@ -172,7 +172,7 @@ def _of_files(data: DataConfig) -> Iterator[Finding]:
     yield _note("missing parts of a split that is not configured", absent)
 
 
-def _of_questions(split: str, dataset: Dataset) -> Iterator[Finding]:
+def _question_findings(split: str, dataset: Dataset) -> Iterator[Finding]:
     """Faults and notes within one split."""
     everything = [(part, question) for part, questions in dataset.questions.items() for question in questions]
     yield _note(
@@ -187,45 +187,37 @@ def _of_questions(split: str, dataset: Dataset) -> Iterator[Finding]:
             doubled.append(f"{question.question_id}: {part_of[question.question_id]} and {part}")
         part_of[question.question_id] = part
         if part != "train" and (question.clip_id, question.text.lower()) in trained:
-            leaked.append(f"{question.question_id} in {part}: {question.clip_id}: {question.text}")
+            leaked.append(f"{_named(part, question)}: {question.clip_id}: {question.text}")
     yield _fault(f"{split}question ids in more than one part", doubled)
     yield _fault(f"{split}val and test questions that are also in train, with the same clip", leaked)
-
-    def shown(part: str, question: Question) -> str:
-        return f"{question.question_id} in {part}: {question.spelling!r}"
-
     yield _fault(
         f"{split}verify questions whose answer is neither yes nor no",
-        [shown(p, q) for p, q in everything if q.form == "binary" and q.answer not in VERIFY_ANSWERS],
+        [_with_answer(p, q) for p, q in everything if q.form == "binary" and q.answer not in VERIFY_ANSWERS],
     )
     yield _note(
         f"{split}questions with the same option twice",
-        [
-            f"{q.question_id} in {p}"
-            for p, q in everything
-            if len({o.strip().lower() for o in q.options}) < len(q.options)
-        ],
+        [_named(p, q) for p, q in everything if len({o.strip().lower() for o in q.options}) < len(q.options)],
     )
     yield _note(
         f"{split}test questions whose right option is not published; they count nowhere",
-        [f"{q.question_id} in {p}" for p, q in everything if not q.counts],
+        [_named(p, q) for p, q in everything if not q.counts],
     )
     answers = set(dataset.answers)
     yield _fault(
         f"{split}questions whose answer_encode is the class of another answer",
         [
-            f"{shown(p, q)}, class {q.encoded} is {dataset.answers[q.encoded]!r}"
+            f"{_with_answer(p, q)}, class {q.encoded} is {dataset.answers[q.encoded]!r}"
             for p, q in everything
             if q.encoded is not None and q.encoded > 1 and dataset.answers[q.encoded] != q.answer
         ],
     )
     yield _note(
         f"{split}val and test questions whose answer is not in the answer set, so that no system can answer them",
-        [shown(p, q) for p, q in everything if p != "train" and q.answer not in answers and not q.options],
+        [_with_answer(p, q) for p, q in everything if p != "train" and q.answer not in answers and not q.options],
     )
     yield _note(
         f"{split}questions that the released files encode as unknown because of a capital letter; here they count",
-        [shown(p, q) for p, q in everything if q.encoded in (0, 1) and q.answer in answers],
+        [_with_answer(p, q) for p, q in everything if q.encoded in (0, 1) and q.answer in answers],
     )
 
 
@@ -264,13 +256,17 @@ def _present(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     return tuple(finding for finding in findings if finding.count)
 
 
-def _fault(what: str, found: Iterable[str]) -> Finding:
-    return _finding(what, "fault", tuple(found))
+def _fault(what: str, found: Sequence[str]) -> Finding:
+    return Finding(what, "fault", len(found), tuple(found))
 
 
-def _note(what: str, found: Iterable[str]) -> Finding:
-    return _finding(what, "note", tuple(found))
+def _note(what: str, found: Sequence[str]) -> Finding:
+    return Finding(what, "note", len(found), tuple(found))
 
 
-def _finding(what: str, severity: Literal["fault", "note"], found: tuple[str, ...]) -> Finding:
-    return Finding(what, severity, len(found), found)
+def _named(part: str, question: Question) -> str:
+    return f"{question.question_id} in {part}"
+
+
+def _with_answer(part: str, question: Question) -> str:
+    return f"{_named(part, question)}: {question.spelling!r}"
