@@ -6,6 +6,7 @@ Shape legend: C clips, T frames, N patches a frame, D channels.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,6 +92,13 @@ class Comparison:
     fields: tuple[str, ...]
 
 
+class Features(NamedTuple):
+    """What is compared of a clip: patches [T, N, D], and the frames' times [T], None if unknown."""
+
+    patches: Tensor
+    times: Tensor | None
+
+
 class Side:
     """One of the two: a store, or features in files of another program.
 
@@ -106,7 +114,7 @@ class Side:
         if isinstance(place, Path) and not (place / "store.json").exists():
             self._files = dict(find_clips(place))
             self.ids = tuple(sorted(self._files))
-            self.dtype = str(self._read_file(self.ids[0])[0].dtype).removeprefix("torch.")
+            self.dtype = str(self._read_file(self.ids[0]).patches.dtype).removeprefix("torch.")
         else:
             self._store = open_store(place)
             if self._store.spec.kind != "patches":
@@ -116,18 +124,18 @@ class Side:
             self.ids, self.dtype = self._store.clip_ids, self._store.spec.array("patches").dtype
             self.fingerprint = self._store.fingerprint.fields
 
-    def read(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """Patches [T, N, D] in float32 and times [T], None if unknown, of one clip."""
+    def read(self, name: str) -> Features:
+        """One clip, in float32."""
         if self._store is not None:
             tokens = self._store.read([name], torch.float32)
-            return tokens.patches[0], None if tokens.timestamps is None else tokens.timestamps[0]
+            return Features(tokens.patches[0], None if tokens.timestamps is None else tokens.timestamps[0])
         patches, times = self._read_file(name)
-        return patches.float(), None if times is None else times.float()
+        return Features(patches.float(), None if times is None else times.float())
 
-    def _read_file(self, name: str) -> tuple[Tensor, Tensor | None]:
+    def _read_file(self, name: str) -> Features:
         try:
             arrays = self._files[name]()
-            return patches_of(arrays), arrays.get("timestamps")
+            return Features(patches_of(arrays), arrays.get("timestamps"))
         except (ValueError, OSError) as error:
             raise StoreError(f"clip {name!r}: {error}") from None
 
@@ -249,12 +257,11 @@ class _Sums:
         self._channels: Tensor | None = None  # [4, D]
         self._means: list[tuple[Tensor, Tensor]] = []  # [T, D] of each clip
 
-    def add(self, name: str, a: tuple[Tensor, Tensor | None], b: tuple[Tensor, Tensor | None]) -> None:
-        """Add a clip: patches and times of A and B."""
-        (x, x_times), (y, y_times) = a, b
-        if x_times is not None and y_times is not None and x_times.shape == y_times.shape == (len(x),):
-            self.times = max(self.times or 0.0, float((x_times - y_times).abs().max()))
-        x, y = _pooled_alike(x, y)
+    def add(self, name: str, a: Features, b: Features) -> None:
+        """Add a clip, as A and B have it."""
+        if a.times is not None and b.times is not None and a.times.shape == b.times.shape == (len(a.patches),):
+            self.times = max(self.times or 0.0, float((a.times - b.times).abs().max()))
+        x, y = _pooled_alike(a.patches, b.patches)
         if x.shape != y.shape:
             self.shapes = self.shapes or (tuple(x.shape), tuple(y.shape))
             return
