@@ -102,34 +102,36 @@ class _Explainer:
             asked += [table.questions[row] for row in batch.rows.tolist()]
             for name, scores in self._scores(batch, asked[-len(batch) :], number).items():
                 found.setdefault(name, []).append(self._measure(batch, number, scores, average))
-        places = [self._places(question) for question in asked]
-        areas = {name: _areas(measured) for name, measured in found.items()}
         clips = [question.clip_id for question in asked]
-        rankings = []
-        for name, measured in found.items():
-            deletion, insertion = (
-                torch.cat([getattr(one, kind) for one in measured], dim=1) for kind in ("deletion", "insertion")
-            )
-            kept = [row for one in measured for row in one.kept]
-            best = [row for one in measured for row in one.best]
-            known = [(row, place) for row, place in zip(kept, places, strict=True) if place is not None]
-            pointed = [(row, place) for row, place in zip(best, places, strict=True) if place is not None]
-            deletion_gap, insertion_gap = (
-                None if name == RANDOM else _gap(ours, chance, clips)
-                for ours, chance in zip(areas[name], areas[RANDOM], strict=True)
-            )
-            rankings.append(
-                Ranking(
-                    name=name,
-                    deletion=_percents(deletion),
-                    insertion=_percents(insertion),
-                    deletion_gap=deletion_gap,
-                    insertion_gap=insertion_gap,
-                    agreement=agreement_of(known, self.grid[0] * self.grid[1]),
-                    pointing=pointing(pointed),
-                )
-            )
-        return Explanation(len(asked), self.k, self.grid[0] * self.grid[1], SHARES, tuple(rankings))
+        places = [self._places(question) for question in asked]
+        rankings = tuple(
+            self._ranking(name, measured, found[RANDOM], clips, places) for name, measured in found.items()
+        )
+        return Explanation(len(asked), self.k, self.grid[0] * self.grid[1], SHARES, rankings)
+
+    def _ranking(
+        self,
+        name: str,
+        measured: list[_Measured],
+        chance: list[_Measured],
+        clips: list[str],
+        places: list[Places | None],
+    ) -> Ranking:
+        """A ranking over all batches, compared with `chance`, what the random one measured."""
+        kept = [row for one in measured for row in one.kept]
+        best = [row for one in measured for row in one.best]
+        known = [(row, place) for row, place in zip(kept, places, strict=True) if place is not None]
+        pointed = [(row, place) for row, place in zip(best, places, strict=True) if place is not None]
+        deletion, insertion = [one.deletion for one in measured], [one.insertion for one in measured]
+        return Ranking(
+            name=name,
+            deletion=_percents(deletion),
+            insertion=_percents(insertion),
+            deletion_gap=None if name == RANDOM else _gap(deletion, [one.deletion for one in chance], clips),
+            insertion_gap=None if name == RANDOM else _gap(insertion, [one.insertion for one in chance], clips),
+            agreement=agreement_of(known, self.grid[0] * self.grid[1]),
+            pointing=pointing(pointed),
+        )
 
     def _batches(self, table: QuestionTable) -> Iterator[Batch]:
         """Small batches with the tokens of the frames that the head reads, as numbers without a scale."""
@@ -240,15 +242,12 @@ def _repeat(batch: Batch, times: int) -> Batch:
     return replace(batch, clip_index=each, options=options, **repeated)
 
 
-def _areas(measured: list[_Measured]) -> tuple[Tensor, Tensor]:
-    """Area below the deletion and the insertion curve of each question, [B] each."""
-    deletion = torch.cat([area(one.deletion) for one in measured])
-    return deletion, torch.cat([area(one.insertion) for one in measured])
+def _gap(ours: list[Tensor], chance: list[Tensor], clips: list[str]) -> Interval:
+    """How far the areas below our curves, [S, B] of each batch, are above those below the random ones."""
+    our_areas, chance_areas = (torch.cat([area(curve) for curve in batches]) for batches in (ours, chance))
+    return compare(our_areas[None].numpy(), chance_areas[None].numpy(), clips).difference
 
 
-def _gap(ours: Tensor, chance: Tensor, clips: list[str]) -> Interval:
-    return compare(ours[None].numpy(), chance[None].numpy(), clips).difference
-
-
-def _percents(curve: Tensor) -> tuple[float, ...]:
-    return tuple(round(100 * value, 3) for value in curve.double().mean(dim=1).tolist())
+def _percents(curves: list[Tensor]) -> tuple[float, ...]:
+    """The mean curve, of those [S, B] of each batch."""
+    return tuple(round(100 * value, 3) for value in torch.cat(curves, dim=1).double().mean(dim=1).tolist())
