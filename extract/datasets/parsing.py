@@ -276,7 +276,7 @@ def clip_id_field(record: Mapping[str, Any], key: str) -> str:
     """A clip id that is safe as a file name."""
     value = text_field(record, key)
     if "/" in value or "\\" in value or value in (".", "..") or not value.isprintable():
-        raise ValueError(f"{key!r} is {value!r}; expected a name without slashes and control characters")
+        raise ValueError(f"{key!r} is {value!r}; expected a name without slashes or control characters")
     if len(value.encode()) > MAX_CLIP_ID_BYTES:
         raise ValueError(f"{key!r} has {len(value.encode())} bytes; expected at most {MAX_CLIP_ID_BYTES}")
     return value
@@ -321,7 +321,7 @@ def texts_field(record: Mapping[str, Any], key: str) -> tuple[str, ...]:
 
 def _require_usable(record: Mapping[str, Any], key: str, text: str) -> None:
     if not text.isprintable() and _UNUSABLE.search(text):
-        raise ValueError(f"{key!r} is {_shown(record, key)}; expected text without NUL and lone surrogates")
+        raise ValueError(f"{key!r} is {_shown(record, key)}; expected text without NUL or lone surrogates")
 
 
 def _shown(record: Mapping[str, Any], key: str) -> str:

@@ -36,8 +36,8 @@ def pack_network(network: Network) -> bytes:
         return bytes(cloudpickle.dumps(network))
     except Exception as error:  # whatever the objects that its functions hold raise
         raise ConfigError(
-            f"encoder.arch is {network.name!r}, which cannot be sent to worker processes ({error}); let its functions"
-            " hold no open files, locks and the like, or use engine.name joblib with engine.workers 1"
+            f"encoder.arch is {network.name!r}, which cannot be sent to worker processes ({error}); its functions"
+            " must not hold open files, locks or the like: change them, or use engine.name joblib with engine.workers 1"
         ) from error
 
 

@@ -166,7 +166,7 @@ class ResumingDownloader:
             raise _Interrupted(f"the server announced {total} bytes but has none after {have}")
         if status == 206 and (start != have or (total is not None and size != total)):
             self._forget()
-            raise _Interrupted("the server has another file than the one that was begun")
+            raise _Interrupted("the server has a different file from the one that was begun")
         if status not in (200, 206):
             raise DownloadError(
                 f"{url}: the server answers {status} {response.reason}; see the publisher's page for a new link"

@@ -40,4 +40,4 @@ def decord_pixels(file: VideoFile, rows: NDArray[np.int64]) -> list[NDArray[np.u
 
 
 def _refused(file: VideoFile, what: str) -> VideoError:
-    return VideoError(f"video {file.path} cannot be decoded by decord: {what}; take video.decoder pyav for it")
+    return VideoError(f"video {file.path} cannot be decoded by decord: {what}; use video.decoder pyav for it")

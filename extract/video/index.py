@@ -273,7 +273,7 @@ def _times_of(path: Path, frames: Sequence[_Shown]) -> list[int]:
             time = times[-1] + gap
         if time is None:
             raise VideoError(
-                f"video {path} has frames without times, as a raw stream; put it into a container:"
+                f"video {path} has frames without times, like a raw stream; put it into a container:"
                 f" ffmpeg -i {path.name} -c copy {path.stem}.mp4"
             )
         if times and time < times[-1]:

@@ -45,7 +45,7 @@ def require_gpu_decoder() -> None:
     except (av.FFmpegError, NotImplementedError) as error:  # the second where FFmpeg was built without its support
         cause = "; ".join(message.strip() for _, _, message in logged) or str(error)
         raise ConfigError(
-            f"video.decoder is nvdec, but FFmpeg cannot use an NVIDIA GPU here ({cause}); check nvidia-smi, or take"
+            f"video.decoder is nvdec, but FFmpeg cannot use an NVIDIA GPU here ({cause}); check nvidia-smi, or use"
             " pyav, which decodes on the CPU"
         ) from error
     finally:
@@ -54,7 +54,7 @@ def require_gpu_decoder() -> None:
 
 def refusal(path: Path, cause: str) -> VideoError:
     """The error of a video that the GPU does not decode, and that PyAV may."""
-    return VideoError(f"video {path} cannot be decoded by nvdec: {cause}; take video.decoder pyav for it")
+    return VideoError(f"video {path} cannot be decoded by nvdec: {cause}; use video.decoder pyav for it")
 
 
 def downloaded(path: Path, frame: "av.VideoFrame") -> "av.VideoFrame":

@@ -148,10 +148,10 @@ def test_malformed_clip(tmp_path: Path, line: str, reason: str) -> None:
         (('"Cup"', "null"), "'answer' is None; expected text"),
         (('"Cup"', "true"), "'answer' is True; expected text"),
         (('"Cup"', "NaN"), "'answer' is nan; expected text"),
-        (("7", r'"\ud800"'), r"'question_id' is '\ud800'; expected text without NUL and lone surrogates"),
+        (("7", r'"\ud800"'), r"'question_id' is '\ud800'; expected text without NUL or lone surrogates"),
         (
             ('"train"', r'"train", "tags": ["\udfff"]'),
-            r"'tags' is ['\udfff']; expected text without NUL and lone surrogates",
+            r"'tags' is ['\udfff']; expected text without NUL or lone surrogates",
         ),
         (('"train"', '"train", "part": "val"'), "key 'part' is used twice in one object; expected each key once"),
         (("7", '"8"'), None),

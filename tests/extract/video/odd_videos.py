@@ -192,7 +192,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "music with a cover": (kept("song.mp3"), r"it has no picture track \(tracks: audio, cover\)"),
     "raw h264": (
         lambda to: raw_stream(to / "a.h264"),
-        r"has frames without times, as a raw stream; put it into a container: ffmpeg -i a\.h264 -c copy a\.mp4",
+        r"has frames without times, like a raw stream; put it into a container: ffmpeg -i a\.h264 -c copy a\.mp4",
     ),
     "text": (lambda to: _text(to / "a.mp4"), "cannot be decoded: Invalid data found"),
     "audio in mp4": (lambda to: write_audio(to / "a.mp4"), r"it has no picture track \(tracks: audio\)"),

@@ -111,7 +111,7 @@ def test_without_a_driver_the_command_says_so(tmp_path: Path, capsys: pytest.Cap
     assert main(["frames", str(path), "--video.decoder", "nvdec", "--out", str(tmp_path / "a.npz")]) == 2
     error = capsys.readouterr().err
     assert "video.decoder is nvdec, but FFmpeg cannot use an NVIDIA GPU here (" in error
-    assert "take pyav" in error
+    assert "use pyav" in error
 
 
 @pytest.mark.parametrize(("name", "codec"), [("gif", "gif"), ("ffv1", "ffv1"), ("av1", "libdav1d")])
@@ -135,7 +135,7 @@ def test_a_gpu_that_fails_while_a_file_is_opened_is_named(tmp_path: Path, monkey
     """As where another process has taken the GPU's memory; a number that no GPU has stands for it."""
     path = write_video(tmp_path / "a.mp4")
     monkeypatch.setattr(container, "accelerator", lambda: HWAccel("cuda", "99", allow_software_fallback=False))
-    with pytest.raises(VideoError, match=r"by nvdec: the GPU cannot be used \(.+\); take video\.decoder pyav for it"):
+    with pytest.raises(VideoError, match=r"by nvdec: the GPU cannot be used \(.+\); use video\.decoder pyav for it"):
         read_frames(Clip("a", path), VideoConfig(frames=4, decoder="nvdec"))
 
 
@@ -156,7 +156,7 @@ def test_the_way_of_a_file_is_that_of_pyav(name: str, tmp_path: Path, monkeypatc
 @pytest.mark.usefixtures("unused_gpu")
 def test_the_cpu_never_decodes_instead(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4")
-    with pytest.raises(VideoError, match=r"by nvdec: FFmpeg has no decoder for h264 that uses it; take video\.decoder"):
+    with pytest.raises(VideoError, match=r"by nvdec: FFmpeg has no decoder for h264 that uses it; use video\.decoder"):
         read_frames(Clip("a", path), VideoConfig(frames=4, decoder="nvdec"))
 
 
@@ -182,7 +182,7 @@ def test_whatever_fails_on_the_gpu_names_nvdec(
     monkeypatch.setattr(container, "uses_gpu", lambda stream: True)
     monkeypatch.setattr(Upright, "__call__", fail)
     path = write_video(tmp_path / "a.mp4")
-    with pytest.raises(VideoError, match=r"by nvdec: no frame; take video\.decoder pyav for it"):
+    with pytest.raises(VideoError, match=r"by nvdec: no frame; use video\.decoder pyav for it"):
         read_frames(Clip("a", path), VideoConfig(frames=4, decoder="nvdec"))
 
 
@@ -192,7 +192,7 @@ def test_a_frame_that_only_the_gpu_finds_damaged_names_nvdec(tmp_path: Path, mon
     decode = container.decode
     monkeypatch.setattr(container, "decode", lambda packet: None if packet.pts == 4096 else decode(packet))
     path = write_video(tmp_path / "a.mp4", options={"bf": "0"})
-    with pytest.raises(VideoError, match=r"by nvdec: the frame at \d.* is damaged or has a wrong time.*; take video"):
+    with pytest.raises(VideoError, match=r"by nvdec: the frame at \d.* is damaged or has a wrong time.*; use video"):
         read_frames(Clip("a", path), VideoConfig(frames=4, decoder="nvdec"))
 
 
@@ -266,5 +266,5 @@ def test_no_context_is_held_where_there_is_no_gpu(error: Exception, monkeypatch:
 
     monkeypatch.setattr(nvdec, "_settings", lambda primary: SimpleNamespace(create=create))
     assert nvdec._held_context.__wrapped__() is None
-    with pytest.raises(ConfigError, match=r"FFmpeg cannot use an NVIDIA GPU here .*take pyav"):
+    with pytest.raises(ConfigError, match=r"FFmpeg cannot use an NVIDIA GPU here .*use pyav"):
         nvdec.require_gpu_decoder()
