@@ -77,8 +77,8 @@ def test_folders_in_the_command_are_named(run: Config, tmp_path: Path, capsys: p
 def test_an_unknown_licence_is_refused(run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert publish(run, tmp_path / "upload") == 2
     assert capsys.readouterr().err == (
-        "train publish: error: no licence is known of data: jsonl; find out whether you may publish what was made from "
-        "it, and state the terms of each: --terms 'NAME: LICENCE', where NAME is a part of its name here\n"
+        "train publish: error: no licence is known for data: jsonl; find out whether you may publish what was made "
+        "from it, and state the terms of each: --terms 'NAME: LICENCE', where NAME is a part of its name here\n"
     )
     assert not (tmp_path / "upload").exists()
 

@@ -36,7 +36,7 @@ def test_weights_that_are_gone_or_of_another_head(tiny: Config, command: Callabl
         command(config)
     assert str(refused.value) == (
         f"{weights} does not fit the psa head that card.json beside it describes ({name} is (1, {tensor.shape[1]}), "
-        f"expected {tuple(tensor.shape)}); restore both files from one training and, of a head from outside, the "
+        f"expected {tuple(tensor.shape)}); restore both files from one training and, for a head from outside, the "
         "version of its package in the card; or delete the folder and train again"
     )
     weights.unlink()

@@ -231,7 +231,7 @@ class RunGroup:
         if other := next((name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)), None):
             raise RunError(
                 f"{self.path} was saved with a head of another shape ({other}: {then.get(other)} then, "
-                f"{now.get(other)} now); restore the answers and, of a head from outside, its package to resume, or "
+                f"{now.get(other)} now); restore the answers and, for a head from outside, its package to resume, or "
                 "delete the file to train from the start"
             )
         self.heads.load_state(saved.heads)

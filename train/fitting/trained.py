@@ -98,7 +98,7 @@ def _load_trained(heads: StackedHeads, folder: Path, card: Card, ranks: Distribu
     except ValueError as error:
         raise RunError(
             f"{path} does not fit the {card.model} head that {CARD} beside it describes ({error}); restore both files "
-            "from one training and, of a head from outside, the version of its package in the card; or delete the "
+            "from one training and, for a head from outside, the version of its package in the card; or delete the "
             "folder and train again"
         ) from None
     return weights

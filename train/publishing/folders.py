@@ -62,8 +62,8 @@ def publish(config: Config, to: Path, terms: Sequence[str] = (), head_only: bool
     stated = _stated([origin.what for origin in found if origin.terms is None], terms)
     if unknown := [what for what, licence in stated.items() if not licence]:
         raise ConfigError(
-            f"no licence is known of {'; '.join(unknown)}; find out whether you may publish what was made from it, and "
-            "state the terms of each: --terms 'NAME: LICENCE', where NAME is a part of its name here"
+            f"no licence is known for {'; '.join(unknown)}; find out whether you may publish what was made from it, "
+            "and state the terms of each: --terms 'NAME: LICENCE', where NAME is a part of its name here"
         )
     found = tuple(dataclasses.replace(origin, terms=origin.terms or stated[origin.what]) for origin in found)
     head = to / "head"

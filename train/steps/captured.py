@@ -74,8 +74,8 @@ def _capture(step: Callable[[Batch], Tensor], batch: Batch) -> tuple[torch.cuda.
     except RuntimeError as error:  # torch has no type of its own for an operation that cannot be captured
         reason = str(error).splitlines()[0]
         raise RunError(
-            f"the training step cannot become a CUDA graph ({reason}); of a head from outside, set Head.captures to "
-            "false, of another use --train.residency ram"
+            f"the training step cannot become a CUDA graph ({reason}); for a head from outside, set Head.captures to "
+            "false; for any other, use --train.residency ram"
         ) from error
     return graph, inputs, result
 
