@@ -168,6 +168,29 @@ def graph_of(call: Callable[[], object]) -> Callable[[], object]:
     return lambda: (graph.replay(), kept)
 
 
+def steps_of(problem: Problem, name: str, call: Callable[..., Outputs], device: str) -> dict[str, Callable[[], object]]:
+    """The variant's forward alone, its backward alone, and both."""
+    outputs = call(*problem.leaves)
+    grads = [torch.randn_like(o) for o in outputs]
+    if device == "cuda":
+        outputs = ()  # backward is not timed alone there; what it would keep takes the memory of other variants
+    wanted = [*problem.leaves, problem.project.weight] if name in ("dense", "flex") else problem.leaves
+
+    def forward() -> Outputs:
+        with torch.no_grad():
+            return call(*problem.leaves)
+
+    def backward() -> object:
+        return torch.autograd.grad(outputs, wanted, grads, retain_graph=True)
+
+    def both() -> object:
+        # Fresh leaves: those of before belong to the stream that they were made on, which a graph may not use.
+        leaves = [leaf.detach().requires_grad_() for leaf in problem.leaves]
+        return torch.autograd.grad(call(*leaves), [*leaves, *wanted[len(leaves) :]], grads)
+
+    return {"forward": forward, "backward": backward, "both": both}
+
+
 def measure(
     problem: Problem, device: str, names: Sequence[str], rounds: int, copy: float, flush: Tensor
 ) -> dict[str, dict[str, object]]:
@@ -181,35 +204,15 @@ def measure(
     steps: dict[tuple[str, str], Callable[[], object]] = {}
     peaks: dict[str, int] = {}
     for name, call in calls.items():
-
-        def forward(call: Callable[..., Outputs] = call) -> Outputs:
-            with torch.no_grad():
-                return call(*problem.leaves)
-
-        outputs = call(*problem.leaves)
-        grads = [torch.randn_like(o) for o in outputs]
-        if device == "cuda":
-            outputs = ()  # backward is not timed alone there; what it would keep takes the memory of other variants
-        wanted = [*problem.leaves, problem.project.weight] if name in ("dense", "flex") else problem.leaves
-
-        def backward(outputs: Outputs = outputs, wanted: list[Tensor] = wanted, grads: list[Tensor] = grads) -> object:
-            return torch.autograd.grad(outputs, wanted, grads, retain_graph=True)
-
-        def both(
-            call: Callable[..., Outputs] = call, wanted: list[Tensor] = wanted, grads: list[Tensor] = grads
-        ) -> object:
-            # Fresh leaves: those of before belong to the stream that they were made on, which a graph may not use.
-            leaves = [leaf.detach().requires_grad_() for leaf in problem.leaves]
-            return torch.autograd.grad(call(*leaves), [*leaves, *wanted[len(leaves) :]], grads)
-
-        steps |= {(name, "forward"): forward, (name, "backward"): backward, (name, "both"): both}
-        forward()  # without gradients torch.compile makes another graph
-        both()
+        parts = steps_of(problem, name, call, device)
+        steps |= {(name, part): step for part, step in parts.items()}
+        parts["forward"]()  # without gradients torch.compile makes another graph
+        parts["both"]()
         if device == "cuda":
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            both()
+            parts["both"]()
             torch.cuda.synchronize()
             peaks[name] = torch.cuda.max_memory_allocated() - before
     times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
