@@ -24,6 +24,7 @@ Shapes = Iterator[tuple[str, tuple[int, ...]]]
 CLS_TOKEN = "video_model.cls_token"
 FUSION_GATE = 0.5
 POSITIONS = 64
+PIECES = 1000  # of a tokenizer at most
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def published_shapes(
     )
 
 
-def write_tokenizer(folder: Path, texts: Sequence[str], kind: Literal["roberta", "bert"], pieces: int = 1000) -> int:
+def write_tokenizer(folder: Path, texts: Sequence[str], kind: Literal["roberta", "bert"]) -> int:
     """Train a tokenizer on lower-cased `texts` and write it to `folder`; returns the size of its vocabulary.
 
     Args:
@@ -161,7 +162,6 @@ def write_tokenizer(folder: Path, texts: Sequence[str], kind: Literal["roberta",
         texts: Training texts.
         kind: `roberta` is byte-pair encoding with `<s> </s>`, `bert` is word pieces with `[CLS] [SEP]`; special tokens
             have their usual ids.
-        pieces: Largest size of the vocabulary.
     """
     # Both take seconds to import, and shapes and weights do not need them.
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -177,14 +177,14 @@ def write_tokenizer(folder: Path, texts: Sequence[str], kind: Literal["roberta",
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         trainer = trainers.BpeTrainer(
-            vocab_size=pieces, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+            vocab_size=PIECES, special_tokens=special, initial_alphabet=alphabet, show_progress=False
         )
         tokenizer.train_from_iterator(sorted({text.lower() for text in texts}), trainer)
     else:
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
         names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
         # The library's own word-piece trainer numbers its pieces differently from run to run.
-        vocabulary = special + _word_pieces(texts, pieces - len(special))
+        vocabulary = special + _word_pieces(texts, PIECES - len(special))
         tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(vocabulary)}, unk_token="[UNK]"))
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
