@@ -159,17 +159,17 @@ def measure(case: Case) -> Usage:
     registers, spilled = assemble(ptx, case.arch)
     instructions = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
     return Usage(
-        case.kernel,
-        TARGET[case.arch],
-        case.shape,
-        case.dtype,
-        warps,
-        registers,
-        spilled,
-        compiled.metadata.shared,
-        SHARED_LIMIT[case.arch],
-        next((name for name, text in instructions.items() if text in ptx), "fma"),
-        triton.__version__,
+        kernel=case.kernel,
+        arch=TARGET[case.arch],
+        shape=case.shape,
+        dtype=case.dtype,
+        warps=warps,
+        registers=registers,
+        spill_bytes=spilled,
+        shared_bytes=compiled.metadata.shared,
+        shared_limit=SHARED_LIMIT[case.arch],
+        matrix_instruction=next((name for name, text in instructions.items() if text in ptx), "fma"),
+        triton=triton.__version__,
     )
 
 
