@@ -5,8 +5,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
-from egopatch.configs.schema import Config, ConfigError, DataConfig, EngineConfig, VideoConfig
+from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets import Dataset, load_dataset
 from egopatch.extract.datasets.origins import OriginCheck, compare_origins
 from egopatch.extract.encoders import find_network
@@ -134,12 +135,12 @@ def require_one_decode(configs: Sequence[Config]) -> None:
     first = configs[0]
     for other in configs[1:]:
         video = dataclasses.replace(other.video, size=first.video.size)
-        pairs: list[tuple[str, DataConfig | VideoConfig | EngineConfig, DataConfig | VideoConfig | EngineConfig]] = [
-            ("data", first.data, other.data),
-            ("video", first.video, video),
-            ("engine", first.engine, other.engine),
-        ]
-        for section, one, two in pairs:
+        pairs: dict[str, tuple[Any, Any]] = {
+            "data": (first.data, other.data),
+            "video": (first.video, video),
+            "engine": (first.engine, other.engine),
+        }
+        for section, (one, two) in pairs.items():
             for field in dataclasses.fields(one):
                 values = getattr(one, field.name), getattr(two, field.name)
                 if values[0] != values[1]:

@@ -162,6 +162,14 @@ class _Shown:
     sum: int
 
 
+class _Sent(NamedTuple):
+    """A packet that the decoder was given: its number, dts, and whether it is a key frame."""
+
+    number: int
+    dts: int
+    is_key: bool
+
+
 def index_of_frames(
     path: Path, container: "av.container.InputContainer", stream: "av.VideoStream", logged: Sequence[LogLine]
 ) -> FrameIndex:
@@ -170,7 +178,7 @@ def index_of_frames(
     Raises:
         VideoError: No frame can be decoded, or the frames have no times, or times in another order.
     """
-    packets: dict[int, tuple[int, int, bool]] = {}  # of each pts: number, dts, and whether it is a key frame
+    packets: dict[int, _Sent] = {}  # by pts
     frames: list[_Shown] = []
     broken_at: int | None = None  # number of the last packet that could not be decoded
     key_pts, broken_before = NO_PTS, NO_PTS
@@ -178,7 +186,7 @@ def index_of_frames(
     try:
         for number, packet in enumerate(container.demux(stream)):
             if packet.pts is not None:
-                packets.setdefault(packet.pts, (number, _dts_of(packet), packet.is_keyframe))
+                packets.setdefault(packet.pts, _Sent(number, _dts_of(packet), packet.is_keyframe))
                 key_pts = packet.pts if packet.is_keyframe else key_pts
             complaints = len(logged)
             decoded = decode(packet)
@@ -191,7 +199,7 @@ def index_of_frames(
                 else:
                     broken_at = number
             for frame in decoded or ():
-                sent_at = packets[frame.pts][0] if frame.pts in packets else -1
+                sent_at = packets[frame.pts].number if frame.pts in packets else -1
                 # The decoder returns frames some packets late: only a key frame from after the damage ends it.
                 if broken_at is not None and frame.key_frame and not frame.is_corrupt and sent_at > broken_at:
                     broken_at = None
@@ -212,9 +220,9 @@ def index_of_frames(
     frames = frames[leading:]
     starts_s = _seconds(np.array(_times_of(path, frames), np.int64), container, stream)
     keys = [
-        (frame.pts, packets[frame.pts][1], row)
+        (frame.pts, packets[frame.pts].dts, row)
         for row, frame in enumerate(frames)
-        if frame.is_key and frame.pts in packets and packets[frame.pts][2]
+        if frame.is_key and frame.pts in packets and packets[frame.pts].is_key
     ]
     return FrameIndex(
         pts=np.array([pts_of(frame) for frame in frames], np.int64),

@@ -65,8 +65,7 @@ class Metrics:
     quarantined: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        """The layout of `train score --json`, which has neither `wrong_form` nor
-        `quarantined`, and of most of `test.json`."""
+        """The layout of `train score --json`, without `wrong_form` and `quarantined`, and of most of `test.json`."""
         return {
             "open": self.open.as_json(),
             "binary": self.binary.as_json(),

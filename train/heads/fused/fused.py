@@ -217,7 +217,8 @@ def load_head(
     if arch not in ("egovlpv2", "mfas"):
         raise ValueError(f"arch is {arch!r}, which has no fused half; expected egovlpv2 or mfas")
     loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
-    loaded.require(*(("egovlpv2",) if arch == "egovlpv2" else ("egovlpv2", "mfas")))
+    networks = ("egovlpv2",) if arch == "egovlpv2" else ("egovlpv2", "mfas")
+    loaded.require(*networks)
     sizes = VideoSizes.of(loaded)
     if sizes.fusion == sizes.blocks:
         raise CheckpointError(f"{loaded.path}: none of its {sizes.blocks} video blocks is fused; expected fused blocks")
