@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from egopatch.extract.datasets.egosynth.scene import GRID, OBJECTS, TABLE_ROWS, Action, Scene, Slot, Thing, rng_of
+from egopatch.extract.datasets.egosynth.scene import GRID, OBJECTS, TABLE_ROWS, Action, Scene, Thing, rng_of
 
 Colour = tuple[int, int, int]
 
@@ -186,25 +186,22 @@ def _draw_crowd(canvas: _Canvas, crowd: _Crowd, time: float) -> None:
 
 def _draw_scene(canvas: _Canvas, scene: Scene, time: float, entries: np.ndarray, side: int, sleeve: Colour) -> None:
     things = scene.things_at(time)
-    holds: dict[str, tuple[Slot, Action | None]] = {}
-    for event in scene.events:
-        if event.start <= time < event.end:
-            holds[event.name] = (event.slot, event.action)
-    for name, (slot, _) in holds.items():  # beside the table, so behind everything on it
-        if slot == "other":
+    held = {event.name: event for event in scene.events if event.start <= time < event.end}
+    for name, event in held.items():  # beside the table, so behind everything on it
+        if event.slot == "other":
             _draw_arm(canvas, things[name], (side, things[name].y + 0.5), OTHER_SLEEVE, OTHER_SKIN)
     for name, thing in things.items():
-        if name not in holds or holds[name][0] == "other":
+        if name not in held or held[name].slot == "other":
             _draw_thing(canvas, thing)
-    for name, (slot, action) in holds.items():
-        thing = things[name]
-        if slot != "other":
-            entry = thing.x + entries[("first", "second", "next").index(slot)]
-            short = scene.setting.reach if slot == "next" else 0.0
+    for name, event in held.items():
+        if event.slot != "other":
+            thing = things[name]
+            entry = thing.x + entries[("first", "second", "next").index(event.slot)]
+            short = scene.setting.reach if event.slot == "next" else 0.0
             _draw_under(canvas, thing)
             _draw_arm(canvas, thing, (entry, GRID + 0.5), sleeve, SKIN, short)
             _draw_thing(canvas, thing)
-            _draw_grip(canvas, thing, action)
+            _draw_grip(canvas, thing, event.action)
 
 
 def _draw_thing(canvas: _Canvas, thing: Thing) -> None:
