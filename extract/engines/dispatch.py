@@ -6,7 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from egopatch.extract.datasets import Clip
-from egopatch.extract.engines.sharing import WorkersDied, decoder_count, pack_network, still_missing, worker_count
+from egopatch.extract.engines.sharing import (
+    SharedJob,
+    WorkersDied,
+    decoder_count,
+    pack_network,
+    still_missing,
+    worker_count,
+)
 from egopatch.extract.errors import JobFailed
 from egopatch.extract.worker.job import ExtractionJob
 from egopatch.extract.worker.job_stats import JobStats
@@ -49,7 +56,7 @@ def encode_with_engine(
     for _ in range(1 + RESTARTS):
         try:
             with _LedgerProgress(store, on_progress):
-                stats += run_workers(config, packed_network, works, clips)
+                stats += run_workers(SharedJob(config, packed_network, works, clips))
             store.catalog.refresh()
             # A shard that one worker skipped may have been finished by its holder, or by a third worker.
             return stats if still_missing(works, store) else dataclasses.replace(stats, skipped=())

@@ -2,19 +2,16 @@
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, as_completed, wait
 from typing import Any, TypeVar
 
 from joblib.externals.loky.process_executor import ProcessPoolExecutor, TerminatedWorkerError
 
-from egopatch.configs.schema import Config
-from egopatch.extract.datasets import Clip
 from egopatch.extract.engines.interrupts import SIGNALS, requeue_on_signals
-from egopatch.extract.engines.sharing import WorkersDied, run_worker, worker_count
+from egopatch.extract.engines.sharing import SharedJob, WorkersDied, run_worker, worker_count
 from egopatch.extract.worker.device import device_of_worker
 from egopatch.extract.worker.job_stats import JobStats
-from egopatch.features import ShardWork
 from egopatch.features.common.parent import exit_with_parent
 from egopatch.features.common.signals import children_without_interrupts, signals_held, start_trackers
 
@@ -22,21 +19,17 @@ Result = TypeVar("Result")
 ENDING_S = 20.0  # for workers to finish what they are committing; schedulers kill a job after half a minute
 
 
-def run_workers(
-    config: Config, packed_network: bytes, works: Sequence[ShardWork], clips: Mapping[str, Clip]
-) -> JobStats:
-    """Encode `works` with `engine.workers` processes; the network is packed by `sharing.pack_network`.
+def run_workers(shared: SharedJob) -> JobStats:
+    """Encode the shards of a job with `engine.workers` processes.
 
     Raises:
         ConfigError: As `sharing.run_worker`.
         WorkersDied: One of them was killed, which makes loky end the others.
         TooManyErrors, StoreError: As `extract.worker.pipeline.encode_shards`.
     """
-    workers = min(worker_count(config), len(works))
+    workers = min(worker_count(shared.config), len(shared.works))
     try:
-        stats = call_in_workers(
-            _run_worker, [(config, packed_network, rank, workers, works, clips) for rank in range(workers)]
-        )
+        stats = call_in_workers(_run_worker, [(shared, rank, workers) for rank in range(workers)])
     except TerminatedWorkerError as error:
         raise WorkersDied from error
     return sum(stats, JobStats())
@@ -67,14 +60,7 @@ def call_in_workers(function: Callable[..., Result], arguments: Sequence[tuple[A
             executor.shutdown(kill_workers=True)
 
 
-def _run_worker(
-    config: Config,
-    packed_network: bytes,
-    rank: int,
-    workers: int,
-    works: Sequence[ShardWork],
-    clips: Mapping[str, Clip],
-) -> JobStats:
+def _run_worker(shared: SharedJob, rank: int, workers: int) -> JobStats:
     # Before and after its work, SIGTERM ends no worker either: loky would kill the others, in the middle of a commit.
     for number in (signal.SIGINT, *SIGNALS):
         signal.signal(number, signal.SIG_IGN)
@@ -82,5 +68,5 @@ def _run_worker(
     # loky registers its own start method, which a spawned decoder process would not know.
     multiprocessing.set_start_method("spawn", force=True)
     with requeue_on_signals():
-        device = device_of_worker(config.encoder.device, rank)  # it may start CUDA, which takes seconds
-        return run_worker(config, packed_network, rank, workers, works, clips, device, neighbours=workers)
+        device = device_of_worker(shared.config.encoder.device, rank)  # it may start CUDA, which takes seconds
+        return run_worker(shared, rank, workers, device, neighbours=workers)

@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from egopatch.configs.schema import Config, ConfigError
-from egopatch.extract.datasets import Clip
-from egopatch.extract.engines.sharing import WorkersDied, run_worker
+from egopatch.extract.engines.sharing import SharedJob, WorkersDied, run_worker
 from egopatch.extract.worker.job_stats import JobStats
-from egopatch.features import ShardWork
 from egopatch.features.common.child_errors import ChildTraceback
 
 COLOUR = re.compile(r"\x1b\[\d*m")  # in Ray's reports
@@ -29,10 +27,8 @@ REACH_S = 5.0
 POLL_S = 1.0
 
 
-def run_workers(
-    config: Config, packed_network: bytes, works: Sequence[ShardWork], clips: Mapping[str, Clip]
-) -> JobStats:
-    """Encode `works` on the cluster at `engine.address`; the network is packed by `sharing.pack_network`.
+def run_workers(shared: SharedJob) -> JobStats:
+    """Encode the shards of a job on the cluster at `engine.address`.
 
     Raises:
         ConfigError: Ray is not installed, nothing answers at the address, the cluster is too small, or one of its nodes
@@ -40,16 +36,15 @@ def run_workers(
         WorkersDied: A worker or its node died, and the others have ended.
         TooManyErrors, StoreError: As `extract.worker.pipeline.encode_shards`.
     """
-    with _connected(config.engine.address) as ray:
+    with _connected(shared.config.engine.address) as ray:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        workers, needs = _fit(config, nodes, len(works))
+        workers, needs = _fit(shared.config, nodes, len(shared.works))
         used = sum(node.get("CPU", 0) >= 1 for node in nodes)  # a head node is often started without cores
         remote = ray.remote(**needs, scheduling_strategy="SPREAD")(_Worker)
         actors = [remote.remote() for _ in range(workers)]
-        job = _Job(config, packed_network, list(works), dict(clips), math.ceil(workers / used), Path.cwd(), sys.path)
-        shared = ray.put(job)
+        job = ray.put(_Job(shared, math.ceil(workers / used), Path.cwd(), sys.path))
         try:
-            return _gather(ray, [actor.work.remote(rank, workers, shared) for rank, actor in enumerate(actors)])
+            return _gather(ray, [actor.work.remote(rank, workers, job) for rank, actor in enumerate(actors)])
         finally:
             for actor in actors:
                 ray.kill(actor)
@@ -59,10 +54,7 @@ def run_workers(
 class _Job:
     """What every worker receives; `folder` and `path` are the job's working folder and `sys.path`."""
 
-    config: Config
-    packed_network: bytes
-    works: list[ShardWork]
-    clips: dict[str, Clip]
+    shared: SharedJob
     neighbours: int
     folder: Path
     path: list[str]
@@ -73,8 +65,7 @@ class _Worker:
         """Work where the job was started, so that relative paths and the modules beside a script are the same."""
         os.chdir(job.folder)
         sys.path += [place for place in job.path if place not in sys.path]
-        device = job.config.encoder.device
-        return run_worker(job.config, job.packed_network, rank, workers, job.works, job.clips, device, job.neighbours)
+        return run_worker(job.shared, rank, workers, job.shared.config.encoder.device, job.neighbours)
 
 
 def _gather(ray: Any, waiting: list[Any]) -> JobStats:

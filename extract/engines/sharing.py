@@ -4,6 +4,7 @@ import dataclasses
 import pickle
 import socket
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets import Clip
@@ -16,6 +17,23 @@ from egopatch.features import ShardWork, Store, open_store
 from egopatch.features.common.child_errors import sendable_errors
 from egopatch.features.common.machine import limit_threads, usable_cores, usable_gpus
 from egopatch.features.common.signals import start_trackers
+
+
+@dataclass(frozen=True)
+class SharedJob:
+    """What all workers of one job receive.
+
+    Attributes:
+        config: Configuration of the job.
+        packed_network: The network that `encoder.arch` names, by `pack_network`.
+        works: All shards of the job, and the clips that each still needs.
+        clips: As for `extract.worker.pipeline.encode_shards`.
+    """
+
+    config: Config
+    packed_network: bytes
+    works: Sequence[ShardWork]
+    clips: Mapping[str, Clip]
 
 
 class WorkersDied(RuntimeError):
@@ -55,28 +73,16 @@ def _unpack_network(packed: bytes, arch: str) -> Network:
 
 
 @sendable_errors()
-def run_worker(
-    config: Config,
-    packed_network: bytes,
-    rank: int,
-    workers: int,
-    works: Sequence[ShardWork],
-    clips: Mapping[str, Clip],
-    device: str,
-    neighbours: int,
-) -> JobStats:
+def run_worker(shared: SharedJob, rank: int, workers: int, device: str, neighbours: int) -> JobStats:
     """Run worker `rank` of `workers` in its own process: every `workers`-th shard, then those that the others left.
 
     The load balances itself: a slow or dead worker leaves shards without a lease, and the first worker to finish its
     own takes them, in reverse order, because their first holder reaches the last ones last.
 
     Args:
-        config: Configuration of the job.
-        packed_network: The network that `encoder.arch` names, by `pack_network`.
+        shared: The job.
         rank: Number of this worker, from 0 on.
         workers: Number of the job's workers on all machines.
-        works: All shards of the job, and the clips that each still needs.
-        clips: As for `extract.worker.pipeline.encode_shards`.
         device: Device of this worker, which replaces `encoder.device`.
         neighbours: Number of the job's workers on this machine, this one among them.
 
@@ -86,15 +92,16 @@ def run_worker(
         ChildError: Any other error that cannot be sent to the job's process.
     """
     start_trackers()
-    network = _unpack_network(packed_network, config.encoder.arch)
+    config, works = shared.config, shared.works
+    network = _unpack_network(shared.packed_network, config.encoder.arch)
     limit_threads(neighbours)
     decoders = decoder_count(config, neighbours)
     job = resolve_job(config, device, network)
     store = open_store(config.store.path)
-    stats = encode_shards(job, store, works[rank::workers], clips, decoders, lambda clips, nbytes: None)
+    stats = encode_shards(job, store, works[rank::workers], shared.clips, decoders, lambda clips, nbytes: None)
     store.catalog.refresh()
     if left := still_missing(works, store):
-        more = encode_shards(job, store, left[::-1], clips, decoders, lambda clips, nbytes: None)
+        more = encode_shards(job, store, left[::-1], shared.clips, decoders, lambda clips, nbytes: None)
         # A shard that another worker of this job holds is not skipped.
         stats += dataclasses.replace(more, skipped=())
     return stats

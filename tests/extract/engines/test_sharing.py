@@ -9,7 +9,6 @@ import threading
 import time
 import traceback
 import types
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,9 @@ from egopatch.extract.encoders import Network, find_network
 from egopatch.extract.engines import dispatch, joblib_engine, sharing
 from egopatch.extract.engines.interrupts import Requeue, requeue_on_signals
 from egopatch.extract.engines.joblib_engine import call_in_workers
-from egopatch.extract.engines.sharing import WorkersDied, decoder_count, worker_count
+from egopatch.extract.engines.sharing import SharedJob, WorkersDied, decoder_count, worker_count
 from egopatch.extract.worker.job_stats import JobStats, Stages
-from egopatch.features import ShardWork, Store, StoreError, create_store, open_store
+from egopatch.features import Store, StoreError, create_store, open_store
 from egopatch.features.common.child_errors import ChildError
 from egopatch.features.state.catalog import Catalog
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, fill
@@ -68,9 +67,7 @@ def test_worker_processes_use_the_configured_device(
 ) -> None:
     seen: list[str] = []
 
-    def run_worker(
-        config: Config, network: bytes, rank: int, workers: int, works: object, clips: object, device: str, **_: int
-    ) -> None:
+    def run_worker(shared: SharedJob, rank: int, workers: int, device: str, **_: int) -> None:
         seen.append(device)
 
     monkeypatch.setattr(joblib_engine, "run_worker", run_worker)
@@ -78,7 +75,7 @@ def test_worker_processes_use_the_configured_device(
         monkeypatch.setattr(f"egopatch.extract.engines.joblib_engine.{patched}", lambda *_, **__: None)
     monkeypatch.setattr(joblib_engine, "exit_with_parent", lambda: None)
     for rank in range(2):
-        joblib_engine._run_worker(Config(encoder=EncoderConfig(device=device)), b"", rank, 2, [], {})
+        joblib_engine._run_worker(SharedJob(Config(encoder=EncoderConfig(device=device)), b"", [], {}), rank, 2)
     assert seen == used
 
 
@@ -131,8 +128,8 @@ def test_what_dead_workers_committed_has_no_time(tmp_path: Path, monkeypatch: py
     stages = Stages(total_s=3.0)
     shards: list[list[int]] = []
 
-    def run_workers(_: Config, __: bytes, works: Sequence[ShardWork], clips: object) -> JobStats:
-        shards.append([work.shard for work in works])
+    def run_workers(shared: SharedJob) -> JobStats:
+        shards.append([work.shard for work in shared.works])
         if len(shards) == 1:
             fill(store, skip=IDS[4:])
             raise WorkersDied
@@ -187,7 +184,7 @@ def test_a_signal_that_comes_while_a_worker_looks_for_its_device_ends_it(monkeyp
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         with pytest.raises(Requeue, match="SIGTERM"):
-            joblib_engine._run_worker(Config(), b"", 0, 1, [], {})
+            joblib_engine._run_worker(SharedJob(Config(), b"", [], {}), 0, 1)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -206,7 +203,7 @@ def _end_a_child() -> int:
             child.kill()
 
     joblib_engine.run_worker = run_worker  # type: ignore[assignment]
-    joblib_engine._run_worker(Config(encoder=EncoderConfig(device="cpu")), b"", 0, 1, [], {})
+    joblib_engine._run_worker(SharedJob(Config(encoder=EncoderConfig(device="cpu")), b"", [], {}), 0, 1)
     return codes[0]
 
 
@@ -223,7 +220,7 @@ def _commit_slowly(folder: Path, rank: int) -> None:
             (folder / f"ended {rank}").touch()
 
     joblib_engine.run_worker = run_worker  # type: ignore[assignment]
-    joblib_engine._run_worker(Config(encoder=EncoderConfig(device="cpu")), b"", rank, 2, [], {})
+    joblib_engine._run_worker(SharedJob(Config(encoder=EncoderConfig(device="cpu")), b"", [], {}), rank, 2)
 
 
 def network_with(build_video: Any) -> Network:
@@ -252,7 +249,7 @@ def test_a_network_that_a_worker_cannot_import_is_one_line(monkeypatch: pytest.M
     monkeypatch.delitem(sys.modules, "only_here")
     config = Config(encoder=EncoderConfig(arch="mine"))
     with pytest.raises(ConfigError, match=r"'mine', which a worker on .* cannot load \(.*No module named 'only_here'"):
-        sharing.run_worker(config, packed, 0, 1, [], {}, "cpu", 1)
+        sharing.run_worker(SharedJob(config, packed, [], {}), 0, 1, "cpu", 1)
 
 
 class _Picky(ValueError):
@@ -271,7 +268,7 @@ def test_an_error_of_a_worker_reaches_the_job(
 
     monkeypatch.setattr(sharing, "start_trackers", fail)
     with pytest.raises(sent, match="no driver") as caught:
-        sharing.run_worker(Config(), b"", 0, 1, [], {}, "cpu", 1)
+        sharing.run_worker(SharedJob(Config(), b"", [], {}), 0, 1, "cpu", 1)
     assert (caught.value is error) == (sent is not ChildError)
     # An engine sends the traceback as text: it leads to the place where the error was raised.
     assert "in fail" in "".join(traceback.format_exception(caught.value))
