@@ -16,7 +16,7 @@ from egopatch.extract.engines.dispatch import encode_with_engine
 from egopatch.extract.engines.job_slice import ALL_SHARDS, Slice
 from egopatch.extract.engines.sharing import decoder_count, still_missing, worker_count
 from egopatch.extract.planning.plan import disk_refusal
-from egopatch.extract.texts import TextNetwork, create_text_store, encode_texts, load_text_network
+from egopatch.extract.texts import TextNetwork, create_text_store, cut_texts, encode_texts, load_text_network
 from egopatch.extract.worker.device import device_of, shortage_explained
 from egopatch.extract.worker.job import ExtractionJob, resolve_job
 from egopatch.extract.worker.job_stats import JobStats, record_job
@@ -172,6 +172,14 @@ class _Texts:
     works: list[ShardWork]
 
     def encode(self, wait: bool) -> None:
+        texts = [text for work in self.works for text in work.ids]
+        if cut := cut_texts(self.network.tokenizer, texts):
+            length = self.network.config.text.max_length
+            print(
+                f"note: {len(cut)} of {len(texts)} question texts have {length} tokens (text.max_length) or more, and are"
+                " read up to there",
+                flush=True,
+            )
         for free in _until_done(self.store, self.works, wait, "questions"):
             encode_texts(self.network, self.store, free)
         self.network.encoder.to("meta")  # the device's memory is for clips from now on

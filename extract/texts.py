@@ -79,6 +79,15 @@ def encode_questions(config: Config, texts: Sequence[str]) -> tuple[Fingerprint,
     return text_fingerprint(config, network, loaded.checkpoint.sha256), rows
 
 
+def cut_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
+    """Those of `texts` that fill all tokens of `text.max_length`, so that the network does not read what follows."""
+    cut: list[str] = []
+    for start in range(0, len(texts), TEXT_BATCH):
+        batch = texts[start : start + TEXT_BATCH]
+        cut += [text for text, mask in zip(batch, tokenizer(batch)[1], strict=True) if mask.all()]
+    return cut
+
+
 def encode_texts(network: TextNetwork, store: Store, works: Sequence[ShardWork]) -> None:
     """Encode question texts, except those in shards that other processes hold."""
     dtype = getattr(torch, unscaled_dtype(network.config.store.dtype))

@@ -17,6 +17,7 @@ from egopatch.extract.datasets import PARTS, Clip, Dataset, DatasetError, Questi
 from egopatch.extract.datasets.origins import REFRESH, compare_origins
 from egopatch.extract.encoders import load_tokenizer
 from egopatch.extract.errors import CheckpointError
+from egopatch.extract.texts import cut_texts
 from egopatch.extract.worker.device import arithmetic_advice, device_of
 from egopatch.extract.worker.job import resolve_job
 from egopatch.features import StoreError
@@ -82,7 +83,7 @@ def examine(config: Config) -> Diagnosis:
     dataset = splits[config.data.split]
     is_file = functools.cache(Path.is_file)  # many clips share a video
     if dataset.texts:  # without questions, no text network is loaded
-        networks.append(_fault("tokenizer that cannot be loaded", _faults_of_tokenizer(config)))
+        networks += _text_findings(config, dataset.texts)
     findings = [*networks, *_clip_findings(config, dataset, is_file), *_across_splits(splits)]
     for split, other in splits.items():
         findings += _question_findings(f"{split}: " if len(splits) > 1 else "", other)
@@ -244,12 +245,18 @@ def _checkpoint(config: Config) -> tuple[str | None, list[str]]:
         return None, [str(error)]
 
 
-def _faults_of_tokenizer(config: Config) -> list[str]:
+def _text_findings(config: Config, texts: Sequence[str]) -> list[Finding]:
+    length = config.text.max_length
     try:
-        load_tokenizer(config.text.model)
+        tokenizer = load_tokenizer(config.text.model, length)
     except ConfigError as error:
-        return [str(error)]
-    return []
+        return [_fault("tokenizer that cannot be loaded", [str(error)])]
+    return [
+        _note(
+            f"question texts of {length} tokens (text.max_length) or more, which are read up to there",
+            cut_texts(tokenizer, texts),
+        )
+    ]
 
 
 def _present(findings: Iterable[Finding]) -> tuple[Finding, ...]:

@@ -145,6 +145,15 @@ def test_notes_are_no_faults(tmp_path: Path, records: Records, capsys: pytest.Ca
     assert "no faults found" in capsys.readouterr().out
 
 
+def test_texts_that_are_cut_are_noted(tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str]) -> None:
+    for parts in records.values():
+        parts["test"][0]["question"] = "What is number 4 of very many?"
+    code, _, findings = doctor(write(tmp_path, records), capsys, "--text.max_length", "8")
+    assert code == 0
+    cut = "question texts of 8 tokens (text.max_length) or more, which are read up to there"
+    assert findings[cut] == ("note", ["What is number 4 of very many?"])
+
+
 def test_a_clip_of_the_other_split_only(tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str]) -> None:
     records["indirect"]["test"] = [record(20)]
     code, _, findings = doctor(write(tmp_path, records), capsys)
