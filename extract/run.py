@@ -176,8 +176,8 @@ class _Texts:
         if cut := cut_texts(self.network.tokenizer, texts):
             length = self.network.config.text.max_length
             print(
-                f"note: {len(cut)} of {len(texts)} question texts have {length} tokens (text.max_length) or more, and are"
-                " read up to there",
+                f"note: {len(cut)} of {len(texts)} question texts have {length} tokens (text.max_length) or more, and"
+                " are read up to there",
                 flush=True,
             )
         for free in _until_done(self.store, self.works, wait, "questions"):
