@@ -161,7 +161,8 @@ def describe(result: Mapping[str, Any]) -> list[str]:
             for column in COLUMNS
             if point[column]
         ]
-        lines.append(f"  {_name(point['setting'])}: {', '.join(accuracies)}, {len(point['seeds'])} seeds")
+        seeds = "1 seed" if len(point["seeds"]) == 1 else f"{len(point['seeds'])} seeds"
+        lines.append(f"  {_name(point['setting'])}: {', '.join(accuracies)}, {seeds}")
     lines += [
         f"  {_name(pair['setting'])} against {_name(pair['against'])}: {pair['difference']:+.2f} "
         f"[{pair['low']:+.2f}, {pair['high']:+.2f}], {pair['verdict']} (p {pair['p']:.4f})"
