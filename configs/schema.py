@@ -26,12 +26,17 @@ def _require(condition: bool, key: str, value: object, expected: str) -> None:
         raise ValueError(f"{key} is {value!r}; expected {expected}")
 
 
-def _refuse_null(section: object) -> None:
-    """Refuse null where the type of an option does not include None."""
+def _check_options(section: object) -> None:
+    """Refuse null where the type of an option does not include None, and expand `~/` as a shell does, for it expands
+    neither what a file says nor `--store.path=~/x`.
+    """
     name = type(section).__name__.removesuffix("Config").lower()
     for option in _never_null(type(section)):
         if getattr(section, option) is None:
             raise ValueError(refusal_of_null(f"{name}.{option}"))
+    for option, value in vars(section).items():
+        if isinstance(value, str | Path) and str(value).startswith("~/"):
+            object.__setattr__(section, option, type(value)(Path(value).expanduser()))
 
 
 def _never_null(section: type) -> dict[str, str]:
@@ -68,7 +73,7 @@ class DataConfig:
     paraphrases: bool = False
 
     def __post_init__(self) -> None:
-        _refuse_null(self)
+        _check_options(self)
 
     @property
     def title(self) -> str:
@@ -102,7 +107,7 @@ class VideoConfig:
     memory_gb: float = 4.0
 
     def __post_init__(self) -> None:
-        _refuse_null(self)
+        _check_options(self)
         _require(self.frames >= 1, "video.frames", self.frames, "at least 1")
         _require(self.size >= 1, "video.size", self.size, "at least 1")
         _require(0 < self.timeout_s < math.inf, "video.timeout_s", self.timeout_s, "a positive number of seconds")
@@ -143,7 +148,7 @@ class EncoderConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        _refuse_null(self)
+        _check_options(self)
         _require(self.depth >= 1, "encoder.depth", self.depth, "at least 1")
         _require(self.batch >= 1, "encoder.batch", self.batch, "at least 1")
 
@@ -164,7 +169,7 @@ class TextConfig:
     max_length: int = 30
 
     def __post_init__(self) -> None:
-        _refuse_null(self)
+        _check_options(self)
         _require(self.max_length >= 2, "text.max_length", self.max_length, "at least 2")
 
 
@@ -190,7 +195,7 @@ class StoreConfig:
     codec: Literal["none", "zstd", "blosc-zstd", "gzip"] = "none"
 
     def __post_init__(self) -> None:
-        _refuse_null(self)
+        _check_options(self)
         _require(self.shard >= 1, "store.shard", self.shard, "at least 1")
         remote = "://" in str(self.path)
         if any(sign in str(self.path).partition("://")[2] for sign in "@:?#"):
@@ -226,7 +231,7 @@ class EngineConfig:
     max_errors: int | float = 100
 
     def __post_init__(self) -> None:
-        _refuse_null(self)
+        _check_options(self)
         for key, value in (("engine.workers", self.workers), ("engine.decoders", self.decoders)):
             _require(value == "auto" or (isinstance(value, int) and value >= 1), key, value, "auto or at least 1")
         _require(self.max_errors >= 0, "engine.max_errors", self.max_errors, "a count, or a share below 1")
@@ -286,7 +291,7 @@ class HeadConfig:
     implementation: Literal["auto", "reference", "triton"] = "auto"
 
     def __post_init__(self) -> None:
-        _refuse_null(self)
+        _check_options(self)
         _require(0 < self.ratio <= 1, "head.ratio", self.ratio, "a share in (0, 1]")
         _require(len(self.scores) > 0, "head.scores", self.scores, "a score at least, or `all` to keep every patch")
         _require(len(self.scores) == 1 or "all" not in self.scores, "head.scores", self.scores, "`all` alone")
@@ -339,7 +344,7 @@ class TrainConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        _refuse_null(self)
+        _check_options(self)
         _require(self.epochs >= 1, "train.epochs", self.epochs, "at least 1")
         _require(self.batch >= 1, "train.batch", self.batch, "at least 1")
         _require(self.lr > 0, "train.lr", self.lr, "a positive number")
@@ -368,7 +373,7 @@ class RunConfig:
     tracker: Literal["wandb", "mlflow"] | None = None
 
     def __post_init__(self) -> None:
-        _refuse_null(self)
+        _check_options(self)
         for name, path in (("dir", self.dir), ("table", self.table)):
             if path is not None and path.parts and re.fullmatch(r"[a-z]\w+:", path.parts[0]):  # a `Path` has one slash
                 url = str(path).replace(":/", "://", 1)
@@ -396,7 +401,7 @@ class Config:
         if self.train.contrast and not self.data.paraphrases:
             raise ConfigError(
                 f"train.contrast is {self.train.contrast:g}, but data.paraphrases is false; set it to true and run "
-                "`python -m extract run`, or train.contrast to 0"
+                "`egopatch extract run`, or train.contrast to 0"
             )
 
 

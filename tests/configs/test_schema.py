@@ -328,3 +328,13 @@ def test_results_are_written_to_a_path_on_this_machine(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"run.{name} is 's3://bucket/runs', which is a URL; expected a path"):
         RunConfig(**{name: Path("s3://bucket/runs")})  # type: ignore[arg-type]
     assert str(RunConfig(dir=Path("a:b/c")).dir) == "a:b/c"
+
+
+def test_the_home_folder_is_expanded_in_files_and_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    file = tmp_path / "c.yaml"
+    file.write_text("data: {root: ~/videos}\nstore: {path: ~/store}\n")
+    config = parse("--config", str(file), "--run.dir=~/runs/psa")
+    assert (config.data.root, config.store.path) == (Path("/home/me/videos"), "/home/me/store")
+    assert config.run.dir == Path("/home/me/runs/psa")
+    assert StoreConfig(path="a/~/b").path == "a/~/b"
