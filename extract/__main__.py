@@ -1,4 +1,4 @@
-"""Stage one from the command line: `python -m extract COMMAND --config configs/x.yaml`."""
+"""Stage one from the command line: `egopatch extract COMMAND --config configs/x.yaml`."""
 
 import signal
 import sys
@@ -46,7 +46,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if args is None else args)
     name = find_command(
-        "extract", COMMANDS, "python -m extract COMMAND [options]; COMMAND --help lists its options", args
+        "extract", COMMANDS, "egopatch extract COMMAND [options]; COMMAND --help lists its options", args
     )
     if isinstance(name, int):
         return name

@@ -288,7 +288,7 @@ def _wait_for_a_lease(store: Store, works: list[ShardWork], unit: str) -> list[S
 
 
 def _encode_questions_of_imported(config: Config, job_slice: Slice, wait: bool) -> ExtractionResult:
-    """Encode the questions for a store of `python -m features import`, which must have all clips of the data set."""
+    """Encode the questions for a store of `egopatch features import`, which must have all clips of the data set."""
     dataset = load_dataset(config.data)
     if not dataset.texts:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""`python -m features COMMAND STORE [--json]`: inspect, verify, repair and copy stores.
+"""`egopatch features COMMAND STORE [--json]`: inspect, verify, repair and copy stores.
 
 Exit codes: 0 done; 1 the work failed or found faults; 2 wrong usage; 130 interrupted.
 """
@@ -78,7 +78,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> _Parser:
-    parser = _Parser(prog="python -m features", description="Inspect, verify, repair and copy stores.")
+    parser = _Parser(prog="egopatch features", description="Inspect, verify, repair and copy stores.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     added = {name: commands.add_parser(name, help=about, description=about) for name, (_, about) in COMMANDS.items()}
     for name, command in added.items():
@@ -245,8 +245,8 @@ def _source_lines(report: SourceReport, options: argparse.Namespace) -> Iterator
         yield f"{report.unrecorded} clips were stored before stores recorded their video, and cannot be checked"
     if report.changed:
         yield (
-            f"run `python -m features repair {options.store} --sources {options.sources}` to remove their clips, and "
-            "then `python -m extract run` to encode them again"
+            f"run `egopatch features repair {options.store} --sources {options.sources}` to remove their clips, and "
+            "then `egopatch extract run` to encode them again"
         )
 
 
@@ -275,7 +275,7 @@ def _verify_lines(report: VerifyReport) -> Iterator[str]:
         yield "every committed clip reads back bit for bit"
     else:
         counts = f"{len(report.faults)} faults, {len(report.bad_clips)} bad clips"
-        yield f"{counts}: run `python -m features repair {report.path}`"
+        yield f"{counts}: run `egopatch features repair {report.path}`"
 
 
 def _repair(options: argparse.Namespace) -> Outcome:
@@ -288,9 +288,7 @@ def _repair(options: argparse.Namespace) -> Outcome:
     done = repair(options.store, sources.clips if sources else ())
     result = {"before": _verify_result(done.before), "dropped": list(done.dropped), "rewritten": list(done.rewritten)}
     lines = [f"rewrote {name}" for name in done.rewritten] + [f"removed {name!r}" for name in done.dropped]
-    lines.append(
-        "run `python -m extract run` to encode the removed clips again" if done.dropped else "no clip was lost"
-    )
+    lines.append("run `egopatch extract run` to encode the removed clips again" if done.dropped else "no clip was lost")
     return 0, result, "\n".join(lines)
 
 
@@ -354,7 +352,7 @@ def _import(options: argparse.Namespace) -> Outcome:
         store = import_features(
             options.store, options.to, options.dtype, options.grid, options.shard, options.format, on_clips
         )
-    hint = "encoder.arch imported names such features: `python -m extract run --config CONFIG` encodes the questions"
+    hint = "encoder.arch imported names such features: `egopatch extract run --config CONFIG` encodes the questions"
     return 0, _facts(store), f"{_copied(store, options.store)}\n{hint}"
 
 
@@ -378,7 +376,7 @@ def _progress(label: str, unit: str, options: argparse.Namespace) -> Iterator[Ca
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Outcome], str]] = {
     "info": (_info, "show what a store is and how many clips it holds"),
     "verify": (_verify, "read back every committed clip; name the bad ones and exit with 1 if there are any"),
-    "repair": (_repair, "remove damaged clips, so that `python -m extract run` encodes exactly those again"),
+    "repair": (_repair, "remove damaged clips, so that `egopatch extract run` encodes exactly those again"),
     "convert": (_convert, "copy a store, with its text states, to another format, dtype, shard size or codec"),
     "unlock": (
         _unlock,

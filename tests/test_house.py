@@ -124,3 +124,11 @@ def test_sentences_are_plain(path: Path) -> None:
         if (match := re.search(phrase, " ".join(text.split()), re.IGNORECASE))
     ]
     assert not found
+
+
+@pytest.mark.parametrize("package", [*PACKAGES, "configs"])
+def test_printed_commands_work_in_any_folder(package: str) -> None:
+    # `python -m extract` starts in the root of a checkout alone; `egopatch extract` also installed, and elsewhere.
+    files = [path for kind in ("*.py", "*.j2") for path in (ROOT / package).rglob(kind)]
+    short = re.compile(r'python -m (?:extract|features|train)\b|"-m", "(?:extract|features|train)"')
+    assert [str(path.relative_to(ROOT)) for path in files if short.search(path.read_text())] == []

@@ -375,7 +375,7 @@ def test_a_run_whose_clips_were_encoded_again_is_neither_resumed_nor_evaluated(
         assert train([command, *options(root)]) == 1
         said = errors(capsys)
         assert refusal in said
-        assert "'c1'; train again in another folder (python -m train fit --config CONFIG --run.dir FOLDER" in said
+        assert "'c1'; train again in another folder (egopatch train fit --config CONFIG --run.dir FOLDER" in said
     assert train(["report", *options(root, "--run.table", str(root))]) == 0
     page = (root / "report.html").read_text()
     assert f"{root / 'run'}: 1 clips were encoded again or removed" in page

@@ -1,4 +1,4 @@
-"""Stage two from the command line: `python -m train COMMAND --config configs/x.yaml`."""
+"""Stage two from the command line: `egopatch train COMMAND --config configs/x.yaml`."""
 
 import os
 import sys
@@ -34,7 +34,7 @@ COMMANDS = {
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 1 the work failed, 2 wrong usage or configuration."""
     args = list(sys.argv[1:] if args is None else args)
-    name = find_command("train", COMMANDS, "python -m train COMMAND [options]; COMMAND --help lists its options", args)
+    name = find_command("train", COMMANDS, "egopatch train COMMAND [options]; COMMAND --help lists its options", args)
     if isinstance(name, int):
         return name
     program = f"train {name} (rank {os.environ['RANK']})" if "RANK" in os.environ else f"train {name}"

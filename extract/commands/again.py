@@ -8,12 +8,12 @@ from egopatch.configs.command_line import overrides_in
 
 
 def retry_command(args: Sequence[str]) -> str:
-    """`python -m extract retry` for the experiment of a command line: its `--config` and its options in place of it."""
+    """`egopatch extract retry` for the experiment of a command line: its `--config` and its options in place of it."""
     configs: list[str] = []
     for before, arg in itertools.pairwise(["", *args]):
         if before == "--config" or arg.startswith("--config="):
             configs += ["--config", arg.removeprefix("--config=")]
-    return shlex.join(["python", "-m", "extract", "retry", *configs, *overrides_in(args)])
+    return shlex.join(["egopatch", "extract", "retry", *configs, *overrides_in(args)])
 
 
 def after_quarantine(command: str) -> str:

@@ -48,7 +48,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         finally:
             own.remove_without_store()
         if code == 0:
-            print(f"next: python -m extract status --config {shlex.quote(str(own.config_file))}")
+            print(f"next: egopatch extract status --config {shlex.quote(str(own.config_file))}")
     if results:
         files = {"videos": own.videos, "clips_file": own.clips_file, "config": own.config_file}
         print_result(options.json, {**files, "stores": as_records([own.config], results)})

@@ -229,5 +229,5 @@ def _missing(root: Path, split: str, part: Part) -> str:
     return (
         f"{expected}: no such file; expected EgoTaskQA's {part} questions of the {split} split there "
         f"(or {others}, or in {folders}); check data.root, which is {str(root)!r} "
-        "(python -m extract data downloads EgoTaskQA)"
+        "(egopatch extract data downloads EgoTaskQA)"
     )

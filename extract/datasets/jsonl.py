@@ -12,7 +12,7 @@ The questions may also be a table, `data.questions: NAME.csv`, as spreadsheets e
 tabs): a header with the same names, a question a row, and `|` between the tags or the options of one cell. An empty
 cell counts as no value.
 
-Without questions (`data.questions: null`) the clips alone are encoded; `python -m extract videos` writes such a file.
+Without questions (`data.questions: null`) the clips alone are encoded; `egopatch extract videos` writes such a file.
 
 Multiple choice: `{"options": ["fridge", "door", "jar"], "answer_index": 0}` in place of `answer`, in all questions or
 none. Options have the text of answers; two to 26 of them, all different.

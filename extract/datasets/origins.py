@@ -1,7 +1,7 @@
 """Whether the rows of a store were made of what the annotations say now.
 
 A clip is *stale* if its row was made of another stretch, of another file, or of a file that has another size now. Files
-that are gone prove nothing. Bytes are compared by `python -m features verify STORE --sources FOLDER`, since reading
+that are gone prove nothing. Bytes are compared by `egopatch features verify STORE --sources FOLDER`, since reading
 every video takes long; the time of modification is not compared, since every copy of a file may have another one.
 """
 
@@ -16,7 +16,7 @@ from egopatch.extract.datasets.records import Clip
 from egopatch.features.state.origin import Origin
 
 SHOWN = 3
-REFRESH = "python -m extract run --config CONFIG --refresh"
+REFRESH = "egopatch extract run --config CONFIG --refresh"
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class DatasetError(ValueError):
     def __init__(self, problems: Iterable[str]):
         self.problems = tuple(problems)
         hidden = len(self.problems) - SHOWN_PROBLEMS
-        more = [f"and {hidden:,} more; `python -m extract doctor --json` lists them all"] if hidden > 0 else []
+        more = [f"and {hidden:,} more; `egopatch extract doctor --json` lists them all"] if hidden > 0 else []
         super().__init__("\n".join([*self.problems[:SHOWN_PROBLEMS], *more]))
 
     def __reduce__(self) -> tuple[type["DatasetError"], tuple[tuple[str, ...]]]:

@@ -63,7 +63,7 @@ def load_dataset(data: DataConfig) -> Dataset:
     plugin = _PLUGINS.find(data.name)
     if plugin is None and not data.root.is_dir():
         expected = "set --data.root to the folder of the annotations"
-        hint = "`python -m extract data` downloads EgoTaskQA, `make demo` renders EgoSynth"
+        hint = "`egopatch extract data` downloads EgoTaskQA, `make demo` renders EgoSynth"
         raise DatasetError([f"data.root is '{data.root}', which does not exist; {expected} ({hint})"])
     dataset = (plugin or LOADERS[data.name])(data)
     if not isinstance(dataset, Dataset):

@@ -86,7 +86,7 @@ class CheckpointReport:
         if faults := [*self.missing, *self.reshaped]:
             raise CheckpointError(
                 f"{self.path}: {len(faults)} tensors are missing or have the wrong shape, the first is {faults[0]}; "
-                f"list all of them with `python -m extract checkpoint inspect {self.path}`"
+                f"list all of them with `egopatch extract checkpoint inspect {self.path}`"
             )
 
     def lines(self) -> list[str]:

@@ -139,7 +139,7 @@ def make_forecast(config: Config, clips: int, gpus: int, cores: int, clips_per_s
     else:
         raise ConfigError(
             f"--clips is {clips}, but no job on {config.store.path} has been measured; encode a few hundred clips first"
-            " (python -m extract run), or give one GPU's rate with --clips-per-second"
+            " (egopatch extract run), or give one GPU's rate with --clips-per-second"
         )
     return forecast(clips, gpus, cores, resolve_job(config).spec, config.store.format, cost)
 

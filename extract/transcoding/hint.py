@@ -67,7 +67,7 @@ def long_groups_hint(clips: Sequence[Clip], video: VideoConfig) -> str | None:
         return None
     return (
         f"of each clip {now:.0f} frames are decoded for {video.frames}, as key frames are {group_s:.1f} s apart;"
-        f" in copies by `python -m extract transcode --config CONFIG --out DIR` about {copied:.0f},"
+        f" in copies by `egopatch extract transcode --config CONFIG --out DIR` about {copied:.0f},"
         f" with {share:.0%} of the pixels"
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from egopatch.extract.worker.job_stats import JobStats
 
 REMEDIES = {
-    "decoding": "add cores, or raise engine.decoders where cores are idle; `python -m extract plan` says whether small"
+    "decoding": "add cores, or raise engine.decoders where cores are idle; `egopatch extract plan` says whether small"
     " copies of the videos (`extract transcode`) decode faster",
     "hand-over": "raise engine.workers, each of which has a process of its own for it",
     "encoder": "add GPUs (engine.workers), or try encoder.dtype bfloat16, encoder.compile or a smaller encoder.depth",

@@ -247,7 +247,7 @@ class BackgroundShardWriter:
         return {
             name: Failure(
                 f"{array} of its tokens holds NaN or infinity, as those of other clips do not; look at its frames "
-                "(python -m extract frames), or encode all clips in float32 (encoder.dtype) into another store"
+                "(egopatch extract frames), or encode all clips in float32 (encoder.dtype) into another store"
             )
             for name, array in arrays.items()
         }

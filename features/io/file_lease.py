@@ -150,7 +150,7 @@ def _advice(root: Path, owner: Owner) -> str:
     if owner.boot == this_boot():
         return "wait for that process, or stop it: its lease then expires automatically"
     return (
-        f"wait for that process; if its machine is gone, or was restarted since, run `python -m features unlock {root}`"
+        f"wait for that process; if its machine is gone, or was restarted since, run `egopatch features unlock {root}`"
     )
 
 

@@ -109,7 +109,7 @@ class Catalog:
                 if current is not None and current.clip(name).row != row:
                     raise DamagedStore(
                         f"{self.root}: ids.jsonl and ledger.jsonl line {line.number + 1} disagree about the row of "
-                        f"clip {name!r}; run `python -m features repair {self.root}`"
+                        f"clip {name!r}; run `egopatch features repair {self.root}`"
                     )
 
     def shard_of(self, row: int) -> int:

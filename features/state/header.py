@@ -101,7 +101,7 @@ def read_header(storage: Storage) -> Record:
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"no store at {root} ({HEADER} is missing); run `extract run` to create one") from None
     if decoded is None:
-        raise DamagedStore(f"{path} is damaged; run `python -m features repair {root}`")
+        raise DamagedStore(f"{path} is damaged; run `egopatch features repair {root}`")
     version = decoded[1].get("version")
     if type(version) is int and version > 0 and version != VERSION:
         raise OtherVersion(

@@ -261,4 +261,4 @@ def require_intact(contents: Contents, where: Location) -> None:
         DamagedStore: Lines are lost; the message names the file, the line and what to do.
     """
     if contents.lines_lost:
-        raise DamagedStore(f"{where}: {'; '.join(contents.faults)}; run `python -m features repair {where}`")
+        raise DamagedStore(f"{where}: {'; '.join(contents.faults)}; run `egopatch features repair {where}`")

@@ -135,7 +135,7 @@ class ObjectJournal(Generic[Entry]):
             raise write_conflict(self._shown(key))
         content = b"" if found is None else found.content
         if content and not content.endswith(b"\n"):
-            raise DamagedStore(f"{key} ends within a line; run `python -m features repair` on the store")
+            raise DamagedStore(f"{key} ends within a line; run `egopatch features repair` on the store")
         number = content.count(b"\n")
         content += encode_line(number, record)
         return ObjectOffset(

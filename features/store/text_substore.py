@@ -31,5 +31,5 @@ def require_same_network(clips: Store, texts: Store) -> None:
     if different := network_differences(clips, texts):
         raise FingerprintMismatch(
             f"the clips in {clips.path} and the texts in {texts.path} were encoded with different networks "
-            f"({'; '.join(different)}); move {texts.path} away and encode the texts again with `python -m extract run`"
+            f"({'; '.join(different)}); move {texts.path} away and encode the texts again with `egopatch extract run`"
         )

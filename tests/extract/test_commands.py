@@ -48,9 +48,9 @@ def test_the_store_holds_what_the_encoder_says(made: Path) -> None:
 
 def test_the_command_that_retries_takes_the_experiment_and_nothing_else() -> None:
     args = ["--config", "a b.yaml", "--wait", "--shard", "0/2", "--store.path=s", "--video.frames", "2", "--json"]
-    expected = "python -m extract retry --config 'a b.yaml' --store.path=s --video.frames 2"
+    expected = "egopatch extract retry --config 'a b.yaml' --store.path=s --video.frames 2"
     assert retry_command(args) == expected
-    assert retry_command(["--config=a.yaml"]) == "python -m extract retry --config a.yaml"
+    assert retry_command(["--config=a.yaml"]) == "egopatch extract retry --config a.yaml"
 
 
 def test_a_second_run_encodes_nothing(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,7 +68,7 @@ def test_a_folder_becomes_a_store(
     out = capsys.readouterr().out
     assert "3 videos, 4 clips" in out
     file = tmp_path / "out" / "mine.yaml"
-    retry = f"then run `python -m extract retry --config {shlex.quote(str(file))}`"
+    retry = f"then run `egopatch extract retry --config {shlex.quote(str(file))}`"
     assert "quarantined bad.mp4: video" in out
     assert retry in out
     assert "3/4 clips and 0 questions stored; this run encoded 3 clips" in out

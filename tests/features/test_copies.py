@@ -254,7 +254,7 @@ def test_commands(whole: Store, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["convert", "x", "--shard", "many"], "argument --shard: many is out of range; expected at least 1 clip"),
         (["export", "x", "--to", "npz"], "argument --to: invalid choice: 'npz' (choose from 'npy', 'pt',"),
         (["verfy", "x"], "argument COMMAND: invalid choice: 'verfy' (choose from 'info', 'verify',"),
-        ([], "the following arguments are required: COMMAND; `python -m features --help` describes it"),
+        ([], "the following arguments are required: COMMAND; `egopatch features --help` describes it"),
     ],
 )
 def test_wrong_usage_is_one_line(args: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:

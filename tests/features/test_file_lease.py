@@ -129,10 +129,10 @@ def test_a_crash_and_a_restart_of_the_machine(store: Store, monkeypatch: pytest.
         pass
     path.write_text(json.dumps(asdict(replace(Owner.this_process(), boot="another", host="node-7", pid=12))))
     monkeypatch.setattr(file_lease, "_is_local", lambda path: False)
-    advice = r"held by process 12 on node-7; wait for .*; if its machine is gone, .* `python -m features unlock"
+    advice = r"held by process 12 on node-7; wait for .*; if its machine is gone, .* `egopatch features unlock"
     with pytest.raises(ShardOwned, match=advice), store.lease(0):
         pass
-    with pytest.raises(ShardOwned, match=r"process 12 on node-7 is writing .* `python -m features unlock"):
+    with pytest.raises(ShardOwned, match=r"process 12 on node-7 is writing .* `egopatch features unlock"):
         repair(store.path)
 
 

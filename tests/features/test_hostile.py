@@ -149,9 +149,7 @@ def test_lines_that_do_not_belong(
 ) -> None:
     FileJournal(store.path / file, dict).append(record)
     number = len((store.path / file).read_bytes().splitlines())
-    message = (
-        rf"{file} line {number} is intact but does not belong there: .*{message}.*; run `python -m features repair"
-    )
+    message = rf"{file} line {number} is intact but does not belong there: .*{message}.*; run `egopatch features repair"
     with pytest.raises(DamagedStore, match=message):
         open_store(store.path).missing()
     report = verify(store.path)

@@ -280,7 +280,7 @@ def test_damaged_journals_are_found_and_repaired(store: Store, ending: str, wher
     change(store, ending, to)
     assert next(fault.where for fault in verify(store.path).faults) == where
     if where != "quarantine":
-        with pytest.raises(DamagedStore, match=r"; run `python -m features repair s3://"):
+        with pytest.raises(DamagedStore, match=r"; run `egopatch features repair s3://"):
             open_store(store.path)
     repair(store.path)
     assert verify(store.path).ok

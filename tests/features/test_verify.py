@@ -170,7 +170,7 @@ def test_a_damaged_ledger_line_is_refused_by_name(whole: Path, tmp_path: Path) -
     shutil.copytree(whole, root)
     lines = (root / "ledger.jsonl").read_bytes().splitlines(keepends=True)
     (root / "ledger.jsonl").write_bytes(b"".join([lines[0], lines[1].replace(b"P", b"Q", 1), *lines[2:]]))
-    with pytest.raises(DamagedStore, match=r"ledger.jsonl line 2 is damaged; run `python -m features repair"):
+    with pytest.raises(DamagedStore, match=r"ledger.jsonl line 2 is damaged; run `egopatch features repair"):
         open_store(root)
 
 
@@ -187,7 +187,7 @@ def test_commands(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "patches: float16 [2, 6, 8]" in capsys.readouterr().out
     (root / "store.json").write_bytes(b"{")
     assert main(["info", str(root)]) == 1
-    assert "store.json is damaged; run `python -m features repair" in capsys.readouterr().err
+    assert "store.json is damaged; run `egopatch features repair" in capsys.readouterr().err
     assert main(["verify", str(root), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["faults"][0]["where"] == "store.json"
     assert main(["repair", str(root)]) == 0

@@ -59,7 +59,7 @@ def write_run(
         "best_epoch": 3,
         "val": {"open": val - 10, "binary": val + 10, "all": val},
         "versions": {"torch": "2.13.0", "numpy": "2.3.0"},
-        "command": f"python -m train fit --config configs/demo.yaml --head.name {model}",
+        "command": f"egopatch train fit --config configs/demo.yaml --head.name {model}",
     } | (card or {})
     (path / "test.json").write_text(json.dumps(test))
     (path / "card.json").write_text(json.dumps(full_card))

@@ -34,7 +34,7 @@ def ask(config: Config, clip_id: str, question: str, answers: int = 5) -> Predic
 @pytest.fixture
 def trained(tiny: Config) -> Config:
     config = with_run(tiny, "psa", train_epochs=1)
-    fit(config, "python -m train fit")
+    fit(config, "egopatch train fit")
     return config
 
 
@@ -153,7 +153,7 @@ def test_a_store_without_clips_is_refused(trained: Config, tmp_path: Path, capsy
     for clip in ([], ["--clip", names[0]]):
         assert main([*ask, *clip, "--store.path", str(empty.store.path)]) == 1
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.endswith("store has no clips; run `python -m extract run --config CONFIG` to encode some")
+        assert line.endswith("store has no clips; run `egopatch extract run --config CONFIG` to encode some")
 
 
 def test_the_head_is_the_best_on_val_with_real_weights(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_pointing_and_agreement_of_a_case_computed_by_hand() -> None:
 def trained(shared_tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
     run = tmp_path_factory.mktemp("explained") / "psa"
     config = with_run(shared_tiny, "psa", run_dir=run, train_epochs=10, train_lr=1e-2, head_coarse=False)
-    fit(config, "python -m train fit")
+    fit(config, "egopatch train fit")
     return config
 
 
@@ -126,14 +126,14 @@ def test_what_the_head_selects_matters_more_to_its_answers_than_chance(
 @pytest.mark.slow
 def test_heads_without_a_selection_and_what_is_refused(trained: Config, tiny: Config) -> None:
     pooled = with_run(tiny, "pooled", head_name="pooled", train_epochs=1)
-    fit(pooled, "python -m train fit")
+    fit(pooled, "egopatch train fit")
     found = explain(pooled, 8)
     assert [one.name for one in found.rankings] == ["saliency", "random"]
     assert {one.agreement for one in found.rankings} == {None}
     with pytest.raises(ConfigError, match="--questions is 0; expected at least 1"):
         explain(trained, 0)
     blind = with_run(tiny, "question-only", head_name="question-only", train_epochs=1)
-    fit(blind, "python -m train fit")
+    fit(blind, "egopatch train fit")
     with pytest.raises(ConfigError, match="which holds a question-only head; expected one that reads video"):
         explain(blind)
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -339,7 +340,7 @@ def test_the_number_of_questions_about_quarantined_clips_is_in_json(
 
 def test_a_run_whose_test_clips_are_all_quarantined_is_refused(tmp_path: Path) -> None:
     config = write_tiny(tmp_path, bad=tuple(f"clip|P{i}|0|{i + 1}" for i in range(33, 48, 2)))
-    refusal = r"^all 64 test questions of .* are about quarantined clips, .*`python -m extract retry --config CONFIG`$"
+    refusal = r"^all 64 test questions of .* are about quarantined clips, .*`egopatch extract retry --config CONFIG`$"
     with pytest.raises(RunError, match=refusal):
         fit(config, "x")
     fit(with_run(config, "blind", head_name="majority"), "x")
@@ -361,7 +362,7 @@ def test_quick_accuracies_are_those_of_the_metrics(tmp_path: Path, part: str) ->
 
 def test_clips_that_were_never_encoded_are_refused(tiny: Config, tmp_path: Path) -> None:
     more = write_tiny(tmp_path / "more", clips=60)
-    message = r"12 of 60 requested clips are missing from .*; run `python -m extract run .*` to encode"
+    message = r"12 of 60 requested clips are missing from .*; run `egopatch extract run .*` to encode"
     with pytest.raises(StoreError, match=message):
         fit(with_run(tiny, "x", data_root=more.data.root), "x")
 
@@ -393,9 +394,12 @@ def test_training_imports_no_video_library(tiny: Config, tmp_path: Path) -> None
 
 
 def test_commands_and_exit_codes(tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "c.yaml"
+    path = tmp_path / "my c.yaml"
     path.write_text(yaml.safe_dump(plain(tiny)))
-    assert main(["fit", "--config", str(path), "--train.epochs", "1"]) == 0
+    options = ["--config", str(path), "--train.epochs", "1"]
+    assert main(["fit", *options]) == 0
+    card = json.loads((tiny.run.dir / "card.json").read_text())
+    assert shlex.split(card["command"]) == ["egopatch", "train", "fit", *options]
     assert "psa on the direct test questions: open" in capsys.readouterr().out
     assert main(["evaluate", "--config", str(path)]) == 0
     assert main(["fit", "--config", str(path), "--head.ratio", "1.0"]) == 2

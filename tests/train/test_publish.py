@@ -67,7 +67,7 @@ def test_an_upload_is_whole(run: Config, tmp_path: Path, capsys: pytest.CaptureF
 def test_folders_in_the_command_are_named(run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     card = run.run.dir / "card.json"
     config, store = tmp_path / "a.yaml", tmp_path / "s"
-    command = f"python -m train fit --config {config} --store.path={store} --data.root ../here/x"
+    command = f"egopatch train fit --config {config} --store.path={store} --data.root ../here/x"
     card.write_text(json.dumps(json.loads(card.read_text()) | {"command": command}))
     assert publish(run, tmp_path / "upload", "--terms", "none", "--head-only") == 0
     note = "note: README.md and card.json have the command, which names folders of this machine"

@@ -153,7 +153,7 @@ def test_a_file_that_did_not_make_the_store_or_knows_other_answers_is_refused(tm
     tensors = content["model_state_dict"]
     tensors["module.alpha"] += 1
     torch.save(content, other)
-    with pytest.raises(FingerprintMismatch, match="encode with it first: python -m extract run"):
+    with pytest.raises(FingerprintMismatch, match="encode with it first: egopatch extract run"):
         evaluate(with_run(tuned, "a", head_checkpoint=other))
     for name in [name for name in tensors if "projector" in name]:
         tensors[name] = tensors[name][:3, :3] if "2.weight" in name else tensors[name][:3]

@@ -175,7 +175,7 @@ def test_numbers_of_the_page(text: str) -> None:
     assert "<b>+29.17</b> points over question-only" in text
     assert "95% interval" in text
     assert "n = 24 questions: 16 open, 8 binary." in text
-    assert "python -m train fit --config configs/demo.yaml --head.name psa\n" in text
+    assert "egopatch train fit --config configs/demo.yaml --head.name psa\n" in text
     assert "torch <code>2.13.0</code>" in text
 
 
@@ -248,7 +248,7 @@ def test_damage_is_named_and_the_rest_is_shown(
 
 
 def test_no_runs_no_report(tmp_path: Path) -> None:
-    with pytest.raises(TableError, match="python -m train fit"):
+    with pytest.raises(TableError, match="egopatch train fit"):
         write_report(Config(), tmp_path)
     assert not (tmp_path / "report.html").exists()
 

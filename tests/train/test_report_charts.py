@@ -125,18 +125,18 @@ def test_the_recipe_encodes_each_store_once_and_has_every_command(tmp_path: Path
     for system, store in stores.items():
         card = {"fingerprint": None} if system == "majority" else {}
         write_run(tmp_path, system, model=system, config={"store": {"path": store}}, card=card)
-    sweep = Sweep("ratios", "psa", "direct", (), command="python -m train sweep --ratios 0.1")
+    sweep = Sweep("ratios", "psa", "direct", (), command="egopatch train sweep --ratios 0.1")
     found = repeat.recipe(gather(tmp_path), [sweep])
-    fit = "python -m train fit --config configs/demo.yaml --head.name"
+    fit = "egopatch train fit --config configs/demo.yaml --head.name"
     assert [line.replace(str(tmp_path), "RUNS") for line in found.commands if not line.startswith("#")] == [
-        "python -m extract run --config 'RUNS/pooled (lite)/config.yaml'",
-        "python -m extract run --config RUNS/psa/config.yaml",
+        "egopatch extract run --config 'RUNS/pooled (lite)/config.yaml'",
+        "egopatch extract run --config RUNS/psa/config.yaml",
         f"{fit} majority",
         f"{fit} pooled (lite)",
         f"{fit} psa",
-        "python -m train sweep --ratios 0.1",
-        "python -m train table --config RUNS/majority/config.yaml --run.table RUNS",
-        "python -m train report --config RUNS/majority/config.yaml --run.table RUNS",
+        "egopatch train sweep --ratios 0.1",
+        "egopatch train table --config RUNS/majority/config.yaml --run.table RUNS",
+        "egopatch train report --config RUNS/majority/config.yaml --run.table RUNS",
     ]
     assert [name for name, _ in found.configs] == [f"{name}, direct, seed 0" for name in sorted(stores)]
     assert "ratio: 0.25" in found.configs[0][1]

@@ -310,7 +310,7 @@ def test_runs_and_points_count_the_answers_that_the_annotations_have_now(tmp_pat
     message = (
         r"seed-0 does not answer these test questions \(.*predictions\.jsonl:61: question_id .* and 3 more faults\); "
         r"they have changed since it was evaluated, or the file is damaged; evaluate it again: "
-        r"python -m train evaluate --config .*seed-0/config\.yaml"
+        r"egopatch train evaluate --config .*seed-0/config\.yaml"
     )
     with pytest.raises(RunError, match=message):
         run_sweep(config, seeds=[0, 1])

@@ -269,7 +269,7 @@ def test_impossible_accuracy_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("make", [lambda folder: None, lambda folder: (folder / "psa").mkdir()])
 def test_no_runs_says_which_command_makes_them(tmp_path: Path, make) -> None:
     make(tmp_path)
-    with pytest.raises(TableError, match=r"holds no finished run.*python -m train fit --config CONFIG"):
+    with pytest.raises(TableError, match=r"holds no finished run.*egopatch train fit --config CONFIG"):
         write_table(tmp_path, NO_ANNOTATIONS)
     assert not (tmp_path / "table.json").exists()
 

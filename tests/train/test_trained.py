@@ -51,7 +51,7 @@ def test_weights_that_are_gone_or_of_another_head(tiny: Config, command: Callabl
 
 def test_the_advice_about_a_finished_run_without_its_card_ends_in_a_trained_head(tiny: Config) -> None:
     config = with_run(tiny, "psa", train_epochs=1)
-    with pytest.raises(RunError, match=r"card\.json: no such file; train the head first: python -m train fit"):
+    with pytest.raises(RunError, match=r"card\.json: no such file; train the head first: egopatch train fit"):
         evaluate(config)
     fit(config, "x")
     card = config.run.dir / "card.json"

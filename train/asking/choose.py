@@ -38,7 +38,7 @@ def best_run(folders: Sequence[Path], split: str | None = None, features: Finger
     names = " or ".join(map(str, folders))
     about = "" if features is None else " and was trained on the features of this store"
     raise RunError(
-        f"{names} holds no trained head that reads video{about}; train one with `python -m train fit --config CONFIG`, "
+        f"{names} holds no trained head that reads video{about}; train one with `egopatch train fit --config CONFIG`, "
         "or on EgoSynth with `egopatch demo --small`, or name its folder with --run"
     )
 

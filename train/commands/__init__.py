@@ -1,4 +1,4 @@
-"""The commands of `python -m train`, one module each.
+"""The commands of `egopatch train`, one module each.
 
 Every module has `main(parser, args)`: it adds its options to the parser, runs, and returns the exit code. Only
 `train.__main__` imports them, each when its command is called.

@@ -23,7 +23,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
 
     with join(cuda=pick_device(config.train.device).type == "cuda") as ranks:
         with messages_apart(options.json):
-            metrics = evaluate(config, shlex.join(["python", "-m", "train", "evaluate", *args]), ranks, options["from"])
+            metrics = evaluate(config, shlex.join(["egopatch", "train", "evaluate", *args]), ranks, options["from"])
         if ranks.first:
             record = {"run": config.run.dir, **metrics.as_json(), "quarantined": metrics.quarantined}
             print_result(options.json, record, test_line(config, metrics))

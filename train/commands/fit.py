@@ -22,7 +22,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     with join(cuda=pick_device(config.train.device).type == "cuda") as ranks:
         try:
             with messages_apart(options.json):
-                metrics = fit(config, shlex.join(["python", "-m", "train", "fit", *args]), ranks)
+                metrics = fit(config, shlex.join(["egopatch", "train", "fit", *args]), ranks)
         except Stopped as stopped:
             if ranks.first:
                 print(f"train fit: {stopped}", file=sys.stderr)

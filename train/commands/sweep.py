@@ -38,13 +38,13 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(
             "torchrun cannot start a sweep; start the command once per machine or GPU instead, as in "
-            "CUDA_VISIBLE_DEVICES=1 python -m train sweep ...: each process trains the runs that no other one holds"
+            "CUDA_VISIBLE_DEVICES=1 egopatch train sweep ...: each process trains the runs that no other one holds"
         )
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
     from egopatch.train.processes.stopping import Stopped
     from egopatch.train.sweeps.sweep import run_sweep
 
-    command = shlex.join(["python", "-m", "train", "sweep", *args])
+    command = shlex.join(["egopatch", "train", "sweep", *args])
     try:
         with messages_apart(options.json):
             path = run_sweep(config, options.ratios, options.seeds, options.grid, options.name, command)

@@ -93,7 +93,7 @@ class Features:
         except AbsentClip as error:
             raise StoreError(
                 f"{len(error.ids)} question texts are missing from {store.path}, such as {error.ids[0]!r}; "
-                "run `python -m extract run --config CONFIG` to encode them"
+                "run `egopatch extract run --config CONFIG` to encode them"
             ) from None
         self.bytes_read += read.states.nbytes
         longest = int(read.attention_mask.sum(1).max()) if texts else 1
@@ -335,6 +335,6 @@ def _quarantined(store: Store, clip_ids: frozenset[str]) -> frozenset[str]:
     if missing := sorted(without_row - store.quarantine.keys()):
         raise StoreError(
             f"{len(missing)} of {len(clip_ids)} requested clips are missing from {store.path}, such as {missing[0]!r}; "
-            "run `python -m extract run --config CONFIG` to encode them"
+            "run `egopatch extract run --config CONFIG` to encode them"
         )
     return without_row

@@ -96,7 +96,7 @@ def read_explanation(folder: Path) -> Explanation | None:
         return Explanation(questions, k, patches, shares, rankings)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ExplanationError(
-            f"{path} is damaged ({error}); delete it and run `python -m train explain` again"
+            f"{path} is damaged ({error}); delete it and run `egopatch train explain` again"
         ) from error
 
 

@@ -230,14 +230,14 @@ def _require_questions(root: Path, experiment: Experiment, is_trained: bool) -> 
     if not len(experiment.encoded["test"]):
         raise RunError(
             f"all {counts['test']} test questions of {root} are about quarantined clips, so none can be answered; "
-            "`python -m extract status --config CONFIG` names a reason: mend the videos, and run "
-            "`python -m extract retry --config CONFIG`"
+            "`egopatch extract status --config CONFIG` names a reason: mend the videos, and run "
+            "`egopatch extract retry --config CONFIG`"
         )
     if not is_trained and not any(question.counts for question in tables["val"].questions):
         raise RunError(
             f"{root} has {counts['val']} val questions, none with a published answer, so no epoch can be chosen by "
             "them; expected some with one: use a part with published answers as val, or evaluate a head of another "
-            "data set: python -m train evaluate --config CONFIG --from RUN"
+            "data set: egopatch train evaluate --config CONFIG --from RUN"
         )
 
 

@@ -159,7 +159,7 @@ def test_groups(groups: Sequence[RunGroup], experiment: Experiment, command: str
 
 def evaluate(
     config: Config,
-    command: str = "python -m train evaluate",
+    command: str = "egopatch train evaluate",
     ranks: Distributed = ALONE,
     source: Path | None = None,
 ) -> Metrics:

@@ -74,7 +74,7 @@ def predict_clips(config: Config, clip_ids: Sequence[str], question: str, answer
     store = open_features(config, "patches", card.fingerprint)
     known = set(store.clip_ids)
     if not known:
-        raise StoreError(f"store {store.path} has no clips; run `python -m extract run --config CONFIG` to encode some")
+        raise StoreError(f"store {store.path} has no clips; run `egopatch extract run --config CONFIG` to encode some")
     if absent := next((name for name in clip_ids if name not in known), None):
         raise ConfigError(_no_clip(store, absent))
     with caller_state_kept(config.train.device):

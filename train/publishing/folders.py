@@ -53,7 +53,7 @@ def publish(config: Config, to: Path, terms: Sequence[str] = (), head_only: bool
     card = Card.read(run)
     load_weights(run, card.best_epoch)  # refuses damaged weights, and those of another epoch
     if missing := [name for name in PUBLISHED if not (run / name).is_file()]:
-        raise RunError(f"{run} has no {', '.join(missing)}; run: python -m train evaluate --config CONFIG")
+        raise RunError(f"{run} has no {', '.join(missing)}; run: egopatch train evaluate --config CONFIG")
     try:
         scores = read_run(run).scores
     except ValueError as error:

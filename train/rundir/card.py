@@ -91,7 +91,7 @@ class Card:
                 raise RunError(
                     f"{path}: no such file, but the run has finished ({TEST} beside it); {START_AGAIN}"
                 ) from None
-            raise RunError(f"{path}: no such file; train the head first: python -m train fit --config CONFIG") from None
+            raise RunError(f"{path}: no such file; train the head first: egopatch train fit --config CONFIG") from None
         except (ValueError, TypeError) as error:
             raise RunError(f"{path} is not a model card ({error}); {START_AGAIN}") from None
 

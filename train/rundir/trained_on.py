@@ -65,7 +65,7 @@ def require_same_clips(folder: Path, store: Store) -> None:
     if changed := changed_clips(folder, store):
         raise RunError(
             f"{folder}: {len(changed)} clips of {store.path} were encoded again or removed after this run had been "
-            f"trained on them, such as {changed[0]!r}; train again in another folder (python -m train fit --config "
+            f"trained on them, such as {changed[0]!r}; train again in another folder (egopatch train fit --config "
             "CONFIG --run.dir FOLDER, or a sweep with another --name), or delete this one"
         )
 

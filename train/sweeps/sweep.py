@@ -72,7 +72,7 @@ def run_sweep(
     seeds: Sequence[int] | None = None,
     grid: Path | None = None,
     name: str | None = None,
-    command: str = "python -m train sweep",
+    command: str = "egopatch train sweep",
 ) -> Path:
     """Train every combination that is not finished, and write the results.
 

@@ -188,7 +188,7 @@ def _right(folder: Path, asked: Sequence[Question]) -> Matrix:
         rest = f" and {len(more)} more faults" if more else ""
         raise RunError(
             f"{folder} does not answer these test questions ({first}{rest}); they have changed since it was evaluated, "
-            f"or the file is damaged; evaluate it again: python -m train evaluate --config {folder / CONFIG}"
+            f"or the file is damaged; evaluate it again: egopatch train evaluate --config {folder / CONFIG}"
         ) from None
     counted = [question for question in asked if question.counts]
     return np.array([same_lower_cased(question, answers[question.question_id]) for question in counted], dtype=float)

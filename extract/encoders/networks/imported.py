@@ -1,4 +1,4 @@
-"""`encoder.arch: imported`: features that another program wrote, in a store of `python -m features import`.
+"""`encoder.arch: imported`: features that another program wrote, in a store of `egopatch features import`.
 
 There is no video network. Questions are read by any text model of transformers, or the packaged sentence network, as
 with `hf`.
@@ -19,8 +19,8 @@ def no_video(checkpoint: Checkpoint | None = None, options: VideoOptions | None 
         ConfigError: Always.
     """
     raise ConfigError(
-        "encoder.arch is imported: the clips come from `python -m features import`, and no video network encodes more; "
-        "`python -m extract run` encodes the questions"
+        "encoder.arch is imported: the clips come from `egopatch features import`, and no video network encodes more; "
+        "`egopatch extract run` encodes the questions"
     )
 
 

@@ -155,7 +155,7 @@ def _pretrained_tokenizer(model: str) -> PreTrainedTokenizerBase:
         if offline:
             raise ConfigError(
                 f"text.model is {model!r}, which is neither a folder here nor in the hub's cache, and {offline}; copy "
-                "the tokenizer here and set text.model to its folder (`python -m extract data` fetches published ones)"
+                "the tokenizer here and set text.model to its folder (`egopatch extract data` fetches published ones)"
             ) from error
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
         if local:

@@ -152,7 +152,7 @@ def test_nothing_there_names_each_file(tmp_path: Path) -> None:
     assert lines[1] == (
         "ROOT/qa/indirect/formatted_val_qas_encode.json: no such file; expected EgoTaskQA's val questions of the "
         "indirect split there (or val_qas_encode.json, val_qas.json, or in qa_ori/, Data/qa/, Data/qa_ori/); "
-        "check data.root, which is 'ROOT' (python -m extract data downloads EgoTaskQA)"
+        "check data.root, which is 'ROOT' (egopatch extract data downloads EgoTaskQA)"
     )
 
 

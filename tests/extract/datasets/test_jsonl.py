@@ -225,7 +225,7 @@ def test_the_message_shows_ten_faults_and_counts_the_others(tmp_path: Path) -> N
         load(tmp_path, "[]\n" * 2000)
     lines = str(caught.value).splitlines()
     assert lines[9] == f"{tmp_path}/clips.jsonl:10: contains a list; expected an object"
-    assert lines[10:] == ["and 1,993 more; `python -m extract doctor --json` lists them all"]
+    assert lines[10:] == ["and 1,993 more; `egopatch extract doctor --json` lists them all"]
     assert len(caught.value.problems) == 2003  # with three questions whose clips are unknown
 
 

@@ -1,4 +1,4 @@
-"""`python -m extract data`, against a server on loopback."""
+"""`egopatch extract data`, against a server on loopback."""
 
 import errno
 import hashlib

@@ -1,4 +1,4 @@
-"""`python -m extract doctor` on made-up files, sound ones and ones with each fault."""
+"""`egopatch extract doctor` on made-up files, sound ones and ones with each fault."""
 
 import json
 from pathlib import Path

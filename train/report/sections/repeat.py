@@ -39,7 +39,7 @@ def recipe(results: Results, sweeps: Sequence[Sweep]) -> Recipe:
         for run in row.runs:
             path = str(((run.card.get("config") or {}).get("store") or {}).get("path", ""))
             if run.card.get("fingerprint") and path:
-                stores.setdefault(path, f"python -m extract run --config {shlex.quote(str(run.dir / CONFIG))}")
+                stores.setdefault(path, f"egopatch extract run --config {shlex.quote(str(run.dir / CONFIG))}")
             trained.append(str(run.card.get("command") or f"# no command is recorded in {run.dir}"))
         settings = yaml.safe_dump(dict(row.best.card.get("config") or {}), sort_keys=False, allow_unicode=True)
         questions = data_title(row.split, [row.best.card])
@@ -51,7 +51,7 @@ def recipe(results: Results, sweeps: Sequence[Sweep]) -> Recipe:
         ("Encode the clips into each store. Finished shards are skipped.", list(stores.values())),
         ("Train and evaluate every run.", trained),
         ("Sweeps", swept),
-        ("Table and report", [f"python -m train {command} {there}" for command in ("table", "report")]),
+        ("Table and report", [f"egopatch train {command} {there}" for command in ("table", "report")]),
     ]
     lines = [line for title, commands in sections if commands for line in (f"# {title}", *dict.fromkeys(commands))]
     return Recipe(tuple(lines), tuple(configs))
