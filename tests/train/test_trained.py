@@ -121,4 +121,4 @@ def test_the_recorded_command_can_be_given_again(
     monkeypatch.setattr(f"egopatch.train.{called}", stop)
     args = [name, "--data.root", str(tiny.data.root / "own videos"), "--head.scores", "[question, prior]"]
     assert main(args) == 1
-    assert [shlex.split(command) for command in given] == [["python", "-m", "train", *args]]
+    assert [shlex.split(command) for command in given] == [["egopatch", "train", *args]]
