@@ -24,7 +24,7 @@ def find_videos(folder: Path) -> dict[str, Path]:
     if folder.is_file():
         found = {folder.name: folder}
     elif folder.is_dir():
-        paths = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file())
+        paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and _is_file(path)]
         names = {path.relative_to(folder).as_posix(): path for path in paths}
         found = {name: path for name, path in names.items() if not any(part[0] == "." for part in name.split("/"))}
     else:
@@ -34,6 +34,11 @@ def find_videos(folder: Path) -> dict[str, Path]:
     if problems := [line for name, path in found.items() for line in _problems_of(name, path)]:
         raise DatasetError(problems)
     return found
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a file, or a link to one that is not there, as git-annex leaves it, which a user misses."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def _problems_of(name: str, path: Path) -> list[str]:

@@ -8,9 +8,9 @@ Questions: `{"question_id": "1", "clip_id": "kitchen-01", "question": "what is o
 default a question is binary if its answer is yes or no) and `tags`, a list of strings by which results are reported
 too.
 
-The questions may also be a table, `data.questions: NAME.csv`, as spreadsheets export it (UTF-8; commas, semicolons or
-tabs): a header with the same names, a question a row, and `|` between the tags or the options of one cell. An empty
-cell counts as no value.
+The questions may also be a table, `data.questions: NAME.csv` or `NAME.tsv`, as spreadsheets export it (UTF-8; commas,
+semicolons or tabs): a header with the same names, a question a row, and `|` between the tags or the options of one
+cell. An empty cell counts as no value.
 
 Without questions (`data.questions: null`) the clips alone are encoded; `egopatch extract videos` writes such a file.
 
@@ -39,6 +39,7 @@ from egopatch.features.io.fields import garbage_collection_paused
 
 CLIP_KEYS = ("clip_id", "video", "start_s", "end_s")
 QUESTION_KEYS = ("question_id", "clip_id", "question", "answer", "part", "form", "tags", "options", "answer_index")
+TABLES = (".csv", ".tsv")
 REQUIRED_COLUMNS = ("question_id", "clip_id", "question", "part")
 
 
@@ -118,7 +119,7 @@ def _no_question(path: Path) -> str:
 def _numbered(path: Path, problems: list[str]) -> Iterator[tuple[str, Part, Question]]:
     """Position, part and question of every well-formed line; faults are added to `problems`."""
     parse: Callable[[Any], tuple[Part, Question]] = _question
-    if path.suffix.lower() == ".csv":
+    if path.suffix.lower() in TABLES:
         records = parsing.csv_rows(path, "the questions, CSV in UTF-8 with a header (data.questions)", REQUIRED_COLUMNS)
         parse = _question_of_row
     else:

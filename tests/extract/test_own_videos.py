@@ -40,6 +40,8 @@ def test_videos_of_a_folder(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     assert find_videos(tmp_path) == {"P01/a.mkv": tmp_path / "P01" / "a.mkv", "b.MP4": tmp_path / "b.MP4"}
     assert find_videos(tmp_path / "b.MP4") == {"b.MP4": tmp_path / "b.MP4"}
+    (tmp_path / "annexed.mp4").symlink_to("nowhere.mp4")
+    assert "annexed.mp4" in find_videos(tmp_path)
     (tmp_path / "new\nline.mp4").touch()
     with pytest.raises(DatasetError, match=r"cannot be the name of a clip .* rename the file"):
         find_videos(tmp_path)

@@ -22,7 +22,7 @@ from egopatch.train.scores.metrics import (
 )
 from egopatch.train.scores.text_metrics import text_metrics
 
-OWN = (".jsonl", ".csv")  # files of one's own questions, which hold all parts
+OWN = (".jsonl", *jsonl.TABLES)  # files of one's own questions, which hold all parts
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         type=Path,
         required=True,
         metavar="FILE",
-        help="annotation file of EgoTaskQA or QAEgo4D, or .jsonl or .csv file of your own questions",
+        help="annotation file of EgoTaskQA or QAEgo4D, or .jsonl, .csv or .tsv file of your own questions",
     )
     parser.add_argument(
         "--predictions",
@@ -65,7 +65,10 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         "the file is named after it",
     )
     parser.add_argument(
-        "--part", type=Literal["train", "val", "test"], default="test", help="part of a .jsonl or .csv file to score"
+        "--part",
+        type=Literal["train", "val", "test"],
+        default="test",
+        help="part of a .jsonl, .csv or .tsv file to score",
     )
     parser.add_argument(
         "--compare",
@@ -110,7 +113,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
 
 
 def read_question_file(path: Path, part: Part) -> QuestionFile:
-    """Read a file of questions; of a .jsonl or .csv file those of `part`."""
+    """Read a file of questions; of a .jsonl, .csv or .tsv file those of `part`."""
     if path.suffix.lower() in OWN:
         parts = jsonl.read_questions(path)
         known = [question.spelling for question in parts["train"]]

@@ -164,10 +164,10 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
     if card is not None:
         _require_vocabulary(config, card, dataset)
     store = text_store = None
-    if config.head.name not in WITHOUT_FEATURES:
-        text_store = open_features(config, "text", None if card is None else card.text_fingerprint)
     if reads_video(config.head.name):
         store = open_features(config, "patches", None if card is None else card.fingerprint)
+    if config.head.name not in WITHOUT_FEATURES:
+        text_store = open_features(config, "text", None if card is None else card.text_fingerprint)
     if store is not None and text_store is not None:
         require_same_network(store, text_store)
     questions = [question for part in PARTS for question in dataset.questions[part]]

@@ -262,13 +262,13 @@ TABLE = (
 )
 
 
-@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize(("name", "delimiter"), [("q.csv", ","), ("q.csv", ";"), ("q.csv", "\t"), ("q.tsv", "\t")])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_questions_of_a_spreadsheet(tmp_path: Path, delimiter: str, encoding: str) -> None:
+def test_questions_of_a_spreadsheet(tmp_path: Path, name: str, delimiter: str, encoding: str) -> None:
     (tmp_path / "clips.jsonl").write_text(CLIPS)
-    with (tmp_path / "q.csv").open("w", encoding=encoding, newline="") as file:
+    with (tmp_path / name).open("w", encoding=encoding, newline="") as file:
         csv.writer(file, delimiter=delimiter).writerows([*TABLE, ("",) * len(TABLE[0])])
-    questions = load_dataset(DataConfig(name="jsonl", root=tmp_path, questions="q.csv")).questions
+    questions = load_dataset(DataConfig(name="jsonl", root=tmp_path, questions=name)).questions
     found = {
         part: [(q.question_id, q.text, q.answer, q.form, q.tags) for q in asked] for part, asked in questions.items()
     }
