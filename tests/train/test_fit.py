@@ -254,7 +254,7 @@ def test_an_option_that_an_earlier_version_did_not_know_has_its_default(tiny: Co
 def test_a_store_of_another_fingerprint_is_refused(tiny: Config, tmp_path: Path) -> None:
     fit(tiny, "x")
     other = write_tiny(tmp_path / "other", fields={**FIELDS, "checkpoint": "another"})
-    message = r"psa was trained on other features than those of store .*other/store/text \(different: checkpoint\);"
+    message = r"psa was trained on other features than those of store .*other/store \(different: checkpoint\);"
     with pytest.raises(FingerprintMismatch, match=message):
         evaluate(with_run(tiny, "psa", store_path=other.store.path))
 
