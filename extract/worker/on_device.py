@@ -104,7 +104,8 @@ class DeviceEncoder(BatchEncoder):
         self._frames: Tensor | None = None
         self._encode: Callable[[], PatchTokens] = self._encode_eagerly
         if self._on_cuda and capture:
-            self._encode = ReplayedEncoder(self._encode_eagerly, capture_cuda, partial(print, flush=True))
+            capturing = partial(capture_cuda, device=self._device)
+            self._encode = ReplayedEncoder(self._encode_eagerly, capturing, partial(print, flush=True))
         self._received = _Received()
         self._unmarked: list[PreparedClip] = []
         self._copying: deque[tuple[Any, list[PreparedClip]]] = deque()

@@ -26,7 +26,7 @@ class ReplayedEncoder:
 
     Args:
         encode: The encoder; a replay overwrites the tensors of the one before.
-        capture: Runs a function once and returns what repeats it; `capture_cuda`.
+        capture: Runs a function once and returns what repeats it; `capture_cuda` on the encoder's device.
         say: Called once with a line if the encoder cannot be captured.
     """
 
@@ -71,15 +71,20 @@ def _difference(expected: PatchTokens, found: PatchTokens) -> str:
     )
 
 
-def capture_cuda(run: Callable[[], Result]) -> Callable[[], Result]:
-    """Capture what `run` launches on the current device.
+def capture_cuda(run: Callable[[], Result], device: torch.device) -> Callable[[], Result]:
+    """Capture what `run` launches on `device`.
 
     Raises:
         RuntimeError: It does something that a graph cannot hold, such as waiting for the device.
     """
     graph = torch.cuda.CUDAGraph()
+    # torch's own stream is one of the GPU that was current at the first capture of this process. What is launched on
+    # another GPU would not be captured but run, so that a replay would do nothing and leave these results.
     # Other threads may pin memory meanwhile, which concerns only them.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with (
+        torch.cuda.device(device),
+        torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
+    ):
         result = run()
 
     def replay() -> Result:

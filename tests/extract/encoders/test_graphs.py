@@ -1,7 +1,9 @@
 """When the encoder becomes a CUDA graph, and when it does not; what a graph computes is tested in test_on_device."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -101,6 +103,49 @@ def test_an_encoder_that_does_not_repeat_its_own_bits_may_be_a_graph() -> None:
     assert not lines
 
 
+class Gpus:
+    """Stands for torch on two GPUs: what is launched on the one that is captured is kept, on the other it runs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.captured_on: int | None = None
+        self.kept: list[Callable[[], object]] = []
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: torch.device(device).index)
+        monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+        monkeypatch.setattr(torch.cuda, "graph", self.graph)
+
+    @contextmanager
+    def graph(self, _: object, stream: int = 0, capture_error_mode: str = "global") -> Iterator[None]:
+        """`torch.cuda.graph`, whose own stream is one of the GPU that was the current one at its first call."""
+        assert capture_error_mode == "thread_local"
+        self.captured_on = stream
+        yield
+        self.captured_on = None
+
+    def launch(self, kernel: Callable[[], object], gpu: int) -> None:
+        """Run a kernel, or keep it for `replay`."""
+        self.kept.append(kernel) if self.captured_on == gpu else kernel()
+
+    def replay(self) -> None:
+        """Run what was kept."""
+        for kernel in self.kept:
+            kernel()
+
+
+@pytest.mark.parametrize("gpu", [0, 1])
+def test_what_is_launched_on_the_encoders_gpu_is_captured(monkeypatch: pytest.MonkeyPatch, gpu: int) -> None:
+    """Otherwise every batch after the second would get the second's tokens, and nobody would notice."""
+    gpus, encoder = Gpus(monkeypatch), Encoder()
+
+    def launched() -> PatchTokens:
+        found = encoder()
+        gpus.launch(lambda: found.patches.copy_(encoder.input + 1), gpu)
+        return found
+
+    capturing = partial(capture_cuda, device=torch.device("cuda", gpu))
+    assert outputs(ReplayedEncoder(launched, capturing, list[str]().append), encoder, 5) == [1, 2, 3, 4, 5]  # type: ignore[arg-type]
+
+
 @pytest.mark.cuda
 def test_an_encoder_that_waits_for_its_device_is_no_graph(cuda: torch.device) -> None:
     encoder, lines = Encoder(), list[str]()
@@ -110,7 +155,8 @@ def test_an_encoder_that_waits_for_its_device_is_no_graph(cuda: torch.device) ->
         assert float(encoder.input) >= 0
         return encoder()
 
-    assert outputs(ReplayedEncoder(waits, capture_cuda, lines.append), encoder, 5) == [1, 2, 3, 4, 5]  # type: ignore[arg-type]
+    capturing = partial(capture_cuda, device=cuda)
+    assert outputs(ReplayedEncoder(waits, capturing, lines.append), encoder, 5) == [1, 2, 3, 4, 5]  # type: ignore[arg-type]
     assert len(lines) == 1
     torch.cuda.synchronize()
     assert float(torch.ones(3, device=cuda).sum()) == 3, "the device works on"
