@@ -57,9 +57,11 @@ def read_ahead(
 def _read_ahead(
     store: ClipSource, batches: Iterator[Sequence[str]], depth: int, threads: int, device: torch.device
 ) -> Iterator[PatchTokens]:
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     free = deque(_Buffer(store, threads, device) for _ in range(depth + 1))
     reading: deque[tuple[Future[PatchTokens], _Buffer]] = deque()
-    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
+    with ThreadPoolExecutor(1, "read-ahead", _make_current, (device,)) as pool:
         try:
             more = True
             while True:
@@ -75,6 +77,12 @@ def _read_ahead(
                 free.append(buffer)
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _make_current(device: torch.device) -> None:
+    """Let this thread use a GPU. It begins on the first one, where even waiting for another would take half a GB."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _start(

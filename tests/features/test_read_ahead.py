@@ -158,6 +158,7 @@ def test_memory_waits_for_the_copies_to_the_device_that_was_named(
     monkeypatch.setattr(FakeEvent, "made", events, raising=False)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"that of {device}")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(Store, "buffers", lambda self, rows, pin=False: pinned.append(pin) or buffers(self, rows))
     for _ in read_ahead(store, BATCHES, depth=1, device="cuda:1"):
         pass
@@ -171,6 +172,29 @@ def test_memory_waits_for_the_copies_to_the_device_that_was_named(
         pass
     assert events == []
     assert set(pinned) == {False}
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "cuda"])
+def test_the_thread_that_reads_uses_the_gpu_of_its_consumer(
+    store: Store, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """It begins on the first GPU, where waiting for an event of the second would take memory for nothing."""
+    events: list[FakeEvent] = []
+    current = threading.local()
+    current.gpu = 1  # the consumer's, which called `set_device`
+    waited: list[int] = []
+    buffers = Store.buffers
+    monkeypatch.setattr(FakeEvent, "made", events, raising=False)
+    monkeypatch.setattr(FakeEvent, "synchronize", lambda _: waited.append(getattr(current, "gpu", 0)))
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"that of {device}")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(current, "gpu", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(current, "gpu", device.index))
+    monkeypatch.setattr(Store, "buffers", lambda self, rows, pin=False: buffers(self, rows))
+    for _ in read_ahead(store, BATCHES, depth=1, device=device):
+        pass
+    assert waited == [1] * 4
+    assert {event.stream for event in events} == {"that of cuda:1"}
 
 
 @pytest.mark.cuda
