@@ -63,16 +63,22 @@ class DeviceTransform:
 
     def _rgb(self, planes: Tensor, window: Window, colours: Colours) -> Tensor:
         """`Planes.rgb` of each frame, float32 [F, 3, h, w]: float32 holds the whole numbers exactly."""
-        height, width = window.height, window.width
-        y, u, v = planes.split([height * width, height * width // 4, height * width // 4], dim=1)
-        of_y, v_to_r, u_to_g, v_to_g, u_to_b = self._tables(colours)
-        green = _looked_up(u_to_g, u) + _looked_up(v_to_g, v)
-        chroma = torch.stack([_looked_up(v_to_r, v), green, _looked_up(u_to_b, u)], dim=1)
-        luma = _looked_up(of_y, y).view(-1, 1, height // 2, 2, width // 2, 2)
-        return (luma + chroma.view(-1, 3, height // 2, 1, width // 2, 1)).clamp_(0, 255).view(-1, 3, height, width)
+        rows, columns = window.height // 2, window.width // 2
+        # As numbers, since indexing by bytes would make 64 bits of each; the parts of all frames lie together then.
+        y, u, v = (part.int().view(-1) for part in planes.split([4 * rows * columns, *[rows * columns] * 2], dim=1))
+        of_y, of_u, of_v = self._tables(colours)
+        luma = of_y.index_select(1, y).view(-1, 1, rows, 2, columns, 2)
+        chroma = of_u.index_select(1, u).add_(of_v.index_select(1, v)).view(3, -1, rows, 1, columns, 1)
+        pixels = luma.new_empty(len(planes), 3, rows, 2, columns, 2)
+        torch.add(luma, chroma.transpose(0, 1), out=pixels)
+        return pixels.clamp_(0, 255).view(-1, 3, window.height, window.width)
 
-    def _find_tables(self, colours: Colours) -> Tensor:
-        return torch.from_numpy(colours.array().astype(np.float32)).to(self._device)
+    def _find_tables(self, colours: Colours) -> tuple[Tensor, Tensor, Tensor]:
+        """What Y contributes to each of R, G and B, [1, 256], and what U and V do, [3, 256] each."""
+        of_y, v_to_r, u_to_g, v_to_g, u_to_b = torch.from_numpy(colours.array().astype(np.float32))
+        none = torch.zeros(256)
+        of_u, of_v = torch.stack([none, u_to_g, u_to_b]), torch.stack([v_to_r, v_to_g, none])
+        return of_y[None].to(self._device), of_u.to(self._device), of_v.to(self._device)
 
     def _find_stages(self, whole: tuple[int, int], window: Window) -> tuple[tuple[Tensor, Tensor], ...]:
         """(weights of rows, weights of columns) of each resizing; cubic ones are clamped in between, others merged.
@@ -106,8 +112,3 @@ class DeviceTransform:
         mode, antialias = self._transform.resampling, self._transform.antialias
         size = (target, extent)
         return F.interpolate(unit[None, None], size, mode=mode, align_corners=False, antialias=antialias)[0, 0].double()
-
-
-def _looked_up(table: Tensor, content: Tensor) -> Tensor:
-    """table[content], [F, bytes]; indexing would turn the bytes into 64-bit numbers first."""
-    return table.index_select(0, content.flatten().int()).view(content.shape)

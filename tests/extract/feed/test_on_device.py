@@ -47,7 +47,7 @@ def test_other_filters_and_crops(transform: Transform, device: torch.device) -> 
         assert difference(transform, height, width, device) < 1e-5
 
 
-@pytest.mark.parametrize("size", [(240, 320), (720, 1280), (256, 456), (64, 96)])
+@pytest.mark.parametrize("size", [(240, 320), (720, 1280), (256, 456), (64, 96), (2, 2), (2, 8)])
 def test_planes_give_the_bits_that_their_pixels_give(size: tuple[int, int], device: torch.device) -> None:
     rng = np.random.default_rng(0)
     height, width = size
