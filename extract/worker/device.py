@@ -48,6 +48,27 @@ def has_bfloat16() -> bool:
 
 
 @contextmanager
+def full_float32() -> Iterator[None]:
+    """Inside the block, a GPU keeps all bits of float32.
+
+    By default torch rounds it to the 11 bits of TF32 in convolutions; and where the process or its container wants it
+    so (`TORCH_ALLOW_TF32_CUBLAS_OVERRIDE`), in matrix products too.
+    """
+    try:
+        before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:  # somebody chose by torch's newer options (`fp32_precision`), which these do not know
+        yield
+        return
+    try:
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
+
+
+@contextmanager
 def shortage_explained(encoder: EncoderConfig) -> Iterator[None]:
     """Turn a GPU's lack of memory into a JobFailed that names the batch size to try."""
     try:

@@ -28,6 +28,7 @@ from egopatch.extract.feed.clips import Cut, Pixels, PreparedClip
 from egopatch.extract.feed.on_device import DeviceTransform
 from egopatch.extract.video.transforms import Transform
 from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
+from egopatch.extract.worker.device import full_float32
 from egopatch.extract.worker.results import ResultMemory
 from egopatch.features.values.spec import PatchTokens, StoredDtype
 
@@ -212,8 +213,9 @@ class DeviceEncoder(BatchEncoder):
         self._compute.wait_stream(self._in)
         clock = _Clock(self._compute, self._on_cuda)
         # The tensors of `received` belong to the other stream's memory; `wait` below keeps them until it is unused.
-        self._transform_all(received)
-        tokens = self._converted(self._encode())
+        with full_float32():
+            self._transform_all(received)
+            tokens = self._converted(self._encode())
         results = tokens | {_FINITE: _rows_finite(tokens.values())}
         clock.stop()
         self._out.wait_stream(self._compute)

@@ -170,6 +170,27 @@ def test_a_number_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype,
     assert _rows_finite([torch.ones(9, 2, device=device), rows]).tolist() == [False, False, True] * 3
 
 
+def test_float32_keeps_its_bits(encoder: VideoEncoder, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's default is TF32 in convolutions; a container of NVIDIA's, or a notebook, may want it in all products."""
+    seen = []
+
+    def noted(self: DeviceEncoder, received: object) -> None:
+        seen.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+        transform(self, received)  # type: ignore[arg-type]
+
+    transform = DeviceEncoder._transform_all
+    monkeypatch.setattr(DeviceEncoder, "_transform_all", noted)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with DeviceEncoder(encoder.to(device), 1, "float32", EGOVLP_TRANSFORM, 8) as batches:
+            run(batches, [Slots(encoder.size).clip("a", [(60, 80)] * 2)])
+        assert seen == [(False, "highest")]
+        assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == (True, "high")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.cuda
 def test_a_graph_gives_the_bits_of_its_encoder(
     encoder: VideoEncoder, cuda: torch.device, capsys: pytest.CaptureFixture[str]
