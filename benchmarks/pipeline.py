@@ -64,7 +64,8 @@ def encoder_alone(job: ExtractionJob, prepared: list[PreparedClip], clips: int) 
                 batches.add(prepared[i % len(prepared)])
             return batches.start()
 
-        start()()
+        for _ in range(batches.slow):
+            start()()
         rounds = max(clips // batches.size, 1)
         started = time.perf_counter()
         finish = start()

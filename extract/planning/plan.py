@@ -241,7 +241,7 @@ def _probe(job: ExtractionJob, sample: list[Clip]) -> dict[str, float]:
     if not kept:
         return rates
     with shortage_explained(config.encoder), job.open_batches() as batches:
-        for _ in range(2):  # the first batch is slower than the following ones
+        for _ in range(batches.slow + 1):
             warm = batches.seconds + batches.handover_s
             for i in range(batches.size):
                 batches.add(kept[i % len(kept)])

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from egopatch.extract.encoders import VideoEncoder
-from egopatch.extract.encoders.layers.graphs import ReplayedEncoder, capture_cuda
+from egopatch.extract.encoders.layers.graphs import EAGER_BATCHES, ReplayedEncoder, capture_cuda
 from egopatch.extract.errors import JobFailed
 from egopatch.extract.feed.clips import Cut, Pixels, PreparedClip
 from egopatch.extract.feed.on_device import DeviceTransform
@@ -81,6 +81,7 @@ class DeviceEncoder(BatchEncoder):
     """
 
     held = _COPYING
+    slow = EAGER_BATCHES  # in the last one the graph is made
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from egopatch.features.values.spec import PatchTokens
 Result = TypeVar("Result")
 Capture = Callable[[Callable[[], Result]], Callable[[], Result]]
 
-_EAGER_BATCHES = 2  # before the capture: libraries choose their kernels and take their memory
+EAGER_BATCHES = 2  # before the capture: libraries choose their kernels and take their memory
 
 
 class ReplayedEncoder:
@@ -43,7 +43,7 @@ class ReplayedEncoder:
         if self._replay is not None:
             return self._replay()
         tokens = self._encode()
-        if self._batches == _EAGER_BATCHES:
+        if self._batches == EAGER_BATCHES:
             self._replay = self._captured(tokens)
         return tokens
 

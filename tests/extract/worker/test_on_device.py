@@ -3,7 +3,7 @@
 import errno
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +16,11 @@ from egopatch.configs.schema import Config, ConfigError, EncoderConfig, EngineCo
 from egopatch.extract.children.slots import SharedSlots
 from egopatch.extract.datasets import Clip
 from egopatch.extract.encoders import find_network, load_video_encoder
+from egopatch.extract.encoders.layers.graphs import EAGER_BATCHES
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
 from egopatch.extract.feed.clips import Cut, Pixels, PreparedClip, SharedClip
 from egopatch.extract.feed.on_host import to_input
+from egopatch.extract.planning.plan import _probe
 from egopatch.extract.video.frames import read_frames
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 from egopatch.extract.worker.batch_encoder import BatchEncoder, EncodedBatch, Row
@@ -276,6 +278,20 @@ def test_a_whole_job(whole: WholeJob, device: torch.device, monkeypatch: pytest.
         frames = read_frames(clips[name], whole.config.video).frames
         expected = whole.encoder(to_input(frames, whole.encoder.size)[None].to(device))
         assert relative(tokens.patches[i].float(), expected.patches[0].float().cpu()) < 2e-3, name
+
+
+def test_a_plan_measures_no_batch_that_makes_a_graph(whole: WholeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = 0
+    launch = DeviceEncoder._launch
+
+    def captured(self: DeviceEncoder, clips: Sequence[PreparedClip]) -> Callable[[], tuple[list[Row], list[bool]]]:
+        nonlocal launched
+        launched += 1
+        time.sleep(2.0 if launched == EAGER_BATCHES else 0.0)
+        return launch(self, clips)
+
+    monkeypatch.setattr(DeviceEncoder, "_launch", captured)
+    assert _probe(whole.job, [whole.clips["a"]])["encoder"] > BATCH / 2.0
 
 
 def test_a_write_that_has_begun_is_finished(whole: WholeJob, monkeypatch: pytest.MonkeyPatch) -> None:
