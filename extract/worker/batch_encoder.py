@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 import torch
 from einops import reduce
 from torch import Tensor
@@ -110,7 +111,7 @@ class BatchEncoder(ABC):
             for prepared, row, is_finite in zip(clips, tokens, finite, strict=True):
                 name, times = prepared.clip.clip_id, self._times(prepared)
                 rows[name] = row | {"timestamps": times}
-                if is_finite and times.isfinite().all():
+                if is_finite and np.isfinite(prepared.timestamps).all():
                     known.add(name)
             return EncodedBatch(rows, frozenset(known))
 

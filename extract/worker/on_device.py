@@ -255,7 +255,7 @@ class DeviceEncoder(BatchEncoder):
             self._frames = torch.empty((self.size, steps, 3, side, side), dtype=dtype, device=self._device)
         frames_btchw = self._frames
         for group in received.groups:
-            inputs = self._transform(group.pixels.flatten(0, 1), group.cut).unflatten(0, (-1, steps))
+            inputs = self._transform(group.pixels.flatten(0, 1), group.cut).view(-1, steps, 3, side, side)
             first, count = group.places[0], len(group.places)
             if group.places == list(range(first, first + count)):
                 frames_btchw[first : first + count] = inputs[:count]
