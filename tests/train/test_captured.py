@@ -1,7 +1,7 @@
 """Padded batches and steps as CUDA graphs: both learn what plain batches learn, one operation after another."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +21,7 @@ from egopatch.train.fitting.experiment import Experiment, open_experiment
 from egopatch.train.fitting.fit import fit
 from egopatch.train.fitting.run_group import build_stacked_heads, why_not_captured
 from egopatch.train.heads import Head, register_head
+from egopatch.train.rundir.card import RunError
 from egopatch.train.steps import captured
 from egopatch.train.steps.captured import changing_tensors, with_own_tensors
 from tests.train.test_choice import choice  # noqa: F401  a fixture
@@ -178,6 +179,36 @@ def test_a_coarse_level_that_the_kernels_cannot_read_is_not_captured(
     assert seen == [WIDTH, 64]  # the stored patches, and the merged ones with 16 channels of positions, padded
 
 
+def test_a_capture_that_fails_leaves_the_current_stream(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    current = ["the runs'"]
+
+    @contextmanager
+    def on_stream(stream: str) -> Iterator[None]:
+        before = list(current)
+        current[:] = [stream]
+        try:
+            yield
+        finally:
+            current[:] = before
+
+    @contextmanager
+    def graph(_: object, stream: str, capture_error_mode: str) -> Iterator[None]:
+        """As `torch.cuda.graph`, whose end raises before it restores the stream if the capture is invalid."""
+        current[:] = [stream]
+        yield
+
+    def step(_: Batch) -> Tensor:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    for name, stand_in in (("stream", on_stream), ("graph", graph), ("device", lambda _: nullcontext())):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: "the capture's")
+    with pytest.raises(RunError, match="cannot become a CUDA graph"):
+        captured._capture(step, next(epoch(open_experiment(tiny), padded=True)))
+    assert current == ["the runs'"]
+
+
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     """The batches that steps were captured with."""
@@ -238,6 +269,7 @@ def test_a_graph_is_of_the_device_of_its_batch(monkeypatch: pytest.MonkeyPatch) 
 
     for name, stand_in in {"device": device, "graph": graph, "Stream": lambda of: of, "CUDAGraph": object}.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(captured, "with_own_tensors", lambda batch: batch)
     second = torch.device("cuda", 1)
     batch: Any = SimpleNamespace(answers=SimpleNamespace(device=second))

@@ -63,10 +63,13 @@ def _capture(step: Callable[[Batch], Tensor], batch: Batch) -> tuple[torch.cuda.
     inputs, graph, device = with_own_tensors(batch), torch.cuda.CUDAGraph(), batch.answers.device
     try:
         # torch's own stream is one of the current GPU, on which nothing is launched if the batch is on another.
+        # A capture that fails leaves its stream the current one, also for later runs: hence the second line.
         # Other threads may use the GPU meanwhile.
+        stream = torch.cuda.Stream(device)
         with (
             torch.cuda.device(device),
-            torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
+            torch.cuda.stream(stream),
+            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
         ):
             result = step(inputs)
     except torch.OutOfMemoryError:

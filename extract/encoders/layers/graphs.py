@@ -77,13 +77,15 @@ def capture_cuda(run: Callable[[], Result], device: torch.device) -> Callable[[]
     Raises:
         RuntimeError: It does something that a graph cannot hold, such as waiting for the device.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     # torch's own stream is one of the GPU that was current at the first capture of this process. What is launched on
     # another GPU would not be captured but run, so that a replay would do nothing and leave these results.
+    # A capture that fails leaves its stream the current one, where nobody waits for later work: hence the second line.
     # Other threads may pin memory meanwhile, which concerns only them.
     with (
         torch.cuda.device(device),
-        torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
+        torch.cuda.stream(stream),
+        torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
     ):
         result = run()
 

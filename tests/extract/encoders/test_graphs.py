@@ -112,6 +112,7 @@ class Gpus:
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: torch.device(device).index)
         monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
         monkeypatch.setattr(torch.cuda, "graph", self.graph)
 
     @contextmanager
@@ -144,6 +145,34 @@ def test_what_is_launched_on_the_encoders_gpu_is_captured(monkeypatch: pytest.Mo
 
     capturing = partial(capture_cuda, device=torch.device("cuda", gpu))
     assert outputs(ReplayedEncoder(launched, capturing, list[str]().append), encoder, 5) == [1, 2, 3, 4, 5]  # type: ignore[arg-type]
+
+
+def test_a_capture_that_fails_leaves_the_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later batches would be computed on the capture's stream, beside the copies that wait for the other one."""
+    current = ["the encoder's"]
+
+    @contextmanager
+    def on_stream(stream: str) -> Iterator[None]:
+        before = list(current)
+        current[:] = [stream]
+        try:
+            yield
+        finally:
+            current[:] = before
+
+    @contextmanager
+    def graph(_: object, stream: str, capture_error_mode: str) -> Iterator[None]:
+        """As `torch.cuda.graph`, whose end raises before it restores the stream if the capture is invalid."""
+        current[:] = [stream]
+        yield
+
+    for name, stand_in in (("stream", on_stream), ("graph", graph), ("device", lambda _: nullcontext())):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: "the capture's")
+    with pytest.raises(RuntimeError, match="not permitted"):
+        capture_cuda(lambda: fails(Encoder()), torch.device("cuda"))
+    assert current == ["the encoder's"]
 
 
 @pytest.mark.cuda
