@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -279,7 +280,7 @@ def clip_id_field(record: Mapping[str, Any], key: str) -> str:
         raise ValueError(f"{key!r} is {value!r}; expected a name without slashes or control characters")
     if len(value.encode()) > MAX_CLIP_ID_BYTES:
         raise ValueError(f"{key!r} has {len(value.encode())} bytes; expected at most {MAX_CLIP_ID_BYTES}")
-    return value
+    return sys.intern(value)  # many questions are about one clip
 
 
 def clip_path_field(record: Mapping[str, Any], key: str) -> str:
@@ -289,7 +290,7 @@ def clip_path_field(record: Mapping[str, Any], key: str) -> str:
         raise ValueError(f"{key!r} is {value!r}; expected names with single slashes between, as in P01/P01_01")
     if len(value.encode()) > MAX_CLIP_ID_BYTES:
         raise ValueError(f"{key!r} has {len(value.encode())} bytes; expected at most {MAX_CLIP_ID_BYTES}")
-    return value
+    return sys.intern(value)  # many questions are about one clip
 
 
 def seconds_field(record: Mapping[str, Any], key: str) -> float | None:

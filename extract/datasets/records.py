@@ -62,7 +62,7 @@ class Clip:
             raise ValueError(f"end_s is {self.end_s}; expected more than start_s, which is {start}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be millions
 class Question:
     """A question about one clip.
 
@@ -97,6 +97,8 @@ class Question:
     variants: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
+        if self.written == self.answer:
+            object.__setattr__(self, "written", None)
         if not self.options:
             return
         if not MIN_OPTIONS <= len(self.options) <= MAX_OPTIONS:

@@ -86,6 +86,21 @@ def test_a_file_of_lines_is_never_whole_in_memory(tmp_path: Path) -> None:
     assert peak < path.stat().st_size / 10
 
 
+def test_a_question_takes_few_bytes(tmp_path: Path) -> None:
+    """There may be millions, and many are about one clip."""
+    asked = {"clip_id": "a", "question": "What is opened?", "answer": "fridge", "part": "train"}
+    lines = "".join(json.dumps({"question_id": n, **asked}) + "\n" for n in range(10_000))
+    (tmp_path / "questions.jsonl").write_text(lines)
+    read_questions(tmp_path / "questions.jsonl")
+    tracemalloc.start()
+    try:
+        questions = read_questions(tmp_path / "questions.jsonl")
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held / len(questions["train"]) < 340
+
+
 def test_the_error_can_be_sent_to_another_process() -> None:
     error = pickle.loads(pickle.dumps(DatasetError(["a: b", "c: d"])))
     assert (error.problems, str(error)) == (("a: b", "c: d"), "a: b\nc: d")
