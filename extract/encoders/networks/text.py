@@ -7,21 +7,13 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tokenizers
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
-    DistilBertConfig,
-    DistilBertModel,
-    PreTrainedTokenizerBase,
-    RobertaConfig,
-    RobertaModel,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
@@ -32,6 +24,10 @@ from egopatch.extract.encoders.layers.text_encoder import TextEncoder, Tokenizer
 from egopatch.extract.encoders.layers.video_encoder import check_depth
 from egopatch.extract.encoders.networks.hub import parse_hub_model, why_unreachable
 
+# transformers' models take seconds and 160 MB to import, and a tokenizer needs none: each function imports its own.
+if TYPE_CHECKING:
+    from transformers import BertModel, RobertaModel
+
 
 def build_roberta(checkpoint: Checkpoint, depth: int) -> TextEncoder:
     """EgoVLPv2's and MFAS's text network, without video: layers 0 to depth - 1.
@@ -39,6 +35,8 @@ def build_roberta(checkpoint: Checkpoint, depth: int) -> TextEncoder:
     Raises:
         CheckpointError: Another network's checkpoint, a tensor is missing or has another shape, or no such depth.
     """
+    from transformers import RobertaConfig, RobertaModel
+
     checkpoint.require("egovlpv2", "mfas")
     layers = _layers_for(depth, checkpoint)
     vocabulary, width = checkpoint.shape("text_model.embeddings.word_embeddings.weight", 2)
@@ -69,6 +67,8 @@ def build_distilbert(checkpoint: Checkpoint, depth: int) -> TextEncoder:
     Raises:
         CheckpointError: Another network's checkpoint, a tensor is missing or has another shape, or no such depth.
     """
+    from transformers import DistilBertConfig, DistilBertModel
+
     checkpoint.require("egovlp")
     layers = _layers_for(depth, checkpoint)
     vocabulary, width = checkpoint.shape("text_model.embeddings.word_embeddings.weight", 2)
@@ -103,6 +103,8 @@ def build_bert(checkpoint: Checkpoint, depth: int) -> TextEncoder:
         CheckpointError: Another network's checkpoint, the config of another network, a tensor is missing or has
             another shape, or no such depth.
     """
+    from transformers import BertConfig, BertModel
+
     checkpoint.require("bert")
     beside = checkpoint.path.with_name("config.json")
     try:
@@ -117,7 +119,7 @@ def build_bert(checkpoint: Checkpoint, depth: int) -> TextEncoder:
     return TextEncoder(model, config.hidden_size, depth, None)
 
 
-def _fill_buffers(model: RobertaModel | BertModel, positions: int) -> None:
+def _fill_buffers(model: "RobertaModel | BertModel", positions: int) -> None:
     """Fill the buffers that checkpoints leave out."""
     model.embeddings.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)
     model.embeddings.register_buffer("token_type_ids", torch.zeros(1, positions, dtype=torch.long), persistent=False)

@@ -2,6 +2,8 @@
 
 import json
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -23,6 +25,15 @@ def refused(model: str) -> str:
     assert "\n" not in line
     assert line.startswith(f"text.model is {model!r}")
     return line
+
+
+def test_a_tokenizer_imports_no_network(tmp_path: Path) -> None:
+    """`extract doctor` needs the tokenizer alone; transformers' models take seconds and 160 MB to import."""
+    folder = write_standin("egovlpv2", tmp_path / "a.pth", texts=["what is held?"]).tokenizer
+    program = "import sys; from egopatch.extract.encoders import load_tokenizer as load; load(sys.argv[1])"
+    show = "print('transformers.modeling_utils' in sys.modules)"
+    run = [sys.executable, "-c", f"{program}; {show}", str(folder)]
+    assert subprocess.run(run, check=True, capture_output=True, text=True).stdout == "False\n"
 
 
 def test_files_of_a_newer_library(tmp_path: Path) -> None:
