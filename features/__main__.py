@@ -6,7 +6,7 @@ Exit codes: 0 done; 1 the work failed or found faults; 2 wrong usage; 130 interr
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from egopatch.interrupt import exit_code_of_interrupt, interrupts_in_one_line
 
@@ -17,25 +17,26 @@ with interrupts_in_one_line("features"):
     from pathlib import Path
 
     from egopatch.features.common.command_line import describe_failure, local_path
-    from egopatch.features.common.progress import BYTES, ProgressDisplay
     from egopatch.features.common.units import format_bytes
-    from egopatch.features.formats.registry import FORMATS
+    from egopatch.features.formats.interface import CODECS, require_format
+    from egopatch.features.state.catalog import Catalog
     from egopatch.features.state.counts import machines_line
+    from egopatch.features.state.header import parse_header, read_header
+    from egopatch.features.state.quarantine import Quarantine
     from egopatch.features.storage.pick import storage_at
-    from egopatch.features.store.store import Store, open_store
     from egopatch.features.store.text_substore import TEXT_FOLDER, network_differences, substores
-    from egopatch.features.tools.compare import CLIPS, compare
-    from egopatch.features.tools.convert import convert
-    from egopatch.features.tools.derive import derive
-    from egopatch.features.tools.export import export
-    from egopatch.features.tools.feature_files import WRITERS
-    from egopatch.features.tools.importing import import_features
-    from egopatch.features.tools.repair import repair
-    from egopatch.features.tools.sources import SourceReport, check_sources
-    from egopatch.features.tools.verify import VerifyReport, verify
     from egopatch.features.values.errors import BadLocation, FingerprintMismatch, StoreError, WrongOption
     from egopatch.features.values.location import Location, parse_location
     from egopatch.features.values.spec import Codec, StoredDtype
+
+if TYPE_CHECKING:
+    from egopatch.features.store.store import Store
+    from egopatch.features.tools.sources import SourceReport
+    from egopatch.features.tools.verify import VerifyReport
+
+# The tools are imported by the commands that use them, to save start-up time: torch, Zarr and h5py take seconds, and
+# neither help, nor `info`, nor the error about a wrong option needs them. So the names of `WRITERS` stand here as well.
+EXPORTS = ("npy", "pt", "hdf5", "webdataset", "lmdb")
 
 # Commands whose first place need not be a store: its name and help.
 FILES = "store, or features in files: a folder or an HDF5 file"
@@ -89,7 +90,7 @@ def _parser() -> _Parser:
             command.add_argument(
                 "--to", type=_location, metavar="FOLDER", help="copy's folder; by default beside STORE"
             )
-    added["convert"].add_argument("--format", choices=list(FORMATS), help="file format of the copy")
+    added["convert"].add_argument("--format", choices=list(CODECS), help="file format of the copy")
     added["convert"].add_argument("--dtype", choices=get_args(StoredDtype), help="dtype of the tokens on disk")
     added["convert"].add_argument("--shard", type=_count, metavar="N", help="number of clips in a shard")
     added["convert"].add_argument("--codec", choices=get_args(Codec), help="lossless compression of each clip")
@@ -102,8 +103,8 @@ def _parser() -> _Parser:
             help=f"also hash the videos in the data set's folder (data.root), and {then} that have changed",
         )
     added["compare"].add_argument("other", type=_location, metavar="B", help="likewise")
-    added["compare"].add_argument("--clips", type=_count, default=CLIPS, metavar="N", help="clips to compare at most")
-    added["export"].add_argument("--to", choices=list(WRITERS), required=True, help="kind of files")
+    added["compare"].add_argument("--clips", type=_count, metavar="N", help="clips to compare at most")
+    added["export"].add_argument("--to", choices=EXPORTS, required=True, help="kind of files")
     added["export"].add_argument("--out", type=local_path, metavar="FOLDER", help="by default beside STORE")
     added["export"].add_argument("--pooled", action="store_true", help="the mean over the patches of each frame")
     added["export"].add_argument("--by", choices=["clip", "video"], default="clip", help="what a file or key holds")
@@ -113,7 +114,7 @@ def _parser() -> _Parser:
     )
     added["import"].add_argument("--grid", type=_grid, metavar="ROWSxCOLS", help="by default a square, where N is one")
     added["import"].add_argument("--shard", type=_count, default=64, metavar="N", help="number of clips in a shard")
-    added["import"].add_argument("--format", choices=list(FORMATS), default="zarr", help="file format of the store")
+    added["import"].add_argument("--format", choices=list(CODECS), default="zarr", help="file format of the store")
     added["derive"].add_argument("--keep", type=_share, required=True, metavar="SHARE", help="share of patches to keep")
     added["derive"].add_argument("--by", choices=["saliency"], default="saliency", help="what ranks the patches")
     return parser
@@ -171,34 +172,44 @@ def _count(text: str) -> int:
 
 
 def _info(options: argparse.Namespace) -> Outcome:
-    clips, *texts = (open_store(options.store / folder) for folder in substores(storage_at(options.store)))
+    storage = storage_at(options.store)
+    clips, *texts = (_catalog(options.store / folder) for folder in substores(storage))
     result = _facts(clips)
-    for store in texts:
-        result[TEXT_FOLDER] = _facts(store)
-        result["network_differences"] = network_differences(clips, store)
-    return 0, result, "\n".join([*_lines(result), *filter(None, [machines_line(clips.machines())])])
+    for catalog in texts:
+        result[TEXT_FOLDER] = _facts(catalog)
+        result["network_differences"] = network_differences(clips.header.fingerprint, catalog.header.fingerprint)
+    return 0, result, "\n".join([*_lines(result), *filter(None, [machines_line(clips.ledger.machines())])])
 
 
-def _facts(store: Store) -> Result:
-    quarantine = {name: asdict(record) for name, record in store.quarantine.items()}
+def _catalog(location: Location) -> Catalog:
+    """What `open_store` reads of a store."""
+    storage = storage_at(location)
+    header = parse_header(read_header(storage))
+    require_format(header.format, header.spec.codec)
+    return Catalog(storage, header)
+
+
+def _facts(catalog: Catalog) -> Result:
+    spec, header, ledger = catalog.spec, catalog.header, catalog.ledger
+    quarantine = Quarantine(catalog.storage).read(ledger.clips)
     return {
-        "path": str(store.path),
-        "kind": store.spec.kind,
-        "format": store.format,
-        "committed": len(store.clip_ids),
-        "planned": len(store.planned_ids),
-        "missing": len(store.missing()),
-        "bytes": store.nbytes,
-        "codec": store.spec.codec,
-        "compression_ratio": round(store.compression_ratio, 3),
-        "shard": store.spec.shard,
-        "arrays": {array.name: {"shape": array.shape, "dtype": array.dtype} for array in store.spec.arrays},
-        "fingerprint": dict(store.fingerprint.fields),
-        "digest": store.fingerprint.digest,
-        "reconstruction_error": dict(store.reconstruction_error),
-        "unrecorded": sum(origin is None for origin in store.origins().values()) if store.spec.kind == "patches" else 0,
-        "machines": {name or "not recorded": clips for name, clips in store.machines().items()},
-        "quarantine": quarantine,
+        "path": str(catalog.root),
+        "kind": spec.kind,
+        "format": header.format,
+        "committed": sum(name in ledger.clips for name in catalog.rows),
+        "planned": len(catalog.rows),
+        "missing": sum(name not in ledger.clips and name not in quarantine for name in catalog.rows),
+        "bytes": ledger.nbytes,
+        "codec": spec.codec,
+        "compression_ratio": round(catalog.compression_ratio, 3),
+        "shard": spec.shard,
+        "arrays": {array.name: {"shape": array.shape, "dtype": array.dtype} for array in spec.arrays},
+        "fingerprint": dict(header.fingerprint.fields),
+        "digest": header.fingerprint.digest,
+        "reconstruction_error": ledger.worst_errors(),
+        "unrecorded": sum(origin is None for origin in ledger.origins().values()) if spec.kind == "patches" else 0,
+        "machines": {name or "not recorded": clips for name, clips in ledger.machines().items()},
+        "quarantine": {name: asdict(record) for name, record in quarantine.items()},
     }
 
 
@@ -219,6 +230,9 @@ def _lines(result: Result, indent: str = "") -> Iterator[str]:
 
 
 def _verify(options: argparse.Namespace) -> Outcome:
+    from egopatch.features.common.progress import BYTES
+    from egopatch.features.tools.verify import verify
+
     with _progress("verify", BYTES, options) as on_bytes:
         report = verify(options.store, on_bytes=on_bytes)
     code, result, lines = 0 if report.ok else 1, _verify_result(report), list(_verify_lines(report))
@@ -230,12 +244,15 @@ def _verify(options: argparse.Namespace) -> Outcome:
     return code, result, "\n".join(lines)
 
 
-def _check_sources(options: argparse.Namespace) -> SourceReport:
+def _check_sources(options: argparse.Namespace) -> "SourceReport":
+    from egopatch.features.common.progress import BYTES
+    from egopatch.features.tools.sources import check_sources
+
     with _progress("hash", BYTES, options) as on_bytes:
         return check_sources(options.store, options.sources, on_bytes=on_bytes)
 
 
-def _source_lines(report: SourceReport, options: argparse.Namespace) -> Iterator[str]:
+def _source_lines(report: "SourceReport", options: argparse.Namespace) -> Iterator[str]:
     yield f"{options.sources}: {report.files} videos hashed, {len(report.changed)} changed, {report.gone} gone"
     for file, clips in report.changed.items():
         yield f"  {file} has changed since {len(clips)} clips were encoded, such as {clips[0]!r}"
@@ -250,7 +267,7 @@ def _source_lines(report: SourceReport, options: argparse.Namespace) -> Iterator
         )
 
 
-def _verify_result(report: VerifyReport) -> Result:
+def _verify_result(report: "VerifyReport") -> Result:
     return {
         "ok": report.ok,
         "clips": report.clips,
@@ -262,7 +279,7 @@ def _verify_result(report: VerifyReport) -> Result:
     }
 
 
-def _verify_lines(report: VerifyReport) -> Iterator[str]:
+def _verify_lines(report: "VerifyReport") -> Iterator[str]:
     yield (
         f"{report.path}: {report.clips} clips in {report.shards} shards, {format_bytes(report.nbytes)} "
         f"in {report.seconds:.2f} s"
@@ -279,6 +296,8 @@ def _verify_lines(report: VerifyReport) -> Iterator[str]:
 
 
 def _repair(options: argparse.Namespace) -> Outcome:
+    from egopatch.features.tools.repair import repair
+
     sources = _check_sources(options) if options.sources else None
     if sources and (unreadable := next(iter(sources.unreadable.items()), None)):
         file, reason = unreadable
@@ -301,6 +320,8 @@ def _unlock(options: argparse.Namespace) -> Outcome:
 
 
 def _convert(options: argparse.Namespace) -> Outcome:
+    from egopatch.features.tools.convert import convert
+
     changes = [
         str(value) for value in (options.format, options.dtype, options.shard, options.codec) if value is not None
     ]
@@ -309,19 +330,23 @@ def _convert(options: argparse.Namespace) -> Outcome:
         store = convert(
             options.store, to, options.format, options.dtype, options.shard, options.codec, on_clips=on_clips
         )
-    return 0, _facts(store), _copied(store, options.store)
+    return 0, _facts(store.catalog), _copied(store, options.store)
 
 
 def _derive(options: argparse.Namespace) -> Outcome:
+    from egopatch.features.tools.derive import derive
+
     to = options.to or options.store.with_name(f"{options.store.name}_keep{options.keep:g}")
     with _progress("derive", "clips", options) as on_clips:
         store = derive(options.store, to, options.keep, options.by, on_clips)
-    return 0, _facts(store), _copied(store, options.store)
+    return 0, _facts(store.catalog), _copied(store, options.store)
 
 
 def _compare(options: argparse.Namespace) -> Outcome:
+    from egopatch.features.tools.compare import CLIPS, compare
+
     with _progress("compare", "clips", options) as on_clips:
-        found = compare(options.store, options.other, options.clips, on_clips)
+        found = compare(options.store, options.other, options.clips or CLIPS, on_clips)
     lines = [
         found.verdict,
         f"clips: {found.clips} compared of {found.common} common, {found.only_a} only in A, {found.only_b} only in B",
@@ -339,6 +364,8 @@ def _compare(options: argparse.Namespace) -> Outcome:
 
 
 def _export(options: argparse.Namespace) -> Outcome:
+    from egopatch.features.tools.export import export
+
     out = options.out or Path(f"{Path(str(options.store)).name}_{options.to}")
     if options.out is None and isinstance(options.store, Path):
         out = options.store.with_name(out.name)
@@ -348,15 +375,17 @@ def _export(options: argparse.Namespace) -> Outcome:
 
 
 def _import(options: argparse.Namespace) -> Outcome:
+    from egopatch.features.tools.importing import import_features
+
     with _progress("import", "clips, read twice", options) as on_clips:
         store = import_features(
             options.store, options.to, options.dtype, options.grid, options.shard, options.format, on_clips
         )
     hint = "encoder.arch imported names such features: `egopatch extract run --config CONFIG` encodes the questions"
-    return 0, _facts(store), f"{_copied(store, options.store)}\n{hint}"
+    return 0, _facts(store.catalog), f"{_copied(store, options.store)}\n{hint}"
 
 
-def _copied(store: Store, source: Location) -> str:
+def _copied(store: "Store", source: Location) -> str:
     lines = [f"{store.path}: {len(store.clip_ids)} clips, {format_bytes(store.nbytes)}, from {source}"]
     lines += [
         f"{array}: reconstruction error {error:.2%} (relative root mean square, worst clip)"
@@ -368,6 +397,8 @@ def _copied(store: Store, source: Location) -> str:
 @contextmanager
 def _progress(label: str, unit: str, options: argparse.Namespace) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal, moved by the yielded function of units done and in all; a log file gets nothing."""
+    from egopatch.features.common.progress import ProgressDisplay
+
     silent = options.json or not sys.stderr.isatty()
     with ProgressDisplay(label, None, unit, out=sys.stderr, summary=False, silent=silent) as display:
         yield lambda done, total: display.update(done, total=total)

@@ -16,7 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from egopatch.features.formats.interface import Blocks, Chunk, StagedFile
+from egopatch.features.formats.interface import CODECS, Blocks, Chunk, StagedFile
 from egopatch.features.io.fields import Record
 from egopatch.features.io.files import size_and_crc
 from egopatch.features.storage.interface import ReadableFiles, Storage
@@ -39,7 +39,7 @@ class Hdf5Format:
 
     name = "hdf5"
     needs_folder = True
-    codecs: tuple[str, ...] = ("none", "gzip")
+    codecs: tuple[str, ...] = CODECS["hdf5"]
 
     def metadata_files(self, header: Record, spec: StoreSpec, rows: int) -> dict[str, bytes]:
         """`index.h5`, with a copy of the store's header in its attributes. Rows that were never written read as NaN."""

@@ -1,8 +1,9 @@
 """What a file format provides: `zarr_shards` and `hdf5_shards` each implement these protocols."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -11,9 +12,13 @@ from egopatch.features.io.fields import FileSum, Record
 from egopatch.features.io.files import crc32, crc32c
 from egopatch.features.storage.interface import OpenFile, ReadableFiles, Storage
 from egopatch.features.values.dtypes import are_finite
-from egopatch.features.values.errors import DamagedStore
+from egopatch.features.values.errors import DamagedStore, StoreError
 from egopatch.features.values.spec import ArraySpec, StoreSpec
 
+# Format -> its codecs. They stand here, because the libraries of the formats take half a second to import.
+CODECS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"zarr": ("none", "zstd", "blosc-zstd"), "hdf5": ("none", "gzip")}
+)
 _BLOCK = 1 << 23  # each gives up the GIL four times, which others may then keep for a while
 
 
@@ -148,3 +153,15 @@ class Format(Protocol):
         Raises:
             DamagedStore: A file is missing, cut short or of another format.
         """
+
+
+def require_format(name: str, codec: str) -> None:
+    """Refuse a file format that does not exist, or that does not support the codec.
+
+    Raises:
+        StoreError: The message names the formats, or the format's codecs.
+    """
+    if name not in CODECS:
+        raise StoreError(f"format {name!r} is unknown; expected one of {', '.join(CODECS)}")
+    if codec not in CODECS[name]:
+        raise StoreError(f"codec is {codec!r}; expected one of {name}'s codecs: {', '.join(CODECS[name])}")

@@ -35,6 +35,7 @@ class Catalog:
     Attributes:
         storage: Storage of the store.
         root: Location of the store, for messages.
+        header: Header of the store.
         spec: Spec of the store.
         rows: Id -> row, for every id that has a row.
         ledger: Committed clips and files.
@@ -50,7 +51,7 @@ class Catalog:
         self.storage = storage
         self.root = storage.location
         self.spec = header.spec
-        self._header = header
+        self.header = header
         self.rows: dict[str, int] = {}
         self.ledger = Ledger()
         self.row_bytes = spec_row_bytes(header.spec)
@@ -97,7 +98,7 @@ class Catalog:
             entry = line.entry
             if not isinstance(entry, Commit):
                 continue
-            if reason := commit_mismatch(entry, self._header):
+            if reason := commit_mismatch(entry, self.header):
                 raise DamagedStore(
                     f"{self.root}: ledger.jsonl line {line.number + 1} {reason}; the store's store.json was lost or "
                     "replaced: restore the original"
@@ -111,6 +112,12 @@ class Catalog:
                         f"{self.root}: ids.jsonl and ledger.jsonl line {line.number + 1} disagree about the row of "
                         f"clip {name!r}; run `egopatch features repair {self.root}`"
                     )
+
+    @property
+    def compression_ratio(self) -> float:
+        """As `Store.compression_ratio`."""
+        nbytes = self.ledger.nbytes
+        return len(self.ledger.clips) * self.row_bytes / nbytes if nbytes else 1.0
 
     def shard_of(self, row: int) -> int:
         """The shard of `row`, which never changes."""

@@ -201,6 +201,14 @@ class Ledger:
             count.update(m for name, m in zip(commit.ids, machines, strict=True) if self.clips.get(name) is commit)
         return dict(count)
 
+    def worst_errors(self) -> dict[str, float]:
+        """As `Store.reconstruction_error`."""
+        worst: dict[str, float] = {}
+        for errors in self.errors.values():
+            for array, error in errors.items():
+                worst[array] = max(error, worst.get(array, 0.0))
+        return worst
+
     def provenance(self, names: Iterable[str]) -> dict[str, Provenance]:
         """Id -> what its row was made of, of committed clips. Errors as in `origins`."""
         return {

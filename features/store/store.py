@@ -120,11 +120,7 @@ class Store:
     @property
     def reconstruction_error(self) -> Mapping[str, float]:
         """Array -> the worst clip's relative root mean square error, for arrays that are quantised."""
-        worst: dict[str, float] = {}
-        for errors in self.catalog.ledger.errors.values():
-            for array, error in errors.items():
-                worst[array] = max(error, worst.get(array, 0.0))
-        return MappingProxyType(worst)
+        return MappingProxyType(self.catalog.ledger.worst_errors())
 
     @property
     def nbytes(self) -> int:
@@ -139,7 +135,7 @@ class Store:
     @property
     def compression_ratio(self) -> float:
         """Bytes of the committed clips in memory, divided by those of their files; below 1 without compression."""
-        return len(self.catalog.ledger.clips) * self.row_bytes / self.nbytes if self.nbytes else 1.0
+        return self.catalog.compression_ratio
 
     def missing(self) -> tuple[str, ...]:
         """The ids that are neither committed nor in quarantine."""

@@ -1,9 +1,13 @@
 """The substore for question texts: a store of the texts' states, in the folder `text` of a store of clips."""
 
+from typing import TYPE_CHECKING
+
 from egopatch.features.storage.interface import Storage
-from egopatch.features.store.store import Store
 from egopatch.features.values.errors import FingerprintMismatch
 from egopatch.features.values.spec import Fingerprint
+
+if TYPE_CHECKING:  # see `features`
+    from egopatch.features.store.store import Store
 
 TEXT_FOLDER = "text"
 _NETWORK_FIELDS = ("arch", "checkpoint")  # fields that name the network, in both fingerprints
@@ -14,21 +18,20 @@ def substores(storage: Storage) -> list[str]:
     return ["", TEXT_FOLDER] if storage.exists(TEXT_FOLDER) else [""]
 
 
-def network_differences(clips: Store, texts: Store) -> list[str]:
+def network_differences(clips: Fingerprint, texts: Fingerprint) -> list[str]:
     """One line for each field by which clips and texts come from two networks; fields that one has not are skipped."""
-    fields, text_fields = clips.fingerprint.fields, texts.fingerprint.fields
-    shared = [name for name in _NETWORK_FIELDS if name in fields and name in text_fields]
-    of_clips, of_texts = (Fingerprint({name: known[name] for name in shared}) for known in (fields, text_fields))
+    shared = [name for name in _NETWORK_FIELDS if name in clips.fields and name in texts.fields]
+    of_clips, of_texts = (Fingerprint({name: known.fields[name] for name in shared}) for known in (clips, texts))
     return of_clips.differences(of_texts, "clips have", "texts have")
 
 
-def require_same_network(clips: Store, texts: Store) -> None:
+def require_same_network(clips: "Store", texts: "Store") -> None:
     """Refuse clips and texts from two networks, whose features cannot be combined.
 
     Raises:
         FingerprintMismatch: The networks differ; the message names the differing fields.
     """
-    if different := network_differences(clips, texts):
+    if different := network_differences(clips.fingerprint, texts.fingerprint):
         raise FingerprintMismatch(
             f"the clips in {clips.path} and the texts in {texts.path} were encoded with different networks "
             f"({'; '.join(different)}); move {texts.path} away and encode the texts again with `egopatch extract run`"

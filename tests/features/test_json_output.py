@@ -1,13 +1,18 @@
 """`--json` of every command on stores: one object on standard output, with the keys that docs/usage.md names."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from egopatch.features import create_store
-from egopatch.features.__main__ import COMMANDS, main
+from egopatch.features.__main__ import COMMANDS, EXPORTS, main
+from egopatch.features.formats.interface import CODECS
+from egopatch.features.formats.registry import FORMATS
 from egopatch.features.storage.pick import storage_at
+from egopatch.features.tools.feature_files import WRITERS
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, fill
 from tests.features.test_verify import TEXT_SPEC, TEXTS
 from tests.json_keys import documented_keys
@@ -37,3 +42,18 @@ def test_every_command_prints_the_documented_keys(tmp_path: Path, capsys: pytest
         assert json.loads(shown.out).keys() == documented_keys(f"features {name}", also), name
         assert shown.err == ""
     assert not storage_at(tmp_path / "imported").exists("text")
+
+
+def test_the_command_line_knows_the_formats_without_importing_them() -> None:
+    assert tuple(CODECS) == tuple(FORMATS)
+    assert tuple(WRITERS) == EXPORTS
+
+
+@pytest.mark.parametrize("command", ["info", "unlock"])
+def test_what_reads_no_tokens_imports_no_torch(command: str, tmp_path: Path) -> None:
+    """Torch, Zarr and h5py take two seconds to import; the rest of these commands takes a third of one."""
+    fill(create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS))
+    program = "from egopatch.features.__main__ import main; import sys; code = main(sys.argv[1:]); print(*sys.modules)"
+    run = [sys.executable, "-c", program, command, str(tmp_path / "store")]
+    *_, modules = subprocess.run(run, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert not {"torch", "zarr", "h5py"} & set(modules.split())

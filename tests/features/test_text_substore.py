@@ -34,7 +34,7 @@ def clips_and_texts(root: Path, text_fields: dict) -> tuple[Store, Store]:
 )
 def test_one_network(tmp_path: Path, fields: dict, capsys: pytest.CaptureFixture[str]) -> None:
     clips, texts = clips_and_texts(tmp_path / "store", fields)
-    assert network_differences(clips, texts) == []
+    assert network_differences(clips.fingerprint, texts.fingerprint) == []
     require_same_network(clips, texts)  # raises nothing
     assert substores(storage_at(clips.path)) == ["", "text"]
     assert substores(storage_at(texts.path)) == [""]
@@ -46,10 +46,14 @@ def test_one_network(tmp_path: Path, fields: dict, capsys: pytest.CaptureFixture
 
 def test_two_networks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clips, texts = clips_and_texts(tmp_path / "store", {**MADE_BY, "checkpoint": "sha256:2"})
-    assert network_differences(clips, texts) == ["checkpoint: clips have 'sha256:1', texts have 'sha256:2'"]
+    assert network_differences(clips.fingerprint, texts.fingerprint) == [
+        "checkpoint: clips have 'sha256:1', texts have 'sha256:2'"
+    ]
     with pytest.raises(
         FingerprintMismatch, match=r"different networks \(checkpoint: clips have 'sha256:1', .*\); move .*text away"
     ):
         require_same_network(clips, texts)
     assert main(["info", str(clips.path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["network_differences"] == network_differences(clips, texts)
+    assert json.loads(capsys.readouterr().out)["network_differences"] == network_differences(
+        clips.fingerprint, texts.fingerprint
+    )
