@@ -72,7 +72,7 @@ runpy.run_module(sys.argv[1], run_name="__main__")
     [
         ("egopatch", "egopatch.features.common.command_line"),
         ("extract", "egopatch.configs.command_line"),
-        ("features", "egopatch.features.common.progress"),
+        ("features", "egopatch.features.common.command_line"),
         ("train", "egopatch.configs.command_line"),
     ],
 )
@@ -113,6 +113,26 @@ def test_importing_changes_no_handler(tmp_path: Path) -> None:
 def test_a_command_line_imports_no_array_library_before_it_knows_its_command() -> None:
     code = "import sys, egopatch.__main__, features.common.command_line; sys.exit('numpy' in sys.modules)"
     assert run(sys.executable, "-c", code, cwd=ROOT).returncode == 0
+
+
+HELP_AND_TYPOS = """
+import contextlib, importlib, sys
+from egopatch.__main__ import STAGES, main
+
+for stage in STAGES:
+    for command in importlib.import_module(f"egopatch.{stage}.__main__").COMMANDS:
+        for option in ("--help", "--typo"):
+            with contextlib.suppress(SystemExit):
+                main([stage, command, option])
+            if slow := {"h5py", "matplotlib", "torch", "transformers", "zarr"} & sys.modules.keys():
+                sys.exit(f"{stage} {command} {option} imports {slow}")
+"""
+
+
+def test_help_and_wrong_options_do_without_slow_libraries() -> None:
+    """Torch alone takes two seconds to import."""
+    done = run(sys.executable, "-c", HELP_AND_TYPOS, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("package", ["extract", "features", "train"])

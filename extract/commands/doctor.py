@@ -6,8 +6,6 @@ from pathlib import Path
 
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_options
 from egopatch.configs.schema import DataConfig
-from egopatch.extract.planning.doctor import examine, format_diagnosis
-from egopatch.extract.planning.machine import check_machine
 from egopatch.features.common.command_line import print_result
 
 
@@ -17,6 +15,10 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_config_arguments(parser)
     config, options = parse_options(parser, args)
+    # Imported here to save start-up time: a wrong option is reported before torch is imported.
+    from egopatch.extract.planning.doctor import examine, format_diagnosis
+    from egopatch.extract.planning.machine import check_machine
+
     has_data = options.config or config.data.root != DataConfig.root
     diagnosis = examine(config) if has_data else None
     checks = check_machine(Path.cwd())

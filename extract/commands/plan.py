@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
-from egopatch.extract.planning.forecast import format_forecast
-from egopatch.extract.planning.plan import format_plan, make_forecast, make_plan
 from egopatch.features.common.command_line import messages_apart, print_result
 
 
@@ -34,6 +32,10 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     )
     add_config_arguments(parser)
     config, options = parse_config(parser, args)
+    # Imported here to save start-up time: a wrong option is reported before torch is imported.
+    from egopatch.extract.planning.forecast import format_forecast
+    from egopatch.extract.planning.plan import format_plan, make_forecast, make_plan
+
     if options.clips is not None:
         forecast = make_forecast(config, options.clips, options.gpus, options.cores, options.clips_per_second)
         print_result(options.json, dataclasses.asdict(forecast), format_forecast(forecast))

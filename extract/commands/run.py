@@ -3,7 +3,7 @@
 import itertools
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
 from egopatch.configs.schema import Config, ConfigError
@@ -11,11 +11,12 @@ from egopatch.extract.commands.again import after_quarantine, retry_command
 from egopatch.extract.engines.interrupts import REQUEUE, Requeue, requeue_on_signals
 from egopatch.extract.engines.job_slice import ALL_SHARDS, Slice
 from egopatch.extract.errors import JobFailed
-from egopatch.extract.run import ExtractionResult, extract_together
 from egopatch.extract.worker.bounds import bound_line, ceilings
-from egopatch.extract.worker.device import arithmetic_advice, device_of
 from egopatch.features.common.command_line import INTERRUPTED, messages_apart, print_result
 from egopatch.features.state.counts import machines_line
+
+if TYPE_CHECKING:
+    from egopatch.extract.run import ExtractionResult
 
 HELD = 3  # exit code of a job that has done its part, while other processes are still encoding shards of it
 
@@ -60,7 +61,7 @@ def encode(
     job_slice: Slice = ALL_SHARDS,
     refresh: bool = False,
     wait: bool = False,
-) -> tuple[int, list[ExtractionResult]]:
+) -> "tuple[int, list[ExtractionResult]]":
     """Encode as `extract_together` does, and print what came of it.
 
     Args:
@@ -71,6 +72,10 @@ def encode(
     Returns:
         The exit code of `extract run`, and a result for each config, none if the work failed.
     """
+    # Imported here to save start-up time: a wrong option is reported before torch is imported.
+    from egopatch.extract.run import extract_together
+    from egopatch.extract.worker.device import arithmetic_advice, device_of
+
     for config in configs:
         if advice := arithmetic_advice(config, device_of(config.encoder.device)):
             print(f"advice: {advice}", flush=True)
@@ -96,7 +101,7 @@ def encode(
     return int(any((one.quarantine and not one.clips) or one.check.stale for one in results)), results
 
 
-def as_records(configs: Sequence[Config], results: Sequence[ExtractionResult]) -> list[dict[str, Any]]:
+def as_records(configs: Sequence[Config], results: "Sequence[ExtractionResult]") -> list[dict[str, Any]]:
     """What `--json` has of each store."""
     return [
         {
@@ -130,7 +135,7 @@ def split_configs(args: Sequence[str]) -> list[list[str]]:
     return [[*args[:first], file, *args[first + len(files) :]] for file in files]
 
 
-def _report(config: Config, result: ExtractionResult, again: str) -> None:
+def _report(config: Config, result: "ExtractionResult", again: str) -> None:
     stats = result.stats
     print(
         f"{config.store.path}: {result.clips}/{result.planned} clips and {result.texts} questions stored;"

@@ -4,8 +4,6 @@ import sys
 from collections.abc import Sequence
 
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
-from egopatch.extract.transcoding.copies import transcode
-from egopatch.extract.transcoding.segment import SETTINGS
 from egopatch.features.common.command_line import local_path, messages_apart, print_result
 from egopatch.features.common.units import format_bytes
 
@@ -19,6 +17,10 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_config_arguments(parser)
     config, options = parse_config(parser, args)
+    # Imported here to save start-up time: a wrong option is reported before torch is imported.
+    from egopatch.extract.transcoding.copies import transcode
+    from egopatch.extract.transcoding.segment import SETTINGS
+
     with messages_apart(options.json):
         result = transcode(config, options.out)
     for clip_id, reason in result.failed.items():

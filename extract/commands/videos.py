@@ -11,7 +11,6 @@ from egopatch.configs.packaged import packaged_config
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.commands.again import retry_command
 from egopatch.extract.commands.run import as_records, encode
-from egopatch.extract.planning.own_videos import prepare_own_videos
 from egopatch.features.common.command_line import messages_apart, print_result
 
 # What `--encoder NAME` stands for.
@@ -40,6 +39,9 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
             f"--out is {options.out}; expected a folder: to encode into object storage, use `extract run --store.path"
             " URL` with the config that this command writes"
         )
+    # Imported here to save start-up time: a wrong option is reported before torch is imported.
+    from egopatch.extract.planning.own_videos import prepare_own_videos
+
     with messages_apart(options.json):
         own = prepare_own_videos(options.folder, Path(options.out), base, options.clip_seconds)
         print(f"{options.folder}: {own.videos} videos, {own.clips} clips, listed in {own.clips_file}", flush=True)

@@ -3,8 +3,10 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from egopatch.features import ShardWork
+if TYPE_CHECKING:  # see `features`
+    from egopatch.features import ShardWork
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Slice:
         """Whether a shard belongs to this slice."""
         return shard % self.count == self.index
 
-    def of(self, works: Sequence[ShardWork]) -> list[ShardWork]:
+    def of(self, works: "Sequence[ShardWork]") -> "list[ShardWork]":
         """The shards among `works` that belong to this slice."""
         return [work for work in works if self.has(work.shard)]
 

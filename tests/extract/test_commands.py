@@ -13,7 +13,6 @@ import torch
 from huggingface_hub import constants
 
 from egopatch.extract.__main__ import COMMANDS, main
-from egopatch.extract.commands import plan as commands_plan
 from egopatch.extract.commands.again import retry_command
 from egopatch.extract.datasets import load_dataset
 from egopatch.extract.planning.plan import Plan
@@ -194,7 +193,7 @@ def test_a_note_while_planning_stays_out_of_the_json(
         print("note: no CUDA graph can be made of it")
         return Plan(1, 0, {}, 0, 0, 1, 0, 1, 1, 1, None, 0, None, None, {}, (), ())
 
-    monkeypatch.setattr(commands_plan, "make_plan", make_plan)
+    monkeypatch.setattr("egopatch.extract.planning.plan.make_plan", make_plan)
     assert main(["plan", *options(made, "--json")]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["clips"] == 1

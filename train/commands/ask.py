@@ -10,7 +10,6 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, overrides_in, parse_options, take_option
 from egopatch.configs.schema import ConfigError
-from egopatch.features import open_store
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
@@ -53,6 +52,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     if video is None and run is None and not options.config:
         raise ConfigError("neither --video nor --config is given; expected a video file, or the config of a store")
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
+    from egopatch.features import open_store
     from egopatch.train.asking.ask import ask_clips, ask_video
     from egopatch.train.asking.choose import DEMO_FOLDERS, best_run, config_of_run
     from egopatch.train.report.kept_picture import draw_prediction, require_picture_name

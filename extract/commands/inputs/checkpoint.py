@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from egopatch.configs.command_line import ConfigParser
-from egopatch.extract.encoders.inspection import convert_checkpoint, inspect_checkpoint
 from egopatch.features.common.command_line import local_path, print_result
 
 
@@ -16,6 +15,9 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     parser.add_argument("--out", type=local_path, default=None, help="safetensors file that convert writes")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(list(args))
+    # Imported here to save start-up time: a wrong option is reported before torch is imported.
+    from egopatch.extract.encoders.inspection import convert_checkpoint, inspect_checkpoint
+
     if options.action == "inspect":
         found = inspect_checkpoint(options.file)
     else:

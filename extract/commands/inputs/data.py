@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
-from egopatch.extract.fetch.lockfile import Lockfile
-from egopatch.extract.fetch.provide import files_as_json, format_files, provide, required_files
 from egopatch.extract.fetch.sources import DEFAULT_SOURCES, load_sources
 from egopatch.features.common.command_line import print_result
 
@@ -23,6 +21,10 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_config_arguments(parser)
     config, options = parse_config(parser, args)
+    # Imported here to save start-up time: a wrong option is reported before torch is imported.
+    from egopatch.extract.fetch.lockfile import Lockfile
+    from egopatch.extract.fetch.provide import files_as_json, format_files, provide, required_files
+
     sources = load_sources(options.sources)
     lockfile = Lockfile(sources.lock_path)
     messages = sys.stderr if options.json else sys.stdout

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.datasets import load_dataset
-from egopatch.extract.encoders.checkpoints.standin import is_standin, write_standin
 from egopatch.features.common.command_line import print_result
 
 
@@ -14,6 +13,9 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_config_arguments(parser)
     config, options = parse_config(parser, args)
+    # Imported here to save start-up time: a wrong option is reported before torch is imported.
+    from egopatch.extract.encoders.checkpoints.standin import is_standin, write_standin
+
     arch, path = config.encoder.arch, config.encoder.checkpoint
     if arch not in ("egovlp", "egovlpv2") or path is None:
         raise ConfigError(
