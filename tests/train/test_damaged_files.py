@@ -71,7 +71,7 @@ def test_a_card_opens_a_head_or_is_refused(run: Path) -> None:
         card = Card.read(run)
         values = dataclasses.asdict(card)
         head_of(card, HeadConfig())
-        origins(Config(), card)
+        origins(card)
         head_card(card, gather(run.parent).rows[0].best.scores, (), [])
         assert not (is_standin(values) and is_synthetic(values))
 

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,9 +169,9 @@ def test_a_slow_disk_is_overlapped_and_then_waited_for(
 ) -> None:
     disk, waits, write, wait = threading.Event(), threading.Event(), store.write_shard, BackgroundShardWriter._wait_for
 
-    def slow(*args: object) -> None:
+    def slow(*args: Any, **named: Any) -> None:
         assert disk.wait(60)
-        write(*args)  # type: ignore[arg-type]
+        write(*args, **named)
 
     def waiting(writer: BackgroundShardWriter, unfinished: int) -> None:
         if len(writer._unfinished) > unfinished:
@@ -243,7 +244,7 @@ def test_decoding_is_asked_to_be_a_batch_ahead(run: Callable[..., JobStats]) -> 
 def test_a_failing_disk_ends_the_job_and_the_leases(
     store: Store, run: Callable[..., JobStats], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise StoreError("no space left")
 
     monkeypatch.setattr(store, "write_shard", full)
