@@ -278,7 +278,10 @@ def test_damaged_objects_are_found_named_and_repaired(store: Store, ending: str,
 )
 def test_damaged_journals_are_found_and_repaired(store: Store, ending: str, where: str, to: Callable) -> None:
     change(store, ending, to)
-    assert next(fault.where for fault in verify(store.path).faults) == where
+    report = verify(store.path)
+    assert report.faults[0].where == where
+    # What a damaged part of the ledger had committed, and every clip whose row is lost with its id.
+    assert sorted(report.bad_clips) == list({"ledger": IDS[4:8], "ids.jsonl": IDS}.get(where, ()))
     if where != "quarantine":
         with pytest.raises(DamagedStore, match=r"; run `egopatch features repair s3://"):
             open_store(store.path)
