@@ -82,6 +82,17 @@ def test_extreme_patches(dtype: str) -> None:
     assert torch.allclose(back[0, 2:].amax(-1), patches[0, 2:].amax(-1), rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_patches_are_known_to_be_finite_before_they_are_rounded(dtype: str, number: float, tmp_path: Path) -> None:
+    """NaN has no step: it would become some number of the stored dtype, and its patch would get the scale 1."""
+    store = quantised_store(tmp_path / "store", dtype)
+    row = floats(0, store)
+    row["patches"][0, 0, 0] = number
+    with pytest.raises(StoreError, match=r"clip 'vid\|P0\|0\|10': patches holds NaN or infinity"):
+        store.write_shard(0, {IDS[0]: row}, {IDS[0]: "x"})
+
+
 def test_tokens_that_are_quantised_already_are_kept_bit_for_bit(tmp_path: Path) -> None:
     store = quantised_store(tmp_path / "store", "int8")
     row = clip(0, store.spec)
