@@ -178,6 +178,12 @@ def test_accumulated_batches_are_one_step() -> None:
     assert accumulate.learn(first, last=True) is not None
 
 
+def test_accumulated_batches_have_new_noise_in_every_step() -> None:
+    still = make((0.5,), (0,), dataclasses.replace(TRAIN, lr=1e-30, accumulate=2))  # losses differ by noise alone
+    steps = [still.learn(make_batch()) for _ in range(8)]
+    assert len({float(step.values[0, 0]) for step in steps if step is not None}) == 4
+
+
 def test_average_follows_the_weights_and_answers() -> None:
     averaged, plain = make((0.5,), (0,), dataclasses.replace(TRAIN, ema=0.5)), make((0.5,), (0,))
     name = "classify.5.weight"
