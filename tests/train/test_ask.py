@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from egopatch.configs.schema import Config, ConfigError
+from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
 from egopatch.features import Fingerprint, FingerprintMismatch, open_store
 from egopatch.train import predict
 from egopatch.train.__main__ import main
@@ -122,6 +123,8 @@ def test_the_command(trained: Config, capsys: pytest.CaptureFixture[str]) -> Non
     assert main([*ask, "--json", "--answers", "2"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert len(shown["answers"]) == 2
+    every = ask_clips(trained, question.clip_id, question.text, answers=99).predictions[0].answers
+    assert {answer for answer, _ in every} == set(Card.read(trained.run.dir).answers) - set(UNKNOWN_ANSWERS)
     assert shown["grid"] == [3, 4]
     assert main([*ask[:3], "--clip", question.clip_id[:-1], question.text]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -246,6 +249,8 @@ def test_a_head_that_chooses_among_options_is_refused_before_a_video_is_encoded(
     monkeypatch.setattr(asking, "encode_video", lambda *_: pytest.fail("encoded for nothing"))
     with pytest.raises(ConfigError, match="whose head chooses among options; expected one trained on answers"):
         asking.ask_video(config, tmp_path / "a.mp4", "what?", None, tmp_path, 5)
+    with pytest.raises(ConfigError, match="whose head chooses among options; expected one trained on answers"):
+        ask(config, "clip|P0|0|1", "what?")
 
 
 def test_kept_patches_are_outlined_and_the_others_dimmed() -> None:
