@@ -26,6 +26,7 @@ from egopatch.train.fitting.answers import Answers, PartScorer, score_part
 from egopatch.train.fitting.experiment import open_experiment, pick_device
 from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.predict import predict_clips
+from egopatch.train.fitting.run import system_name
 from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir import lease
@@ -37,6 +38,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_run_folder_is_complete(tiny: Config) -> None:
+    tiny = with_run(tiny, "psa", train_lr=3e-4)  # learns for more than one epoch
     metrics = fit(tiny, "the command")
     run = tiny.run.dir
     names = {path.name for path in run.iterdir()}
@@ -53,6 +55,7 @@ def test_run_folder_is_complete(tiny: Config) -> None:
     assert card["best_epoch"] == next(e["epoch"] for e in vals if e["all"] == card["val"]["all"])
     (converged,) = [event for event in events if event["event"] == "converged"]
     assert converged["steps"] == next(e["step"] for e in vals if e["all"] >= 0.95 * card["val"]["all"])
+    assert converged["steps"] > vals[0]["step"]
     assert 0 < converged["seconds"] < 60
     test = json.loads((run / "test.json").read_text())
     assert 0 <= test["wrong_form"] <= test["all"]["n"]
@@ -379,6 +382,8 @@ def test_blind_heads_read_no_video_and_majority_needs_no_store(tiny: Config, tmp
     assert metrics.all.accuracy == pytest.approx(100 * right / len(tests))
     fit(with_run(tiny, "blind", head_name="question-only"), "x")
     assert json.loads((tiny.run.dir.parent / "blind" / "card.json").read_text())["fingerprint"] is None
+    names = [system_name(with_run(tiny, "x", head_name=name, encoder_arch="lite")) for name in ("question-only", "psa")]
+    assert names == ["question-only", "psa (lite)"]
 
 
 @pytest.mark.slow
