@@ -183,7 +183,7 @@ def run_job(job: "ExtractionJob", paths: list[Path], root: Path, decoders: int, 
     clips = {f"clip{i:05d}": Clip(f"clip{i:05d}", path) for i, path in enumerate(paths)}
     store = create_store(root / "store", job.spec, Fingerprint({"benchmark": "gpu_stage_one"}), list(clips))
     if forget:
-        store.write_shard = lambda *_: None  # type: ignore[method-assign]
+        store.write_shard = lambda *_, **__: None  # type: ignore[method-assign]
     cpu, main, started = time.process_time(), time.thread_time(), time.perf_counter()
     progress: list[tuple[float, int]] = []
     with GpuUse() as use, ChildCpu() as children:
