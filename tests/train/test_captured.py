@@ -24,6 +24,7 @@ from egopatch.train.heads import Head, register_head
 from egopatch.train.rundir.card import RunError
 from egopatch.train.steps import captured
 from egopatch.train.steps.captured import changing_tensors, with_own_tensors
+from tests.capture import failing_capture
 from tests.train.test_choice import choice  # noqa: F401  a fixture
 from tests.train.test_published import make
 from tests.train.tiny import WIDTH, losses, with_run
@@ -180,33 +181,14 @@ def test_a_coarse_level_that_the_kernels_cannot_read_is_not_captured(
 
 
 def test_a_capture_that_fails_leaves_the_current_stream(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    current = ["the runs'"]
-
-    @contextmanager
-    def on_stream(stream: str) -> Iterator[None]:
-        before = list(current)
-        current[:] = [stream]
-        try:
-            yield
-        finally:
-            current[:] = before
-
-    @contextmanager
-    def graph(_: object, stream: str, capture_error_mode: str) -> Iterator[None]:
-        """As `torch.cuda.graph`, whose end raises before it restores the stream if the capture is invalid."""
-        current[:] = [stream]
-        yield
+    current = failing_capture(monkeypatch)
 
     def step(_: Batch) -> Tensor:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    for name, stand_in in (("stream", on_stream), ("graph", graph), ("device", lambda _: nullcontext())):
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda _: "the capture's")
     with pytest.raises(RunError, match="cannot become a CUDA graph"):
         captured._capture(step, next(epoch(open_experiment(tiny), padded=True)))
-    assert current == ["the runs'"]
+    assert current == ["the caller's"]
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import torch
 
 from egopatch.extract.encoders.layers.graphs import ReplayedEncoder, capture_cuda
 from egopatch.features import PatchTokens
+from tests.capture import failing_capture
 
 
 class Encoder:
@@ -149,30 +150,10 @@ def test_what_is_launched_on_the_encoders_gpu_is_captured(monkeypatch: pytest.Mo
 
 def test_a_capture_that_fails_leaves_the_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """Later batches would be computed on the capture's stream, beside the copies that wait for the other one."""
-    current = ["the encoder's"]
-
-    @contextmanager
-    def on_stream(stream: str) -> Iterator[None]:
-        before = list(current)
-        current[:] = [stream]
-        try:
-            yield
-        finally:
-            current[:] = before
-
-    @contextmanager
-    def graph(_: object, stream: str, capture_error_mode: str) -> Iterator[None]:
-        """As `torch.cuda.graph`, whose end raises before it restores the stream if the capture is invalid."""
-        current[:] = [stream]
-        yield
-
-    for name, stand_in in (("stream", on_stream), ("graph", graph), ("device", lambda _: nullcontext())):
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda _: "the capture's")
+    current = failing_capture(monkeypatch)
     with pytest.raises(RuntimeError, match="not permitted"):
         capture_cuda(lambda: fails(Encoder()), torch.device("cuda"))
-    assert current == ["the encoder's"]
+    assert current == ["the caller's"]
 
 
 @pytest.mark.cuda
