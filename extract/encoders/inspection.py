@@ -19,7 +19,7 @@ from egopatch.extract.encoders.checkpoints.checkpoint import (
 )
 from egopatch.extract.encoders.checkpoints.standin import published_shapes
 from egopatch.extract.encoders.layers.projection import text_layers
-from egopatch.extract.encoders.layers.video_encoder import VideoSizes
+from egopatch.extract.encoders.layers.spacetime import VideoSizes
 from egopatch.features.io.files import replacing
 
 # Tensors that no encoder or head here reads: the pretraining heads, and buffers.

@@ -4,6 +4,8 @@ Shape legend: B clips, T frames, N patches a frame, S = 1 + T*N tokens (CLS firs
 H heads of 64. Parameter names are those of the published checkpoints below `video_model.`.
 """
 
+import math
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
@@ -12,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
 from egopatch.extract.encoders.layers.linear import Linear
 
 HEAD_WIDTH = 64
@@ -248,38 +251,80 @@ class PatchEmbed(nn.Module):
         return F.linear(pixels, self.proj.weight.flatten(1), self.proj.bias)
 
 
+@dataclass(frozen=True)
+class VideoSizes:
+    """Sizes of a checkpoint's video network, read from its tensors.
+
+    Attributes:
+        width: Channels of a token, D.
+        hidden: Width of the MLPs.
+        blocks: Number of blocks.
+        fusion: First block that attends to text; equal to `blocks` if none does.
+        frames: Number of temporal positions.
+        patches: N, patches of a frame.
+        patch: Side of a patch in pixels.
+    """
+
+    width: int
+    hidden: int
+    blocks: int
+    fusion: int
+    frames: int
+    patches: int
+    patch: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "VideoSizes":
+        """Read the sizes from a checkpoint.
+
+        Raises:
+            CheckpointError: A tensor is missing, or the sizes do not fit a space-time transformer.
+        """
+        conv = checkpoint.shape("video_model.patch_embed.proj.weight", 4)
+        blocks = checkpoint.count(r"video_model\.blocks\.(\d+)\.")
+        fused = [i for i in range(blocks) if f"video_model.blocks.{i}.attn.alpha_i2t" in checkpoint.tensors]
+        sizes = cls(
+            width=conv[0],
+            hidden=checkpoint.shape("video_model.blocks.0.mlp.fc1.weight", 2)[0],
+            blocks=blocks,
+            fusion=fused[0] if fused else blocks,
+            frames=checkpoint.shape("video_model.temporal_embed", 3)[1],
+            patches=checkpoint.shape("video_model.pos_embed", 3)[1] - 1,
+            patch=conv[2],
+        )
+        if sizes.width % HEAD_WIDTH or math.isqrt(sizes.patches) ** 2 != sizes.patches:
+            raise CheckpointError(
+                f"{checkpoint.path}: width {sizes.width} and {sizes.patches} patches; expected a width that is a "
+                f"multiple of {HEAD_WIDTH} and a square grid"
+            )
+        return sizes
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, cols) of the patches of a frame."""
+        side = math.isqrt(self.patches)
+        return side, side
+
+
 class SpaceTimeTransformer(nn.Module):
     """The video network down to a depth.
 
     Args:
-        width: Channels of a token, D.
-        hidden: Width of the MLPs.
+        sizes: Sizes of the whole network.
         depth: Number of blocks.
-        frames: T, temporal positions.
-        patches: N, spatial positions.
-        patch: Side of a patch in pixels.
         eps: Epsilon of the blocks' norms.
         final_eps: Epsilon of a norm after the last block; None leaves the tokens raw.
     """
 
-    def __init__(
-        self,
-        width: int,
-        hidden: int,
-        depth: int,
-        frames: int,
-        patches: int,
-        patch: int,
-        eps: float,
-        final_eps: float | None,
-    ) -> None:
+    def __init__(self, sizes: VideoSizes, depth: int, eps: float, final_eps: float | None) -> None:
         super().__init__()
-        self.frames = frames
-        self.patch_embed = PatchEmbed(width, patch)
+        width = sizes.width
+        self.frames = sizes.frames
+        self.patch_embed = PatchEmbed(width, sizes.patch)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + patches, width))
-        self.temporal_embed = nn.Parameter(torch.empty(1, frames, width))
-        self.blocks = nn.ModuleList(SpaceTimeBlock(width, hidden, eps) for _ in range(depth))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + sizes.patches, width))
+        self.temporal_embed = nn.Parameter(torch.empty(1, sizes.frames, width))
+        self.blocks = nn.ModuleList(SpaceTimeBlock(width, sizes.hidden, eps) for _ in range(depth))
         self.norm = nn.LayerNorm(width, final_eps) if final_eps is not None else nn.Identity()
 
     def positions(self) -> Tensor:

@@ -1,8 +1,6 @@
 """The interface of every video network: frames in, `PatchTokens` out."""
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -11,63 +9,8 @@ from torch.nn import functional as F
 
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
 from egopatch.extract.encoders.layers.linear import Linear
-from egopatch.extract.encoders.layers.spacetime import HEAD_WIDTH, SpaceTimeTransformer
+from egopatch.extract.encoders.layers.spacetime import SpaceTimeTransformer, VideoSizes
 from egopatch.features.values.spec import PatchTokens, Scalar
-
-
-@dataclass(frozen=True)
-class VideoSizes:
-    """Sizes of a checkpoint's video network, read from its tensors.
-
-    Attributes:
-        width: Channels of a token, D.
-        hidden: Width of the MLPs.
-        blocks: Number of blocks.
-        fusion: First block that attends to text; equal to `blocks` if none does.
-        frames: Number of temporal positions.
-        patches: N, patches of a frame.
-        patch: Side of a patch in pixels.
-    """
-
-    width: int
-    hidden: int
-    blocks: int
-    fusion: int
-    frames: int
-    patches: int
-    patch: int
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "VideoSizes":
-        """Read the sizes from a checkpoint.
-
-        Raises:
-            CheckpointError: A tensor is missing, or the sizes do not fit a space-time transformer.
-        """
-        conv = checkpoint.shape("video_model.patch_embed.proj.weight", 4)
-        blocks = checkpoint.count(r"video_model\.blocks\.(\d+)\.")
-        fused = [i for i in range(blocks) if f"video_model.blocks.{i}.attn.alpha_i2t" in checkpoint.tensors]
-        sizes = cls(
-            width=conv[0],
-            hidden=checkpoint.shape("video_model.blocks.0.mlp.fc1.weight", 2)[0],
-            blocks=blocks,
-            fusion=fused[0] if fused else blocks,
-            frames=checkpoint.shape("video_model.temporal_embed", 3)[1],
-            patches=checkpoint.shape("video_model.pos_embed", 3)[1] - 1,
-            patch=conv[2],
-        )
-        if sizes.width % HEAD_WIDTH or math.isqrt(sizes.patches) ** 2 != sizes.patches:
-            raise CheckpointError(
-                f"{checkpoint.path}: width {sizes.width} and {sizes.patches} patches; expected a width that is a "
-                f"multiple of {HEAD_WIDTH} and a square grid"
-            )
-        return sizes
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, cols) of the patches of a frame."""
-        side = math.isqrt(self.patches)
-        return side, side
 
 
 def check_depth(depth: int, deepest: int, what: str, checkpoint: Checkpoint) -> None:

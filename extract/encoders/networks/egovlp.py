@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint
-from egopatch.extract.encoders.layers.spacetime import SpaceTimeTransformer
+from egopatch.extract.encoders.layers.spacetime import SpaceTimeTransformer, VideoSizes
 from egopatch.extract.encoders.layers.text_encoder import TextEncoder
-from egopatch.extract.encoders.layers.video_encoder import VideoEncoder, VideoSizes, check_depth, resize_time
+from egopatch.extract.encoders.layers.video_encoder import VideoEncoder, check_depth, resize_time
 from egopatch.extract.encoders.networks.network import Network, VideoOptions
 
 EPS = 1e-6
@@ -28,16 +28,7 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> VideoEncoder:
     check_depth(depth, sizes.blocks, "the number of its blocks", checkpoint)
     last = depth == sizes.blocks
     with torch.device("meta"):
-        trunk = SpaceTimeTransformer(
-            width=sizes.width,
-            hidden=sizes.hidden,
-            depth=depth,
-            frames=sizes.frames,
-            patches=sizes.patches,
-            patch=sizes.patch,
-            eps=EPS,
-            final_eps=EPS if last else None,
-        )
+        trunk = SpaceTimeTransformer(sizes, depth, EPS, final_eps=EPS if last else None)
         projection = (
             nn.Sequential(nn.Linear(sizes.width, checkpoint.shape("vid_proj.0.weight", 2)[0])) if last else None
         )

@@ -5,9 +5,9 @@ from torch import nn
 
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint
 from egopatch.extract.encoders.layers.projection import projection_layers
-from egopatch.extract.encoders.layers.spacetime import SpaceTimeTransformer
+from egopatch.extract.encoders.layers.spacetime import SpaceTimeTransformer, VideoSizes
 from egopatch.extract.encoders.layers.text_encoder import TextEncoder
-from egopatch.extract.encoders.layers.video_encoder import VideoEncoder, VideoSizes, check_depth, resize_time
+from egopatch.extract.encoders.layers.video_encoder import VideoEncoder, check_depth, resize_time
 from egopatch.extract.encoders.networks.network import Network, VideoOptions
 
 BLOCK_EPS = 1e-5
@@ -34,16 +34,7 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> VideoEncoder:
     check_depth(depth, sizes.blocks, "the number of its blocks", checkpoint)
     last = path == "dual" and depth == sizes.blocks
     with torch.device("meta"):
-        trunk = SpaceTimeTransformer(
-            width=sizes.width,
-            hidden=sizes.hidden,
-            depth=depth,
-            frames=sizes.frames,
-            patches=sizes.patches,
-            patch=sizes.patch,
-            eps=BLOCK_EPS,
-            final_eps=BLOCK_EPS if last else None,
-        )
+        trunk = SpaceTimeTransformer(sizes, depth, BLOCK_EPS, final_eps=BLOCK_EPS if last else None)
         projection = projection_layers(checkpoint, "vid_proj") if last else None
     names = {name: f"video_model.{name}" for name in trunk.state_dict()}
     if path == "fused":

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
-from egopatch.extract.encoders.layers.spacetime import SpaceTimeBlock, SpaceTimeTransformer
-from egopatch.extract.encoders.layers.video_encoder import VideoEncoder, VideoSizes, check_depth, resize_time
+from egopatch.extract.encoders.layers.spacetime import SpaceTimeBlock, SpaceTimeTransformer, VideoSizes
+from egopatch.extract.encoders.layers.video_encoder import VideoEncoder, check_depth, resize_time
 from egopatch.extract.encoders.networks.egovlpv2 import BLOCK_EPS, build_text
 from egopatch.extract.encoders.networks.network import Network, Variant, VideoOptions
 from egopatch.features.values.spec import PatchTokens
@@ -38,10 +38,10 @@ class TwoTowers(SpaceTimeTransformer):
     Args: As for `SpaceTimeTransformer`; there is no final norm.
     """
 
-    def __init__(self, width: int, hidden: int, depth: int, frames: int, patches: int, patch: int, eps: float) -> None:
-        super().__init__(width, hidden, depth, frames, patches, patch, eps, None)
-        self.cloned_blocks = nn.ModuleList(SpaceTimeBlock(width, hidden, eps) for _ in range(depth))
-        self.large_pos_embed = nn.Parameter(torch.empty(1, patches // 4, width))
+    def __init__(self, sizes: VideoSizes, depth: int, eps: float) -> None:
+        super().__init__(sizes, depth, eps, None)
+        self.cloned_blocks = nn.ModuleList(SpaceTimeBlock(sizes.width, sizes.hidden, eps) for _ in range(depth))
+        self.large_pos_embed = nn.Parameter(torch.empty(1, sizes.patches // 4, sizes.width))
         self.alpha = nn.Parameter(torch.empty(1))
         self.belta = nn.Parameter(torch.empty(1))  # the published spelling
 
@@ -117,15 +117,7 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> MfasEncoder:
             f"{checkpoint.path}: the patch grid is {sizes.grid}; MFAS pools 2x2 patches, so both sides must be even"
         )
     with torch.device("meta"):
-        trunk = TwoTowers(
-            width=sizes.width,
-            hidden=sizes.hidden,
-            depth=depth,
-            frames=sizes.frames,
-            patches=sizes.patches,
-            patch=sizes.patch,
-            eps=BLOCK_EPS,
-        )
+        trunk = TwoTowers(sizes, depth, BLOCK_EPS)
     complete = checkpoint
     if checkpoint.network == "egovlpv2":
         complete = _started_from_egovlpv2(checkpoint, sizes)

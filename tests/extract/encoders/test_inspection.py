@@ -12,7 +12,7 @@ from egopatch.extract.encoders import load_video_encoder
 from egopatch.extract.encoders.checkpoints.checkpoint import CheckpointError, load_checkpoint
 from egopatch.extract.encoders.checkpoints.standin import write_standin
 from egopatch.extract.encoders.inspection import UNUSED, _expected, convert_checkpoint, inspect_checkpoint
-from egopatch.extract.encoders.layers.video_encoder import VideoSizes
+from egopatch.extract.encoders.layers.spacetime import VideoSizes
 from tests.extract.encoders.networks import (
     CONTAINERS,
     TEXTS,

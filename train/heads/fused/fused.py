@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint
-from egopatch.extract.encoders.layers.video_encoder import VideoSizes
+from egopatch.extract.encoders.layers.spacetime import VideoSizes
 from egopatch.extract.encoders.networks.egovlpv2 import BLOCK_EPS, FUSED_NORM_EPS
 from egopatch.extract.encoders.networks.mfas import Variant, pool2x2
 from egopatch.features import PatchTokens
