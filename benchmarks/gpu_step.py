@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks._machine import add_result_arguments, result_path, stamp
 from benchmarks.sweep_cost import RATIOS, SEEDS, write_config, write_data
-from egopatch.configs import load_config
+from egopatch.configs.command_line import load_config
 from egopatch.configs.schema import Config
 from egopatch.train.data.batch_size import BatchSize
 from egopatch.train.data.question_table import plan_batches

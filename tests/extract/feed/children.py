@@ -19,7 +19,7 @@ from egopatch.extract.feed.pool import DecodePool
 from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 
-HEAVY = ("torch", "transformers", "zarr", "h5py", "ray", "matplotlib")
+HEAVY = ("torch", "transformers", "zarr", "h5py", "ray", "matplotlib", "jsonargparse")
 
 
 def die_or_prepare(clip: Clip, video: VideoConfig, cache: VideoCache) -> PreparedClip:
