@@ -153,10 +153,14 @@ def locked(path: Path) -> Iterator[int]:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             lock_file(handle, fcntl.LOCK_EX, path)
-            # While this process waited, a repair may have replaced the file.
-            if _is_file_of(handle, path):
-                yield handle
-                return
+            try:
+                # While this process waited, a repair may have replaced the file.
+                if _is_file_of(handle, path):
+                    yield handle
+                    return
+            finally:
+                # Closing the handle would leave the lock to a child that was forked meanwhile.
+                fcntl.flock(handle, fcntl.LOCK_UN)
         except OSError as error:
             error.filename = error.filename or str(path)
             raise

@@ -3,6 +3,8 @@
 import errno
 import fcntl
 import os
+import signal
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from egopatch.features import Store, StoreError, open_store
 from egopatch.features.io.files import SummedFile, crc32c, locked, replacing, size_and_crc, size_and_crc_of_file
 from egopatch.features.tools.verify import verify
 from tests.features.conftest import IDS, clip, fill
+from tests.features.faults import fork
 
 
 @pytest.mark.parametrize("size", [0, 1, 9, 2**20 - 1, 2**20, 2**21 + 7])
@@ -128,3 +131,20 @@ def test_files_follow_the_umask(make_local: Callable[..., Store]) -> None:
         os.umask(before)
     modes = {path.relative_to(store.path): path.stat().st_mode & 0o777 for path in store.path.rglob("*")}
     assert {str(name): oct(mode) for name, mode in modes.items() if mode not in (0o664, 0o775)} == {}
+
+
+def test_a_lock_ends_with_its_block_although_a_child_was_forked_in_it(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with locked(path):
+        child = fork(signal.pause)
+    try:
+        taken = threading.Event()
+
+        def take() -> None:
+            with locked(path):
+                taken.set()
+
+        threading.Thread(target=take, daemon=True).start()
+        assert taken.wait(10)
+    finally:
+        child.kill()
