@@ -72,7 +72,11 @@ class Catalog:
             # Rows that are being replaced are absent from the ledger while their files change. A writer that was killed
             # meanwhile holds no lock any more: its rows are absent until they are encoded again.
             for replacing in sorted(self.ledger.replacing):
-                if self.storage.wait_for_commit(replacing):
+                before = None
+                # When one writer has replaced them, the next one may have begun to.
+                while replacing in self.ledger.replacing and self.position != before:
+                    before = self.position
+                    self.storage.wait_for_commit(replacing)
                     self._read(replacing)
 
     def _read(self, shard: int | None) -> None:

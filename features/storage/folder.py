@@ -5,7 +5,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -162,15 +162,11 @@ class LocalStorage:
             finally:
                 path.unlink(missing_ok=True)
 
-    def wait_for_commit(self, shard: int) -> bool:
+    def wait_for_commit(self, shard: int) -> None:
         """See `interface.Storage`; needs no permission to write."""
         path = self._commit_lock(shard)
-        try:
-            with path.open("rb") as file:
-                lock_file(file.fileno(), fcntl.LOCK_SH, path)
-        except FileNotFoundError:
-            return False
-        return True
+        with suppress(FileNotFoundError), path.open("rb") as file:
+            lock_file(file.fileno(), fcntl.LOCK_SH, path)
 
     def _commit_lock(self, shard: int) -> Path:
         return self.location / "commits" / f"{shard:08d}.lock"

@@ -170,8 +170,8 @@ class Storage(ReadableFiles, Protocol):
         The lock belongs to the operating system: unlike a lease, it never outlives its process and no clock decides.
         """
 
-    def wait_for_commit(self, shard: int) -> bool:
-        """Wait until no process commits the shard, where files are replaced; returns whether one may have done so."""
+    def wait_for_commit(self, shard: int) -> None:
+        """Wait until no process commits the shard, where files are replaced."""
 
     def publish(self, shard: int, staged: Mapping[str, Path], sums: FileSums) -> str:
         """Put the staged files of a shard in place, by name.

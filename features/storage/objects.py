@@ -162,9 +162,8 @@ class ObjectStorage(ObjectFiles):
         """See `interface.Storage`; the ledger's condition suffices, because no file is replaced."""
         return nullcontext()
 
-    def wait_for_commit(self, shard: int) -> bool:
+    def wait_for_commit(self, shard: int) -> None:
         """See `interface.Storage`; no file is replaced."""
-        return False
 
     def publish(self, shard: int, staged: Mapping[str, Path], sums: FileSums) -> str:
         """See `interface.Storage`: each file gets a name that was never used, and is read back and compared."""

@@ -237,6 +237,24 @@ def test_a_reader_does_not_wait_for_a_killed_writer(tmp_path: Path, monkeypatch:
     check(store.path, OLD | {FIRST[0]: 90})
 
 
+def test_a_reader_waits_for_writers_that_replace_a_row_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = filled(lambda ids: create_store(tmp_path / "store", SPEC, FINGERPRINT, ids))
+    refresh(store)
+    ledger = raw_ledger_journal(store.catalog.storage)
+    drop, announce, commit = (line.entry for line in ledger.read().lines[-3:])
+    ledger.append(drop)
+    meanwhile = iter([[announce, commit, drop], [announce, commit]])
+
+    def wait(self: LocalStorage, shard: int) -> None:
+        for record in next(meanwhile):
+            ledger.append(record)
+
+    monkeypatch.setattr(LocalStorage, "wait_for_commit", wait)
+    assert torch.equal(open_store(store.path).read(FIRST[:1]).patches[0], patches(90))
+
+
 def test_a_clip_that_cannot_be_encoded_again_is_always_committed_or_in_quarantine(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
