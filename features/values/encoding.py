@@ -75,8 +75,9 @@ def quantise(patches: Tensor, scale: Tensor, dtype: str) -> Tensor:
 
 
 def dequantise(patches: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Stored patches [..., T, N, D] multiplied by their scale, in `dtype`."""
-    return patches.to(dtype).mul_(scale.to(dtype).unsqueeze(-1))
+    """Stored patches [..., T, N, D] multiplied by their scale, and rounded to `dtype` once."""
+    wide = torch.promote_types(dtype, torch.float32)  # a small scale has few digits as a float16
+    return patches.to(wide).mul_(scale.to(wide).unsqueeze(-1)).to(dtype)
 
 
 def reconstruction_error(tensors: Mapping[str, Tensor], spec: StoreSpec) -> float | None:

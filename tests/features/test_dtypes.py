@@ -83,6 +83,20 @@ def test_extreme_patches(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
+@pytest.mark.parametrize("target", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1.0, 1e-4])
+def test_tokens_are_rounded_to_the_requested_dtype_once(
+    dtype: str, target: torch.dtype, size: float, tmp_path: Path
+) -> None:
+    store = quantised_store(tmp_path / "store", dtype)
+    row = floats(0, store)
+    row["patches"] *= size
+    store.write_shard(0, {IDS[0]: row}, {IDS[0]: "x"})
+    read, exact = (store.read([IDS[0]], dtype).patches for dtype in (target, torch.float32))
+    assert torch.equal(read, exact.to(target))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_patches_are_known_to_be_finite_before_they_are_rounded(dtype: str, number: float, tmp_path: Path) -> None:
     """NaN has no step: it would become some number of the stored dtype, and its patch would get the scale 1."""
