@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -70,6 +71,7 @@ class Bucket:
 
     Raises:
         BadLocation: obstore is not installed, or the environment has no credentials.
+        StoreError: The process was forked from one that has opened a bucket; so does every method.
     """
 
     def __init__(self, url: ObjectUrl) -> None:
@@ -220,6 +222,11 @@ class Bucket:
         """Turn obstore's errors into StoreErrors with our own text: the server's text may repeat credentials."""
         from obstore.exceptions import BaseError
 
+        if _process_of_obstore() != os.getpid():
+            raise StoreError(
+                f"{self.url} is used in a forked process, in which requests would hang: the threads of obstore are not "
+                "copied; spawn the process (DataLoader: multiprocessing_context='spawn')"
+            )
         try:
             yield
         except FileNotFoundError as error:
@@ -252,6 +259,12 @@ class Bucket:
             f"{self.url}: bucket {self.url.bucket!r} does not exist at {self._endpoint}; create it, or check "
             "store.path and AWS_ENDPOINT_URL"
         )
+
+
+@cache
+def _process_of_obstore() -> int:
+    """The process that first opened a bucket; a forked child has this number, too, and none of obstore's threads."""
+    return os.getpid()
 
 
 def _require_credentials(url: ObjectUrl) -> None:

@@ -50,7 +50,8 @@ def torch_dataset(
 
 
 class ClipDataset(Dataset[dict[str, Any]]):
-    """Clips by index, created by `torch_dataset`. Workers of a `DataLoader` may be forked or spawned.
+    """Clips by index, created by `torch_dataset`. Workers of a `DataLoader` may be forked or spawned; for a store in
+    object storage, whose client does not survive a fork, only spawned.
 
     Item `i` is a dict: `clip_id`, and the clip's tensors without the batch: `patches` [T, N, D], `cls` [D], `saliency`
     [T, N], `timestamps` [T] and others as in `PatchTokens`.

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,16 @@ def test_times_in_the_video_take_no_tokens_and_no_other_clips(tmp_path: Path, mo
     store.video_times(IDS[:2])
     assert arrays == ["timestamps"] * 2
     assert len(texts) == 1  # of one commit
+
+
+def test_workers_of_a_store_in_a_bucket_are_spawned(bucket: str) -> None:
+    store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
+    fill(store)
+    clips = torch_dataset(store)
+    loader = partial(DataLoader, clips, 4, num_workers=1, collate_fn=clips.collate, timeout=60)
+    for batch in loader(multiprocessing_context="spawn"):
+        check(store, batch)
+    with pytest.raises(
+        StoreError, match=r"/store is used in a forked process, in which requests would hang: .*'spawn'"
+    ):
+        next(iter(loader(multiprocessing_context="fork")))
