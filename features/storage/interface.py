@@ -84,8 +84,12 @@ class Journal(Protocol[Entry]):
             DamagedStore: The journal is too damaged to be continued.
         """
 
-    def rewrite(self, records: Sequence[Record]) -> None:
-        """Replace all records, for repairs."""
+    def rewrite(self, change: Callable[[list[Entry]], Sequence[Record]]) -> None:
+        """Replace the intact records by what `change` makes of them, for repairs; nothing is appended in between.
+
+        Args:
+            change: Called with the records of the whole journal, or with those of one shard after the other.
+        """
 
     def back_up_damaged(self) -> None:
         """Copy the journal as it is to a name that ends in `.damaged`, for later inspection."""

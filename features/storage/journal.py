@@ -178,10 +178,11 @@ class FileJournal(Generic[Entry]):
             if decoded is None or decoded[1].get("shard") == shard:
                 raise write_conflict(self.path)
 
-    def rewrite(self, records: Sequence[Record]) -> None:
+    def rewrite(self, change: Callable[[list[Entry]], Sequence[Record]]) -> None:
         """See `interface.Journal`."""
-        lines = [encode_line(number, record) for number, record in enumerate(records)]
         with locked(self.path):
+            records = change([line.entry for line in self.read().lines])
+            lines = [encode_line(number, record) for number, record in enumerate(records)]
             write_file(self.path, b"".join(lines))
             self._write_head(len(lines), sum(len(line) for line in lines))
 

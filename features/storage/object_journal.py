@@ -25,7 +25,7 @@ from egopatch.features.storage.journal import (
 from egopatch.features.values.errors import DamagedStore, WriteConflict, write_conflict
 
 Entry = TypeVar("Entry")
-_TRIES = 20  # to append a line whose place in the journal does not matter
+_TRIES = 20  # to write whatever others have written before
 _FETCHES, _AHEAD = 32, 256
 
 
@@ -81,16 +81,10 @@ class ObjectJournal(Generic[Entry]):
         appended = self._append(key, record, None if offset is None else offset.version)
         return ObjectPosition({**after.offsets, key: appended})
 
-    def rewrite(self, records: Sequence[Record]) -> None:
+    def rewrite(self, change: Callable[[list[Entry]], Sequence[Record]]) -> None:
         """See `interface.Journal`."""
-        lines: dict[str, list[Record]] = {key: [] for key in self._keys()}
-        for record in records:
-            lines.setdefault(self._key(record.get("shard")), []).append(record)
-        for key, kept in lines.items():
-            content = b"".join(encode_line(number, record) for number, record in enumerate(kept))
-            found = self._fetch(key)
-            if found is None or found.content != content:
-                self._bucket.put_if_unchanged(key, content, None if found is None else found.version)
+        for key in self._keys():
+            self._rewrite(key, change)
 
     def back_up_damaged(self) -> None:
         """See `interface.Journal`."""
@@ -122,10 +116,20 @@ class ObjectJournal(Generic[Entry]):
     def _append_to_any(self, key: str, record: Record) -> ObjectOffset:
         for _ in range(_TRIES):
             found = self._fetch(key)
-            try:
+            with suppress(WriteConflict):
                 return self._append(key, record, None if found is None else found.version)
-            except WriteConflict:
-                continue
+        raise write_conflict(self._shown(key))
+
+    def _rewrite(self, key: str, change: Callable[[list[Entry]], Sequence[Record]]) -> None:
+        for _ in range(_TRIES):
+            found = self._fetch(key)
+            lines = [] if found is None else self._lines(key, found.content, 0)[0]
+            records = change([line.entry for line in lines])
+            content = b"".join(encode_line(number, record) for number, record in enumerate(records))
+            with suppress(WriteConflict):
+                if found is None or found.content != content:
+                    self._bucket.put_if_unchanged(key, content, None if found is None else found.version)
+                return
         raise write_conflict(self._shown(key))
 
     def _append(self, key: str, record: Record, version: Version | None) -> ObjectOffset:

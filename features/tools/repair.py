@@ -3,12 +3,11 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from egopatch.features.io.fields import Record
 from egopatch.features.state.header import HEADER, write_header
 from egopatch.features.state.ids import add_rows, ids_journal
 from egopatch.features.state.ledger import raw_ledger_journal
 from egopatch.features.state.quarantine import raw_quarantine_journal
-from egopatch.features.storage.interface import Journal, Storage
+from egopatch.features.storage.interface import Storage
 from egopatch.features.storage.pick import storage_at
 from egopatch.features.store.store import open_store
 from egopatch.features.store.text_substore import substores
@@ -76,10 +75,12 @@ def _repair_description(storage: Storage) -> list[str]:
         write_header(storage, audit.header)
     for journal in (raw_ledger_journal(storage), raw_quarantine_journal(storage)):
         if journal.name in damaged:
-            _rewrite(journal, [line.entry for line in journal.read().lines])
+            journal.back_up_damaged()
+            journal.rewrite(lambda intact: intact)
     metadata = audit.format.metadata_files(audit.header, audit.spec, len(audit.row_ids)) if storage.in_place else {}
     if ids_journal(storage).name in damaged:
-        _rewrite(ids_journal(storage), [])
+        ids_journal(storage).back_up_damaged()
+        ids_journal(storage).rewrite(lambda _: [])
         add_rows(storage, audit.row_ids, metadata)
     elif damaged & metadata.keys():
         add_rows(storage, [], metadata)
@@ -89,15 +90,8 @@ def _repair_description(storage: Storage) -> list[str]:
 def _remove_from_quarantine(storage: Storage, ids: Collection[str]) -> None:
     """Forget earlier failures of clips that have to be encoded again, which `extract run` would skip otherwise."""
     journal = raw_quarantine_journal(storage)
-    records = [line.entry for line in journal.read().lines]
-    kept = [record for record in records if record["id"] not in ids]
-    if len(kept) < len(records):
-        journal.rewrite(kept)
-
-
-def _rewrite(journal: Journal, records: list[Record]) -> None:
-    journal.back_up_damaged()
-    journal.rewrite(records)
+    if any(line.entry["id"] in ids for line in journal.read().lines):
+        journal.rewrite(lambda records: [record for record in records if record["id"] not in ids])
 
 
 def _repair_shards(storage: Storage, changed: Collection[str]) -> list[str]:

@@ -226,7 +226,7 @@ def test_a_clip_outside_of_its_shard(store: Store) -> None:
     journal = raw_ledger_journal(LocalStorage(store.path))
     records = [line.entry for line in journal.read().lines]
     records[1]["rows"][-1], records[3]["rows"][0] = 4, 3
-    journal.rewrite(records)
+    journal.rewrite(lambda _: records)
     with pytest.raises(DamagedStore, match=r"ledger.jsonl line 2 places clip '.*' in row 4, outside of shard 0"):
         open_store(store.path)
     assert not verify(store.path).ok

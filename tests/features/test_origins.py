@@ -92,11 +92,11 @@ def test_origins_that_no_ledger_has_are_refused(
     store = filled(make_local)
     journal = raw_ledger_journal(storage_at(store.path))
     *others, last = [line.entry for line in journal.read().lines]
-    journal.rewrite([*others, last | {"origins": text}])
+    journal.rewrite(lambda _: [*others, last | {"origins": text}])
     assert main(["info", str(store.path)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "'origins' of a commit is" in line
-    journal.rewrite([*others, last | {"origins": {}}])
+    journal.rewrite(lambda _: [*others, last | {"origins": {}}])
     with pytest.raises(DamagedStore, match="does not belong there"):
         open_store(store.path)
 
@@ -217,6 +217,6 @@ def test_machines_that_no_ledger_has_are_refused(make_local: Make, machines: obj
     store = filled(make_local)
     journal = raw_ledger_journal(storage_at(store.path))
     *others, last = [line.entry for line in journal.read().lines]
-    journal.rewrite([*others, last | {"machines": machines}])
+    journal.rewrite(lambda _: [*others, last | {"machines": machines}])
     with pytest.raises(DamagedStore, match="does not belong there"):
         open_store(store.path)

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from egopatch.features import DamagedStore, Failure, Store, StoreSpec, create_store, open_store
 from egopatch.features.__main__ import main
+from egopatch.features.state.quarantine import raw_quarantine_journal
 from egopatch.features.storage.folder import LocalStorage
 from egopatch.features.tools.repair import repair
 from egopatch.features.tools.verify import audit_store, check_shards, verify
@@ -309,3 +311,24 @@ def test_a_shard_that_is_being_committed_meanwhile_has_no_fault(
     monkeypatch.setattr(LocalStorage, "publish", publish)
     fill(store)
     assert faults == [[]]
+
+
+def test_repair_keeps_a_failure_that_a_writer_adds_meanwhile(
+    make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make()
+    store.write_shard(0, {}, {}, {IDS[0]: Failure("once")})
+    store.write_shard(0, {IDS[0]: clip(0)}, {IDS[0]: "hash"})
+    journal = raw_quarantine_journal(store.catalog.storage)
+    read, failures = journal.read, iter([{IDS[5]: Failure("late")}])
+
+    def then_write(*args: Any) -> Any:
+        found = read(*args)
+        for late in failures:
+            store.write_shard(1, {}, {}, late)
+        return found
+
+    monkeypatch.setattr(journal, "read", then_write)
+    monkeypatch.setattr("egopatch.features.tools.repair.raw_quarantine_journal", lambda storage: journal)
+    assert repair(store.path, changed=[IDS[0]]).dropped == (IDS[0],)
+    assert set(open_store(store.path).quarantine) == {IDS[5]}
