@@ -75,21 +75,27 @@ def remove(bucket: Bucket, base: str, shard: int | None = None) -> list[str]:
         if key.endswith(".json")
         and (shard is None or key.endswith(f"/{shard:08d}.json"))
         and (lease := _read_lease(bucket, base, key)) is not None
+        and lease.owner is not None
     }
     for key, lease in found.items():
         if lease.holder is not None:
             raise ShardOwned(
                 f"{bucket.url}/{key} is held by {lease.holder}, renewed {lease.idle_s:.0f} s ago; stop it first"
             )
-    bucket.delete(list(found))
-    return [f"{key.rpartition('/')[2]}: {lease.owner or 'unfinished'}" for key, lease in found.items()]
+    removed = []
+    for key, lease in found.items():
+        with suppress(WriteConflict):  # another process has taken it meanwhile
+            # No request deletes an object on a condition, so an empty one remains, which the next owner replaces.
+            bucket.put_if_unchanged(key, b"", lease.version)
+            removed.append(f"{key.rpartition('/')[2]}: {lease.owner}")
+    return removed
 
 
 def _acquire(bucket: Bucket, base: str, key: str, shard: int, content: bytes) -> Version:
     lease = _read_lease(bucket, base, key)
     if lease is None or lease.holder is None:
         try:
-            return bucket.put_if_unchanged(key, content, None if lease is None else lease.version)
+            return _write(bucket, key, content, None if lease is None else lease.version)
         except WriteConflict:
             lease = _read_lease(bucket, base, key)  # another process took it first
     holder = "another process" if lease is None or lease.owner is None else str(lease.owner)
@@ -97,6 +103,18 @@ def _acquire(bucket: Bucket, base: str, key: str, shard: int, content: bytes) ->
         f"shard {shard} of {bucket.url}/{base.rstrip('/')} is held by {holder}; wait for that process, or stop it: its "
         f"lease then expires automatically, {EXPIRY_S:.0f} s after the last renewal"
     )
+
+
+def _write(bucket: Bucket, key: str, content: bytes, version: Version | None) -> Version:
+    """As `put_if_unchanged`; where the answer got lost, the client's second try meets what the first has written."""
+    try:
+        return bucket.put_if_unchanged(key, content, version)
+    except WriteConflict:
+        with suppress(FileNotFoundError):
+            found = bucket.get(key)
+            if found is not None and found.content == content:
+                return found.version
+        raise
 
 
 def _read_lease(bucket: Bucket, base: str, key: str) -> LeaseState | None:
@@ -120,7 +138,7 @@ def _idle_s(bucket: Bucket, base: str, found: Content) -> float:
 def _renew(bucket: Bucket, key: str, content: bytes, version: Version, stop: threading.Event) -> None:
     while not stop.wait(RENEW_S):
         try:
-            version = bucket.put_if_unchanged(key, content, version)
+            version = _write(bucket, key, content, version)
         except WriteConflict:
             return  # another process took the lease; the commit will fail with a conflict
         except StoreError:

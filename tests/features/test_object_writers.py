@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from egopatch.features import Failure, ShardOwned, create_store, open_store
+from egopatch.features.io import object_lease
 from egopatch.features.io.bucket import Bucket
 from egopatch.features.io.process import Owner
 from egopatch.features.state.ledger import ledger_journal
@@ -25,7 +26,7 @@ from egopatch.features.values.errors import WriteConflict
 from egopatch.features.values.location import ObjectUrl
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip
 from tests.features.objects import objects
-from tests.features.test_objects import Killed
+from tests.features.test_objects import GONE, Killed
 
 
 def test_a_second_process_is_told_who_owns_what(bucket: str) -> None:
@@ -197,6 +198,50 @@ def test_a_commit_whose_answer_was_lost_is_seen_as_made(bucket: str, monkeypatch
         store.write_shard(0, {name: clip(7) for name in IDS[:2]}, dict.fromkeys(IDS, "x"))
     assert store.clip_ids == IDS[:2]
     assert verify(store.path).ok
+
+
+def test_a_lease_whose_answers_are_lost_is_held_and_renewed(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("egopatch.features.io.object_lease.RENEW_S", 0.01)
+    store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
+    real, renewed = Bucket.put_if_unchanged, threading.Semaphore(0)
+
+    def lossy(self: Bucket, key: str, content: bytes, version: Any) -> Any:
+        real(self, key, content, version)
+        renewed.release()
+        raise WriteConflict("refused")
+
+    monkeypatch.setattr(Bucket, "put_if_unchanged", lossy)
+    with store.lease(0):
+        assert all(renewed.acquire(timeout=60) for _ in range(4))
+    assert not any("leases/0" in key for key in objects(bucket))
+
+
+def test_unlock_leaves_a_lease_that_was_taken_meanwhile(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
+    with monkeypatch.context() as patch:
+        patch.setattr(Owner, "this_process", classmethod(lambda cls: GONE))
+        dead = [store.lease(shard) for shard in (0, 1)]
+        for lease in dead:
+            lease.__enter__()
+    read, taken = object_lease._read_lease, store.lease(0)
+
+    def then_take(*args: Any) -> Any:
+        found = read(*args)
+        if args[-1].endswith("00000001.json"):  # the last one
+            monkeypatch.setattr(object_lease, "_read_lease", read)
+            taken.__enter__()
+        return found
+
+    monkeypatch.setattr(object_lease, "_read_lease", then_take)
+    storage = storage_at(store.path)
+    assert storage.unlock() == [f"00000001.json: {GONE}"]
+    with pytest.raises(ShardOwned, match="held by process"), open_store(store.path).lease(0):
+        pass
+    taken.__exit__(None, None, None)
+    assert storage.unlock() == []
+    storage.require_no_writers()
+    for lease in dead:
+        lease.__exit__(None, None, None)
 
 
 def test_many_add_rows_at_once(bucket: str) -> None:
