@@ -18,10 +18,10 @@ import numpy as np
 
 from egopatch.features.formats.interface import CODECS, Blocks, Chunk, StagedFile
 from egopatch.features.io.fields import Record
-from egopatch.features.io.files import size_and_crc
+from egopatch.features.io.files import opening, size_and_crc
 from egopatch.features.storage.interface import ReadableFiles, Storage
 from egopatch.features.values.dtypes import disk_dtype, row_bytes
-from egopatch.features.values.errors import DamagedStore
+from egopatch.features.values.errors import DamagedStore, StoreError
 from egopatch.features.values.spec import ArraySpec, StoreSpec
 
 _CHECKSUM = 4
@@ -127,10 +127,12 @@ class Hdf5Shard:
             if isinstance(index, _Index) and index.file == identity:
                 self.index = index
                 return
-            with open_unlocked(self._file.path) as file:
+            with opening(Path(self._file.path)), open_unlocked(self._file.path) as file:
                 self.index = _Index(identity, {array.name: _chunks(file, array, spec) for array in spec.arrays})
         except DamagedStore as error:
             raise DamagedStore(f"{name} {error}") from error
+        except StoreError:
+            raise
         except _UNREADABLE as error:
             raise DamagedStore(f"{name} cannot be opened: {' '.join(str(error).split())}") from error
 

@@ -88,8 +88,9 @@ class Chunk:
         """
         if self.decode is None:
             return self.file.read_into(row, self.offset)
+        content = self.file.read(self.size, self.offset)
         try:
-            self.decode(self.file.read(self.size, self.offset), row)
+            self.decode(content, row)
         except (ValueError, RuntimeError) as error:
             raise DamagedStore(f"{self.file.path} holds bytes that cannot be decompressed ({error})") from error
         return crc32c(row)

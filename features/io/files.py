@@ -23,6 +23,7 @@ from egopatch.features.io.fields import FileSum
 from egopatch.features.values.errors import StoreError
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_TOO_MANY = (errno.EMFILE, errno.ENFILE)
 _BLOCK = 1 << 20
 _SMALL = 1 << 13
 
@@ -166,6 +167,27 @@ def locked(path: Path) -> Iterator[int]:
             raise
         finally:
             os.close(handle)
+
+
+@contextmanager
+def opening(path: Path) -> Iterator[None]:
+    """A block that opens `path` for reading; an OSError within it is that of a missing or damaged file.
+
+    Raises:
+        StoreError: The system refuses to open the file, which may be as it should be.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NOT_ALLOWED:
+            remedy = "give this user permission"
+        elif error.errno in _TOO_MANY:
+            remedy = "raise the limit of open files (ulimit -n)"
+        else:
+            raise
+        raise StoreError(
+            f"{path} cannot be opened ({os.strerror(error.errno)}); {remedy}, and run the same command again"
+        ) from error
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from egopatch.features.io.files import (
     lock_file,
     locked,
     make_folder,
+    opening,
     remove_folder,
     rename_into_place,
     size_and_crc_of_file,
@@ -94,11 +95,13 @@ class LocalStorage:
 
     def open(self, name: str) -> LocalFile:
         """See `interface.ReadableFiles`."""
-        return LocalFile(self.location / name)
+        with opening(self.location / name):
+            return LocalFile(self.location / name)
 
     def size_and_crc(self, name: str) -> FileSum:
         """See `interface.ReadableFiles`."""
-        return size_and_crc_of_file(self.location / name)
+        with opening(self.location / name):
+            return size_and_crc_of_file(self.location / name)
 
     def exists(self, name: str) -> bool:
         """See `interface.ReadableFiles`."""

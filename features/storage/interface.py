@@ -47,10 +47,15 @@ class ReadableFiles(Protocol):
     """Files that can be read by name."""
 
     def open(self, name: str) -> OpenFile:
-        """Open a file for reading."""
+        """Open a file for reading.
+
+        Raises:
+            OSError: The file is missing or damaged.
+            StoreError: It cannot be opened for another reason, such as its permissions.
+        """
 
     def size_and_crc(self, name: str) -> FileSum:
-        """Size in bytes and CRC-32 of a file, by reading all of it."""
+        """Size in bytes and CRC-32 of a file, by reading all of it. Errors as in `open`."""
 
     def exists(self, name: str) -> bool:
         """Whether a file of this name exists, or any file below a folder of this name."""

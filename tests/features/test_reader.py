@@ -1,16 +1,19 @@
-"""Threads that read one store wait for each other only where they need the same file."""
+"""Threads that read one store wait for each other only where they need the same file; an error is what it is."""
 
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from egopatch.features import DamagedStore, Store, open_store
+from egopatch.features import DamagedStore, Store, StoreError, create_store, open_store
 from egopatch.features.state.catalog import Catalog
 from egopatch.features.storage import objects
-from tests.features.conftest import IDS, SPEC, clip, fill, maker
+from egopatch.features.storage.folder import LocalFile
+from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill, maker
 
 WAIT_S = 20.0  # only a test that fails waits this long
 
@@ -108,3 +111,16 @@ def test_an_interrupt_behind_the_opening_of_a_file_stays_one(make: Callable[...,
         store.read([IDS[0]])
     store._reader._indexes = {}
     assert np.array_equal(store.read([IDS[0]]).patches[0], clip(0)["patches"].half())
+
+
+def test_compressed_rows_out_of_reach_are_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = create_store(tmp_path / "store", replace(SPEC, codec="zstd"), FINGERPRINT, IDS)
+    fill(store)
+    store.read(IDS)
+
+    def unreachable(*args: object) -> bytes:
+        raise StoreError("the server cannot be reached")
+
+    monkeypatch.setattr(LocalFile, "read", unreachable)
+    with pytest.raises(StoreError, match=r"^the server cannot be reached"):
+        store.read(IDS)

@@ -1,6 +1,8 @@
 """`verify` finds every fault and names the clips; `repair` and encoding again restore the store."""
 
+import errno
 import json
+import os
 import random
 import shutil
 import sys
@@ -12,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from egopatch.features import DamagedStore, Failure, Store, StoreSpec, create_store, open_store
+from egopatch.features import DamagedStore, Failure, Store, StoreError, StoreSpec, create_store, open_store
 from egopatch.features.__main__ import main
+from egopatch.features.formats.registry import format_named
 from egopatch.features.state.quarantine import raw_quarantine_journal
 from egopatch.features.storage.folder import LocalStorage
 from egopatch.features.tools.repair import repair
@@ -332,3 +335,27 @@ def test_repair_keeps_a_failure_that_a_writer_adds_meanwhile(
     monkeypatch.setattr("egopatch.features.tools.repair.raw_quarantine_journal", lambda storage: journal)
     assert repair(store.path, changed=[IDS[0]]).dropped == (IDS[0],)
     assert set(open_store(store.path).quarantine) == {IDS[5]}
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(errno.EACCES, "give this user permission"), (errno.EMFILE, r"raise the .* \(ulimit -n\)")]
+)
+def test_a_file_that_the_system_does_not_open_is_not_damaged(
+    tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS, format)
+    fill(store)
+    shard, open_file = format_named(format).file_names(SPEC, 1)[0], os.open
+
+    def refuse(path: Any, *args: Any) -> int:
+        if str(path).endswith(shard):
+            raise OSError(number, os.strerror(number), str(path))
+        return open_file(path, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        for action in (verify, repair, lambda path: store.read(IDS)):
+            with pytest.raises(StoreError, match=rf"{shard} cannot be opened \(.*\); {remedy}, and run the") as caught:
+                action(store.path)
+            assert type(caught.value) is StoreError
+    assert open_store(store.path).clip_ids == IDS
