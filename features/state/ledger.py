@@ -148,8 +148,7 @@ class Ledger:
 
     Attributes:
         clips: Committed id -> the commit that contains it.
-        commits: Shard -> number of the line that last committed it.
-        files: Shard -> its files, as committed.
+        files: Shard -> its files, as committed; an object of its own for each commit.
         write_ids: Shard -> id of the committed write, as in `Commit`.
         announced: Shard -> files that a writer was about to put in place; after a crash they may be in place, with the
             same committed rows.
@@ -158,7 +157,6 @@ class Ledger:
     """
 
     clips: dict[str, Commit] = field(default_factory=dict)
-    commits: dict[int, int] = field(default_factory=dict)
     files: dict[int, FileSums] = field(default_factory=dict)
     write_ids: dict[int, str] = field(default_factory=dict)
     announced: dict[int, list[FileSums]] = field(default_factory=dict)
@@ -224,9 +222,9 @@ class Ledger:
     def add_all(self, contents: Contents[Entry]) -> None:
         """Apply lines that were read."""
         for line in contents.lines:
-            self._add(line.number, line.entry)
+            self._add(line.entry)
 
-    def _add(self, number: int, entry: Entry) -> None:
+    def _add(self, entry: Entry) -> None:
         shard = entry.shard
         match entry:
             case Announce():
@@ -234,7 +232,6 @@ class Ledger:
             case Commit():
                 self.announced.pop(shard, None)
                 self.replacing.discard(shard)
-                self.commits[shard] = number
                 self.files[shard] = entry.files
                 self.write_ids[shard] = entry.write_id
                 self.errors[shard] = entry.errors

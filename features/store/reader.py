@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from egopatch.features.formats.interface import Format, OpenShard
+from egopatch.features.io.fields import FileSums
 from egopatch.features.state.catalog import Catalog
 from egopatch.features.state.ledger import ClipRecord
 from egopatch.features.values.dtypes import disk_dtype, row_bytes
@@ -27,7 +28,8 @@ class RowReader:
     def __init__(self, catalog: Catalog, file_format: Format) -> None:
         self._catalog = catalog
         self._file_format = file_format
-        self._open: OrderedDict[tuple[int, int], Future[OpenShard]] = OrderedDict()
+        # Shard -> its files, as committed, and what has opened them; the shard used last stands last.
+        self._open: OrderedDict[int, tuple[FileSums | None, Future[OpenShard]]] = OrderedDict()
         self._indexes: dict[int, object] = {}
         # Neither is held while a file is read: threads wait for each other only where they need the same shard.
         self._lock = threading.Lock()
@@ -52,12 +54,12 @@ class RowReader:
             DamagedStore: The bytes differ from those that were committed; the message names the clip.
         """
         shard = self._catalog.shard_of(record.row)
-        commit = self._catalog.ledger.commits.get(shard)
+        files = self._catalog.ledger.files.get(shard)
         try:
             for target, array in targets:
                 self._read_committed(target, name, record, array)
         except DamagedStore:
-            if not self._was_rewritten(name, record, commit):
+            if not self._was_rewritten(name, record, files):
                 raise
             # All arrays are read anew, so that they are of one commit.
             record = self._catalog.clip_records([name])[0]
@@ -69,15 +71,15 @@ class RowReader:
         with self._lock:
             self._open.clear()
 
-    def _was_rewritten(self, name: str, record: ClipRecord, commit: int | None) -> bool:
-        """Whether the clip's shard was written again since `commit`; if so, the catalog knows it now."""
+    def _was_rewritten(self, name: str, record: ClipRecord, files: FileSums | None) -> bool:
+        """Whether the clip's shard was written again since it had these `files`; if so, the catalog knows it now."""
         catalog, shard = self._catalog, self._catalog.shard_of(record.row)
         with self._refreshing:
-            if catalog.ledger.commits.get(shard) == commit:  # else another thread has refreshed it meanwhile
+            if catalog.ledger.files.get(shard) is files:  # else another thread has refreshed it meanwhile
                 catalog.refresh(shard)
             clips = catalog.ledger.clips
             changed = name not in clips or clips[name].clip(name) != record
-            return changed or catalog.ledger.commits.get(shard) != commit
+            return changed or catalog.ledger.files.get(shard) is not files
 
     def _read_committed(self, target: np.ndarray, name: str, record: ClipRecord, array: ArraySpec) -> None:
         root, spec = self._catalog.root, self._catalog.spec
@@ -95,19 +97,17 @@ class RowReader:
             )
 
     def _open_shard(self, shard: int) -> OpenShard:
-        # A later commit puts other files in place, so the commit is part of the key.
-        key = (shard, self._catalog.ledger.commits[shard])
+        # A later commit puts other files in place. After a repair, its line may have the number of an earlier one.
+        committed = self._catalog.ledger.files.get(shard)
         with self._lock:
-            opening = self._open.get(key)
-            if opening is not None:
-                self._open.move_to_end(key)
-            else:
-                opened: Future[OpenShard] = Future()
-                self._open[key] = opened
-                if len(self._open) > _OPEN_SHARDS:
-                    self._open.popitem(last=False)
-        if opening is not None:
-            return opening.result()
+            former, opening = self._open.pop(shard, (None, None))
+            current = opening if opening is not None and former is committed else None
+            opened = current or Future[OpenShard]()
+            self._open[shard] = committed, opened
+            if len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)
+        if current is not None:
+            return current.result()
         try:
             files = self._catalog.ledger.files_in(self._catalog.storage, shard)
             index = self._indexes.get(shard)
@@ -115,7 +115,8 @@ class RowReader:
             self._indexes[shard] = opened.result().index
         except BaseException as error:
             with self._lock:
-                self._open.pop(key, None)
+                if self._open.get(shard, (None, None))[1] is opened:
+                    del self._open[shard]
             if not opened.done():  # else a Ctrl-C came behind it
                 opened.set_exception(error)
             raise

@@ -13,6 +13,7 @@ from egopatch.features import DamagedStore, Store, StoreError, create_store, ope
 from egopatch.features.state.catalog import Catalog
 from egopatch.features.storage import objects
 from egopatch.features.storage.folder import LocalFile
+from egopatch.features.tools.repair import repair
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill, maker
 
 WAIT_S = 20.0  # only a test that fails waits this long
@@ -124,3 +125,15 @@ def test_compressed_rows_out_of_reach_are_not_damaged(tmp_path: Path, monkeypatc
     monkeypatch.setattr(LocalFile, "read", unreachable)
     with pytest.raises(StoreError, match=r"^the server cannot be reached"):
         store.read(IDS)
+
+
+def test_a_shard_is_opened_anew_when_a_repair_has_renumbered_the_ledger(make_local: Callable[..., Store]) -> None:
+    store = make_local(IDS[:4])
+    fill(store)
+    store.read(IDS[:4])
+    (store.path / "ledger.jsonl").write_bytes(b"")
+    repair(store.path)
+    rows = {name: clip(50 + n) for n, name in enumerate(IDS[:4])}
+    open_store(store.path).write_shard(0, rows, dict.fromkeys(rows, "hash"))
+    store.catalog.refresh()
+    assert np.array_equal(store.read(IDS[:1]).patches[0], clip(50)["patches"].half())
