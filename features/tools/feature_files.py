@@ -54,13 +54,21 @@ def _write_file(folder: Path, name: str, content: bytes | memoryview) -> None:
     error, and HDF5 ends the process.
 
     Raises:
-        StoreError: An earlier clip has the file: `a//b` and `a/b` are one, and on some disks `A` and `a`.
+        StoreError: An earlier clip has the file, as on some disks `A` and `a` have one; or the file would be found
+            under another id, as those of `a//b` and `a/`; or the system does not accept its name.
     """
     file = folder / name
-    if file.exists():
-        raise StoreError(f"two clips have the file {name!r}, by their ids; use --to webdataset")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(content)
+    if file.relative_to(folder).as_posix() != name or not file.suffix:
+        raise StoreError(f"the id of a clip cannot be told from its file's name {name!r}; use --to webdataset")
+    try:
+        if file.exists():
+            raise StoreError(f"two clips have the file {name!r}, by their ids; use --to webdataset")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise StoreError(f"no file can be called {name!r} ({error.strerror}); use --to webdataset") from error
 
 
 def write_npy(folder: Path, clips: Iterable[Clip]) -> None:

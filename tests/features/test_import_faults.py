@@ -271,9 +271,20 @@ def test_an_export_onto_a_full_disk_is_one_line(
 
 
 @pytest.mark.parametrize("kind", ["npy", "pt", "hdf5"])
-def test_ids_that_share_a_file_are_refused(kind: str, tmp_path: Path) -> None:
-    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, ("a/b", "a//b"))
+@pytest.mark.parametrize(
+    ("ids", "why"),
+    [
+        (("a//b",), "the id of a clip cannot be told from its file's name 'a//b"),
+        (("a/",), "the id of a clip cannot be told from its file's name 'a/."),
+        (("a" * 256,), r"no file can be called 'a.*' \(File name too long\)"),
+        (("a.npy/b", "a.pt/b", "a.h5/b", "a"), "two clips have the file 'a"),
+        (("a", "a.npy/b", "a.pt/b", "a.h5/b"), r"no file can be called 'a.*/b.*' \("),
+    ],
+)
+def test_ids_that_no_files_can_have_are_refused(kind: str, ids: tuple[str, ...], why: str, tmp_path: Path) -> None:
+    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, ids)
     fill(store)
-    with pytest.raises(StoreError, match=r"two clips have the file 'a//b.*'"):
+    with pytest.raises(StoreError, match=why):
         export(store.path, tmp_path / "out", kind)
     assert not (tmp_path / "out").exists()
+    assert export(store.path, tmp_path / "out", "webdataset") == len(ids)
