@@ -345,12 +345,9 @@ def _uncommitted_with_files(
     parsed = parse_header(header)
     spec, file_format = parsed.spec, FORMATS[parsed.format]
     uncommitted = {row: clip for row, clip in enumerate(row_ids) if clip is not None and clip not in ledger.clips}
-    return tuple(
-        clip
-        for row, clip in uncommitted.items()
-        if _has_files(storage, row // spec.shard, file_format.file_names(spec, row // spec.shard))
-    )
-
-
-def _has_files(storage: Storage, shard: int, names: Sequence[str]) -> bool:
-    return bool(storage.write_ids(shard)) if not storage.in_place else all(map(storage.exists, names))
+    if storage.in_place:
+        shards = sorted({row // spec.shard for row in uncommitted})
+        written = {shard for shard in shards if all(map(storage.exists, file_format.file_names(spec, shard)))}
+    else:
+        written = set(storage.write_ids_by_shard())
+    return tuple(clip for row, clip in uncommitted.items() if row // spec.shard in written)

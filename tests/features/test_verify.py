@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from egopatch.features import DamagedStore, Failure, Store, StoreError, StoreSpec, create_store, open_store
 from egopatch.features.__main__ import main
 from egopatch.features.formats.registry import format_named
+from egopatch.features.state.ledger import raw_ledger_journal
 from egopatch.features.state.quarantine import raw_quarantine_journal
 from egopatch.features.storage.folder import LocalStorage
 from egopatch.features.tools.repair import repair
@@ -359,3 +361,21 @@ def test_a_file_that_the_system_does_not_open_is_not_damaged(
                 action(store.path)
             assert type(caught.value) is StoreError
     assert open_store(store.path).clip_ids == IDS
+
+
+def test_a_damaged_ledger_makes_no_request_a_clip(make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make()
+    fill(store, skip=IDS[4:])
+    storage, looked = store.catalog.storage, []
+    ledger = raw_ledger_journal(storage)
+    ledger.rewrite(lambda _: [])
+    ledger.append({"kind": "unknown", "shard": 0})
+
+    def counting(self: object, real: Callable[..., Any], *args: Any) -> Any:
+        looked.append((real, *args))
+        return real(self, *args)
+
+    for name in ("exists", "write_ids", "write_ids_by_shard"):
+        monkeypatch.setattr(type(storage), name, partialmethod(counting, getattr(type(storage), name)))
+    assert verify(store.path).bad_clips == IDS[:4]
+    assert len(looked) == len(set(looked))
