@@ -10,9 +10,9 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Generic, TypeVar
+from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
 from egopatch.features.io.fields import MalformedRecord, Record, garbage_collection_paused, get_count
 from egopatch.features.io.files import append_synced, crc32c, locked, write_file
@@ -30,11 +30,23 @@ class Position:
 
 @dataclass(frozen=True)
 class FilePosition(Position):
-    """The first `number` lines, up to byte `end`, of the file `inode`."""
+    """The first `number` lines, up to byte `end`, of the file `inode`, after so many `rewrites` of the journal."""
 
     inode: int = -1
     number: int = 0
     end: int = 0
+    rewrites: int = 0
+
+
+class _Head(NamedTuple):
+    """Lines and bytes that have certainly been written, and how often all lines were replaced.
+
+    A file's number says little of that: once a repair has replaced a file, the next one's may have the same number.
+    """
+
+    lines: int
+    end: int
+    rewrites: int
 
 
 @dataclass(frozen=True)
@@ -147,7 +159,7 @@ class FileJournal(Generic[Entry]):
         """See `interface.Journal`."""
         with locked(self.path):
             if not self.head_path.exists():
-                self._write_head(0, 0)
+                self._write_head(_Head(0, 0, 0))
 
     def append(self, record: Record, after: Position | None = None) -> FilePosition:
         """Append one record and sync it. A torn line that a crash left at the end is cut off first.
@@ -159,21 +171,21 @@ class FileJournal(Generic[Entry]):
             OSError: The disk is full; the file is unchanged.
         """
         with locked(self.path) as handle:
-            number, end = self._extent(handle)
-            inode = os.fstat(handle).st_ino
+            number, end, rewrites = self._extent(handle)
+            last = FilePosition(os.fstat(handle).st_ino, number, end, rewrites)
             if after is not None:
-                self._refuse_newer_lines(handle, inode, end, record.get("shard"), after)
+                self._refuse_newer_lines(handle, last, record.get("shard"), after)
             os.ftruncate(handle, end)
             line = encode_line(number, record)
             append_synced(handle, line)
-            self._write_head(number + 1, end + len(line))
-            return FilePosition(inode, number + 1, end + len(line))
+            self._write_head(_Head(number + 1, end + len(line), rewrites))
+            return replace(last, number=number + 1, end=end + len(line))
 
-    def _refuse_newer_lines(self, handle: int, inode: int, end: int, shard: object, after: Position) -> None:
-        """Refuse to append if lines between `after` and `end` are about `shard`, or about no shard where it is None."""
-        if not isinstance(after, FilePosition) or after.inode not in (inode, -1) or after.end > end:
+    def _refuse_newer_lines(self, handle: int, last: FilePosition, shard: object, after: Position) -> None:
+        """Refuse to append if lines between `after` and `last` are about `shard`, or about none where it is None."""
+        if not isinstance(after, FilePosition) or not _follows(last, after):
             raise write_conflict(self.path)
-        for line in os.pread(handle, end - after.end, after.end).splitlines(keepends=True):
+        for line in os.pread(handle, last.end - after.end, after.end).splitlines(keepends=True):
             decoded = decode_line(line)
             if decoded is None or decoded[1].get("shard") == shard:
                 raise write_conflict(self.path)
@@ -183,8 +195,9 @@ class FileJournal(Generic[Entry]):
         with locked(self.path):
             records = change([line.entry for line in self.read().lines])
             lines = [encode_line(number, record) for number, record in enumerate(records)]
+            head = self._read_head()
             write_file(self.path, b"".join(lines))
-            self._write_head(len(lines), sum(len(line) for line in lines))
+            self._write_head(_Head(len(lines), sum(map(len, lines)), 1 + (head.rewrites if head else 0)))
 
     def back_up_damaged(self) -> None:
         """See `interface.Journal`."""
@@ -202,7 +215,7 @@ class FileJournal(Generic[Entry]):
         head = self._read_head()
         try:
             with self.path.open("rb", _BUFFER) as file, garbage_collection_paused():
-                start = _start(file, after)
+                start = _start(file, after, head.rewrites if head else 0)
                 lines, faults, expected = parse_lines(_whole_lines(file), start.number, self.name, self._parse)
                 end = file.tell()
                 torn = file.read(1) != b""
@@ -211,39 +224,49 @@ class FileJournal(Generic[Entry]):
         lost = bool(faults)
         if head is None:
             faults.append(f"{self.head_path.name} is missing or damaged")
-        elif expected < head[0]:
-            faults.append(f"{self.name} ends after {expected} of {head[0]} lines")
-            lost = lost or expected + torn < head[0]
-        position = FilePosition(start.inode, expected, end)
+        elif expected < head.lines:
+            faults.append(f"{self.name} ends after {expected} of {head.lines} lines")
+            lost = lost or expected + torn < head.lines
+        position = replace(start, number=expected, end=end)
         return Contents(tuple(lines), start.number == 0, tuple(faults), lost, position)
 
-    def _extent(self, handle: int) -> tuple[int, int]:
-        """Number of complete lines and where they end; reads only the bytes that the head does not count."""
+    def _extent(self, handle: int) -> _Head:
+        """The head as it has to be, with all complete lines; reads only the bytes that the one on disk lacks."""
         size = os.fstat(handle).st_size
-        head = self._read_head()
-        number, start = head if head and head[1] <= size else (0, 0)
+        head = self._read_head() or _Head(0, 0, 0)
+        number, start = (head.lines, head.end) if head.end <= size else (0, 0)
         tail = os.pread(handle, size - start, start)
-        return number + tail.count(b"\n"), start + tail.rfind(b"\n") + 1
+        return _Head(number + tail.count(b"\n"), start + tail.rfind(b"\n") + 1, head.rewrites)
 
-    def _read_head(self) -> tuple[int, int] | None:
-        """Lines and bytes that have certainly been written; None where the head is missing or damaged."""
+    def _read_head(self) -> _Head | None:
+        """The head; None where it is missing or damaged."""
         try:
             decoded = decode_line(self.head_path.read_bytes())
-            return (get_count(decoded[1], "records"), get_count(decoded[1], "bytes")) if decoded else None
+            if decoded is None:
+                return None
+            record = {"rewrites": 0} | decoded[1]
+            return _Head(get_count(record, "records"), get_count(record, "bytes"), get_count(record, "rewrites"))
         except (FileNotFoundError, MalformedRecord):
             return None
 
-    def _write_head(self, records: int, end: int) -> None:
-        write_file(self.head_path, encode_line(0, {"records": records, "bytes": end}))
+    def _write_head(self, head: _Head) -> None:
+        rewrites = {"rewrites": head.rewrites} if head.rewrites else {}
+        write_file(self.head_path, encode_line(0, {"records": head.lines, "bytes": head.end} | rewrites))
 
 
-def _start(file: BinaryIO, after: Position | None) -> FilePosition:
+def _start(file: BinaryIO, after: Position | None, rewrites: int) -> FilePosition:
     """Seek to `after`, or to the beginning where the file is not the one that `after` is about; returns that place."""
     status = os.fstat(file.fileno())
-    if not isinstance(after, FilePosition) or after.inode != status.st_ino or after.end > status.st_size:
-        after = FilePosition(status.st_ino)
+    whole = FilePosition(status.st_ino, end=status.st_size, rewrites=rewrites)
+    if not isinstance(after, FilePosition) or not _follows(whole, after):
+        after = replace(whole, end=0)
     file.seek(after.end)
     return after
+
+
+def _follows(position: FilePosition, after: FilePosition) -> bool:
+    """Whether `position` is that of a file whose beginning was read up to `after`."""
+    return (after.inode, after.rewrites) == (position.inode, position.rewrites) and after.end <= position.end
 
 
 def _whole_lines(file: BinaryIO) -> Iterator[bytes]:

@@ -1,13 +1,14 @@
 """Every damaged, missing or reordered line of a journal is detected; a torn last line is accepted."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from egopatch.features.io.fields import Record, get_list
-from egopatch.features.storage.journal import Contents, FileJournal, require_intact
-from egopatch.features.values.errors import DamagedStore
+from egopatch.features.storage.journal import Contents, FileJournal, FilePosition, require_intact
+from egopatch.features.values.errors import DamagedStore, WriteConflict
 
 RECORDS = [{"ids": ["a", "b\n"]}, {"ids": ["ü"]}, {"ids": []}]
 
@@ -101,3 +102,17 @@ def test_any_flipped_bit_is_a_fault(journal: FileJournal) -> None:
         path.write_bytes(content)
     journal.head_path.unlink()
     assert journal.read().faults
+
+
+def test_a_file_with_the_number_of_one_that_was_replaced_is_read_anew(journal: FileJournal) -> None:
+    position = journal.read().position
+    assert isinstance(position, FilePosition)
+    journal.rewrite(lambda _: 2 * RECORDS)
+    position = replace(position, inode=journal.path.stat().st_ino)  # the system uses free numbers again
+    contents = journal.read(position)
+    assert contents.from_start
+    assert records(contents) == 2 * RECORDS
+    with pytest.raises(WriteConflict):
+        journal.append(RECORDS[0], position)
+    journal.append(RECORDS[0], contents.position)
+    assert not journal.read(contents.position).from_start
