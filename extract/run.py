@@ -16,7 +16,7 @@ from egopatch.extract.engines.dispatch import encode_with_engine
 from egopatch.extract.engines.job_slice import ALL_SHARDS, Slice
 from egopatch.extract.engines.sharing import decoder_count, still_missing, worker_count
 from egopatch.extract.planning.plan import disk_refusal
-from egopatch.extract.texts import TextNetwork, create_text_store, cut_texts, encode_texts, load_text_network
+from egopatch.extract.texts import TextNetwork, create_text_store, cut_texts, encode_texts, find_text_network
 from egopatch.extract.worker.device import device_of, shortage_explained
 from egopatch.extract.worker.job import ExtractionJob, resolve_job
 from egopatch.extract.worker.job_stats import JobStats, record_job
@@ -39,6 +39,7 @@ class ExtractionResult:
         planned: Number of clips that have a row in the store.
         quarantine: Reason by clip id.
         texts: Number of question texts in the store.
+        texts_planned: Number of question texts that have a row in the store.
         errors: Reconstruction error by quantised array, as `Store.reconstruction_error`.
         check: The stored clips of this job's shards, compared with the annotations. Those that are still stale are
             held by another job, or were encoded by one with other annotations.
@@ -51,6 +52,7 @@ class ExtractionResult:
     planned: int
     quarantine: dict[str, str]
     texts: int
+    texts_planned: int
     errors: dict[str, float]
     check: OriginCheck
     machines: dict[str, int]
@@ -172,6 +174,8 @@ class _Texts:
     works: list[ShardWork]
 
     def encode(self, wait: bool) -> None:
+        if not self.works:
+            return
         texts = [text for work in self.works for text in work.ids]
         if cut := cut_texts(self.network.tokenizer, texts):
             length = self.network.config.text.max_length
@@ -213,6 +217,7 @@ class _Opened:
             planned=len(store.planned_ids),
             quarantine={clip_id: record.reason for clip_id, record in store.quarantine.items()},
             texts=len(texts.store.clip_ids) if texts else 0,
+            texts_planned=len(texts.store.planned_ids) if texts else 0,
             errors=dict(store.reconstruction_error),
             check=compare_origins(mine, config.data.root, store.origins()),
             machines=store.machines(),
@@ -229,8 +234,10 @@ def _open(job: ExtractionJob, dataset: Dataset, retry: bool, job_slice: Slice, r
         # Before the store gets rows for the new clips of what may be another data set.
         _refuse_stale(config, compare_origins(dataset.clips, root, read_ledger(config.store.path).origins()))
     ids = [clip.clip_id for clip in dataset.clips]
-    # Before the store is created: a wrong text.model leaves nothing behind.
-    network = load_text_network(config, job.network, job.device, job.checkpoint) if dataset.texts else None
+    network = None
+    if dataset.texts:
+        network = find_text_network(config, job.network, job.device, job.checkpoint)
+        _ = network.spec  # before the store is created: a wrong text.model leaves nothing behind
     store = create_store(config.store.path, job.spec, job.fingerprint, ids, format=config.store.format)
     texts = None if network is None else _open_texts(network, dataset.texts, job_slice)
     stale = compare_origins(dataset.clips, root, store.origins()).stale if refresh else {}
@@ -305,7 +312,7 @@ def _encode_questions_of_imported(config: Config, job_slice: Slice, wait: bool) 
             f"{min(missing)!r}; import features of all clips"
         )
     device = device_of(config.encoder.device)
-    network = load_text_network(config, find_network(config.encoder.arch), device, None)
+    network = find_text_network(config, find_network(config.encoder.arch), device, None)
     texts = _open_texts(network, dataset.texts, job_slice)
     texts.encode(wait)
     return ExtractionResult(
@@ -314,6 +321,7 @@ def _encode_questions_of_imported(config: Config, job_slice: Slice, wait: bool) 
         planned=len(store.planned_ids),
         quarantine={},
         texts=len(texts.store.clip_ids),
+        texts_planned=len(texts.store.planned_ids),
         errors={},
         check=compare_origins((), config.data.root, {}),
         machines={},

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -23,6 +24,8 @@ from egopatch.extract.worker.device import describe_machine, device_of
 from egopatch.extract.writing.shard_writer import BackgroundShardWriter, EncodedShard
 from egopatch.features import Fingerprint, ShardWork, Store, StoreSpec, create_store
 from egopatch.features.common.progress import ProgressDisplay
+from egopatch.features.state.header import HEADER, parse_header, read_header
+from egopatch.features.storage.pick import storage_at
 from egopatch.features.store.text_substore import TEXT_FOLDER
 from egopatch.features.values.location import parse_location
 from egopatch.features.values.spec import unscaled_dtype
@@ -32,37 +35,59 @@ TEXT_BATCH = 64
 
 @dataclass(frozen=True)
 class TextNetwork:
-    """The frozen text network on its device, with its checkpoint and tokenizer."""
+    """The frozen text network, with its checkpoint.
+
+    Tokenizer and encoder are loaded at their first use, because that takes seconds and most runs find every text
+    stored. Using them raises CheckpointError and ConfigError, as `extract_features` does.
+    """
 
     config: Config
     network: Network
     device: torch.device
     checkpoint: Checkpoint
-    tokenizer: Tokenizer
-    encoder: TextEncoder
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of `text.model`."""
+        return load_tokenizer(self.config.text.model, self.config.text.max_length)
+
+    @cached_property
+    def encoder(self) -> TextEncoder:
+        """The encoder, on the device."""
+        return load_text_encoder(self.network, self.checkpoint, text_depth(self.config)).to(self.device).eval()
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Fingerprint of the text substore."""
+        return text_fingerprint(self.config, self.network, self.checkpoint.sha256)
+
+    @cached_property
+    def spec(self) -> StoreSpec:
+        """The substore's arrays; tokenizer and encoder are loaded unless this network has already encoded some."""
+        config = self.config
+        storage = storage_at(parse_location(config.store.path) / TEXT_FOLDER)
+        stored = parse_header(read_header(storage)) if storage.exists(HEADER) else None
+        if stored is not None and stored.fingerprint == self.fingerprint:
+            width = stored.spec.array("states").shape[-1]
+        else:
+            _, width = self.tokenizer, self.encoder.width
+        return StoreSpec.for_text(config.text.max_length, width, config.store.dtype, codec=config.store.codec)
 
 
-def load_text_network(config: Config, network: Network, device: torch.device, video: Checkpoint | None) -> TextNetwork:
-    """The text network of `config.text` on `device`; where it has no file of its own, its weights come from `video`.
+def find_text_network(config: Config, network: Network, device: torch.device, video: Checkpoint | None) -> TextNetwork:
+    """The text network of `config.text` for `device`; where it has no file of its own, its weights come from `video`.
 
     Raises:
         CheckpointError, ConfigError: As for `extract_features`.
     """
-    checkpoint = open_text_checkpoint(network, video, config.text.model)
-    tokenizer = load_tokenizer(config.text.model, config.text.max_length)
-    encoder = load_text_encoder(network, checkpoint, depth=text_depth(config)).to(device).eval()
-    return TextNetwork(config, network, device, checkpoint, tokenizer, encoder)
+    return TextNetwork(config, network, device, open_text_checkpoint(network, video, config.text.model))
 
 
 def create_text_store(network: TextNetwork, texts: Sequence[str]) -> Store:
     """The text substore, with a row for each of `texts`."""
-    config = network.config
-    spec = StoreSpec.for_text(
-        config.text.max_length, network.encoder.width, config.store.dtype, codec=config.store.codec
-    )
-    fingerprint = text_fingerprint(config, network.network, network.checkpoint.sha256)
-    path = parse_location(config.store.path) / TEXT_FOLDER
-    return create_store(path, spec, fingerprint, texts, format=config.store.format)
+    store = network.config.store
+    path = parse_location(store.path) / TEXT_FOLDER
+    return create_store(path, network.spec, network.fingerprint, texts, format=store.format)
 
 
 def encode_questions(config: Config, texts: Sequence[str]) -> tuple[Fingerprint, dict[str, dict[str, torch.Tensor]]]:
@@ -73,10 +98,10 @@ def encode_questions(config: Config, texts: Sequence[str]) -> tuple[Fingerprint,
     """
     network = find_network(config.encoder.arch)
     video = open_checkpoint(network, config.encoder.checkpoint) if network.text_weights is None else None
-    loaded = load_text_network(config, network, device_of(config.encoder.device), video)
+    loaded = find_text_network(config, network, device_of(config.encoder.device), video)
     dtype = getattr(torch, unscaled_dtype(config.store.dtype))
     rows = _encode_text_batch(loaded.encoder, loaded.tokenizer, texts, loaded.device, dtype)
-    return text_fingerprint(config, network, loaded.checkpoint.sha256), rows
+    return loaded.fingerprint, rows
 
 
 def cut_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:

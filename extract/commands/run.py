@@ -137,9 +137,11 @@ def split_configs(args: Sequence[str]) -> list[list[str]]:
 
 def _report(config: Config, result: "ExtractionResult", again: str) -> None:
     stats = result.stats
+    complete = (result.clips, result.texts) == (result.planned, result.texts_planned)
+    ending = ", nothing is missing" if complete and not stats.committed else ""
     print(
         f"{config.store.path}: {result.clips}/{result.planned} clips and {result.texts} questions stored;"
-        f" this run encoded {stats.committed} clips"
+        f" this run encoded {stats.committed} clips{ending}"
     )
     if stats.stages.total_s:
         print(f"time: {stats.stages}")

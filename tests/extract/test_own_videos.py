@@ -59,7 +59,7 @@ def test_a_folder_becomes_a_store(
     def no_text_network(*_: object) -> None:
         raise AssertionError("there are no questions to encode")
 
-    monkeypatch.setattr("egopatch.extract.run.load_text_network", no_text_network)
+    monkeypatch.setattr("egopatch.extract.run.find_text_network", no_text_network)
     videos = tmp_path / "videos"
     (videos / "P01").mkdir(parents=True)
     write_video(videos / "P01" / "a.mp4", frames=35)  # 2.3 s

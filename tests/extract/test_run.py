@@ -1,6 +1,7 @@
 """`extract_features` looks up everything that its config names once and hands it on."""
 
 import json
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -70,6 +71,36 @@ def test_more_frames_than_the_checkpoint_was_trained_on_are_said(
     for command in (["plan", "--probe", "0"], ["doctor"]):
         assert main([*command, *changed, "--json"]) == 0
         assert more.frames_line in json.loads(capsys.readouterr().out)["advice"]
+
+
+def test_stored_questions_need_no_text_network(
+    bare: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", *options(bare)]) == 0
+    assert "nothing is missing" not in capsys.readouterr().out
+    for function in ("load_tokenizer", "load_text_encoder"):
+        monkeypatch.delattr(f"egopatch.extract.texts.{function}")
+    assert main(["run", *options(bare)]) == 0
+    assert capsys.readouterr().out.endswith("; this run encoded 0 clips, nothing is missing\n")
+    # Nor where clips are missing, and the check that the network is the store's stays.
+    (bare / "store" / "text").rename(bare / "text")
+    shutil.rmtree(bare / "store")
+    (bare / "store").mkdir()
+    (bare / "text").rename(bare / "store" / "text")
+    assert main(["run", *options(bare)]) == 0
+    assert f"this run encoded {CLIPS} clips\n" in capsys.readouterr().out
+    with (bare / "tokenizer" / "tokenizer.json").open("a") as file:
+        file.write(" ")
+    monkeypatch.undo()
+    assert main(["run", *options(bare)]) == 2
+    assert "was created with different settings (tokenizer: store has" in capsys.readouterr().err
+
+
+def test_a_wrong_text_model_leaves_nothing_behind(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (bare / "tokenizer" / "tokenizer.json").write_text("{}")
+    assert main(["run", *options(bare)]) == 2
+    assert "whose tokenizer cannot be read" in capsys.readouterr().err
+    assert not (bare / "store").exists()
 
 
 @pytest.mark.slow
