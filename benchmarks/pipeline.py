@@ -29,8 +29,8 @@ from benchmarks.encoder import GRID, PATCH, Work, checkpoint  # noqa: E402
 from egopatch.configs.schema import Config, EncoderConfig, EngineConfig, StoreConfig, VideoConfig  # noqa: E402
 from egopatch.extract.datasets import Clip  # noqa: E402
 from egopatch.extract.encoders import find_network, load_video_encoder  # noqa: E402
-from egopatch.extract.engines.sharing import decoder_count  # noqa: E402
 from egopatch.extract.feed.clips import PreparedClip  # noqa: E402
+from egopatch.extract.feed.pool import decoder_count  # noqa: E402
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM  # noqa: E402
 from egopatch.extract.worker.device import device_of, has_bfloat16  # noqa: E402
 from egopatch.extract.worker.job import ExtractionJob  # noqa: E402

@@ -14,7 +14,8 @@ from egopatch.extract.encoders import find_network
 from egopatch.extract.encoders.networks import imported
 from egopatch.extract.engines.dispatch import encode_with_engine
 from egopatch.extract.engines.job_slice import ALL_SHARDS, Slice
-from egopatch.extract.engines.sharing import decoder_count, still_missing, worker_count
+from egopatch.extract.engines.sharing import still_missing, worker_count
+from egopatch.extract.feed.pool import decoder_count
 from egopatch.extract.planning.plan import disk_refusal
 from egopatch.extract.texts import TextNetwork, create_text_store, cut_texts, encode_texts, find_text_network
 from egopatch.extract.worker.device import device_of, shortage_explained

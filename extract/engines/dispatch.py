@@ -9,12 +9,12 @@ from egopatch.extract.datasets import Clip
 from egopatch.extract.engines.sharing import (
     SharedJob,
     WorkersDied,
-    decoder_count,
     pack_network,
     still_missing,
     worker_count,
 )
 from egopatch.extract.errors import JobFailed
+from egopatch.extract.feed.pool import decoder_count
 from egopatch.extract.worker.job import ExtractionJob
 from egopatch.extract.worker.job_stats import JobStats
 from egopatch.extract.worker.pipeline import encode_shards

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets import Clip
 from egopatch.extract.encoders import Network
+from egopatch.extract.feed.pool import decoder_count
 from egopatch.extract.worker.device import EVERY_GPU
 from egopatch.extract.worker.job import resolve_job
 from egopatch.extract.worker.job_stats import JobStats
 from egopatch.extract.worker.pipeline import encode_shards
 from egopatch.features import ShardWork, Store, open_store
 from egopatch.features.common.child_errors import sendable_errors
-from egopatch.features.common.machine import limit_threads, usable_cores, usable_gpus
+from egopatch.features.common.machine import limit_threads, usable_gpus
 from egopatch.features.common.signals import start_trackers
 
 
@@ -128,10 +129,3 @@ def worker_count(config: Config) -> int:
     if config.engine.workers == "auto":
         return max(usable_gpus(), 1) if config.encoder.device in EVERY_GPU else 1
     return config.engine.workers
-
-
-def decoder_count(config: Config, workers: int) -> int:
-    """Number of decoders for each worker; `auto` divides the usable cores between `workers` here."""
-    if config.engine.decoders == "auto":
-        return max(usable_cores() // workers, 1)
-    return config.engine.decoders

@@ -22,7 +22,7 @@ from typing import Generic, TypeVar
 
 from pebble import ProcessExpired, ProcessFuture
 
-from egopatch.configs.schema import VideoConfig
+from egopatch.configs.schema import Config, VideoConfig
 from egopatch.extract.children.limits import OUT_OF_MEMORY, OUT_OF_TIME, limits, prepare_child
 from egopatch.extract.children.slots import SharedSlots, inherit, inherited
 from egopatch.extract.children.spawned import SpawnedPool
@@ -31,6 +31,7 @@ from egopatch.extract.feed.clips import PreparedClip, PreparedTogether, SharedCl
 from egopatch.extract.feed.shared_folder import SharedFolder
 from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.index import VideoError
+from egopatch.features.common.machine import usable_cores
 from egopatch.features.common.os_errors import NO_SPACE
 
 NICENESS = 5
@@ -38,6 +39,15 @@ NICENESS = 5
 # quick clips share tasks of about this many seconds, at most so many of them.
 TASK_S = 0.1
 TOGETHER = 4
+
+
+def decoder_count(config: Config, workers: int) -> int:
+    """Number of decoders for each worker; `auto` divides the usable cores between `workers` here."""
+    if config.engine.decoders == "auto":
+        return max(usable_cores() // workers, 1)
+    return config.engine.decoders
+
+
 Prepared = TypeVar("Prepared")
 Prepare = Callable[[Clip, VideoConfig, VideoCache], Prepared]
 

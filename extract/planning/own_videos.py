@@ -10,8 +10,8 @@ import yaml
 from egopatch.configs.command_line import load_config
 from egopatch.configs.schema import Config, ConfigError, DataConfig, RunConfig
 from egopatch.extract.datasets.folder import cut, find_videos, format_clips
-from egopatch.extract.engines.sharing import decoder_count
 from egopatch.extract.feed.durations import durations_s
+from egopatch.extract.feed.pool import decoder_count
 from egopatch.extract.fingerprints import configured
 from egopatch.features.io.files import make_folder, write_file
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets import Clip, load_dataset
 from egopatch.extract.datasets.origins import compare_origins, unrecorded_line
-from egopatch.extract.engines.sharing import decoder_count, worker_count
+from egopatch.extract.engines.sharing import worker_count
 from egopatch.extract.feed.clips import PreparedClip
 from egopatch.extract.feed.measure import measure_decoding
+from egopatch.extract.feed.pool import decoder_count
 from egopatch.extract.planning.forecast import Forecast, forecast, given_cost, measured_cost
 from egopatch.extract.transcoding.hint import gpu_decoder_hint, long_groups_hint
 from egopatch.extract.worker.bounds import bound_line

@@ -15,8 +15,7 @@ from pathlib import Path
 from egopatch.configs.schema import Config, ConfigError, DataConfig
 from egopatch.extract.datasets import Clip, load_dataset
 from egopatch.extract.datasets.egotaskqa import ANNOTATION_FOLDERS, VIDEO_FOLDER
-from egopatch.extract.engines.sharing import decoder_count
-from egopatch.extract.feed.pool import DecodePool, UndecodedClip
+from egopatch.extract.feed.pool import DecodePool, UndecodedClip, decoder_count
 from egopatch.extract.transcoding.segment import SETTINGS, Segment, write_segment
 from egopatch.features.common.progress import ProgressDisplay
 from egopatch.features.io.files import append_synced, locked, make_folder, write_file

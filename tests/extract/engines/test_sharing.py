@@ -23,7 +23,9 @@ from egopatch.extract.encoders import Network, find_network
 from egopatch.extract.engines import dispatch, joblib_engine, sharing
 from egopatch.extract.engines.interrupts import Requeue, requeue_on_signals
 from egopatch.extract.engines.joblib_engine import call_in_workers
-from egopatch.extract.engines.sharing import SharedJob, WorkersDied, decoder_count, worker_count
+from egopatch.extract.engines.sharing import SharedJob, WorkersDied, worker_count
+from egopatch.extract.feed import pool
+from egopatch.extract.feed.pool import decoder_count
 from egopatch.extract.worker.job_stats import JobStats, Stages
 from egopatch.features import Store, StoreError, create_store, open_store
 from egopatch.features.common.child_errors import ChildError
@@ -54,7 +56,7 @@ def test_auto_workers_without_a_gpu() -> None:
     ("cores", "workers", "decoders"), [(1, 1, 1), (6, 1, 6), (6, 2, 3), (6, 4, 1), (64, 2, 32), (2, 4, 1)]
 )
 def test_auto_decoders(cores: int, workers: int, decoders: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharing, "usable_cores", lambda: cores)
+    monkeypatch.setattr(pool, "usable_cores", lambda: cores)
     assert decoder_count(Config(), workers) == decoders
 
 
