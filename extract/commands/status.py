@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
 from egopatch.configs.schema import Config
 from egopatch.extract.commands.again import after_quarantine, retry_command
-from egopatch.extract.datasets import DatasetError, load_dataset
+from egopatch.extract.datasets import DatasetError, load_clips
 from egopatch.extract.datasets.origins import OriginCheck, compare_origins
 from egopatch.extract.worker.bounds import bound_line, ceilings
 from egopatch.extract.worker.job_stats import read_jobs, stats_of
@@ -51,7 +51,7 @@ def _bound_of_last(rates: dict[str, float]) -> str | None:
 def _check(config: Config, ledger: Ledger) -> OriginCheck | None:
     """The store compared with the annotations; None where they cannot be read, as on a machine without the data."""
     try:
-        clips = load_dataset(config.data).clips
+        clips = load_clips(config.data)
     except DatasetError:
         return None
     return compare_origins(clips, config.data.root, ledger.origins())

@@ -4,13 +4,14 @@ Others come from the entry points `egopatch.datasets` of installed packages, eac
 it, and from `register_dataset`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 from egopatch.configs.plugins import Plugins
 from egopatch.configs.schema import ConfigError, DataConfig
 from egopatch.extract.datasets import egoschema, egotaskqa, jsonl, nextqa, qaego4d
-from egopatch.extract.datasets.records import Dataset, DatasetError
+from egopatch.extract.datasets.records import Clip, Dataset, DatasetError
 
 Loader = Callable[[DataConfig], Dataset]
 
@@ -75,3 +76,12 @@ def load_dataset(data: DataConfig) -> Dataset:
     if data.paraphrases and any(question.variants is None for question in dataset.questions.get("train", ())):
         raise ConfigError(f"data.paraphrases is true, but the data set {data.name} has no paraphrases; set it to false")
     return dataset
+
+
+def load_clips(data: DataConfig) -> tuple[Clip, ...]:
+    """The clips of a data set; questions in a file of their own are not read, because there may be a million.
+
+    Raises:
+        DatasetError, ConfigError: As `load_dataset`.
+    """
+    return load_dataset(dataclasses.replace(data, questions=None) if data.name == "jsonl" else data).clips

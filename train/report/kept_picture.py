@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from egopatch.configs.schema import Config, ConfigError
-from egopatch.extract.datasets import load_dataset
+from egopatch.extract.datasets import load_clips
 from egopatch.extract.encoders import input_transform
 from egopatch.features.common.pictures import DIMMED, sheet
 from egopatch.train.fitting.predict import Prediction
@@ -57,7 +57,7 @@ def clip_frames(config: Config, clip_id: str) -> NDArray[np.float32]:
     # Imported here, because decoding takes long to load and only pictures need it.
     from egopatch.extract.feed.pool import DecodePool, UndecodedClip
 
-    clip = next((clip for clip in load_dataset(config.data).clips if clip.clip_id == clip_id), None)
+    clip = next((clip for clip in load_clips(config.data) if clip.clip_id == clip_id), None)
     if clip is None:
         raise ConfigError(f"clip {clip_id!r} is not in data.root, whose video the picture needs")
     transform = input_transform(config.encoder.arch, config.encoder.checkpoint, config.video.size)

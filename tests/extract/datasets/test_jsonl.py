@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from egopatch.configs.schema import DataConfig
+from egopatch.extract.__main__ import main
 from egopatch.extract.datasets import Clip, Dataset, DatasetError, load_dataset
 from egopatch.extract.datasets.jsonl import read_questions
 from egopatch.extract.datasets.parsing import json_lines
+from egopatch.features import Fingerprint, StoreSpec, create_store
 
 CLIPS = """{"clip_id": "b", "video": "videos/b.mp4", "start_s": 1, "end_s": 2.5}
 
@@ -58,6 +60,18 @@ def test_missing_files(tmp_path: Path) -> None:
     assert faults(tmp_path, CLIPS, None) == [
         "ROOT/questions.jsonl: no such file; expected the questions, one JSON object per line (data.questions)"
     ]
+
+
+def test_status_reads_the_clips_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """There may be a million questions, which take twenty seconds to read."""
+    spec = StoreSpec.for_patches(frames=1, grid=(1, 1), width=2, dtype="float16")
+    create_store(tmp_path / "store", spec, Fingerprint({"arch": "other"}), ["a", "b"])
+    options = ["--config", "configs/demo/egovlpv2.yaml", "--data.name", "jsonl", "--data.root", str(tmp_path)]
+    (tmp_path / "questions.jsonl").write_text("no question\n")
+    for clips, said in ((CLIPS, False), ("no clip\n", True)):
+        (tmp_path / "clips.jsonl").write_text(clips)
+        assert main(["status", *options, "--store.path", str(tmp_path / "store")]) == 0
+        assert ("the annotations cannot be read" in capsys.readouterr().out) == said
 
 
 def test_lines_of_any_editor(tmp_path: Path) -> None:
