@@ -189,5 +189,6 @@ def _right_option(fields: Mapping[str, Any], options: tuple[str, ...]) -> str:
 def _one_of(fields: Any, key: str, choices: tuple[Any, ...]) -> Any:
     value = fields.get(key)
     if value not in choices:
-        raise ValueError(f"{key!r} is {value!r}; expected {', '.join(choices[:-1])} or {choices[-1]}")
+        found = repr(value) if key in fields else "missing"
+        raise ValueError(f"{key!r} is {found}; expected {', '.join(choices[:-1])} or {choices[-1]}")
     return value

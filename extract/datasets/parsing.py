@@ -25,6 +25,7 @@ _UNUSABLE = re.compile("[\0\ud800-\udfff]")
 _NO_NAMES = frozenset(("", ".", ".."))  # of a file
 # What spreadsheets write between cells, by language; the one that the header has most of is taken.
 _DELIMITERS = ",;\t"
+MAX_SHOWN = 200  # characters of a wrong header
 
 
 def read_text(path: Path, purpose: str) -> str:
@@ -37,7 +38,7 @@ def read_text(path: Path, purpose: str) -> str:
         with _readable(path, purpose):
             return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}:byte {error.start}: not UTF-8 text; expected {purpose}") from None
+        raise ValueError(f"{path}:byte {error.start}: not UTF-8 text; save it as UTF-8: expected {purpose}") from None
 
 
 @contextmanager
@@ -102,28 +103,38 @@ def read_json_object(path: Path, purpose: str, expected: str) -> dict[str, Any]:
 
 
 def csv_rows(path: Path, purpose: str, columns: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """Position (`FILE:LINE`) and cells by column of every row of a CSV file that is not empty.
+    """Position (`FILE:LINE`, where it begins) and cells by column of every row of a CSV file that is not empty.
 
     A row with more cells than the header is a ValueError. Commas, semicolons and tabs may separate cells.
 
     Raises:
-        ValueError: As `read_text`; or the header, line 1, has not all `columns`, or one column twice.
+        ValueError: As `read_text`; or the header, line 1, has not all `columns`, or one column twice; or a quotation
+            mark is not closed, or stands inside a quoted cell without another one before it.
     """
     text = read_text(path, purpose)
     header = text.partition("\n")[0]
-    reader = csv.DictReader(io.StringIO(text), delimiter=max(_DELIMITERS, key=header.count))
-    if missing := [column for column in columns if column not in (reader.fieldnames or ())]:
-        raise ValueError(f"{path}:1: lacks the columns {', '.join(missing)}; expected {', '.join(columns)}")
-    named = [column for column in reader.fieldnames or () if column]
-    if twice := [column for column in dict.fromkeys(named) if named.count(column) > 1]:
-        raise ValueError(f"{path}:1: column {twice[0]!r} is used twice; expected each column once in the header")
+    reader, line = csv.reader(io.StringIO(text), delimiter=max(_DELIMITERS, key=header.count), strict=True), 1
     try:
-        for row in reader:
-            more = f"has more cells than the header, which has {len(reader.fieldnames or ())}"
-            if any(row.values()):
-                yield f"{path}:{reader.line_num}", ValueError(more) if None in row else row
+        names = next(reader, [])
+        if missing := [column for column in columns if column not in names]:
+            found = repr(names)[1:-1][:MAX_SHOWN] or "nothing"
+            raise ValueError(
+                f"{path}:1: lacks the columns {', '.join(missing)}; expected {', '.join(columns)}; found {found}"
+            )
+        named = [column for column in names if column]
+        if twice := [column for column in dict.fromkeys(named) if named.count(column) > 1]:
+            raise ValueError(f"{path}:1: column {twice[0]!r} is used twice; expected each column once in the header")
+        line = reader.line_num + 1
+        for cells in reader:
+            more = f"has more cells than the header, which has {len(names)}"
+            if any(cells):
+                yield f"{path}:{line}", ValueError(more) if len(cells) > len(names) else dict(zip(names, cells))
+            line = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{path}:{reader.line_num}: not valid CSV ({error}); expected {purpose}") from None
+        raise ValueError(
+            f"{path}:{line}: not valid CSV ({error}); expected {purpose}, and quotation marks inside quoted cells "
+            "doubled"
+        ) from None
 
 
 def json_lines(path: Path, purpose: str) -> Iterator[tuple[str, Any]]:
@@ -145,7 +156,7 @@ def _json_line(line: bytes, encoding: str) -> Any:
     try:
         return _loads(line.decode(encoding).rstrip("\r\n"))
     except UnicodeDecodeError as error:
-        return ValueError(f"not UTF-8 text (byte {error.start} of the line); expected one object on the line")
+        return ValueError(f"not UTF-8 text (byte {error.start} of the line); save the file as UTF-8")
     except json.JSONDecodeError as error:
         return ValueError(f"not valid JSON ({error.msg} at column {error.colno}); expected one object on the line")
     except (ValueError, RecursionError) as error:

@@ -241,7 +241,9 @@ def test_bad_answer_set(tmp_path: Path) -> None:
 def test_not_utf8_and_folder_in_place_of_file(tmp_path: Path) -> None:
     path = tmp_path / "train_qas.json"
     path.write_bytes(b'["\xff"]')
-    with pytest.raises(DatasetError, match=r"train_qas.json:byte 2: not UTF-8 text; expected an EgoTaskQA annotation"):
+    with pytest.raises(
+        DatasetError, match=r"train_qas.json:byte 2: not UTF-8 text; save it as UTF-8: expected an EgoTaskQA annotation"
+    ):
         read_questions(path)
     with pytest.raises(DatasetError, match=r"cannot be read .Is a directory.; expected an EgoTaskQA annotation file"):
         read_questions(tmp_path)

@@ -83,7 +83,7 @@ def test_lines_of_any_editor(tmp_path: Path) -> None:
 def test_bytes_that_are_no_text_are_a_fault_of_their_line(tmp_path: Path) -> None:
     (tmp_path / "clips.jsonl").write_bytes(CLIPS.encode() + b'{"clip_id": "\xff"}\n{"clip_id"\n')
     assert faults(tmp_path, None) == [
-        "ROOT/clips.jsonl:4: not UTF-8 text (byte 13 of the line); expected one object on the line",
+        "ROOT/clips.jsonl:4: not UTF-8 text (byte 13 of the line); save the file as UTF-8",
         "ROOT/clips.jsonl:5: not valid JSON (Expecting ':' delimiter at column 11); expected one object on the line",
     ]
 
@@ -170,7 +170,7 @@ def test_malformed_clip(tmp_path: Path, line: str, reason: str) -> None:
     [
         (('"a"', '"zz"'), "clip_id 'zz' is not a clip of ROOT/clips.jsonl; add it there"),
         (('"train"', '"trian"'), "'part' is 'trian'; expected train, val or test"),
-        (('"part": "train"', '"form": "x"'), "'part' is None; expected train, val or test"),
+        (('"part": "train"', '"form": "x"'), "'part' is missing; expected train, val or test"),
         (('"train"', '"train", "form": "x"'), "'form' is 'x'; expected open or binary"),
         (('"train"', '"train", "tags": [1]'), "'tags' is [1]; expected a list of strings"),
         (('"train"', '"train", "anser": 1'), "unknown key 'anser'; did you mean 'answer'?"),
@@ -319,7 +319,24 @@ def test_options_of_a_spreadsheet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("question_id,clip_id,question\n", ":1: lacks the columns part; expected question_id, clip_id, question, part"),
+        (
+            "question_id,clip_id,question\n",
+            ":1: lacks the columns part; expected question_id, clip_id, question, part; "
+            "found 'question_id', 'clip_id', 'question'",
+        ),
+        (
+            'question_id,clip_id,question,answer,part\n1,a,"What,cup,train\n2,a,W?,cup,train\n',
+            ":2: not valid CSV (unexpected end of data); expected the questions, CSV in UTF-8 with a header"
+            " (data.questions), and quotation marks inside quoted cells doubled",
+        ),
+        (
+            'question_id,clip_id,question,answer,part\n\n1,a,"hi" is said by,cup,train\n',
+            ":3: not valid CSV (',' expected after '\"'); expected the questions",
+        ),
+        (
+            'question_id,clip_id,question,answer,part\n1,a,"What\nis it?",cup,trian\n',
+            ":2: 'part' is 'trian'; expected train, val or test",
+        ),
         (
             "question_id,clip_id,question,part,anser\n1,a,What?,train,cup\n",
             ":2: unknown key 'anser'; did you mean 'answer'?",
@@ -329,6 +346,7 @@ def test_options_of_a_spreadsheet(tmp_path: Path) -> None:
             ":2: has more cells than the header, which has 5",
         ),
         ("question_id,clip_id,question,answer,part\n1,a,What?,,train\n", ":2: 'answer' is missing; expected text"),
+        ("question_id,clip_id,question,answer,part\n1,a,What?,cup\n", ":2: 'part' is missing; expected train, val or"),
         (
             "question_id,clip_id,question,part,options,answer_index\n1,a,W?,val,a|b,x\n",
             ":2: 'answer_index' is 'x'; expected 0",
