@@ -193,7 +193,8 @@ def _answers(folder: Path, train: Sequence[Question]) -> tuple[str, ...]:
     first: dict[str, int] = {}
     problems = []
     for number, line in enumerate(lines, start=1):
-        answer = line.strip()
+        # In any other spelling no question's answer would be of its class.
+        answer = line.strip() if line.strip() in UNKNOWN_ANSWERS else line.strip().lower()
         if answer in first:
             problems.append(
                 f"{path}:{number}: answer {answer!r} is also on line {first[answer]}; expected each answer once"

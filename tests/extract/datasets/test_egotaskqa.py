@@ -230,6 +230,13 @@ def test_class_outside_the_answer_set(tmp_path: Path) -> None:
     ]
 
 
+def test_an_answer_set_in_capitals_has_the_classes_of_its_answers(tmp_path: Path) -> None:
+    write(released(tmp_path) / "qa/direct/answer_set.txt", "<UNK0>\n<UNK1>\nOpen Fridge\nYes\n")
+    dataset = load(tmp_path)
+    assert dataset.answers == ("<UNK0>", "<UNK1>", "open fridge", "yes")
+    assert [dataset.class_of(question.answer) for question in dataset.questions["train"]] == [2, 3]
+
+
 def test_bad_answer_set(tmp_path: Path) -> None:
     write(released(tmp_path) / "qa/direct/answer_set.txt", "yes\nno\nyes\n")
     assert faults(tmp_path) == [
