@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -256,11 +257,14 @@ def text_field(record: Mapping[str, Any], key: str) -> str:
 
 
 def answer_field(record: Mapping[str, Any], key: str) -> str:
-    """Text that is not blank, or a number as text: `3` is an answer like `"3"`."""
+    """Text that is not blank, or a number as text: `3` is an answer like `"3"`.
+
+    The text is in Unicode's form NFC, so that an answer is one class, whatever form the editors of a file wrote.
+    """
     value = record.get(key)
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
-    return text_field(record, key)
+    return unicodedata.normalize("NFC", text_field(record, key))
 
 
 def id_field(record: Mapping[str, Any], key: str) -> str:

@@ -207,6 +207,26 @@ def test_all_faults_of_both_files_come_at_once(tmp_path: Path) -> None:
 CHOICE = {"question_id": 1, "clip_id": "a", "question": "What?", "part": "train"}
 
 
+def test_an_id_that_is_almost_that_of_a_clip_is_told_apart(tmp_path: Path) -> None:
+    clips = '{"clip_id": "caf\u00e9", "video": "a.mp4"}\n'
+    for clip_id, shown in (("cafe\u0301", r"cafe\u0301"), ("Caf\u00e9", r"Caf\xe9"), ("caf\u00e9 ", r"caf\xe9 ")):
+        question = {"question_id": "1", "clip_id": clip_id, "question": "What?", "answer": "cup", "part": "train"}
+        assert faults(tmp_path, clips, json.dumps(question)) == [
+            f"ROOT/questions.jsonl:1: clip_id '{shown}' is not a clip of ROOT/clips.jsonl, which has 'caf\\xe9'; "
+            "use one spelling in both files"
+        ]
+
+
+def test_an_answer_is_one_class_in_either_unicode_form(tmp_path: Path) -> None:
+    rows = (
+        {"question_id": number, "clip_id": "a", "question": "What?", "answer": answer, "part": part}
+        for number, (answer, part) in enumerate((("Caf\u00e9", "train"), ("cafe\u0301", "test")))
+    )
+    dataset = load(tmp_path, questions="".join(json.dumps(row) + "\n" for row in rows))
+    assert dataset.answers == ("<UNK0>", "<UNK1>", "caf\u00e9")
+    assert [q.answer for q in dataset.questions["test"]] == ["caf\u00e9"]
+
+
 def test_multiple_choice(tmp_path: Path) -> None:
     line = {**CHOICE, "options": ["Yes", "a  Cup ", "jar"], "answer_index": 1}
     dataset = load(tmp_path, CLIPS, json.dumps(line))
