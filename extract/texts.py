@@ -22,10 +22,8 @@ from egopatch.extract.encoders import (
 from egopatch.extract.fingerprints import text_depth, text_fingerprint
 from egopatch.extract.worker.device import describe_machine, device_of
 from egopatch.extract.writing.shard_writer import BackgroundShardWriter, EncodedShard
-from egopatch.features import Fingerprint, ShardWork, Store, StoreSpec, create_store
+from egopatch.features import Fingerprint, ShardWork, Store, StoreSpec, create_store, open_store, store_exists
 from egopatch.features.common.progress import ProgressDisplay
-from egopatch.features.state.header import HEADER, parse_header, read_header
-from egopatch.features.storage.pick import storage_at
 from egopatch.features.store.text_substore import TEXT_FOLDER
 from egopatch.features.values.location import parse_location
 from egopatch.features.values.spec import unscaled_dtype
@@ -65,8 +63,8 @@ class TextNetwork:
     def spec(self) -> StoreSpec:
         """The substore's arrays; tokenizer and encoder are loaded unless this network has already encoded some."""
         config = self.config
-        storage = storage_at(parse_location(config.store.path) / TEXT_FOLDER)
-        stored = parse_header(read_header(storage)) if storage.exists(HEADER) else None
+        path = parse_location(config.store.path) / TEXT_FOLDER
+        stored = open_store(path) if store_exists(path) else None
         if stored is not None and stored.fingerprint == self.fingerprint:
             width = stored.spec.array("states").shape[-1]
         else:

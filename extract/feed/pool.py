@@ -39,15 +39,6 @@ NICENESS = 5
 # quick clips share tasks of about this many seconds, at most so many of them.
 TASK_S = 0.1
 TOGETHER = 4
-
-
-def decoder_count(config: Config, workers: int) -> int:
-    """Number of decoders for each worker; `auto` divides the usable cores between `workers` here."""
-    if config.engine.decoders == "auto":
-        return max(usable_cores() // workers, 1)
-    return config.engine.decoders
-
-
 Prepared = TypeVar("Prepared")
 Prepare = Callable[[Clip, VideoConfig, VideoCache], Prepared]
 
@@ -178,6 +169,13 @@ class DecodePool(Generic[Prepared]):
             raise _Killed(reason) from error
         except BrokenProcessPool as error:
             raise self._children.start_error() from error
+
+
+def decoder_count(config: Config, workers: int) -> int:
+    """Number of decoders for each worker; `auto` divides the usable cores between `workers` here."""
+    if config.engine.decoders == "auto":
+        return max(usable_cores() // workers, 1)
+    return config.engine.decoders
 
 
 def slots_for(clips: int, workers: int, together: int) -> int:
