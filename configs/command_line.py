@@ -38,6 +38,11 @@ class ConfigParser(jsonargparse.ArgumentParser):
         # With abbreviations, `--train.epoch 3` would mean `--train.epochs 3`.
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
+    @property
+    def typed(self) -> str:
+        """The command as one types it in any folder, `egopatch train fit` for `train fit`, as messages name it."""
+        return f"egopatch {self.prog.removeprefix('egopatch ')}"
+
     def parse_args(self, args: Sequence[str], *more: Any, **options: Any) -> jsonargparse.Namespace:  # type: ignore[override]
         """Parse as jsonargparse does, and refuse an option with empty text, which as a path would be this folder, and
         one with a null that it cannot take, which as a path would be the folder `null`.
@@ -79,8 +84,7 @@ class ConfigParser(jsonargparse.ArgumentParser):
             # `--video FILE`, which jsonargparse adds to the options of a section, is not for a command line.
             own = [one for one in self._actions if not any(dest.startswith(f"{one.dest}.") for dest in dests)]
         shown = [action for action in own if action.help != argparse.SUPPRESS]
-        usage = self.usage or ("--config FILE [options]" if takes_config else "[options]")
-        lines = [f"usage: {self.prog} {usage}", "", str(self.description), ""]
+        lines = [self._usage_line(), "", str(self.description), ""]
         for action in shown:
             lines += _item(_usage_of(action), _help_of(action))
         if self.epilog:
@@ -95,7 +99,12 @@ class ConfigParser(jsonargparse.ArgumentParser):
 
     def full_help(self) -> str:
         """The help of every option."""
-        return super().format_help()
+        _, _, described = super().format_help().partition("\n\n")  # the usage of argparse lists all of them first
+        return f"{self._usage_line()}\n\n{described}"
+
+    def _usage_line(self) -> str:
+        usage = self.usage or ("--config FILE [options]" if "--config" in self._option_string_actions else "[options]")
+        return f"usage: {self.typed} {usage}"
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print `message` with the nearest valid option or file and exit with code 2."""
@@ -107,7 +116,7 @@ class ConfigParser(jsonargparse.ArgumentParser):
         line = reworded(" ".join(message.split()))
         if absent := line.partition(" arguments are required: ")[2]:
             names = ", ".join(self._name_of(dest) for dest in absent.split(", "))
-            return f"missing {names}; `{self.prog} --help` describes it"
+            return f"missing {names}; `{self.typed} --help` describes it"
         # An option of the command itself is meant by what one types, not by its name in Python.
         line = re.sub(r"^(\w+)(?= is )", lambda match: self._name_of(match[1]), line)
         return _absent_file(line) or _value_of_section(line) or f"{line}{self._nearest(line)}"

@@ -294,12 +294,12 @@ def test_a_command_without_config_shows_what_it_takes(
     with pytest.raises(SystemExit, match="0"):
         main([*command.split(), "--help"])
     first, *lines = capsys.readouterr().out.splitlines()
-    assert first == f"usage: {command} {usage}"
+    assert first == f"usage: egopatch {command} {usage}"
     assert any(line.startswith(f"  {shown}") for line in lines)
     assert not any("config" in line.lower() or "--help-all" in line or "--head" in line for line in lines)
     with pytest.raises(SystemExit, match="2"):
         main(command.split())
-    assert capsys.readouterr().err == f"{command}: error: missing {needed}; `{command} --help` describes it\n"
+    assert capsys.readouterr().err == f"{command}: error: missing {needed}; `egopatch {command} --help` describes it\n"
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,9 @@ def test_help_fits_a_screen_and_help_all_describes_every_option(capsys: pytest.C
     with pytest.raises(SystemExit) as done:
         parse("--help-all")
     assert done.value.code == 0
-    shown = capsys.readouterr().out
+    usage, shown = shown.splitlines()[0], capsys.readouterr().out
+    assert shown.splitlines()[0] == usage
+    assert usage.startswith("usage: egopatch ")
     assert all(f"--{name} " in shown for name in option_names())
 
 
@@ -301,7 +303,7 @@ def test_a_wrong_option_of_a_command_without_config_names_its_own(capsys: pytest
         (["a.mp4", "--clip-seconds", "ten"], "--clip-seconds is 'ten'; expected a number above 0 or null"),
         (["a.mp4", "--clip-seconds", "-1"], "--clip-seconds is -1; expected a number above 0 or null"),
         (["a.mp4", "--most-clips", "0"], "--most-clips is 0; expected a whole number above 0 or null"),
-        ([], "missing VIDEO; `demo --help` describes it"),
+        ([], "missing VIDEO; `egopatch demo --help` describes it"),
     ):
         with pytest.raises(SystemExit):
             parser.parse_args(wrong)
