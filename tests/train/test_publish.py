@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,16 @@ def test_an_upload_is_whole(run: Config, tmp_path: Path, capsys: pytest.CaptureF
 
 def test_folders_in_the_command_are_named(run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     card = run.run.dir / "card.json"
-    config, store = tmp_path / "a.yaml", tmp_path / "s"
-    command = f"egopatch train fit --config {config} --store.path={store} --data.root ../here/x"
-    card.write_text(json.dumps(json.loads(card.read_text()) | {"command": command}))
-    assert publish(run, tmp_path / "upload", "--terms", "none", "--head-only") == 0
+    config, store = tmp_path / "my runs" / "a.yaml", tmp_path / "the store"
+    options = ["--config", str(config), f"--store.path={store}", "--data.root", "../here/x"]
     note = "note: README.md and card.json have the command, which names folders of this machine"
-    assert f"{note}: {config}, {store}\n" in capsys.readouterr().out
+    for command, named in (
+        (shlex.join(["egopatch", "train", "fit", *options]), f"{config}, {store}"),
+        ("egopatch train fit --config '/a/b c", "/a/b"),  # as a hand may have left it
+    ):
+        card.write_text(json.dumps(json.loads(card.read_text()) | {"command": command}))
+        assert publish(run, tmp_path / "upload", "--terms", "none", "--head-only") == 0
+        assert f"{note}: {named}\n" in capsys.readouterr().out
 
 
 def test_an_unknown_licence_is_refused(run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -108,6 +109,15 @@ def _notes(card: Card) -> Iterator[str]:
     if paths:
         named = ", ".join(f"{name} {value}" for name, value in paths.items())
         yield f"{CARD} and {CONFIG} name folders of this machine: {named}"
-    # After a blank or an equals sign, as in --store.path=/data/store.
-    if in_command := re.findall(r"(?<![^\s='\"])/\S+", card.command):
+    # A word, or what stands in it after an equals sign, a blank or a quote, as in --store.path=/data/my store.
+    found = (re.search(r"(?:^|[\s='\"])(/.+)", word) for word in _words(card.command))
+    if in_command := [path[1] for path in found if path]:
         yield f"{README} and {CARD} have the command, which names folders of this machine: {', '.join(in_command)}"
+
+
+def _words(command: str) -> list[str]:
+    """The words of a command without their quotes; those between blanks where a quote is not closed."""
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return command.split()
