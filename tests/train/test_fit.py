@@ -265,6 +265,8 @@ def test_a_store_of_another_fingerprint_is_refused(tiny: Config, tmp_path: Path)
 def test_a_config_that_the_store_was_not_made_by_is_refused(tiny: Config) -> None:
     with pytest.raises(FingerprintMismatch, match="depth: store has 6, requested 12"):
         fit(with_run(tiny, "psa", encoder_depth=12), "x")
+    with pytest.raises(ConfigError, match=r"^encoder.arch is 'light'; expected one of .*; did you mean lite\?$"):
+        fit(with_run(tiny, "psa", encoder_arch="light"), "x")
 
 
 def test_answers_that_no_head_can_give_are_said(tiny: Config, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets import PARTS, Dataset, Question, load_dataset
 from egopatch.extract.datasets.origins import compare_origins, unrecorded_line
+from egopatch.extract.encoders import find_network
 from egopatch.extract.fingerprints import configured
 from egopatch.features import Fingerprint, FingerprintMismatch, Store, StoreError, open_store
 from egopatch.features.common.machine import find_device, limit_threads
@@ -302,6 +303,8 @@ def open_features(config: Config, kind: str, expect: Mapping[str, object] | None
 def _check_config(config: Config, store: Store) -> None:
     # A store outlives the config that created it: training on it with other settings would mislabel the run.
     created = store.fingerprint.fields
+    if config.encoder.arch != created.get("arch"):
+        find_network(config.encoder.arch)  # a misspelled name is refused with the nearest one
     differences = [
         f"{name}: store has {created[name]!r}, requested {value!r}"
         for name, value in configured(config).items()
