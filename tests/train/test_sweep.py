@@ -190,6 +190,9 @@ def test_a_sweep_of_other_settings_needs_another_name(tiny: Config) -> None:
     run_folder.claim(folder, replace(tiny, head=replace(tiny.head, ratio=0.25), train=replace(tiny.train, lr=0.5)))
     with pytest.raises(ConfigError, match=r"train.lr: .*\); use another --name or the original settings"):
         run_sweep(tiny, ratios=[0.25], name="a")
+    (folder / "config.yaml").write_text("- psa\n")
+    with pytest.raises(ConfigError, match=r"sections of an experiment; use another --name, or delete the folder"):
+        run_sweep(tiny, ratios=[0.25], name="a")
 
 
 def test_runs_of_another_process_are_waited_for(

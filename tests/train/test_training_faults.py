@@ -161,6 +161,7 @@ def test_a_sweep_with_a_failed_run_exits_with_1(
     assert main(["sweep", "--config", config_file, "--grid", str(grid)]) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith("train sweep: failed: 1 of 2 runs have no results in ")
+    assert captured.err.endswith("or a longer --train.warmup, in a sweep with another --name\n")
     assert captured.err.count("\n") == 1
     assert "train.lr 0.003: open" in captured.out
 
@@ -235,7 +236,9 @@ def test_out_of_memory_on_a_gpu_is_one_line(
         assert error.startswith("train fit: failed: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
         assert f"4.25 MiB is free, with train.batch {batch}; try {tried}{advice}" in error
     assert main(["sweep", "--config", config_file, "--ratios", "0.5"]) == 1
-    assert "train sweep: failed: CUDA out of memory. Tried to allocate 2.00 GiB" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("train sweep: failed: CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert error.endswith("a changed setting needs another --name\n")
 
     def too_many(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError(said)

@@ -199,7 +199,9 @@ class RunGroup:
         other = ", or --train.dtype float32" if heads.low_precision else ""
         where = f"epoch {self.position[0] + 1}, step {step} of {heads.steps}, at learning rate {rate:.2g}"
         lower = f"a lower --train.lr (such as {train.lr / 3:.1g}) or a longer --train.warmup{other}"
-        run.fail(f"{what} in {where}; try {lower}, in another --run.dir", step)
+        # A run that is trained by itself keeps its position in its own folder.
+        elsewhere = "another --run.dir" if self.path.parent == run.config.run.dir else "a sweep with another --name"
+        run.fail(f"{what} in {where}; try {lower}, in {elsewhere}", step)
 
     def _resume(self, saved: ResumeState) -> None:
         # The names tell the runs of a group apart; the folder of a single run may be renamed.

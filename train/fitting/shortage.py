@@ -13,12 +13,13 @@ from egopatch.train.rundir.card import RunError
 
 
 @contextmanager
-def shortage_explained(train: TrainConfig, folder: Path) -> Iterator[None]:
+def shortage_explained(train: TrainConfig, folder: Path, option: str = "--run.dir") -> Iterator[None]:
     """Turn a GPU's lack of memory into a RunError that names the batch size to try, and a full disk into a StoreError.
 
     Args:
         train: Hyper-parameters.
         folder: Folder of the run or sweep that is written.
+        option: What chooses another folder, for the message.
     """
     try:
         with write_errors_explained(f"writing to {folder}", kept="the last saved state is intact"):
@@ -29,5 +30,5 @@ def shortage_explained(train: TrainConfig, folder: Path) -> Iterator[None]:
         )
         raise RunError(
             f"{gpu_shortage(error)}, with train.batch {train.batch}; try {smaller}--train.residency ram (features in"
-            " the machine's memory) or a smaller --head.width; a changed setting needs another --run.dir"
+            f" the machine's memory) or a smaller --head.width; a changed setting needs another {option}"
         ) from error

@@ -196,15 +196,15 @@ def require_same_settings(folder: Path, config: Config, option: str = "--run.dir
         if is_finished(folder) and not (folder / WEIGHTS).exists():
             raise ConfigError(
                 f"run.dir {folder} holds results of a head that was trained elsewhere (`train evaluate --from`); use "
-                "another --run.dir, or delete the folder"
+                f"another {option}, or delete the folder"
             ) from None
         return
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} is damaged ({reason}); use another --run.dir, or delete the folder") from None
+        raise ConfigError(f"{path} is damaged ({reason}); use another {option}, or delete the folder") from None
     if not isinstance(existing, dict) or not all(isinstance(section, dict | None) for section in existing.values()):
         raise ConfigError(
-            f"{path} does not hold the sections of an experiment; use another --run.dir, or delete the folder"
+            f"{path} does not hold the sections of an experiment; use another {option}, or delete the folder"
         )
     requested, defaults = plain(config), plain(Config())
     held = {section: {**defaults[section], **(existing.get(section) or {})} for section in _DECISIVE}

@@ -116,7 +116,7 @@ def run_sweep(
     started, bytes_read = time.monotonic(), 0
     outcomes: Outcomes = {}
     if before < len(runs):
-        with shortage_explained(config.train, out), caller_state_kept(config.train.device):
+        with shortage_explained(config.train, out, "--name"), caller_state_kept(config.train.device):
             experiment = open_experiment(config)
             print("\n".join(experiment.data_lines), flush=True)
             experiment.print_quarantined()
@@ -144,7 +144,7 @@ def run_sweep(
     finished = [run for run in runs if run.folder.name not in failed]
     # Also where nothing was left to train, or where other processes trained some of the runs.
     require_shared_questions([run.folder for run in finished])
-    with shortage_explained(config.train, out):
+    with shortage_explained(config.train, out, "--name"):
         path = write_results(facts, finished, config, out)
     if failed:
         raise RunError(f"{len(failed)} of {len(runs)} runs have no results in {path}: {'; '.join(failed.values())}")
