@@ -22,8 +22,8 @@ def write_run(
     split: str = "direct",
     seed: int = 0,
     all_: float = 50.0,
-    open_: float = 40.0,
-    binary: float = 60.0,
+    open_: float | None = 40.0,
+    binary: float | None = 60.0,
     n: tuple[int, int] = (600, 400),
     val: float = 50.0,
     tags: dict[str, Any] | None = None,
@@ -32,9 +32,14 @@ def write_run(
     config: dict[str, Any] | None = None,
     card: dict[str, Any] | None = None,
 ) -> Path:
-    """One finished run; `kept` [Q, T, k] goes with `predictions` in order."""
+    """One finished run; `kept` [Q, T, k] goes with `predictions` in order, which are `guesses`."""
     path = folder / name
     path.mkdir(parents=True)
+    if predictions is not None:
+        right: dict[bool, list[bool]] = {True: [], False: []}
+        for question, answer in predictions.items():
+            right[is_binary(question)].append(answer != "spoon")
+        open_, binary = (100 * float(np.mean(right[one])) if right[one] else None for one in (False, True))
     test = {
         "model": model,
         "split": split,
@@ -113,7 +118,7 @@ def write_dataset(root: Path, clips: int = 6, questions: int = 24, videos: bool 
     (root / "clips.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     lines = []
     for index in range(questions):
-        binary = index % 3 == 0
+        binary = is_binary(f"q{index:02d}")
         text = EVIL if index == 0 else f"what colour is the thing that the person moved to place {index}?"
         line = {
             "question_id": f"q{index:02d}",
@@ -132,9 +137,14 @@ def write_dataset(root: Path, clips: int = 6, questions: int = 24, videos: bool 
     )
 
 
+def is_binary(question: str) -> bool:
+    """Whether a question of `write_dataset` asks for a yes or no."""
+    return int(question.removeprefix("q")) % 3 == 0
+
+
 def guesses(right_every: int, questions: int = 24) -> dict[str, str]:
     """Predictions for `write_dataset`: each `right_every`-th question is answered right."""
-    truth = {f"q{i:02d}": "yes" if i % 3 == 0 else COLOURS[i % 4] for i in range(questions)}
+    truth = {q: "yes" if is_binary(q) else COLOURS[i % 4] for i in range(questions) for q in [f"q{i:02d}"]}
     return {q: a if i % right_every == 0 else "spoon" for i, (q, a) in enumerate(truth.items())}
 
 

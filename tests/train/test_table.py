@@ -119,6 +119,19 @@ def test_predictions_of_every_seed_have_to_give_the_recorded_accuracy(tmp_path: 
     ]
 
 
+def test_an_accuracy_that_the_answers_do_not_give_has_no_interval(tmp_path: Path) -> None:
+    """Answers that were edited may still give the recorded accuracy over all questions."""
+    config = write_dataset(tmp_path / "data", videos=False)
+    run = write_run(tmp_path, "psa", predictions=guesses(4), all_=25.0)
+    edited = guesses(4) | {"q00": "spoon", "q01": "green"}  # a binary question wrong, an open one right
+    lines = [json.dumps({"question_id": name, "answer": answer}) + "\n" for name, answer in edited.items()]
+    (run / "predictions.jsonl").write_text("".join(lines))
+    write_table(tmp_path, config)
+    text = (tmp_path / "table.md").read_text()
+    assert re.search(r"\| psa \| 25\.00 \| 25\.00 \| 25\.00 \[\d+\.\d, \d+\.\d\] \|", text)
+    assert f"{run}: predictions.jsonl gives 31.25 on open questions but test.json has 25.00; the annotations" in text
+
+
 def test_runs_on_other_features_or_of_a_head_that_learned_other_data_are_no_repeats(tmp_path: Path) -> None:
     """As two imported stores, of which the config says only the path, and as `train evaluate --from`."""
     for seed in (0, 1):
@@ -190,7 +203,7 @@ def test_multiple_choice_is_also_counted_by_type(tmp_path: Path) -> None:
     start = lines.index("| Type | n | psa |")
     (row,) = gather(tmp_path / "runs").rows
     questions = load_questions(config, "direct")
-    found = intervals(correctness(row, questions), questions)["tag temporal"]
+    found = intervals(row, correctness(row, questions), questions)["tag temporal"]
     assert lines[start + 2 : start + 6][-1] == f"| temporal | 1 | 50.00 [{found.low:.1f}, {found.high:.1f}] |"
     assert [line.split(" | ")[0] for line in lines[start + 2 : start + 6]] == ["| CW", "| TN", "| causal", "| temporal"]
 

@@ -96,7 +96,7 @@ def rows_correctness(
     for row in rows:
         try:
             right[row.label] = correctness(row, questions)
-            problems += accuracy_mismatches(row, right[row.label])
+            problems += accuracy_mismatches(row, right[row.label], questions)
         except SourceError as error:
             problems.append(str(error))
     return questions, right
@@ -132,17 +132,29 @@ def text_scores(rows: Sequence[Row], questions: Questions, problems: list[str]) 
     return scores
 
 
-def accuracy_mismatches(row: Row, right: Correctness) -> list[str]:
-    """One line for each run of a row whose predictions do not give its recorded accuracy."""
+def accuracy_mismatches(row: Row, right: Correctness, questions: Questions) -> list[str]:
+    """One line for each run of a row whose predictions do not give its recorded accuracies."""
     lines = []
+    masks = column_masks(questions.by_id.values())
     for run, hits in zip(row.runs, right.by_seed, strict=True):
-        recorded, counted = run.scores["all"].accuracy, 100 * int(hits.sum()) / max(len(hits), 1)
-        if recorded is not None and abs(recorded - counted) >= 0.005:
-            lines.append(
-                f"{run.dir}: {PREDICTIONS} gives {counted:.2f} but {TEST} has {recorded:.2f}; "
-                "the annotations or the files have changed since; evaluate the run again"
-            )
+        for column in ("all", "open", "binary"):
+            recorded = run.scores[column].accuracy
+            if recorded is None or column not in masks:
+                continue
+            counted = 100 * float(hits[masks[column]].mean())
+            if not _same_mean(recorded, counted):
+                asked = "" if column == "all" else f" on {column} questions"
+                lines.append(
+                    f"{run.dir}: {PREDICTIONS} gives {counted:.2f}{asked} but {TEST} has {recorded:.2f}; "
+                    "the annotations or the files have changed since; evaluate the run again"
+                )
+                break
     return lines
+
+
+def _same_mean(recorded: float | None, counted: float) -> bool:
+    """Whether two accuracies are equal to the digits that the table shows."""
+    return recorded is not None and abs(recorded - counted) < 0.005
 
 
 def read_answers(folder: Path, questions: Questions) -> dict[str, str]:
@@ -167,8 +179,11 @@ def column_masks(questions: Iterable[Question]) -> dict[str, NDArray[np.bool_]]:
     return {column: counted for column, counted in masks.items() if counted.any()}
 
 
-def intervals(correct: Correctness, questions: Questions) -> dict[str, Interval]:
-    """The interval of each accuracy of a row, by column, or `tag X` for the tag X; only those with questions."""
+def intervals(row: Row, correct: Correctness, questions: Questions) -> dict[str, Interval]:
+    """The interval of each accuracy of a row, by column, or `tag X` for the tag X; only those with questions.
+
+    An accuracy that the answers do not give has none: theirs would be that of another number.
+    """
     clips, found = np.array(questions.clip_ids), {}
     for column, counted in column_masks(questions.by_id.values()).items():
         found[column] = accuracy(correct.by_seed[:, counted], clips[counted].tolist())
@@ -176,7 +191,9 @@ def intervals(correct: Correctness, questions: Questions) -> dict[str, Interval]
     for tag in sorted({tag for one in tags for tag in one}):
         counted = np.array([tag in one for one in tags])
         found[f"tag {tag}"] = accuracy(correct.by_seed[:, counted], clips[counted].tolist())
-    return found
+    recorded = {name: row.tag_mean(name.removeprefix("tag ")) for name in found if name not in COLUMNS}
+    recorded |= {column: row.mean(column) for column in COLUMNS}
+    return {name: one for name, one in found.items() if _same_mean(recorded[name], one.mean)}
 
 
 def difference(ours: Correctness, other: Correctness, questions: Questions) -> Comparison:

@@ -194,7 +194,8 @@ def _split_page(
     intervals: dict[str, Mapping[str, Interval]] = {}
     texts: table.Texts = {}
     if questions is not None:
-        intervals = {label: report_answers.intervals(correct, questions) for label, correct in right.items()}
+        found = [(row, right[row.label]) for row in rows if row.label in right]
+        intervals = {row.label: report_answers.intervals(row, correct, questions) for row, correct in found}
         texts = report_answers.text_scores([row for row in rows if row.label in right], questions, problems)
     return SplitPage(
         name=split,

@@ -78,9 +78,10 @@ def _read_answers(config: Config, split: str, results: Results, problems: list[s
     questions, right = report_answers.rows_correctness(config, split, rows, problems)
     if questions is None:
         return _Answers({}, {}, {})
+    read = [row for row in rows if row.label in right]
     return _Answers(
-        {label: report_answers.intervals(correct, questions) for label, correct in right.items()},
-        report_answers.text_scores([row for row in rows if row.label in right], questions, problems),
+        {row.label: report_answers.intervals(row, right[row.label], questions) for row in read},
+        report_answers.text_scores(read, questions, problems),
         Counter(tag for question in questions.by_id.values() for tag in question.tags) if questions.choices else {},
     )
 
