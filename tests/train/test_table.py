@@ -235,6 +235,26 @@ def test_a_repeated_seed_is_counted_once(tmp_path: Path, capsys: pytest.CaptureF
     assert "b: repeats seed 0 of a" in capsys.readouterr().err
 
 
+def test_runs_that_learned_from_other_data_or_answer_other_questions_are_no_seeds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where annotations were edited in place between two seeds."""
+    for seed, digest in enumerate("aab"):
+        write_run(tmp_path, f"s{seed}", seed=seed, all_=50.0 + seed)
+        record = {"answers": {"n": 2, "digest": "c"}, "train questions": {"n": 9, "digest": digest}}
+        (tmp_path / f"s{seed}" / "questions.json").write_text(json.dumps(record))
+    write_run(tmp_path, "s3", seed=3, all_=90.0, n=(600, 399))
+    write_run(tmp_path, "s4", seed=4, all_=54.0)  # of an earlier version, which recorded nothing
+    (record,) = write_table(tmp_path, NO_ANNOTATIONS)
+    assert record["all"] == round((50 + 51 + 54) / 3, 2)
+    shown = capsys.readouterr().err
+    assert (
+        "table: s2: is no further seed of s0, because it learned from other data (different: train questions); train "
+        "one of the two again; ignored\n" in shown
+    )
+    assert "table: s3: is no further seed of s0, because it answers 999 test questions in place of 1,000" in shown
+
+
 def test_runs_of_a_sweep_are_no_rows(tmp_path: Path) -> None:
     write_run(tmp_path, "psa")
     write_sweep(tmp_path)

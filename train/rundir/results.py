@@ -9,13 +9,13 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from egopatch.configs.schema import Config
 from egopatch.train.rundir.checked_json import read_object, require_card_fields
-from egopatch.train.rundir.names import CARD, LOG, SWEEPS, TEST, WEIGHTS
+from egopatch.train.rundir.names import CARD, LOG, QUESTIONS, SWEEPS, TEST, WEIGHTS
 from egopatch.train.scores.metrics import Score
 
 WITHOUT_FEATURES = ("majority", "longest-option")  # heads that read neither video nor text
@@ -59,6 +59,7 @@ class Run:
         quarantined: Number of test questions about quarantined clips, which got the majority answer.
         wrong_form: Number of test questions with an answer of the wrong form; None if an earlier version scored it.
         seconds_to_converge: Seconds of training until val first reached 95% of its best; None if not logged.
+        questions: Number and digest of the answers and questions that it learned from, by kind; empty if not recorded.
     """
 
     dir: Path
@@ -72,6 +73,7 @@ class Run:
     quarantined: int = 0
     wrong_form: int | None = None
     seconds_to_converge: float | None = None
+    questions: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def checkpoint(self) -> Path | None:
@@ -269,6 +271,7 @@ def read_run(path: Path) -> Run:
         quarantined=quarantined,
         wrong_form=wrong_form,
         seconds_to_converge=_seconds(path),
+        questions=_read_object(path / QUESTIONS, START_AGAIN) if (path / QUESTIONS).exists() else {},
     )
 
 
@@ -305,6 +308,10 @@ def _rows_of(system: str, split: str, runs: list[Run], folder: Path, problems: l
     for group, (options, features) in zip(groups, differing, strict=True):
         seeds: dict[int, Run] = {}
         for run in group:
+            if why := _no_seed_of(group[0], run):
+                names = run.dir.relative_to(folder), group[0].dir.relative_to(folder)
+                problems.append(f"{names[0]}: is no further seed of {names[1]}, because {why}; ignored")
+                continue
             first = seeds.setdefault(run.seed, run)
             if first is not run:
                 names = run.dir.relative_to(folder), first.dir.relative_to(folder)
@@ -320,6 +327,17 @@ def _rows_of(system: str, split: str, runs: list[Run], folder: Path, problems: l
             problems.append(f"{system} on {questions}: several settings were run; {row.label} has a separate row")
         rows.append(row)
     return rows
+
+
+def _no_seed_of(first: Run, run: Run) -> str | None:
+    """Why the accuracies of two runs of one setting have no common mean; None if they have."""
+    kinds = [kind for kind in first.questions if run.questions.get(kind) != first.questions[kind]]
+    if kinds and run.questions:  # earlier versions recorded none
+        return f"it learned from other data (different: {', '.join(kinds)}); train one of the two again"
+    counts = [[one.scores[part].n for part in COLUMNS] for one in (first, run)]
+    if counts[0] != counts[1]:
+        return f"it answers {counts[1][-1]:,} test questions in place of {counts[0][-1]:,}; evaluate both again"
+    return None
 
 
 def _differing(values: Mapping[str, object], base: Mapping[str, object]) -> list[str]:
