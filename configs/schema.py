@@ -77,8 +77,16 @@ class DataConfig:
 
     @property
     def title(self) -> str:
-        """What its questions are called: the split of EgoTaskQA, which alone has some, or the folder of other data."""
-        return self.split if self.name == "egotaskqa" else str(self.root)
+        """What its questions are called: the split of EgoTaskQA, which alone has some, or `own_title` of other data."""
+        return self.split if self.name == "egotaskqa" else own_title(self.root, self.questions)
+
+
+def own_title(root: Path, questions: str | None) -> str:
+    """What other data than EgoTaskQA's is called: its folder, by name alone where the path is absolute, since that is
+    one of a machine; and its file of questions, if it has a name of its own.
+    """
+    folder = root.name if root.is_absolute() and root.name else str(root)
+    return folder if questions in (None, DataConfig.questions) else f"{folder}/{questions}"
 
 
 @dataclass(frozen=True)

@@ -322,6 +322,8 @@ def test_a_list_is_expected_in_brackets(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_own_data_is_called_by_its_folder() -> None:
     assert DataConfig(name="jsonl", root=Path("data/mine")).title == "data/mine"
+    assert DataConfig(name="jsonl", root=Path("/home/me/kitchen")).title == "kitchen"
+    assert DataConfig(name="jsonl", root=Path("/a/stores"), questions="b.jsonl").title == "stores/b.jsonl"
     assert DataConfig(split="indirect").title == "indirect"
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from egopatch.configs.schema import Config
+from egopatch.configs.schema import Config, DataConfig
 from egopatch.train.report import answers as report_answers
 from egopatch.train.rundir.card import is_rendered, write_whole
 from egopatch.train.rundir.names import CARD, TEST
@@ -199,11 +199,26 @@ def notices(results: Results) -> list[str]:
         found.append(
             f"The encoder weights of {names} are pretrained ones (ImageNet, MiniLM), not trained on this data set."
         )
+    found += filter(None, (_several_data_sets(split, results.split(split)) for split in results.splits))
     if any(is_synthetic(card) for card in cards):
         found.append(
             "The videos and questions are synthetic (EgoSynth), so results are not comparable with EgoTaskQA's."
         )
     return found
+
+
+def _several_data_sets(split: str, rows: Sequence[Row]) -> str | None:
+    """A warning if the rows of one split are about questions of several folders or files; None if not."""
+    rows_of: dict[str, list[str]] = {}
+    for row in rows:
+        root, questions = (card_option(row.best.card, "data", name) for name in ("root", "questions"))
+        if root:
+            own = questions and questions != DataConfig.questions
+            rows_of.setdefault(f"{root}/{questions}" if own else str(root), []).append(row.label)
+    if len(rows_of) < 2:
+        return None
+    each = "; ".join(f"{', '.join(labels)}: {data}" for data, labels in rows_of.items())
+    return f"Rows of {title(split, rows)} are about several data sets, and cannot be compared with each other: {each}."
 
 
 def is_standin(card: Mapping[str, Any]) -> bool:

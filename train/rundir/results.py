@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from egopatch.configs.schema import Config
+from egopatch.configs.schema import Config, own_title
 from egopatch.train.rundir.checked_json import read_object, require_card_fields
 from egopatch.train.rundir.names import CARD, LOG, QUESTIONS, SWEEPS, TEST, WEIGHTS
 from egopatch.train.scores.metrics import Score
@@ -281,9 +281,13 @@ def card_option(card: Mapping[str, Any], section: str, name: str) -> object:
 
 
 def data_title(split: str, cards: Iterable[Mapping[str, Any]]) -> str:
-    """What the questions of runs are called: EgoTaskQA's split, or the folder of another data set."""
-    data = [(card_option(card, "data", "name"), str(card_option(card, "data", "root"))) for card in cards]
-    return ", ".join(dict.fromkeys(root for name, root in data if name not in ("egotaskqa", ""))) or split
+    """What the questions of runs are called: EgoTaskQA's split, or what `own_title` calls another data set."""
+    titles: dict[str, None] = {}
+    for card in cards:
+        name, root, questions = (card_option(card, "data", option) for option in ("name", "root", "questions"))
+        if name not in ("egotaskqa", ""):
+            titles[own_title(Path(str(root)), str(questions) if questions else None)] = None
+    return ", ".join(titles) or split
 
 
 def _run_folders(folder: Path) -> list[Path]:
