@@ -287,6 +287,7 @@ def test_the_headline_matches_by_head_and_prefers_real_weights(
         return [(("data:image/jpeg;base64,",) * len(read), "")] * len(clips)
 
     monkeypatch.setattr(report_examples, "pictures", drawn)
+    write_sweep(tmp_path)  # of psa, which is not the system of the headline
     text = write_report(made[0], tmp_path).read_text()
     assert "psa (lite), all questions</span>" in text
     assert "points over question-only" in text
@@ -296,6 +297,8 @@ def test_the_headline_matches_by_head_and_prefers_real_weights(
     examples = text.count('<article class="example"')
     assert examples >= 8
     assert len(overlays) == 2 * examples  # the frames of the run's own card, and its own selection
+    (colour,) = set(re.findall(r'<path class="line (k\d+)" [^>]*><title>psa</title>', text))  # in all charts
+    assert colour != "k0"
 
 
 def test_a_row_on_random_weights_alone_is_called_that(

@@ -14,7 +14,7 @@ from egopatch.train.explanation.record import Explanation, Ranking
 from egopatch.train.report.page import write_report
 from egopatch.train.scores.statistics import Interval
 from tests.train.browser import CHROMIUM, Browser, browser
-from tests.train.fake_runs import COLOURS, guesses, kept_patches, write_dataset, write_run, write_sweep
+from tests.train.fake_runs import COLOURS, guesses, kept_patches, score, write_dataset, write_run, write_sweep
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,8 +35,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("report")
     config = write_dataset(root / "data")
     for index, system in enumerate(("majority", "question-only", "egovlp", "psa")):
-        kept = kept_patches() if system == "psa" else None
-        write_run(root / "runs", system, model=system, predictions=guesses(6 - index), kept=kept)
+        kept, tags = kept_patches() if system == "psa" else None, {"counterfactual": score(50.0, 12)}
+        write_run(root / "runs", system, model=system, predictions=guesses(6 - index), kept=kept, tags=tags)
     sweep = write_sweep(root / "runs")
     for ratio, k in ((0.1, 5), (1.0, 49)):
         write_run(sweep, f"r{ratio}_s0", predictions=guesses(3), kept=kept_patches(k=k))
@@ -102,6 +102,11 @@ def test_it_fits_the_window_and_can_be_read(
         tab.run("Math.min(...[...document.querySelectorAll('svg.chart')].map(e => e.getBoundingClientRect().width))")
         > 300
     )
+    # No word of a table's first column is cut in two.
+    assert tab.run(
+        "(() => { const range = document.createRange(); range.selectNodeContents(document.querySelector('.tags td'));"
+        " return [range.toString(), range.getClientRects().length]; })()"
+    ) == ["counterfactual", 1]
     # The smallest text of a chart, in pixels.
     scale = tab.run(
         "Math.min(...[...document.querySelectorAll('svg.chart')].map(e => e.getBoundingClientRect().width / 400))"

@@ -56,6 +56,10 @@ def test_a_line_of_one_value_and_one_point_is_drawn() -> None:
     assert "nan" not in str(line_chart("t", [Line("a", 0, (3,), (5.0,))], "x", "y").svg)
 
 
+def test_levels_of_neighbouring_colours_differ_in_their_dashes() -> None:
+    assert len({Line("a", colour, (), [1.0], level=True).dashes for colour in range(2, 6)}) == 4
+
+
 def test_bars_are_as_long_as_their_values() -> None:
     bars = [Bar("a", 0, 20.0, None, []), Bar("b", 1, 40.0, (30.0, 50.0), [38.0, 42.0]), Bar("c", 2, 0.0, None, [])]
     svg = str(bar_chart("t", bars, "accuracy").svg)

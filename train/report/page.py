@@ -307,6 +307,7 @@ def _table_chart(split: SplitPage, colours: Mapping[str, int]) -> Chart:
 def _ratio_chart(split: SplitPage, sweeps: Sequence[Sweep], colours: Mapping[str, int]) -> Chart:
     lines = []
     settings = [(sweep, setting) for sweep in sweeps for setting in sweep.settings]
+    own = dict(colours)  # the first line of a system has its colour
     for number, (sweep, setting) in enumerate(settings):
         points = sweep.curve(setting)
         label = setting or (sweep.system if len(settings) == 1 else f"{sweep.system}, {sweep.name}")
@@ -316,7 +317,7 @@ def _ratio_chart(split: SplitPage, sweeps: Sequence[Sweep], colours: Mapping[str
             if all(low == high for low, high in bands)
             else ([low for low, _ in bands], [high for _, high in bands])
         )
-        colour = len(colours) + number if number else 0
+        colour = own.pop(sweep.system, len(colours) + number)
         lines.append(Line(label, colour, [point.ratio for point in points], [point.mean for point in points], band))
     lines += [
         Line(row.label, colours[row.label], (), [mean], level=True)

@@ -20,6 +20,7 @@ BAR = 26
 LABEL_LETTERS = 19
 MOST_TICKS = 6
 DASHES = ("", "7 3", "2 3", "9 3 2 3")
+LEVEL_DASHES = ("5 4", "1 4", "12 4", "6 3 1 3")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Line:
     @property
     def dashes(self) -> str:
         """Pattern of its dashes."""
-        return "5 4" if self.level else DASHES[self.colour // 3 % len(DASHES)]
+        # Levels stand side by side, often with neighbouring colours.
+        return LEVEL_DASHES[self.colour % 4] if self.level else DASHES[self.colour // 3 % len(DASHES)]
 
 
 @dataclass(frozen=True)
