@@ -13,6 +13,7 @@ from egopatch.interrupt import exit_code_of_interrupt, interrupts_in_one_line
 with interrupts_in_one_line("features"):
     import argparse
     import json
+    import shlex
     from dataclasses import asdict
     from pathlib import Path
 
@@ -262,8 +263,9 @@ def _source_lines(report: "SourceReport", options: argparse.Namespace) -> Iterat
         yield f"{report.unrecorded} clips were stored before stores recorded their video, and cannot be checked"
     if report.changed:
         yield (
-            f"run `egopatch features repair {options.store} --sources {options.sources}` to remove their clips, and "
-            "then `egopatch extract run` to encode them again"
+            f"run `egopatch features repair {shlex.quote(str(options.store))} --sources "
+            f"{shlex.quote(str(options.sources))}` to remove their clips, and then `egopatch extract run` to encode "
+            "them again"
         )
 
 
@@ -292,7 +294,7 @@ def _verify_lines(report: "VerifyReport") -> Iterator[str]:
         yield "every committed clip reads back bit for bit"
     else:
         counts = f"{len(report.faults)} faults, {len(report.bad_clips)} bad clips"
-        yield f"{counts}: run `egopatch features repair {report.path}`"
+        yield f"{counts}: run `egopatch features repair {shlex.quote(str(report.path))}`"
 
 
 def _repair(options: argparse.Namespace) -> Outcome:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ class CheckpointReport:
         if faults := [*self.missing, *self.reshaped]:
             raise CheckpointError(
                 f"{self.path}: {len(faults)} tensors are missing or have the wrong shape, the first is {faults[0]}; "
-                f"list all of them with `egopatch extract checkpoint inspect {self.path}`"
+                f"list all of them with `egopatch extract checkpoint inspect {shlex.quote(str(self.path))}`"
             )
 
     def lines(self) -> list[str]:

@@ -8,6 +8,7 @@ another boot is kept, because its owner may be running. `remove` takes such a le
 import fcntl
 import json
 import os
+import shlex
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -150,7 +151,8 @@ def _advice(root: Path, owner: Owner) -> str:
     if owner.boot == this_boot():
         return "wait for that process, or stop it: its lease then expires automatically"
     return (
-        f"wait for that process; if its machine is gone, or was restarted since, run `egopatch features unlock {root}`"
+        "wait for that process; if its machine is gone, or was restarted since, run `egopatch features unlock "
+        f"{shlex.quote(str(root))}`"
     )
 
 

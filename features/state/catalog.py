@@ -1,5 +1,6 @@
 """The current contents of a store: the rows planned by the journal of ids, and the clips committed by the ledger."""
 
+import shlex
 import threading
 from collections.abc import Mapping, Sequence
 
@@ -114,7 +115,7 @@ class Catalog:
                 if current is not None and current.clip(name).row != row:
                     raise DamagedStore(
                         f"{self.root}: ids.jsonl and ledger.jsonl line {line.number + 1} disagree about the row of "
-                        f"clip {name!r}; run `egopatch features repair {self.root}`"
+                        f"clip {name!r}; run `egopatch features repair {shlex.quote(str(self.root))}`"
                     )
 
     @property

@@ -5,6 +5,7 @@ and changes nothing in them.
 """
 
 import json
+import shlex
 from dataclasses import asdict, dataclass
 
 from egopatch.features.io.fields import MalformedRecord, Record, get_count, get_field, get_list
@@ -101,7 +102,7 @@ def read_header(storage: Storage) -> Record:
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"no store at {root} ({HEADER} is missing); run `extract run` to create one") from None
     if decoded is None:
-        raise DamagedStore(f"{path} is damaged; run `egopatch features repair {root}`")
+        raise DamagedStore(f"{path} is damaged; run `egopatch features repair {shlex.quote(str(root))}`")
     version = decoded[1].get("version")
     if type(version) is int and version > 0 and version != VERSION:
         raise OtherVersion(

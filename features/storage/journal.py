@@ -9,6 +9,7 @@ it. An intact line that the journal's `parse` does not understand is a fault lik
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -285,4 +286,5 @@ def require_intact(contents: Contents, where: Location) -> None:
         DamagedStore: Lines are lost; the message names the file, the line and what to do.
     """
     if contents.lines_lost:
-        raise DamagedStore(f"{where}: {'; '.join(contents.faults)}; run `egopatch features repair {where}`")
+        remedy = f"run `egopatch features repair {shlex.quote(str(where))}`"
+        raise DamagedStore(f"{where}: {'; '.join(contents.faults)}; {remedy}")

@@ -1,5 +1,6 @@
 """Reading rows from the disk into memory, each checked against the ledger."""
 
+import shlex
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -84,7 +85,7 @@ class RowReader:
     def _read_committed(self, target: np.ndarray, name: str, record: ClipRecord, array: ArraySpec) -> None:
         root, spec = self._catalog.root, self._catalog.spec
         shard, slot = divmod(record.row, spec.shard)
-        advice = f"run `egopatch features verify {root}` and then `repair`"
+        advice = f"run `egopatch features verify {shlex.quote(str(root))}` and then `repair`"
         try:
             chunk = self._open_shard(shard).find_row(array, slot)
             intact = chunk.read_into(target) == record.checksums.get(array.name)

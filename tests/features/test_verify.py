@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -178,6 +179,23 @@ def test_a_damaged_ledger_line_is_refused_by_name(whole: Path, tmp_path: Path) -
     lines = (root / "ledger.jsonl").read_bytes().splitlines(keepends=True)
     (root / "ledger.jsonl").write_bytes(b"".join([lines[0], lines[1].replace(b"P", b"Q", 1), *lines[2:]]))
     with pytest.raises(DamagedStore, match=r"ledger.jsonl line 2 is damaged; run `egopatch features repair"):
+        open_store(root)
+
+
+def test_commands_in_messages_keep_a_path_with_spaces_whole(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "my store"
+    shutil.copytree(whole, root)
+    lines = (root / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    (root / "ledger.jsonl").write_bytes(b"".join([lines[0], lines[1].replace(b"P", b"Q", 1), *lines[2:]]))
+    command = f"run `egopatch features repair '{root}'`"
+    with pytest.raises(DamagedStore, match=re.escape(command)):
+        open_store(root)
+    assert main(["verify", str(root)]) == 1
+    assert command in capsys.readouterr().out
+    (root / "store.json").write_bytes(b"{")
+    with pytest.raises(DamagedStore, match=re.escape(command)):
         open_store(root)
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import io
 import json
 import re
@@ -199,6 +200,13 @@ def test_what_was_read_whole_is_said_and_a_recount_that_differs(
 
 def test_a_store_that_is_gone_is_said(text: str, made: tuple[Config, Path]) -> None:
     assert f"no store at {made[0].store.path}" in text
+
+
+@pytest.mark.usefixtures("no_decoding")
+def test_commands_of_the_page_keep_a_path_with_spaces_whole(copy: Path, made: tuple[Config, Path]) -> None:
+    folder = copy.rename(copy.parent / "my runs")
+    text = html.unescape(write_report(made[0], folder).read_text())
+    assert f"egopatch train explain --config '{folder}/psa/config.yaml'" in text
 
 
 def test_the_page_repeats_byte_for_byte(made: tuple[Config, Path], text: str) -> None:

@@ -6,6 +6,7 @@ Content-Security-Policy allows only the page's own style and script, by their ha
 
 import base64
 import hashlib
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -377,7 +378,13 @@ def _render(**content: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"bytes": format_bytes, "number": "{:.2f}".format, "signed": _signed, "coded": _coded}
+    environment.filters |= {
+        "bytes": format_bytes,
+        "number": "{:.2f}".format,
+        "signed": _signed,
+        "coded": _coded,
+        "quoted": shlex.quote,
+    }
     environment.globals |= {
         "cell": table.cell,
         "tag_cell": table.tag_cell,

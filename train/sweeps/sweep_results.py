@@ -6,6 +6,7 @@
 import csv
 import io
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -188,7 +189,8 @@ def _right(folder: Path, asked: Sequence[Question]) -> Matrix:
         rest = f" and {len(more)} more faults" if more else ""
         raise RunError(
             f"{folder} does not answer these test questions ({first}{rest}); they have changed since it was evaluated, "
-            f"or the file is damaged; evaluate it again: egopatch train evaluate --config {folder / CONFIG}"
+            f"or the file is damaged; evaluate it again: egopatch train evaluate --config "
+            f"{shlex.quote(str(folder / CONFIG))}"
         ) from None
     counted = [question for question in asked if question.counts]
     return np.array([same_lower_cased(question, answers[question.question_id]) for question in counted], dtype=float)
