@@ -32,7 +32,13 @@ def option_names() -> list[str]:
 
 
 class ConfigParser(jsonargparse.ArgumentParser):
-    """jsonargparse's parser without abbreviations, with one-line errors that name the nearest option or file."""
+    """jsonargparse's parser without abbreviations, with one-line errors that name the nearest option or file.
+
+    Attributes:
+        read_first: Options that the command reads by `take_option`, because sections have their names.
+    """
+
+    read_first: tuple[str, ...] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # With abbreviations, `--train.epoch 3` would mean `--train.epochs 3`.
@@ -142,9 +148,9 @@ class ConfigParser(jsonargparse.ArgumentParser):
         own = {
             option.removeprefix("--"): option
             for option in self._option_string_actions
-            if not re.search(r"\.|^-\w|^--print", option)
-        }
-        known = [*(option_names() if takes_config else ()), *(own.keys() - set(_sections()))]
+            if not re.search(r"\.|^-\w|^--print", option) and option.removeprefix("--") not in _sections()
+        } | {option.removeprefix("--"): option for option in self.read_first}
+        known = [*(option_names() if takes_config else ()), *own]
         if close := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
             return f"; did you mean {own.get(close[0], close[0])}?"
         return (
@@ -240,6 +246,9 @@ def take_option(args: Sequence[str], option: str) -> tuple[str | None, list[str]
     """The value of `option` in a command line, None if it is absent, and the command line without it.
 
     For options such as `--run`, which jsonargparse takes for the section of that name.
+
+    Raises:
+        ConfigError: `option` has no value, or an empty one.
     """
     for place, arg in enumerate(args):
         name, equals, value = arg.partition("=")
@@ -247,7 +256,10 @@ def take_option(args: Sequence[str], option: str) -> tuple[str | None, list[str]
             after = place + (1 if equals else 2)
             if not equals and (after > len(args) or args[place + 1].startswith("--")):
                 raise ConfigError(f"{option} has no value; expected one after it")
-            return value if equals else args[place + 1], [*args[:place], *args[after:]]
+            value = value if equals else args[place + 1]
+            if not value:
+                raise ConfigError(f"{option} is empty; expected a value")  # which as a path would be this folder
+            return value, [*args[:place], *args[after:]]
     return None, list(args)
 
 

@@ -11,8 +11,6 @@ from egopatch.configs.command_line import ConfigParser
 from egopatch.configs.schema import Config
 
 SHELLS = ("bash", "zsh")
-# Options that `train ask` and `extract videos` read before their parsers, which have sections of these names.
-READ_FIRST = {("train", "ask"): ("--video", "--run"), ("extract", "videos"): ("--encoder",)}
 
 SCRIPT = """\
 _egopatch() {
@@ -75,5 +73,5 @@ def _commands_of(stage: str) -> Iterator[tuple[str, list[str]]]:
         parser = ConfigParser(prog=name)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
             module.load_command(name).main(parser, ["--help"])
-        words = [*READ_FIRST.get((stage, name), ()), *sorted(parser._option_string_actions.keys() - sections)]
+        words = [*parser.read_first, *sorted(parser._option_string_actions.keys() - sections)]
         yield name, words

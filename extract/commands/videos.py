@@ -32,6 +32,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         help="length of the clips that each video is cut into; by default each video is one clip",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.read_first = ("--encoder",)
     add_config_arguments(parser)
     base, options = parse_config(parser, _with_config(args))
     if "://" in options.out:

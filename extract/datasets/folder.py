@@ -28,7 +28,7 @@ def find_videos(folder: Path) -> dict[str, Path]:
         names = {path.relative_to(folder).as_posix(): path for path in paths}
         found = {name: path for name, path in names.items() if not any(part[0] == "." for part in name.split("/"))}
     else:
-        raise DatasetError([f"{folder}: no such file or folder; expected a folder with videos"])
+        raise DatasetError([f"{folder}: no such file or folder; expected a folder with videos, or a video"])
     if not found:
         raise DatasetError([f"{folder}: contains no video; expected files that end in {', '.join(SUFFIXES)}"])
     if problems := [line for name, path in found.items() for line in _problems_of(name, path)]:

@@ -191,6 +191,8 @@ def test_wrong_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
         ([], 2, "neither --video nor --config is given"),
         (["--video", "a.mp4", "--clip", "b"], 2, "--video and --clip are both given"),
         (["--video"], 2, "--video has no value"),
+        (["--video="], 2, "--video is empty; expected a value"),
+        (["--video", "a.mp4", "--run", ""], 2, "--run is empty; expected a value"),
         (["--video", "--json"], 2, "--video has no value"),
         (
             ["--video", "a.mp4"],
@@ -205,6 +207,10 @@ def test_wrong_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
         assert expected in line
     assert main(["ask", " ", "--video", "a.mp4"]) == 2
     assert "QUESTION is empty; expected a question in quotes" in capsys.readouterr().err
+    for wrong, meant in (("--vidoe", "--video"), ("--rnu", "--run")):
+        with pytest.raises(SystemExit, match="2"):
+            main(["ask", "what?", wrong, "a"])
+        assert capsys.readouterr().err.endswith(f"unrecognized arguments: {wrong} a; did you mean {meant}?\n")
 
 
 def test_a_head_trained_on_rendered_videos_says_so_from_any_folder(

@@ -42,6 +42,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_config_arguments(parser)
+    parser.read_first = ("--video", "--run")
     run, args = take_option(args, "--run")
     video, args = take_option(args, "--video")
     config, options = parse_options(parser, args)
