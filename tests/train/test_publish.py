@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from egopatch.configs.schema import Config
-from egopatch.features import open_store
+from egopatch.features import Store, open_store
+from egopatch.features.state.origin import Origin
+from egopatch.features.state.quarantine import QuarantineRecord
 from egopatch.features.tools.verify import verify
 from egopatch.train.__main__ import main
 from egopatch.train.publishing.cards import head_card
@@ -77,6 +79,21 @@ def test_folders_in_the_command_are_named(run: Config, tmp_path: Path, capsys: p
         card.write_text(json.dumps(json.loads(card.read_text()) | {"command": command}))
         assert publish(run, tmp_path / "upload", "--terms", "none", "--head-only") == 0
         assert f"{note}: {named}\n" in capsys.readouterr().out
+
+
+def test_what_a_store_tells_about_the_machine_is_named(
+    run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = QuarantineRecord("video /home/me/b.mp4 is empty (0 bytes); download it again", 1, "")
+    monkeypatch.setattr(
+        Store, "origins", lambda _: {"a": None, "b": Origin("b.mp4", 1), "c": Origin("/my disk/c.mp4", 1)}
+    )
+    monkeypatch.setattr(Store, "quarantine", {"d": reason})
+    monkeypatch.setattr("egopatch.train.publishing.folders.convert", lambda *_: open_store(run.store.path))
+    assert publish(run, tmp_path / "upload", "--terms", "none") == 0
+    shown = capsys.readouterr().out
+    assert "note: the store has the paths of its videos on this machine, such as /my disk/c.mp4\n" in shown
+    assert "for quarantine, which name files of this machine, such as /home/me/b.mp4\n" in shown
 
 
 def test_an_unknown_licence_is_refused(run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from egopatch.configs.schema import Config, ConfigError
-from egopatch.features import Fingerprint, open_store
+from egopatch.features import Fingerprint, Store, open_store
 from egopatch.features.tools.convert import convert
 from egopatch.train.publishing.cards import head_card, store_card
 from egopatch.train.publishing.origins import origins
@@ -72,13 +72,14 @@ def publish(config: Config, to: Path, terms: Sequence[str] = (), head_only: bool
     for name in PUBLISHED:
         shutil.copyfile(run / name, head / name)
     write_whole(head / README, head_card(card, scores, found, [head / name for name in PUBLISHED]))
-    folders = [head]
+    folders, notes = [head], list(_notes(card))
     if not head_only and card.fingerprint is not None:
         open_store(config.store.path, expect=Fingerprint(card.fingerprint))
         store = convert(config.store.path, to / "store" / "features")
         write_whole(to / "store" / README, store_card(store, card, found))
         folders.append(to / "store")
-    return Publication(tuple(folders), tuple(_notes(card)))
+        notes += _store_notes(store)
+    return Publication(tuple(folders), tuple(notes))
 
 
 def _stated(unknown: Sequence[str], terms: Sequence[str]) -> dict[str, str]:
@@ -99,7 +100,7 @@ def _stated(unknown: Sequence[str], terms: Sequence[str]) -> dict[str, str]:
 
 
 def _notes(card: Card) -> Iterator[str]:
-    """What the files tell about this machine."""
+    """What the files of a head tell about this machine."""
     paths = {
         f"{section}.{name}": value
         for section, options in card.config.items()
@@ -113,6 +114,16 @@ def _notes(card: Card) -> Iterator[str]:
     found = (re.search(r"(?:^|[\s='\"])(/.+)", word) for word in _words(card.command))
     if in_command := [path[1] for path in found if path]:
         yield f"{README} and {CARD} have the command, which names folders of this machine: {', '.join(in_command)}"
+
+
+def _store_notes(store: Store) -> Iterator[str]:
+    """What the files of a store tell about this machine."""
+    videos = (origin.file for origin in store.origins().values() if origin is not None)
+    if video := next((name for name in videos if Path(name).is_absolute()), None):
+        yield f"the store has the paths of its videos on this machine, such as {video}"
+    reasons = (f"{record.reason} {record.traceback}" for record in store.quarantine.values())
+    if named := next(filter(None, (re.search(r"(?:^|[\s='\"])(/[^\s'\"]+)", reason) for reason in reasons)), None):
+        yield f"the store has the reasons for quarantine, which name files of this machine, such as {named[1]}"
 
 
 def _words(command: str) -> list[str]:
