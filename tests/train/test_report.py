@@ -264,9 +264,11 @@ def test_no_runs_no_report(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_decoding")
 def test_without_psa_the_page_is_about_the_best_head_on_val(tmp_path: Path, made: tuple[Config, Path]) -> None:
     for name, val, every in (("egovlp", 40.0, 3), ("pooled", 45.0, 2), ("question-only", 60.0, 5)):
-        write_run(tmp_path, name, model=name, val=val, predictions=guesses(every))
+        all_ = 100 * len(range(0, 24, every)) / 24
+        write_run(tmp_path, name, model=name, val=val, all_=all_, predictions=guesses(every))
     page = write_report(made[0], tmp_path).read_text()
     assert "pooled, all questions" in page
+    assert "selection.npz" not in page  # these heads have none
     assert page.count('<article class="example"') >= 8
 
 

@@ -125,7 +125,8 @@ def kept_by_ratio(row: Row, sweeps: Sequence[Sweep], questions: Questions) -> tu
     """
     problems: list[str] = []
     found: dict[str, KeptPatches] = {}
-    folders = [(ratio_label(row), row.best.dir)]
+    # Only psa records a selection, so only its own may be missing.
+    folders = [(ratio_label(row), row.best.dir)] if row.head in OURS else []
     for sweep in sweeps:
         if sweep.split == row.split and sweep.system == row.system:
             runs = sorted((run for run in sweep.runs if not run.setting), key=lambda run: (run.ratio, run.seed))
