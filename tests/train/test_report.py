@@ -117,6 +117,18 @@ def test_own_data_is_called_by_its_folder(tmp_path: Path) -> None:
     assert '"title":"kitchen"' in text
 
 
+@pytest.mark.usefixtures("no_decoding")
+def test_questions_without_tags_have_no_section_of_them(tmp_path: Path, text: str) -> None:
+    config = write_dataset(tmp_path / "data", videos=False)
+    run = write_run(tmp_path / "runs", "psa", predictions=guesses(3))
+    test = json.loads((run / "test.json").read_text()) | {"tags": {}}
+    (run / "test.json").write_text(json.dumps(test))
+    without = write_report(config, tmp_path / "runs").read_text()
+    for part in ('href="#tags"', "By reasoning tag", 'class="tags'):
+        assert part in text
+        assert part not in without
+
+
 def test_policy_allows_only_the_pages_own_style_and_script(page: Page) -> None:
     ((_, meta),) = [e for e in page.elements if e[1].get("http-equiv") == "Content-Security-Policy"]
     policy = dict(part.strip().split(" ", 1) for part in meta["content"].split(";"))
