@@ -1,6 +1,7 @@
 """Programs with several commands: which one a command line names, and how it prints its result."""
 
 import argparse
+import difflib
 import json
 import os
 import select
@@ -29,7 +30,10 @@ def find_command(program: str, commands: Mapping[str, str], usage: str, args: Se
         print("\n".join([f"usage: {usage}", *(f"  {name:<{width}}  {text}" for name, text in commands.items())]))
         return 0 if args else 2
     if args[0] not in commands:
-        print(f"{program}: error: unknown command {args[0]!r}; choose one of {', '.join(commands)}", file=sys.stderr)
+        close = difflib.get_close_matches(args[0], commands, n=1)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        listed = ", ".join(commands)
+        print(f"{program}: error: unknown command {args[0]!r}; choose one of {listed}{meant}", file=sys.stderr)
         return 2
     return args[0]
 

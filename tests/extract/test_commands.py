@@ -307,7 +307,9 @@ def test_a_hub_that_cannot_be_reached_leaves_nothing_behind(
 
 def test_unknown_command_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rnu"]) == 2
-    assert "unknown command 'rnu'; choose one of videos, plan, run, " in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "unknown command 'rnu'; choose one of videos, plan, run, " in error
+    assert error.endswith("; did you mean run?\n")
     assert main([]) == 2
     assert main(["--help"]) == 0
 
