@@ -1,5 +1,6 @@
 """Figures: the right numbers reach Matplotlib, and files are written."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,31 @@ def test_a_legend_of_long_names_stays_within_the_picture(tmp_path: Path) -> None
     assert box.x0 >= 0
     assert box.x1 <= figure.bbox.width
     assert len(legend.get_texts()) == 8
+
+
+def test_long_names_of_settings_leave_room_for_the_plot(tmp_path: Path) -> None:
+    path = write_sweep(tmp_path, seeds=1) / "sweep.json"
+    content = json.loads(path.read_text())
+    for member in content["members"]:
+        parts = {"head.coarse": True, "head.scores": ["question", "saliency", "prior"], "train.lr": member["ratio"]}
+        member |= {"overrides": parts | {"head.levels": ["patch", "frame", "video"]}, "ratio": 0.25}
+    path.write_text(json.dumps(content))
+    sweep = read_sweep(path)
+    for figure in (plots.draw_settings(sweep), plots.draw_ratio([sweep], {})):
+        figure.draw_without_rendering()
+        (axis,) = figure.axes
+        assert axis.get_window_extent().width > figure.bbox.width / 3
+        texts = [*axis.get_yticklabels(), *(text for legend in figure.legends for text in legend.get_texts())]
+        boxes = [text.get_window_extent() for text in texts]
+        assert min(box.x0 for box in boxes) >= 0
+        assert max(box.x1 for box in boxes) <= figure.bbox.width
+        assert any("train.lr 0.1" in text.get_text().replace("\n", " ") for text in texts)
+
+
+def test_numbers_of_near_ratios_do_not_touch() -> None:
+    assert plots.spaced({1.0, 0.1, 0.25, 0.5}) == [0.1, 0.25, 0.5, 1.0]
+    assert plots.spaced([0.05, 0.1, 0.11, 0.12, 0.25, 0.97, 1.0]) == [0.05, 0.1, 0.25, 1.0]
+    assert plots.spaced([0.25]) == [0.25]
 
 
 def test_long_traces_are_averaged() -> None:

@@ -56,6 +56,13 @@ def test_a_line_of_one_value_and_one_point_is_drawn() -> None:
     assert "nan" not in str(line_chart("t", [Line("a", 0, (3,), (5.0,))], "x", "y").svg)
 
 
+def test_long_labels_of_bars_keep_their_ends() -> None:
+    labels = [f"psa (head.coarse False, train.lr 0.00{number})" for number in range(3)]
+    svg = str(bar_chart("t", [Bar(label, 0, 1.0, None, []) for label in labels], "x").svg)
+    shown = re.findall(r'text-anchor="end">([^<]*)<title>', svg)
+    assert shown == [f"psa (head.co…ain.lr 0.00{number})" for number in range(3)]
+
+
 def test_levels_of_neighbouring_colours_differ_in_their_dashes() -> None:
     assert len({Line("a", colour, (), [1.0], level=True).dashes for colour in range(2, 6)}) == 4
 

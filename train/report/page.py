@@ -31,7 +31,7 @@ from egopatch.train.report.agreement import agreement
 from egopatch.train.report.analysis import TagLine
 from egopatch.train.report.answers import Correctness, Questions
 from egopatch.train.report.examples import Example
-from egopatch.train.report.plots import thin
+from egopatch.train.report.plots import spaced, thin
 from egopatch.train.report.sections import question_list, repeat
 from egopatch.train.report.sections.charts import COLOURS, Bar, Chart, Line, bar_chart, heat_map, line_chart
 from egopatch.train.report.sources import Selection, SourceError, Sweep, TrainingLog, read_log, read_sweep
@@ -325,7 +325,7 @@ def _ratio_chart(split: SplitPage, sweeps: Sequence[Sweep], colours: Mapping[str
         for row in report_analysis.rivals(split.rows, split.ours)
         if (mean := row.mean("all")) is not None
     ]
-    ticks = sorted({point.ratio for sweep in sweeps for point in sweep.points})
+    ticks = spaced({point.ratio for sweep in sweeps for point in sweep.points})
     return line_chart(split.title, lines, "share of patches kept in each frame", "accuracy (%)", ticks)
 
 

@@ -3,7 +3,9 @@
 Colours are Okabe and Ito's and browns, which colour-blind readers can tell apart.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,10 @@ OTHER_COLOUR = "#000000"
 _CYCLE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _INK, _FAINT = "#1f2328", "#d8dce1"
 _LOSS_POINTS = 120
+# Letters in a line of a setting's name beside the axis, and of a legend.
+_LETTERS, _LETTERS_PER_INCH = 40, 10
+# The least distance of two numbers on a logarithmic axis, as a share of its length.
+_APART = 0.09
 
 
 def draw_ratio(sweeps: Sequence[Sweep], references: Mapping[str, Mapping[str, float]]) -> Figure:
@@ -60,7 +66,7 @@ def draw_ratio(sweeps: Sequence[Sweep], references: Mapping[str, Mapping[str, fl
             colour = COLOURS.get(system, OTHER_COLOUR)
             axis.axhline(accuracy, color=colour, linewidth=1.2, linestyle=(0, (4, 3)), label=system)
         axis.set_xscale("log", base=2)  # ratios are usually doubled
-        ticks = sorted({point.ratio for sweep, setting in lines for point in sweep.curve(setting)})
+        ticks = spaced({point.ratio for sweep, setting in lines for point in sweep.curve(setting)})
         axis.set_xticks(ticks, [f"{ratio:g}" for ratio in ticks])
         axis.minorticks_off()
         axis.set_xlabel("selection ratio: share of patches kept in each frame")
@@ -73,13 +79,15 @@ def draw_ratio(sweeps: Sequence[Sweep], references: Mapping[str, Mapping[str, fl
 def draw_settings(sweep: Sweep) -> Figure:
     """Test accuracy of each setting of a sweep: the mean over seeds with its band, best first."""
     points = sorted(sweep.points, key=lambda point: -point.mean)
-    figure, (axis,) = _panels(1, 6.4, 0.9 + 0.32 * len(points))
+    names = [textwrap.fill(point.setting or f"ratio {point.ratio:g}", _LETTERS) for point in points]
+    lines = max(name.count("\n") for name in names) + 1
+    figure, (axis,) = _panels(1, 6.4, 0.9 + (0.18 + 0.14 * lines) * len(points))
     for y, point in enumerate(points):
         low, high = _band(point)
         axis.plot([low, high], [y, y], color=_CYCLE[0], linewidth=5, alpha=0.3, solid_capstyle="butt")
         axis.plot(point.mean, y, "o", color=_CYCLE[0], markersize=5)
         axis.annotate(f"{point.mean:.2f}", (high, y), (4, 0), textcoords="offset points", va="center", size=8)
-    axis.set_yticks(range(len(points)), [point.setting or f"ratio {point.ratio:g}" for point in points])
+    axis.set_yticks(range(len(points)), names)
     axis.invert_yaxis()
     axis.margins(x=0.12, y=0.15)
     axis.set_xlabel("accuracy, all test questions (%)")
@@ -94,6 +102,19 @@ def save(figure: Figure, path: Path) -> Path:
     with replacing(path) as new:
         figure.savefig(new, format="png", metadata={"Software": None})
     return path
+
+
+def spaced(ratios: Collection[float]) -> list[float]:
+    """The ratios, rising, without those whose number would touch that of the one before; the last is always there."""
+    rising = sorted(ratios)
+    kept: list[float] = []
+    for ratio in rising:
+        if kept and math.log2(ratio / kept[-1]) < _APART * math.log2(rising[-1] / rising[0]):
+            if ratio != rising[-1]:
+                continue
+            kept.pop()
+        kept.append(ratio)
+    return kept
 
 
 def thin(xs: Sequence[int], ys: Sequence[float]) -> tuple[list[float], list[float]]:
@@ -120,10 +141,11 @@ def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]
 def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
     """One legend for all panels, below them, where it hides no line, in as many columns as the figure has room for."""
     found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    names = [textwrap.fill(label, int(_LETTERS_PER_INCH * figure.get_figwidth())) for label in found]
     for columns in range(min(len(found), 6), 0, -1):
         legend = figure.legend(
             list(found.values()),
-            list(found),
+            names,
             loc="outside lower center",
             ncols=columns,
             frameon=False,

@@ -16,8 +16,8 @@ COLOURS = 12
 WIDTH, HEIGHT = 400, 250
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 10, 44
 BAR = 26
-# Letters of a bar's label beside the bar; longer ones are cut.
-LABEL_LETTERS = 19
+# Letters of a bar's label beside the bar; longer ones are cut in their middle, since settings differ at the end.
+LABEL_LETTERS = 26
 MOST_TICKS = 6
 DASHES = ("", "7 3", "2 3", "9 3 2 3")
 LEVEL_DASHES = ("5 4", "1 4", "12 4", "6 3 1 3")
@@ -147,7 +147,9 @@ def bar_chart(title: str, bars: Sequence[Bar], x_label: str) -> Chart:
     parts += [_axis_text(f"{tick:g}", f"{at(tick):.1f}", base + 14) for tick in ticks]
     for number, bar in enumerate(bars):
         y, colour = BAR * number + BAR / 2, bar.colour % COLOURS
-        label = bar.label if len(bar.label) <= LABEL_LETTERS else bar.label[: LABEL_LETTERS - 1] + "…"
+        label, half = bar.label, LABEL_LETTERS // 2
+        if len(label) > LABEL_LETTERS:
+            label = f"{label[: half - 1]}…{label[-half:]}"
         parts.append(
             Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="end">{}<title>{}</title></text>').format(
                 left - 6, y + 4, label, bar.label
