@@ -137,7 +137,7 @@ def test_the_recipe_encodes_each_store_once_and_has_every_command(tmp_path: Path
         card = {"fingerprint": None} if system == "majority" else {}
         write_run(tmp_path, system, model=system, config={"store": {"path": store}}, card=card)
     sweep = Sweep("ratios", "psa", "direct", (), command="egopatch train sweep --ratios 0.1")
-    found = repeat.recipe(gather(tmp_path), [sweep])
+    found = repeat.recipe(gather(tmp_path), [sweep], {tmp_path / "psa": 65})
     fit = "egopatch train fit --config configs/demo.yaml --head.name"
     assert [line.replace(str(tmp_path), "RUNS") for line in found.commands if not line.startswith("#")] == [
         "egopatch extract run --config 'RUNS/pooled (lite)/config.yaml'",
@@ -146,6 +146,7 @@ def test_the_recipe_encodes_each_store_once_and_has_every_command(tmp_path: Path
         f"{fit} pooled (lite)",
         f"{fit} psa",
         "egopatch train sweep --ratios 0.1",
+        "egopatch train explain --config RUNS/psa/config.yaml --questions 65",
         "egopatch train table --config RUNS/majority/config.yaml --run.table RUNS",
         "egopatch train report --config RUNS/majority/config.yaml --run.table RUNS",
     ]

@@ -140,6 +140,7 @@ def write_report(config: Config, folder: Path) -> Path:
     stores = report_integrity.store_facts(results, clips.values(), config.data.root)
     colours = _colours(splits)
     charts = _charts(results, splits, sweeps, colours, problems)
+    explained = {split.ours.best.dir: split.explanation.questions for split in splits if split.explanation}
     problems = list(dict.fromkeys(problems))
     page = _render(
         relative=lambda path: path.relative_to(folder).as_posix() if path else "–",
@@ -152,7 +153,7 @@ def write_report(config: Config, folder: Path) -> Path:
         colour=colours.__getitem__,
         sweeps=sweeps,
         stores=stores,
-        recipe=repeat.recipe(results, sweeps),
+        recipe=repeat.recipe(results, sweeps, explained),
         versions=report_integrity.versions(results),
         problems=problems,
         data=question_list.as_script([split.data for split in splits if split.data]),

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 
@@ -27,12 +28,13 @@ class Recipe:
     configs: tuple[tuple[str, str], ...]
 
 
-def recipe(results: Results, sweeps: Sequence[Sweep]) -> Recipe:
+def recipe(results: Results, sweeps: Sequence[Sweep], explained: Mapping[Path, int]) -> Recipe:
     """The recipe of everything below a folder of runs.
 
     Args:
         results: The runs.
         sweeps: The sweeps beside them.
+        explained: Number of questions by folder of each run whose explanation is shown.
     """
     stores, trained, configs = dict[str, str](), list[str](), list[tuple[str, str]]()
     for row in results.rows:
@@ -45,12 +47,17 @@ def recipe(results: Results, sweeps: Sequence[Sweep]) -> Recipe:
         questions = data_title(row.split, [row.best.card])
         configs.append((f"{row.label}, {questions}, seed {row.best.seed}", settings))
     swept = [sweep.command for sweep in sweeps if sweep.command]
+    explain = [
+        f"egopatch train explain --config {shlex.quote(str(folder / CONFIG))} --questions {questions}"
+        for folder, questions in explained.items()
+    ]
     one = results.rows[0].best.dir / CONFIG
     there = f"--config {shlex.quote(str(one))} --run.table {shlex.quote(str(results.folder))}"
     sections = [
         ("Encode the clips into each store. Finished shards are skipped.", list(stores.values())),
         ("Train and evaluate every run.", trained),
         ("Sweeps", swept),
+        ("What the answers depend on", explain),
         ("Table and report", [f"egopatch train {command} {there}" for command in ("table", "report")]),
     ]
     lines = [line for title, commands in sections if commands for line in (f"# {title}", *dict.fromkeys(commands))]
