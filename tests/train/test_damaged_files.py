@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from egopatch.configs.schema import Config, HeadConfig
+from egopatch.extract.datasets import DatasetError
 from egopatch.train.__main__ import main
 from egopatch.train.explanation.agreement import Agreement
 from egopatch.train.explanation.record import Explanation, ExplanationError, Ranking, read_explanation
+from egopatch.train.fitting.fit import fit
 from egopatch.train.fitting.trained import head_of
 from egopatch.train.publishing.cards import head_card
 from egopatch.train.publishing.origins import origins
@@ -22,7 +24,7 @@ from egopatch.train.report.integrity import store_facts, versions
 from egopatch.train.report.page import _explanation_charts
 from egopatch.train.report.sources import SourceError, read_log, read_sweep
 from egopatch.train.report.table import is_standin, is_synthetic
-from egopatch.train.rundir.card import Card, RunError, plain
+from egopatch.train.rundir.card import Card, RunError, plain, require_same_settings
 from egopatch.train.rundir.log import RunLog
 from egopatch.train.rundir.names import GROUPS, SWEEPS
 from egopatch.train.rundir.results import gather
@@ -173,3 +175,9 @@ def test_a_sweep_names_the_damaged_file_of_a_run_and_of_a_group(tiny: Config) ->
         group.write_text(text)
         with pytest.raises(RunError, match=rf"group\.json {fault}.*; delete it to train its runs from the start"):
             run_sweep(config, ratios=[0.5], name="new")
+
+
+def test_a_config_whose_data_cannot_be_read_claims_no_folder(tiny: Config, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"data\.root is"):
+        fit(with_run(tiny, "psa", data_root=tmp_path / "nowhere"), "x")
+    require_same_settings(tiny.run.dir, tiny)  # as the corrected command does

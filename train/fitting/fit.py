@@ -64,8 +64,9 @@ def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
             ranks.print_once(f"{folder} is already trained; evaluating its checkpoint")
             return _evaluate(config, ranks, folder)
         started = time.monotonic()
-        ranks.broadcast(lambda: run_folder.claim(folder, config))
         experiment = open_experiment(config, ranks=ranks)
+        # Only now: a config whose data cannot be read, such as one with a misspelled path, claims no folder.
+        ranks.broadcast(lambda: run_folder.claim(folder, config))
         for line in experiment.data_lines:
             ranks.print_once(line)
         group = RunGroup([config], experiment, config.train.seed, folder / LAST)
