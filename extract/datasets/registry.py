@@ -5,13 +5,13 @@ it, and from `register_dataset`.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from egopatch.configs.plugins import Plugins
 from egopatch.configs.schema import ConfigError, DataConfig
 from egopatch.extract.datasets import egoschema, egotaskqa, jsonl, nextqa, qaego4d
-from egopatch.extract.datasets.records import Clip, Dataset, DatasetError
+from egopatch.extract.datasets.records import PARTS, UNKNOWN_ANSWERS, Clip, Dataset, DatasetError, texts_of
 
 Loader = Callable[[DataConfig], Dataset]
 
@@ -58,7 +58,7 @@ def load_dataset(data: DataConfig) -> Dataset:
 
     Raises:
         DatasetError: `data.root` does not exist, or annotation files are missing or malformed; one line per fault, with
-            file and position.
+            file and position. Or the parts of a data set from outside this package do not fit together.
         ConfigError: `data.name` is unknown, or what registers it is broken.
     """
     plugin = _PLUGINS.find(data.name)
@@ -73,6 +73,8 @@ def load_dataset(data: DataConfig) -> Dataset:
             f"data.name is {data.name!r}, but its function, which {owner} registers, returns a "
             f"{type(dataset).__name__}; expected an extract.datasets.Dataset"
         )
+    if plugin is not None and (faults := [f"data.name {data.name}: {fault}" for fault in _misfits(dataset)]):
+        raise DatasetError(faults)
     if data.paraphrases and any(question.variants is None for question in dataset.questions.get("train", ())):
         raise ConfigError(f"data.paraphrases is true, but the data set {data.name} has no paraphrases; set it to false")
     return dataset
@@ -85,3 +87,38 @@ def load_clips(data: DataConfig) -> tuple[Clip, ...]:
         DatasetError, ConfigError: As `load_dataset`.
     """
     return load_dataset(dataclasses.replace(data, questions=None) if data.name == "jsonl" else data).clips
+
+
+def _misfits(dataset: Dataset) -> Iterator[str]:
+    """What is wrong with a data set from outside this package, whose adapters check their own where they know the line.
+
+    Without this, training fails after the job has encoded every clip.
+    """
+    if sorted(dataset.questions) != sorted(PARTS):
+        yield f"questions has the parts {sorted(dataset.questions)}; expected {list(PARTS)}, empty tuples included"
+        return
+    fields: dict[str, object] = {"clips": dataset.clips, "answers": dataset.answers, "texts": dataset.texts}
+    fields |= {f"questions[{part!r}]": dataset.questions[part] for part in PARTS}
+    kinds = {name: type(value).__name__ for name, value in fields.items()}
+    wrong = [name for name, value in fields.items() if isinstance(value, str) or not isinstance(value, Sequence)]
+    yield from (f"{name} is of type {kinds[name]}; expected a tuple" for name in wrong)
+    if wrong:
+        return
+    if not dataset.clips:
+        yield "clips is empty; expected at least one Clip"
+    clip_ids = set[str]()
+    for clip in dataset.clips:
+        if not isinstance(clip, Clip) or not isinstance(clip.video, Path):
+            yield f"clips contains {clip!r}; expected a Clip whose video is a pathlib.Path"
+            return
+        if clip.clip_id in clip_ids:
+            yield f"clip_id {clip.clip_id!r} names two clips; expected unique names"
+        clip_ids.add(clip.clip_id)
+    questions = [question for part in PARTS for question in dataset.questions[part]]
+    for question in questions:
+        if question.clip_id not in clip_ids:
+            yield f"question {question.question_id!r}: clip_id {question.clip_id!r} is not in clips; add it there"
+    if missing := sorted(set(texts_of(questions)).difference(dataset.texts)):
+        yield f"texts lacks {missing[0]!r} and {len(missing) - 1} others; make it with texts_of(questions)"
+    if any(not question.options for question in questions) and UNKNOWN_ANSWERS[1] not in dataset.answers:
+        yield f"answers lacks {UNKNOWN_ANSWERS[1]}; make it with answer_vocabulary(training answers)"

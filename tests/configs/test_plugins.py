@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,8 @@ from torch import nn
 
 from egopatch.configs.plugins import Plugins
 from egopatch.configs.schema import ConfigError, DataConfig, HeadConfig
-from egopatch.extract.datasets import load_dataset, register_dataset
+from egopatch.extract.datasets import PARTS, Clip, Dataset, DatasetError, Question, load_dataset, register_dataset
+from egopatch.extract.datasets.records import answer_vocabulary
 from egopatch.extract.datasets.registry import _PLUGINS as DATASETS
 from egopatch.extract.encoders import find_network, register_encoder
 from egopatch.extract.encoders.networks import lite
@@ -173,3 +174,41 @@ def test_options_of_a_head_are_typed(options: dict[str, object], why: str, monke
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"head\.options is .*, but psa is not a registered head"):
         check_head(HeadConfig(name="psa", options=options))
+
+
+CLIP, QUESTION = Clip("a", Path("a.mp4")), Question("1", "a", "what?", "a cup", "open", ())
+ASKED = dict.fromkeys(PARTS, (QUESTION,))
+GOOD = Dataset((CLIP,), ASKED, answer_vocabulary(["a cup"]), ("what?",), "mine")
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"clips": ()}, "clips is empty; expected at least one Clip"),
+        ({"clips": (clip for clip in (CLIP,))}, "clips is of type generator; expected a tuple"),
+        ({"texts": "what?"}, "texts is of type str; expected a tuple"),
+        ({"clips": (CLIP, CLIP)}, "clip_id 'a' names two clips"),
+        ({"clips": (Clip("a", "a.mp4"),)}, "expected a Clip whose video is a pathlib.Path"),  # type: ignore[arg-type]
+        ({"clips": ({"clip_id": "a"},)}, "clips contains {'clip_id': 'a'}; expected a Clip"),
+        ({"clips": (replace(CLIP, clip_id="b"),)}, "question '1': clip_id 'a' is not in clips; add it there"),
+        (
+            {"questions": {"train": (QUESTION,)}},
+            r"questions has the parts \['train'\]; expected \['train', 'val', 'test'\]",
+        ),
+        ({"texts": ("who?",)}, "texts lacks 'what\\?' and 0 others; make it with texts_of"),
+        ({"answers": ("a cup",)}, "answers lacks <UNK1>; make it with answer_vocabulary"),
+    ],
+)
+def test_a_data_set_whose_parts_do_not_fit(
+    changed: dict[str, object], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(DATASETS._registered, "mine", lambda _: replace(GOOD, **changed))  # type: ignore[arg-type]
+    with pytest.raises(DatasetError, match=f"data.name mine: .*{why}"):
+        load_dataset(DataConfig(name="mine"))
+    monkeypatch.setitem(DATASETS._registered, "mine", lambda _: GOOD)
+    assert load_dataset(DataConfig(name="mine")) == GOOD
+
+
+def test_options_are_a_dataclass_and_not_an_instance_of_one() -> None:
+    with pytest.raises(ConfigError, match="expected a dataclass, not an instance of one, or None"):
+        register_head(Head("mine", lambda _, __: nn.Identity(), GOOD))  # type: ignore[arg-type]

@@ -115,8 +115,8 @@ HEADS: Mapping[str, _BuiltIn] = {
 def _fault(name: str, head: object) -> str | None:
     if not isinstance(head, Head):
         return f"is of type {type(head).__name__}; expected a train.heads.Head"
-    if head.options is not None and not is_dataclass(head.options):
-        return f"has options {head.options!r}; expected a dataclass or None"
+    if head.options is not None and not (isinstance(head.options, type) and is_dataclass(head.options)):
+        return f"has options {head.options!r}; expected a dataclass, not an instance of one, or None"
     return None if head.name == name else f"is a Head called {head.name!r}; expected the same name"
 
 
