@@ -164,7 +164,8 @@ def load_video_encoder(
 
     Raises:
         CheckpointError: The checkpoint is unreadable, another network's, incomplete, or trained on another size.
-        ConfigError: `arch` is unknown, a package is not installed, or `torch.compile` does not work here.
+        ConfigError: `arch` is unknown or builds no `VideoEncoder`, a package is not installed, or `torch.compile` does
+            not work here.
         ValueError: `path` or `variant` is unknown, or `num_frames` is below 1.
     """
     network = _network_of(arch)
@@ -176,6 +177,11 @@ def load_video_encoder(
         raise ValueError(f"num_frames is {num_frames}; expected at least 1")
     loaded = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(network, _path(checkpoint))
     encoder = network.build_video(loaded, VideoOptions(num_frames, depth, path, dtype, variant, size, saliency))
+    if not isinstance(encoder, VideoEncoder):
+        raise ConfigError(
+            f"encoder.arch is {network.name!r}, but its build_video returns a {type(encoder).__name__}; "
+            "expected an extract.encoders.VideoEncoder"
+        )
     if size is not None and encoder.size != size:
         raise CheckpointError(
             f"video.size is {size}; {loaded.path} was trained on {encoder.size}: set video.size to {encoder.size}"

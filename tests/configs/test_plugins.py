@@ -13,7 +13,7 @@ from egopatch.configs.schema import ConfigError, DataConfig, HeadConfig
 from egopatch.extract.datasets import PARTS, Clip, Dataset, DatasetError, Question, load_dataset, register_dataset
 from egopatch.extract.datasets.records import answer_vocabulary
 from egopatch.extract.datasets.registry import _PLUGINS as DATASETS
-from egopatch.extract.encoders import find_network, register_encoder
+from egopatch.extract.encoders import Checkpoint, find_network, load_video_encoder, register_encoder
 from egopatch.extract.encoders.networks import lite
 from egopatch.train.heads import Head, check_head, register_head
 from egopatch.train.heads.registry import _PLUGINS as HEADS
@@ -212,3 +212,9 @@ def test_a_data_set_whose_parts_do_not_fit(
 def test_options_are_a_dataclass_and_not_an_instance_of_one() -> None:
     with pytest.raises(ConfigError, match="expected a dataclass, not an instance of one, or None"):
         register_head(Head("mine", lambda _, __: nn.Identity(), GOOD))  # type: ignore[arg-type]
+
+
+def test_a_network_that_builds_something_else(tmp_path: Path) -> None:
+    network = replace(lite.NETWORK, build_video=lambda _, __: nn.Identity())  # type: ignore[arg-type, return-value]
+    with pytest.raises(ConfigError, match="'lite', but its build_video returns a Identity; expected an extract"):
+        load_video_encoder(network, Checkpoint(tmp_path, "bare", {}), size=64)
