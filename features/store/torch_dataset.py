@@ -11,7 +11,7 @@ in it is dropped.
 import multiprocessing
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Any, overload
 from weakref import WeakValueDictionary
@@ -31,7 +31,7 @@ _DATASETS: "WeakValueDictionary[str, ClipDataset]" = WeakValueDictionary()
 
 
 def torch_dataset(
-    store: Store, clip_ids: Sequence[str] | None = None, dtype: torch.dtype | None = None
+    store: Store, clip_ids: Iterable[str] | None = None, dtype: torch.dtype | None = None
 ) -> "ClipDataset":
     """The clips of `store` as a dataset.
 
@@ -45,8 +45,12 @@ def torch_dataset(
         StoreError: `store` holds texts.
     """
     store.read((), dtype)
-    store.catalog.clip_records(clip_ids or ())
-    return ClipDataset(store, store.clip_ids if clip_ids is None else clip_ids, dtype)
+    if clip_ids is None:
+        clip_ids = store.clip_ids
+    elif not isinstance(clip_ids, str):  # a generator ends after one pass; the check below refuses a str
+        clip_ids = tuple(clip_ids)
+    store.catalog.clip_records(clip_ids)
+    return ClipDataset(store, clip_ids, dtype)
 
 
 class ClipDataset(Dataset[dict[str, Any]]):

@@ -55,6 +55,10 @@ def test_a_part_of_the_clips_in_an_order(store: Store) -> None:
     assert clips.clip_ids == IDS[5:2:-1]
     with pytest.raises(AbsentClip, match="nothing"):
         torch_dataset(store, ["nothing"])
+    assert torch_dataset(store, iter(IDS[:3])).clip_ids == IDS[:3]  # not empty after the check has read them
+    assert torch_dataset(store, np.array(IDS[:3])).clip_ids == IDS[:3]
+    with pytest.raises(TypeError, match="expected a list of ids"):
+        torch_dataset(store, "abc")
 
 
 def test_a_quantised_store(tmp_path: Path) -> None:
