@@ -24,9 +24,8 @@ def server() -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
     finally:
-        process.stdin.close()
-        process.stdout.close()
-        process.wait(10)
+        process.terminate()  # a forked child of a test may keep its standard input open
+        process.communicate(timeout=10)
 
 
 @pytest.fixture
