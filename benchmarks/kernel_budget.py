@@ -36,9 +36,10 @@ DTYPES = {
     "float8_e4m3": torch.float8_e4m3fn,
     "int8": torch.int8,
 }
-# N, D, H: each size of block that the kernels are cut for, and the limits of the supported range.
+# N, D, H: each size of block that the kernels are cut for, psa's merged patches first, and the limits of the supported
+# range.
 SHAPES = (
-    (49, 768, 4), (128, 768, 4), (196, 768, 4), (512, 768, 4), (1000, 768, 4),
+    (49, 832, 4), (128, 768, 4), (196, 768, 4), (512, 768, 4), (1000, 768, 4),
     (196, 768, 12), (196, 1024, 12), (256, 1152, 4), (196, 1536, 4), (1024, 1536, 12), (33, 80, 1),
 )  # fmt: skip
 MAIN = ((196, 768, 4),)
@@ -46,12 +47,13 @@ MAIN = ((196, 768, 4),)
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel to compile: `kernel` is one of `KERNELS`, shape is N, D, H."""
+    """One kernel to compile: `kernel` is one of `KERNELS`, shape is N, D, H, `pooled` the dtype of what it pools."""
 
     kernel: str
     arch: int
     shape: tuple[int, int, int]
     dtype: str
+    pooled: str
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Usage:
     arch: str
     shape: tuple[int, int, int]
     dtype: str
+    pooled: str
     warps: int
     registers: int
     spill_bytes: int
@@ -82,13 +85,14 @@ class Usage:
 
 
 def shipped(shapes: Sequence[tuple[int, int, int]], dtypes: Sequence[str]) -> list[Case]:
-    """Every kernel, architecture, shape and dtype."""
+    """Every kernel, architecture, shape and dtype, for heads in float32 and under autocast."""
     return [
-        Case(kernel, arch, shape, dtype)
+        Case(kernel, arch, shape, dtype, pooled)
         for shape in shapes
         for dtype in dtypes
         for arch in TARGET
         for kernel in KERNELS
+        for pooled in (("float32",) if kernel == "queries" else ("float32", "bfloat16"))  # `queries` has no part in it
     ]
 
 
@@ -137,7 +141,10 @@ def measure(case: Case) -> Usage:
     if case.kernel == "forward":
         types["tokens_again"] = f"tensordesc<{stored}[1,1,{block[0]},{blocks.pool_channels}]>"
     types |= {"weights": f"*{arithmetic}"} if case.kernel == "logits" else {}
-    integers = ("frames", "questions", "first_tile")
+    low = {"float32": "*fp32", "bfloat16": "*bf16"}[case.pooled]
+    # The blocks of a frame add up in float32.
+    types |= {"grad_pooled": low, "pooled": "*fp32" if patches > launch.forward.block else low}
+    integers = ("frames", "questions", "each", "first_tile")
     signature: dict[str, str] = {}
     aligned: dict[tuple[int], list[list[object]]] = {}
     for place, name in enumerate(function.arg_names):
@@ -163,6 +170,7 @@ def measure(case: Case) -> Usage:
         arch=TARGET[case.arch],
         shape=case.shape,
         dtype=case.dtype,
+        pooled=case.pooled,
         warps=warps,
         registers=registers,
         spill_bytes=spilled,
@@ -193,7 +201,7 @@ def line(usage: Usage) -> str:
     """A row of the printed table."""
     patches, width, heads = usage.shape
     return (
-        f"{usage.kernel:8} {usage.arch:7} N={patches:<4} D={width:<4} H={heads:<2} {usage.dtype:11} "
+        f"{usage.kernel:8} {usage.arch:7} N={patches:<4} D={width:<4} H={heads:<2} {usage.dtype:11} {usage.pooled:8} "
         f"{usage.matrix_instruction:7} {usage.warps:2} warps {usage.registers:3} registers "
         f"{usage.spill_bytes:5} B spilled "
         f"{usage.shared_bytes:6} of {usage.shared_limit} B shared, {usage.programs} at a time "

@@ -14,7 +14,7 @@ from egopatch.train.data.batch import Batch
 from egopatch.train.heads import PSA, Pooled, QuestionOnly, Sizes
 from egopatch.train.heads.common.attention import Attention
 from egopatch.train.heads.common.question import QuestionReader, Whitening, absorb_key
-from egopatch.train.heads.psa.coarse import CoarseLevel
+from egopatch.train.heads.psa.coarse import CoarseLevel, kernel_width
 from egopatch.train.heads.psa.prior import spatial_prior
 from egopatch.train.heads.psa.selection import PatchSelection
 from egopatch.train.ops.philox import Draw
@@ -235,6 +235,21 @@ def test_merge_is_the_mean_and_ignores_what_is_not_there() -> None:
     grid = x.view(2, 3, 5, 7, -1)
     assert torch.allclose(merged[:, :, 0], grid[:, :, :2, :2].mean(dim=(2, 3)), atol=1e-5)
     assert torch.allclose(merged[:, :, -1], grid[:, :, 4, 6], atol=1e-5)
+
+
+def test_channels_that_only_fill_the_merged_patches_change_nothing() -> None:
+    """On a GPU they have a multiple of 64."""
+    head, batch = make(), make_batch()
+    assert head.coarse is not None
+    merged = head.coarse.derive(batch.tokens.patches, None)
+    found = []
+    for tokens in (merged, nn.functional.pad(merged, (0, kernel_width(SIZES.width) - merged.shape[-1]))):
+        head.zero_grad()
+        logits = head(dataclasses.replace(batch, derived=tokens))
+        logits.sin().sum().backward()
+        found.append([logits, *(p.grad for p in head.parameters() if p.grad is not None)])
+    for plain, filled in zip(*found, strict=True):
+        torch.testing.assert_close(filled, plain)
 
 
 def test_whitening_evens_directions_and_is_absorbed_exactly() -> None:

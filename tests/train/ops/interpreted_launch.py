@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from egopatch.train.ops.select_attend import attend_stacked, select_attend
 from egopatch.train.ops.select_attend.plan import tile_bound
 from tests.train.ops.cases import Case, make_case
-from tests.train.ops.kernel_checks import DEVICE, check, gradients, poison, run
+from tests.train.ops.kernel_checks import DEVICE, INTERPRETED, check, gradients, poison, run
 
 
 @pytest.mark.slow
@@ -125,7 +125,9 @@ def test_nothing_of_the_device_is_read_on_the_host(patches: int) -> None:
     rows = torch.arange(3, device=DEVICE)
     inputs, ks = (case.queries, case.selector, case.bias), torch.full((3,), 5, dtype=torch.int32, device=DEVICE)
     with HostReads():
-        pooled, lse, kept, *saved = kernels.forward(case.tokens, case.clip_index, *inputs, ks, 5, None, rows)
+        pooled, lse, kept, *saved = kernels.forward(
+            case.tokens, case.clip_index, *inputs, ks, 5, None, rows, stacked=1, dtype=torch.float32
+        )
         kernels.backward(torch.ones_like(pooled), lse, case.tokens, *inputs, None, lse, *saved)
     with pytest.raises(AssertionError, match="reads the device's memory"), HostReads():
         kept.max().item()
@@ -152,10 +154,10 @@ def test_heads_beyond_the_last_read_what_was_written(heads: int, monkeypatch: py
 )
 def test_stacked_heads_in_one_launch_are_what_they_are_alone(patches: int, ks: tuple[int, ...], in_place: bool) -> None:
     """Bit for bit, each with its own k, also if the tokens are rows of more clips."""
-    stored = make_case(3, 4, 1, patches, 16, 1, torch.int8, scaled=True, device=DEVICE)
+    stored = make_case(3, 4, 2, patches, 16, 2, torch.int8, scaled=True, device=DEVICE)
     rows = torch.tensor([2, 0], device=DEVICE) if in_place else None
     clips = 2 if in_place else 3
-    heads = [make_case(clips, 4, 1, patches, 16, 1, seed=seed, device=DEVICE) for seed in range(len(ks))]
+    heads = [make_case(clips, 4, 2, patches, 16, 2, seed=seed, device=DEVICE) for seed in range(len(ks))]
     inputs = [torch.stack(tensors) for tensors in zip(*(head.leaves() for head in heads), strict=True)]
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     numbers = torch.tensor(ks, dtype=torch.int32, device=DEVICE)
@@ -170,6 +172,24 @@ def test_stacked_heads_in_one_launch_are_what_they_are_alone(patches: int, ks: t
         expected = torch.autograd.grad(out.pooled.sin().sum() + out.lse.cos().sum(), alone)
         for a, b in zip((pooled, lse, *grads), (out.pooled, out.lse, *expected), strict=True):
             assert torch.equal(a[m], b)
+
+
+@pytest.mark.parametrize("patches", [16, pytest.param(300, marks=pytest.mark.slow)])
+def test_autocast_rounds_what_is_pooled_and_its_gradients(patches: int) -> None:
+    """Once, to what float32 would be rounded to before the next product, so that nothing has to be converted."""
+    low = torch.float16 if INTERPRETED else torch.bfloat16  # to which the interpreter does not round, but truncates
+    case = make_case(2, 3, 2, patches, 16, 2, torch.float16, device=DEVICE)
+    ks = torch.tensor([5], dtype=torch.int32, device=DEVICE)
+    found = []
+    for enabled in (True, False):
+        leaves = [leaf[None] for leaf in case.leaves()]
+        with torch.autocast(DEVICE, low, enabled=enabled):
+            pooled, lse, _ = attend_stacked(case.tokens, case.clip_index, *leaves, ks)
+        assert pooled.dtype == (low if enabled else torch.float32)
+        assert lse.dtype == torch.float32
+        incoming = torch.randn(pooled.shape, generator=torch.Generator().manual_seed(0)).to(low).to(pooled)
+        found.append([pooled.to(low), lse, *torch.autograd.grad(pooled, leaves, incoming)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("clips", [[], [0], [2] * 40, [0, 3, 3, 1, 0], list(range(4)) * 17, [3, 1, 0] * 400])
@@ -207,7 +227,8 @@ def test_operators_and_full_graphs() -> None:
     case = make_case(3, 7, 2, 33, 96, 2, torch.float16, scaled=True, device=DEVICE)
     ks = torch.full((3,), 9, dtype=torch.int32, device=DEVICE)
     torch.library.opcheck(
-        library.triton_forward, (case.tokens, case.clip_index, *case.leaves(), ks, 9, case.scale, None)
+        library.triton_forward,
+        (case.tokens, case.clip_index, *case.leaves(), ks, 9, case.scale, None, 1, torch.bfloat16),
     )
 
     def loss(queries: Tensor, selector: Tensor, bias: Tensor) -> Tensor:

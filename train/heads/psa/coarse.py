@@ -66,8 +66,7 @@ class CoarseLevel(nn.Module):
             queries = absorb_key(self.query(question), self.key, self.heads)
         content, position = queries.split([self.width, POSITION_WIDTH], dim=-1)
         queries = rows.of(torch.cat([whiten.absorb(content), position], dim=-1)).float()
-        if padding := tokens.shape[-1] - queries.shape[-1]:
-            queries = functional.pad(queries, (0, padding))
+        queries = _widened(queries, tokens.shape[-1])
         clips = len(tokens) if clip_rows is None else len(clip_rows)
         pooled, _, _ = self.select(
             tokens,
@@ -78,12 +77,13 @@ class CoarseLevel(nn.Module):
             None,
             clip_rows,
         )
-        pooled = pooled[..., : self.width + POSITION_WIDTH]
         content, position = self.value.weight.split([self.width, POSITION_WIDTH], dim=1)
         with without_autocast(content):
             content = content @ whiten.matrix
             bias = torch.addmv(self.value.bias, content, whiten.mean, alpha=-1)
-        by_head = rearrange(torch.cat([content, position], dim=1), "(h e) d -> h e d", h=self.heads)
+        # Zeros for the channels that only fill the tokens: without these, pooled would be copied, which is far larger.
+        weight = _widened(torch.cat([content, position], dim=1), tokens.shape[-1])
+        by_head = rearrange(weight, "(h e) d -> h e d", h=self.heads)
         values = rearrange(torch.einsum("bthd,hed->bthe", pooled, by_head), "b t h e -> b t (h e)")
         return self.gate, values + bias
 
@@ -98,7 +98,7 @@ class CoarseLevel(nn.Module):
             return tokens
         # The kernels multiply float16 at many times float32's rate; a mean loses no more in it than its tokens did.
         dtype = torch.bfloat16 if patches.dtype == torch.bfloat16 else torch.float16
-        return functional.pad(tokens.to(dtype), (0, kernel_width(self.width) - tokens.shape[-1]))
+        return _widened(tokens.to(dtype), kernel_width(self.width))
 
     def merge(self, x: Tensor) -> Tensor:
         """[C, T, N, D] to [C, T, M, D]: the mean of each 2x2 block, of the patches inside the grid at odd edges."""
@@ -111,6 +111,12 @@ def kernel_width(width: int) -> int:
     """Channels of merged patches of `width` channels, with their positions, where the kernels read them."""
     wide = width + POSITION_WIDTH
     return wide + -wide % KERNEL_CHANNELS
+
+
+def _widened(x: Tensor, channels: int) -> Tensor:
+    """`x` [..., D], with zeros up to this many channels."""
+    padding = channels - x.shape[-1]
+    return functional.pad(x, (0, padding)) if padding else x
 
 
 def position_channels(rows: int, cols: int) -> Tensor:

@@ -20,7 +20,8 @@ class SelectAttendOutput(NamedTuple):
     """The result for B questions.
 
     Attributes:
-        pooled: [B, T, H, D], weighted sum of the kept tokens, in the queries' dtype.
+        pooled: [B, T, H, D], weighted sum of the kept tokens, in the queries' dtype; the kernels' is ordered by head in
+            memory.
         lse: [B, T, H] float32 (float64 for float64 queries), log of the softmax's denominator.
         kept: [B, T, k] int64, indices of the kept patches in rising order.
     """
@@ -85,8 +86,10 @@ def select_attend(
     chosen, reason = choose_implementation(tokens, queries.dtype, implementation)
     if chosen == "triton":
         ks = torch.full((len(bias),), k, dtype=torch.int32, device=tokens.device)
-        arguments = (tokens, clip_index, queries, selector, bias, ks, k, scale, clip_rows)
-        pooled, lse, kept, *_ = library.triton_forward(*arguments)
+        pooled, lse, kept, *_ = library.triton_forward(
+            tokens, clip_index, queries, selector, bias, ks, k, scale, clip_rows, stacked=1, dtype=queries.dtype
+        )
+        pooled, lse = _by_question(pooled).squeeze(0), _by_question(lse).squeeze(0)
     else:
         if implementation == "auto" and tokens.is_cuda and not torch.compiler.is_compiling():
             warnings.warn(f"select_attend runs its slower reference on a GPU: {reason}", stacklevel=2)
@@ -119,7 +122,8 @@ def attend_stacked(
         ks: [M] int32, the number of patches that each head keeps, 1 to N.
 
     Returns:
-        pooled [M, B, T, H, D], lse [M, B, T, H] and the mask of the kept patches [M, B, T, N] bool.
+        pooled [M, B, T, H, D], in autocast's dtype where that is on, because products read it; lse [M, B, T, H]; and
+        the mask of the kept patches [M, B, T, N] bool.
     """
     stacked, clips = bias.shape[:2]
     index, rows = clip_index, clip_rows
@@ -128,6 +132,7 @@ def attend_stacked(
         index = (clip_index * stacked + member[:, None]).flatten()
         rows = torch.arange(clips, device=tokens.device) if clip_rows is None else clip_rows
         rows = rows.repeat_interleave(stacked)
+    device = tokens.device.type
     pooled, lse, _, mask, *_ = library.triton_forward(
         tokens,
         index,
@@ -138,9 +143,16 @@ def attend_stacked(
         0,
         scale,
         rows,
+        stacked,
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else queries.dtype,
     )
-    shape = (stacked, len(clip_index))
-    return pooled.unflatten(0, shape), lse.unflatten(0, shape), mask.view(torch.bool).unflatten(0, shape)
+    kept = mask.view(torch.bool).unflatten(0, (stacked, len(clip_index)))
+    return _by_question(pooled), _by_question(lse), kept
+
+
+def _by_question(x: Tensor) -> Tensor:
+    """[M, H, B, T, ...], as the kernels write it, as [M, B, T, H, ...]."""
+    return x.movedim(1, 3)
 
 
 def _given(**tensors: Tensor | None) -> dict[str, Tensor]:

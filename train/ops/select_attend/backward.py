@@ -13,7 +13,7 @@ from egopatch.train.ops.select_attend import parts
 
 @triton.jit
 def _weigh(
-    tokens, columns, column_scale, grad_pooled, grad_top, out, live, lse, mask, scale_row, bias_row, scale, bias,
+    tokens, columns, column_scale, grad_pooled, grad_top, out, asked, live, lse, mask, scale_row, bias_row, scale, bias,
     tile, group, row, t, start,
     N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr, FLOAT8: tl.constexpr,
     ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr,
@@ -40,14 +40,14 @@ def _weigh(
     shift = parts.by_patch(bias, bias_row, n, N, float("-inf"))
     log_total = tl.load(lse + out, mask=live, other=0.0)
     log_total = tl.where(log_total == float("-inf"), 0.0, log_total)
-    kept = parts.chosen(mask, out, n, live, N, H)
+    kept = parts.chosen(mask, asked, n, live, N)
     return tl.where(kept, tl.exp(a + shift[:, None] - log_total[None, :]), 0.0), products
 
 
-@triton.jit(do_not_specialize=["frames", "first_tile"])
+@triton.jit(do_not_specialize=["frames", "each", "first_tile"])
 def logits_kernel(
     tokens, columns, column_scale, grad_pooled, grad_tops, grad_lse, scale, bias, order, tiles, lse, mask,
-    weights, tops, grad_bias, frames, first_tile,
+    weights, tops, grad_bias, frames, each, first_tile,
     N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr, FLOAT8: tl.constexpr,
     ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, QB: tl.constexpr,
     HG: tl.constexpr, STAGES: tl.constexpr, PADDED: tl.constexpr,
@@ -69,7 +69,7 @@ def logits_kernel(
     clip, first, count, row = parts.tile_of(tiles, tile)
     if count == 0:
         return
-    out, live = parts.outputs(order, first, count, group, t, frames, H, QB, HG)
+    out, asked, live = parts.outputs(order, first, count, group, t, frames, each, H, QB, HG)
     scale_row = (row.to(tl.int64) * frames + t) * N
     bias_row = (clip * frames + t) * N
 
@@ -87,7 +87,7 @@ def logits_kernel(
         start = block * BN
         n = start + tl.arange(0, BN)
         p, products = _weigh(
-            tokens, columns, column_scale, grad_pooled, grad_top, out, live, lse, mask, scale_row, bias_row,
+            tokens, columns, column_scale, grad_pooled, grad_top, out, asked, live, lse, mask, scale_row, bias_row,
             scale, bias, tile, group, row, t, start,
             N, D, H, HAS_SCALE, FLOAT8, ARITHMETIC, PRECISION, BN, BD, QB, HG, STAGES,
         )  # fmt: skip

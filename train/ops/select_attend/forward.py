@@ -11,10 +11,10 @@ import triton.language as tl
 from egopatch.train.ops.select_attend import parts
 
 
-@triton.jit(do_not_specialize=["frames", "questions"])
+@triton.jit(do_not_specialize=["frames", "questions", "each"])
 def forward_kernel(
     tokens, tokens_again, columns, selectors, column_scale, selector_scale, scale, bias, order, tiles,
-    pooled, lse, scores, cuts, ks, frames, questions,
+    pooled, lse, scores, cuts, ks, frames, questions, each,
     N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr, FLOAT8: tl.constexpr,
     ARITHMETIC: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
@@ -71,7 +71,7 @@ def forward_kernel(
     total = tl.sum(p, axis=0)
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
-    out, live = parts.outputs(order, first, count, group, t, frames, H, QB, HG)
+    out, _asked, live = parts.outputs(order, first, count, group, t, frames, each, H, QB, HG)
     tl.store(lse + out, tl.where(empty, float("-inf"), top + tl.log(total)), mask=live)
     p *= (1.0 / total)[None, :]
     largest = 1.0
@@ -89,10 +89,10 @@ def forward_kernel(
         tl.store(pooled + (out * D)[None, :] + d[:, None], o.to(pooled.dtype.element_ty), mask=live[None, :])
 
 
-@triton.jit(do_not_specialize=["frames", "questions"])
+@triton.jit(do_not_specialize=["frames", "questions", "each"])
 def forward_blocks_kernel(
     tokens, tokens_again, columns, selectors, column_scale, selector_scale, scale, bias, order, tiles,
-    pooled, lse, scores, cuts, ks, frames, questions,
+    pooled, lse, scores, cuts, ks, frames, questions, each,
     N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr, FLOAT8: tl.constexpr,
     ARITHMETIC: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
@@ -135,7 +135,7 @@ def forward_blocks_kernel(
 
     R: tl.constexpr = HG * QB
     for group in range((H + HG - 1) // HG):
-        out, live = parts.outputs(order, first, count, group, t, frames, H, QB, HG)
+        out, _asked, live = parts.outputs(order, first, count, group, t, frames, each, H, QB, HG)
         column = parts.by_column(column_scale, tile, group, H, QB, HG)
         top = tl.full((R,), float("-inf"), tl.float32)
         total = tl.zeros((R,), tl.float32)

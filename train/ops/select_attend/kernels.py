@@ -52,14 +52,18 @@ def forward(
     listed: int,
     scale: Tensor | None,
     clip_rows: Tensor | None,
+    stacked: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Outputs of `select_attend`, and the tensors that `backward` needs.
 
-    Questions about clip c keep ks[c] patches of a frame, for ks [C] int32; `kept` lists the first `listed` of them.
+    Questions about clip c keep ks[c] patches of a frame, for ks [C] int32; `kept` lists the first `listed` of them. The
+    questions of `stacked` heads follow each other. pooled has `dtype`; it and lse are in the order in which the product
+    with each head's values reads them and returns their gradients, so that neither is copied.
 
     Returns:
-        pooled [B, T, H, D], lse [B, T, H], kept [B, T, listed], mask [B, T, N] int8 of the kept patches, and the
-        schedule: order [B], tiles [G, 4] and clip_tiles [C, 2], as `schedule` gives them.
+        pooled [M, H, B / M, T, D], lse [M, H, B / M, T], kept [B, T, listed], mask [B, T, N] int8 of the kept patches,
+        and the schedule: order [B], tiles [G, 4] and clip_tiles [C, 2], as `schedule` gives them.
     """
     _, frames, patches, width = tokens.shape
     questions, heads, _ = queries.shape
@@ -67,9 +71,10 @@ def forward(
     blocks, device = launch_of(tokens, queries).forward, tokens.device
     several, groups = patches > blocks.block, triton.cdiv(heads, blocks.heads)
     # Several blocks add up in pooled itself, which must then be float32.
-    dtype = torch.float32 if several else queries.dtype
-    pooled = torch.empty(questions, frames, heads, width, dtype=dtype, device=device)
-    lse = torch.empty(questions, frames, heads, dtype=torch.float32, device=device)
+    written = torch.float32 if several else dtype
+    each = questions // stacked
+    pooled = torch.empty(stacked, heads, each, frames, width, dtype=written, device=device)
+    lse = torch.empty(stacked, heads, each, frames, dtype=torch.float32, device=device)
     kept = torch.empty(questions, frames, listed, dtype=torch.int64, device=device)
     mask = torch.empty(questions, frames, patches, dtype=torch.int8, device=device)
     if pooled.numel():
@@ -84,7 +89,7 @@ def forward(
             TensorDescriptor.from_tensor(columns, [blocks.heads * QUESTIONS, blocks.channels]),
             TensorDescriptor.from_tensor(selectors, [QUESTIONS, blocks.channels]),
             column_scale, selector_scale, None if scale is None else scale.contiguous(), bias.contiguous(),
-            order, tiles, pooled, lse, scores, cuts, ks, frames, questions,
+            order, tiles, pooled, lse, scores, cuts, ks, frames, questions, each,
         )  # fmt: skip
         kernel = forward_blocks_kernel if several else forward_kernel
         kernel[(len(tiles) * frames * selects,)](*arguments, **forward_constants(tokens, queries, scale, blocks))
@@ -93,7 +98,7 @@ def forward(
         kept_kernel[(triton.cdiv(questions * frames, rows),)](
             scores, cuts, kept, mask, listed, questions * frames, N=patches, BN=whole, ROWS=rows, num_warps=4
         )
-    return pooled.to(queries.dtype), lse, kept, mask, order, tiles, clip_tiles
+    return pooled.to(dtype), lse, kept, mask, order, tiles, clip_tiles
 
 
 def backward(
@@ -110,7 +115,10 @@ def backward(
     tiles: Tensor,
     clip_tiles: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries [B, H, D], selector [B, D] and bias [C, T, N], all float32."""
+    """Gradients of queries [B, H, D], selector [B, D] and bias [C, T, N], all float32.
+
+    Those of pooled and lse are in the order of `forward`'s.
+    """
     _, frames, patches, width = tokens.shape
     questions, heads, _ = queries.shape
     launch, device = launch_of(tokens, queries), tokens.device
@@ -130,14 +138,14 @@ def backward(
     partials = torch.empty(len(tiles), groups, frames, patches, dtype=torch.float32, device=device)
     grad_queries = torch.empty(questions, heads, width, dtype=torch.float32, device=device)
     # Infinite norm: the largest size of each row, which is divided out before the gradient is rounded.
-    grad_tops = torch.linalg.vector_norm(grad_pooled, math.inf, dim=3, dtype=torch.float32)
+    grad_tops = torch.linalg.vector_norm(grad_pooled, math.inf, dim=-1, dtype=torch.float32)
     grad_tops = grad_tops.masked_fill_(grad_tops == 0, 1)
     inputs = (
         describe_tokens(tokens, blocks.block, blocks.channels),
         TensorDescriptor.from_tensor(columns, [columns_of_group, blocks.channels]),
         column_scale, grad_pooled.contiguous(), grad_tops, grad_lse.contiguous(),
         None if scale is None else scale.contiguous(), bias.contiguous(), order, tiles, lse, mask,
-        weights, tops, partials, frames,
+        weights, tops, partials, frames, grad_lse.shape[2],
     )  # fmt: skip
     products = (
         describe_tokens(tokens, product.patches, product.channels),

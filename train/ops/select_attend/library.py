@@ -1,7 +1,7 @@
 """Both implementations as operators that autograd and `torch.compile` know.
 
 Each forward returns pooled, lse, kept and the tensors for its backward: the softmax weights [B, T, H, k] for the
-reference; the mask of kept patches [B, T, N] and the schedule for Triton.
+reference; the mask of kept patches [B, T, N] and the schedule for Triton, whose pooled and lse are in another order.
 """
 
 from collections.abc import Iterator
@@ -36,10 +36,14 @@ def _(
     tokens: Tensor, clip_index: Tensor, queries: Tensor, selector: Tensor, bias: Tensor, k: int, *_: Any
 ) -> tuple[Tensor, ...]:
     frames = tokens.shape[1]
-    questions, heads, _width = queries.shape
+    questions, heads, width = queries.shape
     dtype = reference.arithmetic_dtype(queries)
-    weights = queries.new_empty(questions, frames, heads, k, dtype=dtype)
-    return *_outputs(frames, clip_index, queries, k), weights
+    return (
+        queries.new_empty(questions, frames, heads, width),
+        queries.new_empty(questions, frames, heads, dtype=dtype),
+        clip_index.new_empty(questions, frames, k, dtype=torch.int64),
+        queries.new_empty(questions, frames, heads, k, dtype=dtype),
+    )
 
 
 @torch.library.custom_op("egopatch::select_attend_reference_backward", mutates_args=())
@@ -99,13 +103,17 @@ def triton_forward(
     listed: int,
     scale: Tensor | None,
     clip_rows: Tensor | None,
+    stacked: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`kernels.forward` as an operator."""
     # Imported here, so that the reference runs without Triton.
     from egopatch.train.ops.select_attend import kernels
 
     with torch.cuda.device_of(tokens):  # Triton launches on the current device, whatever its arguments are on
-        return kernels.forward(tokens, clip_index, queries, selector, bias, ks, listed, scale, clip_rows)
+        return kernels.forward(
+            tokens, clip_index, queries, selector, bias, ks, listed, scale, clip_rows, stacked, dtype
+        )
 
 
 @triton_forward.register_fake
@@ -117,12 +125,19 @@ def _(
     bias: Tensor,
     ks: Tensor,
     listed: int,
-    *_: Any,
+    scale: Tensor | None,
+    clip_rows: Tensor | None,
+    stacked: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
     frames, patches = tokens.shape[1:3]
     questions, clips = len(clip_index), len(bias)
+    _, heads, width = queries.shape
+    shape = (stacked, heads, questions // stacked, frames)
     return (
-        *_outputs(frames, clip_index, queries, listed),
+        queries.new_empty(*shape, width, dtype=dtype),
+        queries.new_empty(shape, dtype=torch.float32),
+        clip_index.new_empty(questions, frames, listed, dtype=torch.int64),
         clip_index.new_empty(questions, frames, patches, dtype=torch.int8),
         clip_index.new_empty(questions, dtype=torch.int32),
         clip_index.new_empty(tile_bound(questions, clips), 4, dtype=torch.int32),
@@ -163,7 +178,7 @@ def _(
 
 
 def _triton_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tokens, _, queries, selector, bias, _, _, scale, _ = inputs
+    tokens, _, queries, selector, bias, _, _, scale, *_ = inputs
     _, lse, kept, *saved = output
     ctx.mark_non_differentiable(kept, *saved)
     ctx.set_materialize_grads(False)
@@ -176,21 +191,10 @@ def _triton_gradients(
     tokens, queries, selector, bias, scale, lse, *saved = ctx.saved_tensors
     incoming = _incoming(grad_pooled, grad_lse, queries, lse)
     grads = triton_backward(*incoming, tokens, queries, selector, bias, scale, lse, *saved)
-    return None, None, *_outgoing(grads, queries, selector, bias), None, None, None, None
+    return None, None, *_outgoing(grads, queries, selector, bias), *(None,) * 6
 
 
 triton_forward.register_autograd(_triton_gradients, setup_context=_triton_save)
-
-
-def _outputs(frames: int, clip_index: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty pooled, lse and kept."""
-    questions, heads, width = queries.shape
-    dtype = reference.arithmetic_dtype(queries)
-    return (
-        queries.new_empty(questions, frames, heads, width),
-        queries.new_empty(questions, frames, heads, dtype=dtype),
-        clip_index.new_empty(questions, frames, k, dtype=torch.int64),
-    )
 
 
 def _gradients(queries: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,16 +20,17 @@ def tile_of(tiles, tile):
 
 
 @triton.jit
-def outputs(order, first, count, group, t, frames, H: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr):
-    """The row of outputs [B, T, H] of each column of a head group, and whether the column is used.
+def outputs(order, first, count, group, t, frames, each, H: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr):
+    """The rows of each column of a head group in outputs [M, H, B / M, T] and in [B, T], and whether it is used.
 
-    64 bits: outputs may have more than 2^31 elements.
+    `each` is B / M, the questions of a stacked head. 64 bits: outputs may have more than 2^31 elements.
     """
     column = tl.arange(0, HG * QB)
     slot = column % QB
     head = group * HG + column // QB
-    question = tl.load(order + first + slot, mask=slot < count, other=0).to(tl.int64)
-    return (question * frames + t) * H + head, (slot < count) & (head < H)
+    question = tl.load(order + first + slot, mask=slot < count, other=0)
+    row = (question // each * H + head) * each + question % each
+    return row.to(tl.int64) * frames + t, question.to(tl.int64) * frames + t, (slot < count) & (head < H)
 
 
 @triton.jit
@@ -87,9 +88,9 @@ def by_patch(values, row, n, N: tl.constexpr, other):
 
 
 @triton.jit
-def chosen(mask, out, n, live, N: tl.constexpr, H: tl.constexpr):
-    """Whether the question of each column, whose row of outputs is `out`, keeps each of the patches n [BN]: [BN, R]."""
-    kept = tl.load(mask + (out // H * N)[None, :] + n[:, None], mask=(n < N)[:, None] & live[None, :], other=0)
+def chosen(mask, asked, n, live, N: tl.constexpr):
+    """Whether the question of each column, whose row of the mask is `asked`, keeps the patches n [BN]: [BN, R]."""
+    kept = tl.load(mask + (asked * N)[None, :] + n[:, None], mask=(n < N)[:, None] & live[None, :], other=0)
     return kept > 0
 
 

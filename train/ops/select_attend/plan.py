@@ -206,6 +206,11 @@ def _blocks(patches: int, width: int, heads: int, token_bytes: int, generation: 
     # Two warpgroups need 128 rows: with fewer, Triton 3.6 addresses float32 columns wrongly (seen on an H100). On
     # Ampere, eight warps spill where a frame is one small block, and four where it is several.
     four_warps = block <= (128 if ampere and backward else 64) and not (ampere and several)
+    if registers and four_warps:
+        registers = 136  # of which the assembler takes 128; with 128, bfloat16 results spill
+    # With Triton 3.8 these spill if a question's scores are selected from in two halves, and others if they are not.
+    unhalved = generation == 10 and SPILLING_TRITON and width > 768
+    unhalved = unhalved and (patches == ONE_BLOCK or (token_bytes == 1 and width == _power_of_two(width)))
     return Blocks(
         block=block,
         heads=min(together, _power_of_two(heads)),
@@ -213,7 +218,7 @@ def _blocks(patches: int, width: int, heads: int, token_bytes: int, generation: 
         stages=stages,
         warps=4 if four_warps else 8,
         registers=registers,
-        chunk=whole if whole > ONE_BLOCK else min(whole, 128),
+        chunk=whole if whole > ONE_BLOCK or unhalved else min(whole, 128),
         pool_channels=_divisor(width, pool_channels),
         pool_stages=2,
     )
