@@ -181,9 +181,10 @@ def test_a_head_from_outside_resumes_with_the_losses_of_an_undisturbed_run(
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (lambda logits: torch.cat([logits, logits], dim=1), r"a tensor \(32, 16\)"),
-        (lambda logits: logits[:, 1:], r"a tensor \(32, 7\)"),
-        (lambda logits: logits[:, 0], r"a tensor \(32,\)"),
+        (lambda logits: torch.cat([logits, logits], dim=1), r"a tensor \(32, 16\) of torch.float32"),
+        (lambda logits: logits[:, 1:], r"a tensor \(32, 7\) of torch.float32"),
+        (lambda logits: logits[:, 0], r"a tensor \(32,\) of torch.float32"),
+        (lambda logits: logits.argsort(dim=1), r"a tensor \(32, 8\) of torch.int64"),
         (lambda logits: (logits, None), "a tuple"),
     ],
 )
@@ -195,8 +196,10 @@ def test_a_head_from_outside_has_to_return_logits(
             return change(super().forward(batch))
 
     monkeypatch.setitem(HEADS._registered, "other", Head("other", Other))
-    expected = r"expected logits \(32, 8\), a row for each question and a column for each of sizes.answers"
-    with pytest.raises(ConfigError, match=f"the head other returns {found}; {expected}: correct its forward"):
+    expected = r"expected logits \(32, 8\) of a floating-point type, a row for each question and a column for each of "
+    with pytest.raises(
+        ConfigError, match=f"the head other returns {found}; {expected}sizes.answers: correct its forward"
+    ):
         fit(with_run(tiny, "other", head_name="other"), "x")
 
 
