@@ -26,8 +26,8 @@ class DatasetError(ValueError):
             of the first ten and the number of the others.
     """
 
-    def __init__(self, problems: Iterable[str]):
-        self.problems = tuple(problems)
+    def __init__(self, problems: Iterable[str] | str):
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
         hidden = len(self.problems) - SHOWN_PROBLEMS
         more = [f"and {hidden:,} more; `egopatch extract doctor --json` lists them all"] if hidden > 0 else []
         super().__init__("\n".join([*self.problems[:SHOWN_PROBLEMS], *more]))

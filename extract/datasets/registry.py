@@ -114,10 +114,15 @@ def _misfits(dataset: Dataset) -> Iterator[str]:
         if clip.clip_id in clip_ids:
             yield f"clip_id {clip.clip_id!r} names two clips; expected unique names"
         clip_ids.add(clip.clip_id)
+    for part in PARTS:
+        question_ids = set[str]()
+        for question in dataset.questions[part]:
+            if question.question_id in question_ids:
+                yield f"question_id {question.question_id!r} names two questions of {part}; expected unique names"
+            question_ids.add(question.question_id)
+            if question.clip_id not in clip_ids:
+                yield f"question {question.question_id!r}: clip_id {question.clip_id!r} is not in clips; add it there"
     questions = [question for part in PARTS for question in dataset.questions[part]]
-    for question in questions:
-        if question.clip_id not in clip_ids:
-            yield f"question {question.question_id!r}: clip_id {question.clip_id!r} is not in clips; add it there"
     if missing := sorted(set(texts_of(questions)).difference(dataset.texts)):
         yield f"texts lacks {missing[0]!r} and {len(missing) - 1} others; make it with texts_of(questions)"
     if any(not question.options for question in questions) and UNKNOWN_ANSWERS[1] not in dataset.answers:

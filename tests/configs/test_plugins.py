@@ -195,6 +195,7 @@ GOOD = Dataset((CLIP,), ASKED, answer_vocabulary(["a cup"]), ("what?",), "mine")
             {"questions": {"train": (QUESTION,)}},
             r"questions has the parts \['train'\]; expected \['train', 'val', 'test'\]",
         ),
+        ({"questions": {**ASKED, "val": (QUESTION, QUESTION)}}, "question_id '1' names two questions of val"),
         ({"texts": ("who?",)}, "texts lacks 'what\\?' and 0 others; make it with texts_of"),
         ({"answers": ("a cup",)}, "answers lacks <UNK1>; make it with answer_vocabulary"),
     ],
@@ -207,6 +208,10 @@ def test_a_data_set_whose_parts_do_not_fit(
         load_dataset(DataConfig(name="mine"))
     monkeypatch.setitem(DATASETS._registered, "mine", lambda _: GOOD)
     assert load_dataset(DataConfig(name="mine")) == GOOD
+
+
+def test_a_fault_of_a_data_set_may_be_one_string() -> None:
+    assert DatasetError("no clips").problems == ("no clips",)
 
 
 def test_options_are_a_dataclass_and_not_an_instance_of_one() -> None:
