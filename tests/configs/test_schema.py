@@ -320,10 +320,10 @@ def test_a_list_is_expected_in_brackets(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err == "demo: error: --seeds is 'a'; expected a list in brackets: '[a]'\n"
 
 
-def test_own_data_is_called_by_its_folder() -> None:
+def test_own_data_is_called_by_its_folder(tmp_path: Path) -> None:
     assert DataConfig(name="jsonl", root=Path("data/mine")).title == "data/mine"
-    assert DataConfig(name="jsonl", root=Path("/home/me/kitchen")).title == "kitchen"
-    assert DataConfig(name="jsonl", root=Path("/a/stores"), questions="b.jsonl").title == "stores/b.jsonl"
+    assert DataConfig(name="jsonl", root=tmp_path / "kitchen").title == "kitchen"
+    assert DataConfig(name="jsonl", root=tmp_path / "stores", questions="b.jsonl").title == "stores/b.jsonl"
     assert DataConfig(split="indirect").title == "indirect"
 
 

@@ -42,17 +42,18 @@ def test_own_data_is_called_by_its_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_the_machine_is_not_told_and_rows_of_several_data_sets_are_no_comparison(tmp_path: Path) -> None:
-    mine: dict[str, Any] = {"name": "jsonl", "root": "/home/me/stores", "questions": "mine.jsonl"}
+    mine: dict[str, Any] = {"name": "jsonl", "root": str(tmp_path / "stores"), "questions": "mine.jsonl"}
     write_run(tmp_path, "psa", config={"data": mine})
     write_run(tmp_path, "attention", model="attention", config={"data": mine | {"questions": None}})
     write_table(tmp_path, NO_ANNOTATIONS)
     text = (tmp_path / "table.md").read_text()
     assert "## stores/mine.jsonl, stores\n" in text or "## stores, stores/mine.jsonl\n" in text
     (line,) = [line for line in text.splitlines() if "several data sets" in line]
-    assert line.endswith("with each other: attention: /home/me/stores; psa: /home/me/stores/mine.jsonl.")
+    folder = tmp_path / "stores"
+    assert line.endswith(f"with each other: attention: {folder}; psa: {folder}/mine.jsonl.")
     write_run(tmp_path / "one", "psa", config={"data": mine})
     write_table(tmp_path / "one", NO_ANNOTATIONS)
-    assert "/home/me" not in (tmp_path / "one" / "table.md").read_text()
+    assert str(tmp_path) not in (tmp_path / "one" / "table.md").read_text()
 
 
 def test_json_has_exactly_the_published_keys_and_relative_paths(tmp_path: Path) -> None:
