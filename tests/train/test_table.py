@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -371,8 +372,8 @@ def test_questions_about_quarantined_clips_are_counted(tmp_path: Path) -> None:
 def test_a_reader_that_has_enough_is_no_fault(tmp_path: Path) -> None:
     for seed in range(200):  # more than a pipe holds
         write_run(tmp_path, f"psa_{seed}", config={"head": {"ratio": 0.001 * (seed + 1)}})
-    command = f"{sys.executable} -m train table --run.table {tmp_path} | head -n 1"
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
+    table = shlex.join([sys.executable, "-m", "train", "table", "--run.table", str(tmp_path)])
+    done = subprocess.run(f"{table} | head -n 1", shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "# Results\n"
     assert "Traceback" not in done.stderr
     assert "Broken pipe" not in done.stderr
