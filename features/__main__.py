@@ -403,7 +403,7 @@ def _progress(label: str, unit: str, options: argparse.Namespace) -> Iterator[Ca
 
     silent = options.json or not sys.stderr.isatty()
     with ProgressDisplay(label, None, unit, out=sys.stderr, summary=False, silent=silent) as display:
-        yield lambda done, total: display.update(done, total=total)
+        yield display.update
 
 
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Outcome], str]] = {

@@ -278,7 +278,7 @@ def _provide_file(
         return FileStatus(need, "missing", _by_hand(need, locked))
     else:
         with ProgressDisplay(f"fetch {need.name}", size, BYTES, out=out, summary=False) as display:
-            fetch(need.link, need.file, None if locked is None else locked.sha256, display.set_size)
+            fetch(need.link, need.file, None if locked is None else locked.sha256, display.update)
         status = _present(need, lockfile, "fetched")
     if not status.good:
         return status

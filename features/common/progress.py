@@ -77,8 +77,8 @@ class ProgressDisplay:
         self._nbytes += nbytes
         self.update(self.done + count)
 
-    def update(self, done: int, detail: str = "", total: int | None = None) -> None:
-        """Set the number of units done; `detail` replaces the rate, and `total` the number of units."""
+    def update(self, done: int, total: int | None = None, detail: str = "") -> None:
+        """Set the number of units done; `total` replaces the number of units, and `detail` the rate."""
         self.done, self._detail = done, detail
         self.total = self.total if total is None else total
         if self._bar is not None and self._task is not None:
@@ -87,10 +87,6 @@ class ProgressDisplay:
         elif not self._silent and time.monotonic() - self._printed >= self._interval():
             self._printed = time.monotonic()
             self._print(last=False)
-
-    def set_size(self, nbytes: int, total: int | None) -> None:
-        """Set the bytes done and the total, None if unknown: a callback for transfers."""
-        self.update(nbytes, total=total)
 
     def line(self) -> str:
         """The plain line."""

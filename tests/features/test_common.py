@@ -127,9 +127,9 @@ def test_a_notebook_gets_one_line_that_changes(clock: SimpleNamespace) -> None:
     out = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
     with ProgressDisplay("encode", 8, "clips", out=out) as display:
         clock.seconds += 1
-        display.update(2, "a long detail")
+        display.update(2, detail="a long detail")
         clock.seconds += 1
-        display.update(8, "done")
+        display.update(8, detail="done")
     assert out.getvalue() == (
         "\rencode: 2/8 clips, a long detail, about 3 s left"
         "\rencode: 8/8 clips, done, 2 s                    "
@@ -144,7 +144,7 @@ def test_a_notebook_gets_one_line_that_changes(clock: SimpleNamespace) -> None:
 def test_what_was_done_before_does_not_count_as_speed(clock: SimpleNamespace) -> None:
     display = ProgressDisplay("train", 100, "steps", done=50)
     clock.seconds += 10
-    display.update(60, "epoch 2/4")
+    display.update(60, detail="epoch 2/4")
     assert display.line() == "train: 60/100 steps, epoch 2/4, about 40 s left"
 
 

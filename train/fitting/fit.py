@@ -127,7 +127,7 @@ def train_together(groups: Sequence[RunGroup], experiment: Experiment, order_see
                 due = [group for group in due if not group.failed]
                 if not due:
                     break
-                display.update(due[0].heads.step, f"epoch {epoch + 1}/{epochs}, {due[0].summary()}")
+                display.update(due[0].heads.step, detail=f"epoch {epoch + 1}/{epochs}, {due[0].summary()}")
                 if ranks.any(stopping.is_set()):
                     for group in due:
                         group.save()
