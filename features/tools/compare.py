@@ -168,20 +168,20 @@ def compare(
         sums.add(name, left.read(name), right.read(name))
         if on_clips is not None:
             on_clips(number, len(picked))
-    fields = tuple(
-        f"{name}: A has {left.fingerprint.get(name)!r}, B has {right.fingerprint.get(name)!r}"
+    differing = [
+        name
         for name in sorted(left.fingerprint.keys() | right.fingerprint.keys())
         if left.fingerprint.get(name) != right.fingerprint.get(name)
-    )
+    ]
+    known = all(side.fingerprint and side.fingerprint.get("origin") != "imported" for side in (left, right))
     tolerance = max(TOLERANCES.get(side.dtype, TOLERANCES["float32"]) for side in (left, right))
     compared = sums.measured()
-    cause, detail = _cause(left, right, sums, compared, tolerance)
+    cause, detail = _cause(sums, compared, tolerance, differing if known else [])
     agree = sums.shapes is None and compared.error <= tolerance and cause in (None, "precision")
-    verdict = _verdict(agree, cause, detail, left, right)
     return Comparison(
         agree=agree,
         cause=cause,
-        verdict=verdict,
+        verdict=_verdict(agree, cause, detail, left, right),
         clips=len(picked),
         common=len(common),
         only_a=len(left.ids) - len(common),
@@ -192,7 +192,9 @@ def compare(
         worst_tokens=sums.worst_tokens(),
         worst_channels=sums.worst_channels(),
         times_differ_s=sums.times,
-        fields=fields,
+        fields=tuple(
+            f"{name}: A has {left.fingerprint.get(name)!r}, B has {right.fingerprint.get(name)!r}" for name in differing
+        ),
     )
 
 
@@ -204,10 +206,10 @@ def _verdict(agree: bool, cause: str | None, detail: str, left: Side, right: Sid
     return f"A and B agree up to {why}" if agree else f"A and B differ; likely cause: {cause}, {why}"
 
 
-def _cause(left: Side, right: Side, sums: "_Sums", compared: Measure, tolerance: float) -> tuple[str | None, str]:
-    """Key in `ADVICE` and what supports it."""
+def _cause(sums: "_Sums", compared: Measure, tolerance: float, differing: list[str]) -> tuple[str | None, str]:
+    """Key in `ADVICE` and what supports it, such as fields of the fingerprints that are known to be `differing`."""
     if sums.shapes is not None:
-        (one, other), named = sums.shapes, _field_cause(left, right, ("frames", "transform", "weights"))
+        (one, other), named = sums.shapes, _field_cause(differing, ("frames", "transform", "weights"))
         return named or "shape", f"{one} in A, {other} in B"
     if compared.error == 0 and not sums.times:
         return None, ""
@@ -222,26 +224,19 @@ def _cause(left: Side, right: Side, sums: "_Sums", compared: Measure, tolerance:
     if (offset := sums.frame_shift()) is not None:
         return "frames", f"frame t of A is frame t + {offset} of B"
     # Rounding cannot explain a large error, whatever dtype a fingerprint names.
-    named = _field_cause(left, right, tuple(CAUSES) if compared.error <= MOST_ROUNDING else tuple(CAUSES)[:-1])
+    named = _field_cause(differing, tuple(CAUSES) if compared.error <= MOST_ROUNDING else tuple(CAUSES)[:-1])
     if named is not None:
-        return named, ", ".join(
-            name for name in CAUSES[named] if left.fingerprint.get(name) != right.fingerprint.get(name)
-        )
+        return named, ", ".join(name for name in CAUSES[named] if name in differing)
     return ("precision", "") if compared.error <= ROUNDING else ("unknown", "")
 
 
-def _field_cause(left: Side, right: Side, order: tuple[str, ...]) -> str | None:
-    """The first cause of `order` that a differing field of the fingerprints names; None if a side has no such field."""
-    known = all(side.fingerprint and side.fingerprint.get("origin") != "imported" for side in (left, right))
-    for cause in order:
-        for name in CAUSES[cause]:
-            if known and left.fingerprint.get(name) != right.fingerprint.get(name):
-                return cause
-    return None
+def _field_cause(differing: list[str], order: tuple[str, ...]) -> str | None:
+    """The first cause of `order` that a differing field names; None if none does."""
+    return next((cause for cause in order if not set(differing).isdisjoint(CAUSES[cause])), None)
 
 
 class _Sums:
-    """What a comparison needs of its clips, which are read one after the other.
+    """What a comparison needs of its clips, which are read one after the other; shifts and factor need one at least.
 
     Attributes:
         shapes: The first two shapes that cannot be compared; None if all can.
@@ -253,8 +248,8 @@ class _Sums:
         self.times: float | None = None
         self._shape: tuple[int, ...] | None = None  # of every clip: places and channels are summed over all
         self._clips: list[Measure] = []
-        self._tokens: Tensor | None = None  # [3, T, N] of <a, b>, <a, a>, <b, b>; and the squared difference, [4, ...]
-        self._channels: Tensor | None = None  # [4, D]
+        # Of <a, b>, <a, a>, <b, b> and the squared difference, once a clip was added: [4, T, N] and [4, D].
+        self._tokens = self._channels = torch.zeros(())
         self._means: list[tuple[Tensor, Tensor]] = []  # [T, D] of each clip
 
     def add(self, name: str, a: Features, b: Features) -> None:
@@ -273,16 +268,13 @@ class _Sums:
             )
         products = torch.stack([x * y, x * x, y * y, (x - y).square()]).double()
         self._clips.append(_measure(name, products.sum(dim=(1, 2, 3))))
-        tokens, channels = products.sum(dim=3), products.sum(dim=(1, 2))
-        self._tokens = tokens if self._tokens is None else self._tokens + tokens
-        self._channels = channels if self._channels is None else self._channels + channels
+        self._tokens = self._tokens + products.sum(dim=3)
+        self._channels = self._channels + products.sum(dim=(1, 2))
         self._means.append((x.mean(dim=1), y.mean(dim=1)))
 
     def measured(self) -> Measure:
         """Over all clips."""
-        if self._channels is None:
-            return Measure("all", 0.0, float("inf"))
-        return _measure("all", self._channels.sum(dim=1))
+        return _measure("all", self._channels.sum(dim=1)) if self._clips else Measure("all", 0.0, float("inf"))
 
     def worst_clips(self) -> tuple[Measure, ...]:
         """The clips that differ most."""
@@ -290,7 +282,7 @@ class _Sums:
 
     def worst_tokens(self) -> tuple[Measure, ...]:
         """The places in frame and grid that differ most, over all clips."""
-        if self._tokens is None:
+        if not self._clips:
             return ()
         _, frames, patches = self._tokens.shape
         places = [(t, n) for t in range(frames) for n in range(patches)]
@@ -298,14 +290,12 @@ class _Sums:
 
     def worst_channels(self) -> tuple[Measure, ...]:
         """The channels that differ most, over all clips."""
-        if self._channels is None:
+        if not self._clips:
             return ()
         return _worst([_measure(f"channel {d}", self._channels[:, d]) for d in range(self._channels.shape[1])])
 
     def factor(self, tolerance: float) -> float | None:
         """The number that A is B's multiple by; None if it is not."""
-        if self._channels is None:
-            return None
         dot, xx, yy, _ = self._channels.sum(dim=1).tolist()
         if not dot or not yy:
             return None
@@ -322,7 +312,7 @@ class _Sums:
 
     def frame_shift(self) -> int | None:
         """How many frames later in B most frames of A are found; None if in their places."""
-        if not self._means or len(self._means[0][0]) < 3:
+        if len(self._means[0][0]) < 3:
             return None
         similar = torch.stack([_similarity(x, y) for x, y in self._means]).mean(dim=0)
         return _shift(similar, among=False)
