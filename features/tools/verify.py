@@ -168,15 +168,11 @@ def audit_store(storage: Storage) -> Audit:
     return Audit(storage, header, tuple(row_ids), ledger, tuple(faults), committed.position)
 
 
-def verify(
-    path: Location | str, workers: int | None = None, on_bytes: Callable[[int, int], None] | None = None
-) -> VerifyReport:
+def verify(path: Location | str, on_bytes: Callable[[int, int], None] | None = None) -> VerifyReport:
     """Read all committed rows and compare them with the ledger; also check the store's description for consistency.
 
     Args:
         path: Location of the store; its text substore is verified too.
-        workers: Number of threads; by default one for each core that this process may use, or as many reads as are
-            useful in object storage.
         on_bytes: Called with the bytes read so far and the bytes to read in all.
 
     Raises:
@@ -198,7 +194,7 @@ def verify(
     total = sum(audit.nbytes for audit in audits.values())
     done = 0
     for folder, audit in audits.items():
-        for size, shard_faults in check_shards(audit, workers):
+        for size, shard_faults in check_shards(audit):
             faults += [_in_folder(folder, fault) for fault in shard_faults]
             done += size
             if on_bytes is not None:
@@ -208,10 +204,10 @@ def verify(
     )
 
 
-def check_shards(audit: Audit, workers: int | None = None) -> Iterator[tuple[int, list[Fault]]]:
+def check_shards(audit: Audit) -> Iterator[tuple[int, list[Fault]]]:
     """Bytes and faults of each shard of a store, in order."""
-    workers = workers or max(usable_cores(), audit.storage.parallel_reads)
-    with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
+    threads = max(usable_cores(), audit.storage.parallel_reads)
+    with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
         yield from zip(map(audit.ledger.bytes_of, audit.shards), pool.map(partial(check_shard, audit), audit.shards))
 
 

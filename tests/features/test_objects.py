@@ -173,7 +173,7 @@ def test_verify_while_a_shard_is_written_again(bucket: str, monkeypatch: pytest.
         return real(self, shard, attempt)
 
     monkeypatch.setattr(ObjectStorage, "shard_files", wrapped)
-    report = verify(writer.path, workers=1)
+    report = verify(writer.path)
     assert report.ok, report.faults
 
 

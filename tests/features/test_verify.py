@@ -225,7 +225,7 @@ def test_commands(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_progress_covers_clips_and_texts(whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     calls: list[tuple[int, int]] = []
-    report = verify(whole, workers=2, on_bytes=lambda *figures: calls.append(figures))
+    report = verify(whole, on_bytes=lambda *figures: calls.append(figures))
     assert [total for _, total in calls] == [report.nbytes] * report.shards
     assert [done for done, _ in calls] == sorted({done for done, _ in calls})
     assert calls[-1][0] == report.nbytes
