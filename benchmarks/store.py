@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))  # runs without being installed
 
 from benchmarks._machine import add_result_arguments, result_path, stamp  # noqa: E402
 from egopatch.features import Fingerprint, Store, StoreSpec, create_store, open_store, read_ahead  # noqa: E402
-from egopatch.features.formats.registry import FORMATS  # noqa: E402
+from egopatch.features.formats.interface import CODECS  # noqa: E402
 from egopatch.features.tools.verify import verify  # noqa: E402
 
 SHAPE = (16, 196, 768)
@@ -215,8 +215,8 @@ def codecs(folder: Path) -> dict[str, dict[str, float]]:
     names = [f"clip{n}" for n in range(CODEC_CLIPS)]
     rows = {name: {**clip_rows(0), "patches": torch.randn(SHAPE, generator=generator) * sizes} for name in names}
     found = {}
-    for format_name, files in FORMATS.items():
-        for codec in files.codecs:
+    for format_name, offered in CODECS.items():
+        for codec in offered:
             spec = StoreSpec.for_patches(16, (14, 14), 768, "bfloat16", SHARD, codec=codec)
             store = create_store(folder / f"{format_name}_{codec}", spec, FINGERPRINT, names, format_name)
             started = time.perf_counter()

@@ -16,7 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from egopatch.features.formats.interface import CODECS, Blocks, Chunk, StagedFile
+from egopatch.features.formats.interface import Blocks, Chunk, StagedFile
 from egopatch.features.io.fields import Record
 from egopatch.features.io.files import opening, size_and_crc
 from egopatch.features.storage.interface import ReadableFiles, Storage
@@ -37,14 +37,12 @@ _UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, TypeError, Attribute
 class Hdf5Format:
     """See `interface.Format`."""
 
-    name = "hdf5"
     needs_folder = True
-    codecs: tuple[str, ...] = CODECS["hdf5"]
 
     def metadata_files(self, header: Record, spec: StoreSpec, rows: int) -> dict[str, bytes]:
         """`index.h5`, with a copy of the store's header in its attributes. Rows that were never written read as NaN."""
         with h5py.File("index", "w", driver="core", backing_store=False, libver=_VERSION) as index:
-            index.attrs["header"] = _json(header)
+            index.attrs["header"] = json.dumps(header, sort_keys=True)
             for array in spec.arrays:
                 on_disk = disk_dtype(array.dtype)
                 layout = h5py.VirtualLayout((rows, *array.shape), on_disk.numpy)
@@ -196,7 +194,3 @@ def _decode(width: int, content: bytes, row: np.ndarray) -> None:
     if len(planes) != row.size:
         raise ValueError(f"{len(planes)} bytes; expected {row.size}")
     row.reshape(-1, width)[:] = np.frombuffer(planes, np.uint8).reshape(width, -1).T
-
-
-def _json(header: Record) -> str:
-    return json.dumps(header, sort_keys=True)

@@ -115,14 +115,10 @@ class Format(Protocol):
     """A file format for shards.
 
     Attributes:
-        name: Name of the format.
         needs_folder: Whether the format's library reads only local files.
-        codecs: Supported values of `StoreSpec.codec`, `none` first.
     """
 
-    name: str
     needs_folder: bool
-    codecs: tuple[str, ...]
 
     def metadata_files(self, header: Record, spec: StoreSpec, rows: int) -> dict[str, bytes]:
         """The files, by path inside the store, that describe arrays of `rows` rows to other tools."""

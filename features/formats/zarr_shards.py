@@ -18,7 +18,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.core.chunk_key_encodings import ChunkKeyEncodingParams
 from zarr.storage import MemoryStore
 
-from egopatch.features.formats.interface import CODECS, Blocks, Chunk, StagedFile, SummedRow
+from egopatch.features.formats.interface import Blocks, Chunk, StagedFile, SummedRow
 from egopatch.features.io.fields import Record
 from egopatch.features.io.files import SummedFile, crc32c
 from egopatch.features.storage.interface import OpenFile, ReadableFiles, Storage
@@ -37,9 +37,7 @@ _BLOSC_LEVEL = 5
 class ZarrFormat:
     """See `interface.Format`."""
 
-    name = "zarr"
     needs_folder = False
-    codecs: tuple[str, ...] = CODECS["zarr"]
 
     def metadata_files(self, header: Record, spec: StoreSpec, rows: int) -> dict[str, bytes]:
         """The group's and every array's `zarr.json`; the group's attributes repeat the store's header."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from egopatch.features.formats.interface import CODECS
 from egopatch.features.formats.registry import format_named
 from egopatch.features.state.quarantine import Failure
 from egopatch.features.storage.pick import storage_at
@@ -124,9 +125,10 @@ def require_separate(source: Location, target: Location, option: str = "--to", w
 def _require_codec(store: Store, format: str | None, codec: Codec | None) -> None:
     """Refuse a codec, requested or the store's own, that the copy's file format does not have."""
     name, wanted = format or store.format, codec or store.spec.codec
-    if wanted not in (codecs := format_named(name).codecs):
+    format_named(name)  # refuses an unknown one
+    if wanted not in CODECS[name]:
         given = f"--codec is {wanted!r}" if codec else f"--codec is absent, and the store's codec is {wanted!r}"
-        raise WrongOption(f"{given}; expected one of {name}'s codecs: {', '.join(codecs)}")
+        raise WrongOption(f"{given}; expected one of {name}'s codecs: {', '.join(CODECS[name])}")
 
 
 def _converted_spec(
