@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from egopatch.features.common.disk import file_system_of
-from egopatch.features.io.files import lock_file, locked, make_folder, write_errors_explained
+from egopatch.features.io.files import is_file_of, lock_file, locked, make_folder, write_errors_explained
 from egopatch.features.io.process import Owner, this_boot
 from egopatch.features.values.errors import ShardOwned
 
@@ -73,7 +73,7 @@ def hold(root: Path, shard: int, name: str | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+        if is_file_of(handle, path):
             path.unlink(missing_ok=True)
         os.close(handle)
 

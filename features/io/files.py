@@ -7,7 +7,6 @@ their calls.
 import errno
 import fcntl
 import os
-import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -114,12 +113,8 @@ def append_synced(handle: int, content: bytes) -> None:
         raise
 
 
-def remove_folder(folder: Path) -> None:
-    """Remove a folder of unfinished work, if it exists."""
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_file_of(handle: int, path: Path) -> bool:
+def is_file_of(handle: int, path: Path) -> bool:
+    """Whether the open file is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
@@ -156,7 +151,7 @@ def locked(path: Path) -> Iterator[int]:
             lock_file(handle, fcntl.LOCK_EX, path)
             try:
                 # While this process waited, a repair may have replaced the file.
-                if _is_file_of(handle, path):
+                if is_file_of(handle, path):
                     yield handle
                     return
             finally:

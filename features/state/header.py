@@ -45,22 +45,23 @@ class StoreHeader:
 
 def _array_differences(mine: StoreSpec, requested: StoreSpec) -> list[str]:
     """As `StoreHeader.differences`, of the arrays: `patches: store has int8, requested float32`."""
-    names = [list(dict.fromkeys(array.name for array in spec.arrays)) for spec in (mine, requested)]
-    if names[0] != names[1] and sorted(names[0]) == sorted(names[1]):
-        return [f"order of the arrays: store has {', '.join(names[0])}, requested {', '.join(names[1])}"]
+    one, other = ({array.name: array for array in spec.arrays} for spec in (mine, requested))
+    if list(one) != list(other) and one.keys() == other.keys():
+        return [f"order of the arrays: store has {', '.join(one)}, requested {', '.join(other)}"]
     lines = []
-    for name in dict.fromkeys([*names[0], *names[1]]):
-        one, other = (next((array for array in spec.arrays if array.name == name), None) for spec in (mine, requested))
-        if one != other:
-            same_shape = one is not None and other is not None and one.shape == other.shape
-            words = [
-                "no such array"
-                if array is None
-                else array.dtype + ("" if same_shape else f" [{', '.join(map(str, array.shape))}]")
-                for array in (one, other)
-            ]
+    for name in one | other:
+        pair = (one.get(name), other.get(name))
+        if pair[0] != pair[1]:
+            several_shapes = len({array and array.shape for array in pair}) > 1
+            words = [_array_in_words(array, several_shapes) for array in pair]
             lines.append(f"{name}: store has {words[0]}, requested {words[1]}")
     return lines
+
+
+def _array_in_words(array: ArraySpec | None, with_shape: bool) -> str:
+    if array is None:
+        return "no such array"
+    return f"{array.dtype} {list(array.shape)}" if with_shape else array.dtype
 
 
 def header_record(header: StoreHeader) -> Record:
@@ -77,9 +78,9 @@ def header_record(header: StoreHeader) -> Record:
     )
 
 
-def create_header(storage: Storage, record: Record) -> bool:
-    """Write the header where none exists; returns false where one does."""
-    return storage.create(HEADER, encode_line(0, record))
+def create_header(storage: Storage, record: Record) -> None:
+    """Write the header where none exists."""
+    storage.create(HEADER, encode_line(0, record))
 
 
 def write_header(storage: Storage, record: Record) -> None:

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,6 @@ from egopatch.features.io.files import (
     locked,
     make_folder,
     opening,
-    remove_folder,
     rename_into_place,
     size_and_crc_of_file,
     sync_file,
@@ -115,12 +115,10 @@ class LocalStorage:
         """See `interface.Storage`; the caller holds a lock against other writers."""
         write_file(self.location / name, content)
 
-    def create(self, name: str, content: bytes) -> bool:
+    def create(self, name: str, content: bytes) -> None:
         """See `interface.Storage`; called within `adding_rows`."""
-        if self.exists(name):
-            return False
-        self.write(name, content)
-        return True
+        if not self.exists(name):
+            self.write(name, content)
 
     def journal(self, name: str, parse: Callable[[Record], Entry], by_shard: bool = False) -> FileJournal[Entry]:
         """See `interface.Storage`; always one file, with or without `by_shard`."""
@@ -152,7 +150,7 @@ class LocalStorage:
         try:
             yield folder
         finally:
-            remove_folder(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
     def committing(self, shard: int) -> Iterator[None]:
@@ -204,7 +202,7 @@ class LocalStorage:
     def discard(self, shard: int, write_id: str, names: Sequence[str]) -> None:
         """See `interface.Storage`."""
         if write_id:
-            remove_folder(self.location / _STAGING / write_id)
+            shutil.rmtree(self.location / _STAGING / write_id, ignore_errors=True)
             return
         for name in names:
             (self.location / name).unlink(missing_ok=True)

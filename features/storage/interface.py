@@ -140,8 +140,8 @@ class Storage(ReadableFiles, Protocol):
     def write(self, name: str, content: bytes) -> None:
         """Replace a small file: after a crash it holds the old bytes or the new ones, never a mixture."""
 
-    def create(self, name: str, content: bytes) -> bool:
-        """Write a small file where none exists; returns false where one does."""
+    def create(self, name: str, content: bytes) -> None:
+        """Write a small file where none exists."""
 
     def journal(self, name: str, parse: Callable[[Record], Entry], by_shard: bool = False) -> Journal[Entry]:
         """The journal `name`; `by_shard` where every record is about one shard."""

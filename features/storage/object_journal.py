@@ -15,13 +15,7 @@ from typing import Generic, TypeVar
 from egopatch.features.io.bucket import Bucket, Content, Version
 from egopatch.features.io.fields import Record, garbage_collection_paused
 from egopatch.features.io.files import crc32c
-from egopatch.features.storage.journal import (
-    Contents,
-    Line,
-    Position,
-    encode_line,
-    parse_lines,
-)
+from egopatch.features.storage.journal import Contents, Line, Position, encode_line, parse_lines
 from egopatch.features.values.errors import DamagedStore, WriteConflict, write_conflict
 
 Entry = TypeVar("Entry")

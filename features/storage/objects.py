@@ -12,7 +12,7 @@ leases they believe they hold.
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -115,22 +115,18 @@ class ObjectStorage(ObjectFiles):
         """See `interface.Storage`."""
         self._bucket.put(self._base + name, content)
 
-    def create(self, name: str, content: bytes) -> bool:
+    def create(self, name: str, content: bytes) -> None:
         """See `interface.Storage`."""
-        try:
+        with suppress(WriteConflict):
             self._bucket.put_if_unchanged(self._base + name, content, None)
-            return True
-        except WriteConflict:
-            return False
 
     def journal(self, name: str, parse: Callable[[Record], Entry], by_shard: bool = False) -> ObjectJournal[Entry]:
         """See `interface.Storage`."""
         return ObjectJournal(self._bucket, self._base, name, parse, by_shard)
 
-    @contextmanager
-    def adding_rows(self) -> Iterator[None]:
+    def adding_rows(self) -> AbstractContextManager[None]:
         """Nothing to do: `ObjectJournal.append` refuses the second of two writers."""
-        yield
+        return nullcontext()
 
     def lease(self, shard: int) -> AbstractContextManager[None]:
         """See `interface.Storage`."""

@@ -1,7 +1,6 @@
 """Creating a store, and adding rows to one that exists."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from egopatch.features.formats.interface import Format
 from egopatch.features.formats.registry import format_named
@@ -83,29 +82,21 @@ def _create_and_add_rows(
         create_header(storage, header_record(requested))
         missing = _missing_rows(storage, requested, ids, option)
         if missing is not None:
-            rows = missing.known + len(missing.ids)
-            header = read_header(storage)
+            new_ids, known, after = missing
+            header, rows = read_header(storage), known + len(new_ids)
             metadata = file_format.metadata_files(header, requested.spec, rows) if storage.in_place else {}
-            add_rows(storage, missing.ids, metadata, missing.after)
+            add_rows(storage, new_ids, metadata, after)
 
 
-@dataclass(frozen=True)
-class _MissingRows:
-    """What `add_rows` has to add, perhaps no ids but metadata that a crash kept from being written.
+def _missing_rows(
+    storage: Storage, requested: StoreHeader, ids: Sequence[str], option: str
+) -> tuple[list[str], int, Position] | None:
+    """What the existing store lacks to be the `requested` one with `ids`; None if it is complete. Only reads.
 
-    Attributes:
-        ids: Ids that have no row.
-        known: Number of rows.
-        after: How far the journal of ids was read.
+    Returns:
+        Those `ids` that have no row, perhaps none where a crash kept metadata from being written; the number of rows;
+        and how far the journal of ids was read.
     """
-
-    ids: list[str]
-    known: int
-    after: Position
-
-
-def _missing_rows(storage: Storage, requested: StoreHeader, ids: Sequence[str], option: str) -> _MissingRows | None:
-    """Rows that the existing store lacks to be the `requested` one with `ids`; None if it is complete. Only reads."""
     if different := parse_header(read_header(storage)).differences(requested):
         raise FingerprintMismatch(
             f"store {storage.location} was created with different settings ({'; '.join(different)}); use another "
@@ -117,4 +108,4 @@ def _missing_rows(storage: Storage, requested: StoreHeader, ids: Sequence[str], 
     new_ids = ids_without_row(plan.row_ids, ids, requested.spec.kind)
     if not new_ids and all(file_matches(storage, name, expected) for name, expected in plan.files.items()):
         return None
-    return _MissingRows(new_ids, len(plan.row_ids), contents.position)
+    return new_ids, len(plan.row_ids), contents.position

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -19,11 +19,7 @@ from egopatch.features.formats.interface import Format
 from egopatch.features.formats.registry import format_named
 from egopatch.features.state.catalog import Catalog
 from egopatch.features.state.commit import Committer, commit_shard
-from egopatch.features.state.header import (
-    StoreHeader,
-    parse_header,
-    read_header,
-)
+from egopatch.features.state.header import StoreHeader, parse_header, read_header
 from egopatch.features.state.ledger import RowVersion
 from egopatch.features.state.origin import Origin
 from egopatch.features.state.quarantine import Failure, Quarantine, QuarantineRecord
@@ -406,9 +402,7 @@ class Store:
     def __enter__(self) -> "Store":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._reader.close()
 
     def __reduce__(self) -> tuple[object, tuple[Location, Fingerprint]]:

@@ -8,6 +8,7 @@ because both processes fault in every page. So a worker keeps its shared memory,
 in it is dropped.
 """
 
+import math
 import multiprocessing
 import os
 import uuid
@@ -213,16 +214,16 @@ def _views(memory: Tensor, layout: Layout) -> dict[str, Tensor]:
     """The tensors that lie in `memory`, by name."""
     offsets = _offsets(layout)
     return {
-        name: memory[start : start + shape[0] * _row_bytes(shape, dtype)].view(dtype).view(shape)
+        name: memory[start : start + _nbytes(shape, dtype)].view(dtype).view(shape)
         for start, (name, (shape, dtype)) in zip(offsets, layout.items())
     }
 
 
 def _offsets(layout: Layout) -> list[int]:
     """Where each tensor starts in a slot, and, last, the size of the slot."""
-    sizes = (-(-shape[0] * _row_bytes(shape, dtype) // _LINE) * _LINE for shape, dtype in layout.values())
+    sizes = (-(-_nbytes(shape, dtype) // _LINE) * _LINE for shape, dtype in layout.values())
     return list(accumulate(sizes, initial=_LINE))
 
 
-def _row_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return int(np.prod(shape[1:])) * dtype.itemsize
+def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize

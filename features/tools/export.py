@@ -1,5 +1,6 @@
 """Writing a store as files that other programs read."""
 
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from egopatch.features.io.files import make_folder, remove_folder, rename_into_place, write_errors_explained
+from egopatch.features.io.files import make_folder, rename_into_place, write_errors_explained
 from egopatch.features.store.store import Store, open_store
 from egopatch.features.tools.convert import require_separate
 from egopatch.features.tools.feature_files import WRITERS, Clip
@@ -61,7 +62,7 @@ def export(
             WRITERS[kind](partial, _clips(store, groups, pooled, by_video, on_clips))
             rename_into_place(partial, to)
     finally:
-        remove_folder(partial)
+        shutil.rmtree(partial, ignore_errors=True)
     return sum(map(len, groups.values()))
 
 
