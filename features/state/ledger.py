@@ -121,6 +121,11 @@ class Commit:
         """The machine that computed the clip `name`, one of `ids`; empty where it is not known."""
         return self.machines[self.ids.index(name)] if self.machines else ""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the shard's files."""
+        return sum(size for size, _ in self.files.values())
+
 
 @dataclass(frozen=True)
 class Drop:
@@ -148,33 +153,25 @@ class Ledger:
 
     Attributes:
         clips: Committed id -> the commit that contains it.
-        files: Shard -> its files, as committed; an object of its own for each commit.
-        write_ids: Shard -> id of the committed write, as in `Commit`.
+        commits: Shard -> the latest commit, if the shard has clips.
         announced: Shard -> files that a writer was about to put in place; after a crash they may be in place, with the
             same committed rows.
-        errors: Shard -> reconstruction error that quantisation caused, by array.
         replacing: Shards with removed rows whose new ones are not committed yet.
     """
 
     clips: dict[str, Commit] = field(default_factory=dict)
-    files: dict[int, FileSums] = field(default_factory=dict)
-    write_ids: dict[int, str] = field(default_factory=dict)
+    commits: dict[int, Commit] = field(default_factory=dict)
     announced: dict[int, list[FileSums]] = field(default_factory=dict)
-    errors: dict[int, Mapping[str, float]] = field(default_factory=dict)
     replacing: set[int] = field(default_factory=set)
 
     def write_id(self, shard: int) -> str:
         """Id of the committed write of `shard`; empty where files are replaced in place, or nothing is committed."""
-        return self.write_ids.get(shard, "")
+        return self.commits[shard].write_id if shard in self.commits else ""
 
     @property
     def nbytes(self) -> int:
         """Bytes in the committed shards' files."""
-        return sum(map(self.bytes_of, self.files))
-
-    def bytes_of(self, shard: int) -> int:
-        """Bytes in the files of a committed shard."""
-        return sum(size for size, _ in self.files[shard].values())
+        return sum(commit.nbytes for commit in self.commits.values())
 
     def files_in(self, storage: Storage, shard: int) -> ReadableFiles:
         """The files of a committed shard in `storage`, the store's."""
@@ -202,8 +199,8 @@ class Ledger:
     def worst_errors(self) -> dict[str, float]:
         """As `Store.reconstruction_error`."""
         worst: dict[str, float] = {}
-        for errors in self.errors.values():
-            for array, error in errors.items():
+        for commit in self.commits.values():
+            for array, error in commit.errors.items():
                 worst[array] = max(error, worst.get(array, 0.0))
         return worst
 
@@ -232,9 +229,7 @@ class Ledger:
             case Commit():
                 self.announced.pop(shard, None)
                 self.replacing.discard(shard)
-                self.files[shard] = entry.files
-                self.write_ids[shard] = entry.write_id
-                self.errors[shard] = entry.errors
+                self.commits[shard] = entry
                 self.clips.update(dict.fromkeys(entry.ids, entry))
             case Drop():
                 for name in entry.ids:
@@ -243,8 +238,7 @@ class Ledger:
                     self.replacing.add(shard)
                 if entry.emptied:
                     self.announced.pop(shard, None)
-                    self.files.pop(shard, None)
-                    self.write_ids.pop(shard, None)
+                    self.commits.pop(shard, None)
 
 
 def ledger_journal(storage: Storage) -> Journal[Entry]:

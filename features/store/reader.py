@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from egopatch.features.formats.interface import Format, OpenShard
-from egopatch.features.io.fields import FileSums
 from egopatch.features.state.catalog import Catalog
-from egopatch.features.state.ledger import ClipRecord
+from egopatch.features.state.ledger import ClipRecord, Commit
 from egopatch.features.values.dtypes import disk_dtype, row_bytes
 from egopatch.features.values.errors import DamagedStore, StoreError
 from egopatch.features.values.spec import ArraySpec
@@ -29,8 +28,8 @@ class RowReader:
     def __init__(self, catalog: Catalog, file_format: Format) -> None:
         self._catalog = catalog
         self._file_format = file_format
-        # Shard -> its files, as committed, and what has opened them; the shard used last stands last.
-        self._open: OrderedDict[int, tuple[FileSums | None, Future[OpenShard]]] = OrderedDict()
+        # Shard -> its commit, and what has opened the files; the shard used last stands last.
+        self._open: OrderedDict[int, tuple[Commit | None, Future[OpenShard]]] = OrderedDict()
         self._indexes: dict[int, object] = {}
         # Neither is held while a file is read: threads wait for each other only where they need the same shard.
         self._lock = threading.Lock()
@@ -55,12 +54,12 @@ class RowReader:
             DamagedStore: The bytes differ from those that were committed; the message names the clip.
         """
         shard = self._catalog.shard_of(record.row)
-        files = self._catalog.ledger.files.get(shard)
+        commit = self._catalog.ledger.commits.get(shard)
         try:
             for target, array in targets:
                 self._read_committed(target, name, record, array)
         except DamagedStore:
-            if not self._was_rewritten(name, record, files):
+            if not self._was_rewritten(name, record, commit):
                 raise
             # All arrays are read anew, so that they are of one commit.
             record = self._catalog.clip_records([name])[0]
@@ -72,15 +71,15 @@ class RowReader:
         with self._lock:
             self._open.clear()
 
-    def _was_rewritten(self, name: str, record: ClipRecord, files: FileSums | None) -> bool:
-        """Whether the clip's shard was written again since it had these `files`; if so, the catalog knows it now."""
+    def _was_rewritten(self, name: str, record: ClipRecord, commit: Commit | None) -> bool:
+        """Whether the clip's shard was written again since this `commit`; if so, the catalog knows it now."""
         catalog, shard = self._catalog, self._catalog.shard_of(record.row)
         with self._refreshing:
-            if catalog.ledger.files.get(shard) is files:  # else another thread has refreshed it meanwhile
+            if catalog.ledger.commits.get(shard) is commit:  # else another thread has refreshed it meanwhile
                 catalog.refresh(shard)
             clips = catalog.ledger.clips
             changed = name not in clips or clips[name].clip(name) != record
-            return changed or catalog.ledger.files.get(shard) is not files
+            return changed or catalog.ledger.commits.get(shard) is not commit
 
     def _read_committed(self, target: np.ndarray, name: str, record: ClipRecord, array: ArraySpec) -> None:
         root, spec = self._catalog.root, self._catalog.spec
@@ -99,7 +98,7 @@ class RowReader:
 
     def _open_shard(self, shard: int) -> OpenShard:
         # A later commit puts other files in place. After a repair, its line may have the number of an earlier one.
-        committed = self._catalog.ledger.files.get(shard)
+        committed = self._catalog.ledger.commits.get(shard)
         with self._lock:
             former, opening = self._open.pop(shard, (None, None))
             current = opening if opening is not None and former is committed else None

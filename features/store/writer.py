@@ -174,7 +174,8 @@ class ShardWriter:
             kept = [name for name in former if name not in new]
             rows = {name: catalog.rows[name] for name in sorted([*kept, *new], key=catalog.rows.__getitem__)}
             provenance = {**provenance, **catalog.ledger.provenance(kept)}
-            errors = dict(catalog.ledger.errors.get(shard, {})) if kept else {}
+            commit = catalog.ledger.commits.get(shard)
+            errors = dict(commit.errors) if commit and kept else {}
             write_id = catalog.ledger.write_id(shard)
         for tensors in new.values():
             error = reconstruction_error(tensors, catalog.spec)

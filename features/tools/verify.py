@@ -110,12 +110,12 @@ class Audit:
     @property
     def shards(self) -> list[int]:
         """Numbers of the committed shards; empty without a header, which has the layout of their files."""
-        return [] if self.header is None else sorted(self.ledger.files)
+        return [] if self.header is None else sorted(self.ledger.commits)
 
     @property
     def nbytes(self) -> int:
         """Bytes in the committed shards' files."""
-        return sum(map(self.ledger.bytes_of, self.shards))
+        return sum(self.ledger.commits[shard].nbytes for shard in self.shards)
 
     def is_outdated(self, shard: int) -> bool:
         """Whether the ledger has new lines about the shard, whose former files may be gone then."""
@@ -208,7 +208,8 @@ def check_shards(audit: Audit) -> Iterator[tuple[int, list[Fault]]]:
     """Bytes and faults of each shard of a store, in order."""
     threads = max(usable_cores(), audit.storage.parallel_reads)
     with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
-        yield from zip(map(audit.ledger.bytes_of, audit.shards), pool.map(partial(check_shard, audit), audit.shards))
+        for shard, faults in zip(audit.shards, pool.map(partial(check_shard, audit), audit.shards)):
+            yield audit.ledger.commits[shard].nbytes, faults
 
 
 def _in_folder(folder: str, fault: Fault) -> Fault:
@@ -224,7 +225,7 @@ def check_shard(audit: Audit, shard: int) -> list[Fault]:
     faults = _differences(audit, shard) or _absent_rows(audit, shard)
     while faults and audit.is_outdated(shard):
         audit = audit_store(audit.storage)
-        faults = _differences(audit, shard) or _absent_rows(audit, shard) if shard in audit.ledger.files else []
+        faults = _differences(audit, shard) or _absent_rows(audit, shard) if shard in audit.ledger.commits else []
     if not faults:
         return []
     bad = bad_rows(audit, shard)
@@ -233,11 +234,12 @@ def check_shard(audit: Audit, shard: int) -> list[Fault]:
 
 
 def _differences(audit: Audit, shard: int) -> list[Fault]:
-    versions = [audit.ledger.files[shard], *audit.ledger.announced.get(shard, [])]
+    committed = audit.ledger.commits[shard].files
+    versions = [committed, *audit.ledger.announced.get(shard, [])]
     files = audit.ledger.files_in(audit.storage, shard)
     faults: list[Fault] = []
     for name in audit.format.file_names(audit.spec, shard):  # names in the ledger might lead elsewhere
-        if name not in versions[0]:
+        if name not in committed:
             faults.append(Fault(name, "is not in the ledger", shard=shard))
             continue
         try:
@@ -246,7 +248,7 @@ def _differences(audit: Audit, shard: int) -> list[Fault]:
             faults.append(Fault(name, f"cannot be read: {error.strerror}", shard=shard))
             continue
         if all(actual != version.get(name) for version in versions):
-            size = audit.ledger.files[shard][name][0]
+            size = committed[name][0]
             what = f"{actual[0]} bytes; {size}" if actual[0] != size else "other bytes than"
             faults.append(Fault(name, f"has {what} were committed", shard=shard))
     return faults

@@ -104,7 +104,7 @@ def test_a_codec_changes_no_value_and_no_fingerprint(whole: Store, tmp_path: Pat
     small = derive(copy.path, tmp_path / "small", keep=0.5)
     assert small.spec.codec == codec
     back = convert(copy.path, tmp_path / "back", format=whole.format, codec="none")
-    name = next(iter(whole.catalog.ledger.files[1]))
+    name = next(iter(whole.catalog.ledger.commits[1].files))
     assert (back.path / name).read_bytes() == (whole.path / name).read_bytes()
 
 

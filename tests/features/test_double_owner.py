@@ -147,7 +147,7 @@ def test_a_lost_row_is_found_and_mended_although_all_sums_match(store: Store) ->
     lose_row(store)
     ledger = open_store(store.path).catalog.ledger
     assert set(ledger.clips) == {IDS[0], IDS[1]}
-    assert {n: size_and_crc_of_file(Path(store.path) / n) for n in ledger.files[0]} == dict(ledger.files[0])
+    assert {n: size_and_crc_of_file(Path(store.path) / n) for n in ledger.commits[0].files} == ledger.commits[0].files
     report = verify(store.path)
     assert report.bad_clips == (IDS[0],)
     assert "does not hold every committed row" in report.faults[0].what

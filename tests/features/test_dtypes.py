@@ -71,6 +71,13 @@ def test_the_error_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "reconstruction_error:\n  patches: 0.00" in capsys.readouterr().out
 
 
+def test_the_error_of_removed_clips_is_not_shown(tmp_path: Path) -> None:
+    store = quantised_store(tmp_path / "store", "int8")
+    store.write_shard(0, {IDS[0]: floats(0, store)}, {IDS[0]: "x"})
+    store.rewrite_shard(0, without=[IDS[0]])
+    assert store.reconstruction_error == open_store(store.path).reconstruction_error == {}
+
+
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
 def test_extreme_patches(dtype: str) -> None:
     spec = StoreSpec.for_patches(1, (1, 4), 2, dtype)

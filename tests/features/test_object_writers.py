@@ -122,7 +122,7 @@ def test_two_writers_of_one_shard_lose_nothing(
     for name in IDS[:3]:
         seed = 7 if sources[name] == "first" else 50
         assert torch.equal(store.read([name]).patches[0], clip(seed)["patches"].half())
-    assert storage_at(store.path).write_ids(0) == {store.catalog.ledger.write_ids[0]}
+    assert storage_at(store.path).write_ids(0) == {store.catalog.ledger.write_id(0)}
 
 
 def test_an_owner_that_only_seemed_dead_cannot_commit_what_was_cleared_away(

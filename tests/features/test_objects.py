@@ -61,7 +61,7 @@ def killed_at(patch: pytest.MonkeyPatch, point: int) -> None:
 
 def committed(url: str) -> dict[str, dict[str, tuple[int, int]]]:
     """Names, sizes and checksums of every shard's files as the ledger has them."""
-    return {str(shard): dict(files) for shard, files in open_store(url).catalog.ledger.files.items()}
+    return {str(shard): dict(commit.files) for shard, commit in open_store(url).catalog.ledger.commits.items()}
 
 
 def check_whole_or_absent_and_finish(url: str, undisturbed: dict) -> None:
@@ -77,9 +77,9 @@ def check_whole_or_absent_and_finish(url: str, undisturbed: dict) -> None:
     assert committed(url) == undisturbed
     assert repair(url).before.ok  # removes what a kill between a commit and its tidying leaves, and nothing else
     assert verify(url).ok
-    write_ids = open_store(url).catalog.ledger.write_ids
+    commits = open_store(url).catalog.ledger.commits
     assert storage_at(parse_location(url)).write_ids_by_shard() == {
-        shard: {write_id} for shard, write_id in write_ids.items()
+        shard: {commit.write_id} for shard, commit in commits.items()
     }
 
 
@@ -141,7 +141,7 @@ def test_write_sigkill_resume_verify_and_equal_to_a_local_store(bucket: str, tmp
     assert remote.catalog.clip_records(ids) == local.catalog.clip_records(
         ids
     )  # rows, sources and every row's checksums
-    assert remote.catalog.ledger.files == local.catalog.ledger.files  # and every file's
+    assert committed(remote.path) == committed(local.path)  # and every file's
     for name, tensor in local.read(local.clip_ids).tensors().items():
         assert torch.equal(remote.read(local.clip_ids).tensors()[name], tensor), name
 

@@ -268,7 +268,9 @@ def test_a_store_goes_to_other_processes(make: Make) -> None:
 def test_a_flipped_bit_is_never_read(make_local: Make) -> None:
     store = make_local()
     fill(store)
-    path = next(store.path / name for name in store.catalog.ledger.files[1] if "patches" in name or "h5" in name)
+    path = next(
+        store.path / name for name in store.catalog.ledger.commits[1].files if "patches" in name or "h5" in name
+    )
     content = bytearray(path.read_bytes())
     where = content.find(store.read([IDS[5]]).patches.numpy().tobytes())
     content[where + 3] ^= 4
