@@ -102,47 +102,44 @@ class Bucket:
         Raises:
             FileNotFoundError: The object does not exist.
         """
-        import obstore
         from obstore.exceptions import NotModifiedError
 
         with self._one_line_errors(f"reading {key}"):
             try:
                 options: Any = {"if_none_match": unless.e_tag} if unless else None
-                return _content(obstore.get(self._store, key, options=options))
+                return _content(self._store.get(key, options=options))
             except NotModifiedError:
                 return None
 
     def tail(self, key: str, count: int) -> Content:
         """The last `count` bytes of an object, or all of a shorter one. Errors as in `get`."""
-        import obstore
+        from obstore.exceptions import GenericError
 
         with self._one_line_errors(f"reading {key}"):
             try:
-                return _content(obstore.get(self._store, key, options={"range": {"suffix": count}}))
-            except obstore.exceptions.GenericError as error:
+                return _content(self._store.get(key, options={"range": {"suffix": count}}))
+            except GenericError as error:
                 if _s3_code(error) != "InvalidRange" and "non-partial response" not in str(error):
                     raise
-                return _content(obstore.get(self._store, key))  # an empty object has no last bytes
+                return _content(self._store.get(key))  # an empty object has no last bytes
 
     def range(self, key: str, start: int, size: int) -> bytes:
         """`size` bytes of an object from `start`, fewer where the object ends before. Errors as in `get`."""
-        import obstore
+        from obstore.exceptions import GenericError
 
         with self._one_line_errors(f"reading {key}"):
             try:
-                return bytes(obstore.get_range(self._store, key, start=start, length=size))
-            except obstore.exceptions.GenericError as error:
+                return bytes(self._store.get_range(key, start=start, length=size))
+            except GenericError as error:
                 if _s3_code(error) != "InvalidRange":
                     raise
                 return b""  # the object ends before `start`
 
     def size_and_crc(self, key: str) -> FileSum:
         """Size in bytes and CRC-32 of an object, read in blocks. Errors as in `get`."""
-        import obstore
-
         size = value = 0
         with self._one_line_errors(f"reading {key}"):
-            for block in obstore.get(self._store, key).stream(min_chunk_size=_BLOCK):
+            for block in self._store.get(key).stream(min_chunk_size=_BLOCK):
                 value = isal_zlib.crc32(block, value)
                 size += len(block)
         return size, value
@@ -164,56 +161,45 @@ class Bucket:
 
     def upload(self, key: str, path: Path) -> None:
         """Write an object of any size from a file, a few chunks at a time."""
-        import obstore
-
         with self._one_line_errors(f"writing {key}"):
-            obstore.put(self._store, key, path, chunk_size=_UPLOAD_CHUNK, max_concurrency=4)
+            self._store.put(key, path, chunk_size=_UPLOAD_CHUNK, max_concurrency=4)
 
     def listing(self, folder: str) -> dict[str, Version]:
         """Keys and versions of all objects below `folder`."""
-        import obstore
-
         found: dict[str, Version] = {}
         with self._one_line_errors(f"listing {folder}"):
-            for page in obstore.list(self._store, folder or None):
+            for page in self._store.list(folder or None):
                 found |= {meta["path"]: _version(meta) for meta in page}
         return found
 
     def folders(self, folder: str) -> set[str]:
         """Names of the folders directly in `folder`."""
-        import obstore
-
         with self._one_line_errors(f"listing {folder}"):
-            found = obstore.list_with_delimiter(self._store, folder)
+            found = self._store.list_with_delimiter(folder)
         return {prefix.rstrip("/").rpartition("/")[2] for prefix in found["common_prefixes"]}
 
     def exists(self, name: str) -> bool:
         """Whether an object of this name exists, or one below a folder of this name."""
-        import obstore
-
         with self._one_line_errors(f"looking for {name or self.url}"):
             try:
                 if name:
-                    obstore.head(self._store, name)
+                    self._store.head(name)
                     return True
             except FileNotFoundError:
                 pass
-            return any(page for page in obstore.list(self._store, name or None, chunk_size=1))
+            return any(page for page in self._store.list(name or None, chunk_size=1))
 
     def delete(self, keys: Sequence[str]) -> None:
         """Delete objects; missing ones are ignored."""
-        import obstore
-
         with self._one_line_errors("deleting"):
-            obstore.delete(self._store, [*keys])
+            self._store.delete([*keys])
 
     def _put(self, key: str, content: bytes, mode: Any) -> Version:
-        import obstore
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
         with self._one_line_errors(f"writing {key}"):
             try:
-                return _version(obstore.put(self._store, key, content, mode=mode, use_multipart=False))
+                return _version(self._store.put(key, content, mode=mode, use_multipart=False))
             except (AlreadyExistsError, PreconditionError):
                 raise write_conflict(f"{self.url}/{key}") from None
 
@@ -229,14 +215,15 @@ class Bucket:
             )
         try:
             yield
-        except FileNotFoundError as error:
-            if _s3_code(error) == "NoSuchBucket":
-                raise StoreError(self._no_bucket()) from None
-            raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.url}: {doing}") from None
-        except BaseError as error:
+        except (FileNotFoundError, BaseError) as error:
             code = _s3_code(error)
             if code == "NoSuchBucket":
-                message = self._no_bucket()
+                message = (
+                    f"{self.url}: bucket {self.url.bucket!r} does not exist at {self._endpoint}; create it, or check "
+                    "store.path and AWS_ENDPOINT_URL"
+                )
+            elif isinstance(error, FileNotFoundError):
+                raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.url}: {doing}") from None
             elif code in _REFUSED or "403 Forbidden" in str(error) or "401 Unauthorized" in str(error):
                 message = (
                     f"{self.url}: {self._endpoint} refused the credentials while {doing} ({code or 'forbidden'}); "
@@ -253,12 +240,6 @@ class Bucket:
                 what = code or type(error).__name__
                 message = f"{self.url}: {self._endpoint} failed while {doing} ({what}); run the same command again"
             raise StoreError(message) from None
-
-    def _no_bucket(self) -> str:
-        return (
-            f"{self.url}: bucket {self.url.bucket!r} does not exist at {self._endpoint}; create it, or check "
-            "store.path and AWS_ENDPOINT_URL"
-        )
 
 
 @cache
