@@ -44,12 +44,10 @@ class LocalFile:
         self.size = os.fstat(self.handle).st_size
 
     def read(self, size: int, offset: int) -> bytes:
-        """See `interface.OpenFile`."""
         with self._errors_explained():
             return os.pread(self.handle, size, offset)
 
     def read_into(self, target: np.ndarray, offset: int) -> int:
-        """See `interface.OpenFile`."""
         crc = done = 0
         with self._errors_explained():
             while done < target.size:
@@ -86,29 +84,23 @@ class LocalStorage:
         self.location = location
 
     def subfolder(self, name: str) -> "LocalStorage":
-        """See `interface.Storage`."""
         return LocalStorage(self.location / name)
 
     def prepare(self) -> None:
-        """See `interface.Storage`."""
         make_folder(self.location)
 
     def open(self, name: str) -> LocalFile:
-        """See `interface.ReadableFiles`."""
         with opening(self.location / name):
             return LocalFile(self.location / name)
 
     def size_and_crc(self, name: str) -> FileSum:
-        """See `interface.ReadableFiles`."""
         with opening(self.location / name):
             return size_and_crc_of_file(self.location / name)
 
     def exists(self, name: str) -> bool:
-        """See `interface.ReadableFiles`."""
         return (self.location / name).exists()
 
     def read(self, name: str) -> bytes:
-        """See `interface.Storage`."""
         return (self.location / name).read_bytes()
 
     def write(self, name: str, content: bytes) -> None:
@@ -126,20 +118,16 @@ class LocalStorage:
 
     @contextmanager
     def adding_rows(self) -> Iterator[None]:
-        """See `interface.Storage`."""
         with locked(self.location / "growth.lock"):
             yield
 
     def lease(self, shard: int) -> AbstractContextManager[None]:
-        """See `interface.Storage`."""
         return file_lease.hold(self.location, shard)
 
     def require_no_writers(self) -> None:
-        """See `interface.Storage`."""
         file_lease.require_no_writers(self.location)
 
     def unlock(self, shard: int | None = None) -> list[str]:
-        """See `interface.Storage`."""
         return file_lease.remove(self.location, shard)
 
     @contextmanager
@@ -154,7 +142,6 @@ class LocalStorage:
 
     @contextmanager
     def committing(self, shard: int) -> Iterator[None]:
-        """See `interface.Storage`."""
         path = self._commit_lock(shard)
         make_folder(path.parent)
         with locked(path):
@@ -173,7 +160,6 @@ class LocalStorage:
         return self.location / "commits" / f"{shard:08d}.lock"
 
     def publish(self, shard: int, staged: Mapping[str, Path], sums: FileSums) -> str:
-        """See `interface.Storage`."""
         try:
             with ThreadPoolExecutor(len(staged)) as threads:  # the disk makes one wait of them
                 list(threads.map(sync_file, staged.values()))
@@ -184,7 +170,6 @@ class LocalStorage:
         return ""
 
     def shard_files(self, shard: int, write_id: str) -> "LocalStorage":
-        """See `interface.Storage`."""
         return self
 
     def write_ids(self, shard: int) -> set[str]:
@@ -192,7 +177,6 @@ class LocalStorage:
         return {folder.name for folder in (self.location / _STAGING).glob(f"{shard:08d}-*")}
 
     def write_ids_by_shard(self) -> dict[int, set[str]]:
-        """See `interface.Storage`."""
         found: dict[int, set[str]] = {}
         for folder in (self.location / _STAGING).glob("*-*"):
             if (shard := folder.name.partition("-")[0]).isdecimal():
@@ -200,7 +184,6 @@ class LocalStorage:
         return found
 
     def discard(self, shard: int, write_id: str, names: Sequence[str]) -> None:
-        """See `interface.Storage`."""
         if write_id:
             shutil.rmtree(self.location / _STAGING / write_id, ignore_errors=True)
             return

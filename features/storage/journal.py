@@ -157,7 +157,6 @@ class FileJournal(Generic[Entry]):
         self.head_path = path.with_name(path.name + ".head")
 
     def create(self) -> None:
-        """See `interface.Journal`."""
         with locked(self.path):
             if not self.head_path.exists():
                 self._write_head(_Head(0, 0, 0))
@@ -192,7 +191,6 @@ class FileJournal(Generic[Entry]):
                 raise write_conflict(self.path)
 
     def rewrite(self, change: Callable[[list[Entry]], Sequence[Record]]) -> None:
-        """See `interface.Journal`."""
         with locked(self.path):
             records = change([line.entry for line in self.read().lines])
             lines = [encode_line(number, record) for number, record in enumerate(records)]
@@ -201,7 +199,6 @@ class FileJournal(Generic[Entry]):
             self._write_head(_Head(len(lines), sum(map(len, lines)), 1 + (head.rewrites if head else 0)))
 
     def back_up_damaged(self) -> None:
-        """See `interface.Journal`."""
         if self.path.exists():
             write_file(self.path.with_name(self.name + ".damaged"), self.path.read_bytes())
 

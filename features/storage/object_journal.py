@@ -44,7 +44,6 @@ class ObjectJournal(Generic[Entry]):
     """See `interface.Journal`.
 
     Args:
-        bucket: Bucket of the store.
         base: Common beginning of the store's keys.
         name: Name such as `ids.jsonl`; with `by_shard`, `ledger.jsonl` becomes `ledger/00000003.jsonl` and so on.
         parse: As in `parse_lines`.
@@ -61,13 +60,11 @@ class ObjectJournal(Generic[Entry]):
         self._by_shard = by_shard
 
     def create(self) -> None:
-        """See `interface.Journal`."""
         if not self._by_shard:
             with suppress(WriteConflict):
                 self._bucket.put_if_unchanged(self._base + self.name, b"", None)
 
     def append(self, record: Record, after: Position | None = None) -> ObjectPosition:
-        """See `interface.Journal`."""
         key = self._key(record.get("shard"))
         if not isinstance(after, ObjectPosition):
             return ObjectPosition({key: self._append_to_any(key, record)})
@@ -76,18 +73,15 @@ class ObjectJournal(Generic[Entry]):
         return ObjectPosition({**after.offsets, key: appended})
 
     def rewrite(self, change: Callable[[list[Entry]], Sequence[Record]]) -> None:
-        """See `interface.Journal`."""
         for key in self._keys():
             self._rewrite(key, change)
 
     def back_up_damaged(self) -> None:
-        """See `interface.Journal`."""
         for key, found in self._fetch_all(self._keys()):
             if found is not None and self._lines(key, found.content, 0)[1]:
                 self._bucket.put(f"{key}.damaged", found.content)
 
     def read(self, after: Position | None = None, shard: int | None = None) -> Contents[Entry]:
-        """See `interface.Journal`."""
         from_start = not isinstance(after, ObjectPosition)
         seen = dict(after.offsets) if isinstance(after, ObjectPosition) else {}
         lines: list[Line[Entry]] = []

@@ -45,7 +45,6 @@ class ObjectFile:
         self._tail = end.content
 
     def read(self, size: int, offset: int) -> bytes:
-        """See `interface.OpenFile`."""
         start = offset - (self.size - len(self._tail))
         if start >= 0:
             return self._tail[start : start + size]
@@ -55,7 +54,6 @@ class ObjectFile:
             raise DamagedStore(f"{self.path} does not exist any more") from error
 
     def read_into(self, target: np.ndarray, offset: int) -> int:
-        """See `interface.OpenFile`."""
         content = self.read(target.size, offset)
         if len(content) < target.size:
             raise DamagedStore(f"{self.path} ends {target.size - len(content)} bytes too early")
@@ -71,15 +69,12 @@ class ObjectFiles:
         self._base = base
 
     def open(self, name: str) -> ObjectFile:
-        """See `interface.ReadableFiles`."""
         return ObjectFile(self._bucket, self._base + name)
 
     def size_and_crc(self, name: str) -> FileSum:
-        """See `interface.ReadableFiles`."""
         return self._bucket.size_and_crc(self._base + name)
 
     def exists(self, name: str) -> bool:
-        """See `interface.ReadableFiles`."""
         return self._bucket.exists(self._base + name)
 
 
@@ -98,30 +93,24 @@ class ObjectStorage(ObjectFiles):
         self.location = url
 
     def subfolder(self, name: str) -> "ObjectStorage":
-        """See `interface.Storage`."""
         return ObjectStorage(self.location / name, self._bucket, f"{self._base}{name}/") if name else self
 
     def prepare(self) -> None:
-        """See `interface.Storage`."""
         self._bucket.exists(f"{self._base}store.json")
 
     def read(self, name: str) -> bytes:
-        """See `interface.Storage`."""
         found = self._bucket.get(self._base + name)
         assert found is not None
         return found.content
 
     def write(self, name: str, content: bytes) -> None:
-        """See `interface.Storage`."""
         self._bucket.put(self._base + name, content)
 
     def create(self, name: str, content: bytes) -> None:
-        """See `interface.Storage`."""
         with suppress(WriteConflict):
             self._bucket.put_if_unchanged(self._base + name, content, None)
 
     def journal(self, name: str, parse: Callable[[Record], Entry], by_shard: bool = False) -> ObjectJournal[Entry]:
-        """See `interface.Storage`."""
         return ObjectJournal(self._bucket, self._base, name, parse, by_shard)
 
     def adding_rows(self) -> AbstractContextManager[None]:
@@ -129,15 +118,12 @@ class ObjectStorage(ObjectFiles):
         return nullcontext()
 
     def lease(self, shard: int) -> AbstractContextManager[None]:
-        """See `interface.Storage`."""
         return object_lease.hold(self._bucket, self._base, shard)
 
     def require_no_writers(self) -> None:
-        """See `interface.Storage`."""
         object_lease.require_no_writers(self._bucket, self._base)
 
     def unlock(self, shard: int | None = None) -> list[str]:
-        """See `interface.Storage`."""
         return object_lease.remove(self._bucket, self._base, shard)
 
     @contextmanager
@@ -179,11 +165,9 @@ class ObjectStorage(ObjectFiles):
         return write_id
 
     def shard_files(self, shard: int, write_id: str) -> ObjectFiles:
-        """See `interface.Storage`."""
         return ObjectFiles(self._bucket, self._prefix(shard, write_id))
 
     def write_ids(self, shard: int) -> set[str]:
-        """See `interface.Storage`."""
         return self._bucket.folders(f"{self._base}shards/{shard:08d}")
 
     def write_ids_by_shard(self) -> dict[int, set[str]]:
@@ -196,7 +180,6 @@ class ObjectStorage(ObjectFiles):
         return found
 
     def discard(self, shard: int, write_id: str, names: Sequence[str]) -> None:
-        """See `interface.Storage`."""
         self._bucket.delete([f"{self._prefix(shard, write_id)}{name}" for name in names])
 
     def _prefix(self, shard: int, write_id: str) -> str:
