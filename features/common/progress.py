@@ -46,6 +46,7 @@ class ProgressDisplay:
         self._started = self._printed = time.monotonic()
         # A notebook's stream is no terminal, but shows a line in place of the former one after a carriage return.
         self._in_place = type(self._out).__module__ == "ipykernel.iostream"
+        self._interval_s = NOTEBOOK_INTERVAL_S if self._in_place else PLAIN_INTERVAL_S
         self._width = 0
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -81,16 +82,13 @@ class ProgressDisplay:
         if self._bar is not None and self._task is not None:
             shown = f"{self._count()}, {self._rate()}"
             self._bar.update(self._task, completed=done, total=self.total, detail=shown)
-        elif not self._silent and time.monotonic() - self._printed >= self._interval():
+        elif not self._silent and time.monotonic() - self._printed >= self._interval_s:
             self._printed = time.monotonic()
             self._print(last=False)
 
     def line(self) -> str:
         """The plain line."""
         return f"{self.label}: {self._count()}, {self._rate()}, {self._time()}"
-
-    def _interval(self) -> float:
-        return NOTEBOOK_INTERVAL_S if self._in_place else PLAIN_INTERVAL_S
 
     def _print(self, last: bool) -> None:
         if not self._in_place:

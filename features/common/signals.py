@@ -19,8 +19,10 @@ def signal_handlers(
     Raises:
         ValueError: outside of the main thread, which alone receives signals.
     """
-    before = {number: signal.signal(number, handler) for number in numbers}
+    before: dict[signal.Signals, Any] = {}
     try:
+        for number in numbers:
+            before[number] = signal.signal(number, handler)
         yield
     finally:
         for number, former in before.items():
@@ -39,14 +41,11 @@ def signals_held() -> Iterator[None]:
         yield
         return
     arrived: list[int] = []
-    before: dict[signal.Signals, Any] = {}
+    held = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            before[number] = signal.signal(number, lambda received, _: arrived.append(received))
-        yield
+        with signal_handlers(held, lambda received, _: arrived.append(received)):
+            yield
     finally:
-        for number, former in before.items():
-            signal.signal(number, former)
         for received in dict.fromkeys(arrived):
             signal.raise_signal(received)
 
