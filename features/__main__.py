@@ -340,7 +340,7 @@ def _derive(options: argparse.Namespace) -> Outcome:
 
     to = options.to or options.store.with_name(f"{options.store.name}_keep{options.keep:g}")
     with _progress("derive", "clips", options) as on_clips:
-        store = derive(options.store, to, options.keep, options.by, on_clips)
+        store = derive(options.store, to, options.keep, on_clips)
     return 0, _facts(store.catalog), _copied(store, options.store)
 
 

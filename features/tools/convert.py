@@ -134,9 +134,8 @@ def _require_codec(store: Store, format: str | None, codec: Codec | None) -> Non
 def _converted_spec(
     store: Store, dtype: str | None, shard: int | None, codec: Codec | None
 ) -> tuple[StoreSpec, Fingerprint]:
-    if shard is not None and shard < 1:
-        raise StoreError(f"--shard is {shard}; expected at least 1")
-    spec = replace(store.spec, shard=shard or store.spec.shard, codec=codec or store.spec.codec)
+    shard = store.spec.shard if shard is None else shard
+    spec = replace(store.spec, shard=shard, codec=codec or store.spec.codec)
     former = next(array.dtype for array in spec.arrays if array.name in TOKEN_ARRAYS)
     if dtype is None or dtype == former:
         return spec, store.fingerprint

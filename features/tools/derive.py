@@ -12,29 +12,24 @@ from egopatch.features.store.text_substore import substores
 from egopatch.features.tools.convert import OnProgress, Rows, copy_clips, require_separate
 from egopatch.features.values.errors import StoreError
 from egopatch.features.values.location import Location, parse_location
-from egopatch.features.values.spec import ArraySpec, Fingerprint, Scalar, StoreSpec, keep_count
+from egopatch.features.values.spec import ArraySpec, Fingerprint, StoreSpec, keep_count
 
-_RANKINGS = ("saliency",)
 _MOST_PATCHES = 2**15
 
 
-def derive(
-    path: Location | str, to: Location | str, keep: float, by: str = "saliency", on_clips: OnProgress | None = None
-) -> Store:
+def derive(path: Location | str, to: Location | str, keep: float, on_clips: OnProgress | None = None) -> Store:
     """Keep the ceil(keep N) patches of each frame with the largest saliency, the largest first, ties to the lowest n.
 
     Selection by saliency at a ratio up to `keep` therefore picks the same patches as in the full store. `positions`
     has each patch's index in the full grid; the fingerprint names the full store's. The text substore is copied, too.
 
     Raises:
-        StoreError: `keep` or `by` is out of range, or `path` is not a full store of clips.
+        StoreError: `keep` is out of range, or `path` is not a full store of clips.
     """
     source, target = parse_location(path), parse_location(to)
     require_separate(source, target)
     if not 0 < keep <= 1:
         raise StoreError(f"--keep is {keep}; expected a share above 0 and at most 1")
-    if by not in _RANKINGS:
-        raise StoreError(f"--by is {by!r}; expected one of {', '.join(_RANKINGS)}")
     parent = open_store(source)
     if parent.spec.kind != "patches" or any(array.name == "positions" for array in parent.spec.arrays):
         raise StoreError(f"store {source} holds text or is derived already; expected a full store of clips")
@@ -42,8 +37,8 @@ def derive(
     if patches > _MOST_PATCHES:
         raise StoreError(f"store {source} has {patches} patches a frame; expected at most {_MOST_PATCHES} to derive")
     count = keep_count(keep, patches)
-    origin: dict[str, Scalar] = {"parent": parent.fingerprint.digest, "derived_keep": keep, "derived_by": by}
-    fingerprint = Fingerprint({**parent.fingerprint.fields, **origin})
+    whole = parent.fingerprint
+    fingerprint = Fingerprint({**whole.fields, "parent": whole.digest, "derived_keep": keep, "derived_by": "saliency"})
     smaller = create_store(target, _smaller(parent.spec, count), fingerprint, parent.planned_ids, parent.format, "--to")
     copy_clips(parent, smaller, lambda rows: _first_by_saliency(rows, count), on_clips)
     for folder in substores(storage_at(source))[1:]:

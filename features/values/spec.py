@@ -247,11 +247,6 @@ class Fingerprint:
             this: Words before the values of this fingerprint, such as `store has`.
             that: Words before the values of the other one, such as `requested`.
         """
-        absent = "absent"
-        pairs = {
-            name: (self.fields.get(name, absent), other.fields.get(name, absent))
-            for name in sorted(self.fields.keys() | other.fields.keys())
-        }
-        return [
-            f"{name}: {this} {mine!r}, {that} {theirs!r}" for name, (mine, theirs) in pairs.items() if mine != theirs
-        ]
+        names = sorted(self.fields.keys() | other.fields.keys())
+        pairs = [(name, self.fields.get(name, "absent"), other.fields.get(name, "absent")) for name in names]
+        return [f"{name}: {this} {mine!r}, {that} {theirs!r}" for name, mine, theirs in pairs if mine != theirs]

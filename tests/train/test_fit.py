@@ -168,7 +168,7 @@ def test_training_stops_when_val_has_not_improved_for_so_long(tiny: Config) -> N
 
 def test_a_derived_store_gives_the_trace_of_its_parent(tiny: Config, tmp_path: Path) -> None:
     by_saliency = with_run(tiny, "full", head_scores=("saliency",), head_ratio=0.25, head_coarse=False)
-    derive(tiny.store.path, tmp_path / "small", keep=0.25, by="saliency")
+    derive(tiny.store.path, tmp_path / "small", keep=0.25)
     small = with_run(by_saliency, "small", store_path=tmp_path / "small")
     whole, part = fit(by_saliency, "x"), fit(small, "x")
     # Kept patches lie in another order there, so that sums are rounded otherwise.
