@@ -3,7 +3,7 @@
 
 def format_bytes(nbytes: float) -> str:
     """`nbytes` with the unit that leaves one to three digits before the point, such as `4.8 MB`; powers of 1,000."""
-    if nbytes < 1000:
+    if nbytes < 999.5:
         return f"{nbytes:.0f} B"
     for unit in ("kB", "MB", "GB"):
         nbytes /= 1000

@@ -30,6 +30,7 @@ from tests.features.conftest import FINGERPRINT, IDS, SPEC
     [
         (0, "0 B"),
         (999, "999 B"),
+        (999.6, "1.0 kB"),
         (1000, "1.0 kB"),
         (999_949, "999.9 kB"),
         (999_951, "1.0 MB"),
