@@ -1,6 +1,7 @@
 """Reading JSON records by the thousand, every field checked: a file on a disk may come from anybody."""
 
 import gc
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -72,13 +73,9 @@ def get_list(record: Record, name: str, *kinds: type) -> list[Any]:
 def get_checksum(record: Record, name: str) -> int:
     """A 32-bit checksum, written as hexadecimal digits. Errors as in `get_field`."""
     text = get_field(record, name, str)
-    try:
-        value = int(text, 16)
-    except ValueError:
-        value = -1
-    if f"{value:08x}" != text:
+    if not re.fullmatch("[0-9a-f]{8}", text):
         raise MalformedRecord(f"{name!r} is {_shortened(text)}; expected eight hexadecimal digits")
-    return value
+    return int(text, 16)
 
 
 def file_sums_to_json(files: FileSums) -> Record:

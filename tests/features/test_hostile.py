@@ -138,6 +138,7 @@ LINES = [
     ("ids.jsonl", {"row": 1}, "'kind' is missing"),
     ("ids.jsonl", {"kind": "grow", "ids": "ab", "files": {}}, "'ids' is 'ab'; expected a list"),
     ("ids.jsonl", {"kind": "grow", "ids": [], "files": {"x": {"bytes": 1, "crc32": "zz"}}}, "eight hexadecimal digits"),
+    ("ids.jsonl", {"kind": "grow", "ids": [], "files": {"x": {"bytes": 1, "crc32": "-0000001"}}}, "eight hexadecimal"),
     ("quarantine.jsonl", {"row": 1}, "'id' is missing"),
     ("quarantine.jsonl", {"id": "a", "reason": 3, "traceback": ""}, "'reason' is 3; expected a text"),
 ]
