@@ -13,8 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-from awscrt import checksums
-from isal import isal_zlib
+from awscrt.checksums import crc32c as crc32c  # of contiguous bytes, continued from a second argument; so is `crc32`
+from isal.isal_zlib import crc32 as crc32
+from isal.isal_zlib import crc32_combine
 
 from egopatch.features.common.disk import file_system_of
 from egopatch.features.common.os_errors import NO_SPACE, NOT_ALLOWED
@@ -209,19 +210,9 @@ def write_errors_explained(doing: str, kept: str = "earlier commits are intact")
         raise
 
 
-def crc32c(content: np.ndarray | bytes, value: int = 0) -> int:
-    """CRC-32C of contiguous bytes, continued from `value`; releases the GIL."""
-    return checksums.crc32c(content, value)
-
-
-def crc32(content: np.ndarray | bytes | memoryview, value: int = 0) -> int:
-    """CRC-32 of contiguous bytes, continued from `value`; releases the GIL."""
-    return isal_zlib.crc32(content, value)
-
-
 def size_and_crc(content: bytes | memoryview) -> FileSum:
     """Size in bytes and CRC-32 of a file's future content; see `size_and_crc_of_file` for the choice of checksum."""
-    return len(content), isal_zlib.crc32(content)
+    return len(content), crc32(content)
 
 
 class SummedFile:
@@ -248,7 +239,7 @@ class SummedFile:
         """Append contiguous bytes; `crc` is their CRC-32 where it is known."""
         data = np.frombuffer(content, np.uint8)
         self._file.write(data.data)
-        self._crc32 = isal_zlib.crc32_combine(self._crc32, crc32(data) if crc is None else crc, data.size)
+        self._crc32 = crc32_combine(self._crc32, crc32(data) if crc is None else crc, data.size)
         self.size += data.size
 
     @property
@@ -268,6 +259,6 @@ def size_and_crc_of_file(path: Path) -> FileSum:
     size = value = 0
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(view):
-            value = isal_zlib.crc32(view[:count], value)
+            value = crc32(view[:count], value)
             size += count
     return size, value
