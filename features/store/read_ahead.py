@@ -62,13 +62,11 @@ def _read_ahead(
     free = deque(_Buffer(store, threads, device) for _ in range(depth + 1))
     reading: deque[tuple[Future[PatchTokens], _Buffer]] = deque()
     with ThreadPoolExecutor(1, "read-ahead", _make_current, (device,)) as pool:
+        started = _started(pool, batches, free)
         try:
-            more = True
             while True:
-                while more and free:
-                    future, more = _start(pool, batches, free[0])
-                    if future is not None:
-                        reading.append((future, free.popleft()))
+                while free and (batch := next(started, None)):
+                    reading.append((batch, free.popleft()))
                 if not reading:
                     return
                 future, buffer = reading.popleft()
@@ -85,18 +83,17 @@ def _make_current(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def _start(
-    pool: ThreadPoolExecutor, batches: Iterator[Sequence[str]], buffer: "_Buffer"
-) -> tuple[Future[PatchTokens] | None, bool]:
-    """Start to read the next batch; also returns whether another one may follow."""
+def _started(
+    pool: ThreadPoolExecutor, batches: Iterator[Sequence[str]], free: "deque[_Buffer]"
+) -> Iterator[Future[PatchTokens]]:
+    """Start to read each batch into the first of the `free` buffers."""
     try:
-        return pool.submit(buffer.fill, next(batches)), True
-    except StopIteration:
-        return None, False
+        for ids in batches:
+            yield pool.submit(free[0].fill, ids)
     except Exception as error:  # it is raised when the consumer reaches this batch
         failed: Future[PatchTokens] = Future()
         failed.set_exception(error)
-        return failed, False
+        yield failed
 
 
 class _Buffer:
