@@ -17,6 +17,7 @@ from egopatch.configs.schema import Config, ConfigError, DataConfig, refusal_of_
 from egopatch.configs.wrong_types import reworded
 from egopatch.configs.yaml_faults import find_fault
 
+_SECTIONS = [section.name for section in dataclasses.fields(Config)]
 # How YAML writes a null.
 _NULLS = ("null", "Null", "NULL", "~")
 
@@ -25,9 +26,7 @@ def option_names() -> list[str]:
     """Every `section.field` of `Config`, in the order of `configs.schema`."""
     default = Config()
     return [
-        f"{section}.{option.name}"
-        for section in _sections()
-        for option in dataclasses.fields(getattr(default, section))
+        f"{section}.{option.name}" for section in _SECTIONS for option in dataclasses.fields(getattr(default, section))
     ]
 
 
@@ -65,7 +64,7 @@ class ConfigParser(jsonargparse.ArgumentParser):
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> jsonargparse.Namespace:
         """Read a config file as jsonargparse does, and refuse one with a fault by its name and line."""
         try:
-            fault = find_fault(Path(path).read_text(encoding="utf-8"), _sections())
+            fault = find_fault(Path(path).read_text(encoding="utf-8"), _SECTIONS)
         except UnicodeDecodeError as error:
             self.error(
                 f"--config {path}: not UTF-8 text at byte {error.start}; expected the YAML file of an experiment"
@@ -77,13 +76,13 @@ class ConfigParser(jsonargparse.ArgumentParser):
     def parse_string(self, *args: Any, **kwargs: Any) -> jsonargparse.Namespace:
         """Read a config as jsonargparse does, and refuse one in the command line that has a fault."""
         # `parse_path` has looked at the text of a file, which comes by a keyword whose name depends on the version.
-        if args and (fault := find_fault(args[0], _sections())):
+        if args and (fault := find_fault(args[0], _SECTIONS)):
             self.error(f"--config: {fault}")
         return super().parse_string(*args, **kwargs)
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         """The command's own options, and the names of an experiment's by section; all 300 lines are `full_help`."""
-        own = [action for action in self._actions if action.dest.partition(".")[0] not in _sections()]
+        own = [action for action in self._actions if action.dest.partition(".")[0] not in _SECTIONS]
         takes_config = "--config" in self._option_string_actions
         if not takes_config:
             dests = [action.dest for action in self._actions]
@@ -98,7 +97,7 @@ class ConfigParser(jsonargparse.ArgumentParser):
         if not takes_config:
             return "\n".join(lines) + "\n"
         lines += ["", "Options of the experiment, as in --head.ratio 0.5, in place of those in the file:"]
-        for section in _sections():
+        for section in _SECTIONS:
             names = [name.partition(".")[2] for name in option_names() if name.startswith(f"{section}.")]
             lines += _item(f"--{section}.", ", ".join(names))
         return "\n".join([*lines, "", "--help-all describes each of them."]) + "\n"
@@ -148,13 +147,13 @@ class ConfigParser(jsonargparse.ArgumentParser):
         own = {
             option.removeprefix("--"): option
             for option in self._option_string_actions
-            if not re.search(r"\.|^-\w|^--print", option) and option.removeprefix("--") not in _sections()
+            if not re.search(r"\.|^-\w|^--print", option) and option.removeprefix("--") not in _SECTIONS
         } | {option.removeprefix("--"): option for option in self.read_first}
         known = [*(option_names() if takes_config else ()), *own]
         if close := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
             return f"; did you mean {own.get(close[0], close[0])}?"
         return (
-            f"; the sections are {', '.join(_sections())}"
+            f"; the sections are {', '.join(_SECTIONS)}"
             if takes_config
             else f"; the options are {', '.join(own.values())}"
         )
@@ -191,15 +190,10 @@ def _help_of(action: argparse.Action) -> str:
 
 def _item(name: str, text: str) -> list[str]:
     """A name, and what it means beside it or, after a long name, beneath it."""
-    column, gap = 24, "  "
-    wrapped = textwrap.wrap(text, 100 - column, break_long_words=False) or [""]
-    beside = len(name) < column - 2 * len(gap)
-    first = (
-        [f"{gap}{name:<{column - len(gap)}}{wrapped[0]}".rstrip()]
-        if beside
-        else [gap + name, " " * column + wrapped[0]]
-    )
-    return [*first, *(" " * column + line for line in wrapped[1:])]
+    wrapped = [" " * 24 + line for line in textwrap.wrap(text, 76, break_long_words=False)]
+    if wrapped and len(name) < 20:
+        return [f"  {name:<22}{wrapped[0].lstrip()}", *wrapped[1:]]
+    return [f"  {name}", *wrapped]
 
 
 def _absent_file(message: str) -> str | None:
@@ -219,17 +213,13 @@ def _absent_file(message: str) -> str | None:
 def _value_of_section(message: str) -> str | None:
     """What is wrong with `--encoder 3`; None where the message is about something else."""
     loaded = re.search(r"\"(\w+)\": Unable to load config '(.*)' - Parser key", message)
-    if not loaded or loaded[1] not in _sections():
+    if not loaded or loaded[1] not in _SECTIONS:
         return None
     first = next(name for name in option_names() if name.startswith(f"{loaded[1]}."))
     return (
         f"--{loaded[1]} is {loaded[2]!r}, but {loaded[1]} is a section; expected one of its options, such as "
         f"--{first} VALUE, or a YAML file of them"
     )
-
-
-def _sections() -> list[str]:
-    return [section.name for section in dataclasses.fields(Config)]
 
 
 def add_config_arguments(parser: jsonargparse.ArgumentParser) -> None:
@@ -300,7 +290,7 @@ def parse_options(parser: jsonargparse.ArgumentParser, args: Sequence[str]) -> t
     namespace = parser.parse_args(list(args))
     try:
         found = parser.instantiate(namespace)
-        return Config(**{name: found[name] for name in _sections()}), namespace
+        return Config(**{name: found[name] for name in _SECTIONS}), namespace
     except ValueError as error:
         parser.error(str(error))
 
