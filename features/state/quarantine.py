@@ -26,15 +26,10 @@ class QuarantineRecord:
     traceback: str = ""
 
 
-@dataclass(frozen=True)
-class FailedClip:
-    """One line of the journal: a clip whose encoding failed once."""
-
-    clip: str
-    failure: Failure
+Entry = tuple[str, Failure]  # a clip whose encoding failed once, and why
 
 
-def quarantine_journal(storage: Storage) -> Journal[FailedClip]:
+def quarantine_journal(storage: Storage) -> Journal[Entry]:
     """The quarantine of a store."""
     return storage.journal("quarantine.jsonl", _parse, by_shard=True)
 
@@ -44,7 +39,7 @@ def raw_quarantine_journal(storage: Storage) -> Journal[Record]:
     return storage.journal("quarantine.jsonl", validating(_parse), by_shard=True)
 
 
-def add_failures(journal: Journal[FailedClip], shard: int, failures: Mapping[str, Failure]) -> None:
+def add_failures(journal: Journal[Entry], shard: int, failures: Mapping[str, Failure]) -> None:
     """Record a failed attempt for each clip of `shard` in `failures`."""
     for name, failure in failures.items():
         journal.append({"id": name, "shard": shard, "reason": failure.reason, "traceback": failure.traceback})
@@ -70,13 +65,13 @@ class Quarantine:
             require_intact(contents, self._storage.location)
             failed = {} if contents.from_start else self._failed
             for line in contents.lines:
-                clip, failure = line.entry.clip, line.entry.failure
+                clip, failure = line.entry
                 attempts = failed[clip].attempts + 1 if clip in failed else 1
                 failed[clip] = QuarantineRecord(failure.reason, attempts, failure.traceback)
             self._failed, self._position = failed, contents.position
             return {clip: record for clip, record in failed.items() if clip not in committed}
 
 
-def _parse(record: Record) -> FailedClip:
+def _parse(record: Record) -> Entry:
     clip = get_field(record, "id", str)
-    return FailedClip(clip, Failure(get_field(record, "reason", str), get_field(record, "traceback", str)))
+    return clip, Failure(get_field(record, "reason", str), get_field(record, "traceback", str))

@@ -3,7 +3,6 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from egopatch.features.tools.convert import require_separate
 from egopatch.features.tools.feature_files import ReadClip, Unread, find_clips
 from egopatch.features.values.errors import StoreError
 from egopatch.features.values.location import Location, parse_location
-from egopatch.features.values.spec import ArraySpec, Fingerprint, Scalar, StoreSpec
+from egopatch.features.values.spec import ArraySpec, Fingerprint, StoreSpec
 from egopatch.features.values.tensors import bytes_of, torch_dtype
 
 SHOWN_FAULTS = 10
@@ -60,41 +59,22 @@ def import_features(
         if on_clips is not None:
             on_clips(next(done), 2 * len(clips))
 
-    checked = _check_all(clips, source, dtype, grid, tick)
-    arrays = tuple(
-        ArraySpec(key, shape, dtype if key == "patches" else "float32") for key, shape in checked.shapes.items()
-    )
-    fields: dict[str, Scalar] = {
-        "origin": "imported",
-        "arch": "imported",
-        "content": checked.content,
-        "stored_dtype": dtype,
-    }
-    spec = StoreSpec("patches", arrays, shard, checked.grid)
+    shapes, found_grid, content = _check_all(clips, source, dtype, grid, tick)
+    arrays = tuple(ArraySpec(key, shape, dtype if key == "patches" else "float32") for key, shape in shapes.items())
+    fields = {"origin": "imported", "arch": "imported", "content": content, "stored_dtype": dtype}
+    spec = StoreSpec("patches", arrays, shard, found_grid)
     store = create_store(to, spec, Fingerprint(fields), list(clips), format, "--to")
     _write_missing(store, clips, dtype, grid, tick)
     return store
 
 
-@dataclass(frozen=True)
-class _Checked:
-    """What all clips of an import have in common, and what tells them from others.
-
-    Attributes:
-        shapes: Shape of each array of a clip.
-        grid: Rows and columns of the patches.
-        content: SHA-256 of all clips as they are stored, in hexadecimal.
-    """
-
-    shapes: Mapping[str, tuple[int, ...]]
-    grid: tuple[int, int]
-    content: str
-
-
 def _check_all(
     clips: Mapping[str, ReadClip], source: Path, dtype: str, grid: tuple[int, int] | None, tick: Callable[[], None]
-) -> _Checked:
+) -> tuple[Mapping[str, tuple[int, ...]], tuple[int, int], str]:
     """Read every clip once; `tick` is called after each that can be stored.
+
+    Returns:
+        Shape of each array of a clip, rows and columns of the patches, and the SHA-256 of all clips as they are stored.
 
     Raises:
         StoreError: As `import_features`.
@@ -119,7 +99,7 @@ def _check_all(
         lines = [f"{source}: {name!r}: {fault}" for name, fault in islice(faults.items(), SHOWN_FAULTS)]
         rest = len(faults) - len(lines)
         raise StoreError("; ".join([*lines, *([f"and {rest} more"] if rest else [])]) + ": nothing was imported")
-    return _Checked(next(iter(shapes.values())), grids[0], digest.hexdigest())
+    return next(iter(shapes.values())), grids[0], digest.hexdigest()
 
 
 def _write_missing(

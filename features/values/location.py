@@ -48,14 +48,9 @@ class ObjectUrl:
         return urlsplit(self.url).netloc
 
     @property
-    def prefix(self) -> str:
-        """Common beginning of the objects' names in the bucket, without slashes around it."""
-        return urlsplit(self.url).path.strip("/")
-
-    @property
     def name(self) -> str:
         """Last component of the prefix."""
-        return self.prefix.rpartition("/")[2]
+        return self.url.rstrip("/").rpartition("/")[2]
 
     def with_name(self, name: str) -> "ObjectUrl":
         """The sibling of this location called `name`."""
