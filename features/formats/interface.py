@@ -139,13 +139,7 @@ class Format(Protocol):
         """
 
     def open(self, files: ReadableFiles, spec: StoreSpec, shard: int, index: object = None) -> OpenShard:
-        """Open the files of `shard`.
-
-        Args:
-            files: Files of the shard.
-            spec: Spec of the store.
-            shard: Number of the shard.
-            index: `OpenShard.index` of the same shard, opened before; it is used if the files are still the same.
+        """Open the files of `shard`; the `index` of the same shard, opened before, is used if they are still the same.
 
         Raises:
             DamagedStore: A file is missing, cut short or of another format.

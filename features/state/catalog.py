@@ -34,10 +34,7 @@ class Catalog:
     """One reader's view of a store; `refresh` brings it up to date.
 
     Attributes:
-        storage: Storage of the store.
         root: Location of the store, for messages.
-        header: Header of the store.
-        spec: Spec of the store.
         rows: Id -> row, for every id that has a row.
         ledger: Committed clips and files.
         row_bytes: Bytes in one row of every array together, before compression.

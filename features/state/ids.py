@@ -78,7 +78,6 @@ def add_rows(
     """Add rows for `ids`, within `storage.adding_rows()`.
 
     Args:
-        storage: Storage of the store.
         ids: Ids of the new rows.
         metadata: Files that describe the arrays with the new rows; empty where other tools do not read the store.
         after: How far the caller has read the journal of ids.

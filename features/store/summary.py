@@ -20,18 +20,7 @@ _NETWORK = ("arch", "origin", "depth", "path", "variant", "frames", "size", "mod
 
 @dataclass(frozen=True)
 class Summary:
-    """What a store is.
-
-    Attributes:
-        path: Its folder or URL.
-        format: Its file format.
-        spec: Its arrays.
-        fingerprint: Fields of its fingerprint.
-        stored: Number of committed rows.
-        planned: Number of all rows.
-        nbytes: Bytes of its files.
-        row_bytes: Bytes of a row in memory.
-    """
+    """What a store is: `stored` of its `planned` rows are in files of `nbytes`; one takes `row_bytes` of memory."""
 
     path: str
     format: str

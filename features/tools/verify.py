@@ -13,7 +13,7 @@ from egopatch.features.formats.interface import Format
 from egopatch.features.formats.registry import FORMATS, format_named
 from egopatch.features.io.fields import Record
 from egopatch.features.state.catalog import commit_mismatch
-from egopatch.features.state.header import HEADER, parse_header, read_header
+from egopatch.features.state.header import HEADER, StoreHeader, parse_header, read_header
 from egopatch.features.state.ids import RowPlan, ids_journal
 from egopatch.features.state.ledger import Commit, Ledger, ledger_journal
 from egopatch.features.state.quarantine import quarantine_journal
@@ -80,7 +80,6 @@ class Audit:
     """A store's description, as far as it can be read despite damage.
 
     Attributes:
-        storage: Storage of the store.
         header: Header as JSON values; None where no copy of it is left.
         row_ids: Row -> id, completed from the ledger where the journal of ids has lost some.
         ledger: State of the ledger by its intact lines.
@@ -157,10 +156,10 @@ def audit_store(storage: Storage) -> Audit:
     row_ids, disputed = _completed(plan.row_ids, ledger)
     if disputed:
         faults.append(Fault(rows_journal.name, "disagrees with the ledger about the rows of clips", disputed))
-    uncommitted = _uncommitted_with_files(storage, header, row_ids, ledger) if committed.faults else ()
-    faults += [Fault(commits_journal.name, what, uncommitted) for what in committed.faults]
-    if header is not None:
-        parsed = parse_header(header)
+    parsed = None if header is None else parse_header(header)
+    lost = _uncommitted_with_files(storage, parsed, row_ids, ledger) if parsed and committed.faults else ()
+    faults += [Fault(commits_journal.name, what, lost) for what in committed.faults]
+    if parsed is not None:
         commits = [(line.number, line.entry) for line in committed.lines if isinstance(line.entry, Commit)]
         mismatches = [(number, reason) for number, entry in commits if (reason := commit_mismatch(entry, parsed))]
         faults += [Fault(commits_journal.name, f"line {number + 1} {reason}") for number, reason in mismatches]
@@ -335,13 +334,10 @@ def _completed(row_ids: Sequence[str | None], ledger: Ledger) -> tuple[list[str 
 
 
 def _uncommitted_with_files(
-    storage: Storage, header: Record | None, row_ids: Sequence[str | None], ledger: Ledger
+    storage: Storage, header: StoreHeader, row_ids: Sequence[str | None], ledger: Ledger
 ) -> tuple[str, ...]:
     """Ids in shards with files that no intact line commits, which a damaged ledger may have lost."""
-    if header is None:
-        return ()
-    parsed = parse_header(header)
-    spec, file_format = parsed.spec, FORMATS[parsed.format]
+    spec, file_format = header.spec, FORMATS[header.format]
     uncommitted = {row: clip for row, clip in enumerate(row_ids) if clip is not None and clip not in ledger.clips}
     if storage.in_place:
         shards = sorted({row // spec.shard for row in uncommitted})
