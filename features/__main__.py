@@ -145,6 +145,8 @@ def _grid(text: str) -> tuple[int, int]:
 
 
 def _location(text: str) -> Location:
+    if not text:  # as a path it would be the current folder
+        raise argparse.ArgumentTypeError("it is empty; expected a folder or a URL")
     try:
         return parse_location(text)
     except BadLocation as error:
@@ -153,7 +155,7 @@ def _location(text: str) -> Location:
 
 def _folder(text: str) -> Path:
     with suppress(OSError):  # such as in a folder of another user
-        if Path(text).is_dir():
+        if text and Path(text).is_dir():
             return Path(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a folder; expected the folder of the videos, data.root")
 

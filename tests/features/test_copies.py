@@ -177,6 +177,18 @@ def test_a_copy_inside_the_store_is_refused(whole: Store) -> None:
         derive(whole.path, whole.path, keep=0.5)
 
 
+def test_a_copy_to_empty_text_does_not_fill_the_current_folder(
+    whole: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for command in ["convert"], ["derive", "--keep", "0.5"]:
+        with pytest.raises(SystemExit, match="2"):
+            main([*command, str(whole.path), "--to", ""])
+        assert "argument --to: it is empty; expected a folder or a URL" in capsys.readouterr().err
+    assert not list(Path().iterdir())
+
+
 def test_values_that_do_not_fit_are_named(tmp_path: Path) -> None:
     spec = StoreSpec.for_patches(2, (2, 3), 8, "float32", shard=4)
     store = create_store(tmp_path / "store", spec, FINGERPRINT, IDS[:2])

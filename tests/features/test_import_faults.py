@@ -222,9 +222,12 @@ def test_wrong_usage_is_one_line(
     assert said.count("\n") == 1
 
 
-def test_a_folder_of_videos_that_cannot_be_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("folder", ["a" * 5000, ""])
+def test_a_folder_of_videos_that_cannot_be_is_one_line(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(["verify", str(tmp_path), "--sources", "a" * 5000])
+        main(["verify", str(tmp_path), "--sources", folder])
     said = capsys.readouterr().err
     assert "is not a folder; expected the folder of the videos, data.root" in said
     assert said.count("\n") == 1
