@@ -1,8 +1,7 @@
 """Faults of a YAML file that its parser reports badly, each with its line.
 
-YAML loaders keep the last of two equal keys in silence, and jsonargparse has a traceback for a section without options
-and for an alias to a value that contains it.
-Empty text would be taken for the current folder where a path is expected.
+YAML loaders silently keep the last of two equal keys, and jsonargparse ends in a traceback over a section without
+options and over an alias to a value that contains it. Empty text as a path would be the current folder.
 """
 
 import itertools

@@ -78,8 +78,8 @@ def start_trackers() -> None:
 def children_without_interrupts() -> Iterator[None]:
     """Processes and threads that start within the block never get the SIGINT that a terminal sends to all of them.
 
-    It arrives in this thread after the block. A child that ignored it only once it runs would meet it while it imports,
-    with a traceback. `start_trackers`, or what else starts a tracker, comes before: its start lets signals in again.
+    This thread receives it after the block. A child that ignores the signal only once it runs could still receive it
+    during its imports, and print a traceback. Call `start_trackers` before: starting a tracker unblocks signals again.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
     try:

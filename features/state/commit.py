@@ -36,7 +36,7 @@ from egopatch.features.values.dtypes import row_bytes
 from egopatch.features.values.errors import DamagedStore, write_conflict
 from egopatch.features.values.spec import ArraySpec, StoreSpec
 
-# They check, sum and read rows beside the one that writes; more would wait for the disk.
+# Threads that check, sum and read rows beside the one that writes; more would wait for the disk.
 _THREADS = min(4, usable_cores())
 _LARGE = 1 << 16  # bytes of a row for which handing it to a thread costs less than its checks
 

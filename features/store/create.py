@@ -60,7 +60,7 @@ def create_store(
     ids_without_row((), ids, spec.kind)
     with write_errors_explained(f"creating {root}"):
         if storage.exists(HEADER) and _missing_rows(storage, requested, ids, option) is None:
-            return open_store(path)  # it may be on a disk that is not for writing
+            return open_store(path)  # the disk may be read-only
         storage.prepare()
         while True:
             try:
@@ -78,7 +78,7 @@ def _create_and_add_rows(
         if not storage.exists(HEADER):
             for journal in (ids_journal(storage), ledger_journal(storage), quarantine_journal(storage)):
                 journal.create()
-            Catalog(storage, requested)  # clips of a store that has lost its header are of the requested settings
+            Catalog(storage, requested)  # refuses clips of other settings, if the store has lost its header
         create_header(storage, header_record(requested))
         missing = _missing_rows(storage, requested, ids, option)
         if missing is not None:
