@@ -170,14 +170,11 @@ class _FullHelp(argparse.Action):
 
 def _usage_of(action: argparse.Action) -> str:
     """An argument as one types it, with a word for its value."""
-    value = str(action.metavar or _choices(action) or action.dest.rpartition(".")[2].upper())
+    choices = f"{{{','.join(map(str, action.choices))}}}" if action.choices else ""
+    value = str(action.metavar or choices or action.dest.rpartition(".")[2].upper())
     if not action.option_strings:
         return value
     return ", ".join(action.option_strings) + (f" {value}" if action.nargs != 0 else "")
-
-
-def _choices(action: argparse.Action) -> str:
-    return f"{{{','.join(map(str, action.choices))}}}" if action.choices else ""
 
 
 def _help_of(action: argparse.Action) -> str:

@@ -6,8 +6,8 @@ import json
 import os
 import select
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +78,9 @@ def local_path(text: str | Path) -> Path:
     return Path(text)
 
 
-@contextmanager
-def messages_apart(as_json: bool) -> Iterator[None]:
+def messages_apart(as_json: bool) -> AbstractContextManager[object]:
     """With `--json`, send what the block prints to standard error, so that standard output holds the result alone."""
-    if not as_json:
-        yield
-        return
-    with redirect_stdout(sys.stderr):
-        yield
+    return redirect_stdout(sys.stderr) if as_json else nullcontext()
 
 
 def print_result(as_json: bool, record: Mapping[str, Any], text: str | None = None) -> None:
@@ -118,6 +113,6 @@ def _reader_has_exited() -> bool:
     poll = select.poll()
     try:
         poll.register(sys.stdout, select.POLLERR)
-    except (OSError, ValueError):  # a notebook's is not a file
+    except (OSError, ValueError):  # standard output of a notebook is not a file
         return False
     return bool(poll.poll(0))

@@ -308,14 +308,14 @@ class _Sums:
         if len(self._means) < 3:
             return None
         similar = _similarity(*(torch.stack([pair[side].mean(dim=0) for pair in self._means]) for side in (0, 1)))
-        return _shift(similar, among=True)
+        return _shift(similar)
 
     def frame_shift(self) -> int | None:
-        """How many frames later in B most frames of A are found; None if in their places."""
+        """How many frames later in B most frames of A are found; None if in their places or in no common distance."""
         if len(self._means[0][0]) < 3:
             return None
         similar = torch.stack([_similarity(x, y) for x, y in self._means]).mean(dim=0)
-        return _shift(similar, among=False)
+        return _shift(similar) or None
 
 
 def _pooled_alike(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -332,11 +332,10 @@ def _similarity(x: Tensor, y: Tensor) -> Tensor:
     return -torch.cdist(x.double(), y.double())
 
 
-def _shift(similar: Tensor, among: bool) -> int | None:
-    """The distance at which most rows find their nearest column; None if most find it in their own place.
+def _shift(similar: Tensor) -> int | None:
+    """The distance at which most rows find their nearest column; 0 if in no common one, None if in their own place.
 
-    With `among`, rows whose nearest column is another in no common distance give 0. A nearest column counts only if it
-    is far nearer than the row's own: features that differ all over are not shifted.
+    A nearest column counts only if it is far nearer than the row's own: features that differ all over are not shifted.
     """
     nearest = similar.argmax(dim=1)
     rows = torch.arange(len(similar))
@@ -347,9 +346,7 @@ def _shift(similar: Tensor, among: bool) -> int | None:
         return None
     distances = (nearest - rows)[moved]
     common = int(distances.mode().values)
-    if (distances == common).float().mean() >= 0.5:
-        return common
-    return 0 if among else None
+    return common if (distances == common).float().mean() >= 0.5 else 0
 
 
 def _measure(name: str, sums: Tensor) -> Measure:

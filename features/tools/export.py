@@ -2,7 +2,7 @@
 
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from egopatch.features.io.files import make_folder, rename_into_place, write_errors_explained
 from egopatch.features.store.store import Store, open_store
-from egopatch.features.tools.convert import require_separate
+from egopatch.features.tools.convert import OnProgress, require_separate
 from egopatch.features.tools.feature_files import WRITERS, Clip
 from egopatch.features.values.errors import StoreError
 from egopatch.features.values.location import Location, parse_location
@@ -26,7 +26,7 @@ def export(
     kind: str,
     pooled: bool = False,
     by_video: bool = False,
-    on_clips: Callable[[int, int], None] | None = None,
+    on_clips: OnProgress | None = None,
 ) -> int:
     """Write the committed clips of a store as files; `tools.feature_files` lists the layouts.
 
@@ -67,11 +67,7 @@ def export(
 
 
 def _clips(
-    store: Store,
-    groups: dict[str, list[str]],
-    pooled: bool,
-    by_video: bool,
-    on_clips: Callable[[int, int], None] | None,
+    store: Store, groups: dict[str, list[str]], pooled: bool, by_video: bool, on_clips: OnProgress | None
 ) -> Iterator[Clip]:
     stored = store.spec.array("patches").dtype
     dtype = torch.float32 if stored in QUANTISED else torch_dtype(stored)

@@ -103,11 +103,7 @@ def _check_all(
 
 
 def _write_missing(
-    store: Store,
-    clips: Mapping[str, ReadClip],
-    dtype: str,
-    grid: tuple[int, int] | None,
-    tick: Callable[[], None],
+    store: Store, clips: Mapping[str, ReadClip], dtype: str, grid: tuple[int, int] | None, tick: Callable[[], None]
 ) -> None:
     """Write the clips that the store does not have yet, shard by shard; `tick` is called after each."""
     for work in store.missing_shards():

@@ -274,20 +274,19 @@ def bad_rows(audit: Audit, shard: int) -> list[str]:
         opened = audit.format.open(audit.ledger.files_in(audit.storage, shard), spec, shard)
     except DamagedStore:
         return names
-    bad = []
-    for name in names:
+
+    def is_intact(name: str) -> bool:
         record = audit.ledger.clips[name].clip(name)
-        for array in spec.arrays:
-            row = np.empty(row_bytes(array), np.uint8)
-            try:
+        try:
+            for array in spec.arrays:
                 chunk = opened.find_row(array, record.row % spec.shard)
-                intact = chunk.read_into(row) == record.checksums.get(array.name)
-            except (DamagedStore, OSError):
-                intact = False
-            if not intact:
-                bad.append(name)
-                break
-    return bad
+                if chunk.read_into(np.empty(row_bytes(array), np.uint8)) != record.checksums.get(array.name):
+                    return False
+        except (DamagedStore, OSError):
+            return False
+        return True
+
+    return [name for name in names if not is_intact(name)]
 
 
 def _header(storage: Storage, faults: list[Fault], copy_is_sound: bool) -> Record | None:
