@@ -305,6 +305,8 @@ class HeadConfig:
         _require(len(self.scores) == 1 or "all" not in self.scores, "head.scores", self.scores, "`all` alone")
         for name, values in (("head.scores", self.scores), ("head.levels", self.levels)):
             _require(len(set(values)) == len(values), name, values, "each once")
+        finite = math.isfinite(self.saliency_weight)
+        _require(finite, "head.saliency_weight", self.saliency_weight, "a finite number")
         _require(self.frames is None or self.frames >= 1, "head.frames", self.frames, "null or at least 1")
         _require(self.heads >= 1, "head.heads", self.heads, "at least 1")
         fits = self.width >= 1 and self.width % self.heads == 0
@@ -355,15 +357,16 @@ class TrainConfig:
         _check_options(self)
         _require(self.epochs >= 1, "train.epochs", self.epochs, "at least 1")
         _require(self.batch >= 1, "train.batch", self.batch, "at least 1")
-        _require(self.lr > 0, "train.lr", self.lr, "a positive number")
+        _require(0 < self.lr < math.inf, "train.lr", self.lr, "a positive number")
         _require(0 <= self.warmup < 1, "train.warmup", self.warmup, "a share in [0, 1)")
-        _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "a number of at least 0")
+        decays = 0 <= self.weight_decay < math.inf
+        _require(decays, "train.weight_decay", self.weight_decay, "a number of at least 0")
         _require(0 <= self.seed < 2**63, "train.seed", self.seed, "a number from 0 to 2**63 - 1")
         _require(self.accumulate >= 1, "train.accumulate", self.accumulate, "at least 1")
         _require(0 <= self.ema < 1, "train.ema", self.ema, "a decay in [0, 1)")
         _require(self.patience is None or self.patience >= 1, "train.patience", self.patience, "null or at least 1")
         _require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "a share in [0, 1)")
-        _require(self.contrast >= 0, "train.contrast", self.contrast, "a weight of at least 0")
+        _require(0 <= self.contrast < math.inf, "train.contrast", self.contrast, "a weight of at least 0")
 
 
 @dataclass(frozen=True)
