@@ -33,7 +33,7 @@ def parse_owner(content: bytes) -> Owner | None:
     """The owner that the content of a lease names; None where a crash left it unfinished."""
     try:
         return Owner.from_json(json.loads(content))
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, RecursionError):
         return None
 
 

@@ -6,14 +6,7 @@ from egopatch.features.formats.interface import Format
 from egopatch.features.formats.registry import format_named
 from egopatch.features.io.files import write_errors_explained
 from egopatch.features.state.catalog import Catalog
-from egopatch.features.state.header import (
-    HEADER,
-    StoreHeader,
-    create_header,
-    header_record,
-    parse_header,
-    read_header,
-)
+from egopatch.features.state.header import HEADER, StoreHeader, create_header, header_record, parse_header, read_header
 from egopatch.features.state.ids import RowPlan, add_rows, ids_journal, ids_without_row
 from egopatch.features.state.ledger import ledger_journal
 from egopatch.features.state.quarantine import quarantine_journal

@@ -8,14 +8,7 @@ from torch import Tensor
 from egopatch.features.formats.interface import Format
 from egopatch.features.io.files import write_errors_explained
 from egopatch.features.state.catalog import Catalog
-from egopatch.features.state.commit import (
-    CommitTarget,
-    Committer,
-    RowNotFinite,
-    RowSource,
-    ShardCommit,
-    commit_shard,
-)
+from egopatch.features.state.commit import CommitTarget, Committer, RowNotFinite, RowSource, ShardCommit, commit_shard
 from egopatch.features.state.ledger import Provenance, RowVersion, announce_record, drop_record, ledger_journal
 from egopatch.features.state.origin import Origin
 from egopatch.features.state.quarantine import Failure, add_failures, quarantine_journal

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 from egopatch.features.values.errors import BadLocation
 
@@ -23,7 +23,10 @@ class ObjectUrl:
     url: str
 
     def __post_init__(self) -> None:
-        parts = _split(self.url)
+        try:
+            parts = urlsplit(self.url)
+        except ValueError:  # a bracket begins an IPv6 address, which a bucket is not
+            parts = urlsplit("")
         if any(sign in self.url.partition("://")[2] for sign in "@:?#"):
             # The message does not repeat the URL: it may hold a key, and a key may hold slashes.
             raise BadLocation(
@@ -61,13 +64,6 @@ class ObjectUrl:
 
     def __str__(self) -> str:
         return self.url
-
-
-def _split(url: str) -> SplitResult:
-    try:
-        return urlsplit(url)
-    except ValueError:  # a bracket begins an IPv6 address, which a bucket is not
-        return SplitResult("", "", "", "", "")
 
 
 Location = Path | ObjectUrl
