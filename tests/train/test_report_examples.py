@@ -51,7 +51,7 @@ def test_pictures_are_cropped_as_for_the_encoder(tmp_path: Path) -> None:
 
 
 def test_examples_are_wins_losses_and_a_seeded_draw() -> None:
-    names = [f"q{i}" for i in range(40)]
+    names = {f"q{i}": f"c{i}" for i in range(40)}
     ours = {q: i % 2 == 0 for i, q in enumerate(names)}
     others = [{q: i % 3 == 0 for i, q in enumerate(names)}, {q: i % 5 == 0 for i, q in enumerate(names)}]
     chosen = report_examples.choose(names, ours, others, 4)
@@ -59,16 +59,15 @@ def test_examples_are_wins_losses_and_a_seeded_draw() -> None:
     assert len({q for _, q in chosen}) == 12
     assert all(ours[q] and not any(o[q] for o in others) for kind, q in chosen if kind == "win")
     assert all(not ours[q] and any(o[q] for o in others) for kind, q in chosen if kind == "loss")
-    assert chosen == report_examples.choose(names[::-1], ours, others, 4)
+    assert chosen == report_examples.choose(dict(reversed(names.items())), ours, others, 4)
     drawn = [q for kind, q in chosen if kind == "drawn"]
     flipped = {q: not right for q, right in ours.items()}
     assert drawn == [q for kind, q in report_examples.choose(names, flipped, others, 4) if kind == "drawn"]
 
 
 def test_wins_keep_to_new_clips_while_there_are_any() -> None:
-    names = [f"q{i}" for i in range(20)]
-    clips = {q: f"c{i % 5}" for i, q in enumerate(names)}
-    chosen = report_examples.choose(names, dict.fromkeys(names, True), [{}], 2, clips=clips)
+    clips = {f"q{i}": f"c{i % 5}" for i in range(20)}
+    chosen = report_examples.choose(clips, dict.fromkeys(clips, True), [dict.fromkeys(clips, False)], 2)
     wins = [clips[q] for kind, q in chosen if kind == "win"]
     drawn = [clips[q] for kind, q in chosen if kind == "drawn"]
     assert len(set(wins)) == 2

@@ -156,20 +156,15 @@ def build_examples(
 ) -> list[examples.Example]:
     """Choose a split's examples and draw them."""
     row, correct = ours
-    chosen = examples.choose(
-        sorted(correct.right),
-        correct.right,
-        [other.right for _, other in others],
-        EXAMPLES_OF_A_KIND,
-        clips={q: questions.by_id[q].clip_id for q in correct.right},
-    )
+    clip_of = {q: question.clip_id for q, question in questions.by_id.items()}
+    chosen = examples.choose(clip_of, correct.right, [other.right for _, other in others], EXAMPLES_OF_A_KIND)
     chosen_questions = [questions.by_id[question] for _, question in chosen]
     clips = [questions.clips[question.clip_id] for question in chosen_questions]
     shown = _pictures(clips, config, frames_read(row, config))
     result = []
     for (kind, _), question, (pictures, missing) in zip(chosen, chosen_questions, shown):
         answers = [
-            examples.Answer(other.label, c.answers.get(question.question_id), c.right.get(question.question_id, False))
+            examples.Answer(other.label, c.answers[question.question_id], c.right[question.question_id])
             for other, c in (ours, *others)
         ]
         steps = [
@@ -210,6 +205,5 @@ def _step(
         return None
     patches = kept.selection.kept[index]
     overlays = tuple(examples.overlay(patches[t], grid) for t in examples.shown_frames(len(patches)))
-    given = kept.answers.get(question.question_id)
-    right = given is not None and same_lower_cased(question, given)
-    return examples.Step(label, overlays, examples.Answer(system, given, right))
+    given = kept.answers[question.question_id]
+    return examples.Step(label, overlays, examples.Answer(system, given, same_lower_cased(question, given)))

@@ -34,10 +34,10 @@ _JPEG_QUALITY = 82
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer of one system; `text` is None if it gave none."""
+    """The answer of one system."""
 
     system: str
-    text: str | None
+    text: str
     right: bool
 
 
@@ -79,11 +79,7 @@ class Example:
 
 
 def choose(
-    questions: Sequence[str],
-    ours: Mapping[str, bool],
-    others: Sequence[Mapping[str, bool]],
-    count: int,
-    clips: Mapping[str, str] | None = None,
+    clip_of: Mapping[str, str], ours: Mapping[str, bool], others: Sequence[Mapping[str, bool]], count: int
 ) -> list[tuple[str, str]]:
     """Choose wins (ours is right, others are not), losses (ours is wrong, others are not) and random questions.
 
@@ -92,21 +88,19 @@ def choose(
     already shown as long as there are others.
 
     Args:
-        questions: Ids to draw from.
+        clip_of: Clip of each question, by id.
         ours: Whether our answer is right, by id.
         others: The same for each other system.
         count: Number of questions of each kind.
-        clips: Clip of each id.
 
     Returns:
         (kind, id) pairs: wins, losses, then those drawn.
     """
-    order = sorted(questions)
+    order = sorted(clip_of)
     random.Random(0).shuffle(order)
-    clip_of = clips or {question: question for question in order}
 
     def rivals(question: str) -> int:
-        return sum(other.get(question, False) for other in others)
+        return sum(other[question] for other in others)
 
     drawn = order[:count]
     taken, shown_clips = set(drawn), {clip_of[question] for question in drawn}
@@ -122,8 +116,8 @@ def choose(
                     shown_clips.add(clip_of[question])
         return chosen
 
-    wins = choose_from(sorted((q for q in order if ours.get(q, False) and rivals(q) < len(others)), key=rivals))
-    losses = choose_from(sorted((q for q in order if not ours.get(q, False) and rivals(q)), key=rivals, reverse=True))
+    wins = choose_from(sorted((q for q in order if ours[q] and rivals(q) < len(others)), key=rivals))
+    losses = choose_from(sorted((q for q in order if not ours[q] and rivals(q)), key=rivals, reverse=True))
     return [("win", q) for q in wins] + [("loss", q) for q in losses] + [("drawn", q) for q in drawn]
 
 
