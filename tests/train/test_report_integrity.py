@@ -23,7 +23,7 @@ def test_a_store_in_object_storage(bucket: str, tmp_path: Path) -> None:
     fill(maker(f"{bucket}/store", "zarr")(), skip=(IDS[0],))
     facts = facts_of(f"{bucket}/store", tmp_path / "runs")
     assert (facts.problem, facts.committed, facts.planned, facts.differences) == ("", 9, 10, ())
-    assert grid_of([f"{bucket}/store"], 224) == (2, 3)
+    assert grid_of(f"{bucket}/store", 224) == (2, 3)
 
 
 def test_a_store_in_a_folder(tmp_path: Path) -> None:

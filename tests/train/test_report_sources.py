@@ -75,6 +75,7 @@ def test_sweep_points_gather_the_seeds(tmp_path: Path) -> None:
         (1.0, (50.0, 51.0), 50.5),
     ]
     assert sweep.points[0].sd == pytest.approx(0.7071, abs=1e-4)
+    assert sweep.points[0].band == (41.0, 42.0)
     assert sweep.varies_ratio
 
 

@@ -70,9 +70,7 @@ def load_questions(config: Config, split: str) -> Questions:
         known = next((name for name in SPLITS if name == split), config.data.split)
         dataset = load_dataset(dataclasses.replace(config.data, split=known))
     except (DatasetError, OSError) as error:
-        first, *more = str(error).splitlines() or [type(error).__name__]
-        rest = f" (and {len(more)} more)" if more else ""
-        raise SourceError(f"data.root {config.data.root}: {first}{rest}") from error
+        raise SourceError(f"data.root {config.data.root}: {_first_line(error)}") from error
     asked = dataset.questions["test"]
     return Questions(
         {question.question_id: question for question in asked if question.counts},
@@ -166,10 +164,14 @@ def read_answers(folder: Path, questions: Questions) -> dict[str, str]:
     try:
         answers = read_predictions(folder / PREDICTIONS, (*questions.by_id.values(), *questions.unpublished))
     except PredictionError as error:
-        first, *more = str(error).splitlines()
-        rest = f" (and {len(more)} more)" if more else ""
-        raise SourceError(f"{first}{rest}; give the report the config of these runs") from error
+        raise SourceError(f"{_first_line(error)}; give the report the config of these runs") from error
     return {question_id: answers[question_id] for question_id in questions.by_id}
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an error, and how many more there are."""
+    first, *more = str(error).splitlines() or [type(error).__name__]
+    return f"{first} (and {len(more)} more)" if more else first
 
 
 def column_masks(questions: Iterable[Question]) -> dict[str, NDArray[np.bool_]]:

@@ -48,7 +48,6 @@ def store_facts(results: Results, clips: Collection[Clip], root: Path) -> list[S
     """Facts of every store that the cards name, in the order of the table.
 
     Args:
-        results: The runs.
         clips: Clips of the annotations; none if these cannot be read.
         root: `data.root`.
     """
@@ -63,26 +62,21 @@ def store_facts(results: Results, clips: Collection[Clip], root: Path) -> list[S
 
 def versions(results: Results) -> dict[str, list[str]]:
     """Versions of each package in the cards of the runs; several if they differ."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, None]] = {}
     for row in results.rows:
         for run in row.runs:
             for name, version in sorted((run.card.get("versions") or {}).items()):
-                listed = found.setdefault(str(name), [])
-                if str(version) not in listed:
-                    listed.append(str(version))
-    return found
+                found.setdefault(str(name), {})[str(version)] = None
+    return {name: list(listed) for name, listed in found.items()}
 
 
-def grid_of(paths: Sequence[Path | str], size: int) -> tuple[int, int]:
-    """Rows and columns of patches in the first store that opens; else those of 16-pixel patches of a `size` input."""
-    for path in paths:
-        try:
-            grid = open_store(path).spec.grid
-        except (OSError, ValueError):
-            continue
-        if grid:
-            return grid
-    return size // 16, size // 16
+def grid_of(path: Path | str, size: int) -> tuple[int, int]:
+    """Rows and columns of patches in a store; if it does not open, those of 16-pixel patches of a `size` input."""
+    try:
+        grid = open_store(path).spec.grid
+    except (OSError, ValueError):
+        grid = None
+    return grid or (size // 16, size // 16)
 
 
 def _facts(path: str, runs: Sequence[Run], clips: Collection[Clip], root: Path) -> StoreFacts:

@@ -176,7 +176,7 @@ def _split_page(
         config = report_analysis.config_of(ours, config)
     except SourceError as error:
         problems.append(str(error))
-    grid = report_integrity.grid_of([config.store.path], config.video.size)
+    grid = report_integrity.grid_of(config.store.path, config.video.size)
     questions, right = report_answers.rows_correctness(config, split, rows, problems)
     examples: list[Example] = []
     look, explanation = None, None
@@ -196,9 +196,9 @@ def _split_page(
     intervals: dict[str, Mapping[str, Interval]] = {}
     texts: table.Texts = {}
     if questions is not None:
-        found = [(row, right[row.label]) for row in rows if row.label in right]
-        intervals = {row.label: report_answers.intervals(row, correct, questions) for row, correct in found}
-        texts = report_answers.text_scores([row for row in rows if row.label in right], questions, problems)
+        found = [row for row in rows if row.label in right]
+        intervals = {row.label: report_answers.intervals(row, right[row.label], questions) for row in found}
+        texts = report_answers.text_scores(found, questions, problems)
     return SplitPage(
         name=split,
         title=table.title(split, rows),
@@ -210,7 +210,7 @@ def _split_page(
         examples=tuple(examples),
         intervals=intervals,
         texts=texts,
-        best={part: max((row.mean(part) or 0.0 for row in rows), default=0.0) for part in COLUMNS},
+        best={part: max(row.mean(part) or 0.0 for row in rows) for part in COLUMNS},
         grid=grid,
         ratios=tuple(sorted({step.label for example in examples for step in example.steps}, key=float)),
         table_ratio=report_analysis.ratio_label(ours),
@@ -313,12 +313,8 @@ def _ratio_chart(split: SplitPage, sweeps: Sequence[Sweep], colours: Mapping[str
     for number, (sweep, setting) in enumerate(settings):
         points = sweep.curve(setting)
         label = setting or (sweep.system if len(settings) == 1 else f"{sweep.system}, {sweep.name}")
-        bands = [point.interval or (min(point.accuracies), max(point.accuracies)) for point in points]
-        band = (
-            None
-            if all(low == high for low, high in bands)
-            else ([low for low, _ in bands], [high for _, high in bands])
-        )
+        lows, highs = zip(*(point.band for point in points))
+        band = None if lows == highs else (lows, highs)
         colour = own.pop(sweep.system, len(colours) + number)
         lines.append(Line(label, colour, [point.ratio for point in points], [point.mean for point in points], band))
     lines += [

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from egopatch.features.io.files import replacing
-from egopatch.train.report.sources import Sweep, SweepPoint
+from egopatch.train.report.sources import Sweep
 
 # Colour of each system, the same in every figure.
 COLOURS = {
@@ -58,7 +58,7 @@ def draw_ratio(sweeps: Sequence[Sweep], references: Mapping[str, Mapping[str, fl
             colour = _CYCLE[index % len(_CYCLE)]
             label = setting or (sweep.system if len(lines) == 1 else f"{sweep.system}, {sweep.name}")
             if any(point.interval or point.sd is not None for point in curve):
-                low, high = zip(*map(_band, curve))
+                low, high = zip(*(point.band for point in curve))
                 axis.fill_between(ratios, low, high, color=colour, alpha=0.18, linewidth=0)
             means = [point.mean for point in curve]
             axis.plot(ratios, means, "o-", color=colour, label=label, markersize=5, linewidth=1.8)
@@ -83,7 +83,7 @@ def draw_settings(sweep: Sweep) -> Figure:
     lines = max(name.count("\n") for name in names) + 1
     figure, (axis,) = _panels(1, 6.4, 0.9 + (0.18 + 0.14 * lines) * len(points))
     for y, point in enumerate(points):
-        low, high = _band(point)
+        low, high = point.band
         axis.plot([low, high], [y, y], color=_CYCLE[0], linewidth=5, alpha=0.3, solid_capstyle="butt")
         axis.plot(point.mean, y, "o", color=_CYCLE[0], markersize=5)
         axis.annotate(f"{point.mean:.2f}", (high, y), (4, 0), textcoords="offset points", va="center", size=8)
@@ -124,10 +124,6 @@ def thin(xs: Sequence[int], ys: Sequence[float]) -> tuple[list[float], list[floa
     stretches = np.array_split(np.arange(len(xs)), _LOSS_POINTS)
     x, y = np.asarray(xs, dtype=float), np.asarray(ys)
     return [float(x[s].mean()) for s in stretches], [float(y[s].mean()) for s in stretches]
-
-
-def _band(point: SweepPoint) -> tuple[float, float]:
-    return point.interval or (min(point.accuracies), max(point.accuracies))
 
 
 def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:

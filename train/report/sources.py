@@ -80,6 +80,11 @@ class SweepPoint:
         """Sample standard deviation over seeds; None for a single one."""
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
 
+    @property
+    def band(self) -> tuple[float, float]:
+        """The interval, or else the range of the seeds."""
+        return self.interval or (min(self.accuracies), max(self.accuracies))
+
 
 @dataclass(frozen=True)
 class Sweep:

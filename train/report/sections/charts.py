@@ -98,7 +98,7 @@ def line_chart(
     parts = [_axis_y(y, down(y)) for y in y_ticks]
     x_ticks = list(ticks) if ticks else _ticks(min(xs), max(xs), whole=all(x == int(x) for x in xs))
     shown = [x for x in x_ticks if min(xs) <= x <= max(xs)]
-    parts += [_axis_x(x, across(x)) for x in shown]
+    parts += [_axis_text(f"{x:g}", across(x), HEIGHT - BOTTOM + 17) for x in shown]
     for line in lines:
         colour = Markup("k{}").format(line.colour % COLOURS)
         if line.band:
@@ -228,10 +228,6 @@ def _axis_y(value: float, y: str) -> Markup:
         '<line class="grid" x1="{}" x2="{}" y1="{y}" y2="{y}"/>'
         '<text x="{}" y="{y}" dy="4" text-anchor="end">{:g}</text>'
     ).format(LEFT, WIDTH - RIGHT, LEFT - 6, value, y=y)
-
-
-def _axis_x(value: float, x: str) -> Markup:
-    return _axis_text(f"{value:g}", x, HEIGHT - BOTTOM + 17)
 
 
 def _axis_text(text: str, x: str, y: float) -> Markup:
