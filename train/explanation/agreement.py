@@ -3,12 +3,13 @@
 Shape legend: T frames, k patches kept a frame.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from numpy.typing import NDArray
 
-from egopatch.extract.datasets.egosynth.places import Places
+from egopatch.extract.datasets import Question
+from egopatch.extract.datasets.egosynth.places import Places, places_of, scene_of
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,15 @@ class Agreement:
     others: float
     chance: float
     precision: float
+
+
+def known_places(question: Question, frames: int, read: Sequence[int], grid: tuple[int, int]) -> Places | None:
+    """The places in the frames `read`, of `frames` uniform ones, for a question of EgoSynth; None for any other."""
+    scene = scene_of(question.clip_id)
+    if scene is None:
+        return None
+    places = places_of(scene, question.text, frames, grid)
+    return Places(tuple(places.asked[frame] for frame in read), tuple(places.others[frame] for frame in read))
 
 
 def agreement_of(selections: Iterable[tuple[NDArray, Places]], patches: int) -> Agreement | None:

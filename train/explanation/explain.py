@@ -15,12 +15,12 @@ from torch import Tensor
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets import Question
-from egopatch.extract.datasets.egosynth.places import Places, places_of, scene_of
+from egopatch.extract.datasets.egosynth.places import Places
 from egopatch.features import PatchTokens
 from egopatch.features.values.spec import keep_count
 from egopatch.train.data.batch import Batch
 from egopatch.train.data.question_table import QuestionTable, plan_batches
-from egopatch.train.explanation.agreement import agreement_of, pointing
+from egopatch.train.explanation.agreement import agreement_of, known_places, pointing
 from egopatch.train.explanation.curves import SHARES, area, curves
 from egopatch.train.explanation.record import Explanation, Ranking
 from egopatch.train.fitting.experiment import Experiment, caller_state_kept, open_experiment
@@ -45,14 +45,12 @@ class _Measured:
 
     Attributes:
         deletion, insertion: [S, B].
-        kept: [B, T, k] the patches with the highest scores, as positions in the grid.
-        best: [B, T] the patch with the highest score.
+        kept: [B, T, k] the patches with the highest scores, the highest first, as positions in the grid.
     """
 
     deletion: Tensor
     insertion: Tensor
     kept: NDArray[np.int64]
-    best: NDArray[np.int64]
 
 
 def explain(config: Config, questions: int = 200) -> Explanation:
@@ -97,17 +95,18 @@ class _Explainer:
             raise RunError("no test question is about an encoded clip, so there is nothing to explain")
         average = self._average(table)
         found: dict[str, list[_Measured]] = {}
-        asked: list[Question] = []
+        clips: list[str] = []
+        places: list[Places | None] = []
         for number, batch in enumerate(self._batches(table)):
-            asked += [table.questions[row] for row in batch.rows.tolist()]
-            for name, scores in self._scores(batch, asked[-len(batch) :], number).items():
+            asked = [table.questions[row] for row in batch.rows.tolist()]
+            clips += [question.clip_id for question in asked]
+            places += [self._places(question) for question in asked]
+            for name, scores in self._scores(batch, places[-len(asked) :], number).items():
                 found.setdefault(name, []).append(self._measure(batch, number, scores, average))
-        clips = [question.clip_id for question in asked]
-        places = [self._places(question) for question in asked]
         rankings = tuple(
             self._ranking(name, measured, found[RANDOM], clips, places) for name, measured in found.items()
         )
-        return Explanation(len(asked), self.k, self.grid[0] * self.grid[1], SHARES, rankings)
+        return Explanation(len(clips), self.k, self.grid[0] * self.grid[1], SHARES, rankings)
 
     def _ranking(
         self,
@@ -119,9 +118,7 @@ class _Explainer:
     ) -> Ranking:
         """A ranking over all batches, compared with `chance`, what the random one measured."""
         kept = [row for one in measured for row in one.kept]
-        best = [row for one in measured for row in one.best]
         known = [(row, place) for row, place in zip(kept, places, strict=True) if place is not None]
-        pointed = [(row, place) for row, place in zip(best, places, strict=True) if place is not None]
         deletion, insertion = [one.deletion for one in measured], [one.insertion for one in measured]
         return Ranking(
             name=name,
@@ -130,7 +127,7 @@ class _Explainer:
             deletion_gap=None if name == RANDOM else _gap(deletion, [one.deletion for one in chance], clips),
             insertion_gap=None if name == RANDOM else _gap(insertion, [one.insertion for one in chance], clips),
             agreement=agreement_of(known, self.grid[0] * self.grid[1]),
-            pointing=pointing(pointed),
+            pointing=pointing((row[:, 0], place) for row, place in known),
         )
 
     def _batches(self, table: QuestionTable) -> Iterator[Batch]:
@@ -151,14 +148,13 @@ class _Explainer:
             saliency.append(tokens.saliency.float().mean(dim=(1, 2)))
         return torch.cat(patches).mean(dim=0), torch.cat(saliency).mean()
 
-    def _scores(self, batch: Batch, questions: list[Question], number: int) -> Mapping[str, Tensor]:
+    def _scores(self, batch: Batch, places: list[Places | None], number: int) -> Mapping[str, Tensor]:
         """Every score that ranks the patches, by name: [B, T, N] each."""
         tokens = batch.tokens
         saliency = tokens.saliency.float()[batch.clip_index]
         scores = {"saliency": saliency} if self.psa is None else self.psa.patch_scores(batch)
         draw = torch.from_numpy(np.random.default_rng((0, number)).random(saliency.shape, dtype=np.float32))
         scores[RANDOM] = draw.to(saliency.device)
-        places = [self._places(question) for question in questions]
         if any(places):
             # Only their order counts; patches of one rank are in a random order.
             scores[KNOWN] = scores[RANDOM] + self._known(batch, places)
@@ -201,20 +197,12 @@ class _Explainer:
         kept = scores.argsort(dim=-1, descending=True, stable=True)[..., : self.k]
         if tokens.positions is not None:
             kept = tokens.positions.long()[batch.clip_index].gather(2, kept)
-        grid_kept = kept.cpu().numpy()
-        return _Measured(deletion.cpu(), insertion.cpu(), grid_kept, grid_kept[..., 0])
+        return _Measured(deletion.cpu(), insertion.cpu(), kept.cpu().numpy())
 
     def _places(self, question: Question) -> Places | None:
         """Where the objects stand that a question of EgoSynth asks about; None for other data sets."""
-        scene = scene_of(question.clip_id)
-        if scene is None:
-            return None
         frames = self.experiment.sizes.frames
-        places = places_of(scene, question.text, frames, self.grid)
-        if self.psa is None:
-            return places
-        read = self.psa.frame_indices
-        return Places(tuple(places.asked[frame] for frame in read), tuple(places.others[frame] for frame in read))
+        return known_places(question, frames, range(frames) if self.psa is None else self.psa.frame_indices, self.grid)
 
 
 def _sample(table: QuestionTable, questions: int) -> QuestionTable:
