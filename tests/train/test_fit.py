@@ -60,7 +60,7 @@ def test_run_folder_is_complete(tiny: Config) -> None:
     test = json.loads((run / "test.json").read_text())
     assert 0 <= test["wrong_form"] <= test["all"]["n"]
     assert (test["model"], test["split"], test["seed"]) == ("psa", "direct", 0)
-    assert test["all"] == metrics.all.as_json()
+    assert test["all"] == dataclasses.asdict(metrics.all)
     assert test["all"]["n"] == len((run / "predictions.jsonl").read_text().splitlines())
     with np.load(run / "selection.npz") as selection:
         assert selection["kept"].shape == (test["all"]["n"], 2, 6)

@@ -70,7 +70,7 @@ def evaluate_published(config: Config, command: str, ranks: Distributed = ALONE)
         ((test_answers,),) = answer_table([heads], experiment.features, experiment.encoded["test"], batch_size)
         val = score_part(experiment, "val", val_answers)[0]
         # Epoch 0: nothing was trained and no epoch was chosen.
-        run.best = {"epoch": 0, **{form: getattr(val, form).accuracy for form in ("open", "binary", "all")}}
+        run.best = {"epoch": 0, **{name: score.accuracy for name, score in val.headline_rows()}}
         run.write_card(command, sum(tensor.numel() for tensor in heads.weights(0).values()))
         metrics = run.write_results(test_answers)
         experiment.print_quarantined()

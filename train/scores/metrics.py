@@ -12,7 +12,7 @@ Under both rules every question counts towards n.
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,6 @@ class Score:
 
     accuracy: float | None
     n: int
-
-    def as_json(self) -> dict[str, Any]:
-        """`{"accuracy", "n"}`."""
-        return {"accuracy": self.accuracy, "n": self.n}
 
 
 @dataclass(frozen=True)
@@ -66,27 +62,24 @@ class Metrics:
 
     def as_json(self) -> dict[str, Any]:
         """The layout of `train score --json`, without `wrong_form` and `quarantined`, and of most of `test.json`."""
-        return {
-            "open": self.open.as_json(),
-            "binary": self.binary.as_json(),
-            "all": self.all.as_json(),
-            "split_tag": None if self.split_tag is None else self.split_tag.as_json(),
-            "tags": {tag: accuracy.as_json() for tag, accuracy in self.tags.items()},
-        }
+        return {name: value for name, value in asdict(self).items() if name not in ("wrong_form", "quarantined")}
 
     def rows(self) -> list[tuple[str, Score]]:
         """Every score with its name, in the order in which people read them."""
-        rows = [("open", self.open), ("binary", self.binary), ("all", self.all)]
+        rows = self.headline_rows()
         if self.split_tag is not None:
             rows.append(("all, split's tag", self.split_tag))
         return rows + [(f"tag {tag}", accuracy) for tag, accuracy in self.tags.items()]
 
+    def headline_rows(self) -> list[tuple[str, Score]]:
+        """The scores over open, binary and all questions."""
+        return [("open", self.open), ("binary", self.binary), ("all", self.all)]
+
 
 def headline(metrics: Metrics) -> str:
     """One line: the accuracies over open, binary and all questions, each with its count."""
-    groups = {"open": metrics.open, "binary": metrics.binary, "all": metrics.all}
     return ", ".join(
-        f"{name} {one.accuracy:.2f} (n {one.n})" for name, one in groups.items() if one.accuracy is not None
+        f"{name} {one.accuracy:.2f} (n {one.n})" for name, one in metrics.headline_rows() if one.accuracy is not None
     )
 
 
@@ -99,9 +92,8 @@ def lines(metrics: Metrics, released: Metrics | None = None) -> list[str]:
     wrong_form = wrong_form_line(metrics)
     if released is None:
         return [*(f"{name:<{width}}  {_percent(one.accuracy):>6}  n {one.n}" for name, one in rows), wrong_form]
-    head = f"{'':<{width}}  lower-cased  released  difference"
     return [
-        head,
+        f"{'':<{width}}  lower-cased  released  difference",
         *(
             f"{name:<{width}}  {_percent(one.accuracy):>11}  {_percent(other.accuracy):>8}  {_change(one, other):>10}"
             f"  n {one.n}"
@@ -118,14 +110,8 @@ def wrong_form_line(metrics: Metrics) -> str:
 
 def difference(metrics: Metrics, released: Metrics) -> str:
     """One line: the scores under the released matching rule and how far they are from the lower-cased ones."""
-    changes = [
-        f"{name} {_percent(other.accuracy)} ({_change(one, other)})"
-        for name, one, other in (
-            ("open", metrics.open, released.open),
-            ("binary", metrics.binary, released.binary),
-            ("all", metrics.all, released.all),
-        )
-    ]
+    pairs = zip(metrics.headline_rows(), released.headline_rows(), strict=True)
+    changes = [f"{name} {_percent(other.accuracy)} ({_change(one, other)})" for (name, one), (_, other) in pairs]
     return f"scores under the released matching rule (difference from lower-cased): {', '.join(changes)}"
 
 
@@ -175,8 +161,7 @@ def score(
         ValueError: A question has no answer.
     """
     questions = [question for question in questions if question.counts]
-    absent = [question.question_id for question in questions if question.question_id not in answers]
-    if absent:
+    if absent := [question.question_id for question in questions if question.question_id not in answers]:
         raise ValueError(
             f"{len(absent)} questions have no answer, such as {absent[0]!r}; expected one answer per question"
         )

@@ -196,8 +196,6 @@ class _Spread:
         return float(1 - np.interp(distance, self._half_widths(confidences), confidences))
 
     def _half_widths(self, confidences: Matrix) -> Matrix:
-        if not self.variance:
-            return np.zeros_like(confidences)
         widths = np.zeros_like(confidences)
         for part, freedom in ((self.of_seeds, self.seeds_freedom), (self.of_clips, self.clips_freedom)):
             if part:
