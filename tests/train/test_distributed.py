@@ -163,11 +163,10 @@ def test_a_sum_over_ranks_reads_nothing_back(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_share_knows_its_place_in_the_whole_batch() -> None:
     clips, texts = torch.tensor([4, 4, 1, 7]), torch.tensor([0, 5, 5, 2])
     share = RankSlice.of(clips, texts, torch.tensor([True, True, False, False]))
-    assert (share.questions.rows.tolist(), share.questions.total) == ([0, 1], 4)
-    assert (share.clips.rows.tolist(), share.clips.total) == ([1], 3)
-    assert (share.texts.rows.tolist(), share.texts.total) == ([0, 2], 3)
+    assert [part.tolist() for part in (share.questions, share.clips, share.texts)] == [[0, 1], [1], [0, 2]]
+    assert share.total == 4
     nothing = RankSlice.of(clips, texts, torch.zeros(4, dtype=torch.bool))
-    assert [part.rows.tolist() for part in (nothing.questions, nothing.clips, nothing.texts)] == [[], [], []]
+    assert [part.tolist() for part in (nothing.questions, nothing.clips, nothing.texts)] == [[], [], []]
 
 
 def test_without_torchrun_there_is_one_rank() -> None:

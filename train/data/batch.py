@@ -100,4 +100,4 @@ class Batch:
     @property
     def total_questions(self) -> int:
         """Number of questions in the whole batch, over all ranks."""
-        return len(self) if self.rank_slice is None else self.rank_slice.questions.total
+        return len(self) if self.rank_slice is None else self.rank_slice.total

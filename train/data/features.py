@@ -301,7 +301,7 @@ class _BatchIndex:
         rank_slice = None
         if rank_clips is not None:
             rank_slice = RankSlice.of(table.clip[rows], table.text[rows], rank_clips[table.clip[rows]])
-            rows = rows[rank_slice.questions.rows]
+            rows = rows[rank_slice.questions]
         clips, clip_index = table.clip[rows].unique(return_inverse=True)
         names = tuple(table.clips[clip] for clip in clips.tolist())
         return cls(rows, whole, names, clip_index, rank_slice, len(rows))

@@ -8,42 +8,34 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class RowSubset:
-    """Some rows of a whole.
+class RankSlice:
+    """The questions, clips and texts of a rank's batch as rows of the whole batch, rising.
 
     Attributes:
-        rows: [n] long, rising: the rows in the subset.
-        total: Number of rows of the whole.
+        questions, clips, texts: [n] long.
+        total: Number of questions in the whole batch.
     """
 
-    rows: Tensor
+    questions: Tensor
+    clips: Tensor
+    texts: Tensor
     total: int
-
-
-@dataclass(frozen=True)
-class RankSlice:
-    """The questions, clips and texts of a rank's batch as rows of the whole batch."""
-
-    questions: RowSubset
-    clips: RowSubset
-    texts: RowSubset
 
     @classmethod
     def of(cls, clips: Tensor, texts: Tensor, mask: Tensor) -> "RankSlice":
         """The slice of the questions where `mask` [B] bool is true, in a batch with these `clips` and `texts` [B]."""
         rows = mask.nonzero()[:, 0]
-        return cls(RowSubset(rows, len(mask)), _unique_subset(clips, clips[rows]), _unique_subset(texts, texts[rows]))
+        return cls(rows, _unique_rows(clips, clips[rows]), _unique_rows(texts, texts[rows]), len(mask))
 
     def with_texts(self, texts: Tensor) -> "RankSlice":
         """The same slice of a batch whose questions have these `texts` [B]."""
-        return replace(self, texts=_unique_subset(texts, texts[self.questions.rows]))
+        return replace(self, texts=_unique_rows(texts, texts[self.questions]))
 
     def sent(self, send: Callable[[Tensor], Tensor]) -> "RankSlice":
         """The same slice with the rows that `send` returns for each tensor of rows."""
-        subsets = (self.questions, self.clips, self.texts)
-        return RankSlice(*(replace(subset, rows=send(subset.rows)) for subset in subsets))
+        return RankSlice(send(self.questions), send(self.clips), send(self.texts), self.total)
 
 
-def _unique_subset(whole: Tensor, selected: Tensor) -> RowSubset:
-    values = whole.unique()
-    return RowSubset(torch.searchsorted(values, selected.unique()), len(values))
+def _unique_rows(whole: Tensor, selected: Tensor) -> Tensor:
+    """Where the unique values of `selected` stand among those of `whole`."""
+    return torch.searchsorted(whole.unique(), selected.unique())

@@ -312,7 +312,7 @@ class StackedHeads:
 
     def _set_rows(self, batch: Batch) -> None:
         for noise in self._noises:
-            rows = None if batch.rank_slice is None else getattr(batch.rank_slice, noise.over).rows
+            rows = None if batch.rank_slice is None else getattr(batch.rank_slice, noise.over)
             noise.draw = replace(noise.draw, rows=rows)
 
     @torch.no_grad()
