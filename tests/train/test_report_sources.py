@@ -1,6 +1,7 @@
 """What the report reads beside the table: logs, sweeps, selections."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,28 @@ def test_a_selection_with_a_damaged_byte_is_read_or_refused(tmp_path: Path) -> N
         except SourceError:
             damaged += 1
     assert damaged > len(whole) / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("ratio", 0), ("ratio", -1), ("ratio", math.nan), ("all", math.inf), ("all", 1e308)]
+)
+def test_a_sweep_with_a_number_that_no_axis_holds_is_refused(tmp_path: Path, name: str, value: float) -> None:
+    path = write_sweep(tmp_path) / "sweep.json"
+    sweep = json.loads(path.read_text())
+    sweep["members"][0][name] = value
+    path.write_text(json.dumps(sweep))
+    with pytest.raises(SourceError, match=r"is not a sweep .* expected a"):
+        read_sweep(path)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, 1e308])
+def test_a_log_leaves_out_numbers_that_no_axis_holds(tmp_path: Path, value: float) -> None:
+    path = tmp_path / "log.jsonl"
+    events = [{"event": "step", "step": step, "loss": loss} for step, loss in enumerate((1.0, value, 2.0))]
+    events += [{"event": "val", "epoch": epoch, "all": accuracy} for epoch, accuracy in enumerate((value, 50.0))]
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    log = read_log(path)
+    assert (log.steps, log.losses, log.epochs, log.val) == ((0, 2), (1.0, 2.0), (1,), (50.0,))
 
 
 def test_sweep_points_gather_the_seeds(tmp_path: Path) -> None:

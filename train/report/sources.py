@@ -5,7 +5,6 @@ figure.
 """
 
 import json
-import math
 import statistics
 import zipfile
 import zlib
@@ -183,9 +182,9 @@ def read_log(path: Path) -> TrainingLog:
     for number, line in enumerate(lines, 1):
         try:
             event = json.loads(line)
-            if event.get("event") == "step" and _finite(event.get("loss")):
+            if event.get("event") == "step" and _drawable(event.get("loss")):
                 steps[int(event["step"])] = float(event["loss"])
-            elif event.get("event") == "val" and _finite(event.get("all")):
+            elif event.get("event") == "val" and _drawable(event.get("all")):
                 epochs[int(event["epoch"])] = float(event["all"])
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
             if number == len(lines):
@@ -212,8 +211,8 @@ def read_sweep(path: Path) -> Sweep:
         runs.sort(key=lambda run: (run.setting, run.ratio, run.seed))
         intervals = {
             (_setting(point["setting"]), float(point["ratio"])): (
-                float(point["all"]["low"]),
-                float(point["all"]["high"]),
+                _percent(point["all"]["low"]),
+                _percent(point["all"]["high"]),
             )
             for point in value.get("points", ())
         }
@@ -249,14 +248,24 @@ def read_selection(path: Path) -> Selection:
 
 
 def _sweep_run(entry: Mapping[str, Any], folder: Path) -> SweepRun:
+    ratio = float(entry["ratio"])
+    if not 0 < ratio <= 1:
+        raise ValueError(f"a ratio is {ratio}; expected a share in (0, 1]")
     return SweepRun(
-        ratio=float(entry["ratio"]),
+        ratio=ratio,
         seed=int(entry["seed"]),
         setting=_setting(entry.get("overrides") or {}),
-        accuracy=float(entry["all"]),
+        accuracy=_percent(entry["all"]),
         n=int(entry["n"]),
         dir=_existing(entry.get("dir"), folder),
     )
+
+
+def _percent(value: Any) -> float:
+    percent = float(value)
+    if not 0 <= percent <= 100:
+        raise ValueError(f"an accuracy is {percent}; expected a percentage")
+    return percent
 
 
 def _system_of(runs: Sequence[SweepRun]) -> str | None:
@@ -283,8 +292,9 @@ def _existing(value: object, folder: Path) -> Path | None:
     return next((path for path in (folder / str(value), Path(str(value))) if path.is_dir()), None)
 
 
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _drawable(value: object) -> bool:
+    """Whether a number is finite in float32, as every loss and accuracy of a run is that has not diverged."""
+    return isinstance(value, int | float) and abs(value) < 2.0**128
 
 
 def _read_text(path: Path) -> str:
