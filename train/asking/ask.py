@@ -36,16 +36,14 @@ class Asked:
 
     def lines(self) -> Iterator[str]:
         """The answers as text: for each clip its answers, then each frame with the number of patches kept."""
-        for number, prediction in enumerate(self.predictions):
-            if number or len(self.predictions) > 1:
+        for prediction in self.predictions:
+            if len(self.predictions) > 1:
                 yield f"clip {prediction.clip_id}"
             for answer, probability in prediction.answers:
                 yield f"{100 * probability:5.1f}%  {answer}"
             for place, patches in enumerate(prediction.kept):
-                when = (
-                    f"{prediction.times_s[place]:.2f} s" if prediction.times_s else f"frame {prediction.frames[place]}"
-                )
-                yield f"{when}: kept {len(patches)} of {prediction.grid[0] * prediction.grid[1]} patches"
+                patches_of_frame = prediction.grid[0] * prediction.grid[1]
+                yield f"{prediction.when(place)}: kept {len(patches)} of {patches_of_frame} patches"
         yield f"head: {self.config.run.dir}"
         for note in self.notes:
             yield f"note: {note}"

@@ -50,13 +50,16 @@ class Prediction:
     unknown_words: tuple[str, ...] | None
     cut: bool
 
+    def when(self, place: int) -> str:
+        """The time of one of `frames` as text, or its number if the store has no times."""
+        return f"{self.times_s[place]:.2f} s" if self.times_s else f"frame {self.frames[place]}"
+
 
 def predict_clips(config: Config, clip_ids: Sequence[str], question: str, answers: int = 5) -> tuple[Prediction, ...]:
     """Ask the head in `config.run.dir` one question about clips of `config.store.path`; the predictions are in order.
 
     Args:
         config: The experiment that the head was trained with; the store may be another one of the same settings.
-        clip_ids: Clips of the store.
         question: Any question; the text network encodes it, unless a store has it already.
         answers: Number of answers to return for each clip.
 

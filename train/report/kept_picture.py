@@ -24,8 +24,6 @@ def draw_prediction(path: Path, prediction: Prediction, config: Config) -> None:
     """Decode the clip's video and write the picture.
 
     Args:
-        path: File to write.
-        prediction: The answer.
         config: Config of the store, whose data set says where the clip's video is.
 
     Raises:
@@ -36,9 +34,8 @@ def draw_prediction(path: Path, prediction: Prediction, config: Config) -> None:
     frames = clip_frames(config, prediction.clip_id)[list(prediction.frames)]
     cells = []
     for place, frame in enumerate(frames):
-        kept = prediction.kept[place] if prediction.kept else None
-        caption = f"{prediction.times_s[place]:.2f} s" if prediction.times_s else f"frame {prediction.frames[place]}"
-        cells.append((frame if kept is None else mark_kept(frame, kept, prediction.grid), caption))
+        shown = mark_kept(frame, prediction.kept[place], prediction.grid) if prediction.kept else frame
+        cells.append((shown, prediction.when(place)))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet(cells).save(path)
 
@@ -48,7 +45,6 @@ def clip_frames(config: Config, clip_id: str) -> NDArray[np.float32]:
 
     Args:
         config: Config of the store, whose data set says where the clip's video is.
-        clip_id: The clip.
 
     Raises:
         ConfigError: The data set has no such clip, or its video cannot be shown.
@@ -83,7 +79,6 @@ def mark_kept(frame: NDArray[np.float32], kept: Sequence[int], grid: tuple[int, 
     """A frame [3, S, S] in [0, 1] with the kept patches outlined and the others dimmed.
 
     Args:
-        frame: The frame, with the encoder's crop.
         kept: Row-major indices of the kept patches.
         grid: (rows, cols) of the patches.
     """
