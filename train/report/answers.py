@@ -14,7 +14,7 @@ from egopatch.train.report.sources import SourceError
 from egopatch.train.rundir.names import PREDICTIONS, TEST
 from egopatch.train.rundir.results import COLUMNS, SPLITS, Row, data_title
 from egopatch.train.scores.metrics import PredictionError, read_predictions, same_lower_cased
-from egopatch.train.scores.statistics import Comparison, Interval, accuracy, compare
+from egopatch.train.scores.statistics import Interval, accuracy
 from egopatch.train.scores.text_metrics import TextMetricsError, text_intervals
 
 
@@ -184,7 +184,7 @@ def column_masks(questions: Iterable[Question]) -> dict[str, NDArray[np.bool_]]:
 def intervals(row: Row, correct: Correctness, questions: Questions) -> dict[str, Interval]:
     """The interval of each accuracy of a row, by column, or `tag X` for the tag X; only those with questions.
 
-    An accuracy that the answers do not give has none: theirs would be that of another number.
+    A recorded accuracy that differs from that of the answers has none: the interval would be about another number.
     """
     clips, found = np.array(questions.clip_ids), {}
     for column, counted in column_masks(questions.by_id.values()).items():
@@ -196,8 +196,3 @@ def intervals(row: Row, correct: Correctness, questions: Questions) -> dict[str,
     recorded = {name: row.tag_mean(name.removeprefix("tag ")) for name in found if name not in COLUMNS}
     recorded |= {column: row.mean(column) for column in COLUMNS}
     return {name: one for name, one in found.items() if _same_mean(recorded[name], one.mean)}
-
-
-def difference(ours: Correctness, other: Correctness, questions: Questions) -> Comparison:
-    """How far one row is above another, over all questions."""
-    return compare(ours.by_seed, other.by_seed, questions.clip_ids)

@@ -7,7 +7,7 @@ from pathlib import Path
 from egopatch.extract.datasets import Clip
 from egopatch.extract.datasets.origins import OriginCheck, compare_origins
 from egopatch.features import Fingerprint, open_store
-from egopatch.train.rundir.results import Results, Run
+from egopatch.train.rundir.results import Results, Run, card_option
 from egopatch.train.rundir.trained_on import changed_clips
 
 
@@ -54,7 +54,7 @@ def store_facts(results: Results, clips: Collection[Clip], root: Path) -> list[S
     cards: dict[str, list[Run]] = {}
     for row in results.rows:
         for run in row.runs:
-            path = ((run.card.get("config") or {}).get("store") or {}).get("path")
+            path = card_option(run.card, "store", "path")
             if path and run.card.get("fingerprint"):
                 cards.setdefault(str(path), []).append(run)
     return [_facts(path, runs, clips, root) for path, runs in cards.items()]

@@ -38,7 +38,7 @@ from egopatch.train.report.sources import Selection, SourceError, Sweep, Trainin
 from egopatch.train.rundir.card import write_whole
 from egopatch.train.rundir.names import SWEEP, SWEEPS
 from egopatch.train.rundir.results import BLIND, COLUMNS, SPLITS, Results, Row, gather
-from egopatch.train.scores.statistics import Comparison, Interval
+from egopatch.train.scores.statistics import Comparison, Interval, compare
 from egopatch.train.scores.text_metrics import NAMES
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -248,7 +248,7 @@ def _gains(rows: Sequence[Row], ours: Row, right: Mapping[str, Correctness], que
     if questions is None or not questions.by_id or ours.label not in right:
         return []
     return [
-        Gain(row, report_answers.difference(right[ours.label], right[row.label], questions))
+        Gain(row, compare(right[ours.label].by_seed, right[row.label].by_seed, questions.clip_ids))
         for row in report_analysis.rivals(rows, ours)
         if row.label in right
     ]
@@ -358,12 +358,9 @@ def _logs(results: Results, problems: list[str]) -> dict[str, dict[str, Training
         if row.best.log is None or row.label != row.system:
             continue
         try:
-            log = read_log(row.best.log)
+            logs.setdefault(row.split, {})[row.label] = read_log(row.best.log)
         except SourceError as error:
             problems.append(str(error))
-            continue
-        if len(log.steps) > 1 or len(log.epochs) > 1:
-            logs.setdefault(row.split, {})[row.label] = log
     return logs
 
 

@@ -261,9 +261,9 @@ def _of_one_seed(plans: Sequence[GroupPlan]) -> list[GroupPlan]:
 
 def _shape(config: Config) -> str:
     """Equal for runs that can train as stacked heads."""
-    plain = run_folder.plain(config)
     if not can_stack(config.head.name):
         return config.run.dir.name
+    plain = run_folder.plain(config)
     return json.dumps(
         [
             (section, option, value)

@@ -8,7 +8,7 @@ import io
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +45,6 @@ def write_results(facts: Mapping[str, Any], runs: Sequence[PlannedRun], config: 
         facts: Facts about the sweep for the JSON.
         runs: The finished runs.
         config: Config that all runs share.
-        out: Folder of the sweep.
     """
     asked = load_dataset(config.data).questions["test"]
     questions = [question for question in asked if question.counts]
@@ -100,8 +99,7 @@ def gather_points(
         summary |= dict.fromkeys(COLUMNS)
         for column, counted in masks.items():
             interval = accuracy(of_seeds[:, counted], clips[counted].tolist())
-            numbers = {"mean": interval.mean, "low": interval.low, "high": interval.high}
-            summary[column] = {**numbers, "n": int(counted.sum())}
+            summary[column] = {**asdict(interval), "n": int(counted.sum())}
         points.append(Point(summary, of_seeds))
     return points
 

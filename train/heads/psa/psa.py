@@ -232,16 +232,16 @@ class PSA(nn.Module):
         of_question = torch.stack(
             [patches[clip] @ selector for clip, selector in zip(batch.clip_index.tolist(), selector_bd, strict=True)]
         )
-        scores = {"saliency": saliency[batch.clip_index]}
+        scores = {}
         if "random" not in self.scores:
             scores["selection"] = of_question + self.bias(saliency, places)[batch.clip_index]
         if "question" in self.scores:
             scores["question"] = of_question
+        scores["saliency"] = saliency[batch.clip_index]
         if "prior" in self.scores:
             prior = (self.prior if places is None else self.prior[places]).expand_as(saliency)
             scores["prior"] = prior[batch.clip_index]
-        order = [name for name in ("selection", "question", "saliency", "prior") if name in scores]
-        return {name: scores[name] for name in order}
+        return scores
 
     def bias(self, saliency: Tensor, positions: Tensor | None) -> Tensor:
         """Score of each patch that is independent of the question, from saliency and grid positions: [C, T, n] each."""

@@ -15,18 +15,11 @@ from egopatch.train.report.answers import Correctness, Questions, column_masks
 from egopatch.train.scores.statistics import compare
 
 
-class _Numbered:
+class _Numbered(dict[Any, int]):
     """Values in the order of their first appearance, each with its number."""
 
-    def __init__(self) -> None:
-        self.numbers: dict[Any, int] = {}
-
-    def __getitem__(self, value: Any) -> int:
-        return self.numbers.setdefault(value, len(self.numbers))
-
-    @property
-    def values(self) -> list[Any]:
-        return list(self.numbers)
+    def __missing__(self, value: Any) -> int:
+        return self.setdefault(value, len(self))
 
 
 def question_list(questions: Questions, right: Mapping[str, Correctness]) -> dict[str, Any]:
@@ -49,9 +42,7 @@ def question_list(questions: Questions, right: Mapping[str, Correctness]) -> dic
         "given": [[answers[one.answers[question.question_id]] for question in asked] for one in right.values()],
         "right": ["".join("01"[one.right[question.question_id]] for question in asked) for one in right.values()],
     }
-    return result | {
-        "texts": texts.values, "clips": clips.values, "tag_sets": tag_sets.values, "answers": answers.values
-    }  # fmt: skip
+    return result | {"texts": [*texts], "clips": [*clips], "tag_sets": [*tag_sets], "answers": [*answers]}
 
 
 def pairs(questions: Questions, right: Mapping[str, Correctness]) -> list[dict[str, Any]]:

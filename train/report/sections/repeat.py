@@ -12,7 +12,7 @@ import yaml
 from egopatch.train.report.answers import Questions
 from egopatch.train.report.sources import Sweep
 from egopatch.train.rundir.names import CONFIG
-from egopatch.train.rundir.results import Results, data_title
+from egopatch.train.rundir.results import Results, card_option, data_title
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,13 @@ def recipe(results: Results, sweeps: Sequence[Sweep], explained: Mapping[Path, i
     """The recipe of everything below a folder of runs.
 
     Args:
-        results: The runs.
         sweeps: The sweeps beside them.
         explained: Number of questions by folder of each run whose explanation is shown.
     """
     stores, trained, configs = dict[str, str](), list[str](), list[tuple[str, str]]()
     for row in results.rows:
         for run in row.runs:
-            path = str(((run.card.get("config") or {}).get("store") or {}).get("path", ""))
+            path = str(card_option(run.card, "store", "path"))
             if run.card.get("fingerprint") and path:
                 stores.setdefault(path, f"egopatch extract run --config {shlex.quote(str(run.dir / CONFIG))}")
             trained.append(str(run.card.get("command") or f"# no command is recorded in {run.dir}"))
