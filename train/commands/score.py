@@ -88,14 +88,12 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     texts = text_metrics(file.questions, answers) if options.text else {}
     if file.vocabulary is None and any(question.encoded is None for question in file.questions):
         released = None
-        own = options.questions.suffix.lower() in OWN
-        missing = (
-            f"{options.questions} has no questions of part train"
-            if own
-            else f"{options.questions.parent} has neither answer_set.txt nor training questions"
-        )
+        if options.questions.suffix.lower() in OWN:
+            missing, todo = f"{options.questions} has no questions of part train", "add some"
+        else:
+            missing = f"{options.questions.parent} has neither answer_set.txt nor training questions"
+            todo = "put one of them there"
         if options.compare == "released":
-            todo = "add some" if own else "put one of them there"
             raise ConfigError(f"--compare is 'released', but {missing}; {todo}, or omit --compare")
         print(f"train score: no scores under the released matching rule: {missing}", file=sys.stderr)
     else:

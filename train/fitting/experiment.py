@@ -66,10 +66,7 @@ class Experiment:
         return [self.features.residency_line, *note, *self._answer_lines()]
 
     def print_quarantined(self) -> None:
-        """Print what stands in for answers about quarantined clips in the results on *test*, if any question needs it.
-
-        The first rank prints.
-        """
+        """Print, on the first rank, what stands in for answers about quarantined clips of *test*, if there are any."""
         asked, encoded = len(self.tables["test"]), len(self.encoded["test"])
         if asked > encoded:
             self.ranks.print_once(
@@ -134,10 +131,7 @@ class Experiment:
         table, most = self.train_table, {}
         for index, form in enumerate(FORMS):
             answers = table.answer[table.form == index]
-            if not len(table):
-                most[form] = 0
-                continue
-            most[form] = int(torch.bincount(answers if len(answers) else table.answer).argmax())
+            most[form] = int(torch.bincount(answers if len(answers) else table.answer, minlength=1).argmax())
         return most
 
 

@@ -11,7 +11,7 @@ from egopatch.train.fitting.experiment import Experiment, open_experiment
 from egopatch.train.fitting.run import TrainingRun
 from egopatch.train.fitting.shortage import shortage_explained
 from egopatch.train.heads import build_head
-from egopatch.train.processes.distributed import ALONE, Distributed
+from egopatch.train.processes.distributed import Distributed
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import Card
 from egopatch.train.rundir.lease import hold_when_free
@@ -22,7 +22,7 @@ from egopatch.train.steps.stacked_heads import StackedHeads
 SYSTEMS = ("egovlpv2", "mfas")
 
 
-def evaluate_published(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
+def evaluate_published(config: Config, command: str, ranks: Distributed) -> Metrics:
     """Evaluate `head.checkpoint` on *val* and *test*, after a report on the tensors in the file.
 
     The lower half of the network created the store, its upper half is the head, and the classes of its classifier are

@@ -44,7 +44,6 @@ class TrainingRun:
 
     Args:
         config: Config of this run; its folder is already claimed.
-        experiment: The data.
 
     Attributes:
         best: Epoch and accuracies of the best epoch on *val* so far.
@@ -220,8 +219,10 @@ class TrainingRun:
         else:  # that of another head, which was evaluated into this folder before
             (out / SELECTION).unlink(missing_ok=True)
         config = self.config
-        result = {"model": system_name(config), "split": config.data.split, "seed": config.train.seed}
-        result |= {
+        result = {
+            "model": system_name(config),
+            "split": config.data.split,
+            "seed": config.train.seed,
             **metrics.as_json(),
             "wrong_form": metrics.wrong_form,
             "unseen": metrics.quarantined,

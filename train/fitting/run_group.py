@@ -45,13 +45,11 @@ class RunGroup:
 
     Args:
         configs: Configs of the runs; they differ only in `head.ratio`, `train.seed` and `run.dir`.
-        experiment: The data.
         order_seed: Seed of the order of the batches.
         path: File to resume from.
 
     Attributes:
-        runs: The runs.
-        heads: Their stacked heads.
+        heads: The stacked heads of its runs.
         position: (epoch, batch) to learn next.
         selection: Implementation of `select_attend` and why it was chosen; None for heads that do not select.
 
@@ -74,13 +72,11 @@ class RunGroup:
         stores = ("" if stored is None else stored.digest for stored in fingerprints)
         self._origin = (str(order_seed), *stores, *(config.run.dir.name for config in configs))
         saved = experiment.ranks.broadcast(lambda: ResumeState.read(path))
-        for run in self.runs:
-            if saved is None:
-                run.record_data()
-            else:
-                experiment.require_trained_on(run.config.run.dir)
         if saved is not None:
             self._resume(saved)
+        else:
+            for run in self.runs:
+                run.record_data()
         self.selection = choose_selection(configs, experiment)
         for run in self.runs:
             run.open_log(self.heads.step, self.resumed)
@@ -204,6 +200,8 @@ class RunGroup:
         run.fail(f"{what} in {where}; try {lower}, in {elsewhere}", step)
 
     def _resume(self, saved: ResumeState) -> None:
+        for run in self.runs:
+            self._experiment.require_trained_on(run.config.run.dir)
         # The names tell the runs of a group apart; the folder of a single run may be renamed.
         compared = slice(None) if len(self.runs) > 1 else slice(-1)
         if saved.origin[compared] != self._origin[compared]:

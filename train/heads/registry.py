@@ -71,10 +71,6 @@ class _BuiltIn:
     published: bool = False
 
 
-def _build_majority(config: Config, sizes: Sizes) -> nn.Module:
-    return Majority(sizes.choices or sizes.answers)
-
-
 def _build_longest_option(config: Config, sizes: Sizes) -> nn.Module:
     if not sizes.choices:
         raise ConfigError("head.name is longest-option, but the questions have no options; use majority")
@@ -100,7 +96,9 @@ def _build_fused(config: Config, sizes: Sizes) -> nn.Module:
 _POOLED = _BuiltIn(lambda config, sizes: Pooled(config.head, sizes))
 _FUSED = _BuiltIn(_build_fused, stacks=False, published=True)
 HEADS: Mapping[str, _BuiltIn] = {
-    "majority": _BuiltIn(_build_majority, reads_video=False, stacks=False, chooses=True),
+    "majority": _BuiltIn(
+        lambda config, sizes: Majority(sizes.choices or sizes.answers), reads_video=False, stacks=False, chooses=True
+    ),
     "longest-option": _BuiltIn(_build_longest_option, reads_video=False, stacks=False, chooses=True),
     "question-only": _BuiltIn(lambda config, sizes: QuestionOnly(config.head, sizes), reads_video=False),
     "pooled": _POOLED,
@@ -127,7 +125,6 @@ def register_head(head: Head, replace: bool = False) -> None:
     """Let `head.name` name `head` in this process.
 
     Args:
-        head: The head.
         replace: Whether to replace what an earlier call registered under the name.
 
     Raises:

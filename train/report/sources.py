@@ -190,12 +190,8 @@ def read_log(path: Path) -> TrainingLog:
             if number == len(lines):
                 break
             raise SourceError(f"{path}:{number} is not a log event ({error}); {START_AGAIN}") from error
-    return TrainingLog(
-        tuple(sorted(steps)),
-        tuple(steps[step] for step in sorted(steps)),
-        tuple(sorted(epochs)),
-        tuple(epochs[epoch] for epoch in sorted(epochs)),
-    )
+    steps, epochs = dict(sorted(steps.items())), dict(sorted(epochs.items()))
+    return TrainingLog(tuple(steps), tuple(steps.values()), tuple(epochs), tuple(epochs.values()))
 
 
 def read_sweep(path: Path) -> Sweep:

@@ -9,7 +9,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ COLUMNS = ("open", "binary", "all")
 # What to do about a finished run with a missing or damaged file: `train fit` alone would only evaluate it again.
 START_AGAIN = "delete the folder and train again"
 # Options in which the seeds of one setting may differ: the seed, and options that change only where or how fast a run
-# is computed. `card.py` has a shorter list of options that a resumed run may change, which the seed is not.
+# is computed. `card.py` has a shorter list of options that a resumed run may change; the seed is not one of them.
 _DIFFER_BETWEEN_SEEDS = {
     "run.dir", "run.table", "run.tracker", "train.seed", "train.device", "train.residency", "head.implementation",
     "encoder.device", "encoder.batch", "store.path", "store.format", "store.shard", "video.timeout_s",
@@ -89,7 +89,7 @@ class Run:
     @property
     def head(self) -> str:
         """The value of `head.name`: the system without its encoder."""
-        return str(((self.card.get("config") or {}).get("head") or {}).get("name") or self.system.partition(" (")[0])
+        return str(card_option(self.card, "head", "name") or self.system.partition(" (")[0])
 
     @property
     def options(self) -> dict[str, Any]:
@@ -321,15 +321,15 @@ def _rows_of(system: str, split: str, runs: list[Run], folder: Path, problems: l
                 names = run.dir.relative_to(folder), first.dir.relative_to(folder)
                 problems.append(f"{names[0]}: repeats seed {run.seed} of {names[1]} with the same config; ignored")
         ranked = sorted(seeds.values(), key=lambda run: (-(run.val if run.val is not None else -math.inf), run.seed))
-        row = Row(system, system, split, tuple(ranked))
+        label = system
         if group is not groups[0]:
             # Features differ wherever the options of stage one do, and then the options say enough, unless another row
             # has the same ones: intervals and answers are looked up by label.
             enough = options and options_in_use[tuple(options)] == 1
-            row = replace(row, label=f"{system} ({', '.join(options if enough else options + features)})")
+            label = f"{system} ({', '.join(options if enough else options + features)})"
             questions = data_title(split, [run.card for run in runs])
-            problems.append(f"{system} on {questions}: several settings were run; {row.label} has a separate row")
-        rows.append(row)
+            problems.append(f"{system} on {questions}: several settings were run; {label} has a separate row")
+        rows.append(Row(label, system, split, tuple(ranked)))
     return rows
 
 
@@ -365,8 +365,7 @@ def _score(value: Mapping[str, Any]) -> Score:
 
 
 def _val(val: object) -> float | None:
-    value = val.get("all") if isinstance(val, Mapping) else val
-    value = value.get("accuracy") if isinstance(value, Mapping) else value
+    value = val.get("all") if isinstance(val, Mapping) else None
     return float(value) if isinstance(value, int | float) and 0 <= value <= 100 else None
 
 

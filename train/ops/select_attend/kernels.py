@@ -212,7 +212,7 @@ def arithmetic_of(tokens: Tensor) -> torch.dtype:
 
 def forward_constants(tokens: Tensor, queries: Tensor, scale: Tensor | None, blocks: Blocks) -> dict[str, object]:
     """Compile-time arguments of the forward kernels."""
-    return _constants(tokens, queries, scale, blocks) | {
+    return backward_constants(tokens, queries, scale, blocks) | {
         "PARTS": PARTS[arithmetic_of(tokens)],
         "CHUNK": blocks.chunk,
         "POOL_BD": blocks.pool_channels,
@@ -222,7 +222,16 @@ def forward_constants(tokens: Tensor, queries: Tensor, scale: Tensor | None, blo
 
 def backward_constants(tokens: Tensor, queries: Tensor, scale: Tensor | None, blocks: Blocks) -> dict[str, object]:
     """Compile-time arguments of `logits_kernel`, but for PADDED."""
-    return _constants(tokens, queries, scale, blocks)
+    return (
+        _shared(tokens, queries, blocks)
+        | ({"maxnreg": blocks.registers} if blocks.registers else {})
+        | {
+            "HAS_SCALE": scale is not None,
+            "BD": blocks.channels,
+            "STAGES": blocks.stages,
+            "num_warps": blocks.warps,
+        }
+    )
 
 
 def product_constants(tokens: Tensor, queries: Tensor, launch: Launch) -> dict[str, object]:
@@ -235,20 +244,6 @@ def product_constants(tokens: Tensor, queries: Tensor, launch: Launch) -> dict[s
         "STAGES": product.stages,
         "num_warps": product.warps,
     }
-
-
-def _constants(tokens: Tensor, queries: Tensor, scale: Tensor | None, blocks: Blocks) -> dict[str, object]:
-    limit = {"maxnreg": blocks.registers} if blocks.registers else {}
-    return (
-        _shared(tokens, queries, blocks)
-        | limit
-        | {
-            "HAS_SCALE": scale is not None,
-            "BD": blocks.channels,
-            "STAGES": blocks.stages,
-            "num_warps": blocks.warps,
-        }
-    )
 
 
 def _shared(tokens: Tensor, queries: Tensor, blocks: Blocks) -> dict[str, object]:
