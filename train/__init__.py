@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["predict"]
 
-if not TYPE_CHECKING:  # mypy would believe in any name
+if not TYPE_CHECKING:  # mypy would accept any name
 
     def __getattr__(name: str) -> object:
         # torch takes seconds to import, and most commands know only later whether they need it.

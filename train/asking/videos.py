@@ -45,7 +45,6 @@ def encode_video(video: Path, experiment: Config, card: Card, clip_s: float | No
     Args:
         video: The file or folder.
         experiment: Config that the head was trained with.
-        card: The head's card.
         clip_s: Length of the clips in seconds; None makes each video one clip.
         cache: Folder of all cached features.
 
@@ -81,7 +80,7 @@ def encode_video(video: Path, experiment: Config, card: Card, clip_s: float | No
 
 
 def _key(video: Path, fingerprint: Mapping[str, object], clip_s: float | None) -> str:
-    """A name for the features of these very files, cut so, with these settings."""
+    """A name for the features of exactly these files, with this length of clips and these settings."""
     files = [
         (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in find_videos(video).values()
     ]

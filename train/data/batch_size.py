@@ -16,7 +16,7 @@ ROOM = 1.1
 
 @dataclass(frozen=True)
 class BatchSize:
-    """Numbers of what a batch holds.
+    """How much a batch holds.
 
     Attributes:
         questions: Questions.

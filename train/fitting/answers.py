@@ -22,7 +22,7 @@ class Answers:
 
     Attributes:
         classes: [Q] predicted class of each question.
-        kept: [Q, T, k] int16, indices of the patches that psa kept; None for other heads, or if not requested.
+        kept: [Q, T, k] int16, indices of the patches that psa kept; None for other heads, or without `keep_patches`.
     """
 
     classes: Tensor
@@ -36,10 +36,7 @@ def answer_table(
     batch_size: int,
     keep_patches: bool = True,
 ) -> list[list[Answers]]:
-    """Answers of every head of every stack to the questions of `table`, whose clips are encoded and read only once.
-
-    Without `keep_patches`, `Answers.kept` is None.
-    """
+    """Answers of every head of every stack to the questions of `table`, whose clips are encoded and read only once."""
     classes = [torch.zeros(len(heads), len(table), dtype=torch.long) for heads in stacks]
     kept: list[list[np.ndarray | None]] = [[None] * len(heads) for heads in stacks]
     plan = plan_batches(table, batch_size, seed=None)
@@ -74,10 +71,6 @@ class PartScorer:
 
     As there, questions without a published answer count nowhere, and an option that is written as the right one is
     right at every index.
-
-    Args:
-        experiment: The data.
-        part: Part of the questions.
     """
 
     def __init__(self, experiment: Experiment, part: str) -> None:

@@ -35,7 +35,6 @@ def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
     """Train the head of `config`, keep the epoch that is best on *val*, and evaluate that one on *test*.
 
     Args:
-        config: The experiment.
         command: Command line, for the model card.
         ranks: Processes that train together, each with this same call; the first one writes.
 
@@ -95,7 +94,6 @@ def train_together(groups: Sequence[RunGroup], experiment: Experiment, order_see
 
     Args:
         groups: Run groups with the same batch size and number of epochs; each starts at its own position.
-        experiment: The data.
         order_seed: Seed of the order of the batches.
         label: Name of the task in the progress display.
     """
@@ -170,7 +168,6 @@ def evaluate(
     and `head.checkpoint` is set, that checkpoint is evaluated: see `train.fitting.published`.
 
     Args:
-        config: The experiment.
         command: Command line, for the model card.
         ranks: Processes that answer together.
         source: Folder of a run on another data set, whose head is evaluated on this one; results and a card are

@@ -17,7 +17,6 @@ def shortage_explained(train: TrainConfig, folder: Path, option: str = "--run.di
     """Turn a GPU's lack of memory into a RunError that names the batch size to try, and a full disk into a StoreError.
 
     Args:
-        train: Hyper-parameters.
         folder: Folder of the run or sweep that is written.
         option: What chooses another folder, for the message.
     """

@@ -33,25 +33,13 @@ def head_of(card: Card, config: HeadConfig) -> HeadConfig:
 
 
 def require_video(folder: Path, card: Card) -> None:
-    """Refuse a head that reads no video.
-
-    Args:
-        folder: The run's folder, `run.dir`.
-        card: Its card.
-
-    Raises:
-        ConfigError: The head reads no video.
-    """
+    """Refuse the run in `folder` with a ConfigError if its head, of `card`, reads no video."""
     if not reads_video(card.model):
         raise ConfigError(f"run.dir is {folder}, which holds a {card.model} head; expected one that reads video")
 
 
 def require_answers(folder: Path, card: Card) -> None:
-    """Refuse a head that chooses among a question's own options; arguments as for `require_video`.
-
-    Raises:
-        ConfigError: It does.
-    """
+    """Refuse the run in `folder` with a ConfigError if its head, of `card`, chooses among a question's own options."""
     if set(card.answers) <= set(UNKNOWN_ANSWERS):
         raise ConfigError(f"run.dir is {folder}, whose head chooses among options; expected one trained on answers")
 
@@ -63,10 +51,7 @@ def open_head(
 
     Args:
         config: As from `trained_config`.
-        folder: The run's folder.
-        card: Its card.
         sizes: Sizes of the features, and the number of answers.
-        device: Device of the head.
         ranks: Processes that open the same head; the first one reads the weights.
 
     Raises:

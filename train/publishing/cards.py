@@ -22,7 +22,6 @@ def head_card(card: Card, scores: Mapping[str, Score], found: Sequence[Origin], 
     """The card of a trained head.
 
     Args:
-        card: The run's card.
         scores: Accuracies on *test*, over open, binary and all questions.
         found: Where weights and data come from.
         files: Files that the folder holds.

@@ -38,7 +38,6 @@ def publish(config: Config, to: Path, terms: Sequence[str] = (), head_only: bool
     """Write `to/head`, the run in `run.dir`, and unless `head_only` `to/store`, the features that it was trained on.
 
     Args:
-        config: The experiment.
         to: Folder to write. Files of an earlier call are replaced, and an interrupted copy of a store resumes.
         terms: Licences of weights and data of which none is known: `NAME: LICENCE`, where the name is a part of what
             the error lists; any other text stands for all that no name fits.
@@ -100,7 +99,7 @@ def _stated(unknown: Sequence[str], terms: Sequence[str]) -> dict[str, str]:
 
 
 def _notes(card: Card) -> Iterator[str]:
-    """What the files of a head tell about this machine."""
+    """What the files of a head reveal about this machine."""
     paths = {
         f"{section}.{name}": value
         for section, options in card.config.items()
@@ -117,7 +116,7 @@ def _notes(card: Card) -> Iterator[str]:
 
 
 def _store_notes(store: Store) -> Iterator[str]:
-    """What the files of a store tell about this machine."""
+    """What the files of a store reveal about this machine."""
     videos = (origin.file for origin in store.origins().values() if origin is not None)
     if video := next((name for name in videos if Path(name).is_absolute()), None):
         yield f"the store has the paths of its videos on this machine, such as {video}"

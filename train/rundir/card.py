@@ -179,8 +179,6 @@ def require_same_settings(folder: Path, config: Config, option: str = "--run.dir
     An option that an earlier version did not know had the effect of its default.
 
     Args:
-        folder: The run's folder.
-        config: The settings of the run.
         option: What chooses another folder, for the message.
 
     Raises:

@@ -1,4 +1,4 @@
-"""JSON files of a run, which people edit and disks damage: what is wrong with one comes as a single line."""
+"""JSON files of a run, which people edit and disks damage: a fault is reported in a single line."""
 
 import json
 from collections.abc import Mapping

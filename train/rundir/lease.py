@@ -13,7 +13,7 @@ from egopatch.features.io import file_lease
 from egopatch.features.io.files import make_folder
 from egopatch.train.processes.distributed import Distributed
 
-# Seconds between two attempts to take a lease: the holder may be on another machine, which cannot tell that it ended.
+# Seconds between two attempts to take a lease: nothing tells this process that a holder on another machine has ended.
 POLL_S = 0.5
 
 

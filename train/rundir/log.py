@@ -19,7 +19,6 @@ class RunLog:
     """`log.jsonl` and TensorBoard events of one run.
 
     Args:
-        folder: Folder of the run.
         step: Number of steps done; later events, which an interrupted run had written, are dropped.
         tracker: The run in an experiment tracker, if it is wanted.
     """
@@ -55,7 +54,7 @@ class RunLog:
         """Call the tracker; the run continues without it once it has failed."""
         try:
             call(*values)
-        except Exception as error:  # each tracker has kinds of its own
+        except Exception as error:  # each tracker raises its own kinds
             report_failure(error)
             self._tracker = None
 

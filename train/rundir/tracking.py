@@ -38,7 +38,6 @@ def open_tracker(name: str, folder: Path, config: Mapping[str, Any]) -> Tracker 
 
     Args:
         name: `wandb` or `mlflow`.
-        folder: Folder of the run.
         config: Values of the resolved config.
 
     Raises:
@@ -58,7 +57,7 @@ def open_tracker(name: str, folder: Path, config: Mapping[str, Any]) -> Tracker 
         raise RunError(f"{record} is damaged ({error}); delete it to log to a new run of the tracker") from None
     try:
         tracker: WandbRun | MlflowRun = TRACKERS[name](module, folder, _flat(config), known.get(name))
-    except Exception as error:  # each tracker has kinds of its own
+    except Exception as error:  # each tracker raises its own kinds
         report_failure(error)
         return None
     write_whole(record, json.dumps(known | {name: tracker.id}) + "\n")

@@ -82,7 +82,6 @@ def require_same_questions(folder: Path, record: DataRecord, root: Path) -> None
     Runs of earlier versions, which wrote no `questions.json`, are not refused.
 
     Args:
-        folder: Folder of the run.
         record: What its training would follow from now, as from `record_data`.
         root: `data.root`.
 

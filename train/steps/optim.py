@@ -81,8 +81,8 @@ class FlatParameters:
             into = own if flat.grad is None else torch.empty_like(flat)
             views = layout.views(into)
             known = [torch.zeros_like(views[name]) if (g := gradients[name]) is None else g for name in views]
-            # Straight to their places, whatever the order of their dimensions. Of one head they are as their places
-            # are, without the dimension of heads, so that a GPU copies all in one launch.
+            # Straight to their places, whatever the order of their dimensions. Without the dimension of a single head
+            # they have the layout of their places, so that a GPU copies all in one launch.
             torch._foreach_copy_(
                 [view.squeeze(0) for view in views.values()], [gradient.squeeze(0) for gradient in known]
             )
@@ -128,12 +128,12 @@ def build_optimiser(parameters: FlatParameters, train: TrainConfig) -> torch.opt
     # On a GPU the rate lies there too: a CUDA graph of a step would keep a number.
     cuda = parameters.flats[0].is_cuda
     rate = torch.tensor(train.lr, device=parameters.flats[0].device) if cuda else train.lr
-    # Fused: one pass over memory instead of one an operation.
+    # Fused: one pass over memory instead of one per operation.
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=True, capturable=cuda)
 
 
 def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
-    """Let the next steps have the learning rate `rate`."""
+    """Set the learning rate of the next steps."""
     for group in optimiser.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)

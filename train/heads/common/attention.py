@@ -1,4 +1,4 @@
-"""What one would write without thinking of selection: the question's words attend to every patch of every frame.
+"""The plain way, without selection: the question's words attend to every patch of every frame.
 
 Shape legend: C clips, B questions, U unique texts, L text tokens, T frames, N patches a frame, D token channels,
 W hidden width, A answers.

@@ -25,8 +25,6 @@ class Choice(nn.Module):
 
     Args:
         head: Head that was built for W answers.
-        config: Options of the head.
-        sizes: Sizes of the features.
     """
 
     def __init__(self, head: nn.Module, config: HeadConfig, sizes: Sizes) -> None:

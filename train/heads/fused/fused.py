@@ -40,9 +40,6 @@ class FusedHead(nn.Module):
         hidden: Width of the MLPs.
         blocks: Number of fused blocks.
         answers: A, number of classes.
-
-    Attributes:
-        width: Channels of a token, D.
     """
 
     def __init__(self, width: int, hidden: int, blocks: int, answers: int) -> None:

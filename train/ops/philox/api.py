@@ -12,7 +12,7 @@ from egopatch.train.ops.philox import reference
 from egopatch.train.ops.philox.library import dropout_kernel, uniform_kernel
 from egopatch.train.ops.philox.reference import Draw
 
-# Asked once, since the question takes a while.
+# Looked up once, because that takes a while.
 HAS_TRITON = find_spec("triton") is not None
 
 
