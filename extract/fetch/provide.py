@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import pooch
 
@@ -152,33 +152,26 @@ def _dataset(config: Config, sources: Sources) -> Iterator[RequiredFile]:
         yield RequiredFile(f"{source.name}/{file}", root / "archives" / file, source, source.link(file), contents, root)
 
 
-def provide(
-    required: tuple[RequiredFile, ...],
-    lockfile: Lockfile,
-    *,
-    offline: bool,
-    out: TextIO,
-) -> list[FileStatus]:
-    """Check existing files against the lock file and download the missing ones.
+def provide(required: tuple[RequiredFile, ...], lockfile: Lockfile, *, offline: bool) -> list[FileStatus]:
+    """Check existing files against the lock file and download the missing ones; progress is printed.
 
     Args:
         required: Files, as from `required_files`.
         lockfile: Entries that are enforced; files that are seen for the first time are added.
         offline: Whether to use no network; the user then puts missing files in place.
-        out: Where messages and progress are printed.
 
     Returns:
         The status of each file. One that fails, or for which the disk has no room, does not stop the others.
     """
     todo = [need for need in required if not offline and need.link is not None and _is_absent(need)]
     sizes = {need.name: remote_size(need.link) for need in todo if need.link is not None}
-    too_large = _announce(todo, sizes, out)
+    too_large = _announce(todo, sizes)
     statuses = []
     for need in required:
         try:
             if need.name in too_large:
                 raise DownloadError(too_large[need.name])
-            status = _provide_file(need, lockfile, offline, sizes.get(need.name), out)
+            status = _provide_file(need, lockfile, offline, sizes.get(need.name))
         except BrokenPipeError:  # nobody reads what is printed any more; a server's comes as a DownloadError
             raise
         except (DownloadError, ArchiveError, StoreError, OSError) as error:  # a StoreError where files cannot be locked
@@ -218,19 +211,19 @@ def _is_absent(need: RequiredFile) -> bool:
         return False
 
 
-def _announce(todo: list[RequiredFile], sizes: dict[str, int | None], out: TextIO) -> dict[str, str]:
+def _announce(todo: list[RequiredFile], sizes: dict[str, int | None]) -> dict[str, str]:
     """Print sizes and free space before anything is downloaded; returns why there is no room, for each such file."""
     disks = {_disk(need.file): need.file.parent for need in todo}
     free = {disk: free_bytes(folder) for disk, folder in disks.items()}
     needed, room = dict.fromkeys(disks, 0), dict(free)
     too_large: dict[str, str] = {}
     for source in {need.source.name: need.source for need in todo if need.source is not None}.values():
-        print(f"{source.name}: {source.purpose}; terms: {source.terms}; from {source.page}", file=out, flush=True)
+        print(f"{source.name}: {source.purpose}; terms: {source.terms}; from {source.page}", flush=True)
     for need in todo:
         size = sizes[need.name]
         begun = part_of(need.file).stat().st_size if part_of(need.file).exists() else 0
         announced = "size unknown" if size is None else format_bytes(size)
-        print(f"  {need.file}: {announced}, of which {format_bytes(begun)} are downloaded already", file=out)
+        print(f"  {need.file}: {announced}, of which {format_bytes(begun)} are downloaded already")
         # An archive takes twice its size until it is deleted, because it unpacks to at least its own size.
         left = 0 if size is None else size * (2 if need.contents else 1) - begun
         disk = _disk(need.file)
@@ -247,7 +240,6 @@ def _announce(todo: list[RequiredFile], sizes: dict[str, int | None], out: TextI
         print(
             f"  {format_bytes(needed[disk])} needed at {folder}, unpacked archives included;"
             f" {format_bytes(free[disk])} free there",
-            file=out,
             flush=True,
         )
     return too_large
@@ -257,13 +249,7 @@ def _disk(path: Path) -> int:
     return nearest_existing(path).stat().st_dev
 
 
-def _provide_file(
-    need: RequiredFile,
-    lockfile: Lockfile,
-    offline: bool,
-    size: int | None,
-    out: TextIO,
-) -> FileStatus:
+def _provide_file(need: RequiredFile, lockfile: Lockfile, offline: bool, size: int | None) -> FileStatus:
     locked = lockfile.get(need.name)
     if need.source is None:
         found = need.file.exists()
@@ -277,13 +263,13 @@ def _provide_file(
     elif offline or need.link is None:
         return FileStatus(need, "missing", _by_hand(need, locked))
     else:
-        with ProgressDisplay(f"fetch {need.name}", size, BYTES, out=out, summary=False) as display:
+        with ProgressDisplay(f"fetch {need.name}", size, BYTES, summary=False) as display:
             fetch(need.link, need.file, None if locked is None else locked.sha256, display.update)
         status = _present(need, lockfile, "fetched")
     if not status.good:
         return status
     if need.folder is not None and (_read_record(need).get("sha256") != status.sha256 or not need.unpacked()):
-        _unpack(need, status.sha256, out)
+        _unpack(need, status.sha256)
     if locked is None:  # an archive is locked only after it could be unpacked
         assert status.sha256 is not None
         assert status.size is not None
@@ -339,9 +325,9 @@ def _by_hand(need: RequiredFile, locked: LockEntry | None) -> str:
     return f"{how}; put it at {need.file}{expected}; then run the same command again"
 
 
-def _unpack(need: RequiredFile, sha256: str | None, out: TextIO) -> None:
+def _unpack(need: RequiredFile, sha256: str | None) -> None:
     assert need.folder is not None
-    print(f"unpacking {need.file}", file=out, flush=True)
+    print(f"unpacking {need.file}", flush=True)
     _write_record(need, {"sha256": sha256, "complete": False})
     try:
         files, size = unpack(need.file, need.folder)
@@ -353,7 +339,7 @@ def _unpack(need: RequiredFile, sha256: str | None, out: TextIO) -> None:
         expected = " or ".join(map(str, need.contents))
         raise ArchiveError(f"{need.file}: unpacked {files} files into {need.folder}, but no {expected}; see its page")
     _write_record(need, {"sha256": sha256, "complete": True, "files": files, "bytes": size})
-    print(f"unpacked {files} files, {format_bytes(size)}; {need.file} may be deleted now", file=out, flush=True)
+    print(f"unpacked {files} files, {format_bytes(size)}; {need.file} may be deleted now", flush=True)
 
 
 def _write_record(need: RequiredFile, record: dict[str, Any]) -> None:

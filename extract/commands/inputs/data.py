@@ -1,12 +1,11 @@
 """`extract data`: download the archives, checkpoints and tokenizers that a config needs."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
 from egopatch.extract.fetch.sources import DEFAULT_SOURCES, load_sources
-from egopatch.features.common.command_line import print_result
+from egopatch.features.common.command_line import messages_apart, print_result
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
@@ -27,7 +26,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
 
     sources = load_sources(options.sources)
     lockfile = Lockfile(sources.lock_path)
-    messages = sys.stderr if options.json else sys.stdout
-    files = provide(required_files(config, sources), lockfile, offline=options.offline, out=messages)
+    with messages_apart(options.json):
+        files = provide(required_files(config, sources), lockfile, offline=options.offline)
     print_result(options.json, files_as_json(files, lockfile), format_files(files))
     return 0 if all(file.good for file in files) else 1

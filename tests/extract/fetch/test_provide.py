@@ -1,5 +1,6 @@
 """`egopatch extract data`, against a server on loopback."""
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -264,8 +265,8 @@ def test_a_reader_of_the_output_that_has_exited_ends_the_downloads(published: Pu
 
     source = Source("net", "made up", "none", "page", {"Net.pth": ()}, url=published.server.link())
     need = provide.RequiredFile("net/Net.pth", published.root / "Net.pth", source, source.link("Net.pth"))
-    with pytest.raises(BrokenPipeError):
-        provide.provide((need,), Lockfile(published.root / "lock.json"), offline=False, out=Gone())
+    with pytest.raises(BrokenPipeError), contextlib.redirect_stdout(Gone()):
+        provide.provide((need,), Lockfile(published.root / "lock.json"), offline=False)
 
 
 def test_no_network_is_one_line_a_file_and_no_traceback(
@@ -365,10 +366,11 @@ def test_files_of_a_data_set_that_are_no_archives(published: Published, capsys: 
     assert {"nextqa/train.csv", "nextqa/map.json"} <= published.lock.keys()
 
 
-def test_what_was_begun_of_a_file_of_unknown_size_makes_no_room(tmp_path: Path) -> None:
+def test_what_was_begun_of_a_file_of_unknown_size_makes_no_room(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = Source("a", "made up", "none", "page", {"b": ()}, url="http://nowhere")
     need = provide.RequiredFile("a/b", tmp_path / "b", source, source.link("b"))
     part_of(need.file).write_bytes(b"begun" * 1000)
-    out = io.StringIO()
-    provide._announce([need], {"a/b": None}, out)
-    assert "  0 B needed at" in out.getvalue()
+    provide._announce([need], {"a/b": None})
+    assert "  0 B needed at" in capsys.readouterr().out
