@@ -44,7 +44,7 @@ def load(root: Path, split: str) -> Dataset:
     except ValueError as error:
         raise DatasetError([*problems, str(error)]) from None
     parse, id_of = partial(_question, answers=answers), attrgetter("question_id")
-    questions = parsing.collect_unique(parsing.numbered(path, records), parse, problems, "q_uid", id_of)
+    questions = parsing.collect_unique(records, parse, problems, "q_uid", id_of)
     found = {question.question_id: question for _, question in questions}
     if not problems and (unknown := answers.keys() - found.keys()):
         problems.append(f"{root / ANSWERS}: answers {min(unknown)!r}, which is not a question of {path}")

@@ -102,7 +102,7 @@ def read_questions(path: Path, variants: bool = False) -> tuple[Question, ...]:
         records = parsing.read_json_records(path, "an EgoTaskQA annotation file, a JSON list of questions")
     except ValueError as error:
         raise DatasetError([str(error)]) from None
-    if variants and not any(isinstance(record, dict) and "text_pos" in record for record in records):
+    if variants and not any(isinstance(record, dict) and "text_pos" in record for _, record in records):
         raise DatasetError(
             [
                 f"{path}: no record has 'text_pos' and 'text_neg', which data.paraphrases needs; expected them in "
@@ -110,7 +110,7 @@ def read_questions(path: Path, variants: bool = False) -> tuple[Question, ...]:
             ]
         )
     parse, id_of = partial(_question, variants=variants), attrgetter("question_id")
-    found = parsing.collect_unique(parsing.numbered(path, records), parse, problems, "question_id", id_of)
+    found = parsing.collect_unique(records, parse, problems, "question_id", id_of)
     questions = tuple(question for _, question in found)
     if not records:
         problems.append(f"{path}: contains no question; expected a list of question records")

@@ -52,7 +52,7 @@ def load(root: Path, split: str) -> Dataset:
             problems.append(str(error))
             continue
         parse, id_of = partial(_question, videos=videos), attrgetter("question_id")
-        found = parsing.collect_unique(iter(rows), parse, problems, "qid", id_of)
+        found = parsing.collect_unique(rows, parse, problems, "qid", id_of)
         questions[part] = [question for _, question in found]
     if problems:
         raise DatasetError(problems)

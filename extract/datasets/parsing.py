@@ -72,8 +72,10 @@ def _read_json(path: Path, purpose: str) -> Any:
         raise ValueError(f"{path}: cannot be parsed as JSON ({error}); expected {purpose}") from None
 
 
-def read_json_records(path: Path, purpose: str) -> list[Any]:
-    """The list in a JSON file; a record with a repeated key is a ValueError, for `collect` to report.
+def read_json_records(path: Path, purpose: str) -> list[tuple[str, Any]]:
+    """Position (`FILE:record N`, from 1 on) and value of each record of the list in a JSON file.
+
+    A record with a repeated key is a ValueError, for `collect` to report.
 
     Raises:
         ValueError: As `read_text`; the file is not JSON (with line and column), or not a list.
@@ -81,7 +83,7 @@ def read_json_records(path: Path, purpose: str) -> list[Any]:
     records = _read_json(path, purpose)
     if not isinstance(records, list):
         raise ValueError(f"{path}: contains a JSON {kind(records)}; expected a list of question records")
-    return records
+    return [(f"{path}:record {number}", record) for number, record in enumerate(records, start=1)]
 
 
 def read_json_object(path: Path, purpose: str, expected: str) -> dict[str, Any]:
@@ -177,14 +179,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | ValueError:
 _loads: Callable[[str], Any] = json.JSONDecoder(object_pairs_hook=_object).decode
 
 
-def numbered(path: Path, records: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    """Position (`FILE:record N`, from 1 on) and value of each record of a file."""
-    for number, record in enumerate(records, start=1):
-        yield f"{path}:record {number}", record
-
-
 def collect(
-    records: Iterator[tuple[str, Any]], parse: Callable[[Any], T], problems: list[str]
+    records: Iterable[tuple[str, Any]], parse: Callable[[Any], T], problems: list[str]
 ) -> Iterator[tuple[str, T]]:
     """`parse` every record; a ValueError is added to `problems` as `position: reason`, and the record is skipped."""
     for position, record in records:
@@ -197,7 +193,7 @@ def collect(
 
 
 def collect_unique(
-    records: Iterator[tuple[str, Any]],
+    records: Iterable[tuple[str, Any]],
     parse: Callable[[Any], T],
     problems: list[str],
     key: str,
@@ -293,9 +289,7 @@ def clip_id_field(record: Mapping[str, Any], key: str) -> str:
     value = text_field(record, key)
     if "/" in value or "\\" in value or value in (".", "..") or not value.isprintable():
         raise ValueError(f"{key!r} is {value!r}; expected a name without slashes or control characters")
-    if len(value.encode()) > MAX_CLIP_ID_BYTES:
-        raise ValueError(f"{key!r} has {len(value.encode())} bytes; expected at most {MAX_CLIP_ID_BYTES}")
-    return sys.intern(value)  # many questions are about one clip
+    return _short_id(key, value)
 
 
 def clip_path_field(record: Mapping[str, Any], key: str) -> str:
@@ -303,6 +297,10 @@ def clip_path_field(record: Mapping[str, Any], key: str) -> str:
     value = text_field(record, key)
     if "\\" in value or not value.isprintable() or not _NO_NAMES.isdisjoint(value.split("/")):
         raise ValueError(f"{key!r} is {value!r}; expected names with single slashes between, as in P01/P01_01")
+    return _short_id(key, value)
+
+
+def _short_id(key: str, value: str) -> str:
     if len(value.encode()) > MAX_CLIP_ID_BYTES:
         raise ValueError(f"{key!r} has {len(value.encode())} bytes; expected at most {MAX_CLIP_ID_BYTES}")
     return sys.intern(value)  # many questions are about one clip

@@ -74,7 +74,7 @@ def read_questions(path: Path, close: bool = False) -> tuple[Question, ...]:
     except ValueError as error:
         raise DatasetError([str(error)]) from None
     parse, id_of = partial(_question, close=close), attrgetter("question_id")
-    found = parsing.collect_unique(parsing.numbered(path, records), parse, problems, "sample_id", id_of)
+    found = parsing.collect_unique(records, parse, problems, "sample_id", id_of)
     questions = tuple(question for _, question in found)
     if problems:
         raise DatasetError(problems)
