@@ -130,7 +130,6 @@ def inspect_checkpoint(path: Path | str) -> CheckpointReport:
             f"to none of the published networks; expected {', '.join(PUBLISHED_NETWORKS.values())}"
         )
     sizes = VideoSizes.of(checkpoint)
-    classifier = checkpoint.tensors.get("projector_2.weight")
     expected = _expected(checkpoint, sizes)
     tensors = checkpoint.tensors
     unused = tuple(name for name in tensors if UNUSED.match(name))
@@ -147,7 +146,7 @@ def inspect_checkpoint(path: Path | str) -> CheckpointReport:
         frames=sizes.frames,
         grid=sizes.grid,
         size=sizes.grid[0] * sizes.patch,
-        answers=None if classifier is None else classifier.shape[0],
+        answers=_answers(checkpoint),
         tensors=len(tensors),
         parameters=sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point()),
         missing=tuple(name for name in expected if name not in tensors),
@@ -197,35 +196,35 @@ def _origin(checkpoint: Checkpoint) -> str:
 
 def _expected(checkpoint: Checkpoint, sizes: VideoSizes) -> Mapping[str, tuple[int, ...]]:
     """Name and shape of every tensor that a complete checkpoint of this network and these sizes has."""
-    network = checkpoint.network
-    width = sizes.width
-    vocabulary = _rows(checkpoint, "text_model.embeddings.word_embeddings.weight")
-    joint = _rows(checkpoint, "vid_proj.0.weight")
-    answers = _rows(checkpoint, "projector_2.weight") if "projector_2.weight" in checkpoint.tensors else None
     shapes = published_shapes(
-        "egovlp" if network == "egovlp" else "egovlpv2",
-        width=width,
+        "egovlp" if checkpoint.network == "egovlp" else "egovlpv2",
+        width=sizes.width,
         depth=sizes.blocks,
         text_layers=text_layers(checkpoint),
         fusion=sizes.fusion,
         frames=sizes.frames,
         patches=sizes.patches,
         patch=sizes.patch,
-        vocabulary=vocabulary,
+        vocabulary=_rows(checkpoint, "text_model.embeddings.word_embeddings.weight"),
         positions=_rows(checkpoint, "text_model.embeddings.position_embeddings.weight"),
-        joint=joint,
-        answers=answers,
+        joint=_rows(checkpoint, "vid_proj.0.weight"),
+        answers=_answers(checkpoint),
     )
     expected = {name: shape for name, shape in shapes.items() if not UNUSED.match(name)}
-    if network == "mfas":
-        lower = [f"video_model.blocks.{i}." for i in range(sizes.fusion)]
+    if checkpoint.network == "mfas":
+        lower = tuple(f"video_model.blocks.{i}." for i in range(sizes.fusion))
         expected |= {
             name.replace("blocks.", "cloned_blocks.", 1): shape
             for name, shape in shapes.items()
-            if name.startswith(tuple(lower))
+            if name.startswith(lower)
         }
-        expected |= {"alpha": (1,), "belta": (1,), "video_model.large_pos_embed": (1, sizes.patches // 4, width)}
+        expected |= {"alpha": (1,), "belta": (1,), "video_model.large_pos_embed": (1, sizes.patches // 4, sizes.width)}
     return expected
+
+
+def _answers(checkpoint: Checkpoint) -> int | None:
+    """Number of classes; None if there is no classifier."""
+    return _rows(checkpoint, "projector_2.weight") if "projector_2.weight" in checkpoint.tensors else None
 
 
 def _rows(checkpoint: Checkpoint, name: str) -> int:

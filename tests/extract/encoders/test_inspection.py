@@ -57,6 +57,12 @@ def test_inspect_tells_missing_and_unexpected(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_tensor_without_dimensions_is_one_of_the_wrong_shape(tmp_path: Path) -> None:
+    name, path = "projector_2.weight", tmp_path / "odd.pth"
+    torch.save({**tiny(tmp_path).tensors, name: torch.tensor(1.0)}, path)
+    assert f"{name}: (), expected (0, 0)" in inspect_checkpoint(path).reshaped
+
+
 def test_convert_keeps_what_is_needed(tmp_path: Path) -> None:
     source = write_standin("egovlpv2", tmp_path / "a.pth", texts=TEXTS, frames=3, size=64).checkpoint
     out = tmp_path / "made" / "a.safetensors"
