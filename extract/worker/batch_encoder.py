@@ -8,7 +8,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -77,7 +76,7 @@ class BatchEncoder(ABC):
         return self
 
     @abstractmethod
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
     def add(self, clip: PreparedClip) -> None:
         """Take a clip into the next batch, which has room for it; where it can, its copy to the device starts.
@@ -133,5 +132,6 @@ class BatchEncoder(ABC):
         steps = self._encoder.steps
         return times if len(times) == steps else reduce(times, "(t frames) -> t", "mean", t=steps)
 
-    def _converted(self, tokens: PatchTokens) -> dict[str, Tensor]:
-        return {name: t.to(self._dtypes.get(name, torch.float32)) for name, t in tokens.tensors().items()}
+    def _converted(self, tokens: PatchTokens, copy: bool = False) -> dict[str, Tensor]:
+        dtypes = self._dtypes
+        return {name: t.to(dtypes.get(name, torch.float32), copy=copy) for name, t in tokens.tensors().items()}

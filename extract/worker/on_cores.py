@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ class CoreEncoder(BatchEncoder):
         )
         encoder.pack()  # otherwise each thread would, at its first clip
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._cores.shutdown(cancel_futures=True)
         torch.set_num_threads(self._threads)  # new threads inherit the number that was set last, in any thread
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -116,7 +115,7 @@ class DeviceEncoder(BatchEncoder):
     def _on_cuda(self) -> bool:
         return self._device.type == "cuda"
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._streams.synchronize(self._device)  # copies may still read memory that is about to be freed
         del self._encode  # it refers to this object, which would keep the memory until a collection
         self._results.close()
@@ -216,7 +215,7 @@ class DeviceEncoder(BatchEncoder):
         # The tensors of `received` belong to the other stream's memory; `wait` below keeps them until it is unused.
         with full_float32():
             self._transform_all(received)
-            tokens = self._converted(self._encode())
+            tokens = self._converted(self._encode(), copy=True)  # the next batch may replace what the encoder returned
         results = tokens | {_FINITE: _rows_finite(tokens.values())}
         clock.stop()
         self._out.wait_stream(self._compute)
@@ -242,10 +241,6 @@ class DeviceEncoder(BatchEncoder):
     def _encode_eagerly(self) -> PatchTokens:
         assert self._frames is not None
         return self._encoder(self._frames)
-
-    def _converted(self, tokens: PatchTokens) -> dict[str, Tensor]:
-        """As `BatchEncoder` does, into memory of their own: the next batch may replace what the encoder returned."""
-        return {name: t.to(self._dtypes.get(name, torch.float32), copy=True) for name, t in tokens.tensors().items()}
 
     def _transform_all(self, received: _Received) -> None:
         """Fill [size, T, 3, S, S], the encoder's input in its own type; the batch before has been encoded by then."""

@@ -5,7 +5,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from math import prod
 
 import numpy as np
 import torch
@@ -74,13 +73,11 @@ class ResultMemory:
         starts, end = [], 0
         for tensor in tensors.values():
             starts.append(end)
-            end += -(-prod(tensor.shape) * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+            end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         assert end <= self.slots.slot_bytes, f"a batch has {end} bytes; its memory has {self.slots.slot_bytes}"
         memory = torch.from_numpy(self._take())
         return {
-            name: memory[start : start + prod(tensor.shape) * tensor.element_size()]
-            .view(tensor.dtype)
-            .view(tensor.shape)
+            name: memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             for start, (name, tensor) in zip(starts, tensors.items(), strict=True)
         }
 
