@@ -58,6 +58,7 @@ class VideoEncoder(nn.Module):
     coarse_width: int | None = None
     trained_frames: int | None = None
     identity: Mapping[str, Scalar] = {}
+    _why_no_projection: str | None = None  # of a network that has no joint video-text space
     _packed = False
 
     def __init__(self, trunk: SpaceTimeTransformer, sizes: VideoSizes, projection: nn.Module | None) -> None:
@@ -137,11 +138,13 @@ class VideoEncoder(nn.Module):
             [B, P].
 
         Raises:
-            ValueError: The encoder stops before the last block, or runs the question-answering path.
+            ValueError: The encoder stops before the last block, or runs the question-answering path; or the network has
+                no joint space.
         """
         if self.projection is None:
             raise ValueError(
-                f"project has no meaning at depth {self.depth} of this path; "
+                self._why_no_projection
+                or f"project has no meaning at depth {self.depth} of this path; "
                 "load the encoder with path='dual' and the network's full depth"
             )
         return self.projection(cls)

@@ -82,6 +82,8 @@ REFUSED = {
 class HfEncoder(VideoEncoder):
     """Frames in, `PatchTokens` out."""
 
+    _why_no_projection = "project has no meaning for hf: its video and text models are loaded separately"
+
     def __init__(
         self, model: PreTrainedModel, family: Family, depth: int, num_frames: int, size: int, saliency: SaliencyKind
     ) -> None:
@@ -170,15 +172,6 @@ class HfEncoder(VideoEncoder):
             return rearrange(rows, "(b t) n -> b t n", t=self.steps)
         order = "b (n t) -> b t n" if self.family.time_last else "b (t n) -> b t n"
         return rearrange(rows, order, t=self.steps)
-
-    @torch.inference_mode()
-    def project(self, cls: Tensor) -> Tensor:
-        """Not available.
-
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError("project has no meaning for hf: its video and text models are loaded separately")
 
 
 def build_video(checkpoint: Checkpoint, options: VideoOptions) -> HfEncoder:

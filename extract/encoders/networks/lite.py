@@ -96,6 +96,8 @@ class Trunk(nn.Module):
 class LiteEncoder(VideoEncoder):
     """Frames in, fine and coarse tokens out. Every frame is encoded independently."""
 
+    _why_no_projection = "project has no meaning for lite: its video and text networks were not trained together"
+
     def __init__(self, trunk: Trunk, depth: int, num_frames: int, size: int) -> None:
         nn.Module.__init__(self)  # VideoEncoder.__init__ expects a space-time transformer
         self.frames_to_maps = trunk
@@ -148,15 +150,6 @@ class LiteEncoder(VideoEncoder):
             coarse=tokens(coarse),
             coarse_saliency=rearrange(length, "(b t) 1 rows cols -> b t (rows cols)", t=t),
         )
-
-    @torch.inference_mode()
-    def project(self, cls: Tensor) -> Tensor:
-        """Not available: the network has no joint video-text space.
-
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError("project has no meaning for lite: its video and text networks were not trained together")
 
 
 def build_video(checkpoint: Checkpoint, options: VideoOptions) -> LiteEncoder:
