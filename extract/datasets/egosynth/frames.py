@@ -29,8 +29,9 @@ LID = (250, 250, 250)
 HOLE = (12, 12, 12)
 SHADOW = (16, 18, 22)
 
-# Height of the wall above the table, in cells of the 7x7 grid.
+# Height of the wall above the table, and width of an arm, in cells of the 7x7 grid.
 WALL_ROWS = 1.6
+LIMB_WIDTH = 0.45
 # Range of heights of bystanders' hands, and the number of things that each of them handles, one after the other.
 BYSTANDER_ROWS = (0.5, 1.1)
 BYSTANDER_TOUCHES = 3
@@ -102,8 +103,8 @@ class _Canvas:
         rx, ry = rx * self.scale, ry * self.scale
         self.draw.rectangle((*self._at(x - rx, y - ry), *self._at(x + rx, y + ry)), fill=colour)
 
-    def limb(self, start: tuple[float, float], end: tuple[float, float], width: float, colour: Colour) -> None:
-        thick = max(1, round(width * self.scale * self.cell))
+    def limb(self, start: tuple[float, float], end: tuple[float, float], colour: Colour) -> None:
+        thick = max(1, round(LIMB_WIDTH * self.scale * self.cell))
         self.draw.line((*self._at(*start), *self._at(*end)), fill=colour, width=thick)
 
     def pixels(self) -> np.ndarray:
@@ -177,7 +178,7 @@ def _draw_crowd(canvas: _Canvas, crowd: _Crowd, time: float) -> None:
     for somebody in crowd.bystanders:
         touch = next(i for i, end in enumerate(somebody.ends) if time < end)
         x, y = somebody.places[touch]
-        canvas.limb((x + somebody.entry, -0.5), (x, y), 0.45, somebody.sleeve)
+        canvas.limb((x + somebody.entry, -0.5), (x, y), somebody.sleeve)
         canvas.disc(x, y, 0.8, 0.8, SKIN)
         shape = canvas.box if somebody.square[touch] else canvas.disc
         shape(x, y, 0.48, 0.48, somebody.colours[touch])
@@ -214,18 +215,13 @@ def _draw_thing(canvas: _Canvas, thing: Thing) -> None:
 
 
 def _draw_arm(
-    canvas: _Canvas,
-    thing: Thing,
-    entry: tuple[float, float],
-    sleeve: Colour,
-    skin: Colour,
-    short: float = 0.0,
+    canvas: _Canvas, thing: Thing, entry: tuple[float, float], sleeve: Colour, skin: Colour, short: float = 0.0
 ) -> None:
     """A sleeve from the picture's edge to the object, and a hand around the object, or `short` cells before it."""
     x, y = _top(thing)
     way = np.array(entry) - (x, y)
     x, y = (float(axis) for axis in (x, y) + way * min(1.0, short / float(np.linalg.norm(way))))
-    canvas.limb(entry, (x, y), 0.45, sleeve)
+    canvas.limb(entry, (x, y), sleeve)
     canvas.disc(x, y, 0.8, 0.8, skin)
 
 
