@@ -17,12 +17,12 @@ def video_fingerprint(
     config: Config, network: Network, encoder: VideoEncoder, transform: Transform, checkpoint_sha256: str
 ) -> Fingerprint:
     """Fingerprint of the clips' tokens; `network` is the one that `encoder.arch` names."""
-    packaged = config.encoder.checkpoint is None and network.package is not None
+    package = network.package if config.encoder.checkpoint is None else None
     return Fingerprint(
         {
             **configured(config),
             "checkpoint": checkpoint_sha256,
-            **({"package": network.package.version} if packaged and network.package else {}),
+            **({} if package is None else {"package": package.version}),
             **({} if network.plugin is None else {"plugin": network.plugin}),
             **encoder.identity,
             "transform": transform.name,

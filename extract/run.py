@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets import Dataset, load_dataset
@@ -137,18 +136,13 @@ def require_one_decode(configs: Sequence[Config]) -> None:
     """
     first = configs[0]
     for other in configs[1:]:
-        video = dataclasses.replace(other.video, size=first.video.size)
-        pairs: dict[str, tuple[Any, Any]] = {
-            "data": (first.data, other.data),
-            "video": (first.video, video),
-            "engine": (first.engine, other.engine),
-        }
-        for section, (one, two) in pairs.items():
-            for field in dataclasses.fields(one):
-                values = getattr(one, field.name), getattr(two, field.name)
-                if values[0] != values[1]:
+        for section in ("data", "video", "engine"):
+            settings = [dataclasses.asdict(getattr(config, section)) for config in (first, other)]
+            for name, one in settings[0].items():
+                two = settings[1][name]
+                if one != two and (section, name) != ("video", "size"):
                     raise ConfigError(
-                        f"{section}.{field.name} is {values[0]!r} for store {first.store.path} and {values[1]!r} for"
+                        f"{section}.{name} is {one!r} for store {first.store.path} and {two!r} for"
                         f" {other.store.path}; configs that share a decode need the same data, engine and video but for"
                         " video.size: run them one after the other"
                     )
@@ -233,7 +227,9 @@ def _open(job: ExtractionJob, dataset: Dataset, retry: bool, job_slice: Slice, r
     root = config.data.root
     if not refresh:
         # Before the store gets rows for the new clips of what may be another data set.
-        _refuse_stale(config, compare_origins(dataset.clips, root, read_ledger(config.store.path).origins()))
+        check = compare_origins(dataset.clips, root, read_ledger(config.store.path).origins())
+        if check.stale:
+            raise StoreError(f"store.path is {config.store.path}: {check.stale_line()}")
     ids = [clip.clip_id for clip in dataset.clips]
     network = None
     if dataset.texts:
@@ -257,11 +253,6 @@ def _open(job: ExtractionJob, dataset: Dataset, retry: bool, job_slice: Slice, r
 def _open_texts(network: TextNetwork, texts: Sequence[str], job_slice: Slice) -> _Texts:
     store = create_text_store(network, texts)
     return _Texts(network, store, job_slice.of(store.missing_shards()))
-
-
-def _refuse_stale(config: Config, check: OriginCheck) -> None:
-    if check.stale:
-        raise StoreError(f"store.path is {config.store.path}: {check.stale_line()}")
 
 
 def _count(works: Sequence[ShardWork]) -> int:

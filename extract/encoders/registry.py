@@ -175,7 +175,11 @@ def load_video_encoder(
         raise ValueError(f"variant is {variant!r}; expected paper or released")
     if num_frames < 1:
         raise ValueError(f"num_frames is {num_frames}; expected at least 1")
-    loaded = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(network, _path(checkpoint))
+    loaded = (
+        checkpoint
+        if isinstance(checkpoint, Checkpoint)
+        else open_checkpoint(network, None if checkpoint is None else Path(checkpoint))
+    )
     encoder = network.build_video(loaded, VideoOptions(num_frames, depth, path, dtype, variant, size, saliency))
     if not isinstance(encoder, VideoEncoder):
         raise ConfigError(
@@ -216,7 +220,3 @@ def load_tokenizer(model: str, max_length: int = 30) -> Tokenizer:
 
 def _network_of(arch: str | Network) -> Network:
     return find_network(arch) if isinstance(arch, str) else arch
-
-
-def _path(path: Path | str | None) -> Path | None:
-    return None if path is None else Path(path)

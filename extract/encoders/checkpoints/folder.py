@@ -61,20 +61,18 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: There is none, one of several is missing, or the folder has pickled weights alone.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        parts = _read_json(index).get("weight_map")
-        if not isinstance(parts, dict) or not parts or not all(isinstance(name, str) for name in parts.values()):
-            raise CheckpointError(f"{index} has no weight_map from tensors to files; copy the model again")
-        files = [folder / Path(name).name for name in sorted(set(parts.values()))]
-    else:
-        files = [folder / "model.safetensors"]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing and not index.is_file():
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index.is_file():
+        if single.is_file():
+            return [single]
         if (pickled := pickled_weights(file.name for file in folder.iterdir())) is not None:
             raise refuse_pickle(str(folder), pickled)
         raise CheckpointError(f"{folder} holds no weights; expected model.safetensors")
-    if missing:
+    parts = _read_json(index).get("weight_map")
+    if not isinstance(parts, dict) or not parts or not all(isinstance(name, str) for name in parts.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensors to files; copy the model again")
+    files = [folder / Path(name).name for name in sorted(set(parts.values()))]
+    if missing := [file.name for file in files if not file.is_file()]:
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which its index names; copy the model again")
     return files
 

@@ -29,9 +29,9 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> VideoEncoder:
     last = depth == sizes.blocks
     with torch.device("meta"):
         trunk = SpaceTimeTransformer(sizes, depth, EPS, final_eps=EPS if last else None)
-        projection = (
-            nn.Sequential(nn.Linear(sizes.width, checkpoint.shape("vid_proj.0.weight", 2)[0])) if last else None
-        )
+        projection = None
+        if last:
+            projection = nn.Sequential(nn.Linear(sizes.width, checkpoint.shape("vid_proj.0.weight", 2)[0]))
     checkpoint.fill(trunk, "video_model.")
     trunk.temporal_embed = nn.Parameter(resize_time(trunk.temporal_embed.detach(), options.num_frames, "zeros"))
     trunk.frames = options.num_frames

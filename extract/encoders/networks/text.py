@@ -83,8 +83,9 @@ def build_distilbert(checkpoint: Checkpoint, depth: int) -> TextEncoder:
     )
     with torch.device("meta"):
         model = DistilBertModel(config)
-        joint = checkpoint.shape("txt_proj.1.weight", 2)[0] if depth == layers else 0
-        projection = nn.Sequential(nn.ReLU(), nn.Linear(width, joint)) if depth == layers else None
+        projection = None
+        if depth == layers:
+            projection = nn.Sequential(nn.ReLU(), nn.Linear(width, checkpoint.shape("txt_proj.1.weight", 2)[0]))
     checkpoint.fill(model, "text_model.")
     model.embeddings.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)
     if projection is not None:
