@@ -38,14 +38,13 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         print(f"first in quarantine: {clip_id}: {reason}")
         print(after_quarantine(retry_command(args)))
     lines = ["the annotations cannot be read, so stale clips were not looked for"] if check is None else check.lines()
-    for line in [*lines, *filter(None, [machines_line(machines), _bound_of_last(rates)])]:
+    if line := machines_line(machines):
+        lines.append(line)
+    if line := bound_line(rates):
+        lines.append(f"the last job was {line}")
+    for line in lines:
         print(line)
     return 0
-
-
-def _bound_of_last(rates: dict[str, float]) -> str | None:
-    line = bound_line(rates)
-    return None if line is None else f"the last job was {line}"
 
 
 def _check(config: Config, ledger: Ledger) -> OriginCheck | None:

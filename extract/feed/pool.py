@@ -127,7 +127,7 @@ class DecodePool(Generic[Prepared]):
                         for clip, slot in zip(reversed(task.clips), reversed(task.slots), strict=True)
                     )
                     continue
-                results = [self._received(UndecodedClip(task.clips[0], killed.reason), task.slots[0])]
+                results = [self._received(UndecodedClip(task.clips[0], str(killed)), task.slots[0])]
             else:
                 clip_s += (finished.seconds / len(task.clips) - clip_s) / 8
                 results = [self._received(one, slot) for one, slot in zip(finished.results, task.slots, strict=True)]
@@ -188,11 +188,7 @@ def slots_for(clips: int, workers: int, together: int) -> int:
 
 
 class _Killed(Exception):
-    """A child ended while it worked on a task; `reason` is right if the task has one clip."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    """A child ended while it worked on a task; the message is the reason if the task has one clip."""
 
 
 @dataclass(frozen=True)

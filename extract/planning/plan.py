@@ -238,7 +238,7 @@ def _probe(job: ExtractionJob, sample: list[Clip]) -> dict[str, float]:
         measured = measure_decoding(pool, sample, decoders)
     rates = {"decoding": (measured.decoded + measured.failed) / measured.seconds}
     # Each is encoded several times.
-    kept = [replace(clip, release=_keep) for clip in measured.first if isinstance(clip, PreparedClip)]
+    kept = [replace(clip, release=lambda: None) for clip in measured.first if isinstance(clip, PreparedClip)]
     if not kept:
         return rates
     with shortage_explained(config.encoder), job.open_batches() as batches:
@@ -251,7 +251,3 @@ def _probe(job: ExtractionJob, sample: list[Clip]) -> dict[str, float]:
     if (cost := measured_cost(config.store.path)) and cost.write_s:
         rates["disk"] = 1 / cost.write_s
     return rates
-
-
-def _keep() -> None:
-    """Release nothing."""

@@ -378,16 +378,13 @@ def open_video(path: Path, cache: VideoCache | None = None, on_gpu: bool = False
             raise refusal(path, cause) from error
         if isinstance(error, av.error.MemoryError):
             raise MemoryError(error.strerror) from error
-        remedy = "convert it to H.264 with the colours of BT.709" if _is_unknown(error) else "download it again"
+        # Something that this FFmpeg cannot do, such as colours that it does not turn into RGB.
+        is_unknown = isinstance(error, av.error.PatchWelcomeError) or error.errno == errno.EOPNOTSUPP
+        remedy = "convert it to H.264 with the colours of BT.709" if is_unknown else "download it again"
         raise VideoError(f"video {path} cannot be decoded: {cause}; {remedy}") from error
     finally:
         av.logging.set_level(level)
         av.logging.set_skip_repeated(terse)
-
-
-def _is_unknown(error: "av.FFmpegError") -> bool:
-    """Whether the file has something that this FFmpeg cannot do, such as colours that it does not turn into RGB."""
-    return isinstance(error, av.error.PatchWelcomeError) or error.errno == errno.EOPNOTSUPP
 
 
 def _cause(error: "av.FFmpegError", logged: Sequence[LogLine]) -> str:

@@ -114,7 +114,7 @@ def index_of_packets(
                     broken, healed_pts = False, packet.pts
             # Frames before the first key frame cannot be decoded, as at the start of a file that was cut from another
             # one. Frames that an edit list removes are only there to decode others.
-            if keys and not packet.is_discard and not (has_hidden_frames and not _first_byte(packet) & VP8_SHOWN):
+            if keys and not packet.is_discard and not (has_hidden_frames and not memoryview(packet)[0] & VP8_SHOWN):
                 layer = layer_of(packet) if layer_of else None
                 if layer is None:
                     layer_of = None
@@ -307,7 +307,3 @@ def _seconds(
 def _end_s(starts_s: NDArray[np.float64], duration: int, stream: "av.VideoStream") -> float:
     gap_s = float(np.median(np.diff(starts_s))) if len(starts_s) > 1 else 0.0
     return float(starts_s[-1]) + (duration * float(stream.time_base) or gap_s)
-
-
-def _first_byte(packet: "av.Packet[av.VideoStream]") -> int:
-    return memoryview(packet)[0]

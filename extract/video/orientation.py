@@ -33,7 +33,16 @@ class Upright:
             VideoError: The display matrix turns the frame by an angle that is no multiple of 90 degrees.
         """
         frame = downloaded(self._path, frame)  # with its side data, which no filter can remove on a GPU
-        return self._turned(to_rgb(frame, self._reformatter), frame)
+        pixels, matrix = to_rgb(frame, self._reformatter), self._matrix(frame)
+        if matrix is None:
+            return pixels
+        # (x, y) is shown at (a x + c y, b x + d y); 16.16 fixed point.
+        a, b, _, c, d = np.frombuffer(matrix, "<i4")[:5].tolist()
+        if (a or d) and (b or c):
+            raise VideoError(f"video {self._path} is rotated by an odd angle; expected 0, 90, 180 or 270 degrees")
+        if b or c:
+            pixels, a, d = pixels.transpose(1, 0, 2), c, b
+        return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
     def planes(self, frame: "av.VideoFrame") -> Planes | NDArray[np.uint8]:
         """The frame as the decoder left it if it is upright and its planes say all; else as above, with its errors."""
@@ -45,18 +54,6 @@ class Upright:
         if frame.rotation not in self._matrices:
             self._matrices[frame.rotation] = _display_matrix(frame)
         return self._matrices[frame.rotation]
-
-    def _turned(self, pixels: NDArray[np.uint8], frame: "av.VideoFrame") -> NDArray[np.uint8]:
-        matrix = self._matrix(frame)
-        if matrix is None:
-            return pixels
-        # (x, y) is shown at (a x + c y, b x + d y); 16.16 fixed point.
-        a, b, _, c, d = np.frombuffer(matrix, "<i4")[:5].tolist()
-        if (a or d) and (b or c):
-            raise VideoError(f"video {self._path} is rotated by an odd angle; expected 0, 90, 180 or 270 degrees")
-        if b or c:
-            pixels, a, d = pixels.transpose(1, 0, 2), c, b
-        return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
 def _display_matrix(frame: "av.VideoFrame") -> bytes | None:

@@ -145,7 +145,8 @@ def fill_stores(
         results = _TimedResults(pool.map(_merged(fillings, clips, requested), ahead, TOGETHER))
         for result in results:
             lacking = requested.popleft()
-            for number, share in zip(lacking, _shares(result, lacking), strict=True):
+            shares = result.shared(lacking) if isinstance(result, PreparedTogether) else [result] * len(lacking)
+            for number, share in zip(lacking, shares, strict=True):
                 fillings[number].add(share)
         for filling in fillings:
             filling.finish()
@@ -180,11 +181,6 @@ def _merged(fillings: Sequence["_Filling"], clips: Mapping[str, Clip], requested
         yield first
         for number in lacking:
             heads[number] = next(wanted[number], None)
-
-
-def _shares(result: Result, lacking: Sequence[int]) -> Sequence[PreparedClip | UndecodedClip]:
-    """What each of the targets `lacking` gets of a decoded clip."""
-    return result.shared(lacking) if isinstance(result, PreparedTogether) else [result] * len(lacking)
 
 
 class _Filling:
