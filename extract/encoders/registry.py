@@ -14,6 +14,7 @@ from egopatch.configs.plugins import Plugins
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
 from egopatch.extract.encoders.layers.compiling import compile_encoder
+from egopatch.extract.encoders.layers.returned import check_states, check_tokens
 from egopatch.extract.encoders.layers.text_encoder import TextEncoder, Tokenizer
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
 from egopatch.extract.encoders.networks import egovlp, egovlpv2, hf, imported, lite, mfas
@@ -164,8 +165,9 @@ def load_video_encoder(
 
     Raises:
         CheckpointError: The checkpoint is unreadable, another network's, incomplete, or trained on another size.
-        ConfigError: `arch` is unknown or builds no `VideoEncoder`, a package is not installed, or `torch.compile` does
-            not work here.
+        ConfigError: `arch` is unknown or builds no complete `VideoEncoder`, a package is not installed, or
+            `torch.compile` does not work here. Of an encoder from outside this package, `forward` raises it too, where
+            it returns something else than `PatchTokens` of the shapes that the encoder promises.
         ValueError: `path` or `variant` is unknown, or `num_frames` is below 1.
     """
     network = _network_of(arch)
@@ -186,6 +188,8 @@ def load_video_encoder(
             f"encoder.arch is {network.name!r}, but its build_video returns a {type(encoder).__name__}; "
             "expected an extract.encoders.VideoEncoder"
         )
+    if network.name not in NETWORKS:
+        check_tokens(network.name, encoder)
     if size is not None and encoder.size != size:
         raise CheckpointError(
             f"video.size is {size}; {loaded.path} was trained on {encoder.size}: set video.size to {encoder.size}"
@@ -202,12 +206,19 @@ def load_text_encoder(arch: str | Network, checkpoint: Path | str | Checkpoint, 
         depth: Number of layers to run.
 
     Raises:
-        CheckpointError: As for `load_video_encoder`.
-        ConfigError: `arch` is unknown.
+        CheckpointError, ConfigError: As for `load_video_encoder`.
     """
     network = _network_of(arch)
     loaded = checkpoint if isinstance(checkpoint, Checkpoint) else network.open_checkpoint(Path(checkpoint))
-    return network.build_text(loaded, depth)
+    encoder = network.build_text(loaded, depth)
+    if not isinstance(encoder, TextEncoder):
+        raise ConfigError(
+            f"encoder.arch is {network.name!r}, but its build_text returns a {type(encoder).__name__}; "
+            "expected an extract.encoders.TextEncoder"
+        )
+    if network.name not in NETWORKS:
+        check_states(network.name, encoder)
+    return encoder
 
 
 def load_tokenizer(model: str, max_length: int = 30) -> Tokenizer:

@@ -1,5 +1,7 @@
 """A network is one file and one line of the registry: here is such a file, and every command takes it."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,14 @@ from torch.nn import functional as F
 
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.__main__ import main
-from egopatch.extract.encoders import NETWORKS, find_network, load_video_encoder, open_checkpoint
+from egopatch.extract.encoders import (
+    NETWORKS,
+    TextEncoder,
+    find_network,
+    load_text_encoder,
+    load_video_encoder,
+    open_checkpoint,
+)
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
 from egopatch.extract.encoders.checkpoints.package import MINILM
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
@@ -88,3 +97,92 @@ def test_published_networks_need_a_checkpoint(arch: str) -> None:
 def test_a_size_that_the_checkpoint_was_not_trained_on(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"video\.size is 96; .* was trained on 64: set video\.size to 64"):
         load_video_encoder("egovlpv2", tiny(tmp_path), 3, 2, size=96)
+
+
+def returning(change: Callable[[PatchTokens], object]) -> VideoEncoder:
+    """The encoder of an outside network, `mine`, whose `forward` returns what `change` makes of right tokens."""
+
+    class Changed(Colours):
+        def forward(self, frames: Tensor) -> PatchTokens:
+            return change(super().forward(frames))  # type: ignore[return-value]
+
+    network = Network("mine", lambda checkpoint, options: Changed(torch.ones(3), 2, 32), lite.build_text, WHOLE)
+    return load_video_encoder(network, Checkpoint(Path("mine.pth"), "bare", {}))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (
+            lambda t: (t.cls, t.patches),
+            r"an object of type tuple; expected PatchTokens with cls \(1, 3\), patches \(1,",
+        ),
+        (lambda t: t.tensors(), "an object of type dict; expected PatchTokens"),
+        (lambda t: None, "an object of type NoneType; expected PatchTokens"),
+        (lambda t: t.patches.numpy(), "an object of type ndarray; expected PatchTokens"),
+        (lambda t: replace(t, saliency=None), r"saliency \(none\); expected PatchTokens with saliency \(1, 2, 4\)"),
+        (lambda t: replace(t, cls=t.cls.numpy()), "cls of type ndarray; expected"),
+        (lambda t: replace(t, scale=t.saliency), r"scale \(1, 2, 4\) of .*; expected PatchTokens with scale \(none\)"),
+        (
+            lambda t: replace(t, patches=t.patches.long()),
+            r"patches .* of torch\.int64 on cpu; expected .* floating-point",
+        ),
+        (lambda t: t.to("meta"), "cls .* on meta; expected .* on cpu"),
+        # The second row would be dropped without a word.
+        (lambda t: PatchTokens(*(torch.cat([x, x]) for x in (t.cls, t.patches, t.saliency))), r"cls \(2, 3\) of"),
+        (lambda t: PatchTokens(t.cls, t.patches[:, :1], t.saliency[:, :1]), r"patches \(1, 1, 4, 3\) of"),
+    ],
+)
+def test_what_an_outside_encoder_returns_is_checked(change: Callable[[PatchTokens], object], why: str) -> None:
+    encoder = returning(change)
+    with pytest.raises(ConfigError, match=f"^the encoder mine returns {why}") as caught:
+        encoder(torch.rand(1, 2, 3, 32, 32))
+    assert "for input (1, 2, 3, 32, 32): correct its forward" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_right_tokens_of_an_outside_encoder_pass() -> None:
+    tokens = returning(lambda tokens: tokens)(torch.rand(1, 2, 3, 32, 32))
+    assert tokens.patches.shape == (1, 2, 4, 3)
+
+
+def test_an_outside_encoder_without_its_attributes() -> None:
+    class Bare(VideoEncoder):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.width, self.depth, self.size = 3, 1, 32
+
+    network = Network("mine", lambda checkpoint, options: Bare(), lite.build_text, WHOLE)
+    with pytest.raises(ConfigError, match="the Bare of the encoder mine has no grid and no num_frames; expected the"):
+        load_video_encoder(network, Checkpoint(Path("mine.pth"), "bare", {}))
+
+
+class Words(TextEncoder):
+    def __init__(self, states: object) -> None:
+        nn.Module.__init__(self)
+        self.width, self.depth, self.states = 5, 1, states
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.states  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("states", "why"),
+    [
+        ((1,), r"an object of type tuple; expected a tensor with states \(2, 7, 5\)"),
+        (torch.zeros(2, 5), r"states \(2, 5\) of torch\.float32 on cpu; expected a tensor with states \(2, 7, 5\)"),
+        (torch.zeros(4, 7, 5), r"states \(4, 7, 5\) of"),
+    ],
+)
+def test_what_an_outside_text_encoder_returns_is_checked(states: object, why: str) -> None:
+    network = Network("mine", build, lambda checkpoint, depth: Words(states), WHOLE)
+    encoder = load_text_encoder(network, Checkpoint(Path("mine.pth"), "bare", {}))
+    ids = torch.zeros(2, 7, dtype=torch.long)
+    with pytest.raises(ConfigError, match=f"^the text half of the encoder mine returns {why}"):
+        encoder(ids, torch.ones_like(ids))
+
+
+def test_a_network_whose_text_half_is_something_else() -> None:
+    network = Network("mine", build, lambda checkpoint, depth: nn.Identity(), WHOLE)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ConfigError, match="'mine', but its build_text returns a Identity; expected an extract"):
+        load_text_encoder(network, Checkpoint(Path("mine.pth"), "bare", {}))

@@ -1,0 +1,98 @@
+"""What the encoders of a network from outside this package return is checked at every batch.
+
+Without this, a row too many would go unnoticed, and what is no tensor would fail far from where it was made.
+
+Shape legend: B clips or texts, T' positions in time (`steps`), N patches a frame of D channels, L text tokens.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from math import prod
+
+from torch import Tensor, nn
+
+from egopatch.configs.schema import ConfigError
+from egopatch.extract.encoders.layers.text_encoder import TextEncoder
+from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
+from egopatch.features.values.spec import PatchTokens
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def check_tokens(name: str, encoder: VideoEncoder) -> None:
+    """Have `forward` raise ConfigError unless it returns what the encoder's attributes promise.
+
+    Args:
+        name: Name of the network, for messages.
+        encoder: Its video encoder.
+
+    Raises:
+        ConfigError: The encoder lacks an attribute that it has to set.
+    """
+    _require_attributes(name, encoder, "grid", "width", "depth", "num_frames", "size")
+    encoder.register_forward_hook(partial(_require_tokens, name))
+
+
+def check_states(name: str, encoder: TextEncoder) -> None:
+    """As `check_tokens`, for the text encoder of the network."""
+    _require_attributes(name, encoder, "width", "depth")
+    encoder.register_forward_hook(partial(_require_states, name))
+
+
+def _require_attributes(name: str, encoder: nn.Module, *attributes: str) -> None:
+    if missing := [attribute for attribute in attributes if not hasattr(encoder, attribute)]:
+        raise ConfigError(
+            f"the {type(encoder).__name__} of the encoder {name} has no {' and no '.join(missing)}; expected the "
+            f"attributes {', '.join(attributes)}: set them in its __init__"
+        )
+
+
+def _require_tokens(name: str, encoder: VideoEncoder, inputs: tuple[Tensor], tokens: object) -> None:
+    frames = inputs[0]
+    of_patches = (len(frames), encoder.steps, prod(encoder.grid))
+    expected = {"cls": (len(frames), encoder.width), "patches": (*of_patches, encoder.width), "saliency": of_patches}
+    if encoder.coarse is not None:
+        of_coarse = (len(frames), encoder.steps, encoder.coarse)
+        expected |= {"coarse": (*of_coarse, encoder.coarse_width or encoder.width), "coarse_saliency": of_coarse}
+    found = tokens.tensors() if isinstance(tokens, PatchTokens) else None
+    _require(f"the encoder {name} returns", tokens, found, "PatchTokens", expected, frames)
+
+
+def _require_states(name: str, encoder: TextEncoder, inputs: tuple[Tensor, Tensor], states: object) -> None:
+    ids = inputs[0]
+    found = {"states": states} if isinstance(states, Tensor) else None
+    of_text = f"the text half of the encoder {name} returns"
+    _require(of_text, states, found, "a tensor", {"states": (*ids.shape, encoder.width)}, ids)
+
+
+def _require(
+    who: str, returned: object, found: Mapping[str, object] | None, kind: str, expected: Shapes, given: Tensor
+) -> None:
+    """Refuse `returned`, whose tensors are `found` if it is of the right kind, unless each has its expected shape."""
+    if found is None:
+        wrong, what = list(expected), f"an object of type {type(returned).__name__}"
+    else:
+        tensors = found
+        wrong = [key for key in {**expected, **tensors} if not _fits(tensors.get(key), expected.get(key), given)]
+        what = ", ".join(f"{key} {_described(tensors.get(key))}" for key in wrong)
+    if wrong:
+        shapes = ", ".join(f"{key} {expected.get(key, '(none)')}" for key in wrong)
+        raise ConfigError(
+            f"{who} {what}; expected {kind} with {shapes}, of a floating-point type on {given.device}, for input "
+            f"{tuple(given.shape)}: correct its forward, or the attributes that promise these shapes"
+        )
+
+
+def _fits(tensor: object, shape: tuple[int, ...] | None, given: Tensor) -> bool:
+    return (
+        isinstance(tensor, Tensor)
+        and tuple(tensor.shape) == shape
+        and tensor.is_floating_point()
+        and tensor.device == given.device
+    )
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} of {value.dtype} on {value.device}"
+    return "(none)" if value is None else f"of type {type(value).__name__}"
