@@ -3,7 +3,7 @@
 python -c "from egopatch.features import open_store; print(open_store('stores/x').clip_ids)"
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -169,7 +169,7 @@ class Store:
 
     def read(
         self,
-        ids: Sequence[str],
+        ids: Iterable[str],
         dtype: torch.dtype | None = None,
         out: PatchTokens | None = None,
         threads: int = 1,
@@ -180,7 +180,7 @@ class Store:
             ids: Clips to read.
             dtype: Dtype of `patches` and `coarse`, by default the stored one. With a dtype, patches are multiplied by
                 their `scale`.
-            out: Buffers for the stored bytes (pinned ones, for instance) with at least len(ids) rows, from `buffers`.
+            out: Buffers for the stored bytes (such as pinned ones) with at least a row for each id, from `buffers`.
                 The result is their first rows, so the next read into them changes it.
             threads: Number of threads that read at the same time.
 
@@ -192,7 +192,7 @@ class Store:
             raise StoreError(f"store {self.path} holds {self.spec.kind} rows; expected patches: use read_text")
         return PatchTokens(**self.read_arrays(ids, dtype, out, threads))
 
-    def read_text(self, texts: Sequence[str], dtype: torch.dtype | None = None) -> TextStates:
+    def read_text(self, texts: Iterable[str], dtype: torch.dtype | None = None) -> TextStates:
         """Read the text network's states of `texts`, in that order, in `dtype`. Errors as in `read`."""
         if self.spec.kind != "text":
             raise StoreError(f"store {self.path} holds {self.spec.kind} rows; expected text: use read")
@@ -200,7 +200,7 @@ class Store:
 
     def read_arrays(
         self,
-        ids: Sequence[str],
+        ids: Iterable[str],
         dtype: torch.dtype | None = None,
         out: PatchTokens | None = None,
         threads: int = 1,
@@ -210,9 +210,10 @@ class Store:
         return tensors if dtype is None else _in_dtype(tensors, dtype)
 
     def _read(
-        self, arrays: Sequence[ArraySpec], ids: Sequence[str], out: PatchTokens | None = None, threads: int = 1
+        self, arrays: Sequence[ArraySpec], ids: Iterable[str], out: PatchTokens | None = None, threads: int = 1
     ) -> dict[str, Tensor]:
         """As `read_arrays`, of some `arrays` alone."""
+        ids = list(ids)
         records = self.catalog.clip_records(ids)
         buffers = None if out is None else out.tensors()
         tensors = {
@@ -235,7 +236,7 @@ class Store:
         return tensors
 
     def to_numpy(
-        self, ids: Sequence[str], dtype: torch.dtype = torch.float32, threads: int = 1
+        self, ids: Iterable[str], dtype: torch.dtype = torch.float32, threads: int = 1
     ) -> dict[str, np.ndarray]:
         """Read every array by name into NumPy, the batch first; tokens in `dtype`. Arguments and errors as in `read`.
 
@@ -246,7 +247,7 @@ class Store:
             raise ValueError(f"dtype is {dtype}; expected one that NumPy has: torch.float16, float32 or float64")
         return {name: tensor.numpy() for name, tensor in self.read_arrays(ids, dtype, threads=threads).items()}
 
-    def video_times(self, ids: Sequence[str]) -> Tensor:
+    def video_times(self, ids: Iterable[str]) -> Tensor:
         """[B, T] seconds from the start of the video file to each encoded frame; `timestamps` start with the clip.
 
         Where a position in time covers several frames, it has the mean of theirs. Errors as in `read`.
@@ -257,6 +258,7 @@ class Store:
         times = [array for array in self.spec.arrays if array.name == "timestamps"]
         if not times:
             raise StoreError(f"store {self.path} has no timestamps; only stores of videos have")
+        ids = list(ids)
         timestamps = self._read(times, ids)["timestamps"]
         origins = self.catalog.ledger.origins(ids)
         if unknown := [name for name in ids if origins[name] is None]:
@@ -271,8 +273,9 @@ class Store:
         """Memory that `read(out=...)` can fill again and again; pinned for copies to a GPU if requested."""
         return PatchTokens(**{array.name: empty_rows(array, rows, pin) for array in self.spec.arrays})
 
-    def sources(self, ids: Sequence[str]) -> dict[str, str]:
+    def sources(self, ids: Iterable[str]) -> dict[str, str]:
         """Id -> hash of the video (or text) that was encoded. Errors as in `read`."""
+        ids = list(ids)
         return {name: record.source for name, record in zip(ids, self.catalog.clip_records(ids), strict=True)}
 
     def origins(self) -> dict[str, Origin | None]:

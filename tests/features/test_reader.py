@@ -137,3 +137,14 @@ def test_a_shard_is_opened_anew_when_a_repair_has_renumbered_the_ledger(make_loc
     open_store(store.path).write_shard(0, rows, dict.fromkeys(rows, "hash"))
     store.catalog.refresh()
     assert np.array_equal(store.read(IDS[:1]).patches[0], clip(50)["patches"].half())
+
+
+def test_ids_may_come_from_a_generator(make_local: Callable[..., Store]) -> None:
+    store = make_local(IDS[:4])
+    fill(store)
+    whole = store.read(IDS[:3])
+    assert np.array_equal(store.read(name for name in IDS[:3]).patches, whole.patches)
+    assert np.array_equal(store.to_numpy(iter(IDS[:3]))["patches"], whole.patches.float())
+    assert tuple(store.sources(iter(IDS[:3]))) == tuple(IDS[:3])
+    with pytest.raises(StoreError, match="does not record the stretch of 3 clips"):  # read to the end
+        store.video_times(iter(IDS[:3]))
