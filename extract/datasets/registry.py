@@ -120,10 +120,18 @@ def _misfits(dataset: Dataset) -> Iterator[str]:
             if question.question_id in question_ids:
                 yield f"question_id {question.question_id!r} names two questions of {part}; expected unique names"
             question_ids.add(question.question_id)
+            if not isinstance(question.text, str) or not question.text.strip():
+                yield f"question {question.question_id!r}: text is {question.text!r}; expected the words of a question"
+                return
+            answer = question.answer
+            if not isinstance(answer, str) or not (answer.strip() or question.options):
+                yield f"question {question.question_id!r}: answer is {answer!r}; expected one, or options"
+                return
             if question.clip_id not in clip_ids:
                 yield f"question {question.question_id!r}: clip_id {question.clip_id!r} is not in clips; add it there"
     questions = [question for part in PARTS for question in dataset.questions[part]]
     if missing := sorted(set(texts_of(questions)).difference(dataset.texts)):
-        yield f"texts lacks {missing[0]!r} and {len(missing) - 1} others; make it with texts_of(questions)"
+        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        yield f"texts lacks {missing[0]!r}{others}; make it with texts_of(questions)"
     if any(not question.options for question in questions) and UNKNOWN_ANSWERS[1] not in dataset.answers:
         yield f"answers lacks {UNKNOWN_ANSWERS[1]}; make it with answer_vocabulary(training answers)"

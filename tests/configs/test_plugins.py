@@ -196,7 +196,16 @@ GOOD = Dataset((CLIP,), ASKED, answer_vocabulary(["a cup"]), ("what?",), "mine")
             r"questions has the parts \['train'\]; expected \['train', 'val', 'test'\]",
         ),
         ({"questions": {**ASKED, "val": (QUESTION, QUESTION)}}, "question_id '1' names two questions of val"),
-        ({"texts": ("who?",)}, "texts lacks 'what\\?' and 0 others; make it with texts_of"),
+        ({"texts": ("who?",)}, "texts lacks 'what\\?'; make it with texts_of"),
+        ({"texts": ()}, "texts lacks 'what\\?'; make it with texts_of"),
+        (
+            {"questions": dict.fromkeys(PARTS, (replace(QUESTION, text=" "),))},
+            "question '1': text is ' '; expected the",
+        ),
+        (
+            {"questions": dict.fromkeys(PARTS, (replace(QUESTION, answer=""),))},
+            "question '1': answer is ''; expected one",
+        ),
         ({"answers": ("a cup",)}, "answers lacks <UNK1>; make it with answer_vocabulary"),
     ],
 )
