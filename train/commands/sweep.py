@@ -41,6 +41,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
             "CUDA_VISIBLE_DEVICES=1 egopatch train sweep ...: each process trains the runs that no other one holds"
         )
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
+    from egopatch.train.heads import can_stack
     from egopatch.train.processes.stopping import Stopped
     from egopatch.train.sweeps.sweep import run_sweep
 
@@ -51,6 +52,8 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     except Stopped as stopped:
         print(f"train sweep: {stopped}", file=sys.stderr)
         return INTERRUPTED
-    result = {"file": path, "note": STACKED, **json.loads(path.read_text(encoding="utf-8"))}
-    print_result(options.json, result, f"{path}\nnote: {STACKED}")
+    result = json.loads(path.read_text(encoding="utf-8"))
+    several = len({member["ratio"] for member in result["members"]}) > 1
+    note = STACKED if several and can_stack(config.head.name) else None
+    print_result(options.json, {"file": path, "note": note, **result}, f"{path}\nnote: {note}" if note else str(path))
     return 0
