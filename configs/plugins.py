@@ -6,7 +6,8 @@ looked up by name, so a package is imported only if a config names what it offer
 
 import difflib
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
@@ -15,6 +16,28 @@ from egopatch.configs.schema import ConfigError
 
 T = TypeVar("T")
 EGOPATCH, CALL = "egopatch", "an earlier call"
+
+
+@contextmanager
+def traceback_kept(whose: str) -> Iterator[None]:
+    """Raise an error of code from outside this package as one that commands do not print as a single line.
+
+    A command prints a ValueError or an OSError as one line, since those of this package say all that a user needs. One
+    of somebody's own code is found only by its traceback. Errors of this package's own classes, such as `ConfigError`,
+    by which that code refuses its input, stay as they are.
+
+    Args:
+        whose: Whose code the block calls, such as `the head mine`.
+
+    Raises:
+        RuntimeError: In place of any other ValueError or OSError, which is its cause.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if type(error).__module__.partition(".")[0] == EGOPATCH:
+            raise
+        raise RuntimeError(f"{whose} raises {type(error).__name__}: {error}") from error
 
 
 class Plugins(Generic[T]):

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from egopatch.configs.plugins import traceback_kept
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.features import PatchTokens
 from egopatch.train.data.batch import Batch
@@ -20,7 +21,7 @@ from egopatch.train.data.question_table import NO_OPTION, QuestionTable, plan_ba
 from egopatch.train.fitting.answers import Answers, PartScorer
 from egopatch.train.fitting.experiment import Experiment
 from egopatch.train.fitting.run import TrainingRun
-from egopatch.train.heads import PSA, Choice, Majority, Sizes, build_head, can_capture, unwrapped
+from egopatch.train.heads import HEADS, PSA, Choice, Majority, Sizes, build_head, can_capture, unwrapped
 from egopatch.train.heads.common.question import QuestionReader
 from egopatch.train.heads.psa.coarse import kernel_width
 from egopatch.train.heads.psa.selection import implementation_in_use
@@ -62,6 +63,11 @@ class RunGroup:
     def __init__(self, configs: Sequence[Config], experiment: Experiment, order_seed: int, path: Path) -> None:
         self.runs = [TrainingRun(config, experiment) for config in configs]
         self.heads = build_stacked_heads(configs, experiment, order_seed)
+        if not self.heads.steps and self.config.head.name not in HEADS:
+            experiment.ranks.print_once(
+                f"note: the head {self.config.head.name} has no trainable parameters, so nothing is learned; if it is "
+                "to learn, assign its layers to attributes in its __init__, with requires_grad"
+            )
         self.path = path
         self.position = (0, 0)
         self._experiment, self._order_seed = experiment, order_seed
@@ -197,7 +203,14 @@ class RunGroup:
         lower = f"a lower --train.lr (such as {train.lr / 3:.1g}) or a longer --train.warmup{other}"
         # A run that is trained by itself keeps its position in its own folder.
         elsewhere = "another --run.dir" if self.path.parent == run.config.run.dir else "a sweep with another --name"
-        run.fail(f"{what} in {where}; try {lower}, in {elsewhere}", step)
+        remedy = f"try {lower}, in {elsewhere}"
+        if step == 1 and what.startswith("the loss"):  # no rate has had an effect yet
+            float32 = ", use --train.dtype float32" if heads.low_precision else ""
+            remedy = (
+                f"expected a finite one before anything is learned: check the logits of the head "
+                f"{self.config.head.name}{float32}, and the store with `features verify`; then use {elsewhere}"
+            )
+        run.fail(f"{what} in {where}; {remedy}", step)
 
     def _resume(self, saved: ResumeState) -> None:
         for run in self.runs:
@@ -358,4 +371,5 @@ def measure_inputs(heads: Sequence[nn.Module], features: Features, table: Questi
             whole.read.whiten.measure(features.option_tokens(table))
         if tokens is not None:
             assert callable(head.measure)
-            head.measure(tokens)
+            with traceback_kept(f"measure of the head {type(head).__name__}"):
+                head.measure(tokens)

@@ -12,6 +12,7 @@ from egopatch.train.heads.common.question import Sizes
 from egopatch.train.heads.fused.fused import load_head
 from egopatch.train.heads.psa.psa import PSA
 from egopatch.train.heads.registry import (
+    HEADS,
     Head,
     build_head,
     can_capture,
@@ -25,6 +26,7 @@ from egopatch.train.rundir.results import BLIND
 
 __all__ = [
     "BLIND",
+    "HEADS",
     "PSA",
     "Choice",
     "Head",

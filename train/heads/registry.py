@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from egopatch.configs.plugins import Plugins
+from egopatch.configs.plugins import Plugins, traceback_kept
 from egopatch.configs.schema import Config, ConfigError, HeadConfig
 from egopatch.extract.encoders import open_checkpoint
 from egopatch.train.data.batch import Batch
@@ -214,7 +214,10 @@ def build_head(config: Config, sizes: Sizes) -> nn.Module:
 def _build(head: Head | _BuiltIn, config: Config, sizes: Sizes) -> nn.Module:
     if isinstance(head, _BuiltIn):
         return head.build(config, sizes)
-    return _checked(head, head.build(_options_of(head, config.head), sizes), sizes.answers)
+    options = _options_of(head, config.head)
+    with traceback_kept(f"the head {head.name}"):
+        module = head.build(options, sizes)
+    return _checked(head, module, sizes.answers)
 
 
 def _checked(head: Head, module: object, answers: int) -> nn.Module:
@@ -234,11 +237,17 @@ def _checked(head: Head, module: object, answers: int) -> nn.Module:
 
 def _require_logits(name: str, answers: int, module: nn.Module, inputs: tuple[Batch], logits: object) -> None:
     """Refuse what is no logits [B, A]: more columns than answers would go unnoticed until one of them wins."""
-    expected = (len(inputs[0].text_index), answers)
+    index = inputs[0].text_index
+    expected = (len(index), answers)
     if not isinstance(logits, Tensor) or logits.shape != expected or not logits.is_floating_point():
         found = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         of_type = f" of {logits.dtype}" if isinstance(logits, Tensor) else ""
         raise ConfigError(
             f"the head {name} returns {found}{of_type}; expected logits {expected} of a floating-point type, a row for "
             "each question and a column for each of sizes.answers: correct its forward"
+        )
+    if logits.device != index.device:
+        raise ConfigError(
+            f"the head {name} returns logits on {logits.device}; expected {index.device}, the device of the batch: "
+            "correct its forward"
         )

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import signal
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from egopatch.features.common.child_errors import sendable
+from egopatch.features.common.child_errors import ChildTraceback, sendable
 from egopatch.features.common.parent import exit_with_parent
 from egopatch.train.processes.stopping import SIGNALS, stop_signals
 
@@ -111,7 +112,7 @@ def _run(call: Callable[[], object], connection: Connection) -> None:
     try:
         connection.send((call(), None))
     except BaseException as error:  # also KeyboardInterrupt: the parent raises it
-        connection.send((None, sendable(error)))
+        connection.send((None, (sendable(error), "".join(traceback.format_exception(error)))))
 
 
 def _receive(connection: Connection, process: ForkProcess) -> Any:
@@ -129,5 +130,6 @@ def _receive(connection: Connection, process: ForkProcess) -> Any:
             "OMP_NUM_THREADS=1); run the same command again to resume"
         )
     if failure is not None:
-        raise failure
+        error, where = failure
+        raise error from ChildTraceback(where)
     return result

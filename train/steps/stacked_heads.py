@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from egopatch.configs.schema import TrainConfig
+from egopatch.configs.plugins import traceback_kept
+from egopatch.configs.schema import ConfigError, TrainConfig
 from egopatch.train.data.batch import Batch, Options
 from egopatch.train.data.question_table import NO_CLASS
 from egopatch.train.heads import PSA, Choice, unwrapped
@@ -279,6 +280,12 @@ class StackedHeads:
         tensors = self.tensors | self.parameters.leaves
         with self._autocast():
             logits = self._map_heads(lambda head: head(batch), tensors)
+        if not logits.requires_grad:
+            raise ConfigError(
+                f"the head {type(unwrapped(self._head)).__name__} returns logits without a gradient; expected logits "
+                "that are computed from its trainable parameters: remove torch.no_grad, detach or the like from its "
+                "forward, or freeze the parameters with requires_grad_(False) if nothing is to be learned"
+            )
         answers = batch.answers.clamp_min(0) if batch.padded else batch.answers
         loss = cross_entropy(logits.float(), answers, self.train.label_smoothing)
         return loss + self.train.contrast * self._contrast(logits, batch, tensors) if self.train.contrast else loss
@@ -383,7 +390,8 @@ class _Caller(nn.Module):
         self._call = call
 
     def forward(self) -> Any:
-        return self._call(self.head)
+        with traceback_kept(f"the head {type(self.head).__name__}"):
+            return self._call(self.head)
 
 
 @contextmanager

@@ -1,0 +1,143 @@
+"""Heads from outside this package that are wrong: the message names the head, or the traceback their author's line."""
+
+import re
+import traceback
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from egopatch.configs.schema import Config, ConfigError
+from egopatch.features import PatchTokens
+from egopatch.train.__main__ import main
+from egopatch.train.commands.sweep import STACKED
+from egopatch.train.data.batch import Batch
+from egopatch.train.fitting.fit import fit
+from egopatch.train.heads import Head, Sizes
+from egopatch.train.heads.registry import _PLUGINS as HEADS
+from egopatch.train.rundir.card import RunError
+from egopatch.train.sweeps.sweep import run_sweep
+from tests.train.tiny import with_run
+
+
+class Linear(nn.Module):
+    """A linear layer on the mean patch, whose logits `change` alters."""
+
+    def __init__(self, sizes: Sizes, change: Callable[[Tensor], Tensor] = lambda logits: logits) -> None:
+        super().__init__()
+        self.linear, self.change = nn.Linear(sizes.width, sizes.answers), change
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.change(self.linear(batch.tokens.patches.float().mean((1, 2)))[batch.clip_index])
+
+
+Registered = Callable[..., Config]
+
+
+@pytest.fixture
+def own(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> Registered:
+    """Registers a head `mine`; returns a config of it."""
+
+    def register(build: Callable[[object, Sizes], nn.Module], stacks: bool = False) -> Config:
+        monkeypatch.setitem(HEADS._registered, "mine", Head("mine", build, stacks=stacks))
+        return with_run(tiny, "mine", head_name="mine", train_epochs=1)
+
+    return register
+
+
+def refuses(logits: Tensor) -> Tensor:
+    return logits + float("three")
+
+
+def measures(_: nn.Module, tokens: PatchTokens) -> None:
+    float("three")
+
+
+def builds(_: object, sizes: Sizes) -> nn.Module:
+    float("three")
+    return Linear(sizes)
+
+
+@pytest.mark.parametrize("broken", ["forward", "measure", "build"])
+def test_an_error_of_an_own_head_keeps_the_line_of_its_author(
+    broken: str, own: Registered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Linear, "measure", measures if broken == "measure" else lambda *_: None, raising=False)
+    change = refuses if broken == "forward" else lambda logits: logits
+    config = own(builds if broken == "build" else lambda _, sizes: Linear(sizes, change))
+    config.run.dir.parent.mkdir(parents=True, exist_ok=True)
+    # A ValueError would be one line of `train fit`, without the file.
+    with pytest.raises(RuntimeError, match=r"head (mine|Linear) raises ValueError: could not convert") as caught:
+        fit(config, "x")
+    assert re.search(r"test_own_heads\.py\", line \d+, in (refuses|measures|builds)", traced(caught.value))
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="runs of a sweep are forked only without a GPU")
+def test_the_line_survives_a_forked_process(own: Registered) -> None:
+    config = own(lambda _, sizes: Linear(sizes, refuses), stacks=True)
+    with pytest.raises(RuntimeError, match="head Linear raises ValueError") as caught:
+        run_sweep(config, seeds=[0, 1])
+    assert re.search(r"test_own_heads\.py\", line \d+, in refuses", traced(caught.value))
+
+
+def traced(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))
+
+
+def test_an_own_head_refuses_its_input_in_one_line(own: Registered, capsys: pytest.CaptureFixture[str]) -> None:
+    def build(_: object, sizes: Sizes) -> nn.Module:
+        raise ConfigError(f"patches is {sizes.patches}; expected a square")
+
+    with pytest.raises(ConfigError, match=r"^patches is 12; expected a square$"):
+        fit(own(build), "x")
+
+
+@pytest.mark.parametrize("change", [Tensor.detach, torch.zeros_like])
+def test_logits_without_a_gradient(change: Callable[[Tensor], Tensor], own: Registered) -> None:
+    config = own(lambda _, sizes: Linear(sizes, change), stacks=True)
+    with pytest.raises(ConfigError, match=r"^the head Linear returns logits without a gradient; expected logits that"):
+        fit(config, "x")
+    with pytest.raises(ConfigError, match=r"^the head Linear returns logits without a gradient"):
+        run_sweep(config, ratios=[0.25, 0.5, 0.75, 1.0])  # stacked in twos on two cores, where torch.vmap hides it
+
+
+def test_logits_on_another_device(own: Registered) -> None:
+    config = own(lambda _, sizes: Linear(sizes, lambda logits: logits.to("meta")))
+    with pytest.raises(ConfigError, match=r"^the head mine returns logits on meta; expected cpu, the device of the"):
+        fit(config, "x")
+
+
+def test_logits_that_are_never_finite_are_not_blamed_on_the_rate(own: Registered) -> None:
+    config = own(lambda _, sizes: Linear(sizes, lambda logits: logits * float("nan")))
+    with pytest.raises(RunError, match=r"the loss is nan in epoch 1, step 1 .* check the logits of the head mine") as e:
+        fit(config, "x")
+    assert "--train.lr" not in str(e.value)
+
+
+def test_a_head_that_cannot_learn_says_so(own: Registered, capsys: pytest.CaptureFixture[str]) -> None:
+    config = own(lambda _, sizes: Linear(sizes, Tensor.detach).requires_grad_(False))
+    fit(config, "x")
+    note = "note: the head mine has no trainable parameters, so nothing is learned; if it is to learn, assign"
+    assert capsys.readouterr().out.count(note) == 1
+    fit(with_run(config, "majority", head_name="majority"), "x")
+    fit(with_run(own(lambda _, sizes: Linear(sizes)), "learns"), "x")
+    assert "no trainable parameters" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "stacks", "options", "noted"),
+    [
+        ("mine", True, ["--seeds", "0", "1"], False),
+        ("mine", False, ["--ratios", "0.5", "1.0"], False),
+        ("mine", True, ["--ratios", "0.25", "0.5", "0.75", "1.0"], True),
+    ],
+)
+def test_the_note_about_ratios_is_for_runs_of_several_that_trained_together(
+    name: str, stacks: bool, options: list[str], noted: bool, own: Registered, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = own(lambda _, sizes: Linear(sizes), stacks)
+    settings = [f"--data.root={config.data.root}", f"--store.path={config.store.path}", f"--run.dir={config.run.dir}"]
+    settings += ["--data.name=egotaskqa", "--head.name=mine", "--train.epochs=1", "--train.device=cpu"]
+    assert main(["sweep", *settings, *options]) == 0
+    assert (f"note: {STACKED}" in capsys.readouterr().out) == noted
