@@ -213,7 +213,7 @@ class Store:
         self, arrays: Sequence[ArraySpec], ids: Iterable[str], out: PatchTokens | None = None, threads: int = 1
     ) -> dict[str, Tensor]:
         """As `read_arrays`, of some `arrays` alone."""
-        ids = list(ids)
+        ids = _listed(ids)
         records = self.catalog.clip_records(ids)
         buffers = None if out is None else out.tensors()
         tensors = {
@@ -258,7 +258,7 @@ class Store:
         times = [array for array in self.spec.arrays if array.name == "timestamps"]
         if not times:
             raise StoreError(f"store {self.path} has no timestamps; only stores of videos have")
-        ids = list(ids)
+        ids = _listed(ids)
         timestamps = self._read(times, ids)["timestamps"]
         origins = self.catalog.ledger.origins(ids)
         if unknown := [name for name in ids if origins[name] is None]:
@@ -275,7 +275,7 @@ class Store:
 
     def sources(self, ids: Iterable[str]) -> dict[str, str]:
         """Id -> hash of the video (or text) that was encoded. Errors as in `read`."""
-        ids = list(ids)
+        ids = _listed(ids)
         return {name: record.source for name, record in zip(ids, self.catalog.clip_records(ids), strict=True)}
 
     def origins(self) -> dict[str, Origin | None]:
@@ -410,6 +410,11 @@ class Store:
 
     def __reduce__(self) -> tuple[object, tuple[Location, Fingerprint]]:
         return open_store, (self.path, self.fingerprint)
+
+
+def _listed(ids: Iterable[str]) -> Sequence[str]:
+    """The ids of any iterable; one string stays what it is, so that the catalog can refuse it."""
+    return ids if isinstance(ids, str) else list(ids)
 
 
 def _in_dtype(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
