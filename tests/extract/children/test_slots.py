@@ -175,24 +175,26 @@ def test_memory_beyond_the_limit_is_one_line_and_leaves_nothing() -> None:
 
 
 def test_without_unnamed_shared_memory_a_file_is_used(
-    video: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(_: str) -> int:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(slots.os, "memfd_create", refuse)
-    before, files = memories(), set(Path(tempfile.gettempdir()).iterdir())
+    temporary = tmp_path / "tmp"  # other programs of this machine write to the usual one
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    before = memories()
     with open_decoders(SMALL, EGOVLP_TRANSFORM, 1, 2, cut=True) as pool:
         assert memories() == before
         (result,) = pool.map([Clip("a", video)])
         assert isinstance(result, PreparedClip)
         (run,) = result.frames
         assert run.frames.any()
-        new = set(Path(tempfile.gettempdir()).iterdir()) - files
-        assert not [path for path in new if path.is_file()]
+        assert not [path for path in temporary.iterdir() if path.is_file()]
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(
-        f"note: frames between decoders and encoder are kept in a file in {tempfile.gettempdir()} of up to 0.1 GB"
+        f"note: frames between decoders and encoder are kept in a file in {temporary} of up to 0.1 GB"
     )
 
 
