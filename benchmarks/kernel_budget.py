@@ -36,13 +36,14 @@ DTYPES = {
     "float8_e4m3": torch.float8_e4m3fn,
     "int8": torch.int8,
 }
-# N, D, H: each size of block that the kernels are cut for, psa's merged patches first, and the limits of the supported
-# range.
+# N, D, H: each size of block that the kernels are cut for, psa's merged patches first, the limits of the supported
+# range, and an odd number of patches.
 SHAPES = (
     (49, 832, 4), (128, 768, 4), (196, 768, 4), (512, 768, 4), (1000, 768, 4),
-    (196, 768, 12), (196, 1024, 12), (256, 1152, 4), (196, 1536, 4), (1024, 1536, 12), (33, 80, 1),
+    (196, 768, 12), (196, 1024, 12), (256, 1152, 4), (196, 1536, 4), (1024, 1536, 12), (33, 80, 1), (729, 1152, 4),
 )  # fmt: skip
 MAIN = ((196, 768, 4),)
+QUICK = (*MAIN, (197, 768, 4))  # odd rows are read in vectors too
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def measure(case: Case) -> Usage:
         blocks = launch.forward if case.kernel == "forward" else launch.backward
         if case.kernel == "logits":
             function = backward.logits_kernel
-            constants = kernels.backward_constants(tokens, queries, scale, blocks) | {"PADDED": patches}
+            constants = kernels.logits_constants(tokens, queries, scale, blocks)
         else:
             several = patches > blocks.block
             function = forward.forward_blocks_kernel if several else forward.forward_kernel
@@ -212,7 +213,7 @@ def line(usage: Usage) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Registers, spills and shared memory of the select_attend kernels.")
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
-    parser.add_argument("--quick", action="store_true", help="only the main shape, in float16")
+    parser.add_argument("--quick", action="store_true", help="only the main shape and one of odd N, in float16")
     parser.add_argument("--main", action="store_true", help="only the main shape, in every dtype")
     parser.add_argument("--triton", type=Path, metavar="FOLDER", help="folder of another version of Triton")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of parallel compilations")
@@ -231,7 +232,7 @@ def main() -> int:
             "kernel_budget: TRITON_INTERPRET is set; unset it, since the interpreter compiles nothing", file=sys.stderr
         )
         return 2
-    shapes = MAIN if args.main or args.quick else SHAPES
+    shapes = QUICK if args.quick else MAIN if args.main else SHAPES
     cases = shipped(shapes, ("float16",) if args.quick else tuple(DTYPES))
     usages = []
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:

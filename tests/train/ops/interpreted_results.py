@@ -34,6 +34,14 @@ def test_egovlpv2_shape() -> None:
     check(make_case(2, 3, 1, 196, 768, 4, torch.float16, device=DEVICE), 49)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("patches", [1, 2, 3, 5])
+def test_few_patches(patches: int) -> None:
+    """Rows of scores and of the mask are longer than a frame of 1 to 3 patches, rounded up to a power of two."""
+    for k in range(1, patches + 1):
+        check(make_case(2, 3, 2, patches, 16, 2, torch.float16, device=DEVICE), k)
+
+
 @pytest.mark.parametrize("k", [pytest.param(13, marks=pytest.mark.slow), 48])
 def test_seven_by_seven(k: int) -> None:
     check(make_case(2, 3, 2, 49, 64, 4, torch.float16, device=DEVICE), k)

@@ -146,7 +146,7 @@ def attend_stacked(
         stacked,
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else queries.dtype,
     )
-    kept = mask.view(torch.bool).unflatten(0, (stacked, len(clip_index)))
+    kept = mask[..., : tokens.shape[2]].view(torch.bool).unflatten(0, (stacked, len(clip_index)))
     return _by_question(pooled), _by_question(lse), kept
 
 

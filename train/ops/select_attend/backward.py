@@ -15,8 +15,8 @@ from egopatch.train.ops.select_attend import parts
 def _weigh(
     tokens, columns, column_scale, grad_pooled, grad_top, out, asked, live, lse, mask, scale_row, bias_row, scale, bias,
     tile, group, row, t, start,
-    N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr, FLOAT8: tl.constexpr,
-    ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, PITCH: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr,
+    FLOAT8: tl.constexpr, ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Softmax weights of a block of patches and products with the pooled gradient, both [BN, R]."""
@@ -40,7 +40,7 @@ def _weigh(
     shift = parts.by_patch(bias, bias_row, n, N, float("-inf"))
     log_total = tl.load(lse + out, mask=live, other=0.0)
     log_total = tl.where(log_total == float("-inf"), 0.0, log_total)
-    kept = parts.chosen(mask, asked, n, live, N)
+    kept = parts.chosen(mask, asked, n, live, PITCH)
     return tl.where(kept, tl.exp(a + shift[:, None] - log_total[None, :]), 0.0), products
 
 
@@ -48,9 +48,9 @@ def _weigh(
 def logits_kernel(
     tokens, columns, column_scale, grad_pooled, grad_tops, grad_lse, scale, bias, order, tiles, lse, mask,
     weights, tops, grad_bias, frames, each, first_tile,
-    N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr, FLOAT8: tl.constexpr,
-    ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, QB: tl.constexpr,
-    HG: tl.constexpr, STAGES: tl.constexpr, PADDED: tl.constexpr,
+    N: tl.constexpr, PITCH: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr,
+    FLOAT8: tl.constexpr, ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    QB: tl.constexpr, HG: tl.constexpr, STAGES: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the logits of a frame, for up to QB questions of a clip and HG heads.
 
@@ -89,7 +89,7 @@ def logits_kernel(
         p, products = _weigh(
             tokens, columns, column_scale, grad_pooled, grad_top, out, asked, live, lse, mask, scale_row, bias_row,
             scale, bias, tile, group, row, t, start,
-            N, D, H, HAS_SCALE, FLOAT8, ARITHMETIC, PRECISION, BN, BD, QB, HG, STAGES,
+            N, PITCH, D, H, HAS_SCALE, FLOAT8, ARITHMETIC, PRECISION, BN, BD, QB, HG, STAGES,
         )  # fmt: skip
         if passes == 1:
             total = tl.sum(p, axis=0)

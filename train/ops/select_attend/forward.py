@@ -15,8 +15,8 @@ from egopatch.train.ops.select_attend import parts
 def forward_kernel(
     tokens, tokens_again, columns, selectors, column_scale, selector_scale, scale, bias, order, tiles,
     pooled, lse, scores, cuts, ks, frames, questions, each,
-    N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr, FLOAT8: tl.constexpr,
-    ARITHMETIC: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, PITCH: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr,
+    FLOAT8: tl.constexpr, ARITHMETIC: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
     POOL_BD: tl.constexpr, POOL_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -52,10 +52,10 @@ def forward_kernel(
     row_of = question * frames + t
     # Every group selects for itself, in a place of its own; all of them find the same.
     score_rows = group.to(tl.int64) * questions * frames + row_of
-    tl.store(scores + (score_rows * N)[None, :] + n[:, None], s, mask=(n < N)[:, None] & asked[None, :])
+    tl.store(scores + (score_rows * PITCH)[None, :] + n[:, None], s, mask=(n < PITCH)[:, None] & asked[None, :])
     tl.debug_barrier()  # the code below reads scores that other threads wrote
     k = tl.load(ks + clip)
-    threshold, last = parts.cut(scores, score_rows, asked, k, N, CHUNK, QB)
+    threshold, last = parts.cut(scores, score_rows, asked, k, N, PITCH, CHUNK, QB)
     told = slot < tl.where(group == 0, count, 0)
     tl.store(cuts + row_of * 2, threshold, mask=told)
     tl.store(cuts + row_of * 2 + 1, last, mask=told)
@@ -93,8 +93,8 @@ def forward_kernel(
 def forward_blocks_kernel(
     tokens, tokens_again, columns, selectors, column_scale, selector_scale, scale, bias, order, tiles,
     pooled, lse, scores, cuts, ks, frames, questions, each,
-    N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr, FLOAT8: tl.constexpr,
-    ARITHMETIC: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, PITCH: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr,
+    FLOAT8: tl.constexpr, ARITHMETIC: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
     POOL_BD: tl.constexpr, POOL_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -126,10 +126,10 @@ def forward_blocks_kernel(
         if HAS_SCALE:
             s *= parts.by_patch(scale, scale_row, n, N, 0.0)[:, None]
         s += parts.by_patch(bias, bias_row, n, N, float("-inf"))[:, None]
-        tl.store(scores + (row_of * N)[None, :] + n[:, None], s, mask=(n < N)[:, None] & asked[None, :])
+        tl.store(scores + (row_of * PITCH)[None, :] + n[:, None], s, mask=(n < PITCH)[:, None] & asked[None, :])
     tl.debug_barrier()  # the code below reads scores that other threads wrote
     k = tl.load(ks + clip)
-    threshold, last = parts.cut(scores, row_of, asked, k, N, CHUNK, QB)
+    threshold, last = parts.cut(scores, row_of, asked, k, N, PITCH, CHUNK, QB)
     tl.store(cuts + row_of * 2, threshold, mask=asked)
     tl.store(cuts + row_of * 2 + 1, last, mask=asked)
 
@@ -150,8 +150,8 @@ def forward_blocks_kernel(
                 by_patch = parts.by_patch(scale, scale_row, n, N, 0.0)
                 a *= by_patch[:, None]
             shift = parts.by_patch(bias, bias_row, n, N, float("-inf"))
-            inside = (n < N)[:, None] & asked[None, :]
-            s = tl.load(scores + (row_of * N)[None, :] + n[:, None], mask=inside, other=0.0)
+            inside = (n < PITCH)[:, None] & asked[None, :]
+            s = tl.load(scores + (row_of * PITCH)[None, :] + n[:, None], mask=inside, other=0.0)
             keep = parts.of_heads(parts.kept_by_cut(s, n, threshold, last, N), BN, QB, HG)
             a = tl.where(keep, a + shift[:, None], float("-inf"))
 
@@ -185,17 +185,21 @@ def forward_blocks_kernel(
 
 
 @triton.jit(do_not_specialize=["listed", "rows"])
-def kept_kernel(scores, cuts, kept, mask, listed, rows, N: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr):
+def kept_kernel(
+    scores, cuts, kept, mask, listed, rows,
+    N: tl.constexpr, PITCH: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """What the cuts keep of ROWS frames of questions: their first patches in rising order, and the mask."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     n = tl.arange(0, BN)
     live = row < rows
+    stored = live[:, None] & (n < PITCH)[None, :]
     inside = live[:, None] & (n < N)[None, :]
-    ordered = parts.key(tl.load(scores + (row * N)[:, None] + n[None, :], mask=inside, other=0.0), inside)
+    ordered = parts.key(tl.load(scores + (row * PITCH)[:, None] + n[None, :], mask=stored, other=0.0), inside)
     threshold = tl.load(cuts + row * 2, mask=live, other=0)[:, None]
     last = tl.load(cuts + row * 2 + 1, mask=live, other=0)[:, None]
     keep = inside & ((ordered > threshold) | ((ordered == threshold) & (n[None, :] <= last)))
     place = tl.cumsum(keep.to(tl.int32), axis=1) - 1
     patches = tl.broadcast_to(n.to(tl.int64)[None, :], (ROWS, BN))
     tl.store(kept + (row * listed)[:, None] + place, patches, mask=keep & (place < listed))
-    tl.store(mask + (row * N)[:, None] + n[None, :], keep.to(tl.int8), mask=inside)
+    tl.store(mask + (row * PITCH)[:, None] + n[None, :], keep.to(tl.int8), mask=stored)

@@ -3,7 +3,8 @@
 Shape legend: C clips, S clips that `tokens` holds, B questions, T frames, N patches a frame, D channels, H attention
 heads. In a kernel: BN patches at a time (a power of two), BD channels at a time, QB questions of one clip, HG heads and
 their R = HG * QB columns, head-major. Products are taken with the patches first, [BN, BD] x [BD, R] and
-[BD, BN] x [BN, R], since that order reaches Hopper's `wgmma` at so few queries.
+[BD, BN] x [BN, R], since that order reaches Hopper's `wgmma` at so few queries. Rows of scores and of the mask of kept
+patches are PITCH numbers apart, `row_pitch(N)`.
 
 Precision: products run in the tokens' dtype (float16 for int8 and float8, which it represents exactly) and add up in
 float32. The selector is split into parts that add up to its float32 value, so that the selection is that of float32
@@ -23,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from egopatch.train.ops.select_attend.backward import bias_kernel, logits_kernel, queries_kernel
 from egopatch.train.ops.select_attend.columns import columns_kernel
 from egopatch.train.ops.select_attend.forward import forward_blocks_kernel, forward_kernel, kept_kernel
-from egopatch.train.ops.select_attend.plan import ALIGNMENT, QUESTIONS, Blocks, Launch, plan_launch
+from egopatch.train.ops.select_attend.plan import ALIGNMENT, QUESTIONS, Blocks, Launch, plan_launch, row_pitch
 from egopatch.train.ops.select_attend.schedule import schedule
 
 ARITHMETIC = {
@@ -62,11 +63,12 @@ def forward(
     with each head's values reads them and returns their gradients, so that neither is copied.
 
     Returns:
-        pooled [M, H, B / M, T, D], lse [M, H, B / M, T], kept [B, T, listed], mask [B, T, N] int8 of the kept patches,
-        and the schedule: order [B], tiles [G, 4] and clip_tiles [C, 2], as `schedule` gives them.
+        pooled [M, H, B / M, T, D], lse [M, H, B / M, T], kept [B, T, listed], mask int8 of the kept patches,
+        [B, T, row_pitch(N)] with zeros beyond N, and the schedule: order [B], tiles [G, 4] and clip_tiles [C, 2], as
+        `schedule` gives them.
     """
     _, frames, patches, width = tokens.shape
-    questions, heads, _ = queries.shape
+    (questions, heads, _), pitch = queries.shape, row_pitch(patches)
     order, tiles, clip_tiles = schedule(clip_index, len(bias), clip_rows, len(tokens))
     blocks, device = launch_of(tokens, queries).forward, tokens.device
     several, groups = patches > blocks.block, triton.cdiv(heads, blocks.heads)
@@ -76,12 +78,12 @@ def forward(
     pooled = torch.empty(stacked, heads, each, frames, width, dtype=written, device=device)
     lse = torch.empty(stacked, heads, each, frames, dtype=torch.float32, device=device)
     kept = torch.empty(questions, frames, listed, dtype=torch.int64, device=device)
-    mask = torch.empty(questions, frames, patches, dtype=torch.int8, device=device)
+    mask = torch.empty(questions, frames, pitch, dtype=torch.int8, device=device)
     if pooled.numel():
         made = make_columns(tokens, queries, selector, order, tiles, PARTS[arithmetic_of(tokens)])
         columns, column_scale, selectors, selector_scale = made
         selects = 1 if several else groups
-        scores = torch.empty(selects, questions, frames, patches, dtype=torch.float32, device=device)
+        scores = torch.empty(selects, questions, frames, pitch, dtype=torch.float32, device=device)
         cuts = torch.empty(questions, frames, 2, dtype=torch.int32, device=device)
         arguments = (
             describe_tokens(tokens, blocks.block, blocks.channels),
@@ -93,11 +95,12 @@ def forward(
         )  # fmt: skip
         kernel = forward_blocks_kernel if several else forward_kernel
         kernel[(len(tiles) * frames * selects,)](*arguments, **forward_constants(tokens, queries, scale, blocks))
-        whole = triton.next_power_of_2(patches)
+        whole = triton.next_power_of_2(pitch)
         rows = max(1, KEPT_SCORES // whole)
         kept_kernel[(triton.cdiv(questions * frames, rows),)](
-            scores, cuts, kept, mask, listed, questions * frames, N=patches, BN=whole, ROWS=rows, num_warps=4
-        )
+            scores, cuts, kept, mask, listed, questions * frames,
+            N=patches, PITCH=pitch, BN=whole, ROWS=rows, num_warps=4,
+        )  # fmt: skip
     return pooled.to(dtype), lse, kept, mask, order, tiles, clip_tiles
 
 
@@ -128,8 +131,7 @@ def backward(
         return torch.zeros(queries.shape, device=device), torch.zeros(selector.shape, device=device), grad_bias
     groups, columns_of_group = triton.cdiv(heads, blocks.heads), blocks.heads * QUESTIONS
     columns, column_scale, _, _ = make_columns(tokens, queries, selector, order, tiles, parts=0)
-    arithmetic = arithmetic_of(tokens)
-    padded = triton.cdiv(patches, ALIGNMENT // arithmetic.itemsize) * (ALIGNMENT // arithmetic.itemsize)
+    arithmetic, padded = arithmetic_of(tokens), padded_patches(tokens)
     tile_bytes = frames * groups * columns_of_group * padded * arithmetic.itemsize
     at_once = min(len(tiles), max(1, SCRATCH_BYTES // tile_bytes))
     weights = torch.empty(at_once * frames * groups * columns_of_group, padded, dtype=arithmetic, device=device)
@@ -155,8 +157,7 @@ def backward(
     spans = triton.cdiv(width, product.channels) * (groups * columns_of_group // product.rows)
     for first in range(0, len(tiles), at_once):
         count = min(at_once, len(tiles) - first)
-        logits_constants = backward_constants(tokens, queries, scale, blocks) | {"PADDED": padded}
-        logits_kernel[(count * frames * groups,)](*inputs, first, **logits_constants)
+        logits_kernel[(count * frames * groups,)](*inputs, first, **logits_constants(tokens, queries, scale, blocks))
         queries_kernel[(count * spans,)](*products, first, **product_constants(tokens, queries, launch))
     bias_kernel[(len(bias), frames)](
         partials, clip_tiles, grad_bias, frames,
@@ -193,6 +194,12 @@ def make_columns(
     return columns, column_scale, selectors, selector_scale
 
 
+def padded_patches(tokens: Tensor) -> int:
+    """Numbers from one row of the logits' gradients to the next, which the copy engine has to begin at 16 bytes."""
+    per_row = ALIGNMENT // arithmetic_of(tokens).itemsize
+    return triton.cdiv(tokens.shape[2], per_row) * per_row
+
+
 def describe_tokens(tokens: Tensor, patches: int, channels: int) -> TensorDescriptor:
     """The descriptor by which the GPU's copy engine reads [patches, channels] of a frame; float8 tokens as bits."""
     bits = tokens.view(torch.int8) if tokens.dtype == torch.float8_e4m3fn else tokens
@@ -212,7 +219,7 @@ def arithmetic_of(tokens: Tensor) -> torch.dtype:
 
 def forward_constants(tokens: Tensor, queries: Tensor, scale: Tensor | None, blocks: Blocks) -> dict[str, object]:
     """Compile-time arguments of the forward kernels."""
-    return backward_constants(tokens, queries, scale, blocks) | {
+    return _constants(tokens, queries, scale, blocks) | {
         "PARTS": PARTS[arithmetic_of(tokens)],
         "CHUNK": blocks.chunk,
         "POOL_BD": blocks.pool_channels,
@@ -220,12 +227,17 @@ def forward_constants(tokens: Tensor, queries: Tensor, scale: Tensor | None, blo
     }
 
 
-def backward_constants(tokens: Tensor, queries: Tensor, scale: Tensor | None, blocks: Blocks) -> dict[str, object]:
-    """Compile-time arguments of `logits_kernel`, but for PADDED."""
+def logits_constants(tokens: Tensor, queries: Tensor, scale: Tensor | None, blocks: Blocks) -> dict[str, object]:
+    """Compile-time arguments of `logits_kernel`."""
+    return _constants(tokens, queries, scale, blocks) | {"PADDED": padded_patches(tokens)}
+
+
+def _constants(tokens: Tensor, queries: Tensor, scale: Tensor | None, blocks: Blocks) -> dict[str, object]:
     return (
         _shared(tokens, queries, blocks)
         | ({"maxnreg": blocks.registers} if blocks.registers else {})
         | {
+            "PITCH": row_pitch(tokens.shape[2]),
             "HAS_SCALE": scale is not None,
             "BD": blocks.channels,
             "STAGES": blocks.stages,

@@ -1,7 +1,8 @@
 """Both implementations as operators that autograd and `torch.compile` know.
 
 Each forward returns pooled, lse, kept and the tensors for its backward: the softmax weights [B, T, H, k] for the
-reference; the mask of kept patches [B, T, N] and the schedule for Triton, whose pooled and lse are in another order.
+reference; the mask of kept patches, whose rows are padded, and the schedule for Triton, whose pooled and lse are in
+another order.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from egopatch.train.ops.select_attend import reference
-from egopatch.train.ops.select_attend.plan import tile_bound
+from egopatch.train.ops.select_attend.plan import row_pitch, tile_bound
 
 
 @torch.library.custom_op("egopatch::select_attend_reference", mutates_args=())
@@ -138,7 +139,7 @@ def _(
         queries.new_empty(*shape, width, dtype=dtype),
         queries.new_empty(shape, dtype=torch.float32),
         clip_index.new_empty(questions, frames, listed, dtype=torch.int64),
-        clip_index.new_empty(questions, frames, patches, dtype=torch.int8),
+        clip_index.new_empty(questions, frames, row_pitch(patches), dtype=torch.int8),
         clip_index.new_empty(questions, dtype=torch.int32),
         clip_index.new_empty(tile_bound(questions, clips), 4, dtype=torch.int32),
         clip_index.new_empty(clips, 2, dtype=torch.int32),

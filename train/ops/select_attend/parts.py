@@ -88,9 +88,9 @@ def by_patch(values, row, n, N: tl.constexpr, other):
 
 
 @triton.jit
-def chosen(mask, asked, n, live, N: tl.constexpr):
+def chosen(mask, asked, n, live, PITCH: tl.constexpr):
     """Whether the question of each column, whose row of the mask is `asked`, keeps the patches n [BN]: [BN, R]."""
-    kept = tl.load(mask + (asked * N)[None, :] + n[:, None], mask=(n < N)[:, None] & live[None, :], other=0)
+    kept = tl.load(mask + (asked * PITCH)[None, :] + n[:, None], mask=(n < PITCH)[:, None] & live[None, :], other=0)
     return kept > 0
 
 
@@ -103,7 +103,7 @@ def key(scores, inside):
 
 
 @triton.jit
-def cut(scores, rows, live, k, N: tl.constexpr, CHUNK: tl.constexpr, QB: tl.constexpr):
+def cut(scores, rows, live, k, N: tl.constexpr, PITCH: tl.constexpr, CHUNK: tl.constexpr, QB: tl.constexpr):
     """Where each question [QB] cuts its scores: the key of its k-th largest, and the last patch kept among equal ones.
 
     The scores of a question are read as a row of one warp, in one or two chunks, so that a count over a row needs no
@@ -114,11 +114,11 @@ def cut(scores, rows, live, k, N: tl.constexpr, CHUNK: tl.constexpr, QB: tl.cons
     m = tl.arange(0, CHUNK)
     far = m + CHUNK
     used = live[:, None]
-    at = scores + (rows * N)[:, None]
-    a = key(tl.load(at + m[None, :], mask=used & (m < N)[None, :], other=0.0), (m < N)[None, :])
+    at = scores + (rows * PITCH)[:, None]
+    a = key(tl.load(at + m[None, :], mask=used & (m < PITCH)[None, :], other=0.0), (m < N)[None, :])
     b = a
     if two:
-        b = key(tl.load(at + far[None, :], mask=used & (far < N)[None, :], other=0.0), (far < N)[None, :])
+        b = key(tl.load(at + far[None, :], mask=used & (far < PITCH)[None, :], other=0.0), (far < N)[None, :])
 
     reach = (a >= 0).to(tl.int32)
     if two:

@@ -236,6 +236,14 @@ def _divisor(width: int, channels: int) -> int:
     return channels
 
 
+def row_pitch(patches: int) -> int:
+    """Numbers from one row of scores, or of the mask of kept patches, to the next.
+
+    The patches, rounded up so that every row can be read in vectors: an odd pitch makes `logits_kernel` spill.
+    """
+    return -(-patches // 4) * 4
+
+
 def tile_bound(questions: int, clips: int) -> int:
     """G, the number of tiles that suffices for every assignment of questions to clips."""
     return clips + questions // QUESTIONS
