@@ -139,7 +139,8 @@ class Dataset:
             annotated ones, by BLEU-4, METEOR and ROUGE-L.
 
     Raises:
-        DatasetError: Only some of the questions have options, or only some of the training questions have variants.
+        DatasetError: `questions` holds no sequence of `Question` by part; only some of them have options; or only some
+            of the training questions have variants.
     """
 
     clips: tuple[Clip, ...]
@@ -150,6 +151,13 @@ class Dataset:
     free_answers: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.questions, Mapping):
+            raise DatasetError(f"questions is of type {type(self.questions).__name__}; expected a dict by part")
+        for part, questions in self.questions.items():
+            if isinstance(questions, str) or not isinstance(questions, Sequence):
+                raise DatasetError(f"questions[{part!r}] is of type {type(questions).__name__}; expected a tuple")
+            if strange := [question for question in questions if not isinstance(question, Question)]:
+                raise DatasetError(f"questions[{part!r}] contains {strange[0]!r:.200}; expected a Question")
         everything = [question for questions in self.questions.values() for question in questions]
         without = [question.question_id for question in everything if not question.options]
         if 0 < len(without) < len(everything):

@@ -5,13 +5,16 @@ it, and from `register_dataset`.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from egopatch.configs.plugins import Plugins
 from egopatch.configs.schema import ConfigError, DataConfig
 from egopatch.extract.datasets import egoschema, egotaskqa, jsonl, nextqa, qaego4d
-from egopatch.extract.datasets.records import PARTS, UNKNOWN_ANSWERS, Clip, Dataset, DatasetError, texts_of
+from egopatch.extract.datasets.records import PARTS, UNKNOWN_ANSWERS, Clip, Dataset, DatasetError, Question, texts_of
 
 Loader = Callable[[DataConfig], Dataset]
 
@@ -92,46 +95,112 @@ def load_clips(data: DataConfig) -> tuple[Clip, ...]:
 def _misfits(dataset: Dataset) -> Iterator[str]:
     """What is wrong with a data set from outside this package, whose adapters check their own where they know the line.
 
-    Without this, training fails after the job has encoded every clip.
+    Without this, training fails after the job has encoded every clip, or counts right answers as wrong.
     """
-    if sorted(dataset.questions) != sorted(PARTS):
-        yield f"questions has the parts {sorted(dataset.questions)}; expected {list(PARTS)}, empty tuples included"
+    if set(dataset.questions) != set(PARTS):
+        yield f"questions has the parts {list(dataset.questions)}; expected {list(PARTS)}, empty tuples included"
         return
-    fields: dict[str, object] = {"clips": dataset.clips, "answers": dataset.answers, "texts": dataset.texts}
-    fields |= {f"questions[{part!r}]": dataset.questions[part] for part in PARTS}
-    kinds = {name: type(value).__name__ for name, value in fields.items()}
-    wrong = [name for name, value in fields.items() if isinstance(value, str) or not isinstance(value, Sequence)]
-    yield from (f"{name} is of type {kinds[name]}; expected a tuple" for name in wrong)
-    if wrong:
+    fields = {"clips": dataset.clips, "answers": dataset.answers, "texts": dataset.texts}
+    if wrong := [name for name, value in fields.items() if isinstance(value, str) or not isinstance(value, Sequence)]:
+        yield from (f"{name} is of type {type(fields[name]).__name__}; expected a tuple" for name in wrong)
+        return
+    # What is of a wrong type cannot be compared, so the others are looked for only where there is none.
+    if wrong := [*_wrong_fields(dataset)]:
+        yield from wrong
         return
     if not dataset.clips:
         yield "clips is empty; expected at least one Clip"
-    clip_ids = set[str]()
-    for clip in dataset.clips:
-        if not isinstance(clip, Clip) or not isinstance(clip.video, Path):
-            yield f"clips contains {clip!r}; expected a Clip whose video is a pathlib.Path"
-            return
-        if clip.clip_id in clip_ids:
-            yield f"clip_id {clip.clip_id!r} names two clips; expected unique names"
-        clip_ids.add(clip.clip_id)
-    for part in PARTS:
-        question_ids = set[str]()
-        for question in dataset.questions[part]:
-            if question.question_id in question_ids:
-                yield f"question_id {question.question_id!r} names two questions of {part}; expected unique names"
-            question_ids.add(question.question_id)
-            if not isinstance(question.text, str) or not question.text.strip():
-                yield f"question {question.question_id!r}: text is {question.text!r}; expected the words of a question"
-                return
-            answer = question.answer
-            if not isinstance(answer, str) or not (answer.strip() or question.options):
-                yield f"question {question.question_id!r}: answer is {answer!r}; expected one, or options"
-                return
-            if question.clip_id not in clip_ids:
-                yield f"question {question.question_id!r}: clip_id {question.clip_id!r} is not in clips; add it there"
+    named = {"clip_id": [clip.clip_id for clip in dataset.clips], "answer": dataset.answers, "text": dataset.texts}
+    named |= {f"{part} question_id": [question.question_id for question in dataset.questions[part]] for part in PARTS}
+    for what, values in named.items():
+        yield from (f"{what} {value!r} is there twice; expected each once" for value in _repeated(values))
+    clip_ids = set(named["clip_id"])
     questions = [question for part in PARTS for question in dataset.questions[part]]
+    for question in questions:
+        if not question.answer and not question.options:
+            yield f"question {question.question_id!r}: answer is ''; expected one, or options"
+        if question.clip_id not in clip_ids:
+            yield f"question {question.question_id!r}: clip_id {question.clip_id!r} is not in clips; add it there"
     if missing := sorted(set(texts_of(questions)).difference(dataset.texts)):
         others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
         yield f"texts lacks {missing[0]!r}{others}; make it with texts_of(questions)"
     if any(not question.options for question in questions) and UNKNOWN_ANSWERS[1] not in dataset.answers:
         yield f"answers lacks {UNKNOWN_ANSWERS[1]}; make it with answer_vocabulary(training answers)"
+
+
+def _repeated(values: Sequence[str]) -> list[str]:
+    return [value for value, count in Counter(values).items() if count > 1] if len(set(values)) < len(values) else []
+
+
+def _wrong_fields(dataset: Dataset) -> Iterator[str]:
+    """One line for each field of a clip or a question, and each answer or text, that cannot be what it is."""
+    if strange := [clip for clip in dataset.clips if not isinstance(clip, Clip)]:
+        yield f"clips contains {strange[0]!r:.200}; expected a Clip"
+        return
+    groups: list[tuple[str, str, Sequence[Clip | Question], Mapping[str, _Field]]] = [
+        ("clip", "clip_id", dataset.clips, _CLIP_FIELDS)
+    ]
+    groups += [(f"{part} question", "question_id", dataset.questions[part], _QUESTION_FIELDS) for part in PARTS]
+    for what, id_name, records, fields in groups:
+        for name, (fits, expected) in fields.items():
+            values = [getattr(record, name) for record in records]
+            if not all(map(fits, _distinct(values))):
+                named = ((getattr(record, id_name), value) for record, value in zip(records, values, strict=True))
+                for record_id, value in named:
+                    if not fits(value):
+                        yield f"{what} {record_id!r}: {name} is {value!r:.200}; expected {expected}"
+    yield from (f"texts contains {text!r:.200}; expected a text" for text in dataset.texts if not isinstance(text, str))
+    for answer in dataset.answers:
+        if answer not in UNKNOWN_ANSWERS and not (answer and _is_lower(answer)):
+            yield f"answers contains {answer!r:.200}; expected {_LOWER}"
+
+
+def _distinct(values: list[Any]) -> Collection[Any]:
+    """Each of the values once, since most fields of a million questions have few; all, if some cannot be compared."""
+    try:
+        return set(values)
+    except TypeError:
+        return values
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_lower(value: object) -> bool:
+    return isinstance(value, str) and value == value.strip().lower()
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, tuple | list) and all(isinstance(item, str) for item in value)
+
+
+def _is_time(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and math.isfinite(value))
+
+
+_Field = tuple[Callable[[Any], bool], str]  # whether a value fits, and what was expected
+_LOWER = "a text in lower case without surrounding spaces"
+_TEXTS: _Field = (_are_texts, "a tuple of texts, which may be empty")
+_TIME: _Field = (_is_time, "seconds or None")
+_CLIP_FIELDS: Mapping[str, _Field] = {
+    "clip_id": (_is_text, "a text"),
+    "video": (lambda value: isinstance(value, Path), "a pathlib.Path"),
+    "start_s": _TIME,
+    "end_s": _TIME,
+}
+_QUESTION_FIELDS: Mapping[str, _Field] = {
+    "question_id": (_is_text, "a text"),
+    "clip_id": (_is_text, "the clip_id of a Clip"),
+    "text": (_is_text, "the words of a question"),
+    "answer": (_is_lower, _LOWER),
+    "form": (lambda value: value in ("open", "binary"), "open or binary"),
+    "tags": _TEXTS,
+    "encoded": (lambda value: value is None or isinstance(value, int), "a class or None"),
+    "written": (lambda value: value is None or _is_text(value), "a text or None"),
+    "options": _TEXTS,
+    "variants": (
+        lambda value: value is None or (_are_texts(value) and len(value) == 2),
+        "a paraphrase and a counterfactual, or None",
+    ),
+}

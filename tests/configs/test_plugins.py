@@ -181,31 +181,47 @@ ASKED = dict.fromkeys(PARTS, (QUESTION,))
 GOOD = Dataset((CLIP,), ASKED, answer_vocabulary(["a cup"]), ("what?",), "mine")
 
 
+def asked(**changed: object) -> dict[str, object]:
+    """Questions of which a field is wrong."""
+    return {"questions": dict.fromkeys(PARTS, (replace(QUESTION, **changed),))}  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
         ({"clips": ()}, "clips is empty; expected at least one Clip"),
         ({"clips": (clip for clip in (CLIP,))}, "clips is of type generator; expected a tuple"),
         ({"texts": "what?"}, "texts is of type str; expected a tuple"),
-        ({"clips": (CLIP, CLIP)}, "clip_id 'a' names two clips"),
-        ({"clips": (Clip("a", "a.mp4"),)}, "expected a Clip whose video is a pathlib.Path"),  # type: ignore[arg-type]
+        ({"clips": (CLIP, CLIP)}, "clip_id 'a' is there twice; expected each once"),
+        ({"clips": (replace(CLIP, video="a.mp4"),)}, "clip 'a': video is 'a.mp4'; expected a pathlib.Path"),
+        ({"clips": (replace(CLIP, clip_id=7),)}, "clip 7: clip_id is 7; expected a text"),
+        ({"clips": (replace(CLIP, start_s=float("nan")),)}, "clip 'a': start_s is nan; expected seconds or None"),
         ({"clips": ({"clip_id": "a"},)}, "clips contains {'clip_id': 'a'}; expected a Clip"),
         ({"clips": (replace(CLIP, clip_id="b"),)}, "question '1': clip_id 'a' is not in clips; add it there"),
         (
             {"questions": {"train": (QUESTION,)}},
             r"questions has the parts \['train'\]; expected \['train', 'val', 'test'\]",
         ),
-        ({"questions": {**ASKED, "val": (QUESTION, QUESTION)}}, "question_id '1' names two questions of val"),
+        (
+            {"questions": {**ASKED, "val": (QUESTION, QUESTION)}},
+            "val question_id '1' is there twice; expected each once",
+        ),
         ({"texts": ("who?",)}, "texts lacks 'what\\?'; make it with texts_of"),
         ({"texts": ()}, "texts lacks 'what\\?'; make it with texts_of"),
-        (
-            {"questions": dict.fromkeys(PARTS, (replace(QUESTION, text=" "),))},
-            "question '1': text is ' '; expected the",
-        ),
-        (
-            {"questions": dict.fromkeys(PARTS, (replace(QUESTION, answer=""),))},
-            "question '1': answer is ''; expected one",
-        ),
+        (asked(text=" "), "question '1': text is ' '; expected the"),
+        (asked(answer=""), "question '1': answer is ''; expected one, or options"),
+        (asked(question_id=7), "train question 7: question_id is 7; expected a text"),
+        (asked(answer="A cup"), "question '1': answer is 'A cup'; expected a text in lower case"),
+        (asked(form="opne"), "question '1': form is 'opne'; expected open or binary"),
+        (asked(tags=None), "question '1': tags is None; expected a tuple of texts"),
+        (asked(tags="time"), "question '1': tags is 'time'; expected a tuple of texts"),
+        (asked(tags=(3,)), r"question '1': tags is \(3,\); expected a tuple of texts"),
+        (asked(variants=("who?",)), r"question '1': variants is \('who\?',\); expected a paraphrase and"),
+        (asked(clip_id=None), "question '1': clip_id is None; expected the clip_id of a Clip"),
+        ({"texts": ("what?", "what?")}, r"text 'what\?' is there twice; expected each once"),
+        ({"texts": ("what?", 3)}, "texts contains 3; expected a text"),
+        ({"answers": (*GOOD.answers, "a cup")}, "answer 'a cup' is there twice; expected each once"),
+        ({"answers": (*GOOD.answers, "A hat")}, "answers contains 'A hat'; expected a text in lower case"),
         ({"answers": ("a cup",)}, "answers lacks <UNK1>; make it with answer_vocabulary"),
     ],
 )
@@ -217,6 +233,19 @@ def test_a_data_set_whose_parts_do_not_fit(
         load_dataset(DataConfig(name="mine"))
     monkeypatch.setitem(DATASETS._registered, "mine", lambda _: GOOD)
     assert load_dataset(DataConfig(name="mine")) == GOOD
+
+
+@pytest.mark.parametrize(
+    ("questions", "why"),
+    [
+        ([QUESTION], "^questions is of type list; expected a dict by part$"),
+        ({**ASKED, "val": None}, r"^questions\['val'\] is of type NoneType; expected a tuple$"),
+        ({**ASKED, "val": ({"question_id": "1"},)}, r"^questions\['val'\] contains {'question_id': '1'}; expected a Q"),
+    ],
+)
+def test_questions_that_are_none(questions: object, why: str) -> None:
+    with pytest.raises(DatasetError, match=why):
+        replace(GOOD, questions=questions)  # type: ignore[arg-type]
 
 
 def test_a_fault_of_a_data_set_may_be_one_string() -> None:
