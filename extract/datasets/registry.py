@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from egopatch.configs.plugins import Plugins
+from egopatch.configs.plugins import Plugins, traceback_kept
 from egopatch.configs.schema import ConfigError, DataConfig
 from egopatch.extract.datasets import egoschema, egotaskqa, jsonl, nextqa, qaego4d
 from egopatch.extract.datasets.records import PARTS, UNKNOWN_ANSWERS, Clip, Dataset, DatasetError, Question, texts_of
@@ -63,13 +63,18 @@ def load_dataset(data: DataConfig) -> Dataset:
         DatasetError: `data.root` does not exist, or annotation files are missing or malformed; one line per fault, with
             file and position. Or the parts of a data set from outside this package do not fit together.
         ConfigError: `data.name` is unknown, or what registers it is broken.
+        RuntimeError: The function of a data set from outside this package raises another ValueError or OSError.
     """
     plugin = _PLUGINS.find(data.name)
     if plugin is None and not data.root.is_dir():
         expected = "set --data.root to the folder of the annotations"
         hint = "`egopatch extract data` downloads EgoTaskQA, `make demo` renders EgoSynth"
         raise DatasetError([f"data.root is '{data.root}', which does not exist; {expected} ({hint})"])
-    dataset = (plugin or LOADERS[data.name])(data)
+    if plugin is None:
+        dataset = LOADERS[data.name](data)
+    else:
+        with traceback_kept(f"the data set {data.name}"):
+            dataset = plugin(data)
     if not isinstance(dataset, Dataset):
         owner = _PLUGINS.package_of(data.name) or "this process"
         raise ConfigError(

@@ -5,12 +5,13 @@ packages, each a `Network`, and from `register_encoder`.
 """
 
 import dataclasses
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import get_args
 
 import torch
 
-from egopatch.configs.plugins import Plugins
+from egopatch.configs.plugins import Plugins, traceback_kept
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
 from egopatch.extract.encoders.layers.compiling import compile_encoder
@@ -76,7 +77,10 @@ def weights_path(arch: str | Network, path: Path | None) -> Path:
     """
     network = _network_of(arch)
     if path is not None:
-        return path if network.locate is None else network.locate(path)
+        if network.locate is None:
+            return path
+        with _own_code(network):
+            return network.locate(path)
     if network.package is None:
         raise ConfigError(
             f"encoder.checkpoint is not set, and no package provides the weights of {network.name}; "
@@ -97,7 +101,7 @@ def open_checkpoint(arch: str | Network, path: Path | None) -> Checkpoint:
         ConfigError: As for `weights_path`.
     """
     network = _network_of(arch)
-    return network.open_checkpoint(weights_path(network, path))
+    return _opened(network, weights_path(network, path))
 
 
 def open_text_checkpoint(arch: str | Network, video: Checkpoint | None, model: str) -> Checkpoint:
@@ -115,7 +119,9 @@ def open_text_checkpoint(arch: str | Network, video: Checkpoint | None, model: s
     if network.text_weights is None:
         assert video is not None
         return video
-    return network.open_checkpoint(network.text_weights(model))
+    with _own_code(network):
+        file = network.text_weights(model)
+    return _opened(network, file)
 
 
 def input_transform(arch: str | Network, path: Path | None, size: int) -> Transform:
@@ -132,7 +138,9 @@ def input_transform(arch: str | Network, path: Path | None, size: int) -> Transf
     network = _network_of(arch)
     if isinstance(network.transform, Transform):
         return network.transform
-    return network.transform(weights_path(network, path), size)
+    weights = weights_path(network, path)
+    with _own_code(network):
+        return network.transform(weights, size)
 
 
 def load_video_encoder(
@@ -168,6 +176,8 @@ def load_video_encoder(
         ConfigError: `arch` is unknown or builds no complete `VideoEncoder`, a package is not installed, or
             `torch.compile` does not work here. Of an encoder from outside this package, `forward` raises it too, where
             it returns something else than `PatchTokens` of the shapes that the encoder promises.
+        RuntimeError: Code of an encoder from outside this package, `forward` included, raises another ValueError or
+            OSError.
         ValueError: `path` or `variant` is unknown, or `num_frames` is below 1.
     """
     network = _network_of(arch)
@@ -182,7 +192,8 @@ def load_video_encoder(
         if isinstance(checkpoint, Checkpoint)
         else open_checkpoint(network, None if checkpoint is None else Path(checkpoint))
     )
-    encoder = network.build_video(loaded, VideoOptions(num_frames, depth, path, dtype, variant, size, saliency))
+    with _own_code(network):
+        encoder = network.build_video(loaded, VideoOptions(num_frames, depth, path, dtype, variant, size, saliency))
     if not isinstance(encoder, VideoEncoder):
         raise ConfigError(
             f"encoder.arch is {network.name!r}, but its build_video returns a {type(encoder).__name__}; "
@@ -209,8 +220,9 @@ def load_text_encoder(arch: str | Network, checkpoint: Path | str | Checkpoint, 
         CheckpointError, ConfigError: As for `load_video_encoder`.
     """
     network = _network_of(arch)
-    loaded = checkpoint if isinstance(checkpoint, Checkpoint) else network.open_checkpoint(Path(checkpoint))
-    encoder = network.build_text(loaded, depth)
+    loaded = checkpoint if isinstance(checkpoint, Checkpoint) else _opened(network, Path(checkpoint))
+    with _own_code(network):
+        encoder = network.build_text(loaded, depth)
     if not isinstance(encoder, TextEncoder):
         raise ConfigError(
             f"encoder.arch is {network.name!r}, but its build_text returns a {type(encoder).__name__}; "
@@ -231,3 +243,13 @@ def load_tokenizer(model: str, max_length: int = 30) -> Tokenizer:
 
 def _network_of(arch: str | Network) -> Network:
     return find_network(arch) if isinstance(arch, str) else arch
+
+
+def _opened(network: Network, file: Path) -> Checkpoint:
+    with _own_code(network):
+        return network.open_checkpoint(file)
+
+
+def _own_code(network: Network) -> AbstractContextManager[None]:
+    """See `traceback_kept`; errors of this package's own networks stay one line."""
+    return nullcontext() if network.name in NETWORKS else traceback_kept(f"the encoder {network.name}")

@@ -1,6 +1,7 @@
 """Names from outside: whose they are, and what is said about a broken package, in one line that names it."""
 
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -246,6 +247,20 @@ def test_a_data_set_whose_parts_do_not_fit(
 def test_questions_that_are_none(questions: object, why: str) -> None:
     with pytest.raises(DatasetError, match=why):
         replace(GOOD, questions=questions)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_an_error_of_a_data_set_keeps_the_line_of_its_author(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(_: DataConfig) -> Dataset:
+        raise error("at my line")
+
+    monkeypatch.setitem(DATASETS._registered, "mine", load)
+    # Either would be one line of `train fit`, without the file.
+    with pytest.raises(RuntimeError, match=f"^the data set mine raises {error.__name__}: at my line$") as caught:
+        load_dataset(DataConfig(name="mine"))
+    assert "in load\n" in "".join(traceback.format_exception(caught.value))
 
 
 def test_a_fault_of_a_data_set_may_be_one_string() -> None:

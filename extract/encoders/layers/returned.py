@@ -1,16 +1,19 @@
 """What the encoders of a network from outside this package return is checked at every batch.
 
-Without this, a row too many would go unnoticed, and what is no tensor would fail far from where it was made.
+Without this, a row too many would go unnoticed, and what is no tensor would fail far from where it was made. What their
+`forward` raises keeps its traceback.
 
 Shape legend: B clips or texts, T' positions in time (`steps`), N patches a frame of D channels, L text tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from math import prod
+from typing import Any
 
 from torch import Tensor, nn
 
+from egopatch.configs.plugins import traceback_kept
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.encoders.layers.text_encoder import TextEncoder
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
@@ -20,7 +23,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def check_tokens(name: str, encoder: VideoEncoder) -> None:
-    """Have `forward` raise ConfigError unless it returns what the encoder's attributes promise.
+    """Have `forward` raise ConfigError unless it returns what the encoder's attributes promise, and name the encoder.
 
     Args:
         name: Name of the network, for messages.
@@ -30,13 +33,24 @@ def check_tokens(name: str, encoder: VideoEncoder) -> None:
         ConfigError: The encoder lacks an attribute that it has to set.
     """
     _require_attributes(name, encoder, "grid", "width", "depth", "num_frames", "size")
+    _watch(f"the encoder {name}", encoder)
     encoder.register_forward_hook(partial(_require_tokens, name))
 
 
 def check_states(name: str, encoder: TextEncoder) -> None:
     """As `check_tokens`, for the text encoder of the network."""
     _require_attributes(name, encoder, "width", "depth")
+    _watch(f"the text half of the encoder {name}", encoder)
     encoder.register_forward_hook(partial(_require_states, name))
+
+
+def _watch(whose: str, encoder: nn.Module) -> None:
+    encoder.forward = partial(_forward, whose, encoder.forward)  # a hook cannot change what `forward` raises
+
+
+def _forward(whose: str, forward: Callable[..., Any], *inputs: Tensor) -> Any:
+    with traceback_kept(whose):
+        return forward(*inputs)
 
 
 def _require_attributes(name: str, encoder: nn.Module, *attributes: str) -> None:

@@ -1,8 +1,10 @@
 """A network is one file and one line of the registry: here is such a file, and every command takes it."""
 
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -15,9 +17,11 @@ from egopatch.extract.encoders import (
     NETWORKS,
     TextEncoder,
     find_network,
+    input_transform,
     load_text_encoder,
     load_video_encoder,
     open_checkpoint,
+    open_text_checkpoint,
 )
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
 from egopatch.extract.encoders.checkpoints.package import MINILM
@@ -146,6 +150,54 @@ def test_the_right_tokens_of_an_outside_encoder_pass() -> None:
     assert tokens.patches.shape == (1, 2, 4, 3)
 
 
+class Words(TextEncoder):
+    def __init__(self, states: object) -> None:
+        nn.Module.__init__(self)
+        self.width, self.depth, self.states = 5, 1, states
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.states  # type: ignore[return-value]
+
+
+def fails(*_: object) -> NoReturn:
+    raise ValueError("at my line")
+
+
+class Failing(Words):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        fails()
+
+
+OUTSIDE = Network("mine", build, lite.build_text, WHOLE)
+NOTHING = Checkpoint(Path("mine.pth"), "bare", {})
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: returning(fails)(torch.rand(1, 2, 3, 32, 32)),
+        lambda: load_video_encoder(replace(OUTSIDE, build_video=fails), NOTHING),
+        lambda: load_text_encoder(replace(OUTSIDE, build_text=fails), NOTHING),
+        lambda: load_text_encoder(replace(OUTSIDE, build_text=lambda *_: Failing(0)), NOTHING)(torch.zeros(1, 2), None),
+        lambda: input_transform(replace(OUTSIDE, transform=fails), Path("mine.pth"), 32),
+        lambda: open_checkpoint(replace(OUTSIDE, open_checkpoint=fails), Path("mine.pth")),
+        lambda: open_checkpoint(replace(OUTSIDE, locate=fails), Path("mine.pth")),
+        lambda: open_text_checkpoint(replace(OUTSIDE, text_weights=fails), None, "mine"),
+    ],
+)
+def test_an_error_in_the_code_of_an_outside_encoder_names_it_and_keeps_its_line(call: Callable[[], object]) -> None:
+    # A ValueError would be one line of `train ask`, without the file.
+    with pytest.raises(RuntimeError, match=r"the encoder mine raises ValueError: at my line$") as caught:
+        call()
+    assert "in fails" in "".join(traceback.format_exception(caught.value))
+
+
+def test_tokens_of_an_outside_encoder_that_disagree_with_themselves_name_it() -> None:
+    encoder = returning(lambda t: PatchTokens(t.cls, t.patches, t.saliency[:, :1]))
+    with pytest.raises(RuntimeError, match=r"^the encoder mine raises ValueError: saliency has shape \(1, 1, 4\); exp"):
+        encoder(torch.rand(1, 2, 3, 32, 32))
+
+
 def test_an_outside_encoder_without_its_attributes() -> None:
     class Bare(VideoEncoder):
         def __init__(self) -> None:
@@ -155,15 +207,6 @@ def test_an_outside_encoder_without_its_attributes() -> None:
     network = Network("mine", lambda checkpoint, options: Bare(), lite.build_text, WHOLE)
     with pytest.raises(ConfigError, match="the Bare of the encoder mine has no grid and no num_frames; expected the"):
         load_video_encoder(network, Checkpoint(Path("mine.pth"), "bare", {}))
-
-
-class Words(TextEncoder):
-    def __init__(self, states: object) -> None:
-        nn.Module.__init__(self)
-        self.width, self.depth, self.states = 5, 1, states
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.states  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(
