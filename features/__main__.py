@@ -22,7 +22,7 @@ with interrupts_in_one_line("features"):
     from egopatch.features.formats.interface import CODECS, require_format
     from egopatch.features.state.catalog import Catalog
     from egopatch.features.state.counts import machines_line
-    from egopatch.features.state.header import parse_header, read_header
+    from egopatch.features.state.header import HEADER, parse_header, read_header
     from egopatch.features.state.quarantine import Quarantine
     from egopatch.features.storage.pick import storage_at
     from egopatch.features.store.text_substore import TEXT_FOLDER, network_differences, substores
@@ -319,6 +319,12 @@ def _unlock(options: argparse.Namespace) -> Outcome:
     storage = storage_at(options.store)
     folders = ("", TEXT_FOLDER) if options.shard is None else ("",)
     removed = [line for folder in folders for line in storage.subfolder(folder).unlock(options.shard)]
+    # The folder of a run has a lease as well, and is no store.
+    if options.shard is not None and not removed and storage.exists(HEADER):
+        catalog = _catalog(options.store)
+        shards = max(map(catalog.shard_of, catalog.rows.values()), default=-1) + 1
+        if not 0 <= options.shard < shards:
+            raise WrongOption(f"--shard is {options.shard}, but {options.store} has {shards} shards, counted from 0")
     lines = [f"removed lease {line}" for line in removed]
     return 0, {"removed": removed}, "\n".join(lines or [f"{options.store} has no leases to remove"])
 

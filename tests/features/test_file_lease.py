@@ -156,6 +156,18 @@ def test_unlock_removes_what_is_gone_and_refuses_what_runs(
     assert "has no leases to remove" in capsys.readouterr().out
 
 
+def test_unlock_refuses_a_shard_that_does_not_exist(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = len(store.missing_shards())
+    for shard in (-1, shards, 99):
+        assert main(["unlock", str(store.path), "--shard", str(shard)]) == 2
+        refused = f"features: --shard is {shard}, but {store.path} has {shards} shards, counted from 0\n"
+        assert capsys.readouterr().err == refused
+    assert main(["unlock", str(store.path), "--shard", str(shards - 1)]) == 0
+    run = store.path.parent / "run"
+    run.mkdir()
+    assert main(["unlock", str(run), "--shard", "0"]) == 0
+
+
 HELD_IN_NAMESPACE = """
 import os, sys
 from pathlib import Path
