@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.train.heads import Head
 from egopatch.train.heads.registry import _PLUGINS as HEADS
+from egopatch.train.sweeps import sweep
 from egopatch.train.sweeps.axes import read_axes
 from egopatch.train.sweeps.sweep import run_sweep
 from tests.train.tiny import with_run
@@ -43,6 +45,36 @@ def test_an_option_is_given_in_one_place(tmp_path: Path) -> None:
         read_axes([1.0], None, grid)
     with pytest.raises(ConfigError, match=r"--seeds is \[3\], but --grid .* also has train\.seed, as \[0, 1\]; give"):
         read_axes(None, [3], grid)
+
+
+@pytest.mark.parametrize(
+    ("head", "ratios", "noted"),
+    [
+        ({"head_name": "question-only"}, [0.5, 1.0], "the head question-only does not depend on head.ratio, so runs"),
+        ({"head_name": "mine"}, [0.5, 1.0], "the head mine does not depend on head.ratio, so runs that differ only in"),
+        ({"head_scores": ("all",)}, [0.5, 1.0], "the head psa does not depend on head.ratio where head.scores is all,"),
+        ({"head_name": "question-only"}, [0.5], None),
+        ({}, [0.5, 1.0], None),
+    ],
+)
+def test_ratios_of_a_head_that_does_not_depend_on_them_are_noted(
+    tiny: Config,
+    head: dict[str, object],
+    ratios: list[float],
+    noted: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(HEADS._registered, "mine", Head("mine", lambda _, sizes: torch.nn.Identity()))
+    monkeypatch.setattr(sweep, "open_experiment", fail_fast)  # the note comes before anything is read
+    with pytest.raises(InterruptedError):
+        sweep.run_sweep(with_run(tiny, "noted", **head), ratios=ratios)
+    out = capsys.readouterr().out
+    assert (f"note: {noted}" in out) if noted else ("note: " not in out)
+
+
+def fail_fast(_: Config) -> NoReturn:
+    raise InterruptedError
 
 
 @dataclass(frozen=True)

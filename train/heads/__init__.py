@@ -19,6 +19,7 @@ from egopatch.train.heads.registry import (
     can_stack,
     check_head,
     package_versions,
+    reads_ratio,
     reads_video,
     register_head,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "check_head",
     "load_head",
     "package_versions",
+    "reads_ratio",
     "reads_video",
     "register_head",
     "unwrapped",

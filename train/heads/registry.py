@@ -156,6 +156,11 @@ def reads_video(name: str) -> bool:
     return _described(name).reads_video
 
 
+def reads_ratio(config: HeadConfig) -> bool:
+    """Whether the head depends on `head.ratio`; of all heads only psa selects patches by it."""
+    return config.name == "psa" and "all" not in config.scores
+
+
 def can_stack(name: str) -> bool:
     """Whether several heads called `name` can train as stacked heads."""
     return _described(name).stacks

@@ -29,7 +29,7 @@ from egopatch.train.fitting.fit import test_groups, train_together
 from egopatch.train.fitting.run import system_name
 from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.fitting.shortage import shortage_explained
-from egopatch.train.heads import can_stack, check_head
+from egopatch.train.heads import can_stack, check_head, reads_ratio
 from egopatch.train.processes.process_pool import call_in_processes, can_fork
 from egopatch.train.rundir import card as run_folder
 from egopatch.train.rundir.card import RunError
@@ -113,6 +113,13 @@ def run_sweep(
     before = sum(map(_finished, configs))
     label = f"sweep {name}"
     print(f"{label}: {len(runs)} runs, {before} already finished", flush=True)
+    if len(axes.get("head.ratio", ())) > 1 and not any(reads_ratio(run.config.head) for run in runs):
+        where = " where head.scores is all" if config.head.name == "psa" else ""
+        print(
+            f"note: the head {config.head.name} does not depend on head.ratio{where}, so runs that differ only in it "
+            "train the same head; vary options that it reads, with --grid",
+            flush=True,
+        )
     started, bytes_read = time.monotonic(), 0
     outcomes: Outcomes = {}
     if before < len(runs):
