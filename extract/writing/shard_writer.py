@@ -239,10 +239,11 @@ class BackgroundShardWriter:
             return {}  # a question has no quarantine; the store refuses it by name
         arrays = {name: array for name, row in rows.items() if (array := array_not_finite(row))}
         if len(arrays) == len(rows) > 1:
+            encoder = self._store.fingerprint.fields.get("arch")
             raise StoreError(
                 f"all {len(rows)} clips of shard {shard} of {self._store.path} have NaN or infinity in their tokens, "
-                "so the encoder or its arithmetic is at fault, and none is stored: check encoder.checkpoint, or use "
-                "--encoder.dtype float32 and another --store.path"
+                f"so the encoder {encoder} or its arithmetic is at fault, and none is stored: check "
+                "encoder.checkpoint, or use --encoder.dtype float32 and another --store.path"
             )
         return {
             name: Failure(
