@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from egopatch.configs.schema import Config
+from egopatch.configs.schema import Config, ConfigError
+from egopatch.extract.datasets import Dataset, load_dataset
+from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
+from egopatch.extract.datasets.registry import _PLUGINS as DATASETS
 from egopatch.train.__main__ import main
 from egopatch.train.data.batch import Batch
 from egopatch.train.fitting import run_group
@@ -274,3 +278,13 @@ def test_a_full_disk_is_one_line_and_the_last_state_is_kept(
     fit(tiny, "x")
     assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
     assert same(weights_of(tiny), weights_of(undisturbed))
+
+
+def test_an_own_data_set_without_questions_is_named(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    clips = load_dataset(tiny.data).clips
+    bare = Dataset(clips, {"train": (), "val": (), "test": ()}, UNKNOWN_ANSWERS, (), "direct")
+    monkeypatch.setitem(DATASETS._registered, "mine", lambda _: bare)
+    with pytest.raises(
+        ConfigError, match=r"^the data set mine has clips and no questions; expected some of each part$"
+    ):
+        fit(replace(tiny, data=replace(tiny.data, name="mine")), "x")

@@ -152,6 +152,8 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     dataset = load_dataset(config.data)
     if not any(dataset.questions.values()):
+        if config.data.name != "jsonl":
+            raise ConfigError(f"the data set {config.data.name} has clips and no questions; expected some of each part")
         raise ConfigError(
             f"data.questions is {config.data.questions!r}, so {config.data.root} has clips and no questions; name a"
             " file of questions there, and run `extract run` with the same config"
