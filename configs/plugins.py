@@ -18,6 +18,11 @@ T = TypeVar("T")
 EGOPATCH, CALL = "egopatch", "an earlier call"
 
 
+def of_this_package(value: object) -> bool:
+    """Whether the class of `value` is defined in this package."""
+    return type(value).__module__.partition(".")[0] == EGOPATCH
+
+
 @contextmanager
 def traceback_kept(whose: str) -> Iterator[None]:
     """Raise an error of code from outside this package as one that commands do not print as a single line.
@@ -30,12 +35,13 @@ def traceback_kept(whose: str) -> Iterator[None]:
         whose: Whose code the block calls, such as `the head mine`.
 
     Raises:
-        RuntimeError: In place of any other ValueError or OSError, which is its cause.
+        RuntimeError: In place of any other ValueError or OSError, which is its cause. A BrokenPipeError stays as it is,
+            too: nobody reads any more what the code prints.
     """
     try:
         yield
     except (ValueError, OSError) as error:
-        if type(error).__module__.partition(".")[0] == EGOPATCH:
+        if isinstance(error, BrokenPipeError) or of_this_package(error):
             raise
         raise RuntimeError(f"{whose} raises {type(error).__name__}: {error}") from error
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from egopatch.configs.plugins import Plugins
+from egopatch.configs.plugins import Plugins, traceback_kept
 from egopatch.configs.schema import ConfigError, DataConfig, HeadConfig
 from egopatch.extract.datasets import PARTS, Clip, Dataset, DatasetError, Question, load_dataset, register_dataset
 from egopatch.extract.datasets.records import answer_vocabulary
@@ -276,3 +276,8 @@ def test_a_network_that_builds_something_else(tmp_path: Path) -> None:
     network = replace(lite.NETWORK, build_video=lambda _, __: nn.Identity())  # type: ignore[arg-type, return-value]
     with pytest.raises(ConfigError, match="'lite', but its build_video returns a Identity; expected an extract"):
         load_video_encoder(network, Checkpoint(tmp_path, "bare", {}), size=64)
+
+
+def test_outside_code_whose_output_has_no_reader_ends_in_silence() -> None:
+    with pytest.raises(BrokenPipeError), traceback_kept("the head mine"):
+        raise BrokenPipeError(32, "Broken pipe")

@@ -14,7 +14,7 @@ from egopatch.train.__main__ import main
 from egopatch.train.commands.sweep import STACKED
 from egopatch.train.data.batch import Batch
 from egopatch.train.fitting.fit import fit
-from egopatch.train.heads import Head, Sizes
+from egopatch.train.heads import Choice, Head, Sizes, build_head, errors_kept
 from egopatch.train.heads.registry import _PLUGINS as HEADS
 from egopatch.train.rundir.card import RunError
 from egopatch.train.sweeps.sweep import run_sweep
@@ -79,6 +79,14 @@ def test_the_line_survives_a_forked_process(own: Registered) -> None:
     with pytest.raises(RuntimeError, match="head Linear raises ValueError") as caught:
         run_sweep(config, seeds=[0, 1])
     assert re.search(r"test_own_heads\.py\", line \d+, in refuses", traced(caught.value))
+
+
+def test_an_error_while_a_head_scores_options_names_the_head(own: Registered) -> None:
+    config = own(lambda _, sizes: Linear(sizes))
+    head = build_head(config, Sizes(2, (3, 4), 12, 32, 32, 4, choices=4))
+    assert isinstance(head, Choice)
+    with pytest.raises(RuntimeError, match=r"^the head Linear raises ValueError: three$"), errors_kept(head):
+        raise ValueError("three")
 
 
 def traced(error: BaseException) -> str:

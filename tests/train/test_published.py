@@ -179,6 +179,17 @@ def test_heads_without_a_published_classifier_are_refused(mfas: Config, tmp_path
         fit(with_run(other, "z", head_name="mfas"), "x")
 
 
+def test_a_network_of_another_width_than_the_store_is_one_line(
+    mfas: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = tiny_network(tmp_path, "mfas", width=128, answers=4)
+    other, path = tmp_path / "other.tar", tmp_path / "c.yaml"
+    torch.save({"model_state_dict": {f"module.{n}": t for n, t in network.tensors.items()}, "epoch": 3}, other)
+    path.write_text(yaml.safe_dump(plain(with_run(mfas, "wide"))))
+    assert main(["fit", "--config", str(path), "--encoder.checkpoint", str(other)]) == 1
+    assert "failed: patches has 64 channels; this head's network has 128\n" in capsys.readouterr().err
+
+
 def test_the_command_line_evaluates_a_file(mfas: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(plain(with_run(mfas, "command"))))

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from egopatch.configs.plugins import traceback_kept
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.features import PatchTokens
 from egopatch.train.data.batch import Batch
@@ -21,7 +20,7 @@ from egopatch.train.data.question_table import NO_OPTION, QuestionTable, plan_ba
 from egopatch.train.fitting.answers import Answers, PartScorer
 from egopatch.train.fitting.experiment import Experiment
 from egopatch.train.fitting.run import TrainingRun
-from egopatch.train.heads import HEADS, PSA, Choice, Majority, Sizes, build_head, can_capture, unwrapped
+from egopatch.train.heads import HEADS, PSA, Choice, Majority, Sizes, build_head, can_capture, errors_kept, unwrapped
 from egopatch.train.heads.common.question import QuestionReader
 from egopatch.train.heads.psa.coarse import kernel_width
 from egopatch.train.heads.psa.selection import implementation_in_use
@@ -371,5 +370,5 @@ def measure_inputs(heads: Sequence[nn.Module], features: Features, table: Questi
             whole.read.whiten.measure(features.option_tokens(table))
         if tokens is not None:
             assert callable(head.measure)
-            with traceback_kept(f"measure of the head {type(head).__name__}"):
+            with errors_kept(head):
                 head.measure(tokens)

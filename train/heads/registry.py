@@ -5,19 +5,20 @@ packages, each a `Head`, and from `register_head`.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from egopatch.configs.plugins import Plugins, traceback_kept
+from egopatch.configs.plugins import Plugins, of_this_package, traceback_kept
 from egopatch.configs.schema import Config, ConfigError, HeadConfig
 from egopatch.extract.encoders import open_checkpoint
 from egopatch.train.data.batch import Batch
 from egopatch.train.heads.common.attention import Attention
 from egopatch.train.heads.common.blind import Majority, QuestionOnly
-from egopatch.train.heads.common.choice import Choice, LongestOption
+from egopatch.train.heads.common.choice import Choice, LongestOption, unwrapped
 from egopatch.train.heads.common.pooled import Pooled
 from egopatch.train.heads.common.question import Sizes
 from egopatch.train.heads.fused.fused import FusedSystem, load_head
@@ -214,6 +215,12 @@ def build_head(config: Config, sizes: Sizes) -> nn.Module:
     if not sizes.choices or (isinstance(head, _BuiltIn) and head.chooses):
         return _build(head, config, sizes)
     return Choice(_build(head, config, replace(sizes, answers=config.head.width)), config.head, sizes)
+
+
+def errors_kept(head: nn.Module) -> AbstractContextManager[None]:
+    """`traceback_kept` around code of a head from outside this package; errors of the heads here are one line each."""
+    read = unwrapped(head)
+    return nullcontext() if of_this_package(read) else traceback_kept(f"the head {type(read).__name__}")
 
 
 def _build(head: Head | _BuiltIn, config: Config, sizes: Sizes) -> nn.Module:

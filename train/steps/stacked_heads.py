@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from egopatch.configs.plugins import traceback_kept
 from egopatch.configs.schema import ConfigError, TrainConfig
 from egopatch.train.data.batch import Batch, Options
 from egopatch.train.data.question_table import NO_CLASS
-from egopatch.train.heads import PSA, Choice, unwrapped
+from egopatch.train.heads import PSA, Choice, errors_kept, unwrapped
 from egopatch.train.heads.common.noise import Noise, mix
 from egopatch.train.heads.psa.selection import PatchSelection
 from egopatch.train.ops.philox import Draw
@@ -390,7 +389,7 @@ class _Caller(nn.Module):
         self._call = call
 
     def forward(self) -> Any:
-        with traceback_kept(f"the head {type(self.head).__name__}"):
+        with errors_kept(self.head):
             return self._call(self.head)
 
 
