@@ -118,7 +118,8 @@ class VideoConfig:
         _check_options(self)
         _require(self.frames >= 1, "video.frames", self.frames, "at least 1")
         _require(self.size >= 1, "video.size", self.size, "at least 1")
-        _require(0 < self.timeout_s < math.inf, "video.timeout_s", self.timeout_s, "a positive number of seconds")
+        seconds = "a positive, finite number of seconds"
+        _require(0 < self.timeout_s < math.inf, "video.timeout_s", self.timeout_s, seconds)
         most = "a positive number of GiB, at most a million"
         _require(0 < self.memory_gb <= 1e6, "video.memory_gb", self.memory_gb, most)
 
@@ -357,16 +358,16 @@ class TrainConfig:
         _check_options(self)
         _require(self.epochs >= 1, "train.epochs", self.epochs, "at least 1")
         _require(self.batch >= 1, "train.batch", self.batch, "at least 1")
-        _require(0 < self.lr < math.inf, "train.lr", self.lr, "a positive number")
+        _require(0 < self.lr < math.inf, "train.lr", self.lr, "a positive, finite number")
         _require(0 <= self.warmup < 1, "train.warmup", self.warmup, "a share in [0, 1)")
         decays = 0 <= self.weight_decay < math.inf
-        _require(decays, "train.weight_decay", self.weight_decay, "a number of at least 0")
+        _require(decays, "train.weight_decay", self.weight_decay, "a finite number of at least 0")
         _require(0 <= self.seed < 2**63, "train.seed", self.seed, "a number from 0 to 2**63 - 1")
         _require(self.accumulate >= 1, "train.accumulate", self.accumulate, "at least 1")
         _require(0 <= self.ema < 1, "train.ema", self.ema, "a decay in [0, 1)")
         _require(self.patience is None or self.patience >= 1, "train.patience", self.patience, "null or at least 1")
         _require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "a share in [0, 1)")
-        _require(0 <= self.contrast < math.inf, "train.contrast", self.contrast, "a weight of at least 0")
+        _require(0 <= self.contrast < math.inf, "train.contrast", self.contrast, "a finite weight of at least 0")
 
 
 @dataclass(frozen=True)
