@@ -33,24 +33,27 @@ def check_tokens(name: str, encoder: VideoEncoder) -> None:
         ConfigError: The encoder lacks an attribute that it has to set.
     """
     _require_attributes(name, encoder, "grid", "width", "depth", "num_frames", "size")
-    _watch(f"the encoder {name}", encoder)
-    encoder.register_forward_hook(partial(_require_tokens, name))
+    _watch(f"the encoder {name}", encoder, partial(_require_tokens, name, encoder))
 
 
 def check_states(name: str, encoder: TextEncoder) -> None:
     """As `check_tokens`, for the text encoder of the network."""
     _require_attributes(name, encoder, "width", "depth")
-    _watch(f"the text half of the encoder {name}", encoder)
-    encoder.register_forward_hook(partial(_require_states, name))
+    _watch(f"the text half of the encoder {name}", encoder, partial(_require_states, name, encoder))
 
 
-def _watch(whose: str, encoder: nn.Module) -> None:
-    encoder.forward = partial(_forward, whose, encoder.forward)  # a hook cannot change what `forward` raises
+def _watch(whose: str, encoder: nn.Module, require: Callable[[Tensor, object], None]) -> None:
+    # A hook could check what is returned, but not change what is raised.
+    encoder.forward = partial(_forward, whose, encoder.forward, require)
 
 
-def _forward(whose: str, forward: Callable[..., Any], *inputs: Tensor) -> Any:
+def _forward(
+    whose: str, forward: Callable[..., Any], require: Callable[[Tensor, object], None], *inputs: Tensor, **named: Tensor
+) -> Any:
     with traceback_kept(whose):
-        return forward(*inputs)
+        returned = forward(*inputs, **named)
+    require([*inputs, *named.values()][0], returned)
+    return returned
 
 
 def _require_attributes(name: str, encoder: nn.Module, *attributes: str) -> None:
@@ -61,8 +64,7 @@ def _require_attributes(name: str, encoder: nn.Module, *attributes: str) -> None
         )
 
 
-def _require_tokens(name: str, encoder: VideoEncoder, inputs: tuple[Tensor], tokens: object) -> None:
-    frames = inputs[0]
+def _require_tokens(name: str, encoder: VideoEncoder, frames: Tensor, tokens: object) -> None:
     of_patches = (len(frames), encoder.steps, prod(encoder.grid))
     expected = {"cls": (len(frames), encoder.width), "patches": (*of_patches, encoder.width), "saliency": of_patches}
     if encoder.coarse is not None:
@@ -72,8 +74,7 @@ def _require_tokens(name: str, encoder: VideoEncoder, inputs: tuple[Tensor], tok
     _require(f"the encoder {name} returns", tokens, found, "PatchTokens", expected, frames)
 
 
-def _require_states(name: str, encoder: TextEncoder, inputs: tuple[Tensor, Tensor], states: object) -> None:
-    ids = inputs[0]
+def _require_states(name: str, encoder: TextEncoder, ids: Tensor, states: object) -> None:
     found = {"states": states} if isinstance(states, Tensor) else None
     of_text = f"the text half of the encoder {name} returns"
     _require(of_text, states, found, "a tensor", {"states": (*ids.shape, encoder.width)}, ids)
@@ -86,9 +87,8 @@ def _require(
     if found is None:
         wrong, what = list(expected), f"an object of type {type(returned).__name__}"
     else:
-        tensors = found
-        wrong = [key for key in {**expected, **tensors} if not _fits(tensors.get(key), expected.get(key), given)]
-        what = ", ".join(f"{key} {_described(tensors.get(key))}" for key in wrong)
+        wrong = [key for key in {**expected, **found} if not _fits(found.get(key), expected.get(key), given)]
+        what = ", ".join(f"{key} {_described(found.get(key))}" for key in wrong)
     if wrong:
         shapes = ", ".join(f"{key} {expected.get(key, '(none)')}" for key in wrong)
         raise ConfigError(

@@ -146,8 +146,8 @@ def test_what_an_outside_encoder_returns_is_checked(change: Callable[[PatchToken
 
 
 def test_the_right_tokens_of_an_outside_encoder_pass() -> None:
-    tokens = returning(lambda tokens: tokens)(torch.rand(1, 2, 3, 32, 32))
-    assert tokens.patches.shape == (1, 2, 4, 3)
+    encoder, frames = returning(lambda tokens: tokens), torch.rand(1, 2, 3, 32, 32)
+    assert encoder(frames).patches.shape == encoder(frames=frames).patches.shape == (1, 2, 4, 3)
 
 
 class Words(TextEncoder):
