@@ -1,6 +1,7 @@
 """Your own videos without ceremony: a clips file and a config beside a store, from which the usual commands start."""
 
 import dataclasses
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,8 @@ def _yaml(config: Config, out: Path) -> str:
     lines = [
         f"# The clips of {out.name}.clips.jsonl, without questions. To train on them, write questions, a JSON object a",
         f"# line (question_id, clip_id, question, answer, part), to {out.name}.questions.jsonl and name that in place",
-        f"# of null; then `extract run --config {out.name}.yaml` encodes them, and `train fit` takes the same config.",
+        f"# of null; then `extract run --config {shlex.quote(f'{out.name}.yaml')}` encodes them, and",
+        "# `train fit` takes the same config.",
     ]
     defaults = Config()
     for section in dataclasses.fields(Config):

@@ -123,6 +123,14 @@ def test_wrong_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4"]
 
 
+def test_the_command_in_the_config_is_one_that_a_shell_reads(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", frames=2)
+    base = load_config(packaged_config(ENCODERS["lite"]), [])
+    file = prepare_own_videos(tmp_path, tmp_path / "Mia's store", base, None).config_file
+    command = file.read_text().split("`")[1]
+    assert shlex.split(command) == ["extract", "run", "--config", "Mia's store.yaml"]
+
+
 def test_a_try_that_makes_no_store_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_video(tmp_path / "a.mp4", frames=2)
     (tmp_path / "s").mkdir()
