@@ -178,8 +178,8 @@ class Store:
 
         Args:
             ids: Clips to read.
-            dtype: Dtype of `patches` and `coarse`, by default the stored one. With a dtype, patches are multiplied by
-                their `scale`.
+            dtype: Floating-point dtype of `patches` and `coarse`, by default the stored one. With a dtype, patches are
+                multiplied by their `scale`.
             out: Buffers for the stored bytes (such as pinned ones) with at least a row for each id, from `buffers`.
                 The result is their first rows, so the next read into them changes it.
             threads: Number of threads that read at the same time.
@@ -187,6 +187,7 @@ class Store:
         Raises:
             AbsentClip: Some ids were never committed; the message names them.
             DamagedStore: A clip's bytes differ from those that were committed; the message names the clip.
+            ValueError: `dtype` is no floating-point dtype of torch.
         """
         if self.spec.kind != "patches":
             raise StoreError(f"store {self.path} holds {self.spec.kind} rows; expected patches: use read_text")
@@ -206,6 +207,8 @@ class Store:
         threads: int = 1,
     ) -> dict[str, Tensor]:
         """Read every array by name, for stores of either kind; arguments and errors as in `read`."""
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype is {dtype!r}; expected a floating-point dtype of torch, such as torch.float16")
         tensors = self._read(self.spec.arrays, ids, out, threads)
         return tensors if dtype is None else _in_dtype(tensors, dtype)
 

@@ -44,6 +44,7 @@ def torch_dataset(
     Raises:
         AbsentClip: Some of `clip_ids` were never committed; the message names them.
         StoreError: `store` holds texts.
+        ValueError: `dtype` is no floating-point dtype of torch.
     """
     store.read((), dtype)
     if clip_ids is None:

@@ -141,6 +141,13 @@ def test_numpy(store: Store) -> None:
         store.to_numpy(IDS[:3], torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", ["float16", torch.int8, torch.bool, torch.complex64])
+def test_a_dtype_that_cannot_hold_tokens_is_refused(dtype: Any, store: Store) -> None:
+    for read in (store.read, store.read_arrays, partial(torch_dataset, store)):
+        with pytest.raises(ValueError, match=r"dtype is .*; expected a floating-point dtype of torch"):
+            read(IDS[:3], dtype)
+
+
 def test_times_in_the_video(tmp_path: Path) -> None:
     store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS[:4])
     rows = {name: clip(n) | {"timestamps": torch.tensor([0.5, 1.5])} for n, name in enumerate(IDS[:4])}
