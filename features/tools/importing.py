@@ -35,8 +35,9 @@ def import_features(
     """Create a store of the clips in `source`; `tools.feature_files` lists the layouts.
 
     Patches may be [T, N, D], [T, rows, cols, D], [T, D] or [D]; the last two become one patch a frame. Without `cls`,
-    CLS is the mean of the patches; without `saliency`, that is the length of each patch. The fingerprint says `origin:
-    imported` and has a hash of the content. All is checked before the store is created, so files are read twice.
+    CLS is the mean of the patches; without `saliency`, that is the length of each patch. Of other arrays, such as
+    `coarse`, nothing is stored. The fingerprint says `origin: imported` and has a hash of the content. All is checked
+    before the store is created, so files are read twice.
 
     Args:
         source: Folder or HDF5 file.
@@ -138,7 +139,10 @@ def _row(arrays: dict[str, Tensor], dtype: str, grid: tuple[int, int] | None) ->
     expected = {"cls": (width,), "saliency": (frames, count), "timestamps": (frames,)}
     for key in BESIDE:
         if key in row and tuple(row[key].shape) != expected[key]:
-            raise ValueError(f"{key} has shape {tuple(row[key].shape)}; expected {expected[key]} beside the patches")
+            joined = "; export the clips of a video with --by clip" if key == "cls" and row[key].ndim == 2 else ""
+            raise ValueError(
+                f"{key} has shape {tuple(row[key].shape)}; expected {expected[key]} beside the patches{joined}"
+            )
         if key in row and not row[key].isfinite().all():
             raise ValueError(f"{key} holds NaN or infinity")
     return row

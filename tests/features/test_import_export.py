@@ -118,6 +118,8 @@ def test_by_video(tmp_path: Path) -> None:
         order = [IDS[2], IDS[0], IDS[3]]
         assert np.array_equal(file["patches"][()], store.read(order).patches.flatten(0, 1).numpy())
         assert np.array_equal(file["cls"][()], store.read(order).cls.numpy())
+    with pytest.raises(StoreError, match=r"cls has shape \(3, 8\); expected \(8,\) .*; export .* with --by clip"):
+        import_features(tmp_path / "videos", tmp_path / "again")
     nameless = create_store(tmp_path / "nameless", SPEC, FINGERPRINT, IDS[:4])
     fill(nameless)
     with pytest.raises(StoreError, match="does not record the video of 4 clips, such as"):
