@@ -11,7 +11,8 @@ REMEDIES = {
     "decoding": "add cores, or raise engine.decoders where cores are idle; `egopatch extract plan` says whether small"
     " copies of the videos (`extract transcode`) decode faster",
     "hand-over": "raise engine.workers, each of which has a process of its own for it",
-    "encoder": "add GPUs (engine.workers), or try encoder.dtype bfloat16, encoder.compile or a smaller encoder.depth",
+    "encoder": "add GPUs (engine.workers), or try encoder.compile, a smaller encoder.depth or, on a GPU, encoder.dtype"
+    " bfloat16",
     "disk": "use a faster disk for store.path, or store.dtype float8_e4m3, which halves what is written",
 }
 

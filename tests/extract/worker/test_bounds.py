@@ -17,6 +17,10 @@ def test_the_slowest_stage_is_named_with_its_remedy() -> None:
     assert line.endswith(REMEDIES["decoding"])
 
 
+def test_a_cpu_is_not_advised_to_compute_in_bfloat16() -> None:
+    assert "on a GPU, encoder.dtype bfloat16" in REMEDIES["encoder"]
+
+
 def test_a_stage_that_takes_no_time_is_not_mentioned() -> None:
     line = bound_line({"decoding": 10.6, "hand-over": 253043.4, "disk": 22.4})
     assert line is not None
