@@ -116,7 +116,8 @@ def fill_stores(
         targets: Their configs must have the same data, and the same frames but for their size.
         clips: Clip of each id.
         decoders: Number of child processes that decode.
-        on_progress: Called with (clips, bytes) after each batch.
+        on_progress: Called with (clips, bytes of their rows as the store keeps them, before compression) after each
+            batch.
 
     Returns:
         What was done for each target.
@@ -197,6 +198,7 @@ class _Filling:
         self._root = target.job.config.data.root
         self._machine = describe_machine(target.job.device)
         self._works = target.works
+        self._row_bytes = target.store.row_bytes
         self._batches = batches
         self._writer = writer
         self._clips = clips
@@ -273,7 +275,8 @@ class _Filling:
         for clip in batch.clips:
             shard.sources[clip.clip.clip_id] = clip.source
             shard.origins[clip.clip.clip_id] = origin_of(clip.clip, self._root, clip.size)
-        size = sum(tensor.nbytes for row in rows.values() for tensor in row.values())
+        # A quantised store gets its patches in float32, and quantises them as it writes.
+        size = len(rows) * self._row_bytes
         self._on_progress(len(rows) + (len(shard.failures) if batch.last else 0), size)
         if batch.last:
             self._writer.write(

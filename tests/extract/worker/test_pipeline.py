@@ -93,8 +93,9 @@ class Decoders:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return create_store(tmp_path / "store", SPEC, Fingerprint({"arch": "mine"}), IDS)
+def store(tmp_path: Path, request: pytest.FixtureRequest) -> Store:
+    spec = getattr(request, "param", SPEC)
+    return create_store(tmp_path / "store", spec, Fingerprint({"arch": "mine"}), IDS)
 
 
 @pytest.fixture
@@ -132,6 +133,15 @@ def test_every_clip_becomes_its_own_row(store: Store, run: Callable[..., JobStat
     assert sum(clips for clips, _ in progress) == len(IDS)
     assert sum(nbytes for _, nbytes in progress) == len(IDS) * store.row_bytes
     assert stats.stages.decode_s == 0.5 * len(IDS)
+
+
+@pytest.mark.parametrize("store", [StoreSpec.for_patches(2, (1, 1), 2, "int8", 2)], indirect=True)
+def test_the_bytes_of_a_quantised_store_are_counted_as_it_keeps_them(
+    store: Store, run: Callable[..., JobStats]
+) -> None:
+    progress: list[int] = []
+    run(Encoder(), Decoders(), lambda clips, nbytes: progress.append(nbytes))
+    assert sum(progress) == len(IDS) * store.row_bytes
 
 
 def test_bad_clips_anywhere_in_a_shard(store: Store, run: Callable[..., JobStats]) -> None:
