@@ -185,6 +185,14 @@ def test_nothing_to_vary_and_bad_values(tiny: Config, capsys: pytest.CaptureFixt
         run_sweep(tiny, ratios=[0.5], name="../x")
 
 
+def test_a_sweep_is_named_after_a_run_whose_name_has_spaces(tiny: Config) -> None:
+    config = replace(tiny, run=replace(tiny.run, dir=tiny.run.dir.with_name("psa 1 für's")))
+    folder = tiny.run.dir.parent / "sweeps" / f"{tiny.data.split}-psa_1_f_r_s" / "ratio-0.25"
+    run_folder.claim(folder, replace(config, head=replace(tiny.head, ratio=0.25), train=replace(tiny.train, lr=0.5)))
+    with pytest.raises(ConfigError, match=r"psa_1_f_r_s/ratio-0\.25 holds a run with different settings"):
+        run_sweep(config, ratios=[0.25])
+
+
 def test_a_sweep_of_other_settings_needs_another_name(tiny: Config) -> None:
     folder = tiny.run.dir.parent / "sweeps" / "a" / "ratio-0.25"
     run_folder.claim(folder, replace(tiny, head=replace(tiny.head, ratio=0.25), train=replace(tiny.train, lr=0.5)))

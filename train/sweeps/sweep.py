@@ -84,7 +84,7 @@ def run_sweep(
         seeds: Values of `train.seed`.
         grid: YAML file of further options, `section.field: [values]`.
         name: Name of the sweep's folder, below `sweeps` in the table's folder; the default is split and name of
-            `run.dir`, so each split has a folder of its own.
+            `run.dir`, with _ for what a name cannot have, so each split has a folder of its own.
         command: Command line, for the model cards.
 
     Returns:
@@ -98,7 +98,8 @@ def run_sweep(
             them.
         Stopped: SIGINT or SIGTERM interrupted training; the same command resumes it.
     """
-    name = f"{config.data.split}-{config.run.dir.name}" if name is None else name
+    if name is None:
+        name = re.sub(r"[^\w.-]", "_", f"{config.data.split}-{config.run.dir.name}", flags=re.ASCII)
     if not NAME.fullmatch(name):
         raise ConfigError(f"--name is {name!r}; expected letters, digits, dots, dashes and underscores")
     out = table_folder(config) / SWEEPS / name
