@@ -1,5 +1,6 @@
 """`extract transcode`: small copies of all clips, which decode several times as fast."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -31,6 +32,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         options.json,
         {"out": options.out, "made": made, "bytes": size, "kept": result.kept, "failed": result.failed},
         f"{options.out}: {made} clips transcoded ({format_bytes(size)}; {SETTINGS}), {result.kept} were"
-        f" there, {len(result.failed)} failed; use them with --data.root {options.out} and another --store.path",
+        f" there, {len(result.failed)} failed; use them with --data.root {shlex.quote(str(options.out))} and another"
+        " --store.path",
     )
     return 1 if result.failed else 0

@@ -1,5 +1,6 @@
 """Evaluation of a published network as its authors fine-tuned it, through both stages and without any training."""
 
+import shlex
 from dataclasses import replace
 
 from egopatch.configs.schema import Config, ConfigError
@@ -91,5 +92,5 @@ def _check_store(config: Config, experiment: Experiment, sha256: str) -> None:
         raise FingerprintMismatch(
             f"store {config.store.path} was created with a checkpoint of SHA-256 {encoded_with} but head.checkpoint "
             f"{config.head.checkpoint} has {sha256}; encode with it first: egopatch extract run --config CONFIG "
-            f"--encoder.checkpoint {config.head.checkpoint} --store.path ANOTHER"
+            f"--encoder.checkpoint {shlex.quote(str(config.head.checkpoint))} --store.path ANOTHER"
         )

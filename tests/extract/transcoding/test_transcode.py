@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -154,6 +155,12 @@ def test_a_video_that_was_replaced_is_copied_again(tmp_path: Path, capsys: pytes
     capsys.readouterr()
     main(["transcode", *options, "--out", str(out)])
     assert "2 clips transcoded" in capsys.readouterr().out
+
+
+def test_the_folder_in_the_hint_is_one_that_a_shell_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "Mia's copies"
+    main(["transcode", *data_set(tmp_path / "data"), "--out", str(out)])
+    assert f"use them with --data.root {shlex.quote(str(out))} and another --store.path" in capsys.readouterr().out
 
 
 def test_wrong_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
