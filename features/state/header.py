@@ -52,8 +52,8 @@ def _array_differences(mine: StoreSpec, requested: StoreSpec) -> list[str]:
     for name in one | other:
         pair = (one.get(name), other.get(name))
         if pair[0] != pair[1]:
-            several_shapes = len({array and array.shape for array in pair}) > 1
-            words = [_array_in_words(array, several_shapes) for array in pair]
+            shapes = {None if array is None else array.shape for array in pair}
+            words = [_array_in_words(array, with_shape=len(shapes) > 1) for array in pair]
             lines.append(f"{name}: store has {words[0]}, requested {words[1]}")
     return lines
 

@@ -236,7 +236,7 @@ def _field_cause(differing: list[str], order: tuple[str, ...]) -> str | None:
 
 
 class _Sums:
-    """What a comparison needs of its clips, which are read one after the other; shifts and factor need one at least.
+    """What a comparison needs of its clips, which are read one after the other. Shifts and factor need at least one.
 
     Attributes:
         shapes: The first two shapes that cannot be compared; None if all can.

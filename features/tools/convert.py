@@ -42,6 +42,7 @@ def convert(
         FingerprintMismatch: A different store exists at `to`.
         WrongOption: The format does not have the codec.
         StoreError: A value does not fit the dtype, or a store cannot be read or written.
+        ValueError: `shard` is below 1.
     """
     source, target = parse_location(path), parse_location(to)
     require_separate(source, target)
