@@ -161,12 +161,12 @@ class Dataset:
         everything = [question for questions in self.questions.values() for question in questions]
         without = [question.question_id for question in everything if not question.options]
         if 0 < len(without) < len(everything):
-            some = f"question {without[0]!r} and {len(without) - 1} others have no options"
+            some = f"questions without options: {len(without)} of {len(everything)}, such as {without[0]!r}"
             raise DatasetError([f"{some}; expected options for all questions or none"])
         train = self.questions.get("train", ())
         without = [question.question_id for question in train if question.variants is None]
         if 0 < len(without) < len(train):
-            some = f"training question {without[0]!r} and {len(without) - 1} others have no paraphrase"
+            some = f"training questions without a paraphrase: {len(without)} of {len(train)}, such as {without[0]!r}"
             raise DatasetError([f"{some}; expected paraphrases of all training questions or none"])
 
     @cached_property

@@ -127,8 +127,8 @@ def _misfits(dataset: Dataset) -> Iterator[str]:
         if question.clip_id not in clip_ids:
             yield f"question {question.question_id!r}: clip_id {question.clip_id!r} is not in clips; add it there"
     if missing := sorted(set(texts_of(questions)).difference(dataset.texts)):
-        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
-        yield f"texts lacks {missing[0]!r}{others}; make it with texts_of(questions)"
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        yield f"texts lacks {missing[0]!r}{more}; make it with texts_of(questions)"
     if any(not question.options for question in questions) and UNKNOWN_ANSWERS[1] not in dataset.answers:
         yield f"answers lacks {UNKNOWN_ANSWERS[1]}; make it with answer_vocabulary(training answers)"
 

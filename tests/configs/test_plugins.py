@@ -223,6 +223,10 @@ def asked(**changed: object) -> dict[str, object]:
         ({"texts": ("what?", 3)}, "texts contains 3; expected a text"),
         ({"answers": (*GOOD.answers, "a cup")}, "answer 'a cup' is there twice; expected each once"),
         ({"answers": (*GOOD.answers, "A hat")}, "answers contains 'A hat'; expected a text in lower case"),
+        (
+            {"texts": (), "questions": {**ASKED, "val": (replace(QUESTION, text="where?"),)}},
+            "texts lacks 'what\\?' and 1 more; make it",
+        ),
         ({"answers": ("a cup",)}, "answers lacks <UNK1>; make it with answer_vocabulary"),
     ],
 )

@@ -265,7 +265,7 @@ def test_bad_options_are_a_fault_of_their_line(more: dict[str, object], why: str
 def test_options_for_some_questions_only(tmp_path: Path) -> None:
     lines = [{**CHOICE, "options": ["cup", "jar"], "answer_index": 0}, {**CHOICE, "question_id": 2, "answer": "cup"}]
     assert faults(tmp_path, CLIPS, "\n".join(map(json.dumps, lines))) == [
-        "question '2' and 0 others have no options; expected options for all questions or none"
+        "questions without options: 1 of 2, such as '2'; expected options for all questions or none"
     ]
 
 
