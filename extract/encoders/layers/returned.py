@@ -60,7 +60,7 @@ def _require_attributes(name: str, encoder: nn.Module, *attributes: str) -> None
     if missing := [attribute for attribute in attributes if not hasattr(encoder, attribute)]:
         raise ConfigError(
             f"the {type(encoder).__name__} of the encoder {name} has no {' and no '.join(missing)}; expected the "
-            f"attributes {', '.join(attributes)}: set them in its __init__"
+            f"attributes {', '.join(attributes)}: pass them to super().__init__"
         )
 
 

@@ -2,14 +2,11 @@
 
 from collections.abc import Callable, Mapping
 
-import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
 from egopatch.extract.encoders.layers.linear import Linear
-from egopatch.extract.encoders.layers.spacetime import SpaceTimeTransformer, VideoSizes
 from egopatch.features.values.spec import PatchTokens, Scalar
 
 
@@ -39,7 +36,9 @@ def resize_time(temporal: Tensor, frames: int, fill: str) -> Tensor:
 
 
 class VideoEncoder(nn.Module):
-    """A frozen video network down to `depth`.
+    """A frozen video network down to `depth`: the base of every encoder, those of other packages included.
+
+    A subclass passes `grid`, `width`, `depth`, `num_frames` and `size` to `super().__init__`, and has a `forward`.
 
     Attributes:
         grid: (rows, cols) of the patches of a frame.
@@ -58,20 +57,16 @@ class VideoEncoder(nn.Module):
     coarse_width: int | None = None
     trained_frames: int | None = None
     identity: Mapping[str, Scalar] = {}
-    _why_no_projection: str | None = None  # of a network that has no joint video-text space
+    _why_no_projection = "project has no meaning for this network, which has no joint video-text space"
     _packed = False
 
-    def __init__(self, trunk: SpaceTimeTransformer, sizes: VideoSizes, projection: nn.Module | None) -> None:
+    def __init__(self, grid: tuple[int, int], width: int, depth: int, num_frames: int, size: int) -> None:
         super().__init__()
-        self.trunk = trunk
-        self.projection = projection
-        self.grid = sizes.grid
-        self.width = sizes.width
-        self.depth = len(trunk.blocks)
-        self.num_frames = trunk.frames
-        self.trained_frames = sizes.frames
-        self.size = sizes.grid[0] * sizes.patch
-        self.eval().requires_grad_(False)
+        self.grid = grid
+        self.width = width
+        self.depth = depth
+        self.num_frames = num_frames
+        self.size = size
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> "VideoEncoder":
         """Drop the packed weights before the weights move or change their type."""
@@ -94,7 +89,6 @@ class VideoEncoder(nn.Module):
         """See the class."""
         return self.num_frames
 
-    @torch.inference_mode()
     def forward(self, frames: Tensor) -> PatchTokens:
         """Encode clips.
 
@@ -102,17 +96,12 @@ class VideoEncoder(nn.Module):
             frames: [B, T, 3, size, size], normalised; any floating type, on the encoder's device.
 
         Returns:
-            Tokens at `depth`, in the encoder's type; saliency [B, T, N] in float32 from the same block.
+            Tokens at `depth`, in the encoder's type; saliency [B, T', N] in float32, where T' is `steps`.
 
         Raises:
             ValueError: The number of frames or their size differs from what the encoder was loaded for.
         """
-        self.check(frames)
-        self.pack()
-        x, logits = self.trunk(frames.to(self.trunk.pos_embed.dtype))
-        t = self.num_frames
-        patches = rearrange(x[:, 1:], "b (t n) d -> b t n d", t=t)
-        return PatchTokens(x[:, 0], patches, rearrange(logits[:, 1:], "b (t n) -> b t n", t=t))
+        raise NotImplementedError
 
     def check(self, frames: Tensor) -> None:
         """Refuse frames whose shape the encoder was not loaded for.
@@ -127,9 +116,8 @@ class VideoEncoder(nn.Module):
                 "match video.frames and video.size to the checkpoint, or load it with another num_frames"
             )
 
-    @torch.inference_mode()
     def project(self, cls: Tensor) -> Tensor:
-        """Joint video-text embedding of CLS tokens.
+        """Joint video-text embedding of CLS tokens, by networks that have such a space.
 
         Args:
             cls: [B, D], CLS of `forward` at the last depth of the video-only path.
@@ -138,13 +126,7 @@ class VideoEncoder(nn.Module):
             [B, P].
 
         Raises:
-            ValueError: The encoder stops before the last block, or runs the question-answering path; or the network has
-                no joint space.
+            ValueError: The network has no joint space, or the encoder stops before the last block or runs the
+                question-answering path.
         """
-        if self.projection is None:
-            raise ValueError(
-                self._why_no_projection
-                or f"project has no meaning at depth {self.depth} of this path; "
-                "load the encoder with path='dual' and the network's full depth"
-            )
-        return self.projection(cls)
+        raise ValueError(self._why_no_projection)

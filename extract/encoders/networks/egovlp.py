@@ -5,6 +5,7 @@ from torch import nn
 
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint
 from egopatch.extract.encoders.layers.spacetime import SpaceTimeTransformer, VideoSizes
+from egopatch.extract.encoders.layers.spacetime_encoder import SpaceTimeEncoder
 from egopatch.extract.encoders.layers.text_encoder import TextEncoder
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder, check_depth, resize_time
 from egopatch.extract.encoders.networks.network import Network, VideoOptions
@@ -37,7 +38,7 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> VideoEncoder:
     trunk.frames = options.num_frames
     if projection is not None:
         checkpoint.fill(projection, "vid_proj.")
-    return VideoEncoder(trunk, sizes, projection).to(options.dtype)
+    return SpaceTimeEncoder(trunk, sizes, projection).to(options.dtype)
 
 
 def build_text(checkpoint: Checkpoint, depth: int) -> TextEncoder:

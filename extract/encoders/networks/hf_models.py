@@ -87,16 +87,12 @@ class HfEncoder(VideoEncoder):
     def __init__(
         self, model: PreTrainedModel, family: Family, depth: int, num_frames: int, size: int, saliency: SaliencyKind
     ) -> None:
-        nn.Module.__init__(self)  # VideoEncoder.__init__ expects a space-time transformer
         config = model.config
+        tubelet, patch = _patch(config)
+        super().__init__((size // patch, size // patch), int(config.hidden_size), depth, num_frames, size)
         self.model = model
         self.family = family
-        self.projection = None
-        self.depth, self.num_frames, self.size = depth, num_frames, size
-        self.width = int(config.hidden_size)
-        tubelet, patch = _patch(config)
         self._steps = num_frames // tubelet if family.video else num_frames
-        self.grid = (size // patch, size // patch)
         self.prefix = family.prefix + int(getattr(config, "num_register_tokens", 0) or 0)
         self.saliency: SaliencyKind = ("cls" if self.prefix else "norm") if saliency == "auto" else saliency
         self.identity = {

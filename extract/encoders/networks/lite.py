@@ -99,16 +99,12 @@ class LiteEncoder(VideoEncoder):
     _why_no_projection = "project has no meaning for lite: its video and text networks were not trained together"
 
     def __init__(self, trunk: Trunk, depth: int, num_frames: int, size: int) -> None:
-        nn.Module.__init__(self)  # VideoEncoder.__init__ expects a space-time transformer
-        self.frames_to_maps = trunk
-        self.projection = None
-        self.grid = (size // 16, size // 16)
-        self.coarse = (-(-size // 32)) ** 2
-        self.coarse_width = STAGES[-1][1]
         last = trunk.lower[-1]
         assert isinstance(last, Block)
-        self.width = last.project.out_channels
-        self.depth, self.num_frames, self.size = depth, num_frames, size
+        super().__init__((size // 16, size // 16), last.project.out_channels, depth, num_frames, size)
+        self.frames_to_maps = trunk
+        self.coarse = (-(-size // 32)) ** 2
+        self.coarse_width = STAGES[-1][1]
         self.eval().requires_grad_(False)
 
     @torch.inference_mode()

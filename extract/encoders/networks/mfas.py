@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
 from egopatch.extract.encoders.layers.spacetime import SpaceTimeBlock, SpaceTimeTransformer, VideoSizes
-from egopatch.extract.encoders.layers.video_encoder import VideoEncoder, check_depth, resize_time
+from egopatch.extract.encoders.layers.spacetime_encoder import SpaceTimeEncoder
+from egopatch.extract.encoders.layers.video_encoder import check_depth, resize_time
 from egopatch.extract.encoders.networks.egovlpv2 import BLOCK_EPS, build_text
 from egopatch.extract.encoders.networks.network import Network, Variant, VideoOptions
 from egopatch.features.values.spec import PatchTokens
@@ -68,11 +69,11 @@ class TwoTowers(SpaceTimeTransformer):
         return fine, coarse, fine_logits, coarse_logits
 
 
-class MfasEncoder(VideoEncoder):
+class MfasEncoder(SpaceTimeEncoder):
     """MFAS's lower half; its `PatchTokens` include those of the coarse tower."""
 
     def __init__(self, trunk: TwoTowers, sizes: VideoSizes, variant: Variant) -> None:
-        super().__init__(trunk, sizes, None)
+        super().__init__(trunk, sizes)
         self.variant = variant
         self.coarse = (sizes.grid[0] // 2) * (sizes.grid[1] // 2)
 

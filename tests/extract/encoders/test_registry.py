@@ -38,10 +38,8 @@ class Colours(VideoEncoder):
     """The mean colour of each 16x16 patch, scaled."""
 
     def __init__(self, scale: Tensor, frames: int, size: int) -> None:
-        nn.Module.__init__(self)
+        super().__init__(grid=(size // 16, size // 16), width=3, depth=1, num_frames=frames, size=size)
         self.scale = nn.Parameter(scale)
-        self.grid, self.width, self.depth = (size // 16, size // 16), 3, 1
-        self.num_frames, self.size, self._packed = frames, size, False
 
     @torch.inference_mode()
     def forward(self, frames: Tensor) -> PatchTokens:

@@ -18,10 +18,8 @@ from egopatch.features import PatchTokens
 
 class Colours(VideoEncoder):
     def __init__(self, scale: Tensor, frames: int, size: int) -> None:
-        nn.Module.__init__(self)  # VideoEncoder.__init__ expects a space-time transformer
+        super().__init__(grid=(size // 16, size // 16), width=3, depth=1, num_frames=frames, size=size)
         self.scale = nn.Parameter(scale, requires_grad=False)
-        self.grid, self.width, self.depth = (size // 16, size // 16), 3, 1
-        self.num_frames, self.size = frames, size
 
     @torch.inference_mode()
     def forward(self, frames: Tensor) -> PatchTokens:
