@@ -11,7 +11,7 @@ from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets.egosynth.places import Places
 from egopatch.train.__main__ import main
 from egopatch.train.data.question_table import plan_batches
-from egopatch.train.explanation import explain as explaining
+from egopatch.train.explanation import agreement
 from egopatch.train.explanation.agreement import agreement_of, pointing
 from egopatch.train.explanation.curves import area, curves
 from egopatch.train.explanation.explain import explain
@@ -96,8 +96,8 @@ def test_what_the_head_selects_matters_more_to_its_answers_than_chance(
 ) -> None:
     # As if the clips were EgoSynth's: in each frame patch 5 is asked about.
     known = Places((frozenset({5}),) * 2, (frozenset({0}),) * 2)
-    monkeypatch.setattr(explaining, "scene_of", lambda clip: "a scene")
-    monkeypatch.setattr(explaining, "places_of", lambda *_: known)
+    monkeypatch.setattr(agreement, "scene_of", lambda clip: "a scene")
+    monkeypatch.setattr(agreement, "places_of", lambda *_: known)
     config = str(trained.run.dir / "config.yaml")
     assert main(["explain", "--config", config, "--questions", "32"]) == 0
     assert "selection     deletion" in capsys.readouterr().out
