@@ -1,5 +1,6 @@
 """The interface of every video network: frames in, `PatchTokens` out."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ def resize_time(temporal: Tensor, frames: int, fill: str) -> Tensor:
     return F.interpolate(temporal[None], (frames, temporal.shape[2]), mode="bilinear", align_corners=True)[0]
 
 
-class VideoEncoder(nn.Module):
+class VideoEncoder(nn.Module, ABC):
     """A frozen video network down to `depth`: the base of every encoder, those of other packages included.
 
     A subclass passes `grid`, `width`, `depth`, `num_frames` and `size` to `super().__init__`, and has a `forward`.
@@ -89,6 +90,7 @@ class VideoEncoder(nn.Module):
         """See the class."""
         return self.num_frames
 
+    @abstractmethod
     def forward(self, frames: Tensor) -> PatchTokens:
         """Encode clips.
 
@@ -101,7 +103,6 @@ class VideoEncoder(nn.Module):
         Raises:
             ValueError: The number of frames or their size differs from what the encoder was loaded for.
         """
-        raise NotImplementedError
 
     def check(self, frames: Tensor) -> None:
         """Refuse frames whose shape the encoder was not loaded for.

@@ -196,8 +196,16 @@ def test_tokens_of_an_outside_encoder_that_disagree_with_themselves_name_it() ->
         encoder(torch.rand(1, 2, 3, 32, 32))
 
 
+def test_an_outside_encoder_without_a_forward() -> None:
+    class Silent(VideoEncoder):
+        pass
+
+    with pytest.raises(TypeError, match=r"Silent .*forward"):
+        Silent((2, 2), 3, 1, 2, 32)  # type: ignore[abstract]
+
+
 def test_an_outside_encoder_without_its_attributes() -> None:
-    class Bare(VideoEncoder):
+    class Bare(Colours):
         def __init__(self) -> None:
             nn.Module.__init__(self)
             self.width, self.depth, self.size = 3, 1, 32
