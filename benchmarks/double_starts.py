@@ -32,7 +32,7 @@ from benchmarks._machine import add_result_arguments, result_path, stamp  # noqa
 from egopatch.configs.schema import Config  # noqa: E402
 from egopatch.train.__main__ import main as train  # noqa: E402
 from egopatch.train.fitting.fit import fit  # noqa: E402
-from egopatch.train.rundir.card import plain  # noqa: E402
+from egopatch.train.rundir.run_folder import plain  # noqa: E402
 from egopatch.train.sweeps.sweep import run_sweep  # noqa: E402
 from egopatch.train.sweeps.sweep_results import describe  # noqa: E402
 from tests.train.tiny import with_run, write_tiny  # noqa: E402

@@ -34,7 +34,7 @@ from egopatch.train.data.batch_size import BatchSize
 from egopatch.train.data.question_table import plan_batches
 from egopatch.train.fitting.experiment import Experiment, open_experiment
 from egopatch.train.fitting.run_group import RunGroup
-from egopatch.train.rundir import card as run_folder
+from egopatch.train.rundir import run_folder
 from egopatch.train.rundir.names import LAST
 
 LAUNCHES = ("cudaGraphLaunch", "cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")

@@ -26,7 +26,7 @@ from egopatch.features import Fingerprint, PatchTokens, StoreSpec, create_store,
 from egopatch.features.store.store import Store
 from egopatch.features.tools.convert import convert
 from egopatch.train.fitting.fit import fit
-from egopatch.train.rundir.card import plain
+from egopatch.train.rundir.run_folder import plain
 from tests.extract.video.videos import write_video
 from tests.features.objects import bucket, environment, server
 from tests.snippets import CODE, PAGES, blocks, run_page

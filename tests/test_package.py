@@ -20,7 +20,7 @@ import yaml
 
 from egopatch import __version__ as version
 from egopatch.environment import require_environment
-from egopatch.train.rundir.card import plain
+from egopatch.train.rundir.run_folder import plain
 from tests.json_keys import documented_keys
 from tests.train.tiny import with_run, write_tiny
 

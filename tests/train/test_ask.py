@@ -23,7 +23,8 @@ from egopatch.train.fitting.fit import fit
 from egopatch.train.fitting.predict import Prediction
 from egopatch.train.report.kept_picture import mark_kept
 from egopatch.train.report.table import is_synthetic
-from egopatch.train.rundir.card import Card, RunError
+from egopatch.train.rundir.card import Card
+from egopatch.train.rundir.run_folder import RunError
 from tests.train.fake_runs import write_run
 from tests.train.tiny import with_run, write_tiny
 

@@ -21,7 +21,7 @@ from egopatch.train.fitting.experiment import Experiment, open_experiment
 from egopatch.train.fitting.fit import fit
 from egopatch.train.fitting.run_group import build_stacked_heads, why_not_captured
 from egopatch.train.heads import Head, register_head
-from egopatch.train.rundir.card import RunError
+from egopatch.train.rundir.run_folder import RunError
 from egopatch.train.steps import captured
 from egopatch.train.steps.captured import changing_tensors, with_own_tensors
 from tests.capture import failing_capture

@@ -28,7 +28,7 @@ from egopatch.train.heads.common.question import Sizes
 from egopatch.train.report.page import write_report
 from egopatch.train.report.sources import read_sweep
 from egopatch.train.report.table import write_table
-from egopatch.train.rundir.card import RunError
+from egopatch.train.rundir.run_folder import RunError
 from egopatch.train.steps.stacked_heads import StackedHeads
 from egopatch.train.sweeps.sweep import run_sweep
 from tests.train import tiny as miniature

@@ -24,10 +24,11 @@ from egopatch.train.report.integrity import store_facts, versions
 from egopatch.train.report.page import _explanation_charts
 from egopatch.train.report.sources import SourceError, read_log, read_sweep
 from egopatch.train.report.table import is_standin, is_synthetic
-from egopatch.train.rundir.card import Card, RunError, plain, require_same_settings
+from egopatch.train.rundir.card import Card
 from egopatch.train.rundir.log import RunLog
 from egopatch.train.rundir.names import GROUPS, SWEEPS
 from egopatch.train.rundir.results import gather
+from egopatch.train.rundir.run_folder import RunError, plain, require_same_settings
 from egopatch.train.scores.statistics import Interval
 from egopatch.train.sweeps.sweep import run_sweep
 from tests.train.fake_runs import write_run, write_sweep

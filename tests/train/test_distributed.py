@@ -29,7 +29,7 @@ from egopatch.train.fitting.fit import fit
 from egopatch.train.fitting.run_group import build_stacked_heads
 from egopatch.train.processes.distributed import ALONE, Distributed, join
 from egopatch.train.processes.rank_slice import RankSlice
-from egopatch.train.rundir.card import plain
+from egopatch.train.rundir.run_folder import plain
 from egopatch.train.steps.stacked_heads import StackedHeads
 from tests.train.test_published import make
 from tests.train.tiny import losses, with_run, write_tiny

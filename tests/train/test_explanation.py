@@ -19,7 +19,7 @@ from egopatch.train.explanation.record import EXPLANATION, ExplanationError, rea
 from egopatch.train.fitting.experiment import open_experiment
 from egopatch.train.fitting.fit import fit
 from egopatch.train.heads import PSA, build_head
-from egopatch.train.rundir.card import load_weights
+from egopatch.train.rundir.run_folder import load_weights
 from tests.train.tiny import with_run
 
 QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -28,9 +28,8 @@ from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.predict import predict_clips
 from egopatch.train.fitting.run import system_name
 from egopatch.train.fitting.run_group import RunGroup
-from egopatch.train.rundir import card as run_folder
-from egopatch.train.rundir import lease
-from egopatch.train.rundir.card import RunError, plain
+from egopatch.train.rundir import lease, run_folder
+from egopatch.train.rundir.run_folder import RunError, plain
 from egopatch.train.sweeps.sweep import run_sweep
 from tests.train.tiny import FIELDS, losses, with_run, write_tiny
 

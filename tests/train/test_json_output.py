@@ -10,7 +10,7 @@ from egopatch.__main__ import SHORT
 from egopatch.configs.schema import Config
 from egopatch.train.__main__ import COMMANDS, main
 from egopatch.train.commands import bench
-from egopatch.train.rundir.card import plain
+from egopatch.train.rundir.run_folder import plain
 from tests.json_keys import documented_keys
 from tests.train.tiny import with_run
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from egopatch.configs.schema import Config
-from egopatch.train.rundir.card import plain
+from egopatch.train.rundir.run_folder import plain
 from tests.train.tiny import with_run, write_tiny
 
 ROOT = Path(__file__).parents[2]

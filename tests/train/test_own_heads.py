@@ -16,7 +16,7 @@ from egopatch.train.data.batch import Batch
 from egopatch.train.fitting.fit import fit
 from egopatch.train.heads import Choice, Head, Sizes, build_head, errors_kept
 from egopatch.train.heads.registry import _PLUGINS as HEADS
-from egopatch.train.rundir.card import RunError
+from egopatch.train.rundir.run_folder import RunError
 from egopatch.train.sweeps.sweep import run_sweep
 from tests.train.tiny import with_run
 

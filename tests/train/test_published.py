@@ -19,7 +19,7 @@ from egopatch.train.data.batch import Batch
 from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.heads import load_head
-from egopatch.train.rundir.card import plain
+from egopatch.train.rundir.run_folder import plain
 from tests.extract.encoders.networks import tiny as tiny_network
 from tests.train.tiny import losses, with_run, write_tiny
 

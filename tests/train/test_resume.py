@@ -28,7 +28,7 @@ from egopatch.train.heads import Head, Sizes
 from egopatch.train.heads.registry import _PLUGINS as HEADS
 from egopatch.train.processes.stopping import Stopped
 from egopatch.train.rundir import lease
-from egopatch.train.rundir.card import RunError, plain
+from egopatch.train.rundir.run_folder import RunError, plain
 from tests.train.tiny import FIELDS, clock, losses, with_run, write_tiny
 
 ROOT = Path(__file__).parents[2]

@@ -23,8 +23,8 @@ from egopatch.train.data.batch import Batch
 from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.processes.stopping import Stopped
-from egopatch.train.rundir import card as run_folder
-from egopatch.train.rundir.card import RunError
+from egopatch.train.rundir import run_folder
+from egopatch.train.rundir.run_folder import RunError
 from egopatch.train.sweeps import sweep
 from egopatch.train.sweeps.axes import read_axes
 from egopatch.train.sweeps.sweep import run_sweep

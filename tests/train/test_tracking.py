@@ -11,8 +11,8 @@ import pytest
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.train.fitting.fit import fit
-from egopatch.train.rundir.card import RunError
 from egopatch.train.rundir.log import RunLog
+from egopatch.train.rundir.run_folder import RunError
 from egopatch.train.rundir.tracking import open_tracker
 from tests.train.tiny import with_run
 

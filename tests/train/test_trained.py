@@ -14,8 +14,8 @@ from egopatch.train.__main__ import main
 from egopatch.train.explanation.explain import explain
 from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.predict import predict_clips
-from egopatch.train.rundir.card import RunError, plain
 from egopatch.train.rundir.results import gather
+from egopatch.train.rundir.run_folder import RunError, plain
 from tests.train.tiny import with_run
 
 

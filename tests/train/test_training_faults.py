@@ -21,7 +21,7 @@ from egopatch.train.data.batch import Batch
 from egopatch.train.fitting import run_group
 from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.run_group import RunGroup
-from egopatch.train.rundir.card import RunError, plain, save_weights, weights_epoch
+from egopatch.train.rundir.run_folder import RunError, plain, save_weights, weights_epoch
 from egopatch.train.steps.stacked_heads import StackedHeads
 from egopatch.train.sweeps.sweep import run_sweep
 from tests.train.tiny import losses, with_run

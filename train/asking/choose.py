@@ -11,9 +11,9 @@ from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
 from egopatch.features import Fingerprint
 from egopatch.train.heads import reads_video
 from egopatch.train.report.table import is_standin
-from egopatch.train.rundir.card import RunError
 from egopatch.train.rundir.names import CONFIG, WEIGHTS
 from egopatch.train.rundir.results import Run, TableError, gather
+from egopatch.train.rundir.run_folder import RunError
 
 # Where `egopatch demo` and `egopatch demo --small` train, from the current directory on.
 DEMO_FOLDERS = (Path("runs/demo"), Path("runs/demo-small"))

@@ -13,7 +13,8 @@ from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Clip, load_dataset
 from egopatch.extract.datasets.folder import find_videos
 from egopatch.features import StoreError, open_store
-from egopatch.train.rundir.card import Card, RunError
+from egopatch.train.rundir.card import Card
+from egopatch.train.rundir.run_folder import RunError
 
 FINISHED = "finished.json"  # written once every clip is encoded or quarantined
 

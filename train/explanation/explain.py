@@ -28,7 +28,8 @@ from egopatch.train.fitting.shortage import shortage_explained
 from egopatch.train.fitting.trained import open_head, require_video, trained_config
 from egopatch.train.heads import PSA, unwrapped
 from egopatch.train.heads.common.scale import scaled_patches
-from egopatch.train.rundir.card import Card, RunError
+from egopatch.train.rundir.card import Card
+from egopatch.train.rundir.run_folder import RunError
 from egopatch.train.scores.statistics import Interval, compare
 from egopatch.train.steps.stacked_heads import StackedHeads
 

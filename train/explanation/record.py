@@ -9,8 +9,8 @@ from typing import Any
 
 from egopatch.features.io.fields import get_count
 from egopatch.train.explanation.agreement import Agreement
-from egopatch.train.rundir.card import write_whole
 from egopatch.train.rundir.checked_json import read_object
+from egopatch.train.rundir.run_folder import write_whole
 from egopatch.train.scores.statistics import Interval
 
 EXPLANATION = "explanation.json"

@@ -22,10 +22,11 @@ from egopatch.train.data.features import Features
 from egopatch.train.data.question_table import FORMS, QuestionTable
 from egopatch.train.heads import Sizes, reads_video
 from egopatch.train.processes.distributed import ALONE, Distributed
-from egopatch.train.rundir.card import Card, RunError
+from egopatch.train.rundir.card import Card
 from egopatch.train.rundir.names import CONFIG
 from egopatch.train.rundir.results import WITHOUT_FEATURES
 from egopatch.train.rundir.resume import DataRecord, record_data
+from egopatch.train.rundir.run_folder import RunError
 from egopatch.train.rundir.trained_on import require_same_clips
 
 

@@ -23,10 +23,11 @@ from egopatch.train.fitting.trained import open_head, trained_config
 from egopatch.train.heads import check_head
 from egopatch.train.processes.distributed import ALONE, Distributed
 from egopatch.train.processes.stopping import Stopped, stop_signals
-from egopatch.train.rundir import card as run_folder
-from egopatch.train.rundir.card import Card, RunError
+from egopatch.train.rundir import run_folder
+from egopatch.train.rundir.card import Card
 from egopatch.train.rundir.lease import hold_when_free
 from egopatch.train.rundir.names import LAST, WEIGHTS
+from egopatch.train.rundir.run_folder import RunError
 from egopatch.train.scores.metrics import Metrics, headline
 from egopatch.train.steps.stacked_heads import deterministic
 

@@ -13,7 +13,7 @@ from egopatch.train.fitting.run import TrainingRun
 from egopatch.train.fitting.shortage import shortage_explained
 from egopatch.train.heads import build_head
 from egopatch.train.processes.distributed import Distributed
-from egopatch.train.rundir import card as run_folder
+from egopatch.train.rundir import run_folder
 from egopatch.train.rundir.card import Card
 from egopatch.train.rundir.lease import hold_when_free
 from egopatch.train.rundir.names import CARD, WEIGHTS

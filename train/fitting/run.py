@@ -17,7 +17,7 @@ from egopatch.features import Fingerprint
 from egopatch.train.fitting.answers import Answers, score_part
 from egopatch.train.fitting.experiment import Experiment
 from egopatch.train.heads import package_versions
-from egopatch.train.rundir import card as run_folder
+from egopatch.train.rundir import run_folder
 from egopatch.train.rundir.card import Card
 from egopatch.train.rundir.log import RunLog
 from egopatch.train.rundir.names import (

@@ -25,9 +25,9 @@ from egopatch.train.heads.common.question import QuestionReader
 from egopatch.train.heads.psa.coarse import kernel_width
 from egopatch.train.heads.psa.selection import implementation_in_use
 from egopatch.train.ops.philox import HAS_TRITON
-from egopatch.train.rundir import card as run_folder
-from egopatch.train.rundir.card import RunError
+from egopatch.train.rundir import run_folder
 from egopatch.train.rundir.resume import ResumeState, changed_data
+from egopatch.train.rundir.run_folder import RunError
 from egopatch.train.scores.metrics import Metrics
 from egopatch.train.steps.optim import learning_rate
 from egopatch.train.steps.stacked_heads import LearnedStep, StackedHeads

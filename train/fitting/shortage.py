@@ -9,7 +9,7 @@ import torch
 from egopatch.configs.schema import TrainConfig
 from egopatch.features.common.os_errors import gpu_shortage
 from egopatch.features.io.files import write_errors_explained
-from egopatch.train.rundir.card import RunError
+from egopatch.train.rundir.run_folder import RunError
 
 
 @contextmanager

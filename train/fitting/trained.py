@@ -11,8 +11,9 @@ from egopatch.configs.schema import Config, ConfigError, HeadConfig
 from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
 from egopatch.train.heads import Sizes, build_head, reads_video
 from egopatch.train.processes.distributed import ALONE, Distributed
-from egopatch.train.rundir.card import Card, RunError, load_weights
+from egopatch.train.rundir.card import Card
 from egopatch.train.rundir.names import CARD, WEIGHTS
+from egopatch.train.rundir.run_folder import RunError, load_weights
 from egopatch.train.steps.stacked_heads import StackedHeads
 
 

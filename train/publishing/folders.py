@@ -13,9 +13,10 @@ from egopatch.features import Fingerprint, Store, open_store
 from egopatch.features.tools.convert import convert
 from egopatch.train.publishing.cards import head_card, store_card
 from egopatch.train.publishing.origins import origins
-from egopatch.train.rundir.card import Card, RunError, load_weights, write_whole
+from egopatch.train.rundir.card import Card
 from egopatch.train.rundir.names import CARD, CONFIG, TEST, WEIGHTS
 from egopatch.train.rundir.results import read_run
+from egopatch.train.rundir.run_folder import RunError, load_weights, write_whole
 
 README = "README.md"
 PUBLISHED = (WEIGHTS, CARD, CONFIG, TEST)

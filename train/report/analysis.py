@@ -15,10 +15,10 @@ from egopatch.train.report import examples
 from egopatch.train.report.answers import Correctness, Questions, read_answers
 from egopatch.train.report.sources import Selection, SourceError, Sweep, read_selection
 from egopatch.train.report.table import is_standin
-from egopatch.train.rundir.card import plain
 from egopatch.train.rundir.checked_json import typed
 from egopatch.train.rundir.names import CARD, SELECTION
 from egopatch.train.rundir.results import BLIND, OURS, START_AGAIN, Row
+from egopatch.train.rundir.run_folder import plain
 from egopatch.train.scores.metrics import same_lower_cased
 
 EXAMPLES_OF_A_KIND = 4

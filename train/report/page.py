@@ -35,9 +35,9 @@ from egopatch.train.report.plots import spaced, thin
 from egopatch.train.report.sections import question_list, repeat
 from egopatch.train.report.sections.charts import COLOURS, Bar, Chart, Line, bar_chart, heat_map, line_chart
 from egopatch.train.report.sources import Selection, SourceError, Sweep, TrainingLog, read_log, read_sweep
-from egopatch.train.rundir.card import write_whole
 from egopatch.train.rundir.names import SWEEP, SWEEPS
 from egopatch.train.rundir.results import BLIND, COLUMNS, SPLITS, Results, Row, gather
+from egopatch.train.rundir.run_folder import write_whole
 from egopatch.train.scores.statistics import Comparison, Interval, compare
 from egopatch.train.scores.text_metrics import NAMES
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from egopatch.configs.schema import Config, DataConfig
 from egopatch.train.report import answers as report_answers
-from egopatch.train.rundir.card import is_rendered, write_whole
 from egopatch.train.rundir.names import CARD, TEST
 from egopatch.train.rundir.results import (
     BLIND,
@@ -22,6 +21,7 @@ from egopatch.train.rundir.results import (
     data_title,
     gather,
 )
+from egopatch.train.rundir.run_folder import is_rendered, write_whole
 from egopatch.train.scores.statistics import Interval
 from egopatch.train.scores.text_metrics import NAMES
 

@@ -10,8 +10,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from egopatch.train.rundir.card import write_whole
 from egopatch.train.rundir.names import BOARD, LOG
+from egopatch.train.rundir.run_folder import write_whole
 from egopatch.train.rundir.tracking import Tracker, report_failure
 
 

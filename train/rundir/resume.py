@@ -16,7 +16,7 @@ import torch
 
 from egopatch.extract.datasets import Question
 from egopatch.features.io.files import replacing
-from egopatch.train.rundir.card import RunError
+from egopatch.train.rundir.run_folder import RunError
 
 # Number and digest of the answers, and of the questions of each kind, by what they are called.
 DataRecord = Mapping[str, tuple[int, str]]

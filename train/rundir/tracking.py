@@ -14,9 +14,9 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from egopatch.configs.schema import ConfigError
-from egopatch.train.rundir.card import RunError, write_whole
 from egopatch.train.rundir.checked_json import read_object
 from egopatch.train.rundir.names import TRACKING
+from egopatch.train.rundir.run_folder import RunError, write_whole
 
 # Id of the run in the tracker, so that a run that resumes here resumes there.
 EXPERIMENT = "egopatch"

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from egopatch.features import Store
 from egopatch.features.io.fields import Record, get_count, get_field
-from egopatch.train.rundir.card import RunError, write_whole
 from egopatch.train.rundir.checked_json import read_object
 from egopatch.train.rundir.names import CLIPS, QUESTIONS
 from egopatch.train.rundir.results import START_AGAIN
 from egopatch.train.rundir.resume import DataRecord, changed_data
+from egopatch.train.rundir.run_folder import RunError, write_whole
 
 _DIGITS = 16
 

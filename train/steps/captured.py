@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from egopatch.train.data.batch import Batch, Options
-from egopatch.train.rundir.card import RunError
+from egopatch.train.rundir.run_folder import RunError
 
 # Batches that are learned from before the capture, which may neither compile a kernel nor load one.
 EAGER_BATCHES = 2

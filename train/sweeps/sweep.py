@@ -31,11 +31,11 @@ from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.fitting.shortage import shortage_explained
 from egopatch.train.heads import can_stack, check_head, reads_ratio
 from egopatch.train.processes.process_pool import call_in_processes, can_fork
-from egopatch.train.rundir import card as run_folder
-from egopatch.train.rundir.card import RunError
+from egopatch.train.rundir import run_folder
 from egopatch.train.rundir.lease import POLL_S, busy, hold, writable
 from egopatch.train.rundir.names import GROUPS, SWEEPS
 from egopatch.train.rundir.results import table_folder
+from egopatch.train.rundir.run_folder import RunError
 from egopatch.train.rundir.trained_on import require_same_questions, require_shared_questions
 from egopatch.train.sweeps.axes import (
     PlannedRun,

@@ -18,10 +18,10 @@ from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Question, load_dataset
 from egopatch.train.report.answers import column_masks
 from egopatch.train.report.sources import read_sweep
-from egopatch.train.rundir import card as run_folder
-from egopatch.train.rundir.card import RunError
+from egopatch.train.rundir import run_folder
 from egopatch.train.rundir.names import CONFIG, PREDICTIONS, SUBMISSION, SWEEP, SWEEP_CSV, SWEEP_PNG
 from egopatch.train.rundir.results import COLUMNS, read_run, value_text
+from egopatch.train.rundir.run_folder import RunError
 from egopatch.train.scores.metrics import PredictionError, read_predictions, same_lower_cased
 from egopatch.train.scores.statistics import Matrix, accuracy, compare, measure_power
 from egopatch.train.sweeps.axes import PlannedRun
