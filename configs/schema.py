@@ -21,19 +21,24 @@ class ConfigError(ValueError):
     """An option has an unusable value; the message names the option, its value and what to do."""
 
 
-def _require(condition: bool, key: str, value: object, expected: str) -> None:
+def _require(section: object, option: str, condition: bool, expected: str) -> None:
+    """Refuse the value that `option` of `section` has, unless `condition` holds."""
     if not condition:
-        raise ValueError(f"{key} is {value!r}; expected {expected}")
+        raise ValueError(f"{_name_of(section)}.{option} is {getattr(section, option)!r}; expected {expected}")
+
+
+def _name_of(section: object) -> str:
+    """The name of a section in YAML: `data` of a `DataConfig`."""
+    return type(section).__name__.removesuffix("Config").lower()
 
 
 def _check_options(section: object) -> None:
     """Refuse null where the type of an option does not include None, and expand `~/` as a shell does, for it expands
     neither what a file says nor `--store.path=~/x`.
     """
-    name = type(section).__name__.removesuffix("Config").lower()
     for option in _never_null(type(section)):
         if getattr(section, option) is None:
-            raise ValueError(refusal_of_null(f"{name}.{option}"))
+            raise ValueError(refusal_of_null(f"{_name_of(section)}.{option}"))
     for option, value in vars(section).items():
         if isinstance(value, str | Path) and str(value).startswith("~/"):
             object.__setattr__(section, option, type(value)(Path(value).expanduser()))
@@ -116,12 +121,10 @@ class VideoConfig:
 
     def __post_init__(self) -> None:
         _check_options(self)
-        _require(self.frames >= 1, "video.frames", self.frames, "at least 1")
-        _require(self.size >= 1, "video.size", self.size, "at least 1")
-        seconds = "a positive, finite number of seconds"
-        _require(0 < self.timeout_s < math.inf, "video.timeout_s", self.timeout_s, seconds)
-        most = "a positive number of GiB, at most a million"
-        _require(0 < self.memory_gb <= 1e6, "video.memory_gb", self.memory_gb, most)
+        _require(self, "frames", self.frames >= 1, "at least 1")
+        _require(self, "size", self.size >= 1, "at least 1")
+        _require(self, "timeout_s", 0 < self.timeout_s < math.inf, "a positive, finite number of seconds")
+        _require(self, "memory_gb", 0 < self.memory_gb <= 1e6, "a positive number of GiB, at most a million")
 
 
 @dataclass(frozen=True)
@@ -158,8 +161,8 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         _check_options(self)
-        _require(self.depth >= 1, "encoder.depth", self.depth, "at least 1")
-        _require(self.batch >= 1, "encoder.batch", self.batch, "at least 1")
+        _require(self, "depth", self.depth >= 1, "at least 1")
+        _require(self, "batch", self.batch >= 1, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,7 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         _check_options(self)
-        _require(self.max_length >= 2, "text.max_length", self.max_length, "at least 2")
+        _require(self, "max_length", self.max_length >= 2, "at least 2")
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,7 @@ class StoreConfig:
 
     def __post_init__(self) -> None:
         _check_options(self)
-        _require(self.shard >= 1, "store.shard", self.shard, "at least 1")
+        _require(self, "shard", self.shard >= 1, "at least 1")
         remote = "://" in str(self.path)
         if any(sign in str(self.path).partition("://")[2] for sign in "@:?#"):
             # The message does not repeat the value: it may hold a key.
@@ -213,10 +216,9 @@ class StoreConfig:
                 "store.path holds a user, a query or a fragment; expected scheme://bucket/prefix alone: credentials "
                 "come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
             )
-        _require(not remote or self.format == "zarr", "store.format", self.format, "zarr in object storage")
+        _require(self, "format", not remote or self.format == "zarr", "zarr in object storage")
         offered = {"zarr": ("none", "zstd", "blosc-zstd"), "hdf5": ("none", "gzip")}[self.format]
-        codecs = f"one of {self.format}'s codecs: {', '.join(offered)}"
-        _require(self.codec in offered, "store.codec", self.codec, codecs)
+        _require(self, "codec", self.codec in offered, f"one of {self.format}'s codecs: {', '.join(offered)}")
 
 
 @dataclass(frozen=True)
@@ -241,9 +243,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _check_options(self)
-        for key, value in (("engine.workers", self.workers), ("engine.decoders", self.decoders)):
-            _require(value == "auto" or (isinstance(value, int) and value >= 1), key, value, "auto or at least 1")
-        _require(self.max_errors >= 0, "engine.max_errors", self.max_errors, "a count, or a share below 1")
+        for option, value in (("workers", self.workers), ("decoders", self.decoders)):
+            _require(self, option, value == "auto" or (isinstance(value, int) and value >= 1), "auto or at least 1")
+        _require(self, "max_errors", self.max_errors >= 0, "a count, or a share below 1")
 
 
 @dataclass(frozen=True)
@@ -301,18 +303,17 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         _check_options(self)
-        _require(0 < self.ratio <= 1, "head.ratio", self.ratio, "a share in (0, 1]")
-        _require(len(self.scores) > 0, "head.scores", self.scores, "a score at least, or `all` to keep every patch")
-        _require(len(self.scores) == 1 or "all" not in self.scores, "head.scores", self.scores, "`all` alone")
-        for name, values in (("head.scores", self.scores), ("head.levels", self.levels)):
-            _require(len(set(values)) == len(values), name, values, "each once")
-        finite = math.isfinite(self.saliency_weight)
-        _require(finite, "head.saliency_weight", self.saliency_weight, "a finite number")
-        _require(self.frames is None or self.frames >= 1, "head.frames", self.frames, "null or at least 1")
-        _require(self.heads >= 1, "head.heads", self.heads, "at least 1")
+        _require(self, "ratio", 0 < self.ratio <= 1, "a share in (0, 1]")
+        _require(self, "scores", len(self.scores) > 0, "a score at least, or `all` to keep every patch")
+        _require(self, "scores", len(self.scores) == 1 or "all" not in self.scores, "`all` alone")
+        for option, values in (("scores", self.scores), ("levels", self.levels)):
+            _require(self, option, len(set(values)) == len(values), "each once")
+        _require(self, "saliency_weight", math.isfinite(self.saliency_weight), "a finite number")
+        _require(self, "frames", self.frames is None or self.frames >= 1, "null or at least 1")
+        _require(self, "heads", self.heads >= 1, "at least 1")
         fits = self.width >= 1 and self.width % self.heads == 0
-        _require(fits, "head.width", self.width, f"a positive multiple of head.heads, {self.heads}")
-        _require(0 <= self.dropout < 1, "head.dropout", self.dropout, "a probability in [0, 1)")
+        _require(self, "width", fits, f"a positive multiple of head.heads, {self.heads}")
+        _require(self, "dropout", 0 <= self.dropout < 1, "a probability in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -356,18 +357,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_options(self)
-        _require(self.epochs >= 1, "train.epochs", self.epochs, "at least 1")
-        _require(self.batch >= 1, "train.batch", self.batch, "at least 1")
-        _require(0 < self.lr < math.inf, "train.lr", self.lr, "a positive, finite number")
-        _require(0 <= self.warmup < 1, "train.warmup", self.warmup, "a share in [0, 1)")
-        decays = 0 <= self.weight_decay < math.inf
-        _require(decays, "train.weight_decay", self.weight_decay, "a finite number of at least 0")
-        _require(0 <= self.seed < 2**63, "train.seed", self.seed, "a number from 0 to 2**63 - 1")
-        _require(self.accumulate >= 1, "train.accumulate", self.accumulate, "at least 1")
-        _require(0 <= self.ema < 1, "train.ema", self.ema, "a decay in [0, 1)")
-        _require(self.patience is None or self.patience >= 1, "train.patience", self.patience, "null or at least 1")
-        _require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "a share in [0, 1)")
-        _require(0 <= self.contrast < math.inf, "train.contrast", self.contrast, "a finite weight of at least 0")
+        _require(self, "epochs", self.epochs >= 1, "at least 1")
+        _require(self, "batch", self.batch >= 1, "at least 1")
+        _require(self, "lr", 0 < self.lr < math.inf, "a positive, finite number")
+        _require(self, "warmup", 0 <= self.warmup < 1, "a share in [0, 1)")
+        _require(self, "weight_decay", 0 <= self.weight_decay < math.inf, "a finite number of at least 0")
+        _require(self, "seed", 0 <= self.seed < 2**63, "a number from 0 to 2**63 - 1")
+        _require(self, "accumulate", self.accumulate >= 1, "at least 1")
+        _require(self, "ema", 0 <= self.ema < 1, "a decay in [0, 1)")
+        _require(self, "patience", self.patience is None or self.patience >= 1, "null or at least 1")
+        _require(self, "label_smoothing", 0 <= self.label_smoothing < 1, "a share in [0, 1)")
+        _require(self, "contrast", 0 <= self.contrast < math.inf, "a finite weight of at least 0")
 
 
 @dataclass(frozen=True)
