@@ -120,12 +120,12 @@ def decoding_rate(paths: list[Path], frames: int, cores: int) -> float:
 
 def encoding_rate(job: "ExtractionJob", prepared: "list[PreparedClip]", seconds: float) -> float:
     """Clips a second of the encoder alone, pixels in shared memory to rows in pinned memory, the next batch queued."""
-    with job.open_batches() as batches:
+    with job.open_batch_encoder() as encoder:
 
         def start() -> Callable[[], object]:
-            for i in range(batches.size):
-                batches.add(prepared[i % len(prepared)])
-            return batches.start()
+            for i in range(encoder.size):
+                encoder.add(prepared[i % len(prepared)])
+            return encoder.start()
 
         for _ in range(3):
             start()()
@@ -133,7 +133,7 @@ def encoding_rate(job: "ExtractionJob", prepared: "list[PreparedClip]", seconds:
         while not done or time.perf_counter() - started < seconds:
             following = start()
             finish()
-            finish, done = following, done + batches.size
+            finish, done = following, done + encoder.size
         elapsed = time.perf_counter() - started
         finish()
         return done / elapsed

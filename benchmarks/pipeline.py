@@ -57,16 +57,16 @@ def write_video(path: Path, seconds: float, seed: int) -> Path:
 
 def encoder_alone(job: ExtractionJob, prepared: list[PreparedClip], clips: int) -> float:
     """Clips a second over `clips` clips, in the pipeline's own batches, the next queued behind each."""
-    with job.open_batches() as batches:
+    with job.open_batch_encoder() as encoder:
 
         def start() -> Callable[[], object]:
-            for i in range(batches.size):
-                batches.add(prepared[i % len(prepared)])
-            return batches.start()
+            for i in range(encoder.size):
+                encoder.add(prepared[i % len(prepared)])
+            return encoder.start()
 
-        for _ in range(batches.slow):
+        for _ in range(encoder.slow):
             start()()
-        rounds = max(clips // batches.size, 1)
+        rounds = max(clips // encoder.size, 1)
         started = time.perf_counter()
         finish = start()
         for _ in range(rounds - 1):
@@ -74,7 +74,7 @@ def encoder_alone(job: ExtractionJob, prepared: list[PreparedClip], clips: int) 
             finish()
             finish = following
         finish()
-        return rounds * batches.size / (time.perf_counter() - started)
+        return rounds * encoder.size / (time.perf_counter() - started)
 
 
 def measure(config: Config, root: Path, clips: int, seconds: float) -> dict[str, object]:

@@ -241,13 +241,13 @@ def _probe(job: ExtractionJob, sample: list[Clip]) -> dict[str, float]:
     kept = [replace(clip, release=lambda: None) for clip in measured.first if isinstance(clip, PreparedClip)]
     if not kept:
         return rates
-    with shortage_explained(config.encoder), job.open_batches() as batches:
-        for _ in range(batches.slow + 1):
-            warm = batches.seconds + batches.handover_s
-            for i in range(batches.size):
-                batches.add(kept[i % len(kept)])
-            batches.start()()
-    rates["encoder"] = batches.size / (batches.seconds + batches.handover_s - warm)
+    with shortage_explained(config.encoder), job.open_batch_encoder() as encoder:
+        for _ in range(encoder.slow + 1):
+            warm = encoder.seconds + encoder.handover_s
+            for i in range(encoder.size):
+                encoder.add(kept[i % len(kept)])
+            encoder.start()()
+    rates["encoder"] = encoder.size / (encoder.seconds + encoder.handover_s - warm)
     if (cost := measured_cost(config.store.path)) and cost.write_s:
         rates["disk"] = 1 / cost.write_s
     return rates

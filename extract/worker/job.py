@@ -44,7 +44,7 @@ class ExtractionJob:
         network: The network that `encoder.arch` names.
         device: Device of the encoders.
         checkpoint: Weights of the video network.
-        encoder: Frozen video encoder in evaluation mode, on the CPU until `open_batches` moves it.
+        encoder: Frozen video encoder in evaluation mode, on the CPU until `open_batch_encoder` moves it.
         transform: Turns decoded frames into the encoder's input.
     """
 
@@ -91,7 +91,7 @@ class ExtractionJob:
             f"of the others are filled in as its authors do; --video.frames {trained} takes them as they were trained"
         )
 
-    def open_batches(self) -> BatchEncoder:
+    def open_batch_encoder(self) -> BatchEncoder:
         """The encoder, on its device from now on, in batches of `encoder.batch`."""
         encoder, config = self.encoder.to(self.device), self.config
         if self.encodes_on_device:

@@ -129,19 +129,19 @@ def fill_stores(
     started = time.perf_counter()
     with ExitStack() as stack:
         with ExitStack() as opened:
-            batches = [opened.enter_context(target.job.open_batches()) for target in targets]
+            encoders = [opened.enter_context(target.job.open_batch_encoder()) for target in targets]
             # Decoding runs ahead by the next batch, and by two tasks for each child: one in progress and one waiting.
-            ahead = max(one.size for one in batches) + 2 * decoders
-            slots = ahead + sum(one.held for one in batches)
+            ahead = max(encoder.size for encoder in encoders) + 2 * decoders
+            slots = ahead + sum(encoder.held for encoder in encoders)
             pool = stack.enter_context(_open_decoders([target.job for target in targets], decoders, slots))
             stack.push(opened.pop_all())  # the encoders end before the decoders, whose memory they use
         fillings = []
-        for target, one in zip(targets, batches, strict=True):
+        for target, encoder in zip(targets, encoders, strict=True):
             # Ends before the encoder, in whose memory its rows are.
             writer = stack.enter_context(
-                BackgroundShardWriter(target.store, target.job.config.engine.max_errors, one.slots)
+                BackgroundShardWriter(target.store, target.job.config.engine.max_errors, encoder.slots)
             )
-            fillings.append(_Filling(target, one, writer, clips, on_progress))
+            fillings.append(_Filling(target, encoder, writer, clips, on_progress))
         requested: deque[list[int]] = deque()  # of each clip that is being decoded, the targets that lack it
         results = _TimedResults(pool.map(_merged(fillings, clips, requested), ahead, TOGETHER))
         for result in results:
@@ -174,14 +174,14 @@ def _merged(fillings: Sequence["_Filling"], clips: Mapping[str, Clip], requested
         return
     place = {clip_id: number for number, clip_id in enumerate(clips)}
     wanted = [filling.wanted() for filling in fillings]
-    heads = [next(one, None) for one in wanted]
-    while waiting := [head for head in heads if head is not None]:
+    upcoming = [next(clips_of_target, None) for clips_of_target in wanted]
+    while waiting := [clip for clip in upcoming if clip is not None]:
         first = min(waiting, key=lambda clip: place[clip.clip_id])
-        lacking = [number for number, head in enumerate(heads) if head is not None and head.clip_id == first.clip_id]
+        lacking = [number for number, clip in enumerate(upcoming) if clip is not None and clip.clip_id == first.clip_id]
         requested.append(lacking)
         yield first
         for number in lacking:
-            heads[number] = next(wanted[number], None)
+            upcoming[number] = next(wanted[number], None)
 
 
 class _Filling:
@@ -190,7 +190,7 @@ class _Filling:
     def __init__(
         self,
         target: Target,
-        batches: BatchEncoder,
+        encoder: BatchEncoder,
         writer: BackgroundShardWriter,
         clips: Mapping[str, Clip],
         on_progress: Callable[[int, int], None],
@@ -199,7 +199,7 @@ class _Filling:
         self._machine = describe_machine(target.job.device)
         self._works = target.works
         self._row_bytes = target.store.row_bytes
-        self._batches = batches
+        self._encoder = encoder
         self._writer = writer
         self._clips = clips
         self._on_progress = on_progress
@@ -225,13 +225,13 @@ class _Filling:
         if isinstance(result, UndecodedClip):
             shard.failures[result.clip.clip_id] = Failure(result.reason, result.traceback)
         else:
-            self._batches.add(result)
+            self._encoder.add(result)
             self._waiting.append(result)
         last = shard.decoded == shard.expected
-        if last or len(self._waiting) == self._batches.size:
+        if last or len(self._waiting) == self._encoder.size:
             # Rows are taken one batch late, so that the encoder computes while the next batch is gathered.
             batch, self._waiting = _Batch(shard, self._waiting, last), []
-            following = batch, self._batches.start()
+            following = batch, self._encoder.start()
             self._take_rows()
             self._behind = following
         if last:
@@ -254,12 +254,12 @@ class _Filling:
                 start_s=results.first_s or 0.0,
                 decode_s=results.decode_s,
                 wait_decode_s=results.others_s,
-                encode_s=self._batches.seconds,
+                encode_s=self._encoder.seconds,
                 write_s=writer.write_s,
                 wait_write_s=writer.wait_s,
                 decoders_s=results.decode_s / decoders,
-                handover_s=self._batches.handover_s,
-                busy_s=self._batches.busy_s,
+                handover_s=self._encoder.handover_s,
+                busy_s=self._encoder.busy_s,
             ),
         )
 

@@ -116,7 +116,7 @@ def run(store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[..., JobStats
             config=config,
             device=torch.device("cpu"),
             open_decoders=lambda count, clips: decoders,
-            open_batches=lambda: CoreEncoder(encoder, BATCH, "float32"),  # type: ignore[arg-type]
+            open_batch_encoder=lambda: CoreEncoder(encoder, BATCH, "float32"),  # type: ignore[arg-type]
         )
         return encode_shards(job, store, works, clips, 1, on_progress)  # type: ignore[arg-type]
 
