@@ -2,12 +2,12 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from egopatch.configs.schema import Config, ConfigError
-from egopatch.extract.datasets import Dataset, load_dataset
+from egopatch.extract.datasets import Clip, Dataset, load_dataset
 from egopatch.extract.datasets.origins import OriginCheck, compare_origins
 from egopatch.extract.encoders import find_network
 from egopatch.extract.encoders.networks import imported
@@ -96,28 +96,38 @@ def extract_together(
     if configs[0].encoder.arch == imported.NETWORK.name:
         return [_encode_questions_of_imported(configs[0], job_slice, wait)]
     jobs = [resolve_job(config) for config in configs]
-    for line in filter(None, (job.frames_line for job in jobs)):
-        print(f"note: {line}", flush=True)
+    for job in jobs:
+        if job.frames_line is not None:
+            print(f"note: {job.frames_line}", flush=True)
     dataset = load_dataset(configs[0].data)
     clips = {clip.clip_id: clip for clip in dataset.clips}
-    opened = [_open(job, dataset, retry, job_slice, refresh) for job in jobs]
-    for texts in filter(None, (one.texts for one in opened)):
-        texts.encode(wait)
-    stats = [JobStats() for _ in opened]
-    together = [number for number, one in enumerate(opened) if one.works] if len(opened) > 1 else []
+    stores = [_open(job, dataset, retry, job_slice, refresh) for job in jobs]
+    for opened in stores:
+        if opened.texts is not None:
+            opened.texts.encode(wait)
+    together = len(stores) > 1
     if together:
-        targets = [Target(opened[n].job, opened[n].store, opened[n].works) for n in together]
-        display = ProgressDisplay("encode", sum(_count(one.works) for one in opened), "clips")
-        with shortage_explained(configs[0].encoder), display:
-            filled = fill_stores(targets, clips, decoder_count(configs[0], 1), display.advance)
-        for number, done in zip(together, filled, strict=True):
-            stats[number] = done
-    for number, one in enumerate(opened):
-        for free in _until_done(one.store, one.works, wait, "clips", begun=len(opened) > 1):
-            display = ProgressDisplay("encode", _count(free), "clips")
-            with shortage_explained(one.job.config.encoder), display:
-                stats[number] += encode_with_engine(one.job, one.store, free, clips, display.advance)
-    return [one.result(done, dataset, job_slice) for one, done in zip(opened, stats, strict=True)]
+        _encode_together(stores, clips)
+    for opened in stores:
+        for works in _until_done(opened.store, opened.works, wait, "clips", begun=together):
+            display = ProgressDisplay("encode", _count(works), "clips")
+            with shortage_explained(opened.job.config.encoder), display:
+                opened.stats += encode_with_engine(opened.job, opened.store, works, clips, display.advance)
+    return [opened.finish(dataset, job_slice) for opened in stores]
+
+
+def _encode_together(stores: "Sequence[_OpenedStore]", clips: Mapping[str, Clip]) -> None:
+    """Encode what is missing from several stores, with one decode of each clip."""
+    incomplete = [opened for opened in stores if opened.works]
+    if not incomplete:
+        return
+    config = stores[0].job.config
+    targets = [Target(opened.job, opened.store, opened.works) for opened in incomplete]
+    display = ProgressDisplay("encode", sum(_count(opened.works) for opened in incomplete), "clips")
+    with shortage_explained(config.encoder), display:
+        filled = fill_stores(targets, clips, decoder_count(config, 1), display.advance)
+    for opened, stats in zip(incomplete, filled, strict=True):
+        opened.stats = stats
 
 
 def _require_one_gpu(config: Config) -> None:
@@ -179,24 +189,25 @@ class _Texts:
                 " are read up to there",
                 flush=True,
             )
-        for free in _until_done(self.store, self.works, wait, "questions"):
-            encode_texts(self.network, self.store, free)
+        for works in _until_done(self.store, self.works, wait, "questions"):
+            encode_texts(self.network, self.store, works)
         self.network.encoder.to("meta")  # the device's memory is for clips from now on
         self.store.catalog.refresh()
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """A config's store and what is missing from it; `texts` is None where the data set has no questions."""
+@dataclass
+class _OpenedStore:
+    """A config's store, what was missing from it, and what has been done since; `texts` is None without questions."""
 
     job: ExtractionJob
     store: Store
     works: list[ShardWork]
     texts: _Texts | None
+    stats: JobStats = field(default_factory=JobStats)
 
-    def result(self, stats: JobStats, dataset: Dataset, job_slice: Slice) -> ExtractionResult:
-        """Record the job, and look at what it leaves."""
-        store, texts, config = self.store, self.texts, self.job.config
+    def finish(self, dataset: Dataset, job_slice: Slice) -> ExtractionResult:
+        """Record the job in the store; returns the state that it leaves."""
+        store, texts, config, stats = self.store, self.texts, self.job.config, self.stats
         store.catalog.refresh()
         if texts:
             texts.store.catalog.refresh()
@@ -221,7 +232,7 @@ class _Opened:
         )
 
 
-def _open(job: ExtractionJob, dataset: Dataset, retry: bool, job_slice: Slice, refresh: bool) -> _Opened:
+def _open(job: ExtractionJob, dataset: Dataset, retry: bool, job_slice: Slice, refresh: bool) -> _OpenedStore:
     """Open or create a config's store."""
     config = job.config
     root = config.data.root
@@ -247,7 +258,7 @@ def _open(job: ExtractionJob, dataset: Dataset, retry: bool, job_slice: Slice, r
     ]
     if refusal := disk_refusal(config.store.path, job.spec, _count(works)):
         raise StoreError(refusal)
-    return _Opened(job, store, works, texts)
+    return _OpenedStore(job, store, works, texts)
 
 
 def _open_texts(network: TextNetwork, texts: Sequence[str], job_slice: Slice) -> _Texts:
@@ -271,7 +282,7 @@ def _until_done(
 
 def _wait_for_a_lease(store: Store, works: list[ShardWork], unit: str) -> list[ShardWork]:
     """Wait until one of `works` can be leased; returns those that are still missing then, none if all are done."""
-    said = False
+    announced = False
     while True:
         store.catalog.refresh()
         works = still_missing(works, store)
@@ -280,9 +291,9 @@ def _wait_for_a_lease(store: Store, works: list[ShardWork], unit: str) -> list[S
                 return works
         if not works:
             return []
-        if not said:
+        if not announced:
             print(f"waiting for {_count(works)} {unit} in shards that other processes hold", flush=True)
-            said = True
+            announced = True
         time.sleep(WAIT_POLL_S)
 
 
