@@ -40,7 +40,7 @@ class ExtractionResult:
         quarantine: Reason by clip id.
         texts: Number of question texts in the store.
         texts_planned: Number of question texts that have a row in the store.
-        errors: Reconstruction error by quantised array, as `Store.reconstruction_error`.
+        reconstruction_error: Of the worst clip by quantised array, as `Store.reconstruction_error`.
         check: The stored clips of this job's shards, compared with the annotations. Those that are still stale are
             held by another job, or were encoded by one with other annotations.
         machines: As `Store.machines`.
@@ -53,7 +53,7 @@ class ExtractionResult:
     quarantine: dict[str, str]
     texts: int
     texts_planned: int
-    errors: dict[str, float]
+    reconstruction_error: dict[str, float]
     check: OriginCheck
     machines: dict[str, int]
     clips_left: int
@@ -224,7 +224,7 @@ class _OpenedStore:
             quarantine={clip_id: record.reason for clip_id, record in store.quarantine.items()},
             texts=len(texts.store.clip_ids) if texts else 0,
             texts_planned=len(texts.store.planned_ids) if texts else 0,
-            errors=dict(store.reconstruction_error),
+            reconstruction_error=dict(store.reconstruction_error),
             check=compare_origins(mine, config.data.root, store.origins()),
             machines=store.machines(),
             clips_left=clips_left,
@@ -325,7 +325,7 @@ def _encode_questions_of_imported(config: Config, job_slice: Slice, wait: bool) 
         quarantine={},
         texts=len(texts.store.clip_ids),
         texts_planned=len(texts.store.planned_ids),
-        errors={},
+        reconstruction_error={},
         check=compare_origins((), config.data.root, {}),
         machines={},
         clips_left=0,

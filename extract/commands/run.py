@@ -39,14 +39,14 @@ def main(parser: ConfigParser, args: Sequence[str], retry: bool = False) -> int:
     )
     add_config_arguments(parser)
     lines = split_configs(args)
-    parsed = [parse_config(parser, one) for one in lines]
+    parsed = [parse_config(parser, line) for line in lines]
     configs, (_, options) = [config for config, _ in parsed], parsed[0]
     try:
         job_slice = Slice.parse(options.shard)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     with messages_apart(options.json):
-        retries = [retry_command(one) for one in lines]
+        retries = [retry_command(line) for line in lines]
         code, results = encode(parser.prog, configs, retries, retry, job_slice, options.refresh, options.wait)
     if results:
         print_result(options.json, {"stores": as_records(configs, results)})
@@ -90,7 +90,7 @@ def encode(
         return REQUEUE, []
     for config, result, again in zip(configs, results, retries, strict=True):
         _report(config, result, again)
-    clips_left, texts_left = (sum(getattr(one, name) for one in results) for name in ("clips_left", "texts_left"))
+    clips_left, texts_left = (sum(getattr(result, name) for result in results) for name in ("clips_left", "texts_left"))
     if clips_left or texts_left:
         print(
             f"{program}: {clips_left} clips and {texts_left} questions are left, in shards that other"
@@ -98,7 +98,7 @@ def encode(
             file=sys.stderr,
         )
         return HELD, results
-    return int(any((one.quarantine and not one.clips) or one.check.stale for one in results)), results
+    return int(any((result.quarantine and not result.clips) or result.check.stale for result in results)), results
 
 
 def as_records(configs: Sequence[Config], results: "Sequence[ExtractionResult]") -> list[dict[str, Any]]:
@@ -106,20 +106,20 @@ def as_records(configs: Sequence[Config], results: "Sequence[ExtractionResult]")
     return [
         {
             "path": config.store.path,
-            "clips": one.clips,
-            "planned": one.planned,
-            "texts": one.texts,
-            "encoded": one.stats.committed,
-            "quarantine": one.quarantine,
-            "clips_left": one.clips_left,
-            "texts_left": one.texts_left,
-            "reconstruction_error": one.errors,
-            "stale": one.check.stale,
-            "unrecorded": one.check.unrecorded,
-            "machines": one.machines,
-            "ceilings": ceilings(one.stats),
+            "clips": result.clips,
+            "planned": result.planned,
+            "texts": result.texts,
+            "encoded": result.stats.committed,
+            "quarantine": result.quarantine,
+            "clips_left": result.clips_left,
+            "texts_left": result.texts_left,
+            "reconstruction_error": result.reconstruction_error,
+            "stale": result.check.stale,
+            "unrecorded": result.check.unrecorded,
+            "machines": result.machines,
+            "ceilings": ceilings(result.stats),
         }
-        for config, one in zip(configs, results, strict=True)
+        for config, result in zip(configs, results, strict=True)
     ]
 
 
@@ -129,7 +129,7 @@ def split_configs(args: Sequence[str]) -> list[list[str]]:
     if "--config" not in args:
         return [args]
     first = args.index("--config") + 1
-    files = list(itertools.takewhile(lambda one: not one.startswith("-"), args[first:]))
+    files = list(itertools.takewhile(lambda value: not value.startswith("-"), args[first:]))
     if len(files) < 2:
         return [args]
     return [[*args[:first], file, *args[first + len(files) :]] for file in files]
@@ -147,7 +147,7 @@ def _report(config: Config, result: "ExtractionResult", again: str) -> None:
         print(f"time: {stats.stages}")
     if line := bound_line(ceilings(stats)):
         print(line)
-    for array, error in result.errors.items():
+    for array, error in result.reconstruction_error.items():
         print(f"{array} in {config.store.dtype}: reconstruction error {error:.2%} of their size (worst clip)")
     for line in stats.skipped:
         print(f"skipped: {line}")
