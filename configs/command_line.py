@@ -87,7 +87,7 @@ class ConfigParser(jsonargparse.ArgumentParser):
         if not takes_config:
             dests = [action.dest for action in self._actions]
             # `--video FILE`, which jsonargparse adds to the options of a section, is not for a command line.
-            own = [one for one in self._actions if not any(dest.startswith(f"{one.dest}.") for dest in dests)]
+            own = [action for action in self._actions if not any(dest.startswith(f"{action.dest}.") for dest in dests)]
         shown = [action for action in own if action.help != argparse.SUPPRESS]
         lines = [self._usage_line(), "", str(self.description), ""]
         for action in shown:

@@ -130,7 +130,9 @@ class DecodePool(Generic[Prepared]):
                 results = [self._received(UndecodedClip(task.clips[0], str(killed)), task.slots[0])]
             else:
                 clip_s += (finished.seconds / len(task.clips) - clip_s) / 8
-                results = [self._received(one, slot) for one, slot in zip(finished.results, task.slots, strict=True)]
+                results = [
+                    self._received(result, slot) for result, slot in zip(finished.results, task.slots, strict=True)
+                ]
             unfinished -= len(task.clips)
 
     def _submit(self, clips: list[Clip]) -> "_Task":

@@ -26,7 +26,7 @@ def prepare_together(
     others: list[Frames] = []
 
     def finish(decoded: DecodedClip[Any]) -> Frames:
-        first, *rest = (one(decoded) for one in finishes)
+        first, *rest = (finish_one(decoded) for finish_one in finishes)
         others.extend(rest)
         return first
 

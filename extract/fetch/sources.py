@@ -119,6 +119,6 @@ def _source(name: str, entry: Any) -> Source:
 
 
 def _listed(name: str, names: Any) -> list[str]:
-    if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
+    if not isinstance(names, list) or not all(isinstance(file, str) for file in names):
         raise ValueError(f"{name}: files has {names!r}; expected a list of names")
     return names

@@ -118,7 +118,9 @@ def _require_same(existing: Config, config: Config, file: Path) -> None:
     pairs["encoder.checkpoint"] = existing.encoder.checkpoint, config.encoder.checkpoint
     pairs["store.path"] = str(existing.store.path), str(config.store.path)
     pairs["store.dtype"] = existing.store.dtype, config.store.dtype
-    different = [f"{name}: file has {one}, requested {two}" for name, (one, two) in pairs.items() if one != two]
+    different = [
+        f"{name}: file has {held}, requested {value}" for name, (held, value) in pairs.items() if held != value
+    ]
     if different:
         unused = "" if _holds_files(config.store.path) else f", or delete {file.name}: no store exists yet"
         raise ConfigError(

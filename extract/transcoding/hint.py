@@ -59,7 +59,7 @@ def needed_frames(clip: Clip, video: VideoConfig, cache: VideoCache | None = Non
 def long_groups_hint(clips: Sequence[Clip], video: VideoConfig) -> str | None:
     """A line that advises to transcode, if far fewer pixels of copies of `clips` would be decoded."""
     with DecodePool(video, 1, needed_frames) as pool:
-        needed = [one for one in pool.map(clips) if not isinstance(one, UndecodedClip)]
+        needed = [found for found in pool.map(clips) if not isinstance(found, UndecodedClip)]
     if not needed:
         return None
     now, copied, group_s, share = (float(np.mean(values)) for values in zip(*map(astuple, needed), strict=True))

@@ -45,12 +45,12 @@ class StoreHeader:
 
 def _array_differences(mine: StoreSpec, requested: StoreSpec) -> list[str]:
     """As `StoreHeader.differences`, of the arrays: `patches: store has int8, requested float32`."""
-    one, other = ({array.name: array for array in spec.arrays} for spec in (mine, requested))
-    if list(one) != list(other) and one.keys() == other.keys():
-        return [f"order of the arrays: store has {', '.join(one)}, requested {', '.join(other)}"]
+    stored, wanted = ({array.name: array for array in spec.arrays} for spec in (mine, requested))
+    if list(stored) != list(wanted) and stored.keys() == wanted.keys():
+        return [f"order of the arrays: store has {', '.join(stored)}, requested {', '.join(wanted)}"]
     lines = []
-    for name in one | other:
-        pair = (one.get(name), other.get(name))
+    for name in stored | wanted:
+        pair = (stored.get(name), wanted.get(name))
         if pair[0] != pair[1]:
             shapes = {None if array is None else array.shape for array in pair}
             words = [_array_in_words(array, with_shape=len(shapes) > 1) for array in pair]

@@ -74,4 +74,4 @@ def draw(tokens: PatchTokens, grid: tuple[int, int], frames: NDArray[np.float32]
     shown = frames[middle_indices(len(frames), steps)]
     times = [None] * steps if tokens.timestamps is None else tokens.timestamps[0].tolist()
     captions = [f"frame {step}" if time is None else f"{time:.2f} s" for step, time in enumerate(times)]
-    return sheet([(dim(frame, one), caption) for frame, one, caption in zip(shown, light, captions, strict=True)])
+    return sheet([(dim(frame, bright), caption) for frame, bright, caption in zip(shown, light, captions, strict=True)])

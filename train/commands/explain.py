@@ -20,10 +20,11 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         found = explain(config, options.questions)
     path = found.write(config.run.dir)
     lines = [f"{path}: {found.questions} test questions; mean probability of the head's answer, in percent"]
-    for one in found.rankings:
-        looks = (
-            "" if one.pointing is None else f", highest score on an object asked about in {one.pointing:.1f}% of frames"
-        )
-        lines.append(f"{one.name:<12}  deletion {one.deletion_area:5.1f}  insertion {one.insertion_area:5.1f}{looks}")
+    for ranking in found.rankings:
+        areas = f"deletion {ranking.deletion_area:5.1f}  insertion {ranking.insertion_area:5.1f}"
+        pointing = ""
+        if ranking.pointing is not None:
+            pointing = f", highest score on an object asked about in {ranking.pointing:.1f}% of frames"
+        lines.append(f"{ranking.name:<12}  {areas}{pointing}")
     print_result(options.json, {"file": path, **json.loads(path.read_text(encoding="utf-8"))}, "\n".join(lines))
     return 0

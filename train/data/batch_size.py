@@ -35,7 +35,9 @@ class BatchSize:
         """Size of the batch of these rows of `table`."""
         texts = [table.text[rows], *([] if table.variants is None else table.variants[rows].T)]
         options = 0 if table.options is None else int((table.options[rows].unique() != NO_OPTION).sum())
-        return cls(len(rows), len(table.clip[rows].unique()), max(len(one.unique()) for one in texts), options)
+        return cls(
+            len(rows), len(table.clip[rows].unique()), max(len(text_rows.unique()) for text_rows in texts), options
+        )
 
     @classmethod
     def covering(cls, table: QuestionTable, plan: Sequence[np.ndarray], most: int) -> "BatchSize":

@@ -118,15 +118,15 @@ class _Explainer:
         places: list[Places | None],
     ) -> Ranking:
         """A ranking over all batches, compared with `chance`, what the random one measured."""
-        kept = [row for one in measured for row in one.kept]
+        kept = [row for batch in measured for row in batch.kept]
         known = [(row, place) for row, place in zip(kept, places, strict=True) if place is not None]
-        deletion, insertion = [one.deletion for one in measured], [one.insertion for one in measured]
+        deletion, insertion = [batch.deletion for batch in measured], [batch.insertion for batch in measured]
         return Ranking(
             name=name,
             deletion=_percents(deletion),
             insertion=_percents(insertion),
-            deletion_gap=None if name == RANDOM else _gap(deletion, [one.deletion for one in chance], clips),
-            insertion_gap=None if name == RANDOM else _gap(insertion, [one.insertion for one in chance], clips),
+            deletion_gap=None if name == RANDOM else _gap(deletion, [batch.deletion for batch in chance], clips),
+            insertion_gap=None if name == RANDOM else _gap(insertion, [batch.insertion for batch in chance], clips),
             agreement=agreement_of(known, self.grid[0] * self.grid[1]),
             pointing=pointing((row[:, 0], place) for row, place in known),
         )

@@ -107,8 +107,8 @@ def correctness(row: Row, questions: Questions) -> Correctness:
         SourceError: predictions are missing, damaged or about other questions.
     """
     answers = [read_answers(run.dir, questions) for run in row.runs]
-    right = [{q: same_lower_cased(question, one[q]) for q, question in questions.by_id.items()} for one in answers]
-    return Correctness(np.array([list(one.values()) for one in right], dtype=bool), right[0], answers[0])
+    right = [{q: same_lower_cased(question, seed[q]) for q, question in questions.by_id.items()} for seed in answers]
+    return Correctness(np.array([list(seed.values()) for seed in right], dtype=bool), right[0], answers[0])
 
 
 def text_scores(rows: Sequence[Row], questions: Questions, problems: list[str]) -> dict[str, dict[str, Interval]]:
@@ -190,9 +190,9 @@ def intervals(row: Row, correct: Correctness, questions: Questions) -> dict[str,
     for column, counted in column_masks(questions.by_id.values()).items():
         found[column] = accuracy(correct.by_seed[:, counted], clips[counted].tolist())
     tags = [question.tags for question in questions.by_id.values()]
-    for tag in sorted({tag for one in tags for tag in one}):
-        counted = np.array([tag in one for one in tags])
+    for tag in sorted({tag for question_tags in tags for tag in question_tags}):
+        counted = np.array([tag in question_tags for question_tags in tags])
         found[f"tag {tag}"] = accuracy(correct.by_seed[:, counted], clips[counted].tolist())
     recorded = {name: row.tag_mean(name.removeprefix("tag ")) for name in found if name not in COLUMNS}
     recorded |= {column: row.mean(column) for column in COLUMNS}
-    return {name: one for name, one in found.items() if _same_mean(recorded[name], one.mean)}
+    return {name: interval for name, interval in found.items() if _same_mean(recorded[name], interval.mean)}

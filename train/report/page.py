@@ -344,7 +344,10 @@ def _explanation_charts(title: str, explanation: Explanation) -> list[Chart]:
     return [
         line_chart(
             f"{title}: {kind}",
-            [Line(one.name, number, percents, getattr(one, kind)) for number, one in enumerate(explanation.rankings)],
+            [
+                Line(ranking.name, number, percents, getattr(ranking, kind))
+                for number, ranking in enumerate(explanation.rankings)
+            ],
             f"patches {past}, % of each frame",
             "probability of the answer (%)",
         )

@@ -338,7 +338,7 @@ def _no_seed_of(first: Run, run: Run) -> str | None:
     kinds = [kind for kind in first.questions if run.questions.get(kind) != first.questions[kind]]
     if kinds and run.questions:  # earlier versions recorded none
         return f"it learned from other data (different: {', '.join(kinds)}); train one of the two again"
-    counts = [[one.scores[part].n for part in COLUMNS] for one in (first, run)]
+    counts = [[seed.scores[part].n for part in COLUMNS] for seed in (first, run)]
     if counts[0] != counts[1]:
         return f"it answers {counts[1][-1]:,} test questions in place of {counts[0][-1]:,}; evaluate both again"
     return None

@@ -79,7 +79,9 @@ class Metrics:
 def headline(metrics: Metrics) -> str:
     """One line: the accuracies over open, binary and all questions, each with its count."""
     return ", ".join(
-        f"{name} {one.accuracy:.2f} (n {one.n})" for name, one in metrics.headline_rows() if one.accuracy is not None
+        f"{name} {score.accuracy:.2f} (n {score.n})"
+        for name, score in metrics.headline_rows()
+        if score.accuracy is not None
     )
 
 
@@ -91,13 +93,13 @@ def lines(metrics: Metrics, released: Metrics | None = None) -> list[str]:
     width = max(len(name) for name, _ in rows)
     wrong_form = wrong_form_line(metrics)
     if released is None:
-        return [*(f"{name:<{width}}  {_percent(one.accuracy):>6}  n {one.n}" for name, one in rows), wrong_form]
+        return [*(f"{name:<{width}}  {_percent(score.accuracy):>6}  n {score.n}" for name, score in rows), wrong_form]
     return [
         f"{'':<{width}}  lower-cased  released  difference",
         *(
-            f"{name:<{width}}  {_percent(one.accuracy):>11}  {_percent(other.accuracy):>8}  {_change(one, other):>10}"
-            f"  n {one.n}"
-            for (name, one), (_, other) in zip(rows, released.rows(), strict=True)
+            f"{name:<{width}}  {_percent(ours.accuracy):>11}  {_percent(theirs.accuracy):>8}"
+            f"  {_change(ours, theirs):>10}  n {ours.n}"
+            for (name, ours), (_, theirs) in zip(rows, released.rows(), strict=True)
         ),
         wrong_form,
     ]
@@ -111,7 +113,7 @@ def wrong_form_line(metrics: Metrics) -> str:
 def difference(metrics: Metrics, released: Metrics) -> str:
     """One line: the scores under the released matching rule and how far they are from the lower-cased ones."""
     pairs = zip(metrics.headline_rows(), released.headline_rows(), strict=True)
-    changes = [f"{name} {_percent(other.accuracy)} ({_change(one, other)})" for (name, one), (_, other) in pairs]
+    changes = [f"{name} {_percent(theirs.accuracy)} ({_change(ours, theirs)})" for (name, ours), (_, theirs) in pairs]
     return f"scores under the released matching rule (difference from lower-cased): {', '.join(changes)}"
 
 
@@ -119,8 +121,8 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def _change(one: Score, other: Score) -> str:
-    return "–" if one.accuracy is None or other.accuracy is None else f"{other.accuracy - one.accuracy:+.2f}"
+def _change(ours: Score, theirs: Score) -> str:
+    return "–" if ours.accuracy is None or theirs.accuracy is None else f"{theirs.accuracy - ours.accuracy:+.2f}"
 
 
 def same_lower_cased(question: Question, given: str) -> bool:

@@ -97,10 +97,10 @@ def text_intervals(questions: Sequence[Question], answers: Sequence[Mapping[str,
     if not questions:
         return {}
     clips = [question.clip_id for question in questions]
-    seeds = [_compare(questions, one) for one in answers]
+    seeds = [_compare(questions, seed_answers) for seed_answers in answers]
     found = {name: accuracy([seed.values[name] for seed in seeds], clips) for name in seeds[0].values}
     scores, effects = [seed.bleu() for seed in seeds], [seed.bleu_effects(clips) for seed in seeds]
-    known = [one for one in effects if one is not None]
+    known = [seed for seed in effects if seed is not None]
     unknown = Interval(float(np.mean(scores)), 0.0, 100.0)
     found["bleu_4"] = interval(scores, known) if len(known) == len(seeds) else unknown
     return {name: found[name] for name in NAMES}
@@ -132,8 +132,8 @@ def _compare(questions: Sequence[Question], answers: Mapping[str, str]) -> _Text
     }
     return _Texts(
         {name: np.array(of_all, dtype=float) for name, of_all in values.items()},
-        np.array([one.counts for one in counted], dtype=float).T,
-        np.array([one.totals for one in counted], dtype=float).T,
-        np.array([one.sys_len for one in counted], dtype=float),
-        np.array([one.ref_len for one in counted], dtype=float),
+        np.array([answer.counts for answer in counted], dtype=float).T,
+        np.array([answer.totals for answer in counted], dtype=float).T,
+        np.array([answer.sys_len for answer in counted], dtype=float),
+        np.array([answer.ref_len for answer in counted], dtype=float),
     )

@@ -39,8 +39,8 @@ def question_list(questions: Questions, right: Mapping[str, Correctness]) -> dic
         "tags": [tag_sets[tuple(question.tags)] for question in asked],
         "form": "".join(question.form[0] for question in asked),
         "answer": [answers[question.answer] for question in asked],
-        "given": [[answers[one.answers[question.question_id]] for question in asked] for one in right.values()],
-        "right": ["".join("01"[one.right[question.question_id]] for question in asked) for one in right.values()],
+        "given": [[answers[system.answers[question.question_id]] for question in asked] for system in right.values()],
+        "right": ["".join("01"[system.right[question.question_id]] for question in asked) for system in right.values()],
     }
     return result | {"texts": [*texts], "clips": [*clips], "tag_sets": [*tag_sets], "answers": [*answers]}
 
