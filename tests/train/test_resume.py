@@ -359,7 +359,7 @@ def test_a_state_that_recorded_no_questions_is_resumed_where_its_steps_fit(
 
 
 def test_resuming_on_other_features_is_refused(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("egopatch.train.fitting.fit.test_groups", lambda *_: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr("egopatch.train.fitting.fit.evaluate_groups", lambda *_: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         fit(tiny, "x")
     other = write_tiny(tmp_path / "other", fields={**FIELDS, "checkpoint": "another"})

@@ -80,7 +80,7 @@ def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
             if (why := group.runs[0].failed) is not None:
                 raise RunError(why)
             ranks.print_once(f"{label}: {group.heads.step} steps, {group.summary()}")
-            metrics = test_groups([group], experiment, command)[0]
+            metrics = evaluate_groups([group], experiment, command)[0]
             experiment.print_quarantined()
             seconds = time.monotonic() - started
             bytes_read = sum(ranks.gather(experiment.features.bytes_read))
@@ -141,9 +141,9 @@ def train_together(groups: Sequence[RunGroup], experiment: Experiment, order_see
             raise Stopped("interrupted after the last epoch; run the same command again to resume")
 
 
-def test_groups(groups: Sequence[RunGroup], experiment: Experiment, command: str) -> list[Metrics]:
-    """Metrics on *test* of the best epoch of every run that has not failed, in order; `test.json` is the last file of
-    each folder.
+def evaluate_groups(groups: Sequence[RunGroup], experiment: Experiment, command: str) -> list[Metrics]:
+    """Write the cards and the answers to *test* of the best epoch of every run that has not failed; returns their
+    metrics, in order. `test.json` is the last file of each folder.
     """
     groups = [group for group in groups if not group.failed]
     if not groups:

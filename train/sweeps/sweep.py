@@ -25,7 +25,7 @@ from egopatch.configs.schema import Config, ConfigError
 from egopatch.features import ShardOwned
 from egopatch.features.io.files import make_folder
 from egopatch.train.fitting.experiment import Experiment, caller_state_kept, open_experiment
-from egopatch.train.fitting.fit import test_groups, train_together
+from egopatch.train.fitting.fit import evaluate_groups, train_together
 from egopatch.train.fitting.run import system_name
 from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.fitting.shortage import shortage_explained
@@ -217,7 +217,7 @@ def _train(plans: Sequence[GroupPlan], experiment: Experiment, label: str, comma
                 groups.append(RunGroup(plan.configs, experiment, order_seed, plan.path))
             if groups:
                 train_together(groups, experiment, order_seed, label)
-                test_groups(groups, experiment, command)
+                evaluate_groups(groups, experiment, command)
         finally:
             for group in groups:
                 group.close()
