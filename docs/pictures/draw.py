@@ -32,7 +32,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Row:
-    """Stops in the order in which data passes them.
+    """Stops in the order in which data reaches them.
 
     Attributes:
         title: What the row is about.
