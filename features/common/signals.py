@@ -17,7 +17,7 @@ def signal_handlers(
     """Within the block `handler` receives the signals `numbers`; afterwards the former handlers are back.
 
     Raises:
-        ValueError: outside of the main thread, which alone receives signals.
+        ValueError: Outside of the main thread, which alone receives signals.
     """
     before: dict[signal.Signals, Any] = {}
     try:

@@ -140,10 +140,10 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
     """Open the data and features of `config`; with a `card`, require those that the card's head was trained on.
 
     Raises:
-        DatasetError: annotations are missing or malformed.
-        StoreError: a store is missing, damaged or unfinished, or holds stale clips.
-        FingerprintMismatch: a store was created with other settings than the config's or the card's.
-        RunError: the card's answers differ from the data set's, or a part has no questions, or all questions
+        DatasetError: Annotations are missing or malformed.
+        StoreError: A store is missing, damaged or unfinished, or holds stale clips.
+        FingerprintMismatch: A store was created with other settings than the config's or the card's.
+        RunError: The card's answers differ from the data set's, or a part has no questions, or all questions
             of *test* are about quarantined clips; or, without a card, no question of *val* has a published answer.
     """
     limit_threads(ranks.local_size)

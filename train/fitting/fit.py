@@ -44,12 +44,12 @@ def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
         this process waits until it is finished, or trains on where that process ends before.
 
     Raises:
-        ConfigError: the run's folder holds another setting, or cannot be written.
-        RunError: there is nothing to train or validate on, a file in the folder is damaged, the loss is not finite, the
+        ConfigError: The run's folder holds another setting, or cannot be written.
+        RunError: There is nothing to train or validate on, a file in the folder is damaged, the loss is not finite, the
             GPU's memory is too small, or clips were encoded again after the run had been trained on them.
-        StoreError, DatasetError: features or annotations are missing or damaged.
+        StoreError, DatasetError: Features or annotations are missing or damaged.
         Stopped: SIGINT or SIGTERM interrupted training.
-        RankLost: another rank is gone.
+        RankLost: Another rank is gone.
     """
     folder = config.run.dir
     check_head(config.head)
@@ -175,9 +175,9 @@ def evaluate(
             written to `config.run.dir`.
 
     Raises:
-        RunError: there is no checkpoint, it belongs to another head, clips were encoded again after it had been
+        RunError: There is no checkpoint, it belongs to another head, clips were encoded again after it had been
             trained on them, or `source` is given and a head was trained in `config.run.dir`.
-        FingerprintMismatch: the store holds other features than the head was trained on.
+        FingerprintMismatch: The store holds other features than the head was trained on.
     """
     with caller_state_kept(config.train.device):
         if source is not None:

@@ -35,10 +35,10 @@ def evaluate_published(config: Config, command: str, ranks: Distributed) -> Metr
         ranks: Processes that answer together.
 
     Raises:
-        ConfigError: the head has no published classifier, or the folder holds another run.
-        CheckpointError: the file is unreadable, another network's, incomplete, or has another number of answers.
-        FingerprintMismatch: the store was created with other weights.
-        StoreError, DatasetError: features or annotations are missing or damaged.
+        ConfigError: The head has no published classifier, or the folder holds another run.
+        CheckpointError: The file is unreadable, another network's, incomplete, or has another number of answers.
+        FingerprintMismatch: The store was created with other weights.
+        StoreError, DatasetError: Features or annotations are missing or damaged.
     """
     path, name = config.head.checkpoint, config.head.name
     assert path is not None

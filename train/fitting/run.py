@@ -140,7 +140,7 @@ class TrainingRun:
         """Resume from `state`, whose best weights replace those in the folder where these are of another epoch.
 
         Raises:
-            RunError: an earlier version saved `state`, and the weights in the folder do not belong to it.
+            RunError: An earlier version saved `state`, and the weights in the folder do not belong to it.
         """
         self.best, self.epochs_since_best, self.failed = state["best"], state["waited"], state.get("failed")
         # Earlier versions saved neither.

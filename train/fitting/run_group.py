@@ -55,7 +55,7 @@ class RunGroup:
 
     Raises:
         ConfigError: `head.implementation` cannot run here.
-        RunError: the file is damaged, or was saved with other features, answers or questions, another order or other
+        RunError: The file is damaged, or was saved with other features, answers or questions, another order or other
             runs; or clips that the runs were trained on have been encoded again.
     """
 

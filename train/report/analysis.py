@@ -76,7 +76,7 @@ def config_of(row: Row, config: Config) -> Config:
     """`config` with the videos, the encoder and the store of the row's best run, as its card has them.
 
     Raises:
-        SourceError: the card has an option of another type than it should.
+        SourceError: The card has an option of another type than it should.
     """
     of_run, now = row.best.card.get("config") or {}, plain(config)
     # All decoders give the same frames, and this one runs everywhere.

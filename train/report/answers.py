@@ -64,7 +64,7 @@ def load_questions(config: Config, split: str) -> Questions:
     """Load the test questions of `split`.
 
     Raises:
-        SourceError: the annotations cannot be read.
+        SourceError: The annotations cannot be read.
     """
     try:
         known = next((name for name in SPLITS if name == split), config.data.split)
@@ -104,7 +104,7 @@ def correctness(row: Row, questions: Questions) -> Correctness:
     """Compare the predictions of a row's seeds with the annotated answers.
 
     Raises:
-        SourceError: predictions are missing, damaged or about other questions.
+        SourceError: Predictions are missing, damaged or about other questions.
     """
     answers = [read_answers(run.dir, questions) for run in row.runs]
     right = [{q: same_lower_cased(question, seed[q]) for q, question in questions.by_id.items()} for seed in answers]
@@ -159,7 +159,7 @@ def read_answers(folder: Path, questions: Questions) -> dict[str, str]:
     """Read the answers of a run to the questions that count, by question id.
 
     Raises:
-        SourceError: predictions are missing, damaged or about other questions.
+        SourceError: Predictions are missing, damaged or about other questions.
     """
     try:
         answers = read_predictions(folder / PREDICTIONS, (*questions.by_id.values(), *questions.unpublished))

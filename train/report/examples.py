@@ -153,7 +153,7 @@ def prepare_picture(clip: Clip, video: VideoConfig, cache: "VideoCache", transfo
         laid over the picture covers the pixels of the patches.
 
     Raises:
-        VideoError: as `extract.video.frames.read_frames`.
+        VideoError: As `extract.video.frames.read_frames`.
     """
     from egopatch.extract.feed.clips import PreparedClip
     from egopatch.extract.feed.on_host import crop_and_resize

@@ -130,7 +130,7 @@ def write_report(config: Config, folder: Path) -> Path:
         Path of the page.
 
     Raises:
-        TableError: there is no readable run below `folder`.
+        TableError: There is no readable run below `folder`.
     """
     results = gather(folder)
     problems = list(results.problems)

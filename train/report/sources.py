@@ -174,7 +174,7 @@ def read_log(path: Path) -> TrainingLog:
     """Read a run's `log.jsonl`. A torn last line, as a killed run leaves it, is ignored.
 
     Raises:
-        SourceError: the file is missing or another line is damaged.
+        SourceError: The file is missing or another line is damaged.
     """
     lines = _read_text(path).splitlines()
     steps: dict[int, float] = {}
@@ -198,7 +198,7 @@ def read_sweep(path: Path) -> Sweep:
     """Read a `sweep.json`. Runs without an accuracy are omitted.
 
     Raises:
-        SourceError: the file is damaged.
+        SourceError: The file is damaged.
     """
     try:
         value = json.loads(_read_text(path))
@@ -223,7 +223,7 @@ def read_selection(path: Path) -> Selection:
     """Read `selection.npz`.
 
     Raises:
-        SourceError: the file is missing or damaged.
+        SourceError: The file is missing or damaged.
     """
     if not path.exists():
         raise SourceError(f"{path} is missing; evaluate the run again")

@@ -47,7 +47,7 @@ def write_table(folder: Path, config: Config) -> list[dict[str, Any]]:
         where answers are free text, also `text`, with the metrics of `train.scores.text_metrics`.
 
     Raises:
-        TableError: there is no readable run.
+        TableError: There is no readable run.
     """
     results = gather(folder)
     problems = list(results.problems)

@@ -212,7 +212,7 @@ def gather(folder: Path) -> Results:
     """Read every run below `folder`.
 
     Raises:
-        TableError: there is no readable run; the message names the command that trains one.
+        TableError: There is no readable run; the message names the command that trains one.
     """
     problems: list[str] = []
     runs: list[Run] = []
@@ -238,7 +238,7 @@ def read_run(path: Path) -> Run:
     """Read one run's `test.json` and `card.json`.
 
     Raises:
-        ValueError: a file is missing or damaged; the message names it and what to do.
+        ValueError: A file is missing or damaged; the message names it and what to do.
     """
     if not (path / TEST).exists():
         raise ValueError(f"not evaluated (no {TEST}); run `egopatch train evaluate` with its config")

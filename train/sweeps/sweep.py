@@ -91,9 +91,9 @@ def run_sweep(
         `<table>/sweeps/<name>/sweep.json`; beside it `sweep.csv` and `sweep.png`.
 
     Raises:
-        ConfigError: the grid names an option that all runs share, an invalid value, or a value twice; two settings
+        ConfigError: The grid names an option that all runs share, an invalid value, or a value twice; two settings
             would share a folder; or the folder holds runs with other settings or cannot be written.
-        RunError: the loss of a run is not finite, and the results of the others are written; or clips were encoded
+        RunError: The loss of a run is not finite, and the results of the others are written; or clips were encoded
             again, or answers or questions of *train* or *val* have changed, after finished runs had been trained on
             them.
         Stopped: SIGINT or SIGTERM interrupted training; the same command resumes it.
