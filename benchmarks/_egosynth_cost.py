@@ -8,8 +8,8 @@ import torch
 from egopatch.configs.schema import Config
 from egopatch.features.values.dtypes import spec_row_bytes
 from egopatch.train.data.question_table import plan_batches
+from egopatch.train.fitting.build_heads import build_stacked_heads
 from egopatch.train.fitting.experiment import open_experiment
-from egopatch.train.fitting.run_group import build_stacked_heads
 
 # Training steps that the cost is the median of.
 TIMED_STEPS = 40

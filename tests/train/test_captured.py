@@ -16,10 +16,10 @@ from egopatch.configs.schema import Config, ConfigError
 from egopatch.train.data.batch import Batch
 from egopatch.train.data.batch_size import BatchSize
 from egopatch.train.data.question_table import NO_CLASS, QuestionTable, plan_batches
-from egopatch.train.fitting import run_group
+from egopatch.train.fitting import build_heads
+from egopatch.train.fitting.build_heads import build_stacked_heads, why_not_captured
 from egopatch.train.fitting.experiment import Experiment, open_experiment
 from egopatch.train.fitting.fit import fit
-from egopatch.train.fitting.run_group import build_stacked_heads, why_not_captured
 from egopatch.train.heads import Head, register_head
 from egopatch.train.rundir.run_folder import RunError
 from egopatch.train.steps import captured
@@ -160,10 +160,10 @@ def test_why_a_step_is_not_captured(tiny: Config, monkeypatch: pytest.MonkeyPatc
     def only_wide(shape: tuple[int, ...], *_: object) -> tuple[str, str]:
         return ("triton", "fits") if shape[-1] > WIDTH else ("reference", "too narrow")
 
-    monkeypatch.setattr(run_group, "implementation_in_use", only_wide)
-    monkeypatch.setattr(run_group, "HAS_TRITON", True)
+    monkeypatch.setattr(build_heads, "implementation_in_use", only_wide)
+    monkeypatch.setattr(build_heads, "HAS_TRITON", True)
     assert why_not_captured(tiny, experiment) == "select_attend runs its reference (too narrow)"
-    monkeypatch.setattr(run_group, "HAS_TRITON", False)
+    monkeypatch.setattr(build_heads, "HAS_TRITON", False)
     assert why_not_captured(tiny, experiment) == "Triton is not installed, so dropout runs its reference"
 
 
@@ -174,8 +174,10 @@ def test_a_coarse_level_that_the_kernels_cannot_read_is_not_captured(
     experiment.features.residency = "gpu"
     seen = []
     monkeypatch.setattr(torch, "empty", lambda *shape, **_: shape)
-    monkeypatch.setattr(run_group, "HAS_TRITON", True)
-    monkeypatch.setattr(run_group, "implementation_in_use", lambda shape, *_: (seen.append(shape[-1]) or "triton", ""))
+    monkeypatch.setattr(build_heads, "HAS_TRITON", True)
+    monkeypatch.setattr(
+        build_heads, "implementation_in_use", lambda shape, *_: (seen.append(shape[-1]) or "triton", "")
+    )
     assert why_not_captured(tiny, experiment) is None
     assert seen == [WIDTH, 64]  # the stored patches, and the merged ones with 16 channels of positions, padded
 

@@ -18,10 +18,10 @@ from egopatch.features import create_store, open_store
 from egopatch.train.data.batch import Batch, Options
 from egopatch.train.explanation.explain import explain
 from egopatch.train.fitting.answers import Answers, PartScorer, score_part
+from egopatch.train.fitting.build_heads import build_stacked_heads
 from egopatch.train.fitting.experiment import open_experiment
 from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.fit import test_line as result_line
-from egopatch.train.fitting.run_group import build_stacked_heads
 from egopatch.train.heads.common.blind import QuestionOnly
 from egopatch.train.heads.common.choice import ABSENT, Choice, LongestOption
 from egopatch.train.heads.common.question import Sizes

@@ -24,9 +24,9 @@ from egopatch.configs.schema import Config
 from egopatch.train.__main__ import main
 from egopatch.train.data.batch import Batch
 from egopatch.train.data.question_table import plan_batches
+from egopatch.train.fitting.build_heads import build_stacked_heads
 from egopatch.train.fitting.experiment import open_experiment
 from egopatch.train.fitting.fit import fit
-from egopatch.train.fitting.run_group import build_stacked_heads
 from egopatch.train.processes.distributed import ALONE, Distributed, join
 from egopatch.train.processes.rank_slice import RankSlice
 from egopatch.train.rundir.run_folder import plain

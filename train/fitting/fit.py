@@ -14,10 +14,11 @@ from egopatch.features.common.progress import ProgressDisplay
 from egopatch.train.data.batch_size import BatchSize
 from egopatch.train.data.question_table import plan_batches
 from egopatch.train.fitting.answers import answer_table
+from egopatch.train.fitting.build_heads import why_not_captured
 from egopatch.train.fitting.experiment import Experiment, caller_state_kept, open_experiment
 from egopatch.train.fitting.published import evaluate_published, has_run
 from egopatch.train.fitting.run import TrainingRun
-from egopatch.train.fitting.run_group import RunGroup, why_not_captured
+from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.fitting.shortage import shortage_explained
 from egopatch.train.fitting.trained import open_head, trained_config
 from egopatch.train.heads import check_head

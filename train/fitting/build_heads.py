@@ -1,0 +1,128 @@
+"""The untrained heads of a run group, measured on the training data, and how a GPU or a CPU computes their steps."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from egopatch.configs.schema import Config, ConfigError
+from egopatch.features import PatchTokens
+from egopatch.train.data.features import Features
+from egopatch.train.data.question_table import NO_OPTION, QuestionTable, plan_batches
+from egopatch.train.fitting.experiment import Experiment
+from egopatch.train.heads import PSA, Choice, Majority, Sizes, build_head, can_capture, errors_kept, unwrapped
+from egopatch.train.heads.common.question import QuestionReader
+from egopatch.train.heads.psa.coarse import kernel_width
+from egopatch.train.heads.psa.selection import implementation_in_use
+from egopatch.train.ops.philox import HAS_TRITON
+from egopatch.train.steps.stacked_heads import StackedHeads
+
+# Number of clips that the input whitening is measured on.
+MEASURED_CLIPS = 64
+
+
+def choose_selection(configs: Sequence[Config], experiment: Experiment) -> tuple[str, str] | None:
+    """Implementation of `select_attend` for these runs, and why; None for heads that do not select."""
+    head, sizes = configs[0].head, experiment.sizes
+    if head.name != "psa":
+        return None
+    frame = torch.empty(1, 1, sizes.patches, sizes.width, device=experiment.device)
+    return implementation_in_use(frame, head.implementation, len(configs))
+
+
+def why_not_captured(config: Config, experiment: Experiment) -> str | None:
+    """Why the steps of a run are launched one operation at a time; None if they become a CUDA graph.
+
+    The references of our operations read values back, which a graph cannot do.
+    """
+    features, ranks = experiment.features, experiment.ranks
+    if experiment.device.type != "cuda":
+        return f"the device is {experiment.device.type}"
+    if ranks.size > 1:
+        return f"{ranks.size} ranks train together"
+    if config.train.accumulate > 1:
+        return f"train.accumulate is {config.train.accumulate}"
+    if features.store is not None and features.residency != "gpu":
+        return f"features are not on the GPU (train.residency: {features.residency})"
+    if not can_capture(config.head.name):
+        return f"the head {config.head.name} does not say that its steps can be captured (Head.captures)"
+    if not HAS_TRITON:
+        return "Triton is not installed, so dropout runs its reference"
+    for width in selected_widths(config, experiment.sizes):
+        frame = torch.empty(1, 1, experiment.sizes.patches, width, device=experiment.device)
+        implementation, why = implementation_in_use(frame, config.head.implementation, 1)
+        if implementation != "triton":
+            return f"select_attend runs its reference ({why})"
+    return None
+
+
+def selected_widths(config: Config, sizes: Sizes) -> list[int]:
+    """Channels of the patches that a head selects from: of the stored ones, and of psa's coarse level."""
+    if config.head.name != "psa":
+        return []
+    return [sizes.width, kernel_width(sizes.width)] if config.head.coarse else [sizes.width]
+
+
+def build_stacked_heads(configs: Sequence[Config], experiment: Experiment, order_seed: int) -> StackedHeads:
+    """Untrained heads with their optimiser, ready for the first step.
+
+    Raises:
+        ConfigError: `train.label_smoothing` would reward options that a question does not have.
+    """
+    options, smoothing = experiment.train_table.options, configs[0].train.label_smoothing
+    if smoothing and options is not None and bool((options == NO_OPTION).any()):
+        raise ConfigError(
+            f"train.label_smoothing is {smoothing}, but some questions have fewer than {options.shape[1]} options; "
+            "use 0"
+        )
+    heads = []
+    for config in configs:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.train.seed)
+            heads.append(build_head(config, experiment.sizes).to(experiment.device))
+    ranks, train = experiment.ranks, configs[0].train
+    if ranks.first and len(experiment.train_table):
+        measure_inputs(heads, experiment.features, experiment.train_table)
+    head = unwrapped(heads[0])
+    # A head that reads some of the frames copies them, with nothing that was derived of all.
+    if isinstance(head, PSA) and head.coarse is not None and len(head.frame_indices) == experiment.sizes.frames:
+        with torch.no_grad():
+            experiment.features.derive(head.coarse.derive)
+    ranks.broadcast_tensors([tensor for head in heads for tensor in head.state_dict().values()])
+    learns = any(parameter.requires_grad for parameter in heads[0].parameters())
+    plans = (plan_batches(experiment.train_table, train.batch, order_seed, epoch) for epoch in range(train.epochs))
+    steps = sum(math.ceil(len(plan) / train.accumulate) for plan in plans) if learns else 0
+    return StackedHeads(heads, [config.train.seed for config in configs], train, steps, experiment.device, ranks)
+
+
+def measure_inputs(heads: Sequence[nn.Module], features: Features, table: QuestionTable) -> None:
+    """Measure on the training questions, for heads of one shape: answer counts and the input whitening."""
+    tokens: PatchTokens | None = None
+    if features.store is not None and hasattr(unwrapped(heads[0]), "measure"):
+        stride = max(1, len(table.clips) // MEASURED_CLIPS)
+        tokens = features.tokens(table.clips[::stride][:MEASURED_CLIPS])
+    first, *others = heads
+    _measure_head(first, features, table, tokens)
+    for other in others:
+        head = unwrapped(other)
+        if isinstance(head, PSA) and head.measures_kept_patches:  # which depend on its ratio
+            _measure_head(other, features, table, tokens)
+            continue
+        for buffer, measured in zip(other.buffers(), first.buffers(), strict=True):
+            buffer.copy_(measured)
+
+
+def _measure_head(whole: nn.Module, features: Features, table: QuestionTable, tokens: PatchTokens | None) -> None:
+    head = unwrapped(whole)
+    if isinstance(head, Majority):
+        head.count(table)
+    for module in head.modules():
+        if isinstance(module, QuestionReader):
+            module.whiten.measure(features.text_tokens(table))
+    if isinstance(whole, Choice):
+        whole.read.whiten.measure(features.option_tokens(table))
+    if tokens is not None:
+        assert callable(head.measure)
+        with errors_kept(head):
+            head.measure(tokens)
