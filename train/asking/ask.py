@@ -41,9 +41,9 @@ class Asked:
                 yield f"clip {prediction.clip_id}"
             for answer, probability in prediction.answers:
                 yield f"{100 * probability:5.1f}%  {answer}"
-            for place, patches in enumerate(prediction.kept):
+            for index, patches in enumerate(prediction.kept):
                 patches_of_frame = prediction.grid[0] * prediction.grid[1]
-                yield f"{prediction.when(place)}: kept {len(patches)} of {patches_of_frame} patches"
+                yield f"{prediction.when(index)}: kept {len(patches)} of {patches_of_frame} patches"
         yield f"head: {self.config.run.dir}"
         for note in self.notes:
             yield f"note: {note}"

@@ -50,9 +50,9 @@ class Prediction:
     unknown_words: tuple[str, ...] | None
     cut: bool
 
-    def when(self, place: int) -> str:
-        """The time of one of `frames` as text, or its number if the store has no times."""
-        return f"{self.times_s[place]:.2f} s" if self.times_s else f"frame {self.frames[place]}"
+    def when(self, index: int) -> str:
+        """The time of `frames[index]` as text, or its number if the store has no times."""
+        return f"{self.times_s[index]:.2f} s" if self.times_s else f"frame {self.frames[index]}"
 
 
 def predict_clips(config: Config, clip_ids: Sequence[str], question: str, answers: int = 5) -> tuple[Prediction, ...]:

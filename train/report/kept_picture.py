@@ -33,9 +33,9 @@ def draw_prediction(path: Path, prediction: Prediction, config: Config) -> None:
     require_picture_name(path)
     frames = clip_frames(config, prediction.clip_id)[list(prediction.frames)]
     cells = []
-    for place, frame in enumerate(frames):
-        shown = mark_kept(frame, prediction.kept[place], prediction.grid) if prediction.kept else frame
-        cells.append((shown, prediction.when(place)))
+    for index, frame in enumerate(frames):
+        shown = mark_kept(frame, prediction.kept[index], prediction.grid) if prediction.kept else frame
+        cells.append((shown, prediction.when(index)))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet(cells).save(path)
 

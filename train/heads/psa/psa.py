@@ -226,20 +226,19 @@ class PSA(nn.Module):
         tokens = self.select_frames(batch.tokens)
         reader = dict(self.readers).get("where", self.read)
         selector_bd = self.selectors(reader(batch.states, batch.mask))[batch.text_index].float()
-        saliency, positions = tokens.saliency.float(), tokens.positions
-        places = None if positions is None else positions.long()
+        saliency = tokens.saliency.float()
+        positions = None if tokens.positions is None else tokens.positions.long()
         patches = scaled_patches(tokens)
-        of_question = torch.stack(
-            [patches[clip] @ selector for clip, selector in zip(batch.clip_index.tolist(), selector_bd, strict=True)]
-        )
+        clips = batch.clip_index.tolist()
+        question_scores = torch.stack([patches[c] @ selector for c, selector in zip(clips, selector_bd, strict=True)])
         scores = {}
         if "random" not in self.scores:
-            scores["selection"] = of_question + self.bias(saliency, places)[batch.clip_index]
+            scores["selection"] = question_scores + self.bias(saliency, positions)[batch.clip_index]
         if "question" in self.scores:
-            scores["question"] = of_question
+            scores["question"] = question_scores
         scores["saliency"] = saliency[batch.clip_index]
         if "prior" in self.scores:
-            prior = (self.prior if places is None else self.prior[places]).expand_as(saliency)
+            prior = (self.prior if positions is None else self.prior[positions]).expand_as(saliency)
             scores["prior"] = prior[batch.clip_index]
         return scores
 
