@@ -54,18 +54,18 @@ class Gain:
 
 
 @dataclass(frozen=True)
-class Look:
-    """Where the head of the headline looks.
+class KeptSummary:
+    """Where the head of the headline looks: the patches that it keeps, over all questions and frames.
 
     Attributes:
         frequency: [rows, cols] share of frames in which each patch is kept.
-        kept_share: Share of patches kept.
+        share: Share of patches kept.
         shared: Share of kept patches that two questions about one clip have in common; None if unknown.
         agreement: Agreement of the kept patches with known places of the objects asked about; None if none are known.
     """
 
     frequency: NDArray[np.float64]
-    kept_share: float
+    share: float
     shared: float | None
     agreement: Agreement | None
 
@@ -89,7 +89,7 @@ class SplitPage:
         grid: Rows and columns of patches.
         ratios: Selection ratios at which the examples can be shown, rising.
         table_ratio: Selection ratio of the head in the table.
-        look: Where the head looks; None if it recorded no selection.
+        kept: Where the head looks; None if it recorded no selection.
         explanation: Which patches matter to its answers; None if `train explain` was not run.
         clips: Clips of the annotations; none if these cannot be read.
         questions: Number of questions with their digest; None if the annotations cannot be read.
@@ -110,7 +110,7 @@ class SplitPage:
     grid: tuple[int, int]
     ratios: tuple[str, ...]
     table_ratio: str
-    look: Look | None
+    kept: KeptSummary | None
     explanation: Explanation | None
     clips: Mapping[str, Clip]
     questions: tuple[int, str] | None
@@ -179,12 +179,13 @@ def _split_page(
     grid = report_integrity.grid_of(config.store.path, config.video.size)
     questions, right = report_answers.rows_correctness(config, split, rows, problems)
     examples: list[Example] = []
-    look, explanation = None, None
+    kept_summary, explanation = None, None
     if questions is not None and (correct := right.get(ours.label)) is not None:
         kept, faults = report_analysis.kept_by_ratio(ours, sweeps, questions)
         problems.extend(faults)
         if chosen := kept.get(report_analysis.ratio_label(ours)):
-            look = _look(chosen.selection, questions, grid, report_analysis.frames_chosen_from(ours, config))
+            frames = report_analysis.frames_chosen_from(ours, config)
+            kept_summary = _kept_summary(chosen.selection, questions, grid, frames)
         others = [(row, right[row.label]) for row in rows if row is not ours and row.label in right]
         examples = report_analysis.build_examples(config, questions, (ours, correct), others, kept, grid)
         missing = dict.fromkeys(example.missing for example in examples if example.missing)
@@ -214,7 +215,7 @@ def _split_page(
         grid=grid,
         ratios=tuple(sorted({step.label for example in examples for step in example.steps}, key=float)),
         table_ratio=report_analysis.ratio_label(ours),
-        look=look,
+        kept=kept_summary,
         explanation=explanation,
         clips={} if questions is None else questions.clips,
         questions=None if questions is None else (len(questions.by_id), repeat.digest(questions)),
@@ -222,12 +223,12 @@ def _split_page(
     )
 
 
-def _look(selection: Selection, questions: Questions, grid: tuple[int, int], frames: int | None) -> Look:
+def _kept_summary(selection: Selection, questions: Questions, grid: tuple[int, int], frames: int | None) -> KeptSummary:
     """Where a head looks, by its selection; `frames` as for `agreement`."""
     patches = grid[0] * grid[1]
-    return Look(
+    return KeptSummary(
         frequency=selection.frequency(patches).reshape(grid),
-        kept_share=selection.kept.shape[2] / patches,
+        share=selection.kept.shape[2] / patches,
         shared=selection.shared({q: question.clip_id for q, question in questions.by_id.items()}, patches),
         agreement=agreement(selection, questions, grid, frames),
     )
@@ -288,8 +289,8 @@ def _charts(
         if curves := [sweep for sweep in sweeps if sweep.split == split.name and sweep.varies_ratio]:
             charts["ratio"].append(_ratio_chart(split, curves, colours))
         charts["curves"] += _training_charts(split, logs.get(split.name, {}), colours)
-        if split.look is not None:
-            charts["selection"].append(heat_map(split.title, split.look.frequency, split.look.kept_share))
+        if split.kept is not None:
+            charts["selection"].append(heat_map(split.title, split.kept.frequency, split.kept.share))
         if split.explanation is not None:
             charts["explanation"] += _explanation_charts(split.title, split.explanation)
     return {name: drawn for name, drawn in charts.items() if drawn}
