@@ -54,7 +54,10 @@ def answer_table(
                     shape = (len(table), *batch_kept.shape[1:])
                     table_kept = stack_kept[number] = np.zeros(shape, dtype=np.int16)
                 table_kept[rows.numpy()] = batch_kept
-    return [[Answers(*pair) for pair in zip(*stack, strict=True)] for stack in zip(classes, kept, strict=True)]
+    return [
+        [Answers(*head) for head in zip(stack_classes, stack_kept, strict=True)]
+        for stack_classes, stack_kept in zip(classes, kept, strict=True)
+    ]
 
 
 def _answer(heads: StackedHeads, batch: Batch, number: int, keep_patches: bool) -> tuple[Tensor, list[np.ndarray]]:
@@ -96,17 +99,25 @@ class PartScorer:
         self._fallback_hits = [
             sum(same_lower_cased(q, experiment.fallback_answer(q)) for q in others if q.form == form) for form in FORMS
         ]
-        self._count = [sum(q.counts and q.form == form for q in table.questions) for form in FORMS]
+        self._totals = [sum(q.counts and q.form == form for q in table.questions) for form in FORMS]
 
     def accuracies(self, answers: Answers) -> dict[str, float | None]:
         """`open`, `binary` and `all` in percent; None where no such question counts."""
         classes = answers.classes[:, None]
         canonical = self._canonical.expand(len(classes), -1).gather(1, classes)[:, 0]
         right = canonical == self._truth
-        hits = [int(right[one].sum()) + more for one, more in zip(self._counted, self._fallback_hits, strict=True)]
-        pairs = [*zip(hits, self._count, strict=True), (sum(hits), sum(self._count))]
-        percents = [100 * hit / count if count else None for hit, count in pairs]
-        return dict(zip((*FORMS, "all"), percents, strict=True))
+        accuracies: dict[str, float | None] = {}
+        all_hits = 0
+        for index, form in enumerate(FORMS):
+            hits = int(right[self._counted[index]].sum()) + self._fallback_hits[index]
+            accuracies[form] = _percent(hits, self._totals[index])
+            all_hits += hits
+        accuracies["all"] = _percent(all_hits, sum(self._totals))
+        return accuracies
+
+
+def _percent(hits: int, total: int) -> float | None:
+    return 100 * hits / total if total else None
 
 
 def score_part(experiment: Experiment, part: str, answers: Answers) -> tuple[Metrics, dict[str, str]]:

@@ -5,11 +5,12 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from egopatch.configs.schema import Config
 from egopatch.train.data.batch import Batch
@@ -228,16 +229,14 @@ class RunGroup:
                 f"{self.config.data.root}, or the store if clips were encoded since, to resume; or delete the file to "
                 "train from the start"
             )
-        then, now = (
-            {name: tuple(tensor.shape[1:]) for name, tensor in of.items()}
-            for of in (saved.heads["tensors"], self.heads.tensors)
-        )
-        if other := next((name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)), None):
-            raise RunError(
-                f"{self.path} was saved with a head of another shape ({other}: {then.get(other)} then, "
-                f"{now.get(other)} now); restore the answers and, for a head from outside, its package to resume, or "
-                "delete the file to train from the start"
-            )
+        then, now = _head_shapes(saved.heads["tensors"]), _head_shapes(self.heads.tensors)
+        for name in sorted(then.keys() | now.keys()):
+            if then.get(name) != now.get(name):
+                raise RunError(
+                    f"{self.path} was saved with a head of another shape ({name}: {then.get(name)} then, "
+                    f"{now.get(name)} now); restore the answers and, for a head from outside, its package to resume, "
+                    "or delete the file to train from the start"
+                )
         self.heads.load_state(saved.heads)
         for run, state in zip(self.runs, saved.runs, strict=True):
             run.load_state(state)
@@ -250,18 +249,21 @@ class RunGroup:
         if not self.heads.steps:
             return []
         train, (epoch, batch) = self.config.train, saved.position
-        plans = (
-            plan_batches(self._experiment.train_table, train.batch, self._order_seed, number)
+        batches = [
+            len(plan_batches(self._experiment.train_table, train.batch, self._order_seed, number))
             for number in range(min(epoch + 1, train.epochs))
-        )
-        batches = [*map(len, plans), 0]
+        ]
+        batches.append(0)  # a state that was saved after the last epoch is at batch 0 of the next one
         # The last step of an epoch takes the batches that are left.
-        learned = [*batches[:epoch], batch] if batch == batches[epoch] else batches[:epoch]
-        steps = sum(math.ceil(count / train.accumulate) for count in learned)
-        if len(learned) == epoch:
-            steps += batch // train.accumulate
+        steps = sum(math.ceil(count / train.accumulate) for count in batches[:epoch])
+        steps += math.ceil(batch / train.accumulate) if batch == batches[epoch] else batch // train.accumulate
         if batch <= batches[epoch] and steps == saved.heads["step"]:
             return []
         return [
             f"its {saved.heads['step']} steps up to batch {batch} of epoch {epoch + 1} are not those of the questions"
         ]
+
+
+def _head_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes of one head's tensors, by name, in a stack of several."""
+    return {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()}
