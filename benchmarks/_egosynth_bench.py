@@ -120,8 +120,10 @@ class Bench:
         right = []
         for point in (ours, theirs):
             folder = self.root / "sweeps" / point["name"]
-            said = [read_predictions(folder / m["dir"] / "predictions.jsonl", questions) for m in point["members"]]
-            right.append([[same_lower_cased(q, answers[q.question_id]) for q in questions] for answers in said])
+            predictions = [
+                read_predictions(folder / m["dir"] / "predictions.jsonl", questions) for m in point["members"]
+            ]
+            right.append([[same_lower_cased(q, answers[q.question_id]) for q in questions] for answers in predictions])
         result = compare(*right, [question.clip_id for question in questions])
         difference = result.difference
         found: dict[str, Any] = {
@@ -136,8 +138,8 @@ class Bench:
         """Wordings of questions that the seeds of a point disagree about, or cannot answer."""
         questions = load_dataset(self.config("lite", split).data).questions
         folders = [self.root / "sweeps" / point["name"] / member["dir"] for member in point["members"]]
-        said = [read_predictions(folder / "predictions.jsonl", questions["test"]) for folder in folders]
-        return disagreements(questions["train"], questions["test"], said)
+        predictions = [read_predictions(folder / "predictions.jsonl", questions["test"]) for folder in folders]
+        return disagreements(questions["train"], questions["test"], predictions)
 
     def agreement(self, point: Mapping[str, Any], split: str) -> dict[str, float] | None:
         """Whether the kept patches are where the objects stand that are asked about: percentages, mean over seeds."""

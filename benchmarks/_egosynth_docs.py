@@ -70,9 +70,9 @@ def findings(found: Mapping[str, Any]) -> list[str]:
 
 def sentence(subject: str, verdicts: Mapping[str, str]) -> str:
     """`SUBJECT is above A and B; it cannot be told apart from C.`"""
-    said = {"above": "is above", "below": "is below", "cannot be told apart": "cannot be told apart from"}
+    verbs = {"above": "is above", "below": "is below", "cannot be told apart": "cannot be told apart from"}
     clauses = []
-    for verdict, verb in said.items():
+    for verdict, verb in verbs.items():
         names = [name for name, found in verdicts.items() if found == verdict]
         if names:
             clauses.append(f"{'it' if clauses else subject} {verb} {listed(names)}")

@@ -42,7 +42,7 @@ def disagreements(
         known[wording(question)] += 1
     right: dict[str, list[list[bool]]] = defaultdict(list)
     for question in test:
-        right[wording(question)].append([same_lower_cased(question, said[question.question_id]) for said in answers])
+        right[wording(question)].append([same_lower_cased(question, seed[question.question_id]) for seed in answers])
     rows, others = [], []
     for text, of_questions in sorted(right.items(), key=lambda item: -len(item[1])):
         shares = 100 * np.mean(of_questions, axis=0)

@@ -124,11 +124,11 @@ def main() -> int:
             pixels[name] = compared(path, decoder)
             ways = [("pyav", cores), *((decoder, count) for count in options.processes)]
             rates[name] = {f"{way} x {count}": rate(path, way, count, options.seconds) for way, count in ways}
-            said = "; ".join(
-                f"{way}: {one['clips_per_s']:.1f} clips/s, {one['cpu_ms_per_clip']:.1f} CPU ms"
-                for way, one in rates[name].items()
+            speeds = "; ".join(
+                f"{way}: {speed['clips_per_s']:.1f} clips/s, {speed['cpu_ms_per_clip']:.1f} CPU ms"
+                for way, speed in rates[name].items()
             )
-            print(f"{name}: {pixels[name]}; {said}", flush=True)
+            print(f"{name}: {pixels[name]}; {speeds}", flush=True)
     result = {"pixels": pixels, "rates": rates, "machine": stamp("av", "PyNvVideoCodec")}
     if out := result_path(options):
         out.write_text(json.dumps(result, indent=1) + "\n")

@@ -21,8 +21,9 @@ def substores(storage: Storage) -> list[str]:
 def network_differences(clips: Fingerprint, texts: Fingerprint) -> list[str]:
     """One line for each field by which clips and texts come from two networks; fields that one has not are skipped."""
     shared = [name for name in _NETWORK_FIELDS if name in clips.fields and name in texts.fields]
-    of_clips, of_texts = (Fingerprint({name: known.fields[name] for name in shared}) for known in (clips, texts))
-    return of_clips.differences(of_texts, "clips have", "texts have")
+    clips_network = Fingerprint({name: clips.fields[name] for name in shared})
+    texts_network = Fingerprint({name: texts.fields[name] for name in shared})
+    return clips_network.differences(texts_network, "clips have", "texts have")
 
 
 def require_same_network(clips: "Store", texts: "Store") -> None:

@@ -99,11 +99,11 @@ def _repair_shards(storage: Storage, changed: Collection[str]) -> list[str]:
     audit = audit_store(storage)
     store = open_store(storage.location)
     damaged = {fault.shard for _, faults in check_shards(audit) for fault in faults if fault.shard is not None}
-    of_changed: dict[int, list[str]] = {}
+    changed_in: dict[int, list[str]] = {}
     for record, name in zip(store.catalog.clip_records(list(changed)), changed, strict=True):
-        of_changed.setdefault(store.catalog.shard_of(record.row), []).append(name)
-    for shard in sorted(damaged | of_changed.keys()):
-        bad = list(dict.fromkeys([*(bad_rows(audit, shard) if shard in damaged else ()), *of_changed.get(shard, ())]))
+        changed_in.setdefault(store.catalog.shard_of(record.row), []).append(name)
+    for shard in sorted(damaged | changed_in.keys()):
+        bad = list(dict.fromkeys([*(bad_rows(audit, shard) if shard in damaged else ()), *changed_in.get(shard, ())]))
         store.rewrite_shard(shard, without=bad)
         dropped += bad
     store.clear_leftovers()

@@ -74,8 +74,8 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
             assert given is not None
             store = open_store(given.store.path)
             run = str(best_run([table_folder(given)], split=given.data.split, features=store.fingerprint))
-        of_run = config_of_run(Path(run), overrides)
-        experiment = of_run if given is None else dataclasses.replace(given, run=of_run.run)
+        trained = config_of_run(Path(run), overrides)
+        experiment = trained if given is None else dataclasses.replace(given, run=trained.run)
         asked = ask_clips(experiment, options.clip, options.question, options.answers)
     asked = dataclasses.replace(asked, predictions=asked.predictions[: options.top])
     picture = options.picture or asked.default_picture

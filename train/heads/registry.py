@@ -248,14 +248,15 @@ def _checked(head: Head, module: object, answers: int) -> nn.Module:
 
 
 def _require_logits(name: str, answers: int, module: nn.Module, inputs: tuple[Batch], logits: object) -> None:
-    """Refuse what is no logits [B, A]: more columns than answers would go unnoticed until one of them wins."""
+    """Refuse what is not logits [B, A]: more columns than answers would go unnoticed until one of them wins."""
     index = inputs[0].text_index
     expected = (len(index), answers)
     if not isinstance(logits, Tensor) or logits.shape != expected or not logits.is_floating_point():
-        found = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        of_type = f" of {logits.dtype}" if isinstance(logits, Tensor) else ""
+        found = f"a {type(logits).__name__}"
+        if isinstance(logits, Tensor):
+            found = f"a tensor {tuple(logits.shape)} of {logits.dtype}"
         raise ConfigError(
-            f"the head {name} returns {found}{of_type}; expected logits {expected} of a floating-point type, a row for "
+            f"the head {name} returns {found}; expected logits {expected} of a floating-point type, a row for "
             "each question and a column for each of sizes.answers: correct its forward"
         )
     if logits.device != index.device:

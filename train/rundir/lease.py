@@ -42,15 +42,15 @@ def hold_when_free(folder: Path, ranks: Distributed) -> Iterator[None]:
         ConfigError: The folder cannot be written.
     """
     with ExitStack() as lease:
-        told = False
+        announced = False
         while True:
             try:
                 ranks.broadcast(lambda: lease.enter_context(hold(folder)))
                 break
             except ShardOwned as busy:
-                if not told:
+                if not announced:
                     ranks.print_once(f"waiting: {busy}")
-                told = True
+                announced = True
             # All ranks wait here: a rank that waits in a collective call gives up after some minutes.
             time.sleep(POLL_S)
         yield

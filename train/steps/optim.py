@@ -104,17 +104,17 @@ class FlatParameters:
 
     def load_optimiser_state(self, optimiser: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
         """Set the state of `optimiser` over `flats` from that over the single parameters."""
-        of_names = {name: saved["state"][number] for number, name in enumerate(self._names) if number in saved["state"]}
+        state_of = {name: saved["state"][number] for number, name in enumerate(self._names) if number in saved["state"]}
         for layout, flat in zip(self.layouts, self.flats, strict=True):
-            known = [name for name in layout.shapes if name in of_names]
+            known = [name for name in layout.shapes if name in state_of]
             if not known:
                 continue
             state = {key: torch.zeros_like(flat) for key in ("exp_avg", "exp_avg_sq")}
             for key, moments in state.items():
                 views = layout.views(moments)
                 for name in known:
-                    views[name].copy_(of_names[name][key])
-            optimiser.state[flat] = {"step": of_names[known[0]]["step"].to(flat.device), **state}
+                    views[name].copy_(state_of[name][key])
+            optimiser.state[flat] = {"step": state_of[known[0]]["step"].to(flat.device), **state}
 
 
 def build_optimiser(parameters: FlatParameters, train: TrainConfig) -> torch.optim.AdamW | None:

@@ -252,16 +252,16 @@ class StackedHeads:
         flats = self.parameters.flats
         gradients: list[Tensor | None] = [None] * len(flats)
         if len(batch):
-            of_questions = self._losses(batch)
+            question_losses = self._losses(batch)
             questions: Tensor | int = batch.total_questions
             if batch.padded:  # a CUDA graph would keep a number
                 asked = batch.answers != NO_CLASS
-                of_questions, questions = torch.where(asked, of_questions, 0), asked.sum()
-            rank_losses = of_questions.sum(dim=1)
+                question_losses, questions = torch.where(asked, question_losses, 0), asked.sum()
+            rank_losses = question_losses.sum(dim=1)
             share = torch.ones_like(rank_losses) / questions
             leaves = self.parameters.leaves
-            of_leaves = torch.autograd.grad(rank_losses, list(leaves.values()), share, allow_unused=True)
-            gradients = [*self.parameters.flatten(dict(zip(leaves, of_leaves, strict=True)))]
+            leaf_gradients = torch.autograd.grad(rank_losses, list(leaves.values()), share, allow_unused=True)
+            gradients = [*self.parameters.flatten(dict(zip(leaves, leaf_gradients, strict=True)))]
             losses = rank_losses.detach() / questions
         else:
             losses = torch.zeros(len(self), device=self.device)

@@ -164,7 +164,7 @@ def _train_all(
 ) -> Outcomes:
     """Train every run that no other process trains to its end."""
     outcomes: Outcomes = {}
-    told = False
+    announced = False
     on_disk = experiment.features.residency == "disk"
     fork = experiment.device.type == "cpu" and can_stack(config.head.name) and not on_disk and can_fork()
     cores = torch.get_num_threads() if fork else 1
@@ -183,9 +183,9 @@ def _train_all(
             else:
                 # Resident features are read once anyway; from disk, groups with the same seed share the reading.
                 results = [train(_of_one_seed(plans) if on_disk else plans[:1], label=label)]
-        elif not told and (holder := next(filter(None, (busy(config.run.dir) for config in unfinished)), None)):
+        elif not announced and (holder := next(filter(None, (busy(config.run.dir) for config in unfinished)), None)):
             print(f"{label}: waiting for {len(unfinished)} runs of other processes: {holder}", flush=True)
-            told = True
+            announced = True
         for result in results:
             outcomes |= result
         if not any(results):

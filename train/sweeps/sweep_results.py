@@ -90,7 +90,7 @@ def gather_points(
     points = []
     for unsorted in settings.values():
         seeds = sorted(unsorted, key=lambda run: run.config.train.seed)
-        of_seeds = np.array([right[run.folder] for run in seeds])
+        right_by_seed = np.array([right[run.folder] for run in seeds])
         summary: dict[str, Any] = {
             "setting": _setting(seeds[0]),
             "ratio": seeds[0].config.head.ratio,
@@ -98,9 +98,9 @@ def gather_points(
         }
         summary |= dict.fromkeys(COLUMNS)
         for column, counted in masks.items():
-            interval = accuracy(of_seeds[:, counted], clips[counted].tolist())
+            interval = accuracy(right_by_seed[:, counted], clips[counted].tolist())
             summary[column] = {**asdict(interval), "n": int(counted.sum())}
-        points.append(Point(summary, of_seeds))
+        points.append(Point(summary, right_by_seed))
     return points
 
 

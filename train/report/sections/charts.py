@@ -172,8 +172,8 @@ def bar_chart(title: str, bars: Sequence[Bar], x_label: str) -> Chart:
             Markup('<text class="value" x="{:.1f}" y="{:.1f}">{:.2f}</text>').format(at(end) + 5, y + 4, bar.value)
         )
     parts.append(_x_label(x_label, height))
-    said = "; ".join(f"{bar.label} {bar.value:.2f}" for bar in bars)
-    return Chart(title, _svg(f"{title}: {said}", height, parts))
+    values = "; ".join(f"{bar.label} {bar.value:.2f}" for bar in bars)
+    return Chart(title, _svg(f"{title}: {values}", height, parts))
 
 
 def heat_map(title: str, share: NDArray[np.float64], chance: float) -> Chart:
