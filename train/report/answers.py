@@ -90,14 +90,14 @@ def rows_correctness(
         title = data_title(split, [row.best.card for row in rows])
         problems.append(f"{title}: no intervals and no examples: {error}")
         return None, {}
-    right = {}
+    by_label = {}
     for row in rows:
         try:
-            right[row.label] = correctness(row, questions)
-            problems += accuracy_mismatches(row, right[row.label], questions)
+            by_label[row.label] = correctness(row, questions)
+            problems += accuracy_mismatches(row, by_label[row.label], questions)
         except SourceError as error:
             problems.append(str(error))
-    return questions, right
+    return questions, by_label
 
 
 def correctness(row: Row, questions: Questions) -> Correctness:
@@ -130,11 +130,11 @@ def text_scores(rows: Sequence[Row], questions: Questions, problems: list[str]) 
     return scores
 
 
-def accuracy_mismatches(row: Row, right: Correctness, questions: Questions) -> list[str]:
+def accuracy_mismatches(row: Row, correct: Correctness, questions: Questions) -> list[str]:
     """One line for each run of a row whose predictions do not give its recorded accuracies."""
     lines = []
     masks = column_masks(questions.by_id.values())
-    for run, hits in zip(row.runs, right.by_seed, strict=True):
+    for run, hits in zip(row.runs, correct.by_seed, strict=True):
         for column in ("all", "open", "binary"):
             recorded = run.scores[column].accuracy
             if recorded is None or column not in masks:

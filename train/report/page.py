@@ -177,16 +177,16 @@ def _split_page(
     except SourceError as error:
         problems.append(str(error))
     grid = report_integrity.grid_of(config.store.path, config.video.size)
-    questions, right = report_answers.rows_correctness(config, split, rows, problems)
+    questions, correctness = report_answers.rows_correctness(config, split, rows, problems)
     examples: list[Example] = []
     kept_summary, explanation = None, None
-    if questions is not None and (correct := right.get(ours.label)) is not None:
+    if questions is not None and (correct := correctness.get(ours.label)) is not None:
         kept, faults = report_analysis.kept_by_ratio(ours, sweeps, questions)
         problems.extend(faults)
         if chosen := kept.get(report_analysis.ratio_label(ours)):
             frames = report_analysis.frames_chosen_from(ours, config)
             kept_summary = _kept_summary(chosen.selection, questions, grid, frames)
-        others = [(row, right[row.label]) for row in rows if row is not ours and row.label in right]
+        others = [(row, correctness[row.label]) for row in rows if row is not ours and row.label in correctness]
         examples = report_analysis.build_examples(config, questions, (ours, correct), others, kept, grid)
         missing = dict.fromkeys(example.missing for example in examples if example.missing)
         problems.extend(f"no picture: {reason}" for reason in missing)
@@ -197,8 +197,8 @@ def _split_page(
     intervals: dict[str, Mapping[str, Interval]] = {}
     texts: table.Texts = {}
     if questions is not None:
-        found = [row for row in rows if row.label in right]
-        intervals = {row.label: report_answers.intervals(row, right[row.label], questions) for row in found}
+        found = [row for row in rows if row.label in correctness]
+        intervals = {row.label: report_answers.intervals(row, correctness[row.label], questions) for row in found}
         texts = report_answers.text_scores(found, questions, problems)
     return SplitPage(
         name=split,
@@ -206,7 +206,7 @@ def _split_page(
         rows=rows,
         counts=table.question_counts(rows),
         ours=ours,
-        gains=tuple(_gains(rows, ours, right, questions)),
+        gains=tuple(_gains(rows, ours, correctness, questions)),
         tags=tuple(report_analysis.tag_lines(rows)),
         examples=tuple(examples),
         intervals=intervals,
@@ -219,7 +219,7 @@ def _split_page(
         explanation=explanation,
         clips={} if questions is None else questions.clips,
         questions=None if questions is None else (len(questions.by_id), repeat.digest(questions)),
-        data=_data(ours, table.title(split, rows), questions, right),
+        data=_data(ours, table.title(split, rows), questions, correctness),
     )
 
 
@@ -235,23 +235,25 @@ def _kept_summary(selection: Selection, questions: Questions, grid: tuple[int, i
 
 
 def _data(
-    ours: Row, title: str, questions: Questions | None, right: Mapping[str, Correctness]
+    ours: Row, title: str, questions: Questions | None, correctness: Mapping[str, Correctness]
 ) -> dict[str, Any] | None:
-    if questions is None or not questions.by_id or not right:
+    if questions is None or not questions.by_id or not correctness:
         return None
-    headline = list(right).index(ours.label) if ours.label in right else 0
-    found = question_list.question_list(questions, right)
+    headline = list(correctness).index(ours.label) if ours.label in correctness else 0
+    found = question_list.question_list(questions, correctness)
     names = {"split": ours.split, "title": title, "headline": headline}
-    return {**names, **found, "pairs": question_list.pairs(questions, right)}
+    return {**names, **found, "pairs": question_list.pairs(questions, correctness)}
 
 
-def _gains(rows: Sequence[Row], ours: Row, right: Mapping[str, Correctness], questions: Questions | None) -> list[Gain]:
-    if questions is None or not questions.by_id or ours.label not in right:
+def _gains(
+    rows: Sequence[Row], ours: Row, correctness: Mapping[str, Correctness], questions: Questions | None
+) -> list[Gain]:
+    if questions is None or not questions.by_id or ours.label not in correctness:
         return []
     return [
-        Gain(row, compare(right[ours.label].by_seed, right[row.label].by_seed, questions.clip_ids))
+        Gain(row, compare(correctness[ours.label].by_seed, correctness[row.label].by_seed, questions.clip_ids))
         for row in report_analysis.rivals(rows, ours)
-        if row.label in right
+        if row.label in correctness
     ]
 
 

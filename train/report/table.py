@@ -75,12 +75,12 @@ class _Answers:
 
 def _read_answers(config: Config, split: str, results: Results, problems: list[str]) -> _Answers:
     rows = results.split(split)
-    questions, right = report_answers.rows_correctness(config, split, rows, problems)
+    questions, correctness = report_answers.rows_correctness(config, split, rows, problems)
     if questions is None:
         return _Answers({}, {}, {})
-    read = [row for row in rows if row.label in right]
+    read = [row for row in rows if row.label in correctness]
     return _Answers(
-        {row.label: report_answers.intervals(row, right[row.label], questions) for row in read},
+        {row.label: report_answers.intervals(row, correctness[row.label], questions) for row in read},
         report_answers.text_scores(read, questions, problems),
         Counter(tag for question in questions.by_id.values() for tag in question.tags) if questions.choices else {},
     )

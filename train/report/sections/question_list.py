@@ -22,7 +22,7 @@ class _Numbered(dict[Any, int]):
         return self.setdefault(value, len(self))
 
 
-def question_list(questions: Questions, right: Mapping[str, Correctness]) -> dict[str, Any]:
+def question_list(questions: Questions, correctness: Mapping[str, Correctness]) -> dict[str, Any]:
     """The questions and the answers of every system's seed that is best on val.
 
     `systems` are the labels. `id`, `text`, `clip`, `tags` and `answer` have an entry for each question, the last four
@@ -32,33 +32,37 @@ def question_list(questions: Questions, right: Mapping[str, Correctness]) -> dic
     texts, clips, tag_sets, answers = _Numbered(), _Numbered(), _Numbered(), _Numbered()
     asked = list(questions.by_id.values())
     result = {
-        "systems": list(right),
+        "systems": list(correctness),
         "id": [question.question_id for question in asked],
         "text": [texts[question.text] for question in asked],
         "clip": [clips[question.clip_id] for question in asked],
         "tags": [tag_sets[tuple(question.tags)] for question in asked],
         "form": "".join(question.form[0] for question in asked),
         "answer": [answers[question.answer] for question in asked],
-        "given": [[answers[system.answers[question.question_id]] for question in asked] for system in right.values()],
-        "right": ["".join("01"[system.right[question.question_id]] for question in asked) for system in right.values()],
+        "given": [
+            [answers[system.answers[question.question_id]] for question in asked] for system in correctness.values()
+        ],
+        "right": [
+            "".join("01"[system.right[question.question_id]] for question in asked) for system in correctness.values()
+        ],
     }
     return result | {"texts": [*texts], "clips": [*clips], "tag_sets": [*tag_sets], "answers": [*answers]}
 
 
-def pairs(questions: Questions, right: Mapping[str, Correctness]) -> list[dict[str, Any]]:
+def pairs(questions: Questions, correctness: Mapping[str, Correctness]) -> list[dict[str, Any]]:
     """How far the first of two systems is above the second, over all seeds, with a 95% interval: every pair once.
 
     `all`, `open` and `binary` have `[difference, low, high, verdict]`; a column without questions is left out.
     """
     # As numbers, which compare faster than names.
     _, clips = np.unique(questions.clip_ids, return_inverse=True)
-    labels, result = list(right), []
+    labels, result = list(correctness), []
     columns = dict(reversed(column_masks(questions.by_id.values()).items()))
     for first in range(len(labels)):
         for second in range(first + 1, len(labels)):
             found: dict[str, Any] = {"first": first, "second": second}
             for column, counted in columns.items():
-                ours, theirs = (right[labels[row]].by_seed[:, counted] for row in (first, second))
+                ours, theirs = (correctness[labels[row]].by_seed[:, counted] for row in (first, second))
                 compared = compare(ours, theirs, clips[counted].tolist())
                 gap = compared.difference
                 found[column] = [round(gap.mean, 2), round(gap.low, 2), round(gap.high, 2), compared.verdict]
