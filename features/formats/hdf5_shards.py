@@ -16,7 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from egopatch.features.formats.interface import Blocks, Chunk, StagedFile
+from egopatch.features.formats.interface import ArrayRows, Chunk, StagedFile
 from egopatch.features.io.fields import Record
 from egopatch.features.io.files import opening, size_and_crc
 from egopatch.features.storage.interface import ReadableFiles, Storage
@@ -71,13 +71,13 @@ class Hdf5Format:
         return (_shard_file(shard),)
 
     def stage(
-        self, folder: Path, spec: StoreSpec, shard: int, slots: Sequence[int], blocks: Blocks
+        self, folder: Path, spec: StoreSpec, shard: int, slots: Sequence[int], arrays: ArrayRows
     ) -> dict[str, StagedFile]:
         """Rows that are not in `slots` get no chunk, so other tools read NaN there."""
         # The file is created in memory, because the HDF5 library may crash the whole process when the disk is full.
         image = io.BytesIO()
         with h5py.File(image, "w", libver=_VERSION, **_ALIGNED) as file:
-            for array, rows in blocks:
+            for array, rows in arrays:
                 on_disk = disk_dtype(array.dtype)
                 dataset = file.create_dataset(
                     array.name,

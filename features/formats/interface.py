@@ -60,7 +60,7 @@ class StagedFile:
     sum: FileSum
 
 
-Blocks = Iterable[tuple[ArraySpec, Iterable[SummedRow]]]  # for each array, its rows
+ArrayRows = Iterable[tuple[ArraySpec, Iterable[SummedRow]]]  # each array with its rows
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Format(Protocol):
         """Names of the files of `shard`, as paths inside the store."""
 
     def stage(
-        self, folder: Path, spec: StoreSpec, shard: int, slots: Sequence[int], blocks: Blocks
+        self, folder: Path, spec: StoreSpec, shard: int, slots: Sequence[int], arrays: ArrayRows
     ) -> dict[str, StagedFile]:
         """Write the files of `shard` into `folder`: an array's i-th row goes to slots[i].
 

@@ -18,7 +18,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.core.chunk_key_encodings import ChunkKeyEncodingParams
 from zarr.storage import MemoryStore
 
-from egopatch.features.formats.interface import Blocks, Chunk, StagedFile, SummedRow
+from egopatch.features.formats.interface import ArrayRows, Chunk, StagedFile, SummedRow
 from egopatch.features.io.fields import Record
 from egopatch.features.io.files import SummedFile, crc32c
 from egopatch.features.storage.interface import OpenFile, ReadableFiles, Storage
@@ -59,11 +59,11 @@ class ZarrFormat:
         return tuple(_shard_file(array, shard) for array in spec.arrays)
 
     def stage(
-        self, folder: Path, spec: StoreSpec, shard: int, slots: Sequence[int], blocks: Blocks
+        self, folder: Path, spec: StoreSpec, shard: int, slots: Sequence[int], arrays: ArrayRows
     ) -> dict[str, StagedFile]:
         """Each file is row, checksum, padding, row, checksum, ..., index, checksum; the index has each row's offset."""
         staged = {}
-        for array, rows in blocks:
+        for array, rows in arrays:
             compressor = _compressor(array, spec)
             index = np.full((spec.shard, 2), _EMPTY, "<u8")
             path = folder / array.name

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from egopatch.features.common.machine import usable_cores
-from egopatch.features.formats.interface import Blocks, Format, SummedRow
+from egopatch.features.formats.interface import ArrayRows, Format, SummedRow
 from egopatch.features.state.ledger import (
     ClipRecord,
     Provenance,
@@ -145,7 +145,7 @@ def commit_shard(target: CommitTarget, commit: ShardCommit) -> None:
         ledger.append(record, after)
 
 
-def _with_checksums(commit: ShardCommit, sums: Mapping[str, dict[str, int]], threads: ThreadPoolExecutor) -> Blocks:
+def _with_checksums(commit: ShardCommit, sums: Mapping[str, dict[str, int]], threads: ThreadPoolExecutor) -> ArrayRows:
     """The rows, checked and summed, and their sums in `sums`."""
 
     def summed(name: str, array: ArraySpec, source: RowSource) -> SummedRow:
