@@ -263,7 +263,7 @@ def test_simultaneous_starts_end_with_the_results_of_one(starts: int, tmp_path: 
 
 
 @pytest.mark.slow
-def test_disk_residency_reads_once_for_crews_of_other_shapes(tiny: Config, tmp_path: Path) -> None:
+def test_disk_residency_reads_once_for_groups_of_other_shapes(tiny: Config, tmp_path: Path) -> None:
     grid = tmp_path / "grid.yaml"
     grid.write_text("head.coarse: [true, false]\n")
     on_disk = with_run(tiny, "psa", train_residency="disk", train_epochs=1)

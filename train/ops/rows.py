@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Rows:
+class RowPicker:
     """Picks rows by `index` [B] long of tables with `count` = U rows.
 
     The gradient of torch's indexing sorts the index on a GPU, to add equal rows up in a fixed order: many launches for
@@ -19,27 +19,27 @@ class Rows:
     def __init__(self, index: Tensor, count: int) -> None:
         self.index = index
         # The transpose of the matrix whose product with a table is its picked rows.
-        self.places = torch.zeros(count, len(index), device=index.device).scatter_(0, index[None], 1)
+        self.one_hot = torch.zeros(count, len(index), device=index.device).scatter_(0, index[None], 1)
 
     def of(self, table: Tensor) -> Tensor:
         """table[index], [B, ...] for the table [U, ...]."""
-        return _Pick.apply(table, self.index, self.places)
+        return _Pick.apply(table, self.index, self.one_hot)
 
 
 class _Pick(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(table: Tensor, index: Tensor, places: Tensor) -> Tensor:
+    def forward(table: Tensor, index: Tensor, one_hot: Tensor) -> Tensor:
         return table[index]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        _, _, places = inputs
-        ctx.save_for_backward(places)
+        _, _, one_hot = inputs
+        ctx.save_for_backward(one_hot)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (places,) = ctx.saved_tensors
-        added = places.to(grad.dtype) @ grad.reshape(len(grad), -1)
-        return added.view(len(places), *grad.shape[1:]), None, None
+        (one_hot,) = ctx.saved_tensors
+        added = one_hot.to(grad.dtype) @ grad.reshape(len(grad), -1)
+        return added.view(len(one_hot), *grad.shape[1:]), None, None

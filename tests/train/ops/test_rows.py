@@ -1,8 +1,8 @@
-"""Rows by index: values and gradients of torch's indexing, under `vmap` too."""
+"""RowPicker by index: values and gradients of torch's indexing, under `vmap` too."""
 
 import torch
 
-from egopatch.train.ops.rows import Rows
+from egopatch.train.ops.rows import RowPicker
 
 
 def tables(*lead: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,7 +17,7 @@ INDEX = torch.tensor([2, 0, 2, 2, 3, 0])
 
 def test_rows_and_their_gradient_are_those_of_indexing() -> None:
     table, weights = tables()
-    picked = Rows(INDEX, 4).of(table)
+    picked = RowPicker(INDEX, 4).of(table)
     assert torch.equal(picked, table[INDEX])
     (found,) = torch.autograd.grad((picked * weights).sum(), table)
     (expected,) = torch.autograd.grad((table[INDEX] * weights).sum(), table)
@@ -27,7 +27,7 @@ def test_rows_and_their_gradient_are_those_of_indexing() -> None:
 
 def test_stacked_tables_share_the_index() -> None:
     table, weights = tables(2)
-    rows = Rows(INDEX, 4)
+    rows = RowPicker(INDEX, 4)
     picked = torch.vmap(rows.of)(table)
     assert torch.equal(picked, table[:, INDEX])
     (found,) = torch.autograd.grad((picked * weights).sum(), table)
@@ -37,7 +37,7 @@ def test_stacked_tables_share_the_index() -> None:
 
 def test_a_gradient_in_lower_precision_stays_in_it() -> None:
     table = torch.ones(4, 3, dtype=torch.bfloat16, requires_grad=True)
-    Rows(INDEX, 4).of(table).sum().backward()
+    RowPicker(INDEX, 4).of(table).sum().backward()
     assert table.grad is not None
     assert table.grad.dtype == torch.bfloat16
     assert table.grad[:, 0].tolist() == [2, 0, 3, 1]

@@ -22,7 +22,7 @@ from egopatch.train.heads.common.question import (
 )
 from egopatch.train.heads.common.scale import scaled
 from egopatch.train.heads.psa.selection import PatchSelection
-from egopatch.train.ops.rows import Rows
+from egopatch.train.ops.rows import RowPicker
 
 MERGE = 2
 # Sines and cosines of row and column at 4 frequencies; a multiple of 16, as the kernels require.
@@ -54,7 +54,7 @@ class CoarseLevel(nn.Module):
         self.value = nn.Linear(wide, width)
         self.gate = nn.Parameter(torch.ones(width), requires_grad=learned)
 
-    def forward(self, whiten: Whitening, batch: Batch, question: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def forward(self, whiten: Whitening, batch: Batch, question: Tensor, rows: RowPicker) -> tuple[Tensor, Tensor]:
         """Questions [U, W], of which `rows` picks, to the gate [W] and the values [B, T, W] that it weighs."""
         tokens, clip_rows = batch.derived, batch.clip_rows
         if tokens is None:

@@ -39,7 +39,7 @@ from egopatch.train.heads.common.scale import scaled_patches
 from egopatch.train.heads.psa.coarse import MERGE, CoarseLevel
 from egopatch.train.heads.psa.prior import spatial_prior
 from egopatch.train.heads.psa.selection import PatchSelection
-from egopatch.train.ops.rows import Rows
+from egopatch.train.ops.rows import RowPicker
 
 # Range of the random scores: small, because they enter the attention logits too and should only rank the patches.
 RANDOM_SPAN = 1e-3
@@ -162,7 +162,7 @@ class PSA(nn.Module):
         with without_autocast(batch.states):
             what, *others = read_together(readers, batch.states, batch.mask)
         read = dict(zip(self.readers, others, strict=True))
-        rows = Rows(batch.text_index, len(what))
+        rows = RowPicker(batch.text_index, len(what))
         frames, kept = self.attend_patches(batch, read.get("where", what), rows)
         with without_autocast(batch.states):
             video = self.attend_frames(full_precision(frames), rows.of(read.get("when", what)))
@@ -177,7 +177,7 @@ class PSA(nn.Module):
             kept = whole.scatter(2, positions[batch.clip_index], kept)
         return logits, kept
 
-    def attend_patches(self, batch: Batch, question: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def attend_patches(self, batch: Batch, question: Tensor, rows: RowPicker) -> tuple[Tensor, Tensor]:
         """Patch -> frame, for questions [U, W]: [B, T, W], and the kept patches [B, T, n] bool.
 
         The stored patches are read in place. `rows` picks the text of each question.

@@ -133,7 +133,7 @@ class _SelectStacked(torch.autograd.Function):
         groups = _clip_groups(clip_index, clip_rows)
         scores = queries.new_empty(stacked, questions, frames, patches)
         for clip, row, group in groups:
-            x = _clip(tokens, scale, row)
+            x = _clip_tokens(tokens, scale, row)
             products = rearrange(selector[:, group], "m q d -> (m q) d") @ rearrange(x, "t n d -> d (t n)")
             products = rearrange(products, "(m q) (t n) -> m q t n", m=stacked, t=frames)
             torch.add(products, bias[:, None, clip], out=scores[:, group])
@@ -144,7 +144,7 @@ class _SelectStacked(torch.autograd.Function):
         lse_mhbt = queries.new_empty(stacked, heads, questions, frames)
         weights = []
         for _, row, group in groups:
-            x = _clip(tokens, scale, row)
+            x = _clip_tokens(tokens, scale, row)
             logits = rearrange(queries[:, group], "m q h d -> (m h q) d") @ rearrange(x, "t n d -> d (t n)")
             logits = rearrange(logits, "(m h q) (t n) -> m h q t n", m=stacked, h=heads, t=frames)
             logits.add_(scores[:, None, group])
@@ -169,7 +169,7 @@ class _SelectStacked(torch.autograd.Function):
         grad_queries = torch.zeros_like(queries)
         grad_bias = torch.zeros_like(bias)
         for (clip, row, group), weight in zip(ctx.groups, ctx.weights, strict=True):
-            x = _clip(tokens, scale, row)
+            x = _clip_tokens(tokens, scale, row)
             grad = torch.bmm(rearrange(grad_pooled[:, group], "m q t h d -> t (m h q) d"), x.transpose(1, 2))
             grad = rearrange(grad, "t (m h q) n -> m h q t n", m=stacked, h=heads).contiguous()
             grad -= (weight * grad).sum(dim=-1, keepdim=True)
@@ -214,7 +214,7 @@ def _grouped_by_clip(clip_index: Tensor) -> bool:
     return len(clip_index.unique_consecutive()) == len(clip_index.unique())
 
 
-def _clip(tokens: Tensor, scale: Tensor | None, row: int) -> Tensor:
+def _clip_tokens(tokens: Tensor, scale: Tensor | None, row: int) -> Tensor:
     """[T, N, D] in float32."""
     x = tokens[row].float()
     return x if scale is None else x * scale[row, ..., None].float()

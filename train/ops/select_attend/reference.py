@@ -68,7 +68,7 @@ def forward(
     Raises:
         ValueError: `clip_index` or `clip_rows` is out of range.
     """
-    _, frames, patches, width = tokens.shape
+    _, frames, _, width = tokens.shape
     questions, heads, _ = queries.shape
     dtype = arithmetic_dtype(queries)
     pooled = queries.new_empty(questions, frames, heads, width)
@@ -80,7 +80,7 @@ def forward(
         s_cqfn = chunk.scores(x, selector[chunk.slots].to(dtype), bias, scale)
         kept_cqfk = largest_indices(s_cqfn, k)
         q_cqhd = queries[chunk.slots].to(dtype)
-        rows = _KeptRows(x, kept_cqfk) if k <= DENSE_SHARE * patches else _AllRows(x, kept_cqfk)
+        rows = _products_with(x, kept_cqfk)
         a = rows.logits(q_cqhd)
         factor = chunk.factor(scale, kept_cqfk, dtype)
         if factor is not None:
@@ -121,7 +121,7 @@ def backward(
     for chunk in _chunks(tokens, clip_index, len(bias), clip_rows, k, dtype):
         x = chunk.tokens(tokens, dtype)
         kept_cqfk = chunk.load(kept)
-        rows = _KeptRows(x, kept_cqfk) if k <= DENSE_SHARE * patches else _AllRows(x, kept_cqfk)
+        rows = _products_with(x, kept_cqfk)
         p = chunk.load(weights)
         factor = chunk.factor(scale, kept_cqfk, dtype)
         grad = rows.products(chunk.load(grad_pooled).to(dtype))
@@ -285,6 +285,16 @@ class _AllRows:
         return torch.bmm(flat, self._x.view(c, f * n, d)).view(c, q, h, d)
 
 
+def _gathers(k: int, patches: int) -> bool:
+    """Whether the k kept rows of a frame are gathered, rather than multiplied with all others."""
+    return k <= DENSE_SHARE * patches
+
+
+def _products_with(x: Tensor, kept: Tensor) -> _KeptRows | _AllRows:
+    """The products of the tokens [c, f, N, D] that `kept` [c, Q, f, k] names."""
+    return _KeptRows(x, kept) if _gathers(kept.shape[-1], x.shape[2]) else _AllRows(x, kept)
+
+
 def _chunks(
     tokens: Tensor, clip_index: Tensor, clips: int, clip_rows: Tensor | None, k: int, dtype: torch.dtype
 ) -> Iterator[_Chunk]:
@@ -303,7 +313,7 @@ def _chunks(
     busiest = busiest[: int((counts > 0).sum())]
     sizes = counts[busiest].tolist()
     frame_bytes = patches * width * dtype.itemsize
-    row_bytes = k * width * dtype.itemsize if k <= DENSE_SHARE * patches else 0
+    row_bytes = k * width * dtype.itemsize if _gathers(k, patches) else 0
     start = 0
     while start < len(sizes):
         most = sizes[start]
