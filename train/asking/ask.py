@@ -16,7 +16,7 @@ from egopatch.train.rundir.card import Card
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskResult:
     """The answers to one question.
 
     Attributes:
@@ -60,7 +60,9 @@ class Asked:
         }
 
 
-def ask_video(experiment: Config, video: Path, question: str, clip_s: float | None, cache: Path, answers: int) -> Asked:
+def ask_video(
+    experiment: Config, video: Path, question: str, clip_s: float | None, cache: Path, answers: int
+) -> AskResult:
     """Ask the head in `experiment.run.dir` about a video file or a folder of videos.
 
     Args:
@@ -84,7 +86,7 @@ def ask_video(experiment: Config, video: Path, question: str, clip_s: float | No
     if encoded.quarantined:
         name, reason = next(iter(encoded.quarantined.items()))
         notes.append(f"{len(encoded.quarantined)} clips cannot be decoded, such as {name} ({reason})")
-    return Asked(
+    return AskResult(
         encoded.config,
         tuple(dataclasses.replace(p, times_s=tuple(t + starts[p.clip_id] for t in p.times_s)) for p in predictions),
         encoded.encoded,
@@ -93,11 +95,11 @@ def ask_video(experiment: Config, video: Path, question: str, clip_s: float | No
     )
 
 
-def ask_clips(config: Config, clip_id: str | None, question: str, answers: int) -> Asked:
+def ask_clips(config: Config, clip_id: str | None, question: str, answers: int) -> AskResult:
     """Ask the head in `config.run.dir` about one clip of `config.store.path`, or about all of them."""
     names = open_store(config.store.path).clip_ids if clip_id is None else (clip_id,)
     predictions = _ranked(predict_clips(config, names, question, answers))
-    return Asked(config, predictions, 0, tuple(_worth(Card.read(config.run.dir), predictions[0])))
+    return AskResult(config, predictions, 0, tuple(_worth(Card.read(config.run.dir), predictions[0])))
 
 
 def _ranked(predictions: tuple[Prediction, ...]) -> tuple[Prediction, ...]:

@@ -68,7 +68,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         folder = Path(run) if run else best_run(folders, split=given.data.split if given else None)
         cache = options.cache or platformdirs.user_cache_path("egopatch") / "videos"
         experiment = config_of_run(folder, overrides)
-        asked = ask_video(experiment, Path(video), options.question, options.clip_seconds, cache, options.answers)
+        result = ask_video(experiment, Path(video), options.question, options.clip_seconds, cache, options.answers)
     else:
         if run is None:
             assert given is not None
@@ -76,13 +76,13 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
             run = str(best_run([table_folder(given)], split=given.data.split, features=store.fingerprint))
         trained = config_of_run(Path(run), overrides)
         experiment = trained if given is None else dataclasses.replace(given, run=trained.run)
-        asked = ask_clips(experiment, options.clip, options.question, options.answers)
-    asked = dataclasses.replace(asked, predictions=asked.predictions[: options.top])
-    picture = options.picture or asked.default_picture
+        result = ask_clips(experiment, options.clip, options.question, options.answers)
+    result = dataclasses.replace(result, predictions=result.predictions[: options.top])
+    picture = options.picture or result.default_picture
     if picture is not None:
-        draw_prediction(picture, asked.predictions[0], asked.config)
+        draw_prediction(picture, result.predictions[0], result.config)
     if options.json:
-        print(json.dumps({**asked.as_dict(), "picture": None if picture is None else str(picture)}, indent=1))
+        print(json.dumps({**result.as_dict(), "picture": None if picture is None else str(picture)}, indent=1))
     else:
-        print("\n".join([*asked.lines(), *([] if picture is None else [f"picture: {picture}"])]))
+        print("\n".join([*result.lines(), *([] if picture is None else [f"picture: {picture}"])]))
     return 0
