@@ -172,15 +172,15 @@ class SharedClip:
 
 @dataclass(frozen=True)
 class PreparedTogether:
-    """One clip, decoded once and prepared in several ways.
+    """One clip, decoded once and prepared for several encoders.
 
     Attributes:
-        parts: The clip in each way.
-        ways: Number of the part that each encoder takes.
+        parts: The clip as each distinct kind of encoder takes it.
+        part_of: Encoder, by number -> index in `parts`.
     """
 
     parts: tuple[PreparedClip, ...]
-    ways: tuple[int, ...]
+    part_of: tuple[int, ...]
 
     @property
     def seconds(self) -> float:
@@ -191,7 +191,7 @@ class PreparedTogether:
         """What each of the `encoders` gets; the memory is released with the last of them."""
         release = _AfterAll(len(encoders), self.parts[0].release)
         # Each device would register the shared memory for itself, which CUDA refuses; so it is no longer named.
-        return [replace(self.parts[self.ways[n]], release=release, memory=None) for n in encoders]
+        return [replace(self.parts[self.part_of[n]], release=release, memory=None) for n in encoders]
 
 
 class _AfterAll:
@@ -215,7 +215,7 @@ class SharedTogether:
     """As `SharedClip`, one part behind another: each with its first byte in the memory."""
 
     parts: tuple[tuple[int, SharedClip], ...]
-    ways: tuple[int, ...]
+    part_of: tuple[int, ...]
 
     @classmethod
     def write(cls, prepared: PreparedTogether, memory: NDArray[np.uint8]) -> "SharedTogether":
@@ -225,8 +225,8 @@ class SharedTogether:
         for part in prepared.parts:
             parts.append((start, SharedClip.write(part, memory[start:])))
             start += -(-parts[-1][1].places[-1].end // ALIGNMENT) * ALIGNMENT
-        return cls(tuple(parts), prepared.ways)
+        return cls(tuple(parts), prepared.part_of)
 
     def read(self, memory: NDArray[np.uint8], release: Callable[[], None]) -> PreparedTogether:
         """The clip with its frames in `memory`, not copied."""
-        return PreparedTogether(tuple(left.read(memory[start:], release) for start, left in self.parts), self.ways)
+        return PreparedTogether(tuple(left.read(memory[start:], release) for start, left in self.parts), self.part_of)

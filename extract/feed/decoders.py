@@ -52,9 +52,9 @@ def open_decoders_of_several(
         slot_bytes += -(-needed // ALIGNMENT) * ALIGNMENT
         finish = partial(finish_cut, most=most) if cut else finish_on_host
         finishes.append(partial(finish, size=size, transform=transform))
-    ways = [distinct.index((video.size, transform, cut)) for video, transform, cut in encoders]
+    part_of = [distinct.index((video.size, transform, cut)) for video, transform, cut in encoders]
     as_planes = all(cut for _, _, cut in distinct)  # converted once, if one of the encoders needs RGB
-    prepare = partial(prepare_together, finishes=finishes, ways=ways, as_planes=as_planes)
+    prepare = partial(prepare_together, finishes=finishes, part_of=part_of, as_planes=as_planes)
     return DecodePool(video, workers, prepare, _frame_slots(slots, slot_bytes))
 
 

@@ -39,6 +39,8 @@ NICENESS = 5
 # quick clips share tasks of about this many seconds, at most so many of them.
 TASK_S = 0.1
 TOGETHER = 4
+# Tasks over which the mean time of a clip is averaged, so that a single slow one hardly changes it.
+AVERAGED_TASKS = 8
 Prepared = TypeVar("Prepared")
 Prepare = Callable[[Clip, VideoConfig, VideoCache], Prepared]
 
@@ -129,7 +131,7 @@ class DecodePool(Generic[Prepared]):
                     continue
                 results = [self._received(UndecodedClip(task.clips[0], str(killed)), task.slots[0])]
             else:
-                clip_s += (finished.seconds / len(task.clips) - clip_s) / 8
+                clip_s += (finished.seconds / len(task.clips) - clip_s) / AVERAGED_TASKS
                 results = [
                     self._received(result, slot) for result, slot in zip(finished.results, task.slots, strict=True)
                 ]

@@ -19,10 +19,10 @@ def prepare_together(
     cache: VideoCache,
     *,
     finishes: Sequence[Finish],
-    ways: Sequence[int],
+    part_of: Sequence[int],
     as_planes: bool,
 ) -> PreparedTogether:
-    """Decode one clip in this process and prepare it by each of `finishes`; encoder n takes the one `ways[n]`."""
+    """Decode one clip in this process and prepare it by each of `finishes`; encoder n takes the one `part_of[n]`."""
     others: list[Frames] = []
 
     def finish(decoded: DecodedClip[Any]) -> Frames:
@@ -32,4 +32,4 @@ def prepare_together(
 
     prepared = read_clip(clip, video, cache, finish, as_planes)
     parts = (prepared, *(replace(prepared, frames=frames) for frames in others))
-    return PreparedTogether(parts, tuple(ways))
+    return PreparedTogether(parts, tuple(part_of))

@@ -158,8 +158,8 @@ def fill_stores(
 def _open_decoders(jobs: Sequence[ExtractionJob], decoders: int, slots: int) -> DecodePool:
     if len(jobs) == 1:
         return jobs[0].open_decoders(decoders, slots)
-    ways = [(job.config.video, job.transform, job.encodes_on_device) for job in jobs]
-    return open_decoders_of_several(ways, decoders, slots)
+    encoders = [(job.config.video, job.transform, job.encodes_on_device) for job in jobs]
+    return open_decoders_of_several(encoders, decoders, slots)
 
 
 def _merged(fillings: Sequence["_Filling"], clips: Mapping[str, Clip], requested: deque[list[int]]) -> Iterator[Clip]:
