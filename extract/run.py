@@ -147,12 +147,11 @@ def require_one_decode(configs: Sequence[Config]) -> None:
     first = configs[0]
     for other in configs[1:]:
         for section in ("data", "video", "engine"):
-            settings = [dataclasses.asdict(getattr(config, section)) for config in (first, other)]
-            for name, one in settings[0].items():
-                two = settings[1][name]
-                if one != two and (section, name) != ("video", "size"):
+            theirs = dataclasses.asdict(getattr(other, section))
+            for name, value in dataclasses.asdict(getattr(first, section)).items():
+                if value != theirs[name] and (section, name) != ("video", "size"):
                     raise ConfigError(
-                        f"{section}.{name} is {one!r} for store {first.store.path} and {two!r} for"
+                        f"{section}.{name} is {value!r} for store {first.store.path} and {theirs[name]!r} for"
                         f" {other.store.path}; configs that share a decode need the same data, engine and video but for"
                         " video.size: run them one after the other"
                     )

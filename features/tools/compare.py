@@ -209,8 +209,9 @@ def _verdict(agree: bool, cause: str | None, detail: str, left: Side, right: Sid
 def _cause(sums: "_Sums", compared: Measure, tolerance: float, differing: list[str]) -> tuple[str | None, str]:
     """Key in `ADVICE` and what supports it, such as fields of the fingerprints that are known to be `differing`."""
     if sums.shapes is not None:
-        (one, other), named = sums.shapes, _field_cause(differing, ("frames", "transform", "weights"))
-        return named or "shape", f"{one} in A, {other} in B"
+        in_a, in_b = sums.shapes
+        cause = _field_cause(differing, ("frames", "transform", "weights")) or "shape"
+        return cause, f"{in_a} in A, {in_b} in B"
     if compared.error == 0 and not sums.times:
         return None, ""
     if compared.error <= tolerance and not (sums.times or 0) > 1e-3:

@@ -219,7 +219,7 @@ def _split_page(
         explanation=explanation,
         clips={} if questions is None else questions.clips,
         questions=None if questions is None else (len(questions.by_id), repeat.digest(questions)),
-        data=_data(ours, table.title(split, rows), questions, correctness),
+        data=_script_data(ours, table.title(split, rows), questions, correctness),
     )
 
 
@@ -234,7 +234,7 @@ def _kept_summary(selection: Selection, questions: Questions, grid: tuple[int, i
     )
 
 
-def _data(
+def _script_data(
     ours: Row, title: str, questions: Questions | None, correctness: Mapping[str, Correctness]
 ) -> dict[str, Any] | None:
     if questions is None or not questions.by_id or not correctness:
