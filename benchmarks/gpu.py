@@ -12,6 +12,7 @@ failed or a goal was missed.
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -101,7 +102,9 @@ def stage_one_goals(result: Any) -> Rows:
 
 # Only the files that have such tests, since others import packages that need not be installed on a GPU node.
 FILES = sorted(ROOT.glob("tests/**/test_*.py"))
-CUDA_FILES = tuple(str(file.relative_to(ROOT)) for file in FILES if "mark.cuda" in file.read_text())
+# The second is the fixture that runs a test on the CPU and on a GPU.
+MARKED = re.compile(r"mark\.cuda|\bdevice: torch\.device")
+CUDA_FILES = tuple(str(file.relative_to(ROOT)) for file in FILES if MARKED.search(file.read_text()))
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-m", "cuda")
 # One test at a time leaves the GPU idle while a CPU makes videos and starts children.
 AT_ONCE = ("-n", "10", "--dist", "loadgroup") if find_spec("xdist") else ()
@@ -109,7 +112,8 @@ SCRIPTS = {name: (sys.executable, f"benchmarks/{name}.py") for name in
            ("select_attend", "encoder", "gpu_stage_one", "gpu_step", "gpu_small", "nvdec")}  # fmt: skip
 OUT = ("--out", "{out}")
 PARTS = (
-    Part("tests", (*PYTEST, *AT_ONCE, *CUDA_FILES), (*PYTEST, *CUDA_FILES)),
+    # Half of them took 177 s, 16 at a time.
+    Part("tests", (*PYTEST, *AT_ONCE, *CUDA_FILES), (*PYTEST, *CUDA_FILES), seconds=600),
     Part("races", ("compute-sanitizer", "--tool", "racecheck", *SCRIPTS["gpu_small"]), SCRIPTS["gpu_small"]),
     Part(
         "memory",

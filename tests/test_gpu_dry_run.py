@@ -1,5 +1,6 @@
 """`make gpu` stays alive where there is no GPU."""
 
+import ast
 import json
 import os
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks.gpu import CUDA_FILES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,3 +33,16 @@ def test_without_a_gpu_it_says_so() -> None:
     result = gpu(CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 2
     assert "torch sees no CUDA device; expected one, or --dry-run" in result.stderr
+
+
+def test_every_test_that_takes_a_gpu_is_run_on_one() -> None:
+    """Also one that gets it from the fixture `device` and has no mark of its own."""
+    taking = set()
+    for file in (ROOT / "tests").glob("**/test_*.py"):
+        for function in ast.walk(ast.parse(file.read_text())):
+            if isinstance(function, ast.FunctionDef) and function.name.startswith("test_"):
+                given = {(one.arg, one.annotation and ast.unparse(one.annotation)) for one in function.args.args}
+                if given & {("device", "torch.device"), ("cuda", "torch.device")}:
+                    taking.add(str(file.relative_to(ROOT)))
+    assert taking
+    assert taking <= set(CUDA_FILES)
