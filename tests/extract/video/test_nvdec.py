@@ -18,8 +18,9 @@ from egopatch.extract.__main__ import main
 from egopatch.extract.datasets import Clip
 from egopatch.extract.video import container, nvdec
 from egopatch.extract.video.container import open_video
-from egopatch.extract.video.frames import VideoError, read_frames
+from egopatch.extract.video.frames import VideoError, read_frames, read_planes
 from egopatch.extract.video.orientation import Upright
+from egopatch.extract.video.planes import Planes
 from egopatch.extract.worker.job import resolve_job
 from tests.extract.job import config_of, options
 from tests.extract.video.odd_videos import ODD, REFUSED, coded, full_decode, moving
@@ -66,6 +67,14 @@ def test_pixels_are_those_of_pyav(name: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(got.times_s, expected.times_s)
         for one, other in zip(got.frames, expected.frames, strict=True):
             assert np.array_equal(one, other)
+        for one, other in zip(converted(clip, frames), expected.frames, strict=True):
+            assert np.array_equal(one, other)
+
+
+def converted(clip: Clip, frames: int) -> list[np.ndarray]:
+    """The pixels of frames that a device encodes, whose colours it converts itself where it can."""
+    left = read_planes(clip, VideoConfig(frames=frames, decoder="nvdec")).frames
+    return [frame.rgb() if isinstance(frame, Planes) else frame for frame in left]
 
 
 @pytest.mark.cuda
@@ -90,8 +99,9 @@ def assert_pixels_or_refusal(path: Path, exact: bool = True) -> None:
         refusal = str(error)
     else:
         expected = read_frames(clip, VideoConfig(frames=4))
-        for one, other in zip(got.frames, expected.frames, strict=True):
-            assert np.abs(one.astype(int) - other).mean() <= (0 if exact else 2)
+        for found in (got.frames, converted(clip, 4)):
+            for one, other in zip(found, expected.frames, strict=True):
+                assert np.abs(one.astype(int) - other).mean() <= (0 if exact else 2)
         return
     assert refusal.startswith(f"video {path} cannot be decoded by nvdec: ")
 
