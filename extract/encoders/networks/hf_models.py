@@ -102,6 +102,7 @@ class HfEncoder(VideoEncoder):
             "transformers": version("transformers"),
         }
         self._last = depth == _blocks_of(config)
+        _move_with(model)
         self._options = dict(family.options)
         if not self._last:  # they are the states after every block, gigabytes of a large batch
             self._options["output_hidden_states"] = True
@@ -347,6 +348,18 @@ def _check_input(checkpoint: Checkpoint, model: PreTrainedModel, family: Family,
         raise CheckpointError(
             f"video.frames is {num_frames}; {where}, takes the {config.num_frames} frames it was trained on"
         )
+
+
+def _move_with(model: PreTrainedModel) -> None:
+    """Have tensors that are no buffers, as VideoMAE's positions, move with the model.
+
+    They would be copied to a GPU in every batch, which waits for the batch before and cannot be part of a CUDA graph.
+    """
+    for module in model.modules():
+        plain = {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
+        for name, tensor in plain.items():
+            delattr(module, name)
+            module.register_buffer(name, tensor, persistent=False)
 
 
 def _cut(model: PreTrainedModel, depth: int, blocks: int) -> None:

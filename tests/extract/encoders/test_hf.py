@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from egopatch.extract.encoders import CheckpointError, load_text_encoder, load_video_encoder
+from egopatch.extract.encoders.layers.graphs import ReplayedEncoder, capture_cuda
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 3}
 VISION = {**SIZES, "image_size": 32, "patch_size": 8}
@@ -126,6 +128,26 @@ def test_tokens_are_the_models_own(folder_of: Callable[[str], Path], kind: str, 
     reference = first if first.shape[2] else cls[:, None, None]
     saliency = torch.cosine_similarity(patches, reference, dim=-1) if first.shape[2] else patches.norm(dim=-1)
     torch.testing.assert_close(tokens.saliency, saliency, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_all_tensors_move_with_the_encoder(folder_of: Callable[[str], Path], kind: str) -> None:
+    """One that stays on the CPU is copied to the GPU in every batch, and the encoder becomes no CUDA graph."""
+    encoder = load_video_encoder("hf", folder_of(kind), FRAMES, DEEPEST, size=32).to("meta")
+    kept = [value for module in encoder.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    assert {tensor.device.type for tensor in (*encoder.parameters(), *encoder.buffers(), *kept)} == {"meta"}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_an_encoder_becomes_a_graph(folder_of: Callable[[str], Path], kind: str, cuda: torch.device) -> None:
+    encoder, frames = load_video_encoder("hf", folder_of(kind), FRAMES, DEEPEST, size=32).to(cuda), clips().to(cuda)
+    lines = list[str]()
+    replayed = ReplayedEncoder(lambda: encoder(frames), partial(capture_cuda, device=cuda), lines.append)  # type: ignore[arg-type]
+    for number in range(3):
+        frames.copy_(clips(number))
+        torch.testing.assert_close(replayed().patches, encoder(clips(number).to(cuda)).patches)
+    assert lines == []
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
