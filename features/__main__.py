@@ -275,6 +275,7 @@ def _verify_result(report: "VerifyReport") -> Result:
     return {
         "ok": report.ok,
         "clips": report.clips,
+        "texts": report.texts,
         "shards": report.shards,
         "bytes": report.nbytes,
         "seconds": round(report.seconds, 3),
@@ -284,10 +285,8 @@ def _verify_result(report: "VerifyReport") -> Result:
 
 
 def _verify_lines(report: "VerifyReport") -> Iterator[str]:
-    yield (
-        f"{report.path}: {report.clips} clips in {report.shards} shards, {format_bytes(report.nbytes)} "
-        f"in {report.seconds:.2f} s"
-    )
+    rows = f"{report.clips} clips" + (f" and {report.texts} texts" if report.texts else "")
+    yield f"{report.path}: {rows} in {report.shards} shards, {format_bytes(report.nbytes)} in {report.seconds:.2f} s"
     for fault in report.faults:
         yield f"  {fault.where} {fault.what}"
     for name in report.bad_clips:

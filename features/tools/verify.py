@@ -51,14 +51,16 @@ class VerifyReport:
     Attributes:
         path: Location of the store.
         clips: Number of committed clips.
-        shards: Number of shards that were read.
-        nbytes: Bytes that were read.
+        texts: Number of committed texts in the text substore.
+        shards: Number of shards that were read, those of the text substore included.
+        nbytes: Bytes that were read, likewise.
         seconds: Time that reading took.
         faults: All faults.
     """
 
     path: Location
     clips: int
+    texts: int
     shards: int
     nbytes: int
     seconds: float
@@ -198,9 +200,8 @@ def verify(path: Location | str, on_bytes: Callable[[int, int], None] | None = N
             done += size
             if on_bytes is not None:
                 on_bytes(done, total)
-    return VerifyReport(
-        storage.location, len(audits[""].ledger.clips), shards, total, time.monotonic() - started, tuple(faults)
-    )
+    clips, texts = (len(audits[folder].ledger.clips) if folder in audits else 0 for folder in ("", TEXT_FOLDER))
+    return VerifyReport(storage.location, clips, texts, shards, total, time.monotonic() - started, tuple(faults))
 
 
 def check_shards(audit: Audit) -> Iterator[tuple[int, list[Fault]]]:

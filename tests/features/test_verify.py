@@ -60,7 +60,7 @@ def compressed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def test_a_whole_store_is_clean(whole: Path) -> None:
     report = verify(whole)
     assert report.ok
-    assert (report.clips, report.shards) == (10, 5)
+    assert (report.clips, report.texts, report.shards) == (10, 3, 5)
     assert report.nbytes > 0
 
 
@@ -203,7 +203,7 @@ def test_commands(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     root = tmp_path / "store"
     shutil.copytree(whole, root)
     assert main(["verify", str(root)]) == 0
-    assert "every committed clip reads back bit for bit" in capsys.readouterr().out
+    assert re.search(r"10 clips and 3 texts in 5 shards, .*\nevery committed clip reads", capsys.readouterr().out)
     assert main(["info", str(root), "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
     assert (info["committed"], info["planned"], info["text"]["kind"]) == (10, 10, "text")
