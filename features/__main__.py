@@ -226,8 +226,9 @@ def _lines(result: Result, indent: str = "") -> Iterator[str]:
             yield f"{indent}{name}:"
             yield from (f"{indent}  {array}: {spec['dtype']} {list(spec['shape'])}" for array, spec in value.items())
         elif isinstance(value, dict):
-            yield f"{indent}{name}:"
-            yield from _lines(value, indent + "  ")
+            if value:
+                yield f"{indent}{name}:"
+                yield from _lines(value, indent + "  ")
         else:
             yield f"{indent}{name}: {value}"
 

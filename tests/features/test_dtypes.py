@@ -66,6 +66,8 @@ def test_reads_back_within_the_step_of_the_dtype(tmp_path: Path, format: str, dt
 
 def test_the_error_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = quantised_store(tmp_path / "store", "int8")
+    assert main(["info", str(store.path)]) == 0
+    assert "reconstruction_error" not in capsys.readouterr().out  # nor a heading without values
     store.write_shard(0, {IDS[0]: floats(0, store)}, {IDS[0]: "x"})
     assert main(["info", str(store.path)]) == 0
     assert "reconstruction_error:\n  patches: 0.00" in capsys.readouterr().out
