@@ -89,7 +89,12 @@ def covered_box(height: int, width: int, transform: Transform = EGOVLP_TRANSFORM
     """The part of a frame that reaches the network: top, left, height, width in pixels of the frame.
 
     `features.to_pixels` lays values of patches over it.
+
+    Raises:
+        ValueError: A side of the frame is below 1.
     """
+    if min(height, width) < 1:
+        raise ValueError(f"the frame has {height} x {width} pixels; expected sides of at least 1")
     resized = transform.resized(height, width)
     crop = transform.crop(*resized)
     down, across = height / resized[0], width / resized[1]

@@ -31,18 +31,24 @@ def to_pixels(
         patches which a derived store does not keep.
 
     Raises:
-        ValueError: The number of values differs from the grid's, or the box lies outside the frame.
+        ValueError: The grid or the frame is empty, the number of values differs from the grid's, the positions are not
+            indices in the grid, one for each value, or the box is empty or lies outside the frame.
     """
     rows, cols = grid
+    if min(rows, cols, height, width) < 1:
+        raise ValueError(f"the grid is {grid}, and the frame {height} x {width} pixels; expected sides of at least 1")
     values = values.float()
     kept = torch.ones_like(values)
     if positions is not None:
+        if positions.shape != values.shape or not ((positions >= 0) & (positions < rows * cols)).all():
+            given = f"shape {tuple(positions.shape)} and indices from {positions.min()} to {positions.max()}"
+            raise ValueError(f"positions has {given}; expected {tuple(values.shape)}, and indices in the grid {grid}")
         whole, index = values.new_zeros(*values.shape[:-1], rows * cols), positions.long()
         values, kept = whole.scatter(-1, index, values), whole.scatter(-1, index, kept)
     if values.shape[-1] != rows * cols:
         raise ValueError(f"values has {values.shape[-1]} patches a frame; expected {rows * cols} of the grid {grid}")
     top, left, box_height, box_width = (0.0, 0.0, height, width) if box is None else box
-    if min(top, left) < -0.5 or top + box_height > height + 0.5 or left + box_width > width + 0.5:
+    if not (-0.5 <= top < top + box_height <= height + 0.5 and -0.5 <= left < left + box_width <= width + 0.5):
         raise ValueError(f"box is {box}; expected one inside the frame of {height} x {width} pixels")
     # Centres of the pixels, in a box from -1 to 1.
     y = (torch.arange(height) + 0.5 - top) / box_height * 2 - 1

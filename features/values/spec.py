@@ -164,6 +164,8 @@ class StoreSpec:
             raise ValueError(f"shard is {self.shard}; expected at least 1 row")
         if self.codec not in get_args(Codec):
             raise ValueError(f"codec is {self.codec!r}; expected one of {', '.join(get_args(Codec))}")
+        if self.grid is not None and min(self.grid) < 1:
+            raise ValueError(f"grid is {self.grid}; expected at least 1 row and 1 column")
         names = [array.name for array in self.arrays]
         for name in names:
             # Each name becomes a file's name and a field of PatchTokens or TextStates.

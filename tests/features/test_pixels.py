@@ -6,7 +6,7 @@ import torch
 
 from egopatch.extract.feed.on_host import crop_and_resize
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform, covered_box
-from egopatch.features import to_pixels
+from egopatch.features import StoreSpec, to_pixels
 
 WHOLE = Transform("whole", None, None, (0.0,) * 3, (1.0,) * 3)
 CENTRE = Transform("centre", None, 0.875, (0.0,) * 3, (1.0,) * 3)
@@ -61,3 +61,25 @@ def test_wrong_shapes_are_refused() -> None:
         to_pixels(torch.rand(5), (2, 2), 8, 8)
     with pytest.raises(ValueError, match="expected one inside the frame of 8 x 8 pixels"):
         to_pixels(torch.rand(4), (2, 2), 8, 8, box=(0, 4, 8, 8))
+
+
+@pytest.mark.parametrize(("grid", "height"), [((2, 2), 0), ((-2, -2), 8), ((0, 2), 8)])
+def test_an_empty_grid_or_frame_is_refused(grid: tuple[int, int], height: int) -> None:
+    with pytest.raises(ValueError, match=rf"the grid is .*, and the frame {height} x 8 pixels; expected sides of at"):
+        to_pixels(torch.rand(4), grid, height, 8)
+    with pytest.raises(ValueError, match="the frame has 0 x 8 pixels; expected sides of at least 1"):
+        covered_box(0, 8)
+    with pytest.raises(ValueError, match=r"grid is \(-2, -3\); expected at least 1 row and 1 column"):
+        StoreSpec.for_patches(4, (-2, -3), 8)
+
+
+@pytest.mark.parametrize("box", [(0, 0, 0, 8), (4, 4, -2, 4), (0, float("nan"), 8, 8)])
+def test_an_empty_box_is_refused(box: tuple[float, float, float, float]) -> None:
+    with pytest.raises(ValueError, match="expected one inside the frame of 8 x 8 pixels"):
+        to_pixels(torch.rand(4), (2, 2), 8, 8, box=box)
+
+
+@pytest.mark.parametrize("positions", [[0, 4], [0, -1], [0, 1, 2]])
+def test_positions_outside_the_grid_are_refused(positions: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"positions has shape .*; expected \(2,\), and indices in the grid \(2, 2\)"):
+        to_pixels(torch.rand(2), (2, 2), 8, 8, positions=torch.tensor(positions))
