@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from egopatch.features.io.fields import garbage_collection_paused
+from egopatch.features.io.lfs import pointer_fault
 
 T = TypeVar("T")
 
@@ -46,6 +47,8 @@ def read_text(path: Path, purpose: str) -> str:
 def _readable(path: Path, purpose: str) -> Iterator[None]:
     """Turn errors of opening a file into a ValueError that contains `purpose`."""
     try:
+        if fault := pointer_fault(path):
+            raise ValueError(f"{path}: {fault}")
         yield
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; expected {purpose}") from None

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from egopatch.features.common.disk import free_bytes
 from egopatch.features.common.units import format_bytes
+from egopatch.features.io.lfs import pointer_fault
 
 # Bytes that unpacking leaves free, so that the machine can still work.
 RESERVE = 256 << 20
@@ -123,6 +124,8 @@ def _readable(archive: Path) -> Iterator[None]:
         # gzip and bz2 raise an OSError that is not the system's.
         if isinstance(error, OSError) and error.errno is not None:
             raise
+        if fault := pointer_fault(archive):
+            raise ArchiveError(f"{archive} {fault}") from None
         reason = str(error).partition("\n")[0].rstrip(":") or type(error).__name__
         raise ArchiveError(
             f"{archive}: not a zip or tar file, or damaged or truncated ({reason}); delete it and download it again"

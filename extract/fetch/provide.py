@@ -19,6 +19,7 @@ from egopatch.features.common.os_errors import with_remedy
 from egopatch.features.common.progress import BYTES, ProgressDisplay
 from egopatch.features.common.units import format_bytes
 from egopatch.features.io.files import write_file
+from egopatch.features.io.lfs import pointer_fault
 from egopatch.features.values.errors import StoreError
 
 BY_HAND = "by hand"
@@ -281,6 +282,8 @@ def _provide_file(need: RequiredFile, lockfile: Lockfile, offline: bool, size: i
 def _check(need: RequiredFile, lockfile: Lockfile, link: str | None) -> FileStatus:
     """Check an existing file against its lock entry, or against the size at the link if it has no entry yet."""
     locked = lockfile.get(need.name)
+    if fault := pointer_fault(need.file):
+        return FileStatus(need, "failed", f"{need.file} {fault}")
     if locked is None:
         size, announced = need.file.stat().st_size, None if link is None else remote_size(link)
         if announced is not None and announced != size:

@@ -41,6 +41,7 @@ from egopatch.extract.video.index import (
 from egopatch.extract.video.nvdec import accelerator, refusal, uses_gpu
 from egopatch.extract.video.orientation import Upright
 from egopatch.extract.video.planes import Planes
+from egopatch.features.io.lfs import pointer_fault
 
 KEPT_BYTES = 32 * 2**20  # smaller files are read cache, for the index and for the decoder
 Shrink = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
@@ -440,9 +441,12 @@ def _require_content(path: Path) -> None:
     try:
         with path.open("rb") as file:
             empty = not file.read(1)
+        pointer = pointer_fault(path)
     except FileNotFoundError:
         raise VideoError(f"video {path} does not exist; put the file there or correct the annotation") from None
     except OSError as error:
         raise VideoError(f"video {path} cannot be read: {error.strerror}; expected a readable file") from error
     if empty:
         raise VideoError(f"video {path} is empty (0 bytes); download it again")
+    if pointer:
+        raise VideoError(f"video {path} {pointer}")

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from egopatch.features.common.disk import free_bytes
 from egopatch.features.formats.hdf5_shards import open_unlocked
+from egopatch.features.io.lfs import pointer_fault
 from egopatch.features.values.errors import StoreError
 
 Arrays = Mapping[str, Tensor]
@@ -43,7 +44,6 @@ Unread = tuple[str, ReadClip]
 TAR_CLIPS = 64  # in one file of a webdataset
 LMDB_FILE = 2**14  # bytes of an empty one
 LMDB_BYTES = 2**40  # of address space; the file grows with its content
-_POINTER = b"version https://git-lfs"
 _SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".h5", ".hdf5")
 
 
@@ -180,12 +180,10 @@ def _expected() -> str:
 
 
 def _read_file(file: Path) -> dict[str, Tensor]:
-    with file.open("rb") as opened:
-        start = opened.read(len(_POINTER))
-    if not start:
+    if not file.stat().st_size:
         raise ValueError("the file is empty")
-    if start == _POINTER:
-        raise ValueError("a pointer of Git LFS, not the file itself; run `git lfs pull`")
+    if fault := pointer_fault(file):
+        raise ValueError(f"it {fault}")
     if file.suffix in (".h5", ".hdf5"):
         return _read_hdf5(file, None)
     if file.suffix in (".pt", ".pth"):
@@ -237,6 +235,8 @@ def _read_hdf5(path: Path, name: str | None) -> dict[str, Tensor]:
 def _named_if_damaged(path: Path) -> Iterator[None]:
     """Turn what a library raises while it looks for the clips of a file into a StoreError that names the file."""
     try:
+        if fault := pointer_fault(path / "data.mdb" if path.is_dir() else path):
+            raise StoreError(f"{path} {fault}")
         yield
     except StoreError:
         raise

@@ -67,7 +67,10 @@ def _torch(path: Path, tensor: torch.Tensor) -> None:
     ("spoil", "why"),
     [
         (lambda path: path.write_bytes(b""), "the file is empty"),
-        (lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "a pointer of Git LFS"),
+        (
+            lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+            "it is a pointer of Git LFS, ",
+        ),
         (lambda path: path.write_bytes(path.read_bytes()[:200]), "not an array of numbers"),
         (lambda path: _save(path, np.array([{"lazy": 1}], dtype=object)), "not an array of numbers .*allow_pickle"),
         (lambda path: _save(path, np.array(["text"])), "has dtype <U4; expected numbers"),
@@ -182,6 +185,18 @@ def test_an_export_into_the_store_is_refused(tmp_path: Path) -> None:
     store = import_features(write(tmp_path / "files"), tmp_path / "store")
     with pytest.raises(StoreError, match=r"--out is '.*/store/npy', inside the store '.*/store'; expected another"):
         export(store.path, tmp_path / "store" / "npy", "npy")
+
+
+@pytest.mark.parametrize("name", ["all.h5", "a.tar", "data.mdb"])
+def test_a_file_of_many_clips_that_is_a_pointer_of_lfs(name: str, tmp_path: Path) -> None:
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / name).write_text("version https://git-lfs.github.com/spec/v1\n")
+    source = files / name if name == "all.h5" else files
+    with pytest.raises(
+        StoreError, match="is a pointer of Git LFS, not the file itself; run `git lfs pull` to fetch it"
+    ):
+        import_features(source, tmp_path / "store")
 
 
 def test_many_faults_are_counted(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from egopatch.extract.errors import CheckpointError
+from egopatch.features.io.lfs import pointer_fault
 
 CONTAINERS = ("state_dict", "model_state_dict")  # of the published files
 # What is put in front of a tensor's name by torch.compile, by DataParallel and its like, and by trainers' classes.
@@ -161,6 +162,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
         raise CheckpointError(f"{path} does not exist; set encoder.checkpoint to the path of a checkpoint file")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty; download it again")
+    refuse_pointer(path)
     safe = _is_safetensors(path)
     content = _read_safetensors(path) if safe else _read_pickle(path)
     container, tensors = _unwrap(path, content)
@@ -178,15 +180,26 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     return Checkpoint(path, container, tensors)
 
 
+def refuse_pointer(path: Path) -> None:
+    """Refuse a file that is a pointer of Git LFS.
+
+    Raises:
+        CheckpointError: It is one, or it cannot be read.
+    """
+    try:
+        fault = pointer_fault(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    if fault:
+        raise CheckpointError(f"{path} {fault}")
+
+
 def _is_safetensors(path: Path) -> bool:
     """Whether the suffix is `.safetensors`, or the file starts with a header length (8 bytes) and a JSON header."""
     if path.suffix == ".safetensors":
         return True
-    try:
-        with path.open("rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    with path.open("rb") as file:
+        start = file.read(9)
     return start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
 
 

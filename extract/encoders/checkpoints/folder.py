@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError, file_sha256
+from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError, file_sha256, refuse_pointer
 from egopatch.extract.video.transforms import Resampling, Transform
 
 _PROCESSORS = ("video_preprocessor_config.json", "preprocessor_config.json")
@@ -41,7 +41,8 @@ def open_folder(path: Path) -> FolderCheckpoint:
     """Read what the folder at `path` holds, without its tensors.
 
     Raises:
-        CheckpointError: The folder is missing or has no config, or its safetensors files are missing or incomplete.
+        CheckpointError: The folder is missing or has no config, or its safetensors files are missing or incomplete,
+            or a file is a pointer of Git LFS.
     """
     if not path.is_dir():
         raise CheckpointError(
@@ -51,7 +52,8 @@ def open_folder(path: Path) -> FolderCheckpoint:
     settings = _read_json(path / "config.json")
     if not isinstance(settings.get("model_type"), str):
         raise CheckpointError(f"{path / 'config.json'} names no model_type; expected a transformers model's config")
-    weight_files(path)
+    for file in weight_files(path):
+        refuse_pointer(file)
     return FolderCheckpoint(path, "transformers", {}, settings)
 
 
@@ -174,6 +176,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist; expected the folder of a transformers model") from error
     except (OSError, ValueError) as error:
+        refuse_pointer(path)
         raise CheckpointError(f"{path} cannot be read ({' '.join(str(error).split())[:160]})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a JSON object")

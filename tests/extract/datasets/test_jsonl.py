@@ -74,6 +74,13 @@ def test_status_reads_the_clips_only(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert ("the annotations cannot be read" in capsys.readouterr().out) == said
 
 
+def test_a_pointer_of_lfs_is_one_line(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    assert faults(tmp_path, CLIPS, pointer) == [
+        "ROOT/questions.jsonl: is a pointer of Git LFS, not the file itself; run `git lfs pull` to fetch it"
+    ]
+
+
 def test_lines_of_any_editor(tmp_path: Path) -> None:
     plain = load(tmp_path)
     (tmp_path / "clips.jsonl").write_bytes(b"\xef\xbb\xbf" + CLIPS.replace("\n", "\r\n").encode())

@@ -262,6 +262,10 @@ def _naflex(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "siglip2"}))
 
 
+def _weights_elsewhere(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
 def _no_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
@@ -278,6 +282,7 @@ def _no_config(folder: Path) -> None:
         (_index_of_nothing, r"index.json has no weight_map from tensors to files; copy the model again"),
         (_of_its_own_code, r"transformers cannot load this their_own model"),
         (_naflex, r"is a siglip2 model: its patches follow the shape of each image and form no fixed grid"),
+        (_weights_elsewhere, r"model.safetensors is a pointer of Git LFS, not the file itself; run `git lfs pull`"),
         (_no_config, r"config.json does not exist; expected the folder of a transformers model"),
     ],
 )

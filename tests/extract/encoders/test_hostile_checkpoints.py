@@ -69,6 +69,9 @@ def test_damaged_files_are_refused(tmp_path: Path, suffix: str) -> None:
     path.write_bytes(b"")
     with pytest.raises(CheckpointError, match="the file is empty; download it again"):
         load_checkpoint(path)
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(CheckpointError, match=f"{suffix} is a pointer of Git LFS, .*; run `git lfs pull` to fetch it"):
+        load_checkpoint(path)
     random = np.random.default_rng(0)
     for size in (1, 7, 100, 5000):
         path.write_bytes(random.bytes(size))

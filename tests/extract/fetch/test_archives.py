@@ -146,6 +146,9 @@ def test_a_damaged_archive_is_one_line(tmp_path: Path, folder: Path, make) -> No
             unpack(archive, folder)
         assert "\n" not in str(error.value)
         assert files_in(folder) == {"kept": b"kept"}
+    archive.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ArchiveError, match="archive is a pointer of Git LFS, not the file itself; run `git lfs pull`"):
+        unpack(archive, folder)
 
 
 @pytest.mark.parametrize("headers", [{"mtime": "inf"}, {"GNU.sparse.map": "a,b"}])

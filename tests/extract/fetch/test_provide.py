@@ -159,6 +159,15 @@ def test_offline_says_what_to_put_where_and_locks_it(published: Published, capsy
     assert states(published, capsys, "--offline")[1]["net/Net.pth"] == "failed"
 
 
+def test_a_pointer_of_lfs_is_not_locked(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
+    path = published.root / "weights/Net.pth"
+    path.parent.mkdir()
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert main([*published.args, "--offline"]) == 1
+    assert f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull`" in capsys.readouterr().out
+    assert not (published.root / "sources.lock.json").exists()
+
+
 def test_what_was_put_there_by_hand_must_be_as_long_as_the_link_says(
     published: Published, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -201,6 +201,11 @@ def empty(to: Path) -> Path:
     return to / "a.mp4"
 
 
+def pointer(to: Path) -> Path:
+    (to / "a.mp4").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    return to / "a.mp4"
+
+
 def garbage(to: Path) -> Path:
     (to / "a.mp4").write_bytes(np.random.default_rng(0).bytes(4096))
     return to / "a.mp4"
@@ -226,6 +231,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (missing, "does not exist"),
     "a folder": (folder, "cannot be read: Is a directory"),
     "empty": (empty, r"is empty \(0 bytes\)"),
+    "pointer of LFS": (pointer, "a.mp4 is a pointer of Git LFS, not the file itself; run `git lfs pull` to fetch it"),
     "garbage": (garbage, "cannot be decoded: Invalid data found"),
     "audio only": (lambda to: write_audio(to / "a.mp4"), r"it has no picture track \(tracks: audio\)"),
     "index cut off": (lambda to: cut_off(write_video(to / "a.mp4"), 0.4), "moov atom not found"),

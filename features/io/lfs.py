@@ -1,0 +1,16 @@
+"""Files that Git LFS keeps elsewhere: a clone without LFS holds a small text in the place of each."""
+
+from pathlib import Path
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def pointer_fault(path: Path) -> str | None:
+    """What is wrong with a file that is a pointer of Git LFS, and the remedy, to follow the file's name; else None.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    with path.open("rb") as file:
+        is_pointer = file.read(len(_POINTER)) == _POINTER
+    return "is a pointer of Git LFS, not the file itself; run `git lfs pull` to fetch it" if is_pointer else None
