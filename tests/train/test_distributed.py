@@ -20,7 +20,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from egopatch.configs.schema import Config
+from egopatch.configs.schema import Config, ConfigError
 from egopatch.train.__main__ import main
 from egopatch.train.data.batch import Batch
 from egopatch.train.data.question_table import plan_batches
@@ -179,22 +179,42 @@ def test_without_torchrun_there_is_one_rank() -> None:
 def test_a_world_without_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    expected = "WORLD_SIZE is 2, but LOCAL_RANK, LOCAL_WORLD_SIZE is not set; start with torchrun, or unset WORLD_SIZE"
-    with pytest.raises(ValueError, match=expected), join(cuda=False):
+    expected = (
+        "WORLD_SIZE is 2, but LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_PORT is not set; start with torchrun, or unset "
+        "WORLD_SIZE"
+    )
+    with pytest.raises(ConfigError, match=expected), join(cuda=False):
         pass
-    monkeypatch.setenv("WORLD_SIZE", "two")
-    expected = "WORLD_SIZE is 'two'; expected a whole number, as torchrun sets it: start with it, or unset WORLD_SIZE"
-    with pytest.raises(ValueError, match=expected), join(cuda=False):
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "fault"),
+    [
+        ("WORLD_SIZE", "two", "WORLD_SIZE is 'two'; expected a whole number, as torchrun sets it: start with it, or"),
+        ("WORLD_SIZE", "２", "WORLD_SIZE is '２'; expected a whole number"),
+        ("RANK", " 1", "RANK is ' 1'; expected a whole number"),
+        ("MASTER_PORT", "+1", r"MASTER_PORT is '\+1'; expected a whole number"),
+        ("RANK", "2", "RANK is 2 of WORLD_SIZE 2, and LOCAL_RANK 0 of LOCAL_WORLD_SIZE 1; expected ranks below these"),
+        ("LOCAL_WORLD_SIZE", "0", "LOCAL_RANK 0 of LOCAL_WORLD_SIZE 0; expected ranks below these numbers"),
+    ],
+)
+def test_ranks_that_cannot_be_are_refused(
+    variable: str, value: str, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": "1"}
+    for name, text in (ranks | {variable: value}).items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(ConfigError, match=fault), join(cuda=False):
         pass
 
 
 def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"WORLD_SIZE": 99, "RANK": 3, "LOCAL_RANK": 3, "LOCAL_WORLD_SIZE": 99}.items():
+    for name, value in {"WORLD_SIZE": 99, "RANK": 3, "LOCAL_RANK": 3, "LOCAL_WORLD_SIZE": 99, "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     with (
-        pytest.raises(ValueError, match=r"torchrun started 99 ranks on this machine, which has .* --nproc-per-node"),
+        pytest.raises(ConfigError, match=r"torchrun started 99 ranks on this machine, which has .* --nproc-per-node"),
         join(cuda=True),
     ):
         pass

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from egopatch.configs.schema import ConfigError
 from egopatch.features.common.machine import usable_gpus
 
 T = TypeVar("T")
@@ -129,8 +130,8 @@ ALONE = Distributed()
 def _number(name: str, default: str = "") -> int:
     """The value of one of torchrun's variables."""
     text = os.environ.get(name, default)
-    if not text.isdecimal():
-        raise ValueError(
+    if not (text.isascii() and text.isdecimal()):
+        raise ConfigError(
             f"{name} is {text!r}; expected a whole number, as torchrun sets it: start with it, or unset {name}"
         )
     return int(text)
@@ -144,24 +145,29 @@ def join(cuda: bool) -> Iterator[Distributed]:
         cuda: Whether tensors are on CUDA devices, one per rank.
 
     Raises:
-        ValueError: This machine has more ranks than CUDA devices, or `WORLD_SIZE` is set without torchrun's other
-            variables, or one of them is no number.
+        ConfigError: This machine has more ranks than CUDA devices, or `WORLD_SIZE` is set without torchrun's other
+            variables, or one of them is no number or a rank that does not exist.
     """
     size = _number("WORLD_SIZE", "1")
     if size == 1:
         yield ALONE
         return
-    names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
     if absent := [name for name in names if name not in os.environ]:
-        raise ValueError(
+        raise ConfigError(
             f"WORLD_SIZE is {size}, but {', '.join(absent)} is not set; start with torchrun, or unset WORLD_SIZE"
         )
-    rank, local, local_size = map(_number, names)
+    rank, local, local_size, _ = map(_number, names)
+    if rank >= size or local >= local_size:  # the others would wait for a rank that does not exist
+        raise ConfigError(
+            f"RANK is {rank} of WORLD_SIZE {size}, and LOCAL_RANK {local} of LOCAL_WORLD_SIZE {local_size}; expected "
+            "ranks below these numbers, as torchrun sets them: start with it, or unset WORLD_SIZE"
+        )
     ranks = Distributed(rank, size, local, local_size)
     if cuda:
         devices = usable_gpus()
         if ranks.local_size > devices:
-            raise ValueError(
+            raise ConfigError(
                 f"torchrun started {ranks.local_size} ranks on this machine, which has {devices} CUDA devices; "
                 f"expected --nproc-per-node {devices} at most, or --train.device cpu"
             )
