@@ -40,7 +40,8 @@ def reworded(message: str) -> str:
         return message
     start = f"{message[: error.start()]}{error['name']} is"
     if no_path := _NO_PATH.search(error["types"]):  # the value itself is not in the message
-        return f"{start} {_KINDS.get(no_path[1], no_path[1])}; expected {_WORDS['Path']}"
+        quoted = ", in quotes" if no_path[1] in ("int", "float", "bool") else ""  # as in a file `dir: 2024`
+        return f"{start} {_KINDS.get(no_path[1], no_path[1])}; expected {_WORDS['Path']}{quoted}"
     value = next(filter(None, (pattern.search(message) for pattern in _VALUES)), None)
     if not value:
         return message
@@ -51,6 +52,7 @@ def reworded(message: str) -> str:
         expected = f"a list in brackets: '[{found}]'"
     elif kinds:
         expected = _either([_WORDS.get(kind) or _choice(kind) for kind in kinds])
+        expected += ", in quotes" if "str" in kinds else ""  # in a command line every value is text
     else:
         return message
     shown = found if _NUMBER.fullmatch(found) else "null" if found == "None" else repr(found)

@@ -1,15 +1,20 @@
 """Faults of a YAML file that its parser reports badly, each with its line.
 
 YAML loaders silently keep the last of two equal keys, and jsonargparse ends in a traceback over a section without
-options and over an alias to a value that contains it. Empty text as a path would be the current folder.
+options and over an alias to a value that contains it. Empty text as a path would be the current folder. Numbers in base
+60 and 8 are hardly ever meant.
 """
 
 import itertools
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+# With a colon in base 60, with a zero before its first digit in base 8, where it then differs from what one reads.
+_OTHER_BASE = re.compile(r"[-+]?([\d_]+(:\d+)+(\.[\d_]*)?|0[0_]*[1-7][0-7_]*[0-7][0-7_]*)")
 
 
 def find_fault(text: str, sections: Collection[str]) -> str | None:
@@ -33,11 +38,25 @@ def find_fault(text: str, sections: Collection[str]) -> str | None:
     if not isinstance(root, yaml.MappingNode):
         return f"line {root.start_mark.line + 1}: not a mapping; {expected}"
     return (
-        _endless_alias(root, set(), set())
+        misread_number(text)
+        or _endless_alias(root, set(), set())
         or _repeated_in(root)
         or _section_without_options(root, sections)
         or _empty_text(root)
     )
+
+
+def misread_number(text: str) -> str | None:
+    """The first number that YAML 1.1 reads in base 60 or 8, such as 1:30, which becomes 90, and 010, which becomes 8,
+    with its line and what to write; None if there is none.
+    """
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        if isinstance(token, yaml.ScalarToken) and token.plain and _OTHER_BASE.fullmatch(token.value):
+            number = yaml.safe_load(token.value)
+            if isinstance(number, int | float):
+                written = f"{token.value} is {number} in YAML; write {number}, or '{token.value}' in quotes for text"
+                return f"line {token.start_mark.line + 1}: {written}"
+    return None
 
 
 def read_yaml(path: Path) -> Any:
@@ -50,7 +69,9 @@ def read_yaml(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-        if root is not None and (fault := _endless_alias(root, set(), set()) or _repeated_in(root)):
+        if root is not None and (
+            fault := misread_number(text) or _endless_alias(root, set(), set()) or _repeated_in(root)
+        ):
             raise ValueError(fault)
         return yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

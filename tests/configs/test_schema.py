@@ -70,7 +70,7 @@ def test_file_then_overrides(tmp_path: Path) -> None:
         (["--engine.max_errors", "abc"], "error: engine.max_errors is 'abc'; expected a number\n"),
         (["--config", "{data: {root: [a]}}"], "error: data.root is a list; expected a path\n"),
         (["--config", "{run: {dir: {a: 1}}}"], "error: run.dir is a mapping; expected a path\n"),
-        (["--config", "{store: {path: 3}}"], "error: store.path is 3; expected a path\n"),
+        (["--config", "{store: {path: 3}}"], "error: store.path is 3; expected a path, in quotes\n"),
         (["--config", "{head: {scores: [null]}}"], "error: head.scores is null; expected one of question, "),
         (
             ["--encoder", "3"],
@@ -152,6 +152,10 @@ def test_unknown_key_in_a_file_names_the_nearest(tmp_path: Path, capsys: pytest.
         (b"head: {}\ndata: &a {root: *a}\n", "x.yaml: line 2: this value contains an alias to itself; write it out"),
         (b"head:\n  scores: &a [question, *a]\n", "x.yaml: line 2: this value contains an alias to itself"),
         (b"&a {data: {? *a : b}}\n", "x.yaml: line 1: this value contains an alias to itself"),
+        (b"head: {}\nvideo: {timeout_s: 1:30}\n", "x.yaml: line 2: 1:30 is 90 in YAML; write 90, or '1:30' in quotes"),
+        (b"train: {epochs: 010}\n", "x.yaml: line 1: 010 is 8 in YAML; write 8, or '010' in quotes for text"),
+        (b"run: {dir: off}\n", "run.dir is true or false; expected a path, in quotes"),
+        (b"data: {name: 2024}\n", "data.name is 2024; expected text, in quotes"),
         (b"# nothing yet\n", "x.yaml: holds nothing; expected sections such as `head: {ratio: 0.5}`"),
         (b"- video\n", "x.yaml: line 1: not a mapping; expected sections such as `head: {ratio: 0.5}`"),
         (b"data: {root: a\xff}\n", "x.yaml: not UTF-8 text at byte 14; expected the YAML file of an experiment"),
@@ -167,6 +171,14 @@ def test_a_file_that_cannot_be_meant_is_refused(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_numbers_that_read_as_they_are_written_are_allowed(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("train: {epochs: 1_0, seed: 07, lr: 1e-3}\ndata: {name: '1:30', root: '010', clips: 1:99}\n")
+    config = load_config(file)
+    assert (config.train.epochs, config.train.seed, config.train.lr) == (10, 7, 1e-3)
+    assert (config.data.name, config.data.root, config.data.clips) == ("1:30", Path("010"), "1:99")
 
 
 def test_an_alias_to_an_earlier_value_is_allowed(tmp_path: Path) -> None:
