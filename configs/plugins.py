@@ -103,8 +103,10 @@ class Plugins(Generic[T]):
             {*self._taken, *self._registered, *(point.name for point in _offered(self.group, tuple(sys.path)))}
         )
         close = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"{self.option} is {name!r}; expected one of {', '.join(names)}{hint}")
+        # A script's own names end with its process.
+        scripts = f"start the command from the script that registers it, or offer it in a package, in {self.group}"
+        hint = f"did you mean {close[0]}?" if close else f"{scripts} (docs/extending.md)"
+        raise ConfigError(f"{self.option} is {name!r}; expected one of {', '.join(names)}; {hint}")
 
     def package_of(self, name: str) -> str | None:
         """Name and version of the package that offers `name`; None if none does."""

@@ -300,9 +300,9 @@ def _encode_questions_of_imported(config: Config, job_slice: Slice, wait: bool) 
     """Encode the questions for a store of `egopatch features import`, which must have all clips of the data set."""
     dataset = load_dataset(config.data)
     if not dataset.texts:
-        raise ConfigError(
-            "encoder.arch is imported, and data.questions null, so there is nothing to encode; name a file of questions"
-        )
+        lacks = "data.questions is null" if config.data.name == "jsonl" else f"data set {config.data.name} has no texts"
+        remedy = "name a file of questions" if config.data.name == "jsonl" else "give its Dataset questions and texts"
+        raise ConfigError(f"encoder.arch is imported, and {lacks}, so there is nothing to encode; {remedy}")
     store = open_store(config.store.path)
     if store.fingerprint.fields.get("origin") != "imported":
         raise ConfigError(

@@ -10,12 +10,13 @@ import pytest
 from torch import nn
 
 from egopatch.configs.plugins import Plugins, traceback_kept
-from egopatch.configs.schema import ConfigError, DataConfig, HeadConfig
+from egopatch.configs.schema import Config, ConfigError, DataConfig, EncoderConfig, HeadConfig
 from egopatch.extract.datasets import PARTS, Clip, Dataset, DatasetError, Question, load_dataset, register_dataset
 from egopatch.extract.datasets.records import answer_vocabulary
 from egopatch.extract.datasets.registry import _PLUGINS as DATASETS
 from egopatch.extract.encoders import Checkpoint, find_network, load_video_encoder, register_encoder
 from egopatch.extract.encoders.networks import lite
+from egopatch.extract.run import extract_features
 from egopatch.train.heads import Head, check_head, register_head
 from egopatch.train.heads.registry import _PLUGINS as HEADS
 
@@ -62,6 +63,9 @@ def test_an_unknown_name_lists_all_and_the_nearest(plugins: Plugins[str], instal
     plugins.register("called", "by a call")
     with pytest.raises(ConfigError, match=r"thing\.name is 'thrid'; expected one of called, own, third; did you mean"):
         plugins.find("thrid")
+    register = r"expected one of .*; start the command from the script that registers it, or offer it in a package, in"
+    with pytest.raises(ConfigError, match=register):
+        plugins.find("of a script")
 
 
 @pytest.mark.parametrize(
@@ -265,6 +269,16 @@ def test_an_error_of_a_data_set_keeps_the_line_of_its_author(
     with pytest.raises(RuntimeError, match=f"^the data set mine raises {error.__name__}: at my line$") as caught:
         load_dataset(DataConfig(name="mine"))
     assert "in load\n" in "".join(traceback.format_exception(caught.value))
+
+
+def test_imported_features_of_a_data_set_without_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = replace(GOOD, questions=dict.fromkeys(PARTS, ()), texts=())
+    monkeypatch.setitem(DATASETS._registered, "mine", lambda _: silent)
+    config = Config(data=DataConfig(name="mine"), encoder=EncoderConfig(arch="imported"))
+    with pytest.raises(
+        ConfigError, match="imported, and data set mine has no texts, so there is nothing to encode; gi"
+    ):
+        extract_features(config)
 
 
 def test_a_fault_of_a_data_set_may_be_one_string() -> None:
