@@ -7,6 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from egopatch.features.common.command_line import pick_varied
+
 Part = Literal["train", "val", "test"]
 PARTS: tuple[Part, ...] = ("train", "val", "test")
 
@@ -23,14 +25,14 @@ class DatasetError(ValueError):
 
     Attributes:
         problems: One line per fault, `file:position: what is wrong`, in the order of the files. The message consists
-            of the first ten and the number of the others.
+            of ten, of every kind if there are no more kinds, and the number of the others.
     """
 
     def __init__(self, problems: Iterable[str] | str):
         self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
         hidden = len(self.problems) - SHOWN_PROBLEMS
         more = [f"and {hidden:,} more; `egopatch extract doctor --json` lists them all"] if hidden > 0 else []
-        super().__init__("\n".join([*self.problems[:SHOWN_PROBLEMS], *more]))
+        super().__init__("\n".join([*pick_varied(self.problems, SHOWN_PROBLEMS), *more]))
 
     def __reduce__(self) -> tuple[type["DatasetError"], tuple[tuple[str, ...]]]:
         return DatasetError, (self.problems,)

@@ -21,6 +21,7 @@ from egopatch.extract.texts import cut_texts
 from egopatch.extract.worker.device import arithmetic_advice, device_of
 from egopatch.extract.worker.job import resolve_job
 from egopatch.features import StoreError
+from egopatch.features.common.command_line import pick_varied
 from egopatch.features.state.counts import read_ledger
 from egopatch.features.state.origin import Origin
 
@@ -96,7 +97,9 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
     for finding in diagnosis.findings:
         rest = finding.count - SHOWN
         lines.append(f"{finding.severity}: {finding.count} {finding.what}")
-        lines += [f"    {item}" for item in finding.found[:SHOWN]] + ([f"    and {rest} more"] if rest > 0 else [])
+        lines += [f"    {item}" for item in pick_varied(finding.found, SHOWN)] + (
+            [f"    and {rest} more"] if rest > 0 else []
+        )
     lines += ["no faults found"] if diagnosis.sound else []
     return "\n".join([*lines, *(f"advice: {line}" for line in diagnosis.advice)])
 

@@ -4,8 +4,10 @@ import argparse
 import difflib
 import json
 import os
+import re
 import select
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import Any
 from egopatch.features.common.os_errors import with_remedy
 from egopatch.interrupt import INTERRUPTED as INTERRUPTED
 from egopatch.interrupt import exit_code_of_interrupt
+
+_PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
 
 
 def find_command(program: str, commands: Mapping[str, str], usage: str, args: Sequence[str]) -> str | int:
@@ -89,6 +93,20 @@ def print_result(as_json: bool, record: Mapping[str, Any], text: str | None = No
         print(json.dumps(record, indent=1, default=str))
     elif text is not None:
         print(text)
+
+
+def pick_varied(faults: Sequence[str], most: int) -> list[str]:
+    """At most `most` of the faults, in their order, for a message: the first of each kind, then the second of each, and
+    so on, so that a thousand of one kind do not hide the others. Faults of a kind differ in numbers and quoted words.
+    """
+    seen: Counter[str] = Counter()
+    turns = []
+    for fault in faults:
+        kind = _PARTICULARS.sub("", fault)
+        turns.append(seen[kind])
+        seen[kind] += 1
+    chosen = sorted(range(len(faults)), key=turns.__getitem__)[:most]
+    return [faults[place] for place in sorted(chosen)]
 
 
 def describe_failure(error: BaseException) -> str | None:

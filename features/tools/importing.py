@@ -3,11 +3,12 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 
 from torch import Tensor
 
+from egopatch.features.common.command_line import pick_varied
 from egopatch.features.state.ids import check_id
 from egopatch.features.store.create import create_store
 from egopatch.features.store.store import Store
@@ -97,7 +98,7 @@ def _check_all(
         tick()
     faults |= _odd_shapes(shapes)
     if faults:
-        lines = [f"{source}: {name!r}: {fault}" for name, fault in islice(faults.items(), SHOWN_FAULTS)]
+        lines = pick_varied([f"{source}: {name!r}: {fault}" for name, fault in faults.items()], SHOWN_FAULTS)
         rest = len(faults) - len(lines)
         raise StoreError("; ".join([*lines, *([f"and {rest} more"] if rest else [])]) + ": nothing was imported")
     return next(iter(shapes.values())), grids[0], digest.hexdigest()

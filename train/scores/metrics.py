@@ -18,6 +18,7 @@ from typing import Any
 
 from egopatch.extract.datasets import Question, parsing
 from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
+from egopatch.features.common.command_line import pick_varied
 
 # Whether a given answer to the question is right.
 MatchingRule = Callable[[Question, str], bool]
@@ -235,7 +236,9 @@ def read_predictions(path: Path, questions: Sequence[Question]) -> dict[str, str
     faults += [f"{path}: question_id {name!r} has no answer; expected one line per question" for name in absent]
     if faults:
         rest = len(faults) - SHOWN_FAULTS
-        raise PredictionError("\n".join([*faults[:SHOWN_FAULTS], *([f"{path}: and {rest} more"] if rest > 0 else [])]))
+        raise PredictionError(
+            "\n".join([*pick_varied(faults, SHOWN_FAULTS), *([f"{path}: and {rest} more"] if rest > 0 else [])])
+        )
     return answers
 
 

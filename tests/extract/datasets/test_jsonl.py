@@ -280,9 +280,18 @@ def test_the_message_shows_ten_faults_and_counts_the_others(tmp_path: Path) -> N
     with pytest.raises(DatasetError) as caught:
         load(tmp_path, "[]\n" * 2000)
     lines = str(caught.value).splitlines()
-    assert lines[9] == f"{tmp_path}/clips.jsonl:10: contains a list; expected an object"
+    assert lines[6] == f"{tmp_path}/clips.jsonl:7: contains a list; expected an object"
+    assert all(line.startswith(f"{tmp_path}/questions.jsonl:") for line in lines[7:10])
     assert lines[10:] == ["and 1,993 more; `egopatch extract doctor --json` lists them all"]
     assert len(caught.value.problems) == 2003  # with three questions whose clips are unknown
+
+
+def test_a_rare_fault_is_shown_among_many_equal_ones(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError) as caught:
+        load(tmp_path, "[]\n" * 20 + '{"clip_id": "c"}\n' + "[]\n" * 20)
+    shown = [line.removeprefix(f"{tmp_path}/clips.jsonl:") for line in str(caught.value).splitlines()]
+    assert shown[5:7] == ["6: contains a list; expected an object", "21: 'video' is missing; expected text"]
+    assert shown[10].startswith("and 34 more; ")
 
 
 def test_a_wrong_key_in_every_line_is_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
