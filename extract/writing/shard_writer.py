@@ -233,13 +233,17 @@ class BackgroundShardWriter:
         """The clips whose tokens hold NaN or infinity.
 
         Raises:
-            StoreError: All clips of the shard do: the clips are not the cause.
+            StoreError: All clips of the shard do: the clips are not the cause. Or a text does, which has no quarantine.
         """
-        if self._store.spec.kind != "patches":
-            return {}  # a question has no quarantine; the store refuses it by name
         arrays = {name: array for name, row in rows.items() if (array := array_not_finite(row))}
+        encoder = self._store.fingerprint.fields.get("arch")
+        if arrays and self._store.spec.kind == "text":
+            raise StoreError(
+                f"{len(arrays)} of {len(rows)} texts, such as {min(arrays)!r}, have NaN or infinity in their states, "
+                f"so the text half of the encoder {encoder} is at fault, or its states exceed store.dtype, and none is "
+                "stored: check its weights, or use another --store.dtype and --store.path"
+            )
         if len(arrays) == len(rows) > 1:
-            encoder = self._store.fingerprint.fields.get("arch")
             raise StoreError(
                 f"all {len(rows)} clips of shard {shard} of {self._store.path} have NaN or infinity in their tokens, "
                 f"so the encoder {encoder} or its arithmetic is at fault, and none is stored: check "

@@ -1,5 +1,6 @@
 """Decoding, encoding and writing overlap, with a fake decoder, a fake encoder and a controlled disk."""
 
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from egopatch.extract.feed.pool import UndecodedClip
 from egopatch.extract.worker.job_stats import JobStats, Stages
 from egopatch.extract.worker.on_cores import CoreEncoder
 from egopatch.extract.worker.pipeline import encode_shards
-from egopatch.extract.writing.shard_writer import BackgroundShardWriter, TooManyErrors, shards_at_once
+from egopatch.extract.writing.shard_writer import BackgroundShardWriter, EncodedShard, TooManyErrors, shards_at_once
 from egopatch.features import (
     Fingerprint,
     PatchTokens,
@@ -235,6 +236,25 @@ def test_a_clip_that_another_job_has_put_in_quarantine_is_not_tried_again(
     retries = other.missing_shards(retry_quarantined=True)
     with BackgroundShardWriter(other, 4) as writer:
         assert [to_encode for _, to_encode in writer.leases(retries)] == [("clip2",)]
+
+
+def test_where_a_text_is_not_finite_the_text_half_is_at_fault(tmp_path: Path) -> None:
+    spec = StoreSpec.for_text(length=2, width=3)
+    store = create_store(tmp_path / "text", spec, Fingerprint({"arch": "mine"}), ["what?", "who?"])
+    (work,) = store.missing_shards()
+    row = {"states": torch.ones(2, 3, dtype=torch.float16), "attention_mask": torch.ones(2, dtype=torch.bool)}
+    rows = {"what?": row, "who?": row | {"states": row["states"] * float("nan")}}
+    message = "1 of 2 texts, such as 'who?', have NaN or infinity in their states, so the text half of the encoder mine"
+
+    def write() -> None:
+        with BackgroundShardWriter(store, max_errors=0) as writer:
+            for found, _ in writer.leases([work]):
+                writer.write(EncodedShard(found, "", rows, dict.fromkeys(rows, "x")))
+            writer.wait()
+
+    with pytest.raises(StoreError, match=re.escape(message)):
+        write()
+    assert not store.clip_ids
 
 
 def test_where_no_clip_is_finite_the_encoder_is_at_fault(store: Store, run: Callable[..., JobStats]) -> None:
