@@ -35,9 +35,9 @@ class ExtractionResult:
 
     Attributes:
         stats: What this job did.
-        clips: Number of clips committed in the store.
-        planned: Number of clips that have a row in the store.
-        quarantine: Reason by clip id.
+        clips: Number of clips of the data set that are committed in the store.
+        planned: Number of clips of the data set.
+        quarantine: Reason by id, of clips of the data set.
         texts: Number of question texts in the store.
         texts_planned: Number of question texts that have a row in the store.
         reconstruction_error: Of the worst clip by quantised array, as `Store.reconstruction_error`.
@@ -215,12 +215,14 @@ class _OpenedStore:
             stats = stats if clips_left else dataclasses.replace(stats, skipped=())
             record_job(config.store.path, stats, config.engine.name, config.engine.workers, config.video.decoder)
         catalog = store.catalog
+        # A store may also have clips that the annotations no longer name.
+        ids = {clip.clip_id for clip in dataset.clips}
         mine = [clip for clip in dataset.clips if job_slice.has(catalog.shard_of(catalog.rows[clip.clip_id]))]
         return ExtractionResult(
             stats=stats,
-            clips=len(store.clip_ids),
-            planned=len(store.planned_ids),
-            quarantine={clip_id: record.reason for clip_id, record in store.quarantine.items()},
+            clips=len(ids & catalog.ledger.clips.keys()),
+            planned=len(ids),
+            quarantine={clip_id: record.reason for clip_id, record in store.quarantine.items() if clip_id in ids},
             texts=len(texts.store.clip_ids) if texts else 0,
             texts_planned=len(texts.store.planned_ids) if texts else 0,
             reconstruction_error=dict(store.reconstruction_error),

@@ -34,10 +34,10 @@ class Plan:
 
     Attributes:
         clips: Number of clips in the data set.
-        done: Number of clips committed.
+        done: Number of them that are committed.
         stale: Committed clips that no longer match the annotations, each with the difference.
         unrecorded: Number of committed clips that cannot be compared, because an earlier version stored them.
-        quarantined: Number of clips in quarantine.
+        quarantined: Number of them that are in quarantine.
         todo: Number of clips to encode.
         without_video: Number of clips to encode whose video file is missing.
         shards: Number of shards to write.
@@ -100,10 +100,10 @@ def make_plan(config: Config, probe: int) -> Plan:
         advice.append(gpu_decoder_hint(sample, config.video, decoder_count(config, worker_count(config))))
     return Plan(
         clips=len(dataset.clips),
-        done=len(stored.origins),
+        done=sum(clip.clip_id in stored.origins for clip in dataset.clips),
         stale=check.stale,
         unrecorded=check.unrecorded,
-        quarantined=len(stored.quarantined),
+        quarantined=sum(clip.clip_id in stored.quarantined for clip in dataset.clips),
         todo=len(todo),
         without_video=len(todo) - len(present),
         shards=shards,

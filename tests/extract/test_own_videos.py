@@ -110,6 +110,28 @@ def test_a_folder_becomes_a_store(
     assert open_store(tmp_path / "out" / "mine" / "text").clip_ids == ("What?",)
 
 
+def test_clips_of_videos_that_are_gone_count_no_longer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Such as a video that cannot be repaired: a line that asks to retry it would come back with every run."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    write_video(videos / "kept.mp4", frames=5)
+    write_video(videos / "removed.mp4", frames=5)
+    (videos / "bad.mp4").write_bytes(b"no video")
+    command = ["videos", str(videos), "--out", str(tmp_path / "mine"), *SMALL]
+    assert main(command) == 0
+    assert "2/3 clips" in capsys.readouterr().out
+    (videos / "removed.mp4").unlink()
+    (videos / "bad.mp4").unlink()
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "1/1 clips and 0 questions stored; this run encoded 0 clips, nothing is missing" in out
+    assert "quarantine" not in out
+    assert main(["plan", "--config", str(tmp_path / "mine.yaml"), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["clips"], plan["done"], plan["quarantined"], plan["todo"]) == (1, 1, 0, 0)
+    assert len(open_store(tmp_path / "mine").clip_ids) == 2
+
+
 def test_wrong_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_video(tmp_path / "a.mp4", frames=2)
     for more, expected in (
