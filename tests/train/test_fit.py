@@ -318,11 +318,15 @@ def test_quarantined_clips_are_answered_blind_and_counted(tmp_path: Path, capsys
     test_clip, train_clip = "clip|P47|0|48", "clip|P0|0|1"
     config = write_tiny(tmp_path, bad=(test_clip, train_clip))
     line = "note: 8 of 64 test questions are about quarantined clips; the majority answer stands in\n"
+    printed = []
     for command in (lambda: fit(config, "x"), lambda: evaluate(config)):
         metrics = command()
         assert json.loads((config.run.dir / "test.json").read_text())["unseen"] == metrics.quarantined == 8
         assert metrics.all.n == 64
-        assert capsys.readouterr().out.endswith(line)
+        printed.append(capsys.readouterr().out)
+        assert printed[-1].endswith(line)
+    train_line = "note: 8 of 256 train questions are about quarantined clips; nothing is learned from them\n"
+    assert [train_line in out for out in printed] == [True, False]
     answers = [json.loads(line) for line in (config.run.dir / "predictions.jsonl").read_text().splitlines()]
     assert len(answers) == 64
 

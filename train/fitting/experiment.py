@@ -62,9 +62,11 @@ class Experiment:
 
     @property
     def data_lines(self) -> list[str]:
-        """Log lines on where the features are kept, what is unknown about them, and answers that no head can give."""
+        """Log lines on where the features are kept, what is unknown about them, which questions of *train* and *val*
+        have no clip, and which answers no head can give.
+        """
         note = [f"note: {unrecorded_line(self.unrecorded)}"] if self.unrecorded else []
-        return [self.features.residency_line, *note, *self._answer_lines()]
+        return [self.features.residency_line, *note, *self._quarantine_lines(), *self._answer_lines()]
 
     def print_quarantined(self) -> None:
         """Print, on the first rank, what stands in for answers about quarantined clips of *test*, if there are any."""
@@ -74,6 +76,13 @@ class Experiment:
                 f"note: {asked - encoded} of {asked} test questions are about quarantined clips; the majority answer "
                 "stands in"
             )
+
+    def _quarantine_lines(self) -> Iterator[str]:
+        """A line for each of *train* and *val* with questions about quarantined clips."""
+        for part, effect in (("train", "nothing is learned from them"), ("val", "the majority answer stands in")):
+            asked, encoded = len(self.tables[part]), len(self.encoded[part])
+            if asked > encoded:
+                yield f"note: {asked - encoded} of {asked} {part} questions are about quarantined clips; {effect}"
 
     def _answer_lines(self) -> Iterator[str]:
         """A line for each of *val* and *test* with answers that are not in the vocabulary."""
