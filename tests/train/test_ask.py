@@ -18,6 +18,7 @@ from egopatch.train.__main__ import main
 from egopatch.train.asking import ask as asking
 from egopatch.train.asking.ask import ask_clips
 from egopatch.train.asking.choose import best_run
+from egopatch.train.asking.videos import cache_key, encode_video
 from egopatch.train.fitting.experiment import open_experiment
 from egopatch.train.fitting.fit import fit
 from egopatch.train.fitting.predict import Prediction
@@ -195,6 +196,8 @@ def test_wrong_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
         (["--video="], 2, "--video is empty; expected a value"),
         (["--video", "a.mp4", "--run", ""], 2, "--run is empty; expected a value"),
         (["--video", "--json"], 2, "--video has no value"),
+        (["--video", "a.mp4", "--video=b.mp4"], 2, "--video is given twice; give one, such as a folder of videos"),
+        (["--run", "a", "--video", "a.mp4", "--run", "b"], 2, "--run is given twice"),
         (
             ["--video", "a.mp4"],
             1,
@@ -258,6 +261,21 @@ def test_a_head_that_chooses_among_options_is_refused_before_a_video_is_encoded(
         asking.ask_video(config, tmp_path / "a.mp4", "what?", None, tmp_path, 5)
     with pytest.raises(ConfigError, match="whose head chooses among options; expected one trained on answers"):
         ask(config, "clip|P0|0|1", "what?")
+
+
+def test_a_head_of_imported_features_is_not_asked_about_a_video(trained: Config, tmp_path: Path) -> None:
+    card = dataclasses.replace(Card.read(trained.run.dir), fingerprint={"arch": "imported", "origin": "imported"})
+    with pytest.raises(RunError, match=r"trained on imported features, .*; import the video's features, and ask with"):
+        encode_video(tmp_path, trained, card, None, tmp_path)
+
+
+def test_a_folder_with_a_link_to_nowhere_has_a_key(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").touch()
+    before = cache_key(tmp_path, {}, None)
+    (tmp_path / "gone.mp4").symlink_to("nowhere.mp4")
+    linked = cache_key(tmp_path, {}, None)
+    (tmp_path / "nowhere.mp4").touch()
+    assert len({before, linked, cache_key(tmp_path, {}, None)}) == 3
 
 
 def test_kept_patches_are_outlined_and_the_others_dimmed() -> None:

@@ -63,7 +63,12 @@ def encode_video(video: Path, experiment: Config, card: Card, clip_s: float | No
         raise RunError(
             f"run.dir is {experiment.run.dir}, whose {card.model} head reads no video; expected one that does"
         )
-    folder = cache.absolute() / _key(video, card.fingerprint, clip_s)
+    if card.fingerprint.get("origin") == "imported":
+        raise RunError(
+            f"run.dir is {experiment.run.dir}, whose head was trained on imported features, which no network here"
+            " computes of a video; import the video's features, and ask with --config and --clip"
+        )
+    folder = cache.absolute() / cache_key(video, card.fingerprint, clip_s)
     config = dataclasses.replace(config_beside(folder / "store", experiment), run=experiment.run)
     encoded = 0
     if not (folder / FINISHED).exists():
@@ -80,10 +85,11 @@ def encode_video(video: Path, experiment: Config, card: Card, clip_s: float | No
     return EncodedVideo(config, folder, stored, quarantined, encoded)
 
 
-def _key(video: Path, fingerprint: Mapping[str, object], clip_s: float | None) -> str:
+def cache_key(video: Path, fingerprint: Mapping[str, object], clip_s: float | None) -> str:
     """A name for the features of exactly these files, with this length of clips and these settings."""
-    files = [
-        (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in find_videos(video).values()
-    ]
+    found = find_videos(video).values()
+    # A link to a file that is not there has no size; its clip goes to quarantine.
+    states = [(path, path.stat() if path.exists() else None) for path in found]
+    files = [(str(path.resolve()), state and (state.st_size, state.st_mtime_ns)) for path, state in states]
     made_of = json.dumps([files, dict(fingerprint), clip_s], sort_keys=True)
     return hashlib.sha256(made_of.encode()).hexdigest()[:16]

@@ -45,6 +45,10 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     parser.read_first = ("--video", "--run")
     run, args = take_option(args, "--run")
     video, args = take_option(args, "--video")
+    for option in parser.read_first:
+        # Left to jsonargparse, the second would be read as a YAML file of that section.
+        if take_option(args, option)[0] is not None:
+            raise ConfigError(f"{option} is given twice; give one, such as a folder of videos for --video")
     config, options = parse_options(parser, args)
     if not options.question.strip():
         raise ConfigError('QUESTION is empty; expected a question in quotes, such as "what is on the table?"')
