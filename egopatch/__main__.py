@@ -31,18 +31,17 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(args: list[str]) -> int:
-    if args == ["--version"]:
-        print(f"egopatch {__version__}")
-        return 0
     # Imported here, because it takes half a second, in which an interrupt is to be one line as well.
     from egopatch.features.common.command_line import find_command, run_command
 
+    if args == ["--version"]:
+        return run_command("egopatch", lambda: print(f"egopatch {__version__}"))
     usage = "egopatch COMMAND ... | --version; egopatch COMMAND --help shows its commands or options"
     name = find_command("egopatch", COMMANDS, usage, args)
     if isinstance(name, int):
         return name
     if name in SHORT:
-        return int(import_module(f"egopatch.{SHORT[name]}.__main__").main(args))
+        return int(import_module(f"egopatch.{SHORT[name]}.__main__").main(args, "egopatch"))
     module = f"egopatch.{name}.__main__" if name in STAGES else f"egopatch.{name}"
     return run_command(f"egopatch {name}", lambda: import_module(module).main(args[1:]))
 

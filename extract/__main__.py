@@ -38,8 +38,8 @@ JOBS = ("run", "retry")  # that schedulers start
 INPUTS = ("checkpoint", "data", "frames", "standin", "synth")
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code.
+def main(args: Sequence[str] | None = None, program: str = "extract") -> int:
+    """Run one command of `program`, as errors and help call it; returns its exit code.
 
     0: done. 1: the work failed. 2: wrong usage or configuration. 3: other processes still hold shards of the job. 75: a
     scheduler's signal ended the job, which is to be started again. 130: interrupted by Ctrl-C.
@@ -53,12 +53,12 @@ def main(args: Sequence[str] | None = None) -> int:
     # Without semaphores, joblib warns when it is imported; what needs them says so in a line of its own.
     warnings.filterwarnings("ignore", message=".*joblib will operate in serial mode")
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    parser = ConfigParser(prog=f"extract {name}", description=COMMANDS[name])
+    parser = ConfigParser(prog=f"{program} {name}", description=COMMANDS[name])
     retry = {"retry": True} if name == "retry" else {}
     try:
         with raise_on_signals() if name in JOBS else nullcontext():
             return run_command(
-                f"extract {name}",
+                parser.prog,
                 # Imported when it is called, to save start-up time: most commands need torch, which takes seconds.
                 lambda: load_command(name).main(parser, args[1:], **retry),
                 wrong_usage=(DatasetError, CheckpointError, ConfigError, BadLocation, FingerprintMismatch),

@@ -17,7 +17,7 @@ with interrupts_in_one_line("features"):
     from dataclasses import asdict
     from pathlib import Path
 
-    from egopatch.features.common.command_line import describe_failure, local_path
+    from egopatch.features.common.command_line import describe_failure, local_path, run_command
     from egopatch.features.common.units import format_bytes
     from egopatch.features.formats.interface import CODECS, require_format
     from egopatch.features.state.catalog import Catalog
@@ -435,4 +435,4 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Outcome], str]] = {
 
 if __name__ == "__main__":
     with interrupts_in_one_line("features"):
-        sys.exit(main())
+        sys.exit(run_command("features", main))

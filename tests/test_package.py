@@ -266,6 +266,7 @@ def test_every_help_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
         lines = capsys.readouterr().out.splitlines()
         assert 0 < len(lines) <= 50, (call, len(lines))
         assert max(map(len, lines)) <= 140, call
+        assert lines[0].startswith(f"usage: egopatch {' '.join(call)} ")  # as it was typed, a short name included
 
 
 @pytest.mark.parametrize(

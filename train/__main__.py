@@ -31,16 +31,17 @@ COMMANDS = {
 }
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0 done, 1 the work failed, 2 wrong usage or configuration."""
+def main(args: Sequence[str] | None = None, program: str = "train") -> int:
+    """Run one command of `program`, as errors and help call it; returns its exit code: 0 done, 1 the work failed, 2
+    wrong usage or configuration.
+    """
     args = list(sys.argv[1:] if args is None else args)
     name = find_command("train", COMMANDS, "egopatch train COMMAND [options]; COMMAND --help lists its options", args)
     if isinstance(name, int):
         return name
-    program = f"train {name} (rank {os.environ['RANK']})" if "RANK" in os.environ else f"train {name}"
-    parser = ConfigParser(prog=f"train {name}", description=COMMANDS[name])
+    parser = ConfigParser(prog=f"{program} {name}", description=COMMANDS[name])
     return run_command(
-        program,
+        f"{parser.prog} (rank {os.environ['RANK']})" if "RANK" in os.environ else parser.prog,
         # Imported when it is called, to save start-up time: most commands need torch, which takes seconds to import.
         lambda: load_command(name).main(parser, args[1:]),
         wrong_usage=(DatasetError, CheckpointError, ConfigError, BadLocation, FingerprintMismatch),

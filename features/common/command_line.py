@@ -31,8 +31,8 @@ def find_command(program: str, commands: Mapping[str, str], usage: str, args: Se
     """
     if not args or args[0] in ("-h", "--help"):
         width = max(map(len, commands))
-        print("\n".join([f"usage: {usage}", *(f"  {name:<{width}}  {text}" for name, text in commands.items())]))
-        return 0 if args else 2
+        lines = [f"usage: {usage}", *(f"  {name:<{width}}  {text}" for name, text in commands.items())]
+        return run_command(program, lambda: print("\n".join(lines))) or (0 if args else 2)
     if args[0] not in commands:
         close = difflib.get_close_matches(args[0], commands, n=1)
         meant = f"; did you mean {close[0]}?" if close else ""
@@ -44,7 +44,7 @@ def find_command(program: str, commands: Mapping[str, str], usage: str, args: Se
 
 def run_command(
     program: str,
-    command: Callable[[], int],
+    command: Callable[[], int | None],
     wrong_usage: tuple[type[Exception], ...] = (),
     failures: tuple[type[Exception], ...] = (OSError,),
 ) -> int:
@@ -52,11 +52,16 @@ def run_command(
 
     Args:
         program: Name of the program and of its command, for errors.
+        command: What returns the exit code; None means 0.
         wrong_usage: Errors that mean exit code 2.
         failures: Errors that mean exit code 1.
     """
     try:
-        code = int(command())
+        try:
+            code = int(command() or 0)
+        except SystemExit:  # such as after help
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()
         return code
     except wrong_usage as error:

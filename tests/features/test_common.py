@@ -237,5 +237,17 @@ def test_output_that_cannot_be_written_is_one_line_at_most(
     assert [line.startswith(said) for line in lines] == [True] * bool(said)
 
 
+@pytest.mark.parametrize(
+    "command", ["egopatch --help", "egopatch --version", "extract --help", "train fit --help", "features info --help"]
+)
+def test_help_whose_reader_has_exited_is_silent(command: str) -> None:
+    with _no_reader() as stdout:
+        done = subprocess.run(
+            [sys.executable, "-m", *command.split()], stdout=stdout, stderr=subprocess.PIPE, text=True,
+            cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_another_broken_pipe_is_a_failure(capfd: pytest.CaptureFixture[str]) -> None:
     assert describe_failure(BrokenPipeError(errno.EPIPE, "Broken pipe")) == "[Errno 32] Broken pipe"
