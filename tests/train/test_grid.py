@@ -82,15 +82,23 @@ class _Mode:
     mode: str = "mean"
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "folder"),
+    [
+        ("mean/all", "mean all", "mean_all"),
+        ("ä", "ö", "_"),
+        ("mean", "Mean", "Mean"),  # one folder on a Mac
+    ],
+)
 def test_settings_that_would_share_a_folder_are_refused(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    first: str, second: str, folder: str, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(HEADS._registered, "modal", Head("modal", lambda options, sizes: torch.nn.Identity(), _Mode))
     grid = tmp_path / "grid.yaml"
-    grid.write_text('head.options.mode: ["mean/all", "max", "mean all"]\n')
+    grid.write_text(f'head.options.mode: ["{first}", "max", "{second}"]\n', encoding="utf-8")
     message = (
-        r"in the sweep, two settings would share the folder .*/modes/mode-mean_all_seed-0 \(head\.options\.mode "
-        r"'mean/all' and 'mean all'\); leave one of the values to a sweep with another --name"
+        rf"in the sweep, two settings would share the folder .*/modes/mode-{folder}_seed-0 \(head\.options\.mode "
+        rf"'{first}' and '{second}'\); leave one of the values to a sweep with another --name"
     )
     with pytest.raises(ConfigError, match=message):
         run_sweep(with_run(tiny, "modal", head_name="modal"), seeds=[0], grid=grid, name="modes")

@@ -127,14 +127,15 @@ def run_config(config: Config, overrides: Overrides, typed: Mapping[tuple[str, s
 
 
 def require_own_folders(runs: Sequence[PlannedRun]) -> None:
-    """Refuse two runs of one folder, of which only one would be trained: folders have few characters in their names.
+    """Refuse two runs of one folder, of which only one would be trained: folders have few characters in their names,
+    and some file systems do not tell capital letters from small ones.
 
     Raises:
         ConfigError: Two settings have one folder.
     """
-    owners: dict[Path, PlannedRun] = {}
+    owners: dict[str, PlannedRun] = {}
     for run in runs:
-        first = owners.setdefault(run.folder, run)
+        first = owners.setdefault(run.folder.name.lower(), run)
         if first is not run:
             different = ", ".join(
                 f"{option} {first.overrides[option]!r} and {value!r}"
