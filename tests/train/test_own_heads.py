@@ -1,6 +1,7 @@
 """Heads from outside this package that are wrong: the message names the head, or the traceback their author's line."""
 
 import re
+import threading
 import traceback
 from collections.abc import Callable
 
@@ -149,3 +150,45 @@ def test_the_note_about_ratios_is_for_runs_of_several_that_trained_together(
     settings += ["--data.name=egotaskqa", "--head.name=mine", "--train.epochs=1", "--train.device=cpu"]
     assert main(["sweep", *settings, *options]) == 0
     assert (f"note: {STACKED}" in capsys.readouterr().out) == noted
+
+
+def test_layers_that_torch_does_not_find(own: Registered) -> None:
+    def build(_: object, sizes: Sizes) -> nn.Module:
+        head = Linear(sizes)
+        head.layers = [head.linear]  # a second name for what is registered, which is trained
+        build_head(own(lambda *_: head), Sizes(2, (3, 4), 12, 32, 32, 4))
+        head.more = {"a": nn.Linear(2, 2)}  # type: ignore[assignment]
+        return head
+
+    with pytest.raises(ConfigError, match=r"^the head mine has trainable parameters in more, a dict, where torch does"):
+        build_head(own(build), Sizes(2, (3, 4), 12, 32, 32, 4))
+
+
+def test_logits_that_are_nan_in_evaluation_alone(own: Registered) -> None:
+    class Broken(Linear):
+        def forward(self, batch: Batch) -> Tensor:
+            return super().forward(batch) * (1.0 if self.training else float("nan"))
+
+    with pytest.raises(ConfigError, match=r"^the head Broken answers with logits that are NaN, although its weights"):
+        fit(own(lambda _, sizes: Broken(sizes)), "x")
+
+
+def test_what_measure_sets_must_be_stored(own: Registered, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(head: nn.Module, tokens: PatchTokens) -> None:
+        head.mean = tokens.cls.mean()  # type: ignore[assignment]
+
+    monkeypatch.setattr(Linear, "measure", measure, raising=False)
+    with pytest.raises(ConfigError, match=r"^Linear\.measure sets mean, which is not stored with the weights"):
+        fit(own(lambda _, sizes: Linear(sizes)), "x")
+
+
+def test_a_head_that_cannot_be_copied_is_named(own: Registered) -> None:
+    def build(_: object, sizes: Sizes) -> nn.Module:
+        head = Linear(sizes)
+        head.lock = threading.Lock()  # type: ignore[assignment]
+        return head
+
+    with pytest.raises(
+        ConfigError, match=r"^the head Linear cannot be copied \(cannot pickle '_thread\.lock' object\)"
+    ):
+        fit(own(build), "x")

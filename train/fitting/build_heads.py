@@ -124,5 +124,11 @@ def _measure_head(whole: nn.Module, features: Features, table: QuestionTable, to
         whole.read.whiten.measure(features.option_tokens(table))
     if tokens is not None:
         assert callable(head.measure)
+        before = dict(vars(head))
         with errors_kept(head):
             head.measure(tokens)
+        if lost := next((name for name, value in vars(head).items() if value is not before.get(name)), None):
+            raise ConfigError(
+                f"{type(head).__name__}.measure sets {lost}, which is not stored with the weights; expected a "
+                "buffer: call register_buffer in its __init__, and copy_ into it"
+            )

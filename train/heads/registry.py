@@ -243,6 +243,17 @@ def _checked(head: Head, module: object, answers: int) -> nn.Module:
                 f"the head {head.name} has one parameter under two names, {shared} and {name}; expected each once: "
                 "call the first module from both places instead of storing it twice"
             )
+    for owner in module.modules():
+        for name, value in vars(owner).items():
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+            inner = [each for each in held if isinstance(each, nn.Module | nn.Parameter)]
+            found = [p for each in inner for p in (each.parameters() if isinstance(each, nn.Module) else [each])]
+            if any(parameter.requires_grad and id(parameter) not in first for parameter in found):
+                raise ConfigError(
+                    f"the head {head.name} has trainable parameters in {name}, a {type(value).__name__}, where torch "
+                    "does not find them, so they would not be trained; use nn.ModuleList, nn.ModuleDict or "
+                    "nn.ParameterList"
+                )
     module.register_forward_hook(partial(_require_logits, head.name, answers))
     return module
 

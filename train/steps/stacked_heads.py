@@ -82,7 +82,13 @@ class StackedHeads:
         self.seeds, self.train, self.steps, self.device = tuple(seeds), train, steps, device
         self.ranks = ranks
         self.step = 0
-        self._head = copy.deepcopy(heads[0])
+        try:
+            self._head = copy.deepcopy(heads[0])
+        except (TypeError, RuntimeError) as error:
+            raise ConfigError(
+                f"the head {type(unwrapped(heads[0])).__name__} cannot be copied ({error}); expected only modules, "
+                "tensors without a history and plain values as its attributes, no locks or open files"
+            ) from error
         selections = [[m for m in head.modules() if isinstance(m, PatchSelection)] for head in heads]
         for selection, *others in zip([m for m in self._head.modules() if isinstance(m, PatchSelection)], *selections):
             selection.ks = tuple(other.ks[0] for other in others)
@@ -164,7 +170,13 @@ class StackedHeads:
         with self._autocast():
             if isinstance(unwrapped(self._head), PSA):
                 return self._map_heads(lambda head: _logits_and_kept(head, batch), tensors)
-            return self._map_heads(lambda head: head(batch), tensors), None
+            logits = self._map_heads(lambda head: head(batch), tensors)
+        if logits.isnan().any() and all(self.finite()):  # `RunGroup` fails a run whose weights are not
+            raise ConfigError(
+                f"the head {type(unwrapped(self._head)).__name__} answers with logits that are NaN, although its "
+                "weights are finite; expected numbers in eval mode as well: correct its forward"
+            )
+        return logits, None
 
     def finite(self) -> list[bool]:
         """Whether all weights of each head are finite."""
