@@ -376,7 +376,8 @@ class RunConfig:
 
     Args:
         dir: Folder of this run, for its log, checkpoint, metrics and predictions.
-        table: Folder whose runs `table` and `report` compare, and where they write; `null` is the parent of `dir`.
+        table: Folder whose runs `table` and `report` compare, and where they write; `ask` looks there as well, and
+            none of them sees a run elsewhere; `null` is the parent of `dir`.
         tracker: `wandb` or `mlflow` to send the numbers of the log there, too (`pip install 'egopatch[wandb]'`).
     """
 

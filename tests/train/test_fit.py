@@ -410,7 +410,11 @@ def test_commands_and_exit_codes(tiny: Config, tmp_path: Path, capsys: pytest.Ca
     assert main(["fit", *options]) == 0
     card = json.loads((tiny.run.dir / "card.json").read_text())
     assert shlex.split(card["command"]) == ["egopatch", "train", "fit", *options]
-    assert "psa on the direct test questions: open" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "psa on the direct test questions: open" in printed
+    assert "run.table" not in printed
+    assert main(["fit", *options, "--run.table", str(tmp_path / "tables")]) == 0
+    assert f"note: run.dir {tiny.run.dir} is not below run.table, {tmp_path / 'tables'}, so" in capsys.readouterr().out
     assert main(["evaluate", "--config", str(path)]) == 0
     assert main(["fit", "--config", str(path), "--head.ratio", "1.0"]) == 2
     assert "train fit: error: run.dir" in capsys.readouterr().err

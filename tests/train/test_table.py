@@ -297,6 +297,10 @@ def test_a_part_without_questions_has_no_number(tmp_path: Path) -> None:
         (lambda run: (run / "test.json").write_text("{}"), "bad: test.json is damaged"),
         (lambda run: (run / "test.json").unlink(), "bad: not evaluated (no test.json)"),
         (lambda run: (run / "card.json").unlink(), "bad: card.json is missing"),
+        (
+            lambda run: [(run / name).unlink() for name in ("card.json", "test.json")],
+            "bad: not trained to its end (no card.json); unless it is training, run `egopatch train fit` again",
+        ),
         (lambda run: (run / "card.json").write_bytes(b"\xff\xfe"), "bad: card.json is damaged"),
     ],
 )
@@ -319,7 +323,7 @@ def test_impossible_accuracy_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("make", [lambda folder: None, lambda folder: (folder / "psa").mkdir()])
 def test_no_runs_says_which_command_makes_them(tmp_path: Path, make) -> None:
     make(tmp_path)
-    with pytest.raises(TableError, match=r"holds no finished run.*egopatch train fit --config CONFIG"):
+    with pytest.raises(TableError, match=r"holds no finished run.*a run\.dir below it: egopatch train fit --conf"):
         write_table(tmp_path, NO_ANNOTATIONS)
     assert not (tmp_path / "table.json").exists()
 

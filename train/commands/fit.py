@@ -18,11 +18,18 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     from egopatch.train.fitting.fit import fit, test_line
     from egopatch.train.processes.distributed import join
     from egopatch.train.processes.stopping import Stopped
+    from egopatch.train.rundir.results import table_folder
 
     with join(cuda=pick_device(config.train.device).type == "cuda") as ranks:
         try:
             with messages_apart(options.json):
                 metrics = fit(config, shlex.join(["egopatch", "train", "fit", *args]), ranks)
+                if not config.run.dir.resolve().is_relative_to(table_folder(config).resolve()):
+                    ranks.print_once(
+                        f"note: run.dir {config.run.dir} is not below run.table, {config.run.table}, so table and "
+                        "report leave it out, and ask needs --run; for a table with it, set run.table to a folder of "
+                        "both"
+                    )
         except Stopped as stopped:
             if ranks.first:
                 print(f"train fit: {stopped}", file=sys.stderr)

@@ -224,7 +224,7 @@ def gather(folder: Path) -> Results:
     if not runs:
         raise TableError(
             f"{folder} holds no finished run ({'; '.join(problems) or f'no {TEST}'}); "
-            "train one first: egopatch train fit --config CONFIG"
+            "train one first, with a run.dir below it: egopatch train fit --config CONFIG"
         )
     rows: list[Row] = []
     head_of = {(run.system, run.split): run.head for run in runs}
@@ -241,7 +241,9 @@ def read_run(path: Path) -> Run:
         ValueError: A file is missing or damaged; the message names it and what to do.
     """
     if not (path / TEST).exists():
-        raise ValueError(f"not evaluated (no {TEST}); run `egopatch train evaluate` with its config")
+        if (path / CARD).exists():
+            raise ValueError(f"not evaluated (no {TEST}); run `egopatch train evaluate` with its config")
+        raise ValueError(f"not trained to its end (no {CARD}); unless it is training, run `egopatch train fit` again")
     # `train evaluate` writes `test.json` anew, but needs the card.
     test = _read_object(path / TEST, "evaluate the run again")
     card = _read_object(path / CARD, START_AGAIN)
