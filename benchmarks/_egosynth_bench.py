@@ -14,7 +14,7 @@ import yaml
 
 from benchmarks._egosynth_systems import COPIES, PARAPHRASES, SHORTER, SYSTEMS
 from benchmarks._egosynth_wordings import disagreements
-from egopatch.configs.command_line import ConfigParser, add_config_arguments, load_config, parse_config
+from egopatch.configs.command_line import ConfigParser, load_config, parse_config
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import load_dataset
 from egopatch.features import open_store
@@ -53,10 +53,8 @@ class Bench:
 
     def config(self, encoder: str, split: str, *options: str) -> Config:
         """As the command line would read it, with everything below the set's own folder."""
-        parser = ConfigParser(prog="egosynth")
-        add_config_arguments(parser)
         given = [*self.places(encoder, split), *options, *self.options]
-        return parse_config(parser, ["--config", str(self.file(encoder)), *given])[0]
+        return parse_config(ConfigParser(prog="egosynth"), ["--config", str(self.file(encoder)), *given])[0]
 
     def places(self, encoder: str, split: str) -> list[str]:
         weights = self.root / "weights"

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
 from benchmarks._machine import add_result_arguments, result_path, stamp  # noqa: E402
-from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config  # noqa: E402
+from egopatch.configs.command_line import ConfigParser, parse_config  # noqa: E402
 from egopatch.configs.schema import Config  # noqa: E402
 from egopatch.extract.worker.job import resolve_job  # noqa: E402
 from egopatch.features import StoreSpec, create_store, open_store  # noqa: E402
@@ -65,9 +65,7 @@ run:     {{dir: {folder}/run}}
 """
     )
     command("standin", path)
-    parser = ConfigParser()
-    add_config_arguments(parser)
-    config, _ = parse_config(parser, ["--config", str(path)])
+    config, _ = parse_config(ConfigParser(), ["--config", str(path)])
     return path, config
 
 

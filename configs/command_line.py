@@ -48,11 +48,16 @@ class ConfigParser(jsonargparse.ArgumentParser):
         """The command as one types it in any folder, `egopatch train fit` for `train fit`, as messages name it."""
         return f"egopatch {self.prog.removeprefix('egopatch ')}"
 
+    @property
+    def takes_config(self) -> bool:
+        """Whether it has `--config` and the other options of `add_config_arguments`."""
+        return "--config" in self._option_string_actions
+
     def parse_args(self, args: Sequence[str], *more: Any, **options: Any) -> jsonargparse.Namespace:  # type: ignore[override]
         """Parse as jsonargparse does, and refuse an option with empty text, which as a path would be this folder, and
         one with a null that it cannot take, which as a path would be the folder `null`.
         """
-        own = set(option_names()) if "--config" in self._option_string_actions else set()
+        own = set(option_names()) if self.takes_config else set()
         for before, arg in itertools.pairwise(["", *args]):
             name, _, value = arg.partition("=") if arg.startswith("--") else (before, "", arg)
             if name.startswith("--") and not value and (arg.endswith("=") or not arg):
@@ -83,8 +88,7 @@ class ConfigParser(jsonargparse.ArgumentParser):
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         """The command's own options, and the names of an experiment's by section; all 300 lines are `full_help`."""
         own = [action for action in self._actions if action.dest.partition(".")[0] not in _SECTIONS]
-        takes_config = "--config" in self._option_string_actions
-        if not takes_config:
+        if not self.takes_config:
             dests = [action.dest for action in self._actions]
             # `--video FILE`, which jsonargparse adds to the options of a section, is not for a command line.
             own = [action for action in self._actions if not any(dest.startswith(f"{action.dest}.") for dest in dests)]
@@ -94,7 +98,7 @@ class ConfigParser(jsonargparse.ArgumentParser):
             lines += _item(_usage_of(action), _help_of(action))
         if self.epilog:
             lines += ["", *textwrap.wrap(self.epilog, 100)]
-        if not takes_config:
+        if not self.takes_config:
             return "\n".join(lines) + "\n"
         lines += ["", "Options of the experiment, as in --head.ratio 0.5, in place of those in the file:"]
         for section in _SECTIONS:
@@ -108,7 +112,7 @@ class ConfigParser(jsonargparse.ArgumentParser):
         return f"{self._usage_line()}\n\n{described}"
 
     def _usage_line(self) -> str:
-        usage = self.usage or ("--config FILE [options]" if "--config" in self._option_string_actions else "[options]")
+        usage = self.usage or ("--config FILE [options]" if self.takes_config else "[options]")
         return f"usage: {self.typed} {usage}"
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -135,8 +139,7 @@ class ConfigParser(jsonargparse.ArgumentParser):
 
     def _nearest(self, message: str) -> str:
         """The end of an error about an unknown name: the nearest known one, or the sections of an experiment."""
-        takes_config = "--config" in self._option_string_actions
-        if takes_config and (file := re.search(r"unrecognized arguments: ([^-]\S*\.ya?ml)", message)):
+        if self.takes_config and (file := re.search(r"unrecognized arguments: ([^-]\S*\.ya?ml)", message)):
             return f"; did you mean --config {file[1]}?"
         unknown = re.search(r"(?:unrecognized arguments: --|accept option '|Option '|[Kk]ey '?)([\w.\-]+)", message)
         phrases = ("unrecognized", "does not accept", "not accepted", "not expected")
@@ -149,12 +152,12 @@ class ConfigParser(jsonargparse.ArgumentParser):
             for option in self._option_string_actions
             if not re.search(r"\.|^-\w|^--print", option) and option.removeprefix("--") not in _SECTIONS
         } | {option.removeprefix("--"): option for option in self.read_first}
-        known = [*(option_names() if takes_config else ()), *own]
+        known = [*(option_names() if self.takes_config else ()), *own]
         if close := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
             return f"; did you mean {own.get(close[0], close[0])}?"
         return (
             f"; the sections are {', '.join(_SECTIONS)}"
-            if takes_config
+            if self.takes_config
             else f"; the options are {', '.join(own.values())}"
         )
 
@@ -260,8 +263,8 @@ def overrides_in(args: Sequence[str]) -> list[str]:
     return found
 
 
-def parse_config(parser: jsonargparse.ArgumentParser, args: Sequence[str]) -> tuple[Config, jsonargparse.Namespace]:
-    """Parse a command line with `--config` and the other options of `add_config_arguments`.
+def parse_config(parser: ConfigParser, args: Sequence[str]) -> tuple[Config, jsonargparse.Namespace]:
+    """Parse a command line with the options of `parser`, `--config` and every option of `Config`.
 
     Returns and raises:
         As `parse_options`; a command line with none of `--config`, `--data.root` and `--run.table` is refused
@@ -274,8 +277,8 @@ def parse_config(parser: jsonargparse.ArgumentParser, args: Sequence[str]) -> tu
     return config, namespace
 
 
-def parse_options(parser: jsonargparse.ArgumentParser, args: Sequence[str]) -> tuple[Config, jsonargparse.Namespace]:
-    """Parse a command line with the options of `add_config_arguments`, with or without `--config`.
+def parse_options(parser: ConfigParser, args: Sequence[str]) -> tuple[Config, jsonargparse.Namespace]:
+    """Parse a command line as `parse_config` does, with or without `--config`.
 
     Returns:
         The experiment, and the namespace with all other options of `parser`.
@@ -284,6 +287,8 @@ def parse_options(parser: jsonargparse.ArgumentParser, args: Sequence[str]) -> t
         SystemExit: An unknown key, a wrong type, a value out of range or a missing file; the exit code is 2, and stderr
             has one line.
     """
+    if not parser.takes_config:  # a command may parse several lines with one parser
+        add_config_arguments(parser)
     namespace = parser.parse_args(list(args))
     try:
         found = parser.instantiate(namespace)
@@ -294,6 +299,4 @@ def parse_options(parser: jsonargparse.ArgumentParser, args: Sequence[str]) -> t
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read one experiment file; `overrides` are options like `["--head.ratio", "0.5"]`. Errors as in `parse_config`."""
-    parser = ConfigParser(prog="config")
-    add_config_arguments(parser)
-    return parse_config(parser, ["--config", str(path), *overrides])[0]
+    return parse_config(ConfigParser(prog="config"), ["--config", str(path), *overrides])[0]

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_options
+from egopatch.configs.command_line import ConfigParser, parse_options
 from egopatch.configs.schema import DataConfig
 from egopatch.features.common.command_line import print_result
 
@@ -13,7 +13,6 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Print the diagnosis; returns 1 if there are errors or faults."""
     parser.usage = "[--config FILE] [options]"
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_config_arguments(parser)
     config, options = parse_options(parser, args)
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
     from egopatch.extract.planning.doctor import examine, format_diagnosis

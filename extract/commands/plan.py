@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
-from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.command_line import ConfigParser, parse_config
 from egopatch.features.common.command_line import messages_apart, print_result
 
 
@@ -30,7 +30,6 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         type=PositiveFloat | None,
         help="encoding rate of one GPU in the forecast; default: the rate measured by earlier jobs on store.path",
     )
-    add_config_arguments(parser)
     config, options = parse_config(parser, args)
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
     from egopatch.extract.planning.forecast import format_forecast

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.command_line import ConfigParser, parse_config
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.commands.again import after_quarantine, retry_command
 from egopatch.extract.engines.interrupts import REQUEUE, Requeue, requeue_on_signals
@@ -37,7 +37,6 @@ def main(parser: ConfigParser, args: Sequence[str], retry: bool = False) -> int:
     parser.add_argument(
         "--refresh", action="store_true", help="encode again the clips whose stretch or video file has changed"
     )
-    add_config_arguments(parser)
     lines = split_configs(args)
     parsed = [parse_config(parser, line) for line in lines]
     configs, (_, options) = [config for config, _ in parsed], parsed[0]

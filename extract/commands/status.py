@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.command_line import ConfigParser, parse_config
 from egopatch.configs.schema import Config
 from egopatch.extract.commands.again import after_quarantine, retry_command
 from egopatch.extract.datasets import DatasetError, load_clips
@@ -19,7 +19,6 @@ from egopatch.features.state.ledger import Ledger
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Print the counts; returns 0."""
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_config_arguments(parser)
     config, options = parse_config(parser, args)
     ledger = read_ledger(config.store.path)
     counts, check, machines = count_clips(config.store.path, ledger), _check(config, ledger), ledger.machines()

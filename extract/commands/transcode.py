@@ -4,7 +4,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.command_line import ConfigParser, parse_config
 from egopatch.features.common.command_line import local_path, messages_apart, print_result
 from egopatch.features.common.units import format_bytes
 
@@ -16,7 +16,6 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         "--out", type=local_path, required=True, metavar="DIR", help="folder for copies and annotations"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_config_arguments(parser)
     config, options = parse_config(parser, args)
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
     from egopatch.extract.transcoding.copies import transcode

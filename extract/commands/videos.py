@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jsonargparse.typing import PositiveFloat
 
-from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config, take_option
+from egopatch.configs.command_line import ConfigParser, parse_config, take_option
 from egopatch.configs.packaged import packaged_config
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.commands.again import retry_command
@@ -33,7 +33,6 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.read_first = ("--encoder",)
-    add_config_arguments(parser)
     base, options = parse_config(parser, _with_config(args))
     if "://" in options.out:
         raise ConfigError(

@@ -4,14 +4,7 @@ from typing import get_args, get_type_hints
 import pytest
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from egopatch.configs.command_line import (
-    ConfigParser,
-    add_config_arguments,
-    load_config,
-    option_names,
-    parse_config,
-    parse_options,
-)
+from egopatch.configs.command_line import ConfigParser, load_config, option_names, parse_config, parse_options
 from egopatch.configs.schema import Config, ConfigError, DataConfig, RunConfig, StoreConfig, refusal_of_null
 from egopatch.features.formats.interface import CODECS
 from egopatch.features.values.spec import Codec
@@ -31,9 +24,7 @@ def test_the_schema_knows_the_formats_of_the_store() -> None:
 
 
 def parse(*args: str) -> Config:
-    parser = ConfigParser(prog="test")
-    add_config_arguments(parser)
-    return parse_options(parser, args)[0]
+    return parse_options(ConfigParser(prog="test"), args)[0]
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=str)
@@ -222,10 +213,8 @@ def test_a_key_that_stands_twice_in_the_command_line_is_refused(text: str, capsy
 
 @pytest.mark.parametrize("args", [[], ["--head.ratio", "0.5"]])
 def test_an_experiment_without_a_file_is_refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    parser = ConfigParser(prog="train fit")
-    add_config_arguments(parser)
     with pytest.raises(SystemExit) as usage:
-        parse_config(parser, args)
+        parse_config(ConfigParser(prog="train fit"), args)
     assert usage.value.code == 2
     assert capsys.readouterr().err == (
         "train fit: error: no --config; expected --config FILE, the YAML file of an experiment; examples are in "

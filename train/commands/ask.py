@@ -8,7 +8,7 @@ from pathlib import Path
 import platformdirs
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from egopatch.configs.command_line import ConfigParser, add_config_arguments, overrides_in, parse_options, take_option
+from egopatch.configs.command_line import ConfigParser, overrides_in, parse_options, take_option
 from egopatch.configs.schema import ConfigError
 
 
@@ -41,7 +41,6 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         help="folder that keeps features of videos; by default egopatch in the user's cache folder",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_config_arguments(parser)
     parser.read_first = ("--video", "--run")
     run, args = take_option(args, "--run")
     video, args = take_option(args, "--video")

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.command_line import ConfigParser, parse_config
 from egopatch.features.common.command_line import messages_apart, print_result
 
 
@@ -14,7 +14,6 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         "--from", type=Path, metavar="RUN", help="folder of a run whose head is evaluated on this config's data set"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_config_arguments(parser)
     config, options = parse_config(parser, args)
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
     from egopatch.train.fitting.experiment import pick_device

@@ -4,14 +4,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.command_line import ConfigParser, parse_config
 from egopatch.features.common.command_line import INTERRUPTED, messages_apart, print_result
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Train the head and print its accuracies on test; returns 130 after a signal."""
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_config_arguments(parser)
     config, options = parse_config(parser, args)
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
     from egopatch.train.fitting.experiment import pick_device

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.command_line import ConfigParser, parse_config
 from egopatch.features.common.command_line import local_path, messages_apart, print_result
 
 
@@ -18,7 +18,6 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         help="licence of weights or data of which none is known here; once for each",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_config_arguments(parser)
     config, options = parse_config(parser, args)
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
     from egopatch.train.publishing.folders import publish

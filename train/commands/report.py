@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.command_line import ConfigParser, parse_config
 from egopatch.features.common.command_line import print_result
 from egopatch.train.rundir.results import table_folder
 
@@ -10,7 +10,6 @@ from egopatch.train.rundir.results import table_folder
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Write `report.html` and print its path."""
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_config_arguments(parser)
     config, options = parse_config(parser, args)
     # Imported here to save start-up time: a wrong option is reported before Matplotlib is imported.
     from egopatch.train.report.page import write_report

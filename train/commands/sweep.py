@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.command_line import ConfigParser, parse_config
 from egopatch.configs.schema import ConfigError
 from egopatch.features.common.command_line import INTERRUPTED, messages_apart, print_result
 
@@ -33,7 +33,6 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         "--name", type=str | None, default=None, help="name of the sweep's folder (default: split and name of run.dir)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_config_arguments(parser)
     config, options = parse_config(parser, args)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.command_line import ConfigParser, parse_config
 from egopatch.features.common.command_line import print_result
 from egopatch.train.report.table import write_table
 from egopatch.train.rundir.results import table_folder
@@ -11,7 +11,6 @@ from egopatch.train.rundir.results import table_folder
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Write `table.md` and `table.json` and print the table."""
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_config_arguments(parser)
     config, options = parse_config(parser, args)
     folder = table_folder(config)
     rows = write_table(folder, config)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.command_line import ConfigParser, parse_config
 from egopatch.extract.fetch.sources import DEFAULT_SOURCES, load_sources
 from egopatch.features.common.command_line import messages_apart, print_result
 
@@ -18,7 +18,6 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         help="YAML file of links; its lock file is beside it, that of the default in the current directory",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_config_arguments(parser)
     config, options = parse_config(parser, args)
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
     from egopatch.extract.fetch.lockfile import Lockfile

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from egopatch.configs.command_line import ConfigParser, add_config_arguments, parse_config
+from egopatch.configs.command_line import ConfigParser, parse_config
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.datasets import load_dataset
 from egopatch.features.common.command_line import print_result
@@ -11,7 +11,6 @@ from egopatch.features.common.command_line import print_result
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Write both; returns 0."""
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_config_arguments(parser)
     config, options = parse_config(parser, args)
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
     from egopatch.extract.encoders.checkpoints.standin import is_standin, write_standin
