@@ -81,23 +81,24 @@ def load_questions(config: Config, split: str) -> Questions:
 
 
 def rows_correctness(
-    config: Config, split: str, rows: Sequence[Row], problems: list[str]
-) -> tuple[Questions | None, dict[str, Correctness]]:
-    """Correctness of every row, by label. Rows whose predictions cannot be read are omitted and added to `problems`."""
+    config: Config, split: str, rows: Sequence[Row]
+) -> tuple[Questions, dict[str, Correctness], list[str]]:
+    """Questions and clips of the split, none if the annotations cannot be read; correctness by label of every row whose
+    predictions can be read; and one line for each problem.
+    """
     try:
         questions = load_questions(config, split)
     except SourceError as error:
         title = data_title(split, [row.best.card for row in rows])
-        problems.append(f"{title}: no intervals and no examples: {error}")
-        return None, {}
-    by_label = {}
+        return Questions({}, {}), {}, [f"{title}: no intervals and no examples: {error}"]
+    by_label, problems = {}, []
     for row in rows:
         try:
             by_label[row.label] = correctness(row, questions)
             problems += accuracy_mismatches(row, by_label[row.label], questions)
         except SourceError as error:
             problems.append(str(error))
-    return questions, by_label
+    return questions, by_label, problems
 
 
 def correctness(row: Row, questions: Questions) -> Correctness:
@@ -111,10 +112,10 @@ def correctness(row: Row, questions: Questions) -> Correctness:
     return Correctness(np.array([list(seed.values()) for seed in right], dtype=bool), right[0], answers[0])
 
 
-def text_scores(rows: Sequence[Row], questions: Questions, problems: list[str]) -> dict[str, dict[str, Interval]]:
+def text_scores(rows: Sequence[Row], questions: Questions) -> tuple[dict[str, dict[str, Interval]], list[str]]:
     """Metrics of the answers as texts by label, mean over seeds; none unless the data set has free answers.
 
-    A missing library is added to `problems`.
+    A missing library, without which there are none either, is named in a line.
 
     Args:
         rows: Rows whose predictions can be read.
@@ -125,9 +126,8 @@ def text_scores(rows: Sequence[Row], questions: Questions, problems: list[str]) 
             answers = [read_answers(run.dir, questions) for run in row.runs]
             scores[row.label] = text_intervals(tuple(questions.by_id.values()), answers)
         except TextMetricsError as error:
-            problems.append(f"no BLEU-4, METEOR and ROUGE-L: {error}")
-            return {}
-    return scores
+            return {}, [f"no BLEU-4, METEOR and ROUGE-L: {error}"]
+    return scores, []
 
 
 def accuracy_mismatches(row: Row, correct: Correctness, questions: Questions) -> list[str]:

@@ -94,6 +94,7 @@ class SplitPage:
         clips: Clips of the annotations; none if these cannot be read.
         questions: Number of questions with their digest; None if the annotations cannot be read.
         data: All questions and pairs of systems, for the page's script.
+        problems: One line for each file that could not be read or shown.
     """
 
     name: str
@@ -115,6 +116,7 @@ class SplitPage:
     clips: Mapping[str, Clip]
     questions: tuple[int, str] | None
     data: Mapping[str, Any] | None
+    problems: Sequence[str]
 
 
 def write_report(config: Config, folder: Path) -> Path:
@@ -133,15 +135,16 @@ def write_report(config: Config, folder: Path) -> Path:
         TableError: There is no readable run below `folder`.
     """
     results = gather(folder)
-    problems = list(results.problems)
-    sweeps = _sweeps(folder, problems)
-    splits = [_split_page(config, results, split, sweeps, problems) for split in results.splits]
+    sweeps, sweep_problems = _sweeps(folder)
+    splits = [_split_page(config, results, split, sweeps) for split in results.splits]
+    logs, log_problems = _logs(results)
     clips = {clip_id: clip for split in splits for clip_id, clip in split.clips.items()}
     stores = report_integrity.store_facts(results, clips.values(), config.data.root)
     colours = _colours(splits)
-    charts = _charts(results, splits, sweeps, colours, problems)
+    charts = _charts(splits, sweeps, logs, colours)
     explained = {split.ours.best.dir: split.explanation.questions for split in splits if split.explanation}
-    problems = list(dict.fromkeys(problems))
+    split_problems = [problem for split in splits for problem in split.problems]
+    problems = list(dict.fromkeys([*results.problems, *sweep_problems, *split_problems, *log_problems]))
     page = _render(
         relative=lambda path: path.relative_to(folder).as_posix() if path else "–",
         title=f"Results in {folder.resolve().name}",
@@ -167,39 +170,36 @@ def write_report(config: Config, folder: Path) -> Path:
     return path
 
 
-def _split_page(
-    config: Config, results: Results, split: str, sweeps: Sequence[Sweep], problems: list[str]
-) -> SplitPage:
+def _split_page(config: Config, results: Results, split: str, sweeps: Sequence[Sweep]) -> SplitPage:
     rows = results.split(split)
     ours = report_analysis.headline_row(rows)
+    problems: list[str] = []
     try:
         config = report_analysis.config_of(ours, config)
     except SourceError as error:
         problems.append(str(error))
     grid = report_integrity.grid_of(config.store.path, config.video.size)
-    questions, correctness = report_answers.rows_correctness(config, split, rows, problems)
+    questions, correctness, unread = report_answers.rows_correctness(config, split, rows)
+    problems += unread
+    read = [row for row in rows if row.label in correctness]
     examples: list[Example] = []
     kept_summary, explanation = None, None
-    if questions is not None and (correct := correctness.get(ours.label)) is not None:
-        kept, faults = report_analysis.kept_by_ratio(ours, sweeps, questions)
-        problems.extend(faults)
+    if (correct := correctness.get(ours.label)) is not None:
+        kept, damaged = report_analysis.kept_by_ratio(ours, sweeps, questions)
+        problems += damaged
         if chosen := kept.get(report_analysis.ratio_label(ours)):
             frames = report_analysis.frames_chosen_from(ours, config)
             kept_summary = _kept_summary(chosen.selection, questions, grid, frames)
-        others = [(row, correctness[row.label]) for row in rows if row is not ours and row.label in correctness]
+        others = [(row, correctness[row.label]) for row in read if row is not ours]
         examples = report_analysis.build_examples(config, questions, (ours, correct), others, kept, grid)
         missing = dict.fromkeys(example.missing for example in examples if example.missing)
-        problems.extend(f"no picture: {reason}" for reason in missing)
+        problems += [f"no picture: {reason}" for reason in missing]
     try:
         explanation = read_explanation(ours.best.dir)
     except ExplanationError as error:
         problems.append(str(error))
-    intervals: dict[str, Mapping[str, Interval]] = {}
-    texts: table.Texts = {}
-    if questions is not None:
-        found = [row for row in rows if row.label in correctness]
-        intervals = {row.label: report_answers.intervals(row, correctness[row.label], questions) for row in found}
-        texts = report_answers.text_scores(found, questions, problems)
+    texts, unscored = report_answers.text_scores(read, questions)
+    problems += unscored
     return SplitPage(
         name=split,
         title=table.title(split, rows),
@@ -209,7 +209,7 @@ def _split_page(
         gains=tuple(_gains(rows, ours, correctness, questions)),
         tags=tuple(report_analysis.tag_lines(rows)),
         examples=tuple(examples),
-        intervals=intervals,
+        intervals={row.label: report_answers.intervals(row, correctness[row.label], questions) for row in read},
         texts=texts,
         best={part: max(row.mean(part) or 0.0 for row in rows) for part in COLUMNS},
         grid=grid,
@@ -217,9 +217,10 @@ def _split_page(
         table_ratio=report_analysis.ratio_label(ours),
         kept=kept_summary,
         explanation=explanation,
-        clips={} if questions is None else questions.clips,
-        questions=None if questions is None else (len(questions.by_id), repeat.digest(questions)),
+        clips=questions.clips,
+        questions=(len(questions.by_id), repeat.digest(questions)) if questions.clips else None,
         data=_script_data(ours, table.title(split, rows), questions, correctness),
+        problems=problems,
     )
 
 
@@ -235,9 +236,9 @@ def _kept_summary(selection: Selection, questions: Questions, grid: tuple[int, i
 
 
 def _script_data(
-    ours: Row, title: str, questions: Questions | None, correctness: Mapping[str, Correctness]
+    ours: Row, title: str, questions: Questions, correctness: Mapping[str, Correctness]
 ) -> dict[str, Any] | None:
-    if questions is None or not questions.by_id or not correctness:
+    if not questions.by_id or not correctness:
         return None
     headline = list(correctness).index(ours.label) if ours.label in correctness else 0
     found = question_list.question_list(questions, correctness)
@@ -245,10 +246,8 @@ def _script_data(
     return {**names, **found, "pairs": question_list.pairs(questions, correctness)}
 
 
-def _gains(
-    rows: Sequence[Row], ours: Row, correctness: Mapping[str, Correctness], questions: Questions | None
-) -> list[Gain]:
-    if questions is None or not questions.by_id or ours.label not in correctness:
+def _gains(rows: Sequence[Row], ours: Row, correctness: Mapping[str, Correctness], questions: Questions) -> list[Gain]:
+    if not questions.by_id or ours.label not in correctness:
         return []
     return [
         Gain(row, compare(correctness[ours.label].by_seed, correctness[row.label].by_seed, questions.clip_ids))
@@ -257,15 +256,15 @@ def _gains(
     ]
 
 
-def _sweeps(folder: Path, problems: list[str]) -> list[Sweep]:
-    found = []
+def _sweeps(folder: Path) -> tuple[list[Sweep], list[str]]:
+    found, problems = [], []
     for path in sorted((folder / SWEEPS).glob(f"**/{SWEEP}")):
         try:
             found.append(read_sweep(path))
         except SourceError as error:
             problems.append(str(error))
     found.sort(key=lambda sweep: (sweep.split != SPLITS[0], sweep.split, sweep.name))
-    return [sweep for sweep in found if sweep.runs]
+    return [sweep for sweep in found if sweep.runs], problems
 
 
 def _colours(splits: Sequence[SplitPage]) -> dict[str, int]:
@@ -276,15 +275,13 @@ def _colours(splits: Sequence[SplitPage]) -> dict[str, int]:
 
 
 def _charts(
-    results: Results,
     splits: Sequence[SplitPage],
     sweeps: Sequence[Sweep],
+    logs: Mapping[str, Mapping[str, TrainingLog]],
     colours: Mapping[str, int],
-    problems: list[str],
 ) -> dict[str, list[Chart]]:
     """The charts of each section, by its name; sections without data are left out."""
     charts: dict[str, list[Chart]] = {"table": [], "ratio": [], "curves": [], "selection": [], "explanation": []}
-    logs = _logs(results, problems)
     for split in splits:
         if any(row.mean("all") is not None for row in split.rows):
             charts["table"].append(_table_chart(split, colours))
@@ -358,8 +355,9 @@ def _explanation_charts(title: str, explanation: Explanation) -> list[Chart]:
     ]
 
 
-def _logs(results: Results, problems: list[str]) -> dict[str, dict[str, TrainingLog]]:
+def _logs(results: Results) -> tuple[dict[str, dict[str, TrainingLog]], list[str]]:
     logs: dict[str, dict[str, TrainingLog]] = {}
+    problems = []
     for row in results.rows:
         if row.best.log is None or row.label != row.system:
             continue
@@ -367,7 +365,7 @@ def _logs(results: Results, problems: list[str]) -> dict[str, dict[str, Training
             logs.setdefault(row.split, {})[row.label] = read_log(row.best.log)
         except SourceError as error:
             problems.append(str(error))
-    return logs
+    return logs, problems
 
 
 def _render(**content: object) -> str:

@@ -50,8 +50,8 @@ def write_table(folder: Path, config: Config) -> list[dict[str, Any]]:
         TableError: There is no readable run.
     """
     results = gather(folder)
-    problems = list(results.problems)
-    answers = {split: _read_answers(config, split, results, problems) for split in results.splits}
+    answers = {split: _read_answers(config, split, results) for split in results.splits}
+    problems = [*results.problems, *(problem for found in answers.values() for problem in found.problems)]
     results = replace(results, problems=tuple(dict.fromkeys(problems)))
     records = [record(row, folder, answers[row.split].texts.get(row.label, {})) for row in results.rows]
     write_whole(folder / "table.json", json.dumps(records, indent=2) + "\n")
@@ -63,7 +63,7 @@ def write_table(folder: Path, config: Config) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Answers:
-    """What the answers of one split's rows give: intervals and metrics of texts by label, and the types of questions.
+    """What the answers of one split's rows give: intervals and metrics of texts by label, types of questions, problems.
 
     Questions of multiple choice are of types; other data sets have too many tags for a table.
     """
@@ -71,18 +71,19 @@ class _Answers:
     intervals: Mapping[str, RowIntervals]
     texts: Texts
     types: Mapping[str, int]
+    problems: Sequence[str]
 
 
-def _read_answers(config: Config, split: str, results: Results, problems: list[str]) -> _Answers:
+def _read_answers(config: Config, split: str, results: Results) -> _Answers:
     rows = results.split(split)
-    questions, correctness = report_answers.rows_correctness(config, split, rows, problems)
-    if questions is None:
-        return _Answers({}, {}, {})
+    questions, correctness, problems = report_answers.rows_correctness(config, split, rows)
     read = [row for row in rows if row.label in correctness]
+    texts, unscored = report_answers.text_scores(read, questions)
     return _Answers(
         {row.label: report_answers.intervals(row, correctness[row.label], questions) for row in read},
-        report_answers.text_scores(read, questions, problems),
+        texts,
         Counter(tag for question in questions.by_id.values() for tag in question.tags) if questions.choices else {},
+        [*problems, *unscored],
     )
 
 
