@@ -16,7 +16,6 @@ from egopatch.train.heads.common.attention import Attention
 from egopatch.train.heads.common.question import QuestionReader, Whitening, absorb_key
 from egopatch.train.heads.psa.coarse import CoarseLevel, kernel_width
 from egopatch.train.heads.psa.prior import spatial_prior
-from egopatch.train.heads.psa.selection import PatchSelection
 from egopatch.train.ops.philox import Draw
 from egopatch.train.steps.stacked_heads import StackedHeads
 
@@ -228,7 +227,7 @@ def test_region_prior_on_the_published_grid() -> None:
 
 
 def test_merge_is_the_mean_and_ignores_what_is_not_there() -> None:
-    level = CoarseLevel(SIZES, 16, 2, learned=True, select=PatchSelection(12, "reference"))
+    level = CoarseLevel(SIZES, 16, 2, learned=True, implementation="reference")
     x = torch.randn(2, 3, 35, SIZES.width)
     merged = level.merge(x)
     assert merged.shape == (2, 3, 3 * 4, SIZES.width)

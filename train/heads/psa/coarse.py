@@ -23,6 +23,7 @@ from egopatch.train.heads.common.question import (
 from egopatch.train.heads.common.scale import scaled
 from egopatch.train.heads.psa.selection import PatchSelection
 from egopatch.train.ops.rows import RowPicker
+from egopatch.train.ops.select_attend import Implementation
 
 MERGE = 2
 # Sines and cosines of row and column at 4 frequencies; a multiple of 16, as the kernels require.
@@ -42,11 +43,11 @@ class CoarseLevel(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, sizes: Sizes, width: int, heads: int, learned: bool, select: PatchSelection) -> None:
+    def __init__(self, sizes: Sizes, width: int, heads: int, learned: bool, implementation: Implementation) -> None:
         super().__init__()
         self.grid, self.heads, self.width = sizes.grid, heads, sizes.width
         rows, cols = (math.ceil(side / MERGE) for side in sizes.grid)
-        self.select = select
+        self.select = PatchSelection(rows * cols, implementation)
         self.register_buffer("positions", position_channels(rows, cols), persistent=False)
         wide = sizes.width + POSITION_WIDTH
         self.query = with_gain(nn.Linear(width, width), ATTENTION_GAIN)

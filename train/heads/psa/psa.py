@@ -36,7 +36,7 @@ from egopatch.train.heads.common.question import (
 )
 from egopatch.train.heads.common.region import grow_region
 from egopatch.train.heads.common.scale import scaled_patches
-from egopatch.train.heads.psa.coarse import MERGE, CoarseLevel
+from egopatch.train.heads.psa.coarse import CoarseLevel
 from egopatch.train.heads.psa.prior import spatial_prior
 from egopatch.train.heads.psa.selection import PatchSelection
 from egopatch.train.ops.rows import RowPicker
@@ -50,6 +50,9 @@ GROWTH = 3
 # Several heads attend over the frames, so that the head can separate what precedes an event from what follows it.
 FRAME_HEADS = 2
 FRAME_TEMPERATURE = 4.0
+# Standard deviations of the frames' initial times: of what is added to the frames, and of what is added to their keys.
+TIME_STD = 0.02
+TIME_KEY_STD = 0.3
 # Gain of the initial value weights: at first a frame is the mean of many patches, which hardly differs between clips.
 VALUE_GAIN = 3.0
 
@@ -102,16 +105,13 @@ class PSA(nn.Module):
             self.key = with_gain(nn.Linear(sizes.width, width, bias=False), ATTENTION_GAIN)
         self.value = with_gain(nn.Linear(sizes.width, width), VALUE_GAIN)
         self.to_frame = nn.Linear(width + heads, width)
-        self.coarse = None
-        if config.coarse:
-            merged = math.ceil(self.grid[0] / MERGE) * math.ceil(self.grid[1] / MERGE)
-            self.coarse = CoarseLevel(sizes, width, heads, config.merge, PatchSelection(merged, config.implementation))
+        self.coarse = CoarseLevel(sizes, width, heads, config.merge, config.implementation) if config.coarse else None
         self.drop = Dropout(config.dropout)
         # frame -> video
         frames = len(self.frame_indices)
         keyed = config.time and "frame" in self.levels
-        self.time = nn.Parameter(torch.randn(frames, width) * 0.02) if config.time else None
-        self.time_key = nn.Parameter(torch.randn(frames, width) * 0.3) if keyed else None
+        self.time = nn.Parameter(torch.randn(frames, width) * TIME_STD) if config.time else None
+        self.time_key = nn.Parameter(torch.randn(frames, width) * TIME_KEY_STD) if keyed else None
         if "frame" in self.levels:
             self.frame_query = nn.Linear(width, FRAME_HEADS * width)
         video = FRAME_HEADS * width if "frame" in self.levels else width
