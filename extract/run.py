@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -109,10 +109,12 @@ def extract_together(
     if together:
         _encode_together(stores, clips)
     for opened in stores:
-        for works in _until_done(opened.store, opened.works, wait, "clips", begun=together):
+        works = _left_by_others(opened.store, opened.works, wait, "clips") if together else opened.works
+        while works:
             display = ProgressDisplay("encode", _count(works), "clips")
             with shortage_explained(opened.job.config.encoder), display:
                 opened.stats += encode_with_engine(opened.job, opened.store, works, clips, display.advance)
+            works = _left_by_others(opened.store, works, wait, "clips")
     return [opened.finish(dataset, job_slice) for opened in stores]
 
 
@@ -188,8 +190,10 @@ class _Texts:
                 " are read up to there",
                 flush=True,
             )
-        for works in _until_done(self.store, self.works, wait, "questions"):
+        works = self.works
+        while works:
             encode_texts(self.network, self.store, works)
+            works = _left_by_others(self.store, works, wait, "questions")
         self.network.encoder.to("meta")  # the device's memory is for clips from now on
         self.store.catalog.refresh()
 
@@ -271,20 +275,10 @@ def _count(works: Sequence[ShardWork]) -> int:
     return sum(len(work.ids) for work in works)
 
 
-def _until_done(
-    store: Store, works: list[ShardWork], wait: bool, unit: str, begun: bool = False
-) -> Iterator[list[ShardWork]]:
-    """Yield `works`, unless `begun`; if requested, wait for the processes that hold some, and yield what they leave."""
-    if works and not begun:
-        yield works
-    while wait and (works := _wait_for_a_lease(store, works, unit)):
-        yield works
-
-
-def _wait_for_a_lease(store: Store, works: list[ShardWork], unit: str) -> list[ShardWork]:
-    """Wait until one of `works` can be leased; returns those that are still missing then, none if all are done."""
+def _left_by_others(store: Store, works: list[ShardWork], wait: bool, unit: str) -> list[ShardWork]:
+    """If requested, wait until one of `works` can be leased; returns those still missing then, none if all are done."""
     announced = False
-    while True:
+    while wait:
         store.catalog.refresh()
         works = still_missing(works, store)
         for work in works:
@@ -296,6 +290,7 @@ def _wait_for_a_lease(store: Store, works: list[ShardWork], unit: str) -> list[S
             print(f"waiting for {_count(works)} {unit} in shards that other processes hold", flush=True)
             announced = True
         time.sleep(WAIT_POLL_S)
+    return []
 
 
 def _encode_questions_of_imported(config: Config, job_slice: Slice, wait: bool) -> ExtractionResult:
