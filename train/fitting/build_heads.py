@@ -11,7 +11,7 @@ from egopatch.features import PatchTokens
 from egopatch.train.data.features import Features
 from egopatch.train.data.question_table import NO_OPTION, QuestionTable, plan_batches
 from egopatch.train.fitting.experiment import Experiment
-from egopatch.train.heads import PSA, Choice, Majority, Sizes, build_head, can_capture, errors_kept, unwrapped
+from egopatch.train.heads import HEADS, PSA, Choice, Majority, Sizes, build_head, can_capture, errors_kept, unwrapped
 from egopatch.train.heads.common.question import QuestionReader
 from egopatch.train.heads.psa.coarse import kernel_width
 from egopatch.train.heads.psa.selection import implementation_in_use
@@ -65,7 +65,7 @@ def selected_widths(config: Config, sizes: Sizes) -> list[int]:
 
 
 def build_stacked_heads(configs: Sequence[Config], experiment: Experiment, order_seed: int) -> StackedHeads:
-    """Untrained heads with their optimiser, ready for the first step.
+    """Untrained heads with their optimiser, ready for the first step; a note is printed if they have nothing to learn.
 
     Raises:
         ConfigError: `train.label_smoothing` would reward options that a question does not have.
@@ -93,7 +93,13 @@ def build_stacked_heads(configs: Sequence[Config], experiment: Experiment, order
     learns = any(parameter.requires_grad for parameter in heads[0].parameters())
     plans = (plan_batches(experiment.train_table, train.batch, order_seed, epoch) for epoch in range(train.epochs))
     steps = sum(math.ceil(len(plan) / train.accumulate) for plan in plans) if learns else 0
-    return StackedHeads(heads, [config.train.seed for config in configs], train, steps, experiment.device, ranks)
+    stacked = StackedHeads(heads, [config.train.seed for config in configs], train, steps, experiment.device, ranks)
+    if not learns and configs[0].head.name not in HEADS:
+        ranks.print_once(
+            f"note: the head {configs[0].head.name} has no trainable parameters, so nothing is learned; if it is to "
+            "learn, assign its layers to attributes in its __init__, with requires_grad"
+        )
+    return stacked
 
 
 def measure_inputs(heads: Sequence[nn.Module], features: Features, table: QuestionTable) -> None:

@@ -19,7 +19,6 @@ from egopatch.train.fitting.answers import Answers, PartScorer
 from egopatch.train.fitting.build_heads import build_stacked_heads, choose_selection, why_not_captured
 from egopatch.train.fitting.experiment import Experiment
 from egopatch.train.fitting.run import TrainingRun
-from egopatch.train.heads import HEADS
 from egopatch.train.rundir import run_folder
 from egopatch.train.rundir.resume import ResumeState, changed_data
 from egopatch.train.rundir.run_folder import RunError
@@ -55,11 +54,6 @@ class RunGroup:
     def __init__(self, configs: Sequence[Config], experiment: Experiment, order_seed: int, path: Path) -> None:
         self.runs = [TrainingRun(config, experiment) for config in configs]
         self.heads = build_stacked_heads(configs, experiment, order_seed)
-        if not self.heads.steps and self.config.head.name not in HEADS:
-            experiment.ranks.print_once(
-                f"note: the head {self.config.head.name} has no trainable parameters, so nothing is learned; if it is "
-                "to learn, assign its layers to attributes in its __init__, with requires_grad"
-            )
         self.path = path
         self.position = (0, 0)
         self._experiment, self._order_seed = experiment, order_seed
