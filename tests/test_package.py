@@ -440,3 +440,13 @@ def test_setup_looks_at_an_environment_that_is_there(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert not (tmp_path / "damaged" / ".installed").exists()  # so that it would be installed again
     assert kept.exists()
+
+
+def test_setup_needs_no_other_python_where_an_environment_is(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / "made" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(shutil.which("true") or "")  # every check and installation succeeds
+    assert run("make", "setup", "VENV=made", "PYTHON=false", cwd=tmp_path).returncode == 0
+    assert run("make", "setup", "VENV=other", "PYTHON=false", cwd=tmp_path).returncode == 2
