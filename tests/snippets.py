@@ -75,7 +75,7 @@ def _is_output(page: str, block: re.Match[str], after: re.Match[str]) -> bool:
 
 def run_page(page: Path, smaller: Mapping[str, str], names: dict[str, Any]) -> Iterator[tuple[Block, list[str]]]:
     """Run a page in the current folder, and yield each code block with the output lines that the page shows for it and
-    that did not appear.
+    that did not appear in this order.
 
     Args:
         page: The page.
@@ -97,8 +97,9 @@ def run_page(page: Path, smaller: Mapping[str, str], names: dict[str, Any]) -> I
             output = out.getvalue()
         else:
             output = "".join(map(_run, Block(block.line, "bash", text, None).commands()))
-        printed = {_skeleton(line) for line in output.splitlines()}
+        printed = map(_skeleton, output.splitlines())
         shown = [line for line in block.output if line.strip() not in ("", "...")]
+        # A line that is found uses up those above it, so that the order counts.
         yield block, [line for line in shown if _skeleton(line) not in printed]
 
 
