@@ -37,13 +37,19 @@ def _run(args: list[str]) -> int:
     if args == ["--version"]:
         return run_command("egopatch", lambda: print(f"egopatch {__version__}"))
     usage = "egopatch COMMAND ... | --version; egopatch COMMAND --help shows its commands or options"
-    name = find_command("egopatch", COMMANDS, usage, args)
+    name = find_command("egopatch", COMMANDS, usage, args, _commands_of_stages)
     if isinstance(name, int):
         return name
     if name in SHORT:
         return int(import_module(f"egopatch.{SHORT[name]}.__main__").main(args, "egopatch"))
     module = f"egopatch.{name}.__main__" if name in STAGES else f"egopatch.{name}"
     return run_command(f"egopatch {name}", lambda: import_module(module).main(args[1:]))
+
+
+def _commands_of_stages() -> dict[str, str]:
+    """Command of a stage -> how `egopatch` runs it, such as `train fit`."""
+    modules = {stage: import_module(f"egopatch.{stage}.__main__") for stage in STAGES}
+    return {name: f"{stage} {name}" for stage, module in modules.items() for name in module.COMMANDS}
 
 
 if __name__ == "__main__":

@@ -146,7 +146,9 @@ def test_an_unknown_command_names_the_choices(capsys: pytest.CaptureFixture[str]
     from egopatch.__main__ import main
 
     assert main(["fit"]) == 2
-    assert "unknown command 'fit'; choose one of ask, demo, doctor, extract, features, train" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "unknown command 'fit'; choose one of ask, demo, doctor, extract, features, train" in error
+    assert error.endswith("; did you mean train fit?\n")
     assert main([]) == 2
     assert main(["--help"]) == 0
     assert main(["train", "fti"]) == 2

@@ -20,7 +20,13 @@ from egopatch.interrupt import exit_code_of_interrupt
 _PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
 
 
-def find_command(program: str, commands: Mapping[str, str], usage: str, args: Sequence[str]) -> str | int:
+def find_command(
+    program: str,
+    commands: Mapping[str, str],
+    usage: str,
+    args: Sequence[str],
+    meant_by: Callable[[], Mapping[str, str]] = dict,
+) -> str | int:
     """The command that `args` begin with; without one, the exit code once help or an error has been printed.
 
     Args:
@@ -28,14 +34,16 @@ def find_command(program: str, commands: Mapping[str, str], usage: str, args: Se
         commands: Command -> help in one line.
         usage: First line of the help.
         args: Command line, without the program.
+        meant_by: Returns names that are no commands -> what is probably meant, for errors.
     """
     if not args or args[0] in ("-h", "--help"):
         width = max(map(len, commands))
         lines = [f"usage: {usage}", *(f"  {name:<{width}}  {text}" for name, text in commands.items())]
         return run_command(program, lambda: print("\n".join(lines))) or (0 if args else 2)
     if args[0] not in commands:
-        close = difflib.get_close_matches(args[0], commands, n=1)
-        meant = f"; did you mean {close[0]}?" if close else ""
+        known = {**meant_by(), **{name: name for name in commands}}
+        close = difflib.get_close_matches(args[0], known, n=1)
+        meant = f"; did you mean {known[close[0]]}?" if close else ""
         listed = ", ".join(commands)
         print(f"{program}: error: unknown command {args[0]!r}; choose one of {listed}{meant}", file=sys.stderr)
         return 2
