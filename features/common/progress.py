@@ -82,9 +82,13 @@ class ProgressDisplay:
         if self._bar is not None and self._task is not None:
             shown = f"{self._count()}, {self._rate()}"
             self._bar.update(self._task, completed=done, total=self.total, detail=shown)
-        elif not self._silent and time.monotonic() - self._printed >= self._interval_s:
+        elif not self._silent and time.monotonic() - self._printed >= self._interval_s and not self._is_last():
             self._printed = time.monotonic()
             self._print(last=False)
+
+    def _is_last(self) -> bool:
+        """Whether the line of the summary will say the same."""
+        return self._summary and self.done == self.total
 
     def line(self) -> str:
         """The plain line."""
