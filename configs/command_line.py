@@ -109,6 +109,7 @@ class ConfigParser(jsonargparse.ArgumentParser):
     def full_help(self) -> str:
         """The help of every option."""
         _, _, described = super().format_help().partition("\n\n")  # the usage of argparse lists all of them first
+        described = re.sub(r"type:\s+<function (\w+) at \w+>", r"type: \1", described)
         return f"{self._usage_line()}\n\n{described}"
 
     def _usage_line(self) -> str:
