@@ -27,7 +27,7 @@ def test_rows_are_blind_then_published_then_ours_and_direct_first(tmp_path: Path
     for split in ("indirect", "direct"):
         for model in ("psa", "egovlpv2", "majority", "mfas", "question-only", "egovlp"):
             write_run(tmp_path, f"{split}_{model}", model=model, split=split)
-    records = write_table(tmp_path, NO_ANNOTATIONS)
+    records = write_table(NO_ANNOTATIONS, tmp_path)
     order = ["majority", "question-only", "egovlp", "egovlpv2", "mfas", "psa"]
     assert [(r["split"], r["model"]) for r in records] == [(s, m) for s in ("direct", "indirect") for m in order]
     text = (tmp_path / "table.md").read_text()
@@ -36,7 +36,7 @@ def test_rows_are_blind_then_published_then_ours_and_direct_first(tmp_path: Path
 
 def test_own_data_is_called_by_its_folder(tmp_path: Path) -> None:
     write_run(tmp_path, "psa", config={"data": {"name": "jsonl", "root": "kitchen"}})
-    write_table(tmp_path, NO_ANNOTATIONS)
+    write_table(NO_ANNOTATIONS, tmp_path)
     text = (tmp_path / "table.md").read_text()
     assert "## kitchen\n" in text
     assert "Direct" not in text
@@ -46,20 +46,20 @@ def test_a_folder_of_the_machine_is_not_told_and_rows_of_several_data_sets_are_n
     mine: dict[str, Any] = {"name": "jsonl", "root": str(tmp_path / "stores"), "questions": "mine.jsonl"}
     write_run(tmp_path, "psa", config={"data": mine})
     write_run(tmp_path, "attention", model="attention", config={"data": mine | {"questions": None}})
-    write_table(tmp_path, NO_ANNOTATIONS)
+    write_table(NO_ANNOTATIONS, tmp_path)
     text = (tmp_path / "table.md").read_text()
     assert "## stores/mine.jsonl, stores\n" in text or "## stores, stores/mine.jsonl\n" in text
     (line,) = [line for line in text.splitlines() if "several data sets" in line]
     folder = tmp_path / "stores"
     assert line.endswith(f"with each other: attention: {folder}; psa: {folder}/mine.jsonl.")
     write_run(tmp_path / "one", "psa", config={"data": mine})
-    write_table(tmp_path / "one", NO_ANNOTATIONS)
+    write_table(NO_ANNOTATIONS, tmp_path / "one")
     assert str(tmp_path) not in (tmp_path / "one" / "table.md").read_text()
 
 
 def test_json_has_exactly_the_published_keys_and_relative_paths(tmp_path: Path) -> None:
     write_run(tmp_path, "a/psa", all_=48.6949, open_=38.951, binary=75.86)
-    records = write_table(tmp_path, NO_ANNOTATIONS)
+    records = write_table(NO_ANNOTATIONS, tmp_path)
     assert json.loads((tmp_path / "table.json").read_text()) == records
     (record,) = records
     assert list(record) == KEYS
@@ -71,7 +71,7 @@ def test_json_has_exactly_the_published_keys_and_relative_paths(tmp_path: Path) 
 
 def test_markdown_has_the_published_columns_and_two_decimals(tmp_path: Path) -> None:
     write_run(tmp_path, "psa", all_=48.6, open_=39, binary=75.864)
-    write_table(tmp_path, NO_ANNOTATIONS)
+    write_table(NO_ANNOTATIONS, tmp_path)
     text = (tmp_path / "table.md").read_text()
     assert "| System | Open | Binary | All | Wrong form | Time to 95% | Checkpoint | Log |" in text
     links = "[best.safetensors](<psa/best.safetensors>) | [log.jsonl](<psa/log.jsonl>)"
@@ -88,20 +88,20 @@ def test_answers_of_the_wrong_form_and_the_time_of_training_are_shown(tmp_path: 
         (run / "test.json").write_text(json.dumps(test))
         with (run / "log.jsonl").open("a") as log:
             log.write(json.dumps({"event": "converged", "step": 8, "steps": 3, "seconds": seconds}) + "\n")
-    write_table(tmp_path, NO_ANNOTATIONS)
+    write_table(NO_ANNOTATIONS, tmp_path)
     assert "| 2.0% | 5 s |" in (tmp_path / "table.md").read_text()
 
 
 def test_seeds_are_averaged_and_the_seed_best_on_val_is_named(tmp_path: Path) -> None:
     for seed, (all_, val) in enumerate([(50.0, 40.0), (52.0, 45.0), (54.0, 41.0)]):
         write_run(tmp_path, f"psa_{seed}", seed=seed, all_=all_, val=val)
-    (record,) = write_table(tmp_path, NO_ANNOTATIONS)
+    (record,) = write_table(NO_ANNOTATIONS, tmp_path)
     assert record["all"] == 52.0
     assert record["checkpoint"] == "psa_1/best.safetensors"
     text = (tmp_path / "table.md").read_text()
     assert "| 52.00 |" in text
     assert "over 3 seeds" in text
-    assert "no intervals and no examples: data.root nowhere" in text
+    assert "no intervals and no examples: data.root is 'nowhere'" in text
 
 
 def test_cells_have_the_intervals_of_the_statistics(tmp_path: Path) -> None:
@@ -109,12 +109,12 @@ def test_cells_have_the_intervals_of_the_statistics(tmp_path: Path) -> None:
     for seed, every in enumerate((2, 3, 4)):
         run = write_run(tmp_path / "runs", f"psa_{seed}", seed=seed, predictions=guesses(every), all_=100 / every)
     (run / "predictions.jsonl").rename(run / "gone")
-    write_table(tmp_path / "runs", config)
+    write_table(config, tmp_path / "runs")
     text = (tmp_path / "runs" / "table.md").read_text()
     assert "| 36.11 |" in text
     assert "predictions.jsonl" in text
     (run / "gone").rename(run / "predictions.jsonl")
-    write_table(tmp_path / "runs", config)
+    write_table(config, tmp_path / "runs")
     (row,) = gather(tmp_path / "runs").rows
     questions = load_questions(config, "direct")
     expected = accuracy(correctness(row, questions).by_seed, questions.clip_ids)
@@ -128,7 +128,7 @@ def test_predictions_of_every_seed_have_to_give_the_recorded_accuracy(tmp_path: 
     for seed, val in enumerate((60.0, 50.0, 40.0)):
         recorded = 50.0 if seed != 1 else 75.0
         write_run(tmp_path / "runs", f"psa_{seed}", seed=seed, val=val, predictions=guesses(2), all_=recorded)
-    write_table(tmp_path / "runs", config)
+    write_table(config, tmp_path / "runs")
     lines = [line for line in (tmp_path / "runs" / "table.md").read_text().splitlines() if "to check" in line]
     assert lines == [
         f"- Left out, or to check: {tmp_path}/runs/psa_1: predictions.jsonl gives 50.00 but test.json has 75.00; the "
@@ -143,7 +143,7 @@ def test_an_accuracy_that_the_answers_do_not_give_has_no_interval(tmp_path: Path
     edited = guesses(4) | {"q00": "spoon", "q01": "green"}  # a binary question wrong, an open one right
     lines = [json.dumps({"question_id": name, "answer": answer}) + "\n" for name, answer in edited.items()]
     (run / "predictions.jsonl").write_text("".join(lines))
-    write_table(tmp_path, config)
+    write_table(config, tmp_path)
     text = (tmp_path / "table.md").read_text()
     assert re.search(r"\| psa \| 25\.00 \| 25\.00 \| 25\.00 \[\d+\.\d, \d+\.\d\] \|", text)
     assert f"{run}: predictions.jsonl gives 31.25 on open questions but test.json has 25.00; the annotations" in text
@@ -175,7 +175,7 @@ def test_rows_that_differ_from_the_first_in_the_same_options_have_labels_of_thei
     write_run(tmp_path / "runs", "b", config=half, predictions=guesses(2), all_=50.0)
     card = {"fingerprint": {"depth": 8, "frames": 4}}
     write_run(tmp_path / "runs", "c", config=half, card=card, predictions=guesses(4), all_=25.0)
-    records = write_table(tmp_path / "runs", config)
+    records = write_table(config, tmp_path / "runs")
     assert [(record["model"], record["all"]) for record in records] == [
         ("psa", 33.33),
         ("psa (head.ratio 0.5)", 50.0),
@@ -215,7 +215,7 @@ def test_multiple_choice_is_also_counted_by_type(tmp_path: Path) -> None:
             predictions=given,
         )  # fmt: skip
     config = Config(data=DataConfig(name="nextqa", root=root))
-    write_table(tmp_path / "runs", config)
+    write_table(config, tmp_path / "runs")
     lines = (tmp_path / "runs" / "table.md").read_text().splitlines()
     start = lines.index("| Type | n | psa |")
     (row,) = gather(tmp_path / "runs").rows
@@ -228,7 +228,7 @@ def test_multiple_choice_is_also_counted_by_type(tmp_path: Path) -> None:
 def test_unlike_settings_are_not_averaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path, "a", all_=50)
     write_run(tmp_path, "b", all_=60, config={"head": {"ratio": 0.5}})
-    records = write_table(tmp_path, NO_ANNOTATIONS)
+    records = write_table(NO_ANNOTATIONS, tmp_path)
     assert [(r["model"], r["all"]) for r in records] == [("psa", 50.0), ("psa (head.ratio 0.5)", 60.0)]
     assert "psa on direct: several settings were run; psa (head.ratio 0.5) has a separate" in capsys.readouterr().err
 
@@ -237,7 +237,7 @@ def test_messages_call_own_data_by_its_folder(tmp_path: Path, capsys: pytest.Cap
     own = {"data": {"name": "jsonl", "root": "data/mine"}}
     write_run(tmp_path, "a", config=own)
     write_run(tmp_path, "b", config=own | {"head": {"ratio": 0.5}})
-    write_table(tmp_path, NO_ANNOTATIONS)
+    write_table(NO_ANNOTATIONS, tmp_path)
     shown = capsys.readouterr().err
     assert "psa on data/mine: several settings were run" in shown
     assert "data/mine: no intervals and no examples" in shown
@@ -247,7 +247,7 @@ def test_messages_call_own_data_by_its_folder(tmp_path: Path, capsys: pytest.Cap
 def test_a_repeated_seed_is_counted_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path, "a", all_=50)
     write_run(tmp_path, "b", all_=60)
-    (record,) = write_table(tmp_path, NO_ANNOTATIONS)
+    (record,) = write_table(NO_ANNOTATIONS, tmp_path)
     assert record["all"] == 50.0
     assert "b: repeats seed 0 of a" in capsys.readouterr().err
 
@@ -262,7 +262,7 @@ def test_runs_that_learned_from_other_data_or_answer_other_questions_are_no_seed
         (tmp_path / f"s{seed}" / "questions.json").write_text(json.dumps(record))
     write_run(tmp_path, "s3", seed=3, all_=90.0, n=(600, 399))
     write_run(tmp_path, "s4", seed=4, all_=54.0)  # of an earlier version, which recorded nothing
-    (record,) = write_table(tmp_path, NO_ANNOTATIONS)
+    (record,) = write_table(NO_ANNOTATIONS, tmp_path)
     assert record["all"] == round((50 + 51 + 54) / 3, 2)
     shown = capsys.readouterr().err
     assert (
@@ -276,12 +276,12 @@ def test_runs_of_a_sweep_are_no_rows(tmp_path: Path) -> None:
     write_run(tmp_path, "psa")
     write_sweep(tmp_path)
     write_run(tmp_path, "sweeps/ratio_direct/r0.1_s0", config={"head": {"ratio": 0.1}})
-    assert len(write_table(tmp_path, NO_ANNOTATIONS)) == 1
+    assert len(write_table(NO_ANNOTATIONS, tmp_path)) == 1
 
 
 def test_a_part_without_questions_has_no_number(tmp_path: Path) -> None:
     write_run(tmp_path, "psa", binary=None, n=(600, 0))  # type: ignore[arg-type]
-    (record,) = write_table(tmp_path, NO_ANNOTATIONS)
+    (record,) = write_table(NO_ANNOTATIONS, tmp_path)
     assert record["binary"] is None
     assert "| psa | 40.00 | – | 50.00 |" in (tmp_path / "table.md").read_text()
 
@@ -307,7 +307,7 @@ def test_a_part_without_questions_has_no_number(tmp_path: Path) -> None:
 def test_damaged_runs_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage, message: str) -> None:
     write_run(tmp_path, "good", model="egovlp")
     damage(write_run(tmp_path, "bad"))
-    assert [record["model"] for record in write_table(tmp_path, NO_ANNOTATIONS)] == ["egovlp"]
+    assert [record["model"] for record in write_table(NO_ANNOTATIONS, tmp_path)] == ["egovlp"]
     (line,) = [line for line in capsys.readouterr().err.splitlines() if message in line]
     assert line.startswith("table: ")
     assert message in (tmp_path / "table.md").read_text()
@@ -324,7 +324,7 @@ def test_impossible_accuracy_is_refused(tmp_path: Path) -> None:
 def test_no_runs_says_which_command_makes_them(tmp_path: Path, make) -> None:
     make(tmp_path)
     with pytest.raises(TableError, match=r"holds no finished run.*a run\.dir below it: egopatch train fit --conf"):
-        write_table(tmp_path, NO_ANNOTATIONS)
+        write_table(NO_ANNOTATIONS, tmp_path)
     assert not (tmp_path / "table.json").exists()
 
 
@@ -333,13 +333,13 @@ def test_notices_come_from_the_cards(tmp_path: Path) -> None:
     data.mkdir()
     options = {"encoder": {"checkpoint": "weights/EgoVLPv2.pth"}, "data": {"root": str(data)}}
     write_run(tmp_path, "psa", config=options)
-    write_table(tmp_path, NO_ANNOTATIONS)
+    write_table(NO_ANNOTATIONS, tmp_path)
     assert "random stand-ins" not in (tmp_path / "table.md").read_text()
     assert "synthetic" not in (tmp_path / "table.md").read_text()
     (data / "events.jsonl").touch()
     options["encoder"] = {"checkpoint": "weights/egovlp-random.pth"}
     write_run(tmp_path, "egovlp", model="egovlp", config=options)
-    write_table(tmp_path, NO_ANNOTATIONS)
+    write_table(NO_ANNOTATIONS, tmp_path)
     text = (tmp_path / "table.md").read_text()
     assert "are random stand-ins" in text
     assert "synthetic (EgoSynth)" in text
@@ -353,23 +353,23 @@ def test_a_card_may_state_a_notice(tmp_path: Path) -> None:
 def test_uneven_question_counts_are_said(tmp_path: Path) -> None:
     write_run(tmp_path, "a", model="egovlp", n=(500, 400))
     write_run(tmp_path, "b", n=(600, 400))
-    write_table(tmp_path, NO_ANNOTATIONS)
+    write_table(NO_ANNOTATIONS, tmp_path)
     assert "Rows count different questions: egovlp n = 900" in (tmp_path / "table.md").read_text()
 
 
 def test_model_names_cannot_break_the_table(tmp_path: Path) -> None:
     write_run(tmp_path, "a", model="x|<b>")
-    write_table(tmp_path, NO_ANNOTATIONS)
+    write_table(NO_ANNOTATIONS, tmp_path)
     assert "| x\\|&lt;b> |" in (tmp_path / "table.md").read_text()
 
 
 def test_questions_about_quarantined_clips_are_counted(tmp_path: Path) -> None:
     run = write_run(tmp_path, "psa")
-    write_table(tmp_path, NO_ANNOTATIONS)
+    write_table(NO_ANNOTATIONS, tmp_path)
     assert "quarantined" not in (tmp_path / "table.md").read_text()
     test = json.loads((run / "test.json").read_text()) | {"unseen": 7}
     (run / "test.json").write_text(json.dumps(test))
-    write_table(tmp_path, NO_ANNOTATIONS)
+    write_table(NO_ANNOTATIONS, tmp_path)
     assert "Up to 7 test questions are about quarantined clips" in (tmp_path / "table.md").read_text()
 
 

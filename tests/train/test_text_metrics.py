@@ -88,7 +88,7 @@ def runs(tmp_path: Path) -> tuple[Config, Path]:
 @pytest.mark.usefixtures("no_synonyms")
 def test_open_answers_of_qaego4d_stand_in_the_table_and_the_report(runs: tuple[Config, Path]) -> None:
     config, folder = runs
-    (record,) = write_table(folder, config)
+    (record,) = write_table(config, folder)
     questions = load_dataset(config.data).questions["test"]
     near, empty = (text_metrics(questions, {"20": "on the table", "21": given}) for given in ("in a drawer", ""))
     assert record["text"] == {name: round((near[name] + empty[name]) / 2, 2) for name in NAMES}
@@ -103,7 +103,7 @@ def test_open_answers_of_qaego4d_stand_in_the_table_and_the_report(runs: tuple[C
     row = "".join(f"<td>{cell}</td>" for cell in cells.split(" | "))
     assert f"<td>psa</td>{row}</tr>" in page
     (folder / "psa_1" / "predictions.jsonl").unlink()
-    assert "text" not in write_table(folder, config)[0]
+    assert "text" not in write_table(config, folder)[0]
 
 
 def test_a_table_without_the_libraries_says_what_to_install(
@@ -111,7 +111,7 @@ def test_a_table_without_the_libraries_says_what_to_install(
 ) -> None:
     config, folder = runs
     monkeypatch.setattr(nltk.corpus, "wordnet", _Absent())
-    (record,) = write_table(folder, config)
+    (record,) = write_table(config, folder)
     assert list(record)[-1] == "log"
     (line,) = (line for line in (folder / "table.md").read_text().splitlines() if "METEOR" in line)
     assert line.startswith("- Left out, or to check: no BLEU-4, METEOR and ROUGE-L: METEOR needs WordNet")

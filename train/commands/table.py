@@ -13,7 +13,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     config, options = parse_config(parser, args)
     folder = table_folder(config)
-    rows = write_table(folder, config)
+    rows = write_table(config, folder)
     table = folder / "table.md"
     print_result(options.json, {"file": table, "rows": rows}, table.read_text(encoding="utf-8"))
     return 0

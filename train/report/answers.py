@@ -70,7 +70,7 @@ def load_questions(config: Config, split: str) -> Questions:
         known = next((name for name in SPLITS if name == split), config.data.split)
         dataset = load_dataset(dataclasses.replace(config.data, split=known))
     except (DatasetError, OSError) as error:
-        raise SourceError(f"data.root {config.data.root}: {_first_line(error)}") from error
+        raise SourceError(_first_line(error)) from error
     asked = dataset.questions["test"]
     return Questions(
         {question.question_id: question for question in asked if question.counts},

@@ -32,14 +32,14 @@ Texts = Mapping[str, Mapping[str, Interval]]
 TEXTS = "Answers as lower-cased texts, in percent, mean over seeds: by sacrebleu, nltk and rouge-score."
 
 
-def write_table(folder: Path, config: Config) -> list[dict[str, Any]]:
+def write_table(config: Config, folder: Path) -> list[dict[str, Any]]:
     """Write `table.md` and `table.json` into `folder` from the runs below it.
 
     Incomplete and damaged runs are listed below the table and on stderr, one line each.
 
     Args:
-        folder: Folder of the runs.
         config: Config of one of the runs, whose annotations the intervals need.
+        folder: Folder of the runs.
 
     Returns:
         The rows of `table.json`: `model` (label of the row), `split`, `open`, `binary`, `all` (percent, two decimals,
