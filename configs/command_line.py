@@ -5,10 +5,13 @@ import dataclasses
 import difflib
 import itertools
 import re
+import shlex
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import jsonargparse
@@ -18,6 +21,8 @@ from egopatch.configs.wrong_types import reworded
 from egopatch.configs.yaml_faults import find_fault
 
 _SECTIONS = [section.name for section in dataclasses.fields(Config)]
+# Stands for the experiment in messages of code that does not see the command line; see `name_experiment`.
+UNNAMED = "--config CONFIG"
 # How YAML writes a null.
 _NULLS = ("null", "Null", "NULL", "~")
 
@@ -262,6 +267,35 @@ def overrides_in(args: Sequence[str]) -> list[str]:
         if name.startswith("--") and name[2:] in option_names():
             found += [arg] if equals else args[place : place + 2]
     return found
+
+
+def experiment_in(args: Sequence[str]) -> list[str]:
+    """What a command line says about its experiment: its `--config` and the options in place of it."""
+    configs: list[str] = []
+    for before, arg in itertools.pairwise(["", *args]):
+        if before == "--config" or arg.startswith("--config="):
+            configs += ["--config", arg.removeprefix("--config=")]
+    return [*configs, *overrides_in(args)]
+
+
+def name_experiment(text: str, args: Sequence[str]) -> str:
+    """`text` with the experiment of a command line in place of `UNNAMED`, so that its commands can be run.
+
+    A command line without `--config` leaves the text as it is: its options may belong to the experiment of a run.
+    """
+    experiment = experiment_in(args)
+    return text.replace(UNNAMED, shlex.join(experiment)) if "--config" in experiment else text
+
+
+@contextmanager
+def experiment_named(args: Sequence[str]) -> Iterator[None]:
+    """Inside the block, errors name the experiment of a command line as `name_experiment` does."""
+    try:
+        yield
+    except Exception as error:
+        if error.args and isinstance(error.args[0], str):
+            error.args = (name_experiment(error.args[0], args), *error.args[1:])
+        raise
 
 
 def parse_config(parser: ConfigParser, args: Sequence[str]) -> tuple[Config, jsonargparse.Namespace]:

@@ -24,6 +24,7 @@ from egopatch.extract.worker.pipeline import Target, fill_stores
 from egopatch.features import ShardOwned, ShardWork, Store, StoreError, create_store, open_store
 from egopatch.features.common.machine import limit_threads
 from egopatch.features.common.progress import ProgressDisplay
+from egopatch.features.common.units import counted
 from egopatch.features.state.counts import read_ledger
 
 WAIT_POLL_S = 1.0
@@ -109,12 +110,12 @@ def extract_together(
     if together:
         _encode_together(stores, clips)
     for opened in stores:
-        works = _left_by_others(opened.store, opened.works, wait, "clips") if together else opened.works
+        works = _left_by_others(opened.store, opened.works, wait, "clip") if together else opened.works
         while works:
             display = ProgressDisplay("encode", _count(works), "clips")
             with shortage_explained(opened.job.config.encoder), display:
                 opened.stats += encode_with_engine(opened.job, opened.store, works, clips, display.advance)
-            works = _left_by_others(opened.store, works, wait, "clips")
+            works = _left_by_others(opened.store, works, wait, "clip")
     return [opened.finish(dataset, job_slice) for opened in stores]
 
 
@@ -184,16 +185,16 @@ class _Texts:
             return
         texts = [text for work in self.works for text in work.ids]
         if cut := cut_texts(self.network.tokenizer, texts):
-            length = self.network.config.text.max_length
+            length, total = self.network.config.text.max_length, counted(len(texts), "question text")
             print(
-                f"note: {len(cut)} of {len(texts)} question texts have {length} tokens (text.max_length) or more, and"
-                " are read up to there",
+                f"note: {counted(len(cut), f'of {total} has', f'of {total} have')} {length} tokens (text.max_length) or"
+                " more, read up to there",
                 flush=True,
             )
         works = self.works
         while works:
             encode_texts(self.network, self.store, works)
-            works = _left_by_others(self.store, works, wait, "questions")
+            works = _left_by_others(self.store, works, wait, "question")
         self.network.encoder.to("meta")  # the device's memory is for clips from now on
         self.store.catalog.refresh()
 
@@ -287,7 +288,7 @@ def _left_by_others(store: Store, works: list[ShardWork], wait: bool, unit: str)
         if not works:
             return []
         if not announced:
-            print(f"waiting for {_count(works)} {unit} in shards that other processes hold", flush=True)
+            print(f"waiting for {counted(_count(works), unit)} in shards that other processes hold", flush=True)
             announced = True
         time.sleep(WAIT_POLL_S)
     return []

@@ -18,7 +18,7 @@ with interrupts_in_one_line("features"):
     from pathlib import Path
 
     from egopatch.features.common.command_line import describe_failure, local_path, run_command
-    from egopatch.features.common.units import format_bytes
+    from egopatch.features.common.units import counted, format_bytes
     from egopatch.features.formats.interface import CODECS, require_format
     from egopatch.features.state.catalog import Catalog
     from egopatch.features.state.counts import machines_line
@@ -221,7 +221,7 @@ def _lines(result: Result, indent: str = "") -> Iterator[str]:
         if name == "quarantine":
             yield f"{indent}{name}: {len(value)}"
             for clip, record in value.items():
-                yield f"{indent}  {clip!r}: {record['reason']} ({record['attempts']} attempts)"
+                yield f"{indent}  {clip!r}: {record['reason']} ({counted(record['attempts'], 'attempt')})"
         elif name == "arrays":
             yield f"{indent}{name}:"
             yield from (f"{indent}  {array}: {spec['dtype']} {list(spec['shape'])}" for array, spec in value.items())
@@ -257,13 +257,15 @@ def _check_sources(options: argparse.Namespace) -> "SourceReport":
 
 
 def _source_lines(report: "SourceReport", options: argparse.Namespace) -> Iterator[str]:
-    yield f"{options.sources}: {report.files} videos hashed, {len(report.changed)} changed, {report.gone} gone"
+    hashed = counted(report.files, "video")
+    yield f"{options.sources}: {hashed} hashed, {len(report.changed)} changed, {report.gone} gone"
     for file, clips in report.changed.items():
-        yield f"  {file} has changed since {len(clips)} clips were encoded, such as {clips[0]!r}"
+        since = counted(len(clips), "clip was", "clips were")
+        yield f"  {file} has changed since {since} encoded, such as {clips[0]!r}"
     for file, reason in report.unreadable.items():
         yield f"  {file} cannot be read: {reason}"
     if report.unrecorded:
-        yield f"{report.unrecorded} clips were stored before stores recorded their video, and cannot be checked"
+        yield f"{counted(report.unrecorded, 'clip')} came without the name of a video, and cannot be checked"
     if report.changed:
         yield (
             f"run `egopatch features repair {shlex.quote(str(options.store))} --sources "
@@ -286,8 +288,9 @@ def _verify_result(report: "VerifyReport") -> Result:
 
 
 def _verify_lines(report: "VerifyReport") -> Iterator[str]:
-    rows = f"{report.clips} clips" + (f" and {report.texts} texts" if report.texts else "")
-    yield f"{report.path}: {rows} in {report.shards} shards, {format_bytes(report.nbytes)} in {report.seconds:.2f} s"
+    rows = counted(report.clips, "clip") + (f" and {counted(report.texts, 'text')}" if report.texts else "")
+    shards = counted(report.shards, "shard")
+    yield f"{report.path}: {rows} in {shards}, {format_bytes(report.nbytes)} in {report.seconds:.2f} s"
     for fault in report.faults:
         yield f"  {fault.where} {fault.what}"
     for name in report.bad_clips:
@@ -295,7 +298,7 @@ def _verify_lines(report: "VerifyReport") -> Iterator[str]:
     if report.ok:
         yield "every committed clip reads back bit for bit"
     else:
-        counts = f"{len(report.faults)} faults, {len(report.bad_clips)} bad clips"
+        counts = f"{counted(len(report.faults), 'fault')}, {counted(len(report.bad_clips), 'bad clip')}"
         yield f"{counts}: run `egopatch features repair {shlex.quote(str(report.path))}`"
 
 
@@ -324,7 +327,9 @@ def _unlock(options: argparse.Namespace) -> Outcome:
         catalog = _catalog(options.store)
         shards = max(map(catalog.shard_of, catalog.rows.values()), default=-1) + 1
         if not 0 <= options.shard < shards:
-            raise WrongOption(f"--shard is {options.shard}, but {options.store} has {shards} shards, counted from 0")
+            raise WrongOption(
+                f"--shard is {options.shard}, but {options.store} has {counted(shards, 'shard')}, counted from 0"
+            )
     lines = [f"removed lease {line}" for line in removed]
     return 0, {"removed": removed}, "\n".join(lines or [f"{options.store} has no leases to remove"])
 
@@ -381,7 +386,8 @@ def _export(options: argparse.Namespace) -> Outcome:
         out = options.store.with_name(out.name)
     with _progress("export", "clips", options) as on_clips:
         clips = export(options.store, out, options.to, options.pooled, options.by == "video", on_clips)
-    return 0, {"out": str(out), "clips": clips}, f"{out}: {clips} clips as {options.to}, from {options.store}"
+    written = f"{out}: {counted(clips, 'clip')} as {options.to}, from {options.store}"
+    return 0, {"out": str(out), "clips": clips}, written
 
 
 def _import(options: argparse.Namespace) -> Outcome:
@@ -396,7 +402,7 @@ def _import(options: argparse.Namespace) -> Outcome:
 
 
 def _copied(store: "Store", source: Location) -> str:
-    lines = [f"{store.path}: {len(store.clip_ids)} clips, {format_bytes(store.nbytes)}, from {source}"]
+    lines = [f"{store.path}: {counted(len(store.clip_ids), 'clip')}, {format_bytes(store.nbytes)}, from {source}"]
     lines += [
         f"{array}: reconstruction error {error:.2%} (relative root mean square, worst clip)"
         for array, error in store.reconstruction_error.items()

@@ -5,6 +5,7 @@ Six clips of three videos are encoded once. Each stage then changes the annotati
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -23,6 +24,7 @@ from egopatch.extract.datasets.origins import origin_of
 from egopatch.extract.worker.device import describe_machine
 from egopatch.features import AbsentClip, open_store
 from egopatch.features.__main__ import main as features
+from egopatch.features.common.units import counted
 from egopatch.features.io import file_lease
 from egopatch.features.state.ledger import raw_ledger_journal
 from egopatch.features.storage.pick import storage_at
@@ -41,17 +43,8 @@ def options(root: Path, *more: str) -> list[str]:
         *("--config", "configs/demo/egovlpv2.yaml", "--data.name", "jsonl", "--data.root", str(root / "data")),
         *("--encoder.checkpoint", str(root / "weights.pth"), "--text.model", str(root / "tokenizer")),
         *("--store.path", str(root / "store"), "--store.shard", "2", "--engine.decoders", "1", "--encoder.batch", "2"),
-        *(
-            "--run.dir",
-            str(root / "run"),
-            "--head.name",
-            "egovlp",
-            "--train.epochs",
-            "1",
-            "--train.device",
-            "cpu",
-            *more,
-        ),
+        *("--run.dir", str(root / "run"), "--head.name", "egovlp", "--train.epochs", "1", "--train.device", "cpu"),
+        *more,
     ]
 
 
@@ -183,8 +176,12 @@ def test_stale_clips_are_named_and_never_used(
     assert found["committed"] == 6
     assert extract(["status", *options(root)]) == 0
     said = capsys.readouterr().out
-    assert f"{len(stale)} clips are stale: " in said
-    assert "extract run --config CONFIG --refresh" in said
+    told = counted(len(stale), "clip is stale: ", "clips are stale: ")
+    again = shlex.join(["egopatch", "extract", "run", *options(root), "--refresh"])
+    assert told in said
+    assert f"run `{again}`" in said
+    assert extract(["doctor", *options(root)]) == 1
+    assert f"`{again}` encodes them again" in capsys.readouterr().out
 
     assert extract(["doctor", *options(root, "--json")]) == 1
     findings = json.loads(capsys.readouterr().out)["findings"]
@@ -195,14 +192,16 @@ def test_stale_clips_are_named_and_never_used(
     assert extract(["plan", *options(root, "--probe", "0", "--json")]) == 1
     plan = json.loads(capsys.readouterr().out)
     assert set(plan["stale"]) == stale
-    assert any("clips are stale" in line for line in plan["refusals"])
+    assert any(told in line for line in plan["refusals"])
+    assert extract(["plan", *options(root, "--probe", "0")]) == 1
+    assert f"run `{again}`" in capsys.readouterr().out
 
     for command, run in ((extract, "run"), (train, "fit")):
         assert command([run, *options(root)]) == 1
         (line,) = capsys.readouterr().err.splitlines()
-        assert f"{len(stale)} clips are stale: " in line
+        assert told in line
         assert reason in line
-        assert "--refresh" in line
+        assert f"run `{again}`" in line
         assert "another store.path if the store holds another data set" in line
     assert contents(root / "store") == before  # not even a row for a new clip
 
@@ -225,7 +224,7 @@ def test_what_proves_nothing_makes_no_clip_stale(
     assert extract(["run", *options(root)]) == 0
     out = capsys.readouterr().out
     assert "this run encoded 0 clips" in out
-    assert "clips are stale" not in out
+    assert "stale: c" not in out
 
 
 def test_stale_clips_that_no_question_asks_about_do_not_keep_others_from_training(root: Path) -> None:
@@ -245,7 +244,7 @@ def test_refresh_encodes_the_stale_clips_and_no_others(root: Path, capsys: pytes
     assert extract(["run", *options(root, "--refresh")]) == 0
     assert "7/7 clips" in (out := capsys.readouterr().out)
     assert "this run encoded 4 clips" in out
-    assert "clips are stale" not in out
+    assert "stale: c" not in out
     assert extract(["run", *options(root, "--store.path", str(root / "anew"))]) == 0
     ids = [*sorted(ALL), "new"]
     refreshed, anew = open_store(root / "store"), open_store(root / "anew")
@@ -289,16 +288,16 @@ def test_a_store_of_the_version_before_says_what_it_does_not_know(
     journal.rewrite(lambda lines: [{k: value for k, value in line.items() if k != "origins"} for line in lines])
     move(root)
     capsys.readouterr()
-    note = "6 clips were stored before stores recorded stretch and video file"
+    note = "6 clips came without stretch and video file, by `features import` or from an earlier version"
     for command in ("status", "run"):
         assert extract([command, *options(root)]) == 0
         out = capsys.readouterr().out
         assert note in out
-        assert "clips are stale" not in out
+        assert "stale: c" not in out
     assert extract(["plan", *options(root, "--probe", "0")]) == 0
     assert note in capsys.readouterr().out
     assert extract(["doctor", *options(root)]) == 0
-    assert "note: 6 clips stored before stores recorded" in capsys.readouterr().out
+    assert "note: 6 clips that were imported or that an earlier version stored" in capsys.readouterr().out
     assert train(["fit", *options(root)]) == 0
     assert note in capsys.readouterr().out
     assert features(["info", str(root / "store")]) == 0
@@ -364,21 +363,21 @@ def test_a_run_whose_clips_were_encoded_again_is_neither_resumed_nor_evaluated(
     move(root)
     assert train(["report", *options(root, "--run.table", str(root))]) == 0
     page = (root / "report.html").read_text()
-    assert "1 clips are stale: c1 (stretch is 0.5 s to 1.5 s now" in page
+    assert "1 clip is stale: c1 (stretch is 0.5 s to 1.5 s now" in page
     assert "encoded again or removed" not in page
 
     encode_again(root, "c1")
     capsys.readouterr()
-    refusal = f"{root / 'run'}: 1 clips of {root / 'store'} were encoded again or removed after this run had been "
+    refusal = f"{root / 'run'}: 1 clip of {root / 'store'} was encoded again or removed after this run had been "
     for command in ("evaluate", "fit"):
         assert train([command, *options(root)]) == 1
         said = errors(capsys)
         assert refusal in said
-        assert "'c1'; train again in another folder (egopatch train fit --config CONFIG --run.dir FOLDER" in said
+        assert "'c1'; train again in another folder (egopatch train fit --config configs/demo/egovlpv2.yaml " in said
     assert train(["report", *options(root, "--run.table", str(root))]) == 0
     page = (root / "report.html").read_text()
-    assert f"{root / 'run'}: 1 clips were encoded again or removed" in page
-    assert "clips are stale" not in page
+    assert f"{root / 'run'}: 1 clip was encoded again or removed" in page
+    assert "stale: c" not in page
     capsys.readouterr()
 
     (root / "run" / "test.json").unlink()  # as if it had been interrupted
@@ -441,6 +440,6 @@ def test_a_refreshing_job_waits_for_a_held_shard_and_encodes_what_is_left(
         monkeypatch.setattr(run_module, "time", SimpleNamespace(sleep=lambda seconds: held.close()))
         assert extract(["run", *options(root, "--refresh", "--wait")]) == 0
     out = capsys.readouterr().out
-    assert "waiting for 1 clips in shards that other processes hold" in out
+    assert "waiting for 1 clip in shards that other processes hold" in out
     assert "this run encoded 2 clips" in out
     same_rows(root, "anew")

@@ -9,7 +9,7 @@ from types import ModuleType
 from egopatch.interrupt import interrupts_in_one_line
 
 with interrupts_in_one_line("train"):
-    from egopatch.configs.command_line import ConfigParser
+    from egopatch.configs.command_line import ConfigParser, experiment_named
     from egopatch.configs.schema import ConfigError
     from egopatch.extract.datasets import DatasetError
     from egopatch.extract.errors import CheckpointError, JobFailed
@@ -40,10 +40,15 @@ def main(args: Sequence[str] | None = None, program: str = "train") -> int:
     if isinstance(name, int):
         return name
     parser = ConfigParser(prog=f"{program} {name}", description=COMMANDS[name])
+
+    def command() -> int:
+        # Imported when it is called, to save start-up time: most commands need torch, which takes seconds to import.
+        with experiment_named(args[1:]):
+            return int(load_command(name).main(parser, args[1:]))
+
     return run_command(
         f"{parser.prog} (rank {os.environ['RANK']})" if "RANK" in os.environ else parser.prog,
-        # Imported when it is called, to save start-up time: most commands need torch, which takes seconds to import.
-        lambda: load_command(name).main(parser, args[1:]),
+        command,
         wrong_usage=(DatasetError, CheckpointError, ConfigError, BadLocation, FingerprintMismatch),
         failures=(StoreError, ValueError, OSError, JobFailed),
     )

@@ -1,19 +1,14 @@
 """What brings clips back from quarantine: the very command line, for the end of a command's output."""
 
-import itertools
 import shlex
 from collections.abc import Sequence
 
-from egopatch.configs.command_line import overrides_in
+from egopatch.configs.command_line import experiment_in
 
 
 def retry_command(args: Sequence[str]) -> str:
     """`egopatch extract retry` for the experiment of a command line: its `--config` and its options in place of it."""
-    configs: list[str] = []
-    for before, arg in itertools.pairwise(["", *args]):
-        if before == "--config" or arg.startswith("--config="):
-            configs += ["--config", arg.removeprefix("--config=")]
-    return shlex.join(["egopatch", "extract", "retry", *configs, *overrides_in(args)])
+    return shlex.join(["egopatch", "extract", "retry", *experiment_in(args)])
 
 
 def after_quarantine(command: str) -> str:

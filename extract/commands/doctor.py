@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from egopatch.configs.command_line import ConfigParser, parse_options
+from egopatch.configs.command_line import ConfigParser, name_experiment, parse_options
 from egopatch.configs.schema import DataConfig
 from egopatch.features.common.command_line import print_result
 
@@ -22,7 +22,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     diagnosis = examine(config) if has_data else None
     checks = check_machine(Path.cwd())
     found = {} if diagnosis is None else dataclasses.asdict(diagnosis)
-    lines = [*map(str, checks), *([] if diagnosis is None else [format_diagnosis(diagnosis)])]
+    lines = [*map(str, checks), *([] if diagnosis is None else [name_experiment(format_diagnosis(diagnosis), args)])]
     print_result(options.json, {**found, "machine": [dataclasses.asdict(check) for check in checks]}, "\n".join(lines))
     sound = (diagnosis is None or diagnosis.sound) and not any(check.state == "error" for check in checks)
     return 0 if sound else 1

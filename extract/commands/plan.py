@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
-from egopatch.configs.command_line import ConfigParser, parse_config
+from egopatch.configs.command_line import ConfigParser, name_experiment, parse_config
 from egopatch.features.common.command_line import messages_apart, print_result
 
 
@@ -41,5 +41,5 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         return 0
     with messages_apart(options.json):  # such as the note of an encoder that cannot be captured
         plan = make_plan(config, options.probe)
-    print_result(options.json, dataclasses.asdict(plan), format_plan(plan))
+    print_result(options.json, dataclasses.asdict(plan), name_experiment(format_plan(plan), args))
     return 1 if plan.refusals else 0

@@ -5,7 +5,12 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from egopatch.configs.command_line import ConfigParser, parse_config
+from egopatch.configs.command_line import (
+    ConfigParser,
+    experiment_named,
+    name_experiment,
+    parse_config,
+)
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.commands.again import after_quarantine, retry_command
 from egopatch.extract.engines.interrupts import REQUEUE, Requeue, requeue_on_signals
@@ -13,6 +18,7 @@ from egopatch.extract.engines.job_slice import ALL_SHARDS, Slice
 from egopatch.extract.errors import JobFailed
 from egopatch.extract.worker.bounds import bound_line, ceilings
 from egopatch.features.common.command_line import INTERRUPTED, messages_apart, print_result
+from egopatch.features.common.units import counted
 from egopatch.features.state.counts import machines_line
 
 if TYPE_CHECKING:
@@ -45,8 +51,7 @@ def main(parser: ConfigParser, args: Sequence[str], retry: bool = False) -> int:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     with messages_apart(options.json):
-        retries = [retry_command(line) for line in lines]
-        code, results = encode(parser.prog, configs, retries, retry, job_slice, options.refresh, options.wait)
+        code, results = encode(parser.prog, configs, lines, retry, job_slice, options.refresh, options.wait)
     if results:
         print_result(options.json, {"stores": as_records(configs, results)})
     return code
@@ -55,7 +60,7 @@ def main(parser: ConfigParser, args: Sequence[str], retry: bool = False) -> int:
 def encode(
     program: str,
     configs: Sequence[Config],
-    retries: Sequence[str],
+    lines: Sequence[Sequence[str]],
     retry: bool = False,
     job_slice: Slice = ALL_SHARDS,
     refresh: bool = False,
@@ -66,7 +71,7 @@ def encode(
     Args:
         program: Name of the command, for errors.
         configs: The experiments; as for `extract_together`, as are the arguments that are not described here.
-        retries: The command line that tries the quarantined clips of each again.
+        lines: The command line of each, from `--config` on, for the commands that messages name.
 
     Returns:
         The exit code of `extract run`, and a result for each config, none if the work failed.
@@ -79,7 +84,8 @@ def encode(
         if advice := arithmetic_advice(config, device_of(config.encoder.device)):
             print(f"advice: {advice}", flush=True)
     try:
-        with requeue_on_signals():
+        # Of several stores, nothing says here which one an error is about.
+        with requeue_on_signals(), experiment_named(lines[0] if len(lines) == 1 else []):
             results = extract_together(configs, retry, job_slice, refresh, wait)
     except JobFailed as error:
         print(f"{program}: failed: {error}. Committed shards are kept.", file=sys.stderr)
@@ -87,13 +93,13 @@ def encode(
     except Requeue as notice:
         print(f"{program}: interrupted by {notice}; run the same command again to resume", file=sys.stderr)
         return REQUEUE, []
-    for config, result, again in zip(configs, results, retries, strict=True):
-        _report(config, result, again)
+    for config, result, line in zip(configs, results, lines, strict=True):
+        _report(config, result, line)
     clips_left, texts_left = (sum(getattr(result, name) for result in results) for name in ("clips_left", "texts_left"))
     if clips_left or texts_left:
         print(
-            f"{program}: {clips_left} clips and {texts_left} questions are left, in shards that other"
-            " processes hold; run the same command with --wait, or again when those processes have ended",
+            f"{program}: {counted(clips_left, 'clip')} and {counted(texts_left, 'question')} are left, in shards "
+            "that other processes hold; run the same command with --wait, or again when those processes have ended",
             file=sys.stderr,
         )
         return HELD, results
@@ -134,13 +140,13 @@ def split_configs(args: Sequence[str]) -> list[list[str]]:
     return [[*args[:first], file, *args[first + len(files) :]] for file in files]
 
 
-def _report(config: Config, result: "ExtractionResult", again: str) -> None:
+def _report(config: Config, result: "ExtractionResult", args: Sequence[str]) -> None:
     stats = result.stats
     complete = (result.clips, result.texts) == (result.planned, result.texts_planned)
     ending = ", nothing is missing" if complete and not stats.committed else ""
     print(
-        f"{config.store.path}: {result.clips}/{result.planned} clips and {result.texts} questions stored;"
-        f" this run encoded {stats.committed} clips{ending}"
+        f"{config.store.path}: {result.clips}/{result.planned} clips and {counted(result.texts, 'question')} stored;"
+        f" this run encoded {counted(stats.committed, 'clip')}{ending}"
     )
     if stats.stages.total_s:
         print(f"time: {stats.stages}")
@@ -153,6 +159,6 @@ def _report(config: Config, result: "ExtractionResult", again: str) -> None:
     for clip_id, reason in result.quarantine.items():
         print(f"quarantined {clip_id}: {reason}")
     if result.quarantine:
-        print(after_quarantine(again))
+        print(after_quarantine(retry_command(args)))
     for line in [*result.check.lines(), *filter(None, [machines_line(result.machines)])]:
-        print(line)
+        print(name_experiment(line, args))

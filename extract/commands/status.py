@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from egopatch.configs.command_line import ConfigParser, parse_config
+from egopatch.configs.command_line import ConfigParser, name_experiment, parse_config
 from egopatch.configs.schema import Config
 from egopatch.extract.commands.again import after_quarantine, retry_command
 from egopatch.extract.datasets import DatasetError, load_clips
@@ -42,7 +42,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     if line := bound_line(rates):
         lines.append(f"the last job was {line}")
     for line in lines:
-        print(line)
+        print(name_experiment(line, args))
     return 0
 
 

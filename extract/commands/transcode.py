@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from egopatch.configs.command_line import ConfigParser, parse_config
 from egopatch.features.common.command_line import local_path, messages_apart, print_result
-from egopatch.features.common.units import format_bytes
+from egopatch.features.common.units import counted, format_bytes
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
@@ -30,8 +30,8 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     print_result(
         options.json,
         {"out": options.out, "made": made, "bytes": size, "kept": result.kept, "failed": result.failed},
-        f"{options.out}: {made} clips transcoded ({format_bytes(size)}; {SETTINGS}), {result.kept} were"
-        f" there, {len(result.failed)} failed; use them with --data.root {shlex.quote(str(options.out))} and another"
-        " --store.path",
+        f"{options.out}: {counted(made, 'clip')} transcoded ({format_bytes(size)}; {SETTINGS}), "
+        f"{counted(result.kept, 'was', 'were')} there, {len(result.failed)} failed; use them with --data.root "
+        f"{shlex.quote(str(options.out))} and another --store.path",
     )
     return 1 if result.failed else 0

@@ -9,9 +9,9 @@ from jsonargparse.typing import PositiveFloat
 from egopatch.configs.command_line import ConfigParser, parse_config, take_option
 from egopatch.configs.packaged import packaged_config
 from egopatch.configs.schema import ConfigError
-from egopatch.extract.commands.again import retry_command
 from egopatch.extract.commands.run import as_records, encode
 from egopatch.features.common.command_line import messages_apart, print_result
+from egopatch.features.common.units import counted
 
 # What `--encoder NAME` stands for.
 ENCODERS = {"lite": "own_videos_lite", "dinov2": "own_videos_dinov2", "egovlpv2": "own_videos"}
@@ -44,9 +44,10 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
 
     with messages_apart(options.json):
         own = prepare_own_videos(options.folder, Path(options.out), base, options.clip_seconds)
-        print(f"{options.folder}: {own.videos} videos, {own.clips} clips, listed in {own.clips_file}", flush=True)
+        found = f"{counted(own.videos, 'video')}, {counted(own.clips, 'clip')}"
+        print(f"{options.folder}: {found}, listed in {own.clips_file}", flush=True)
         try:
-            code, results = encode(parser.prog, [own.config], [retry_command(["--config", str(own.config_file)])])
+            code, results = encode(parser.prog, [own.config], [["--config", str(own.config_file)]])
         finally:
             own.remove_without_store()
         if code == 0:

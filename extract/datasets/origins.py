@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from egopatch.configs.command_line import UNNAMED
 from egopatch.extract.datasets.records import Clip
+from egopatch.features.common.units import counted
 from egopatch.features.state.origin import Origin
 
 SHOWN = 3
-REFRESH = "egopatch extract run --config CONFIG --refresh"
+REFRESH = f"egopatch extract run {UNNAMED} --refresh"
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class OriginCheck:
 
     Attributes:
         stale: Id -> how the row differs from the annotations, for each stale clip.
-        unrecorded: Number of clips that an earlier version stored without what they were made of.
+        unrecorded: Number of clips stored without what they were made of: imported, or by an earlier version.
     """
 
     stale: Mapping[str, str]
@@ -36,8 +38,8 @@ class OriginCheck:
         first = "; ".join(f"{clip_id} ({difference})" for clip_id, difference in islice(self.stale.items(), SHOWN))
         more = f"; and {len(self.stale) - SHOWN} more" if len(self.stale) > SHOWN else ""
         return (
-            f"{len(self.stale)} clips are stale: {first}{more}; run `{REFRESH}` to encode them again, or use another "
-            "store.path if the store holds another data set"
+            f"{counted(len(self.stale), 'clip is', 'clips are')} stale: {first}{more}; run `{REFRESH}` to encode them "
+            "again, or use another store.path if the store holds another data set"
         )
 
     def lines(self) -> list[str]:
@@ -47,10 +49,10 @@ class OriginCheck:
 
 
 def unrecorded_line(clips: int) -> str:
-    """What is unknown about so many clips that an earlier version stored."""
+    """What is unknown about so many clips that were imported or that an earlier version stored."""
     return (
-        f"{clips} clips were stored before stores recorded stretch and video file; whether they still match the "
-        "annotations cannot be checked"
+        f"{counted(clips, 'clip')} came without stretch and video file, by `features import` or from an earlier "
+        "version; whether the annotations still match cannot be checked"
     )
 
 

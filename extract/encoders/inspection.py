@@ -21,6 +21,7 @@ from egopatch.extract.encoders.checkpoints.checkpoint import (
 from egopatch.extract.encoders.checkpoints.standin import published_shapes
 from egopatch.extract.encoders.layers.projection import text_layers
 from egopatch.extract.encoders.layers.spacetime import VideoSizes
+from egopatch.features.common.units import counted
 from egopatch.features.io.files import replacing
 
 # Tensors that no encoder or head here reads: the pretraining heads, and buffers.
@@ -86,7 +87,8 @@ class CheckpointReport:
         """
         if faults := [*self.missing, *self.reshaped]:
             raise CheckpointError(
-                f"{self.path}: {len(faults)} tensors are missing or have the wrong shape, the first is {faults[0]}; "
+                f"{self.path}: {counted(len(faults), 'tensor is', 'tensors are')} missing or of the wrong shape, the "
+                f"first is {faults[0]}; "
                 f"list all of them with `egopatch extract checkpoint inspect {shlex.quote(str(self.path))}`"
             )
 
@@ -100,7 +102,8 @@ class CheckpointReport:
             f"{self.blocks} video blocks, {fused}; {self.text_layers} text layers; {answers}",
             f"{self.frames} frames of {self.size}x{self.size} pixels, {self.grid[0]}x{self.grid[1]} patches, "
             f"{self.width} channels",
-            f"{self.tensors} tensors, {self.parameters:,} parameters; {len(self.unused)} tensors are not used here",
+            f"{self.tensors} tensors, {self.parameters:,} parameters; "
+            f"{counted(len(self.unused), 'tensor is', 'tensors are')} not used here",
         ]
         listed = {
             "missing tensors": self.missing,

@@ -17,7 +17,7 @@ from egopatch.extract.fetch.sources import Source, Sources
 from egopatch.features.common.disk import free_bytes, nearest_existing
 from egopatch.features.common.os_errors import with_remedy
 from egopatch.features.common.progress import BYTES, ProgressDisplay
-from egopatch.features.common.units import format_bytes
+from egopatch.features.common.units import counted, format_bytes
 from egopatch.features.io.files import write_file
 from egopatch.features.io.lfs import pointer_fault
 from egopatch.features.values.errors import StoreError
@@ -340,9 +340,11 @@ def _unpack(need: RequiredFile, sha256: str | None) -> None:
     if not any(folder.is_dir() for folder in need.contents):
         need.record.unlink()
         expected = " or ".join(map(str, need.contents))
-        raise ArchiveError(f"{need.file}: unpacked {files} files into {need.folder}, but no {expected}; see its page")
+        raise ArchiveError(
+            f"{need.file}: unpacked {counted(files, 'file')} into {need.folder}, but no {expected}; see its page"
+        )
     _write_record(need, {"sha256": sha256, "complete": True, "files": files, "bytes": size})
-    print(f"unpacked {files} files, {format_bytes(size)}; {need.file} may be deleted now", flush=True)
+    print(f"unpacked {counted(files, 'file')}, {format_bytes(size)}; {need.file} may be deleted now", flush=True)
 
 
 def _write_record(need: RequiredFile, record: dict[str, Any]) -> None:

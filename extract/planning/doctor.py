@@ -27,7 +27,7 @@ from egopatch.features.state.origin import Origin
 
 VERIFY_ANSWERS = ("yes", "no")
 SHOWN = 5
-UNRECORDED = "clips stored before stores recorded stretch and video file, so that they cannot be compared"
+UNRECORDED = "clips that were imported or that an earlier version stored, without stretch and video file to compare"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.worker.job_stats import JobStats, jobs_path, read_jobs, stats_of
 from egopatch.features import StoreSpec
-from egopatch.features.common.units import format_bytes
+from egopatch.features.common.units import counted, format_bytes
 from egopatch.features.formats.registry import format_named
 from egopatch.features.values.dtypes import spec_row_bytes
 
@@ -69,7 +69,7 @@ def measured_cost(store: Path | str) -> ClipCost | None:
         encode_s=(spent.busy_s or spent.encode_s) / clips,
         decode_s=spent.decode_s / clips,
         write_s=spent.write_s / clips,
-        source=f"{clips} clips in {jobs_path(store)}",
+        source=f"{counted(clips, 'clip')} in {jobs_path(store)}",
     )
 
 
@@ -126,11 +126,12 @@ def format_forecast(job: Forecast) -> str:
     cost = job.cost
     return "\n".join(
         [
-            f"clips      {job.clips} on {job.gpus} GPUs, {job.cores} cores each: {job.clips_per_second:.1f} a second",
+            f"clips      {job.clips} on {counted(job.gpus, 'GPU')}, {counted(job.cores, 'core')} each: "
+            f"{job.clips_per_second:.1f} a second",
             f"time       {job.hours:.1f} h, {job.gpu_hours:.0f} GPU hours; bound by {job.bound_by}"
-            f" ({job.cores_to_keep_up} cores keep up with a GPU)",
-            f"writes     {job.shards} shards in {job.files} files, {format_bytes(job.bytes_to_write)},"
-            f" {format_bytes(job.write_gb_s * 1e9)}/s",
+            f" ({counted(job.cores_to_keep_up, 'core keeps', 'cores keep')} up with a GPU)",
+            f"writes     {counted(job.shards, 'shard')} in {counted(job.files, 'file')}, "
+            f"{format_bytes(job.bytes_to_write)}, {format_bytes(job.write_gb_s * 1e9)}/s",
             f"a clip     encoding {cost.encode_s:.4f} s, decoding {cost.decode_s:.4f} s, writing {cost.write_s:.4f} s;"
             f" from {cost.source}",
         ]

@@ -21,7 +21,7 @@ from egopatch.extract.worker.job import ExtractionJob, resolve_job
 from egopatch.features import StoreSpec, open_store, store_exists
 from egopatch.features.common.disk import free_bytes
 from egopatch.features.common.machine import limit_threads
-from egopatch.features.common.units import format_bytes
+from egopatch.features.common.units import counted, format_bytes
 from egopatch.features.formats.registry import format_named
 from egopatch.features.state.origin import Origin
 from egopatch.features.values.dtypes import spec_row_bytes
@@ -151,8 +151,8 @@ def disk_refusal(path: Path | str, spec: StoreSpec, clips: int) -> str | None:
     if free is None or needed <= free:
         return None
     return (
-        f"store.path is {path}: {clips} clips need {format_bytes(needed)} and its disk has {format_bytes(free)} free;"
-        " make room or choose another disk"
+        f"store.path is {path}: {counted(clips, 'clip needs', 'clips need')} {format_bytes(needed)} and its disk has "
+        f"{format_bytes(free)} free; make room or choose another disk"
     )
 
 
@@ -160,8 +160,9 @@ def format_plan(plan: Plan) -> str:
     """The plan as a few lines of text."""
     lines = [
         f"clips      {plan.clips}: {plan.done} stored, {plan.quarantined} in quarantine, {plan.todo} to do"
-        + (f" ({plan.without_video} have no video file)" if plan.without_video else ""),
-        f"writes     {plan.shards} shards in {plan.files} files, {format_bytes(plan.bytes_to_write)}"
+        + (f" ({counted(plan.without_video, 'has', 'have')} no video file)" if plan.without_video else ""),
+        f"writes     {counted(plan.shards, 'shard')} in {counted(plan.files, 'file')}, "
+        f"{format_bytes(plan.bytes_to_write)}"
         + (f"; {format_bytes(plan.bytes_free)} free" if plan.bytes_free is not None else ""),
     ]
     if plan.hours is not None and plan.seconds_per_clip is not None:

@@ -16,6 +16,7 @@ from egopatch.extract.writing.commit_processes import CommitProcesses
 from egopatch.features import Failure, ShardOwned, ShardWork, Store, StoreError
 from egopatch.features.common.machine import usable_cores
 from egopatch.features.common.signals import signals_held
+from egopatch.features.common.units import counted
 from egopatch.features.state.commit import commit_shard
 from egopatch.features.state.origin import Origin
 from egopatch.features.store.writer import Rows
@@ -239,9 +240,10 @@ class BackgroundShardWriter:
         encoder = self._store.fingerprint.fields.get("arch")
         if arrays and self._store.spec.kind == "text":
             raise StoreError(
-                f"{len(arrays)} of {len(rows)} texts, such as {min(arrays)!r}, have NaN or infinity in their states, "
-                f"so the text half of the encoder {encoder} is at fault, or its states exceed store.dtype, and none is "
-                "stored: check its weights, or use another --store.dtype and --store.path"
+                f"{len(arrays)} of {counted(len(rows), 'text')}, such as {min(arrays)!r}, came out with NaN or "
+                f"infinity in their states, so the text half of the encoder {encoder} is at fault, or its states "
+                "exceed store.dtype, and none is stored: check its weights, or use another --store.dtype and "
+                "--store.path"
             )
         if len(arrays) == len(rows) > 1:
             raise StoreError(

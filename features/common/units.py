@@ -1,4 +1,9 @@
-"""Sizes as people read them."""
+"""Sizes and counts as people read them."""
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """`1 clip` or `3 clips`: a number, with `one` or with `many` things; by default `many` is `one` with an s."""
+    return f"{number} {one if number == 1 else many or f'{one}s'}"
 
 
 def format_bytes(nbytes: float) -> str:

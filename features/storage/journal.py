@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
+from egopatch.features.common.units import counted
 from egopatch.features.io.fields import MalformedRecord, Record, garbage_collection_paused, get_count
 from egopatch.features.io.files import append_synced, crc32c, locked, write_file
 from egopatch.features.values.errors import DamagedStore, write_conflict
@@ -223,7 +224,7 @@ class FileJournal(Generic[Entry]):
         if head is None:
             faults.append(f"{self.head_path.name} is missing or damaged")
         elif expected < head.lines:
-            faults.append(f"{self.name} ends after {expected} of {head.lines} lines")
+            faults.append(f"{self.name} ends after {expected} of {counted(head.lines, 'line')}")
             lost = lost or expected + torn < head.lines
         position = replace(start, number=expected, end=end)
         return Contents(tuple(lines), start.number == 0, tuple(faults), lost, position)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from egopatch.features.common.units import counted
 from egopatch.features.formats.interface import Format
 from egopatch.features.formats.registry import format_named
 from egopatch.features.state.catalog import Catalog
@@ -266,8 +267,9 @@ class Store:
         origins = self.catalog.ledger.origins(ids)
         if unknown := [name for name in ids if origins[name] is None]:
             raise StoreError(
-                f"store {self.path} does not record the stretch of {len(unknown)} clips, such as {unknown[0]!r}, which "
-                "an earlier version encoded; use timestamps, which start with the clip"
+                f"store {self.path} does not record the stretch of {counted(len(unknown), 'clip')}, such as "
+                f"{unknown[0]!r}, which were imported or which an earlier version encoded; use timestamps, which start "
+                "with the clip"
             )
         starts = [origin.start_s or 0.0 for name in ids if (origin := origins[name]) is not None]
         return timestamps.double() + torch.tensor(starts, dtype=torch.float64)[:, None]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from egopatch.features.common.units import counted
 from egopatch.features.io.files import make_folder, rename_into_place, write_errors_explained
 from egopatch.features.store.store import Store, open_store
 from egopatch.features.tools.convert import OnProgress, require_separate
@@ -98,7 +99,7 @@ def _by_video(store: Store) -> dict[str, list[str]]:
     origins = store.origins()
     if unknown := [name for name, origin in origins.items() if origin is None]:
         raise StoreError(
-            f"store {store.path} does not record the video of {len(unknown)} clips, such as {unknown[0]!r}; "
+            f"store {store.path} does not record the video of {counted(len(unknown), 'clip')}, such as {unknown[0]!r}; "
             "use --by clip"
         )
     videos: dict[str, list[tuple[float, str]]] = {}

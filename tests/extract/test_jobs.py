@@ -152,11 +152,11 @@ def test_retry_reports_and_waits_for_the_shards_of_other_jobs(
         capsys.readouterr()
         assert main(["retry", *options(bare)]) == HELD
         assert capsys.readouterr().err.startswith(
-            "extract retry: 1 clips and 0 questions are left, in shards that other"
+            "extract retry: 1 clip and 0 questions are left, in shards that other"
         )
         monkeypatch.setattr(run, "time", SimpleNamespace(sleep=lambda seconds: held.close()))
         assert main(["retry", *options(bare), "--wait"]) == 0
-    assert "waiting for 1 clips in shards that other processes hold" in capsys.readouterr().out
+    assert "waiting for 1 clip in shards that other processes hold" in capsys.readouterr().out
     assert not open_store(bare / "store").quarantine
 
 

@@ -100,7 +100,7 @@ def test_a_folder_becomes_a_store(
     monkeypatch.chdir(tmp_path)  # the config holds in any folder
     assert main([*command, "--json"]) == 0
     shown = capsys.readouterr()
-    assert "4/5 clips and 1 questions stored; this run encoded 1 clips" in shown.err
+    assert "4/5 clips and 1 question stored; this run encoded 1 clip" in shown.err
     result = json.loads(shown.out)
     assert (result["videos"], result["config"]) == (4, str(file))
     assert result.keys() == documented_keys("extract videos")

@@ -47,7 +47,7 @@ def test_everything_is_resolved_once(bare: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_texts_that_are_cut_are_said(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", *options(bare, "--text.max_length", "4")]) == 0
-    assert "question texts have 4 tokens (text.max_length) or more, and are read up to there" in capsys.readouterr().out
+    assert "question texts have 4 tokens (text.max_length) or more, read up to there" in capsys.readouterr().out
 
 
 def test_more_frames_than_the_checkpoint_was_trained_on_are_said(

@@ -21,7 +21,7 @@ from egopatch.features.common.command_line import describe_failure, local_path
 from egopatch.features.common.os_errors import with_remedy
 from egopatch.features.common.progress import BYTES, ProgressDisplay
 from egopatch.features.common.signals import signal_handlers
-from egopatch.features.common.units import format_bytes
+from egopatch.features.common.units import counted, format_bytes
 from tests.features.conftest import FINGERPRINT, IDS, SPEC
 
 
@@ -40,6 +40,11 @@ from tests.features.conftest import FINGERPRINT, IDS, SPEC
 )
 def test_sizes_have_one_to_three_digits_before_the_point(nbytes: float, text: str) -> None:
     assert format_bytes(nbytes) == text
+
+
+def test_one_thing_is_counted_in_the_singular() -> None:
+    assert [counted(n, "clip") for n in (0, 1, 2)] == ["0 clips", "1 clip", "2 clips"]
+    assert [counted(n, "is", "are") for n in (0, 1, 2)] == ["0 are", "1 is", "2 are"]
 
 
 def test_free_space_of_a_path_that_is_not_there_yet(tmp_path: Path) -> None:

@@ -115,14 +115,14 @@ def test_sources_are_hashed_on_request(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(command) == 0
     out = capsys.readouterr().out
     assert "3 videos hashed, 0 changed, 0 gone" in out
-    assert "1 clips were stored before stores recorded their video" in out
+    assert "1 clip came without the name of a video" in out
     (data / "videos/0.mp4").unlink()
     assert main(command) == 0
     (data / "videos/1.mp4").write_bytes(b"other")  # of the same size
     assert main(command) == 1
     out = capsys.readouterr().out
     assert "2 videos hashed, 1 changed, 1 gone" in out
-    assert f"videos/1.mp4 has changed since 1 clips were encoded, such as {FIRST[1]!r}" in out
+    assert f"videos/1.mp4 has changed since 1 clip was encoded, such as {FIRST[1]!r}" in out
     assert f"repair {store.path} --sources {data}" in out
     assert main(["repair", str(store.path), "--sources", str(data)]) == 0
     check(store.path, {name: n for name, n in OLD.items() if name != FIRST[1]})
@@ -153,7 +153,7 @@ def test_a_video_that_cannot_be_read_hides_no_other(
     monkeypatch.setattr(Path, "is_file", refusing(Path.is_file, "1.mp4"))
     assert main(["verify", str(store.path), "--sources", str(tmp_path)]) == 1
     out = capsys.readouterr().out
-    assert "1 videos hashed, 1 changed, 1 gone" in out
+    assert "1 video hashed, 1 changed, 1 gone" in out
     for file in ("0.mp4", "1.mp4"):
         assert f"  {file} cannot be read: {tmp_path / file}: Permission denied; mount its file system" in out
     assert main(["repair", str(store.path), "--sources", str(tmp_path)]) == 1

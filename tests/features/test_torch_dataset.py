@@ -159,7 +159,7 @@ def test_times_in_the_video(tmp_path: Path) -> None:
     store.write_shard(0, rows, dict.fromkeys(rows, "sha"), origins=origins)
     times = store.video_times(IDS[2::-1])
     assert times.tolist() == [[0.75, 1.75], [0.5, 1.5], [12.5, 13.5]]
-    with pytest.raises(StoreError, match="does not record the stretch of 1 clips"):
+    with pytest.raises(StoreError, match="does not record the stretch of 1 clip,"):
         store.video_times(IDS[:4])
     with pytest.raises(AbsentClip, match="1 requested clip is missing"):
         store.video_times(["nobody"])

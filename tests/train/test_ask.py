@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,8 @@ def test_a_store_without_clips_is_refused(trained: Config, tmp_path: Path, capsy
     for clip in ([], ["--clip", names[0]]):
         assert main([*ask, *clip, "--store.path", str(empty.store.path)]) == 1
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.endswith("store has no clips; run `egopatch extract run --config CONFIG` to encode some")
+        again = shlex.join(["--config", str(trained.run.dir / "config.yaml"), "--store.path", str(empty.store.path)])
+        assert line.endswith(f"store has no clips; run `egopatch extract run {again}` to encode some")
 
 
 def test_the_head_is_the_best_on_val_with_real_weights(tmp_path: Path) -> None:

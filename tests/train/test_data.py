@@ -315,7 +315,7 @@ def test_text_that_was_never_encoded_is_refused(tiny: Config) -> None:
     try:
         path.write_text(before.replace("what colour is the left thing?", "which hue has the left thing?"))
         with pytest.raises(
-            StoreError, match=r"1 question texts are missing from .*, such as 'which hue has the left thing"
+            StoreError, match=r"1 question text is missing from .*, such as 'which hue has the left thing"
         ):
             open_experiment(tiny)
     finally:

@@ -68,7 +68,7 @@ def test_groups_without_questions_have_no_accuracy() -> None:
 def test_a_question_without_an_answer_is_refused() -> None:
     questions, answers = made_up(5)
     del answers["q3"]
-    with pytest.raises(ValueError, match="1 questions have no answer, such as 'q3'"):
+    with pytest.raises(ValueError, match="1 question has no answer, such as 'q3'"):
         score(questions, answers, None)
 
 

@@ -162,7 +162,7 @@ def test_a_file_that_did_not_make_the_store_or_knows_other_answers_is_refused(tm
         evaluate(with_run(tuned, "b", head_checkpoint=other))
     del tensors["module.norm.weight"]
     torch.save(content, other)
-    with pytest.raises(CheckpointError, match=r"1 tensors are missing or have the wrong shape, .* norm\.weight"):
+    with pytest.raises(CheckpointError, match=r"1 tensor is missing or of the wrong shape, .* norm\.weight"):
         evaluate(with_run(tuned, "c", head_checkpoint=other))
 
 

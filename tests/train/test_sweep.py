@@ -219,7 +219,7 @@ def test_runs_of_another_process_are_waited_for(
         result = json.loads(run_sweep(tiny, ratios=[0.25, 0.5], name="shared").read_text())
     assert (result["planned"], result["trained"], len(result["members"])) == (2, 1, 2)
     out = capsys.readouterr().out
-    line = f"sweep shared: waiting for 1 runs of other processes: run folder {folder}/ratio-0.5 is held by process "
+    line = f"sweep shared: waiting for 1 run of other processes: run folder {folder}/ratio-0.5 is held by process "
     assert out.count(line) == 1
     assert not list((folder / "crews").iterdir())
 
@@ -319,7 +319,7 @@ def test_runs_and_points_count_the_answers_that_the_annotations_have_now(tmp_pat
     assert [run["n"] for run in after["members"]] == [64, 64]
     change_answers(config, "test", keep=60)
     message = (
-        r"seed-0 does not answer these test questions \(.*predictions\.jsonl:61: question_id .* and 3 more faults\); "
+        r"seed-0 does not answer these test questions \(.*predictions\.jsonl:61: question_id .* and 3 more\); "
         r"they have changed since it was evaluated, or the file is damaged; evaluate it again: "
         r"egopatch train evaluate --config .*seed-0/config\.yaml"
     )

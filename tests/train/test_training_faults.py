@@ -115,7 +115,7 @@ def test_one_run_of_a_stack_fails_and_the_others_train_as_if_it_had_not(
 
     monkeypatch.setattr(StackedHeads, "_losses", diverges)
     message = (
-        r"1 of 2 runs have no results in .*/sweeps/faulty/sweep\.json: .*/faulty/ratio-0\.5: the loss is nan in epoch "
+        r"1 of 2 runs has no results in .*/sweeps/faulty/sweep\.json: .*/faulty/ratio-0\.5: the loss is nan in epoch "
         r"2, step 12 of 24, at learning rate 0\.002\d?; try a lower --train\.lr \(such as 0\.001\)"
     )
     with pytest.raises(RunError, match=message):
@@ -153,7 +153,7 @@ def test_a_stack_remembers_its_failed_run_over_an_interruption(tiny: Config, mon
     with pytest.raises(KeyboardInterrupt):
         run_sweep(tiny, ratios=[0.25, 0.5])
     monkeypatch.setattr(RunGroup, "learn", real_learn)
-    with pytest.raises(RunError, match=r"1 of 2 runs have no results in .* is (inf|nan) in epoch 1, step 4 of 24"):
+    with pytest.raises(RunError, match=r"1 of 2 runs has no results in .* is (inf|nan) in epoch 1, step 4 of 24"):
         run_sweep(tiny, ratios=[0.25, 0.5])
 
 
@@ -164,7 +164,7 @@ def test_a_sweep_with_a_failed_run_exits_with_1(
     grid.write_text("train.lr: [3.0e-3, 1.0e+30]\n")
     assert main(["sweep", "--config", config_file, "--grid", str(grid)]) == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith("train sweep: failed: 1 of 2 runs have no results in ")
+    assert captured.err.startswith("train sweep: failed: 1 of 2 runs has no results in ")
     assert captured.err.endswith("or a longer --train.warmup, in a sweep with another --name\n")
     assert captured.err.count("\n") == 1
     assert "train.lr 0.003: open" in captured.out

@@ -8,6 +8,7 @@ from typing import Any
 
 from egopatch.configs.schema import Config
 from egopatch.features import open_store
+from egopatch.features.common.units import counted
 from egopatch.train.asking.videos import encode_video
 from egopatch.train.fitting.predict import Prediction, predict_clips
 from egopatch.train.fitting.trained import require_answers
@@ -85,7 +86,7 @@ def ask_video(
     notes = list(_worth(card, predictions[0]))
     if encoded.quarantined:
         name, reason = next(iter(encoded.quarantined.items()))
-        notes.append(f"{len(encoded.quarantined)} clips cannot be decoded, such as {name} ({reason})")
+        notes.append(f"{counted(len(encoded.quarantined), 'clip')} cannot be decoded, such as {name} ({reason})")
     return AskResult(
         encoded.config,
         tuple(dataclasses.replace(p, times_s=tuple(t + starts[p.clip_id] for t in p.times_s)) for p in predictions),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from egopatch.features import AbsentClip, PatchTokens, Store, StoreError, read_ahead
+from egopatch.features.common.units import counted
 from egopatch.features.values.dtypes import spec_row_bytes
 from egopatch.train.data.batch import Batch, Options
 from egopatch.train.data.batch_size import BatchSize
@@ -92,8 +93,8 @@ class Features:
             read = store.read_text(texts)
         except AbsentClip as error:
             raise StoreError(
-                f"{len(error.ids)} question texts are missing from {store.path}, such as {error.ids[0]!r}; "
-                "run `egopatch extract run --config CONFIG` to encode them"
+                f"{counted(len(error.ids), 'question text is', 'question texts are')} missing from {store.path}, "
+                f"such as {error.ids[0]!r}; run `egopatch extract run --config CONFIG` to encode them"
             ) from None
         self.bytes_read += read.states.nbytes
         longest = int(read.attention_mask.sum(1).max()) if texts else 1
@@ -333,8 +334,9 @@ def _quarantined(store: Store, clip_ids: frozenset[str]) -> frozenset[str]:
     """
     without_row = clip_ids - set(store.clip_ids)
     if missing := sorted(without_row - store.quarantine.keys()):
+        total = counted(len(clip_ids), "requested clip")
         raise StoreError(
-            f"{len(missing)} of {len(clip_ids)} requested clips are missing from {store.path}, such as {missing[0]!r}; "
-            "run `egopatch extract run --config CONFIG` to encode them"
+            f"{counted(len(missing), f'of {total} is', f'of {total} are')} missing from {store.path}, such as "
+            f"{missing[0]!r}; run `egopatch extract run --config CONFIG` to encode them"
         )
     return without_row

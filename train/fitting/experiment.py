@@ -16,6 +16,7 @@ from egopatch.extract.encoders import find_network
 from egopatch.extract.fingerprints import configured
 from egopatch.features import Fingerprint, FingerprintMismatch, Store, StoreError, open_store
 from egopatch.features.common.machine import find_device, limit_threads
+from egopatch.features.common.units import counted
 from egopatch.features.store.text_substore import TEXT_FOLDER, require_same_network
 from egopatch.features.values.location import parse_location
 from egopatch.train.data.features import Features
@@ -73,8 +74,7 @@ class Experiment:
         asked, encoded = len(self.tables["test"]), len(self.encoded["test"])
         if asked > encoded:
             self.ranks.print_once(
-                f"note: {asked - encoded} of {asked} test questions are about quarantined clips; the majority answer "
-                "stands in"
+                f"note: {_about(asked - encoded, asked, 'test')} quarantined clips; the majority answer stands in"
             )
 
     def _quarantine_lines(self) -> Iterator[str]:
@@ -82,7 +82,7 @@ class Experiment:
         for part, effect in (("train", "nothing is learned from them"), ("val", "the majority answer stands in")):
             asked, encoded = len(self.tables[part]), len(self.encoded[part])
             if asked > encoded:
-                yield f"note: {asked - encoded} of {asked} {part} questions are about quarantined clips; {effect}"
+                yield f"note: {_about(asked - encoded, asked, part)} quarantined clips; {effect}"
 
     def _answer_lines(self) -> Iterator[str]:
         """A line for each of *val* and *test* with answers that are not in the vocabulary."""
@@ -94,8 +94,9 @@ class Experiment:
             if outside:
                 share = 100 * (1 - len(outside) / len(table))
                 yield (
-                    f"note: the answers of {len(outside)} of {len(table)} {part} questions, such as {outside[0]!r}, "
-                    f"are not among the training answers, so no head can give them: accuracy is at most {share:.2f}"
+                    f"note: the answers of {len(outside)} of {counted(len(table), f'{part} question')}, such as "
+                    f"{outside[0]!r}, are not among the training answers, so no head can give them: accuracy is at "
+                    f"most {share:.2f}"
                 )
 
     @property
@@ -321,6 +322,11 @@ def _check_config(config: Config, store: Store) -> None:
             f"store {store.path} was created with different settings ({'; '.join(differences)}); use another "
             "store.path or the original settings"
         )
+
+
+def _about(some: int, asked: int, part: str) -> str:
+    questions = counted(asked, f"{part} question")
+    return counted(some, f"of {questions} is about", f"of {questions} are about")
 
 
 def _refuse_stale(store: Store, dataset: Dataset, config: Config, clip_ids: Collection[str]) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from egopatch.configs.schema import Config
 from egopatch.features.common.progress import ProgressDisplay
+from egopatch.features.common.units import counted
 from egopatch.train.data.batch_size import BatchSize
 from egopatch.train.data.question_table import plan_batches
 from egopatch.train.fitting.answers import answer_table
@@ -80,7 +81,7 @@ def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
             train_together([group], experiment, config.train.seed, label)
             if (why := group.runs[0].failed) is not None:
                 raise RunError(why)
-            ranks.print_once(f"{label}: {group.heads.step} steps, {group.summary()}")
+            ranks.print_once(f"{label}: {counted(group.heads.step, 'step')}, {group.summary()}")
             metrics = evaluate_groups([group], experiment, command)[0]
             experiment.print_quarantined()
             seconds = time.monotonic() - started

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from egopatch.features.common.units import format_bytes
+from egopatch.features.common.units import counted, format_bytes
 from egopatch.features.store.store import Store
 from egopatch.train.publishing.origins import Origin
 from egopatch.train.report.table import is_standin, is_synthetic
@@ -74,7 +74,7 @@ def store_card(store: Store, card: Card, found: Sequence[Origin]) -> str:
     }
     return _text(
         front,
-        f"Patch features of {clips} clips",
+        f"Patch features of {counted(clips, 'clip')}",
         [
             *_warnings(card),
             f"```text\n{replace(store.summary(), path='features').as_text()}\n```",

@@ -7,6 +7,7 @@ from pathlib import Path
 from egopatch.extract.datasets import Clip
 from egopatch.extract.datasets.origins import OriginCheck, compare_origins
 from egopatch.features import Fingerprint, open_store
+from egopatch.features.common.units import counted
 from egopatch.train.rundir.results import Results, Run, card_option
 from egopatch.train.rundir.trained_on import changed_clips
 
@@ -103,7 +104,8 @@ def _facts(path: str, runs: Sequence[Run], clips: Collection[Clip], root: Path) 
         differences=tuple(differences),
         check=check,
         outdated=tuple(
-            f"{folder}: {count} clips were encoded again or removed after this run had been trained on them"
+            f"{folder}: {counted(count, 'clip was', 'clips were')} encoded again or removed after this run had been "
+            "trained on them"
             for folder, count in changed.items()
             if count
         ),

@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from egopatch.features import Store
+from egopatch.features.common.units import counted
 from egopatch.features.io.fields import Record, get_count, get_field
 from egopatch.train.rundir.checked_json import read_object
 from egopatch.train.rundir.names import CLIPS, QUESTIONS
@@ -63,10 +64,11 @@ def require_same_clips(folder: Path, store: Store) -> None:
         RunError: `changed_clips` finds some, or `clips.json` is damaged.
     """
     if changed := changed_clips(folder, store):
+        clips = counted(len(changed), f"clip of {store.path} was", f"clips of {store.path} were")
         raise RunError(
-            f"{folder}: {len(changed)} clips of {store.path} were encoded again or removed after this run had been "
-            f"trained on them, such as {changed[0]!r}; train again in another folder (egopatch train fit --config "
-            "CONFIG --run.dir FOLDER, or a sweep with another --name), or delete this one"
+            f"{folder}: {clips} encoded again or removed after this run had been trained on them, such as "
+            f"{changed[0]!r}; train again in another folder (egopatch train fit --config CONFIG --run.dir FOLDER, or a "
+            "sweep with another --name), or delete this one"
         )
 
 

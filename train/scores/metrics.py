@@ -19,6 +19,7 @@ from typing import Any
 from egopatch.extract.datasets import Question, parsing
 from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
 from egopatch.features.common.command_line import pick_varied
+from egopatch.features.common.units import counted
 
 # Whether a given answer to the question is right.
 MatchingRule = Callable[[Question, str], bool]
@@ -166,7 +167,8 @@ def score(
     questions = [question for question in questions if question.counts]
     if absent := [question.question_id for question in questions if question.question_id not in answers]:
         raise ValueError(
-            f"{len(absent)} questions have no answer, such as {absent[0]!r}; expected one answer per question"
+            f"{counted(len(absent), 'question has', 'questions have')} no answer, such as {absent[0]!r}; expected "
+            "one answer per question"
         )
     right: Counter[str] = Counter()
     count: Counter[str] = Counter()

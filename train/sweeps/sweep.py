@@ -23,6 +23,7 @@ import torch
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.features import ShardOwned
+from egopatch.features.common.units import counted
 from egopatch.features.io.files import make_folder
 from egopatch.train.fitting.experiment import Experiment, caller_state_kept, open_experiment
 from egopatch.train.fitting.fit import evaluate_groups, train_together
@@ -113,7 +114,7 @@ def run_sweep(
     configs = [run.config for run in runs]
     before = sum(map(_finished, configs))
     label = f"sweep {name}"
-    print(f"{label}: {len(runs)} runs, {before} already finished", flush=True)
+    print(f"{label}: {counted(len(runs), 'run')}, {before} already finished", flush=True)
     if len(axes.get("head.ratio", ())) > 1 and not any(reads_ratio(run.config.head) for run in runs):
         where = " where head.scores is all" if config.head.name == "psa" else ""
         print(
@@ -155,7 +156,9 @@ def run_sweep(
     with shortage_explained(config.train, out, "--name"):
         path = write_results(facts, finished, config, out)
     if failed:
-        raise RunError(f"{len(failed)} of {len(runs)} runs have no results in {path}: {'; '.join(failed.values())}")
+        total = counted(len(runs), "run")
+        have = counted(len(failed), f"of {total} has", f"of {total} have")
+        raise RunError(f"{have} no results in {path}: {'; '.join(failed.values())}")
     return path
 
 
@@ -184,7 +187,7 @@ def _train_all(
                 # Resident features are read once anyway; from disk, groups with the same seed share the reading.
                 results = [train(_of_one_seed(plans) if on_disk else plans[:1], label=label)]
         elif not announced and (holder := next(filter(None, (busy(config.run.dir) for config in unfinished)), None)):
-            print(f"{label}: waiting for {len(unfinished)} runs of other processes: {holder}", flush=True)
+            print(f"{label}: waiting for {counted(len(unfinished), 'run')} of other processes: {holder}", flush=True)
             announced = True
         for result in results:
             outcomes |= result

@@ -184,7 +184,7 @@ def _right(folder: Path, asked: Sequence[Question]) -> Matrix:
         answers = read_predictions(folder / PREDICTIONS, asked)
     except PredictionError as error:
         first, *more = str(error).splitlines()
-        rest = f" and {len(more)} more faults" if more else ""
+        rest = f" and {len(more)} more" if more else ""
         raise RunError(
             f"{folder} does not answer these test questions ({first}{rest}); they have changed since it was evaluated, "
             f"or the file is damaged; evaluate it again: egopatch train evaluate --config "

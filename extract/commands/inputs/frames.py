@@ -14,6 +14,7 @@ from egopatch.extract.feed.pool import DecodePool, UndecodedClip
 from egopatch.extract.video.frames import DecodedClip, read_frames
 from egopatch.extract.video.nvdec import require_gpu_decoder
 from egopatch.features.common.command_line import local_path, print_result
+from egopatch.features.common.units import counted
 from egopatch.features.io.files import replacing
 
 
@@ -58,7 +59,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     print_result(
         options.json,
         {"out": options.out, "shapes": [frame.shape for frame in decoded.frames], "times_s": [*decoded.times_s]},
-        f"{options.out}: {len(decoded.frames)} frames of {sizes} pixels, at {times} s",
+        f"{options.out}: {counted(len(decoded.frames), 'frame')} of {sizes} pixels, at {times} s",
     )
     return 0
 

@@ -135,7 +135,7 @@ def test_an_archive_that_means_harm_is_not_unpacked(published: Published, capsys
 def test_an_archive_of_something_else(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
     published.server.files["/qa_videos.tgz"] = Served(tar(published.root / "x", {"videos/a.mp4": b""}).read_bytes())
     assert main(published.args) == 1
-    assert "unpacked 1 files into" in capsys.readouterr().out
+    assert "unpacked 1 file into" in capsys.readouterr().out
 
 
 def test_offline_says_what_to_put_where_and_locks_it(published: Published, capsys: pytest.CaptureFixture[str]) -> None:

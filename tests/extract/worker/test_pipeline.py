@@ -244,7 +244,10 @@ def test_where_a_text_is_not_finite_the_text_half_is_at_fault(tmp_path: Path) ->
     (work,) = store.missing_shards()
     row = {"states": torch.ones(2, 3, dtype=torch.float16), "attention_mask": torch.ones(2, dtype=torch.bool)}
     rows = {"what?": row, "who?": row | {"states": row["states"] * float("nan")}}
-    message = "1 of 2 texts, such as 'who?', have NaN or infinity in their states, so the text half of the encoder mine"
+    message = (
+        "1 of 2 texts, such as 'who?', came out with NaN or infinity in their states, so the text half of the encoder "
+        "mine"
+    )
 
     def write() -> None:
         with BackgroundShardWriter(store, max_errors=0) as writer:
