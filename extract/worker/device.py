@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from egopatch.configs.schema import Config, ConfigError, EncoderConfig
+from egopatch.extract.encoders.networks import imported
 from egopatch.extract.errors import JobFailed
 from egopatch.features.common.machine import find_device, usable_gpus
 from egopatch.features.common.os_errors import gpu_shortage
@@ -82,7 +83,8 @@ def shortage_explained(encoder: EncoderConfig) -> Iterator[None]:
 
 def arithmetic_advice(config: Config, device: torch.device) -> str | None:
     """One line of advice if another `encoder.dtype` would be far faster on `device`."""
-    if device.type == "cpu" and config.encoder.dtype == "bfloat16" and not has_bfloat16():
+    encodes = config.encoder.arch != imported.NETWORK.name
+    if encodes and device.type == "cpu" and config.encoder.dtype == "bfloat16" and not has_bfloat16():
         return (
             "encoder.dtype is bfloat16, but this CPU has no bfloat16 instructions, which makes encoding about 6 times"
             " slower than float32; consider --encoder.dtype float32 (another fingerprint, so another store)"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
 from egopatch.extract.encoders.checkpoints.folder import open_folder, read_transform
-from egopatch.extract.encoders.checkpoints.package import text_folder
+from egopatch.extract.encoders.checkpoints.package import MINILM_REMEDY, text_folder
 from egopatch.extract.encoders.layers.text_encoder import TextEncoder
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
 from egopatch.extract.encoders.networks.network import Network, VideoOptions
@@ -52,8 +52,16 @@ def build_text(checkpoint: Checkpoint, depth: int) -> TextEncoder:
 
 
 def text_weights(model: str) -> Path:
-    """The folder of the model that `text.model` names."""
-    return model_folder(text_folder(model))
+    """The folder of the model that `text.model` names.
+
+    Raises:
+        CheckpointError, ConfigError: As `model_folder` and `text_folder`.
+    """
+    folder = text_folder(model)
+    try:
+        return model_folder(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"text.model: {error}; {MINILM_REMEDY}") from error
 
 
 NETWORK = Network(
