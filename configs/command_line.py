@@ -39,10 +39,11 @@ class ConfigParser(jsonargparse.ArgumentParser):
     """jsonargparse's parser without abbreviations, with one-line errors that name the nearest option or file.
 
     Attributes:
-        read_first: Options that the command reads by `take_option`, because sections have their names.
+        read_first: Options that the command reads by `take_option`, because sections have their names: name -> the
+            word for its value, and its help.
     """
 
-    read_first: tuple[str, ...] = ()
+    read_first: Mapping[str, tuple[str, str]] = MappingProxyType({})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # With abbreviations, `--train.epoch 3` would mean `--train.epochs 3`.
@@ -98,7 +99,7 @@ class ConfigParser(jsonargparse.ArgumentParser):
             # `--video FILE`, which jsonargparse adds to the options of a section, is not for a command line.
             own = [action for action in self._actions if not any(dest.startswith(f"{action.dest}.") for dest in dests)]
         shown = [action for action in own if action.help != argparse.SUPPRESS]
-        lines = [self._usage_line(), "", str(self.description), ""]
+        lines = [self._usage_line(), "", str(self.description), "", *self._items_read_first()]
         for action in shown:
             lines += _item(_usage_of(action), _help_of(action))
         if self.epilog:
@@ -113,9 +114,15 @@ class ConfigParser(jsonargparse.ArgumentParser):
 
     def full_help(self) -> str:
         """The help of every option."""
-        _, _, described = super().format_help().partition("\n\n")  # the usage of argparse lists all of them first
+        # The usage of argparse lists all of them first.
+        _, description, described = super().format_help().split("\n\n", 2)
         described = re.sub(r"type:\s+<function (\w+) at \w+>", r"type: \1", described)
-        return f"{self._usage_line()}\n\n{described}"
+        parts = [self._usage_line(), description, "\n".join(self._items_read_first()), described]
+        return "\n\n".join(filter(None, parts))
+
+    def _items_read_first(self) -> list[str]:
+        items = (_item(f"{option} {value}", help) for option, (value, help) in self.read_first.items())
+        return list(itertools.chain.from_iterable(items))
 
     def _usage_line(self) -> str:
         usage = self.usage or ("--config FILE [options]" if self.takes_config else "[options]")
@@ -147,6 +154,9 @@ class ConfigParser(jsonargparse.ArgumentParser):
         """The end of an error about an unknown name: the nearest known one, or the sections of an experiment."""
         if self.takes_config and (file := re.search(r"unrecognized arguments: ([^-]\S*\.ya?ml)", message)):
             return f"; did you mean --config {file[1]}?"
+        if re.search(r"unrecognized arguments: [^-]", message):
+            taken = [_usage_of(action) for action in self._actions if not action.option_strings]
+            return "".join(f"; expected one {value} at a time, in quotes if it has spaces" for value in taken[:1])
         unknown = re.search(r"(?:unrecognized arguments: --|accept option '|Option '|[Kk]ey '?)([\w.\-]+)", message)
         phrases = ("unrecognized", "does not accept", "not accepted", "not expected")
         if not unknown or not any(phrase in message for phrase in phrases):

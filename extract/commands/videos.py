@@ -21,9 +21,8 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Write clips file and config, and encode; exit codes as those of `extract run`."""
     parser.usage = "FOLDER --out STORE [--encoder NAME] [--clip-seconds SECONDS] [options]"
     parser.epilog = (
-        f"--encoder NAME is one of {', '.join(ENCODERS)}: it stands for --config with the file that ships for this"
-        " network. lite is the default and downloads nothing. Beside STORE the command writes STORE.clips.jsonl and"
-        " STORE.yaml, a config for all other commands. Exit codes are those of `extract run`."
+        "Beside STORE the command writes STORE.clips.jsonl and STORE.yaml, a config for all other commands. Exit codes"
+        " are those of `extract run`."
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder with videos, or one video")
     parser.add_argument("--out", type=str, required=True, metavar="STORE", help="folder of the store to write")
@@ -32,7 +31,13 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         help="length of the clips that each video is cut into; by default each video is one clip",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.read_first = ("--encoder",)
+    parser.read_first = {
+        "--encoder": (
+            "NAME",
+            f"one of {', '.join(ENCODERS)}: stands for --config with the file that ships for this network; lite, which"
+            " downloads nothing, by default",
+        )
+    }
     base, options = parse_config(parser, _with_config(args))
     if "://" in options.out:
         raise ConfigError(

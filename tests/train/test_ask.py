@@ -213,6 +213,15 @@ def test_wrong_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
         assert expected in line
     assert main(["ask", " ", "--video", "a.mp4"]) == 2
     assert "QUESTION is empty; expected a question in quotes" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["ask", "--video", "a.mp4", "what?", "who?"])
+    assert "unrecognized arguments: who?; expected one QUESTION at a time, in quotes" in capsys.readouterr().err
+    for option in ("--help", "--help-all"):
+        with pytest.raises(SystemExit, match="0"):
+            main(["ask", option])
+        lines = capsys.readouterr().out.splitlines()
+        assert "  --video FILE          a video file, or a folder of videos, which is encoded once" in lines
+        assert any(line.startswith("  --run DIR ") for line in lines)
     for wrong, meant in (("--vidoe", "--video"), ("--rnu", "--run")):
         with pytest.raises(SystemExit, match="2"):
             main(["ask", "what?", wrong, "a"])

@@ -15,11 +15,7 @@ from egopatch.configs.schema import ConfigError
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Print the answers with their probabilities, and what they are worth; write a picture."""
     parser.usage = '"QUESTION" --video FILE [--run DIR] | --config FILE [--clip ID] [options]'
-    parser.epilog = (
-        "--video FILE is a video file, or a folder of videos, which is encoded once. --run DIR is the folder of a"
-        " trained head; by default it is the best one on val in the table of --config, or of `egopatch demo`. Clips are"
-        " ranked by the probability of their first answer."
-    )
+    parser.epilog = "Clips are ranked by the probability of their first answer."
     parser.add_argument("question", metavar="QUESTION", help="the question, in quotes")
     parser.add_argument(
         "--clip-seconds", type=PositiveFloat, default=10.0, metavar="SECONDS",
@@ -41,7 +37,13 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         help="folder that keeps features of videos; by default egopatch in the user's cache folder",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.read_first = ("--video", "--run")
+    parser.read_first = {
+        "--video": ("FILE", "a video file, or a folder of videos, which is encoded once"),
+        "--run": (
+            "DIR",
+            "folder of a trained head; by default the best one on val in the table of --config, or of `egopatch demo`",
+        ),
+    }
     run, args = take_option(args, "--run")
     video, args = take_option(args, "--video")
     for option in parser.read_first:
