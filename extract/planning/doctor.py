@@ -96,10 +96,10 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
     """The diagnosis as a few lines of text."""
     lines = [f"{name:<26} {count}" for name, count in diagnosis.counts.items()]
     for finding in diagnosis.findings:
-        rest = finding.count - SHOWN
+        rest = len(finding.found) - SHOWN
         lines.append(f"{finding.severity}: {finding.count} {finding.what}")
         lines += [f"    {item}" for item in pick_varied(finding.found, SHOWN)] + (
-            [f"    and {rest} more"] if rest > 0 else []
+            [f"    and {rest} more; --json lists all of them"] if rest > 0 else []
         )
     lines += ["no faults found"] if diagnosis.sound else []
     return "\n".join([*lines, *(f"advice: {line}" for line in diagnosis.advice)])
@@ -155,7 +155,8 @@ def _clip_findings(config: Config, dataset: Dataset, is_file: Callable[[Path], b
     yield _fault("clips with an empty video file", named(clip for clip in present if is_empty(clip.video)))
     with_question = {question.clip_id for questions in dataset.questions.values() for question in questions}
     without = [clip.clip_id for clip in dataset.clips if clip.clip_id not in with_question]
-    yield _note(f"clips without a {data.split} question", without)
+    # Only EgoTaskQA's splits have questions of their own.
+    yield _note(f"clips without a {f'{data.split} ' if data.name == 'egotaskqa' else ''}question", without)
     if data.name == "egotaskqa":
         used = {clip.video for clip in dataset.clips}
         folder = data.root / egotaskqa.VIDEO_FOLDER

@@ -195,11 +195,23 @@ def test_questions_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert findings["verify questions whose answer is neither yes nor no"] == ("fault", ["2 in test: 'maybe'"])
     without = "parts without a question; training needs all three, `train evaluate --from` test alone"
     assert findings[without] == ("note", ["val"])
+    assert findings["clips without a question"] == ("note", ["b"])
     assert (counts["clips"], counts["train questions"], counts["test binary"]) == (2, 1, 1)
     (tmp_path / "b.mp4").write_bytes(b"video")
     asked[1]["answer"] = "no"
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
     assert doctor(tmp_path, capsys, "--data.name", "jsonl")[0] == 0
+
+
+def test_json_lists_all_faults_of_which_the_text_shows_a_few(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "clips.jsonl").write_text("{}\n" * 8)
+    code, _, findings = doctor(tmp_path, capsys, "--data.name", "jsonl", "--data.questions", "null")
+    (found,) = (lines for _, lines in findings.values())
+    assert (code, len(found)) == (1, 8)
+    assert main(["doctor", "--data.root", str(tmp_path), "--data.name", "jsonl", "--data.questions", "null"]) == 1
+    assert "    and 3 more; --json lists all of them" in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.parametrize("name", ["qaego4d", "qaego4d-close", "nextqa", "egoschema"])
