@@ -1,7 +1,8 @@
 """Your own videos: two files with one JSON object per line.
 
 Clips: `{"clip_id": "kitchen-01", "video": "videos/kitchen.mp4", "start_s": 12.0, "end_s": 17.5}`. `video` is relative
-to the data root; without `start_s` and `end_s` the clip is the whole video. A clip_id may have slashes (`P01/P01_01`).
+to the data root; without `start_s` and `end_s` the clip is the whole video. Where `end_s` lies beyond the video's end,
+the clip ends with the video. A clip_id may have slashes (`P01/P01_01`).
 
 Questions: `{"question_id": "1", "clip_id": "kitchen-01", "question": "what is opened?", "answer": "fridge",
 "part": "train"}`. `part` is train, val or test; an answer may be a number. Optional: `form` (`open` or `binary`; by

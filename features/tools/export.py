@@ -1,5 +1,6 @@
 """Writing a store as files that other programs read."""
 
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -102,11 +103,15 @@ def _by_video(store: Store) -> dict[str, list[str]]:
             f"store {store.path} does not record the video of {counted(len(unknown), 'clip')}, such as {unknown[0]!r}; "
             "use --by clip"
         )
+    files = {origin.file for origin in origins.values() if origin is not None}
+    # Videos outside the data set's folder are recorded by their absolute paths.
+    absolute = bool(files) and all(map(os.path.isabs, files))
+    folder = os.path.commonpath([Path(file).parent for file in files]) if absolute else ""
     videos: dict[str, list[tuple[float, str]]] = {}
     for name, origin in origins.items():
         assert origin is not None
-        videos.setdefault(origin.file.replace("/", "_"), []).append((origin.start_s or 0.0, name))
-    files = {origin.file for origin in origins.values() if origin is not None}
+        video = os.path.relpath(origin.file, folder) if absolute else origin.file
+        videos.setdefault(video.replace("/", "_"), []).append((origin.start_s or 0.0, name))
     if len(videos) < len(files):
         raise StoreError(f"store {store.path} has videos whose names differ only by / and _; use --by clip")
     return {video: [name for _, name in sorted(clips)] for video, clips in sorted(videos.items())}

@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -120,6 +121,11 @@ def test_by_video(tmp_path: Path) -> None:
         assert np.array_equal(file["cls"][()], store.read(order).cls.numpy())
     with pytest.raises(StoreError, match=r"cls has shape \(3, 8\); expected \(8,\) .*; export .* with --by clip"):
         import_features(tmp_path / "videos", tmp_path / "again")
+    elsewhere = create_store(tmp_path / "elsewhere", SPEC, FINGERPRINT, IDS[:4])
+    away = {name: replace(origin, file=f"/mnt/my videos/{origin.file}") for name, origin in origins.items()}
+    elsewhere.write_shard(0, rows, dict.fromkeys(rows, "sha"), origins=away)
+    assert export(elsewhere.path, tmp_path / "away", "npy", by_video=True) == 4
+    assert sorted(path.name for path in (tmp_path / "away").iterdir()) == ["a_x.mp4.npy", "b.mp4.npy"]
     nameless = create_store(tmp_path / "nameless", SPEC, FINGERPRINT, IDS[:4])
     fill(nameless)
     with pytest.raises(StoreError, match="does not record the video of 4 clips, such as"):
