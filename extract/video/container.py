@@ -12,6 +12,7 @@ one's packet the decoder returns what it holds back. If anything is unexpected t
 import errno
 import functools
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -437,13 +438,25 @@ def _codec(path: Path) -> str:
     return next((match[1] for match in found if match), "which it does not name")
 
 
+def _name_alike(path: Path) -> str | None:
+    """A file beside `path` whose name differs only in capital letters, or in how accents are encoded."""
+    try:
+        names = [file.name for file in path.parent.iterdir()]
+    except OSError:
+        return None
+    wanted = unicodedata.normalize("NFC", path.name).casefold()
+    return next((name for name in names if unicodedata.normalize("NFC", name).casefold() == wanted), None)
+
+
 def _require_content(path: Path) -> None:
     try:
         with path.open("rb") as file:
             empty = not file.read(1)
         pointer = pointer_fault(path)
     except FileNotFoundError:
-        raise VideoError(f"video {path} does not exist; put the file there or correct the annotation") from None
+        alike = _name_alike(path)
+        remedy = f"did you mean {alike}?" if alike else "put the file there or correct the annotation"
+        raise VideoError(f"video {path} does not exist; {remedy}") from None
     except OSError as error:
         raise VideoError(f"video {path} cannot be read: {error.strerror}; expected a readable file") from error
     if empty:

@@ -228,7 +228,8 @@ def noise(index: int, size: tuple[int, int]) -> np.ndarray:
 
 FASTSTART = {"movflags": "faststart"}
 UNREADABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "missing": (missing, "does not exist"),
+    "missing": (missing, "does not exist; put the file there or correct the annotation"),
+    "written in small letters": (lambda to: write_video(to / "GX01.MP4").with_name("gx01.mp4"), r"mean GX01\.MP4"),
     "a folder": (folder, "cannot be read: Is a directory"),
     "empty": (empty, r"is empty \(0 bytes\)"),
     "pointer of LFS": (pointer, "a.mp4 is a pointer of Git LFS, not the file itself; run `git lfs pull` to fetch it"),
