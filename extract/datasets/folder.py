@@ -11,6 +11,7 @@ SUFFIXES = (
     ".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv",
     ".ts", ".vob", ".webm", ".wmv",
 )  # fmt: skip
+ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip")
 
 
 def find_videos(folder: Path) -> dict[str, Path]:
@@ -19,8 +20,11 @@ def find_videos(folder: Path) -> dict[str, Path]:
     Files and folders whose names begin with a dot are skipped; a video file in place of a folder is the only one.
 
     Raises:
-        DatasetError: There is none, or the name of one cannot be part of a clip_id; one line per file.
+        DatasetError: There is none, or the name of one cannot be part of a clip_id; one line per file. Or it is an
+            archive.
     """
+    if folder.is_file() and folder.suffix.lower() in ARCHIVES:
+        raise DatasetError([f"{folder}: is an archive; unpack it, and name the folder with the videos"])
     if folder.is_file():
         found = {folder.name: folder}
     elif folder.is_dir():

@@ -61,6 +61,8 @@ def load(clips_file: Path, questions_file: Path | None, root: Path, split: str) 
     problems: list[str] = []
     clips: dict[str, Clip] = {}
     video = cache(root.__truediv__)  # many clips share a video
+    if clips_file.suffix.lower() in TABLES:
+        raise DatasetError([f"data.clips is {clips_file}, a table; expected a JSON object a line"])
     try:
         lines = parsing.json_lines(clips_file, "the clips, one JSON object per line (data.clips)")
         with garbage_collection_paused():

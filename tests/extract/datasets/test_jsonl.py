@@ -37,6 +37,13 @@ def faults(root: Path, clips: str | None = CLIPS, questions: str | None = QUESTI
     return [line.replace(str(root), "ROOT") for line in caught.value.problems]
 
 
+def test_a_table_of_clips_is_refused_once(tmp_path: Path) -> None:
+    (tmp_path / "clips.csv").write_text("clip_id,video\na,a.mp4\nb,b.mp4\n")
+    with pytest.raises(DatasetError) as caught:
+        load_dataset(DataConfig(name="jsonl", root=tmp_path, clips="clips.csv"))
+    assert caught.value.problems == (f"data.clips is {tmp_path / 'clips.csv'}, a table; expected a JSON object a line",)
+
+
 def test_clips_and_questions(tmp_path: Path) -> None:
     dataset = load(tmp_path)
     assert dataset.clips == (
