@@ -176,6 +176,8 @@ def _words(text: str) -> list[str]:
 
 
 def _no_clip(store: Store, clip_id: str) -> str:
+    if (failed := store.quarantine.get(clip_id)) is not None:
+        return f"--clip is {clip_id!r}, which is in quarantine: {failed.reason}"
     close = difflib.get_close_matches(clip_id, store.clip_ids, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"it has {len(store.clip_ids)}, such as {store.clip_ids[0]!r}"
     return f"--clip is {clip_id!r}, which is not in store {store.path}; {hint}"
