@@ -38,6 +38,7 @@ class ExtractionResult:
         stats: What this job did.
         clips: Number of clips of the data set that are committed in the store.
         planned: Number of clips of the data set.
+        others: Number of clips committed in the store that the data set does not have.
         quarantine: Reason by id, of clips of the data set.
         texts: Number of question texts in the store.
         texts_planned: Number of question texts that have a row in the store.
@@ -51,6 +52,7 @@ class ExtractionResult:
     stats: JobStats
     clips: int
     planned: int
+    others: int
     quarantine: dict[str, str]
     texts: int
     texts_planned: int
@@ -227,6 +229,7 @@ class _OpenedStore:
             stats=stats,
             clips=len(ids & catalog.ledger.clips.keys()),
             planned=len(ids),
+            others=len(catalog.ledger.clips.keys() - ids),
             quarantine={clip_id: record.reason for clip_id, record in store.quarantine.items() if clip_id in ids},
             texts=len(texts.store.clip_ids) if texts else 0,
             texts_planned=len(texts.store.planned_ids) if texts else 0,
@@ -321,6 +324,7 @@ def _encode_questions_of_imported(config: Config, job_slice: Slice, wait: bool) 
         stats=JobStats(),
         clips=len(store.clip_ids),
         planned=len(store.planned_ids),
+        others=0,
         quarantine={},
         texts=len(texts.store.clip_ids),
         texts_planned=len(texts.store.planned_ids),

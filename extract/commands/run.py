@@ -148,6 +148,8 @@ def _report(config: Config, result: "ExtractionResult", args: Sequence[str]) -> 
         f"{config.store.path}: {result.clips}/{result.planned} clips and {counted(result.texts, 'question')} stored;"
         f" this run encoded {counted(stats.committed, 'clip')}{ending}"
     )
+    if result.others:
+        print(f"the store also has {counted(result.others, 'clip')} that these annotations do not name")
     if stats.stages.total_s:
         print(f"time: {stats.stages}")
     if line := bound_line(ceilings(stats)):

@@ -47,6 +47,9 @@ def test_videos_of_a_folder(tmp_path: Path) -> None:
         find_videos(tmp_path)
     with pytest.raises(DatasetError, match=r"none: no such file or folder; expected a folder with videos, or a"):
         find_videos(tmp_path / "none")
+    (tmp_path / "videos.ZIP").touch()
+    with pytest.raises(DatasetError, match="is an archive; unpack it, and name the folder with the videos"):
+        find_videos(tmp_path / "videos.ZIP")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DatasetError, match=r"contains no video; expected files that end in \.3gp"):
         find_videos(tmp_path / "empty")
@@ -125,6 +128,7 @@ def test_clips_of_videos_that_are_gone_count_no_longer(tmp_path: Path, capsys: p
     assert main(command) == 0
     out = capsys.readouterr().out
     assert "1/1 clips and 0 questions stored; this run encoded 0 clips, nothing is missing" in out
+    assert "the store also has 1 clip that these annotations do not name" in out
     assert "quarantine" not in out
     assert main(["plan", "--config", str(tmp_path / "mine.yaml"), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
