@@ -271,7 +271,7 @@ def test_what_does_not_fit_multiple_choice(choice: Config, tmp_path: Path) -> No
     record["options"] = [record["options"][record["answer_index"]], "another"]
     (choice.data.root / "questions.jsonl").write_text("\n".join([json.dumps(record | {"answer_index": 0}), *lines[1:]]))
     smooth = with_run(choice, "smooth", train_label_smoothing=0.1)
-    with pytest.raises(Exception, match="question texts are missing"):
+    with pytest.raises(Exception, match="1 question text is missing"):
         fit(smooth, "x")  # `another` has not been read
     record["options"][1] = next(colour for colour in COLOURS if colour not in record["options"])
     (choice.data.root / "questions.jsonl").write_text("\n".join([json.dumps(record | {"answer_index": 0}), *lines[1:]]))
@@ -340,7 +340,7 @@ def test_a_head_that_was_trained_elsewhere(choice: Config, tmp_path: Path) -> No
     assert json.loads((there.run.dir / "card.json").read_text())["synthetic"] is True
     (root / "events.jsonl").unlink()
     evaluate(there, "the command", source=trained.run.dir)
-    (record,) = write_table(there.run.dir, there)
+    (record,) = write_table(there, there.run.dir)
     assert (record["n"], record["all"]) == (9, round(metrics.all.accuracy or 0.0, 2))
     table = (there.run.dir / "table.md").read_text()
     assert f"| {metrics.all.accuracy:.2f} [" in table  # with its interval
