@@ -7,7 +7,8 @@ cpu_ratio: CPU time a clip of all processes (decoding, index, hash, hand-over to
     as a GPU's does) over that of FFmpeg decoding the same frames in a loop; cpu_ratio_host with the CPU's transform.
 serial_ms: CPU time a clip of the parent's main thread, without the copy to the device, which a GPU does by itself;
     copy_ms is that of the copy.
-handover_clips_per_s: rate at which two children that decode nothing hand over frames.
+handover_clips_per_s: rate at which two children that decode nothing bring frames into the memory from which a GPU
+    copies them by itself; handover_and_copy_clips_per_s also has a core of this machine make that copy.
 write_share: time of bare write and fsync of some shards, one after another, over that of a worker's writing them with
     its checks, reading back included.
 CPU time and ratios within a run, because the machine may be busy. `forecast` is what these figures mean for 16 cores
@@ -51,6 +52,7 @@ CLIPS = {"320x240, 2 s": 32, "456x256, 30 s": 4, "1280x720, 10 s": 2}  # about a
 BATCH = 2
 SHARD, SHARDS = 64, 6
 HANDED = 400
+HANDOVER = ("handover_clips_per_s", "handover_and_copy_clips_per_s")
 NODE_CORES, H100_CLIPS_PER_S, NODE_DISK_GB_PER_S = 16, 1000.0, 2.0
 
 
@@ -64,8 +66,11 @@ def decode_nothing(clip: Clip, video: VideoConfig, cache: VideoCache, transform:
     return replace(_kept(replace(clip, clip_id="any"), transform), clip=clip)
 
 
-def taker(rate: float | None) -> Any:
-    """Takes the bytes of frames as a device does, in one copy; returns no rows, or these at `rate` clips a second."""
+def taker(rate: float | None, copies: bool = True) -> Any:
+    """Takes frames as a device does, with a copy of their bytes unless `copies` is off; returns no rows.
+
+    Its results are ready at once, or at `rate` clips a second.
+    """
     from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
 
     class Taker(BatchEncoder):
@@ -84,7 +89,7 @@ def taker(rate: float | None) -> Any:
                 [clip.frames] if isinstance(clip.frames, np.ndarray) else [np.asarray(r.frames) for r in clip.frames]
             )
             started = time.thread_time()
-            for part in parts:
+            for part in parts if copies else ():
                 np.copyto(self._device[: part.nbytes], part.reshape(-1).view(np.uint8))
             self.copy_s += time.thread_time() - started
             clip.release()
@@ -106,7 +111,9 @@ def taker(rate: float | None) -> Any:
     return Taker()
 
 
-def feed(pool: DecodePool[PreparedClip], clips: Iterable[Clip], rate: float | None) -> tuple[int, int, float, float]:
+def feed(
+    pool: DecodePool[PreparedClip], clips: Iterable[Clip], rate: float | None, copies: bool = True
+) -> tuple[int, int, float, float]:
     """Bring all clips to the encoder as the pipeline does.
 
     Returns:
@@ -115,7 +122,7 @@ def feed(pool: DecodePool[PreparedClip], clips: Iterable[Clip], rate: float | No
     started = time.thread_time()
     done = nbytes = 0
     finish: Callable[[], object] = dict
-    with taker(rate) as batches:
+    with taker(rate, copies) as batches:
         for result in pool.map(clips, together=TOGETHER):
             assert isinstance(result, PreparedClip), result
             nbytes += result.memory_used
@@ -175,13 +182,13 @@ def measure_bare(clips: list[Clip], times: list[list[int]]) -> float:
     return 1e3 * (time.process_time() - started) / len(clips)
 
 
-def measure_handover(clip: Clip, count: int) -> float:
-    """Clips a second from two children that decode nothing."""
+def measure_handover(clip: Clip, count: int, copies: bool) -> float:
+    """Clips a second from two children that decode nothing, with or without a copy to a device."""
     slots = SharedSlots(slots_for(8, 2, TOGETHER), 1 << 26, "frames", "")
     with DecodePool(VIDEO, 2, partial(decode_nothing, transform=EGOVLP_TRANSFORM), slots) as pool:
-        feed(pool, [replace(clip, clip_id=f"warm{i}") for i in range(8)], None)
+        feed(pool, [replace(clip, clip_id=f"warm{i}") for i in range(8)], None, copies)
         started = time.perf_counter()
-        done, *_ = feed(pool, [replace(clip, clip_id=str(i)) for i in range(count)], None)
+        done, *_ = feed(pool, [replace(clip, clip_id=str(i)) for i in range(count)], None, copies)
         return done / (time.perf_counter() - started)
 
 
@@ -244,11 +251,14 @@ def measure_kind(kind: Kind, folder: Path, options: argparse.Namespace) -> dict[
     def least(runs: list[dict[str, float]]) -> dict[str, float]:
         return min(runs, key=lambda run: run["children_ms"] + run["parent_ms"])
 
+    handed = 20 if options.quick else HANDED
+    with_copy, without = (max(measure_handover(clips[0], handed, copies) for _ in range(2)) for copies in (True, False))
     return {
         "bare_ms": min(bare),
         "device": least(device),
         "host": least(host),
-        "handover_clips_per_s": max(measure_handover(clips[0], 20 if options.quick else HANDED) for _ in range(2)),
+        "handover_clips_per_s": without,
+        "handover_and_copy_clips_per_s": with_copy,
     }
 
 
@@ -299,7 +309,7 @@ def main() -> int:
         "cpu_ratio_host": {name: ratio(part, "host") for name, part in parts.items()},
         "serial_ms": {name: part["device"]["serial_ms"] for name, part in parts.items()},
         "write_share": {name: found["share"] for name, found in written.items()},
-        "handover_clips_per_s": {name: part["handover_clips_per_s"] for name, part in parts.items()},
+        **{key: {name: part[key] for name, part in parts.items()} for key in HANDOVER},
         "copies": "2: from the decoder's frames to shared memory, which cuts them, and from there to the device",
         "parts_ms": parts,
         "writing_ms": written,
@@ -310,7 +320,7 @@ def main() -> int:
     if options.json:
         print(text)
     else:
-        for key in ("cpu_ratio", "cpu_ratio_host", "serial_ms", "write_share", "handover_clips_per_s"):
+        for key in ("cpu_ratio", "cpu_ratio_host", "serial_ms", "write_share", *HANDOVER):
             print(f"{key}: {', '.join(f'{name}: {value:.2f}' for name, value in result[key].items())}")
     if out := result_path(options):
         out.write_text(text + "\n")
