@@ -130,9 +130,10 @@ def made_by(command: str) -> list[str]:
 
 
 def _skeleton(line: str) -> str:
-    """A line without what varies with the machine and the size of the set: numbers, hashes, padding, answers."""
+    """A line without what varies with the machine and the size of the set: numbers, plurals, hashes, answers."""
     line = re.sub(r"\b[0-9a-f]{64}\b", "HASH", line)
     line = re.sub(r"[+-]?\d[\d.,e+-]*", "0", line.rstrip(" ."))
     line = re.sub(r"\b(above|below|cannot be told apart)\b", "VERDICT", line)
     line = re.sub(r"^ *0% .*", "0% ANSWER", line)
-    return " ".join(re.sub(r"\b0 [kMG]?B\b|\b0 (s|min|h)\b", "0", line).split())
+    line = re.sub(r"\b0 [kMG]?B\b|\b0 (s|min|h)\b", "0", line)
+    return " ".join(re.sub(r"s\b", "", line).split())  # one shard of few clips, ten shards of many
