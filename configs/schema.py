@@ -183,6 +183,7 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         _check_options(self)
+        _require(self, "depth", self.depth is None or self.depth >= 1, "null or at least 1")
         _require(self, "max_length", self.max_length >= 2, "at least 2")
 
 

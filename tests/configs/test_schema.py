@@ -104,6 +104,8 @@ def test_file_then_overrides(tmp_path: Path) -> None:
         (["--head.saliency_weight", ".nan"], "head.saliency_weight is nan; expected a finite number"),
         (["--video.timeout_s", ".inf"], "video.timeout_s is inf; expected a positive, finite number of seconds"),
         (["--video.memory_gb", ".inf"], "video.memory_gb is inf; expected a positive number of GiB, at most a million"),
+        (["--text.depth", "0"], "text.depth is 0; expected null or at least 1"),
+        (["--text.depth", "-10"], "text.depth is -10; expected null or at least 1"),
         (["--video.size", "100"], "video.size is 100; expected a positive multiple of 16"),
     ],
 )
