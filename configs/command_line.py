@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import jsonargparse
 
@@ -25,6 +25,8 @@ _SECTIONS = [section.name for section in dataclasses.fields(Config)]
 UNNAMED = "--config CONFIG"
 # How YAML writes a null.
 _NULLS = ("null", "Null", "NULL", "~")
+# What YAML reads in base 60, so that 1:30 becomes 90.
+_WITH_COLON = re.compile(r"[-+]?[\d_]+(:\d+)+(\.\d*)?")
 
 
 def option_names() -> list[str]:
@@ -60,16 +62,20 @@ class ConfigParser(jsonargparse.ArgumentParser):
         return "--config" in self._option_string_actions
 
     def parse_args(self, args: Sequence[str], *more: Any, **options: Any) -> jsonargparse.Namespace:  # type: ignore[override]
-        """Parse as jsonargparse does, and refuse an option with empty text, which as a path would be this folder, and
-        one with a null that it cannot take, which as a path would be the folder `null`.
+        """Parse as jsonargparse does, and refuse an option with empty text, which as a path would be this folder, one
+        with a null that it cannot take, which as a path would be the folder `null`, and 1:30 as a number.
         """
         own = set(option_names()) if self.takes_config else set()
+        last = ""  # the option whose values these are, of which `--seeds` has several
         for before, arg in itertools.pairwise(["", *args]):
+            last = arg.partition("=")[0] if arg.startswith("--") else last
             name, _, value = arg.partition("=") if arg.startswith("--") else (before, "", arg)
             if name.startswith("--") and not value and (arg.endswith("=") or not arg):
                 self.error(f"{name} is empty; expected a value")
             if value in _NULLS and name[2:] in own and (refusal := refusal_of_null(name[2:])):
                 self.error(refusal)
+            if _WITH_COLON.fullmatch(value) and _takes_number(self._option_string_actions.get(last)):
+                self.error(f"{last} is {value!r}; expected a number without a colon")
         return super().parse_args(args, *more, **options)
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> jsonargparse.Namespace:
@@ -176,6 +182,11 @@ class ConfigParser(jsonargparse.ArgumentParser):
             if self.takes_config
             else f"; the options are {', '.join(own.values())}"
         )
+
+
+def _takes_number(action: argparse.Action | None) -> bool:
+    hint = getattr(action, "_typehint", None)
+    return any(isinstance(kind, type) and issubclass(kind, int | float) for kind in get_args(hint) or (hint,))
 
 
 class _FullHelp(argparse.Action):

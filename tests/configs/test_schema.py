@@ -104,6 +104,7 @@ def test_file_then_overrides(tmp_path: Path) -> None:
         (["--head.saliency_weight", ".nan"], "head.saliency_weight is nan; expected a finite number"),
         (["--video.timeout_s", ".inf"], "video.timeout_s is inf; expected a positive, finite number of seconds"),
         (["--video.memory_gb", ".inf"], "video.memory_gb is inf; expected a positive number of GiB, at most a million"),
+        (["--video.timeout_s", "1:30"], "error: --video.timeout_s is '1:30'; expected a number without a colon\n"),
         (["--text.depth", "0"], "text.depth is 0; expected null or at least 1"),
         (["--text.depth", "-10"], "text.depth is -10; expected null or at least 1"),
         (["--video.size", "100"], "video.size is 100; expected a positive multiple of 16"),
@@ -325,6 +326,21 @@ def test_a_list_is_expected_in_brackets(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit):
         parser.parse_args(["--seeds", "a"])
     assert capsys.readouterr().err == "demo: error: --seeds is 'a'; expected a list in brackets: '[a]'\n"
+
+
+def test_a_number_with_a_colon_is_text_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """YAML reads 1:30 as 90, of which jsonargparse would say nothing."""
+    parser = ConfigParser(prog="demo")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--start", type=float | None, default=None)
+    parser.add_argument("--clip", type=str | None, default=None)
+    for wrong in (["--seeds", "3", "1:30"], ["--start=1:30"], ["--start", "1:30.5"]):
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args(wrong)
+        option, value = wrong[0].partition("=")[0], wrong[-1].rpartition("=")[2]
+        assert capsys.readouterr().err == f"demo: error: {option} is '{value}'; expected a number without a colon\n"
+    assert parser.parse_args(["--seeds", "3", "--clip", "1:30"]).clip == "1:30"
+    assert parse("--data.root", "1:30").data.root == Path("1:30")
 
 
 def test_own_data_is_called_by_its_folder(tmp_path: Path) -> None:
