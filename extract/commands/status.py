@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from egopatch.configs.command_line import ConfigParser, name_experiment, parse_config
 from egopatch.configs.schema import Config
 from egopatch.extract.commands.again import after_quarantine, retry_command
-from egopatch.extract.datasets import DatasetError, load_clips
-from egopatch.extract.datasets.origins import OriginCheck, compare_origins
+from egopatch.extract.datasets import Clip, DatasetError, load_clips
+from egopatch.extract.datasets.origins import compare_origins
 from egopatch.extract.worker.bounds import bound_line, ceilings
 from egopatch.extract.worker.job_stats import read_jobs, stats_of
 from egopatch.features.common.units import format_bytes
 from egopatch.features.state.counts import count_clips, first_in_quarantine, machines_line, read_ledger
-from egopatch.features.state.ledger import Ledger
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
@@ -21,7 +20,10 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     config, options = parse_config(parser, args)
     ledger = read_ledger(config.store.path)
-    counts, check, machines = count_clips(config.store.path, ledger), _check(config, ledger), ledger.machines()
+    clips = _clips(config)
+    check = None if clips is None else compare_origins(clips, config.data.root, ledger.origins())
+    named = None if clips is None else {clip.clip_id for clip in clips}
+    counts, machines = count_clips(config.store.path, ledger, named), ledger.machines()
     jobs = [stats_of(job) for job in read_jobs(config.store.path) if job["committed"]]
     rates = ceilings(jobs[-1]) if jobs else {}
     if options.json:
@@ -32,7 +34,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         f"{config.store.path}: {counts.committed}/{counts.planned} clips committed,"
         f" {counts.quarantined} quarantined, {counts.missing} missing, {format_bytes(counts.bytes)}"
     )
-    if failure := first_in_quarantine(config.store.path, ledger):
+    if failure := first_in_quarantine(config.store.path, ledger, named):
         clip_id, reason = failure
         print(f"first in quarantine: {clip_id}: {reason}")
         print(after_quarantine(retry_command(args)))
@@ -46,10 +48,9 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     return 0
 
 
-def _check(config: Config, ledger: Ledger) -> OriginCheck | None:
-    """The store compared with the annotations; None where they cannot be read, as on a machine without the data."""
+def _clips(config: Config) -> tuple[Clip, ...] | None:
+    """The clips that the annotations name; None where they cannot be read, as on a machine without the data."""
     try:
-        clips = load_clips(config.data)
+        return load_clips(config.data)
     except DatasetError:
         return None
-    return compare_origins(clips, config.data.root, ledger.origins())

@@ -1,6 +1,6 @@
 """The number of clips in a store, what they were made of and by which machine, without opening the store."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from egopatch.features.state.header import HEADER, parse_header, read_header
@@ -33,24 +33,34 @@ class StoreCounts:
     fingerprint: str
 
 
-def count_clips(path: Location | str, ledger: Ledger) -> StoreCounts:
-    """Count the clips of the store at `path`, whose ledger is `read_ledger(path)`. Errors as in `open_store`."""
+def count_clips(path: Location | str, ledger: Ledger, named: Container[str] | None = None) -> StoreCounts:
+    """Count the clips of the store at `path`. Errors as in `open_store`.
+
+    Args:
+        path: The store.
+        ledger: What `read_ledger(path)` gives.
+        named: Ids of the clips to count, where the annotations no longer name others; None counts all.
+    """
+
+    def count(ids: Iterable[str | None]) -> int:
+        return sum(clip_id is not None and (named is None or clip_id in named) for clip_id in ids)
+
     storage = storage_at(parse_location(path))
     header = parse_header(read_header(storage))
     plan = ids_journal(storage).read()
     require_intact(plan, storage.location)
-    planned = sum(
-        len(line.entry.ids) - line.entry.ids.count(None) for line in plan.lines if isinstance(line.entry, RowsAdded)
-    )
-    committed, quarantined = len(ledger.clips), len(Quarantine(storage).read(ledger.clips))
+    planned = sum(count(line.entry.ids) for line in plan.lines if isinstance(line.entry, RowsAdded))
+    committed, quarantined = count(ledger.clips), count(Quarantine(storage).read(ledger.clips))
     missing, digest = planned - committed - quarantined, header.fingerprint.digest
     return StoreCounts(planned, committed, quarantined, missing, ledger.nbytes, digest)
 
 
-def first_in_quarantine(path: Location | str, ledger: Ledger) -> tuple[str, str] | None:
+def first_in_quarantine(
+    path: Location | str, ledger: Ledger, named: Container[str] | None = None
+) -> tuple[str, str] | None:
     """Id and reason of the clip that failed first of those in quarantine; None if there is none. As `count_clips`."""
     failed = Quarantine(storage_at(parse_location(path))).read(ledger.clips)
-    return next(((clip_id, record.reason) for clip_id, record in failed.items()), None)
+    return next(((name, record.reason) for name, record in failed.items() if named is None or name in named), None)
 
 
 def machines_line(machines: Mapping[str, int]) -> str | None:
