@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import yaml
 
 from egopatch.configs.command_line import load_config
 from egopatch.configs.schema import Config, ConfigError, DataConfig, RunConfig
+from egopatch.extract.datasets import Clip, load_clips
 from egopatch.extract.datasets.folder import cut, find_videos, format_clips
 from egopatch.extract.feed.durations import durations_s
 from egopatch.extract.feed.pool import decoder_count
 from egopatch.extract.fingerprints import configured
 from egopatch.features.io.files import make_folder, write_file
+from egopatch.features.state.counts import read_ledger
 
 SHORTEST_CLIP_S = 0.1
 
@@ -59,7 +62,8 @@ def prepare_own_videos(folder: Path, out: Path, base: Config, clip_s: float | No
 
     Raises:
         DatasetError: As `find_videos`.
-        ConfigError: `clip_s` is too small, `out` is a file, or the config that is there encodes otherwise than `base`.
+        ConfigError: `clip_s` is too small, `out` is a file, or the config that is there encodes otherwise than `base`,
+            or the store has clips of another length.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(
@@ -79,6 +83,7 @@ def prepare_own_videos(folder: Path, out: Path, base: Config, clip_s: float | No
     if clip_s is not None:
         lengths = durations_s(list(videos.values()), config.video, decoder_count(config, 1))
     clips = [clip for (name, path), end in zip(videos.items(), lengths) for clip in cut(name, path, end, clip_s)]
+    _require_same_length(config, clips, clip_s)
     new_files = tuple(file for file in (config_file, clips_file) if not file.exists())
     make_folder(out.parent)
     write_file(clips_file, format_clips(clips).encode())
@@ -126,6 +131,23 @@ def _require_same(existing: Config, config: Config, file: Path) -> None:
         raise ConfigError(
             f"{file} is the config of this store and has different settings ({'; '.join(different)}); use another"
             f" --out, or the original settings{unused}"
+        )
+
+
+def _require_same_length(config: Config, clips: Sequence[Clip], clip_s: float | None) -> None:
+    """Refuse to cut videos otherwise than those in the store, which would have clips of both lengths then."""
+    stored = read_ledger(config.store.path).clips
+    if not stored or not (config.data.root / config.data.clips).exists():
+        return
+    before = load_clips(config.data)
+    length = next((clip.end_s for clip in before if clip.start_s == 0), None)
+    cut_now = {clip.video for clip in clips if clip.start_s is not None}
+    whole = [clip for clip in before if clip.start_s is None and clip.video in cut_now and clip.clip_id in stored]
+    if (length and (clip_s is None or round(clip_s, 6) != length)) or (whole and not length):
+        requested, held = (f"{value:g}" if value else "not given" for value in (clip_s, length))
+        raise ConfigError(
+            f"--clip-seconds is {requested}, but was {held} for the clips in store {config.store.path}; use another"
+            " --out, or the original length"
         )
 
 

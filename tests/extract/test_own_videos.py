@@ -143,6 +143,42 @@ def test_clips_of_videos_that_are_gone_count_no_longer(tmp_path: Path, capsys: p
     assert len(open_store(tmp_path / "mine").clip_ids) == 2
 
 
+@pytest.mark.parametrize(("first", "then"), [("1", "0.5"), ("1", None), (None, "1")])
+def test_clips_of_another_length_are_refused(
+    first: str | None, then: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The store would keep both, and an export by video would write both into one file."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    write_video(videos / "a.mp4", frames=35)  # 2.3 s
+    write_video(videos / "short.mp4", frames=5)
+
+    def run(seconds: str | None) -> int:
+        length = () if seconds is None else ("--clip-seconds", seconds)
+        return main(["videos", str(videos), "--out", str(tmp_path / "mine"), *length, *SMALL])
+
+    assert run(first) == 0
+    clips = (tmp_path / "mine.clips.jsonl").read_text()
+    capsys.readouterr()
+    assert run(then) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--clip-seconds is {then or 'not given'}, but was {first or 'not given'} for the clips in store" in line
+    assert (tmp_path / "mine.clips.jsonl").read_text() == clips
+    write_video(videos / "new.mp4", frames=35)
+    assert run(first) == 0
+
+
+def test_a_video_that_is_mended_may_be_cut(tmp_path: Path) -> None:
+    """It was one clip, since nothing of it could be decoded."""
+    write_video(tmp_path / "short.mp4", frames=5)
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    command = ["videos", str(tmp_path), "--out", str(tmp_path / "out" / "mine"), "--clip-seconds", "1", *SMALL]
+    assert main(command) == 0
+    write_video(tmp_path / "a.mp4", frames=35)
+    assert main(command) == 0
+    assert open_store(tmp_path / "out" / "mine").clip_ids == ("short.mp4", "a.mp4@0s", "a.mp4@1s")
+
+
 def test_wrong_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_video(tmp_path / "a.mp4", frames=2)
     for more, expected in (
