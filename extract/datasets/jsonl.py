@@ -19,7 +19,6 @@ Multiple choice: `{"options": ["fridge", "door", "jar"], "answer_index": 0}` in 
 none. Options have the text of answers; two to 26 of them, all different.
 """
 
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from operator import attrgetter
@@ -78,7 +77,7 @@ def load(clips_file: Path, questions_file: Path | None, root: Path, split: str) 
         for position, part, question in numbered:
             # Questions of a clip whose own line is malformed are listed too, because its id is unknown.
             if question.clip_id not in clips:
-                alike = alike or {_compared(clip_id): clip_id for clip_id in clips}
+                alike = alike or {parsing.compared(clip_id): clip_id for clip_id in clips}
                 problems.append(f"{position}: {_unknown(question.clip_id, alike, clips_file)}")
             questions[part].append(question)
     except ValueError as error:
@@ -119,15 +118,10 @@ def read_questions(path: Path) -> dict[Part, tuple[Question, ...]]:
 
 
 def _unknown(clip_id: str, alike: Mapping[str, str], clips_file: Path) -> str:
-    if near := alike.get(_compared(clip_id)):
+    if near := alike.get(parsing.compared(clip_id)):
         # As ASCII, because the two may look the same.
         return f"clip_id {clip_id!a} is not a clip of {clips_file}, which has {near!a}; use one spelling in both files"
     return f"clip_id {clip_id!r} is not a clip of {clips_file}; add it there"
-
-
-def _compared(clip_id: str) -> str:
-    """The same for ids that differ in case, surrounding spaces or the Unicode form of a letter only."""
-    return unicodedata.normalize("NFC", clip_id.strip().casefold())
 
 
 def _no_question(path: Path) -> str:

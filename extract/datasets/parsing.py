@@ -336,6 +336,11 @@ def texts_field(record: Mapping[str, Any], key: str) -> tuple[str, ...]:
     return tuple(values)
 
 
+def compared(name: str) -> str:
+    """The same for names that differ in case, surrounding spaces or the Unicode form of a letter only."""
+    return unicodedata.normalize("NFC", name.strip().casefold())
+
+
 def _require_usable(record: Mapping[str, Any], key: str, text: str) -> None:
     if not text.isprintable() and _UNUSABLE.search(text):
         raise ValueError(f"{key!r} is {_shown(record, key)}; expected text without NUL or lone surrogates")

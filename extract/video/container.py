@@ -12,9 +12,8 @@ one's packet the decoder returns what it holds back. If anything is unexpected t
 import errno
 import functools
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import dropwhile
@@ -28,6 +27,8 @@ from av.stream import Disposition
 from numpy.typing import NDArray
 
 from egopatch.extract.children.limits import reading_through
+from egopatch.extract.datasets.folder import ARCHIVES
+from egopatch.extract.datasets.parsing import compared
 from egopatch.extract.video.cache import FileVersion, VideoCache, version_of
 from egopatch.extract.video.index import (
     FrameIndex,
@@ -438,28 +439,28 @@ def _codec(path: Path) -> str:
     return next((match[1] for match in found if match), "which it does not name")
 
 
-def _name_alike(path: Path) -> str | None:
-    """A file beside `path` whose name differs only in capital letters, or in how accents are encoded."""
-    try:
-        names = [file.name for file in path.parent.iterdir()]
-    except OSError:
-        return None
-    wanted = unicodedata.normalize("NFC", path.name).casefold()
-    return next((name for name in names if unicodedata.normalize("NFC", name).casefold() == wanted), None)
-
-
 def _require_content(path: Path) -> None:
     try:
         with path.open("rb") as file:
             empty = not file.read(1)
         pointer = pointer_fault(path)
     except FileNotFoundError:
-        alike = _name_alike(path)
-        remedy = f"did you mean {alike}?" if alike else "put the file there or correct the annotation"
-        raise VideoError(f"video {path} does not exist; {remedy}") from None
+        near = _near_name(path)
+        found = f", but {near!a} is there" if near else ""  # as ASCII, because the two may look the same
+        remedy = "use one spelling in both places" if near else "put the file there or correct the annotation"
+        raise VideoError(f"video {path} does not exist{found}; {remedy}") from None
     except OSError as error:
         raise VideoError(f"video {path} cannot be read: {error.strerror}; expected a readable file") from error
     if empty:
         raise VideoError(f"video {path} is empty (0 bytes); download it again")
     if pointer:
         raise VideoError(f"video {path} {pointer}")
+    if path.suffix.lower() in ARCHIVES:
+        raise VideoError(f"video {path} is an archive; unpack it and name a video in it")
+
+
+def _near_name(path: Path) -> str | None:
+    """The name beside `path` that a reader may take for its own; None if there is none."""
+    with suppress(OSError):
+        return next((file.name for file in path.parent.iterdir() if compared(file.name) == compared(path.name)), None)
+    return None

@@ -191,6 +191,21 @@ def missing(to: Path) -> Path:
     return to / "a.mp4"
 
 
+def other_case(to: Path) -> Path:
+    (to / "A.MP4").touch()
+    return to / "a.mp4"
+
+
+def other_form(to: Path) -> Path:
+    (to / "caf\u00e9.mp4").touch()
+    return to / "cafe\u0301.mp4"
+
+
+def archive(to: Path) -> Path:
+    (to / "a.tar.gz").write_bytes(b"\x1f\x8b")
+    return to / "a.tar.gz"
+
+
 def folder(to: Path) -> Path:
     (to / "a.mp4").mkdir()
     return to / "a.mp4"
@@ -229,7 +244,10 @@ def noise(index: int, size: tuple[int, int]) -> np.ndarray:
 FASTSTART = {"movflags": "faststart"}
 UNREADABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (missing, "does not exist; put the file there or correct the annotation"),
-    "written in small letters": (lambda to: write_video(to / "GX01.MP4").with_name("gx01.mp4"), r"mean GX01\.MP4"),
+    "other case": (other_case, "does not exist, but 'A.MP4' is there; use one spelling in both places"),
+    "other form": (other_form, r"does not exist, but 'caf\\xe9.mp4' is there; use one spelling in both places"),
+    "in no folder": (lambda to: to / "none" / "a.mp4", "does not exist; put the file there"),
+    "archive": (archive, "a.tar.gz is an archive; unpack it and name a video in it"),
     "a folder": (folder, "cannot be read: Is a directory"),
     "empty": (empty, r"is empty \(0 bytes\)"),
     "pointer of LFS": (pointer, "a.mp4 is a pointer of Git LFS, not the file itself; run `git lfs pull` to fetch it"),
