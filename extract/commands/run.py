@@ -5,12 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from egopatch.configs.command_line import (
-    ConfigParser,
-    experiment_named,
-    name_experiment,
-    parse_config,
-)
+from egopatch.configs.command_line import ConfigParser, experiment_named, name_experiment, parse_config
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.commands.again import after_quarantine, retry_command
 from egopatch.extract.engines.interrupts import REQUEUE, Requeue, requeue_on_signals

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from egopatch.features.common.units import counted
+
 
 class StoreError(ValueError):
     """A store cannot be opened, read or written as requested."""
@@ -50,7 +52,7 @@ class AbsentClip(StoreError, KeyError):
         self.ids = tuple(ids)
         self.where = where
         shown = ", ".join(repr(name) for name in self.ids[:5]) + (", ..." if len(self.ids) > 5 else "")
-        clips = "1 requested clip is" if len(self.ids) == 1 else f"{len(self.ids)} requested clips are"
+        clips = counted(len(self.ids), "requested clip is", "requested clips are")
         self.message = (
             f"{clips} missing from {where}: {shown}; run `extract run` to encode the missing clips, or `extract retry` "
             "for those in quarantine"

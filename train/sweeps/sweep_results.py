@@ -16,6 +16,7 @@ import numpy as np
 
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Question, load_dataset
+from egopatch.features.common.units import counted
 from egopatch.train.report.answers import column_masks
 from egopatch.train.report.sources import read_sweep
 from egopatch.train.rundir import run_folder
@@ -97,9 +98,9 @@ def gather_points(
             "seeds": [run.config.train.seed for run in seeds],
         }
         summary |= dict.fromkeys(COLUMNS)
-        for column, counted in masks.items():
-            interval = accuracy(right_by_seed[:, counted], clips[counted].tolist())
-            summary[column] = {**asdict(interval), "n": int(counted.sum())}
+        for column, mask in masks.items():
+            interval = accuracy(right_by_seed[:, mask], clips[mask].tolist())
+            summary[column] = {**asdict(interval), "n": int(mask.sum())}
         points.append(Point(summary, right_by_seed))
     return points
 
@@ -160,7 +161,7 @@ def describe(result: Mapping[str, Any]) -> list[str]:
             for column in COLUMNS
             if point[column]
         ]
-        seeds = "1 seed" if len(point["seeds"]) == 1 else f"{len(point['seeds'])} seeds"
+        seeds = counted(len(point["seeds"]), "seed")
         lines.append(f"  {_name(point['setting'])}: {', '.join(accuracies)}, {seeds}")
     lines += [
         f"  {_name(pair['setting'])} against {_name(pair['against'])}: {pair['difference']:+.2f} "
