@@ -46,9 +46,11 @@ class SummedRow:
         # In few blocks, since each pass over one gives up the GIL, which other threads may then keep.
         for start in range(0, flat.size, _BLOCK):
             block = flat[start : start + _BLOCK]
+            # This sum comes first: it brings the block into the cache faster than the others do.
+            ethernet = crc32(block, ethernet)
             if not are_finite(block, dtype):
                 raise FloatingPointError(f"{dtype} holds NaN or infinity")
-            castagnoli, ethernet = crc32c(block, castagnoli), crc32(block, ethernet)
+            castagnoli = crc32c(block, castagnoli)
         return cls(content, castagnoli, ethernet)
 
 
