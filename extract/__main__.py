@@ -14,9 +14,9 @@ with interrupts_in_one_line("extract"):
     from egopatch.configs.command_line import ConfigParser
     from egopatch.configs.schema import ConfigError
     from egopatch.extract.datasets import DatasetError
-    from egopatch.extract.engines.interrupts import REQUEUE, Requeue, raise_on_signals
     from egopatch.extract.errors import CheckpointError, JobFailed
     from egopatch.features.common.command_line import find_command, run_command
+    from egopatch.features.common.signals import requeue_on_signals
     from egopatch.features.values.errors import BadLocation, FingerprintMismatch, StoreError
 
 # Each command is the module of the same name in `extract.commands`, or in its room `inputs`; `retry` is `run` as well.
@@ -34,7 +34,7 @@ COMMANDS = {
     "synth": "render EgoSynth, a synthetic data set in EgoTaskQA's layout",
     "checkpoint": "inspect or convert a checkpoint file",
 }
-JOBS = ("run", "retry")  # that schedulers start
+JOBS = ("run", "retry", "videos")  # that schedulers start, and start again
 INPUTS = ("checkpoint", "data", "frames", "standin", "synth")
 
 
@@ -55,18 +55,18 @@ def main(args: Sequence[str] | None = None, program: str = "extract") -> int:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     parser = ConfigParser(prog=f"{program} {name}", description=COMMANDS[name])
     retry = {"retry": True} if name == "retry" else {}
-    try:
-        with raise_on_signals() if name in JOBS else nullcontext():
-            return run_command(
-                parser.prog,
-                # Imported when it is called, to save start-up time: most commands need torch, which takes seconds.
-                lambda: load_command(name).main(parser, args[1:], **retry),
-                wrong_usage=(DatasetError, CheckpointError, ConfigError, BadLocation, FingerprintMismatch),
-                failures=(StoreError, OSError, JobFailed),
-            )
-    except Requeue as notice:
-        print(f"extract {name}: interrupted by {notice}; run the same command again to resume", file=sys.stderr)
-        return REQUEUE
+
+    def command() -> int:
+        # Imported when it is called, to save start-up time: most commands need torch, which takes seconds to import.
+        with requeue_on_signals() if name in JOBS else nullcontext():
+            return int(load_command(name).main(parser, args[1:], **retry))
+
+    return run_command(
+        parser.prog,
+        command,
+        wrong_usage=(DatasetError, CheckpointError, ConfigError, BadLocation, FingerprintMismatch),
+        failures=(StoreError, OSError, JobFailed),
+    )
 
 
 def load_command(name: str) -> ModuleType:

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from types import ModuleType
 
@@ -14,6 +15,7 @@ with interrupts_in_one_line("train"):
     from egopatch.extract.datasets import DatasetError
     from egopatch.extract.errors import CheckpointError, JobFailed
     from egopatch.features.common.command_line import find_command, run_command
+    from egopatch.features.common.signals import requeue_on_signals
     from egopatch.features.values.errors import BadLocation, FingerprintMismatch, StoreError
 
 # Each command is the module of the same name in `train.commands`.
@@ -29,11 +31,14 @@ COMMANDS = {
     "publish": "write a folder with all that an upload of a head and its store would hold",
     "bench": "run a benchmark script: bench NAME [its options]",
 }
+JOBS = ("fit", "sweep")  # that schedulers start, and start again
 
 
 def main(args: Sequence[str] | None = None, program: str = "train") -> int:
-    """Run one command of `program`, as errors and help call it; returns its exit code: 0 done, 1 the work failed, 2
-    wrong usage or configuration.
+    """Run one command of `program`, as errors and help call it; returns its exit code.
+
+    0: done. 1: the work failed. 2: wrong usage or configuration. 75: a scheduler's signal ended the training, which is
+    to be started again. 130: interrupted by Ctrl-C.
     """
     args = list(sys.argv[1:] if args is None else args)
     name = find_command("train", COMMANDS, "egopatch train COMMAND [options]; COMMAND --help lists its options", args)
@@ -43,7 +48,7 @@ def main(args: Sequence[str] | None = None, program: str = "train") -> int:
 
     def command() -> int:
         # Imported when it is called, to save start-up time: most commands need torch, which takes seconds to import.
-        with experiment_named(args[1:]):
+        with requeue_on_signals() if name in JOBS else nullcontext(), experiment_named(args[1:]):
             return int(load_command(name).main(parser, args[1:]))
 
     return run_command(

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from egopatch.configs.command_line import ConfigParser, experiment_named, name_experiment, parse_config
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.commands.again import after_quarantine, retry_command
-from egopatch.extract.engines.interrupts import REQUEUE, Requeue, requeue_on_signals
 from egopatch.extract.engines.job_slice import ALL_SHARDS, Slice
 from egopatch.extract.errors import JobFailed
 from egopatch.extract.worker.bounds import bound_line, ceilings
 from egopatch.features.common.command_line import INTERRUPTED, messages_apart, print_result
+from egopatch.features.common.signals import REQUEUE, start_trackers
 from egopatch.features.common.units import counted
 from egopatch.features.state.counts import machines_line
 
@@ -23,7 +23,7 @@ HELD = 3  # exit code of a job that has done its part, while other processes are
 
 
 def main(parser: ConfigParser, args: Sequence[str], retry: bool = False) -> int:
-    """Encode; returns 1 if the work failed, `HELD` if shards are left, and `REQUEUE` after a scheduler's signal."""
+    """Encode; returns 1 if the work failed, and `HELD` if shards are left."""
     parser.epilog = (
         "--config A.yaml B.yaml fills the stores of both from one decode of each clip; other options hold for both."
         f" Exit codes: 0 all clips and questions are stored or quarantined; 1 the work failed; 2 wrong usage or config;"
@@ -78,16 +78,14 @@ def encode(
     for config in configs:
         if advice := arithmetic_advice(config, device_of(config.encoder.device)):
             print(f"advice: {advice}", flush=True)
+    start_trackers()
     try:
         # Of several stores, nothing says here which one an error is about.
-        with requeue_on_signals(), experiment_named(lines[0] if len(lines) == 1 else []):
+        with experiment_named(lines[0] if len(lines) == 1 else []):
             results = extract_together(configs, retry, job_slice, refresh, wait)
     except JobFailed as error:
         print(f"{program}: failed: {error}. Committed shards are kept.", file=sys.stderr)
         return 1, []
-    except Requeue as notice:
-        print(f"{program}: interrupted by {notice}; run the same command again to resume", file=sys.stderr)
-        return REQUEUE, []
     for config, result, line in zip(configs, results, lines, strict=True):
         _report(config, result, line)
     clips_left, texts_left = (sum(getattr(result, name) for result in results) for name in ("clips_left", "texts_left"))

@@ -1,5 +1,5 @@
 """Starting workers and sharing a job's shards between them, in one process, with joblib or on a Ray cluster.
 
-Other rooms use `dispatch.encode_with_engine`, `job_slice.Slice` for one job of a job array, the counts of workers and
-decoders in `sharing`, and `interrupts.requeue_on_signals`.
+Other rooms use `dispatch.encode_with_engine`, `job_slice.Slice` for one job of a job array, and the counts of workers
+and decoders in `sharing`.
 """

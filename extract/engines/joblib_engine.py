@@ -8,12 +8,17 @@ from typing import Any, TypeVar
 
 from joblib.externals.loky.process_executor import ProcessPoolExecutor, TerminatedWorkerError
 
-from egopatch.extract.engines.interrupts import SIGNALS, requeue_on_signals
 from egopatch.extract.engines.sharing import SharedJob, WorkersDied, run_worker, worker_count
 from egopatch.extract.worker.device import device_of_worker
 from egopatch.extract.worker.job_stats import JobStats
 from egopatch.features.common.parent import exit_with_parent
-from egopatch.features.common.signals import children_without_interrupts, signals_held, start_trackers
+from egopatch.features.common.signals import (
+    SCHEDULER_SIGNALS,
+    children_without_interrupts,
+    requeue_on_signals,
+    signals_held,
+    start_trackers,
+)
 
 Result = TypeVar("Result")
 ENDING_S = 20.0  # for workers to finish what they are committing; schedulers kill a job after half a minute
@@ -62,11 +67,12 @@ def call_in_workers(function: Callable[..., Result], arguments: Sequence[tuple[A
 
 def _run_worker(shared: SharedJob, rank: int, workers: int) -> JobStats:
     # Before and after its work, SIGTERM ends no worker either: loky would kill the others, in the middle of a commit.
-    for number in (signal.SIGINT, *SIGNALS):
+    for number in (signal.SIGINT, *SCHEDULER_SIGNALS):
         signal.signal(number, signal.SIG_IGN)
     exit_with_parent()
     # loky registers its own start method, which a spawned decoder process would not know.
     multiprocessing.set_start_method("spawn", force=True)
+    start_trackers()
     with requeue_on_signals():
         device = device_of_worker(shared.config.encoder.device, rank)  # it may start CUDA, which takes seconds
         return run_worker(shared, rank, workers, device, neighbours=workers)

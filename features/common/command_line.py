@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from egopatch.features.common.os_errors import with_remedy
+from egopatch.features.common.signals import REQUEUE, Requeue
 from egopatch.interrupt import INTERRUPTED as INTERRUPTED
 from egopatch.interrupt import exit_code_of_interrupt
 
@@ -56,7 +57,7 @@ def run_command(
     wrong_usage: tuple[type[Exception], ...] = (),
     failures: tuple[type[Exception], ...] = (OSError,),
 ) -> int:
-    """Run `command`; returns its exit code, or 1, 2 or 130 once an error or an interrupt has been printed in one line.
+    """Run `command`; returns its exit code, or 1, 2, 75 or 130 once an error or an interrupt is printed in one line.
 
     Args:
         program: Name of the program and of its command, for errors.
@@ -80,6 +81,9 @@ def run_command(
             return 0
         print(f"{program}: failed: {failure}", file=sys.stderr)
         return 1
+    except Requeue as notice:
+        print(f"{program}: interrupted by {notice}; run the same command again to resume", file=sys.stderr)
+        return REQUEUE
     except KeyboardInterrupt:
         print(f"{program}: interrupted; run the same command again to resume", file=sys.stderr)
         return exit_code_of_interrupt()

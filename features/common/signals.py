@@ -1,4 +1,4 @@
-"""Signal handlers and blocked signals for the length of a block."""
+"""Signal handlers and blocked signals for the length of a block, and what a scheduler's signals mean to a job."""
 
 import os
 import signal
@@ -8,6 +8,17 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any
+
+# sysexits.h EX_TEMPFAIL: "try again later". Schedulers can be told to requeue a job that ends with it.
+REQUEUE = 75
+SCHEDULER_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Requeue(BaseException):
+    """The scheduler wants the machine back.
+
+    A BaseException, so that `except Exception` does not treat it as a failure.
+    """
 
 
 @contextmanager
@@ -27,6 +38,19 @@ def signal_handlers(
     finally:
         for number, former in before.items():
             signal.signal(number, former)
+
+
+@contextmanager
+def requeue_on_signals() -> Iterator[None]:
+    """Within the block SIGTERM and SIGUSR1 raise `Requeue`, once; the notices that follow are ignored."""
+
+    def requeue(number: int, _: FrameType | None) -> None:
+        for each in SCHEDULER_SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        raise Requeue(signal.Signals(number).name)
+
+    with signal_handlers(SCHEDULER_SIGNALS, requeue):
+        yield
 
 
 @contextmanager

@@ -24,11 +24,11 @@ from egopatch.extract.__main__ import main
 from egopatch.extract.children.slots import SharedSlots
 from egopatch.extract.commands.run import HELD
 from egopatch.extract.datasets import load_dataset
-from egopatch.extract.engines.interrupts import REQUEUE, Requeue, requeue_on_signals
 from egopatch.extract.engines.job_slice import Slice
 from egopatch.extract.worker.batch_encoder import BatchEncoder
 from egopatch.extract.worker.job_stats import jobs_path
 from egopatch.features import ShardWork, open_store
+from egopatch.features.common.signals import REQUEUE, Requeue, requeue_on_signals
 from egopatch.features.io import file_lease
 from egopatch.features.tools.repair import repair
 from egopatch.features.tools.verify import verify
@@ -290,7 +290,7 @@ def test_a_scheduler_stops_a_job_that_asks_to_be_started_again(
     assert contents(bare / "store") == contents(single)
 
 
-@pytest.mark.parametrize("command", ["run", "retry"])
+@pytest.mark.parametrize("command", ["run", "retry", "videos"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_job_that_still_imports_its_modules_asks_to_be_started_again(
     command: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

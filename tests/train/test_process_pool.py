@@ -11,6 +11,7 @@ import torch
 
 from egopatch.features.common.child_errors import ChildError
 from egopatch.train.processes.process_pool import ProcessLost, call_in_processes
+from egopatch.train.processes.stopping import SIGNALS, Stopped
 
 LONG_S = 60.0
 
@@ -78,7 +79,7 @@ def test_a_killed_process_is_named() -> None:
         call_in_processes([work], cores=1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_stops_all(number: signal.Signals) -> None:
     handler = signal.getsignal(number)
     reached, report = os.pipe()
@@ -94,7 +95,7 @@ def test_a_signal_stops_all(number: signal.Signals) -> None:
 
     threading.Thread(target=interrupt).start()
     started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped, match="run the same command again to resume"):
         call_in_processes([work] * 4, cores=2)
     assert time.monotonic() - started < LONG_S / 2
     assert signal.getsignal(number) is handler
@@ -114,5 +115,5 @@ def test_a_signal_is_not_lost_where_the_last_call_still_ends_well() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped, match="run the same command again to resume"):
         call_in_processes([work], cores=1)

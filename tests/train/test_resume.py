@@ -120,6 +120,30 @@ def test_a_signal_during_the_last_evaluation_is_not_lost(tiny: Config, monkeypat
     assert len(losses(tiny.run.dir)) == steps
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+@pytest.mark.parametrize("trains", [False, True])
+def test_the_exit_code_asks_a_scheduler_for_another_start(
+    tiny: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    code: int,
+    trains: bool,
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        signal.raise_signal(number)
+
+    target = "run_group.RunGroup.end_epoch" if trains else "fit.open_experiment"
+    monkeypatch.setattr(f"egopatch.train.fitting.{target}", interrupted)
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(plain(tiny)))
+    before = signal.getsignal(number)
+    assert main(["fit", "--config", str(path)]) == code
+    assert capsys.readouterr().err.endswith("; run the same command again to resume\n")
+    assert signal.getsignal(number) is before
+
+
 def test_a_head_that_makes_no_step_keeps_its_log(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = with_run(tiny, "majority", head_name="majority")
 

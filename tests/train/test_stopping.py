@@ -4,7 +4,9 @@ import signal
 
 import pytest
 
-from egopatch.train.processes.stopping import SIGNALS, stop_signals
+from egopatch.features.common.signals import REQUEUE
+from egopatch.interrupt import INTERRUPTED
+from egopatch.train.processes.stopping import SIGNALS, Stopped, stop_signals
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -17,12 +19,31 @@ def test_the_first_signal_is_a_request(number: signal.Signals) -> None:
     assert called == [True]
 
 
-def test_the_second_signal_stops_at_once_only_where_it_may() -> None:
-    with stop_signals():
-        signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_decides_the_exit_code(number: signal.Signals) -> None:
+    """Not that of a forked process, which gets another signal than its parent."""
+
+    def train() -> None:
+        with stop_signals():
+            signal.raise_signal(number)
             signal.raise_signal(signal.SIGTERM)
+            with stop_signals():
+                signal.raise_signal(signal.SIGUSR1)
+                raise Stopped
+
+    with pytest.raises(Stopped) as stopped:
+        train()
+    assert stopped.value.code == (INTERRUPTED if number == signal.SIGINT else REQUEUE)
+
+
+def test_only_a_second_ctrl_c_stops_at_once() -> None:
+    with stop_signals() as stopping:
+        for number in (*SIGNALS[1:], *SIGNALS[1:]):
+            signal.raise_signal(number)
+        assert stopping.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
     with stop_signals(second_raises=False) as stopping:
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert stopping.is_set()

@@ -92,7 +92,10 @@ def test_stopped_sweep_goes_on_and_a_finished_one_trains_nothing(tiny: Config, m
 
 
 @pytest.mark.slow
-def test_signal_stops_every_crew_at_its_place(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+def test_a_signal_to_all_processes_stops_every_run_group_at_its_place(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     path = run_sweep(tiny, ratios=[0.25, 0.5], name="whole")
     real, told = RunGroup.learn, dict[int, int]()
@@ -105,12 +108,14 @@ def test_signal_stops_every_crew_at_its_place(tiny: Config, monkeypatch: pytest.
         real(self, batch, last)
         if self.heads.step == 11:
             if self.config.head.ratio == 0.25:
-                os.kill(os.getppid(), signal.SIGTERM)
+                os.kill(os.getppid(), number)
+            os.kill(os.getpid(), number)  # as terminals and schedulers do
             os.read(told[os.getpid()], 1)  # no group ends before it is told
 
     monkeypatch.setattr(RunGroup, "learn", asks)
-    with pytest.raises(Stopped, match="run the same command again to resume"):
+    with pytest.raises(Stopped, match=r"in epoch \d of 3; run the same command again to resume") as stopped:
         run_sweep(tiny, ratios=[0.25, 0.5])
+    assert stopped.value.code == code
     out = tiny.run.dir.parent / "sweeps" / "direct-psa"
     assert len(list((out / "crews").glob("*.pt"))) == 2
     monkeypatch.setattr(RunGroup, "learn", real)

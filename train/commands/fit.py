@@ -5,11 +5,11 @@ import sys
 from collections.abc import Sequence
 
 from egopatch.configs.command_line import ConfigParser, parse_config
-from egopatch.features.common.command_line import INTERRUPTED, messages_apart, print_result
+from egopatch.features.common.command_line import messages_apart, print_result
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
-    """Train the head and print its accuracies on test; returns 130 after a signal."""
+    """Train the head and print its accuracies on test; returns 130 after Ctrl-C, and 75 after a scheduler's signal."""
     parser.add_argument("--json", action="store_true", help="print JSON")
     config, options = parse_config(parser, args)
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
@@ -32,7 +32,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         except Stopped as stopped:
             if ranks.first:
                 print(f"train fit: {stopped}", file=sys.stderr)
-            return INTERRUPTED
+            return stopped.code
         if ranks.first:
             record = {"run": config.run.dir, **metrics.as_json(), "quarantined": metrics.quarantined}
             print_result(options.json, record, test_line(config, metrics))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from egopatch.configs.command_line import ConfigParser, parse_config
 from egopatch.configs.schema import ConfigError
-from egopatch.features.common.command_line import INTERRUPTED, messages_apart, print_result
+from egopatch.features.common.command_line import messages_apart, print_result
 
 STACKED = (
     "runs that differ only in ratio train together and round in another order than `train fit` does, so "
@@ -19,7 +19,7 @@ STACKED = (
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
-    """Train every run of the sweep and print where the results are; returns 130 after a signal."""
+    """Train every run and print where the results are; returns 130 after Ctrl-C, and 75 after a scheduler's signal."""
     parser.add_argument(
         "--ratios", type=float, nargs="+", default=None, help="values of head.ratio (default: the config's)"
     )
@@ -50,7 +50,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
             path = run_sweep(config, options.ratios, options.seeds, options.grid, options.name, command)
     except Stopped as stopped:
         print(f"train sweep: {stopped}", file=sys.stderr)
-        return INTERRUPTED
+        return stopped.code
     result = json.loads(path.read_text(encoding="utf-8"))
     several = len({member["ratio"] for member in result["members"]}) > 1
     note = STACKED if several and can_stack(config.head.name) else None

@@ -13,7 +13,7 @@ import torch
 
 from egopatch.features.common.child_errors import ChildTraceback, sendable
 from egopatch.features.common.parent import exit_with_parent
-from egopatch.train.processes.stopping import SIGNALS, stop_signals
+from egopatch.train.processes.stopping import SIGNALS, Stopped, stop_signals
 
 Result = TypeVar("Result")
 
@@ -33,8 +33,8 @@ def call_in_processes(calls: Sequence[Callable[[], Result]], cores: int) -> list
     The operations of a light head are too small to split over threads, and threads that each run many of them wait for
     the GIL. Forked processes do neither, and share memory copy-on-write.
 
-    SIGINT and SIGTERM reach the processes as one SIGTERM, which raises KeyboardInterrupt there, so a call can stop
-    where it chooses; a second signal kills them.
+    Each signal of `stop_signals` reaches the processes as SIGTERM, which raises KeyboardInterrupt there, so a call can
+    stop where it chooses; Ctrl-C as a second signal kills them.
 
     Args:
         calls: Their results and exceptions are pickled; the calls themselves are not. An exception that cannot be
@@ -43,7 +43,8 @@ def call_in_processes(calls: Sequence[Callable[[], Result]], cores: int) -> list
 
     Raises:
         ProcessLost: A process was killed.
-        KeyboardInterrupt: After a second signal, or after a first one if no call raised an exception.
+        Stopped: After a signal, once the processes have stopped.
+        KeyboardInterrupt: After Ctrl-C as a second signal.
         BaseException: The exception of the first call to fail, once the other processes have stopped.
     """
     running: dict[Connection, tuple[int, ForkProcess]] = {}
@@ -75,14 +76,15 @@ def call_in_processes(calls: Sequence[Callable[[], Result]], cores: int) -> list
                 if failures or stopping.is_set():
                     waiting.clear()
                     terminate_all()  # also processes that were started just as the signal came
+            if stopping.is_set() and all(isinstance(error, Stopped | KeyboardInterrupt) for error in failures):
+                told = [error for error in failures if isinstance(error, Stopped)]
+                raise told[0] if told else Stopped("interrupted; run the same command again to resume")
     finally:
         for _, process in running.values():
             process.kill()
             process.join()
     if failures:
         raise failures[0]
-    if stopping.is_set():
-        raise KeyboardInterrupt
     return [results[number] for number in range(len(calls))]
 
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as requests: the first stops training at the next step, the second at once."""
+"""Signals as requests to stop: training ends after the current step, and the exit code says who asked."""
 
 import signal
 import threading
@@ -6,38 +6,53 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from egopatch.features.common.signals import signal_handlers
+from egopatch.features.common.signals import REQUEUE, SCHEDULER_SIGNALS, signal_handlers
+from egopatch.interrupt import INTERRUPTED
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, *SCHEDULER_SIGNALS)
 
 
 class Stopped(Exception):
-    """A signal interrupted training; the file of each run group holds its position."""
+    """A signal interrupted training; the file of each run group holds its position.
+
+    Attributes:
+        code: Exit code of the command: `INTERRUPTED` after Ctrl-C, `REQUEUE` after a scheduler's signal.
+    """
+
+    code = INTERRUPTED
 
 
 @contextmanager
 def stop_signals(second_raises: bool = True, on_first: Callable[[], object] | None = None) -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set inside the block, so that no step is interrupted half-way.
+    """An event that SIGINT, SIGTERM and SIGUSR1 set inside the block, so that no step is interrupted half-way.
 
-    Outside of the main thread, which alone receives signals, the event is never set.
+    A `Stopped` that leaves the block gets the exit code of the first signal. Outside of the main thread, which alone
+    receives signals, the event is never set.
 
     Args:
-        second_raises: Whether a second signal raises KeyboardInterrupt.
+        second_raises: Whether SIGINT raises KeyboardInterrupt if it is not the first signal. Schedulers repeat theirs.
         on_first: Called at the first signal.
     """
     stopping = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopping
         return
+    code = INTERRUPTED
 
     def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal code
         if stopping.is_set():
-            if second_raises:
+            if second_raises and number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
+        code = REQUEUE if number in SCHEDULER_SIGNALS else INTERRUPTED
         stopping.set()
         if on_first is not None:
             on_first()
 
     with signal_handlers(SIGNALS, handle):
-        yield stopping
+        try:
+            yield stopping
+        except Stopped as stopped:
+            stopped.code = code
+            raise

@@ -21,7 +21,6 @@ from egopatch.configs.command_line import load_config
 from egopatch.configs.schema import Config, ConfigError, EncoderConfig
 from egopatch.extract.encoders import Network, find_network
 from egopatch.extract.engines import dispatch, joblib_engine, sharing
-from egopatch.extract.engines.interrupts import Requeue, requeue_on_signals
 from egopatch.extract.engines.joblib_engine import call_in_workers
 from egopatch.extract.engines.sharing import SharedJob, WorkersDied, worker_count
 from egopatch.extract.feed import pool
@@ -29,6 +28,7 @@ from egopatch.extract.feed.pool import decoder_count
 from egopatch.extract.worker.job_stats import JobStats, Stages
 from egopatch.features import Store, StoreError, create_store, open_store
 from egopatch.features.common.child_errors import ChildError
+from egopatch.features.common.signals import Requeue, requeue_on_signals
 from egopatch.features.state.catalog import Catalog
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, fill
 
