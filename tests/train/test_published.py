@@ -19,7 +19,7 @@ from egopatch.train.data.batch import Batch
 from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.heads import load_head
-from egopatch.train.rundir.run_folder import plain
+from egopatch.train.rundir.run_folder import RunError, plain
 from tests.extract.encoders.networks import tiny as tiny_network
 from tests.train.tiny import losses, with_run, write_tiny
 
@@ -188,6 +188,15 @@ def test_a_network_of_another_width_than_the_store_is_one_line(
     path.write_text(yaml.safe_dump(plain(with_run(mfas, "wide"))))
     assert main(["fit", "--config", str(path), "--encoder.checkpoint", str(other)]) == 1
     assert "failed: patches has 64 channels; this head's network has 128\n" in capsys.readouterr().err
+
+
+def test_a_file_is_not_evaluated_where_training_was_interrupted(mfas: Config) -> None:
+    begun = with_run(mfas, "begun", head_checkpoint=mfas.encoder.checkpoint)
+    begun.run.dir.mkdir(parents=True)
+    (begun.run.dir / "last.pt").touch()
+    with pytest.raises(RunError, match=r"holds a head that was trained there; use another --run.dir"):
+        evaluate(begun)
+    assert [path.name for path in begun.run.dir.iterdir()] == ["last.pt"]
 
 
 def test_the_command_line_evaluates_a_file(mfas: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -252,6 +252,30 @@ def test_a_run_of_another_process_is_waited_for(
     assert "or stop it: its lease then expires automatically" in out
 
 
+def test_what_another_process_wrote_during_the_wait_is_checked(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = with_run(tiny, "other", train_seed=1)
+    fit(other, "x")
+
+    def waiting(into: Config, command: Callable[[], object]) -> None:
+        with ExitStack() as holder:
+            holder.enter_context(file_lease.hold(into.run.dir, 0))
+
+            def finishes(seconds: float) -> None:
+                shutil.copytree(other.run.dir, into.run.dir, dirs_exist_ok=True)
+                holder.close()
+
+            monkeypatch.setattr(lease, "time", clock(finishes))
+            command()
+
+    with pytest.raises(ConfigError, match=r"with different settings \(train.seed: folder has 1, requested 0\)"):
+        waiting(tiny, lambda: fit(tiny, "x"))
+    elsewhere = with_run(tiny, "elsewhere")
+    with pytest.raises(RunError, match=r"holds a head that was trained there; use another --run.dir"):
+        waiting(elsewhere, lambda: evaluate(elsewhere, source=other.run.dir))
+    for config in (tiny, elsewhere):
+        assert (config.run.dir / "card.json").read_bytes() == (other.run.dir / "card.json").read_bytes()
+
+
 def test_a_run_that_another_process_leaves_is_resumed(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

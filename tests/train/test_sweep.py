@@ -229,6 +229,23 @@ def test_runs_of_another_process_are_waited_for(
     assert not list((folder / "crews").iterdir())
 
 
+def test_runs_that_another_process_trains_meanwhile_with_other_settings_are_refused(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = run_sweep(replace(tiny, train=replace(tiny.train, lr=0.5)), ratios=[0.5], name="other").parent
+    folder = other.parent / "shared"
+    with ExitStack() as holder:
+        holder.enter_context(file_lease.hold(folder / "ratio-0.5", 0))
+
+        def finishes(seconds: float) -> None:
+            shutil.copytree(other / "ratio-0.5", folder / "ratio-0.5", dirs_exist_ok=True)
+            holder.close()
+
+        monkeypatch.setattr(sweep, "time", clock(finishes))
+        with pytest.raises(ConfigError, match=r"with different settings \(train.lr: .*\); use another --name"):
+            run_sweep(tiny, ratios=[0.5], name="shared")
+
+
 def test_a_run_that_another_process_leaves_is_trained(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny.run.dir.parent / "sweeps" / "shared"
     with ExitStack() as other:

@@ -28,7 +28,7 @@ from egopatch.train.processes.stopping import Stopped, stop_signals
 from egopatch.train.rundir import run_folder
 from egopatch.train.rundir.card import Card
 from egopatch.train.rundir.lease import hold_when_free
-from egopatch.train.rundir.names import LAST, WEIGHTS
+from egopatch.train.rundir.names import LAST
 from egopatch.train.rundir.run_folder import RunError
 from egopatch.train.scores.metrics import Metrics, headline
 from egopatch.train.steps.stacked_heads import deterministic
@@ -55,10 +55,8 @@ def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
     """
     folder = config.run.dir
     check_head(config.head)
-    # Only the first rank looks at the folder. Another setting in it is refused at once, not after a wait.
-    ranks.broadcast(lambda: run_folder.require_same_settings(folder, config))
     with (
-        hold_when_free(folder, ranks),
+        hold_when_free(folder, ranks, lambda: run_folder.require_same_settings(folder, config)),
         shortage_explained(config.train, folder),
         caller_state_kept(config.train.device),
     ):
@@ -186,10 +184,9 @@ def evaluate(
             return _evaluate_elsewhere(config, command, ranks, source)
         if config.head.checkpoint is not None and not ranks.broadcast(lambda: has_run(config)):
             return evaluate_published(config, command, ranks)
-        # A folder without a card is refused before it is created.
-        ranks.broadcast(lambda: Card.read(config.run.dir))
-        with hold_when_free(config.run.dir, ranks), shortage_explained(config.train, config.run.dir):
-            return _evaluate(config, ranks, config.run.dir)
+        folder = config.run.dir
+        with hold_when_free(folder, ranks, lambda: Card.read(folder)), shortage_explained(config.train, folder):
+            return _evaluate(config, ranks, folder)
 
 
 def test_line(config: Config, metrics: Metrics) -> str:
@@ -201,9 +198,10 @@ def test_line(config: Config, metrics: Metrics) -> str:
 def _evaluate_elsewhere(config: Config, command: str, ranks: Distributed, source: Path) -> Metrics:
     """Evaluate the head in `source` on the data set of `config`, into `config.run.dir`."""
     out, card = config.run.dir, ranks.broadcast(lambda: Card.read(source))
-    if ranks.broadcast(lambda: any((out / name).exists() for name in (WEIGHTS, LAST))):
-        raise RunError(f"run.dir {out} holds a head that was trained there; use another --run.dir")
-    with hold_when_free(out, ranks), shortage_explained(config.train, out):
+    with (
+        hold_when_free(out, ranks, lambda: run_folder.require_untrained(out)),
+        shortage_explained(config.train, out),
+    ):
         metrics = _evaluate(config, ranks, source)
         if ranks.first:
             # Head, training and its data are those of the head that was evaluated: the table tells runs apart by them.

@@ -36,6 +36,7 @@ def evaluate_published(config: Config, command: str, ranks: Distributed) -> Metr
 
     Raises:
         ConfigError: The head has no published classifier, or the folder holds another run.
+        RunError: Training began in the folder.
         CheckpointError: The file is unreadable, another network's, incomplete, or has another number of answers.
         FingerprintMismatch: The store was created with other weights.
         StoreError, DatasetError: Features or annotations are missing or damaged.
@@ -61,8 +62,12 @@ def evaluate_published(config: Config, command: str, ranks: Distributed) -> Metr
             "this answer set"
         )
     _check_store(config, experiment, inspection.sha256)
-    with hold_when_free(config.run.dir, ranks), shortage_explained(config.train, config.run.dir):
-        ranks.broadcast(lambda: run_folder.claim(config.run.dir, config))
+    folder = config.run.dir
+    with (
+        hold_when_free(folder, ranks, lambda: run_folder.require_untrained(folder)),
+        shortage_explained(config.train, folder),
+    ):
+        ranks.broadcast(lambda: run_folder.claim(folder, config))
         head = build_head(config, experiment.sizes).to(experiment.device)
         train = replace(config.train, ema=0.0)
         heads = StackedHeads([head], [train.seed], train, 0, experiment.device)

@@ -3,7 +3,7 @@
 import errno
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -35,12 +35,17 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def hold_when_free(folder: Path, ranks: Distributed) -> Iterator[None]:
+def hold_when_free(folder: Path, ranks: Distributed, check: Callable[[], object]) -> Iterator[None]:
     """Hold the lease on the first rank; while another process holds it, say so once and wait.
+
+    Args:
+        check: Refuses what the folder holds, on the first rank: at once, so that nothing is created or waited for in
+            vain, and again after the wait, in which the other process may have written to it.
 
     Raises:
         ConfigError: The folder cannot be written.
     """
+    ranks.broadcast(check)
     with ExitStack() as lease:
         announced = False
         while True:
@@ -53,6 +58,7 @@ def hold_when_free(folder: Path, ranks: Distributed) -> Iterator[None]:
                 announced = True
             # All ranks wait here: a rank that waits in a collective call gives up after some minutes.
             time.sleep(POLL_S)
+        ranks.broadcast(check)
         yield
 
 

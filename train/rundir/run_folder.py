@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.features.io.files import replacing
 from egopatch.features.state.header import HEADER
-from egopatch.train.rundir.names import CONFIG, TEST, WEIGHTS
+from egopatch.train.rundir.names import CONFIG, LAST, TEST, WEIGHTS
 from egopatch.train.rundir.results import START_AGAIN
 
 # torch takes seconds to import, and the table needs no weights.
@@ -154,6 +154,16 @@ def require_same_settings(folder: Path, config: Config, option: str = "--run.dir
             f"run.dir {folder} holds a run with different settings ({'; '.join(different)}); use another "
             f"{option} or the original settings"
         )
+
+
+def require_untrained(folder: Path) -> None:
+    """Check that no head was trained in the folder, nor began to be: results of another head would pass for its own.
+
+    Raises:
+        RunError: There are weights, or the state of an interrupted training.
+    """
+    if any((folder / name).exists() for name in (WEIGHTS, LAST)):
+        raise RunError(f"run.dir {folder} holds a head that was trained there; use another --run.dir")
 
 
 def is_finished(folder: Path) -> bool:

@@ -152,6 +152,8 @@ def run_sweep(
     }
     finished = [run for run in runs if run.folder.name not in failed]
     # Also where nothing was left to train, or where other processes trained some of the runs.
+    for run in finished:
+        run_folder.require_same_settings(run.folder, run.config, "--name")
     require_shared_questions([run.folder for run in finished])
     with shortage_explained(config.train, out, "--name"):
         path = write_results(facts, finished, config, out)
