@@ -29,7 +29,7 @@ COLUMNS = ("open", "binary", "all")
 # What to do about a finished run with a missing or damaged file: `train fit` alone would only evaluate it again.
 START_AGAIN = "delete the folder and train again"
 # Options in which the seeds of one setting may differ: the seed, and options that change only where or how fast a run
-# is computed. `card.py` has a shorter list of options that a resumed run may change; the seed is not one of them.
+# is computed. `run_folder.py` has a shorter list of options that a resumed run may change; the seed is not one of them.
 _DIFFER_BETWEEN_SEEDS = {
     "run.dir", "run.table", "run.tracker", "train.seed", "train.device", "train.residency", "head.implementation",
     "encoder.device", "encoder.batch", "store.path", "store.format", "store.shard", "video.timeout_s",
