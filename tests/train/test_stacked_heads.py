@@ -11,7 +11,7 @@ from egopatch.configs.schema import HeadConfig, TrainConfig
 from egopatch.train.data.batch import Batch
 from egopatch.train.heads import PSA, Pooled, QuestionOnly
 from egopatch.train.heads.common.noise import Dropout
-from egopatch.train.heads.psa.selection import PatchSelection
+from egopatch.train.heads.psa.selection import Patches, PatchSelection
 from egopatch.train.ops.largest import largest_mask
 from egopatch.train.ops.philox import Draw
 from egopatch.train.steps.optim import FlatParameters, build_optimiser, learning_rate
@@ -94,17 +94,15 @@ def test_dense_selection_of_a_stack_is_select_attend(low: bool) -> None:
     leaves = [torch.randn(3, 11, 2, width, generator=g), torch.randn(3, 11, width, generator=g), bias]
     selection = PatchSelection(1, "reference")
     selection.ks = ks
+    stored = Patches(tokens, batch.clip_index, scale, None)
     results = []
     for dense in (True, False):
         queries, selector, prior = (leaf.clone().requires_grad_() for leaf in leaves)
         if dense:
             with torch.autocast("cpu", torch.bfloat16, enabled=low):
-                parts = selection.for_stacked_heads(tokens, batch.clip_index, queries, selector, prior, scale, None)
+                parts = selection.for_stacked_heads(stored, queries, selector, prior)
         else:
-            of_each = [
-                selection.for_one_head(tokens, batch.clip_index, queries[m], selector[m], prior[m], scale, None, k)
-                for m, k in enumerate(ks)
-            ]
+            of_each = [selection.for_one_head(stored, queries[m], selector[m], prior[m], k) for m, k in enumerate(ks)]
             parts = tuple(torch.stack(part) for part in zip(*of_each, strict=True))
         pooled, lse, kept = parts
         (pooled.sin().sum() + lse.cos().sum()).backward()

@@ -21,7 +21,7 @@ from egopatch.train.heads.common.question import (
     without_autocast,
 )
 from egopatch.train.heads.common.scale import scaled
-from egopatch.train.heads.psa.selection import PatchSelection
+from egopatch.train.heads.psa.selection import Patches, PatchSelection
 from egopatch.train.ops.rows import RowPicker
 from egopatch.train.ops.select_attend import Implementation
 
@@ -70,13 +70,10 @@ class CoarseLevel(nn.Module):
         queries = _widened(queries, tokens.shape[-1])
         clips = len(tokens) if clip_rows is None else len(clip_rows)
         pooled, _, _ = self.select(
-            tokens,
-            batch.clip_index,
+            Patches(tokens, batch.clip_index, None, clip_rows),
             queries,
             torch.zeros_like(queries[:, 0]),
             torch.zeros(clips, *tokens.shape[1:3], device=tokens.device),
-            None,
-            clip_rows,
         )
         content, position = self.value.weight.split([self.width, POSITION_WIDTH], dim=1)
         with without_autocast(content):

@@ -38,7 +38,7 @@ from egopatch.train.heads.common.region import grow_region
 from egopatch.train.heads.common.scale import scaled_patches
 from egopatch.train.heads.psa.coarse import CoarseLevel
 from egopatch.train.heads.psa.prior import spatial_prior
-from egopatch.train.heads.psa.selection import PatchSelection
+from egopatch.train.heads.psa.selection import Patches, PatchSelection
 from egopatch.train.ops.rows import RowPicker
 
 # Range of the random scores: small, because they enter the attention logits too and should only rank the patches.
@@ -194,13 +194,10 @@ class PSA(nn.Module):
             # How well the best patches fit, which the softmax alone would hide, is lse; centred like the tokens.
             centre = (queries_uhd + selector_ud[:, None]) @ self.whiten.mean
         pooled, lse, kept = self.select(
-            tokens.patches,
-            batch.clip_index,
+            Patches(tokens.patches, batch.clip_index, tokens.scale, batch.clip_rows),
             rows.of(queries_uhd).float(),
             rows.of(selector_ud).float(),
             self.bias(batch.select_clips(tokens.saliency).float(), _grid_positions(batch)),
-            tokens.scale,
-            batch.clip_rows,
         )
         weight, bias = self.whiten.then(self.value)
         by_head = rearrange(weight, "(h e) d -> h e d", h=self.heads)
@@ -221,7 +218,7 @@ class PSA(nn.Module):
     def patch_scores(self, batch: Batch) -> dict[str, Tensor]:
         """Scores of the stored patches, [B, T, n] each: `selection`, whose k highest a frame keeps, and its parts.
 
-        The parts are `question`, `saliency` and `prior`, if the head has them. Random scores have no `selection`.
+        The parts are `saliency`, and `question` and `prior` if the head has them. Random scores have no `selection`.
         """
         tokens = self.select_frames(batch.tokens)
         reader = dict(self.readers).get("where", self.read)
