@@ -275,7 +275,8 @@ def test_a_stale_clip_that_cannot_be_encoded_again_is_quarantined(
     found = json.loads(capsys.readouterr().out)
     assert (found["committed"], found["quarantined"], found["stale"]) == (4, 2, {})
     experiment = open_experiment(config_of(root))
-    assert experiment.features.quarantined == {"c0", "c1"}
+    encoded = {name for table in experiment.encoded.values() for name in table.clips}
+    assert {name for table in experiment.tables.values() for name in table.clips} - encoded == {"c0", "c1"}
     with pytest.raises(AbsentClip):
         open_store(root / "store").read(["c0"])
     assert features(["verify", str(root / "store")]) == 0

@@ -18,7 +18,7 @@ from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
 from egopatch.extract.datasets.registry import _PLUGINS as DATASETS
 from egopatch.train.__main__ import main
 from egopatch.train.data.batch import Batch
-from egopatch.train.fitting import run_group
+from egopatch.train.fitting import experiment, run_group
 from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.rundir.run_folder import RunError, plain, save_weights, weights_epoch
@@ -288,3 +288,14 @@ def test_an_own_data_set_without_questions_is_named(tiny: Config, monkeypatch: p
         ConfigError, match=r"^the data set mine has clips and no questions; expected some of each part$"
     ):
         fit(replace(tiny, data=replace(tiny.data, name="mine")), "x")
+
+
+def test_a_data_set_without_val_questions_is_refused_before_its_features_are_read(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = load_dataset(tiny.data)
+    without = replace(dataset, questions={**dataset.questions, "val": ()})
+    monkeypatch.setattr(experiment, "load_dataset", lambda data: without)
+    monkeypatch.setattr(experiment, "Features", None)
+    with pytest.raises(RunError, match=r" train, 0 val, [0-9]+ test questions; expected some of each"):
+        fit(with_run(tiny, "unread"), "x")

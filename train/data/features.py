@@ -34,20 +34,18 @@ class Features:
     Args:
         store: The clips' store; None for heads that read no video.
         text_store: The texts' store; None for heads that read no text.
-        clip_ids: Clips that batches will request.
-        texts: Texts that batches will request; their order gives the rows.
+        clip_ids: Encoded clips that batches will request, each once.
+        texts: Texts that batches will request, each once; their positions are the rows.
         residency: `train.residency` of the config.
         device: Device of the batches.
         ranks: Processes that share the clips. Each reads and holds only its own.
 
     Attributes:
-        text_rows: Row of each text.
-        quarantined: Requested clips that could not be encoded.
         residency_line: Log line on where the features are kept.
         bytes_read: Bytes read from the stores so far.
 
     Raises:
-        StoreError: Clips or texts are neither in the store nor quarantined.
+        StoreError: Texts are not in the store.
     """
 
     def __init__(
@@ -64,18 +62,15 @@ class Features:
         self.ranks = ranks
         self.store = store
         self.bytes_read = 0
-        self.text_rows = {text: row for row, text in enumerate(texts)}
         self.residency_line = "features: no video is read"
         self._resident: PatchTokens | None = None
         self._derived: Tensor | None = None
         self._clip_rows: dict[str, int] = {}
         self.residency: Residency = "ram"
-        self.quarantined = frozenset() if store is None else _quarantined(store, frozenset(clip_ids))
-        clips = [name for name in dict.fromkeys(clip_ids) if name not in self.quarantined]
-        rank_clips = clips[ranks.rank :: ranks.size]
+        rank_clips = clip_ids[ranks.rank :: ranks.size]
         self._rank_clips = frozenset(rank_clips)
         if store is not None:
-            nbytes = len(clips) * spec_row_bytes(store.spec)
+            nbytes = len(clip_ids) * spec_row_bytes(store.spec)
             self.residency, self.residency_line = ranks.broadcast(
                 lambda: choose_residency(residency, nbytes, device, ranks)
             )
@@ -326,13 +321,13 @@ def _repeated(numbers: Tensor, count: int) -> Tensor:
     return torch.cat([numbers, numbers[:1].expand(count - len(numbers))])
 
 
-def _quarantined(store: Store, clip_ids: frozenset[str]) -> frozenset[str]:
-    """The quarantined ones of `clip_ids`.
+def quarantined_clips(store: Store, clip_ids: Sequence[str]) -> frozenset[str]:
+    """Those of `clip_ids`, each given once, that could not be encoded.
 
     Raises:
         StoreError: A clip has neither a row nor an entry in the quarantine.
     """
-    without_row = clip_ids - set(store.clip_ids)
+    without_row = frozenset(clip_ids).difference(store.clip_ids)
     if missing := sorted(without_row - store.quarantine.keys()):
         total = counted(len(clip_ids), "requested clip")
         raise StoreError(

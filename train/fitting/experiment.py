@@ -1,7 +1,7 @@
 """The data of one config, opened once: annotations, stores, question tables, device and ranks."""
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -19,7 +19,7 @@ from egopatch.features.common.machine import find_device, limit_threads
 from egopatch.features.common.units import counted
 from egopatch.features.store.text_substore import TEXT_FOLDER, require_same_network
 from egopatch.features.values.location import parse_location
-from egopatch.train.data.features import Features
+from egopatch.train.data.features import Features, quarantined_clips
 from egopatch.train.data.question_table import FORMS, QuestionTable
 from egopatch.train.heads import Sizes, reads_video
 from egopatch.train.processes.distributed import ALONE, Distributed
@@ -161,53 +161,40 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
     if config.train.deterministic:
         # cuBLAS reads this once, before its first product; without it torch refuses all products on a GPU.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    dataset = load_dataset(config.data)
-    if not any(dataset.questions.values()):
-        if config.data.name != "jsonl":
-            raise ConfigError(f"the data set {config.data.name} has clips and no questions; expected some of each part")
-        raise ConfigError(
-            f"data.questions is {config.data.questions!r}, so {config.data.root} has clips and no questions; name a"
-            " file of questions there, and run `extract run` with the same config"
-        )
+    dataset = _load_annotations(config)
     if card is not None:
         _require_vocabulary(config, card, dataset)
-    store = text_store = None
-    if reads_video(config.head.name):
-        store = open_features(config, "patches", None if card is None else card.fingerprint)
-    if config.head.name not in WITHOUT_FEATURES:
-        text_store = open_features(config, "text", None if card is None else card.text_fingerprint)
-    if store is not None and text_store is not None:
-        require_same_network(store, text_store)
+    store, text_store = _open_stores(config, card)
     questions = [question for part in PARTS for question in dataset.questions[part]]
-    texts = [
-        *(question.text for question in questions),
-        *(option for question in questions for option in question.options),
-        *(text for question in questions for text in question.variants or ()),
-    ]
     clip_ids = list(dict.fromkeys(question.clip_id for question in questions))
     unrecorded = 0 if store is None else ranks.broadcast(partial(_refuse_stale, store, dataset, config, clip_ids))
+    quarantined = frozenset() if store is None else quarantined_clips(store, clip_ids)
+    text_rows = _text_rows(questions)
+    tables: dict[str, QuestionTable] = {
+        part: QuestionTable.from_questions(
+            dataset.questions[part], dataset, text_rows, config.data.paraphrases and part == "train"
+        )
+        for part in PARTS
+    }
+    encoded = {part: table.without_clips(quarantined) for part, table in tables.items()}
+    train_table = encoded["train"].answerable()
+    # Before the features are read, which may take minutes.
+    _require_questions(config.data.root, tables, encoded["test"], train_table, is_trained=card is not None)
     features = Features(
         store,
         text_store,
-        clip_ids=clip_ids,
-        texts=list(dict.fromkeys(texts)),
+        clip_ids=[name for name in clip_ids if name not in quarantined],
+        texts=list(text_rows),
         residency=config.train.residency,
         device=device,
         ranks=ranks,
     )
-    tables: dict[str, QuestionTable] = {
-        part: QuestionTable.from_questions(
-            dataset.questions[part], dataset, features.text_rows, config.data.paraphrases and part == "train"
-        )
-        for part in PARTS
-    }
-    encoded = {part: table.without_clips(features.quarantined) for part, table in tables.items()}
-    experiment = Experiment(
+    return Experiment(
         dataset=dataset,
         features=features,
         tables=tables,
         encoded=encoded,
-        train_table=encoded["train"].answerable(),
+        train_table=train_table,
         sizes=sizes_of(store, text_store, len(dataset.answers), dataset.choices),
         fingerprint=None if store is None else store.fingerprint,
         text_fingerprint=None if text_store is None else text_store.fingerprint,
@@ -215,8 +202,41 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
         device=device,
         ranks=ranks,
     )
-    _require_questions(config.data.root, experiment, is_trained=card is not None)
-    return experiment
+
+
+def _load_annotations(config: Config) -> Dataset:
+    """The data set of `config`, which must have questions."""
+    dataset = load_dataset(config.data)
+    if any(dataset.questions.values()):
+        return dataset
+    if config.data.name != "jsonl":
+        raise ConfigError(f"the data set {config.data.name} has clips and no questions; expected some of each part")
+    raise ConfigError(
+        f"data.questions is {config.data.questions!r}, so {config.data.root} has clips and no questions; name a file"
+        " of questions there, and run `extract run` with the same config"
+    )
+
+
+def _open_stores(config: Config, card: Card | None) -> tuple[Store | None, Store | None]:
+    """The stores of clips and of texts that the head reads; None for one that it does not."""
+    store = text_store = None
+    if reads_video(config.head.name):
+        store = open_features(config, "patches", None if card is None else card.fingerprint)
+    if config.head.name not in WITHOUT_FEATURES:
+        text_store = open_features(config, "text", None if card is None else card.text_fingerprint)
+    if store is not None and text_store is not None:
+        require_same_network(store, text_store)
+    return store, text_store
+
+
+def _text_rows(questions: Sequence[Question]) -> dict[str, int]:
+    """The row of each text: of the questions, their options and their variants."""
+    texts = [
+        *(question.text for question in questions),
+        *(option for question in questions for option in question.options),
+        *(text for question in questions for text in question.variants or ()),
+    ]
+    return {text: row for row, text in enumerate(dict.fromkeys(texts))}
 
 
 def _require_vocabulary(config: Config, card: Card, dataset: Dataset) -> None:
@@ -228,14 +248,19 @@ def _require_vocabulary(config: Config, card: Card, dataset: Dataset) -> None:
         )
 
 
-def _require_questions(root: Path, experiment: Experiment, is_trained: bool) -> None:
+def _require_questions(
+    root: Path,
+    tables: Mapping[str, QuestionTable],
+    encoded_test: QuestionTable,
+    train_table: QuestionTable,
+    is_trained: bool,
+) -> None:
     """Refuse data below `root` without questions to test on or, unless the head `is_trained`, to learn from."""
-    tables = experiment.tables
-    counts = {"train": len(experiment.train_table), "val": len(tables["val"]), "test": len(tables["test"])}
+    counts = {"train": len(train_table), "val": len(tables["val"]), "test": len(tables["test"])}
     if not (counts["test"] if is_trained else all(counts.values())):
         found = ", ".join(f"{count} {part}" for part, count in counts.items())
         raise RunError(f"{root} has {found} questions; expected some of each: check data.root, data.split")
-    if not len(experiment.encoded["test"]):
+    if not len(encoded_test):
         raise RunError(
             f"all {counts['test']} test questions of {root} are about quarantined clips, so none can be answered; "
             "`egopatch extract status --config CONFIG` names a reason: mend the videos, and run "
