@@ -1,20 +1,24 @@
 """A trained head that is opened again, by every command that does so: what is wrong with its files, and what to do."""
 
 import dataclasses
+import errno
 import json
 import shlex
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from egopatch.configs.schema import Config
+from egopatch.features import StoreError
 from egopatch.train.__main__ import main
 from egopatch.train.explanation.explain import explain
 from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.predict import predict_clips
-from egopatch.train.rundir.results import gather
+from egopatch.train.rundir import card, run_folder
+from egopatch.train.rundir.results import gather, read_run
 from egopatch.train.rundir.run_folder import RunError, plain
 from tests.train.tiny import with_run
 
@@ -122,3 +126,27 @@ def test_the_recorded_command_can_be_given_again(
     args = [name, "--data.root", str(tiny.data.root / "own videos"), "--head.scores", "[question, prior]"]
     assert main(args) == 1
     assert [shlex.split(command) for command in given] == [["egopatch", "train", *args]]
+
+
+@pytest.mark.parametrize("written", ["card.json", "test.json"])
+def test_results_of_one_head_never_stand_beside_the_card_of_another(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    heads = [with_run(tiny, f"seed-{seed}", train_seed=seed, train_epochs=1) for seed in (0, 1)]
+    for head in heads:
+        fit(head, "x")
+    out = with_run(tiny, "out")
+    evaluate(out, source=heads[0].run.dir)
+
+    def full(path: Path, content: object) -> None:
+        if path.name == written:
+            raise OSError(errno.ENOSPC, "no space left on device")
+        write_whole(path, content)
+
+    write_whole = run_folder.write_whole
+    monkeypatch.setattr(card, "write_whole", full)
+    monkeypatch.setattr(run_folder, "write_whole", full)
+    with pytest.raises((OSError, StoreError)):
+        evaluate(out, source=heads[1].run.dir)
+    with pytest.raises(ValueError, match="not evaluated"):
+        read_run(out.run.dir)

@@ -28,7 +28,7 @@ from egopatch.train.processes.stopping import Stopped, stop_signals
 from egopatch.train.rundir import run_folder
 from egopatch.train.rundir.card import Card
 from egopatch.train.rundir.lease import hold_when_free
-from egopatch.train.rundir.names import LAST
+from egopatch.train.rundir.names import LAST, TEST
 from egopatch.train.rundir.run_folder import RunError
 from egopatch.train.scores.metrics import Metrics, headline
 from egopatch.train.steps.stacked_heads import deterministic
@@ -202,23 +202,21 @@ def _evaluate_elsewhere(config: Config, command: str, ranks: Distributed, source
         hold_when_free(out, ranks, lambda: run_folder.require_untrained(out)),
         shortage_explained(config.train, out),
     ):
-        metrics = _evaluate(config, ranks, source)
-        if ranks.first:
-            # Head, training and its data are those of the head that was evaluated: the table tells runs apart by them.
-            trained = {section: card.config[section] for section in ("head", "train")}
-            here = run_folder.plain(config) | trained
-            replace(
-                card,
-                config=here,
-                command=command,
-                synthetic=run_folder.is_rendered(config.data.root),
-                trained_on=None if here["data"] == card.config["data"] else card.config["data"],
-            ).write(out)
-        return metrics
+        # Head, training and its data are those of the head that is evaluated: the table tells runs apart by them.
+        trained = {section: card.config[section] for section in ("head", "train")}
+        here = run_folder.plain(config) | trained
+        new_card = replace(
+            card,
+            config=here,
+            command=command,
+            synthetic=run_folder.is_rendered(config.data.root),
+            trained_on=None if here["data"] == card.config["data"] else card.config["data"],
+        )
+        return _evaluate(config, ranks, source, new_card)
 
 
-def _evaluate(config: Config, ranks: Distributed, source: Path) -> Metrics:
-    """Evaluate the checkpoint in `source`; the caller holds the lease of `config.run.dir`."""
+def _evaluate(config: Config, ranks: Distributed, source: Path, new_card: Card | None = None) -> Metrics:
+    """Evaluate the checkpoint in `source`; the caller holds the lease of `config.run.dir`, which gets `new_card`."""
     card = ranks.broadcast(lambda: Card.read(source))
     if card.model != config.head.name:
         raise RunError(f"{source} holds a {card.model} head but head.name is {config.head.name!r}; check run.dir")
@@ -228,6 +226,10 @@ def _evaluate(config: Config, ranks: Distributed, source: Path) -> Metrics:
         experiment.require_trained_on(source)
     _, heads = open_head(config, source, card, experiment.sizes, experiment.device, ranks)
     ((answers,),) = answer_table([heads], experiment.features, experiment.encoded["test"], config.train.batch)
+    if new_card is not None and ranks.first:
+        # Results of a head that was evaluated into this folder before would pass for those of the new card.
+        (config.run.dir / TEST).unlink(missing_ok=True)
+        new_card.write(config.run.dir)
     metrics = TrainingRun(config, experiment).write_results(answers)
     experiment.print_quarantined()
     return metrics
