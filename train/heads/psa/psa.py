@@ -51,6 +51,8 @@ GROWTH = 3
 FRAME_HEADS = 2
 FRAME_TEMPERATURE = 4.0
 # Standard deviations of the frames' initial times: of what is added to the frames, and of what is added to their keys.
+# They only have to be small: on val of the demo's EgoSynth (4 frames, seeds 0 and 1), these, (0, 0), (0.02, 0.02),
+# (0.3, 0.02) and (0.3, 0.3) have means within 0.6 points, 86.0 to 86.6; (0.02, 1) has 53.1.
 TIME_STD = 0.02
 TIME_KEY_STD = 0.3
 # Gain of the initial value weights: at first a frame is the mean of many patches, which hardly differs between clips.
