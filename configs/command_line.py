@@ -290,32 +290,37 @@ def overrides_in(args: Sequence[str]) -> list[str]:
     return found
 
 
-def experiment_in(args: Sequence[str]) -> list[str]:
-    """What a command line says about its experiment: its `--config` and the options in place of it."""
+def experiment_in(args: Sequence[str], *others: Sequence[str]) -> list[str]:
+    """What a command line says about its experiment: its `--config` and the options in place of it.
+
+    `others` are lines with another `--config` each; all of them become one, as in `extract run --config A B`.
+    """
     configs: list[str] = []
     for before, arg in itertools.pairwise(["", *args]):
         if before == "--config" or arg.startswith("--config="):
             configs += ["--config", arg.removeprefix("--config=")]
-    return [*configs, *overrides_in(args)]
+    files = [experiment_in(line)[1] for line in others]
+    return [*configs[:2], *files, *configs[2:], *overrides_in(args)]
 
 
-def name_experiment(text: str, args: Sequence[str]) -> str:
+def name_experiment(text: str, *lines: Sequence[str]) -> str:
     """`text` with the experiment of a command line in place of `UNNAMED`, so that its commands can be run.
 
     A command line without `--config` leaves the text as it is: its options may belong to the experiment of a run.
+    Several lines are as in `experiment_in`.
     """
-    experiment = experiment_in(args)
+    experiment = experiment_in(*lines)
     return text.replace(UNNAMED, shlex.join(experiment)) if "--config" in experiment else text
 
 
 @contextmanager
-def experiment_named(args: Sequence[str]) -> Iterator[None]:
+def experiment_named(*lines: Sequence[str]) -> Iterator[None]:
     """Inside the block, errors name the experiment of a command line as `name_experiment` does."""
     try:
         yield
     except Exception as error:
         if error.args and isinstance(error.args[0], str):
-            error.args = (name_experiment(error.args[0], args), *error.args[1:])
+            error.args = (name_experiment(error.args[0], *lines), *error.args[1:])
         raise
 
 

@@ -80,8 +80,7 @@ def encode(
             print(f"advice: {advice}", flush=True)
     start_trackers()
     try:
-        # Of several stores, nothing says here which one an error is about.
-        with experiment_named(lines[0] if len(lines) == 1 else []):
+        with experiment_named(*lines):
             results = extract_together(configs, retry, job_slice, refresh, wait)
     except JobFailed as error:
         print(f"{program}: failed: {error}. Committed shards are kept.", file=sys.stderr)

@@ -1,5 +1,6 @@
 """`extract run --config A B`: one decode of each clip fills several stores, each with its own ledger."""
 
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,11 @@ def test_a_clip_in_one_store_is_decoded_for_the_other_only(
 def test_a_stale_store_is_named(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with videos(fresh)[0].open("ab") as file:
         file.write(b"\0" * 8)
-    assert main(["run", "--config", shallow(fresh), config_file(fresh, "store")]) == 1
-    assert f"store.path is {fresh / 'store'}: " in capsys.readouterr().err
+    files = [shallow(fresh), config_file(fresh, "store")]
+    assert main(["run", "--config", *files, "--engine.decoders", "1"]) == 1
+    error = capsys.readouterr().err
+    assert f"store.path is {fresh / 'store'}: " in error
+    assert f"run `egopatch extract run --config {shlex.join(files)} --engine.decoders 1 --refresh`" in error
 
 
 @pytest.mark.parametrize(
