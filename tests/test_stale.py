@@ -298,7 +298,7 @@ def test_a_store_of_the_version_before_says_what_it_does_not_know(
     assert extract(["plan", *options(root, "--probe", "0")]) == 0
     assert note in capsys.readouterr().out
     assert extract(["doctor", *options(root)]) == 0
-    assert "note: 6 clips that were imported or that an earlier version stored" in capsys.readouterr().out
+    assert "6 notes: clips that were imported or that an earlier version stored" in capsys.readouterr().out
     assert train(["fit", *options(root)]) == 0
     assert note in capsys.readouterr().out
     assert features(["info", str(root / "store")]) == 0

@@ -1,7 +1,8 @@
 """Your own videos without annotations: the video files of a folder, cut into clips of about equal length."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from egopatch.extract.datasets import parsing
@@ -43,6 +44,31 @@ def find_videos(folder: Path) -> dict[str, Path]:
 def _is_file(path: Path) -> bool:
     """Whether it is a file, or a link to one that is not there, as git-annex leaves it, which a user misses."""
     return path.is_file() or (path.is_symlink() and not path.exists())
+
+
+def names_in(folder: Path) -> Mapping[str, str]:
+    """Names of files in a folder by what `parsing.compared` makes of them; none if it cannot be read."""
+    with suppress(OSError):
+        return {parsing.compared(file.name): file.name for file in folder.iterdir()}
+    return {}
+
+
+def missing_hint(video: Path, names: Mapping[str, str]) -> str | None:
+    """What explains that there is no file `video`, to follow its name, and the remedy; None if nothing does.
+
+    Args:
+        video: The path.
+        names: `names_in` of its folder.
+    """
+    if video.is_symlink():
+        return (
+            f"is a link to {video.readlink()}, which does not exist; fetch that file (with git-annex: `git annex get`),"
+            " or correct the link"
+        )
+    near = names.get(parsing.compared(video.name))
+    if near is not None and near != video.name:
+        return f"does not exist, but {near!a} is there; use one spelling in both places"  # they may look the same
+    return None
 
 
 def _problems_of(name: str, path: Path) -> list[str]:

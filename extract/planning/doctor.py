@@ -14,6 +14,7 @@ from typing import Literal
 
 from egopatch.configs.schema import Config, ConfigError, DataConfig
 from egopatch.extract.datasets import PARTS, Clip, Dataset, DatasetError, Question, egotaskqa, load_dataset
+from egopatch.extract.datasets.folder import missing_hint, names_in
 from egopatch.extract.datasets.origins import REFRESH, compare_origins
 from egopatch.extract.encoders import find_network, load_tokenizer
 from egopatch.extract.encoders.checkpoints.package import MINILM, MINILM_REMEDY
@@ -23,6 +24,7 @@ from egopatch.extract.worker.device import arithmetic_advice, device_of
 from egopatch.extract.worker.job import resolve_job
 from egopatch.features import StoreError
 from egopatch.features.common.command_line import pick_varied
+from egopatch.features.common.units import counted
 from egopatch.features.state.counts import read_ledger
 from egopatch.features.state.origin import Origin
 
@@ -97,7 +99,7 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
     lines = [f"{name:<26} {count}" for name, count in diagnosis.counts.items()]
     for finding in diagnosis.findings:
         rest = len(finding.found) - SHOWN
-        lines.append(f"{finding.severity}: {finding.count} {finding.what}")
+        lines.append(f"{counted(finding.count, finding.severity)}: {finding.what}")
         lines += [f"    {item}" for item in pick_varied(finding.found, SHOWN)] + (
             [f"    and {rest} more; --json lists all of them"] if rest > 0 else []
         )
@@ -131,9 +133,6 @@ def _counts(splits: Mapping[str, Dataset], dataset: Dataset, is_file: Callable[[
 
 
 def _clip_findings(config: Config, dataset: Dataset, is_file: Callable[[Path], bool]) -> Iterator[Finding]:
-    def named(clips: Iterable[Clip]) -> list[str]:
-        return [f"{clip.clip_id}: {clip.video}" for clip in clips]
-
     data, origins, unreadable = config.data, dict[str, Origin | None](), []
     try:
         origins = read_ledger(config.store.path).origins()
@@ -147,12 +146,19 @@ def _clip_findings(config: Config, dataset: Dataset, is_file: Callable[[Path], b
     )
     yield Finding(UNRECORDED, "note", check.unrecorded, ())
     present = [clip for clip in dataset.clips if is_file(clip.video)]
-    absent = [clip for clip in dataset.clips if not is_file(clip.video)]
+    beside = functools.cache(names_in)  # many videos share a folder
+    absent = {
+        clip.clip_id: f"{_at(clip)} {missing_hint(clip.video, beside(clip.video.parent)) or ''}".rstrip()
+        for clip in dataset.clips
+        if not is_file(clip.video)
+    }
     is_empty = functools.cache(lambda video: not video.stat().st_size)
     stored = origins.keys() - check.stale.keys()
-    yield _fault("clips without a video file", named(clip for clip in absent if clip.clip_id not in stored))
-    yield _note("stored clips whose video file is gone", named(clip for clip in absent if clip.clip_id in stored))
-    yield _fault("clips with an empty video file", named(clip for clip in present if is_empty(clip.video)))
+    yield _fault("clips without a video file", [line for clip_id, line in absent.items() if clip_id not in stored])
+    yield _note(
+        "stored clips whose video file is gone", [line for clip_id, line in absent.items() if clip_id in stored]
+    )
+    yield _fault("clips with an empty video file", [_at(clip) for clip in present if is_empty(clip.video)])
     with_question = {question.clip_id for questions in dataset.questions.values() for question in questions}
     without = [clip.clip_id for clip in dataset.clips if clip.clip_id not in with_question]
     # Only EgoTaskQA's splits have questions of their own.
@@ -276,6 +282,10 @@ def _fault(what: str, found: Sequence[str]) -> Finding:
 
 def _note(what: str, found: Sequence[str]) -> Finding:
     return Finding(what, "note", len(found), tuple(found))
+
+
+def _at(clip: Clip) -> str:
+    return f"{clip.clip_id}: {clip.video}"
 
 
 def _named(part: str, question: Question) -> str:

@@ -13,7 +13,7 @@ import errno
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import dropwhile
@@ -27,8 +27,7 @@ from av.stream import Disposition
 from numpy.typing import NDArray
 
 from egopatch.extract.children.limits import reading_through
-from egopatch.extract.datasets.folder import ARCHIVES
-from egopatch.extract.datasets.parsing import compared
+from egopatch.extract.datasets.folder import ARCHIVES, missing_hint, names_in
 from egopatch.extract.video.cache import FileVersion, VideoCache, version_of
 from egopatch.extract.video.index import (
     FrameIndex,
@@ -445,10 +444,10 @@ def _require_content(path: Path) -> None:
             empty = not file.read(1)
         pointer = pointer_fault(path)
     except FileNotFoundError:
-        near = _near_name(path)
-        found = f", but {near!a} is there" if near else ""  # as ASCII, because the two may look the same
-        remedy = "use one spelling in both places" if near else "put the file there or correct the annotation"
-        raise VideoError(f"video {path} does not exist{found}; {remedy}") from None
+        hint = missing_hint(path, names_in(path.parent))
+        raise VideoError(
+            f"video {path} {hint or 'does not exist; put the file there or correct the annotation'}"
+        ) from None
     except OSError as error:
         raise VideoError(f"video {path} cannot be read: {error.strerror}; expected a readable file") from error
     if empty:
@@ -457,10 +456,3 @@ def _require_content(path: Path) -> None:
         raise VideoError(f"video {path} {pointer}")
     if path.suffix.lower() in ARCHIVES:
         raise VideoError(f"video {path} is an archive; unpack it and name a video in it")
-
-
-def _near_name(path: Path) -> str | None:
-    """The name beside `path` that a reader may take for its own; None if there is none."""
-    with suppress(OSError):
-        return next((file.name for file in path.parent.iterdir() if compared(file.name) == compared(path.name)), None)
-    return None

@@ -302,7 +302,7 @@ def test_a_hub_that_cannot_be_reached_leaves_nothing_behind(
     assert error.count("\n") == 1
     assert sorted(bare.rglob("*")) == before
     assert main(["doctor", *options(bare, *model)]) == 1
-    assert f"fault: 1 tokenizer that cannot be loaded\n    text.model is {model[1]!r}" in capsys.readouterr().out
+    assert f"1 fault: tokenizer that cannot be loaded\n    text.model is {model[1]!r}" in capsys.readouterr().out
 
 
 def test_unknown_command_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -123,7 +123,7 @@ def test_each_fault(tmp_path: Path, records: Records, capsys: pytest.CaptureFixt
     elif fault != "folder":
         assert found[0].startswith({"id twice": "0: train and test"}.get(fault, "4"))
     assert main(["doctor", "--data.root", str(tmp_path), *TOKENIZER]) == 1
-    assert f"fault: 1 {what}" in capsys.readouterr().out
+    assert f"1 fault: {what}" in capsys.readouterr().out
 
 
 def test_notes_are_no_faults(tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,6 +201,23 @@ def test_questions_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str
     asked[1]["answer"] = "no"
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
     assert doctor(tmp_path, capsys, "--data.name", "jsonl")[0] == 0
+
+
+def test_a_missing_video_is_looked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("a.mp4", "b.mp4", "c.mp4", "d.mp4")
+    clips = [json.dumps({"clip_id": name[0], "video": name}) + "\n" for name in names]
+    (tmp_path / "clips.jsonl").write_text("".join(clips))
+    (tmp_path / "A.MP4").write_bytes(b"video")
+    (tmp_path / "b.mp4").symlink_to("annexed")
+    (tmp_path / "c.mp4").mkdir()
+    _, _, findings = doctor(tmp_path, capsys, "--data.name", "jsonl", "--data.questions", "null")
+    assert findings["clips without a video file"][1] == [
+        f"a: {tmp_path / 'a.mp4'} does not exist, but 'A.MP4' is there; use one spelling in both places",
+        f"b: {tmp_path / 'b.mp4'} is a link to annexed, which does not exist; fetch that file (with git-annex: "
+        "`git annex get`), or correct the link",
+        f"c: {tmp_path / 'c.mp4'}",
+        f"d: {tmp_path / 'd.mp4'}",
+    ]
 
 
 def test_json_lists_all_faults_of_which_the_text_shows_a_few(

@@ -201,6 +201,11 @@ def other_form(to: Path) -> Path:
     return to / "cafe\u0301.mp4"
 
 
+def annexed(to: Path) -> Path:
+    (to / "a.mp4").symlink_to(".git/annex/a")
+    return to / "a.mp4"
+
+
 def archive(to: Path) -> Path:
     (to / "a.tar.gz").write_bytes(b"\x1f\x8b")
     return to / "a.tar.gz"
@@ -246,6 +251,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (missing, "does not exist; put the file there or correct the annotation"),
     "other case": (other_case, "does not exist, but 'A.MP4' is there; use one spelling in both places"),
     "other form": (other_form, r"does not exist, but 'caf\\xe9.mp4' is there; use one spelling in both places"),
+    "link to nothing": (annexed, r"is a link to \.git/annex/a, which does not exist; fetch that file"),
     "in no folder": (lambda to: to / "none" / "a.mp4", "does not exist; put the file there"),
     "archive": (archive, "a.tar.gz is an archive; unpack it and name a video in it"),
     "a folder": (folder, "cannot be read: Is a directory"),
