@@ -280,6 +280,13 @@ def test_a_standin_replaces_none_but_a_standin(made: Path, tmp_path: Path, capsy
     assert main([*command, "--encoder.checkpoint", str(real)]) == 2
     assert "which exists and is no stand-in; expected the path of one that may be replaced" in capsys.readouterr().err
     assert real.read_bytes() == before
+    real.unlink()
+    tokenizer = tmp_path / "tokenizer" / "tokenizer.json"
+    tokenizer.write_text(json.dumps({"model": {"vocab": {str(piece): piece for piece in range(30_000)}}}))
+    before = tokenizer.read_bytes()
+    assert main([*command, "--encoder.checkpoint", str(real)]) == 2
+    assert f"text.model is '{tokenizer.parent}', which exists and is no stand-in" in capsys.readouterr().err
+    assert (tokenizer.read_bytes(), real.exists()) == (before, False)
 
 
 def test_a_standin_needs_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """`extract standin`: a tiny checkpoint with random weights, and a tokenizer, at the paths in the config."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from egopatch.configs.command_line import ConfigParser, parse_config
 from egopatch.configs.schema import ConfigError
@@ -13,7 +14,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     config, options = parse_config(parser, args)
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
-    from egopatch.extract.encoders.checkpoints.standin import is_standin, write_standin
+    from egopatch.extract.encoders.checkpoints.standin import is_standin, is_standin_tokenizer, write_standin
 
     arch, path = config.encoder.arch, config.encoder.checkpoint
     if arch not in ("egovlp", "egovlpv2") or path is None:
@@ -21,11 +22,15 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
             f"encoder.arch is {arch!r} and encoder.checkpoint {str(path)!r}; expected egovlp or egovlpv2 (mfas starts"
             " from egovlpv2's stand-in), and the path to write the stand-in to"
         )
-    if path.exists() and not is_standin(path):
-        raise ConfigError(
-            f"encoder.checkpoint is {str(path)!r}, which exists and is no stand-in; expected the path of one that may"
-            " be replaced: name another path, or move the file away"
-        )
+    for option, there, may_be_replaced in (
+        ("encoder.checkpoint", path, is_standin),
+        ("text.model", Path(config.text.model), is_standin_tokenizer),
+    ):
+        if there.exists() and not may_be_replaced(there):
+            raise ConfigError(
+                f"{option} is {str(there)!r}, which exists and is no stand-in; expected the path of one that may be"
+                " replaced: name another path, or move what is there away"
+            )
     texts = load_dataset(config.data).texts
     if not texts:
         raise ConfigError("data.questions is null, and a stand-in's tokenizer is trained on questions; name their file")

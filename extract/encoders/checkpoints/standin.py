@@ -5,6 +5,7 @@ inputs apart, which is enough to try the whole pipeline.
 """
 
 import hashlib
+import json
 import re
 import string
 from collections import Counter
@@ -117,6 +118,15 @@ def is_standin(path: Path) -> bool:
     except CheckpointError:
         return False
     return token is not None and torch.equal(token.float(), random_weight(CLS_TOKEN, tuple(token.shape), seed=0))
+
+
+def is_standin_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer as small as those of `write_tokenizer`; published ones have far more pieces."""
+    try:
+        vocabulary = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return len(vocabulary) <= PIECES
 
 
 def published_shapes(
