@@ -13,6 +13,7 @@ from egopatch.configs.command_line import load_config
 from egopatch.configs.schema import Config, ConfigError, DataConfig, RunConfig
 from egopatch.extract.datasets import Clip, load_clips
 from egopatch.extract.datasets.folder import cut, find_videos, format_clips
+from egopatch.extract.datasets.origins import compare_origins
 from egopatch.extract.feed.durations import durations_s
 from egopatch.extract.feed.pool import decoder_count
 from egopatch.extract.fingerprints import configured
@@ -136,14 +137,15 @@ def _require_same(existing: Config, config: Config, file: Path) -> None:
 
 def _require_same_length(config: Config, clips: Sequence[Clip], clip_s: float | None) -> None:
     """Refuse to cut videos otherwise than those in the store, which would have clips of both lengths then."""
-    stored = read_ledger(config.store.path).clips
-    if not stored or not (config.data.root / config.data.clips).exists():
+    origins = read_ledger(config.store.path).origins()
+    if not origins or not (config.data.root / config.data.clips).exists():
         return
     before = load_clips(config.data)
     length = next((clip.end_s for clip in before if clip.start_s == 0), None)
     cut_now = {clip.video for clip in clips if clip.start_s is not None}
-    whole = [clip for clip in before if clip.start_s is None and clip.video in cut_now and clip.clip_id in stored]
-    if (length and (clip_s is None or round(clip_s, 6) != length)) or (whole and not length):
+    whole = [clip for clip in before if clip.start_s is None and clip.video in cut_now and clip.clip_id in origins]
+    replaced = compare_origins(whole, config.data.root, origins).stale  # which may have been shorter than a clip
+    if (length and (clip_s is None or round(clip_s, 6) != length)) or (len(whole) > len(replaced) and not length):
         requested, held = (f"{value:g}" if value else "not given" for value in (clip_s, length))
         raise ConfigError(
             f"--clip-seconds is {requested}, but was {held} for the clips in store {config.store.path}; use another"

@@ -179,6 +179,16 @@ def test_a_video_that_is_mended_may_be_cut(tmp_path: Path) -> None:
     assert open_store(tmp_path / "out" / "mine").clip_ids == ("short.mp4", "a.mp4@0s", "a.mp4@1s")
 
 
+def test_a_video_that_is_replaced_by_a_longer_one_may_be_cut(tmp_path: Path) -> None:
+    """Also where none was cut before, so that nothing tells the length of clips."""
+    write_video(tmp_path / "a.mp4", frames=5)
+    command = ["videos", str(tmp_path), "--out", str(tmp_path / "out" / "mine"), "--clip-seconds", "1", *SMALL]
+    assert main(command) == 0
+    write_video(tmp_path / "a.mp4", frames=35)
+    assert main(command) == 0
+    assert open_store(tmp_path / "out" / "mine").clip_ids == ("a.mp4", "a.mp4@0s", "a.mp4@1s")
+
+
 def test_wrong_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_video(tmp_path / "a.mp4", frames=2)
     for more, expected in (
