@@ -54,7 +54,7 @@ def test_a_folder_gets_pictures(video: Path, tmp_path: Path, capsys: pytest.Capt
     ("arguments", "code", "reason"),
     [
         ([], 1, "a.mp4"),
-        (["--start", "9"], 1, "no frame lies within"),
+        (["--start", "9"], 1, "none lies within"),
         (["--start", "-1"], 2, "start_s is -1.0; expected seconds from the video's start, at least 0"),
         (["--video.frames", "0"], 2, "video.frames is 0; expected at least 1"),
     ],

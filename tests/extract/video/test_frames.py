@@ -10,7 +10,7 @@ from egopatch.extract.datasets import Clip
 from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.container import VideoFile
 from egopatch.extract.video.frames import VideoError, read_frames, uniform_by_time, uniform_indices
-from tests.extract.video.videos import B_FRAMES, frame_numbers, write_video
+from tests.extract.video.videos import B_FRAMES, behind_sound, frame_numbers, write_video
 
 
 def published_rule(count: int, frames: int) -> list[int]:
@@ -64,9 +64,16 @@ def test_varying_rate_file_is_read_by_timestamp(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("end", "stretch"), [(70.0, "[60.0, 70.0) s"), (None, "all from 60.0 s on")])
 def test_a_stretch_past_the_end_is_refused(end: float | None, stretch: str, tmp_path: Path) -> None:
     clip = Clip("a", write_video(tmp_path / "a.mp4"), 60.0, end)
-    said = f"clip a is {stretch} of {clip.video}, which ends at 2.000 s; no frame lies within"
+    said = f"clip a is {stretch} of {clip.video}, whose frames are from 0.000 to 2.000 s; none lies within"
     with pytest.raises(VideoError, match=re.escape(said)):
         read_frames(clip, VideoConfig(frames=4))
+
+
+def test_a_stretch_before_the_first_frame_is_refused(tmp_path: Path) -> None:
+    """Where sound begins earlier, the end of the video does not explain it."""
+    video = behind_sound(write_video(tmp_path / "a.mp4"), 3)
+    with pytest.raises(VideoError, match=r"is \[0\.0, 1\.0\) s of .*, whose frames are from 3\.000 to 5\.000 s; none"):
+        read_frames(Clip("a", video, 0.0, 1.0), VideoConfig(frames=4))
 
 
 def test_a_stretch_between_two_frames_shows_the_one_on_screen(tmp_path: Path) -> None:
