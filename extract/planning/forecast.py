@@ -124,12 +124,12 @@ def forecast(clips: int, gpus: int, cores: int, spec: StoreSpec, format_name: st
 def format_forecast(job: Forecast) -> str:
     """The forecast as a few lines of text."""
     cost = job.cost
+    enough = f" ({counted(job.cores_to_keep_up, 'core keeps', 'cores keep')} up with a GPU)" if cost.decode_s else ""
     return "\n".join(
         [
             f"clips      {job.clips} on {counted(job.gpus, 'GPU')}, {counted(job.cores, 'core')} each: "
             f"{job.clips_per_second:.1f} a second",
-            f"time       {job.hours:.1f} h, {job.gpu_hours:.0f} GPU hours; bound by {job.bound_by}"
-            f" ({counted(job.cores_to_keep_up, 'core keeps', 'cores keep')} up with a GPU)",
+            f"time       {job.hours:.1f} h, {job.gpu_hours:.0f} GPU hours; bound by {job.bound_by}{enough}",
             f"writes     {counted(job.shards, 'shard')} in {counted(job.files, 'file')}, "
             f"{format_bytes(job.bytes_to_write)}, {format_bytes(job.write_gb_s * 1e9)}/s",
             f"a clip     encoding {cost.encode_s:.4f} s, decoding {cost.decode_s:.4f} s, writing {cost.write_s:.4f} s;"

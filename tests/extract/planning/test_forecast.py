@@ -110,3 +110,5 @@ def test_the_command_needs_no_data(bare: Path, capsys: pytest.CaptureFixture[str
     found = json.loads(capsys.readouterr().out)
     assert (found["clips"], found["gpus"], found["shards"]) == (1000, 4, 200)
     assert found["hours"] == pytest.approx(2.5 / 3600)
+    assert main(["plan", *job[:-1], "--clips-per-second", "100"]) == 0
+    assert "; bound by encoding\n" in capsys.readouterr().out  # how many cores decode as fast is not known
