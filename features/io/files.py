@@ -23,7 +23,13 @@ from egopatch.features.io.fields import FileSum
 from egopatch.features.values.errors import StoreError
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-_TOO_MANY = (errno.EMFILE, errno.ENFILE)
+# What keeps an undamaged file from being opened, and what to do.
+_REMEDIES = {
+    **dict.fromkeys(NOT_ALLOWED, "give this user permission"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
+    errno.ENOMEM: "free some memory",
+    errno.ESTALE: "check the connection to its server",
+}
 _BLOCK = 1 << 20
 _SMALL = 1 << 13
 
@@ -175,14 +181,11 @@ def opening(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in NOT_ALLOWED:
-            remedy = "give this user permission"
-        elif error.errno in _TOO_MANY:
-            remedy = "raise the limit of open files (ulimit -n)"
-        else:
+        if error.errno not in _REMEDIES:
             raise
         raise StoreError(
-            f"{path} cannot be opened ({os.strerror(error.errno)}); {remedy}, and run the same command again"
+            f"{path} cannot be opened ({os.strerror(error.errno)}); {_REMEDIES[error.errno]}, and run the same command "
+            "again"
         ) from error
 
 

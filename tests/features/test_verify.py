@@ -358,7 +358,7 @@ def test_repair_keeps_a_failure_that_a_writer_adds_meanwhile(
 
 
 @pytest.mark.parametrize(
-    ("number", "remedy"), [(errno.EACCES, "give this user permission"), (errno.EMFILE, r"raise the .* \(ulimit -n\)")]
+    ("number", "remedy"), [(errno.EACCES, "give this user"), (errno.EMFILE, "raise the"), (errno.ESTALE, "check the")]
 )
 def test_a_file_that_the_system_does_not_open_is_not_damaged(
     tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
@@ -375,7 +375,7 @@ def test_a_file_that_the_system_does_not_open_is_not_damaged(
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", refuse)
         for action in (verify, repair, lambda path: store.read(IDS)):
-            with pytest.raises(StoreError, match=rf"{shard} cannot be opened \(.*\); {remedy}, and run the") as caught:
+            with pytest.raises(StoreError, match=rf"{shard} cannot be opened \(.*\); {remedy} .*, and run") as caught:
                 action(store.path)
             assert type(caught.value) is StoreError
     assert open_store(store.path).clip_ids == IDS
