@@ -19,7 +19,7 @@ with interrupts_in_one_line("features"):
 
     from egopatch.features.common.command_line import describe_failure, local_path, run_command
     from egopatch.features.common.units import counted, format_bytes
-    from egopatch.features.formats.interface import CODECS, require_format
+    from egopatch.features.formats.interface import CODECS
     from egopatch.features.state.catalog import Catalog
     from egopatch.features.state.counts import machines_line
     from egopatch.features.state.header import HEADER, parse_header, read_header
@@ -188,7 +188,6 @@ def _catalog(location: Location) -> Catalog:
     """What `open_store` reads of a store."""
     storage = storage_at(location)
     header = parse_header(read_header(storage))
-    require_format(header.format, header.spec.codec)
     return Catalog(storage, header)
 
 

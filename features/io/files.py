@@ -20,6 +20,7 @@ from isal.isal_zlib import crc32_combine
 from egopatch.features.common.disk import file_system_of
 from egopatch.features.common.os_errors import NO_SPACE, NOT_ALLOWED
 from egopatch.features.io.fields import FileSum
+from egopatch.features.io.lfs import pointer_fault
 from egopatch.features.values.errors import StoreError
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -176,9 +177,11 @@ def opening(path: Path) -> Iterator[None]:
     """A block that opens `path` for reading; an OSError within it is that of a missing or damaged file.
 
     Raises:
-        StoreError: The system refuses to open the file, which may be as it should be.
+        StoreError: The system refuses to open the file, which may be as it should be; or Git LFS keeps it elsewhere.
     """
     try:
+        if fault := pointer_fault(path):
+            raise StoreError(f"{path} {fault}")
         yield
     except OSError as error:
         if error.errno not in _REMEDIES:

@@ -8,6 +8,7 @@ import json
 import shlex
 from dataclasses import asdict, dataclass
 
+from egopatch.features.formats.interface import require_format
 from egopatch.features.io.fields import MalformedRecord, Record, get_count, get_field, get_list
 from egopatch.features.storage.interface import Storage
 from egopatch.features.storage.journal import decode_line, encode_line
@@ -124,7 +125,9 @@ def parse_header(record: Record) -> StoreHeader:
         if version != VERSION:
             raise MalformedRecord(f"'version' is {version}; expected {VERSION}")
         spec = _parse_spec(get_field(record, "spec", dict))
-        return StoreHeader(spec, _parse_fingerprint(record), get_field(record, "format", str))
+        format = get_field(record, "format", str)
+        require_format(format, spec.codec)
+        return StoreHeader(spec, _parse_fingerprint(record), format)
     except ValueError as error:
         raise DamagedStore(
             f"{HEADER} does not describe a store ({error}); this program did not write it: encode again into another "

@@ -101,7 +101,8 @@ class LocalStorage:
         return (self.location / name).exists()
 
     def read(self, name: str) -> bytes:
-        return (self.location / name).read_bytes()
+        with opening(self.location / name):
+            return (self.location / name).read_bytes()
 
     def write(self, name: str, content: bytes) -> None:
         """See `interface.Storage`; the caller holds a lock against other writers."""

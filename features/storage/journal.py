@@ -17,7 +17,7 @@ from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
 from egopatch.features.common.units import counted
 from egopatch.features.io.fields import MalformedRecord, Record, garbage_collection_paused, get_count
-from egopatch.features.io.files import append_synced, crc32c, locked, write_file
+from egopatch.features.io.files import append_synced, crc32c, locked, opening, write_file
 from egopatch.features.values.errors import DamagedStore, write_conflict
 from egopatch.features.values.location import Location
 
@@ -213,7 +213,7 @@ class FileJournal(Generic[Entry]):
         # The head is read first: a line appended in between then makes the journal longer than the head, not shorter.
         head = self._read_head()
         try:
-            with self.path.open("rb", _BUFFER) as file, garbage_collection_paused():
+            with opening(self.path), self.path.open("rb", _BUFFER) as file, garbage_collection_paused():
                 start = _start(file, after, head.rewrites if head else 0)
                 lines, faults, expected = parse_lines(_whole_lines(file), start.number, self.name, self._parse)
                 end = file.tell()
@@ -240,7 +240,8 @@ class FileJournal(Generic[Entry]):
     def _read_head(self) -> _Head | None:
         """The head; None where it is missing or damaged."""
         try:
-            decoded = decode_line(self.head_path.read_bytes())
+            with opening(self.head_path):
+                decoded = decode_line(self.head_path.read_bytes())
             if decoded is None:
                 return None
             record = {"rewrites": 0} | decoded[1]

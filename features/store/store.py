@@ -69,7 +69,7 @@ def open_store(path: Location | str, expect: Fingerprint | None = None) -> "Stor
             f"store {storage.location} was created with different settings than expected ({'; '.join(different)}); use "
             "another store.path or encode again"
         )
-    return Store(storage, header, format_named(header.format, header.spec.codec))
+    return Store(storage, header, format_named(header.format))
 
 
 def store_exists(path: Location | str) -> bool:

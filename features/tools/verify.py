@@ -295,11 +295,10 @@ def _header(storage: Storage, faults: list[Fault], copy_is_sound: bool) -> Recor
     copies = [copy for known in FORMATS.values() if _is_sound(copy := known.header_copy(storage))]
     try:
         record = read_header(storage)
-        header = parse_header(record)
-        format_named(header.format, header.spec.codec)
-    except OtherVersion:
-        raise
+        parse_header(record)
     except StoreError as error:
+        if not isinstance(error, DamagedStore) and storage.exists(HEADER):
+            raise  # it may be as it should be
         faults.append(Fault(HEADER, str(error)))
         return copies[0] if copies else None
     if copy_is_sound and copies and record not in copies:
@@ -310,8 +309,7 @@ def _header(storage: Storage, faults: list[Fault], copy_is_sound: bool) -> Recor
 
 def _is_sound(record: Record | None) -> bool:
     try:
-        header = parse_header(record or {})
-        format_named(header.format, header.spec.codec)
+        parse_header(record or {})
     except StoreError:
         return False
     return True

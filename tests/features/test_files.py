@@ -15,6 +15,7 @@ import pytest
 
 from egopatch.features import Store, StoreError, open_store
 from egopatch.features.io.files import SummedFile, crc32c, locked, replacing, size_and_crc, size_and_crc_of_file
+from egopatch.features.tools.repair import repair
 from egopatch.features.tools.verify import verify
 from tests.features.conftest import IDS, clip, fill
 from tests.features.faults import fork
@@ -148,3 +149,22 @@ def test_a_lock_ends_with_its_block_although_a_child_was_forked_in_it(tmp_path: 
         assert taken.wait(10)
     finally:
         child.kill()
+
+
+@pytest.mark.parametrize(
+    "name", ["store.json", "ledger.jsonl", "ids.jsonl", "ids.jsonl.head", "quarantine.jsonl", "metadata", "shard"]
+)
+def test_a_store_in_a_clone_without_git_lfs_is_not_damaged(
+    make_local: Callable[..., Store], format: str, name: str
+) -> None:
+    store = make_local()
+    fill(store)
+    metadata, shard = ("index.h5", "shards/00000000.h5") if format == "hdf5" else ("zarr.json", "cls/c.0.0")
+    file = store.path / {"metadata": metadata, "shard": shard}.get(name, name)
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
+    ledger = (store.path / "ledger.jsonl").read_bytes()
+    for action in (verify, repair):
+        with pytest.raises(StoreError, match=f"^{file} is a pointer of Git LFS, .* run `git lfs pull`") as caught:
+            action(store.path)
+        assert type(caught.value) is StoreError
+    assert (store.path / "ledger.jsonl").read_bytes() == ledger
