@@ -1,5 +1,6 @@
 """Reading rows from the disk into memory, each checked against the ledger."""
 
+import resource
 import shlex
 import threading
 from collections import OrderedDict
@@ -18,7 +19,7 @@ from egopatch.features.values.errors import DamagedStore, StoreError
 from egopatch.features.values.spec import ArraySpec
 from egopatch.features.values.tensors import torch_dtype
 
-_OPEN_SHARDS = 64
+_OPEN_FILES = 256  # or a quarter of those that the process may open
 _CACHE_LINE = 64  # bytes; the kernel copies a file to an unaligned address at half the speed
 
 
@@ -30,6 +31,8 @@ class RowReader:
         self._file_format = file_format
         # Shard -> its commit, and what has opened the files; the shard used last stands last.
         self._open: OrderedDict[int, tuple[Commit | None, Future[OpenShard]]] = OrderedDict()
+        files = min(_OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        self._most_open = max(files // len(file_format.file_names(catalog.spec, 0)), 1)
         self._indexes: dict[int, object] = {}
         # Neither is held while a file is read: threads wait for each other only where they need the same shard.
         self._lock = threading.Lock()
@@ -104,7 +107,7 @@ class RowReader:
             current = opening if opening is not None and former is committed else None
             opened = current or Future[OpenShard]()
             self._open[shard] = committed, opened
-            if len(self._open) > _OPEN_SHARDS:
+            if len(self._open) > self._most_open:
                 self._open.popitem(last=False)
         if current is not None:
             return current.result()

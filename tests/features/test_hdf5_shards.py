@@ -65,7 +65,7 @@ def test_a_shard_is_opened_by_the_slow_library_once(store: Store, monkeypatch: p
             super().__init__(path, *args, **options)
 
     monkeypatch.setattr(h5py, "File", Counted)
-    monkeypatch.setattr(reader, "_OPEN_SHARDS", 1)  # as if the store had many
+    monkeypatch.setattr(reader, "_OPEN_FILES", 1)  # as if the store had many
     store = open_store(store.path)
     for name in (*IDS[:6], *IDS[7:]) * 2:
         assert torch.equal(store.read([IDS[0], name]).patches[1], written[name]["patches"].half())

@@ -1,5 +1,6 @@
 """Threads that read one store wait for each other only where they need the same file; an error is what it is."""
 
+import resource
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -148,3 +149,15 @@ def test_ids_may_come_from_a_generator(make_local: Callable[..., Store]) -> None
     assert tuple(store.sources(iter(IDS[:3]))) == tuple(IDS[:3])
     with pytest.raises(StoreError, match="does not record the stretch of 3 clips"):  # read to the end
         store.video_times(iter(IDS[:3]))
+
+
+def test_a_store_of_many_shards_keeps_to_the_limit_of_open_files(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    ids = tuple(str(n) for n in range(40))
+    store = create_store(tmp_path / "store", replace(SPEC, shard=1), FINGERPRINT, ids)
+    fill(store)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+    try:
+        assert len(open_store(store.path).read(ids).cls) == 40
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
