@@ -229,7 +229,6 @@ class SummedFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         # Rows are larger than any buffer, and the few small pieces between them are not worth a second copy of rows.
         self._file = path.open("wb", buffering=_SMALL)
         self.size = 0

@@ -139,11 +139,13 @@ class Catalog:
 
         Raises:
             AbsentClip: Some of them were never committed; the message names them.
-            TypeError: `ids` is one id instead of a list, which Python would take apart into letters.
+            TypeError: `ids` is one id instead of a list, which Python would take apart into letters, or holds no ids.
         """
         if isinstance(ids, str):
             raise TypeError(f"ids is {ids!r}; expected a list of ids, such as [{ids!r}]")
         absent = [name for name in dict.fromkeys(ids) if name not in self.ledger.clips]
+        if wrong := [name for name in absent if not isinstance(name, str)]:
+            raise TypeError(f"ids holds {wrong[0]!r:.60}; expected ids of clips, such as those in clip_ids")
         if absent:
             raise AbsentClip(absent, f"store {self.root}")
         return [self.ledger.clips[name].clip(name) for name in ids]

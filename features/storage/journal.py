@@ -18,7 +18,7 @@ from typing import BinaryIO, Generic, NamedTuple, TypeVar
 from egopatch.features.common.units import counted
 from egopatch.features.io.fields import MalformedRecord, Record, garbage_collection_paused, get_count
 from egopatch.features.io.files import append_synced, crc32c, locked, opening, write_file
-from egopatch.features.values.errors import DamagedStore, write_conflict
+from egopatch.features.values.errors import DamagedStore, StoreError, write_conflict
 from egopatch.features.values.location import Location
 
 Entry = TypeVar("Entry")
@@ -283,7 +283,13 @@ def require_intact(contents: Contents, where: Location) -> None:
 
     Raises:
         DamagedStore: Lines are lost; the message names the file, the line and what to do.
+        StoreError: The whole folder is gone, so that nothing can be repaired.
     """
     if contents.lines_lost:
+        if isinstance(where, Path) and not where.exists():
+            raise StoreError(
+                f"{where.absolute()} does not exist any more; if it was moved, open the store where it is now, and if "
+                "its disk was unmounted, mount it again"
+            )
         remedy = f"run `egopatch features repair {shlex.quote(str(where))}`"
         raise DamagedStore(f"{where}: {'; '.join(contents.faults)}; {remedy}")

@@ -1,6 +1,7 @@
 """The contract of both formats in a folder, and of a store in object storage."""
 
 import pickle
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +80,12 @@ def test_one_id_instead_of_a_list_is_refused(make: Make) -> None:
     store = make()
     with pytest.raises(TypeError, match=r"^ids is 'vid.*'; expected a list of ids, such as \['vid.*'\]$"):
         store.read(IDS[0])
+
+
+def test_ids_that_are_no_text_are_refused(make: Make) -> None:
+    for ids in ([IDS[0], 5], [IDS[:2]]):
+        with pytest.raises(TypeError, match=f"^ids holds {re.escape(repr(ids[-1]))}; expected ids of clips, such as"):
+            make().read(ids)
 
 
 def test_work_goes_down_as_shards_are_written(make: Make) -> None:
@@ -256,6 +263,15 @@ def test_a_store_that_is_not_there(tmp_path) -> None:
         open_store(tmp_path / "nowhere")
     with pytest.raises(StoreError, match="format 'tar' is unknown"):
         create_store(tmp_path / "x", SPEC, FINGERPRINT, IDS, "tar")
+
+
+def test_a_store_whose_folder_is_moved_is_not_damaged(make_local: Make) -> None:
+    store = make_local()
+    fill(store)
+    store.path.rename(store.path.with_name("moved"))
+    for use in (lambda: store.read(IDS), lambda: store.quarantine, store.catalog.refresh):
+        with pytest.raises(StoreError, match=f"^{store.path} does not exist any more; if it was moved, open"):
+            use()
 
 
 def test_a_store_goes_to_other_processes(make: Make) -> None:
