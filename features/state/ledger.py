@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from egopatch.features.io.fields import (
     FileSums,
@@ -107,9 +108,13 @@ class Commit:
     origins: str = ""
     machines: tuple[str, ...] = ()
 
+    @cached_property
+    def _indexes(self) -> Mapping[str, int]:
+        return {name: index for index, name in enumerate(self.ids)}
+
     def clip(self, name: str) -> ClipRecord:
         """The record of the clip `name`, one of `ids`."""
-        index = self.ids.index(name)
+        index = self._indexes[name]
         sums = {array: int.from_bytes(column[4 * index : 4 * index + 4]) for array, column in self.checksums.items()}
         return ClipRecord(self.rows[index], sums, self.sources[index])
 
@@ -119,7 +124,7 @@ class Commit:
 
     def machine_of(self, name: str) -> str:
         """The machine that computed the clip `name`, one of `ids`; empty where it is not known."""
-        return self.machines[self.ids.index(name)] if self.machines else ""
+        return self.machines[self._indexes[name]] if self.machines else ""
 
     @property
     def nbytes(self) -> int:

@@ -190,15 +190,17 @@ class Store:
             DamagedStore: A clip's bytes differ from those that were committed; the message names the clip.
             ValueError: `dtype` is no floating-point dtype of torch.
         """
-        if self.spec.kind != "patches":
-            raise StoreError(f"store {self.path} holds {self.spec.kind} rows; expected patches: use read_text")
+        self._require_kind("patches", "read_text")
         return PatchTokens(**self.read_arrays(ids, dtype, out, threads))
 
     def read_text(self, texts: Iterable[str], dtype: torch.dtype | None = None) -> TextStates:
         """Read the text network's states of `texts`, in that order, in `dtype`. Errors as in `read`."""
-        if self.spec.kind != "text":
-            raise StoreError(f"store {self.path} holds {self.spec.kind} rows; expected text: use read")
+        self._require_kind("text", "read")
         return TextStates(**self.read_arrays(texts, dtype))
+
+    def _require_kind(self, kind: str, instead: str) -> None:
+        if self.spec.kind != kind:
+            raise StoreError(f"store {self.path} holds {self.spec.kind} rows; expected {kind}: use {instead}")
 
     def read_arrays(
         self,
@@ -275,7 +277,15 @@ class Store:
         return timestamps.double() + torch.tensor(starts, dtype=torch.float64)[:, None]
 
     def buffers(self, rows: int, pin: bool = False) -> PatchTokens:
-        """Memory that `read(out=...)` can fill again and again; pinned for copies to a GPU if requested."""
+        """Memory that `read(out=...)` can fill again and again; pinned for copies to a GPU if requested.
+
+        Raises:
+            StoreError: The store holds texts, which `read_text` reads without buffers.
+            ValueError: `rows` is negative.
+        """
+        self._require_kind("patches", "read_text")
+        if rows < 0:
+            raise ValueError(f"rows is {rows}; expected 0 or more")
         return PatchTokens(**{array.name: empty_rows(array, rows, pin) for array in self.spec.arrays})
 
     def sources(self, ids: Iterable[str]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from egopatch.features import create_store, open_store
 from egopatch.features.state.counts import StoreCounts, count_clips, read_ledger
-from egopatch.features.state.ledger import ClipRecord, commit_record, raw_ledger_journal
+from egopatch.features.state.ledger import ClipRecord, Commit, commit_record, raw_ledger_journal
 from egopatch.features.storage.folder import LocalStorage
 from egopatch.features.values.dtypes import spec_row_bytes
 from egopatch.features.values.spec import StoreSpec
@@ -42,6 +42,23 @@ def test_an_open_store_takes_few_bytes_a_clip(tmp_path: Path) -> None:
     assert peak / clips < 450  # a million under half a gigabyte, as much as torch and the rest take
     record = store.catalog.clip_records([store.planned_ids[777]])[0]
     assert (record.row, record.source, record.checksums["cls"]) == (777, f"{77:064x}", 777)
+
+
+def test_a_clip_is_found_in_its_commit_without_comparing_it_with_others() -> None:
+    class Counted(str):
+        compared = 0
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            Counted.compared += 1
+            return str.__eq__(self, other)
+
+    ids = tuple(Counted(n) for n in range(100))
+    commit = Commit(0, ids, tuple(range(100)), {}, ("hash",) * 100, {}, "", {}, 0, machines=("here",) * 100)
+    assert [(commit.clip(str(n)).row, commit.machine_of(str(n))) for n in range(100)] == [
+        (n, "here") for n in range(100)
+    ]
+    assert Counted.compared <= 2 * 100
 
 
 def test_progress_counts_what_the_ledger_holds(tmp_path: Path) -> None:

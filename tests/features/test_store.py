@@ -88,6 +88,11 @@ def test_ids_that_are_no_text_are_refused(make: Make) -> None:
             make().read(ids)
 
 
+def test_a_negative_number_of_buffers_is_refused(make: Make) -> None:
+    with pytest.raises(ValueError, match="rows is -1; expected 0 or more"):
+        make().buffers(-1)
+
+
 def test_work_goes_down_as_shards_are_written(make: Make) -> None:
     store = make()
     assert [(work.shard, work.ids) for work in store.missing_shards()] == [
@@ -217,6 +222,8 @@ def test_text_states(make: Make) -> None:
     assert torch.equal(read.attention_mask[1], written[texts[0]]["attention_mask"])
     with pytest.raises(StoreError, match="holds text rows; expected patches: use read_text"):
         store.read(texts)
+    with pytest.raises(StoreError, match="holds text rows; expected patches: use read_text"):
+        store.buffers(1)
 
 
 def test_a_mask_of_padding_only_is_kept(make: Make) -> None:
