@@ -35,11 +35,22 @@ _BLOCK = 1 << 20
 _SMALL = 1 << 13
 
 
+@contextmanager
+def _errors_name(path: Path) -> Iterator[None]:
+    """An OSError within the block, of work with an open file, names the file at `path` unless it names another."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def sync_folder(folder: Path) -> None:
     """Write the folder's list of names to the disk."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(handle)
+        with _errors_name(folder):
+            os.fsync(handle)
     finally:
         os.close(handle)
 
@@ -48,7 +59,8 @@ def sync_file(path: Path) -> None:
     """Write the file's bytes to the disk and drop them from the page cache, so that reading back reads the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with _errors_name(path):
+            os.fsync(handle)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
@@ -156,18 +168,16 @@ def locked(path: Path) -> Iterator[int]:
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            lock_file(handle, fcntl.LOCK_EX, path)
-            try:
-                # While this process waited, a repair may have replaced the file.
-                if is_file_of(handle, path):
-                    yield handle
-                    return
-            finally:
-                # Closing the handle would leave the lock to a child that was forked meanwhile.
-                fcntl.flock(handle, fcntl.LOCK_UN)
-        except OSError as error:
-            error.filename = error.filename or str(path)
-            raise
+            with _errors_name(path):
+                lock_file(handle, fcntl.LOCK_EX, path)
+                try:
+                    # While this process waited, a repair may have replaced the file.
+                    if is_file_of(handle, path):
+                        yield handle
+                        return
+                finally:
+                    # Closing the handle would leave the lock to a child that was forked meanwhile.
+                    fcntl.flock(handle, fcntl.LOCK_UN)
         finally:
             os.close(handle)
 

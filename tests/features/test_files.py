@@ -13,11 +13,11 @@ import av
 import numpy as np
 import pytest
 
-from egopatch.features import Store, StoreError, open_store
+from egopatch.features import Store, StoreError, create_store, open_store
 from egopatch.features.io.files import SummedFile, crc32c, locked, replacing, size_and_crc, size_and_crc_of_file
 from egopatch.features.tools.repair import repair
 from egopatch.features.tools.verify import verify
-from tests.features.conftest import IDS, clip, fill
+from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
 from tests.features.faults import fork
 
 
@@ -63,6 +63,25 @@ def test_an_error_of_writing_names_the_file_and_not_the_temporary_one(tmp_path: 
         with pytest.raises(OSError, match="No space left") as caught:
             fail(kind, with_name)
         assert caught.value.filename == str(path)
+
+
+@pytest.mark.parametrize(
+    ("synced", "named"), [("staging/*/cls", "staging/.*/cls"), ("zarr.json.tmp", "zarr.json"), ("cls", "cls")]
+)
+def test_an_error_of_syncing_names_the_file_and_not_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, synced: str, named: str
+) -> None:
+    sync, place = os.fsync, tmp_path / "store"
+
+    def fail(handle: int) -> None:
+        path = Path(f"/proc/self/fd/{handle}")
+        if any(path.samefile(file) for file in place.glob(synced)):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=f"Input/output error: '{place}/{named}'$"):
+        fill(create_store(place, SPEC, FINGERPRINT, IDS))
 
 
 def test_two_that_replace_a_file_at_once_do_not_meet(tmp_path: Path) -> None:
