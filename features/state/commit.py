@@ -32,7 +32,7 @@ from egopatch.features.state.ledger import (
 from egopatch.features.state.origin import encode_origins
 from egopatch.features.storage.interface import Storage
 from egopatch.features.storage.journal import Position
-from egopatch.features.values.dtypes import row_bytes
+from egopatch.features.values.dtypes import row_bytes, spec_row_bytes
 from egopatch.features.values.errors import DamagedStore, write_conflict
 from egopatch.features.values.spec import ArraySpec, StoreSpec
 
@@ -43,13 +43,12 @@ _LARGE = 1 << 16  # bytes of a row for which handing it to a thread costs less t
 
 @dataclass(frozen=True)
 class CommitTarget:
-    """The store that a shard is committed to: storage, spec, file format, digest of its fingerprint, bytes in a row."""
+    """The store that a shard is committed to: storage, spec, file format, digest of its fingerprint."""
 
     storage: Storage
     spec: StoreSpec
     file_format: Format
     fingerprint: str
-    row_bytes: int
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def commit_shard(target: CommitTarget, commit: ShardCommit) -> None:
             files=files,
             fingerprint=target.fingerprint,
             errors=commit.errors,
-            row_bytes=target.row_bytes,
+            row_bytes=spec_row_bytes(target.spec),
             write_id=write_id,
             origins=encode_origins([made_of[name].origin for name in rows]),
             machines=[made_of[name].machine for name in rows],

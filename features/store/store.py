@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 from egopatch.features.common.units import counted
-from egopatch.features.formats.interface import Format
 from egopatch.features.formats.registry import format_named
 from egopatch.features.state.catalog import Catalog
 from egopatch.features.state.commit import Committer, commit_shard
@@ -69,7 +68,7 @@ def open_store(path: Location | str, expect: Fingerprint | None = None) -> "Stor
             f"store {storage.location} was created with different settings than expected ({'; '.join(different)}); use "
             "another store.path or encode again"
         )
-    return Store(storage, header, format_named(header.format))
+    return Store(storage, header)
 
 
 def store_exists(path: Location | str) -> bool:
@@ -88,15 +87,16 @@ class Store:
         catalog: Rows and committed clips; `catalog.refresh()` reads what other processes have committed since.
     """
 
-    def __init__(self, storage: Storage, header: StoreHeader, file_format: Format) -> None:
+    def __init__(self, storage: Storage, header: StoreHeader) -> None:
         self.path = storage.location
         self.spec = header.spec
         self.fingerprint = header.fingerprint
         self.format = header.format
         self.catalog = Catalog(storage, header)
         self._quarantine = Quarantine(storage)
+        file_format = format_named(header.format)
         self._reader = RowReader(self.catalog, file_format)
-        self._writer = ShardWriter(self.catalog, self._reader, file_format, header.fingerprint.digest)
+        self._writer = ShardWriter(self.catalog, self._reader, file_format)
         self._leased: set[int] = set()
 
     @property

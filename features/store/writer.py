@@ -30,11 +30,10 @@ class ShardWriter:
     is written is read after the position in the ledger that the commit is compared with, or under the catalog's lock.
     """
 
-    def __init__(self, catalog: Catalog, reader: RowReader, file_format: Format, fingerprint: str) -> None:
+    def __init__(self, catalog: Catalog, reader: RowReader, file_format: Format) -> None:
         self._catalog = catalog
         self._reader = reader
         self._file_format = file_format
-        self._fingerprint = fingerprint
 
     def write(
         self,
@@ -174,7 +173,8 @@ class ShardWriter:
             error = reconstruction_error(tensors, catalog.spec)
             if error is not None:
                 errors["patches"] = max(error, errors.get("patches", 0.0))
-        target = CommitTarget(catalog.storage, catalog.spec, self._file_format, self._fingerprint, catalog.row_bytes)
+        digest = catalog.header.fingerprint.digest
+        target = CommitTarget(catalog.storage, catalog.spec, self._file_format, digest)
         sources = [(array, self._sources(array, rows, new, finite)) for array in catalog.spec.arrays]
         replaced = [name for name in former if name in new]
         try:

@@ -21,13 +21,11 @@ class RepairReport:
     """What `repair` did.
 
     Attributes:
-        path: Location of the store.
         before: Result of `verify` before the repair.
         dropped: Clips (and texts of questions) that have to be encoded again.
         rewritten: Files that describe the store and were rewritten from intact data.
     """
 
-    path: Location
     before: VerifyReport
     dropped: tuple[str, ...]
     rewritten: tuple[str, ...]
@@ -60,7 +58,7 @@ def repair(path: Location | str, changed: Collection[str] = ()) -> RepairReport:
         dropped += removed
     committed = open_store(root.location).clip_ids
     lost = [name for name in before.bad_clips if name not in dropped and name not in committed]
-    return RepairReport(root.location, before, (*dropped, *lost), tuple(rewritten))
+    return RepairReport(before, (*dropped, *lost), tuple(rewritten))
 
 
 def _repair_description(storage: Storage) -> list[str]:
