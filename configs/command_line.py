@@ -228,7 +228,10 @@ def _absent_file(message: str) -> str | None:
     absent = re.search(r"\"config\": (File does not exist|Path is not a file): '(.+)'", message)
     if not absent:
         return None
-    path = Path(absent[2])
+    given, path = absent[2], Path(absent[2])
+    # `Path` has no slash at the end, where it makes a file a folder that is not there.
+    if path.is_file():
+        return f"--config is {given!r}, which ends in a slash; did you mean {path}?"
     fault = "does not exist" if absent[1] == "File does not exist" else "is not a file"
     # Compared without their suffix, which alone makes short names alike.
     files = {file.stem: file for file in path.parent.glob("*.yaml") if file.is_file()}

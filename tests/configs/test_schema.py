@@ -189,9 +189,10 @@ def test_a_near_file_is_named_and_no_folder(tmp_path: Path, capsys: pytest.Captu
         "kitchn.yaml": f"did you mean {tmp_path / 'kitchen.yaml'}?\n",
         "n.yaml": expected,
         "dir.yaml": f"which is not a file; {expected}",
+        "kitchen.yaml/": f"kitchen.yaml/', which ends in a slash; did you mean {tmp_path / 'kitchen.yaml'}?\n",
     }.items():
         with pytest.raises(SystemExit):
-            parse("--config", str(tmp_path / name))
+            parse("--config", f"{tmp_path}/{name}")
         assert capsys.readouterr().err.endswith(end)
 
 
