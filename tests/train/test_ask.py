@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 import shlex
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
@@ -23,7 +25,8 @@ from egopatch.train.asking.videos import cache_key, encode_video
 from egopatch.train.fitting.experiment import open_experiment
 from egopatch.train.fitting.fit import fit
 from egopatch.train.fitting.predict import Prediction
-from egopatch.train.report.kept_picture import mark_kept
+from egopatch.train.report import kept_picture
+from egopatch.train.report.kept_picture import draw_prediction, mark_kept
 from egopatch.train.report.table import is_synthetic
 from egopatch.train.rundir.card import Card
 from egopatch.train.rundir.run_folder import RunError
@@ -278,6 +281,38 @@ def test_a_head_of_imported_features_is_not_asked_about_a_video(trained: Config,
     card = dataclasses.replace(Card.read(trained.run.dir), fingerprint={"arch": "imported", "origin": "imported"})
     with pytest.raises(RunError, match=r"trained on imported features, .*; import the video's features, and ask with"):
         encode_video(tmp_path, trained, card, None, tmp_path)
+
+
+def test_a_cache_that_cannot_be_made_is_named_with_its_option(trained: Config, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "a.mp4").touch()
+    card = dataclasses.replace(Card.read(trained.run.dir), fingerprint={"arch": "lite"})
+    with pytest.raises(ConfigError, match=r"cache is .*/file/c, which cannot be written \(.*; .* set another --cache"):
+        encode_video(tmp_path, trained, card, None, tmp_path / "file" / "c")
+
+
+def test_a_full_disk_leaves_the_picture_that_was_there(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = np.random.default_rng(0).random((1, 3, 32, 32), dtype=np.float32)
+    monkeypatch.setattr(kept_picture, "clip_frames", lambda *_: frames)
+    prediction = Prediction("clip", "what?", (("cup", 1.0),), (0,), (0.5,), (), (2, 2), (), cut=False)
+    for name, form in (("a.jpg", "JPEG"), ("b.PNG", "PNG")):
+        file = tmp_path / "pictures" / name
+        draw_prediction(file, prediction, tiny)
+        before = file.read_bytes()
+        with Image.open(file) as image:
+            assert image.format == form
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        try:
+            with pytest.raises(OSError, match="File too large") as caught:
+                draw_prediction(file, prediction, tiny)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert caught.value.filename == str(file)
+        assert file.read_bytes() == before
+    assert {file.name for file in (tmp_path / "pictures").iterdir()} == {"a.jpg", "b.PNG"}
 
 
 def test_a_folder_with_a_link_to_nowhere_has_a_key(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from egopatch.extract.datasets import Clip, load_dataset
 from egopatch.extract.datasets.folder import find_videos
 from egopatch.features import StoreError, open_store
 from egopatch.train.rundir.card import Card
+from egopatch.train.rundir.lease import writable
 from egopatch.train.rundir.run_folder import RunError
 
 FINISHED = "finished.json"  # written once every clip is encoded or quarantined
@@ -52,7 +53,7 @@ def encode_video(video: Path, experiment: Config, card: Card, clip_s: float | No
     Raises:
         DatasetError: There is no video.
         StoreError: None of its clips can be decoded; the message gives the first reason.
-        CheckpointError, ConfigError: As `extract.run.extract_features`.
+        CheckpointError, ConfigError: As `extract.run.extract_features`; also if `cache` cannot be written.
         RunError: The head reads no video.
     """
     # Imported here, because all else of stage two works where no video library is installed.
@@ -72,6 +73,8 @@ def encode_video(video: Path, experiment: Config, card: Card, clip_s: float | No
     config = dataclasses.replace(config_beside(folder / "store", experiment), run=experiment.run)
     encoded = 0
     if not (folder / FINISHED).exists():
+        with writable("cache", cache):
+            folder.mkdir(parents=True, exist_ok=True)
         with contextlib.redirect_stdout(sys.stderr):
             prepare_own_videos(video, folder / "store", experiment, clip_s)
             encoded = extract_features(config, wait=True).stats.committed

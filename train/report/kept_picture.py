@@ -1,6 +1,7 @@
 """A picture of one answer: the clip's frames, with the patches that the head kept outlined and the others dimmed."""
 
 import dataclasses
+import io
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from egopatch.extract.encoders import input_transform
 from egopatch.features.common.pictures import DIMMED, sheet
 from egopatch.train.fitting.predict import Prediction
 from egopatch.train.report.examples import prepare_picture
+from egopatch.train.rundir.run_folder import write_whole
 
 FORMATS = (".jpg", ".jpeg", ".png")
 OUTLINE = 2  # pixels
@@ -36,8 +38,9 @@ def draw_prediction(path: Path, prediction: Prediction, config: Config) -> None:
     for index, frame in enumerate(frames):
         shown = mark_kept(frame, prediction.kept[index], prediction.grid) if prediction.kept else frame
         cells.append((shown, prediction.when(index)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet(cells).save(path)
+    picture = io.BytesIO()  # Pillow's own writing of a JPEG file does not notice a disk that is full
+    sheet(cells).save(picture, "PNG" if path.suffix.lower() == ".png" else "JPEG")
+    write_whole(path, picture.getvalue())
 
 
 def clip_frames(config: Config, clip_id: str) -> NDArray[np.float32]:
