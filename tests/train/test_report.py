@@ -118,6 +118,16 @@ def test_own_data_is_called_by_its_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_decoding")
+def test_one_system_is_not_compared(tmp_path: Path, text: str) -> None:
+    config = write_dataset(tmp_path / "data", videos=False)
+    write_run(tmp_path / "runs", "psa", predictions=guesses(3))
+    alone = write_report(config, tmp_path / "runs").read_text()
+    for part in ('href="#compare"', 'id="comparison"'):
+        assert part in text
+        assert part not in alone
+
+
+@pytest.mark.usefixtures("no_decoding")
 def test_questions_without_tags_have_no_section_of_them(tmp_path: Path, text: str) -> None:
     config = write_dataset(tmp_path / "data", videos=False)
     run = write_run(tmp_path / "runs", "psa", predictions=guesses(3))

@@ -159,6 +159,7 @@ def write_report(config: Config, folder: Path) -> Path:
         recipe=repeat.recipe(results, sweeps, explained),
         versions=report_integrity.versions(results),
         problems=problems,
+        comparable=any(len(split.data["systems"]) > 1 for split in splits if split.data),
         data=question_list.as_script([split.data for split in splits if split.data]),
     )
     path = folder / "report.html"
