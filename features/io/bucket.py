@@ -7,13 +7,14 @@ AWS_REGION, AWS_ENDPOINT_URL); they are kept nowhere else.
 import errno
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from isal import isal_zlib
@@ -25,6 +26,7 @@ from egopatch.features.values.location import ObjectUrl
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
+T = TypeVar("T")
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 # Roles that a scheduler provides, and public buckets. Without any of them obstore would spend minutes asking a metadata
 # service that most machines do not have.
@@ -92,7 +94,9 @@ class Bucket:
                 client_options={"allow_http": endpoint.startswith("http://"), "timeout": timedelta(minutes=5)},
                 retry_config={
                     "max_retries": RETRIES,
-                    "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=4), "base": 2},
+                    # Each wait is random, from the first one to the last one times `base`: with 0.1 s and a base of 2
+                    # all six were over after a second.
+                    "backoff": {"init_backoff": timedelta(seconds=0.5), "max_backoff": timedelta(seconds=4), "base": 3},
                 },
             )
 
@@ -166,16 +170,15 @@ class Bucket:
 
     def listing(self, folder: str) -> dict[str, Version]:
         """Keys and versions of all objects below `folder`."""
-        found: dict[str, Version] = {}
         with self._one_line_errors(f"listing {folder}"):
-            for page in self._store.list(folder or None):
-                found |= {meta["path"]: _version(meta) for meta in page}
-        return found
+            return _complete(
+                lambda: {meta["path"]: _version(meta) for page in self._store.list(folder or None) for meta in page}
+            )
 
     def folders(self, folder: str) -> set[str]:
         """Names of the folders directly in `folder`."""
         with self._one_line_errors(f"listing {folder}"):
-            found = self._store.list_with_delimiter(folder)
+            found = _complete(lambda: self._store.list_with_delimiter(folder))
         return {prefix.rstrip("/").rpartition("/")[2] for prefix in found["common_prefixes"]}
 
     def exists(self, name: str) -> bool:
@@ -187,7 +190,7 @@ class Bucket:
                     return True
             except FileNotFoundError:
                 pass
-            return any(page for page in self._store.list(name or None, chunk_size=1))
+            return _complete(lambda: any(page for page in self._store.list(name or None, chunk_size=1)))
 
     def delete(self, keys: Sequence[str]) -> None:
         """Delete objects; missing ones are ignored."""
@@ -231,7 +234,7 @@ class Bucket:
                 )
             elif code in _WRONG_REGION or "incorrectly configured region" in str(error):
                 message = f"{self.url}: {self._endpoint} expects another region while {doing}; check AWS_REGION"
-            elif re.search(r"error sending request|Connect|dns error|TimedOut", str(error)):
+            elif re.search(r"error sending request|Connect|dns error|TimedOut|response body", str(error)):
                 message = (
                     f"{self.url}: {self._endpoint} cannot be reached while {doing}; check AWS_ENDPOINT_URL and the "
                     "network, and run the same command again"
@@ -246,6 +249,20 @@ class Bucket:
 def _process_of_obstore() -> int:
     """The process that first opened a bucket; a forked child has this number, too, and none of obstore's threads."""
     return os.getpid()
+
+
+def _complete(request: Callable[[], T]) -> T:
+    """The result of a listing, requested again if its answer breaks off: obstore does that only for objects."""
+    from obstore.exceptions import GenericError
+
+    for attempt in range(RETRIES):
+        try:
+            return request()
+        except GenericError as error:
+            if "list response body" not in str(error):
+                raise
+        time.sleep(min(0.1 * 2**attempt, 4))
+    return request()
 
 
 def _require_credentials(url: ObjectUrl) -> None:

@@ -4,7 +4,8 @@ import http.server
 import json
 import logging
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import pytest
 from egopatch.configs.schema import StoreConfig
 from egopatch.features import BadLocation, StoreError, create_store, open_store
 from egopatch.features.__main__ import main as features
-from egopatch.features.values.location import parse_location
+from egopatch.features.io.bucket import Bucket
+from egopatch.features.values.location import ObjectUrl, parse_location
 from tests.extract.fetch.loopback import running
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, fill
 from tests.features.objects import KEY, SECRET, objects
@@ -95,6 +97,76 @@ def test_an_endpoint_that_does_not_answer(
     monkeypatch.setattr("egopatch.features.io.bucket.RETRIES", 1)
     assert features(["info", "s3://bucket/store"]) == 1
     assert "127.0.0.1 cannot be reached while looking for text; check AWS_ENDPOINT_URL and" in only_line(capfd)
+
+
+class _BreakingOff(http.server.BaseHTTPRequestHandler):
+    """Lists one object, or the folder of one, and breaks off within as many answers as its server still has."""
+
+    def do_GET(self) -> None:
+        key = "<Key>store/ledger/1</Key><LastModified>2026-01-01T00:00:00Z</LastModified><ETag>e</ETag><Size>1</Size>"
+        folder = "<CommonPrefixes><Prefix>store/ledger/</Prefix></CommonPrefixes>"
+        found = folder if "delimiter" in self.path else f"<Contents>{key}</Contents>"
+        body = f"<ListBucketResult><IsTruncated>false</IsTruncated>{found}</ListBucketResult>".encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.server.breaks -= 1  # type: ignore[attr-defined]
+        self.wfile.write(body if self.server.breaks < 0 else body[:20])  # type: ignore[attr-defined]
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def breaking_off(environment: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[http.server.ThreadingHTTPServer]:
+    with running(http.server.ThreadingHTTPServer(("127.0.0.1", 0), _BreakingOff)) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        yield server
+
+
+def test_a_listing_that_breaks_off_is_requested_again(
+    breaking_off: http.server.ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = Bucket(ObjectUrl("s3://bucket/store"))
+    listings: dict[Callable[[], object], object] = {
+        lambda: [*bucket.listing("ledger")]: ["ledger/1"],
+        lambda: bucket.folders(""): {"ledger"},
+        lambda: bucket.exists(""): True,
+    }
+    for listed, expected in listings.items():
+        breaking_off.breaks = 2  # type: ignore[attr-defined]
+        assert listed() == expected
+    monkeypatch.setattr("egopatch.features.io.bucket.RETRIES", 1)
+    breaking_off.breaks = 2  # type: ignore[attr-defined]
+    with pytest.raises(StoreError, match="cannot be reached while listing ledger; check AWS_ENDPOINT_URL"):
+        bucket.listing("ledger")
+
+
+class _Throttling(http.server.BaseHTTPRequestHandler):
+    """Asks for patience, for three seconds from the first request on."""
+
+    started: float | None = None
+
+    def do_GET(self) -> None:
+        type(self).started = self.started or time.monotonic()
+        assert self.started is not None
+        busy = time.monotonic() - self.started < 3
+        body = b"<Error><Code>SlowDown</Code></Error>" if busy else b"content"
+        self.send_response(503 if busy else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", "e")
+        self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_server_that_is_busy_for_seconds_is_asked_again(environment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Throttling)) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        assert Bucket(ObjectUrl("s3://bucket/store")).get("store.json").content == b"content"
 
 
 @pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
