@@ -210,7 +210,9 @@ def _cause(sums: "_Sums", compared: Measure, tolerance: float, differing: list[s
     """Key in `ADVICE` and what supports it, such as fields of the fingerprints that are known to be `differing`."""
     if sums.shapes is not None:
         in_a, in_b = sums.shapes
-        cause = _field_cause(differing, ("frames", "transform", "weights")) or "shape"
+        # Frames and transform decide how many tokens there are, network and depth how many channels they have.
+        order = ("frames", "transform", "weights") if in_a[-1] == in_b[-1] else ("weights", "depth")
+        cause = _field_cause(differing, order) or "shape"
         return cause, f"{in_a} in A, {in_b} in B"
     if compared.error == 0 and not sums.times:
         return None, ""

@@ -122,6 +122,15 @@ def test_the_cause_is_named(cause: str, make: Make) -> None:
     assert compare(b.path, a.path).cause == cause
 
 
+@pytest.mark.parametrize("cause", ["depth", "weights"])
+def test_another_number_of_channels_is_not_put_down_to_the_transform(cause: str, make: Make) -> None:
+    fields = {"depth": {"depth": 11}, "weights": {"arch": "other", "depth": 11}}[cause]
+    b = make("b", depth=11, fields={**fields, "transform": SQUEEZED.name, "size": 2 * SIZE})
+    found = compare(make("a").path, b.path)
+    assert found.cause == cause
+    assert found.verdict.endswith(": (4, 16, 80) in A, (4, 16, 112) in B")
+
+
 def test_float16_and_float32_agree_up_to_rounding(make: Make) -> None:
     found = compare(make("a").path, make("b", dtype="float32", fields={"stored_dtype": "float32"}).path)
     assert found.agree
