@@ -11,6 +11,7 @@ from egopatch.configs.packaged import packaged_config
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.commands.run import as_records, encode
 from egopatch.features.common.command_line import messages_apart, print_result
+from egopatch.features.common.signals import start_trackers
 from egopatch.features.common.units import counted
 
 # What `--encoder NAME` stands for.
@@ -47,6 +48,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
     from egopatch.extract.planning.own_videos import prepare_own_videos
 
+    start_trackers()
     with messages_apart(options.json):
         own = prepare_own_videos(options.folder, Path(options.out), base, options.clip_seconds)
         found = f"{counted(own.videos, 'video')}, {counted(own.clips, 'clip')}"

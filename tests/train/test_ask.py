@@ -315,6 +315,14 @@ def test_a_full_disk_leaves_the_picture_that_was_there(
     assert {file.name for file in (tmp_path / "pictures").iterdir()} == {"a.jpg", "b.PNG"}
 
 
+def test_a_head_of_a_derived_store_is_refused_before_a_video_is_encoded(trained: Config, tmp_path: Path) -> None:
+    card = Card.read(trained.run.dir)
+    assert card.fingerprint is not None
+    card = dataclasses.replace(card, fingerprint={**card.fingerprint, "derived_keep": 0.5})
+    with pytest.raises(RunError, match=r"trained on a derived store, .*; use a head of the whole store, or ask with"):
+        encode_video(tmp_path, trained, card, None, tmp_path)
+
+
 def test_a_folder_with_a_link_to_nowhere_has_a_key(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").touch()
     before = cache_key(tmp_path, {}, None)

@@ -54,7 +54,7 @@ def encode_video(video: Path, experiment: Config, card: Card, clip_s: float | No
         DatasetError: There is no video.
         StoreError: None of its clips can be decoded; the message gives the first reason.
         CheckpointError, ConfigError: As `extract.run.extract_features`; also if `cache` cannot be written.
-        RunError: The head reads no video.
+        RunError: The head reads no video, or features that are not encoded from one: imported or derived.
     """
     # Imported here, because all else of stage two works where no video library is installed.
     from egopatch.extract.planning.own_videos import config_beside, prepare_own_videos
@@ -68,6 +68,11 @@ def encode_video(video: Path, experiment: Config, card: Card, clip_s: float | No
         raise RunError(
             f"run.dir is {experiment.run.dir}, whose head was trained on imported features, which no network here"
             " computes of a video; import the video's features, and ask with --config and --clip"
+        )
+    if "derived_keep" in card.fingerprint:
+        raise RunError(
+            f"run.dir is {experiment.run.dir}, whose head was trained on a derived store, which has only some patches"
+            " of each frame; use a head of the whole store, or ask with --config and --clip"
         )
     folder = cache.absolute() / cache_key(video, card.fingerprint, clip_s)
     config = dataclasses.replace(config_beside(folder / "store", experiment), run=experiment.run)
