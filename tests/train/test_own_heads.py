@@ -1,9 +1,11 @@
 """Heads from outside this package that are wrong: the message names the head, or the traceback their author's line."""
 
+import os
 import re
 import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,6 +152,21 @@ def test_the_note_about_ratios_is_for_runs_of_several_that_trained_together(
     settings += ["--data.name=egotaskqa", "--head.name=mine", "--train.epochs=1", "--train.device=cpu"]
     assert main(["sweep", *settings, *options]) == 0
     assert (f"note: {STACKED}" in capsys.readouterr().out) == noted
+
+
+@pytest.mark.parametrize(("stacks", "processes"), [(True, 2), (False, 1)])
+def test_runs_of_a_head_that_stacks_train_in_several_processes(
+    stacks: bool, processes: int, own: Registered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As docs/extending.md promises; runs that differ in more than the ratio are not stacked."""
+
+    def noting(logits: Tensor) -> Tensor:
+        (tmp_path / str(os.getpid())).touch()
+        return logits
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    run_sweep(own(lambda _, sizes: Linear(sizes, noting), stacks), seeds=[0, 1])
+    assert len([path for path in tmp_path.iterdir() if path.name.isdecimal()]) == processes
 
 
 def test_layers_that_torch_does_not_find(own: Registered) -> None:

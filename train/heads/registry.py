@@ -38,8 +38,9 @@ class Head:
             clips, to set its buffers.
         options: Dataclass of its options, which `head.options` fills and whose types are checked; None if it has none.
         reads_video: Whether it reads patch tokens; a head that does not needs no store of clips.
-        stacks: Whether `torch.vmap` can run it, so that a sweep trains several of them as one; then random numbers
-            must come from `train.heads.common.noise`.
+        stacks: Whether `torch.vmap` can run it; then random numbers must come from `train.heads.common.noise`. A sweep
+            on a CPU trains runs of such heads in several processes at once, and those that differ only in `head.ratio`
+            as one.
         captures: Whether a training step can be a CUDA graph: `forward` reads no value back from the device, and its
             shapes follow from those of the batch.
     """
