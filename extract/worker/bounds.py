@@ -13,7 +13,8 @@ REMEDIES = {
     "hand-over": "raise engine.workers, each of which has a process of its own for it",
     "encoder": "add GPUs (engine.workers), or try encoder.compile, a smaller encoder.depth or, on a GPU, encoder.dtype"
     " bfloat16",
-    "disk": "use a faster disk for store.path, or store.dtype float8_e4m3, which halves what is written",
+    "disk": "use a faster disk for store.path (a faster network to it, if it is in a bucket), or store.dtype"
+    " float8_e4m3, which halves what is written",
 }
 
 

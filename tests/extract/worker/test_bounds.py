@@ -21,6 +21,10 @@ def test_a_cpu_is_not_advised_to_compute_in_bfloat16() -> None:
     assert "on a GPU, encoder.dtype bfloat16" in REMEDIES["encoder"]
 
 
+def test_a_bucket_is_not_sped_up_by_a_disk() -> None:
+    assert "a faster network to it, if it is in a bucket" in REMEDIES["disk"]
+
+
 def test_a_stage_that_takes_no_time_is_not_mentioned() -> None:
     line = bound_line({"decoding": 10.6, "hand-over": 253043.4, "disk": 22.4})
     assert line is not None
